@@ -1,0 +1,142 @@
+"""From logits to probabilities, labels and losses: the one place that knows what a `problem_type` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import ModelOutput
+
+from .errors import ProbeError
+
+
+if TYPE_CHECKING:
+    from .configuration import ProbeConfig
+
+
+def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
+    """Applies the saved temperature: softmax for single-label heads, sigmoid for multi-label ones.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
+
+    Returns:
+        `[batch, num_labels]`. Regression heads have no probabilities: their logits come back as they are.
+    """
+    if config.problem_type == "regression":
+        return logits
+    scaled = logits / config.temperature
+    return scaled.sigmoid() if config.problem_type == "multi_label_classification" else scaled.softmax(dim=-1)
+
+
+def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
+    """Applies the saved threshold to `[batch, num_labels]` probabilities.
+
+    Returns:
+        Single-label: class indices `[batch]`. Multi-label: booleans `[batch, num_labels]`. Regression: the values.
+    """
+    if config.problem_type == "regression":
+        return probs
+    if config.problem_type == "multi_label_classification":
+        return probs >= torch.as_tensor(0.5 if config.threshold is None else config.threshold, device=probs.device)
+    if config.threshold is not None:
+        return (probs[:, 1] >= config.threshold).long()
+    return probs.argmax(dim=-1)
+
+
+def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
+    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression)."""
+    picked = predictions(probs, config).tolist()
+    if config.problem_type == "regression":
+        return picked
+    if config.problem_type == "multi_label_classification":
+        return [[config.id2label[i] for i, on in enumerate(row) if on] for row in picked]
+    return [config.id2label[index] for index in picked]
+
+
+def probe_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    config: ProbeConfig,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
+
+    Args:
+        logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`).
+        class_weights (`[num_labels]`, *optional*): weight of each class (single-label) or of its positives
+            (multi-label).
+        label_smoothing: share of the target spread evenly over the classes.
+        focal_gamma: down-weights rows that are already right by `(1 - p)^gamma` (Lin et al., arXiv 1708.02002).
+        reduction: `"mean"` or `"sum"` over rows.
+    """
+    targets = targets.to(logits.device)
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.device, logits.dtype)
+    if config.problem_type == "regression":
+        rows = F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
+    elif config.problem_type == "multi_label_classification":
+        targets = targets.to(logits.dtype)
+        soft = targets * (1 - label_smoothing) + label_smoothing / 2
+        each = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
+        if focal_gamma:
+            each = each * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
+        rows = each.mean(dim=-1)
+    else:
+        rows = F.cross_entropy(
+            logits, targets.long(), weight=class_weights, label_smoothing=label_smoothing, reduction="none"
+        )
+        if focal_gamma:
+            right = logits.softmax(dim=-1).gather(1, targets.long().unsqueeze(1)).squeeze(1)
+            rows = rows * (1 - right) ** focal_gamma
+    return rows.sum() if reduction == "sum" else rows.mean()
+
+
+class DecidedMixin:
+    """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
+
+    def _config_of(self, name: str | None = None) -> ProbeConfig:
+        configs = self.__dict__.get("_probe_configs", {})
+        if name not in configs:
+            raise ProbeError("this output has lost its head configs (a copy or a gather does that); use its logits")
+        return configs[name]
+
+
+@dataclass
+class ProbeOutput(DecidedMixin, ModelOutput):
+    """What one head says of a batch.
+
+    Args:
+        loss (scalar, *optional*): where labels were given.
+        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
+        token_weights (`[batch, layers_read, tokens]`, *optional*): how much each token counted in the summary of each
+            layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
+        layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
+    layer_weights: torch.Tensor | None = None
+
+    @classmethod
+    def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
+        """Logits together with the config that turns them into labels."""
+        output = cls(logits=logits)
+        output.__dict__["_probe_configs"] = {None: config}
+        return output
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """`[batch, num_labels]`, with the saved temperature."""
+        return probabilities(self.logits, self._config_of())
+
+    @property
+    def labels(self) -> list[Any]:
+        """Label names a row, with the saved temperature and threshold."""
+        return labels(self.probabilities, self._config_of())

@@ -1,0 +1,123 @@
+"""What every kind of head must be able to do, and the registry that finds a kind by its name.
+
+Dimension letters used in all files of this folder:
+    S  slots: L+1 layers in the token stage, 1 in the layer stage
+    B  batch, N  items to summarise (tokens, or layers), D  hidden size
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import ProbeError
+
+
+if TYPE_CHECKING:
+    from ..configuration import ProbeConfig
+
+
+class Aggregator(nn.Module):
+    """Summarises N vectors into one, for several slots side by side.
+
+    The same kind serves both stages: the token stage has one slot a layer, with its parameters stacked in tensors of
+    shape `[slots, ...]`, and the layer stage has a single slot.
+
+    A kind implements `update` and `result`. Because the whole-tensor path is one `update` followed by `result`, and
+    the serving path is one `update` a layer and chunk of tokens, the two cannot drift apart.
+
+    Args:
+        num_slots (`int`): number of independent summaries.
+        config (`ProbeConfig`): the head's configuration, with `hidden_size` set.
+    """
+
+    def __init__(self, num_slots: int, config: ProbeConfig):
+        super().__init__()
+        self.num_slots = num_slots
+        self.hidden_size = config.hidden_size
+        self.pool = config.pool
+
+    @classmethod
+    def check(cls, config: ProbeConfig) -> None:
+        """Raises `ProbeError` where `config` holds a value that this kind cannot be built from."""
+
+    def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
+        """Takes in further items.
+
+        Args:
+            state: what an earlier `update` returned for the same slots, or `None` at the start.
+            x (`torch.FloatTensor` of shape `[S, B, n, D]`): the next n items of the slots in `slots`.
+            mask (`torch.BoolTensor` of shape `[B, n]`, *optional*): which items count; `None` where all do.
+            slots (`slice`): the slots that `x` belongs to.
+
+        Returns:
+            The new state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define update()")
+
+    def result(self, state: Any, slots: slice) -> torch.Tensor:
+        """The summary of everything taken in so far: a tensor of shape `[S, B, D]`."""
+        raise NotImplementedError(f"{type(self).__name__} must define result()")
+
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        """How much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights()")
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
+        """`[S, B, N, D]` and an optional `[B, N]` mask to `[S, B, D]`."""
+        return self.result(self.update(None, x, mask, slots), slots)
+
+
+_PROBE_TYPES: dict[str, type[Aggregator]] = {}
+
+
+def register_probe_type(name: str):
+    """Class decorator that makes an `Aggregator` available as `ProbeConfig(probe_type=name)`.
+
+    Raises:
+        ValueError: the name already belongs to another class.
+    """
+
+    def register(cls: type[Aggregator]) -> type[Aggregator]:
+        known = _PROBE_TYPES.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"probe_type {name!r} is taken by {known.__name__}; register under another name")
+        _PROBE_TYPES[name] = cls
+        return cls
+
+    return register
+
+
+def probe_types() -> list[str]:
+    """Names of all registered kinds."""
+    return sorted(_PROBE_TYPES)
+
+
+def get_probe_type(name: str) -> type[Aggregator]:
+    """The class registered under `name`; `ProbeError` lists the known ones."""
+    if not isinstance(name, str) or name not in _PROBE_TYPES:
+        raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}")
+    return _PROBE_TYPES[name]
+
+
+def create_aggregator(config: ProbeConfig, num_slots: int) -> Aggregator:
+    """Builds the aggregator of `config.probe_type` with `num_slots` slots."""
+    return get_probe_type(config.probe_type)(num_slots, config)
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of `[S, B, N, D]` over the items where the `[B, N]` mask is true: `[S, B, D]`."""
+    if mask is None:
+        return x.mean(dim=2)
+    weight = mask.to(x.dtype)
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1.0)  # [B, N]
+    return torch.matmul(weight[None, :, None, :], x).squeeze(2)
+
+
+def masked_max(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Maximum, per dimension, of `[S, B, N, D]` over the items where the mask is true: `[S, B, D]`."""
+    if mask is not None:
+        x = x.masked_fill(~mask[None, :, :, None], float("-inf"))
+    return x.amax(dim=2)

@@ -1,0 +1,42 @@
+"""Direct pooling: mean or max over the valid items, per dimension. No parameters (arXiv 2601.13288)."""
+
+from __future__ import annotations
+
+import torch
+
+from .aggregator import Aggregator, masked_max, register_probe_type
+
+
+@register_probe_type("pooling")
+class PoolingAggregator(Aggregator):
+    """Mean or maximum of the valid items. State: a running sum with its count, or a running maximum."""
+
+    def update(self, state, x, mask, slots):
+        if self.pool == "max":
+            top = masked_max(x, mask)  # [S, B, D]
+            return top if state is None else torch.maximum(state, top)
+        if mask is None:
+            total, count = x.sum(dim=2), torch.full((x.shape[1],), float(x.shape[2]), dtype=x.dtype, device=x.device)
+        else:
+            weight = mask.to(x.dtype)
+            total = torch.matmul(weight[None, :, None, :], x).squeeze(2)  # [S, B, D]
+            count = weight.sum(dim=1)  # [B]
+        return (total, count) if state is None else (state[0] + total, state[1] + count)
+
+    def result(self, state, slots):
+        if self.pool == "max":
+            return state
+        total, count = state
+        return total / count.clamp_min(1.0)[None, :, None]
+
+    def weights(self, x, mask, slots):
+        """Mean: the same weight for each valid item. Max: the share of dimensions in which the item is the maximum."""
+        slot_count, batch, items, _ = x.shape
+        if self.pool == "mean":
+            valid = x.new_ones(batch, items) if mask is None else mask.to(x.dtype)
+            return (valid / valid.sum(dim=1, keepdim=True).clamp_min(1.0)).expand(slot_count, batch, items)
+        if mask is not None:
+            x = x.masked_fill(~mask[None, :, :, None], float("-inf"))
+        winners = x.argmax(dim=2)  # [S, B, D]
+        ones = torch.ones_like(winners, dtype=x.dtype)
+        return x.new_zeros(slot_count, batch, items).scatter_add_(2, winners, ones) / x.shape[-1]

@@ -1,0 +1,280 @@
+"""`ProbeModel`: a head. Token stage for each layer, layer stage over the summaries, a linear map to the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .capture import collect_hidden_states, find_decoder
+from .configuration import ProbeConfig
+from .decision import ProbeOutput, probe_loss
+from .errors import ProbeError
+from .heads import create_aggregator
+from .scope import check_rows, token_mask
+
+
+@dataclass
+class ProbeState:
+    """What a head holds of a prompt between two calls of `step`.
+
+    Attributes:
+        mask (`torch.BoolTensor` of shape `[batch, prompt_tokens]`): tokens that count.
+        start, stop: columns before `start` and from `stop` on hold no token that counts, and are never read.
+        seen: a layer's number of prompt tokens so far, by slot.
+        partial: token-stage state of the layers that have not seen the whole prompt, by slot.
+        summaries: `[batch, hidden_size]` of the layers that have, by slot.
+        token_weights: `[batch, prompt_tokens]` by slot, where they were asked for.
+    """
+
+    mask: torch.Tensor
+    start: int
+    stop: int
+    full: bool
+    output_attentions: bool = False
+    seen: dict[int, int] = field(default_factory=dict)
+    partial: dict[int, Any] = field(default_factory=dict)
+    summaries: dict[int, torch.Tensor] = field(default_factory=dict)
+    token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class ProbeModel(nn.Module):
+    """A probe head over all hidden states of a frozen causal LM (arXiv 2601.13288, section 3).
+
+    There are two ways in. `forward` takes whole tensors, for training; `init_state`, `step` and `finish` take the
+    states layer by layer, and chunk by chunk, while the LM runs. They agree to 1e-5 in fp32.
+
+    Parameters are always fp32; the states are cast where they come in. Casting the module to another dtype moves it to
+    the device and leaves its dtype.
+
+    Args:
+        config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
+        backbone (`PreTrainedModel`, *optional*): the frozen LM that turns `input_ids` into states in `forward`. It is
+            kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set
+            to eval mode and its parameters are frozen.
+
+    Raises:
+        ProbeError: the sizes are missing, or differ from the backbone's.
+    """
+
+    # The Trainer then averages the loss over gradient accumulation steps, as for any model with a mean loss.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ProbeConfig, backbone: nn.Module | None = None):
+        super().__init__()
+        if backbone is not None:
+            config = find_decoder(backbone).match(config)
+            backbone.requires_grad_(False)
+            backbone.eval()
+        if config.hidden_size is None or config.num_hidden_layers is None:
+            raise ProbeError(
+                "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
+            )
+        self.config = config
+        object.__setattr__(self, "backbone", backbone)
+        self.layer_indices = config.layer_indices
+        self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
+        self.token_stage = create_aggregator(config, len(self.layer_indices))
+        self.layer_stage = create_aggregator(config, 1)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the head's parameters."""
+        return self.classifier.weight.device
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters of the head, without the backbone's."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    # Whole tensors
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        output_attentions: bool = False,
+    ) -> ProbeOutput:
+        """Scores prompts from their ids (with a backbone) or from their hidden states.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): prompts; needs `backbone`.
+            attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 1 for tokens, 0 for padding on
+                either side. With `hidden_states` it is taken as it is: 1 for the tokens that count. With `input_ids`
+                the config's `token_scope` is applied to it.
+            labels (*optional*): class indices `[batch]`; for multi-label heads floats `[batch, num_labels]`; for
+                regression floats `[batch, num_labels]` or `[batch]`.
+            hidden_states (*optional*): `output_hidden_states` of the LM - a tuple of L+1 tensors of shape
+                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`. Any float dtype.
+            output_attentions: also returns `token_weights` and `layer_weights`.
+
+        Returns:
+            `ProbeOutput` with the logits `[batch, num_labels]`, and the loss where labels are given.
+
+        Raises:
+            ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
+        """
+        if (input_ids is None) == (hidden_states is None):
+            raise ProbeError("give either input_ids (with a backbone) or hidden_states")
+        if input_ids is not None:
+            if self.backbone is None:
+                raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
+            mask = token_mask(self.config, input_ids, attention_mask)
+            hidden_states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
+            x = torch.stack(hidden_states)  # [S, B, T, D]
+        else:
+            x = self._stack(hidden_states)  # [S, B, T, D]
+            mask = None if attention_mask is None else attention_mask.bool()
+            if mask is not None and mask.shape != x.shape[1:3]:
+                raise ProbeError(
+                    f"attention_mask has the shape {tuple(mask.shape)}, the states need {tuple(x.shape[1:3])}"
+                )
+        check_rows(mask)
+        x = self._normalize(x)
+        mask = None if mask is None else mask.to(x.device)
+        summaries = self.token_stage(x, mask)  # [S, B, D]
+        output = self._classify(summaries, labels, output_attentions)
+        if output_attentions:
+            output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
+        return output
+
+    def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
+        if isinstance(hidden_states, torch.Tensor):
+            if hidden_states.dim() != 4 or hidden_states.shape[1] != layers or hidden_states.shape[3] != width:
+                raise ProbeError(
+                    f"hidden_states has the shape {tuple(hidden_states.shape)}; "
+                    f"it must be [batch, {layers}, tokens, {width}]"
+                )
+            picked = hidden_states if len(self.layer_indices) == layers else hidden_states[:, self.layer_indices]
+            return picked.transpose(0, 1)
+        if len(hidden_states) != layers:
+            raise ProbeError(
+                f"hidden_states has {len(hidden_states)} tensors; this head needs {layers} (embeddings first)"
+            )
+        if any(state.dim() != 3 or state.shape[-1] != width for state in hidden_states):
+            raise ProbeError(f"each of hidden_states must be [batch, tokens, {width}]")
+        return torch.stack([hidden_states[layer] for layer in self.layer_indices])
+
+    # Layer by layer
+
+    def init_state(self, mask: torch.Tensor, past: int = 0, output_attentions: bool = False) -> ProbeState:
+        """Starts on a batch of prompts.
+
+        Args:
+            mask (`torch.Tensor` of shape `[batch, prompt_tokens]`): true for the tokens that count, for the whole
+                prompt even where it arrives in chunks.
+            past: number of leading columns that the LM will not run again, because a cache holds them.
+            output_attentions: keep the token weights of each layer. The prompt must then arrive in one chunk.
+
+        Raises:
+            ProbeError: a row has no token that counts, or one that counts lies before `past`.
+        """
+        mask = mask.bool()
+        check_rows(mask)
+        columns = mask.any(dim=0).nonzero()
+        start, stop = int(columns[0]), int(columns[-1]) + 1
+        if past > start:
+            raise ProbeError(
+                f"the cache already holds {past} tokens of the prompt, and this {self.config.probe_type} head must read "
+                f"the tokens from {start} on; its state for them was not kept. Pass the whole prompt without a cache"
+            )
+        return ProbeState(
+            mask=mask.to(self.device),
+            start=start,
+            stop=stop,
+            full=bool(mask[:, start:stop].all()),
+            output_attentions=output_attentions,
+            seen=dict.fromkeys(range(len(self.layer_indices)), past),
+        )
+
+    def step(self, state: ProbeState, layer: int, hidden: torch.Tensor) -> None:
+        """Takes in the states of one layer for the next chunk of the prompt.
+
+        Args:
+            state: from `init_state`.
+            layer: index of the state, 0 (embeddings) to L (after the final norm). Layers that the head does not read
+                are ignored.
+            hidden (`torch.Tensor` of shape `[batch, n, hidden_size]`): states of the next n prompt tokens.
+        """
+        slot = self._slots.get(layer)
+        if slot is None:
+            return
+        begin = state.seen[slot]
+        end = begin + hidden.shape[1]
+        if end > state.mask.shape[1]:
+            raise ProbeError(f"layer {layer} got {end} tokens of a prompt of {state.mask.shape[1]}")
+        state.seen[slot] = end
+        low, high = max(begin, state.start), min(end, state.stop)
+        slots = slice(slot, slot + 1)
+        if low < high:
+            x = self._normalize(hidden[None, :, low - begin : high - begin])  # [1, B, n, D]
+            mask = None if state.full else state.mask[:, low:high]
+            state.partial[slot] = self.token_stage.update(state.partial.get(slot), x, mask, slots)
+            if state.output_attentions:
+                if (low, high) != (state.start, state.stop):
+                    raise ProbeError("token weights need the prompt in one chunk; leave out prefill_chunk_size")
+                weights = self.token_stage.weights(x, mask, slots)[0]  # [B, n]
+                state.token_weights[slot] = F.pad(weights, (low, state.mask.shape[1] - high))
+        if low < high and high == state.stop:
+            # The layer has seen all that counts: its summary replaces what was kept of the tokens.
+            state.summaries[slot] = self.token_stage.result(state.partial.pop(slot), slots)[0]
+
+    def finish(self, state: ProbeState) -> ProbeOutput:
+        """Scores a prompt that every layer has seen in full.
+
+        Raises:
+            ProbeError: a layer has seen only a part of the prompt.
+        """
+        missing = [self.layer_indices[slot] for slot in range(len(self.layer_indices)) if slot not in state.summaries]
+        if missing:
+            slot = self._slots[missing[0]]
+            raise ProbeError(
+                f"layer {missing[0]} has seen {state.seen[slot]} of {state.mask.shape[1]} prompt tokens "
+                f"({len(missing)} layers are incomplete); a part of a prompt is not scored"
+            )
+        summaries = torch.stack([state.summaries[slot] for slot in range(len(self.layer_indices))])  # [S, B, D]
+        output = self._classify(summaries, None, state.output_attentions)
+        if state.output_attentions:
+            output.token_weights = torch.stack(
+                [state.token_weights[slot] for slot in range(len(self.layer_indices))], dim=1
+            )
+        return output
+
+    # Shared by both
+
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(device=self.device, dtype=torch.float32)
+        if self.config.normalize == "layernorm":
+            return F.layer_norm(x, x.shape[-1:])
+        if self.config.normalize == "rms":
+            return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        return x
+
+    def _classify(self, summaries: torch.Tensor, labels: torch.Tensor | None, output_attentions: bool) -> ProbeOutput:
+        if self.training and self.config.layer_dropout:
+            keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
+            summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
+        summaries = F.dropout(summaries, self.config.dropout, self.training)
+        items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
+        pooled = self.layer_stage(items)[0]  # [B, D]
+        logits = self.classifier(F.dropout(pooled, self.config.dropout, self.training))
+        output = ProbeOutput.from_logits(logits, self.config)
+        if labels is not None:
+            output.loss = probe_loss(logits, labels, self.config)
+        if output_attentions:
+            output.layer_weights = self.layer_stage.weights(items, None, slice(None))[0]  # [B, S]
+        return output

@@ -1,0 +1,76 @@
+"""Which tokens of a prompt a head reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import logging
+
+from .errors import ProbeError
+
+
+if TYPE_CHECKING:
+    from .configuration import ProbeConfig
+
+logger = logging.get_logger(__name__)
+
+
+def token_mask(
+    config: ProbeConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The tokens that count for a head.
+
+    With `token_scope="content"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
+    after its left padding. A row that begins otherwise - another system prompt, no template - is read whole, and that
+    is warned of once.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
+        attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
+
+    Returns:
+        `torch.BoolTensor` of shape `[batch, tokens]`.
+
+    Raises:
+        ProbeError: the scope needs ids that are not at hand.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ProbeError(
+            f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}; heads need to know the padding"
+        )
+    if input_ids is None and attention_mask is None:
+        raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if config.token_scope == "prompt" or not config.prefix_ids:
+        return mask
+    if input_ids is None:
+        raise ProbeError(
+            "token_scope='content' is found from input_ids, which are not here (inputs_embeds?); "
+            "pass probe_mask=[batch, tokens], true for the tokens that count, or attach a head with token_scope='prompt'"
+        )
+    prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
+    count, width = len(config.prefix_ids), input_ids.shape[1]
+    first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
+    positions = first + torch.arange(count, device=input_ids.device)  # [B, prefix]
+    begins = (input_ids.gather(1, positions.clamp_max(width - 1)) == prefix).all(dim=1, keepdim=True)
+    begins &= first + count <= width  # [B, 1]
+    if not bool(begins.all()):
+        logger.warning_once(
+            "A prompt does not begin with the constant prefix that a probe head was trained to leave out (another chat "
+            "template or system prompt, or raw text). The head reads all of its tokens; its scores may be less reliable."
+        )
+    columns = torch.arange(width, device=input_ids.device)
+    return mask & ~(begins & (columns >= first) & (columns < first + count))
+
+
+def check_rows(mask: torch.Tensor | None) -> None:
+    """Raises `ProbeError` where a row of a `[batch, tokens]` mask holds no token that counts."""
+    if mask is None:
+        return
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ProbeError(
+            f"rows {empty[:8]} hold no token that a head reads (only padding, or only the constant prefix): "
+            "an empty prompt cannot be scored"
+        )

@@ -1,0 +1,95 @@
+"""Tiny random models: every test runs on them, without a network and within seconds."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llama_probe import ProbeConfig, ProbeModel
+
+
+VOCAB, HIDDEN, LAYERS = 97, 32, 4
+
+
+def make_lm(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A random Llama of four layers, large enough weights to make its states differ."""
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+def make_probe(seed: int = 0, **changes) -> ProbeModel:
+    """A head of the tiny model's sizes with random weights, the ones that start at zero included."""
+    values = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "downcast": 4, "num_attention_heads": 2}
+    probe = ProbeModel(ProbeConfig(**{**values, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in probe.parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+    return probe.eval()
+
+
+def make_prompts(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
+    """Prompt ids without special tokens."""
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def lm() -> LlamaForCausalLM:
+    return make_lm()
+
+
+@pytest.fixture
+def prompts() -> torch.Tensor:
+    return make_prompts()
+
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<bos>system\nBe kind.<eos>\n{% endif %}"
+    "{% for message in messages %}<bos>{{ message['role'] }}\n{{ message['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 260 tokens with a chat template; with `adds_bos` it puts a BOS before raw text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory) -> Path:
+    """A tiny random chat model with its tokenizer, as a folder that transformers loads."""
+    folder = tmp_path_factory.mktemp("backbone") / "tiny-chat"
+    make_lm(vocab_size=260).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,88 @@
+"""ProbeConfig: defaults, round trips, and a message for each wrong value."""
+
+import json
+
+import pytest
+
+from llama_probe import ProbeConfig, ProbeError
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"probe_type": "lstm"}, "probe_type='lstm' is not known; allowed: gate, mha, pooling"),
+        ({"probe_type": None}, "probe_type=None"),
+        ({"pool": "median"}, "pool='median' is not allowed; allowed: mean, max"),
+        ({"normalize": True}, "normalize=True is not allowed; allowed: none, layernorm, rms"),
+        ({"token_scope": "everything"}, "token_scope='everything' is not allowed"),
+        ({"prompt_format": "xml"}, "prompt_format='xml' is not allowed; allowed: chat, raw"),
+        ({"problem_type": "ranking"}, "problem_type='ranking' is not allowed"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number from 1"),
+        ({"num_attention_heads": 2.0}, "num_attention_heads=2.0"),
+        ({"downcast": True}, "downcast=True"),
+        ({"hidden_size": -1}, "hidden_size=-1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ({"hidden_size": 30, "downcast": 4}, "downcast=4 must divide hidden_size=30"),
+        ({"hidden_size": 32, "downcast": 4, "num_attention_heads": 3}, "num_attention_heads=3 must divide"),
+        ({"dropout": 1.0}, "dropout=1.0 must be a number at least 0 and below 1"),
+        ({"layer_dropout": "half"}, "layer_dropout='half'"),
+        ({"temperature": 0}, "temperature=0 must be a number above 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"threshold": 1.5}, "threshold=1.5 must be a number from 0 to 1"),
+        ({"threshold": [0.1, 0.2]}, "needs a head with two labels"),
+        ({"threshold": 0.5, "num_labels": 3}, "needs a head with two labels"),
+        ({"threshold": [0.5], "num_labels": 3, "problem_type": "multi_label_classification"}, "1 values for 3 labels"),
+        ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels=3 but id2label names 2"),
+        ({"id2label": {0: "a", 2: "b"}}, "they must be 0 to 1"),
+        ({"id2label": {0: "a", 1: "a"}}, "each once"),
+        ({"id2label": {"zero": "a"}}, "indices"),
+        ({"id2label": ["a", "b"]}, "must be a dict"),
+        ({"layers": "some"}, "layers='some' must be 'all' or a list"),
+        ({"layers": []}, r"layers=\[\]"),
+        ({"layers": [0, 0]}, "different"),
+        ({"layers": [0, 5], "num_hidden_layers": 4}, "the states are 0 to 4"),
+        ({"prefix_ids": [1, "2"]}, "prefix_ids"),
+        ({"base_model_name_or_path": 7}, "base_model_name_or_path=7 must be text"),
+        ({"options": []}, "options"),
+    ],
+)
+def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
+    with pytest.raises(ProbeError, match=words):
+        ProbeConfig(**values)
+
+
+def test_labels_by_default():
+    config = ProbeConfig(num_labels=3)
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert ProbeConfig().num_labels == 2
+    assert ProbeConfig(id2label={"1": "yes", "0": "no"}).label2id == {"no": 0, "yes": 1}
+
+
+def test_json_round_trip():
+    config = ProbeConfig(
+        probe_type="gate", id2label={0: "né", 1: "oui"}, layers=[3, 1], prefix_ids=[1, 2], threshold=0.25, **SIZES
+    )
+    back, unknown = ProbeConfig.from_dict(json.loads(config.to_json_string()))
+    assert back == config and unknown == []
+    assert config.layer_indices == [1, 3]
+    assert ProbeConfig(probe_type="gate", **SIZES).layer_indices == [0, 1, 2, 3, 4]
+
+
+def test_unknown_keys_are_left_out_and_named():
+    config, unknown = ProbeConfig.from_dict({"num_labels": 4, "colour": "red"})
+    assert config.num_labels == 4 and unknown == ["colour"]
+
+
+def test_contradicting_labels():
+    with pytest.raises(ProbeError, match="contradict"):
+        ProbeConfig.from_dict({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}})
+
+
+def test_replace_checks_again():
+    config = ProbeConfig()
+    assert config.replace(pool="max").pool == "max" and config.pool == "mean"
+    with pytest.raises(ProbeError):
+        config.replace(pool="median")

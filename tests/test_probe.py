@@ -1,0 +1,280 @@
+"""A head: its size, its two ways in, its attention weights, and what it refuses."""
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
+
+
+KINDS = ("pooling", "gate", "mha")
+
+
+@st.composite
+def cases(draw):
+    """Heads of any kind and shape, states, a mask with padding on both sides and holes, and a way to cut the prompt."""
+    heads = draw(st.sampled_from([1, 2, 3]))
+    inner = heads * draw(st.integers(1, 3))
+    downcast = draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 5))
+    batch, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    picked = draw(st.one_of(st.just("all"), st.lists(st.integers(0, layers), min_size=1, unique=True)))
+    config = {
+        "probe_type": draw(st.sampled_from(KINDS)),
+        "pool": draw(st.sampled_from(["mean", "max"])),
+        "normalize": draw(st.sampled_from(["none", "layernorm", "rms"])),
+        "hidden_size": inner * downcast,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "downcast": downcast,
+        "num_labels": draw(st.integers(1, 4)),
+        "layers": picked,
+    }
+    mask = torch.zeros(batch, tokens, dtype=torch.bool)
+    for row in range(batch):
+        low = draw(st.integers(0, tokens - 1))
+        mask[row, low : draw(st.integers(low + 1, tokens))] = True
+    cuts = sorted(draw(st.sets(st.integers(1, tokens), max_size=3)) | {tokens})
+    return config, mask, cuts, draw(st.integers(0, 10_000))
+
+
+def states_for(config, mask, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*mask.shape, config["hidden_size"])
+    return tuple(torch.randn(shape, generator=generator) * 3**i for i in range(config["num_hidden_layers"] + 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_streamed_equals_whole(case):
+    config, mask, cuts, seed = case
+    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    state = probe.init_state(mask)
+    with torch.no_grad():
+        whole = probe(hidden_states=states, attention_mask=mask).logits
+        for low, high in zip([0, *cuts], cuts, strict=False):
+            for layer, hidden in enumerate(states):
+                probe.step(state, layer, hidden[:, low:high])
+        torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_padding_and_batching_change_nothing(case):
+    config, mask, _, seed = case
+    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    with torch.no_grad():
+        batched = probe(hidden_states=states, attention_mask=mask).logits
+        # what stands on masked positions must not matter
+        other = tuple(torch.where(mask.unsqueeze(-1), state, state * 7 + 3) for state in states)
+        torch.testing.assert_close(
+            probe(hidden_states=other, attention_mask=mask).logits, batched, atol=1e-5, rtol=1e-5
+        )
+        for row in range(len(mask)):
+            alone = tuple(state[row : row + 1, mask[row]] for state in states)
+            torch.testing.assert_close(probe(hidden_states=alone).logits[0], batched[row], atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_weights_are_distributions(case):
+    config, mask, _, seed = case
+    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    read = len(probe.layer_indices)
+    with torch.no_grad():
+        whole = probe(hidden_states=states, attention_mask=mask, output_attentions=True)
+        state = probe.init_state(mask, output_attentions=True)
+        for layer, hidden in enumerate(states):
+            probe.step(state, layer, hidden)
+        streamed = probe.finish(state)
+    assert whole.token_weights.shape == (len(mask), read, mask.shape[1])
+    assert whole.layer_weights.shape == (len(mask), read)
+    for output in (whole, streamed):
+        assert (output.token_weights >= 0).all() and (output.layer_weights >= 0).all()
+        torch.testing.assert_close(output.token_weights.sum(-1), torch.ones(len(mask), read), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.layer_weights.sum(-1), torch.ones(len(mask)), atol=1e-5, rtol=0)
+        assert not output.token_weights.transpose(1, 2)[~mask].any()
+    torch.testing.assert_close(streamed.token_weights, whole.token_weights, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(streamed.layer_weights, whole.layer_weights, atol=1e-5, rtol=1e-5)
+
+
+def expected_size(kind, layers, hidden, downcast, labels):
+    aggregators = {
+        "pooling": 0,
+        "gate": (layers + 2) * hidden,
+        "mha": (layers + 2) * 4 * hidden * (hidden // downcast),
+    }
+    return aggregators[kind] + hidden * labels + labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers, hidden, downcast, labels", [(4, 32, 4, 2), (1, 24, 8, 3), (30, 576, 32, 6)])
+def test_parameter_counts_follow_the_paper(kind, layers, hidden, downcast, labels):
+    config = ProbeConfig(
+        probe_type=kind,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        downcast=downcast,
+        num_attention_heads=1,
+        num_labels=labels,
+    )
+    probe = ProbeModel(config)
+    assert probe.num_parameters() == expected_size(kind, layers, hidden, downcast, labels)
+    slots = {tensor.shape[0] for name, tensor in probe.token_stage.named_parameters()}
+    assert slots <= {layers + 1}, "the token stage stacks its layers in one tensor"
+
+
+class TestAgainstThePaper:
+    """Each kind beside a slow transcription of its definition, one row and one layer at a time."""
+
+    hidden = 8
+
+    def setup_method(self):
+        torch.manual_seed(0)
+        self.states = [torch.randn(1, 5, self.hidden) for _ in range(3)]
+
+    def score(self, probe, aggregate):
+        token, layer = probe.token_stage, probe.layer_stage
+        summaries = torch.stack([aggregate(token, slot, x[0]) for slot, x in enumerate(self.states)])
+        return probe.classifier(aggregate(layer, 0, summaries))
+
+    def check(self, aggregate, **config):
+        probe = make_probe(hidden_size=self.hidden, num_hidden_layers=2, normalize="none", **config)
+        found = probe(hidden_states=self.states).logits[0]
+        torch.testing.assert_close(found, self.score(probe, aggregate), atol=1e-5, rtol=1e-5)
+
+    def test_pooling(self):
+        self.check(lambda module, slot, x: x.mean(0), probe_type="pooling")
+        self.check(lambda module, slot, x: x.max(0).values, probe_type="pooling", pool="max")
+
+    def test_gate(self):
+        def gate(module, slot, x):
+            scores = torch.stack([torch.tanh(module.weight[slot] @ item) for item in x])
+            return sum(weight * item for weight, item in zip(scores.softmax(0), x, strict=True))
+
+        self.check(gate, probe_type="gate")
+
+    @pytest.mark.parametrize("pool", ["mean", "max"])
+    def test_mha(self, pool):
+        def mha(module, slot, x):
+            query, key, value = (x @ module.qkv[slot].T).chunk(3, dim=-1)
+            width = query.shape[-1] // 2
+            mixed = []
+            for head in range(2):
+                part = slice(head * width, (head + 1) * width)
+                attention = (query[:, part] @ key[:, part].T / width**0.5).softmax(-1)
+                mixed.append(attention @ value[:, part])
+            out = torch.cat(mixed, -1) @ module.out[slot].T
+            return out.mean(0) if pool == "mean" else out.max(0).values
+
+        self.check(mha, probe_type="mha", pool=pool, downcast=2, num_attention_heads=2)
+
+
+def test_an_untrained_gate_is_mean_pooling():
+    torch.manual_seed(0)
+    states = [torch.randn(2, 6, HIDDEN) for _ in range(LAYERS + 1)]
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    gate, pooling = (ProbeModel(ProbeConfig(probe_type=kind, **sizes)).eval() for kind in ("gate", "pooling"))
+    gate.classifier.load_state_dict(pooling.classifier.state_dict())
+    torch.testing.assert_close(gate(hidden_states=states).logits, pooling(hidden_states=states).logits)
+
+
+def test_states_in_any_form_and_dtype():
+    probe = make_probe()
+    states = tuple(torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1))
+    expected = probe(hidden_states=states).logits
+    torch.testing.assert_close(probe(hidden_states=torch.stack(states, dim=1)).logits, expected)
+    half = probe(hidden_states=[state.bfloat16() for state in states]).logits
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, atol=0.05, rtol=0.05)
+
+
+def test_a_head_stays_fp32_and_moves_on_its_own():
+    probe = make_probe()
+    before = {name: tensor.clone() for name, tensor in probe.state_dict().items()}
+    for cast in (probe.half, probe.bfloat16, lambda: probe.to(torch.float16), probe.double):
+        cast()
+    for name, tensor in probe.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+    assert probe.to("meta").device.type == "meta"
+
+
+def test_the_backbone_is_frozen_and_outside_the_module_tree():
+    lm = make_lm()
+    probe = ProbeModel(ProbeConfig(downcast=4), backbone=lm)
+    assert probe.config.hidden_size == HIDDEN and probe.config.num_hidden_layers == LAYERS
+    assert not any("backbone" in name for name in probe.state_dict())
+    assert all(parameter.requires_grad for parameter in probe.parameters())
+    assert not any(parameter.requires_grad for parameter in lm.parameters())
+    probe.train()
+    assert not lm.training
+
+
+def test_ids_and_states_give_the_same(prompts):
+    lm = make_lm()
+    probe = ProbeModel(ProbeConfig(downcast=4, layers=[0, 2, 4]), backbone=lm).eval()
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    states = lm(prompts, attention_mask=mask, output_hidden_states=True).hidden_states
+    by_ids = probe(input_ids=prompts, attention_mask=mask, labels=torch.tensor([0, 1, 1]))
+    by_states = probe(hidden_states=states, attention_mask=mask, labels=torch.tensor([0, 1, 1]))
+    torch.testing.assert_close(by_ids.logits, by_states.logits)
+    torch.testing.assert_close(by_ids.loss, by_states.loss)
+
+
+def test_dropouts_act_in_training_only():
+    probe = make_probe(dropout=0.5, layer_dropout=0.5)
+    states = [torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1)]
+    assert torch.equal(probe(hidden_states=states).logits, probe(hidden_states=states).logits)
+    probe.train()
+    assert not torch.equal(probe(hidden_states=states).logits, probe(hidden_states=states).logits)
+
+
+class TestRefusals:
+    states = [torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1)]
+
+    @pytest.mark.parametrize(
+        "inputs, words",
+        [
+            ({}, "either input_ids"),
+            ({"input_ids": make_prompts()}, "backbone"),
+            ({"hidden_states": states[:-1]}, "this head needs 5"),
+            ({"hidden_states": torch.randn(2, 4, 5, HIDDEN)}, r"must be \[batch, 5, tokens, 32\]"),
+            ({"hidden_states": [state[..., :-1] for state in states]}, "32"),
+            ({"hidden_states": states, "attention_mask": torch.ones(2, 4)}, "attention_mask has the shape"),
+            ({"hidden_states": states, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}, r"rows \[1\]"),
+        ],
+    )
+    def test_wrong_inputs(self, inputs, words):
+        with pytest.raises(ProbeError, match=words):
+            make_probe()(**inputs)
+
+    def test_sizes_are_needed(self):
+        with pytest.raises(ProbeError, match="hidden_size and num_hidden_layers"):
+            ProbeModel(ProbeConfig())
+
+    def test_another_backbone(self):
+        with pytest.raises(ProbeError, match="hidden_size=64 in the head's config, but this backbone has 32"):
+            ProbeModel(ProbeConfig(hidden_size=64), backbone=make_lm())
+
+    def test_a_part_of_a_prompt(self):
+        probe = make_probe()
+        state = probe.init_state(torch.ones(2, 5))
+        for layer, hidden in enumerate(self.states):
+            probe.step(state, layer, hidden[:, :4] if layer == 2 else hidden)
+        with pytest.raises(ProbeError, match="layer 2 has seen 4 of 5 prompt tokens"):
+            probe.finish(state)
+
+    def test_more_than_the_prompt(self):
+        probe = make_probe()
+        state = probe.init_state(torch.ones(2, 4))
+        with pytest.raises(ProbeError, match="layer 0 got 5 tokens of a prompt of 4"):
+            probe.step(state, 0, self.states[0])
+
+    def test_weights_of_a_chunked_prompt(self):
+        probe = make_probe()
+        state = probe.init_state(torch.ones(2, 5), output_attentions=True)
+        with pytest.raises(ProbeError, match="one chunk"):
+            probe.step(state, 0, self.states[0][:, :3])
