@@ -1,0 +1,166 @@
+"""A head folder on disk: `probe_config.json` and `probe_model.safetensors`, written atomically and read with distrust."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from .configuration import ProbeConfig
+from .errors import ProbeError
+from .probe import ProbeModel
+
+
+logger = logging.get_logger(__name__)
+
+CONFIG_NAME = "probe_config.json"
+WEIGHTS_NAME = "probe_model.safetensors"
+
+MAX_CONFIG_BYTES = 4 * 2**20
+
+
+def is_head_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a head."""
+    return (Path(folder) / CONFIG_NAME).is_file()
+
+
+def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
+    """Writes a head, and nothing of its backbone, into a folder.
+
+    Both files are written under temporary names and then renamed, so that a reader never sees half of one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ProbeError: `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ProbeError(f"{folder} is a file; give a folder to save the head in")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = probe.config.replace(llama_probe_version=package_version(), transformers_version=transformers.__version__)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
+    write_atomically(
+        {
+            folder / WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            folder / CONFIG_NAME: lambda path: path.write_text(config.to_json_string(), encoding="utf-8"),
+        }
+    )
+    return folder
+
+
+def read_config(folder: str | os.PathLike) -> ProbeConfig:
+    """Reads and checks the config of a head folder; keys of other versions are left out with a warning.
+
+    Raises:
+        ProbeError: the file is missing, too large, no JSON object, or holds a value that is not allowed.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        found = sorted(item.name for item in Path(folder).iterdir()) if Path(folder).is_dir() else []
+        raise ProbeError(
+            f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'})"
+        )
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ProbeError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes and is not read")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ProbeError(f"{path} is not valid JSON: {error}") from None
+    try:
+        config, unknown = ProbeConfig.from_dict(values)
+    except ProbeError as error:
+        raise ProbeError(f"{path}: {error}") from None
+    if unknown:
+        logger.warning(f"{path}: unknown keys are left out (written by another version?): {', '.join(unknown[:8])}")
+    return config
+
+
+def read_head(folder: str | os.PathLike, backbone: torch.nn.Module | None = None) -> ProbeModel:
+    """Reads a head folder into a `ProbeModel` on the CPU, in eval mode.
+
+    The names, shapes and dtypes that the safetensors header declares are compared with those that the config asks for
+    before any tensor is read.
+
+    Raises:
+        ProbeError: a file is missing or damaged, or a tensor is missing, unexpected, or of a wrong shape or dtype.
+    """
+    config = read_config(folder)
+    if config.hidden_size is None or config.num_hidden_layers is None:
+        raise ProbeError(
+            f"{Path(folder) / CONFIG_NAME} lacks hidden_size or num_hidden_layers: the head cannot be rebuilt"
+        )
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        raise ProbeError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
+    try:
+        with torch.device("meta"):
+            skeleton = ProbeModel(config)
+        expected = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise ProbeError(f"{Path(folder) / CONFIG_NAME} describes a head that cannot be built: {error}") from None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            _check_header(path, file, expected)
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, ProbeError):
+            raise
+        raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
+    probe = ProbeModel(config, backbone=backbone)
+    probe.load_state_dict(tensors, strict=True)
+    return probe.eval()
+
+
+def _check_header(path: Path, file, expected: dict[str, list[int]]) -> None:
+    found = set(file.keys())
+    missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
+    if missing or unexpected:
+        raise ProbeError(
+            f"{path} does not hold the tensors that its config asks for: "
+            f"missing {missing[:4] or 'none'}, unexpected {unexpected[:4] or 'none'}"
+        )
+    for name, shape in expected.items():
+        declared = file.get_slice(name)
+        if list(declared.get_shape()) != shape:
+            raise ProbeError(f"{path}: {name} has the shape {declared.get_shape()}, its config asks for {shape}")
+        if declared.get_dtype() != "F32":
+            raise ProbeError(f"{path}: {name} is {declared.get_dtype()}; heads are stored as F32")
+
+
+def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """Calls each writer with a temporary path beside its target, then renames all; on an error no target changes."""
+    written: list[tuple[Path, Path]] = []
+    try:
+        for target, write in writers.items():
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+            os.close(handle)
+            written.append((Path(name), target))
+            write(Path(name))
+            # mkstemp makes files for the owner alone; a head folder is as readable as any other file of the user.
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(name).chmod(0o666 & ~mask)
+        for temporary, target in written:
+            temporary.replace(target)
+    finally:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+
+
+def package_version() -> str:
+    """Version of the installed package; `"unknown"` where it is used without being installed."""
+    try:
+        return version("llama_probe")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,158 @@
+"""Head folders: bit-exact round trips, atomic writes, and a clear refusal of everything damaged or hostile."""
+
+import json
+import struct
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, make_probe
+from safetensors.torch import load_file, save_file
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_head, save_head
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_head(make_probe(id2label={0: "no", 1: "yes"}, threshold=0.3, temperature=1.5), tmp_path / "head")
+
+
+def change_config(folder, **changes):
+    path = folder / CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / WEIGHTS_NAME)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
+def test_round_trip_is_bit_exact(tmp_path, kind):
+    probe = make_probe(probe_type=kind, num_labels=3, layers=[0, 2, 4], prefix_ids=[5, 6], token_scope="content")
+    back = read_head(save_head(probe, tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert back.state_dict().keys() == probe.state_dict().keys()
+    for name, tensor in probe.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)
+    assert back.config.replace(llama_probe_version=None, transformers_version=None) == probe.config
+    assert back.config.transformers_version is not None
+
+
+def test_saving_twice_gives_the_same_bytes(folder, tmp_path):
+    again = save_head(read_head(folder), tmp_path / "again")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_failed_write_changes_nothing(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def broken(self):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ProbeConfig, "to_json_string", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_head(make_probe(seed=1), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_file_is_no_folder(folder):
+    with pytest.raises(ProbeError, match="is a file"):
+        save_head(make_probe(), folder / CONFIG_NAME)
+
+
+def test_unknown_keys_are_reported_and_left_out(folder, caplog):
+    change_config(folder, colour="red")
+    assert read_config(folder).num_labels == 2
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1, 2]", "must be a JSON object"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"probe_type": "pickle"}', "probe_type='pickle' is not known; allowed: gate, mha, pooling"),
+        (b'{"hidden_size": 1e400}', "hidden_size"),
+        (b'{"num_hidden_layers": 99999999999}', "num_hidden_layers"),
+        (b'{"probe_type": "gate"}', "lacks hidden_size or num_hidden_layers"),
+        (b" " * (5 * 2**20), "larger than"),
+    ],
+)
+def test_hostile_configs(folder, content, words):
+    (folder / CONFIG_NAME).write_bytes(content)
+    with pytest.raises(ProbeError, match=words):
+        read_head(folder)
+
+
+def test_a_config_too_large_to_build(folder):
+    change_config(folder, hidden_size=2**20, num_hidden_layers=2**20, downcast=1, num_attention_heads=1)
+    with pytest.raises(ProbeError, match=r"has the shape|cannot be built"):
+        read_head(folder)
+
+
+def _huge_header(path):
+    header = json.dumps(
+        {"classifier.bias": {"dtype": "F32", "shape": [75_000_000], "data_offsets": [0, 300_000_000]}}
+    ).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(path.read_bytes()[:40]),
+        lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+        lambda path: path.write_bytes(b"\x80\x04\x95" + b"cos\nsystem\n" * 10),
+        _huge_header,
+    ],
+    ids=["empty", "truncated", "cut header", "endless header", "a pickle", "300 MB declared"],
+)
+def test_damaged_weights(folder, damage):
+    damage(folder / WEIGHTS_NAME)
+    with pytest.raises(ProbeError, match="is damaged or not a safetensors file"):
+        read_head(folder)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda tensors: tensors.pop("classifier.bias"), r"missing \['classifier.bias'\]"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), r"unexpected \['extra'\]"),
+        (lambda tensors: tensors.update({"classifier.bias": torch.zeros(3)}), r"classifier.bias has the shape \[3\]"),
+        (lambda tensors: tensors.update({"classifier.bias": torch.zeros(2).half()}), "classifier.bias is F16"),
+        (lambda tensors: tensors.update({"classifier.bias": torch.zeros(2).long()}), "classifier.bias is I64"),
+    ],
+)
+def test_wrong_tensors(folder, change, words):
+    change_weights(folder, change)
+    with pytest.raises(ProbeError, match=words):
+        read_head(folder)
+
+
+def test_weights_of_another_kind(folder, tmp_path):
+    other = save_head(make_probe(probe_type="gate"), tmp_path / "gate")
+    (folder / WEIGHTS_NAME).write_bytes((other / WEIGHTS_NAME).read_bytes())
+    with pytest.raises(ProbeError, match="does not hold the tensors that its config asks for"):
+        read_head(folder)
+
+
+def test_missing_files(folder, tmp_path):
+    (folder / WEIGHTS_NAME).unlink()
+    (folder / "probe_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ProbeError, match="only safetensors are read"):
+        read_head(folder)
+    with pytest.raises(ProbeError, match="is not a head folder"):
+        read_head(tmp_path)
+
+
+def test_sizes_are_kept(folder):
+    config = read_config(folder)
+    assert (config.hidden_size, config.num_hidden_layers) == (HIDDEN, LAYERS)
+    assert config.id2label == {0: "no", 1: "yes"} and config.threshold == 0.3
