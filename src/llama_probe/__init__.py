@@ -1,0 +1,29 @@
+"""Probe heads on frozen language models: a label and a text from the same forward pass.
+
+Importing the package teaches `transformers.AutoModel.from_pretrained` and `AutoModelForCausalLM.from_pretrained` the
+argument `probe=`; calls without it are not changed.
+"""
+
+from . import auto
+from .configuration import ProbeConfig
+from .decision import ProbeOutput
+from .errors import ProbeError
+from .files import package_version
+from .modeling import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbedGenerationMixin
+from .probe import ProbeModel
+
+
+__version__ = package_version()
+
+__all__ = [
+    "AutoModelForProbedGeneration",
+    "LlamaForProbedGeneration",
+    "ProbeConfig",
+    "ProbeError",
+    "ProbeModel",
+    "ProbeOutput",
+    "ProbedGenerationMixin",
+    "__version__",
+]
+
+auto.install()

@@ -1,0 +1,253 @@
+"""The probed classes: forward, classify, saving the backbone, PEFT, offloading, other families."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, make_lm, make_probe
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeOutput
+from llama_probe.files import save_head
+
+
+@pytest.fixture
+def model():
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    model.add_probe("a", make_probe(id2label={0: "no", 1: "yes"}))
+    model.add_probe("b", make_probe(seed=1, probe_type="gate", num_labels=3))
+    return model
+
+
+def whole(probe, ids, mask=None, lm=None):
+    with torch.no_grad():
+        states = (lm or make_lm())(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return probe(hidden_states=states, attention_mask=mask).logits
+
+
+class TestForward:
+    def test_equals_the_plain_output_and_adds_logits(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        mask[0, :3] = 0
+        plain = make_lm()(prompts, attention_mask=mask, labels=prompts)
+        out = model(prompts, attention_mask=mask, labels=prompts)
+        assert torch.equal(out.logits, plain.logits) and torch.equal(out.loss, plain.loss)
+        for name in ("a", "b"):
+            torch.testing.assert_close(out.probe_logits[name], whole(model.probes[name], prompts, mask))
+        assert out.probe_labels["a"] == model.classify(prompts, mask)["a"].labels
+
+    def test_positional_arguments_and_tuples(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        out = model(prompts, mask, return_dict=False)
+        assert torch.equal(out[0], make_lm()(prompts, mask).logits)
+        torch.testing.assert_close(out[-1]["a"], whole(model.probes["a"], prompts))
+
+    def test_a_later_step_of_an_own_loop_is_not_scored(self, model, prompts):
+        first = model(prompts, use_cache=True)
+        assert first.probe_logits is not None
+        second = model(prompts[:, :1], cache=first.cache)
+        assert second.probe_logits is None and second.probe_labels is None
+
+    def test_without_heads_it_is_the_plain_output(self, model, prompts):
+        model.set_active_probes([])
+        assert type(model(prompts)) is type(make_lm()(prompts))
+
+    def test_the_backbone_can_still_be_trained(self, model, prompts):
+        out = model(prompts, labels=prompts)
+        out.loss.backward()
+        assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+        assert all(parameter.grad is None for parameter in model.probes.parameters())
+
+
+class TestClassify:
+    def test_equals_generate_and_skips_the_lm_head(self, model, prompts):
+        calls = []
+        model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
+        found = model.classify(prompts)
+        assert not calls
+        generated = model.generate(prompts, max_new_tokens=1)
+        for name, output in found.items():
+            assert isinstance(output, ProbeOutput)
+            torch.testing.assert_close(output.logits, generated.probe_logits[name])
+            assert output.labels == generated.probe_labels[name]
+
+    def test_weights_on_request(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        mask[1, -2:] = 0
+        out = model.classify(prompts, attention_mask=mask, output_attentions=True)["a"]
+        assert out.token_weights.shape == (len(prompts), LAYERS + 1, prompts.shape[1])
+        assert out.layer_weights.shape == (len(prompts), LAYERS + 1)
+        assert not out.token_weights[1, :, -2:].any()
+
+    def test_needs_a_head(self, model, prompts):
+        model.set_active_probes([])
+        with pytest.raises(ProbeError, match="no head is active"):
+            model.classify(prompts)
+
+
+class TestSavingTheBackbone:
+    def test_writes_what_the_plain_class_writes(self, model, tmp_path):
+        make_lm().save_pretrained(tmp_path / "plain")
+        model.save_pretrained(tmp_path / "probed")
+        files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+        assert sorted(path.name for path in (tmp_path / "probed").iterdir()) == files
+        for name in files:
+            assert (tmp_path / "probed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+        assert json.loads((tmp_path / "probed" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        assert type(model) is LlamaForProbedGeneration and set(model.probes) == {"a", "b"}
+
+    def test_loads_as_any_class(self, model, prompts, tmp_path):
+        model.save_pretrained(tmp_path)
+        plain = LlamaForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(plain(prompts).logits, make_lm()(prompts).logits)
+        save_head(model.probes["a"], tmp_path / "head")
+        loaded, info = LlamaForProbedGeneration.from_pretrained(
+            tmp_path, probe=tmp_path / "head", output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        torch.testing.assert_close(loaded(prompts).probe_logits["head"], model(prompts).probe_logits["a"])
+
+
+class TestConversion:
+    def test_is_in_place_and_keeps_the_weights(self, lm):
+        weight = lm.lm_head.weight
+        model = LlamaForProbedGeneration.from_causal_lm(lm)
+        assert model is lm and model.lm_head.weight is weight and model.loss_type == "ForCausalLM"
+
+    def test_a_head_that_does_not_fit_leaves_the_model_alone(self, lm):
+        heads = {"good": make_probe(), "bad": make_probe(num_hidden_layers=7)}
+        with pytest.raises(ProbeError, match="num_hidden_layers=7 in the head's config, but this backbone has 4"):
+            LlamaForProbedGeneration.from_causal_lm(lm, heads)
+        assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
+
+    def test_a_head_is_read_before_the_backbone(self, tmp_path):
+        with pytest.raises(ProbeError, match="neither a folder nor a bundled head"):
+            LlamaForProbedGeneration.from_pretrained(tmp_path / "no such model", probe="no-such-head")
+
+    def test_another_class(self):
+        other = MistralForCausalLM(
+            MistralConfig(
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                vocab_size=9,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        )
+        with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
+            LlamaForProbedGeneration.from_causal_lm(other)
+
+    def test_no_language_model(self):
+        with pytest.raises(ProbeError, match="no causal LM"):
+            AutoModelForProbedGeneration.from_causal_lm(make_lm().model)
+
+
+TINY = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": 97,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**TINY, num_key_value_heads=2)), "MistralForProbedGeneration"),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, num_key_value_heads=2, head_dim=8)), "Qwen3ForProbedGeneration"),
+        (
+            lambda: GPT2LMHeadModel(GPT2Config(n_embd=HIDDEN, n_layer=LAYERS, n_head=4, vocab_size=97)),
+            "GPT2ForProbedGeneration",
+        ),
+    ],
+)
+def test_other_families(make, name, prompts):
+    torch.manual_seed(0)
+    lm = make().eval()
+    expected = whole(make_probe(), prompts, lm=lm)
+    tokens = lm.generate(prompts, max_new_tokens=3, pad_token_id=0)
+    model = AutoModelForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+    assert type(model).__name__ == name
+    out = model.generate(prompts, max_new_tokens=3, pad_token_id=0)
+    assert torch.equal(out.sequences, tokens)
+    torch.testing.assert_close(out.probe_logits["a"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(prompts).probe_logits["a"], expected, atol=1e-5, rtol=0)
+
+
+def test_a_bf16_backbone_keeps_fp32_heads(model, prompts):
+    before = model.probes["a"].classifier.weight.clone()
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.probes["a"].classifier.weight, before)
+    logits = model.generate(prompts, max_new_tokens=2).probe_logits["a"]
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, whole(model.probes["a"], prompts, lm=make_lm().bfloat16()), atol=1e-5, rtol=0)
+
+
+def test_lora_inside_and_around(prompts):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules="all-linear", exclude_modules=r".*probes.*|lm_head", init_lora_weights=False)
+
+    def adapt(model):
+        torch.manual_seed(3)
+        return get_peft_model(model, lora)
+
+    adapted = adapt(make_lm())
+    expected = whole(make_probe(), prompts, lm=adapted)
+    assert not torch.allclose(expected, whole(make_probe(), prompts))
+    around = adapt(LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()}))
+    torch.testing.assert_close(around.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
+    inside = AutoModelForProbedGeneration.from_causal_lm(adapted, {"a": make_probe()})
+    assert type(inside) is LlamaForProbedGeneration
+    torch.testing.assert_close(inside.generate(prompts, max_new_tokens=2).probe_logits["a"], expected)
+    torch.testing.assert_close(adapted.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
+
+
+def test_offloaded_layers(prompts, tmp_path):
+    make_lm().save_pretrained(tmp_path / "lm")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
+    device_map |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
+    save_head(make_probe(), tmp_path / "head")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=tmp_path / "head"
+    )
+    out = model.generate(prompts, max_new_tokens=3)
+    assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=3))
+    torch.testing.assert_close(out.probe_logits["head"], whole(make_probe(), prompts))
+
+
+def test_decoding_steps_compile_as_the_plain_model_does(prompts):
+    """The pass after the prompt gets `probe_session=False` and must not break the graph."""
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    explained = torch._dynamo.explain(lambda ids: model(ids, probe_session=False, use_cache=False).logits)(prompts)
+    assert explained.graph_break_count == 0
+
+
+def test_pickles_and_copies(model, prompts, tmp_path):
+    import copy
+
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(prompts).probe_logits["a"], model(prompts).probe_logits["a"])
+
+
+def test_the_import_is_light():
+    """Serving needs neither the training nor the plotting stack."""
+    code = (
+        "import sys, llama_probe; heavy = {'datasets', 'evaluate', 'sklearn', 'peft', 'matplotlib', 'typer'}"
+        " & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
