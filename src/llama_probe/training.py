@@ -1,0 +1,135 @@
+"""Training of a head with the stock `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from .configuration import ProbeConfig
+from .decision import ProbeOutput, probe_loss
+from .errors import ProbeError
+from .features import ProbeCollator
+from .metrics import compute_metrics, default_metric
+from .probe import ProbeModel
+
+
+@dataclass
+class ProbeLoss:
+    """The Trainer's `compute_loss_func=` for heads: cross-entropy with class weights, label smoothing or focal weights.
+
+    Args:
+        config: of the head.
+        class_weights: one weight a label (multi-label: of its positives), or `"balanced"` is resolved by
+            `balanced_weights`; `None` for none.
+        label_smoothing: 0 to below 1.
+        focal_gamma: 0 for none.
+    """
+
+    config: ProbeConfig
+    class_weights: Sequence[float] | None = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+
+    def __post_init__(self):
+        if self.class_weights is not None and len(self.class_weights) != self.config.num_labels:
+            raise ProbeError(f"class_weights has {len(self.class_weights)} values for {self.config.num_labels} labels")
+        if not 0 <= self.label_smoothing < 1:
+            raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+        if self.focal_gamma < 0:
+            raise ProbeError(f"focal_gamma={self.focal_gamma} must be at least 0")
+
+    def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Mean loss over the rows of all accumulated batches, which the Trainer counts in `num_items_in_batch` labels."""
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights)
+        total = probe_loss(
+            outputs.logits, labels, self.config, weights, self.label_smoothing, self.focal_gamma, reduction="sum"
+        )
+        rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
+        return total / rows
+
+
+def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
+    """Weights that let every class count alike, with mean 1 over the rows; for multi-label heads negatives / positives."""
+    if config.problem_type == "multi_label_classification":
+        positives = labels.sum(axis=0)
+        return ((len(labels) - positives) / np.maximum(positives, 1)).tolist()
+    if config.problem_type == "regression":
+        raise ProbeError("class weights have no meaning for regression")
+    counts = np.bincount(labels, minlength=config.num_labels)
+    return (len(labels) / (config.num_labels * np.maximum(counts, 1))).tolist()
+
+
+def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) -> TrainingArguments:
+    """`TrainingArguments` that suit heads: cosine schedule, rows grouped by length, the best epoch kept.
+
+    Args:
+        output_dir: for checkpoints, which hold only the head.
+        metric: the validation metric to choose by; larger is better.
+        changes: any other argument of `TrainingArguments`.
+    """
+    values = {
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 32,
+        "num_train_epochs": 8,
+        "learning_rate": 3e-4,
+        "weight_decay": 0.05,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,  # below 1: a share of all steps
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "greater_is_better": True,
+        "train_sampling_strategy": "group_by_length",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_strategy": "epoch",
+        "report_to": [],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(output_dir=str(output_dir), **{**values, **changes})
+
+
+def create_trainer(
+    probe: ProbeModel,
+    args: TrainingArguments,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None = None,
+    loss: ProbeLoss | None = None,
+    patience: int | None = None,
+    **kwargs,
+) -> Trainer:
+    """A stock `Trainer` for a head.
+
+    Args:
+        probe: the head; with a backbone where the rows are token ids, without where they are cached states.
+        args: see `training_arguments`.
+        train_dataset, eval_dataset: a `PromptDataset` or a `StateDataset`.
+        loss: plain cross-entropy where left out.
+        patience: stop after so many evaluations without a better metric.
+        kwargs: further arguments of `Trainer`.
+    """
+    callbacks = [*kwargs.pop("callbacks", [])]
+    if patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
+    return Trainer(
+        model=probe,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=ProbeCollator(),
+        compute_loss_func=loss or ProbeLoss(probe.config),
+        compute_metrics=compute_metrics(probe.config),
+        callbacks=callbacks,
+        **kwargs,
+    )
+
+
+__all__ = ["ProbeLoss", "balanced_weights", "create_trainer", "default_metric", "training_arguments"]
