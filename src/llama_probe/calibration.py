@@ -27,7 +27,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeCon
         return loss
 
     optimizer.step(closure)
-    return float(log_temperature.exp().clamp(0.05, 20.0))
+    return float(log_temperature.detach().exp().clamp(0.05, 20.0))
 
 
 def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:

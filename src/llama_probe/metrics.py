@@ -14,6 +14,16 @@ from .configuration import ProbeConfig
 from .decision import predictions, probabilities
 
 
+_CLASS_METRICS = ("accuracy", "f1", "precision", "recall", "auprc", "auroc")
+
+# What a head can be chosen by, for each problem type: larger is better.
+METRICS = {
+    "single_label_classification": _CLASS_METRICS,
+    "multi_label_classification": _CLASS_METRICS,
+    "regression": ("r2",),
+}
+
+
 class ProbeMetric(evaluate.Metric):
     """Accuracy, F1, precision, recall, AUPRC (average precision) and AUROC from probabilities.
 
@@ -42,8 +52,11 @@ class ProbeMetric(evaluate.Metric):
         return score(np.asarray(predictions), np.asarray(references), self.probe_config)
 
 
-def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, float]:
-    """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`."""
+def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
+    """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`.
+
+    AUPRC and AUROC are `None` where no label both occurs and does not.
+    """
     if config.problem_type == "regression":
         return {
             "mse": float(sk.mean_squared_error(labels, probs)),
@@ -63,7 +76,6 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
         truth, predicted, average=average, zero_division=0.0, **names
     )
     occurring = [c for c in columns if 0 < one_hot[:, c].sum() < len(one_hot)]
-    nan = float("nan")
     return {
         "accuracy": float(sk.accuracy_score(truth, predicted)),
         "f1": float(f1),
@@ -71,10 +83,10 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
         "recall": float(recall),
         "auprc": float(np.mean([sk.average_precision_score(one_hot[:, c], probs[:, c]) for c in occurring]))
         if occurring
-        else nan,
+        else None,
         "auroc": float(np.mean([sk.roc_auc_score(one_hot[:, c], probs[:, c]) for c in occurring]))
         if occurring
-        else nan,
+        else None,
     }
 
 

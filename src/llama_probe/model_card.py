@@ -154,7 +154,10 @@ def _result_table(results: dict[str, Any], split: str) -> str:
     metrics = list(_measured(summary))
     lines = [f"| rows | number | {' | '.join(metrics)} |", f"|---|---:|{'---:|' * len(metrics)}"]
     for title, part, single in groups:
-        cells = [f"{single[m]:.3f} ({part[m]['mean']:.3f} ± {part[m]['std']:.3f})" for m in metrics]
+        cells = [
+            "-" if part[m] is None else f"{single[m]:.3f} ({part[m]['mean']:.3f} ± {part[m]['std']:.3f})"
+            for m in metrics
+        ]
         lines.append(f"| {title} | {part['rows']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

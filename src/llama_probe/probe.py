@@ -94,8 +94,8 @@ class ProbeModel(nn.Module):
         """Device of the head's parameters."""
         return self.classifier.weight.device
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters of the head, without the backbone's."""
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     # Whole tensors

@@ -28,7 +28,7 @@ from .errors import ProbeError
 from .evaluation import predict_logits, report
 from .features import PromptDataset, StateCache
 from .files import package_version, save_head, write_atomically
-from .metrics import default_metric
+from .metrics import METRICS, default_metric
 from .model_card import CardFacts, write_card
 from .probe import ProbeModel
 from .prompts import PromptFormat
@@ -148,6 +148,13 @@ class TrainingRun:
         """
         parts = self.data.read(self.seeds[0])
         config = self._config(parts["train"])
+        metric = self.recipe.metric or default_metric(config)
+        if metric not in METRICS[config.problem_type]:
+            raise ProbeError(
+                f"metric={metric!r} cannot choose a {config.problem_type} head; allowed: "
+                f"{', '.join(METRICS[config.problem_type])}"
+            )
+        loss = self._loss(config, parts["train"])
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
         config = find_decoder(lm).match(config.replace(**prompts.config_fields()))
@@ -161,8 +168,7 @@ class TrainingRun:
             ids = prompts.encode(rows.texts)
             datasets[name] = cache.dataset(lm, config, ids, rows.labels) if cache else PromptDataset(ids, rows.labels)
         backbone = None if cache else lm
-        metric = self.recipe.metric or default_metric(config)
-        runs = [self._train(seed, config, backbone, parts, datasets, metric, checkpoints) for seed in self.seeds]
+        runs = [self._train(seed, config, backbone, parts, datasets, loss, metric, checkpoints) for seed in self.seeds]
         best = max(runs, key=lambda run: run["result"]["validation"][metric])
         results = self._results(config, parts, metric, [run["result"] for run in runs], best["result"]["seed"])
         save_head(best["probe"], self.output)
@@ -182,16 +188,21 @@ class TrainingRun:
             base_model_name_or_path=model_id(self.backbone),
         )
 
-    def _train(self, seed: int, config, backbone, parts, datasets, metric, checkpoints: Path) -> dict[str, Any]:
+    def _loss(self, config: ProbeConfig, rows: LabelledTexts) -> ProbeLoss:
+        weights = self.recipe.class_weights
+        if weights == "balanced":
+            weights = balanced_weights(rows.labels, config)
+        elif weights is not None:
+            try:
+                weights = [float(value) for value in weights.split(",")]
+            except ValueError:
+                raise ProbeError(f"class_weights={weights!r} must be 'balanced' or numbers with commas") from None
+        return ProbeLoss(config, weights, self.recipe.label_smoothing, self.recipe.focal_gamma)
+
+    def _train(self, seed: int, config, backbone, parts, datasets, loss, metric, checkpoints: Path) -> dict[str, Any]:
         set_seed(seed)
         recipe = self.recipe
         probe = ProbeModel(config, backbone=backbone)
-        weights = None
-        if recipe.class_weights == "balanced":
-            weights = balanced_weights(parts["train"].labels, config)
-        elif recipe.class_weights is not None:
-            weights = [float(value) for value in recipe.class_weights.split(",")]
-        loss = ProbeLoss(config, weights, recipe.label_smoothing, recipe.focal_gamma)
         folder = checkpoints / f"seed-{seed}"
         args = training_arguments(
             folder,
@@ -262,7 +273,7 @@ def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
         values = [item[key] for item in reports]
         if isinstance(value, dict):
             summary[key] = summarize(values)
-        elif key == "rows":
+        elif key == "rows" or None in values:
             summary[key] = value
         else:
             mean = sum(values) / len(values)

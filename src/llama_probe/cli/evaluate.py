@@ -61,5 +61,7 @@ def evaluate(
     for name in ("", *metrics):
         table.add_column(name, justify="left" if not name else "right")
     for title, part in groups:
-        table.add_row(title, *(str(part[m]) if m == "rows" else f"{part[m]:.4f}" for m in metrics))
+        table.add_row(
+            title, *(f"{part[m]:.4f}" if isinstance(part[m], float) else str(part[m] or "-") for m in metrics)
+        )
     Console().print(table)

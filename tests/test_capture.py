@@ -1,0 +1,73 @@
+"""Capture: equal to output_hidden_states, for any subset of states, and gone afterwards."""
+
+import pytest
+import torch
+from conftest import LAYERS, make_lm
+from torch import nn
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.capture import Capture, collect_hidden_states, find_decoder, prefill
+
+
+@pytest.mark.parametrize("layers", [range(LAYERS + 1), [0], [LAYERS], [3, 1]])
+def test_equals_output_hidden_states(lm, prompts, layers):
+    mask = torch.ones_like(prompts)
+    mask[0, :4] = 0
+    expected = lm(prompts, attention_mask=mask, output_hidden_states=True).hidden_states
+    found = collect_hidden_states(lm, layers, prompts, mask)
+    assert len(found) == len(layers)
+    for layer, hidden in zip(layers, found, strict=True):
+        assert torch.equal(hidden, expected[layer]) and not hidden.requires_grad
+
+
+def test_a_shared_prefix_runs_once(lm, prompts):
+    prefix = torch.tensor([[5, 6, 7]]).expand(len(prompts), -1)
+    mask = torch.ones_like(prompts)
+    mask[1, -3:] = 0
+    whole = collect_hidden_states(
+        lm, range(LAYERS + 1), torch.cat([prefix, prompts], 1), torch.cat([torch.ones_like(prefix), mask], 1)
+    )
+    cache = prefill(lm, [5, 6, 7])
+    for _ in range(2):  # the cache may be used again
+        rest = collect_hidden_states(lm, range(LAYERS + 1), prompts, mask, cache)
+        for a, b in zip(whole, rest, strict=True):
+            torch.testing.assert_close(b[mask.bool()], a[:, 3:][mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_hooks_go_even_after_an_error(lm, prompts):
+    def fail(layer, hidden):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), Capture(find_decoder(lm), fail, [0, 2]):
+        lm(prompts)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.modules())
+
+
+def test_only_the_opening_thread_is_heard(lm, prompts):
+    import threading
+
+    seen = []
+    with Capture(find_decoder(lm), lambda layer, hidden: seen.append(layer), range(LAYERS + 1)):
+        thread = threading.Thread(target=lambda: lm(prompts))
+        thread.start()
+        thread.join()
+        assert seen == []
+        lm(prompts)
+    assert seen == list(range(LAYERS + 1))
+
+
+def test_match_fills_in_and_refuses():
+    decoder = find_decoder(make_lm())
+    config = decoder.match(ProbeConfig(probe_type="gate"))
+    assert (config.hidden_size, config.num_hidden_layers, config.base_model_type) == (32, LAYERS, "llama")
+    with pytest.raises(ProbeError, match=r"num_hidden_layers=9 .* this backbone has 4: .* \(org/name\)"):
+        decoder.match(ProbeConfig(probe_type="gate", num_hidden_layers=9, base_model_name_or_path="org/name"))
+
+
+def test_an_unknown_structure_is_refused():
+    lm = make_lm()
+    lm.model.layers_by_another_name = lm.model.layers
+    del lm.model.layers
+    with pytest.raises(ProbeError, match="layers of LlamaForCausalLM were not found"):
+        find_decoder(lm)
+    assert isinstance(lm, nn.Module)

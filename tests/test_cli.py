@@ -1,0 +1,173 @@
+"""The command line, in processes of its own, on the tiny backbone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llama_probe.files import read_config, read_head
+from llama_probe.model_card import create_card
+
+
+def run(*args, stdin=None, **env):
+    code = "from llama_probe.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for name, count, shift in (("train", 60, 0), ("test", 20, 3)):
+        lines = [
+            json.dumps(
+                {"text": f"{'good' if i % 3 else 'bad'} number {i + shift}", "label": int(i % 3 == 0), "half": i % 2}
+            )
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(rows, backbone_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("heads") / "mood"
+    done = run(
+        "train", "--backbone", backbone_folder, "--probe-type", "gate", "--train", rows / "train.jsonl", "--test", rows / "test.jsonl",
+        "--label-names", "fine,awful", "--slice-column", "half", "--output", output, "--epochs", 6, "--learning-rate", 0.03,
+        "--num-seeds", 2, "--max-length", 64, "--license", "cc0-1.0", "--dataset", "me/moods", "--limit", "other moods", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return output, json.loads(done.stdout)
+
+
+def test_train_writes_a_head_folder(trained):
+    output, results = trained
+    assert sorted(path.name for path in output.iterdir()) == [
+        "README.md", "probe_config.json", "probe_model.safetensors", "results.json",
+    ]  # fmt: skip
+    assert json.loads((output / "results.json").read_text()) == results
+    config = read_config(output)
+    assert config.id2label == {0: "fine", 1: "awful"} and config.token_scope == "content" and config.prefix_ids
+    assert config.max_length == 64 and config.threshold is not None and config.chat_template_hash
+    assert [run["seed"] for run in results["runs"]] == [0, 1]
+    best = max(results["runs"], key=lambda run: run["validation"]["auprc"])
+    assert results["chosen_seed"] == best["seed"]
+    mean = sum(run["test"]["f1"] for run in results["runs"]) / 2
+    assert results["summary"]["test"]["f1"]["mean"] == pytest.approx(mean)
+    assert set(results["summary"]["test"]["slices"]["half"]) == {"0", "1"}
+
+
+def test_evaluate_repeats_what_training_reported(trained, rows, backbone_folder):
+    output, results = trained
+    done = run(
+        "evaluate",
+        "--probe",
+        output,
+        "--backbone",
+        backbone_folder,
+        "--data",
+        rows / "test.jsonl",
+        "--slice-column",
+        "half",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    found, expected = (
+        json.loads(done.stdout),
+        next(r for r in results["runs"] if r["seed"] == results["chosen_seed"])["test"],
+    )
+    assert found["rows"] == 20
+    for metric in ("accuracy", "f1", "auprc"):
+        assert found[metric] == pytest.approx(expected[metric], abs=0.02)
+
+
+def test_the_card_tells_what_was_measured(trained):
+    output, results = trained
+    text = (output / "README.md").read_text()
+    assert text == str(create_card(output)), "the folder alone gives the card"
+    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])["test"]
+    for part in (
+        "license: cc0-1.0",
+        "- me/moods",
+        "base_model_relation: adapter",
+        "`awful`",
+        "Other moods".lower(),
+        f"{chosen['f1']:.3f}",
+    ):
+        assert part in text
+    card = create_card(output)
+    assert card.data.eval_results[0].metric_value is not None
+    assert str(output.parent) not in text, "no path of the machine that trained it"
+
+
+def test_a_stopped_run_goes_on(rows, backbone_folder, tmp_path):
+    args = (
+        "train",
+        "--backbone",
+        backbone_folder,
+        "--probe-type",
+        "pooling",
+        "--train",
+        rows / "train.jsonl",
+        "--output",
+        tmp_path / "a",
+    )
+    assert run(*args, "--epochs", 1, "--no-cache").returncode == 0
+    assert run(*args, "--epochs", 1, "--resume").returncode == 0
+    assert read_head(tmp_path / "a").config.probe_type == "pooling"
+
+
+@pytest.mark.parametrize("command", ["generate", "classify"])
+def test_generate_and_classify(trained, backbone_folder, command):
+    output, _ = trained
+    done = run(command, "--backbone", backbone_folder, "--probe", output, "--json", stdin="good morning\nbad luck\n")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["prompt"] for row in found] == ["good morning", "bad luck"]
+    assert all(row["labels"]["mood"] in ("fine", "awful") and len(row["probabilities"]["mood"]) == 2 for row in found)
+    assert ("reply" in found[0]) == (command == "generate")
+    table = run(command, "good evening", "--backbone", backbone_folder, "--probe", output)
+    assert table.returncode == 0 and "good evening" in table.stdout and "mood" in table.stdout
+
+
+def test_inspect(trained):
+    output, _ = trained
+    assert json.loads(run("inspect", output, "--json").stdout)["probe_type"] == "gate"
+    assert "num_parameters" in run("inspect", output).stdout
+    assert run("inspect").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("inspect", "nothing-here"), "neither a folder nor a bundled head"),
+        (("classify", "x", "--probe", "nothing-here"), "neither a folder nor a bundled head"),
+        (("classify", "x", "--backbone", "no/such"), "bundled heads"),
+        (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
+        (("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"), "allowed: gate, mha, pooling"),
+        (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),
+        (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
+        (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, args, words):
+    args = [str(arg).replace("{rows}", str(rows / "train.jsonl")) for arg in args]
+    if args[0] == "train":
+        args += ["--backbone", str(backbone_folder)]
+        args[args.index("x")] = str(tmp_path / "out")
+    if args[:3] == ["classify", "x", "--backbone"]:
+        args += ["--probe", "no-such-head"]
+    done = run(*args)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("llama-probe: ") and words in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

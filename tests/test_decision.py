@@ -1,0 +1,80 @@
+"""Probabilities, labels and losses."""
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama_probe import ProbeConfig, ProbeError, ProbeOutput
+from llama_probe.decision import labels, predictions, probabilities, probe_loss
+
+
+def config(**changes):
+    return ProbeConfig(probe_type="gate", **changes)
+
+
+def test_single_label():
+    head = config(id2label={0: "no", 1: "yes"}, temperature=2.0, threshold=0.3)
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 4.0]])
+    probs = probabilities(logits, head)
+    torch.testing.assert_close(probs, (logits / 2).softmax(-1))
+    assert labels(probs, head) == ["no", "yes", "yes"]  # 0.27, 0.38, 0.88 against 0.3
+    assert labels(probs, head.replace(threshold=None)) == ["no", "no", "yes"]
+    assert labels(torch.tensor([[0.7, 0.3]]), head) == ["yes"], "the threshold itself counts"
+
+
+def test_multi_label():
+    head = config(
+        id2label={0: "a", 1: "b", 2: "c"}, problem_type="multi_label_classification", threshold=[0.5, 0.9, 0.1]
+    )
+    probs = probabilities(torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, -4.0]]), head)
+    assert labels(probs, head) == [["a", "c"], []]
+    assert labels(probs, head.replace(threshold=None)) == [["a", "b"], []]
+
+
+def test_regression():
+    head = config(num_labels=1, problem_type="regression")
+    values = torch.tensor([[0.5], [-2.0]])
+    assert labels(probabilities(values, head), head) == [[0.5], [-2.0]]
+    torch.testing.assert_close(probe_loss(values, torch.tensor([1.0, 0.0]), head), torch.tensor((0.25 + 4) / 2))
+
+
+def test_losses_against_torch():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 3), torch.randint(0, 3, (6,))
+    head = config(num_labels=3)
+    torch.testing.assert_close(probe_loss(logits, targets, head), F.cross_entropy(logits, targets))
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    weighted = F.cross_entropy(logits, targets, weight=weights, label_smoothing=0.1, reduction="none").mean()
+    torch.testing.assert_close(probe_loss(logits, targets, head, weights, label_smoothing=0.1), weighted)
+    torch.testing.assert_close(
+        probe_loss(logits, targets, head, reduction="sum"), F.cross_entropy(logits, targets) * 6
+    )
+    several = config(num_labels=3, problem_type="multi_label_classification")
+    on = torch.randint(0, 2, (6, 3))
+    torch.testing.assert_close(probe_loss(logits, on, several), F.binary_cross_entropy_with_logits(logits, on.float()))
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_focal_weights_favour_hard_rows(problem_type):
+    head = config(num_labels=2, problem_type=problem_type)
+    sure, unsure = torch.tensor([[-4.0, 4.0]]), torch.tensor([[0.1, -0.1]])
+    target = torch.tensor([1]) if problem_type.startswith("single") else torch.tensor([[0.0, 1.0]])
+    ratios = [probe_loss(x, target, head, focal_gamma=2.0) / probe_loss(x, target, head) for x in (sure, unsure)]
+    assert ratios[0] < 0.01 < ratios[1] < 1
+
+
+def test_predictions_keep_their_shape():
+    probs = torch.rand(4, 3)
+    assert predictions(probs, config(num_labels=3)).shape == (4,)
+    assert predictions(probs, config(num_labels=3, problem_type="multi_label_classification")).shape == (4, 3)
+
+
+def test_an_output_without_its_config_says_so():
+    output = ProbeOutput.from_logits(torch.tensor([[0.0, 1.0]]), config())
+    assert output.labels == ["LABEL_1"] and list(output) == ["logits"]
+    copied = pickle.loads(pickle.dumps(output))
+    assert torch.equal(copied.logits, output.logits)
+    with pytest.raises(ProbeError, match="lost its head configs"):
+        ProbeOutput(logits=output.logits).labels  # noqa: B018

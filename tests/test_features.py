@@ -1,0 +1,91 @@
+"""Cached hidden states give the logits that the backbone in the loop gives."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_lm, make_prompts
+
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.features import ProbeCollator, PromptDataset, StateCache
+
+
+PREFIX = [7, 8, 9]
+
+
+@pytest.fixture
+def prompts():
+    return [PREFIX + make_prompts(1, length, seed=length)[0].tolist() for length in (3, 11, 5, 1, 8)]
+
+
+def config(**changes):
+    return ProbeConfig(downcast=4, token_scope="content", prefix_ids=PREFIX, **changes)
+
+
+LABELS = np.array([0, 1, 1, 0, 1])
+
+
+@pytest.mark.parametrize("scope", ["content", "prompt"])
+def test_cached_equals_live(tmp_path, prompts, scope):
+    torch.manual_seed(0)
+    lm = make_lm()
+    probe = ProbeModel(config().replace(token_scope=scope), backbone=lm).eval()
+    live, collate = PromptDataset(prompts, LABELS), ProbeCollator()
+    cached = StateCache(tmp_path, torch.float32).dataset(lm, probe.config, prompts, LABELS, batch_tokens=20)
+    assert len(cached) == len(live)
+    batches = [collate([data[row] for row in range(5)]) for data in (live, cached)]
+    assert torch.equal(batches[0]["labels"], batches[1]["labels"])
+    with torch.no_grad():
+        a, b = (probe(**batch) for batch in batches)
+    torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(a.loss, b.loss)
+
+
+def test_only_tokens_that_count_are_kept(tmp_path, prompts):
+    cached = StateCache(tmp_path).dataset(make_lm(), ProbeModel(config(), make_lm()).config, prompts, LABELS)
+    assert [cached[row]["input_ids"] for row in range(5)] == [ids[3:] for ids in prompts]
+    assert cached[1]["hidden_states"].shape == (11, 5, 32) and cached[1]["hidden_states"].dtype == torch.float16
+
+
+def test_it_is_found_again_and_only_for_the_same(tmp_path, prompts):
+    lm, head = make_lm(), ProbeModel(config(), make_lm()).config
+
+    def entries():
+        return {path.name for path in tmp_path.iterdir()}
+
+    StateCache(tmp_path).dataset(lm, head, prompts, LABELS)
+    first = entries()
+    StateCache(tmp_path).dataset(lm, head, prompts, 1 - LABELS)
+    assert entries() == first and len(first) == 1, "labels are no part of it, and no scratch folder is left"
+    changed = make_lm()
+    changed.model.layers[0].mlp.up_proj.weight.data.add_(0.01)
+    for count, args in enumerate(
+        [(changed, head, prompts), (lm, head, prompts[:4]), (lm, head.replace(token_scope="prompt"), prompts)], start=2
+    ):
+        StateCache(tmp_path).dataset(*args, LABELS)
+        assert len(entries()) == count
+    cache = StateCache(tmp_path)
+    cache.delete()
+    assert not tmp_path.exists()
+
+
+def test_values_too_large_are_refused(tmp_path, prompts):
+    lm = make_lm()
+    lm.model.norm.weight.data.fill_(1e6)
+    with pytest.raises(ProbeError, match=r"too large for torch.float16; cache as bfloat16"):
+        StateCache(tmp_path).dataset(lm, ProbeModel(config(), make_lm()).config, prompts, LABELS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_foreseen(tmp_path, prompts, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")(1, 1, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ProbeError, match="GB free"):
+        StateCache(tmp_path).dataset(make_lm(), ProbeModel(config(), make_lm()).config, prompts, LABELS)
+
+
+def test_no_prompt_may_be_empty(tmp_path):
+    with pytest.raises(ProbeError, match="no token that a head reads"):
+        StateCache(tmp_path).dataset(make_lm(), ProbeModel(config(), make_lm()).config, [PREFIX], LABELS[:1])

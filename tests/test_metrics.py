@@ -1,0 +1,111 @@
+"""Metrics beside scikit-learn, calibration, and reports by slice."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from llama_probe import ProbeConfig
+from llama_probe.calibration import best_f1_threshold, calibrate, fit_temperature
+from llama_probe.decision import probabilities
+from llama_probe.evaluation import report
+from llama_probe.metrics import ProbeMetric, compute_metrics, default_metric
+
+
+def config(**changes):
+    return ProbeConfig(probe_type="gate", **changes)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_two_labels(rng):
+    scores, truth = rng.random(200), rng.integers(0, 2, 200)
+    probs = np.stack([1 - scores, scores], axis=1).astype(np.float32)
+    found = ProbeMetric(config(threshold=0.3)).compute(predictions=probs, references=truth)
+    assert found["f1"] == pytest.approx(f1_score(truth, probs[:, 1] >= 0.3))
+    assert found["auprc"] == pytest.approx(average_precision_score(truth, probs[:, 1]))
+    assert found["auroc"] == pytest.approx(roc_auc_score(truth, probs[:, 1]))
+    assert found["accuracy"] == pytest.approx(np.mean((probs[:, 1] >= 0.3) == truth))
+
+
+def test_more_labels(rng):
+    probs, truth = rng.dirichlet(np.ones(4), 100), rng.integers(0, 3, 100)  # label 3 never occurs
+    found = ProbeMetric(config(num_labels=4)).compute(predictions=probs.astype(np.float32), references=truth)
+    assert found["accuracy"] == pytest.approx(np.mean(probs.argmax(1) == truth))
+    assert found["f1"] == pytest.approx(
+        f1_score(truth, probs.argmax(1), average="macro", labels=range(4), zero_division=0)
+    )
+    assert found["auroc"] == pytest.approx(
+        np.mean([roc_auc_score(truth == c, probs[:, c]) for c in range(3)]), abs=1e-6
+    )
+
+
+def test_several_at_once_and_values(rng):
+    probs, truth = rng.random((50, 3)), rng.integers(0, 2, (50, 3))
+    several = config(num_labels=3, problem_type="multi_label_classification")
+    found = ProbeMetric(several).compute(predictions=probs.astype(np.float32), references=truth.astype(np.float32))
+    assert found["f1"] == pytest.approx(f1_score(truth, probs >= 0.5, average="macro"))
+    values = config(num_labels=1, problem_type="regression")
+    found = ProbeMetric(values).compute(predictions=[[1.0], [2.0]], references=[[1.0], [4.0]])
+    assert found == {"mse": 2.0, "mae": 1.0, "r2": pytest.approx(1 - 4 / 4.5)}
+
+
+def test_the_trainers_callback_applies_the_temperature(rng):
+    class Evaluated:
+        predictions = rng.normal(size=(40, 2)).astype(np.float32)
+        label_ids = rng.integers(0, 2, 40)
+
+    head = config(temperature=3.0, threshold=0.55)
+    found = compute_metrics(head)(Evaluated)
+    probs = (torch.from_numpy(Evaluated.predictions) / 3).softmax(-1)[:, 1].numpy()
+    assert found["f1"] == pytest.approx(f1_score(Evaluated.label_ids, probs >= 0.55))
+
+
+def test_what_a_head_is_chosen_by():
+    assert default_metric(config()) == "auprc"
+    assert default_metric(config(num_labels=3)) == "accuracy"
+    assert default_metric(config(num_labels=3, problem_type="multi_label_classification")) == "auprc"
+    assert default_metric(config(num_labels=1, problem_type="regression")) == "r2"
+
+
+def test_temperature_undoes_a_scale():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator) * 2
+    truth = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    assert fit_temperature(logits, truth, config(num_labels=3)) == pytest.approx(1.0, abs=0.1)
+    assert fit_temperature(logits * 5, truth, config(num_labels=3)) == pytest.approx(5.0, abs=0.5)
+
+
+def test_the_threshold_has_the_best_f1(rng):
+    truth = rng.integers(0, 2, 300)
+    scores = np.clip(truth * 0.3 + rng.random(300) * 0.7, 0, 1)
+    found = f1_score(truth, scores >= best_f1_threshold(scores, truth))
+    assert found == pytest.approx(max(f1_score(truth, scores >= t) for t in scores))
+    assert best_f1_threshold(np.array([0.2, 0.8]), np.array([0, 1])) == pytest.approx(0.5)
+
+
+def test_calibrate_sets_what_the_problem_has():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(60, 2, generator=generator)
+    two = calibrate(config(), logits, torch.randint(0, 2, (60,), generator=generator))
+    assert isinstance(two.threshold, float)
+    several = config(problem_type="multi_label_classification")
+    on = torch.randint(0, 2, (60, 2), generator=generator)
+    on[:, 1] = 0
+    assert calibrate(several, logits, on).threshold[1] == 0.5
+    three = calibrate(config(num_labels=3), torch.randn(60, 3), torch.randint(0, 3, (60,)))
+    assert three.threshold is None and three.temperature != 1.0
+    values = config(num_labels=1, problem_type="regression")
+    assert calibrate(values, torch.randn(5, 1), torch.randn(5, 1)) == values
+
+
+def test_reports_by_slice():
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    found = report(config(), logits, np.array([1, 0, 0, 0]), {"who": [True, True, False, False]})
+    assert found["rows"] == 4 and found["accuracy"] == 0.75
+    assert found["slices"]["who"]["True"]["accuracy"] == 1.0 and found["slices"]["who"]["False"]["accuracy"] == 0.5
+    assert found["slices"]["who"]["False"]["auprc"] is None, "without a positive row there is no AUPRC"
+    assert probabilities(logits, config()).shape == (4, 2)

@@ -1,0 +1,103 @@
+"""Prompts: the same at training and at serving, one BOS, cut where it is said."""
+
+import logging
+
+import pytest
+import torch
+from conftest import make_tokenizer
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.prompts import PromptFormat, template_hash
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+def served(tokenizer, text, **kwargs):
+    """What a user of transformers sends to generate()."""
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["Hello", " spaced ", "<bos>", "naïve 你好", "x" * 300])
+def test_training_prompts_are_serving_prompts(tokenizer, text):
+    assert PromptFormat.create(tokenizer).encode([text]) == [served(tokenizer, text)]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_constant_parts_are_found(adds_bos):
+    tokenizer = make_tokenizer(adds_bos)
+    prompts = PromptFormat.create(tokenizer)
+    begin = tokenizer("<bos>system\nBe kind.<eos>\n<bos>user\n", add_special_tokens=False)["input_ids"]
+    end = tokenizer("<eos>\n<bos>assistant\n", add_special_tokens=False)["input_ids"]
+    assert list(prompts.prefix_ids) == begin and list(prompts.suffix_ids) == end
+    raw = PromptFormat.create(tokenizer, "raw")
+    assert list(raw.prefix_ids) == ([tokenizer.bos_token_id] if adds_bos else [])
+    assert raw.suffix_ids == ()
+
+
+def test_there_is_never_a_second_bos():
+    tokenizer = make_tokenizer(adds_bos=True)
+    bos = tokenizer.bos_token_id
+    assert PromptFormat.create(tokenizer).encode(["Hello"])[0][:2].count(bos) == 1
+    for text in ("Hello", "<bos>Hello"):
+        assert PromptFormat.create(tokenizer, "raw").encode([text])[0].count(bos) == 1
+
+
+def test_a_system_prompt_of_ones_own(tokenizer):
+    prompts = PromptFormat.create(tokenizer, system_prompt="Be brief.")
+    assert "Be brief." in tokenizer.decode(prompts.prefix_ids) and "Be kind." not in tokenizer.decode(
+        prompts.prefix_ids
+    )
+    chat = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
+    assert "Be brief." not in tokenizer.decode(prompts.encode([chat])[0])
+
+
+def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
+    prompts = PromptFormat.create(tokenizer, max_length=60)
+    logger = logging.getLogger("llama_probe.prompts")
+    logger.addHandler(caplog.handler)
+    try:
+        short, long = prompts.encode(["Hi", "a" * 200])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert len(long) == 60 and len(short) < 60
+    assert tuple(long[-len(prompts.suffix_ids) :]) == prompts.suffix_ids
+    assert tuple(long[: len(prompts.prefix_ids)]) == prompts.prefix_ids
+    assert "1 of 2 prompts were cut to max_length=60 tokens" in caplog.text
+
+
+def test_batches_are_ready_for_generate(tokenizer):
+    prompts = PromptFormat.create(tokenizer)
+    batch = prompts.batch(["Hi", "Hello there"])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"][:, -1].all()
+    row = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+    assert row.tolist() == served(tokenizer, "Hi")
+    assert torch.equal(
+        prompts.batch(["Hi", "Hello there"], "right")["attention_mask"], batch["attention_mask"].flip(1)
+    )
+
+
+def test_the_config_brings_the_format_back(tokenizer):
+    prompts = PromptFormat.create(tokenizer, max_length=99, system_prompt="Be brief.")
+    config = ProbeConfig(probe_type="gate", **prompts.config_fields())
+    assert config.chat_template_hash == template_hash(tokenizer)
+    back = PromptFormat.from_config(config, tokenizer)
+    assert back == prompts
+
+
+def test_refusals(tokenizer):
+    with pytest.raises(ProbeError, match="allowed: chat, raw"):
+        PromptFormat.create(tokenizer, "xml")
+    with pytest.raises(ProbeError, match="leaves no room"):
+        PromptFormat.create(tokenizer, max_length=10)
+    with pytest.raises(ProbeError, match="needs prompt_format='chat'"):
+        PromptFormat.create(tokenizer, "raw", system_prompt="x")
+    with pytest.raises(ProbeError, match="takes texts"):
+        PromptFormat.create(tokenizer, "raw").encode([[{"role": "user", "content": "x"}]])
+    tokenizer.chat_template = None
+    with pytest.raises(ProbeError, match="no chat template"):
+        PromptFormat.create(tokenizer)
