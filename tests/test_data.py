@@ -101,7 +101,7 @@ def test_wrong_rows(write, rows, kwargs, words):
 
 def test_wrong_sources(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ProbeError, match="is of no known format; allowed: .json"):
+    with pytest.raises(ProbeError, match=r"is of no known format; allowed: \.json"):
         read_labelled(str(tmp_path / "a.txt"))
     with pytest.raises(ProbeError, match="cannot be read as a file, a folder or a Hub data set"):
         read_labelled(str(tmp_path / "nowhere"))

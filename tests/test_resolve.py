@@ -27,7 +27,7 @@ def test_a_folder_comes_before_an_alias(tmp_path, monkeypatch):
 
 
 def test_an_unknown_alias_lists_the_known_ones():
-    with pytest.raises(ProbeError, match="bundled heads: .*toxicchat-mha"):
+    with pytest.raises(ProbeError, match=r"bundled heads: .*toxicchat-mha"):
         resolve_head("toxicchat-lstm")
 
 

