@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import LAYERS, make_lm, make_probe, make_prompts
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
@@ -142,6 +143,18 @@ def test_custom_generate_callable(prompts):
         return model._sample(input_ids=input_ids, generation_config=generation_config, **kwargs)
 
     out = probed().generate(prompts, custom_generate=once, max_new_tokens=3)
+    assert_same(out.probe_logits, reference(prompts))
+
+
+def test_custom_generate_that_calls_the_model_itself(prompts):
+    def greedy(model, input_ids, generation_config, **kwargs):
+        out = model(input_ids, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        assert type(model(token, cache=out.cache)) is type(make_lm()(token)), "the prompt has been read"
+        return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, token], 1))
+
+    out = probed().generate(prompts, custom_generate=greedy, max_new_tokens=1)
+    assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=1))
     assert_same(out.probe_logits, reference(prompts))
 
 

@@ -138,6 +138,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_mask = kwargs.pop("probe_mask", None)
         if session is False or (session is None and not self._active_probes):
             return super().forward(**kwargs)
+        if session is None and (running := session_of(self)) is not None:
+            # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
+            if running.complete:
+                return super().forward(**kwargs)
+            session = running
         if session is not None:
             with session.reading(self._decoder, kwargs):
                 return super().forward(**kwargs)
