@@ -5,10 +5,10 @@ import struct
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_probe
+from conftest import HIDDEN, LAYERS, make_lm, make_probe
 from safetensors.torch import load_file, save_file
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_head, save_head
 
 
@@ -38,6 +38,14 @@ def test_round_trip_is_bit_exact(tmp_path, kind):
         assert torch.equal(back.state_dict()[name], tensor)
     assert back.config.replace(llama_probe_version=None, transformers_version=None) == probe.config
     assert back.config.transformers_version is not None
+
+
+def test_the_model_saves_and_loads_itself(folder, tmp_path):
+    lm = make_lm()
+    probe = ProbeModel.from_pretrained(folder, backbone=lm)
+    assert probe.backbone is lm and not probe.training
+    probe.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
 
 
 def test_saving_twice_gives_the_same_bytes(folder, tmp_path):

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm, make_prompts
+from conftest import make_lm, make_prompts, make_tokenizer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.decision import ProbeOutput, probe_loss
 from llama_probe.evaluation import predict_logits
 from llama_probe.features import PromptDataset, StateCache
+from llama_probe.files import read_head
 from llama_probe.training import ProbeLoss, balanced_weights, create_trainer, training_arguments
 
 
@@ -61,6 +62,29 @@ def trainer_for(probe, folder, patience=None, metric="auprc", callbacks=(), loss
 
 def snapshot(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def test_the_stock_trainer_alone_will_do(tmp_path):
+    """No helper of this package: rows of a data set, the tokenizer's collator, and the head's own loss."""
+    from datasets import Dataset
+
+    prompts, labels = dataset()
+    rows = Dataset.from_dict({"input_ids": prompts, "label": labels, "note": ["x"] * len(labels)})
+    args = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=12,
+        learning_rate=1e-2,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+        save_strategy="no",
+    )
+    trainer = Trainer(head(make_lm()), args, DataCollatorWithPadding(make_tokenizer()), rows, rows)
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.5 * start
+    trainer.model.save_pretrained(tmp_path / "head")
+    assert read_head(tmp_path / "head").num_parameters() == trainer.model.num_parameters()
 
 
 def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):

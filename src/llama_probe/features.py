@@ -183,10 +183,11 @@ class ProbeCollator:
         batch = {"attention_mask": mask, "labels": torch.from_numpy(np.stack([row["labels"] for row in rows]))}
         if "hidden_states" in rows[0]:
             first = rows[0]["hidden_states"]
-            states = first.new_zeros(len(rows), first.shape[1], width, first.shape[2])
+            # Laid out layers first, as heads compute, so that they need not copy it again.
+            states = first.new_zeros(first.shape[1], len(rows), width, first.shape[2])
             for i, row in enumerate(rows):
-                states[i, :, : lengths[i]] = row["hidden_states"].transpose(0, 1)
-            batch["hidden_states"] = states
+                states[:, i, : lengths[i]] = row["hidden_states"].transpose(0, 1)
+            batch["hidden_states"] = states.transpose(0, 1)
         else:
             ids = torch.zeros(len(rows), width, dtype=torch.long)
             for i, row in enumerate(rows):

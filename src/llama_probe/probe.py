@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +98,22 @@ class ProbeModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    # Files; imported where they are used, because they are about heads and import this module.
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, backbone: nn.Module | None = None) -> ProbeModel:
+        """Reads a head folder or a bundled alias, in eval mode; see `llama_probe.files.read_head` for what it refuses."""
+        from .files import read_head
+        from .resolve import resolve_head
+
+        return read_head(resolve_head(source), backbone=backbone)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `probe_config.json` and `probe_model.safetensors`, and nothing of the backbone."""
+        from .files import save_head
+
+        save_head(self, save_directory)
 
     # Whole tensors
 

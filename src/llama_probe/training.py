@@ -15,7 +15,7 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .features import ProbeCollator
-from .metrics import compute_metrics, default_metric
+from .metrics import compute_metrics
 from .probe import ProbeModel
 
 
@@ -130,6 +130,3 @@ def create_trainer(
         callbacks=callbacks,
         **kwargs,
     )
-
-
-__all__ = ["ProbeLoss", "balanced_weights", "create_trainer", "default_metric", "training_arguments"]
