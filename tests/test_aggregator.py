@@ -39,6 +39,11 @@ def last_item():
         def result(self, state, slots):
             return state * self.scale[slots].unsqueeze(-1)
 
+        def weights(self, x, mask, slots):
+            valid = x.new_ones(x.shape[1:3]) if mask is None else mask.to(x.dtype)
+            last = valid.cumsum(1) == valid.sum(1, keepdim=True)
+            return (valid * last).expand(x.shape[:3])
+
     register_probe_type("last")(LastItem)
     yield LastItem
     del registry._PROBE_TYPES["last"]
@@ -63,6 +68,15 @@ def test_it_works_everywhere(last_item, tmp_path):
 def test_its_own_check_runs(last_item):
     with pytest.raises(ProbeError, match="scale"):
         ProbeConfig(probe_type="last")
+
+
+def test_a_kind_must_be_complete():
+    class Half(Aggregator):
+        def update(self, state, x, mask, slots):
+            return x
+
+    with pytest.raises(TypeError, match="result"):
+        Half(1, ProbeConfig(probe_type="gate", hidden_size=4))
 
 
 def test_names_are_taken_once():

@@ -7,6 +7,7 @@ Dimension letters used in all files of this folder:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from ..configuration import ProbeConfig
 
 
-class Aggregator(nn.Module):
+class Aggregator(nn.Module, ABC):
     """Summarises N vectors into one, for several slots side by side.
 
     The same kind serves both stages: the token stage has one slot a layer, with its parameters stacked in tensors of
     shape `[slots, ...]`, and the layer stage has a single slot.
 
-    A kind implements `update` and `result`. Because the whole-tensor path is one `update` followed by `result`, and
+    A kind implements `update`, `result` and `weights`. Because the whole-tensor path is one `update` followed by `result`, and
     the serving path is one `update` a layer and chunk of tokens, the two cannot drift apart.
 
     Args:
@@ -43,6 +44,7 @@ class Aggregator(nn.Module):
     def check(cls, config: ProbeConfig) -> None:
         """Raises `ProbeError` where `config` holds a value that this kind cannot be built from."""
 
+    @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
         """Takes in further items.
 
@@ -55,15 +57,14 @@ class Aggregator(nn.Module):
         Returns:
             The new state.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define update()")
 
+    @abstractmethod
     def result(self, state: Any, slots: slice) -> torch.Tensor:
         """The summary of everything taken in so far: a tensor of shape `[S, B, D]`."""
-        raise NotImplementedError(f"{type(self).__name__} must define result()")
 
+    @abstractmethod
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """How much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N."""
-        raise NotImplementedError(f"{type(self).__name__} must define weights()")
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
         """`[S, B, N, D]` and an optional `[B, N]` mask to `[S, B, D]`."""
