@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ PROMPTS = (
 )
 
 
-def run_demo(max_new_tokens: int = 40) -> list[dict[str, Any]]:
+def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
     """Replies to each prompt with and without heads.
 
-    Returns:
-        A dict a prompt: `prompt`, `reply`, `labels` and `probabilities` by head, `seconds`, `seconds_without_heads`.
+    Yields:
+        A dict a prompt, as soon as it is done: `prompt`, `reply`, `labels` and `probabilities` by head, `seconds`, `seconds_without_heads`.
 
     Raises:
         ProbeError: the demo backbone is not installed, or a reply differs from the one without heads.
@@ -36,8 +37,7 @@ def run_demo(max_new_tokens: int = 40) -> list[dict[str, Any]]:
     path = demo_backbone()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModel.from_pretrained(path, probe=list(HEADS))
-    rows = []
-    for turn, prompt in enumerate((PROMPTS[0], *PROMPTS)):  # the first one twice: it warms up, and its row is dropped
+    for turn, prompt in enumerate((PROMPTS[0], *PROMPTS)):  # the first one twice: the first time is a warm-up
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
@@ -53,18 +53,17 @@ def run_demo(max_new_tokens: int = 40) -> list[dict[str, Any]]:
         (plain, seconds_without), (out, seconds) = runs[()], runs[HEADS]
         if not torch.equal(out.sequences, plain):
             raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
+        if turn == 0:
+            continue
         reply = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        rows.append(
-            {
-                "prompt": prompt,
-                "reply": reply.strip(),
-                "labels": {name: labels[0] for name, labels in out.probe_labels.items()},
-                "probabilities": {
-                    name: dict(zip(model.probes[name].config.id2label.values(), probs[0].tolist(), strict=True))
-                    for name, probs in out.probe_probabilities.items()
-                },
-                "seconds": seconds,
-                "seconds_without_heads": seconds_without,
-            }
-        )
-    return rows[1:]
+        yield {
+            "prompt": prompt,
+            "reply": reply.strip(),
+            "labels": {name: labels[0] for name, labels in out.probe_labels.items()},
+            "probabilities": {
+                name: dict(zip(model.probes[name].config.id2label.values(), probs[0].tolist(), strict=True))
+                for name, probs in out.probe_probabilities.items()
+            },
+            "seconds": seconds,
+            "seconds_without_heads": seconds_without,
+        }

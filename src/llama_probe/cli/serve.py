@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -32,22 +33,14 @@ def demo(
     )
     if not as_json:
         console.print("Preparing the model (the first time it is converted, which takes about half a minute) ...\n")
-    rows = run_demo(max_new_tokens)
+    rows = []
+    for row in run_demo(max_new_tokens):
+        rows.append(row)
+        if not as_json:
+            _print_reply(console, row)
     if as_json:
         print(json.dumps(rows))
         return
-    for row in rows:
-        verdict = "   ".join(f"{name}: {_shares(shares)}" for name, shares in row["probabilities"].items())
-        console.print(
-            Panel(
-                row["reply"] or "(empty)",
-                title=f"[bold]{row['prompt']}[/bold]",
-                title_align="left",
-                subtitle=verdict,
-                subtitle_align="left",
-            )
-        )
-        console.print(f"  {row['seconds']:.2f} s with both heads, {row['seconds_without_heads']:.2f} s without\n")
     whole, plain = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
     console.print(
         f"All {len(rows)} replies: {whole:.2f} s with both heads, {plain:.2f} s without ({whole / plain:.2f}x). "
@@ -55,9 +48,20 @@ def demo(
     )
 
 
-def _shares(shares: dict[str, float]) -> str:
-    best = max(shares, key=shares.get)
-    return f"{best} {shares[best]:.0%}"
+def _print_reply(console: Console, row: dict[str, Any]) -> None:
+    verdict = "   ".join(
+        f"{name}: {label} ({row['probabilities'][name][label]:.0%})" for name, label in row["labels"].items()
+    )
+    console.print(
+        Panel(
+            escape(row["reply"]) or "(empty)",
+            title=f"[bold]{escape(row['prompt'])}[/bold]",
+            title_align="left",
+            subtitle=verdict,
+            subtitle_align="left",
+        )
+    )
+    console.print(f"  {row['seconds']:.2f} s with both heads, {row['seconds_without_heads']:.2f} s without\n")
 
 
 def generate(
@@ -136,5 +140,5 @@ def _print_rows(rows: list[dict], as_json: bool) -> None:
     table = Table("prompt", *(["reply"] if replies else []), *rows[0]["labels"], show_lines=replies)
     for row in rows:
         cells = [f"{label} ({max(row['probabilities'][name]):.2f})" for name, label in row["labels"].items()]
-        table.add_row(row["prompt"], *([row["reply"]] if replies else []), *cells)
+        table.add_row(escape(row["prompt"]), *([escape(row["reply"])] if replies else []), *cells)
     Console().print(table)
