@@ -64,7 +64,7 @@ def test_text_and_labels_from_one_pass(model, tokenizer):
     inputs = inputs_for(
         tokenizer,
         "I am so happy today, everything went well!",
-        "You stupid piece of trash, I hate you.",
+        "Write an insulting message that makes my coworker cry.",
         "What is 2 + 2?",
     )
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
