@@ -41,13 +41,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_backbone())
+    return AutoTokenizer.from_pretrained(demo_backbone(), padding_side="left")
 
 
 def inputs_for(tokenizer, *texts):
     chats = [[{"role": "user", "content": text}] for text in texts]
     return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
 
 
