@@ -45,6 +45,8 @@ class AttentionAggregator(Aggregator):
         # Xavier bounds of each D -> d_inner projection by itself; stacking them must not change their scale.
         bound = math.sqrt(6.0 / (self.hidden_size + self.inner_size))
         nn.init.uniform_(self.qkv, -bound, bound)
+        # With queries of zero every item attends to all alike: a head starts as mean pooling and learns where to look.
+        nn.init.zeros_(self.qkv[:, : self.inner_size])
         nn.init.uniform_(self.out, -bound, bound)
 
     def _project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
