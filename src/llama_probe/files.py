@@ -1,22 +1,25 @@
-"""A head folder on disk: `probe_config.json` and `probe_model.safetensors`, written atomically and read with distrust."""
+"""A head folder on disk: config, weights and measured results, written atomically and read with distrust."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers.utils import logging
 
 from .configuration import ProbeConfig
 from .errors import ProbeError
+from .fingerprint import check_backbone
 from .probe import ProbeModel
 
 
@@ -24,8 +27,14 @@ logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "probe_config.json"
 WEIGHTS_NAME = "probe_model.safetensors"
+RESULTS_NAME = "results.json"
+CARD_NAME = "README.md"
+PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
-MAX_CONFIG_BYTES = 4 * 2**20
+# All that a head folder, and so a head on the Hub, consists of. The first two make the head, the rest tells of it.
+HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, *PLOT_NAMES)
+
+MAX_JSON_BYTES = 4 * 2**20
 
 
 def is_head_folder(folder: str | os.PathLike) -> bool:
@@ -34,9 +43,10 @@ def is_head_folder(folder: str | os.PathLike) -> bool:
 
 
 def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
-    """Writes a head, and nothing of its backbone, into a folder.
+    """Writes a head, and nothing of its backbone, into a folder: config, weights, and its results where it has some.
 
-    Both files are written under temporary names and then renamed, so that a reader never sees half of one.
+    All files are written under temporary names and then renamed, so that a reader never sees half of one. Results are
+    left out, with a warning, where the weights are no longer those that they were measured on.
 
     Returns:
         The folder.
@@ -48,14 +58,23 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ProbeError(f"{folder} is a file; give a folder to save the head in")
     folder.mkdir(parents=True, exist_ok=True)
-    config = probe.config.replace(llama_probe_version=package_version(), transformers_version=transformers.__version__)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
-    write_atomically(
-        {
-            folder / WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            folder / CONFIG_NAME: lambda path: path.write_text(config.to_json_string(), encoding="utf-8"),
-        }
+    weights = save(tensors, metadata={"format": "pt"})
+    digest = hashlib.sha256(weights).hexdigest()
+    config = probe.config.replace(
+        weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
     )
+    writers: dict[Path, Callable[[Path], object]] = {
+        folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
+        folder / CONFIG_NAME: lambda path: path.write_text(config.to_json_string(), encoding="utf-8"),
+    }
+    if probe.results is not None:
+        if probe.config.weights_sha256 in (None, digest):
+            text = json.dumps(probe.results, indent=2, ensure_ascii=False) + "\n"
+            writers[folder / RESULTS_NAME] = lambda path: path.write_text(text, encoding="utf-8")
+        else:
+            logger.warning("the head has been trained on since its results were measured: they are not saved with it")
+    write_atomically(writers)
     return folder
 
 
@@ -71,29 +90,39 @@ def read_config(folder: str | os.PathLike) -> ProbeConfig:
         raise ProbeError(
             f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'})"
         )
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ProbeError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes and is not read")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ProbeError(f"{path} is not valid JSON: {error}") from None
-    try:
-        config, unknown = ProbeConfig.from_dict(values)
+        config, unknown = ProbeConfig.from_dict(_read_json(path))
     except ProbeError as error:
-        raise ProbeError(f"{path}: {error}") from None
+        raise error if str(path) in str(error) else ProbeError(f"{path}: {error}") from None
     if unknown:
         logger.warning(f"{path}: unknown keys are left out (written by another version?): {', '.join(unknown[:8])}")
     return config
+
+
+def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """What was measured of the head in a folder; `None` where nothing was.
+
+    Raises:
+        ProbeError: the file is too large or no JSON object.
+    """
+    path = Path(folder) / RESULTS_NAME
+    if not path.is_file():
+        return None
+    results = _read_json(path)
+    if not isinstance(results, dict):
+        raise ProbeError(f"{path} must be a JSON object, not {type(results).__name__}")
+    return results
 
 
 def read_head(folder: str | os.PathLike, backbone: torch.nn.Module | None = None) -> ProbeModel:
     """Reads a head folder into a `ProbeModel` on the CPU, in eval mode.
 
     The names, shapes and dtypes that the safetensors header declares are compared with those that the config asks for
-    before any tensor is read.
+    before any tensor is read, and the file's digest with the one that was stamped into the config.
 
     Raises:
-        ProbeError: a file is missing or damaged, or a tensor is missing, unexpected, or of a wrong shape or dtype.
+        ProbeError: a file is missing or damaged, a tensor is missing, unexpected, or of a wrong shape or dtype, or the
+            weights are those of another head.
     """
     config = read_config(folder)
     if config.hidden_size is None or config.num_hidden_layers is None:
@@ -112,14 +141,40 @@ def read_head(folder: str | os.PathLike, backbone: torch.nn.Module | None = None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_header(path, file, expected)
+            _check_digest(path, config)
             tensors = {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, ProbeError):
             raise
         raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
-    probe = ProbeModel(config, backbone=backbone)
+    probe = ProbeModel(config)
     probe.load_state_dict(tensors, strict=True)
+    probe.results = read_results(folder)
+    if backbone is not None:
+        check_backbone(Path(folder).name, config, backbone)
+        probe.set_backbone(backbone)
     return probe.eval()
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ProbeError(f"{path} is larger than {MAX_JSON_BYTES} bytes and is not read")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ProbeError(f"{path} is not valid JSON: {error}") from None
+
+
+def _check_digest(path: Path, config: ProbeConfig) -> None:
+    if config.weights_sha256 is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != config.weights_sha256:
+        raise ProbeError(
+            f"{path} does not belong to the {CONFIG_NAME} beside it: its sha256 is {found[:12]}..., the config was saved "
+            f"with {config.weights_sha256[:12]}... Fetch or save the head again"
+        )
 
 
 def _check_header(path: Path, file, expected: dict[str, list[int]]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo
 from torch import nn
 
 from .capture import collect_hidden_states, find_decoder
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
+from .fingerprint import describe
 from .heads import create_aggregator
 from .scope import check_rows, token_mask
 
@@ -58,6 +60,9 @@ class ProbeModel(nn.Module):
             kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set
             to eval mode and its parameters are frozen.
 
+    Attributes:
+        results: what was measured of the head, as in the `results.json` of its folder; `None` where nothing was.
+
     Raises:
         ProbeError: the sizes are missing, or differ from the backbone's.
     """
@@ -68,20 +73,33 @@ class ProbeModel(nn.Module):
     def __init__(self, config: ProbeConfig, backbone: nn.Module | None = None):
         super().__init__()
         if backbone is not None:
-            config = find_decoder(backbone).match(config)
-            backbone.requires_grad_(False)
-            backbone.eval()
+            # A config that knows its backbone keeps what it knows; a new one learns it here.
+            known = config.fingerprint is not None
+            config = find_decoder(backbone).match(config) if known else describe(backbone, config)
         if config.hidden_size is None or config.num_hidden_layers is None:
             raise ProbeError(
                 "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
             )
         self.config = config
-        object.__setattr__(self, "backbone", backbone)
+        self.set_backbone(backbone)
+        self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage = create_aggregator(config, len(self.layer_indices))
         self.layer_stage = create_aggregator(config, 1)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def set_backbone(self, backbone: nn.Module | None) -> None:
+        """Gives the head the frozen LM that turns `input_ids` into states, or takes it away.
+
+        Raises:
+            ProbeError: its sizes are others.
+        """
+        if backbone is not None:
+            find_decoder(backbone).match(self.config)
+            backbone.requires_grad_(False)
+            backbone.eval()
+        object.__setattr__(self, "backbone", backbone)
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):
@@ -102,18 +120,42 @@ class ProbeModel(nn.Module):
     # Files; imported where they are used, because they are about heads and import this module.
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, backbone: nn.Module | None = None) -> ProbeModel:
-        """Reads a head folder or a bundled alias, in eval mode; see `llama_probe.files.read_head` for what it refuses."""
-        from .files import read_head
-        from .resolve import resolve_head
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        namespace: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> ProbeModel:
+        """Reads a head folder, a head on the Hub, or the head that an alias stands for, in eval mode.
 
-        return read_head(resolve_head(source), backbone=backbone)
+        The arguments are those of `load_probe`; see `llama_probe.files.read_head` for what is refused.
+        """
+        from .files import read_head
+        from .hub import HubOptions
+        from .resolve import Target, inside, resolve_head
+
+        target = None if backbone is None else Target.of(backbone)
+        options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
+        return read_head(resolve_head(inside(source, subfolder), target, options, namespace), backbone=backbone)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `probe_config.json` and `probe_model.safetensors`, and nothing of the backbone."""
         from .files import save_head
 
         save_head(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """Uploads the head in one commit, with a card; see `llama_probe.publish.push_head`."""
+        from .publish import push_head
+
+        return push_head(self, repo_id, **kwargs)
 
     # Whole tensors
 
