@@ -1,13 +1,15 @@
 """Cards: written from a folder's config and results alone, and equal to what lies in hub_cards."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import make_probe
 
 from llama_probe import ProbeError
-from llama_probe.files import save_head
+from llama_probe.files import read_config, save_head
 from llama_probe.model_card import create_card, results_table, write_card
 from llama_probe.resolve import bundled_heads
 from llama_probe.training_run import summarize
@@ -52,9 +54,50 @@ def test_the_chosen_seed_and_the_spread(folder):
     assert {result.metric_type: result.metric_value for result in data.eval_results}["f1"] == 0.6
 
 
-def test_a_card_needs_results(tmp_path):
+def test_a_head_without_results_says_so(tmp_path):
+    folder = save_head(make_probe(prompt_format="raw"), tmp_path / "fresh")
+    card = create_card(folder, source="me/fresh", license="mit", tags=["mine"])
+    assert "Nothing was measured of this head." in card.content and 'probe="me/fresh"' in card.content
+    assert card.data.license == "mit" and "mine" in card.data.tags and not card.data.eval_results
     with pytest.raises(ProbeError, match=r"no results.json"):
-        write_card(save_head(make_probe(), tmp_path))
+        results_table([folder])
+
+
+def test_thresholds_plots_and_backbone(folder):
+    results = json.loads((folder / "results.json").read_text())
+    row = {"threshold": 0.4, "precision": None, "recall": 0.0, "flagged": 0.25, "saved": True}
+    results["inspection"] = {
+        "split": "test",
+        "thresholds": {"yes": [{**row, "threshold": 0.1, "precision": 0.5, "saved": False}, row]},
+        "calibration": {"error": 0.0123, "error_uncalibrated": 0.4},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "calibration.png").write_bytes(b"")
+    text = create_card(folder).content
+    assert "| 0.100 | 0.500 | 0.000 | 25.0% |" in text and "| **0.400** | - | 0.000 | 25.0% |" in text
+    assert "error on the test rows: 0.012 (0.400 without" in text
+    assert "](calibration.png)" in text and "layer_weights.png" not in text
+    config = read_config(folder).replace(
+        base_model_class="LlamaForCausalLM", base_model_dtype="bfloat16", fingerprint=[1.0]
+    )
+    (folder / "probe_config.json").write_text(config.to_json_string())
+    text = create_card(folder).content
+    assert "class: LlamaForCausalLM" in text and "weights at training: bfloat16" in text and "fingerprint" in text
+
+
+@pytest.mark.parametrize("kind", ["chat", "system", "raw"])
+def test_the_usage_block_works_when_pasted(kind, tmp_path, backbone_folder):
+    system = 'You\'re "kind".' if kind == "system" else None
+    probe = make_probe(
+        prompt_format="raw" if kind == "raw" else "chat",
+        system_prompt=system,
+        base_model_name_or_path=str(backbone_folder),
+    )
+    folder = save_head(probe, tmp_path / "weather")
+    block = create_card(folder).content.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "LABEL_" in done.stdout
 
 
 @pytest.mark.parametrize("alias", bundled_heads())

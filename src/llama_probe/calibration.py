@@ -1,6 +1,8 @@
-"""Temperature and threshold of a head, fitted on validation rows and saved in its config."""
+"""Temperature and threshold of a head, fitted on validation rows and saved in its config, and how well they do."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,3 +64,95 @@ def calibrate(config: ProbeConfig, logits: torch.Tensor, labels: torch.Tensor) -
     if config.num_labels == 2 and 0 < truth.sum() < len(truth):
         return config.replace(threshold=best_f1_threshold(probs[:, 1], truth))
     return config
+
+
+def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, bins: int = 10) -> dict[str, Any]:
+    """How often the head is right when it says how sure it is (Guo et al., arXiv 1706.04599).
+
+    Two labels and multi-label heads: the probability of each (positive) label against how often it holds. More labels:
+    the probability of the largest against how often it is right.
+
+    Returns:
+        `error`: expected calibration error with the saved temperature, `error_uncalibrated`: the same at temperature 1,
+        `bins`: for each that holds any, `low`, `high`, `rows`, mean `confidence` and `frequency`.
+    """
+    saved = _confidence(logits, labels, config)
+    plain = _confidence(logits, labels, config.replace(temperature=1.0))
+    table = _bins(*saved, bins)
+    return {
+        "error": _calibration_error(table),
+        "error_uncalibrated": _calibration_error(_bins(*plain, bins)),
+        "bins": table,
+    }
+
+
+def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
+    probs = probabilities(logits.float(), config).numpy()
+    if config.problem_type == "multi_label_classification":
+        return probs.ravel(), labels.ravel().astype(float)
+    if config.num_labels == 2:
+        return probs[:, 1], (labels == 1).astype(float)
+    return probs.max(axis=1), (probs.argmax(axis=1) == labels).astype(float)
+
+
+def _bins(confidence: np.ndarray, holds: np.ndarray, count: int) -> list[dict[str, Any]]:
+    index = np.minimum((confidence * count).astype(int), count - 1)
+    table = []
+    for i in range(count):
+        rows = index == i
+        if rows.any():
+            table.append(
+                {
+                    "low": round(i / count, 4),
+                    "high": round((i + 1) / count, 4),
+                    "rows": int(rows.sum()),
+                    "confidence": round(float(confidence[rows].mean()), 4),
+                    "frequency": round(float(holds[rows].mean()), 4),
+                }
+            )
+    return table
+
+
+def _calibration_error(table: list[dict[str, Any]]) -> float:
+    rows = sum(part["rows"] for part in table)
+    return round(sum(part["rows"] * abs(part["confidence"] - part["frequency"]) for part in table) / rows, 4)
+
+
+def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[dict[str, Any]]]:
+    """What each threshold would give: 0.1 to 0.9, and the saved one.
+
+    Returns:
+        For label 1 of two, or each label of a multi-label head, that occurs: rows with `threshold`, `precision` (`None`
+        where nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for heads of another kind.
+    """
+    probs = probabilities(logits.float(), config).numpy()
+    if config.problem_type == "multi_label_classification":
+        columns = [(i, labels[:, i] > 0, _threshold_of(config, i)) for i in range(config.num_labels)]
+    elif config.problem_type == "single_label_classification" and config.num_labels == 2:
+        columns = [(1, labels == 1, _threshold_of(config, 1))]
+    else:
+        return {}
+    tables = {}
+    for index, positive, saved in columns:
+        if not positive.any():
+            continue
+        rows = []
+        for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
+            flagged = probs[:, index] >= threshold
+            hits = int((flagged & positive).sum())
+            rows.append(
+                {
+                    "threshold": round(threshold, 4),
+                    "precision": round(hits / int(flagged.sum()), 4) if flagged.any() else None,
+                    "recall": round(hits / int(positive.sum()), 4),
+                    "flagged": round(float(flagged.mean()), 4),
+                    "saved": threshold == saved,
+                }
+            )
+        tables[config.id2label[index]] = rows
+    return tables
+
+
+def _threshold_of(config: ProbeConfig, index: int) -> float:
+    saved = config.threshold[index] if isinstance(config.threshold, list) else config.threshold
+    return 0.5 if saved is None else saved

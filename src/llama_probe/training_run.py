@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
 import shutil
@@ -21,23 +20,22 @@ from transformers.utils import logging
 
 from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
 from .calibration import calibrate
-from .capture import find_decoder
 from .configuration import ProbeConfig
 from .data import LabelledTexts, read_labelled
 from .errors import ProbeError
-from .evaluation import predict_logits, report
+from .evaluation import inspect_head, predict_logits, report
 from .features import PromptDataset, StateCache
-from .files import package_version, save_head, write_atomically
+from .files import package_version, save_head
+from .fingerprint import describe
 from .metrics import METRICS, default_metric
 from .model_card import CardFacts, write_card
+from .plots import write_plots
 from .probe import ProbeModel
 from .prompts import PromptFormat
 from .training import ProbeLoss, balanced_weights, create_trainer, training_arguments
 
 
 logger = logging.get_logger(__name__)
-
-RESULTS_NAME = "results.json"
 
 
 @dataclass
@@ -141,7 +139,8 @@ class TrainingRun:
         """Runs it.
 
         Returns:
-            What is also written to `results.json`: sources, recipe, metrics a seed, their mean and spread.
+            What is also written to `results.json`: sources, recipe, metrics a seed, their mean and spread, and what
+            `inspect_head` finds of the head that is kept.
 
         Raises:
             ProbeError: anything the user can mend, before the training starts.
@@ -157,7 +156,7 @@ class TrainingRun:
         loss = self._loss(config, parts["train"])
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
-        config = find_decoder(lm).match(config.replace(**prompts.config_fields()))
+        config = describe(lm, config.replace(**prompts.config_fields()))
         checkpoints = self.output / "checkpoints"
         if checkpoints.exists() and not self.resume:
             shutil.rmtree(checkpoints)
@@ -171,9 +170,11 @@ class TrainingRun:
         runs = [self._train(seed, config, backbone, parts, datasets, loss, metric, checkpoints) for seed in self.seeds]
         best = max(runs, key=lambda run: run["result"]["validation"][metric])
         results = self._results(config, parts, metric, [run["result"] for run in runs], best["result"]["seed"])
+        shown = "test" if "test" in parts else "validation"
+        results["inspection"] = {"split": shown, **inspect_head(best["probe"], datasets[shown], parts[shown].labels)}
+        best["probe"].results = results
         save_head(best["probe"], self.output)
-        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-        write_atomically({self.output / RESULTS_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+        write_plots(self.output)
         write_card(self.output)
         shutil.rmtree(checkpoints, ignore_errors=True)
         if cache and self.cache_dir is None:

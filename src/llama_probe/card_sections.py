@@ -1,0 +1,196 @@
+"""The sections of a head's card, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .configuration import ProbeConfig
+
+
+if TYPE_CHECKING:
+    from .model_card import CardFacts
+
+_PLOT_TITLES = {
+    "calibration.png": "How often the head is right against how sure it says it is",
+    "layer_weights.png": "Mean weight of each layer, by label",
+}
+
+
+def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts) -> str:
+    """What the head is."""
+    base = config.base_model_name_or_path
+    link = f"[{base}](https://huggingface.co/{base})" if base and base.count("/") == 1 else base or "a causal LM"
+    trained = f"trained on {facts.dataset_name or facts.dataset or 'labelled data'}" if results else "a probe head"
+    labels = ", ".join(f"`{label}`" for label in config.id2label.values())
+    if config.problem_type == "regression":
+        gives = f"scores {labels}"
+    elif config.problem_type == "multi_label_classification":
+        gives = f"gives any of {labels}"
+    else:
+        gives = f"gives one of {labels}"
+    size = f", {results['num_parameters']:,} parameters" if results else ""
+    return (
+        f"# {name}\n\nA probe head for {link}"
+        + (f", {trained}" if results else "")
+        + f". It reads the hidden states of the frozen model while the model reads the prompt, and {gives} in the pass "
+        f"that starts the reply. Kind `{config.probe_type}` of arXiv 2601.13288{size}; the backbone is not changed."
+    )
+
+
+def usage(source: str, name: str, config: ProbeConfig) -> str:
+    """Code that works when pasted."""
+    base = config.base_model_name_or_path or "the-backbone"
+    if config.prompt_format == "chat":
+        turns = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
+        turns.append({"role": "user", "content": "Write me a short poem about rain."})
+        prompt = (
+            f"chat = {json.dumps(turns, ensure_ascii=False)}\n"
+            "inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, "
+            'return_tensors="pt")'
+        )
+    else:
+        prompt = 'inputs = tokenizer("The rain has stopped.", return_tensors="pt")'
+    return f"""```python
+from transformers import AutoModel, AutoTokenizer
+import llama_probe
+
+model = AutoModel.from_pretrained("{base}", probe="{source}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+{prompt}
+out = model.generate(**inputs, max_new_tokens=40)
+print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
+print(out.probe_labels["{name}"], out.probe_probabilities["{name}"])
+```"""
+
+
+def measurements(config: ProbeConfig, results: dict[str, Any], split: str, plots: Sequence[str]) -> list[str]:
+    """Metrics a group of rows, thresholds, and the plots that lie beside the card."""
+    parts = [_result_table(results, split), _seeds_note(results, split)]
+    inspection = results.get("inspection", {})
+    if config.threshold is not None:
+        parts.append(
+            f"Threshold {_threshold(config.threshold)} and temperature {config.temperature:.3f} were fitted on the "
+            "validation rows and are saved with the head."
+        )
+    for label, rows in inspection.get("thresholds", {}).items():
+        lines = [
+            f"Thresholds on the probability of `{label}`, on the {inspection['split']} rows (bold: the saved one):",
+            "",
+            "| threshold | precision | recall | flagged |",
+            "|---:|---:|---:|---:|",
+        ]
+        for row in rows:
+            precision = "-" if row["precision"] is None else f"{row['precision']:.3f}"
+            mark = "**" if row["saved"] else ""
+            lines.append(
+                f"| {mark}{row['threshold']:.3f}{mark} | {precision} | {row['recall']:.3f} | {row['flagged']:.1%} |"
+            )
+        parts.append("\n".join(lines))
+    if "calibration" in inspection:
+        found = inspection["calibration"]
+        parts.append(
+            f"Expected calibration error on the {inspection['split']} rows: {found['error']:.3f} "
+            f"({found['error_uncalibrated']:.3f} without the temperature)."
+        )
+    parts += [f"![{_PLOT_TITLES[name]}]({name})" for name in plots]
+    return parts
+
+
+def data(results: dict[str, Any], facts: CardFacts) -> str:
+    """Origin, licence and numbers of the rows."""
+    rows = ", ".join(f"{name} {part['rows']:,} rows ({part['source']})" for name, part in results["data"].items())
+    return f"{facts.data_note or 'No licence of the data was stated.'} Rows: {rows}."
+
+
+def training(config: ProbeConfig, results: dict[str, Any], facts: CardFacts) -> str:
+    """Recipe, environment and command."""
+    recipe = results["recipe"]
+    environment = ", ".join(f"{name} {version}" for name, version in results["environment"].items())
+    note = (
+        f"AdamW, learning rate {recipe['learning_rate']}, weight decay {recipe['weight_decay']}, batch "
+        f"{recipe['per_device_train_batch_size'] * recipe['gradient_accumulation_steps']}, at most "
+        f"{recipe['num_train_epochs']} epochs, label smoothing {recipe['label_smoothing']}, dropout {config.dropout}, "
+        f"layer dropout {config.layer_dropout}; states normalised by `{config.normalize}`. {environment}."
+    )
+    return note if facts.command is None else f"{note}\n\n```\n{facts.command}\n```"
+
+
+def backbone(config: ProbeConfig) -> str:
+    """What the head knows of the model it belongs to."""
+    weights = config.base_model_dtype or "unknown dtype"
+    if config.base_model_quantization:
+        weights += f", {config.base_model_quantization}"
+    values = [
+        ("model", config.base_model_name_or_path),
+        ("revision", config.base_model_revision),
+        ("class", config.base_model_class),
+        ("hidden size, layers", f"{config.hidden_size}, {config.num_hidden_layers}"),
+        ("vocabulary", config.vocab_size),
+        ("weights at training", weights),
+        ("chat template", (config.chat_template_hash or "")[:16] or None),
+    ]
+    text = "; ".join(f"{name}: {value}" for name, value in values if value is not None) + "."
+    if config.fingerprint is not None:
+        text += (
+            " The head keeps a fingerprint of the model's behaviour: a backbone too far from it - fine-tuned since, or "
+            "another - is warned of, or refused with `strict=True`."
+        )
+    return text
+
+
+def limits(config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts) -> str:
+    """What the head was not made for or not tested on."""
+    lines = [
+        f"Fits {config.base_model_name_or_path or 'one backbone'} only: a fine-tuned or otherwise changed backbone has other states.",
+        "Trained on prompts rendered with the model's chat template"
+        if config.prompt_format == "chat"
+        else "Trained on raw text, without a chat template",
+        *facts.limits,
+    ]
+    if results is None:
+        lines.append("Nothing was measured of this head")
+    return "\n".join(f"- {limit.rstrip('.')}." for limit in lines)
+
+
+def measured(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics of a summary that have a mean."""
+    return {key: value for key, value in summary.items() if isinstance(value, dict) and "mean" in value}
+
+
+def _result_table(results: dict[str, Any], split: str) -> str:
+    summary = results["summary"][split]
+    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])[split]
+    groups = [(f"{split}, all rows", summary, chosen)]
+    for column, values in summary.get("slices", {}).items():
+        for value, part in values.items():
+            groups.append((f"{split}, {column} = {value}", part, chosen["slices"][column][value]))
+    metrics = list(measured(summary))
+    lines = [f"| rows | number | {' | '.join(metrics)} |", f"|---|---:|{'---:|' * len(metrics)}"]
+    for title, part, single in groups:
+        cells = [
+            "-" if part[m] is None else f"{single[m]:.3f} ({part[m]['mean']:.3f} ± {part[m]['std']:.3f})"
+            for m in metrics
+        ]
+        lines.append(f"| {title} | {part['rows']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _seeds_note(results: dict[str, Any], split: str) -> str:
+    seeds = [str(run["seed"]) for run in results["runs"]]
+    chosen = f"this head (seed {results['chosen_seed']}, the best of {len(seeds)} by {results['recipe']['metric']} on validation rows)"
+    return (
+        f"Each cell: {chosen if len(seeds) > 1 else 'this head'}, and in brackets the mean and standard deviation over "
+        f"the seeds {', '.join(seeds)}. "
+        + (
+            "Nothing was chosen by the test rows."
+            if split == "test"
+            else "These are the validation rows that the head was chosen by."
+        )
+    )
+
+
+def _threshold(threshold) -> str:
+    values = threshold if isinstance(threshold, list) else [threshold]
+    return ", ".join(f"{value:.3f}" for value in values)
