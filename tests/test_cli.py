@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import make_lm, make_tokenizer
 
 from llama_probe.files import read_config, read_head
 from llama_probe.model_card import create_card
@@ -51,12 +52,14 @@ def trained(rows, backbone_folder, tmp_path_factory):
 def test_train_writes_a_head_folder(trained):
     output, results = trained
     assert sorted(path.name for path in output.iterdir()) == [
-        "README.md", "probe_config.json", "probe_model.safetensors", "results.json",
+        "README.md", "calibration.png", "layer_weights.png", "probe_config.json", "probe_model.safetensors", "results.json",
     ]  # fmt: skip
     assert json.loads((output / "results.json").read_text()) == results
     config = read_config(output)
     assert config.id2label == {0: "fine", 1: "awful"} and config.token_scope == "content" and config.prefix_ids
     assert config.max_length == 64 and config.threshold is not None and config.chat_template_hash
+    assert len(config.fingerprint) == 32 and config.base_model_dtype == "float32" and config.vocab_size == 260
+    assert results["inspection"]["split"] == "test" and set(results["inspection"]["thresholds"]) == {"awful"}
     assert [run["seed"] for run in results["runs"]] == [0, 1]
     best = max(results["runs"], key=lambda run: run["validation"]["auprc"])
     assert results["chosen_seed"] == best["seed"]
@@ -143,6 +146,39 @@ def test_inspect(trained):
     assert json.loads(run("inspect", output, "--json").stdout)["probe_type"] == "gate"
     assert "num_parameters" in run("inspect", output).stdout
     assert run("inspect").returncode == 0
+
+
+def test_inspect_beside_a_backbone(trained, backbone_folder, tmp_path):
+    output, _ = trained
+    same = run("inspect", output, "--backbone", backbone_folder)
+    assert same.returncode == 0 and "belongs to this backbone" in same.stdout and "differs" not in same.stdout
+    checks = json.loads(run("inspect", output, "--backbone", backbone_folder, "--dtype", "bfloat16", "--json").stdout)
+    verdicts = {check["field"]: check["verdict"] for check in checks}
+    assert verdicts["fingerprint"] == verdicts["chat_template_hash"] == "same"
+    assert verdicts["base_model_dtype"] == "explained"
+    make_lm(vocab_size=260, num_hidden_layers=2).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    other = run("inspect", output, "--backbone", tmp_path / "other")
+    assert other.returncode == 0 and "cannot run on this backbone" in other.stdout
+
+
+def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
+    output, _ = trained
+    online = {**hub.env, "HF_TOKEN": hub.add_user("alice")}
+    pushed = run("push", output, "alice/mood", "--private", "--subfolder", "v1", "--tag", "mine", "--json", **online)
+    assert pushed.returncode == 0, pushed.stderr
+    assert json.loads(pushed.stdout)["commit"] == hub.head("alice/mood") and hub.repositories["alice/mood"].private
+    assert set(hub.files("alice/mood")) >= {f"v1/{path.name}" for path in output.iterdir()}
+    assert 'probe="alice/mood:v1"' in hub.files("alice/mood")["v1/README.md"].decode()
+    pulled = run("pull", "alice/mood:v1", "--output", tmp_path / "back", **online)
+    assert pulled.returncode == 0, pulled.stderr
+    for name in ("probe_model.safetensors", "results.json", "layer_weights.png"):
+        assert (tmp_path / "back" / name).read_bytes() == (output / name).read_bytes()
+    done = run("classify", "bad luck", "--backbone", backbone_folder, "--probe", "alice/mood:v1", "--json", **online)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["labels"]["v1"] in ("fine", "awful")
+    refused = run("push", output, "alice/mood", **{**online, "HF_TOKEN": hub.add_token("alice", role="read")})
+    assert refused.returncode == 2 and "may not write" in refused.stderr and "hf_" not in refused.stderr
 
 
 @pytest.mark.parametrize(

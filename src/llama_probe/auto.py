@@ -33,11 +33,12 @@ def uninstall() -> None:
 
 def _with_probe(original: classmethod):
     @functools.wraps(original.__func__)
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, probe=None, probe_strict=False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, probe=None, **kwargs):
         if probe is None:
             return original.__func__(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        # probe_revision=, probe_namespace= and probe_strict= are among the keyword arguments.
         return AutoModelForProbedGeneration.from_pretrained(
-            pretrained_model_name_or_path, *model_args, probe=probe, probe_strict=probe_strict, **kwargs
+            pretrained_model_name_or_path, *model_args, probe=probe, **kwargs
         )
 
     from_pretrained.__without_probe__ = original

@@ -7,18 +7,18 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from huggingface_hub import CommitInfo
 from torch import nn
-from transformers.utils import logging
 
 from .capture import Decoder, find_decoder
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .files import save_head
+from .fingerprint import check_backbone, describe
+from .hub import HubOptions
 from .probe import ProbeModel
-from .resolve import check_name, read_heads, resolve_head
-
-
-logger = logging.get_logger(__name__)
+from .publish import push_head
+from .resolve import Target, check_name, default_name, inside, read_heads
 
 
 class ProbeHostMixin:
@@ -64,13 +64,29 @@ class ProbeHostMixin:
         self._attach({name: probe})
         return self.probes[name]
 
-    def load_probe(self, source: str | os.PathLike, name: str | None = None, strict: bool = False) -> str:
+    def load_probe(
+        self,
+        source: str | os.PathLike,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        namespace: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        strict: bool = False,
+    ) -> str:
         """Reads a head and attaches it.
 
         Args:
-            source: a head folder or a bundled alias.
-            name: the head's name here; the alias or the folder's name where left out.
-            strict: raise, rather than warn, where the head names another base model.
+            source: a head folder, a Hub id or an alias; see `resolve_head`.
+            name: the head's name here; see `default_name` where left out.
+            revision, subfolder: of a Hub id, where it does not say so itself.
+            namespace: whose heads an alias stands for; see `probe_namespace`.
+            token, cache_dir, local_files_only, force_download: as in `from_pretrained`.
+            strict: raise, rather than warn, where the head was trained on another backbone; see `check_backbone`.
 
         Returns:
             The head's name.
@@ -78,12 +94,14 @@ class ProbeHostMixin:
         Raises:
             ProbeError: the head cannot be read or does not fit; the model is then as it was.
         """
-        name = resolve_head(source).resolve().name if name is None else name
+        source = inside(source, subfolder)
+        name = default_name(source) if name is None else name
         if check_name(name) in self.probes:
             raise ProbeError(
                 f"a head {name!r} is attached already; pass another name, or delete_probe({name!r}) first"
             )
-        self._attach(read_heads({name: source}), strict=strict)
+        options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
+        self._attach(read_heads({name: source}, Target.of(self), options, namespace), strict=strict)
         return name
 
     def delete_probe(self, name: str) -> None:
@@ -102,12 +120,21 @@ class ProbeHostMixin:
         Raises:
             ProbeError: no head has that name, or several are attached and none is named.
         """
-        if name is None:
-            if len(self.probes) != 1:
-                raise ProbeError(f"name the head to save: {', '.join(self.probes) or 'none is attached'}")
-            name = next(iter(self.probes))
-        self._require_probe(name)
-        return save_head(self.probes[name], folder)
+        return save_head(self.probes[self._single_probe(name, "save")], folder)
+
+    def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
+        """Uploads one head in one commit, with a card; see `llama_probe.publish.push_head` for the arguments.
+
+        Args:
+            repo_id: `user/name`.
+            name: of the head; may be left out where one head is attached.
+            kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`.
+
+        Raises:
+            ProbeError: no head has that name, or the Hub refused, with its reason.
+        """
+        name = self._single_probe(name, "push")
+        return push_head(self.probes[name], repo_id, name=name, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves the backbone exactly as the plain class does. Heads are saved by `save_probe`."""
@@ -124,6 +151,13 @@ class ProbeHostMixin:
         if name not in self.probes:
             raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(self.probes) or 'none'}")
 
+    def _single_probe(self, name: str | None, what: str) -> str:
+        if name is None and len(self.probes) != 1:
+            raise ProbeError(f"name the head to {what}: {', '.join(self.probes) or 'none is attached'}")
+        name = next(iter(self.probes)) if name is None else name
+        self._require_probe(name)
+        return name
+
     def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> None:
         # Everything that can fail comes first: either all heads are attached or none.
         decoder = self._decoder
@@ -133,10 +167,11 @@ class ProbeHostMixin:
                 raise ProbeError(
                     f"a head {name!r} is attached already; choose another name or delete_probe({name!r}) first"
                 )
-            config = probe.config if isinstance(probe, ProbeModel) else probe
-            matched = decoder.match(config)
-            _check_base_model(name, config, decoder, strict)
-            heads[name] = probe if isinstance(probe, ProbeModel) else ProbeModel(matched)
+            if isinstance(probe, ProbeModel):
+                check_backbone(name, probe.config, self, strict)
+                heads[name] = probe
+            else:
+                heads[name] = ProbeModel(describe(self, probe))
         device = decoder.device
         for head in heads.values():
             head.to(device).eval()
@@ -146,14 +181,3 @@ class ProbeHostMixin:
     def _active_heads(self) -> dict[str, ProbeModel]:
         heads = self.probes
         return {name: heads[name] for name in self._active_probes if name in heads}
-
-
-def _check_base_model(name: str, config: ProbeConfig, decoder: Decoder, strict: bool) -> None:
-    trained_on, here = config.base_model_name_or_path, decoder.name_or_path
-    # Copies of one model lie under many paths; the last part of the name is what they share.
-    if not trained_on or not here or Path(trained_on).name.lower() == Path(here).name.lower():
-        return
-    message = f"head {name!r} was trained on {trained_on}, this backbone is {here}: its scores may mean nothing here"
-    if strict:
-        raise ProbeError(message)
-    logger.warning(message)

@@ -17,7 +17,7 @@ from .errors import ProbeError
 from .generation import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
 from .host import ProbeHostMixin
 from .probe import ProbeModel
-from .resolve import ProbeSpec, read_heads
+from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
 
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Args:
             lm: the model; of the plain class that this one is made from. A PEFT model is unwrapped.
             probe: heads; see `read_heads`.
-            strict: raise where a head names another base model.
+            strict: raise, rather than warn, where a head was trained on another backbone; see `check_backbone`.
 
         Returns:
             `lm` itself.
@@ -86,9 +86,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
         """
-        heads = read_heads(probe)
         if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model"):
             lm = lm.get_base_model()
+        heads = read_heads(probe, Target.of(lm)) if probe is not None else {}
         if not isinstance(lm, ProbedGenerationMixin):
             if type(lm) is not cls._causal_lm_class:
                 raise ProbeError(
@@ -114,19 +114,26 @@ class ProbedGenerationMixin(ProbeHostMixin):
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
         probe: ProbeSpec | None = None,
+        probe_revision: str | None = None,
+        probe_namespace: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
         """`PreTrainedModel.from_pretrained` with heads.
 
         Args:
-            probe: a head folder, a bundled alias, a list of these, or a dict name -> one of these.
-            probe_strict: raise, rather than warn, where a head names another base model.
+            probe: a head folder, a Hub id (`user/repo`, with `@revision` and `:subfolder` where wanted), an alias, a
+                list of these, or a dict name -> one of these; see `resolve_head`.
+            probe_revision: of heads on the Hub that name none. `revision` is that of the backbone alone.
+            probe_namespace: user or organisation whose heads aliases stand for; see `probe_namespace`.
+            probe_strict: raise, rather than warn, where a head was trained on another backbone.
+            kwargs: those of the plain class. `token`, `cache_dir`, `local_files_only` and `force_download` count for
+                the heads as well.
 
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
-        heads = read_heads(probe)
+        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         model._attach(heads, probe_strict)
@@ -334,11 +341,13 @@ class AutoModelForProbedGeneration:
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
         probe: ProbeSpec | None = None,
+        probe_revision: str | None = None,
+        probe_namespace: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
         """`AutoModelForCausalLM.from_pretrained` with heads; see `LlamaForProbedGeneration.from_pretrained`."""
-        heads = read_heads(probe)
+        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
         loaded = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         lm = loaded[0] if isinstance(loaded, tuple) else loaded
         cls.from_causal_lm(lm, heads, probe_strict)
@@ -350,6 +359,11 @@ class AutoModelForProbedGeneration:
     ) -> PreTrainedModel:
         """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
         base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+        plain = getattr(type(base), "_causal_lm_class", None)
+        if plain is not None and not isinstance(base, ProbedGenerationMixin):
+            # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).
+            del base.probes, base._active_probes
+            _change_class(base, plain)
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
 
 

@@ -1,15 +1,23 @@
-"""What `probe=` may be: a head folder, a bundled alias, a list of these, or a dict of names."""
+"""What `probe=` may be: a head folder, a Hub id, an alias, a list of these, or a dict of names."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+from transformers import AutoConfig
+
+from .capture import find_decoder
+from .configuration import ProbeConfig
 from .errors import ProbeError
-from .files import is_head_folder, read_head
+from .files import is_head_folder, read_config, read_head
+from .hub import HubOptions, HubReference, check_subfolder, download_head, list_heads
 from .probe import ProbeModel
 
 
@@ -17,30 +25,208 @@ ProbeSource = str | os.PathLike | ProbeModel
 ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 
 
-def bundled_heads() -> dict[str, Path]:
-    """Folders of the heads that ship with the package, by alias."""
-    root = Path(str(files("llama_probe").joinpath("hub_cards")))
-    if not root.is_dir():  # an editable install or a checkout
-        root = Path(__file__).resolve().parents[2] / "hub_cards"
-    if not root.is_dir():
+@dataclass(frozen=True)
+class Target:
+    """The backbone that heads are looked up for: one alias stands for another head on each.
+
+    Attributes:
+        name_or_path: folder or Hub id of the backbone.
+        hidden_size, num_hidden_layers: its sizes.
+        revision: at which it was asked for.
+    """
+
+    name_or_path: str | None
+    hidden_size: int
+    num_hidden_layers: int
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, lm: nn.Module) -> Target:
+        """The target that a loaded causal LM is."""
+        decoder = find_decoder(lm)
+        return cls(decoder.name_or_path, decoder.hidden_size, decoder.num_hidden_layers)
+
+    @classmethod
+    def read(cls, name_or_path: str | os.PathLike, kwargs: Mapping[str, Any], options: HubOptions) -> Target | None:
+        """The target that a folder or a Hub id is, from its `config.json` alone; `None` where that says too little.
+
+        Args:
+            kwargs: of `from_pretrained`; its `revision` and `subfolder` are the backbone's.
+        """
+        revision = kwargs.get("revision")
+        try:
+            config = AutoConfig.from_pretrained(
+                name_or_path,
+                revision=revision,
+                subfolder=kwargs.get("subfolder") or "",
+                token=options.token,
+                cache_dir=options.cache_dir,
+                local_files_only=options.local_files_only,
+                trust_remote_code=False,
+            ).get_text_config(decoder=True)
+            return cls(str(name_or_path), config.hidden_size, config.num_hidden_layers, revision)
+        except (OSError, ValueError, AttributeError):  # a LoRA folder, remote code: loading it will tell what is wrong
+            return None
+
+    def fits(self, config: ProbeConfig) -> bool:
+        """Whether a head has the sizes of this backbone."""
+        sizes = (config.hidden_size, config.num_hidden_layers)
+        return sizes == (self.hidden_size, self.num_hidden_layers)
+
+
+def bundled_heads(target: Target | None = None) -> dict[str, Path]:
+    """Folders of the heads that ship with the package, by alias; with a target only those that fit it."""
+    here = Path(__file__).resolve()
+    # The second is where an editable install or a checkout has them.
+    root = next((path for path in (here.parent / "hub_cards", here.parents[2] / "hub_cards") if path.is_dir()), None)
+    if root is None:
         return {}
-    return {folder.name: folder for folder in sorted(root.iterdir()) if is_head_folder(folder)}
+    folders = [folder for folder in sorted(root.iterdir()) if is_head_folder(folder)]
+    return {folder.name: folder for folder in folders if target is None or target.fits(read_config(folder))}
 
 
-def resolve_head(source: str | os.PathLike) -> Path:
-    """The folder of a head: `source` itself where it is a folder, else the bundled head of that alias.
+def probe_namespace(namespace: str | None = None) -> str | None:
+    """User or organisation on the Hub that aliases are looked up under.
+
+    The argument, else the environment variable `LLAMA_PROBE_NAMESPACE`, else `"namespace"` in
+    `$XDG_CONFIG_HOME/llama_probe/config.json` (`~/.config` where that is not set); `None` where none says.
 
     Raises:
-        ProbeError: neither; the message lists the known aliases.
+        ProbeError: the file is no JSON object with a text there.
+    """
+    chosen = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE")
+    path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "llama_probe" / "config.json"
+    if not chosen and path.is_file():
+        try:
+            chosen = json.loads(path.read_text(encoding="utf-8")).get("namespace")
+        except (ValueError, AttributeError) as error:
+            raise ProbeError(f'{path} must be a JSON object like {{"namespace": "user"}}: {error}') from None
+    if chosen is not None and (not isinstance(chosen, str) or not re.fullmatch(r"[\w.-]+", chosen)):
+        raise ProbeError(f"namespace {chosen!r} must be the name of a user or organisation on the Hub")
+    return chosen or None
+
+
+def alias_repository(target: Target, namespace: str) -> str:
+    """The repository that holds a namespace's heads for a backbone: `namespace/backbone-probes`, a subfolder an alias."""
+    return f"{namespace}/{Path(target.name_or_path or 'unknown').name}-probes"
+
+
+def resolve_head(
+    source: str | os.PathLike,
+    target: Target | None = None,
+    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    namespace: str | None = None,
+) -> Path:
+    """The folder of a head, fetched where it is on the Hub.
+
+    Args:
+        source: in this order: a folder; a Hub id (`user/repo`, with `@revision` and `:subfolder`); the alias of a head
+            that is bundled for the target, that lies in the target's own folder, that a namespace has for the target on
+            the Hub (see `probe_namespace` and `alias_repository`), or that lies in the target's own repository there.
+        target: the backbone. Without one, an alias is that of any bundled head.
+        options: for the Hub. Its revision is that of the head.
+        namespace: see `probe_namespace`.
+
+    Raises:
+        ProbeError: there is no such head; the message lists those that exist.
     """
     if Path(source).is_dir():
         return Path(source)
-    bundled = bundled_heads()
-    if isinstance(source, str) and source in bundled:
+    if not isinstance(source, str) or not re.fullmatch(r"[\w-]+", source):
+        reference = HubReference.parse(str(source))
+        if reference is None:
+            raise ProbeError(
+                f"probe={str(source)!r} is neither a folder nor a bundled head nor a Hub id (user/repo, with @revision and "
+                f":subfolder where wanted); bundled heads: {', '.join(bundled_heads(target)) or 'none'}"
+            )
+        return download_head(reference, options)
+    bundled = bundled_heads(target)
+    if source in bundled and options.revision is None:  # what is bundled has no revisions
         return bundled[source]
-    raise ProbeError(
-        f"probe={str(source)!r} is neither a folder nor a bundled head; bundled heads: {', '.join(bundled) or 'none'}"
-    )
+    namespace = probe_namespace(namespace)
+    refused: ProbeError | None = None
+    for repository, at in _repositories(target, options, namespace):
+        if isinstance(repository, Path):
+            if is_head_folder(repository / source):
+                return repository / source
+            continue
+        try:
+            return download_head(HubReference(repository, at, source), options)
+        except ProbeError as error:
+            refused = error
+    raise ProbeError(_unknown_alias(source, target, bundled, options, namespace, refused))
+
+
+def _repositories(target: Target | None, options: HubOptions, namespace: str | None):
+    """Where an alias may lie for a target: (folder or Hub id, revision), in order."""
+    if target is None or not target.name_or_path:
+        return
+    local = Path(target.name_or_path).is_dir()
+    if local:
+        yield Path(target.name_or_path), None
+    if namespace:
+        yield alias_repository(target, namespace), options.revision
+    if not local and target.name_or_path.count("/") == 1:
+        # One repository holds both: the head is taken from the commit that the backbone is taken from.
+        yield target.name_or_path, options.revision or target.revision
+
+
+def _unknown_alias(source, target, bundled, options, namespace, refused) -> str:
+    backbone = (target.name_or_path or "this backbone") if target else None
+    lines = [f"probe={source!r} is neither a folder nor a bundled head" + (f" for {backbone}" if target else "")]
+    lines.append(f"bundled heads: {', '.join(bundled) or 'none'}")
+    others = {alias: read_config(folder) for alias, folder in bundled_heads().items() if alias not in bundled}
+    if others:
+        names = [
+            f"{alias} ({config.base_model_name_or_path}: hidden_size={config.hidden_size}, "
+            f"num_hidden_layers={config.num_hidden_layers})"
+            for alias, config in others.items()
+        ]
+        lines.append(
+            f"{backbone} has hidden_size={target.hidden_size}, num_hidden_layers={target.num_hidden_layers}; "
+            f"bundled for other backbones: {', '.join(names)}"
+        )
+    if target and namespace:
+        repository = alias_repository(target, namespace)
+        found = [head for head in list_heads(repository, options) if head]
+        lines.append(f"on the Hub in {repository}: {', '.join(found) or 'none'}")
+        if refused is not None and not found:
+            lines.append(str(refused))
+    elif target:
+        lines.append(
+            "set LLAMA_PROBE_NAMESPACE, or pass probe_namespace=, to look for user/"
+            f"{Path(target.name_or_path or 'backbone').name}-probes on the Hub"
+        )
+    return "; ".join(lines)
+
+
+def inside(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
+    """`source` narrowed down to a subfolder, of a folder or of a repository on the Hub.
+
+    Raises:
+        ProbeError: the subfolder is not inside, or `source` names another one itself.
+    """
+    check_subfolder(subfolder)
+    if subfolder is None:
+        return source
+    if Path(source).is_dir():
+        return Path(source) / subfolder
+    reference = HubReference.parse(str(source))
+    if reference is None or reference.subfolder not in (None, subfolder):
+        raise ProbeError(
+            f"subfolder={subfolder!r} does not go with {str(source)!r}: it needs a folder or a Hub id without one"
+        )
+    return str(HubReference(reference.repo_id, reference.revision, subfolder))
+
+
+def default_name(source: str | os.PathLike) -> str:
+    """The name of a head where none is given: the subfolder, the repository's name, the alias or the folder's name."""
+    reference = None if Path(source).is_dir() else HubReference.parse(str(source))
+    if reference is None:
+        name = Path(source).resolve().name
+    else:
+        name = (reference.subfolder or reference.repo_id).split("/")[-1]
+    return name.replace(".", "-")  # a dot separates modules in torch
 
 
 def check_name(name: str) -> str:
@@ -56,36 +242,74 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_heads(spec: ProbeSpec | None) -> dict[str, ProbeModel]:
+def needs_target(spec: ProbeSpec | None) -> bool:
+    """Whether an argument names an alias, which stands for another head on each backbone."""
+    sources: Sequence[Any] = list(spec.values()) if isinstance(spec, Mapping) else _as_list(spec)
+    return any(isinstance(source, str) and re.fullmatch(r"[\w-]+", source) for source in sources)
+
+
+def read_heads(
+    spec: ProbeSpec | None,
+    target: Target | None = None,
+    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    namespace: str | None = None,
+) -> dict[str, ProbeModel]:
     """Reads every head of a `probe=` argument, before any model is touched.
 
+    Args:
+        spec: a source of `resolve_head` or a `ProbeModel`, a list of these, or a dict name -> one of these.
+        target, options, namespace: see `resolve_head`.
+
     Returns:
-        Heads by name: the key of a dict, else the alias or the folder's name.
+        Heads by name: the key of a dict, else see `default_name`.
 
     Raises:
         ProbeError: a source is not found or damaged, a name is not allowed or occurs twice.
     """
-    if spec is None:
-        return {}
-    if isinstance(spec, (str, os.PathLike)):
-        pairs = [(None, spec)]
-    elif isinstance(spec, Mapping):
-        pairs = list(spec.items())
-    elif isinstance(spec, Sequence):
-        pairs = [(None, source) for source in spec]
-    else:
-        raise ProbeError(f"probe= takes a folder, an alias, a list or a dict of names, not {type(spec).__name__}")
+    pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
     heads: dict[str, ProbeModel] = {}
     for name, source in pairs:
         if isinstance(source, ProbeModel):
             head = source
         elif isinstance(source, (str, os.PathLike)):
-            folder = resolve_head(source)
-            name = name if name is not None else folder.resolve().name
-            head = read_head(folder)
+            name = name if name is not None else default_name(source)
+            check_name(name)
+            head = read_head(resolve_head(source, target, options, namespace))
         else:
-            raise ProbeError(f"a head is given as a folder or an alias, not as {type(source).__name__}")
+            raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
         if check_name(name) in heads:
             raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head to tell them apart")
         heads[name] = head
     return heads
+
+
+def read_heads_beside(
+    spec: ProbeSpec | None,
+    backbone: str | os.PathLike,
+    kwargs: Mapping[str, Any],
+    revision: str | None = None,
+    namespace: str | None = None,
+) -> dict[str, ProbeModel]:
+    """`read_heads` for a backbone that is about to be loaded.
+
+    Args:
+        spec: heads.
+        backbone: folder or Hub id.
+        kwargs: the arguments that it will be loaded with. Token, cache and offline settings count for heads as well.
+        revision, namespace: of the heads.
+    """
+    options = HubOptions.beside(kwargs, revision)
+    target = Target.read(backbone, kwargs, options) if needs_target(spec) else None
+    return read_heads(spec, target, options, namespace)
+
+
+def _as_list(spec: Any) -> list[Any]:
+    if spec is None:
+        return []
+    if isinstance(spec, (str, os.PathLike, ProbeModel)):
+        return [spec]
+    if isinstance(spec, Sequence):
+        return list(spec)
+    raise ProbeError(
+        f"probe= takes a folder, a Hub id, an alias, a list or a dict of names, not {type(spec).__name__}"
+    )

@@ -8,6 +8,7 @@ from ..errors import ProbeError
 from .evaluate import evaluate
 from .heads import inspect
 from .serve import classify, demo, generate
+from .share import pull, push
 from .train import train
 
 
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: a label and a text from the same forward pass.",
 )
-for command in (demo, generate, classify, train, evaluate, inspect):
+for command in (demo, generate, classify, train, evaluate, inspect, push, pull):
     app.command()(command)
 
 

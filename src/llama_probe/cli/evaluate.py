@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Backbone, Dtype, Json
+from .options import Backbone, Dtype, Json, Probe
 
 
 def evaluate(
-    probe: Annotated[str, typer.Option(help="A head folder or a bundled alias.")],
+    probe: Probe,
     data: Annotated[
         str, typer.Option(help="Labelled rows: a csv, jsonl(.gz) or parquet file, a folder, or a Hub id.")
     ],
@@ -28,17 +28,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
-    from ..backbones import load_backbone
+    from ..backbones import backbone_target, load_backbone
     from ..data import read_labelled
     from ..errors import ProbeError
     from ..evaluation import predict_logits, report
     from ..features import PromptDataset
     from ..files import read_head
+    from ..fingerprint import check_backbone
     from ..prompts import PromptFormat
     from ..resolve import resolve_head
 
     with contextlib.redirect_stdout(sys.stderr):
-        head = read_head(resolve_head(probe))
+        head = read_head(resolve_head(probe, backbone_target(backbone)))
         config = head.config
         names = list(config.id2label.values())
         rows = read_labelled(data, text_column, label_column, names, config.problem_type, split)
@@ -46,7 +47,8 @@ def evaluate(
             if column not in rows.columns:
                 raise ProbeError(f"{data} has no column {column!r}; it has: {', '.join(rows.columns)}")
         lm, tokenizer = load_backbone(backbone, dtype)
-        head = read_head(resolve_head(probe), backbone=lm).to(lm.device)
+        check_backbone(probe, config, lm)
+        head.to(lm.device).set_backbone(lm)
         prompts = PromptFormat.from_config(config, tokenizer).encode(rows.texts)
         logits = predict_logits(head, PromptDataset(prompts, rows.labels), progress=True)
         result = report(config, logits, rows.labels, {column: rows.columns[column] for column in slice_column or []})

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .options import Json
+from .options import Dtype, Json, Revision
+
+
+_VERDICTS = {"same": "[green]same[/]", "differs": "[bold red]differs[/]", "explained": "[green]differs, explained[/]"}
 
 
 def inspect(
     probe: Annotated[
-        str | None, typer.Argument(help="A head folder or a bundled alias; all bundled heads where left out.")
+        str | None,
+        typer.Argument(help="A head folder, a Hub id or an alias; all bundled heads where left out."),
     ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Compare with this model: 'demo', a folder, or a Hub id.")
+    ] = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
     markdown: Annotated[
         bool, typer.Option(help="Print the bundled heads and their results as a Markdown table.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a head is, or which heads come with the package and what they measured."""
-    from ..files import read_config, read_head
+    """Show what a head is, whether it belongs to a backbone, or which heads come with the package."""
+    from ..backbones import backbone_target
+    from ..files import read_head
+    from ..hub import HubOptions
     from ..model_card import results_table
     from ..resolve import bundled_heads, resolve_head
 
@@ -30,23 +45,56 @@ def inspect(
         print(results_table(bundled_heads().values()))
         return
     if probe is None:
-        configs = {alias: read_config(folder) for alias, folder in bundled_heads().items()}
-        if as_json:
-            print(json.dumps({alias: config.to_dict() for alias, config in configs.items()}))
-            return
-        table = Table("alias", "kind", "labels", "backbone", title="bundled heads")
-        for alias, config in configs.items():
-            table.add_row(
-                alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path
-            )
-        Console().print(table)
+        _list_bundled(as_json)
         return
-    head = read_head(resolve_head(probe))
+    target = None if backbone is None else backbone_target(backbone)
+    head = read_head(resolve_head(probe, target, HubOptions(revision)))
+    if backbone is not None:
+        _compare(probe, head.config, backbone, dtype, as_json)
+        return
     values = head.config.to_dict() | {"num_parameters": head.num_parameters()}
     if as_json:
         print(json.dumps(values))
         return
     table = Table("field", "value", title=probe)
     for key, value in sorted(values.items()):
-        table.add_row(key, json.dumps(value, ensure_ascii=False))
+        table.add_row(key, escape(json.dumps(value, ensure_ascii=False)))
     Console().print(table)
+
+
+def _list_bundled(as_json: bool) -> None:
+    from ..files import read_config
+    from ..resolve import bundled_heads
+
+    configs = {alias: read_config(folder) for alias, folder in bundled_heads().items()}
+    if as_json:
+        print(json.dumps({alias: config.to_dict() for alias, config in configs.items()}))
+        return
+    table = Table("alias", "kind", "labels", "backbone", title="bundled heads")
+    for alias, config in configs.items():
+        table.add_row(alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
+    Console().print(table)
+
+
+def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> None:
+    from ..backbones import load_backbone, model_id
+    from ..fingerprint import compare
+
+    with contextlib.redirect_stdout(sys.stderr):
+        lm, tokenizer = load_backbone(backbone, dtype)
+    lm.config._name_or_path = model_id(backbone)
+    checks = compare(config, lm, tokenizer)
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks]))
+        return
+    table = Table("", "the head was trained with", "this backbone", "verdict", title=f"{probe} on {backbone}")
+    for check in checks:
+        cells = ("-" if value is None else escape(str(value)) for value in (check.recorded, check.found))
+        table.add_row(check.field, *cells, _VERDICTS.get(check.verdict, check.verdict))
+    Console().print(table)
+    if any(check.fatal and check.verdict == "differs" for check in checks):
+        print("The head cannot run on this backbone: it was made for a model of another size.")
+    elif any(check.verdict == "differs" for check in checks):
+        print("The head runs on this backbone, but its scores may mean nothing there.")
+    else:
+        print("The head belongs to this backbone, as far as is known.")

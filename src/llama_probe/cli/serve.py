@@ -98,7 +98,7 @@ def classify(
 
 
 def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, size: int = 8):
-    from ..backbones import load_backbone
+    from ..backbones import backbone_target, load_backbone
     from ..errors import ProbeError
     from ..modeling import AutoModelForProbedGeneration
     from ..prompts import PromptFormat
@@ -107,7 +107,7 @@ def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype:
     texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
         raise ProbeError("there is no prompt: give some, or lines on standard input")
-    heads = read_heads(probes)
+    heads = read_heads(probes, backbone_target(backbone))
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
