@@ -188,7 +188,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("classify", "x", "--probe", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--backbone", "no/such"), "bundled heads"),
         (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
-        (("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"), "allowed: gate, mha, pooling"),
+        (("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"), "allowed: attentive, gate, mha, pooling"),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),
         (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
         (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),

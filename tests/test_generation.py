@@ -13,7 +13,7 @@ from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.generation import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
 
 
-KINDS = ("pooling", "gate", "mha")
+KINDS = ("pooling", "gate", "mha", "attentive")
 TOLERANCE = 1e-5
 
 

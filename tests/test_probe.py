@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 
 
-KINDS = ("pooling", "gate", "mha")
+KINDS = ("pooling", "gate", "mha", "attentive")
 
 
 @st.composite
@@ -105,6 +105,7 @@ def expected_size(kind, layers, hidden, downcast, labels):
         "pooling": 0,
         "gate": (layers + 2) * hidden,
         "mha": (layers + 2) * 4 * hidden * (hidden // downcast),
+        "attentive": (layers + 2) * (4 + 2 * 8) * hidden,
     }
     return aggregators[kind] + hidden * labels + labels
 
@@ -171,6 +172,17 @@ class TestAgainstThePaper:
 
         self.check(mha, probe_type="mha", pool=pool, downcast=2, num_attention_heads=2)
 
+    @pytest.mark.parametrize("queries, rank", [(1, 1), (2, 6), (4, 4)])
+    def test_attentive(self, queries, rank):
+        def attentive(module, slot, x):
+            pooled = []
+            for query, values in zip(module.query[slot], module.value[slot].chunk(queries), strict=True):
+                attention = (x @ query / self.hidden**0.5).softmax(0)
+                pooled.append((attention[:, None] * (x @ values.T)).sum(0))
+            return module.out[slot] @ torch.cat(pooled)
+
+        self.check(attentive, probe_type="attentive", options={"num_queries": queries, "value_rank": rank})
+
 
 def test_an_untrained_gate_is_mean_pooling():
     torch.manual_seed(0)
@@ -179,6 +191,43 @@ def test_an_untrained_gate_is_mean_pooling():
     gate, pooling = (ProbeModel(ProbeConfig(probe_type=kind, **sizes)).eval() for kind in ("gate", "pooling"))
     gate.classifier.load_state_dict(pooling.classifier.state_dict())
     torch.testing.assert_close(gate(hidden_states=states).logits, pooling(hidden_states=states).logits)
+
+
+@pytest.mark.parametrize("kind", ["mha", "attentive"])
+def test_an_untrained_head_attends_to_all_tokens_alike(kind):
+    probe = ProbeModel(ProbeConfig(probe_type=kind, hidden_size=HIDDEN, num_hidden_layers=LAYERS, downcast=4)).eval()
+    out = probe(hidden_states=[torch.randn(2, 6, HIDDEN) for _ in range(LAYERS + 1)], output_attentions=True)
+    torch.testing.assert_close(out.token_weights, torch.full((2, LAYERS + 1, 6), 1 / 6))
+    torch.testing.assert_close(out.layer_weights, torch.full((2, LAYERS + 1), 1 / (LAYERS + 1)))
+    out.logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in probe.parameters())
+
+
+def test_scores_of_any_size_stay_finite():
+    probe = make_probe(probe_type="attentive", normalize="none")
+    states = [torch.randn(1, 7, HIDDEN) * 1e4 for _ in range(LAYERS + 1)]
+    state = probe.init_state(torch.ones(1, 7, dtype=torch.bool))
+    with torch.no_grad():
+        whole = probe(hidden_states=states).logits
+        for low, high in ((0, 3), (3, 7)):
+            for layer, hidden in enumerate(states):
+                probe.step(state, layer, hidden[:, low:high])
+        assert whole.isfinite().all()
+        torch.testing.assert_close(probe.finish(state).logits, whole, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_queries": 3}, "num_queries=3 must divide value_rank=8"),
+        ({"value_rank": 0}, "options\\['value_rank'\\]=0 must be a whole number"),
+        ({"num_queries": True}, "must be a whole number"),
+        ({"queries": 2}, r"options has \['queries'\]; .* knows \['num_queries', 'value_rank'\]"),
+    ],
+)
+def test_options_of_attentive(options, words):
+    with pytest.raises(ProbeError, match=words):
+        ProbeConfig(probe_type="attentive", options=options)
 
 
 def test_states_in_any_form_and_dtype():

@@ -2,6 +2,7 @@
 
 from .aggregator import Aggregator, create_aggregator, get_probe_type, probe_types, register_probe_type
 from .attention import AttentionAggregator
+from .attentive import AttentivePoolingAggregator
 from .gate import GateAggregator
 from .pooling import PoolingAggregator
 
@@ -9,6 +10,7 @@ from .pooling import PoolingAggregator
 __all__ = [
     "Aggregator",
     "AttentionAggregator",
+    "AttentivePoolingAggregator",
     "GateAggregator",
     "PoolingAggregator",
     "create_aggregator",

@@ -1,0 +1,85 @@
+"""Attentive pooling: a few learned queries a slot, each summarising the items through values of low rank.
+
+What multi-head attention over the prompt becomes when the queries do not come from the items but are learned: no item
+attends to another, so the cost is linear in the items and the state does not grow with them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..errors import ProbeError
+from .aggregator import Aggregator, register_probe_type
+
+
+@register_probe_type("attentive")
+class AttentivePoolingAggregator(Aggregator):
+    """a_k = softmax(x q_k / sqrt(D)), z_k = sum_i a_ki V_k x_i, v = U [z_1; ...; z_K].
+
+    `options`: `num_queries` K (default 4), and `value_rank` R (default 8), the rows of all V_k together, a multiple of
+    K. Both stages hold `(L+2) (K + 2 R) D` parameters. Queries start at zero: an untrained head is mean pooling through
+    a low-rank map. State: the running maximum, denominator and numerator of each softmax, `2 K + R` numbers.
+    """
+
+    def __init__(self, num_slots, config):
+        super().__init__(num_slots, config)
+        self.num_queries = config.options.get("num_queries", 4)
+        self.value_rank = config.options.get("value_rank", 8)
+        self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
+        self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
+        self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.value_rank))
+        bound = math.sqrt(6.0 / (self.hidden_size + self.value_rank))
+        nn.init.uniform_(self.value, -bound, bound)
+        nn.init.uniform_(self.out, -bound, bound)
+
+    @classmethod
+    def check(cls, config):
+        allowed = {"num_queries", "value_rank"}
+        if unknown := sorted(set(config.options) - allowed):
+            raise ProbeError(f"options has {unknown}; probe_type='attentive' knows {sorted(allowed)}")
+        queries, rank = config.options.get("num_queries", 4), config.options.get("value_rank", 8)
+        for name, value in (("num_queries", queries), ("value_rank", rank)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
+                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
+        if rank % queries:
+            raise ProbeError(f"options: num_queries={queries} must divide value_rank={rank}")
+
+    def _project(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores `[S, B, K, n]`, as low as can be off the mask, and values `[S, B, K, n, R / K]`."""
+        slot_count, batch, items, hidden = x.shape
+        both = torch.cat([self.query[slots] / math.sqrt(hidden), self.value[slots]], dim=1)  # [S, K + R, D]
+        flat = torch.matmul(x.reshape(slot_count, batch * items, hidden), both.transpose(1, 2))
+        scores, values = flat.view(slot_count, batch, items, -1).split([self.num_queries, self.value_rank], dim=-1)
+        scores = scores.transpose(2, 3)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[None, :, None, :], torch.finfo(scores.dtype).min)
+        return scores, values.unflatten(-1, (self.num_queries, -1)).transpose(2, 3)
+
+    def update(self, state, x, mask, slots):
+        scores, values = self._project(x, mask, slots)
+        top = scores.detach().amax(dim=-1)  # [S, B, K]
+        if state is not None:
+            top = torch.maximum(top, state[0])
+        weights = (scores - top.unsqueeze(-1)).exp()
+        if mask is not None:  # a chunk may hold nothing that counts for a row
+            weights = weights * mask[None, :, None, :].to(weights.dtype)
+        norm = weights.sum(dim=-1)  # [S, B, K]
+        total = torch.matmul(weights.unsqueeze(-2), values).squeeze(-2)  # [S, B, K, R / K]
+        if state is not None:
+            shrink = (state[0] - top).exp()
+            norm = norm + state[1] * shrink
+            total = total + state[2] * shrink.unsqueeze(-1)
+        return top, norm, total
+
+    def result(self, state, slots):
+        _, norm, total = state
+        pooled = total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
+        return torch.matmul(pooled.flatten(2), self.out[slots].transpose(1, 2))  # [S, B, D]
+
+    def weights(self, x, mask, slots):
+        """The softmax of each query, averaged over queries."""
+        scores, _ = self._project(x, mask, slots)
+        return scores.softmax(dim=-1).mean(dim=2)
