@@ -142,6 +142,17 @@ def test_the_fingerprint_vouches_for_a_new_commit(lm):
     assert verdicts(config, lm, behaviour=False)["base_model_revision"] == "differs"
 
 
+def test_the_fingerprint_vouches_for_a_copy_in_a_folder_but_not_for_another_name(lm, tmp_path):
+    config = described(lm)
+    lm.config._name_or_path = str(tmp_path)
+    assert verdicts(config, lm)["base_model_name_or_path"] == "explained"
+    assert verdicts(config.replace(fingerprint=None), lm)["base_model_name_or_path"] == "differs"
+    lm.config._name_or_path = "org/other"
+    assert verdicts(config, lm)["base_model_name_or_path"] == "differs"
+    lm.config.base_model_name_or_path = "org/tiny"  # as an exported repository says
+    assert verdicts(config, lm)["base_model_name_or_path"] == "same"
+
+
 def test_sizes_are_fatal(lm):
     config = described(make_lm(num_hidden_layers=3))
     assert verdicts(config, lm)["num_hidden_layers"] == "differs"

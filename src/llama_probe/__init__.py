@@ -1,10 +1,10 @@
 """Probe heads on frozen language models: a label and a text from the same forward pass.
 
 Importing the package teaches `transformers.AutoModel.from_pretrained` and `AutoModelForCausalLM.from_pretrained` the
-argument `probe=`; calls without it are not changed.
+argument `probe=`, and `transformers.pipeline` the task "probed-text-generation"; other calls are not changed.
 """
 
-from . import auto
+from . import auto, pipeline
 from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
@@ -27,3 +27,4 @@ __all__ = [
 ]
 
 auto.install()
+pipeline.install()

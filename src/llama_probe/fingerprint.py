@@ -142,9 +142,12 @@ def compare(
     for name, value in found.items():
         recorded = getattr(config, name)
         verdict = _verdict(recorded, value, name)
-        # Copies in other dtypes, and commits that leave the weights alone, are no other backbone.
-        if verdict == "differs" and name in ("base_model_revision", "base_model_dtype", "base_model_quantization"):
-            verdict = "explained" if vouched else verdict
+        # Copies in other dtypes or folders, and commits that leave the weights alone, are no other backbone.
+        explained = {"base_model_revision", "base_model_dtype", "base_model_quantization"}
+        if value is not None and name == "base_model_name_or_path" and Path(value).is_dir():
+            explained.add(name)
+        if verdict == "differs" and name in explained and vouched:
+            verdict = "explained"
         checks.append(Check(name, recorded, value, verdict))
     if config.prompt_format == "chat" and tokenizer is not None:
         value = template_hash(tokenizer)
@@ -210,7 +213,8 @@ def _facts(lm: nn.Module) -> dict[str, Any]:
     # A probed class is its plain class with heads: what matters is the plain one.
     plain = getattr(base, "_causal_lm_class", type(base))
     return {
-        "base_model_name_or_path": decoder.name_or_path,
+        # An exported repository has a name of its own, and says in its config whose weights it holds.
+        "base_model_name_or_path": getattr(base.config, "base_model_name_or_path", None) or decoder.name_or_path,
         "base_model_revision": getattr(base.config, "_commit_hash", None),
         "base_model_type": decoder.model_type,
         "base_model_class": plain.__name__,

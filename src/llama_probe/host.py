@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 
 from .capture import Decoder, find_decoder
 from .configuration import ProbeConfig
@@ -137,7 +138,13 @@ class ProbeHostMixin:
         return push_head(self.probes[name], repo_id, name=name, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves the backbone exactly as the plain class does. Heads are saved by `save_probe`."""
+        """Saves the backbone exactly as the plain class does. Heads are saved by `save_probe`.
+
+        A model whose class came out of a repository (`trust_remote_code=True`) takes that code with it.
+        """
+        if self._auto_class is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(self, save_directory, config=self.config)
         self._without_probes().save_pretrained(save_directory, *args, **kwargs)
 
     def _without_probes(self) -> nn.Module:

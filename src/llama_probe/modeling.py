@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .generation import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
@@ -362,9 +363,19 @@ class AutoModelForProbedGeneration:
         plain = getattr(type(base), "_causal_lm_class", None)
         if plain is not None and not isinstance(base, ProbedGenerationMixin):
             # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).
+            own = {name: _copy_head(head) for name, head in base.probes.items()}
             del base.probes, base._active_probes
             _change_class(base, plain)
+            probed_class(plain).from_causal_lm(base, own)
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
+
+
+def _copy_head(head: nn.Module) -> ProbeModel:
+    """A head of another copy of this code as one of this copy."""
+    config, _ = ProbeConfig.from_dict(head.config.to_dict())
+    copied = ProbeModel(config)
+    copied.load_state_dict(head.state_dict())
+    return copied
 
 
 def _cached_tokens(kwargs: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ import typer
 
 from ..errors import ProbeError
 from .evaluate import evaluate
+from .export import export
 from .heads import inspect
 from .serve import classify, demo, generate
 from .share import pull, push
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: a label and a text from the same forward pass.",
 )
-for command in (demo, generate, classify, train, evaluate, inspect, push, pull):
+for command in (demo, generate, classify, train, evaluate, inspect, push, pull, export):
     app.command()(command)
 
 
