@@ -68,6 +68,25 @@ def test_train_writes_a_head_folder(trained):
     assert set(results["summary"]["test"]["slices"]["half"]) == {"0", "1"}
 
 
+def test_sweep(rows, backbone_folder, tmp_path):
+    arguments = (
+        "sweep", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--probe-type", "gate", "--probe-type",
+        "attentive", "--trials", 3, "--epochs", 2, "--output", tmp_path / "sweep",
+    )  # fmt: skip
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "3 configurations by validation auprc" in done.stdout and "--probe-type" in done.stdout
+    best = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"][0]
+    trained = run(
+        "train", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--output", tmp_path / "head",
+        "--epochs", 1, *best["options"].split(),
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert read_config(tmp_path / "head").probe_type == best["params"]["probe_type"]
+    again = run(*arguments)
+    assert again.returncode == 2 and "go on with --resume" in again.stderr
+
+
 def test_evaluate_repeats_what_training_reported(trained, rows, backbone_folder):
     output, results = trained
     done = run(
@@ -188,7 +207,11 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("classify", "x", "--probe", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--backbone", "no/such"), "bundled heads"),
         (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
-        (("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"), "allowed: attentive, gate, mha, pooling"),
+        (
+            ("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"),
+            "allowed: attentive, gate, mha, pooling",
+        ),
+        (("train", "--train", "{rows}", "--output", "x", "--option", "rank=low"), "must be NAME=NUMBER"),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),
         (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
         (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),
@@ -206,4 +229,91 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, arg
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("llama-probe: ") and words in last
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """Local copies of data sets known by name."""
+    folder = tmp_path_factory.mktemp("copies")
+    for name, splits in (("toxicchat", ("train", "test")), ("xstest", ("test",)), ("goemotions", ("train", "test"))):
+        (folder / name).mkdir()
+        for split in splits:
+            rows = [
+                {
+                    "text": f"{'good' if i % 3 else 'bad'} {split} {i}",
+                    "label": [i % 3 + 1, 27] if name == "goemotions" else int(i % 3 == 0),
+                    "human_annotation": i % 2 == 0,
+                }
+                for i in range(40)
+            ]
+            (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_by_name(copies, backbone_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("named") / "tox"
+    done = run(
+        "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", "toxicchat", f"--data-dir={copies}",
+        "--output", output, "--epochs", 1, "--max-length", 64, "--dataset-name", "My chats", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return output, json.loads(done.stdout)
+
+
+def test_train_by_name(trained_by_name, copies):
+    output, results = trained_by_name
+    assert read_config(output).id2label == {0: "non-toxic", 1: "toxic"}
+    assert {name: (part["source"], part["rows"]) for name, part in results["data"].items()} == {
+        "train": ("toxicchat", 34), "validation": ("15% of train", 6), "test": ("toxicchat:test", 40),
+    }  # fmt: skip
+    assert set(results["summary"]["test"]["slices"]["human_annotation"]) == {"True", "False"}
+    card = results["card"]
+    assert (card["license"], card["dataset"], card["language"]) == ("cc-by-nc-4.0", "lmsys/toxic-chat", "en")
+    assert card["dataset_name"] == "My chats" and "non-commercial" in card["data_note"]
+    assert "--train toxicchat" in card["command"] and str(copies) not in json.dumps(results)
+
+
+def test_evaluate_by_name(trained_by_name, backbone_folder, copies):
+    args = ("evaluate", "--probe", trained_by_name[0], "--backbone", backbone_folder, "--data-dir", copies, "--json")
+    done = run(*args, "--data", "toxicchat")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rows"] == 40 and set(found["slices"]["human_annotation"]) == {"True", "False"}
+    other = run(*args, "--data", "xstest")
+    assert other.returncode == 0 and "safe, unsafe of the data are read as non-toxic, toxic" in other.stderr
+    assert "slices" not in json.loads(other.stdout)
+    refused = run(*args, "--data", "goemotions:test")
+    assert refused.returncode == 2 and "is for multi_label_classification, not for single_label" in refused.stderr
+
+
+def test_train_on_several_labels_and_on_values(copies, rows, backbone_folder, tmp_path):
+    args = ("train", "--backbone", backbone_folder, "--probe-type", "pooling", "--epochs", 1, "--max-length", 64)
+    done = run(*args, "--train", "goemotions", "--data-dir", copies, "--output", tmp_path / "go", "--json")
+    assert done.returncode == 0, done.stderr
+    config = read_config(tmp_path / "go")
+    assert config.problem_type == "multi_label_classification" and config.id2label[27] == "neutral"
+    done = run(*args, "--train", rows / "train.jsonl", "--problem-type", "regression", "--output", tmp_path / "value")
+    assert done.returncode == 0, done.stderr
+    assert read_config(tmp_path / "value").problem_type == "regression"
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--train", "toxichat"), "data sets known by name: toxicchat, wildguardmix"),
+        (("--train", "xstest", "--data-dir", "{copies}"), "xstest has no split 'train'; it has: test"),
+        (("--train", "imdb", "--data-dir", "{copies}"), "local copies lie in DIR/imdb/SPLIT.jsonl.gz"),
+        (("--train", "toxicchat:dev", "--data-dir", "{copies}"), "toxicchat has no split 'dev'; it has: test, train"),
+        (("--train", "toxicchat", "--label-column", "jailbreaking"), "have their own columns"),
+        (("--train", "emotion"), "emotion cannot be loaded as dair-ai/emotion from the Hub"),
+    ],
+)
+def test_bad_names_are_one_line_and_status_2(copies, backbone_folder, tmp_path, args, words):
+    args = [arg.replace("{copies}", str(copies)) for arg in args]
+    done = run("train", "--backbone", backbone_folder, "--output", tmp_path / "out", *args)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("llama-probe: ") and words in last and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import pytest
 
 from llama_probe import ProbeError
 from llama_probe.data import read_labelled
+from llama_probe.training_run import DataSources
 
 
 @pytest.fixture
@@ -108,3 +109,99 @@ def test_wrong_sources(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ProbeError, match="cannot be read"):
         read_labelled(str(tmp_path / "bad.jsonl"))
+
+
+def test_an_unknown_name_tells_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ProbeError, match=r"toxichat cannot be read .*known by name: toxicchat, wildguardmix, imdb, sst2"
+    ):
+        read_labelled("toxichat")
+    with pytest.raises(ProbeError) as refused:
+        read_labelled("someone/toxichat")
+    assert "known by name" not in str(refused.value)
+
+
+def test_whole_numbers_as_values(write):
+    rows = read_labelled(write([{"text": "a", "label": 3}, {"text": "b", "label": 5}]), problem_type="regression")
+    assert rows.labels.tolist() == [[3.0], [5.0]] and rows.labels.dtype == np.float32
+    assert rows.label_names == ["value"] and rows.problem_type == "regression"
+    with pytest.raises(ProbeError, match="regression labels must be numbers"):
+        read_labelled(write([{"text": "a", "label": "many"}]), problem_type="regression")
+    with pytest.raises(ProbeError, match="labels are lists, which is not regression"):
+        read_labelled(write([{"text": "a", "label": [1.5, 2.5]}]), problem_type="regression")
+
+
+def test_columns_named_text_and_label_beside_the_chosen_ones(write):
+    rows = read_labelled(write([{"q": "a", "y": "n", "text": "other", "label": 7}]), "q", "y")
+    assert rows.texts == ["a"] and rows.columns == {"text": ["other"], "label": [7]}
+
+
+class TestSources:
+    """What `DataSources` takes from a data set that is known by name."""
+
+    @pytest.fixture
+    def copies(self, tmp_path, write):
+        def rows(split, **more):
+            return [{"text": f"{split} {i}", "label": i % 2, **more} for i in range(20)]
+
+        for split in ("train", "validation", "test"):
+            write(rows(split), f"copies/emotion/{split}.jsonl")
+        for split in ("train", "test"):
+            write(rows(split, human_annotation=True, jailbreaking=0), f"copies/toxicchat/{split}.jsonl")
+        write(rows("test"), "copies/xstest/test.jsonl")
+        return tmp_path / "copies"
+
+    def test_its_own_splits(self, copies):
+        data = DataSources("emotion", data_dir=copies)
+        assert (data.eval, data.test, data.slice_columns) == ("emotion:validation", "emotion:test", [])
+        parts = data.read(seed=0)
+        assert {name: rows.texts[0] for name, rows in parts.items()} == {
+            "train": "train 0",
+            "validation": "validation 0",
+            "test": "test 0",
+        }
+        assert parts["train"].label_names == ["sadness", "joy", "love", "anger", "fear", "surprise"]
+
+    def test_a_part_of_train_where_there_is_no_validation_split(self, copies):
+        data = DataSources("toxicchat", data_dir=copies, validation_share=0.25)
+        assert (data.eval, data.test, data.slice_columns) == (None, "toxicchat:test", ["human_annotation"])
+        parts = data.read(seed=0)
+        assert [len(parts[name]) for name in ("train", "validation", "test")] == [15, 5, 20]
+        assert all(text.startswith("train") for text in parts["validation"].texts)
+
+    def test_what_is_given_stays(self, copies, write):
+        own = write(ROWS[:1], "own.jsonl")
+        data = DataSources("emotion", eval=own, test="toxicchat", slice_columns=["jailbreaking"], data_dir=copies)
+        assert (data.eval, data.test, data.slice_columns) == (own, "toxicchat", ["jailbreaking"])
+        assert DataSources("emotion:test", data_dir=copies).test is None, "never the rows that are trained on"
+        assert DataSources("emotion:validation", data_dir=copies).eval is None
+        file = DataSources(own, test="toxicchat", data_dir=copies)
+        assert (file.eval, file.slice_columns) == (None, ["human_annotation"])
+
+    def test_labels_of_another_set_are_those_of_train(self, copies):
+        parts = DataSources("toxicchat", test="xstest", data_dir=copies).read(seed=0)
+        assert parts["test"].label_names == ["non-toxic", "toxic"] and parts["test"].labels.sum() == 10
+        with pytest.raises(ProbeError, match="labels safe, unsafe of the data cannot be read as sadness, joy"):
+            DataSources("emotion", test="xstest", data_dir=copies).read(seed=0)
+
+    def test_own_columns_beside_a_name(self, copies, write):
+        own = write([{"q": f"a {i}", "y": i % 2} for i in range(20)], "own.jsonl")
+        parts = DataSources(own, test="toxicchat", text_column="q", label_column="y", data_dir=copies).read(seed=0)
+        assert parts["train"].texts[0].startswith("a") and parts["test"].texts[0] == "test 0"
+        with pytest.raises(ProbeError, match="toxicchat, toxicchat:test have their own columns"):
+            DataSources("toxicchat", label_column="jailbreaking", data_dir=copies)
+
+    def test_a_copy_without_the_column_to_slice_by(self, copies, write):
+        write(ROWS[:1], "copies/toxicchat/test.jsonl")
+        data = DataSources("toxicchat", data_dir=copies)
+        assert "test" in data.read(seed=0) and data.slice_columns == []
+
+    def test_the_hub_without_copies(self):
+        for name, evaluated, tested in (
+            ("goemotions", "goemotions:validation", "goemotions:test"),
+            ("sst2", None, "sst2:test"),
+            ("imdb", None, "imdb:test"),
+        ):
+            data = DataSources(name)
+            assert (data.eval, data.test) == (evaluated, tested)

@@ -1,7 +1,8 @@
-"""Labelled rows: reads them, finds their labels, and splits off a validation part."""
+"""Labelled rows: reads them by name, from files or from the Hub, finds their labels, and splits off a validation part."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from sklearn.model_selection import train_test_split
+from transformers.utils import logging
 
+from .benchmarks import BENCHMARKS, Benchmark, HubSplit, find_benchmark
 from .errors import ProbeError
 from .prompts import Text
 
+
+logger = logging.get_logger(__name__)
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -66,6 +71,29 @@ class LabelledTexts:
         outside = [row for row in range(len(self)) if group[row] in held_back]
         return self.select(inside), self.select(outside)
 
+    def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
+        """The same rows with other label names: matched by name where all names are among them, else by index.
+
+        Raises:
+            ProbeError: there are more or fewer names, and they do not hold the old ones.
+        """
+        old, new = self.label_names, list(label_names)
+        if old == new:
+            return self
+        if set(old) <= set(new):
+            index = np.array([new.index(name) for name in old])
+        elif len(old) == len(new):
+            index = np.arange(len(old))
+            logger.warning(f"The labels {', '.join(old)} of the data are read as {', '.join(new)}, in this order.")
+        else:
+            raise ProbeError(f"labels {', '.join(old)} of the data cannot be read as {', '.join(new)}")
+        if self.labels.ndim == 1:
+            labels = index[self.labels]
+        else:
+            labels = np.zeros((len(self), len(new)), dtype=self.labels.dtype)
+            labels[:, index] = self.labels
+        return LabelledTexts(self.texts, labels, new, self.problem_type, self.columns)
+
 
 def read_table(source: str, split: str = "train") -> Dataset:
     """Rows of a csv, json(l) or parquet file (also .gz), of a folder of such files, or of a Hub data set.
@@ -85,10 +113,10 @@ def read_table(source: str, split: str = "train") -> Dataset:
     except ProbeError:
         raise
     except Exception as error:  # the loaders raise dozens of types for bad input
-        reason = str(error).strip().splitlines()
-        raise ProbeError(
-            f"{source} cannot be read as a file, a folder or a Hub data set: {reason[0] if reason else error!r}"
-        ) from error
+        message = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}"
+        if "/" not in source:
+            message += f" (data sets known by name: {', '.join(BENCHMARKS)})"
+        raise ProbeError(message) from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(data)}")
@@ -103,31 +131,131 @@ def read_labelled(
     label_names: Sequence[str] | None = None,
     problem_type: str | None = None,
     split: str = "train",
+    data_dir: str | os.PathLike | None = None,
 ) -> LabelledTexts:
     """Reads rows and makes sense of their labels.
 
     Whole numbers are class indices, texts class names, lists several labels of one row (multi-label), and other numbers
     values (regression). Names come from `label_names`, from the data set's features, or from the labels themselves.
 
+    Args:
+        source: the name of a data set in `BENCHMARKS`, or `NAME:SPLIT`; else a file, a folder or a Hub id (see
+            `read_table`). An existing path comes before a name.
+        text_column, label_column: of rows that are not known by name.
+        label_names: for a data set that is known by name see `LabelledTexts.renamed`.
+        problem_type: as in `ProbeConfig`; told by the labels where left out.
+        split: which part to read, where `source` does not say.
+        data_dir: local copies of the data sets known by name (see `read_benchmark`), to be read instead of the Hub.
+
     Raises:
-        ProbeError: a column is missing, a text or label is empty, or labels and names do not fit each other.
+        ProbeError: there is nothing to read, a column is missing, a text or label is empty, or labels and names do not
+            fit each other.
     """
+    known = find_benchmark(source)
+    if known is not None:
+        if (text_column, label_column) != ("text", "label"):
+            raise ProbeError(
+                f"{source} is known by name and has its own columns; text_column, label_column are for files"
+            )
+        benchmark, own_split = known
+        if problem_type not in (None, benchmark.problem_type):
+            raise ProbeError(f"{source} is for {benchmark.problem_type}, not for {problem_type}")
+        columns = read_benchmark(benchmark, own_split or split, data_dir)
+        texts, values = columns.pop("text"), columns.pop("label")
+        rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
+        return rows if label_names is None else rows.renamed(label_names)
     table = read_table(source, split)
     for name in (text_column, label_column):
         if name not in table.column_names:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(table.column_names)}")
-    texts, values = list(table[text_column]), list(table[label_column])
-    if not texts:
-        raise ProbeError(f"{source} holds no rows")
-    for row, (text, value) in enumerate(zip(texts, values, strict=True)):
-        if text is None or value is None or (isinstance(text, str) and not text.strip()):
-            raise ProbeError(f"{source}: row {row} has no text or no label")
     feature = table.features[label_column]
     feature = getattr(feature, "feature", feature)
     if label_names is None and isinstance(feature, ClassLabel):
         label_names = feature.names
+    columns = {name: list(table[name]) for name in table.column_names}
+    texts, values = columns.pop(text_column), columns.pop(label_column)
+    return _labelled(source, texts, values, columns, label_names, problem_type)
+
+
+def read_benchmark(
+    benchmark: Benchmark, split: str, data_dir: str | os.PathLike | None = None
+) -> dict[str, list[Any]]:
+    """Columns `text`, `label` and further ones of a data set that is known by name. Says how many rows had no text or label.
+
+    Args:
+        benchmark: the data set.
+        split: one of `benchmark_splits`.
+        data_dir: read `data_dir/NAME/SPLIT.jsonl.gz` (or another format of `read_table`) instead of the Hub. Its rows
+            have columns `text` and `label`, or those of the Hub.
+
+    Raises:
+        ProbeError: there is no such split or local copy, or the Hub does not give the data.
+    """
+    splits = benchmark_splits(benchmark, data_dir)
+    if split not in splits:
+        raise ProbeError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(splits)}")
+    if data_dir is not None:
+        table = read_table(str(splits[split]))
+    else:
+        place = benchmark.splits[split]
+        try:
+            table = load_dataset(benchmark.hub_id, place.configuration, split=place.split, revision=benchmark.revision)
+        except Exception as error:  # the loaders raise dozens of types
+            raise ProbeError(
+                f"{benchmark.name} cannot be loaded as {benchmark.hub_id} from the Hub: {_reason(error)} (a gated data set "
+                "wants its terms accepted there, and a login; --data-dir reads local copies)"
+            ) from error
+    if data_dir is not None and {"text", "label"} <= set(table.column_names):
+        columns = {name: list(table[name]) for name in table.column_names}
+    else:
+        columns = benchmark.convert(table)
+    full = [
+        row for row, pair in enumerate(zip(columns["text"], columns["label"], strict=True)) if not _is_empty(*pair)
+    ]
+    if len(full) < len(columns["text"]):
+        logger.warning(
+            f"{len(columns['text']) - len(full)} of {len(columns['text'])} rows of {benchmark.name}:{split} have no text "
+            "or no label and are left out."
+        )
+        columns = {name: [values[row] for row in full] for name, values in columns.items()}
+    return columns
+
+
+def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = None) -> dict[str, Path | HubSplit]:
+    """The splits that there are: on the Hub, or with `data_dir` the files in `data_dir/NAME`.
+
+    Raises:
+        ProbeError: `data_dir` has no such folder.
+    """
+    if data_dir is None:
+        return dict(benchmark.splits)
+    folder = Path(data_dir) / benchmark.name
+    if not folder.is_dir():
+        raise ProbeError(
+            f"{folder} is no folder; local copies lie in DIR/{benchmark.name}/SPLIT.jsonl.gz, and without --data-dir the "
+            "rows come from the Hub"
+        )
+    return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if set(path.suffixes) & set(_FORMATS)}
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
+
+
+def _is_empty(text: Any, label: Any) -> bool:
+    return text is None or label is None or (isinstance(text, str) and not text.strip())
+
+
+def _labelled(
+    source: str, texts: list, values: list, columns: dict[str, list], label_names, problem_type: str | None
+) -> LabelledTexts:
+    if not texts:
+        raise ProbeError(f"{source} holds no rows")
+    for row, (text, value) in enumerate(zip(texts, values, strict=True)):
+        if _is_empty(text, value):
+            raise ProbeError(f"{source}: row {row} has no text or no label")
     labels, names, found_type = _read_labels(source, values, label_names, problem_type)
-    columns = {name: list(table[name]) for name in table.column_names if name not in (text_column, label_column)}
     return LabelledTexts(texts, labels, names, found_type, columns)
 
 
@@ -141,15 +269,15 @@ def _read_labels(source: str, values: list, label_names, problem_type: str | Non
             problem_type = "regression"
         else:
             problem_type = "single_label_classification"
-    if problem_type == "regression":
-        try:
-            return np.asarray(values, dtype=np.float32).reshape(len(values), -1), ["value"], problem_type
-        except (TypeError, ValueError):
-            raise ProbeError(f"{source}: regression labels must be numbers") from None
     if several != (problem_type == "multi_label_classification"):
         raise ProbeError(
             f"{source}: labels are {'lists' if several else 'single values'}, which is not {problem_type}"
         )
+    if problem_type == "regression":
+        try:
+            return np.asarray(values, dtype=np.float32).reshape(-1, 1), ["value"], problem_type
+        except (TypeError, ValueError):
+            raise ProbeError(f"{source}: regression labels must be numbers") from None
     if all(isinstance(item, str) for item in flat):
         names = list(label_names or sorted(set(flat)))
         missing = sorted(set(flat) - set(names))

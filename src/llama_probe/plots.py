@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,11 +91,63 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
     return figure
 
 
-def _figure() -> Figure:
+def write_sensitivity_plot(results: Path) -> Path | None:
+    """Draws `sensitivity.png` beside a `sweep.json`; nothing where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return None
+    path = results.with_name("sensitivity.png")
+    figure = sensitivity_plot(json.loads(results.read_text(encoding="utf-8")))
+    write_atomically({path: lambda target: figure.savefig(target, dpi=110, format="png", metadata={"Software": None})})
+    return path
+
+
+def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
+    """How the validation metric of a sweep depends on each parameter, a colour a kind of head (the paper's figure 3).
+
+    Args:
+        sweep: from `Sweep.execute`.
+    """
+    trials = sweep["trials"]
+    # One axis for what differs in name only, because its range depends on something else.
+    merged = [{_base_name(name): value for name, value in trial["params"].items()} for trial in trials]
+    names = [name for name in dict.fromkeys(name for params in merged for name in params) if name != "probe_type"]
+    kinds = sorted({params["probe_type"] for params in merged})
+    columns = 3
+    lines = -(-len(names) // columns)
+    figure = _figure((3.2 * columns, 2.4 * lines))
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for axes, name in zip(panels, names, strict=False):
+        for kind in kinds:
+            points = [
+                (params[name], trial["score"])
+                for params, trial in zip(merged, trials, strict=True)
+                if params["probe_type"] == kind and name in params
+            ]
+            if points:
+                axes.scatter(*zip(*points, strict=True), s=10, alpha=0.7, label=kind, color=f"C{kinds.index(kind)}")
+        if name == "learning_rate":
+            axes.set_xscale("log")
+        axes.set_xlabel(name, fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel(f"validation {sweep['metric']}", fontsize=8)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+def _base_name(parameter: str) -> str:
+    for name in ("learning_rate", "num_attention_heads"):
+        if name in parameter:
+            return name
+    return parameter
+
+
+def _figure(size: tuple[float, float] = _SIZE) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ProbeError("plots need matplotlib: pip install 'llama_probe[plots]'") from None
 
     # A figure of its own rather than pyplot's: no display, no global state.
-    return Figure(figsize=_SIZE, layout="constrained")
+    return Figure(figsize=size, layout="constrained")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import platform
 import shutil
 from dataclasses import dataclass, field
@@ -14,14 +15,15 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
+from .benchmarks import find_benchmark
 from .calibration import calibrate
 from .configuration import ProbeConfig
-from .data import LabelledTexts, read_labelled
+from .data import LabelledTexts, benchmark_splits, read_labelled
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
 from .features import PromptDataset, StateCache
@@ -43,11 +45,17 @@ class DataSources:
     """Where the rows come from.
 
     Attributes:
-        train, eval, test: files, folders or Hub data sets. Without `eval`, `validation_share` of train is held back.
-            `test` is scored once at the end, and nothing is chosen by it.
+        train, eval, test: names of data sets (`NAME` or `NAME:SPLIT`), files, folders or Hub data sets. Where train is
+            known by name, `eval` and `test` are its validation and test splits, if it has them and others are not given.
+            Without `eval`, `validation_share` of train is held back. `test` is scored once at the end, and nothing is
+            chosen by it.
         text_column, label_column, label_names, problem_type: see `read_labelled`.
-        slice_columns: columns of the test rows to report by.
+        slice_columns: columns of the test rows to report by; those of the table where test is known by name.
         max_rows: read at most so many training rows.
+        data_dir: local copies of the data sets known by name, see `read_benchmark`.
+
+    Raises:
+        ProbeError: `data_dir` has no copy of train, or columns are named where every source has its own.
     """
 
     train: str
@@ -60,6 +68,29 @@ class DataSources:
     validation_share: float = 0.15
     slice_columns: list[str] = field(default_factory=list)
     max_rows: int | None = None
+    data_dir: str | os.PathLike | None = None
+
+    def __post_init__(self) -> None:
+        known = find_benchmark(self.train)
+        if known is not None:
+            benchmark, split = known
+            others = set(benchmark_splits(benchmark, self.data_dir)) - {split or "train"}
+            if self.eval is None and "validation" in others:
+                self.eval = f"{benchmark.name}:validation"
+            if self.test is None and "test" in others:
+                self.test = f"{benchmark.name}:test"
+        tested = find_benchmark(self.test) if self.test else None
+        if tested is not None and not self.slice_columns:
+            self.slice_columns = list(tested[0].slices)
+        sources = [source for source in (self.train, self.eval, self.test) if source is not None]
+        if all(find_benchmark(source) for source in sources) and self._columns != ("text", "label"):
+            raise ProbeError(
+                f"{', '.join(sources)} have their own columns; text_column and label_column are for files"
+            )
+
+    @property
+    def _columns(self) -> tuple[str, str]:
+        return self.text_column, self.label_column
 
     def read(self, seed: int) -> dict[str, LabelledTexts]:
         """Rows of `train`, `validation` and, where given, `test`.
@@ -77,6 +108,9 @@ class DataSources:
             parts["validation"] = self._read(self.eval, "validation", parts["train"])
         if self.test is not None:
             parts["test"] = self._read(self.test, "test", parts["train"])
+            if known := find_benchmark(self.test):  # a local copy may lack what the table would slice by
+                absent = set(known[0].slices) - set(parts["test"].columns)
+                self.slice_columns = [column for column in self.slice_columns if column not in absent]
             for column in self.slice_columns:
                 if column not in parts["test"].columns:
                     raise ProbeError(f"{self.test} has no column {column!r} to slice by")
@@ -85,7 +119,8 @@ class DataSources:
     def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
         names = self.label_names if like is None else like.label_names
         kind = self.problem_type if like is None else like.problem_type
-        return read_labelled(source, self.text_column, self.label_column, names, kind, split)
+        columns = ("text", "label") if find_benchmark(source) else self._columns
+        return read_labelled(source, *columns, names, kind, split, self.data_dir)
 
 
 @dataclass
@@ -102,6 +137,31 @@ class Recipe:
     class_weights: str | None = None
     patience: int | None = 3
     metric: str | None = None
+
+
+@dataclass
+class Prepared:
+    """What a run has before it trains.
+
+    Attributes:
+        parts: rows of `train`, `validation` and, where given, `test`. datasets: their prompts or states.
+        config: of a head, with all that it records of prompts and backbone.
+        metric: the validation metric to choose by.
+        lm: the frozen backbone; `None` where the states are cached.
+        cache: that goes when the run is over.
+    """
+
+    parts: dict[str, LabelledTexts]
+    config: ProbeConfig
+    metric: str
+    datasets: dict[str, Dataset]
+    lm: PreTrainedModel | None
+    cache: StateCache | None
+
+    def close(self) -> None:
+        """Removes cached states that nobody asked to keep."""
+        if self.cache is not None:
+            self.cache.delete()
 
 
 @dataclass
@@ -145,6 +205,26 @@ class TrainingRun:
         Raises:
             ProbeError: anything the user can mend, before the training starts.
         """
+        prepared = self.prepare()
+        config, parts, metric, datasets = prepared.config, prepared.parts, prepared.metric, prepared.datasets
+        loss = self.loss(config, parts["train"])
+        checkpoints = self.output / "checkpoints"
+        if checkpoints.exists() and not self.resume:
+            shutil.rmtree(checkpoints)
+        backbone = prepared.lm
+        runs = [self._train(seed, config, backbone, parts, datasets, loss, metric, checkpoints) for seed in self.seeds]
+        best = max(runs, key=lambda run: run["result"]["validation"][metric])
+        results = self.save(best["probe"], prepared, [run["result"] for run in runs], best["result"]["seed"])
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        prepared.close()
+        return results
+
+    def prepare(self) -> Prepared:
+        """Reads the rows, loads the backbone, renders the prompts and, with a cache, computes their states.
+
+        Raises:
+            ProbeError: anything the user can mend.
+        """
         parts = self.data.read(self.seeds[0])
         config = self._config(parts["train"])
         metric = self.recipe.metric or default_metric(config)
@@ -153,32 +233,29 @@ class TrainingRun:
                 f"metric={metric!r} cannot choose a {config.problem_type} head; allowed: "
                 f"{', '.join(METRICS[config.problem_type])}"
             )
-        loss = self._loss(config, parts["train"])
+        self.loss(config, parts["train"])
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
         config = describe(lm, config.replace(**prompts.config_fields()))
-        checkpoints = self.output / "checkpoints"
-        if checkpoints.exists() and not self.resume:
-            shutil.rmtree(checkpoints)
         self.output.mkdir(parents=True, exist_ok=True)
         cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
         datasets: dict[str, Dataset] = {}
         for name, rows in parts.items():
             ids = prompts.encode(rows.texts)
             datasets[name] = cache.dataset(lm, config, ids, rows.labels) if cache else PromptDataset(ids, rows.labels)
-        backbone = None if cache else lm
-        runs = [self._train(seed, config, backbone, parts, datasets, loss, metric, checkpoints) for seed in self.seeds]
-        best = max(runs, key=lambda run: run["result"]["validation"][metric])
-        results = self._results(config, parts, metric, [run["result"] for run in runs], best["result"]["seed"])
-        shown = "test" if "test" in parts else "validation"
-        results["inspection"] = {"split": shown, **inspect_head(best["probe"], datasets[shown], parts[shown].labels)}
-        best["probe"].results = results
-        save_head(best["probe"], self.output)
+        passing = cache if self.cache_dir is None else None
+        return Prepared(parts, config, metric, datasets, None if cache else lm, passing)
+
+    def save(self, probe: ProbeModel, prepared: Prepared, runs: list[dict[str, Any]], chosen: int) -> dict[str, Any]:
+        """Writes the folder of the head that was chosen, with the results of all runs, and returns these."""
+        results = self._results(prepared.config, prepared.parts, prepared.metric, runs, chosen)
+        shown = "test" if "test" in prepared.parts else "validation"
+        found = inspect_head(probe, prepared.datasets[shown], prepared.parts[shown].labels)
+        results["inspection"] = {"split": shown, **found}
+        probe.results = results
+        save_head(probe, self.output)
         write_plots(self.output)
         write_card(self.output)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        if cache and self.cache_dir is None:
-            cache.delete()
         return results
 
     def _config(self, rows: LabelledTexts) -> ProbeConfig:
@@ -189,7 +266,8 @@ class TrainingRun:
             base_model_name_or_path=model_id(self.backbone),
         )
 
-    def _loss(self, config: ProbeConfig, rows: LabelledTexts) -> ProbeLoss:
+    def loss(self, config: ProbeConfig, rows: LabelledTexts) -> ProbeLoss:
+        """The loss that the recipe asks for."""
         weights = self.recipe.class_weights
         if weights == "balanced":
             weights = balanced_weights(rows.labels, config)
@@ -218,11 +296,18 @@ class TrainingRun:
         trainer = create_trainer(probe, args, datasets["train"], datasets["validation"], loss, recipe.patience)
         last = get_last_checkpoint(str(folder)) if self.resume and folder.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
+        return {
+            "probe": probe,
+            "result": {"seed": seed, "epochs": trainer.state.epoch, **self.judge(probe, parts, datasets)},
+        }
+
+    def judge(
+        self, probe: ProbeModel, parts: dict[str, LabelledTexts], datasets: dict[str, Dataset]
+    ) -> dict[str, Any]:
+        """Fits the head's temperature and threshold on the validation rows, and measures it on these and the test rows."""
         logits = predict_logits(probe, datasets["validation"])
-        probe.config = calibrate(config, logits, torch.from_numpy(parts["validation"].labels))
+        probe.config = calibrate(probe.config, logits, torch.from_numpy(parts["validation"].labels))
         result = {
-            "seed": seed,
-            "epochs": trainer.state.epoch,
             "temperature": probe.config.temperature,
             "threshold": probe.config.threshold,
             "validation": report(probe.config, logits, parts["validation"].labels),
@@ -231,7 +316,7 @@ class TrainingRun:
             slices = {column: parts["test"].columns[column] for column in self.data.slice_columns}
             logits = predict_logits(probe, datasets["test"])
             result["test"] = report(probe.config, logits, parts["test"].labels, slices)
-        return {"probe": probe, "result": result}
+        return result
 
     def _results(self, config: ProbeConfig, parts, metric: str, runs: list[dict], chosen: int) -> dict[str, Any]:
         sources = {"train": self.data.train, "validation": self.data.eval, "test": self.data.test}

@@ -10,6 +10,7 @@ from .export import export
 from .heads import inspect
 from .serve import classify, demo, generate
 from .share import pull, push
+from .sweep import sweep
 from .train import train
 
 
@@ -19,12 +20,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: a label and a text from the same forward pass.",
 )
-for command in (demo, generate, classify, train, evaluate, inspect, push, pull, export):
+for command in (demo, generate, classify, train, sweep, evaluate, inspect, push, pull, export):
     app.command()(command)
 
 
 # Which extra brings a package that only some commands need.
-_EXTRAS = {"accelerate": "train", "datasets": "train", "evaluate": "train", "peft": "train", "sklearn": "train"}
+_EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "evaluate": "train",
+    "optuna": "train",
+    "peft": "train",
+    "sklearn": "train",
+}
 
 
 def main() -> None:

@@ -1,13 +1,25 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..benchmarks import BENCHMARKS
+
 
 Backbone = Annotated[str, typer.Option(help="'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
 Probe = Annotated[str, typer.Option(help="A head folder, a Hub id (user/repo@revision:subfolder) or an alias.")]
 Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias; may be given again.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
+
+# What a data argument may be, for its help.
+DATA = f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub id"

@@ -12,26 +12,38 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Backbone, Json
+from ..errors import ProbeError
+from .options import DATA, Backbone, DataDir, Json
 
 
 def train(
-    train: Annotated[
-        str, typer.Option(help="Training rows: a csv, jsonl(.gz) or parquet file, a folder, or a Hub id.")
-    ],
+    train: Annotated[str, typer.Option(help=f"Training rows: {DATA}.")],
     output: Annotated[Path, typer.Option(help="Folder for the head.")],
     backbone: Backbone = "demo",
-    probe_type: Annotated[str, typer.Option(help="Kind of head: pooling, gate or mha.")] = "mha",
+    probe_type: Annotated[str, typer.Option(help="Kind of head: pooling, gate, mha or attentive.")] = "mha",
     eval: Annotated[
-        str | None, typer.Option(help="Validation rows; a part of the training rows where left out.")
+        str | None,
+        typer.Option(help="Validation rows; left out, those of a named --train, else a part of the training rows."),
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="Test rows, scored once at the end; nothing is chosen by them.")
+        str | None,
+        typer.Option(
+            help="Test rows, scored once at the end; nothing is chosen by them. Left out, those of a named --train."
+        ),
     ] = None,
+    data_dir: DataDir = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
     label_names: Annotated[str | None, typer.Option(help="Names of the labels 0, 1, ..., with commas.")] = None,
-    slice_column: Annotated[list[str] | None, typer.Option(help="Report test rows also by this column.")] = None,
+    problem_type: Annotated[
+        str | None,
+        typer.Option(
+            help="single_label_classification, multi_label_classification or regression; told by the labels if left out."
+        ),
+    ] = None,
+    slice_column: Annotated[
+        list[str] | None, typer.Option(help="Report test rows also by this column; a named data set may have its own.")
+    ] = None,
     validation_share: Annotated[
         float, typer.Option(help="Share of the training rows held back without --eval.")
     ] = 0.15,
@@ -45,6 +57,10 @@ def train(
     pool: Annotated[str, typer.Option(help="mean or max.")] = "mean",
     num_attention_heads: Annotated[int, typer.Option(help="Attention heads of mha.")] = 2,
     downcast: Annotated[int, typer.Option(help="mha works in hidden_size / downcast dimensions.")] = 32,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=NUMBER of the kind, such as num_queries=4 or value_rank=8 of attentive."),
+    ] = None,
     normalize: Annotated[str, typer.Option(help="layernorm, rms or none, before the token stage.")] = "layernorm",
     dropout: Annotated[float, typer.Option(help="Dropout on summaries.")] = 0.2,
     layer_dropout: Annotated[float, typer.Option(help="Chance that a layer is left out of a training step.")] = 0.0,
@@ -66,7 +82,10 @@ def train(
     ] = True,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep the states here for later runs.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
-    license: Annotated[str | None, typer.Option(help="Licence of the head, for its card.")] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence of the head, for its card; this and the next four come with a named --train."),
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub id of the data, for the card.")] = None,
     dataset_name: Annotated[str | None, typer.Option(help="Name of the data, for the card.")] = None,
     data_note: Annotated[str | None, typer.Option(help="Licence and origin of the data, for the card.")] = None,
@@ -75,9 +94,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
+    from ..benchmarks import find_benchmark
     from ..model_card import CardFacts
     from ..training_run import DataSources, Recipe, TrainingRun
 
+    known = find_benchmark(train)
+    if known is not None:
+        license, dataset = license or known[0].license, dataset or known[0].hub_id
+        dataset_name, data_note = dataset_name or known[0].title, data_note or known[0].note
+        language = language or known[0].language
     run = TrainingRun(
         backbone=backbone,
         output=output,
@@ -88,9 +113,11 @@ def train(
             text_column=text_column,
             label_column=label_column,
             label_names=None if label_names is None else [name.strip() for name in label_names.split(",")],
+            problem_type=problem_type,
             validation_share=validation_share,
             slice_columns=slice_column or [],
             max_rows=max_rows,
+            data_dir=data_dir,
         ),
         head={
             "probe_type": probe_type,
@@ -101,6 +128,7 @@ def train(
             "dropout": dropout,
             "layer_dropout": layer_dropout,
             "token_scope": token_scope,
+            "options": _options(option or []),
         },
         recipe=Recipe(
             learning_rate=learning_rate,
@@ -134,15 +162,26 @@ def train(
     Console().print(f"head written to {output}")
 
 
+def _options(pairs: list[str]) -> dict[str, int | float]:
+    options = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise ProbeError(f"--option {pair!r} must be NAME=NUMBER, such as num_queries=4") from None
+    return options
+
+
 def _command_line() -> str:
     """The command as it was typed, without folders of this machine."""
-    hidden = {"--output", "--cache-dir"}
+    hidden = {"--output", "--cache-dir", "--data-dir"}
     words, skip = ["llama-probe"], False
     for word in sys.argv[1:]:
         if skip:
             skip = False
-        elif word in hidden:
-            skip = True
+        elif word.partition("=")[0] in hidden:
+            skip = "=" not in word
         else:
             shown = "/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word
             words.append(f"'{shown}'" if " " in shown else shown)

@@ -1,0 +1,118 @@
+"""The search: ranges, ranking, files, and going on after a kill."""
+
+import json
+
+import optuna
+import pytest
+import torch
+from conftest import HIDDEN
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.files import read_head, read_results
+from llama_probe.plots import sensitivity_plot
+from llama_probe.shared_training import SharedTraining
+from llama_probe.sweep import SearchSpace, Sweep
+from llama_probe.training_run import DataSources, Recipe, TrainingRun
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for name, count in (("train", 60), ("test", 20)):
+        lines = [
+            json.dumps({"text": f"{'good' if i % 3 else 'bad'} no {i}", "label": int(i % 3 == 0)})
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def sweep(
+    rows, backbone_folder, output, trials=6, kinds=("gate", "mha", "pooling", "attentive"), resume=False, **changes
+):
+    run = TrainingRun(
+        backbone=str(backbone_folder),
+        output=output,
+        data=DataSources(train=str(rows / "train.jsonl"), test=str(rows / "test.jsonl")),
+        recipe=Recipe(num_train_epochs=3, patience=3),
+        cache=False,
+        **changes,
+    )
+    space = SearchSpace(probe_types=kinds, downcasts=(4, 8))
+    return Sweep(run, space, trials, keep=0.5, resume=resume)
+
+
+@pytest.mark.parametrize("hidden_size", [HIDDEN, 576, 3072])
+def test_every_draw_can_be_built(hidden_size):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = SearchSpace(("pooling", "gate", "mha", "attentive"))
+    seen = set()
+    for _ in range(80):
+        head, recipe = space.suggest(study.ask(), hidden_size)
+        config = ProbeConfig(hidden_size=hidden_size, num_hidden_layers=2, **head)
+        Recipe(**recipe)
+        seen.add(config.probe_type)
+        if config.probe_type == "gate":
+            assert 1e-4 <= recipe["learning_rate"] <= 3e-2
+    assert seen == {"pooling", "gate", "mha", "attentive"}
+
+
+def test_what_it_leaves(rows, backbone_folder, tmp_path):
+    result = sweep(rows, backbone_folder, tmp_path).execute()
+    assert json.loads((tmp_path / "sweep.json").read_text()) == result
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "sensitivity.png", "study.log", "sweep.json"]
+    scores = [trial["score"] for trial in result["trials"]]
+    assert len(scores) == 6 and scores == sorted(scores, reverse=True)
+    assert [trial["score"] for trial in result["trials"]] == [max(trial["scores"]) for trial in result["trials"]]
+    best, head, results = result["trials"][0], read_head(tmp_path / "head"), read_results(tmp_path / "head")
+    assert head.config.probe_type == best["params"]["probe_type"]
+    assert results["runs"][0]["validation"]["auprc"] == pytest.approx(best["score"], abs=1e-4)
+    assert results["runs"][0]["test"]["rows"] == 20 and (tmp_path / "head" / "README.md").is_file()
+    assert results["recipe"]["learning_rate"] == pytest.approx(
+        float(best["options"].split("--learning-rate ")[1].split()[0]), rel=0.01
+    )
+    study = sweep(rows, backbone_folder, tmp_path)._study(tmp_path)
+    assert study.best_value == best["score"] and study.best_trial.number == best["number"]
+    axes = sensitivity_plot(result).axes
+    assert {"learning_rate", "batch_size", "dropout"} <= {panel.get_xlabel() for panel in axes}
+    shown = sum(len(points.get_offsets()) for points in axes[0].collections)
+    assert shown == 6, "every trial has a learning rate"
+
+
+def test_a_killed_sweep_goes_on(rows, backbone_folder, tmp_path, monkeypatch):
+    whole = sweep(rows, backbone_folder, tmp_path / "whole").execute()
+    original = SharedTraining._train_epoch
+
+    def die(training):
+        if training.epoch == 2:
+            raise KeyboardInterrupt
+        original(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedTraining, "_train_epoch", die)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(rows, backbone_folder, tmp_path / "cut").execute()
+    with pytest.raises(ProbeError, match="holds a sweep already: go on with --resume"):
+        sweep(rows, backbone_folder, tmp_path / "cut").execute()
+    with pytest.raises(ProbeError, match="holds a sweep with other settings"):
+        sweep(rows, backbone_folder, tmp_path / "cut", trials=7, resume=True).execute()
+    resumed = sweep(rows, backbone_folder, tmp_path / "cut", resume=True).execute()
+    assert resumed == whole
+    one, other = (read_head(tmp_path / name / "head").state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_that_was_killed_while_it_drew_begins_anew(rows, backbone_folder, tmp_path):
+    interrupted = sweep(rows, backbone_folder, tmp_path, trials=2)
+    interrupted._study(tmp_path).ask()
+    assert len(sweep(rows, backbone_folder, tmp_path, trials=2, resume=True).execute()["trials"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"trials": 0}, "trials=0"), ({"kinds": ()}, "no kind of head"), ({"kinds": ("lstm",)}, "probe_type='lstm'")],
+)
+def test_refusals(rows, backbone_folder, tmp_path, changes, words):
+    with pytest.raises(ProbeError, match=words):
+        sweep(rows, backbone_folder, tmp_path, **changes).execute()
