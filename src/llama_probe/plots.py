@@ -70,6 +70,7 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
         color="0.6",
     )
     counts.set_yscale("log")
+    counts.tick_params(axis="y", which="minor", labelleft=False)
     counts.set_ylabel("rows")
     counts.set_xlabel("probability that the head gives")
     counts.set_xlim(0, 1)

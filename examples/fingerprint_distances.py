@@ -1,0 +1,60 @@
+"""How far copies of the demo backbone are from the original by fingerprint: rounded, and trained on. About a minute."""
+
+import copy
+
+import torch
+
+from llama_probe.backbones import load_backbone
+from llama_probe.fingerprint import distance, fingerprint
+
+
+SENTENCES = [
+    "The ferry leaves at six and comes back after dark.",
+    "Nobody had told her that the shop was closed on Mondays.",
+    "He counts the stairs every time, although there are always nineteen.",
+    "A good knife is cheaper than a bad one in the end.",
+    "They painted the door green because it was the only tin left.",
+    "When the rain stopped, the street smelled of dust and bread.",
+    "The map was right, and the mountain was in the wrong place.",
+    "It took them a week to agree on the name of the dog.",
+]
+
+
+def rounded(lm, bits: int, group: int | None = None):
+    """A copy whose layers' matrices are rounded to whole multiples of a scale a row, or a group of `group` weights."""
+    lm = copy.deepcopy(lm)
+    for parameter in lm.model.layers.parameters():
+        if parameter.dim() == 2:
+            weights = parameter.data.reshape(-1, group or parameter.shape[1])
+            scale = weights.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+            parameter.data = ((weights / scale).round() * scale).reshape(parameter.shape)
+    return lm
+
+
+def trained(lm, tokenizer, steps: int, learning_rate: float):
+    """A copy after some steps of AdamW on eight sentences."""
+    lm = copy.deepcopy(lm).train()
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, weight_decay=0)
+    batch = tokenizer(SENTENCES, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for _ in range(steps):
+        lm(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return lm
+
+
+if __name__ == "__main__":
+    lm, tokenizer = load_backbone("demo", "float32")
+    original = fingerprint(lm)
+    for title, make in (
+        ("bfloat16", lambda: copy.deepcopy(lm).bfloat16()),
+        ("float16", lambda: copy.deepcopy(lm).half()),
+        ("8 bits, a scale a row", lambda: rounded(lm, 8)),
+        ("4 bits, a scale for 32 weights", lambda: rounded(lm, 4, 32)),
+        ("4 bits, a scale for 64 weights", lambda: rounded(lm, 4, 64)),
+        ("5 steps at 1e-5", lambda: trained(lm, tokenizer, 5, 1e-5)),
+        ("20 steps at 1e-5", lambda: trained(lm, tokenizer, 20, 1e-5)),
+        ("20 steps at 5e-5", lambda: trained(lm, tokenizer, 20, 5e-5)),
+    ):
+        print(f"{title:32} {distance(original, fingerprint(make())):7.2%}", flush=True)
