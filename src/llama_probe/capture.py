@@ -75,13 +75,18 @@ class Decoder:
         )
 
 
+def without_peft(lm: nn.Module) -> nn.Module:
+    """The causal LM inside a PEFT model, with its adapters in it; any other comes back as it is."""
+    return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+
+
 def find_decoder(lm: nn.Module) -> Decoder:
     """Finds the decoder of a causal LM, also inside a PEFT model.
 
     Raises:
         ProbeError: its layers or its final norm are not where known families have them.
     """
-    base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+    base = without_peft(lm)
     model = base.get_decoder() if hasattr(base, "get_decoder") else base
     model = base.base_model if model is None else model
     text_config = base.config.get_text_config(decoder=True)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .capture import collect_hidden_states, find_decoder
+from .capture import collect_hidden_states, find_decoder, without_peft
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .prompts import template_hash
@@ -208,7 +208,7 @@ def _verdict(recorded: Any, found: Any, name: str = "") -> str:
 
 
 def _facts(lm: nn.Module) -> dict[str, Any]:
-    base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+    base = without_peft(lm)
     decoder = find_decoder(base)
     # A probed class is its plain class with heads: what matters is the plain one.
     plain = getattr(base, "_causal_lm_class", type(base))
@@ -225,8 +225,7 @@ def _facts(lm: nn.Module) -> dict[str, Any]:
 
 
 def _vocab_size(lm: nn.Module) -> int:
-    base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
-    return base.config.get_text_config(decoder=True).vocab_size
+    return without_peft(lm).config.get_text_config(decoder=True).vocab_size
 
 
 def _quantization(config) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .capture import without_peft
 from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
@@ -87,8 +88,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
         """
-        if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model"):
-            lm = lm.get_base_model()
+        lm = without_peft(lm)
         heads = read_heads(probe, Target.of(lm)) if probe is not None else {}
         if not isinstance(lm, ProbedGenerationMixin):
             if type(lm) is not cls._causal_lm_class:
@@ -359,7 +359,7 @@ class AutoModelForProbedGeneration:
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
         """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
-        base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+        base = without_peft(lm)
         plain = getattr(type(base), "_causal_lm_class", None)
         if plain is not None and not isinstance(base, ProbedGenerationMixin):
             # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
+from .capture import without_peft
 from .hub import HubOptions
 from .modeling import AutoModelForProbedGeneration, ProbedGenerationMixin
 from .probe import ProbeModel
@@ -156,7 +157,7 @@ def _with_heads(model, probe, revision, namespace, strict) -> PreTrainedModel:
         return model
     heads = None
     if probe is not None:
-        base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+        base = without_peft(model)
         # One repository may hold both: a head is then taken from the commit that the backbone was taken from.
         target = replace(Target.of(base), revision=getattr(base.config, "_commit_hash", None))
         heads = read_heads(probe, target, HubOptions(revision), namespace)

@@ -21,6 +21,8 @@ from .hub import HubOptions, HubReference, check_subfolder, download_head, list_
 from .probe import ProbeModel
 
 
+_ALIAS = re.compile(r"[\w-]+")
+
 ProbeSource = str | os.PathLike | ProbeModel
 ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 
@@ -132,7 +134,7 @@ def resolve_head(
     """
     if Path(source).is_dir():
         return Path(source)
-    if not isinstance(source, str) or not re.fullmatch(r"[\w-]+", source):
+    if not isinstance(source, str) or not _ALIAS.fullmatch(source):
         reference = HubReference.parse(str(source))
         if reference is None:
             raise ProbeError(
@@ -245,7 +247,7 @@ def check_name(name: str) -> str:
 def needs_target(spec: ProbeSpec | None) -> bool:
     """Whether an argument names an alias, which stands for another head on each backbone."""
     sources: Sequence[Any] = list(spec.values()) if isinstance(spec, Mapping) else _as_list(spec)
-    return any(isinstance(source, str) and re.fullmatch(r"[\w-]+", source) for source in sources)
+    return any(isinstance(source, str) and _ALIAS.fullmatch(source) for source in sources)
 
 
 def read_heads(
