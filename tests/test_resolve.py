@@ -1,7 +1,9 @@
 """Names of heads: folders, bundled aliases, lists and dicts."""
 
 import pytest
-from conftest import make_probe
+from conftest import make_lm, make_probe
+from hub_server.heads import contents, plain, same_weights
+from transformers import AutoModel
 
 from llama_probe import ProbeError
 from llama_probe.files import save_head
@@ -37,3 +39,65 @@ def test_one_head_may_serve_under_two_names(tmp_path):
     assert read_heads(None) == {}
     head = make_probe()
     assert read_heads({"mine": head})["mine"] is head
+
+
+class TestAliases:
+    @pytest.fixture
+    def named(self, hub, monkeypatch, tmp_path):
+        """Alice's heads for org/tiny."""
+        files = contents(make_probe(seed=4), tmp_path / "planted")
+        hub.plant(
+            "alice/tiny-probes",
+            {f"{alias}/{name}": data for alias in ("mood", "topic") for name, data in files.items()},
+        )
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        return tmp_path / "config" / "llama_probe" / "config.json"
+
+    @pytest.mark.parametrize("how", ["argument", "variable", "file"])
+    def test_a_namespace(self, hub, named, how, monkeypatch):
+        arguments = {}
+        if how == "argument":
+            arguments = {"probe_namespace": "alice"}
+        elif how == "variable":
+            monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", "alice")
+        else:
+            named.parent.mkdir(parents=True)
+            named.write_text('{"namespace": "alice"}')
+        lm = AutoModel.from_pretrained(plain(hub), probe=["mood", "topic"], **arguments)
+        assert lm.active_probes == ["mood", "topic"] and same_weights(lm.probes["mood"], make_probe(seed=4))
+
+    def test_one_alias_is_another_head_on_another_backbone(self, hub, named, monkeypatch, tmp_path):
+        monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", "alice")
+        folder = tmp_path / "small"
+        make_lm(hidden_size=16).save_pretrained(folder)
+        files = contents(make_probe(hidden_size=16), tmp_path / "planted-small")
+        hub.plant("alice/small-probes", {f"mood/{name}": data for name, data in files.items()})
+        assert AutoModel.from_pretrained(folder, probe="mood").probes["mood"].config.hidden_size == 16
+        assert AutoModel.from_pretrained(plain(hub), probe="mood").probes["mood"].config.hidden_size == 32
+
+    def test_the_bundled_name_serves_other_backbones_through_the_hub(self, hub, named, monkeypatch, tmp_path):
+        files = contents(make_probe(seed=5), tmp_path / "t")
+        hub.plant("alice/tiny-probes", {f"toxicchat-mha/{name}": data for name, data in files.items()})
+        lm = AutoModel.from_pretrained(plain(hub), probe="toxicchat-mha", probe_namespace="alice")
+        assert same_weights(lm.probes["toxicchat-mha"], make_probe(seed=5))
+
+    def test_without_one_the_error_lists_what_exists(self, hub, named):
+        with pytest.raises(ProbeError) as raised:
+            AutoModel.from_pretrained(plain(hub), probe="weather", probe_namespace="alice")
+        message = str(raised.value)
+        assert "on the Hub in alice/tiny-probes: mood, topic" in message and "toxicchat-mha (Hugging" in message
+        with pytest.raises(ProbeError, match=r"LLAMA_PROBE_NAMESPACE.*user/tiny-probes"):
+            AutoModel.from_pretrained(plain(hub), probe="weather")
+
+    def test_a_head_in_the_backbones_own_repository(self, hub, named, tmp_path):
+        backbone = plain(hub)
+        files = contents(make_probe(seed=6), tmp_path / "own")
+        hub.plant(backbone, {f"mine/{name}": data for name, data in files.items()})
+        assert same_weights(AutoModel.from_pretrained(backbone, probe="mine").probes["mine"], make_probe(seed=6))
+
+    def test_damaged_settings(self, hub, named):
+        named.parent.mkdir(parents=True)
+        for text in ("[", '"x"', '{"namespace": "a/b"}', '{"namespace": 3}'):
+            named.write_text(text)
+            with pytest.raises(ProbeError, match=r"namespace"):
+                AutoModel.from_pretrained(plain(hub), probe="mood")
