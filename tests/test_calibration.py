@@ -7,7 +7,9 @@ from conftest import make_probe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_probe.calibration import reliability, threshold_table
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.calibration import calibrate, highest_recall_threshold, reliability, threshold_table
+from llama_probe.card_sections import measurements
 from llama_probe.decision import predictions, probabilities
 
 
@@ -64,3 +66,109 @@ def test_reliability_of_several_labels_and_of_many():
     assert found["bins"] == [{"low": 0.9, "high": 1.0, "rows": 2, "confidence": 0.9998, "frequency": 0.5}]
     several = make_probe(problem_type="multi_label_classification").config
     assert sum(part["rows"] for part in reliability(logits[:, :2], np.array([[1, 0], [0, 1]]), several)["bins"]) == 4
+
+
+SCORES, POSITIVES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]), np.array([0, 0, 1, 0, 1, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "rate, threshold",
+    [
+        (0.0, 0.65),  # of the four negative rows none: two of four positive ones
+        (0.24, 0.65),
+        (0.25, 0.45),  # the row at 0.6: three
+        (0.5, 0.25),  # and the one at 0.4: all four
+        (0.99, 0.25),  # a lower one would flag more negative rows and no further positive one
+    ],
+)
+def test_the_highest_recall_by_hand(rate, threshold):
+    assert highest_recall_threshold(SCORES, POSITIVES, rate) == pytest.approx(threshold)
+
+
+def test_the_highest_recall_at_the_ends():
+    assert highest_recall_threshold(np.array([0.2, 0.6]), np.array([1, 0]), 0.0) == 0.8, "nothing can be flagged"
+    assert highest_recall_threshold(np.array([0.6, 0.6]), np.array([1, 0]), 0.5) == 0.8, "both or none"
+    assert highest_recall_threshold(np.array([0.2, 0.6]), np.array([0, 1]), 0.0) == pytest.approx(0.4)
+    high, low = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(0))
+    chosen = highest_recall_threshold(np.array([high, low]), np.array([1, 0]), 0.0)
+    assert torch.tensor([high, low]).ge(chosen).tolist() == [True, False], "also in float32"
+
+
+def test_a_probability_of_one_cannot_be_kept_out(monkeypatch):
+    said = []
+    monkeypatch.setattr("llama_probe.calibration.logger.warning", said.append)
+    assert highest_recall_threshold(np.array([1.0, 0.3]), np.array([0, 1]), 0.0) == 1.0
+    assert len(said) == 1 and "no threshold keeps to max_false_positive_rate" in said[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=2, max_size=40),
+    rate=st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.3, 0.5, 0.9]),
+)
+def test_no_threshold_has_a_higher_recall(rows, rate):
+    scores, positives = np.array([s / 31 for s, _ in rows], dtype=np.float32), np.array([p for _, p in rows])
+    if positives.all() or not positives.any():
+        return
+
+    def rates(threshold):
+        flagged = scores >= threshold
+        return flagged[~positives].mean(), flagged[positives].mean()
+
+    false_positives, recall = rates(highest_recall_threshold(scores, positives.astype(int), rate))
+    assert false_positives <= rate
+    assert recall == max(r for f, r in map(rates, [*scores, 2.0]) if f <= rate)
+    assert all(f >= false_positives for f, r in map(rates, scores) if r == recall)
+
+
+def test_calibrate_keeps_to_the_rate():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 2, (400,), generator=generator)
+    logits = torch.randn(400, 2, generator=generator)
+    logits[:, 1] += truth * 1.5
+    heads = [calibrate(CONFIG, logits, truth, rate) for rate in (0.02, 0.2)]
+    for head, rate in zip(heads, (0.02, 0.2), strict=True):
+        given = predictions(probabilities(logits, head), head)
+        assert rate - 0.01 <= given[truth == 0].float().mean() <= rate
+    assert heads[0].temperature == heads[1].temperature == calibrate(CONFIG, logits, truth).temperature
+    several = make_probe(problem_type="multi_label_classification").config
+    on = torch.stack([truth, 1 - truth], dim=1)
+    head = calibrate(several, logits, on, 0.1)
+    given = predictions(probabilities(logits, head), head)
+    assert all(given[on[:, i] == 0, i].float().mean() <= 0.1 for i in range(2))
+    assert len(set(head.threshold)) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, rate, words",
+    [
+        ({}, 1.0, "at least 0 and below 1"),
+        ({}, -0.1, "at least 0 and below 1"),
+        ({}, float("nan"), "at least 0 and below 1"),
+        ({"num_labels": 3}, 0.1, "needs a head with two labels or a multi-label head; this one has num_labels=3"),
+        ({"num_labels": 1, "problem_type": "regression"}, 0.1, "problem_type='regression': leave it out"),
+    ],
+)
+def test_a_rate_that_cannot_be(changes, rate, words):
+    config = ProbeConfig(probe_type="gate", **changes)
+    with pytest.raises(ProbeError, match=words):
+        calibrate(config, torch.zeros(2, config.num_labels), torch.zeros(2), rate)
+
+
+@pytest.mark.parametrize(
+    "recipe, words",
+    [
+        ({}, "Threshold 0.350 and temperature 2.000 were fitted"),  # of results before there was a choice
+        ({"max_false_positive_rate": None}, "Threshold 0.350 (best F1) and temperature 2.000 were fitted"),
+        (
+            {"max_false_positive_rate": 0.01},
+            "Threshold 0.350 (highest recall with a false-positive rate of at most 0.01) and temperature 2.000 were",
+        ),
+    ],
+)
+def test_the_card_says_how_the_threshold_was_chosen(recipe, words):
+    run = {"seed": 0, "test": {"rows": 1, "f1": 1.0}}
+    summary = {"test": {"rows": 1, "f1": {"mean": 1.0, "std": 0.0}}}
+    results = {"recipe": {"metric": "f1", **recipe}, "runs": [run], "chosen_seed": 0, "summary": summary}
+    sentence = next(part for part in measurements(CONFIG, results, "test", []) if part.startswith("Threshold"))
+    assert sentence.startswith(words) and sentence.endswith("on the validation rows and are saved with the head.")

@@ -111,6 +111,39 @@ def test_evaluate_repeats_what_training_reported(trained, rows, backbone_folder)
         assert found[metric] == pytest.approx(expected[metric], abs=0.02)
 
 
+def test_evaluate_says_how_far_to_trust_it(trained, rows, backbone_folder):
+    args = ("evaluate", "--probe", trained[0], "--backbone", backbone_folder, "--data", rows / "test.jsonl")
+    done = run(*args, "--slice-column", "half", "--bootstrap", 50, "--seed", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bootstrap"] == {"resamples": 50, "seed": 3, "level": 0.95}
+    low, high = found["intervals"]["auprc"]
+    assert low <= found["auprc"] <= high and set(found["labels"]) == {"fine", "awful"}
+    assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
+    assert sum(map(sum, found["confusion"])) == 20 and found["calibration"]["intervals"]["error_uncalibrated"]
+    shown = run(*args, "--bootstrap", 50).stdout
+    for part in ("all rows", "awful", "auroc", "what the head gives", "Expected calibration error", "50 resamples"):
+        assert part in shown
+    assert (
+        f"[{low:.3f}, " not in run(*args, "--bootstrap", 0).stdout
+        and "resamples" not in run(*args, "--bootstrap", 0).stdout
+    )
+
+
+def test_train_with_few_false_alarms(rows, backbone_folder, tmp_path):
+    done = run(
+        "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", rows / "train.jsonl", "--test",
+        rows / "test.jsonl", "--output", tmp_path / "head", "--epochs", 1, "--max-false-positive-rate", 0.1, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["recipe"]["max_false_positive_rate"] == 0.1
+    # Of six negative validation rows none may be flagged.
+    assert results["runs"][0]["validation"]["precision"] in (0.0, 1.0)
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert "(highest recall with a false-positive rate of at most 0.1) and temperature" in card
+
+
 def test_the_card_tells_what_was_measured(trained):
     output, results = trained
     text = (output / "README.md").read_text()
@@ -215,6 +248,21 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),
         (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
         (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),
+        (("train", "--train", "{rows}", "--output", "x", "--max-false-positive-rate", "1.5"), "below 1"),
+        (
+            (
+                "train",
+                "--train",
+                "{rows}",
+                "--output",
+                "x",
+                "--max-false-positive-rate",
+                "0.1",
+                "--problem-type",
+                "regression",
+            ),
+            "max_false_positive_rate=0.1 needs a head with two labels or a multi-label head",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, args, words):

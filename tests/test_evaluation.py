@@ -5,7 +5,10 @@ import pytest
 import torch
 from conftest import LAYERS, make_lm, make_probe
 
-from llama_probe.evaluation import inspect_head, predict_logits
+from llama_probe import ProbeError
+from llama_probe.bootstrap import intervals
+from llama_probe.calibration import reliability
+from llama_probe.evaluation import detailed_report, inspect_head, predict_logits, report
 from llama_probe.features import PromptDataset
 
 
@@ -57,3 +60,90 @@ def test_what_has_no_meaning_is_left_out(dataset):
     labels = np.eye(2)[LABELS]
     several = inspect_head(with_backbone(problem_type="multi_label_classification"), dataset, labels)
     assert set(several["thresholds"]) == {"LABEL_0", "LABEL_1"}
+
+
+def scored(rows: int = 60, seed: int = 0, **changes):
+    """Config, logits and labels of a head that is often right."""
+    config = make_probe(**changes).config
+    rng = np.random.default_rng(seed)
+    shape = (rows, config.num_labels)
+    if config.problem_type == "single_label_classification":
+        labels = rng.integers(0, config.num_labels, rows)
+        target = np.eye(config.num_labels)[labels]
+    else:
+        labels = target = (rng.random(shape) < 0.4).astype(float)
+    return config, torch.from_numpy(target * 2 + rng.normal(size=shape)).float(), labels
+
+
+def holds(interval, value) -> bool:
+    return interval[0] <= value <= interval[1]
+
+
+def test_a_detailed_report_of_two_labels():
+    config, logits, labels = scored(id2label={0: "no", 1: "yes"}, threshold=0.4, temperature=1.5)
+    slices = {"half": np.arange(60) % 2}
+    found = detailed_report(config, logits, labels, slices, resamples=200)
+    plain = report(config, logits, labels, slices)
+    assert {key: found[key] for key in plain if key != "slices"} == {k: v for k, v in plain.items() if k != "slices"}
+    assert found["bootstrap"] == {"resamples": 200, "seed": 0, "level": 0.95}
+    metrics = ["accuracy", "f1", "precision", "recall", "auprc", "auroc"]
+    for part in (found, *found["slices"]["half"].values()):
+        assert list(part["intervals"]) == metrics
+        assert all(holds(part["intervals"][metric], part[metric]) for metric in metrics)
+    for value, part in plain["slices"]["half"].items():
+        assert {**found["slices"]["half"][value], "intervals": None} == {**part, "intervals": None}
+    assert list(found["labels"]) == ["no", "yes"]
+    yes, no = found["labels"]["yes"], found["labels"]["no"]
+    assert yes["rows"] + no["rows"] == 60 and yes["rows"] == labels.sum()
+    assert all(yes[metric] == pytest.approx(found[metric]) for metric in metrics[1:]), (
+        "label 1 is what the head is for"
+    )
+    assert all(yes["intervals"][metric] == pytest.approx(found["intervals"][metric]) for metric in metrics[1:])
+    assert holds(no["intervals"]["recall"], no["recall"]) and no["recall"] != yes["recall"]
+    assert np.sum(found["confusion"]) == 60 and np.trace(found["confusion"]) == found["accuracy"] * 60
+    assert found["confusion"][1][1] == yes["recall"] * yes["rows"]
+
+
+def test_calibration_errors_and_their_intervals():
+    names = ("error", "error_uncalibrated")
+    for config, logits, labels in (
+        scored(temperature=3.0),
+        scored(num_labels=3, temperature=0.5),
+        scored(num_labels=3, problem_type="multi_label_classification", temperature=2.0),
+    ):
+        found = detailed_report(config, logits, labels, resamples=50, seed=4)["calibration"]
+        plain = reliability(logits, labels, config)
+        assert {key: found[key] for key in plain} == plain
+
+        def error(weights, key, config=config, logits=logits, labels=labels):
+            rows = [np.repeat(np.arange(60), w.astype(int)) for w in weights]
+            return np.array([reliability(logits[r], labels[r], config)[key] for r in rows])
+
+        expected = intervals([lambda weights: {name: error(weights, name) for name in names}], 60, 50, seed=4)
+        for name in names:
+            # `reliability` rounds what is in its bins.
+            assert found["intervals"][name] == pytest.approx(expected[name], abs=2e-4)
+        assert found["error"] != found["error_uncalibrated"]
+
+
+def test_what_a_detailed_report_holds_for_each_problem():
+    many = detailed_report(*scored(num_labels=3), resamples=20)
+    assert np.shape(many["confusion"]) == (3, 3) and len(many["labels"]) == 3
+    several = detailed_report(*scored(num_labels=3, problem_type="multi_label_classification"), resamples=20)
+    assert "confusion" not in several and len(several["labels"]) == 3 and several["calibration"]["intervals"]
+    config, values, labels = scored(num_labels=1, problem_type="regression")
+    regression = detailed_report(config, values, labels, {"half": np.arange(60) % 2}, resamples=20)
+    assert set(regression) == {"rows", "mse", "mae", "r2", "bootstrap", "intervals", "slices"}
+    assert set(regression["intervals"]) == {"mse", "mae", "r2"} == set(regression["slices"]["half"]["1"]["intervals"])
+    assert holds(regression["intervals"]["mse"], regression["mse"])
+
+
+def test_the_bootstrap_is_seeded_and_can_be_off():
+    config, logits, labels = scored()
+    first = detailed_report(config, logits, labels, resamples=30, seed=1)
+    assert detailed_report(config, logits, labels, resamples=30, seed=1) == first
+    assert detailed_report(config, logits, labels, resamples=30, seed=2)["intervals"] != first["intervals"]
+    off = detailed_report(config, logits, labels, {"all": [0] * 60}, resamples=0)
+    assert "bootstrap" not in off and "intervals" not in str(off) and off["labels"] and off["slices"]
+    with pytest.raises(ProbeError, match="resamples=-1 must be 0"):
+        detailed_report(config, logits, labels, resamples=-1)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from llama_probe import ProbeConfig
 from llama_probe.calibration import best_f1_threshold, calibrate, fit_temperature
 from llama_probe.decision import probabilities
 from llama_probe.evaluation import report
-from llama_probe.metrics import ProbeMetric, compute_metrics, default_metric
+from llama_probe.metrics import ProbeMetric, compute_metrics, confusion, default_metric, label_scores, score
 
 
 def config(**changes):
@@ -109,3 +109,45 @@ def test_reports_by_slice():
     assert found["slices"]["who"]["True"]["accuracy"] == 1.0 and found["slices"]["who"]["False"]["accuracy"] == 0.5
     assert found["slices"]["who"]["False"]["auprc"] is None, "without a positive row there is no AUPRC"
     assert probabilities(logits, config()).shape == (4, 2)
+
+
+def test_each_label_against_the_others(rng):
+    probs, truth = rng.dirichlet(np.ones(3), 80).astype(np.float32), rng.integers(0, 3, 80)
+    found = label_scores(probs, truth, config(id2label={0: "a", 1: "b", 2: "c"}))
+    given = probs.argmax(axis=1)
+    for index, name in enumerate("abc"):
+        expected = {
+            "rows": (truth == index).sum(),
+            "f1": f1_score(truth == index, given == index),
+            "precision": precision_score(truth == index, given == index),
+            "recall": recall_score(truth == index, given == index),
+            "auprc": average_precision_score(truth == index, probs[:, index]),
+            "auroc": roc_auc_score(truth == index, probs[:, index]),
+        }
+        assert found[name] == pytest.approx(expected)
+    matrix = confusion(probs, truth, config(num_labels=3))
+    assert all(matrix[t][g] == ((truth == t) & (given == g)).sum() for t in range(3) for g in range(3))
+
+
+def test_labels_by_hand():
+    probs = np.array([[0.3, 0.7], [0.6, 0.4], [0.9, 0.1], [0.2, 0.8]], dtype=np.float32)
+    head = config(id2label={0: "no", 1: "yes"}, threshold=0.35)
+    found = label_scores(probs, np.array([1, 0, 0, 0]), head)
+    assert (found["yes"]["rows"], found["yes"]["precision"], found["yes"]["recall"]) == (1, pytest.approx(1 / 3), 1.0)
+    assert (found["no"]["rows"], found["no"]["precision"], found["no"]["recall"]) == (3, 1.0, pytest.approx(1 / 3))
+    assert found["yes"]["auprc"] == 0.5 and found["yes"]["auroc"] == pytest.approx(2 / 3) == found["no"]["auroc"]
+    assert confusion(probs, np.array([1, 0, 0, 0]), head) == [[1, 2], [0, 1]]
+    several = config(num_labels=2, problem_type="multi_label_classification", threshold=[0.25, 0.75])
+    found = label_scores(probs, np.array([[1.0, 0], [0, 0], [0, 0], [0, 0]]), several)
+    assert found["LABEL_0"] == pytest.approx(
+        {"rows": 1, "f1": 0.5, "precision": 1 / 3, "recall": 1.0, "auprc": 1 / 3, "auroc": 1 / 3}
+    )
+    assert found["LABEL_1"] == {"rows": 0, "f1": 0.0, "precision": 0.0, "recall": 0.0, "auprc": None, "auroc": None}
+
+
+def test_one_label_that_holds_or_not():
+    head = config(num_labels=1, problem_type="multi_label_classification")
+    probs, labels = np.array([[0.9], [0.2], [0.8], [0.1]], dtype=np.float32), np.array([[1], [0], [0], [0]])
+    found = score(probs, labels, head)
+    assert (found["precision"], found["recall"], found["f1"]) == (0.5, 1.0, pytest.approx(2 / 3))
+    assert found["accuracy"] == 0.75 and found["auprc"] == 1.0

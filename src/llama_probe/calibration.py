@@ -6,10 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
+from transformers.utils import logging
 
 from .configuration import ProbeConfig
 from .decision import probabilities, probe_loss
+from .errors import ProbeError
+
+
+logger = logging.get_logger(__name__)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeConfig) -> float:
@@ -45,24 +50,88 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     return float((thresholds[best] + below) / 2)
 
 
-def calibrate(config: ProbeConfig, logits: torch.Tensor, labels: torch.Tensor) -> ProbeConfig:
+def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:
+    """The threshold with the highest recall among those that flag at most a share of the negative rows.
+
+    Of several such thresholds it is the highest, halfway to the next lower score. Where none flags a positive row it lies
+    above every score. Only scores of exactly 1 cannot be kept out: where these are too many, the threshold is 1, and a
+    warning says so.
+
+    Args:
+        scores (`[rows]`): probabilities of the positive label. positives (`[rows]`): 0 or 1; both occur.
+        max_false_positive_rate: 0 or more, below 1.
+    """
+    rates, recalls, thresholds = roc_curve(positives, scores, drop_intermediate=False)
+    best = int(np.argmax(np.where(rates <= max_false_positive_rate, recalls, -1.0)))
+    upper = float(thresholds[best]) if best else 1.0  # the first of roc_curve flags nothing and has no score
+    lower = float(thresholds[best + 1]) if best + 1 < len(thresholds) else 0.0
+    if lower >= upper:
+        logger.warning(
+            f"The label has a probability of 1 in more than {max_false_positive_rate:g} of the rows without it: no "
+            "threshold keeps to max_false_positive_rate."
+        )
+        return upper
+    middle = (upper + lower) / 2
+    # Heads compare in float32, in which the middle of two neighbours may be the lower one.
+    return upper if np.float32(middle) <= np.float32(lower) else middle
+
+
+def check_max_false_positive_rate(config: ProbeConfig, max_false_positive_rate: float | None) -> None:
+    """Whether a head's threshold can be chosen so.
+
+    Raises:
+        ProbeError: the rate is not allowed, or the head has no threshold.
+    """
+    if max_false_positive_rate is None:
+        return
+    if not 0 <= max_false_positive_rate < 1:
+        raise ProbeError(
+            f"max_false_positive_rate={max_false_positive_rate!r} must be a share of rows, at least 0 and below 1"
+        )
+    if config.problem_type != "multi_label_classification" and (
+        config.problem_type == "regression" or config.num_labels != 2
+    ):
+        raise ProbeError(
+            f"max_false_positive_rate={max_false_positive_rate!r} needs a head with two labels or a multi-label head; "
+            f"this one has num_labels={config.num_labels}, problem_type={config.problem_type!r}: leave it out"
+        )
+
+
+def calibrate(
+    config: ProbeConfig, logits: torch.Tensor, labels: torch.Tensor, max_false_positive_rate: float | None = None
+) -> ProbeConfig:
     """`config` with the temperature, and where it has two labels or several at once the thresholds, that suit the rows.
 
-    Regression heads come back as they are; so does a threshold whose label does not occur in the rows.
+    Regression heads come back as they are; so does a threshold whose label occurs in no row or in all.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[rows, num_labels]`), labels: of validation rows.
+        max_false_positive_rate: thresholds have the highest recall with at most this share of the negative rows flagged,
+            for each label of a multi-label head by itself; with `None` the best F1.
+
+    Raises:
+        ProbeError: see `check_max_false_positive_rate`.
     """
+    check_max_false_positive_rate(config, max_false_positive_rate)
     if config.problem_type == "regression":
         return config
     config = config.replace(temperature=fit_temperature(logits, labels, config), threshold=None)
     probs = probabilities(logits.float(), config).numpy()
     truth = labels.numpy()
+
+    def choose(scores: np.ndarray, positives: np.ndarray) -> float:
+        if max_false_positive_rate is None:
+            return best_f1_threshold(scores, positives)
+        return highest_recall_threshold(scores, positives, max_false_positive_rate)
+
     if config.problem_type == "multi_label_classification":
         thresholds = [
-            best_f1_threshold(probs[:, i], truth[:, i]) if 0 < truth[:, i].sum() < len(truth) else 0.5
+            choose(probs[:, i], truth[:, i]) if 0 < truth[:, i].sum() < len(truth) else 0.5
             for i in range(config.num_labels)
         ]
         return config.replace(threshold=thresholds)
     if config.num_labels == 2 and 0 < truth.sum() < len(truth):
-        return config.replace(threshold=best_f1_threshold(probs[:, 1], truth))
+        return config.replace(threshold=choose(probs[:, 1], truth))
     return config
 
 
@@ -86,6 +155,21 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, b
     }
 
 
+def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, bins: int = 10) -> np.ndarray:
+    """What each row adds to the expected calibration error of `reliability`.
+
+    Returns:
+        `[rows, bins]`: confidence less what holds, in the bin of the confidence; the mean over the labels for multi-label
+        heads. With weights `[rows]` that sum to n the error is the sum of `|weights @ gaps| / n`.
+    """
+    confidence, holds = _confidence(logits, labels, config)
+    each = len(confidence) // max(len(labels), 1)
+    gaps = np.zeros((len(labels), bins))
+    rows = np.arange(len(confidence)) // each
+    np.add.at(gaps, (rows, _bin_of(confidence, bins)), (confidence.astype(np.float64) - holds) / each)
+    return gaps
+
+
 def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
@@ -95,8 +179,12 @@ def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
     return probs.max(axis=1), (probs.argmax(axis=1) == labels).astype(float)
 
 
+def _bin_of(confidence: np.ndarray, count: int) -> np.ndarray:
+    return np.minimum((confidence * count).astype(int), count - 1)
+
+
 def _bins(confidence: np.ndarray, holds: np.ndarray, count: int) -> list[dict[str, Any]]:
-    index = np.minimum((confidence * count).astype(int), count - 1)
+    index = _bin_of(confidence, count)
     table = []
     for i in range(count):
         rows = index == i

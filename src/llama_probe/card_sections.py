@@ -71,8 +71,8 @@ def measurements(config: ProbeConfig, results: dict[str, Any], split: str, plots
     inspection = results.get("inspection", {})
     if config.threshold is not None:
         parts.append(
-            f"Threshold {_threshold(config.threshold)} and temperature {config.temperature:.3f} were fitted on the "
-            "validation rows and are saved with the head."
+            f"Threshold {_threshold(config.threshold)}{_threshold_rule(results['recipe'])} and temperature "
+            f"{config.temperature:.3f} were fitted on the validation rows and are saved with the head."
         )
     for label, rows in inspection.get("thresholds", {}).items():
         lines = [
@@ -194,3 +194,10 @@ def _seeds_note(results: dict[str, Any], split: str) -> str:
 def _threshold(threshold) -> str:
     values = threshold if isinstance(threshold, list) else [threshold]
     return ", ".join(f"{value:.3f}" for value in values)
+
+
+def _threshold_rule(recipe: dict[str, Any]) -> str:
+    if "max_false_positive_rate" not in recipe:  # results of a version that knew one rule
+        return ""
+    rate = recipe["max_false_positive_rate"]
+    return " (best F1)" if rate is None else f" (highest recall with a false-positive rate of at most {rate:g})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .calibration import reliability, threshold_table
+from .bootstrap import intervals, score_statistic
+from .calibration import calibration_gaps, reliability, threshold_table
 from .configuration import ProbeConfig
 from .decision import probabilities
+from .errors import ProbeError
 from .features import ProbeCollator
-from .metrics import score
+from .metrics import confusion, label_scores, score
 from .probe import ProbeModel
 
 
@@ -83,9 +85,80 @@ def report(
     """
     probs = probabilities(logits.float(), config).numpy()
     result: dict[str, Any] = {"rows": len(labels), **score(probs, labels, config)}
-    for column, values in (slices or {}).items():
+    for column, value, rows in _groups(slices):
         groups = result.setdefault("slices", {}).setdefault(column, {})
-        for value in sorted({str(value) for value in values}):
-            rows = np.array([str(item) == value for item in values])
-            groups[value] = {"rows": int(rows.sum()), **score(probs[rows], labels[rows], config)}
+        groups[value] = {"rows": int(rows.sum()), **score(probs[rows], labels[rows], config)}
     return result
+
+
+def detailed_report(
+    config: ProbeConfig,
+    logits: torch.Tensor,
+    labels: np.ndarray,
+    slices: dict[str, Sequence[Any]] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`report`, and how far its numbers can be trusted and where they come from.
+
+    Args:
+        config, logits, labels, slices: as for `report`.
+        resamples: of the bootstrap that gives 95 % intervals; 0 for none. seed: of its draws.
+
+    Returns:
+        The keys of `report`, and, but for regression, `labels`: see `label_scores`; `calibration`: see `reliability`;
+        single-label: `confusion`: see there. With resamples, `bootstrap`: `resamples`, `seed` and `level`; and
+        `intervals` by metric beside the metrics of all rows, of each slice and of each label, and beside the calibration
+        errors: `[low, high]`, `None` where the metric is undefined in all resamples.
+
+    Raises:
+        ProbeError: `resamples` is below 0.
+    """
+    if resamples < 0:
+        raise ProbeError(f"resamples={resamples} must be 0 (no intervals) or more")
+    result = report(config, logits, labels, slices)
+    probs = probabilities(logits.float(), config).numpy()
+    classes = config.problem_type != "regression"
+    if classes:
+        result["labels"] = label_scores(probs, labels, config)
+        result["calibration"] = reliability(logits, labels, config)
+    if config.problem_type == "single_label_classification":
+        result["confusion"] = confusion(probs, labels, config)
+    if not resamples:
+        return result
+    result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
+    statistics = [score_statistic(probs, labels, config)]
+    if classes:
+        plain = config.replace(temperature=1.0)
+        gaps = {"error": calibration_gaps(logits, labels, config)}
+        gaps["error_uncalibrated"] = calibration_gaps(logits, labels, plain)
+        statistics.append(lambda weights: {name: _calibration_errors(weights, part) for name, part in gaps.items()})
+    found = intervals(statistics, len(labels), resamples, seed)
+    result["intervals"] = _of(result, found)
+    if classes:
+        result["calibration"]["intervals"] = _of(result["calibration"], found)
+        for index, part in enumerate(result["labels"].values()):
+            part["intervals"] = {name: found[f"label_{name}"][index] for name in part if f"label_{name}" in found}
+    for column, value, rows in _groups(slices):
+        part = result["slices"][column][value]
+        part["intervals"] = _of(
+            part, intervals([score_statistic(probs[rows], labels[rows], config)], part["rows"], resamples, seed)
+        )
+    return result
+
+
+def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Column, value as text, and which rows have it: booleans `[rows]`."""
+    for column, values in (slices or {}).items():
+        texts = np.array([str(value) for value in values], dtype=object)
+        for value in sorted(set(texts)):
+            yield column, value, texts == value
+
+
+def _calibration_errors(weights: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    return np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1)
+
+
+def _of(part: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The intervals of the metrics in one part of the report."""
+    return {name: found[name] for name in part if name in found}

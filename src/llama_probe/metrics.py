@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import evaluate
@@ -67,6 +68,8 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
     if config.problem_type == "multi_label_classification":
         truth, average, columns = labels.astype(int), "macro", range(config.num_labels)
         one_hot = truth
+        if config.num_labels == 1:  # scikit-learn takes one column for two classes
+            truth, predicted, average = truth[:, 0], predicted[:, 0].astype(int), "binary"
     else:
         truth, average = labels.astype(int), "binary" if config.num_labels == 2 else "macro"
         one_hot = np.eye(config.num_labels, dtype=int)[truth]
@@ -88,6 +91,51 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
         if occurring
         else None,
     }
+
+
+def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Which labels hold, and which the head gives: booleans `[rows, num_labels]` for a head of classes.
+
+    Args:
+        probs (`[rows, num_labels]`), labels: as for `score`.
+    """
+    predicted = predictions(torch.from_numpy(np.asarray(probs)), config).numpy()
+    if config.problem_type == "multi_label_classification":
+        return labels.astype(bool), predicted
+    one_hot = np.eye(config.num_labels, dtype=bool)
+    return one_hot[labels.astype(int)], one_hot[predicted]
+
+
+def label_scores(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, Any]]:
+    """Each label against all others, by name, for a head of classes.
+
+    Returns:
+        `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are `None` where the label
+        holds in no row or in all.
+    """
+    truth, predicted = (x.astype(int) for x in truth_and_predictions(probs, labels, config))
+    scores = {}
+    for index, name in config.id2label.items():
+        holds, scored = truth[:, index], probs[:, index]
+        precision, recall, f1, _ = sk.precision_recall_fscore_support(
+            holds, predicted[:, index], average="binary", zero_division=0.0
+        )
+        ranked = 0 < holds.sum() < len(holds)
+        scores[name] = {
+            "rows": int(holds.sum()),
+            "f1": float(f1),
+            "precision": float(precision),
+            "recall": float(recall),
+            "auprc": float(sk.average_precision_score(holds, scored)) if ranked else None,
+            "auroc": float(sk.roc_auc_score(holds, scored)) if ranked else None,
+        }
+    return scores
+
+
+def confusion(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> list[list[int]]:
+    """Rows of each label by the label that a single-label head gives: `[num_labels (true), num_labels (given)]`."""
+    truth, predicted = truth_and_predictions(probs, labels, config)
+    return (truth.astype(int).T @ predicted.astype(int)).tolist()
 
 
 def compute_metrics(config: ProbeConfig) -> Callable:

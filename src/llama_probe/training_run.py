@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
 from .benchmarks import find_benchmark
-from .calibration import calibrate
+from .calibration import calibrate, check_max_false_positive_rate
 from .configuration import ProbeConfig
 from .data import LabelledTexts, benchmark_splits, read_labelled
 from .errors import ProbeError
@@ -125,7 +125,11 @@ class DataSources:
 
 @dataclass
 class Recipe:
-    """How a head is trained; the fields of `TrainingArguments` have their names there."""
+    """How a head is trained; the fields of `TrainingArguments` have their names there.
+
+    Attributes:
+        max_false_positive_rate: how the threshold is chosen, see `calibrate`.
+    """
 
     learning_rate: float = 3e-4
     num_train_epochs: float = 8
@@ -137,6 +141,7 @@ class Recipe:
     class_weights: str | None = None
     patience: int | None = 3
     metric: str | None = None
+    max_false_positive_rate: float | None = None
 
 
 @dataclass
@@ -233,6 +238,7 @@ class TrainingRun:
                 f"metric={metric!r} cannot choose a {config.problem_type} head; allowed: "
                 f"{', '.join(METRICS[config.problem_type])}"
             )
+        check_max_false_positive_rate(config, self.recipe.max_false_positive_rate)
         self.loss(config, parts["train"])
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
@@ -306,7 +312,8 @@ class TrainingRun:
     ) -> dict[str, Any]:
         """Fits the head's temperature and threshold on the validation rows, and measures it on these and the test rows."""
         logits = predict_logits(probe, datasets["validation"])
-        probe.config = calibrate(probe.config, logits, torch.from_numpy(parts["validation"].labels))
+        labels = torch.from_numpy(parts["validation"].labels)
+        probe.config = calibrate(probe.config, logits, labels, self.recipe.max_false_positive_rate)
         result = {
             "temperature": probe.config.temperature,
             "threshold": probe.config.threshold,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .options import DATA, Backbone, DataDir, Dtype, Json, Probe
+
+
+_MAX_CONFUSION = 12  # labels up to which the confusion matrix is printed
 
 
 def evaluate(
@@ -26,6 +30,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Report also by the values of this column; a named data set may have its own."),
     ] = None,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -34,7 +42,7 @@ def evaluate(
     from ..benchmarks import find_benchmark
     from ..data import read_labelled
     from ..errors import ProbeError
-    from ..evaluation import predict_logits, report
+    from ..evaluation import detailed_report, predict_logits
     from ..features import PromptDataset
     from ..files import read_head
     from ..fingerprint import check_backbone
@@ -58,19 +66,72 @@ def evaluate(
         head.to(lm.device).set_backbone(lm)
         prompts = PromptFormat.from_config(config, tokenizer).encode(rows.texts)
         logits = predict_logits(head, PromptDataset(prompts, rows.labels), progress=True)
-        result = report(config, logits, rows.labels, {column: rows.columns[column] for column in slices})
+        columns = {column: rows.columns[column] for column in slices}
+        result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
     if as_json:
         print(json.dumps(result))
         return
-    table = Table(title=f"{probe} on {data}")
-    groups = [("all rows", result)]
-    for column, values in result.get("slices", {}).items():
-        groups += [(f"{column} = {value}", part) for value, part in values.items()]
-    metrics = [key for key in result if key != "slices"]
-    for name in ("", *metrics):
-        table.add_column(name, justify="left" if not name else "right")
-    for title, part in groups:
-        table.add_row(
-            title, *(f"{part[m]:.4f}" if isinstance(part[m], float) else str(part[m] or "-") for m in metrics)
+    console = Console()
+    console.print(_metrics_table(f"{probe} on {data}", result))
+    if "labels" in result:
+        names = list(result["labels"])
+        console.print(_table("each label against the others", result["labels"]))
+        if "confusion" in result:
+            _print_confusion(console, names, result["confusion"])
+        found = result["calibration"]
+        console.print(
+            f"Expected calibration error: {_cell(found, 'error', ' ')} with the saved temperature "
+            f"{config.temperature:.3f}, {_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
         )
-    Console().print(table)
+    if bootstrap:
+        console.print(f"In brackets: 95 % intervals by bootstrap, {bootstrap:,} resamples of the rows, seed {seed}.")
+
+
+def _metrics_table(title: str, result: dict[str, Any]) -> Table:
+    """All rows, and each slice."""
+    parts = {"all rows": {key: value for key, value in result.items() if not isinstance(value, (dict, list))}}
+    if "intervals" in result:
+        parts["all rows"]["intervals"] = result["intervals"]
+    for column, values in result.get("slices", {}).items():
+        parts |= {f"{column} = {value}": part for value, part in values.items()}
+    return _table(title, parts)
+
+
+def _table(title: str, parts: dict[str, dict[str, Any]]) -> Table:
+    """A row for each part, with a metric in each column and its interval below it."""
+    table = Table(title=escape(title))
+    metrics = [key for key in next(iter(parts.values())) if key != "intervals"]
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for name, part in parts.items():
+        table.add_row(escape(name), *(_cell(part, metric, "\n") for metric in metrics))
+    return table
+
+
+def _print_confusion(console: Console, names: list[str], matrix: list[list[int]]) -> None:
+    if len(names) > _MAX_CONFUSION:
+        console.print(f"The confusion matrix of the {len(names)} labels is in the output of --json.")
+        return
+    table = Table(title="rows by their label, and by what the head gives")
+    table.add_column("")
+    for name in names:
+        table.add_column(escape(name), justify="right")
+    for name, row in zip(names, matrix, strict=True):
+        table.add_row(escape(name), *(f"{count:,}" for count in row))
+    console.print(table)
+
+
+def _cell(part: dict[str, Any], metric: str, separator: str) -> str:
+    """A number of a part of the report and, where it has one, its interval."""
+    value, interval = part[metric], part.get("intervals", {}).get(metric)
+    text = _number(value)
+    return text if interval is None or value is None else f"{text}{separator}[{', '.join(map(_number, interval))}]"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or not value else f"{value:.3g}"

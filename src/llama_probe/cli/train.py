@@ -73,6 +73,13 @@ def train(
     focal_gamma: Annotated[float, typer.Option(help="Focal loss; 0 for none.")] = 0.0,
     class_weights: Annotated[str | None, typer.Option(help="'balanced', or one weight a label with commas.")] = None,
     metric: Annotated[str | None, typer.Option(help="Validation metric to choose by.")] = None,
+    max_false_positive_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose the threshold for the highest recall with at most this share of negative validation rows "
+            "flagged, such as 0.01; for the best F1 if left out."
+        ),
+    ] = None,
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better metric.")] = 3,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     num_seeds: Annotated[int, typer.Option(help="Train so many heads and keep the best by validation.")] = 1,
@@ -141,6 +148,7 @@ def train(
             class_weights=class_weights,
             patience=patience,
             metric=metric,
+            max_false_positive_rate=max_false_positive_rate,
         ),
         prompt_format=prompt_format,
         system_prompt=system_prompt,
