@@ -1,5 +1,7 @@
 """Names of heads: folders, bundled aliases, lists and dicts."""
 
+import json
+
 import pytest
 from conftest import make_lm, make_probe
 from hub_server.heads import contents, plain, same_weights
@@ -7,7 +9,7 @@ from transformers import AutoModel
 
 from llama_probe import ProbeError
 from llama_probe.files import save_head
-from llama_probe.resolve import bundled_heads, read_heads, resolve_head
+from llama_probe.resolve import best_head, bundled_heads, read_heads, resolve_head
 
 
 def test_bundled_heads_are_readable_and_fit_one_backbone():
@@ -39,6 +41,63 @@ def test_one_head_may_serve_under_two_names(tmp_path):
     assert read_heads(None) == {}
     head = make_probe()
     assert read_heads({"mine": head})["mine"] is head
+
+
+class TestAliasesWithoutAKind:
+    """`toxicchat` is the best of `toxicchat-gate`, `toxicchat-mha`, ... by validation."""
+
+    @pytest.fixture
+    def heads(self, tmp_path):
+        """A function that makes the head folders of a backbone: (alias, kind, validation score, metric)."""
+
+        def make(*rows):
+            for alias, kind, score, metric in rows:
+                folder = save_head(make_probe(probe_type=kind), tmp_path / alias)
+                if score is not None:
+                    summary = {
+                        "validation": {metric: {"mean": score, "std": 0.0}},
+                        "test": {metric: {"mean": 1 - score}},
+                    }
+                    results = {"recipe": {"metric": metric}, "summary": summary, "num_parameters": 10 + len(kind)}
+                    (folder / "results.json").write_text(json.dumps(results))
+            return {alias: tmp_path / alias for alias, *_ in rows}
+
+        return make
+
+    def test_the_best_by_validation(self, heads):
+        found = heads(
+            ("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.8, "f1"), ("other-mha", "mha", 0.9, "f1")
+        )
+        assert best_head("mood", found).name == "mood-mha"
+        assert best_head("other", found).name == "other-mha"
+        assert best_head("mo", found) is None and best_head("mood-mha", found) is None
+
+    def test_of_equal_ones_the_smaller(self, heads):
+        found = heads(("mood-pooling", "pooling", 0.7, "f1"), ("mood-mha", "mha", 0.7, "f1"))
+        assert best_head("mood", found).name == "mood-mha"
+
+    def test_what_cannot_be_compared_is_left_out(self, heads):
+        found = heads(
+            ("mood-pooling", "pooling", None, ""),
+            ("mood-gate", "gate", 0.9, "auprc"),
+            ("mood-mha", "mha", 0.6, "f1"),
+            ("mood-attentive", "attentive", 0.5, "f1"),
+            ("mood-large", "mha", 0.99, "f1"),
+        )
+        assert best_head("mood", found).name == "mood-mha", "`large` is no kind, and auprc is not f1"
+        assert best_head("mood", {"mood-pooling": found["mood-pooling"]}) is None
+
+    def test_bundled_ones(self):
+        for alias in ("toxicchat", "sst2", "emotion"):
+            rivals = {name: folder for name, folder in bundled_heads().items() if name.startswith(f"{alias}-")}
+            assert resolve_head(alias) == best_head(alias, rivals)
+            assert list(read_heads(alias)) == [alias], "the head is called as it was asked for"
+
+    def test_beside_the_backbone(self, heads, tmp_path, backbone_folder, monkeypatch):
+        heads(("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.6, "f1"))
+        make_lm().save_pretrained(tmp_path)
+        model = AutoModel.from_pretrained(tmp_path, probe="mood")
+        assert model.probes["mood"].config.probe_type == "gate"
 
 
 class TestAliases:
