@@ -8,7 +8,7 @@ import pytest
 
 from llama_probe import ProbeError
 from llama_probe.data import read_labelled
-from llama_probe.training_run import DataSources
+from llama_probe.data_sources import DataSources
 
 
 @pytest.fixture

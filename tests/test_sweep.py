@@ -8,11 +8,13 @@ import torch
 from conftest import HIDDEN
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.data_sources import DataSources
 from llama_probe.files import read_head, read_results
 from llama_probe.plots import sensitivity_plot
+from llama_probe.recipe import Recipe
 from llama_probe.shared_training import SharedTraining
 from llama_probe.sweep import SearchSpace, Sweep
-from llama_probe.training_run import DataSources, Recipe, TrainingRun
+from llama_probe.training_run import TrainingRun
 
 
 @pytest.fixture(scope="module")

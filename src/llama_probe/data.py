@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, train_test_split
 from transformers.utils import logging
 
 from .benchmarks import BENCHMARKS, Benchmark, HubSplit, find_benchmark
@@ -58,9 +59,8 @@ class LabelledTexts:
         """
         if not 0 < share < 1:
             raise ProbeError(f"validation_share={share} must lie between 0 and 1")
-        first_of: dict[str, int] = {}
-        group = [first_of.setdefault(str(text), row) for row, text in enumerate(self.texts)]
-        unique = np.array(sorted(first_of.values()))
+        group = self._first_rows()
+        unique = np.unique(group)
         strata = self.labels[unique] if self.problem_type == "single_label_classification" else None
         try:
             _, held_back = train_test_split(unique, test_size=share, random_state=seed, stratify=strata)
@@ -70,6 +70,28 @@ class LabelledTexts:
         inside = [row for row in range(len(self)) if group[row] not in held_back]
         outside = [row for row in range(len(self)) if group[row] in held_back]
         return self.select(inside), self.select(outside)
+
+    def folds(self, count: int, seed: int) -> list[np.ndarray]:
+        """The rows of each of `count` folds, ascending. Rows with the same text stay together; classes are spread evenly.
+
+        Raises:
+            ProbeError: there are fewer texts than folds.
+        """
+        group = self._first_rows()
+        different = len(set(group))
+        if different < count:
+            raise ProbeError(f"{different} different texts are too few for {count} folds")
+        single = self.problem_type == "single_label_classification"
+        spread = single and np.bincount(self.labels).max() >= count
+        splitter = (StratifiedGroupKFold if spread else GroupKFold)(count, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The least populated class")  # it is in some folds only
+            return [held for _, held in splitter.split(group, self.labels, group)]
+
+    def _first_rows(self) -> list[int]:
+        """For each row the first one with its text."""
+        first_of: dict[str, int] = {}
+        return [first_of.setdefault(str(text), row) for row, text in enumerate(self.texts)]
 
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
         """The same rows with other label names: matched by name where all names are among them, else by index.

@@ -28,8 +28,18 @@ def predict_logits(probe: ProbeModel, dataset: Dataset, batch_size: int = 32, pr
     return logits
 
 
-def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, batch_size: int = 32) -> dict[str, Any]:
+def inspect_head(
+    probe: ProbeModel,
+    dataset: Dataset,
+    labels: np.ndarray,
+    batch_size: int = 32,
+    logits: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """What a card shows of a head beyond its metrics.
+
+    Args:
+        dataset, labels: rows. batch_size: in which they are read.
+        logits (`[rows, num_labels]`, *optional*): to judge by in place of the head's own, where it was trained on the rows.
 
     Returns:
         `layer_weights`: for each label that occurs the mean weight of each layer over its rows, `[layers_read]`;
@@ -37,10 +47,11 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, batch_
         where they have no meaning (regression; thresholds of more than two labels).
     """
     config = probe.config
-    logits = torch.empty(len(dataset), config.num_labels)
+    found_logits = torch.empty(len(dataset), config.num_labels)
     weights = torch.empty(len(dataset), len(probe.layer_indices))
     for rows, output in _outputs(probe, dataset, batch_size, output_attentions=True):
-        logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
+        found_logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
+    logits = found_logits if logits is None else logits
     by_label = {}
     for index, name in config.id2label.items():
         multi_label = config.problem_type == "multi_label_classification"

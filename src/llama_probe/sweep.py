@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from .configuration import ProbeConfig
 from .errors import ProbeError
+from .evaluation import predict_logits
 from .files import write_atomically
 from .heads import get_probe_type
 from .plots import write_sensitivity_plot
@@ -254,7 +255,7 @@ class Sweep:
         )
         if prepared.lm is not None:
             learner.probe.set_backbone(prepared.lm)
-        result = run.judge(learner.probe, prepared.parts, prepared.datasets)
+        result = run.judge(learner.probe, prepared, predict_logits(learner.probe, prepared.datasets["validation"]))
         single = {"seed": candidate.seed, "epochs": learner.history.best_epoch, **result}
         prepared.config = learner.probe.config
         run.save(learner.probe, prepared, [single], candidate.seed)

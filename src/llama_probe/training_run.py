@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import platform
 import shutil
 from dataclasses import dataclass, field
@@ -14,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
-from .benchmarks import find_benchmark
 from .calibration import calibrate, check_max_false_positive_rate
 from .configuration import ProbeConfig
-from .data import LabelledTexts, benchmark_splits, read_labelled
+from .data import LabelledTexts
+from .data_sources import FOLDS, DataSources
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
 from .features import PromptDataset, StateCache
@@ -34,114 +34,11 @@ from .model_card import CardFacts, write_card
 from .plots import write_plots
 from .probe import ProbeModel
 from .prompts import PromptFormat
+from .recipe import Recipe
 from .training import ProbeLoss, balanced_weights, create_trainer, training_arguments
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class DataSources:
-    """Where the rows come from.
-
-    Attributes:
-        train, eval, test: names of data sets (`NAME` or `NAME:SPLIT`), files, folders or Hub data sets. Where train is
-            known by name, `eval` and `test` are its validation and test splits, if it has them and others are not given.
-            Without `eval`, `validation_share` of train is held back. `test` is scored once at the end, and nothing is
-            chosen by it.
-        text_column, label_column, label_names, problem_type: see `read_labelled`.
-        slice_columns: columns of the test rows to report by; those of the table where test is known by name.
-        max_rows: read at most so many training rows.
-        data_dir: local copies of the data sets known by name, see `read_benchmark`.
-
-    Raises:
-        ProbeError: `data_dir` has no copy of train, or columns are named where every source has its own.
-    """
-
-    train: str
-    eval: str | None = None
-    test: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    label_names: list[str] | None = None
-    problem_type: str | None = None
-    validation_share: float = 0.15
-    slice_columns: list[str] = field(default_factory=list)
-    max_rows: int | None = None
-    data_dir: str | os.PathLike | None = None
-
-    def __post_init__(self) -> None:
-        known = find_benchmark(self.train)
-        if known is not None:
-            benchmark, split = known
-            others = set(benchmark_splits(benchmark, self.data_dir)) - {split or "train"}
-            if self.eval is None and "validation" in others:
-                self.eval = f"{benchmark.name}:validation"
-            if self.test is None and "test" in others:
-                self.test = f"{benchmark.name}:test"
-        tested = find_benchmark(self.test) if self.test else None
-        if tested is not None and not self.slice_columns:
-            self.slice_columns = list(tested[0].slices)
-        sources = [source for source in (self.train, self.eval, self.test) if source is not None]
-        if all(find_benchmark(source) for source in sources) and self._columns != ("text", "label"):
-            raise ProbeError(
-                f"{', '.join(sources)} have their own columns; text_column and label_column are for files"
-            )
-
-    @property
-    def _columns(self) -> tuple[str, str]:
-        return self.text_column, self.label_column
-
-    def read(self, seed: int) -> dict[str, LabelledTexts]:
-        """Rows of `train`, `validation` and, where given, `test`.
-
-        Raises:
-            ProbeError: a source cannot be read, or the parts do not have the same labels.
-        """
-        parts = {"train": self._read(self.train, "train")}
-        if self.max_rows is not None and self.max_rows < len(parts["train"]):
-            rows = np.random.default_rng(seed).permutation(len(parts["train"]))[: self.max_rows]
-            parts["train"] = parts["train"].select(sorted(rows.tolist()))
-        if self.eval is None:
-            parts["train"], parts["validation"] = parts["train"].split(self.validation_share, seed)
-        else:
-            parts["validation"] = self._read(self.eval, "validation", parts["train"])
-        if self.test is not None:
-            parts["test"] = self._read(self.test, "test", parts["train"])
-            if known := find_benchmark(self.test):  # a local copy may lack what the table would slice by
-                absent = set(known[0].slices) - set(parts["test"].columns)
-                self.slice_columns = [column for column in self.slice_columns if column not in absent]
-            for column in self.slice_columns:
-                if column not in parts["test"].columns:
-                    raise ProbeError(f"{self.test} has no column {column!r} to slice by")
-        return parts
-
-    def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
-        names = self.label_names if like is None else like.label_names
-        kind = self.problem_type if like is None else like.problem_type
-        columns = ("text", "label") if find_benchmark(source) else self._columns
-        return read_labelled(source, *columns, names, kind, split, self.data_dir)
-
-
-@dataclass
-class Recipe:
-    """How a head is trained; the fields of `TrainingArguments` have their names there.
-
-    Attributes:
-        max_false_positive_rate: how the threshold is chosen, see `calibrate`.
-    """
-
-    learning_rate: float = 3e-4
-    num_train_epochs: float = 8
-    per_device_train_batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.05
-    focal_gamma: float = 0.0
-    class_weights: str | None = None
-    patience: int | None = 3
-    metric: str | None = None
-    max_false_positive_rate: float | None = None
 
 
 @dataclass
@@ -154,6 +51,7 @@ class Prepared:
         metric: the validation metric to choose by.
         lm: the frozen backbone; `None` where the states are cached.
         cache: that goes when the run is over.
+        folds: rows of train that take turns as validation rows; none where the validation rows are others.
     """
 
     parts: dict[str, LabelledTexts]
@@ -162,6 +60,7 @@ class Prepared:
     datasets: dict[str, Dataset]
     lm: PreTrainedModel | None
     cache: StateCache | None
+    folds: list[np.ndarray] = field(default_factory=list)
 
     def close(self) -> None:
         """Removes cached states that nobody asked to keep."""
@@ -211,15 +110,13 @@ class TrainingRun:
             ProbeError: anything the user can mend, before the training starts.
         """
         prepared = self.prepare()
-        config, parts, metric, datasets = prepared.config, prepared.parts, prepared.metric, prepared.datasets
-        loss = self.loss(config, parts["train"])
         checkpoints = self.output / "checkpoints"
         if checkpoints.exists() and not self.resume:
             shutil.rmtree(checkpoints)
-        backbone = prepared.lm
-        runs = [self._train(seed, config, backbone, parts, datasets, loss, metric, checkpoints) for seed in self.seeds]
-        best = max(runs, key=lambda run: run["result"]["validation"][metric])
-        results = self.save(best["probe"], prepared, [run["result"] for run in runs], best["result"]["seed"])
+        runs = [self._train(seed, prepared, checkpoints / f"seed-{seed}") for seed in self.seeds]
+        best = max(runs, key=lambda run: run["result"]["validation"][prepared.metric])
+        held_out = best["logits"] if prepared.folds else None
+        results = self.save(best["probe"], prepared, [run["result"] for run in runs], best["result"]["seed"], held_out)
         shutil.rmtree(checkpoints, ignore_errors=True)
         prepared.close()
         return results
@@ -231,6 +128,8 @@ class TrainingRun:
             ProbeError: anything the user can mend.
         """
         parts = self.data.read(self.seeds[0])
+        folded = parts["validation"] is parts["train"]
+        folds = parts["train"].folds(self.data.folds or FOLDS, self.seeds[0]) if folded else []
         config = self._config(parts["train"])
         metric = self.recipe.metric or default_metric(config)
         if metric not in METRICS[config.problem_type]:
@@ -250,13 +149,25 @@ class TrainingRun:
             ids = prompts.encode(rows.texts)
             datasets[name] = cache.dataset(lm, config, ids, rows.labels) if cache else PromptDataset(ids, rows.labels)
         passing = cache if self.cache_dir is None else None
-        return Prepared(parts, config, metric, datasets, None if cache else lm, passing)
+        return Prepared(parts, config, metric, datasets, None if cache else lm, passing, folds)
 
-    def save(self, probe: ProbeModel, prepared: Prepared, runs: list[dict[str, Any]], chosen: int) -> dict[str, Any]:
-        """Writes the folder of the head that was chosen, with the results of all runs, and returns these."""
-        results = self._results(prepared.config, prepared.parts, prepared.metric, runs, chosen)
+    def save(
+        self,
+        probe: ProbeModel,
+        prepared: Prepared,
+        runs: list[dict[str, Any]],
+        chosen: int,
+        held_out: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Writes the folder of the head that was chosen, with the results of all runs, and returns these.
+
+        Args:
+            held_out (`[rows, num_labels]`): logits of the validation rows, where the head was trained on these.
+        """
+        results = self._results(prepared, runs, chosen)
         shown = "test" if "test" in prepared.parts else "validation"
-        found = inspect_head(probe, prepared.datasets[shown], prepared.parts[shown].labels)
+        logits = held_out if shown == "validation" else None
+        found = inspect_head(probe, prepared.datasets[shown], prepared.parts[shown].labels, logits=logits)
         results["inspection"] = {"split": shown, **found}
         probe.results = results
         save_head(probe, self.output)
@@ -284,34 +195,55 @@ class TrainingRun:
                 raise ProbeError(f"class_weights={weights!r} must be 'balanced' or numbers with commas") from None
         return ProbeLoss(config, weights, self.recipe.label_smoothing, self.recipe.focal_gamma)
 
-    def _train(self, seed: int, config, backbone, parts, datasets, loss, metric, checkpoints: Path) -> dict[str, Any]:
+    def _train(self, seed: int, prepared: Prepared, checkpoints: Path) -> dict[str, Any]:
+        """A head, what was measured of it, and the logits of the validation rows that it was judged by."""
+        datasets = prepared.datasets
+        if not prepared.folds:
+            probe, epochs = self._fit(seed, prepared, datasets["train"], datasets["validation"], checkpoints)
+            logits = predict_logits(probe, datasets["validation"])
+        else:
+            train = datasets["train"]
+            logits = torch.empty(len(train), prepared.config.num_labels)
+            for number, held in enumerate(tqdm(prepared.folds, desc="folds", unit=" folds", leave=False)):
+                rest = Subset(train, np.setdiff1d(np.arange(len(train)), held).tolist())
+                part, _ = self._fit(seed, prepared, rest, None, checkpoints / f"fold-{number}")
+                logits[torch.from_numpy(held)] = predict_logits(part, Subset(train, held.tolist()))
+            probe, epochs = self._fit(seed, prepared, train, None, checkpoints / "all")
+        result = {"seed": seed, "epochs": epochs, **self.judge(probe, prepared, logits)}
+        return {"probe": probe, "result": result, "logits": logits}
+
+    def _fit(
+        self, seed: int, prepared: Prepared, train: Dataset, validation: Dataset | None, checkpoints: Path
+    ) -> tuple[ProbeModel, float]:
+        """A head that was trained on some rows, and for how many epochs: the best one where there are validation rows."""
         set_seed(seed)
         recipe = self.recipe
-        probe = ProbeModel(config, backbone=backbone)
-        folder = checkpoints / f"seed-{seed}"
+        probe = ProbeModel(prepared.config, backbone=prepared.lm)
         args = training_arguments(
-            folder,
-            metric,
+            checkpoints,
+            prepared.metric,
             seed=seed,
             learning_rate=recipe.learning_rate,
             num_train_epochs=recipe.num_train_epochs,
             per_device_train_batch_size=recipe.per_device_train_batch_size,
             gradient_accumulation_steps=recipe.gradient_accumulation_steps,
             weight_decay=recipe.weight_decay,
+            **({} if validation is not None else {"eval_strategy": "no", "load_best_model_at_end": False}),
         )
-        trainer = create_trainer(probe, args, datasets["train"], datasets["validation"], loss, recipe.patience)
-        last = get_last_checkpoint(str(folder)) if self.resume and folder.is_dir() else None
+        loss = self.loss(prepared.config, prepared.parts["train"])
+        patience = recipe.patience if validation is not None else None
+        trainer = create_trainer(probe, args, train, validation, loss, patience)
+        last = get_last_checkpoint(str(checkpoints)) if self.resume and checkpoints.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
-        return {
-            "probe": probe,
-            "result": {"seed": seed, "epochs": trainer.state.epoch, **self.judge(probe, parts, datasets)},
-        }
+        return probe, trainer.state.epoch
 
-    def judge(
-        self, probe: ProbeModel, parts: dict[str, LabelledTexts], datasets: dict[str, Dataset]
-    ) -> dict[str, Any]:
-        """Fits the head's temperature and threshold on the validation rows, and measures it on these and the test rows."""
-        logits = predict_logits(probe, datasets["validation"])
+    def judge(self, probe: ProbeModel, prepared: Prepared, logits: torch.Tensor) -> dict[str, Any]:
+        """Fits the head's temperature and threshold on the validation rows, and measures it on these and the test rows.
+
+        Args:
+            logits (`[rows, num_labels]`): of the validation rows.
+        """
+        parts = prepared.parts
         labels = torch.from_numpy(parts["validation"].labels)
         probe.config = calibrate(probe.config, logits, labels, self.recipe.max_false_positive_rate)
         result = {
@@ -321,12 +253,15 @@ class TrainingRun:
         }
         if "test" in parts:
             slices = {column: parts["test"].columns[column] for column in self.data.slice_columns}
-            logits = predict_logits(probe, datasets["test"])
+            logits = predict_logits(probe, prepared.datasets["test"])
             result["test"] = report(probe.config, logits, parts["test"].labels, slices)
         return result
 
-    def _results(self, config: ProbeConfig, parts, metric: str, runs: list[dict], chosen: int) -> dict[str, Any]:
+    def _results(self, prepared: Prepared, runs: list[dict[str, Any]], chosen: int) -> dict[str, Any]:
+        config, parts, metric = prepared.config, prepared.parts, prepared.metric
         sources = {"train": self.data.train, "validation": self.data.eval, "test": self.data.test}
+        folds = len(prepared.folds)
+        held_out = f"{folds} folds of train" if folds else f"{self.data.validation_share:.0%} of train"
         head = ProbeModel(config)
         card = dataclasses.asdict(self.card)
         if self.backbone == DEMO:
@@ -339,9 +274,7 @@ class TrainingRun:
             "data": {
                 name: {
                     # paths differ from machine to machine; the last two parts say which file it was
-                    "source": "/".join(Path(sources[name]).parts[-2:])
-                    if sources[name]
-                    else f"{self.data.validation_share:.0%} of train",
+                    "source": "/".join(Path(sources[name]).parts[-2:]) if sources[name] else held_out,
                     "rows": len(rows),
                 }
                 for name, rows in parts.items()

@@ -51,9 +51,11 @@ def sweep(
 ) -> None:
     """Search head kinds and hyper-parameters; all configurations share each pass of the backbone."""
     from ..benchmarks import find_benchmark
+    from ..data_sources import DataSources
     from ..model_card import CardFacts
+    from ..recipe import Recipe
     from ..sweep import HEAD_FOLDER, SearchSpace, Sweep
-    from ..training_run import DataSources, Recipe, TrainingRun
+    from ..training_run import TrainingRun
     from .train import _command_line
 
     facts = CardFacts(license, command=_command_line())

@@ -47,6 +47,13 @@ def train(
     validation_share: Annotated[
         float, typer.Option(help="Share of the training rows held back without --eval.")
     ] = 0.15,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            help="Without --eval: train on all rows, and validate each of so many folds by a head trained on the others; "
+            "0 holds a share back. Left out: 5 for fewer than 400 rows, else 0."
+        ),
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Use at most so many training rows.")] = None,
     prompt_format: Annotated[str, typer.Option(help="chat (the model's template) or raw.")] = "chat",
     system_prompt: Annotated[str | None, typer.Option(help="A system turn of your own.")] = None,
@@ -102,8 +109,10 @@ def train(
 ) -> None:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
     from ..benchmarks import find_benchmark
+    from ..data_sources import DataSources
     from ..model_card import CardFacts
-    from ..training_run import DataSources, Recipe, TrainingRun
+    from ..recipe import Recipe
+    from ..training_run import TrainingRun
 
     known = find_benchmark(train)
     if known is not None:
@@ -122,6 +131,7 @@ def train(
             label_names=None if label_names is None else [name.strip() for name in label_names.split(",")],
             problem_type=problem_type,
             validation_share=validation_share,
+            folds=folds,
             slice_columns=slice_column or [],
             max_rows=max_rows,
             data_dir=data_dir,

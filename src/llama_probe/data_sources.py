@@ -1,0 +1,113 @@
+"""Where the rows of a training run come from, and how they are split."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .benchmarks import find_benchmark
+from .data import LabelledTexts, benchmark_splits, read_labelled
+from .errors import ProbeError
+
+
+FEW_ROWS, FOLDS = 400, 5
+
+
+@dataclass
+class DataSources:
+    """Where the rows come from.
+
+    Attributes:
+        train, eval, test: names of data sets (`NAME` or `NAME:SPLIT`), files, folders or Hub data sets. Where train is
+            known by name, `eval` and `test` are its validation and test splits, if it has them and others are not given.
+            Without `eval`, `validation_share` of train is held back, or folds of it take turns. `test` is scored once at
+            the end, and nothing is chosen by it.
+        text_column, label_column, label_names, problem_type: see `read_labelled`.
+        slice_columns: columns of the test rows to report by; those of the table where test is known by name.
+        folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
+            trained on the others; 0 holds a part back instead, `None` is 5 folds for fewer than 400 rows, which are too
+            few to hold any back.
+        max_rows: read at most so many training rows.
+        data_dir: local copies of the data sets known by name, see `read_benchmark`.
+
+    Raises:
+        ProbeError: `data_dir` has no copy of train, columns are named where every source has its own, or `folds` is no
+            number of folds or given beside `eval`.
+    """
+
+    train: str
+    eval: str | None = None
+    test: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    label_names: list[str] | None = None
+    problem_type: str | None = None
+    validation_share: float = 0.15
+    folds: int | None = 0
+    slice_columns: list[str] = field(default_factory=list)
+    max_rows: int | None = None
+    data_dir: str | os.PathLike | None = None
+
+    def __post_init__(self) -> None:
+        if self.folds is not None and (self.folds < 0 or self.folds == 1):
+            raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
+        if self.eval is not None and self.folds:
+            raise ProbeError(
+                f"folds={self.folds} and the validation rows of {self.eval} cannot both be used: leave one out"
+            )
+        known = find_benchmark(self.train)
+        if known is not None:
+            benchmark, split = known
+            others = set(benchmark_splits(benchmark, self.data_dir)) - {split or "train"}
+            if self.eval is None and not self.folds and "validation" in others:
+                self.eval = f"{benchmark.name}:validation"
+            if self.test is None and "test" in others:
+                self.test = f"{benchmark.name}:test"
+        tested = find_benchmark(self.test) if self.test else None
+        if tested is not None and not self.slice_columns:
+            self.slice_columns = list(tested[0].slices)
+        sources = [source for source in (self.train, self.eval, self.test) if source is not None]
+        if all(find_benchmark(source) for source in sources) and self._columns != ("text", "label"):
+            raise ProbeError(
+                f"{', '.join(sources)} have their own columns; text_column and label_column are for files"
+            )
+
+    @property
+    def _columns(self) -> tuple[str, str]:
+        return self.text_column, self.label_column
+
+    def read(self, seed: int) -> dict[str, LabelledTexts]:
+        """Rows of `train`, `validation` and, where given, `test`. With folds, the first two are the same object.
+
+        Raises:
+            ProbeError: a source cannot be read, or the parts do not have the same labels.
+        """
+        parts = {"train": self._read(self.train, "train")}
+        if self.max_rows is not None and self.max_rows < len(parts["train"]):
+            rows = np.random.default_rng(seed).permutation(len(parts["train"]))[: self.max_rows]
+            parts["train"] = parts["train"].select(sorted(rows.tolist()))
+        few = self.eval is None and len(parts["train"]) < FEW_ROWS
+        folds = FOLDS * few if self.folds is None else self.folds
+        if folds:
+            parts["validation"] = parts["train"]
+        elif self.eval is None:
+            parts["train"], parts["validation"] = parts["train"].split(self.validation_share, seed)
+        else:
+            parts["validation"] = self._read(self.eval, "validation", parts["train"])
+        if self.test is not None:
+            parts["test"] = self._read(self.test, "test", parts["train"])
+            if known := find_benchmark(self.test):  # a local copy may lack what the table would slice by
+                absent = set(known[0].slices) - set(parts["test"].columns)
+                self.slice_columns = [column for column in self.slice_columns if column not in absent]
+            for column in self.slice_columns:
+                if column not in parts["test"].columns:
+                    raise ProbeError(f"{self.test} has no column {column!r} to slice by")
+        return parts
+
+    def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
+        names = self.label_names if like is None else like.label_names
+        kind = self.problem_type if like is None else like.problem_type
+        columns = ("text", "label") if find_benchmark(source) else self._columns
+        return read_labelled(source, *columns, names, kind, split, self.data_dir)

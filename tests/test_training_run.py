@@ -1,0 +1,113 @@
+"""Runs from rows to a head folder: what is held back, and what a few rows are used for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from llama_probe import ProbeError
+from llama_probe.calibration import reliability
+from llama_probe.data_sources import FEW_ROWS, FOLDS, DataSources
+from llama_probe.evaluation import predict_logits
+from llama_probe.files import read_head
+from llama_probe.metrics import score
+from llama_probe.recipe import Recipe
+from llama_probe.training_run import TrainingRun
+
+
+def write(path, count, labels=2):
+    lines = [
+        json.dumps({"text": f"{('bad', 'good', 'so so')[i % labels]} no {i}", "label": i % labels})
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+class TestHoldingBack:
+    def test_a_share(self, tmp_path):
+        parts = DataSources(train=write(tmp_path / "a.jsonl", 40)).read(0)
+        assert (len(parts["train"]), len(parts["validation"])) == (34, 6)
+        assert not set(parts["train"].texts) & set(parts["validation"].texts)
+
+    @pytest.mark.parametrize("count, folded", [(FEW_ROWS - 1, True), (FEW_ROWS, False)])
+    def test_few_rows_are_folded(self, tmp_path, count, folded):
+        parts = DataSources(train=write(tmp_path / "a.jsonl", count), folds=None).read(0)
+        assert (parts["validation"] is parts["train"]) == folded
+        assert len(parts["train"]) == (count if folded else 340)
+
+    def test_rows_of_their_own_come_first(self, tmp_path):
+        train, other = write(tmp_path / "a.jsonl", 20), write(tmp_path / "b.jsonl", 10)
+        parts = DataSources(train=train, eval=other, folds=None).read(0)
+        assert (len(parts["train"]), len(parts["validation"])) == (20, 10)
+        with pytest.raises(ProbeError, match=r"folds=3 and the validation rows of .* cannot both be used"):
+            DataSources(train=train, eval=other, folds=3)
+
+    @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (11, 3, 5), (6, 3, 5)])
+    def test_each_row_is_held_out_once(self, tmp_path, count, labels, folds):
+        sources = DataSources(train=write(tmp_path / "a.jsonl", count, labels), folds=folds)
+        rows = sources.read(0)["train"]
+        held = rows.folds(sources.folds, 0)
+        assert sorted(np.concatenate(held)) == list(range(count)) and len(held) == folds
+        if count >= folds * labels:
+            assert all(len(set(rows.labels[fold])) > 1 for fold in held), "labels are spread"
+        assert all((a == b).all() for a, b in zip(held, rows.folds(sources.folds, 0), strict=True))
+
+    @pytest.mark.parametrize(
+        "folds, words", [(1, r"0 .* or at least 2"), (-2, "or at least 2"), (8, "7 different texts are too few for 8")]
+    )
+    def test_numbers_that_cannot_be(self, tmp_path, folds, words):
+        with pytest.raises(ProbeError, match=words):
+            DataSources(train=write(tmp_path / "a.jsonl", 7), folds=folds).read(0)["train"].folds(folds, 0)
+
+
+class TestFolds:
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory, backbone_folder):
+        folder = tmp_path_factory.mktemp("few")
+        return TrainingRun(
+            backbone=str(backbone_folder),
+            output=folder / "head",
+            data=DataSources(train=write(folder / "a.jsonl", 30), folds=None),
+            head={"probe_type": "gate"},
+            recipe=Recipe(num_train_epochs=3, learning_rate=0.03),
+            seeds=[4, 5],
+        )
+
+    @pytest.fixture(scope="class")
+    def results(self, run):
+        return run.execute()
+
+    def test_every_row_trains_and_is_judged_by_a_head_that_did_not_see_it(self, run, results):
+        assert results["data"]["train"]["rows"] == results["data"]["validation"]["rows"] == 30
+        assert results["data"]["validation"]["source"] == f"{FOLDS} folds of train"
+        assert [found["epochs"] for found in results["runs"]] == [3.0, 3.0], "nothing stops it early"
+        # The same by hand, for one fold.
+        prepared = run.prepare()
+        held = prepared.folds[0]
+        rest = np.setdiff1d(np.arange(30), held).tolist()
+        part, _ = run._fit(4, prepared, Subset(prepared.datasets["train"], rest), None, run.output / "c")
+        trained = run._train(4, prepared, run.output / "d")
+        expected = predict_logits(part, Subset(prepared.datasets["train"], held.tolist()))
+        assert torch.allclose(trained["logits"][torch.from_numpy(held)], expected, atol=1e-6)
+        own = predict_logits(trained["probe"], prepared.datasets["train"])
+        assert not torch.allclose(own, trained["logits"], atol=1e-3), "the head itself has seen all rows"
+
+    def test_temperature_and_threshold_are_those_of_the_folds(self, run, results):
+        head = read_head(run.output)
+        prepared = run.prepare()
+        logits = run._train(results["chosen_seed"], prepared, run.output / "e")["logits"]
+        labels = prepared.parts["train"].labels
+        chosen = next(found for found in results["runs"] if found["seed"] == results["chosen_seed"])
+        assert head.config.temperature == chosen["temperature"] and head.config.threshold == chosen["threshold"]
+        probs = (logits / head.config.temperature).softmax(-1).numpy()
+        assert chosen["validation"]["f1"] == pytest.approx(score(probs, labels, head.config)["f1"])
+        found = results["inspection"]["calibration"]["error"]
+        assert found == pytest.approx(reliability(logits, labels, head.config)["error"], abs=1e-3)
+
+    def test_the_card_says_so(self, run, results):
+        card = (run.output / "README.md").read_text()
+        assert "each scored by a head that was trained on the others of 5 folds and are saved" in card
+        assert "validation 30 rows (5 folds of train)" in card
