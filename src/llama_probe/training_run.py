@@ -34,7 +34,7 @@ from .model_card import CardFacts, write_card
 from .plots import write_plots
 from .probe import ProbeModel
 from .prompts import PromptFormat
-from .recipe import Recipe
+from .recipe import Recipe, complete
 from .training import ProbeLoss, balanced_weights, create_trainer, training_arguments
 
 
@@ -75,7 +75,8 @@ class TrainingRun:
     Attributes:
         backbone: `"demo"`, a folder or a Hub id. dtype: of its weights.
         data, recipe: see there.
-        head: fields of `ProbeConfig` that say what is built and what it reads.
+        head: fields of `ProbeConfig` that say what is built and what it reads. What is left open here and in the recipe is
+            filled in once the rows are read; see `llama_probe.recipe.complete`.
         prompt_format, system_prompt, max_length: see `PromptFormat`.
         output: the head's folder.
         seeds: one training each. Rows are split by the first.
@@ -128,6 +129,7 @@ class TrainingRun:
             ProbeError: anything the user can mend.
         """
         parts = self.data.read(self.seeds[0])
+        self.recipe, self.head = complete(self.recipe, self.head, len(parts["train"]))
         folded = parts["validation"] is parts["train"]
         folds = parts["train"].folds(self.data.folds or FOLDS, self.seeds[0]) if folded else []
         config = self._config(parts["train"])

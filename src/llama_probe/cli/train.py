@@ -20,7 +20,10 @@ def train(
     train: Annotated[str, typer.Option(help=f"Training rows: {DATA}.")],
     output: Annotated[Path, typer.Option(help="Folder for the head.")],
     backbone: Backbone = "demo",
-    probe_type: Annotated[str, typer.Option(help="Kind of head: pooling, gate, mha or attentive.")] = "mha",
+    probe_type: Annotated[
+        str,
+        typer.Option(help="Kind of head: pooling, gate, mha or attentive; auto: what suits the number of rows."),
+    ] = "auto",
     eval: Annotated[
         str | None,
         typer.Option(help="Validation rows; left out, those of a named --train, else a part of the training rows."),
@@ -69,11 +72,16 @@ def train(
         typer.Option(help="NAME=NUMBER of the kind, such as num_queries=4 or value_rank=8 of attentive."),
     ] = None,
     normalize: Annotated[str, typer.Option(help="layernorm, rms or none, before the token stage.")] = "layernorm",
-    dropout: Annotated[float, typer.Option(help="Dropout on summaries.")] = 0.2,
-    layer_dropout: Annotated[float, typer.Option(help="Chance that a layer is left out of a training step.")] = 0.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
-    epochs: Annotated[float, typer.Option(help="Epochs at most.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 32,
+    dropout: Annotated[
+        float | None,
+        typer.Option(help="Dropout on summaries; this and the next four suit the kind and the rows if left out."),
+    ] = None,
+    layer_dropout: Annotated[
+        float | None, typer.Option(help="Chance that a layer is left out of a training step.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs at most.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Steps to gather before each update.")] = 1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.05,
     label_smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.05,
