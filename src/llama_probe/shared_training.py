@@ -249,6 +249,19 @@ class SharedTraining:
             learner.probe.eval()
         return ranked
 
+    def run_unseen(self) -> list[Learner]:
+        """Trains all candidates for all epochs without a look at the validation rows: for rows too few to hold any back.
+
+        Returns:
+            The learners in the order of the candidates, with their last weights.
+        """
+        for _ in range(self.epochs):
+            self._train_epoch()
+            self.epoch += 1
+        for learner in self.learners:
+            learner.probe.eval()
+        return self.learners
+
     def _train_epoch(self) -> None:
         learners = self.live
         rng = np.random.default_rng((self.seed, self.epoch))

@@ -1,0 +1,55 @@
+"""Learning curves: which rows are drawn, and that more of them help."""
+
+import numpy as np
+import pytest
+from conftest import make_lm, make_prompts
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.features import PromptDataset
+from llama_probe.fingerprint import describe
+from llama_probe.learning_curves import draw_rows, learning_curves
+
+
+def prompts(rows, seed):
+    """Whether token 11 occurs."""
+    found, labels = [], []
+    for row in range(rows):
+        ids = make_prompts(1, 4 + row % 5, seed=1000 * seed + row)[0].tolist()
+        ids = [12 if token == 11 else token for token in ids]
+        if row % 2:
+            ids[row % len(ids)] = 11
+        found.append(ids)
+        labels.append(row % 2)
+    return PromptDataset(found, np.array(labels)), np.array(labels)
+
+
+def test_more_rows_help():
+    lm = make_lm()
+    config = describe(lm, ProbeConfig(probe_type="gate"))
+    train, test = prompts(96, 1), prompts(40, 2)
+    found = learning_curves(config, *train, *test, ["gate", "attentive"], (8, 96, 500), (0, 1), lm)
+    assert [(e["rows"], e["seed"], e["probe_type"]) for e in found] == [
+        (rows, seed, kind) for rows in (8, 96) for seed in (0, 1) for kind in ("gate", "attentive")
+    ], "500 rows there are not"
+    mean = {rows: np.mean([e["auprc"] for e in found if e["rows"] == rows]) for rows in (8, 96)}
+    assert mean[96] > mean[8] + 0.05
+    again = learning_curves(config, *train, *test, ["gate", "attentive"], (8,), (0, 1), lm)
+    assert again == found[:4]
+    alone = learning_curves(config, *train, *test, ["gate"], (8,), (0,), lm)
+    assert alone[0] == found[0], "a kind does not depend on the others"
+
+
+def test_the_draw():
+    labels = np.array([0] * 97 + [1, 2, 2])
+    config = ProbeConfig(num_labels=3)
+    small, large = draw_rows(labels, config, 5, 0), draw_rows(labels, config, 50, 0)
+    assert set(labels[small]) == {0, 1, 2} and set(small) <= set(large)
+    assert len(set(large)) == 50 and (np.diff(large) > 0).all()
+    assert not np.array_equal(draw_rows(labels, config, 50, 1), large)
+    values = draw_rows(np.random.rand(20, 1), ProbeConfig(num_labels=1, problem_type="regression"), 4, 0)
+    assert len(set(values)) == 4
+
+
+def test_too_few_rows():
+    with pytest.raises(ProbeError, match="3 training rows are too few"):
+        learning_curves(ProbeConfig(), *prompts(3, 0), *prompts(3, 1), ["gate"], (16, 64))
