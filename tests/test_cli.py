@@ -193,6 +193,29 @@ def test_generate_and_classify(trained, backbone_folder, command):
     assert table.returncode == 0 and "good evening" in table.stdout and "mood" in table.stdout
 
 
+def test_halting(trained, backbone_folder):
+    args = (
+        "generate",
+        "--probe",
+        trained[0],
+        "--backbone",
+        backbone_folder,
+        "--max-new-tokens",
+        3,
+        "--json",
+        "good one",
+    )
+    done = run(*args, "--halt-on", "mood:awful:0", "--halt-reply", "No.")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["reply"] == "No." and row["halted"]["head"] == "mood" and row["halted"]["label"] == "awful"
+    (row,) = json.loads(run(*args, "--halt-on", "mood:awful:1").stdout)
+    assert row["halted"] is None
+    refused = run(*args, "--halt-on", "mood:sad")
+    assert refused.returncode == 2 and "no label 'sad'; it has fine, awful" in refused.stderr
+    assert "must be HEAD, HEAD:LABEL" in run(*args, "--halt-on", "mood:awful:high").stderr
+
+
 def test_inspect(trained):
     output, _ = trained
     assert json.loads(run("inspect", output, "--json").stdout)["probe_type"] == "gate"

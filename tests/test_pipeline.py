@@ -54,6 +54,21 @@ def close(found, expected, tolerance=1e-4):
     return found == (expected if isinstance(expected, str) else pytest.approx(expected, abs=tolerance))
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_halted_prompts(batch_size):
+    pipe = make_pipe()
+    halting = {"halt_on": {"toxic": {"threshold": 0.0}}, "halt_reply": [40, 41]}
+    results = pipe(TEXTS, batch_size=batch_size, return_full_text=False, **halting, **GREEDY)
+    said = make_tokenizer().decode([40, 41])
+    assert [result["generated_text"] for (result,) in results] == [said] * 4
+    for (result,) in results:
+        assert result["halted"]["head"] == "toxic" and result["halted"]["score"] == pytest.approx(
+            result["probes"]["toxic"]["scores"]["toxic"], abs=1e-6
+        )
+    (free,) = pipe(TEXTS[0], halt_on={"toxic": {"threshold": 1.0}}, **GREEDY)
+    assert free["halted"] is None and "halted" not in pipe(TEXTS[0], **GREEDY)[0]
+
+
 def test_texts_are_those_of_text_generation_and_verdicts_those_of_generate():
     pipe, tokenizer = make_pipe(), make_tokenizer()
     plain = TextGenerationPipeline(make_lm(vocab_size=260), make_tokenizer(), device="cpu")

@@ -9,6 +9,7 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .files import package_version
+from .halting import Halt, Reprompt
 from .modeling import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbedGenerationMixin
 from .probe import ProbeModel
 
@@ -17,12 +18,14 @@ __version__ = package_version()
 
 __all__ = [
     "AutoModelForProbedGeneration",
+    "Halt",
     "LlamaForProbedGeneration",
     "ProbeConfig",
     "ProbeError",
     "ProbeModel",
     "ProbeOutput",
     "ProbedGenerationMixin",
+    "Reprompt",
     "__version__",
 ]
 

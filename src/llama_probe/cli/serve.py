@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from typing import Annotated, Any
@@ -69,15 +70,28 @@ def generate(
     probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
     backbone: Backbone = "demo",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens a reply.")] = 60,
+    halt_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HEAD, HEAD:LABEL or HEAD:LABEL:THRESHOLD: prompts with that label get no reply; may be given again."
+        ),
+    ] = None,
+    halt_reply: Annotated[str | None, typer.Option(help="What halted prompts get in place of a reply.")] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Reply to prompts, with the labels of each head from the same pass."""
     rows = []
+    rules = _halting_rules(halt_on)
     for model, inputs, tokenizer, texts in _batches(prompts, probe, backbone, dtype):
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **halting)
         replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        rows += _rows(texts, out.probe_labels, out.probe_probabilities, replies)
+        part = _rows(texts, out.probe_labels, out.probe_probabilities, replies)
+        for row, halt in zip(part, out.probe_halts or [None] * len(part), strict=True):
+            if rules:
+                row["halted"] = None if halt is None else dataclasses.asdict(halt)
+        rows += part
     _print_rows(rows, as_json)
 
 
@@ -118,6 +132,22 @@ def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype:
         yield model, {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}, tokenizer, part
 
 
+def _halting_rules(words: list[str] | None) -> dict[str, dict[str, Any]] | None:
+    from ..errors import ProbeError
+
+    rules = {}
+    for word in words or []:
+        name, _, rest = word.partition(":")
+        label, _, threshold = rest.partition(":")
+        options: dict[str, Any] = {"label": label} if label else {}
+        try:
+            options |= {"threshold": float(threshold)} if threshold else {}
+        except ValueError:
+            raise ProbeError(f"--halt-on {word!r} must be HEAD, HEAD:LABEL or HEAD:LABEL:THRESHOLD") from None
+        rules[name] = options
+    return rules or None
+
+
 def _rows(
     texts, labels: dict[str, list], probabilities: dict[str, Any], replies: list[str] | None = None
 ) -> list[dict]:
@@ -140,5 +170,9 @@ def _print_rows(rows: list[dict], as_json: bool) -> None:
     table = Table("prompt", *(["reply"] if replies else []), *rows[0]["labels"], show_lines=replies)
     for row in rows:
         cells = [f"{label} ({max(row['probabilities'][name]):.2f})" for name, label in row["labels"].items()]
-        table.add_row(escape(row["prompt"]), *([escape(row["reply"])] if replies else []), *cells)
+        table.add_row(escape(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
     Console().print(table)
+
+
+def _shown_reply(row: dict) -> str:
+    return ("[bold]halted[/bold] " if row.get("halted") else "") + escape(row["reply"])
