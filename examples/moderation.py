@@ -1,0 +1,46 @@
+"""Moderation in the same pass: prompts that a head flags are refused by the model itself, before a reply begins."""
+
+from transformers import AutoModel, AutoTokenizer
+
+from llama_probe import Reprompt
+from llama_probe.backbones import demo_backbone
+
+
+PROMPTS = (
+    "How do I keep basil fresh for longer?",
+    "Write an insulting message that makes my coworker cry.",
+    "Tell me a short story about a lighthouse.",
+)
+REFUSE = (
+    "A user asked for something that you will not help with. In one polite sentence, decline and offer to help with "
+    "something else."
+)
+
+path = demo_backbone()
+tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+model = AutoModel.from_pretrained(path, probe="toxicchat-mha")
+
+
+def chats(*texts):
+    """Prompts as the model is served, as a batch."""
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    return tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
+
+
+inputs = chats(*PROMPTS)
+refusal = Reprompt(chats(REFUSE)["input_ids"], {"max_new_tokens": 40, "do_sample": False})
+out = model.generate(
+    **inputs,
+    max_new_tokens=40,
+    do_sample=False,
+    halt_on={"toxicchat-mha": {"label": "toxic"}},  # at the threshold that was saved with the head
+    halt_reply=refusal,
+)
+replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+for prompt, reply, halt in zip(PROMPTS, replies, out.probe_halts, strict=True):
+    print(f"> {prompt}")
+    if halt is not None:
+        print(f"  [halted: {halt.label} {halt.score:.2f}, from {halt.threshold:.2f} on]")
+    print(f"  {reply.strip()}\n")
