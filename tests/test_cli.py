@@ -327,7 +327,7 @@ def trained_by_name(copies, backbone_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("named") / "tox"
     done = run(
         "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", "toxicchat", f"--data-dir={copies}",
-        "--output", output, "--epochs", 1, "--max-length", 64, "--dataset-name", "My chats", "--json",
+        "--output", output, "--epochs", 1, "--folds", 0, "--max-length", 64, "--dataset-name", "My chats", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return output, json.loads(done.stdout)
@@ -352,6 +352,15 @@ def test_evaluate_by_name(trained_by_name, backbone_folder, copies):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["rows"] == 40 and set(found["slices"]["human_annotation"]) == {"True", "False"}
+    human = json.loads(run(*args, "--data", "toxicchat", "--where", "human_annotation=true").stdout)
+    assert human["f1"] == found["slices"]["human_annotation"]["True"]["f1"] and human["rows"] < 40
+    for condition, words in (
+        ("human_annotation", "must be COLUMN=VALUE"),
+        ("who=me", "no column 'who'"),
+        ("human_annotation=maybe", "values: False, True"),
+    ):
+        refused = run(*args, "--data", "toxicchat", "--where", condition)
+        assert refused.returncode == 2 and words in refused.stderr
     other = run(*args, "--data", "xstest")
     assert other.returncode == 0 and "safe, unsafe of the data are read as non-toxic, toxic" in other.stderr
     assert "slices" not in json.loads(other.stdout)

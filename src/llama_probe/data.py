@@ -51,6 +51,20 @@ class LabelledTexts:
         texts = [self.texts[row] for row in rows]
         return LabelledTexts(texts, self.labels[list(rows)], self.label_names, self.problem_type, columns)
 
+    def where(self, column: str, value: str) -> LabelledTexts:
+        """The rows that have a value, written as text, in a column.
+
+        Raises:
+            ProbeError: there is no such column, or no such row.
+        """
+        if column not in self.columns:
+            raise ProbeError(f"there is no column {column!r}; there are: {', '.join(self.columns) or 'none'}")
+        found = [row for row, item in enumerate(self.columns[column]) if str(item).lower() == value.lower()]
+        if not found:
+            known = sorted({str(item) for item in self.columns[column]})
+            raise ProbeError(f"no row has {column}={value}; values: {', '.join(known[:8])}")
+        return self.select(found)
+
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
         """A larger and a smaller part. Rows with the same text stay together; classes are spread evenly.
 

@@ -30,6 +30,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Report also by the values of this column; a named data set may have its own."),
     ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="COLUMN=VALUE: only these rows, such as human_annotation=true; given again, rows that have all of them."
+        ),
+    ] = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
     ] = 1000,
@@ -54,6 +60,11 @@ def evaluate(
         config = head.config
         names = list(config.id2label.values())
         rows = read_labelled(data, text_column, label_column, names, config.problem_type, split, data_dir)
+        for condition in where or []:
+            column, equals, value = condition.partition("=")
+            if not equals:
+                raise ProbeError(f"--where {condition!r} must be COLUMN=VALUE")
+            rows = rows.where(column, value)
         slices = slice_column or []
         for column in slices:
             if column not in rows.columns:
