@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ProbeError
+from .figure import new_figure, png_writer
 from .files import PLOT_NAMES, read_results, write_atomically
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_SIZE = (6.4, 3.6)
 
 
 def write_plots(folder: str | os.PathLike) -> list[Path]:
@@ -28,20 +27,13 @@ def write_plots(folder: str | os.PathLike) -> list[Path]:
     results = read_results(folder)
     if results is None or "inspection" not in results or find_spec("matplotlib") is None:
         return []
-    drawn = {}
-    for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True):
-        if name.removesuffix(".png") in results["inspection"]:
-            drawn[Path(folder) / name] = draw(results["inspection"])
-    # Without the software's version in it, a file changes only where the picture does.
-    write_atomically(
-        {
-            path: lambda target, figure=figure: figure.savefig(
-                target, dpi=110, format="png", metadata={"Software": None}
-            )
-            for path, figure in drawn.items()
-        }
-    )
-    return list(drawn)
+    writers = {
+        Path(folder) / name: png_writer(partial(draw, results["inspection"]))
+        for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
+        if name.removesuffix(".png") in results["inspection"]
+    }
+    write_atomically(writers)
+    return list(writers)
 
 
 def calibration_plot(inspection: dict[str, Any]) -> Figure:
@@ -50,7 +42,7 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
     Args:
         inspection: from `inspect_head`, with `split`.
     """
-    figure = _figure()
+    figure = new_figure()
     calibration = inspection["calibration"]
     bins = calibration["bins"]
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -79,7 +71,7 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
 
 def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
     """Mean weight of each layer in the layer stage, a line a label. Layer 0 is the embedding output."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     layers = inspection["layer_weights"]["layers"]
     for label, weights in inspection["layer_weights"]["by_label"].items():
@@ -97,8 +89,8 @@ def write_sensitivity_plot(results: Path) -> Path | None:
     if find_spec("matplotlib") is None:
         return None
     path = results.with_name("sensitivity.png")
-    figure = sensitivity_plot(json.loads(results.read_text(encoding="utf-8")))
-    write_atomically({path: lambda target: figure.savefig(target, dpi=110, format="png", metadata={"Software": None})})
+    sweep = json.loads(results.read_text(encoding="utf-8"))
+    write_atomically({path: png_writer(partial(sensitivity_plot, sweep))})
     return path
 
 
@@ -115,7 +107,7 @@ def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
     kinds = sorted({params["probe_type"] for params in merged})
     columns = 3
     lines = -(-len(names) // columns)
-    figure = _figure((3.2 * columns, 2.4 * lines))
+    figure = new_figure((3.2 * columns, 2.4 * lines))
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     for axes, name in zip(panels, names, strict=False):
         for kind in kinds:
@@ -142,13 +134,3 @@ def _base_name(parameter: str) -> str:
         if name in parameter:
             return name
     return parameter
-
-
-def _figure(size: tuple[float, float] = _SIZE) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ProbeError("plots need matplotlib: pip install 'llama_probe[plots]'") from None
-
-    # A figure of its own rather than pyplot's: no display, no global state.
-    return Figure(figsize=size, layout="constrained")
