@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .errors import ProbeError
 from .figure import explain, new_figure, percent, png_writer
 from .files import PLOT_NAMES, read_results, write_atomically
 
@@ -19,6 +20,7 @@ from .files import PLOT_NAMES, read_results, write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MAX_CONFUSION = 60  # labels up to which a confusion can be read
 _MAX_LINES = 10  # labels that are told apart as lines of one plot
 
 
@@ -108,7 +110,7 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
     axes.set_title(f"Layer weights on {inspection['split']} rows, by true label", fontsize=9, parse_math=False)
     return explain(
         figure,
-        "The head reads every layer of the language model, from its input (0) to its output, and weighs them. Shown is the "
+        "The head reads the layers of a language model, from its input (0) to its output, and weighs them. Shown is the "
         "mean over the rows of a label: the more a layer counted, the larger it is.",
     )
 
@@ -119,9 +121,13 @@ def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
     Args:
         inspection: from `inspect_head`, with `split`.
         names: of the labels, by index.
+
+    Raises:
+        ProbeError: there are more or fewer names than rows and columns.
     """
-    matrix = np.array(inspection["confusion"])
-    count = len(names)
+    matrix, count = np.array(inspection["confusion"]), len(names)
+    if matrix.shape != (count, count):
+        raise ProbeError(f"a confusion of {count} labels has {count} rows and columns, not the shape {matrix.shape}")
     totals = matrix.sum(axis=1)
     shares = matrix / np.maximum(totals, 1)[:, None]
     cell = min(max(6.0 / count, 0.36), 1.0)  # inches
