@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub_server.fixture import hub  # noqa: F401 - a fixture for all tests
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_probe import ProbeConfig, ProbeModel
+from llama_probe.reading import Reading
 
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
@@ -85,6 +87,35 @@ def make_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def make_reading(
+    tokens: list[str], unread: int = 0, label=None, probabilities: dict | None = None, seed: int = 0, **changes
+) -> Reading:
+    """What a head might have looked at; random weights. The last token is the template's, and those not read are too."""
+    values = {
+        "probe_type": "gate",
+        "num_hidden_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "id2label": {0: "no", 1: "yes"},
+    }
+    config = ProbeConfig(**{**values, **changes})
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((len(config.layer_indices), len(tokens)))
+    weights[:, unread:] = rng.dirichlet(np.full(len(tokens) - unread, 0.3), len(weights))
+    template = [position < unread or position == len(tokens) - 1 for position in range(len(tokens))]
+    return Reading(
+        head="mood",
+        config=config,
+        text="".join(token for token, other in zip(tokens, template, strict=True) if not other),
+        tokens=tokens,
+        template=template,
+        counted=[position >= unread for position in range(len(tokens))],
+        weights=weights,
+        layer_weights=rng.dirichlet(np.ones(len(weights))),
+        label="yes" if label is None else label,
+        probabilities={"no": 0.25, "yes": 0.75} if probabilities is None else probabilities,
+    )
 
 
 @pytest.fixture(scope="session")

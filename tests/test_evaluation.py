@@ -46,6 +46,7 @@ def test_layer_weights_by_label(dataset, kind):
         assert found["layer_weights"]["by_label"][label] == pytest.approx(expected.tolist(), abs=1e-4)
         assert sum(found["layer_weights"]["by_label"][label]) == pytest.approx(1, abs=1e-3)
     assert set(found["thresholds"]) == {"yes"} and found["calibration"]["bins"]
+    assert [sum(row) for row in found["confusion"]] == [(index == LABELS).sum() for index in range(2)]
 
 
 def test_what_has_no_meaning_is_left_out(dataset):
@@ -60,6 +61,9 @@ def test_what_has_no_meaning_is_left_out(dataset):
     labels = np.eye(2)[LABELS]
     several = inspect_head(with_backbone(problem_type="multi_label_classification"), dataset, labels)
     assert set(several["thresholds"]) == {"LABEL_0", "LABEL_1"}
+    assert "confusion" not in several and "outcomes" not in three, "one or the other"
+    for index, part in enumerate(several["outcomes"].values()):
+        assert part["found"] + part["missed"] == labels[:, index].sum()
 
 
 def scored(rows: int = 60, seed: int = 0, **changes):

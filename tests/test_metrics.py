@@ -9,7 +9,7 @@ from llama_probe import ProbeConfig
 from llama_probe.calibration import best_f1_threshold, calibrate, fit_temperature
 from llama_probe.decision import probabilities
 from llama_probe.evaluation import report
-from llama_probe.metrics import ProbeMetric, compute_metrics, confusion, default_metric, label_scores, score
+from llama_probe.metrics import ProbeMetric, compute_metrics, confusion, default_metric, label_scores, outcomes, score
 
 
 def config(**changes):
@@ -142,6 +142,10 @@ def test_labels_by_hand():
     assert found["LABEL_0"] == pytest.approx(
         {"rows": 1, "f1": 0.5, "precision": 1 / 3, "recall": 1.0, "auprc": 1 / 3, "auroc": 1 / 3}
     )
+    assert outcomes(probs, np.array([[1.0, 0], [0, 1], [0, 0], [0, 0]]), several) == {
+        "LABEL_0": {"found": 1, "missed": 0, "wrong": 2},
+        "LABEL_1": {"found": 0, "missed": 1, "wrong": 1},
+    }
     assert found["LABEL_1"] == {"rows": 0, "f1": 0.0, "precision": 0.0, "recall": 0.0, "auprc": None, "auroc": None}
 
 

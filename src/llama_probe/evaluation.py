@@ -16,7 +16,7 @@ from .configuration import ProbeConfig
 from .decision import probabilities
 from .errors import ProbeError
 from .features import ProbeCollator
-from .metrics import confusion, label_scores, score
+from .metrics import confusion, label_scores, outcomes, score
 from .probe import ProbeModel
 
 
@@ -34,8 +34,9 @@ def inspect_head(
     labels: np.ndarray,
     batch_size: int = 32,
     logits: torch.Tensor | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """What a card shows of a head beyond its metrics.
+    """What cards and plots show of a head beyond its metrics.
 
     Args:
         dataset, labels: rows. batch_size: in which they are read.
@@ -43,13 +44,14 @@ def inspect_head(
 
     Returns:
         `layer_weights`: for each label that occurs the mean weight of each layer over its rows, `[layers_read]`;
-        `calibration`: see `reliability`; `thresholds`: see `threshold_table`, by label name. The last two are left out
-        where they have no meaning (regression; thresholds of more than two labels).
+        `calibration`: see `reliability`; `confusion` (single-label) or `outcomes` (multi-label): see there;
+        `thresholds`: see `threshold_table`, by label name. All but the first are left out where they have no meaning
+        (regression; thresholds of more than two labels).
     """
     config = probe.config
     found_logits = torch.empty(len(dataset), config.num_labels)
     weights = torch.empty(len(dataset), len(probe.layer_indices))
-    for rows, output in _outputs(probe, dataset, batch_size, output_attentions=True):
+    for rows, output in _outputs(probe, dataset, batch_size, progress, output_attentions=True):
         found_logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
     logits = found_logits if logits is None else logits
     by_label = {}
@@ -63,6 +65,11 @@ def inspect_head(
     found: dict[str, Any] = {"layer_weights": {"layers": probe.layer_indices, "by_label": by_label}}
     if config.problem_type != "regression":
         found["calibration"] = reliability(logits, labels, config)
+        probs = probabilities(logits.float(), config).numpy()
+        if config.problem_type == "single_label_classification":
+            found["confusion"] = confusion(probs, labels, config)
+        else:
+            found["outcomes"] = outcomes(probs, labels, config)
         thresholds = threshold_table(logits, labels, config)
         if thresholds:
             found["thresholds"] = thresholds

@@ -138,6 +138,19 @@ def confusion(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> lis
     return (truth.astype(int).T @ predicted.astype(int)).tolist()
 
 
+def outcomes(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, int]]:
+    """In how many rows a head of classes finds a label, misses it, or gives it wrongly, by label name."""
+    truth, predicted = truth_and_predictions(probs, labels, config)
+    return {
+        name: {
+            "found": int((truth & predicted)[:, index].sum()),
+            "missed": int((truth & ~predicted)[:, index].sum()),
+            "wrong": int((~truth & predicted)[:, index].sum()),
+        }
+        for index, name in config.id2label.items()
+    }
+
+
 def compute_metrics(config: ProbeConfig) -> Callable:
     """The Trainer's `compute_metrics=` for a head with this config."""
     metric = ProbeMetric(config)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .errors import ProbeError
+from .figure import explain, new_figure, percent, png_writer
 from .files import PLOT_NAMES, read_results, write_atomically
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SIZE = (6.4, 3.6)
+MAX_CONFUSION = 60  # labels up to which a confusion can be read
+_MAX_LINES = 10  # labels that are told apart as lines of one plot
 
 
 def write_plots(folder: str | os.PathLike) -> list[Path]:
@@ -28,20 +34,13 @@ def write_plots(folder: str | os.PathLike) -> list[Path]:
     results = read_results(folder)
     if results is None or "inspection" not in results or find_spec("matplotlib") is None:
         return []
-    drawn = {}
-    for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True):
-        if name.removesuffix(".png") in results["inspection"]:
-            drawn[Path(folder) / name] = draw(results["inspection"])
-    # Without the software's version in it, a file changes only where the picture does.
-    write_atomically(
-        {
-            path: lambda target, figure=figure: figure.savefig(
-                target, dpi=110, format="png", metadata={"Software": None}
-            )
-            for path, figure in drawn.items()
-        }
-    )
-    return list(drawn)
+    writers = {
+        Path(folder) / name: png_writer(partial(draw, results["inspection"]))
+        for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
+        if name.removesuffix(".png") in results["inspection"]
+    }
+    write_atomically(writers)
+    return list(writers)
 
 
 def calibration_plot(inspection: dict[str, Any]) -> Figure:
@@ -50,7 +49,7 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
     Args:
         inspection: from `inspect_head`, with `split`.
     """
-    figure = _figure()
+    figure = new_figure((6.4, 4.2))
     calibration = inspection["calibration"]
     bins = calibration["bins"]
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -62,6 +61,7 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
         f"Calibration on {inspection['split']} rows: expected error {calibration['error']:.3f} "
         f"({calibration['error_uncalibrated']:.3f} without the temperature)",
         fontsize=9,
+        parse_math=False,
     )
     counts.bar(
         [(b["low"] + b["high"]) / 2 for b in bins],
@@ -74,22 +74,128 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
     counts.set_ylabel("rows")
     counts.set_xlabel("probability that the head gives")
     counts.set_xlim(0, 1)
-    return figure
+    return explain(
+        figure,
+        "A point is a group of rows: the probability that the head gives them, and how often it holds. On the dashed line "
+        "both agree; below it the head's probabilities are too high, above it too low. Few rows make a point unsure.",
+    )
 
 
 def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
-    """Mean weight of each layer in the layer stage, a line a label. Layer 0 is the embedding output."""
-    figure = _figure()
-    axes = figure.subplots()
-    layers = inspection["layer_weights"]["layers"]
-    for label, weights in inspection["layer_weights"]["by_label"].items():
-        axes.plot(layers, weights, marker=".", label=label)
-    axes.axhline(1 / len(layers), color="0.7", linestyle="--", linewidth=1)
+    """Mean weight of each layer in the layer stage. Layer 0 is the embedding output.
+
+    Args:
+        inspection: from `inspect_head`, with `split`. A label is a line of the plot; more than ten are rows of a heat map.
+    """
+    layers, by_label = (inspection["layer_weights"][key] for key in ("layers", "by_label"))
+    if len(by_label) > _MAX_LINES:
+        figure = new_figure((8.5, 0.2 * len(by_label) + 2.0))
+        axes = figure.subplots()
+        image = axes.imshow(np.array(list(by_label.values())), cmap="Blues", vmin=0, aspect="auto")
+        axes.set_yticks(range(len(by_label)), list(by_label), fontsize=8, parse_math=False)
+        step = -(-len(layers) // 20)
+        axes.set_xticks(range(0, len(layers), step), layers[::step])
+        figure.colorbar(image, format=percent, label="mean weight")
+    else:
+        figure = new_figure((6.4, 4.0))
+        axes = figure.subplots()
+        lines = [axes.plot(layers, shares, marker=".")[0] for shares in by_label.values()]
+        axes.axhline(1 / len(layers), color="0.7", linestyle="--", linewidth=1)
+        axes.set_ylabel("mean weight (dashed: all alike)")
+        axes.yaxis.set_major_formatter(percent)
+        # Given by themselves: the label "_x" of a line would be left out of the legend.
+        for text in axes.legend(lines, list(by_label), fontsize=8).get_texts():
+            text.set_parse_math(False)
     axes.set_xlabel("layer (0: embeddings)")
-    axes.set_ylabel("mean weight")
-    axes.set_title(f"Layer weights on {inspection['split']} rows, by true label (dashed: all alike)", fontsize=9)
-    axes.legend(fontsize=8)
-    return figure
+    axes.set_title(f"Layer weights on {inspection['split']} rows, by true label", fontsize=9, parse_math=False)
+    return explain(
+        figure,
+        "The head reads the layers of a language model, from its input (0) to its output, and weighs them. Shown is the "
+        "mean over the rows of a label: the more a layer counted, the larger it is.",
+    )
+
+
+def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
+    """Rows of each label (a line) by the label that a single-label head gives (a column), with counts and shares.
+
+    Args:
+        inspection: from `inspect_head`, with `split`.
+        names: of the labels, by index.
+
+    Raises:
+        ProbeError: there are more or fewer names than rows and columns.
+    """
+    matrix, count = np.array(inspection["confusion"]), len(names)
+    if matrix.shape != (count, count):
+        raise ProbeError(f"a confusion of {count} labels has {count} rows and columns, not the shape {matrix.shape}")
+    totals = matrix.sum(axis=1)
+    shares = matrix / np.maximum(totals, 1)[:, None]
+    cell = min(max(6.0 / count, 0.36), 1.0)  # inches
+    figure = new_figure((cell * count + 3.2, cell * count + 2.2))
+    axes = figure.subplots()
+    right = np.eye(count, dtype=bool)
+    for color, hidden in (("Blues", ~right), ("Oranges", right)):
+        axes.imshow(np.ma.masked_array(shares, hidden | (matrix == 0)), cmap=color, vmin=0, vmax=1)
+    for (line, column), rows in np.ndenumerate(matrix):
+        if rows:
+            axes.text(
+                column,
+                line,
+                f"{rows:,}\n{shares[line, column]:.0%}" if cell > 0.7 else f"{rows}",
+                ha="center",
+                va="center",
+                fontsize=9 if cell > 0.7 else 6.5,
+                color="white" if shares[line, column] > 0.6 else "black",
+            )
+    axes.set_xticks(range(count), names, rotation=0 if count < 4 else 90, parse_math=False)
+    axes.set_yticks(
+        range(count), [f"{name} ({total:,})" for name, total in zip(names, totals, strict=True)], parse_math=False
+    )
+    axes.set_xticks(np.arange(count - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(count - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="0.85", linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("label that the head gives", fontsize=9)
+    axes.set_ylabel("true label (rows)", fontsize=9)
+    axes.set_title(
+        f"Confusion on {inspection['split']} rows: {int(matrix.trace()):,} of {int(matrix.sum()):,} right",
+        fontsize=9,
+        parse_math=False,
+    )
+    return explain(
+        figure,
+        "A line holds the rows that have a label, and shows which labels the head gives them: blue where it is right, "
+        "orange where it is wrong; the darker, the larger the share of the line.",
+    )
+
+
+def outcomes_plot(inspection: dict[str, Any]) -> Figure:
+    """For each label of a multi-label head, in how many rows it is found, missed, or given wrongly.
+
+    Args:
+        inspection: from `inspect_head`, with `split`.
+    """
+    # The label with the most rows on top.
+    outcomes = sorted(inspection["outcomes"].items(), key=lambda item: item[1]["found"] + item[1]["missed"])
+    found, missed, wrong = (np.array([part[key] for _, part in outcomes]) for key in ("found", "missed", "wrong"))
+    figure = new_figure((7.5, 0.22 * len(outcomes) + 2.0))
+    axes = figure.subplots()
+    lines = range(len(outcomes))
+    axes.barh(lines, found, color="tab:blue", label="found")
+    axes.barh(lines, missed, left=found, color="0.75", label="missed")
+    axes.barh(lines, -wrong, color="tab:orange", label="given wrongly")
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set_yticks(lines, [name for name, _ in outcomes], fontsize=8, parse_math=False)
+    axes.xaxis.set_major_formatter(lambda value, _position: f"{abs(value):,.0f}")
+    axes.set_xlabel("rows")
+    axes.set_title(f"Each label on {inspection['split']} rows", fontsize=9, parse_math=False)
+    axes.legend(fontsize=8, loc="lower right")
+    return explain(
+        figure,
+        "To the right the rows that have a label: those to which the head gives it, and those where it misses it. To the "
+        "left the rows without the label that get it all the same.",
+    )
 
 
 def write_sensitivity_plot(results: Path) -> Path | None:
@@ -97,8 +203,8 @@ def write_sensitivity_plot(results: Path) -> Path | None:
     if find_spec("matplotlib") is None:
         return None
     path = results.with_name("sensitivity.png")
-    figure = sensitivity_plot(json.loads(results.read_text(encoding="utf-8")))
-    write_atomically({path: lambda target: figure.savefig(target, dpi=110, format="png", metadata={"Software": None})})
+    sweep = json.loads(results.read_text(encoding="utf-8"))
+    write_atomically({path: png_writer(partial(sensitivity_plot, sweep))})
     return path
 
 
@@ -115,7 +221,7 @@ def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
     kinds = sorted({params["probe_type"] for params in merged})
     columns = 3
     lines = -(-len(names) // columns)
-    figure = _figure((3.2 * columns, 2.4 * lines))
+    figure = new_figure((3.2 * columns, 2.4 * lines))
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     for axes, name in zip(panels, names, strict=False):
         for kind in kinds:
@@ -142,13 +248,3 @@ def _base_name(parameter: str) -> str:
         if name in parameter:
             return name
     return parameter
-
-
-def _figure(size: tuple[float, float] = _SIZE) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ProbeError("plots need matplotlib: pip install 'llama_probe[plots]'") from None
-
-    # A figure of its own rather than pyplot's: no display, no global state.
-    return Figure(figsize=size, layout="constrained")

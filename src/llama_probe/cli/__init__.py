@@ -8,6 +8,7 @@ from ..errors import ProbeError
 from .evaluate import evaluate
 from .export import export
 from .heads import inspect
+from .plot import plot
 from .serve import classify, demo, generate
 from .share import pull, push
 from .sweep import sweep
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: a label and a text from the same forward pass.",
 )
-for command in (demo, generate, classify, train, sweep, evaluate, inspect, push, pull, export):
+for command in (demo, generate, classify, train, sweep, evaluate, plot, inspect, push, pull, export):
     app.command()(command)
 
 

@@ -1,0 +1,192 @@
+"""`llama-probe plot`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .options import DATA, Backbone, DataDir, Dtype, Json
+
+
+if TYPE_CHECKING:
+    from ..configuration import ProbeConfig
+    from ..reading import Reading
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A file to be written: its name, what it shows in words, and for a text what the head said."""
+
+    name: str
+    shows: str
+    write: Callable[[Path], object]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def plot(
+    probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")],
+    output: Annotated[Path, typer.Option(help="Folder for the files; those of the same names are replaced.")],
+    text: Annotated[list[str] | None, typer.Option(help="A text for the head to read; may be given again.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Labelled rows to measure the head on: {DATA}.")] = None,
+    backbone: Backbone = "demo",
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    split: Annotated[str, typer.Option(help="Split of a named or Hub data set, or of a folder.")] = "test",
+    data_dir: DataDir = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw what a head looked at in texts, and how well it does.
+
+    For each text a heat map of its tokens and the layers (PNG), and a page with the text coloured (HTML). Of the head its
+    layer weights, confusion and reliability: measured on --data, else as they were kept when it was trained.
+    """
+    from ..backbones import backbone_target, load_backbone
+    from ..errors import ProbeError
+    from ..figure import new_figure
+    from ..files import read_head, write_atomically
+    from ..modeling import AutoModelForProbedGeneration
+    from ..reading import read_texts
+    from ..resolve import check_name, default_name, resolve_head
+
+    texts = text or []
+    if not all(item.strip() for item in texts):
+        raise ProbeError("a text is empty; give one with words in it")
+    if output.exists() and not output.is_dir():
+        raise ProbeError(f"{output} is a file; give a folder for the plots")
+    new_figure()  # says what to install
+    readings, rows = [], None
+    with contextlib.redirect_stdout(sys.stderr):
+        name = check_name(default_name(probe))
+        head = read_head(resolve_head(probe, backbone_target(backbone)))
+        inspection = (head.results or {}).get("inspection")
+        if data is not None:
+            from ..data import read_labelled
+
+            names = list(head.config.id2label.values())
+            rows = read_labelled(data, text_column, label_column, names, head.config.problem_type, split, data_dir)
+        elif not texts and not inspection:
+            raise ProbeError(
+                f"{probe} keeps no measurements to draw; give texts to read, or labelled rows with --data"
+            )
+        if texts or rows is not None:
+            lm, tokenizer = load_backbone(backbone, dtype)
+            model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
+            if rows is not None:
+                inspection = {"split": _data_name(data, split), **_measure(model, tokenizer, name, rows)}
+            readings = read_texts(model, tokenizer, texts) if texts else []
+    drawings, notes = _of_head(probe, head.config, inspection, kept=data is None)
+    drawings = [*(item for i, reading in enumerate(readings) for item in _of_text(reading, i + 1)), *drawings]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"{output} cannot be made a folder: {error.strerror}") from None
+    write_atomically({output / item.name: item.write for item in drawings})
+    files = [{"file": str(output / item.name), "shows": item.shows, **item.facts} for item in drawings]
+    if as_json:
+        print(json.dumps({"files": files, "notes": notes}))
+        return
+    table = Table("file", "shows")
+    for item in files:
+        table.add_row(escape(item["file"]), escape(item["shows"]))
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(escape(note), highlight=False)
+
+
+def _data_name(data: str, split: str) -> str:
+    if Path(data).exists():
+        return Path(data).name
+    return data if ":" in data else f"{data}:{split}"
+
+
+def _measure(model, tokenizer, name: str, rows) -> dict[str, Any]:
+    from ..evaluation import inspect_head
+    from ..features import PromptDataset
+    from ..prompts import PromptFormat
+
+    head = model.probes[name]
+    head.set_backbone(model)
+    prompts = PromptFormat.from_config(head.config, tokenizer).encode(rows.texts)
+    found = inspect_head(head, PromptDataset(prompts, rows.labels), rows.labels, progress=True)
+    head.set_backbone(None)
+    return found
+
+
+def _of_text(reading: Reading, number: int) -> Iterator[_Drawing]:
+    from ..figure import png_writer
+    from ..heatmap import heat_map
+    from ..reading_page import reading_page
+
+    stem = _file_stem(number, reading.text)
+    facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
+    yield _Drawing(
+        f"{stem}.png", f"tokens and layers: {reading.verdict}", png_writer(partial(heat_map, reading)), facts
+    )
+    page = reading_page(reading)
+    yield _Drawing(f"{stem}.html", "the text coloured", lambda path: path.write_text(page, encoding="utf-8"), facts)
+
+
+def _file_stem(number: int, text: str) -> str:
+    """A name that is safe anywhere: a number, and the text's first words."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-")
+    return f"{number:02}-{slug}".strip("-")
+
+
+def _of_head(
+    probe: str, config: ProbeConfig, inspection: dict[str, Any] | None, kept: bool
+) -> tuple[list[_Drawing], list[str]]:
+    """The pictures of what was measured, and what there is to say of those that are missing."""
+    from .. import plots
+    from ..errors import ProbeError
+    from ..figure import png_writer
+
+    if not inspection:
+        return [], [f"{probe} keeps no measurements (layer weights, confusion, reliability); --data measures them."]
+    if not isinstance(inspection, dict):
+        raise ProbeError(f"the measurements that {probe} keeps cannot be drawn: they are no JSON object")
+    names = list(config.id2label.values())
+    parts = {
+        "layer_weights": (plots.layer_weights_plot, "how much each layer counts"),
+        "calibration": (plots.calibration_plot, "reliability: how often the head is right against how sure it is"),
+        "confusion": (partial(plots.confusion_plot, names=names), "confusion: true labels against given ones"),
+        "outcomes": (plots.outcomes_plot, "each label: rows where it is found, missed, or given wrongly"),
+    }
+    notes = []
+    if config.problem_type == "regression":
+        notes.append("A regression head has no labels, so there is neither confusion nor reliability.")
+    elif config.problem_type == "multi_label_classification":
+        where = "outcomes.png" if "outcomes" in inspection else "--data"
+        notes.append(f"A row may have several labels, so there is no confusion; {where} shows each label by itself.")
+    elif "confusion" not in inspection:
+        notes.append(f"{probe} keeps no confusion; --data measures it.")
+    elif len(names) > plots.MAX_CONFUSION:
+        del parts["confusion"]
+        notes.append(f"The confusion of {len(names)} labels is too large to draw; evaluate --json prints it.")
+    try:
+        figures = {part: draw(inspection) for part, (draw, _) in parts.items() if part in inspection}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if not kept:
+            raise
+        raise ProbeError(
+            f"the measurements that {probe} keeps cannot be drawn ({type(error).__name__}: {error}); --data measures anew"
+        ) from error
+    return [
+        _Drawing(f"{part}.png", parts[part][1], png_writer(lambda figure=figure: figure))
+        for part, figure in figures.items()
+    ], notes

@@ -1,0 +1,119 @@
+"""Token x layer heat map of what a head looked at in a text. Needs matplotlib (the extra `plots`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .figure import explain, new_figure, percent
+from .reading import Reading, cut, visible
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# In inches.
+_MAP_WIDTHS = (5.0, 19.5)
+_TOKEN, _LABEL, _LAYER = 0.2, 0.125, 0.13
+_BLOCK = 0.35  # what stands for the tokens that are not read
+_BESIDE = 2.5  # layer weights, scale and labels
+
+_COLORS = ("#ffffff", "#fdba74", "#ea580c", "#7c2d12")
+_GREY = "0.88"
+
+
+def heat_map(reading: Reading) -> Figure:
+    """Token x layer heat map, with the weight of each token over all layers above it and that of each layer beside it.
+
+    The beginning that the head does not read is one grey block. The map grows with the tokens up to a width; where there
+    is no room to name all of them, the heaviest are named.
+
+    Raises:
+        ProbeError: matplotlib is not installed.
+    """
+    layer_count, token_count = reading.weights.shape
+    unread = int(np.argmax(reading.counted))  # tokens before the first that is read
+    block = _BLOCK if unread else 0.0
+    map_width = float(np.clip(_TOKEN * (token_count - unread) + block, *_MAP_WIDTHS))
+    inches_a_token = (map_width - block) / (token_count - unread)
+    width = map_width + _BESIDE
+    height = float(np.clip(_LAYER * layer_count, 0.6, 8.0))
+    figure = new_figure((width, 3.6 + height))
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # after new_figure, which says what to install
+
+    # In inches, so that the bars and the scale keep their widths however long the text is.
+    panels = figure.subplots(
+        2, 2, sharex="col", sharey="row", width_ratios=(map_width, 1.0), height_ratios=(0.8, height)
+    )
+    (above, corner), (center, side) = panels
+    corner.set_axis_off()
+    ends = reading.even_share, reading.scale_end(reading.weights)
+    image = center.imshow(
+        reading.weights[:, unread:],
+        cmap=LinearSegmentedColormap.from_list("weights", _COLORS),
+        # Most weights are a small part of the largest one: the root keeps them apart.
+        norm=PowerNorm(0.5, *ends, clip=True),
+        extent=(unread - 0.5, token_count - 0.5, -0.5, layer_count - 0.5),
+        aspect="auto",
+        origin="lower",
+    )
+    if unread:
+        left = unread - 0.5 - block / inches_a_token
+        center.axvspan(left, unread - 0.5, color=_GREY, linewidth=0)
+        middle = ((left + unread - 0.5) / 2, (layer_count - 1) / 2)
+        note = f"{unread} tokens, not read"
+        center.text(*middle, note, rotation=90, ha="center", va="center", fontsize=8, color="0.4")
+        center.set_xlim(left, token_count - 0.5)
+    above.bar(range(unread, token_count), reading.token_weights[unread:], width=0.9, color=_COLORS[2])
+    above.set_ylabel("all layers", fontsize=8)
+    side.barh(range(layer_count), reading.layer_weights, height=0.8, color="tab:blue")
+    side.axvline(1 / layer_count, color="0.4", linestyle="--", linewidth=1)
+    side.set_xlabel("layer weight\n(dashed: all alike)", fontsize=8)
+    center.set_ylabel("layer (0: embeddings)", fontsize=8)
+    step = -(-layer_count // 45)
+    center.set_yticks(range(0, layer_count, step), reading.layers[::step])
+    named = _named_tokens(reading, unread, inches_a_token)
+    center.set_xticks(named, [reading.shown(i, 14) for i in named], rotation=90, parse_math=False)
+    for position, tick in zip(named, center.get_xticklabels(), strict=True):
+        tick.set_color("0.55" if reading.template[position] else "black")
+    above.yaxis.set_major_formatter(percent)
+    side.xaxis.set_major_formatter(percent)
+    ticks = [ends[0] + (ends[1] - ends[0]) * share**2 for share in (0, 0.25, 0.5, 0.75, 1)]
+    scale = figure.colorbar(
+        image, ax=panels, shrink=0.6, pad=0.01, ticks=ticks, format=lambda value, _: f"{value:.1%}"
+    )
+    scale.set_label("weight of a token in its layer", fontsize=8)
+    for axes in (above, center, side, scale.ax):
+        axes.tick_params(labelsize=7)
+    title = (f"{reading.head}: {reading.verdict}", reading.text)
+    figure.suptitle("\n".join(cut(visible(line), int(12 * width)) for line in title), fontsize=10, parse_math=False)
+    return explain(figure, _explanation(reading, unread, named))
+
+
+def _explanation(reading: Reading, unread: int, named: list[int]) -> str:
+    sentences = [
+        "What the head looked at. A column is a token (a word or a piece of one), a row a layer of the language model. "
+        "White: the token counted no more than if all counted alike; the darker, the more it counted in that layer."
+    ]
+    if unread:
+        sentences.append("The grey block is the beginning that is the same for every text; the head does not read it.")
+    if any(reading.template[unread:]):
+        sentences.append("Grey names: tokens that the chat template puts around the text.")
+    if len(named) < len(reading.tokens) - unread:
+        sentences.append("Where there is no room for all names, the heaviest tokens are named.")
+    sentences.append(reading.note or "A large weight tells where the head looked, not for which label it spoke.")
+    return " ".join(sentences)
+
+
+def _named_tokens(reading: Reading, unread: int, inches_a_token: float) -> list[int]:
+    """Positions of the tokens that have room for their names, ascending; the heaviest come first."""
+    distance = int(np.ceil(_LABEL / inches_a_token))
+    free = np.ones(len(reading.tokens), dtype=bool)
+    free[:unread] = False
+    named: list[int] = []
+    for position in np.argsort(-reading.token_weights, kind="stable"):
+        if free[position]:
+            named.append(int(position))
+            free[max(0, position - distance + 1) : position + distance] = False
+    return sorted(named)
