@@ -194,9 +194,7 @@ def collect_hidden_states(
     cached = {"use_cache": False}
     if prefix is not None:
         rows, width = len(input_ids), prefix.get_seq_length()
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(rows)
-        cached = {"use_cache": True, "cache": cache}
+        cached = {"use_cache": True, "cache": repeat_cache(prefix, rows)}
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
     states: dict[int, torch.Tensor] = {}
@@ -211,6 +209,13 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache:
     input_ids = torch.tensor([list(ids)], device=_input_device(decoder))
     with torch.no_grad():
         return decoder.model(input_ids=input_ids, use_cache=True).cache
+
+
+def repeat_cache(prefix: Cache, rows: int) -> Cache:
+    """A copy, for a batch of rows, of the cache that `prefill` gives for one."""
+    cache = copy.deepcopy(prefix)
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def _input_device(decoder: Decoder) -> torch.device:

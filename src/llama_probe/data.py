@@ -65,6 +65,12 @@ class LabelledTexts:
             raise ProbeError(f"no row has {column}={value}; values: {', '.join(known[:8])}")
         return self.select(found)
 
+    def at_most(self, limit: int | None, seed: int) -> LabelledTexts:
+        """`limit` rows drawn at random, in their order; all where there are no more, or `limit` is `None`."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.select(sorted(np.random.default_rng(seed).permutation(len(self))[:limit].tolist()))
+
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
         """A larger and a smaller part. Rows with the same text stay together; classes are spread evenly.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from .benchmarks import find_benchmark
 from .data import LabelledTexts, benchmark_splits, read_labelled
 from .errors import ProbeError
@@ -29,7 +27,7 @@ class DataSources:
         folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
             trained on the others; 0 holds a part back instead, `None` is 5 folds for fewer than 400 rows, which are too
             few to hold any back.
-        max_rows: read at most so many training rows.
+        max_rows: read at most so many training rows. max_eval_rows: and so many validation and so many test rows.
         data_dir: local copies of the data sets known by name, see `read_benchmark`.
 
     Raises:
@@ -48,6 +46,7 @@ class DataSources:
     folds: int | None = 0
     slice_columns: list[str] = field(default_factory=list)
     max_rows: int | None = None
+    max_eval_rows: int | None = None
     data_dir: str | os.PathLike | None = None
 
     def __post_init__(self) -> None:
@@ -84,10 +83,7 @@ class DataSources:
         Raises:
             ProbeError: a source cannot be read, or the parts do not have the same labels.
         """
-        parts = {"train": self._read(self.train, "train")}
-        if self.max_rows is not None and self.max_rows < len(parts["train"]):
-            rows = np.random.default_rng(seed).permutation(len(parts["train"]))[: self.max_rows]
-            parts["train"] = parts["train"].select(sorted(rows.tolist()))
+        parts = {"train": self._read(self.train, "train").at_most(self.max_rows, seed)}
         few = self.eval is None and len(parts["train"]) < FEW_ROWS
         folds = FOLDS * few if self.folds is None else self.folds
         if folds:
@@ -96,6 +92,8 @@ class DataSources:
             parts["train"], parts["validation"] = parts["train"].split(self.validation_share, seed)
         else:
             parts["validation"] = self._read(self.eval, "validation", parts["train"])
+        if not folds:
+            parts["validation"] = parts["validation"].at_most(self.max_eval_rows, seed)
         if self.test is not None:
             parts["test"] = self._read(self.test, "test", parts["train"])
             if known := find_benchmark(self.test):  # a local copy may lack what the table would slice by
@@ -104,6 +102,7 @@ class DataSources:
             for column in self.slice_columns:
                 if column not in parts["test"].columns:
                     raise ProbeError(f"{self.test} has no column {column!r} to slice by")
+            parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         return parts
 
     def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:

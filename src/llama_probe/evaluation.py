@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .bootstrap import intervals, score_statistic
 from .calibration import calibration_gaps, reliability, threshold_table
 from .configuration import ProbeConfig
-from .decision import probabilities
+from .decision import ProbeOutput, probabilities
 from .errors import ProbeError
-from .features import ProbeCollator
+from .features import ProbeCollator, iterate_states
 from .metrics import confusion, label_scores, outcomes, score
 from .probe import ProbeModel
 
@@ -25,6 +26,38 @@ def predict_logits(probe: ProbeModel, dataset: Dataset, batch_size: int = 32, pr
     logits = torch.empty(len(dataset), probe.config.num_labels)
     for rows, output in _outputs(probe, dataset, batch_size, progress):
         logits[rows] = output.logits.cpu()
+    return logits
+
+
+def score_together(
+    probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False, **kwargs
+) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
+    """Runs many heads over a data set, with one pass of the backbone, or one reading of the cached states, for all.
+
+    Args:
+        probes: heads of the same backbone that read the same tokens.
+        dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
+        lm: the frozen LM.
+        kwargs: further arguments of the heads, such as `output_attentions`.
+
+    Yields:
+        Row numbers of a batch, and the output of each head.
+    """
+    for probe in probes:
+        probe.eval()
+    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, progress=progress):
+        with torch.no_grad():
+            yield rows, [probe(hidden_states=states, attention_mask=mask, **kwargs) for probe in probes]
+
+
+def predict_together(
+    probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False
+) -> list[torch.Tensor]:
+    """Logits `[rows, num_labels]` of each head, in the order of the data set; see `score_together`."""
+    logits = [torch.empty(len(dataset), probe.config.num_labels) for probe in probes]
+    for rows, outputs in score_together(probes, dataset, lm, progress):
+        for found, output in zip(logits, outputs, strict=True):
+            found[rows] = output.logits.cpu()
     return logits
 
 

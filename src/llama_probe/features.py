@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +194,42 @@ class ProbeCollator:
                 ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
             batch["input_ids"] = ids
         return batch
+
+
+def iterate_states(
+    dataset: Dataset,
+    config: ProbeConfig,
+    lm: nn.Module | None = None,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """The states of a data set, a batch of rows of like length at a time.
+
+    Args:
+        dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
+        config: of a head; its scope says which tokens count.
+        lm: the frozen LM, where the states are not cached.
+        batch_tokens: tokens of a batch, padding included.
+        progress: show a bar.
+
+    Yields:
+        Row numbers, `hidden_states` `[batch, L+1, tokens, hidden_size]`, and the mask `[batch, tokens]` of the tokens that
+        count.
+    """
+    collate = ProbeCollator()
+    lengths = [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
+    with tqdm(total=len(dataset), desc="scoring", unit=" rows", disable=not progress, leave=False) as bar:
+        for rows in _batches(lengths, batch_tokens):
+            batch = collate([dataset[row] for row in rows])
+            if lm is None:
+                states, mask = batch["hidden_states"], batch["attention_mask"].bool()
+            else:
+                ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+                mask = token_mask(config, ids, attention_mask)
+                layers = range(find_decoder(lm).num_hidden_layers + 1)
+                states = torch.stack(collect_hidden_states(lm, layers, ids, attention_mask), dim=1)
+            yield rows, states, mask
+            bar.update(len(rows))
 
 
 def weights_digest(lm: nn.Module) -> str:

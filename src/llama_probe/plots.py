@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ProbeError
-from .figure import explain, new_figure, percent, png_writer
+from .figure import SIZE, explain, new_figure, percent, png_writer
 from .files import PLOT_NAMES, read_results, write_atomically
 
 
@@ -240,6 +240,59 @@ def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
         axes.set_axis_off()
     panels[0].set_ylabel(f"validation {sweep['metric']}", fontsize=8)
     panels[0].legend(fontsize=7)
+    return figure
+
+
+def layer_groups_plot(heads: dict[str, dict[str, Any]]) -> Figure:
+    """Mean weight of each layer by label, full lines for rows that are judged right and dashed ones for errors, a panel a head.
+
+    The paper's figures 2 and 4.
+
+    Args:
+        heads: by name, from `comparison.group_layers`, with `layers`.
+    """
+    figure = new_figure((SIZE[0], 2.6 * len(heads)))
+    panels = figure.subplots(len(heads), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (name, found) in zip(panels, heads.items(), strict=True):
+        labels = list(dict.fromkeys(group["label"] for group in found["groups"]))
+        for group in found["groups"]:
+            kind = "right" if group["right"] else "wrong"
+            axes.plot(
+                found["layers"],
+                group["weights"],
+                color=f"C{labels.index(group['label'])}",
+                linestyle="-" if group["right"] else "--",
+                label=f"{group['label']}, {kind} ({group['rows']:,})",
+            )
+        axes.axhline(1 / len(found["layers"]), color="0.7", linestyle=":", linewidth=1)
+        axes.set_title(name, fontsize=9)
+        axes.set_ylabel("mean weight")
+        axes.legend(fontsize=6)
+    panels[-1].set_xlabel("layer (0: embeddings)")
+    return figure
+
+
+def methods_plot(panels: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """Methods side by side, a panel a metric, with the paper's figures where there are any.
+
+    Args:
+        panels: title -> method -> `mean`, `std` and `paper` (may be `None`).
+    """
+    rows = max(len(methods) for methods in panels.values())
+    figure = new_figure((3.4 * len(panels), 1.2 + 0.3 * rows))
+    for axes, (title, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        names = list(methods)[::-1]
+        places = range(len(names))
+        means = [methods[name]["mean"] for name in names]
+        axes.errorbar(means, places, xerr=[methods[name]["std"] or 0.0 for name in names], fmt="o", label="here")
+        others = [(methods[name]["paper"], place) for name, place in zip(names, places, strict=True)]
+        others = [point for point in others if point[0] is not None]
+        if others:
+            axes.plot(*zip(*others, strict=True), "x", color="0.5", label="paper, another backbone")
+        axes.set_yticks(list(places), names, fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.grid(axis="x", color="0.9")
+        axes.legend(fontsize=7)
     return figure
 
 

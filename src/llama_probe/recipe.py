@@ -65,7 +65,7 @@ KINDS = {
     "mha": Regularization(1e-3, 0.2, 0.1),
     "attentive": Regularization(1e-3, 0.2, 0.1),
 }
-_OTHER = KINDS["mha"]
+OTHER = KINDS["mha"]
 
 
 def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, dict[str, Any]]:
@@ -82,7 +82,7 @@ def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, d
     schedule = next(entry for entry in SCHEDULES if rows <= entry.up_to)
     kind = head.get("probe_type", AUTO)
     kind = schedule.probe_type if kind == AUTO else kind
-    suited = KINDS.get(kind, _OTHER)
+    suited = KINDS.get(kind, OTHER)
     chosen = {
         "learning_rate": suited.learning_rate,
         "num_train_epochs": schedule.num_train_epochs,

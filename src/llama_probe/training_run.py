@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -27,7 +25,7 @@ from .data_sources import FOLDS, DataSources
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
 from .features import PromptDataset, StateCache
-from .files import package_version, save_head
+from .files import environment, save_head
 from .fingerprint import describe
 from .metrics import METRICS, default_metric
 from .model_card import CardFacts, write_card
@@ -288,12 +286,7 @@ class TrainingRun:
                 name: summarize([run[name] for run in runs]) for name in ("validation", "test") if name in runs[0]
             },
             "card": card,
-            "environment": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "llama_probe": package_version(),
-            },
+            "environment": environment(),
         }
 
 

@@ -9,6 +9,7 @@ from .evaluate import evaluate
 from .export import export
 from .heads import inspect
 from .plot import plot
+from .reproduce import reproduce
 from .serve import classify, demo, generate
 from .share import pull, push
 from .sweep import sweep
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: a label and a text from the same forward pass.",
 )
-for command in (demo, generate, classify, train, sweep, evaluate, plot, inspect, push, pull, export):
+for command in (demo, generate, classify, train, sweep, reproduce, evaluate, plot, inspect, push, pull, export):
     app.command()(command)
 
 
@@ -32,6 +33,7 @@ _EXTRAS = {
     "evaluate": "train",
     "optuna": "train",
     "peft": "train",
+    "scipy": "train",
     "sklearn": "train",
 }
 

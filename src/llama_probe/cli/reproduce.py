@@ -1,0 +1,92 @@
+"""`llama-probe reproduce`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .options import Backbone, DataDir, Dtype, Json
+
+
+def reproduce(
+    output: Annotated[Path, typer.Option(help="Folder for the report, the plots and the heads.")],
+    backbone: Backbone = "demo",
+    data: Annotated[
+        str, typer.Option(help="Data sets with commas, each NAME or NAME:SPLIT (the split to train on).")
+    ] = "toxicchat,sst2,emotion,imdb",
+    data_dir: DataDir = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, or kinds of head. Left out: all."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="main, ood, downcast, layers or sensitivity; may be given again. Left out: all."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that depends on chance.")] = 3,
+    max_rows: Annotated[
+        int | None, typer.Option(help="Use at most so many training, validation and test rows, for a quick look.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 512,
+    epochs: Annotated[int, typer.Option(help="Epochs of each head at most.")] = 6,
+    patience: Annotated[int, typer.Option(help="A head stops after so many epochs without gain.")] = 3,
+    shots: Annotated[int, typer.Option(help="Examples a label of few-shot prompting.")] = 4,
+    trials: Annotated[int, typer.Option(help="Configurations of the sweep for sensitivity.")] = 12,
+    sweep: Annotated[Path | None, typer.Option(help="Read sensitivity off this folder of a finished sweep.")] = None,
+    dtype: Dtype = "auto",
+    cache: Annotated[
+        bool, typer.Option(help="Run the backbone once over each row and keep its states on disk.")
+    ] = True,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep the states here for later runs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tables of arXiv 2601.13288 for this backbone; a run that was stopped goes on."""
+    from ..reproduce import Reproduction
+    from ..workbench import Workbench
+    from .train import _command_line
+
+    bench = Workbench(
+        backbone,
+        output / ".states",
+        data_dir,
+        list(range(seeds)),
+        max_rows,
+        max_length,
+        dtype,
+        cache,
+        cache_dir,
+    )
+    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    sources = [name.strip() for name in data.split(",") if name.strip()]
+    with contextlib.redirect_stdout(sys.stderr):
+        report = Reproduction(
+            bench, output, sources, names, only or None, epochs, patience, shots, trials, sweep, _command_line()
+        ).execute()
+    if as_json:
+        print(json.dumps(report))
+        return
+    from ..reproduction_report import REPORT_NAME, cell, columns
+
+    console = Console()
+    for source, results in report["main"].items():
+        if not any(results.values()):
+            continue
+        shown = Table(title=f"{source}, test rows")
+        shown.add_column("method")
+        for column in columns(source):
+            shown.add_column(column.title, justify="right")
+        for name, result in results.items():
+            if result is None:
+                continue
+            shown.add_row(name, *(cell(column.find(result)) for column in columns(source)))
+        console.print(shown)
+    print(f"report written to {output / REPORT_NAME}")

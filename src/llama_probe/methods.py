@@ -1,0 +1,112 @@
+"""The methods that are compared, in one table: heads with their recipes, and the baselines."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .baselines import BASELINES
+from .configuration import ProbeConfig
+from .errors import ProbeError
+from .heads import probe_types
+from .recipe import KINDS, OTHER
+from .shared_training import Candidate
+from .training import ProbeLoss
+
+
+@dataclass(frozen=True)
+class HeadMethod:
+    """A head and how it is trained.
+
+    Attributes:
+        head: fields of `ProbeConfig`.
+        learning_rate, weight_decay, label_smoothing, batch_size: as in `Recipe`.
+        each_layer: one head a layer is trained, and the layer chosen by validation rows.
+    """
+
+    head: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+    batch_size: int = 32
+    each_layer: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its results depend on."""
+        return asdict(self)
+
+    def candidates(self, name: str, base: ProbeConfig, seed: int) -> list[Candidate]:
+        """What to train for a seed: one candidate, or one a layer.
+
+        A candidate's number, on which its dropout depends, follows from its name and seed: results do not depend on which
+        other methods are trained beside it.
+        """
+        config = base.replace(**self.head)
+        layers = range(config.num_hidden_layers + 1) if self.each_layer else [None]
+        found = []
+        for layer in layers:
+            own = config if layer is None else config.replace(layers=[layer])
+            number = zlib.crc32(f"{name}/{layer}/{seed}".encode())
+            loss = ProbeLoss(own, label_smoothing=self.label_smoothing)
+            rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+            found.append(Candidate(number, own, loss, **rates, batch_size=self.batch_size, seed=seed))
+        return found
+
+
+def _suited(kind: str, **further) -> HeadMethod:
+    """A kind with what suits it; see `llama_probe.recipe`."""
+    suited = KINDS.get(kind, OTHER)
+    head = {"probe_type": kind, "dropout": suited.dropout, "layer_dropout": suited.layer_dropout}
+    return HeadMethod(head, suited.learning_rate, **further)
+
+
+HEADS: dict[str, HeadMethod] = {
+    "layer-linear": _suited("pooling", each_layer=True),
+    **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
+}
+
+
+def head_methods() -> dict[str, HeadMethod]:
+    """Those of `HEADS` whose kind is registered, and every other registered kind."""
+    kinds = probe_types()
+    found = {name: method for name, method in HEADS.items() if method.head["probe_type"] in kinds}
+    covered = {method.head["probe_type"] for method in found.values()}
+    for kind in kinds:
+        if kind not in covered:
+            found[kind] = _suited(kind)
+    return found
+
+
+def method_names() -> list[str]:
+    """All methods: baselines, then heads."""
+    return [*BASELINES, *head_methods()]
+
+
+def check_methods(names: Iterable[str]) -> list[str]:
+    """The names, in the order of the table.
+
+    Raises:
+        ProbeError: there is none, or one is not known.
+    """
+    wanted = list(names)
+    for name in wanted:
+        if name not in method_names():
+            raise ProbeError(f"method {name!r} is not known; allowed: {', '.join(method_names())}")
+    if not wanted:
+        raise ProbeError(f"there is no method to compare; allowed: {', '.join(method_names())}")
+    return [name for name in method_names() if name in wanted]
+
+
+def downcast_methods(hidden_size: int, values: Sequence[int] = (4, 8, 16, 32, 64)) -> dict[str, HeadMethod]:
+    """`mha` with each downcast that divides the hidden size: the paper's ablation (arXiv 2601.13288, table 7)."""
+    base = HEADS["mha"]
+    found = {}
+    for value in values:
+        if hidden_size % value == 0:
+            heads = next(number for number in (2, 3, 1) if hidden_size // value % number == 0)
+            head = {**base.head, "downcast": value, "num_attention_heads": heads}
+            found[str(value)] = HeadMethod(head, base.learning_rate)
+    return found

@@ -1,0 +1,72 @@
+"""Finished parts of a long piece of work, a JSON file each, so that it can go on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ProbeError
+from .files import write_atomically
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part's file holds.
+
+    Attributes:
+        settings: what the result depends on. result: of the part.
+        seconds: that it took. together: the parts that were worked out in these seconds, this one among them.
+    """
+
+    settings: dict[str, Any]
+    result: Any
+    seconds: float
+    together: list[str]
+
+
+class PartStore:
+    """A folder of finished parts. A part is named by a path such as `main/toxicchat/mha`.
+
+    Args:
+        folder: created when the first part is written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def find(self, name: str, settings: dict[str, Any]) -> Part | None:
+        """A finished part; `None` where it is still to be done.
+
+        Raises:
+            ProbeError: it was made with other settings, or its file is damaged.
+        """
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        try:
+            part = Part(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ProbeError(f"{path} is damaged: {error}; remove it to do this part again") from None
+        wanted = json.loads(json.dumps(settings))
+        if part.settings != wanted:
+            names = sorted({*part.settings, *wanted})
+            other = [name for name in names if part.settings.get(name) != wanted.get(name)]
+            told = ", ".join(f"{name}={part.settings.get(name)!r} (now {wanted.get(name)!r})" for name in other)
+            raise ProbeError(
+                f"{path} was made with other settings: {told}. Give those again, or another --output; or remove the file to "
+                "do this part anew"
+            )
+        return part
+
+    def write(self, name: str, settings: dict[str, Any], result: Any, seconds: float, together: list[str]) -> None:
+        """Puts a finished part into its file; whoever reads sees all of it or nothing."""
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"settings": settings, "result": result, "seconds": round(seconds, 1), "together": together}
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"

@@ -1,0 +1,307 @@
+"""`llama-probe reproduce`: the tables of arXiv 2601.13288 for the backbone at hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+from transformers.utils import logging
+
+from .backbones import model_id
+from .capture import find_decoder
+from .comparison import Comparison
+from .errors import ProbeError
+from .files import environment
+from .methods import HEADS, check_methods, downcast_methods, head_methods, method_names
+from .recipe import Recipe
+from .reproduction_report import write_report
+from .sweep import SWEEP_NAME, SearchSpace, Sweep
+from .training_run import TrainingRun
+from .workbench import SAFETY, Task, Workbench, known_source
+
+
+logger = logging.get_logger(__name__)
+
+PARTS = ("main", "ood", "downcast", "layers", "sensitivity")
+DATA = ("toxicchat", "sst2", "emotion", "imdb")
+TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
+
+
+@dataclass
+class Reproduction:
+    """The comparison as a whole. What is finished is kept in the output folder, and not done again.
+
+    Attributes:
+        bench: backbone, seeds and rows.
+        output: folder for `report.md`, `report.json`, the plots, the trained heads and the finished parts.
+        data: data sets, see `Workbench.task`. The first safety data set is the one for `ood`; it, or else the first, is the
+            one for `downcast` and `sensitivity`.
+        methods: names from `method_names`; all where left out.
+        only: some of `PARTS`; all where left out.
+        epochs, patience: of heads. shots: examples a label of few-shot prompting.
+        trials: configurations of the search for `sensitivity`.
+        sweep: folder of a sweep to read instead.
+        command: as it was typed.
+
+    Raises:
+        ProbeError: a name is not known, or a value not allowed.
+    """
+
+    bench: Workbench
+    output: Path
+    data: Sequence[str] = DATA
+    methods: Sequence[str] | None = None
+    only: Sequence[str] | None = None
+    epochs: int = 6
+    patience: int = 3
+    shots: int = 4
+    trials: int = 12
+    sweep: Path | None = None
+    command: str = ""
+    comparison: Comparison = field(init=False)
+
+    def __post_init__(self):
+        self.output = Path(self.output)
+        self.methods = check_methods(method_names() if self.methods is None else self.methods)
+        self.only = list(PARTS if self.only is None else self.only)
+        for name in self.only:
+            if name not in PARTS:
+                raise ProbeError(f"only={name!r} is not allowed; allowed: {', '.join(PARTS)}")
+        if not self.data or len(set(self.data)) != len(self.data):
+            raise ProbeError(f"data={','.join(self.data)} must be names of data sets, each once, and at least one")
+        for source in self.data:
+            known_source(source)
+        if self.trials < 1:
+            raise ProbeError(f"trials={self.trials} must be at least 1")
+        if self.sweep is not None and not (Path(self.sweep) / SWEEP_NAME).is_file():
+            raise ProbeError(f"{self.sweep} holds no {SWEEP_NAME}: give the output folder of a finished sweep")
+        if self.only == ["ood"] and self._safety_source is None:
+            raise ProbeError(f"ood needs heads trained on one of {', '.join(SAFETY)}: name it in data")
+        self.comparison = Comparison(self.bench, self.output, self.epochs, self.patience, self.shots)
+
+    def execute(self) -> dict[str, Any]:
+        """Works out what is missing.
+
+        Returns:
+            What is also written to `report.json`.
+
+        Raises:
+            ProbeError: anything the user can mend, before any work is done; parts made with other settings among it.
+        """
+        if set(self.only) - {"sensitivity"}:
+            self._check_rows()
+        self.report()  # reads all that is finished, and refuses what was made with other settings
+        for step in self._steps():
+            step()
+            write_report(self.output, self.report(), plots=False)
+        self.bench.close()
+        report = self.report()
+        write_report(self.output, report)
+        return report
+
+    def _check_rows(self) -> None:
+        for source in self.data:
+            task = self.bench.task(source)
+            counts = np.bincount(task.parts["train"].labels, minlength=task.labels.num_labels)
+            if "few-shot" in self.methods and "main" in self.only and counts.min() < self.shots:
+                name = task.parts["train"].label_names[int(counts.argmin())]
+                raise ProbeError(
+                    f"{source} has {counts.min()} training rows of the label {name!r}, and few-shot prompting wants "
+                    f"{self.shots}: use more rows, or fewer with --shots"
+                )
+
+    def _steps(self) -> Iterator[Any]:
+        """What is to be done, in order."""
+        comparison, heads = self.comparison, [name for name in self.methods if name in head_methods()]
+        yield self._describe_backbone
+        if "main" in self.only:
+            for source in self.data:
+                yield lambda source=source: comparison.main(self.bench.task(source), self.methods)
+        if "ood" in self.only and self._safety_source is not None and self._ood_methods:
+            safety = self.bench.task(self._safety_source)
+            yield lambda: comparison.main(safety, heads)
+            for name in TEST_SETS:
+                if self._at_hand(name):
+                    yield lambda name=name: comparison.out_of_distribution(safety, self._ood_methods, name)
+        if "downcast" in self.only:
+            yield self._downcast
+        if "layers" in self.only:
+            for source in self.data:
+                yield lambda source=source: self._layers(self.bench.task(source))
+        if "sensitivity" in self.only:
+            yield self._sensitivity
+
+    @property
+    def _safety_source(self) -> str | None:
+        return next((source for source in self.data if known_source(source).name in SAFETY), None)
+
+    @property
+    def _primary(self) -> str:
+        return self._safety_source or self.data[0]
+
+    @property
+    def _ood_methods(self) -> list[str]:
+        return [name for name in self.methods if name in head_methods() or name == "tfidf"]
+
+    @property
+    def _layered(self) -> list[str]:
+        """Heads whose weights on the layers are learned."""
+        unweighted = {name for name, method in HEADS.items() if method.head["probe_type"] == "pooling"}
+        return [name for name in self.methods if name in head_methods() and name not in unweighted]
+
+    def _at_hand(self, test_set: str) -> bool:
+        try:
+            self.bench.test_rows(test_set)
+        except ProbeError as error:
+            logger.warning(f"{test_set} is left out: {error}")
+            return False
+        return True
+
+    @property
+    def _backbone_settings(self) -> dict[str, Any]:
+        return {name: self.bench.settings[name] for name in ("backbone", "dtype")}
+
+    def _describe_backbone(self) -> None:
+        if self.comparison.store.find("backbone", self._backbone_settings) is not None:
+            return
+        start, decoder = time.perf_counter(), find_decoder(self.bench.lm)
+        facts = {
+            "name": model_id(self.bench.backbone).rstrip("/").split("/")[-1],
+            "model_type": decoder.model_type,
+            "num_parameters": sum(parameter.numel() for parameter in self.bench.lm.parameters()),
+            "num_hidden_layers": decoder.num_hidden_layers,
+            "hidden_size": decoder.hidden_size,
+        }
+        seconds = time.perf_counter() - start
+        self.comparison.store.write("backbone", self._backbone_settings, facts, seconds, ["backbone"])
+
+    def _downcast(self) -> None:
+        backbone = self.comparison.store.find("backbone", self._backbone_settings).result
+        methods = downcast_methods(backbone["hidden_size"])
+        self.comparison.train(self.bench.task(self._primary), methods, "downcast")
+
+    def _layers(self, task: Task) -> None:
+        self.comparison.main(task, self._layered)
+        for name in self._layered:
+            self.comparison.layer_groups(task, name)
+
+    @property
+    def _sensitivity_settings(self) -> dict[str, Any]:
+        if self.sweep is not None:
+            return {"sweep": Path(self.sweep).name}
+        return {**self.bench.settings, "data": self._primary, "trials": self.trials, "epochs": self.epochs}
+
+    def _sensitivity(self) -> None:
+        store, settings = self.comparison.store, self._sensitivity_settings
+        if store.find("sensitivity", settings) is not None:
+            return
+        start = time.perf_counter()
+        if self.sweep is not None:
+            found = json.loads((Path(self.sweep) / SWEEP_NAME).read_text(encoding="utf-8"))
+        else:
+            found = self._run_sweep()
+        result = {"metric": found["metric"], "trials": found["trials"], "kinds": summarize_trials(found["trials"])}
+        store.write("sensitivity", settings, result, time.perf_counter() - start, ["sensitivity"])
+
+    def _run_sweep(self) -> dict[str, Any]:
+        bench, folder = self.bench, self.output / "sweep"
+        finished = folder / SWEEP_NAME
+        if finished.is_file():
+            return json.loads(finished.read_text(encoding="utf-8"))
+        metric = "auprc" if known_source(self._primary).name in SAFETY else "accuracy"
+        run = TrainingRun(
+            backbone=bench.backbone,
+            output=folder,
+            data=bench.sources(self._primary),
+            recipe=Recipe(num_train_epochs=self.epochs, patience=self.patience, metric=metric),
+            max_length=bench.max_length,
+            dtype=bench.dtype,
+            seeds=bench.seeds[:1],
+            cache=bench.cache,
+            cache_dir=(bench.cache_dir or bench.scratch) if bench.cache else None,
+        )
+        return Sweep(run, SearchSpace(), self.trials, resume=True).execute()
+
+    def report(self) -> dict[str, Any]:
+        """All that is finished, also of parts that are not asked for now.
+
+        Raises:
+            ProbeError: a part that is asked for was made with other settings.
+        """
+        comparison, bench, safety = self.comparison, self.bench, self._safety_source
+        seconds: dict[str, float] = {}
+
+        def find(name: str, settings: dict[str, Any]) -> Any:
+            try:
+                part = comparison.store.find(name, settings)
+            except ProbeError:
+                if name.split("/")[0] in (*self.only, "backbone"):
+                    raise
+                return None
+            if part is None:
+                return None
+            seconds[", ".join(part.together)] = part.seconds
+            return part.result
+
+        def find_all(group: str, source: str, names: Iterable[str], **further) -> dict[str, Any]:
+            return {name: find(f"{group}/{name}", comparison.settings(source, name, **further)) for name in names}
+
+        backbone = find("backbone", self._backbone_settings)
+        found: dict[str, Any] = {
+            "command": self.command,
+            "environment": environment(),
+            "settings": {**bench.settings, "epochs": self.epochs, "patience": self.patience, "shots": self.shots},
+            "only": list(self.only),
+            "backbone": backbone,
+            "main": {source: find_all(f"main/{_file(source)}", source, self.methods) for source in self.data},
+            "layers": {source: find_all(f"layers/{_file(source)}", source, self._layered) for source in self.data},
+            "sensitivity": find("sensitivity", self._sensitivity_settings),
+        }
+        if safety is not None:
+            results = {
+                test: find_all(f"ood/{_file(safety)}/{test}", safety, self._ood_methods, test=test)
+                for test in TEST_SETS
+            }
+            found["ood"] = {"trained_on": safety, "results": results}
+        if backbone is not None:
+            source = self._primary
+            results = {
+                name: find(f"downcast/{_file(source)}/{name}", comparison.settings(source, name, method))
+                for name, method in downcast_methods(backbone["hidden_size"]).items()
+            }
+            found["downcast"] = {"data": source, "results": results}
+        found["seconds"] = seconds
+        return found
+
+
+def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How the validation metric of each kind varies over the configurations of a sweep, as in the paper's figure 3.
+
+    Returns:
+        By kind `trials`, `best`, `median` and `worst` score, and Spearman's rank correlation of the score with the learning
+        rate, `learning_rate`: `None` for fewer than three configurations or where all scores are alike.
+    """
+    found = {}
+    for kind in sorted({trial["params"]["probe_type"] for trial in trials}):
+        own = [trial for trial in trials if trial["params"]["probe_type"] == kind]
+        scores = [trial["score"] for trial in own]
+        rates = [next(v for k, v in trial["params"].items() if k.endswith("learning_rate")) for trial in own]
+        related = float(spearmanr(rates, scores).statistic) if len(own) > 2 and len(set(scores)) > 1 else None
+        found[kind] = {
+            "trials": len(own),
+            "best": max(scores),
+            "median": float(np.median(scores)),
+            "worst": min(scores),
+            "learning_rate": related,
+        }
+    return found
+
+
+def _file(source: str) -> str:
+    return source.replace(":", "-")

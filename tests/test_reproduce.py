@@ -1,0 +1,351 @@
+"""The paper's tables for a backbone at hand: parts that go on after a kill, and a report that says what the numbers say."""
+
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import HIDDEN
+
+from llama_probe import ProbeConfig, ProbeError, methods, paper
+from llama_probe.comparison import group_layers
+from llama_probe.files import read_head
+from llama_probe.methods import HEADS, HeadMethod, check_methods, downcast_methods, head_methods
+from llama_probe.part_store import PartStore
+from llama_probe.reproduce import TEST_SETS, Reproduction, summarize_trials
+from llama_probe.reproduction_report import columns, find_orders
+from llama_probe.shared_training import SharedTraining
+from llama_probe.workbench import Task, Workbench
+
+
+FAST = ["tfidf", "prototypes", "layer-linear", "pooling", "gate"]
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """Local copies of the data sets, a few rows each."""
+    folder = tmp_path_factory.mktemp("copies")
+
+    def put(name, split, count, shift=0, labels=2):
+        rows = []
+        for i in range(shift, shift + count):
+            words = ("kind", "rude", "odd", "sad", "shy", "loud")[i % labels]
+            rows.append({"text": f"{words} no {i}", "label": i % labels, "human_annotation": i % 4 < 2})
+        path = folder / name / f"{split}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+    put("toxicchat", "train", 40)
+    put("toxicchat", "test", 12, 100)
+    put("emotion", "train", 30, labels=6)
+    put("emotion", "validation", 12, 60, labels=6)
+    put("emotion", "test", 12, 80, labels=6)
+    put("xstest", "test", 8, 200)
+    return folder
+
+
+@pytest.fixture
+def reproduction(copies, backbone_folder, tmp_path):
+    def create(
+        output="out",
+        data=("toxicchat",),
+        chosen=FAST,
+        only=("main",),
+        seeds=(0, 1),
+        max_rows=None,
+        cache=True,
+        **changes,
+    ):
+        bench = Workbench(
+            str(backbone_folder), tmp_path / output / ".states", copies, list(seeds), max_rows, 64, cache=cache
+        )
+        return Reproduction(bench, tmp_path / output, data, chosen, only, **{"epochs": 2, "shots": 2, **changes})
+
+    return create
+
+
+def numbers(result):
+    """A result without what it cost."""
+    return {name: part for name, part in result.items() if name not in ("seconds", "command")}
+
+
+def test_everything(reproduction, tmp_path, monkeypatch):
+    """All parts, methods and files; the report's numbers are those of the JSON."""
+    names = [*FAST, "zero-shot", "few-shot", "attentive", "mha"]
+    monkeypatch.setitem(HEADS, "mha", HeadMethod({"probe_type": "mha", "downcast": 8, "num_attention_heads": 2}))
+    report = reproduction(data=("toxicchat", "emotion"), chosen=names, only=None, trials=3).execute()
+    output = tmp_path / "out"
+    assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert not (output / ".states").exists() and not any((output / "training").iterdir())
+    text = (output / "report.md").read_text()
+
+    for source, count in (("toxicchat", 4), ("emotion", 2)):
+        assert set(report["main"][source]) == set(names)
+        for name, result in report["main"][source].items():
+            seeded = name not in ("tfidf", "prototypes", "zero-shot")
+            assert [run["seed"] for run in result["runs"]] == ([0, 1] if seeded else [None])
+            line = next(line for line in section(text, source).splitlines() if line.startswith(f"| `{name}` |"))
+            shown = [part.strip() for part in line.strip("|").split("|")][2 : 2 + count]
+            for cell, column in zip(shown, columns(source), strict=True):
+                values = [dig(run["test"], column.path) for run in result["runs"]]
+                expected = f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if seeded else "")
+                assert cell == expected, (name, column.title)
+    assert 0 <= report["main"]["toxicchat"]["layer-linear"]["runs"][0]["layer"] <= 4
+    assert report["main"]["toxicchat"]["few-shot"]["runs"][0]["label_tokens"] in ("sum", "mean")
+    human = report["main"]["toxicchat"]["gate"]["runs"][0]["test"]["slices"]["human_annotation"]
+    assert human["True"]["rows"] == human["False"]["rows"] == 6
+
+    ood = report["ood"]["results"]
+    assert set(ood) == set(TEST_SETS) and set(ood["xstest"]) == set(names) - {"prototypes", "zero-shot", "few-shot"}
+    assert ood["xstest"]["gate"]["summary"]["test"]["rows"] == 8
+    assert "Not at hand: openai_moderation, aegis, beavertails, advbench." in text
+    assert set(report["downcast"]["results"]) == {"4", "8", "16", "32"}
+    assert [report["downcast"]["results"][n]["num_parameters"] for n in ("4", "32")] == [6 * 4 * 32 * 8 + 66, 834]
+    assert set(report["layers"]["emotion"]) == {"gate", "attentive", "mha"}
+    found = report["layers"]["toxicchat"]["gate"]
+    assert found["layers"] == [0, 1, 2, 3, 4] and sum(group["rows"] for group in found["groups"]) == 12
+    assert sum(kind["trials"] for kind in report["sensitivity"]["kinds"].values()) == 3
+    for name in ("main-toxicchat", "main-emotion", "layers-toxicchat", "layers-emotion", "sensitivity"):
+        assert (output / f"{name}.png").is_file() and f"({name}.png)" in text
+    assert "Not finished" not in text and "quick look" not in text and "tiny-chat" in text and paper.BACKBONE in text
+    assert {(tuple(o["order"]), o["data"]) for o in report["orders"]} == {
+        (("pooling", "gate", "mha"), source) for source in ("toxicchat", "emotion")
+    }
+    head = read_head(output / "heads" / "toxicchat" / "mha-seed-1")
+    assert head.config.threshold == report["main"]["toxicchat"]["mha"]["runs"][1]["threshold"]
+
+
+def section(text, source):
+    return text.split(f"\n`{source}`:")[1].split("\n## ")[0]
+
+
+def dig(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def test_a_killed_run_goes_on(reproduction, tmp_path, monkeypatch):
+    whole = reproduction("whole").execute()
+    original = SharedTraining._train_epoch
+
+    def die(training):
+        if training.epoch == 1:
+            raise KeyboardInterrupt
+        original(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedTraining, "_train_epoch", die)
+        with pytest.raises(KeyboardInterrupt):
+            reproduction("cut").execute()
+    assert "Not finished" in (tmp_path / "cut" / "report.md").read_text()
+    with monkeypatch.context() as patch:  # the heads are finished now, a baseline is not
+        patch.setattr("llama_probe.baselines.fit_prototypes", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reproduction("cut").execute()
+    resumed = reproduction("cut")
+    monkeypatch.setattr(SharedTraining, "run", lambda *args, **kwargs: pytest.fail("heads are trained again"))
+    assert numbers(resumed.execute()) == numbers(whole)
+    monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("nothing is left to do")))
+    assert numbers(reproduction("cut").execute()) == numbers(whole)
+
+
+def test_results_do_not_depend_on_what_is_trained_beside(reproduction):
+    together = reproduction("both", chosen=["pooling", "gate"]).execute()["main"]["toxicchat"]
+    reproduction("one", chosen=["gate"]).execute()
+    added = reproduction("one", chosen=["pooling", "gate"]).execute()["main"]["toxicchat"]
+    assert added == together
+
+
+def test_other_settings_are_refused(reproduction, tmp_path, monkeypatch):
+    reproduction(chosen=["tfidf"]).execute()
+    monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("refused after the backbone loads")))
+    with pytest.raises(ProbeError, match=r"was made with other settings: max_rows=None \(now 20\).*another --output"):
+        reproduction(chosen=["tfidf", "gate"], max_rows=20).execute()
+    (tmp_path / "out" / "parts" / "main" / "toxicchat" / "tfidf.json").write_text("{")
+    with pytest.raises(ProbeError, match="is damaged"):
+        reproduction(chosen=["tfidf"]).execute()
+
+
+def test_one_part_after_the_other(reproduction, tmp_path):
+    """A later run with another `only` keeps what is there in its report, unless it was made with other settings."""
+    reproduction(chosen=["gate"]).execute()
+    report = reproduction(chosen=["gate"], only=["ood"]).execute()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert report["main"]["toxicchat"]["gate"] and "## ToxicChat" in text and "## Out of distribution" in text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sweep.json").write_text(json.dumps({"metric": "auprc", "trials": [TRIAL]}))
+    report = reproduction(chosen=["gate"], only=["sensitivity"], sweep=tmp_path / "mine", epochs=3).execute()
+    assert report["main"]["toxicchat"]["gate"] is None and report["sensitivity"] is not None
+
+
+TRIAL = {"score": 0.5, "params": {"probe_type": "mha", "learning_rate": 1e-3}}
+
+
+def test_at_most_so_many_rows(reproduction, tmp_path):
+    report = reproduction(data=("emotion",), chosen=["tfidf"], max_rows=10).execute()
+    assert report["main"]["emotion"]["tfidf"]["rows"] == {"train": 10, "validation": 10, "test": 10}
+    assert "A quick look, no result" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"chosen": ["svm"]}, "method 'svm' is not known; allowed: tfidf, zero-shot"),
+        ({"chosen": []}, "no method to compare"),
+        ({"only": ["table 9"]}, "only='table 9' is not allowed; allowed: main, ood"),
+        ({"data": ["xstest"]}, "data='xstest' is not allowed; allowed: toxicchat"),
+        ({"data": ["goemotions"]}, "data='goemotions' is not allowed"),
+        ({"data": ["emotion", "emotion"]}, "each once"),
+        ({"data": ["emotion"], "only": ["ood"]}, "ood needs heads trained on one of toxicchat, wildguardmix"),
+        ({"seeds": []}, "seeds="),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"trials": 0}, "trials=0"),
+        ({"max_rows": 0}, "max_rows=0"),
+        ({"chosen": ["few-shot"], "shots": 30}, "few-shot prompting wants 30: use more rows, or fewer with --shots"),
+        ({"only": ["sensitivity"], "sweep": "nowhere"}, "nowhere holds no sweep.json"),
+    ],
+)
+def test_refusals(reproduction, changes, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("refused after work was done")))
+    with pytest.raises(ProbeError, match=words):
+        reproduction(**changes).execute()
+
+
+def test_a_sweep_of_ones_own_is_read(reproduction, tmp_path):
+    trials = [
+        {"score": s, "params": {"probe_type": "gate", "gate_learning_rate": r}} for r, s in ((1e-4, 0.1), (1e-3, 0.4), (1e-2, 0.7))
+    ]  # fmt: skip
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sweep.json").write_text(json.dumps({"metric": "auprc", "trials": trials}))
+    report = reproduction(only=("sensitivity",), sweep=tmp_path / "mine").execute()
+    assert report["sensitivity"]["kinds"] == {
+        "gate": {"trials": 3, "best": 0.7, "median": 0.4, "worst": 0.1, "learning_rate": pytest.approx(1.0)}
+    }
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| `gate` | 3 | 0.700 | 0.400 | 0.100 | 0.600 | +1.00 |" in text and "## ToxicChat" not in text
+
+
+def test_few_trials_have_no_correlation():
+    assert summarize_trials([TRIAL] * 2)["mha"]["learning_rate"] is None
+
+
+class TestOrders:
+    def result(self, f1, std=0.01, runs=2):
+        return {"runs": [{}] * runs, "summary": {"test": {"accuracy": {"mean": f1, "std": std}, "f1": None}}}
+
+    def test_are_read_off_the_numbers(self):
+        def order(*means, **kwargs):
+            names = zip(("pooling", "gate", "mha"), means, strict=True)
+            (found,) = find_orders({"emotion": {name: self.result(mean, **kwargs) for name, mean in names}})
+            return found["holds"], found["clear"]
+
+        assert order(0.6, 0.7, 0.8) == (True, True)
+        assert order(0.6, 0.61, 0.8) == (True, False)
+        assert order(0.6, 0.59, 0.8) == (False, False) and order(0.6, 0.8, 0.7) == (False, False)
+        assert order(0.6, 0.7, 0.8, runs=1) == (True, None)
+
+    def test_need_all_their_methods(self):
+        assert find_orders({"emotion": {"pooling": self.result(0.6), "gate": self.result(0.7), "mha": None}}) == []
+        found = find_orders({"emotion": {"muli": self.result(0.6), "gate": self.result(0.5)}})
+        assert [(item["order"], item["holds"]) for item in found] == [(["muli", "gate"], False)]
+
+
+def test_the_papers_figures():
+    assert paper.figure("mha", "toxicchat", "f1") == paper.Figure(0.8451, 0.0043)
+    assert paper.figure("gate", "emotion", "accuracy").value == 0.8458
+    assert (
+        paper.figure("muli", "sst2", "accuracy").value == 0.9319 and paper.figure("tfidf", "sst2", "accuracy") is None
+    )
+    assert [figure.value for figure in paper.DOWNCAST.values()] == [0.841, 0.829, 0.830, 0.845, 0.828]
+    for sets in paper.MAIN.values():
+        for metrics in sets.values():
+            assert all(0 < figure.value < 1 for figure in metrics.values()), "shares, not percent"
+
+
+def test_the_papers_column_is_right(reproduction, tmp_path):
+    reproduction(data=("toxicchat", "emotion"), chosen=["tfidf", "pooling"], cache=False).execute()
+    text = (tmp_path / "out" / "report.md").read_text()
+    toxic, emotion = section(text, "toxicchat"), section(text, "emotion")
+    assert re.search(r"\| `pooling` \|.*\| 0\.735 ± 0\.007 \| 0\.812 \|\n", toxic)
+    assert re.search(r"\| `pooling` \|.*\| 0\.692 \|\n", emotion)
+    assert re.search(r"\| `tfidf` \|.*\| - \| - \|\n", toxic)
+    assert "| mha (paper only) | - | - | - | - | - | 0.845 ± 0.004 | 0.898 |" in toxic
+    assert "| chain-of-thought prompting (paper only) | - | - | - | 0.561 |" in emotion and "T5" not in emotion
+    header = next(line for line in toxic.splitlines() if line.startswith("| method"))
+    assert header.count("paper: ") == 2 and "paper: AUPRC, human-annotated rows |" in header
+
+
+class TestMethods:
+    def test_other_registered_kinds_join_by_themselves(self, monkeypatch):
+        monkeypatch.setattr(methods, "probe_types", lambda: ["gate", "mine", "pooling"])
+        found = head_methods()
+        assert set(found) == {"layer-linear", "pooling", "gate", "mine"}, "and kinds that are not there are left out"
+        assert found["mine"].head["probe_type"] == "mine"
+        assert check_methods(["mine", "tfidf"]) == ["tfidf", "mine"]
+        with pytest.raises(ProbeError, match="method 'mha' is not known"):
+            check_methods(["mha"])
+
+    def test_candidates(self):
+        base = ProbeConfig(probe_type="pooling", hidden_size=HIDDEN, num_hidden_layers=3)
+        linear = HEADS["layer-linear"].candidates("layer-linear", base, 5)
+        assert [candidate.config.layers for candidate in linear] == [[0], [1], [2], [3]]
+        gates = [HEADS["gate"].candidates("gate", base, seed)[0] for seed in (0, 1)]
+        assert len({candidate.number for candidate in [*linear, *gates]}) == 6
+        assert [candidate.seed for candidate in gates] == [0, 1] and gates[0].config.layers == "all"
+
+    def test_downcasts_can_be_built(self):
+        for hidden_size, values in ((576, ["4", "8", "16", "32", "64"]), (48, ["4", "8", "16"])):
+            found = downcast_methods(hidden_size)
+            assert list(found) == values
+            for method in found.values():
+                ProbeConfig(hidden_size=hidden_size, num_hidden_layers=2, **method.head)
+
+
+def test_layer_groups():
+    weights = np.array([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.65, 0.35]])
+    labels, given = np.array([0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 0])
+    found = group_layers(weights, labels, given, ["no", "yes"])
+    assert [(g["label"], g["right"], g["rows"]) for g in found["groups"]] == [
+        ("no", True, 2), ("yes", True, 2), ("yes", False, 1),
+    ]  # fmt: skip
+    assert found["groups"][0]["weights"] == [0.7, 0.3] and found["groups"][2]["weights"] == [0.65, 0.35]
+    (error,) = found["errors"]
+    assert (error["label"], error["given"]) == ("yes", "no")
+    assert error["to_given"] == pytest.approx(0.05) and error["to_true"] == pytest.approx(0.45)
+
+
+def test_a_store_keeps_whole_parts(tmp_path):
+    store = PartStore(tmp_path)
+    assert store.find("a/b", {}) is None
+    store.write("a/b", {"seeds": (0, 1)}, {"x": 1}, 2.345, ["a/b"])
+    assert store.find("a/b", {"seeds": [0, 1]}).result == {"x": 1}
+    with pytest.raises(TypeError):
+        store.write("a/b", {}, {"x": object()}, 0, [])
+    assert store.find("a/b", {"seeds": [0, 1]}).seconds == 2.3
+    with pytest.raises(ProbeError, match=r"epochs=None \(now 3\), seeds=\[0, 1\] \(now \[0\]\)"):
+        PartStore(tmp_path).find("a/b", {"seeds": [0], "epochs": 3})
+
+
+def test_nothing_is_chosen_by_test_rows(reproduction, monkeypatch):
+    """With other test labels, all that was chosen is the same."""
+
+    def chosen(report):
+        keys = ("seed", "best_epoch", "layer", "label_tokens", "temperature", "threshold", "validation")
+        runs = {name: result["runs"] for name, result in report["main"]["toxicchat"].items()}
+        return {name: [{key: run.get(key) for key in keys} for run in found] for name, found in runs.items()}
+
+    names = [*FAST, "zero-shot", "few-shot"]
+    first = reproduction("one", chosen=names, seeds=[0]).execute()
+    original = Task.read
+
+    def read(bench, source):
+        task = original(bench, source)
+        task.parts["test"].labels = 1 - task.parts["test"].labels
+        return task
+
+    monkeypatch.setattr(Task, "read", read)
+    second = reproduction("two", chosen=names, seeds=[0]).execute()
+    assert chosen(first) == chosen(second)
+    assert first["main"] != second["main"]
