@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeError, prompting
-from llama_probe.benchmarks import BENCHMARKS
 from llama_probe.data import LabelledTexts
+from llama_probe.known_data import BENCHMARKS
 from llama_probe.prompting import Example, Instruction, LabelPrompt, draw_examples, label_log_likelihoods
 
 

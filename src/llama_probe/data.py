@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, train_test_split
 from transformers.utils import logging
 
-from .benchmarks import BENCHMARKS, Benchmark, HubSplit, find_benchmark
 from .errors import ProbeError
+from .known_data import BENCHMARKS, Benchmark, HubSplit, find_benchmark
 from .prompts import Text
 
 

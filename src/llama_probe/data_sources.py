@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from .benchmarks import find_benchmark
 from .data import LabelledTexts, benchmark_splits, read_labelled
 from .errors import ProbeError
+from .known_data import find_benchmark
 
 
 FEW_ROWS, FOLDS = 400, 5

@@ -22,8 +22,8 @@ from .prompts import common_start, constant_parts, pad_prompts
 
 
 if TYPE_CHECKING:
-    from .benchmarks import Benchmark
     from .data import LabelledTexts
+    from .known_data import Benchmark
 
 
 @dataclass(frozen=True)

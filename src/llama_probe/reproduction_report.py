@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import paper
-from .benchmarks import find_benchmark
 from .figure import png_writer
 from .files import write_atomically
+from .known_data import find_benchmark
 from .plots import layer_groups_plot, methods_plot, sensitivity_plot
 from .workbench import SAFETY
 

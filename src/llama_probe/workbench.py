@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbones import load_backbone, model_id
-from .benchmarks import BENCHMARKS, Benchmark, find_benchmark
 from .configuration import ProbeConfig
 from .data import LabelledTexts, read_labelled
 from .data_sources import DataSources
 from .errors import ProbeError
 from .features import PromptDataset, StateCache
 from .fingerprint import describe
+from .known_data import BENCHMARKS, Benchmark, find_benchmark
 from .prompts import PromptFormat
 
 

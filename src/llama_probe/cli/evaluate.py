@@ -45,13 +45,13 @@ def evaluate(
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
     from ..backbones import backbone_target, load_backbone
-    from ..benchmarks import find_benchmark
     from ..data import read_labelled
     from ..errors import ProbeError
     from ..evaluation import detailed_report, predict_logits
     from ..features import PromptDataset
     from ..files import read_head
     from ..fingerprint import check_backbone
+    from ..known_data import find_benchmark
     from ..prompts import PromptFormat
     from ..resolve import resolve_head
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..benchmarks import BENCHMARKS
+from ..known_data import BENCHMARKS
 
 
 Backbone = Annotated[str, typer.Option(help="'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id.")]

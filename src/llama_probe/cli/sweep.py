@@ -50,8 +50,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Search head kinds and hyper-parameters; all configurations share each pass of the backbone."""
-    from ..benchmarks import find_benchmark
     from ..data_sources import DataSources
+    from ..known_data import find_benchmark
     from ..model_card import CardFacts
     from ..recipe import Recipe
     from ..sweep import HEAD_FOLDER, SearchSpace, Sweep

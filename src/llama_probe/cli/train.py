@@ -116,8 +116,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
-    from ..benchmarks import find_benchmark
     from ..data_sources import DataSources
+    from ..known_data import find_benchmark
     from ..model_card import CardFacts
     from ..recipe import Recipe
     from ..training_run import TrainingRun

@@ -8,9 +8,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
 from llama_probe import ProbeError
-from llama_probe.benchmarks import BENCHMARKS, find_benchmark
 from llama_probe.configuration import PROBLEM_TYPES
 from llama_probe.data import benchmark_splits, read_labelled
+from llama_probe.known_data import BENCHMARKS, find_benchmark
 
 
 def jsonl(path, rows):
