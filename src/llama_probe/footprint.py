@@ -1,0 +1,93 @@
+"""What a call costs beside its time: memory and operations, each measured in a pass of its own that is not timed."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call holds at its peak, above what was held when it began.
+
+    On CUDA as the allocator counts them; on the CPU those of all tensors that come and go, without what a kernel takes for
+    itself. `None` on other devices.
+    """
+    if device.type == "cpu":
+        with TensorMemory() as memory:
+            call()
+        return memory.peak
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - start
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside the block. Views share the memory of what they are views of.
+
+    Attributes:
+        held: bytes of those that are still alive.
+        peak: the most that were alive at once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        output = func(*args, **kwargs)
+        for storage in _storages(output):
+            # What comes in and goes out again is a view, or was changed in place: nothing new.
+            if id(storage) not in given and id(storage) not in self._alive:
+                self._alive.add(id(storage))
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        return output
+
+    def _gone(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.held -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def operations(call: Callable[[], Any]) -> int:
+    """Floating-point operations of a call's matrix products, convolutions and attention, two for a multiplication with its
+    addition. Norms, activations and sums are not counted. Attention counts as if every token saw all others.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _matrix_vector(matrix, vector, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _attention(query, key, value, *_, out_shape=None, **__) -> int:
+    """Shapes `[batch, heads, tokens, size]`; heads of the query share those of key and value where these are fewer."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+# What torch's own table lacks.
+_FORMULAS = {
+    torch.ops.aten.mv: _matrix_vector,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
