@@ -45,7 +45,9 @@ def test_the_order_of_pairs_alternates(machine):
     first, second = machine.call("a", [9.0, 1.0, 2.0, 3.0]), machine.call("b", [9.0, 10.0, 20.0, 30.0])
     timed = time_pairs(first, second, pairs=3, warmup=1, watch=machine.watch)
     assert machine.log == ["a", "b", "a", "b", "b", "a", "a", "b"]
-    assert timed == [(Timing(a), Timing(10 * a)) for a in (1.0, 2.0, 3.0)], "first stays first, and warm-up is left out"
+    assert timed == [(Timing(a), Timing(10 * a)) for a in (1.0, 2.0, 3.0)], (
+        "first stays first, and warm-up is left out"
+    )
 
 
 def test_a_drift_hits_both(machine):

@@ -96,10 +96,24 @@ def load_backbone(
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
-    return lm.to(device).eval(), tokenizer
+    return lm.to(choose_device() if device is None else device).eval(), tokenizer
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of a name such as `cpu` or `cuda:1`; with `"auto"` the accelerator where there is one, else the CPU.
+
+    Raises:
+        ProbeError: it is no device, or not there.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return torch.device("cpu") if accelerator is None else accelerator
+    here = ["cpu"]
+    if accelerator is not None:
+        here += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if name not in here and (accelerator is None or name != accelerator.type):
+        raise ProbeError(f"device={name!r} is not here; allowed: auto, {', '.join(here)}")
+    return torch.device(name)
 
 
 def backbone_target(name: str) -> Target | None:

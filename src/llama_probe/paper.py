@@ -76,6 +76,27 @@ OUT_OF_DISTRIBUTION = {"pooling": Figure(0.533), "gate": Figure(0.648), "mha": F
 # Table 7: F1 of mha on ToxicChat by downcast.
 DOWNCAST = {4: Figure(0.841), 8: Figure(0.829), 16: Figure(0.830), 32: Figure(0.845), 64: Figure(0.828)}
 
+
+@dataclass(frozen=True)
+class Serving:
+    """Time of a prompt in milliseconds, and peak memory in MB, both of all that is served."""
+
+    latency: float
+    peak_memory: float
+
+
+# Table 5. The language models are asked before the base model is; their times and memory include its own.
+SERVING_SETTING = "one RTX 3090, batch size 1, prompts of up to 512 tokens, one new token"
+SERVING = {
+    "base": Serving(26.43, 6498),
+    "pooling": Serving(29.66, 6498),
+    "gate": Serving(30.90, 6749),
+    "mha": Serving(40.27, 6969),
+    "T5-large": Serving(88.33, 7992),
+    "WildGuard-7B": Serving(100.32, 21084),
+    "Llama Guard 3 8B": Serving(123.21, 22769),
+}
+
 # What the paper concludes of its kinds: each is better than the one before.
 ORDERS = (("pooling", "gate", "mha"), ("muli", "gate"))
 
@@ -83,3 +104,9 @@ ORDERS = (("pooling", "gate", "mha"), ("muli", "gate"))
 def figure(method: str, data: str, metric: str) -> Figure | None:
     """The paper's number for a method on a data set; `None` where it has none."""
     return MAIN.get(method, {}).get(data, {}).get(metric)
+
+
+def serving_ratio(system: str) -> float | None:
+    """The paper's time of a system over that of the base model alone; `None` where it has none."""
+    found = SERVING.get(system)
+    return None if found is None else found.latency / SERVING["base"].latency
