@@ -105,6 +105,31 @@ def test_reproduce(backbone_folder, tmp_path):
         assert png.parent == tmp_path / "out"
 
 
+def test_benchmark(trained, backbone_folder, tmp_path):
+    args = (
+        "benchmark", "--backbone", backbone_folder, "--probe", trained[0], "--kind", "mha", "--many", 2, "--tokens", 8,
+        "--batch-size", 2, "--pairs", 2, "--warmup", 1, "--device", "cpu", "--guard", backbone_folder, "--random-weights",
+    )  # fmt: skip
+    done = run(*args, "--output", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    names = ["base", "base again", "mood", "mha", "2 x mha", "naive mood", "naive mha", "guard tiny-chat"]
+    assert [row["system"] for row in report["rows"]] == names
+    assert json.loads((tmp_path / "out" / "benchmark.json").read_text()) == report
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.json", "benchmark.png"]
+    shown = run(*args, "--no-naive")
+    assert shown.returncode == 0, shown.stderr
+    for part in ("batch 2, 8 tokens, 1 new", "2 x mha", "guard tiny-chat", "base again", "random weights"):
+        assert part in shown.stdout
+    assert "naive" not in shown.stdout and "written" not in shown.stdout
+    lines = run(*args, "--no-naive", "--markdown").stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == [
+        names[0],
+        *names[1:5],
+        names[7],
+    ]
+
+
 def test_evaluate_repeats_what_training_reported(trained, rows, backbone_folder):
     output, results = trained
     done = run(
@@ -280,6 +305,8 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("inspect", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--probe", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--backbone", "no/such"), "bundled heads"),
+        (("benchmark", "--backbone", "no/such"), "with --random-weights also llama-3b, t5-large"),
+        (("benchmark", "--backbone", "no/such", "--output", "{rows}"), "give a folder for benchmark.json"),
         (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
         (
             ("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"),

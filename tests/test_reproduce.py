@@ -262,6 +262,12 @@ def test_the_papers_figures():
     for sets in paper.MAIN.values():
         for metrics in sets.values():
             assert all(0 < figure.value < 1 for figure in metrics.values()), "shares, not percent"
+    ratios = {name: round(paper.serving_ratio(name), 2) for name in paper.SERVING}
+    assert ratios == {
+        "base": 1.0, "pooling": 1.12, "gate": 1.17, "mha": 1.52, "T5-large": 3.34, "WildGuard-7B": 3.80,
+        "Llama Guard 3 8B": 4.66,
+    }  # fmt: skip
+    assert paper.serving_ratio("attentive") is None
 
 
 def test_the_papers_column_is_right(reproduction, tmp_path):

@@ -38,7 +38,7 @@ SHAPES = {
     "llama-3b": Shape(
         LlamaConfig,
         "LlamaForCausalLM",
-        "base",
+        None,
         {
             "vocab_size": 128256,
             "hidden_size": 3072,

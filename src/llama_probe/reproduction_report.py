@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from . import paper
 from .figure import png_writer
 from .files import write_atomically
 from .known_data import find_benchmark
+from .markdown import table
 from .plots import layer_groups_plot, methods_plot, sensitivity_plot
 from .workbench import SAFETY
 
@@ -110,15 +111,6 @@ def write_report(output: Path, report: dict[str, Any], plots: bool = True) -> No
             output / DATA_NAME: lambda path: path.write_text(data, encoding="utf-8"),
         }
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of a Markdown table; all columns but the first are numbers."""
-    yield f"| {' | '.join(header)} |"
-    yield f"|---|{'---:|' * (len(header) - 1)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-    yield ""
 
 
 def cell(value: dict[str, Any] | None) -> str:

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from ..errors import ProbeError
+from .benchmark import benchmark
 from .evaluate import evaluate
 from .export import export
 from .heads import inspect
@@ -22,7 +23,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: a label and a text from the same forward pass.",
 )
-for command in (demo, generate, classify, train, sweep, reproduce, evaluate, plot, inspect, push, pull, export):
+for command in (
+    demo,
+    generate,
+    classify,
+    train,
+    sweep,
+    reproduce,
+    evaluate,
+    benchmark,
+    plot,
+    inspect,
+    push,
+    pull,
+    export,
+):
     app.command()(command)
 
 
