@@ -77,7 +77,7 @@ def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         if stepped:
             line += [f"{row['step_ms']['median']:.2f}", _ratio(row["step_ratio"])]
         line += ["-" if row[name] is None else f"{row[name]:,.1f}" for name in ("peak_memory_mb", "above_base_mb")]
-        line.append(f"{row['operations_ratio']:.3f}x")
+        line.append(f"{row['operations_ratio']:.4f}x")
         if compared:
             line.append("-" if row["paper_ratio"] is None else f"{row['paper_ratio']:.2f}x")
         cells.append(line)
@@ -94,7 +94,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"{report['environment']['device']}, {report['environment']['threads']} threads; "
         f"{settings['pairs']} pairs a system, in turn with the plain model.",
         f"Ratio: of the times in a pair, median and quartiles. How far that of `{AGAIN}` is from 1, and how wide its "
-        "quartiles are, is the noise: a smaller difference says nothing.",
+        "quartiles are, is noise: a difference of that size says nothing. More --pairs and an idle machine make it smaller.",
         "Peak MB: all weights, and what a call holds beside them. Operations: of matrix products and attention, over the "
         "plain model's. Guards get prompts of as many tokens, and say one token or class.",
     ]
