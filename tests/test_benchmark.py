@@ -47,7 +47,8 @@ def test_every_system_under_every_load(folder, guard):
         random_weights=True,
     )  # fmt: skip
     report = bench.execute()
-    json.dumps(report)
+    assert str(guard) not in json.dumps(report) and folder not in json.dumps(report), "no folders of this machine"
+    assert (report["settings"]["backbone"], report["settings"]["guards"]) == ("tiny-chat", ["guard"])
     names = ["base", "base again", "gate", "mha", "2 x mha", "naive gate", "naive mha", "guard guard"]
     loads = [(1, 6), (1, 9), (2, 6), (2, 9)]
     found = [(found["batch_size"], found["tokens"], found["system"]) for found in report["rows"]]

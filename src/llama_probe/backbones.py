@@ -77,7 +77,10 @@ def resolve_backbone(name: str) -> str:
 
 
 def load_backbone(
-    name: str, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
+    name: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM in eval mode with its tokenizer.
 

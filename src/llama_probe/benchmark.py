@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,8 +202,15 @@ class ServingBenchmark:
         return peak_memory(serve, self._device), operations(serve)
 
     def _settings(self) -> dict[str, Any]:
+        """As they were given, without the folders of this machine that models and heads lie in."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        return {name: list(value) if isinstance(value, (tuple, list)) else value for name, value in values.items()}
+
+        def shown(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return [shown(part) for part in value]
+            return Path(value).name if isinstance(value, str) and Path(value).is_dir() else value
+
+        return {name: shown(value) for name, value in values.items()}
 
     def _describe(self, plain: PreTrainedModel) -> dict[str, Any]:
         return {

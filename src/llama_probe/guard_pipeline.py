@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .backbones import resolve_backbone
 from .errors import ProbeError
 from .random_weights import SHAPES, model_dtype, random_model, read_model_config, weight_bytes
 
@@ -47,7 +48,7 @@ class GuardPlan:
         """Reads the config of a guard.
 
         Args:
-            name: a folder or a Hub id; with `random_weights` also a built-in shape.
+            name: `"demo"`, a folder or a Hub id; with `random_weights` also a built-in shape.
 
         Raises:
             ProbeError: it cannot be read, or is of no kind that can guard.
@@ -80,7 +81,7 @@ class GuardPlan:
         if self.random_weights:
             return Guard(self.kind, random_model(auto_class, self.config, self.dtype, device))
         try:
-            model = auto_class.from_pretrained(self.name, dtype=self.dtype)
+            model = auto_class.from_pretrained(resolve_backbone(self.name), dtype=self.dtype)
         except (OSError, ValueError) as error:
             raise ProbeError(
                 f"the guard {self.name!r} cannot be loaded: {str(error).strip().splitlines()[0]}"

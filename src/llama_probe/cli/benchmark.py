@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -101,9 +102,10 @@ def benchmark(
     console = Console()
     for title, rows in benchmark_report.by_load(report).items():
         header, lines = benchmark_report.columns(rows)
-        shown = Table(title=title)
+        shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in header:
-            shown.add_column(escape(name), justify="left" if name == "system" else "right")
+            # In a narrow terminal cells are folded: a number that is cut short would be another one.
+            shown.add_column(escape(name), justify="left" if name == "system" else "right", overflow="fold")
         for line in lines:
             shown.add_row(*map(escape, line))
         console.print(shown)
