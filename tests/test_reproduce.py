@@ -106,7 +106,18 @@ def test_everything(reproduction, tmp_path, monkeypatch):
     found = report["layers"]["toxicchat"]["gate"]
     assert found["layers"] == [0, 1, 2, 3, 4] and sum(group["rows"] for group in found["groups"]) == 12
     assert sum(kind["trials"] for kind in report["sensitivity"]["kinds"].values()) == 3
-    for name in ("main-toxicchat", "main-emotion", "layers-toxicchat", "layers-emotion", "sensitivity"):
+    assert {(e["rows"], e["seed"], e["head"]) for e in report["few_labels"]["emotion"]["curves"]} == {
+        (16, seed, name) for seed in (0, 1) for name in ("pooling", "gate", "attentive", "mha")
+    }
+    pngs = (
+        "main-toxicchat",
+        "main-emotion",
+        "layers-toxicchat",
+        "layers-emotion",
+        "few-labels-emotion",
+        "sensitivity",
+    )
+    for name in pngs:
         assert (output / f"{name}.png").is_file() and f"({name}.png)" in text
     assert "Not finished" not in text and "quick look" not in text and "tiny-chat" in text and paper.BACKBONE in text
     assert {(tuple(o["order"]), o["data"]) for o in report["orders"]} == {

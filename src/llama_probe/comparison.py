@@ -21,6 +21,7 @@ from .decision import predictions, probabilities
 from .errors import ProbeError
 from .evaluation import predict_together, report, score_together
 from .files import is_head_folder, read_head, save_head
+from .learning_curves import SIZES, learning_curves
 from .methods import HeadMethod, head_methods
 from .part_store import PartStore
 from .probe import ProbeModel
@@ -200,6 +201,32 @@ class Comparison:
             logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
         given = predictions(probabilities(logits, config), config).numpy()
         return group_layers(weights.numpy(), task.parts["test"].labels, given, list(config.id2label.values()))
+
+    def few_labels_settings(self, source: str, names: Sequence[str]) -> dict[str, Any]:
+        """What the learning curves of a data set depend on."""
+        return {**self.bench.settings, "data": source, "heads": self._few_label_heads(names), "sizes": list(SIZES)}
+
+    def _few_label_heads(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        heads = head_methods()
+        return {name: heads[name].head for name in names}
+
+    def few_labels(self, task: Task, names: Sequence[str]) -> None:
+        """Heads on few training rows, scored on the test rows: part `few-labels/DATA`.
+
+        They are trained as `llama-probe train` would; nothing is chosen, so neither validation nor test rows are looked at
+        on the way.
+        """
+        settings, part = self.few_labels_settings(task.source, names), f"few-labels/{task.name}"
+        if self.store.find(part, settings) is not None:
+            return
+        start = time.perf_counter()
+        logger.warning(f"learning curves of {', '.join(names)} on {task.source}")
+        sets = [value for name in ("train", "test") for value in (task.dataset(name), task.parts[name].labels)]
+        heads, lm = self._few_label_heads(names), self.bench.lm_in_the_loop
+        curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, lm)
+        rows = {name: len(task.parts[name]) for name in ("train", "test")}
+        result = {"metric": task.metric, "rows": rows, "curves": curves}
+        self.store.write(part, settings, result, time.perf_counter() - start, [part])
 
     def head(self, task: Task, name: str, seed: int, group: str = "main") -> ProbeModel:
         """A head that `train` has kept.

@@ -28,7 +28,7 @@ from .workbench import SAFETY, Task, Workbench, known_source
 
 logger = logging.get_logger(__name__)
 
-PARTS = ("main", "ood", "downcast", "layers", "sensitivity")
+PARTS = ("main", "ood", "downcast", "layers", "sensitivity", "few-labels")
 DATA = ("toxicchat", "sst2", "emotion", "imdb")
 TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
 
@@ -136,6 +136,9 @@ class Reproduction:
                 yield lambda source=source: self._layers(self.bench.task(source))
         if "sensitivity" in self.only:
             yield self._sensitivity
+        if "few-labels" in self.only and self._trained_kinds:
+            for source in self.data:
+                yield lambda source=source: comparison.few_labels(self.bench.task(source), self._trained_kinds)
 
     @property
     def _safety_source(self) -> str | None:
@@ -154,6 +157,11 @@ class Reproduction:
         """Heads whose weights on the layers are learned."""
         unweighted = {name for name, method in HEADS.items() if method.head["probe_type"] == "pooling"}
         return [name for name in self.methods if name in head_methods() and name not in unweighted]
+
+    @property
+    def _trained_kinds(self) -> list[str]:
+        """Methods that are a kind of head and no more: those that are compared on few labels."""
+        return [name for name in self.methods if name in HEADS and HEADS[name].head["probe_type"] == name]
 
     def _at_hand(self, test_set: str) -> bool:
         try:
@@ -262,6 +270,12 @@ class Reproduction:
             "main": {source: find_all(f"main/{_file(source)}", source, self.methods) for source in self.data},
             "layers": {source: find_all(f"layers/{_file(source)}", source, self._layered) for source in self.data},
             "sensitivity": find("sensitivity", self._sensitivity_settings),
+            "few_labels": {
+                source: find(
+                    f"few-labels/{_file(source)}", comparison.few_labels_settings(source, self._trained_kinds)
+                )
+                for source in self.data
+            },
         }
         if safety is not None:
             results = {
