@@ -78,13 +78,18 @@ class Decoder:
         )
 
 
+def without_peft(lm: nn.Module) -> nn.Module:
+    """The causal LM inside a PEFT model, with its adapters in it; any other comes back as it is."""
+    return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+
+
 def find_decoder(lm: nn.Module) -> Decoder:
     """Finds the decoder of a causal LM, also inside a PEFT model.
 
     Raises:
         ProbeError: its layers or its final norm are not where known families have them.
     """
-    base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+    base = without_peft(lm)
     model = base.get_decoder() if hasattr(base, "get_decoder") else base
     model = base.base_model if model is None else model
     text_config = base.config.get_text_config(decoder=True)
@@ -192,9 +197,7 @@ def collect_hidden_states(
     cached = {"use_cache": False}
     if prefix is not None:
         rows, width = len(input_ids), prefix.get_seq_length()
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(rows)
-        cached = {"use_cache": True, "cache": cache}
+        cached = {"use_cache": True, "cache": repeat_cache(prefix, rows)}
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
     states: dict[int, torch.Tensor] = {}
@@ -209,6 +212,13 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache:
     input_ids = torch.tensor([list(ids)], device=_input_device(decoder))
     with torch.no_grad():
         return decoder.model(input_ids=input_ids, use_cache=True).cache
+
+
+def repeat_cache(prefix: Cache, rows: int) -> Cache:
+    """A copy, for a batch of rows, of the cache that `prefill` gives for one."""
+    cache = copy.deepcopy(prefix)
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def _input_device(decoder: Decoder) -> torch.device:

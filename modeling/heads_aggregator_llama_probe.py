@@ -11,7 +11,7 @@ Dimension letters used in all files of this folder:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,7 +35,13 @@ class Aggregator(nn.Module, ABC):
     Args:
         num_slots (`int`): number of independent summaries.
         config (`ProbeConfig`): the head's configuration, with `hidden_size` set.
+
+    Attributes:
+        reads: `"all"`, or `"last"` where only the last of the tokens that count and the last of the layers matter: the
+            others are then neither captured nor cached.
     """
+
+    reads: ClassVar[str] = "all"
 
     def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__()

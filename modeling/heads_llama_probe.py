@@ -7,6 +7,7 @@ from .heads_aggregator_llama_probe import Aggregator, create_aggregator, get_pro
 from .heads_attention_llama_probe import AttentionAggregator
 from .heads_attentive_llama_probe import AttentivePoolingAggregator
 from .heads_gate_llama_probe import GateAggregator
+from .heads_last_llama_probe import LastItemAggregator
 from .heads_pooling_llama_probe import PoolingAggregator
 
 
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionAggregator",
     "AttentivePoolingAggregator",
     "GateAggregator",
+    "LastItemAggregator",
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",

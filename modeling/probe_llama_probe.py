@@ -205,8 +205,23 @@ class ProbeModel(nn.Module):
                     f"attention_mask has the shape {tuple(mask.shape)}, the states need {tuple(x.shape[1:3])}"
                 )
         check_rows(mask)
-        x = self._normalize(x)
-        mask = None if mask is None else mask.to(x.device)
+        return self.score(self.normalize(x), None if mask is None else mask.to(self.device), labels, output_attentions)
+
+    def score(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> ProbeOutput:
+        """What `forward` does once the states are at hand; many heads can share them.
+
+        Args:
+            x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
+                that the head reads, ascending.
+            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count; all where left out.
+            labels, output_attentions: see `forward`.
+        """
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self._classify(summaries, labels, output_attentions)
         if output_attentions:
@@ -283,7 +298,7 @@ class ProbeModel(nn.Module):
         low, high = max(begin, state.start), min(end, state.stop)
         slots = slice(slot, slot + 1)
         if low < high:
-            x = self._normalize(hidden[None, :, low - begin : high - begin])  # [1, B, n, D]
+            x = self.normalize(hidden[None, :, low - begin : high - begin])  # [1, B, n, D]
             mask = None if state.full else state.mask[:, low:high]
             state.partial[slot] = self.token_stage.update(state.partial.get(slot), x, mask, slots)
             if state.output_attentions:
@@ -318,7 +333,8 @@ class ProbeModel(nn.Module):
 
     # Shared by both
 
-    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """States as the token stage takes them: fp32, on the head's device, normalised as the config says."""
         x = x.to(device=self.device, dtype=torch.float32)
         if self.config.normalize == "layernorm":
             return F.layer_norm(x, x.shape[-1:])

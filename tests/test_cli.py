@@ -198,6 +198,29 @@ def test_a_stopped_run_goes_on(rows, backbone_folder, tmp_path):
     assert read_head(tmp_path / "a").config.probe_type == "pooling"
 
 
+def test_a_probe_of_one_layer(rows, backbone_folder, tmp_path):
+    args = (
+        "train",
+        "--backbone",
+        backbone_folder,
+        "--probe-type",
+        "last",
+        "--train",
+        rows / "train.jsonl",
+        "--epochs",
+        1,
+    )
+    done = run(*args, "--layers", "1,3", "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    config = read_config(tmp_path / "a")
+    assert config.layers == [1, 3] and config.layer_indices == [3]
+    served = run("classify", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
+    assert served.returncode == 0 and json.loads(served.stdout)[0]["labels"]["a"].startswith("LABEL_"), served.stderr
+    for layers, words in (("top", "must be all, or state indices"), ("9", "the states are 0 to 4")):
+        refused = run(*args, "--layers", layers, "--output", tmp_path / "b")
+        assert refused.returncode == 2 and words in refused.stderr
+
+
 @pytest.mark.parametrize("command", ["generate", "classify"])
 def test_generate_and_classify(trained, backbone_folder, command):
     output, _ = trained
@@ -283,7 +306,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
         (
             ("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"),
-            "allowed: attentive, gate, mha, pooling",
+            "allowed: attentive, gate, last, mha, pooling",
         ),
         (("train", "--train", "{rows}", "--output", "x", "--option", "rank=low"), "must be NAME=NUMBER"),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),

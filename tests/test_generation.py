@@ -13,7 +13,7 @@ from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.generation import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
 
 
-KINDS = ("pooling", "gate", "mha", "attentive")
+KINDS = ("pooling", "gate", "mha", "attentive", "last")
 TOLERANCE = 1e-5
 
 

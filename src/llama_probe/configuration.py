@@ -212,12 +212,11 @@ class ProbeConfig:
 
     @property
     def layer_indices(self) -> list[int]:
-        """State indices that the head reads, ascending."""
-        if self.layers != "all":
-            return list(self.layers)
-        if self.num_hidden_layers is None:
+        """State indices that the head reads, ascending: those of `layers` that matter to the kind."""
+        if self.layers == "all" and self.num_hidden_layers is None:
             raise ProbeError("num_hidden_layers is None: give it, or attach the head to a backbone that fills it in")
-        return list(range(self.num_hidden_layers + 1))
+        named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
+        return named[-1:] if get_probe_type(self.probe_type).reads == "last" else named
 
     def replace(self, **changes) -> ProbeConfig:
         """A copy with some fields changed, checked as a new one is."""

@@ -65,6 +65,7 @@ def _suited(kind: str, **further) -> HeadMethod:
 
 HEADS: dict[str, HeadMethod] = {
     "layer-linear": _suited("pooling", each_layer=True),
+    "last-token": _suited("last"),
     **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
 }
 

@@ -62,6 +62,7 @@ SCHEDULES = (
 KINDS = {
     "pooling": Regularization(1e-2, 0.1, 0.0),
     "gate": Regularization(1e-2, 0.1, 0.0),
+    "last": Regularization(1e-2, 0.1, 0.0),
     "mha": Regularization(1e-3, 0.2, 0.1),
     "attentive": Regularization(1e-3, 0.2, 0.1),
 }

@@ -22,7 +22,7 @@ def train(
     backbone: Backbone = "demo",
     probe_type: Annotated[
         str,
-        typer.Option(help="Kind of head: pooling, gate, mha or attentive; auto: what suits the number of rows."),
+        typer.Option(help="Kind of head: pooling, gate, mha, attentive or last; auto: what suits the number of rows."),
     ] = "auto",
     eval: Annotated[
         str | None,
@@ -64,6 +64,10 @@ def train(
         str, typer.Option(help="content (without the template's constant prefix) or prompt.")
     ] = "content",
     max_length: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 512,
+    layers: Annotated[
+        str,
+        typer.Option(help="States to read with commas, 0 (embeddings) to the number of layers, or all."),
+    ] = "all",
     pool: Annotated[str, typer.Option(help="mean or max.")] = "mean",
     num_attention_heads: Annotated[int, typer.Option(help="Attention heads of mha.")] = 2,
     downcast: Annotated[int, typer.Option(help="mha works in hidden_size / downcast dimensions.")] = 32,
@@ -146,6 +150,7 @@ def train(
         ),
         head={
             "probe_type": probe_type,
+            "layers": _layers(layers),
             "pool": pool,
             "num_attention_heads": num_attention_heads,
             "downcast": downcast,
@@ -186,6 +191,15 @@ def train(
         return
     _print_summary(results)
     Console().print(f"head written to {output}")
+
+
+def _layers(text: str) -> str | list[int]:
+    if text.strip() == "all":
+        return "all"
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ProbeError(f"--layers {text!r} must be all, or state indices with commas, such as 0,5,30") from None
 
 
 def _options(pairs: list[str]) -> dict[str, int | float]:

@@ -4,6 +4,7 @@ from .aggregator import Aggregator, create_aggregator, get_probe_type, probe_typ
 from .attention import AttentionAggregator
 from .attentive import AttentivePoolingAggregator
 from .gate import GateAggregator
+from .last import LastItemAggregator
 from .pooling import PoolingAggregator
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "AttentionAggregator",
     "AttentivePoolingAggregator",
     "GateAggregator",
+    "LastItemAggregator",
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",
