@@ -18,7 +18,7 @@ from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
 from .heads import create_aggregator
-from .scope import check_rows, token_mask
+from .scope import check_rows, token_mask, tokens_read
 
 
 @dataclass
@@ -177,7 +177,8 @@ class ProbeModel(nn.Module):
             labels (*optional*): class indices `[batch]`; for multi-label heads floats `[batch, num_labels]`; for
                 regression floats `[batch, num_labels]` or `[batch]`.
             hidden_states (*optional*): `output_hidden_states` of the LM - a tuple of L+1 tensors of shape
-                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`. Any float dtype.
+                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers
+                alone that the head reads. Any float dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
 
         Returns:
@@ -228,12 +229,18 @@ class ProbeModel(nn.Module):
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
         if isinstance(hidden_states, torch.Tensor):
-            if hidden_states.dim() != 4 or hidden_states.shape[1] != layers or hidden_states.shape[3] != width:
+            read = len(self.layer_indices)
+            if (
+                hidden_states.dim() != 4
+                or hidden_states.shape[1] not in (layers, read)
+                or hidden_states.shape[3] != width
+            ):
+                alone = "" if read == layers else f", or [batch, {read}, tokens, {width}] of the layers it reads"
                 raise ProbeError(
                     f"hidden_states has the shape {tuple(hidden_states.shape)}; "
-                    f"it must be [batch, {layers}, tokens, {width}]"
+                    f"it must be [batch, {layers}, tokens, {width}]{alone}"
                 )
-            picked = hidden_states if len(self.layer_indices) == layers else hidden_states[:, self.layer_indices]
+            picked = hidden_states if hidden_states.shape[1] == read else hidden_states[:, self.layer_indices]
             return picked.transpose(0, 1)
         if len(hidden_states) != layers:
             raise ProbeError(
@@ -259,6 +266,7 @@ class ProbeModel(nn.Module):
         """
         mask = mask.bool()
         check_rows(mask)
+        mask = tokens_read(self.config, mask)
         columns = mask.any(dim=0).nonzero()
         start, stop = int(columns[0]), int(columns[-1]) + 1
         if past > start:

@@ -114,6 +114,11 @@ def create_aggregator(config: ProbeConfig, num_slots: int) -> Aggregator:
     return get_probe_type(config.probe_type)(num_slots, config)
 
 
+def last_valid(mask: torch.Tensor) -> torch.Tensor:
+    """Where the last true of each row of a `[B, N]` mask is: booleans `[B, N]`, one true a row that has any."""
+    return mask & (mask.int().cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean of `[S, B, N, D]` over the items where the `[B, N]` mask is true: `[S, B, D]`."""
     if mask is None:
