@@ -17,7 +17,7 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
-from .heads import create_aggregator
+from .heads import create_aggregator, get_probe_type
 from .scope import check_rows, token_mask, tokens_read
 
 
@@ -81,13 +81,13 @@ class ProbeModel(nn.Module):
                 "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
             )
         self.config = config
-        self.set_backbone(backbone)
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage = create_aggregator(config, len(self.layer_indices))
         self.layer_stage = create_aggregator(config, 1)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
         """Gives the head the frozen LM that turns `input_ids` into states, or takes it away.
@@ -99,7 +99,18 @@ class ProbeModel(nn.Module):
             find_decoder(backbone).match(self.config)
             backbone.requires_grad_(False)
             backbone.eval()
+            self.bind(backbone)
         object.__setattr__(self, "backbone", backbone)
+
+    def bind(self, lm: nn.Module) -> None:
+        """Gives the head what its kind needs of the frozen LM beside its states, as `set_backbone` and attaching do.
+
+        Most kinds need nothing. What is given stays outside the module tree, and stays when the backbone is taken away.
+
+        Raises:
+            ProbeError: the LM does not have it.
+        """
+        self.classifier.bind(lm)
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):
