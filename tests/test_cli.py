@@ -221,6 +221,33 @@ def test_a_probe_of_one_layer(rows, backbone_folder, tmp_path):
         assert refused.returncode == 2 and words in refused.stderr
 
 
+def test_a_fitted_head(rows, backbone_folder, tmp_path):
+    args = (
+        "train",
+        "--backbone",
+        backbone_folder,
+        "--probe-type",
+        "muli",
+        "--train",
+        rows / "train.jsonl",
+        "--folds",
+        0,
+    )
+    done = run(*args, "--test", rows / "test.jsonl", "--output", tmp_path / "a", "--json")
+    assert done.returncode == 0, done.stderr
+    (fitted,) = json.loads(done.stdout)["runs"]
+    assert read_config(tmp_path / "a").options == {"l1": fitted["l1"]}
+    data = ("--data", rows / "test.jsonl", "--json", "--bootstrap", 0)
+    found = run("evaluate", "--probe", tmp_path / "a", "--backbone", backbone_folder, *data)
+    assert json.loads(found.stdout)["auprc"] == pytest.approx(fitted["test"]["auprc"], abs=0.02), found.stderr
+    served = run("generate", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
+    assert len(json.loads(served.stdout)[0]["probabilities"]["a"]) == 2, served.stderr
+    given = run(*args, "--option", "l1=9", "--output", tmp_path / "b")
+    assert given.returncode == 0 and not read_head(tmp_path / "b").classifier.weight.any(), given.stderr
+    refused = run(*args, "--normalize", "rms", "--output", tmp_path / "c")
+    assert refused.returncode == 2 and "leave normalize out" in refused.stderr
+
+
 @pytest.mark.parametrize("command", ["generate", "classify"])
 def test_generate_and_classify(trained, backbone_folder, command):
     output, _ = trained

@@ -210,6 +210,7 @@ def iterate_states(
     lm: nn.Module | None = None,
     batch_tokens: int = 4096,
     progress: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """The states of a data set, a batch of rows of like length at a time.
 
@@ -219,6 +220,7 @@ def iterate_states(
         lm: the frozen LM, where the states are not cached.
         batch_tokens: tokens of a batch, padding included.
         progress: show a bar.
+        layers: states wanted of an LM; all where left out.
 
     Yields:
         Row numbers, `hidden_states` `[batch, L+1, tokens, hidden_size]`, and the mask `[batch, tokens]` of the tokens that
@@ -234,8 +236,8 @@ def iterate_states(
             else:
                 ids, attention_mask = batch["input_ids"], batch["attention_mask"]
                 mask = token_mask(config, ids, attention_mask)
-                layers = range(find_decoder(lm).num_hidden_layers + 1)
-                states = torch.stack(collect_hidden_states(lm, layers, ids, attention_mask), dim=1)
+                wanted = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
+                states = torch.stack(collect_hidden_states(lm, wanted, ids, attention_mask), dim=1)
             yield rows, states, mask
             bar.update(len(rows))
 

@@ -237,6 +237,18 @@ class ProbeModel(nn.Module):
             output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
         return output
 
+    def pool(
+        self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the classifier gets, without dropout: `[batch, hidden_size]`.
+
+        Args:
+            hidden_states, attention_mask: see `forward`.
+        """
+        mask = None if attention_mask is None else attention_mask.bool().to(self.device)
+        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
+        return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
+
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
         if isinstance(hidden_states, torch.Tensor):

@@ -149,10 +149,12 @@ def _minimize(
             step = new - point
             z_new = x @ new.T
             bound = value + float((slope * step).sum() + curvature / 2 * step.square().sum())
-            if float(loss(z_new.double())) <= bound + 1e-6 * abs(value):
+            still = not float(step.abs().max()) > 1e-6 * (1 + float(point.abs().max()))  # or not a number
+            if still or float(loss(z_new.double())) <= bound + 1e-6 * abs(value):
                 break
             curvature *= 2
-        done = float(step.abs().max()) * curvature <= enough
+        # at a minimum, or as close as fp32 goes
+        done = still or float(step.abs().max()) * curvature <= enough
         if float((step * (new - current)).sum()) < 0:  # the momentum leads away from the minimum
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2

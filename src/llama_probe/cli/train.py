@@ -22,7 +22,9 @@ def train(
     backbone: Backbone = "demo",
     probe_type: Annotated[
         str,
-        typer.Option(help="Kind of head: pooling, gate, mha, attentive or last; auto: what suits the number of rows."),
+        typer.Option(
+            help="Kind of head: pooling, gate, mha, attentive, last or muli; auto: what suits the number of rows."
+        ),
     ] = "auto",
     eval: Annotated[
         str | None,
@@ -73,9 +75,14 @@ def train(
     downcast: Annotated[int, typer.Option(help="mha works in hidden_size / downcast dimensions.")] = 32,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=NUMBER of the kind, such as num_queries=4 or value_rank=8 of attentive."),
+        typer.Option(
+            help="NAME=NUMBER of the kind, such as num_queries=4 or value_rank=8 of attentive, l1=0.003 of muli."
+        ),
     ] = None,
-    normalize: Annotated[str, typer.Option(help="layernorm, rms or none, before the token stage.")] = "layernorm",
+    normalize: Annotated[
+        str | None,
+        typer.Option(help="layernorm, rms or none, before the token stage; left out: layernorm, for muli none."),
+    ] = None,
     dropout: Annotated[
         float | None,
         typer.Option(help="Dropout on summaries; this and the next four suit the kind and the rows if left out."),
@@ -88,7 +95,9 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Steps to gather before each update.")] = 1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.05,
-    label_smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.05,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Label smoothing; 0.05 if left out, 0 for muli.")
+    ] = None,
     focal_gamma: Annotated[float, typer.Option(help="Focal loss; 0 for none.")] = 0.0,
     class_weights: Annotated[str | None, typer.Option(help="'balanced', or one weight a label with commas.")] = None,
     metric: Annotated[str | None, typer.Option(help="Validation metric to choose by.")] = None,
