@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .heads_aggregator_llama_probe import Aggregator, register_probe_type
+from .heads_aggregator_llama_probe import Aggregator, last_valid, register_probe_type
 
 
 @register_probe_type("last")
@@ -37,5 +37,4 @@ class LastItemAggregator(Aggregator):
         """1 for the last valid item, 0 for all others."""
         slot_count, batch, items, _ = x.shape
         valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
-        last = valid & (valid.int().cumsum(dim=1) == valid.sum(dim=1, keepdim=True))
-        return last.to(x.dtype).expand(slot_count, batch, items)
+        return last_valid(valid).to(x.dtype).expand(slot_count, batch, items)
