@@ -18,7 +18,8 @@ from .capture import find_decoder
 from .comparison import Comparison
 from .errors import ProbeError
 from .files import environment
-from .methods import HEADS, check_methods, downcast_methods, head_methods, method_names
+from .heads import get_probe_type
+from .methods import check_methods, downcast_methods, head_methods, method_names
 from .recipe import Recipe
 from .reproduction_report import write_report
 from .sweep import SWEEP_NAME, SearchSpace, Sweep
@@ -155,13 +156,15 @@ class Reproduction:
     @property
     def _layered(self) -> list[str]:
         """Heads whose weights on the layers are learned."""
-        unweighted = {name for name, method in HEADS.items() if method.head["probe_type"] == "pooling"}
-        return [name for name in self.methods if name in head_methods() and name not in unweighted]
+        kinds = {name: method.head["probe_type"] for name, method in head_methods().items()}
+        weighted = {name for name, kind in kinds.items() if kind != "pooling" and get_probe_type(kind).reads == "all"}
+        return [name for name in self.methods if name in weighted]
 
     @property
     def _trained_kinds(self) -> list[str]:
-        """Methods that are a kind of head and no more: those that are compared on few labels."""
-        return [name for name in self.methods if name in HEADS and HEADS[name].head["probe_type"] == name]
+        """Methods that are a kind of head and no more, and are trained: those that are compared on few labels."""
+        found = [name for name in self.methods if name in HEADS and HEADS[name].head["probe_type"] == name]
+        return [name for name in found if not HEADS[name].convex]
 
     def _at_hand(self, test_set: str) -> bool:
         try:

@@ -25,7 +25,7 @@ def reproduce(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, or kinds of head. Left out: all."
+            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, or kinds of head. Left out: all."
         ),
     ] = None,
     only: Annotated[

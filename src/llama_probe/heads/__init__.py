@@ -1,9 +1,11 @@
 """Probe heads: one file a kind. Importing the package registers every kind that ships with it."""
 
-from .aggregator import Aggregator, create_aggregator, get_probe_type, probe_types, register_probe_type
+from .aggregator import Aggregator, Classifier, create_aggregator, get_probe_type, probe_types, register_probe_type
 from .attention import AttentionAggregator
 from .attentive import AttentivePoolingAggregator
 from .gate import GateAggregator
+from .last import LastItemAggregator
+from .muli import LogOddsClassifier, MuliAggregator
 from .pooling import PoolingAggregator
 
 
@@ -11,7 +13,11 @@ __all__ = [
     "Aggregator",
     "AttentionAggregator",
     "AttentivePoolingAggregator",
+    "Classifier",
     "GateAggregator",
+    "LastItemAggregator",
+    "LogOddsClassifier",
+    "MuliAggregator",
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",
