@@ -163,8 +163,9 @@ class Reproduction:
     @property
     def _trained_kinds(self) -> list[str]:
         """Methods that are a kind of head and no more, and are trained: those that are compared on few labels."""
-        found = [name for name in self.methods if name in HEADS and HEADS[name].head["probe_type"] == name]
-        return [name for name in found if not HEADS[name].convex]
+        heads = head_methods()
+        found = [name for name in self.methods if name in heads and heads[name].head["probe_type"] == name]
+        return [name for name in found if not heads[name].convex]
 
     def _at_hand(self, test_set: str) -> bool:
         try:
