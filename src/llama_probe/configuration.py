@@ -122,7 +122,7 @@ class ProbeConfig:
                 raise ProbeError(f"{name}={getattr(self, name)!r} is not allowed; allowed: {', '.join(allowed)}")
         if self.causal is None:
             self.causal = self.reads_reply
-        if not isinstance(self.causal, bool) or self.reads_reply and not self.causal:
+        if not isinstance(self.causal, bool) or (self.reads_reply and not self.causal):
             raise ProbeError(
                 f"causal={self.causal!r} is not allowed with token_scope={self.token_scope!r}: it must be True or False, and "
                 f"True for {', '.join(REPLY_SCOPES)}, because a head that was trained to look ahead cannot follow a reply "
