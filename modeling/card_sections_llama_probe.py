@@ -74,8 +74,8 @@ def measurements(config: ProbeConfig, results: dict[str, Any], split: str, plots
     inspection = results.get("inspection", {})
     if config.threshold is not None:
         parts.append(
-            f"Threshold {_threshold(config.threshold)} and temperature {config.temperature:.3f} were fitted on the "
-            "validation rows and are saved with the head."
+            f"Threshold {_threshold(config.threshold)}{_threshold_rule(results['recipe'])} and temperature "
+            f"{config.temperature:.3f} were fitted on {_validation_rows(results)} and are saved with the head."
         )
     for label, rows in inspection.get("thresholds", {}).items():
         lines = [
@@ -111,12 +111,20 @@ def training(config: ProbeConfig, results: dict[str, Any], facts: CardFacts) -> 
     """Recipe, environment and command."""
     recipe = results["recipe"]
     environment = ", ".join(f"{name} {version}" for name, version in results["environment"].items())
-    note = (
-        f"AdamW, learning rate {recipe['learning_rate']}, weight decay {recipe['weight_decay']}, batch "
-        f"{recipe['per_device_train_batch_size'] * recipe['gradient_accumulation_steps']}, at most "
-        f"{recipe['num_train_epochs']} epochs, label smoothing {recipe['label_smoothing']}, dropout {config.dropout}, "
-        f"layer dropout {config.layer_dropout}; states normalised by `{config.normalize}`. {environment}."
-    )
+    fitted = results["runs"][0]
+    if "l1" in fitted:
+        how = (
+            f"A convex fit: L1 penalty {fitted['l1']:.3g} over standardised features, which leaves "
+            f"{fitted['nonzero_weights']:,} weights that are not zero"
+        )
+    else:
+        how = (
+            f"AdamW, learning rate {recipe['learning_rate']}, weight decay {recipe['weight_decay']}, batch "
+            f"{recipe['per_device_train_batch_size'] * recipe['gradient_accumulation_steps']}, at most "
+            f"{recipe['num_train_epochs']} epochs, label smoothing {recipe['label_smoothing']}, dropout {config.dropout}, "
+            f"layer dropout {config.layer_dropout}; states normalised by `{config.normalize}`"
+        )
+    note = f"{how}. {environment}."
     return note if facts.command is None else f"{note}\n\n```\n{facts.command}\n```"
 
 
@@ -180,16 +188,23 @@ def _result_table(results: dict[str, Any], split: str) -> str:
     return "\n".join(lines)
 
 
+def _validation_rows(results: dict[str, Any]) -> str:
+    source = results["data"].get("validation", {}).get("source", "")
+    if source.endswith(" folds of train"):
+        return f"the training rows, each scored by a head that was trained on the others of {source.split()[0]} folds"
+    return "the validation rows"
+
+
 def _seeds_note(results: dict[str, Any], split: str) -> str:
     seeds = [str(run["seed"]) for run in results["runs"]]
-    chosen = f"this head (seed {results['chosen_seed']}, the best of {len(seeds)} by {results['recipe']['metric']} on validation rows)"
+    chosen = f"this head (seed {results['chosen_seed']}, the best of {len(seeds)} by {results['recipe']['metric']} on {_validation_rows(results)})"
     return (
         f"Each cell: {chosen if len(seeds) > 1 else 'this head'}, and in brackets the mean and standard deviation over "
         f"the seeds {', '.join(seeds)}. "
         + (
             "Nothing was chosen by the test rows."
             if split == "test"
-            else "These are the validation rows that the head was chosen by."
+            else f"The head was chosen by {_validation_rows(results)}, and this is its score there."
         )
     )
 
@@ -197,3 +212,10 @@ def _seeds_note(results: dict[str, Any], split: str) -> str:
 def _threshold(threshold) -> str:
     values = threshold if isinstance(threshold, list) else [threshold]
     return ", ".join(f"{value:.3f}" for value in values)
+
+
+def _threshold_rule(recipe: dict[str, Any]) -> str:
+    if "max_false_positive_rate" not in recipe:  # results of a version that knew one rule
+        return ""
+    rate = recipe["max_false_positive_rate"]
+    return " (best F1)" if rate is None else f" (highest recall with a false-positive rate of at most {rate:g})"

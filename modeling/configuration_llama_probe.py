@@ -38,7 +38,8 @@ class ProbeConfig:
         num_attention_heads: heads of `mha`; must divide `hidden_size / downcast`.
         downcast: `mha` works in `hidden_size / downcast` dimensions.
         normalize: what is done to each state before the token stage: `"none"`, `"layernorm"` (without parameters) or
-            `"rms"`. States grow by two orders of magnitude from the first to the last layers of many models.
+            `"rms"`. States grow by two orders of magnitude from the first to the last layers of many models. Left out:
+            what suits the kind, `"layernorm"` for most.
         dropout: dropout on the layer summaries and on the pooled vector while training, 0 <= p < 1.
         layer_dropout: chance, while training, that a layer's summary is replaced by zeros, 0 <= p < 1.
         layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state,
@@ -75,7 +76,7 @@ class ProbeConfig:
     pool: str = "mean"
     num_attention_heads: int = 2
     downcast: int = 32
-    normalize: str = "layernorm"
+    normalize: str | None = None
     dropout: float = 0.0
     layer_dropout: float = 0.0
     layers: str | list[int] = "all"
@@ -108,6 +109,9 @@ class ProbeConfig:
 
     def __post_init__(self):
         self._check_labels()
+        kind = get_probe_type(self.probe_type)
+        if self.normalize is None:
+            self.normalize = kind.normalize
         for name, allowed in (
             ("problem_type", PROBLEM_TYPES),
             ("pool", POOLS),
@@ -152,7 +156,7 @@ class ProbeConfig:
             raise ProbeError(f"prefix_ids={self.prefix_ids!r} must be a list of token ids, each at least 0")
         if not isinstance(self.options, dict):
             raise ProbeError(f"options={self.options!r} must be a dict")
-        get_probe_type(self.probe_type).check(self)
+        kind.check(self)
 
     def _check_labels(self) -> None:
         if self.num_labels is not None:
@@ -215,12 +219,11 @@ class ProbeConfig:
 
     @property
     def layer_indices(self) -> list[int]:
-        """State indices that the head reads, ascending."""
-        if self.layers != "all":
-            return list(self.layers)
-        if self.num_hidden_layers is None:
+        """State indices that the head reads, ascending: those of `layers` that matter to the kind."""
+        if self.layers == "all" and self.num_hidden_layers is None:
             raise ProbeError("num_hidden_layers is None: give it, or attach the head to a backbone that fills it in")
-        return list(range(self.num_hidden_layers + 1))
+        named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
+        return named[-1:] if get_probe_type(self.probe_type).reads == "last" else named
 
     def replace(self, **changes) -> ProbeConfig:
         """A copy with some fields changed, checked as a new one is."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -214,6 +215,16 @@ def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, str]:
+    """Versions that results depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "llama_probe": package_version(),
+    }
 
 
 def package_version() -> str:

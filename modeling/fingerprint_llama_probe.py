@@ -4,10 +4,10 @@
 """Which backbone a head was trained on, and whether the one at hand is the same.
 
 Names and sizes do not tell a fine-tuned copy from the original. So a head also keeps a fingerprint: a short summary of
-the states that its backbone gives to a fixed sequence of tokens. Rounding moves it a little - a bf16 copy by 0.6 %, int8
-weights by 2 %, 4-bit weights by 20 to 25 %, measured on SmolLM2-135M-Instruct - and training moves it further the longer
-it lasts (5 steps of AdamW at 1e-5: 1.7 %; 40 steps at 5e-5: 31 %). What is tolerated depends on the coarser precision of
-the two sides.
+the states that its backbone gives to a fixed sequence of tokens. Rounding moves it a little - on SmolLM2-135M-Instruct a
+bf16 copy by 0.6 %, 8-bit weights by 2 %, 4-bit weights by 20 to 25 % - and training moves it further the longer it lasts:
+5 steps of AdamW at 1e-5 by 1.5 %, 20 steps at 5e-5 by 18 % (`python examples/fingerprint_distances.py`). What is tolerated
+depends on the coarser precision of the two sides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .capture_llama_probe import collect_hidden_states, find_decoder
+from .capture_llama_probe import collect_hidden_states, find_decoder, without_peft
 from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
 from .prompts_llama_probe import template_hash
@@ -211,7 +211,7 @@ def _verdict(recorded: Any, found: Any, name: str = "") -> str:
 
 
 def _facts(lm: nn.Module) -> dict[str, Any]:
-    base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+    base = without_peft(lm)
     decoder = find_decoder(base)
     # A probed class is its plain class with heads: what matters is the plain one.
     plain = getattr(base, "_causal_lm_class", type(base))
@@ -228,8 +228,7 @@ def _facts(lm: nn.Module) -> dict[str, Any]:
 
 
 def _vocab_size(lm: nn.Module) -> int:
-    base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
-    return base.config.get_text_config(decoder=True).vocab_size
+    return without_peft(lm).config.get_text_config(decoder=True).vocab_size
 
 
 def _quantization(config) -> str | None:

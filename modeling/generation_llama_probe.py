@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import make_dataclass
@@ -19,8 +20,9 @@ from transformers.utils import ModelOutput
 
 from .capture_llama_probe import Capture, Decoder
 from .configuration_llama_probe import ProbeConfig
-from .decision_llama_probe import DecidedMixin, labels, probabilities
+from .decision_llama_probe import DecidedMixin, ProbeOutput, labels, probabilities
 from .errors_llama_probe import ProbeError
+from .halting_llama_probe import Halt
 from .probe_llama_probe import ProbeModel
 from .scope_llama_probe import token_mask
 
@@ -34,6 +36,9 @@ class PrefillSession:
         input_ids: the prompts, `[prompts, prompt_tokens]`; `None` where they are given as embeddings.
         past: leading prompt tokens that a cache holds already.
         output_attentions: keep token and layer weights.
+
+    Attributes:
+        on_complete: called with the results, once, at the end of the pass that completes the prompt.
 
     Raises:
         ProbeError: a prompt that cannot be scored; see `ProbeModel.init_state`.
@@ -52,6 +57,7 @@ class PrefillSession:
         self.seen = past
         self.prompts, self.length = next(iter(masks.values())).shape if masks else (0, 0)
         self.states = {name: head.init_state(masks[name], past, output_attentions) for name, head in heads.items()}
+        self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
 
     @property
     def complete(self) -> bool:
@@ -87,8 +93,10 @@ class PrefillSession:
         with Capture(decoder, on_state, wanted):
             yield
         self.seen += width
+        if self.complete and self.on_complete is not None:
+            self.on_complete(self.results())
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> dict[str, ProbeOutput]:
         """`ProbeOutput` of each head.
 
         Raises:
@@ -161,7 +169,11 @@ def prompt_masks(
 
 
 class ProbedOutputMixin(DecidedMixin):
-    """Adds what the heads say to an output of the LM. `probe_logits` is `None` where no head ran."""
+    """Adds what the heads say to an output of the LM.
+
+    `probe_logits` is `None` where no head ran. `probe_halts` has one entry a prompt, the `Halt` that kept it from a reply
+    or `None`; it is `None` where nothing was to be halted.
+    """
 
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
@@ -179,10 +191,10 @@ class ProbedOutputMixin(DecidedMixin):
 
 @functools.cache
 def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
-    """`base` with one more field, `probe_logits`: a dict of `[batch, num_labels]` tensors by head name."""
+    """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and `probe_halts`."""
     return make_dataclass(
         f"Probed{base.__name__}",
-        [("probe_logits", "dict[str, torch.Tensor] | None", None)],
+        [("probe_logits", "dict[str, torch.Tensor] | None", None), ("probe_halts", "list[Halt | None] | None", None)],
         bases=(ProbedOutputMixin, base),
         namespace={"__module__": __name__, "__doc__": f"{base.__name__} with `probe_logits`: logits by head name."},
     )
@@ -194,9 +206,12 @@ ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnl
 
 
 def with_probe_logits(
-    output: ModelOutput, probe_logits: dict[str, torch.Tensor] | None, configs: dict[str, ProbeConfig]
+    output: ModelOutput,
+    probe_logits: dict[str, torch.Tensor] | None,
+    configs: dict[str, ProbeConfig],
+    halts: Sequence[Halt | None] | None = None,
 ) -> ModelOutput:
-    """A copy of an LM's output that carries the heads' logits and knows their labels."""
-    probed = probed_output_class(type(output))(**output, probe_logits=probe_logits)
+    """A copy of an LM's output that carries the heads' logits, knows their labels, and says what was halted."""
+    probed = probed_output_class(type(output))(**output, probe_logits=probe_logits, probe_halts=halts)
     probed.__dict__["_probe_configs"] = configs
     return probed

@@ -11,7 +11,7 @@ Dimension letters used in all files of this folder:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,25 @@ from .errors_llama_probe import ProbeError
 
 if TYPE_CHECKING:
     from .configuration_llama_probe import ProbeConfig
+
+
+class Classifier(nn.Linear):
+    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
+
+    def bind(self, lm: nn.Module) -> None:
+        """Takes what the map needs of the frozen LM beside its states; most need nothing.
+
+        Raises:
+            ProbeError: the LM does not have it.
+        """
+
+    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
+        return pooled
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """`[B, D]` to `[B, num_labels]`."""
+        return super().forward(self.inputs(pooled))
 
 
 class Aggregator(nn.Module, ABC):
@@ -35,7 +54,18 @@ class Aggregator(nn.Module, ABC):
     Args:
         num_slots (`int`): number of independent summaries.
         config (`ProbeConfig`): the head's configuration, with `hidden_size` set.
+
+    Attributes:
+        reads: `"all"`, or `"last"` where only the last of the tokens that count and the last of the layers matter: the
+            others are then neither captured nor cached.
+        normalize: of the config, where that leaves it open.
+        convex: whether the classifier is all that is learned, and is fitted as a convex problem; see
+            `llama_probe.fitting`. Others learn by gradient steps.
     """
+
+    reads: ClassVar[str] = "all"
+    normalize: ClassVar[str] = "layernorm"
+    convex: ClassVar[bool] = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__()
@@ -46,6 +76,11 @@ class Aggregator(nn.Module, ABC):
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
         """Raises `ProbeError` where `config` holds a value that this kind cannot be built from."""
+
+    @classmethod
+    def create_classifier(cls, config: ProbeConfig) -> Classifier:
+        """The map from the pooled vector to the logits, for a head of `config`."""
+        return Classifier(config.hidden_size, config.num_labels)
 
     @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
@@ -109,6 +144,11 @@ def get_probe_type(name: str) -> type[Aggregator]:
 def create_aggregator(config: ProbeConfig, num_slots: int) -> Aggregator:
     """Builds the aggregator of `config.probe_type` with `num_slots` slots."""
     return get_probe_type(config.probe_type)(num_slots, config)
+
+
+def last_valid(mask: torch.Tensor) -> torch.Tensor:
+    """Where the last true of each row of a `[B, N]` mask is: booleans `[B, N]`, one true a row that has any."""
+    return mask & (mask.int().cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -3,10 +3,12 @@
 # Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 """Probe heads: one file a kind. Importing the package registers every kind that ships with it."""
 
-from .heads_aggregator_llama_probe import Aggregator, create_aggregator, get_probe_type, probe_types, register_probe_type
+from .heads_aggregator_llama_probe import Aggregator, Classifier, create_aggregator, get_probe_type, probe_types, register_probe_type
 from .heads_attention_llama_probe import AttentionAggregator
 from .heads_attentive_llama_probe import AttentivePoolingAggregator
 from .heads_gate_llama_probe import GateAggregator
+from .heads_last_llama_probe import LastItemAggregator
+from .heads_muli_llama_probe import LogOddsClassifier, MuliAggregator
 from .heads_pooling_llama_probe import PoolingAggregator
 
 
@@ -14,7 +16,11 @@ __all__ = [
     "Aggregator",
     "AttentionAggregator",
     "AttentivePoolingAggregator",
+    "Classifier",
     "GateAggregator",
+    "LastItemAggregator",
+    "LogOddsClassifier",
+    "MuliAggregator",
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",

@@ -15,10 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .capture_llama_probe import without_peft
 from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generation_llama_probe import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
+from .halting_llama_probe import Halter, HaltingRun, generation_setting
 from .host_llama_probe import ProbeHostMixin
 from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
@@ -90,8 +92,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
         """
-        if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model"):
-            lm = lm.get_base_model()
+        lm = without_peft(lm)
         heads = read_heads(probe, Target.of(lm)) if probe is not None else {}
         if not isinstance(lm, ProbedGenerationMixin):
             if type(lm) is not cls._causal_lm_class:
@@ -213,29 +214,46 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
 
-        Takes what the plain `generate` takes, and `probe_mask` (`[batch, tokens]`, true for the tokens that count).
-        `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and the heads
-        do not run.
+        Takes what the plain `generate` takes, and
+
+        - `probe_mask` (`[batch, tokens]`): true for the tokens that count;
+        - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
+          `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
+          prompt is halted, no token is decoded; else the others go on as they would.
+        - `halt_reply`: what halted prompts get in place of a reply: token ids, a text (then pass `tokenizer=` as well),
+          or a `Reprompt`. Nothing where left out.
+
+        `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and heads run
+        only where they may halt.
 
         Returns:
             `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
             `probe_logits`, a dict of `[prompts, num_labels]` by head name - one row a prompt, however many beams or
-            return sequences it has - and with `probe_probabilities` and `probe_labels`.
+            return sequences it has - with `probe_probabilities` and `probe_labels`, and with `halt_on` `probe_halts`.
 
         Raises:
-            ProbeError: the prompt cannot be scored as a whole; see the message.
+            ProbeError: the prompt cannot be scored as a whole, or `halt_on` is not allowed; see the message.
         """
-        probe_mask = kwargs.pop("probe_mask", None)
-        heads = {} if is_inner_call(self) else self._active_heads()
+        probe_mask, halt_on = kwargs.pop("probe_mask", None), kwargs.pop("halt_on", None)
+        halt_reply = kwargs.pop("halt_reply", None)
+        inner = is_inner_call(self)
+        heads = {} if inner else self._active_heads()
+        halter = None if inner or halt_on is None else Halter(halt_on, {name: h.config for name, h in heads.items()})
+        as_dict = True
         if heads:
             asked = kwargs.get("return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None))
-            if asked is None:
+            as_dict = asked is None or asked
+            if as_dict or halter is not None:
                 kwargs["return_dict_in_generate"] = True
-            elif not asked:
+            else:
                 heads = {}
         session = self._generation_session(heads, inputs, generation_config, kwargs, probe_mask)
         with open_session(self, kwargs.get("assistant_model"), session):
-            output = super().generate(inputs, generation_config, *args, **kwargs)
+            if halter is None:
+                output = super().generate(inputs, generation_config, *args, **kwargs)
+            else:
+                run = HaltingRun(self, halter, session, halt_reply, generation_config, kwargs)
+                output = run.generate(super().generate, inputs, *args)
         if not heads:
             return output
         results = session.results()
@@ -244,8 +262,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 f"custom_generate returned a {type(output).__name__}, which cannot carry probe logits; let it return a "
                 "generate output (return_dict_in_generate), or pass return_dict_in_generate=False to go without heads"
             )
+        if not as_dict:
+            return output.sequences
         logits = {name: result.logits for name, result in results.items()}
-        return with_probe_logits(output, logits, {name: head.config for name, head in heads.items()})
+        configs = {name: head.config for name, head in heads.items()}
+        return with_probe_logits(output, logits, configs, None if halter is None else halter.halts)
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
@@ -281,14 +302,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return PrefillSession({}, {})
 
         def setting(name: str):
-            for source in (
-                kwargs.get(name),
-                getattr(generation_config, name, None),
-                getattr(self.generation_config, name, None),
-            ):
-                if source is not None:
-                    return source
-            return None
+            return generation_setting(self, generation_config, kwargs, name)
 
         if setting("cache_implementation") == "paged":
             self._refuse_paged()
@@ -362,7 +376,7 @@ class AutoModelForProbedGeneration:
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
         """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
-        base = lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+        base = without_peft(lm)
         plain = getattr(type(base), "_causal_lm_class", None)
         if plain is not None and not isinstance(base, ProbedGenerationMixin):
             # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).

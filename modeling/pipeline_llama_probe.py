@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
+from .capture_llama_probe import without_peft
 from .hub_llama_probe import HubOptions
 from .modeling_llama_probe import AutoModelForProbedGeneration, ProbedGenerationMixin
 from .probe_llama_probe import ProbeModel
@@ -39,6 +40,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     - `{"label": name, "score": its probability, "scores": {label: probability}}`,
     - for multi-label heads the same, with a list of labels and a list of their probabilities,
     - for regression heads `{"score": value}`, or `{"scores": {label: value}}` where there are several outputs.
+
+    With `halt_on=`, which `generate` takes, there is `"halted"` as well: a dict of why the prompt got no reply, or `None`.
 
     Every sequence of a prompt has the same `"probes"`. With `return_dict_in_generate=False` heads do not run, and it is
     empty.
@@ -79,15 +82,19 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         twin = copy.copy(self)
         twin.model = listener
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
-        outputs["probes"] = _verdicts(listener, len(outputs["generated_sequence"]))
+        prompts = len(outputs["generated_sequence"])
+        outputs["probes"] = _verdicts(listener, prompts)
+        halts = getattr(listener.output, "probe_halts", None)
+        outputs["further"] = [{}] * prompts if halts is None else [{"halted": halt and asdict(halt)} for halt in halts]
         return outputs
 
     def postprocess(self, model_outputs, *args, **kwargs):
-        probes = model_outputs.pop("probes")
         # A batch of several prompts has been taken apart by now; one of a single prompt has not.
-        probes = probes[0] if isinstance(probes, list) else probes
+        probes, further = (
+            part[0] if isinstance(part, list) else part for part in map(model_outputs.pop, ("probes", "further"))
+        )
         records = super().postprocess(model_outputs, *args, **kwargs)
-        return [{**record, "probes": copy.deepcopy(probes)} for record in records]
+        return [{**record, "probes": copy.deepcopy(probes), **copy.deepcopy(further)} for record in records]
 
 
 def install() -> None:
@@ -125,7 +132,9 @@ class _Listener:
         if not isinstance(output, ModelOutput):
             return output
         # Some versions take every output apart by rows, which a dict has not.
-        return ModelOutput({name: value for name, value in output.items() if name != "probe_logits"})
+        return ModelOutput(
+            {name: value for name, value in output.items() if name not in ("probe_logits", "probe_halts")}
+        )
 
 
 def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any]]]:
@@ -159,7 +168,7 @@ def _with_heads(model, probe, revision, namespace, strict) -> PreTrainedModel:
         return model
     heads = None
     if probe is not None:
-        base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+        base = without_peft(model)
         # One repository may hold both: a head is then taken from the commit that the backbone was taken from.
         target = replace(Target.of(base), revision=getattr(base.config, "_commit_hash", None))
         heads = read_heads(probe, target, HubOptions(revision), namespace)

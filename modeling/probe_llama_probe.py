@@ -20,8 +20,8 @@ from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput, probe_loss
 from .errors_llama_probe import ProbeError
 from .fingerprint_llama_probe import describe
-from .heads_llama_probe import create_aggregator
-from .scope_llama_probe import check_rows, token_mask
+from .heads_llama_probe import create_aggregator, get_probe_type
+from .scope_llama_probe import check_rows, token_mask, tokens_read
 
 
 @dataclass
@@ -84,13 +84,13 @@ class ProbeModel(nn.Module):
                 "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
             )
         self.config = config
-        self.set_backbone(backbone)
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage = create_aggregator(config, len(self.layer_indices))
         self.layer_stage = create_aggregator(config, 1)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
         """Gives the head the frozen LM that turns `input_ids` into states, or takes it away.
@@ -102,7 +102,18 @@ class ProbeModel(nn.Module):
             find_decoder(backbone).match(self.config)
             backbone.requires_grad_(False)
             backbone.eval()
+            self.bind(backbone)
         object.__setattr__(self, "backbone", backbone)
+
+    def bind(self, lm: nn.Module) -> None:
+        """Gives the head what its kind needs of the frozen LM beside its states, as `set_backbone` and attaching do.
+
+        Most kinds need nothing. What is given stays outside the module tree, and stays when the backbone is taken away.
+
+        Raises:
+            ProbeError: the LM does not have it.
+        """
+        self.classifier.bind(lm)
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):
@@ -180,7 +191,8 @@ class ProbeModel(nn.Module):
             labels (*optional*): class indices `[batch]`; for multi-label heads floats `[batch, num_labels]`; for
                 regression floats `[batch, num_labels]` or `[batch]`.
             hidden_states (*optional*): `output_hidden_states` of the LM - a tuple of L+1 tensors of shape
-                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`. Any float dtype.
+                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers
+                alone that the head reads. Any float dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
 
         Returns:
@@ -205,23 +217,56 @@ class ProbeModel(nn.Module):
                     f"attention_mask has the shape {tuple(mask.shape)}, the states need {tuple(x.shape[1:3])}"
                 )
         check_rows(mask)
-        x = self._normalize(x)
-        mask = None if mask is None else mask.to(x.device)
+        return self.score(self.normalize(x), None if mask is None else mask.to(self.device), labels, output_attentions)
+
+    def score(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> ProbeOutput:
+        """What `forward` does once the states are at hand; many heads can share them.
+
+        Args:
+            x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
+                that the head reads, ascending.
+            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count; all where left out.
+            labels, output_attentions: see `forward`.
+        """
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self._classify(summaries, labels, output_attentions)
         if output_attentions:
             output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
         return output
 
+    def pool(
+        self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the classifier gets, without dropout: `[batch, hidden_size]`.
+
+        Args:
+            hidden_states, attention_mask: see `forward`.
+        """
+        mask = None if attention_mask is None else attention_mask.bool().to(self.device)
+        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
+        return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
+
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
         if isinstance(hidden_states, torch.Tensor):
-            if hidden_states.dim() != 4 or hidden_states.shape[1] != layers or hidden_states.shape[3] != width:
+            read = len(self.layer_indices)
+            if (
+                hidden_states.dim() != 4
+                or hidden_states.shape[1] not in (layers, read)
+                or hidden_states.shape[3] != width
+            ):
+                alone = "" if read == layers else f", or [batch, {read}, tokens, {width}] of the layers it reads"
                 raise ProbeError(
                     f"hidden_states has the shape {tuple(hidden_states.shape)}; "
-                    f"it must be [batch, {layers}, tokens, {width}]"
+                    f"it must be [batch, {layers}, tokens, {width}]{alone}"
                 )
-            picked = hidden_states if len(self.layer_indices) == layers else hidden_states[:, self.layer_indices]
+            picked = hidden_states if hidden_states.shape[1] == read else hidden_states[:, self.layer_indices]
             return picked.transpose(0, 1)
         if len(hidden_states) != layers:
             raise ProbeError(
@@ -247,6 +292,7 @@ class ProbeModel(nn.Module):
         """
         mask = mask.bool()
         check_rows(mask)
+        mask = tokens_read(self.config, mask)
         columns = mask.any(dim=0).nonzero()
         start, stop = int(columns[0]), int(columns[-1]) + 1
         if past > start:
@@ -283,7 +329,7 @@ class ProbeModel(nn.Module):
         low, high = max(begin, state.start), min(end, state.stop)
         slots = slice(slot, slot + 1)
         if low < high:
-            x = self._normalize(hidden[None, :, low - begin : high - begin])  # [1, B, n, D]
+            x = self.normalize(hidden[None, :, low - begin : high - begin])  # [1, B, n, D]
             mask = None if state.full else state.mask[:, low:high]
             state.partial[slot] = self.token_stage.update(state.partial.get(slot), x, mask, slots)
             if state.output_attentions:
@@ -318,7 +364,8 @@ class ProbeModel(nn.Module):
 
     # Shared by both
 
-    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """States as the token stage takes them: fp32, on the head's device, normalised as the config says."""
         x = x.to(device=self.device, dtype=torch.float32)
         if self.config.normalize == "layernorm":
             return F.layer_norm(x, x.shape[-1:])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,7 @@ class PromptFormat:
             raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
         if kind == "raw" and system_prompt is not None:
             raise ProbeError("system_prompt needs prompt_format='chat'")
-        bare = cls(tokenizer, kind, system_prompt)
-        examples = [bare._ids(text) for text in _DIFFERENT_TEXTS]
-        prefix = _common_start(examples)
-        suffix = _common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]
+        prefix, suffix = constant_parts(cls(tokenizer, kind, system_prompt)._ids)
         if max_length is not None and max_length <= len(prefix) + len(suffix):
             raise ProbeError(
                 f"max_length={max_length} leaves no room for a text: the prompt's constant parts have "
@@ -152,7 +149,15 @@ def pad_prompts(
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _common_start(sequences: Sequence[Sequence[int]]) -> list[int]:
+def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """The token ids before and after every text, for a function from a text to the ids of its prompt."""
+    examples = [render(text) for text in _DIFFERENT_TEXTS]
+    prefix = common_start(examples)
+    return prefix, common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]
+
+
+def common_start(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """What all sequences begin with."""
     start = []
     for items in zip(*sequences, strict=False):
         if len(set(items)) > 1:

@@ -19,10 +19,12 @@ from transformers import AutoConfig
 from .capture_llama_probe import find_decoder
 from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import is_head_folder, read_config, read_head
+from .files_llama_probe import is_head_folder, read_config, read_head, read_results
 from .hub_llama_probe import HubOptions, HubReference, check_subfolder, download_head, list_heads
 from .probe_llama_probe import ProbeModel
 
+
+_ALIAS = re.compile(r"[\w-]+")
 
 ProbeSource = str | os.PathLike | ProbeModel
 ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
@@ -84,8 +86,38 @@ def bundled_heads(target: Target | None = None) -> dict[str, Path]:
     root = next((path for path in (here.parent / "hub_cards", here.parents[2] / "hub_cards") if path.is_dir()), None)
     if root is None:
         return {}
-    folders = [folder for folder in sorted(root.iterdir()) if is_head_folder(folder)]
-    return {folder.name: folder for folder in folders if target is None or target.fits(read_config(folder))}
+    heads = heads_in(root)
+    return {alias: head for alias, head in heads.items() if target is None or target.fits(read_config(head))}
+
+
+def heads_in(folder: str | os.PathLike) -> dict[str, Path]:
+    """The head folders that lie in a folder, by name."""
+    return {item.name: item for item in sorted(Path(folder).iterdir()) if is_head_folder(item)}
+
+
+def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
+    """The head that an alias without a kind stands for: of `alias-KIND`, the one with the best validation score.
+
+    Heads are compared by the mean over the seeds of the metric that they were chosen by; of equal ones the smaller comes
+    first. Heads that were not measured, or were chosen by another metric than most, do not take part.
+
+    Args:
+        heads: folders by alias.
+    """
+    ranked: dict[str, list[tuple[float, int, Path]]] = {}
+    for name, folder in heads.items():
+        if name.rpartition("-")[0] != alias or read_config(folder).probe_type != name.rpartition("-")[2]:
+            continue
+        try:
+            results = read_results(folder)
+            metric = results["recipe"]["metric"]
+            score = float(results["summary"]["validation"][metric]["mean"])
+            ranked.setdefault(metric, []).append((score, -int(results["num_parameters"]), folder))
+        except (TypeError, KeyError, ValueError):  # no results, or none that can be compared
+            continue
+    if not ranked:
+        return None
+    return max(max(ranked.values(), key=len), key=lambda entry: entry[:2])[2]
 
 
 def probe_namespace(namespace: str | None = None) -> str | None:
@@ -126,6 +158,7 @@ def resolve_head(
         source: in this order: a folder; a Hub id (`user/repo`, with `@revision` and `:subfolder`); the alias of a head
             that is bundled for the target, that lies in the target's own folder, that a namespace has for the target on
             the Hub (see `probe_namespace` and `alias_repository`), or that lies in the target's own repository there.
+            An alias without a kind is the best of the kinds; see `best_head`. On the Hub it is a subfolder of that name.
         target: the backbone. Without one, an alias is that of any bundled head.
         options: for the Hub. Its revision is that of the head.
         namespace: see `probe_namespace`.
@@ -135,7 +168,7 @@ def resolve_head(
     """
     if Path(source).is_dir():
         return Path(source)
-    if not isinstance(source, str) or not re.fullmatch(r"[\w-]+", source):
+    if not isinstance(source, str) or not _ALIAS.fullmatch(source):
         reference = HubReference.parse(str(source))
         if reference is None:
             raise ProbeError(
@@ -144,14 +177,18 @@ def resolve_head(
             )
         return download_head(reference, options)
     bundled = bundled_heads(target)
-    if source in bundled and options.revision is None:  # what is bundled has no revisions
-        return bundled[source]
+    if options.revision is None:  # what is bundled has no revisions
+        chosen = bundled.get(source) or best_head(source, bundled)
+        if chosen is not None:
+            return chosen
     namespace = probe_namespace(namespace)
     refused: ProbeError | None = None
     for repository, at in _repositories(target, options, namespace):
         if isinstance(repository, Path):
-            if is_head_folder(repository / source):
-                return repository / source
+            beside = heads_in(repository)
+            chosen = beside.get(source) or best_head(source, beside)
+            if chosen is not None:
+                return chosen
             continue
         try:
             return download_head(HubReference(repository, at, source), options)
@@ -248,7 +285,7 @@ def check_name(name: str) -> str:
 def needs_target(spec: ProbeSpec | None) -> bool:
     """Whether an argument names an alias, which stands for another head on each backbone."""
     sources: Sequence[Any] = list(spec.values()) if isinstance(spec, Mapping) else _as_list(spec)
-    return any(isinstance(source, str) and re.fullmatch(r"[\w-]+", source) for source in sources)
+    return any(isinstance(source, str) and _ALIAS.fullmatch(source) for source in sources)
 
 
 def read_heads(

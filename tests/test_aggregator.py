@@ -12,10 +12,10 @@ from llama_probe.heads import aggregator as registry
 
 
 @pytest.fixture
-def last_item():
+def final_item():
     """A kind that keeps the last valid item, scaled by an option."""
 
-    class LastItem(Aggregator):
+    class FinalItem(Aggregator):
         def __init__(self, num_slots, config):
             super().__init__(num_slots, config)
             self.scale = nn.Parameter(torch.full((num_slots, 1), float(config.options["scale"])))
@@ -44,15 +44,17 @@ def last_item():
             last = valid.cumsum(1) == valid.sum(1, keepdim=True)
             return (valid * last).expand(x.shape[:3])
 
-    register_probe_type("last")(LastItem)
-    yield LastItem
-    del registry._PROBE_TYPES["last"]
+    register_probe_type("final")(FinalItem)
+    yield FinalItem
+    del registry._PROBE_TYPES["final"]
 
 
-def test_it_works_everywhere(last_item, tmp_path):
+def test_it_works_everywhere(final_item, tmp_path):
     torch.manual_seed(0)
-    assert "last" in probe_types() and get_probe_type("last") is last_item
-    head = ProbeModel(ProbeConfig(probe_type="last", options={"scale": 2}, hidden_size=32, num_hidden_layers=4)).eval()
+    assert "final" in probe_types() and get_probe_type("final") is final_item
+    head = ProbeModel(
+        ProbeConfig(probe_type="final", options={"scale": 2}, hidden_size=32, num_hidden_layers=4)
+    ).eval()
     back = read_head(save_head(head, tmp_path / "h"))
     prompts = make_prompts()
     mask = torch.ones_like(prompts)
@@ -65,9 +67,9 @@ def test_it_works_everywhere(last_item, tmp_path):
         torch.testing.assert_close(out.probe_logits["h"], expected, atol=1e-5, rtol=0)
 
 
-def test_its_own_check_runs(last_item):
+def test_its_own_check_runs(final_item):
     with pytest.raises(ProbeError, match="scale"):
-        ProbeConfig(probe_type="last")
+        ProbeConfig(probe_type="final")
 
 
 def test_a_kind_must_be_complete():

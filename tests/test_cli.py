@@ -223,6 +223,56 @@ def test_a_stopped_run_goes_on(rows, backbone_folder, tmp_path):
     assert read_head(tmp_path / "a").config.probe_type == "pooling"
 
 
+def test_a_probe_of_one_layer(rows, backbone_folder, tmp_path):
+    args = (
+        "train",
+        "--backbone",
+        backbone_folder,
+        "--probe-type",
+        "last",
+        "--train",
+        rows / "train.jsonl",
+        "--epochs",
+        1,
+    )
+    done = run(*args, "--layers", "1,3", "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    config = read_config(tmp_path / "a")
+    assert config.layers == [1, 3] and config.layer_indices == [3]
+    served = run("classify", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
+    assert served.returncode == 0 and json.loads(served.stdout)[0]["labels"]["a"].startswith("LABEL_"), served.stderr
+    for layers, words in (("top", "must be all, or state indices"), ("9", "the states are 0 to 4")):
+        refused = run(*args, "--layers", layers, "--output", tmp_path / "b")
+        assert refused.returncode == 2 and words in refused.stderr
+
+
+def test_a_fitted_head(rows, backbone_folder, tmp_path):
+    args = (
+        "train",
+        "--backbone",
+        backbone_folder,
+        "--probe-type",
+        "muli",
+        "--train",
+        rows / "train.jsonl",
+        "--folds",
+        0,
+    )
+    done = run(*args, "--test", rows / "test.jsonl", "--output", tmp_path / "a", "--json")
+    assert done.returncode == 0, done.stderr
+    (fitted,) = json.loads(done.stdout)["runs"]
+    assert read_config(tmp_path / "a").options == {"l1": fitted["l1"]}
+    data = ("--data", rows / "test.jsonl", "--json", "--bootstrap", 0)
+    found = run("evaluate", "--probe", tmp_path / "a", "--backbone", backbone_folder, *data)
+    assert json.loads(found.stdout)["auprc"] == pytest.approx(fitted["test"]["auprc"], abs=0.02), found.stderr
+    served = run("generate", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
+    assert len(json.loads(served.stdout)[0]["probabilities"]["a"]) == 2, served.stderr
+    given = run(*args, "--option", "l1=9", "--output", tmp_path / "b")
+    assert given.returncode == 0 and not read_head(tmp_path / "b").classifier.weight.any(), given.stderr
+    refused = run(*args, "--normalize", "rms", "--output", tmp_path / "c")
+    assert refused.returncode == 2 and "leave normalize out" in refused.stderr
+
+
 @pytest.mark.parametrize("command", ["generate", "classify"])
 def test_generate_and_classify(trained, backbone_folder, command):
     output, _ = trained
@@ -310,7 +360,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
         (
             ("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"),
-            "allowed: attentive, gate, mha, pooling",
+            "allowed: attentive, gate, last, mha, muli, pooling",
         ),
         (("train", "--train", "{rows}", "--output", "x", "--option", "rank=low"), "must be NAME=NUMBER"),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),

@@ -46,6 +46,31 @@ def test_only_tokens_that_count_are_kept(tmp_path, prompts):
     assert cached[1]["hidden_states"].shape == (11, 5, 32) and cached[1]["hidden_states"].dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    "changes, shape",
+    [
+        ({"layers": [1, 4]}, (11, 2, 32)),
+        ({"probe_type": "last"}, (1, 1, 32)),
+        ({"probe_type": "last", "layers": [0, 3]}, (1, 1, 32)),
+    ],
+)
+def test_only_what_the_head_reads_is_kept(tmp_path, prompts, changes, shape):
+    torch.manual_seed(0)
+    lm, collate = make_lm(), ProbeCollator()
+    probe = ProbeModel(config(**changes), backbone=lm).eval()
+    live, cache = PromptDataset(prompts, LABELS), StateCache(tmp_path, torch.float32)
+    cached = cache.dataset(lm, probe.config, prompts, LABELS)
+    assert cached[1]["hidden_states"].shape == shape
+    whole = StateCache(tmp_path / "whole", torch.float32)
+    whole.dataset(lm, ProbeModel(config(), lm).config, prompts, LABELS)
+    served = whole.dataset(lm, probe.config, prompts, LABELS)
+    assert served[1]["hidden_states"].shape == (11, 5, 32), "an entry with all that any head reads serves every head"
+    expected = probe(**collate([live[row] for row in range(5)])).logits
+    for data in (cached, served):
+        found = probe(**collate([data[row] for row in range(5)])).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_it_is_found_again_and_only_for_the_same(tmp_path, prompts):
     lm, head = make_lm(), ProbeModel(config(), make_lm()).config
 

@@ -86,7 +86,10 @@ def test_unknown_keys_are_reported_and_left_out(folder, caplog):
         (b"[1, 2]", "must be a JSON object"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b'{"probe_type": "pickle"}', "probe_type='pickle' is not known; allowed: attentive, gate, mha, pooling"),
+        (
+            b'{"probe_type": "pickle"}',
+            "probe_type='pickle' is not known; allowed: attentive, gate, last, mha, muli, pooling",
+        ),
         (b'{"hidden_size": 1e400}', "hidden_size"),
         (b'{"num_hidden_layers": 99999999999}', "num_hidden_layers"),
         (b'{"probe_type": "gate"}', "lacks hidden_size or num_hidden_layers"),

@@ -13,7 +13,7 @@ from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.generation import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
 
 
-KINDS = ("pooling", "gate", "mha", "attentive")
+KINDS = ("pooling", "gate", "mha", "attentive", "last")
 TOLERANCE = 1e-5
 
 
@@ -254,6 +254,12 @@ class TestRefusals:
         cache = make_lm()(prompts[:, :5], use_cache=True).cache
         with pytest.raises(ProbeError, match="must see the whole prompt"):
             probed().generate(prompts[:, 5:], attention_mask=torch.ones_like(prompts), cache=cache, max_new_tokens=2)
+
+    def test_a_cached_prefix_that_does_not_matter_to_the_kind_is_fine(self, prompts):
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe(probe_type="last")})
+        cache = make_lm()(prompts[:, :5], use_cache=True).cache
+        reused = model.generate(prompts, cache=cache, max_new_tokens=3)
+        assert_same(reused.probe_logits, model.generate(prompts, max_new_tokens=3).probe_logits)
 
     def test_a_cached_prefix_that_does_not_count_is_fine(self, prompts):
         model = LlamaForProbedGeneration.from_causal_lm(make_lm())

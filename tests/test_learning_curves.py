@@ -7,7 +7,10 @@ from conftest import make_lm, make_prompts
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.features import PromptDataset
 from llama_probe.fingerprint import describe
-from llama_probe.learning_curves import draw_rows, learning_curves
+from llama_probe.learning_curves import draw_rows, learning_curves, summarize_curves
+
+
+KINDS = {"gate": {"probe_type": "gate"}, "attentive": {"probe_type": "attentive"}}
 
 
 def prompts(rows, seed):
@@ -27,15 +30,15 @@ def test_more_rows_help():
     lm = make_lm()
     config = describe(lm, ProbeConfig(probe_type="gate"))
     train, test = prompts(96, 1), prompts(40, 2)
-    found = learning_curves(config, *train, *test, ["gate", "attentive"], (8, 96, 500), (0, 1), lm)
-    assert [(e["rows"], e["seed"], e["probe_type"]) for e in found] == [
+    found = learning_curves(config, *train, *test, KINDS, (8, 96, 500), (0, 1), lm)
+    assert [(e["rows"], e["seed"], e["head"]) for e in found] == [
         (rows, seed, kind) for rows in (8, 96) for seed in (0, 1) for kind in ("gate", "attentive")
     ], "500 rows there are not"
     mean = {rows: np.mean([e["auprc"] for e in found if e["rows"] == rows]) for rows in (8, 96)}
     assert mean[96] > mean[8] + 0.05
-    again = learning_curves(config, *train, *test, ["gate", "attentive"], (8,), (0, 1), lm)
+    again = learning_curves(config, *train, *test, KINDS, (8,), (0, 1), lm)
     assert again == found[:4]
-    alone = learning_curves(config, *train, *test, ["gate"], (8,), (0,), lm)
+    alone = learning_curves(config, *train, *test, {"gate": KINDS["gate"]}, (8,), (0,), lm)
     assert alone[0] == found[0], "a kind does not depend on the others"
 
 
@@ -52,4 +55,21 @@ def test_the_draw():
 
 def test_too_few_rows():
     with pytest.raises(ProbeError, match="3 training rows are too few"):
-        learning_curves(ProbeConfig(), *prompts(3, 0), *prompts(3, 1), ["gate"], (16, 64))
+        learning_curves(ProbeConfig(), *prompts(3, 0), *prompts(3, 1), KINDS, (16, 64))
+
+
+def test_the_summary():
+    curves = [
+        {"rows": rows, "seed": seed, "head": head, "auprc": value}
+        for head, rows, seed, value in (
+            ("a", 8, 0, 0.2),
+            ("a", 8, 1, 0.4),
+            ("a", 16, 0, 0.9),
+            ("b", 8, 0, 0.5),
+            ("b", 16, 0, 0.6),
+        )
+    ]
+    found = summarize_curves(curves, "auprc")
+    assert list(found) == ["a", "b"] and list(found["a"]) == [8, 16]
+    assert found["a"][8] == {"mean": pytest.approx(0.3), "std": pytest.approx(0.02**0.5), "runs": 2}
+    assert found["b"][16] == {"mean": 0.6, "std": None, "runs": 1}

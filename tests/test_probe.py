@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 
 
-KINDS = ("pooling", "gate", "mha", "attentive")
+KINDS = ("pooling", "gate", "mha", "attentive", "last")
 
 
 @st.composite
@@ -130,6 +130,7 @@ def test_weights_are_distributions(case):
 def expected_size(kind, layers, hidden, downcast, labels):
     aggregators = {
         "pooling": 0,
+        "last": 0,
         "gate": (layers + 2) * hidden,
         "mha": (layers + 2) * 4 * hidden * (hidden // downcast),
         "attentive": (layers + 2) * (4 + 2 * 8) * hidden,

@@ -25,7 +25,7 @@ def test_a_kind_that_is_given_stays(kind):
 
 
 def test_whatever_is_given_stays():
-    given = Recipe(learning_rate=5.0, num_train_epochs=1, per_device_train_batch_size=2, patience=None)
+    given = Recipe(learning_rate=5.0, num_train_epochs=1, per_device_train_batch_size=2, label_smoothing=0.0)
     wanted = {"probe_type": "mha", "dropout": 0.0, "layer_dropout": 0.0, "downcast": 4}
     recipe, head = complete(given, wanted, 20)
     assert recipe == given and head == wanted

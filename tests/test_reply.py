@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts
+from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StoppingCriteria
@@ -16,6 +16,8 @@ KINDS = {
     "max": {"probe_type": "pooling", "pool": "max"},
     "gate": {"probe_type": "gate"},
     "attentive": {"probe_type": "attentive"},
+    "last": {"probe_type": "last"},
+    "muli": {"probe_type": "muli", "vocab_size": VOCAB},
     "mha": {"probe_type": "mha"},
     "mha-max": {"probe_type": "mha", "pool": "max", "layers": [0, 2, 4]},
 }

@@ -72,7 +72,7 @@ def numbers(result):
 
 def test_everything(reproduction, tmp_path, monkeypatch):
     """All parts, methods and files; the report's numbers are those of the JSON."""
-    names = [*FAST, "zero-shot", "few-shot", "attentive", "mha"]
+    names = [*FAST, "zero-shot", "few-shot", "last-token", "muli", "attentive", "mha"]
     monkeypatch.setitem(HEADS, "mha", HeadMethod({"probe_type": "mha", "downcast": 8, "num_attention_heads": 2}))
     report = reproduction(data=("toxicchat", "emotion"), chosen=names, only=None, trials=3).execute()
     output = tmp_path / "out"
@@ -83,7 +83,7 @@ def test_everything(reproduction, tmp_path, monkeypatch):
     for source, count in (("toxicchat", 4), ("emotion", 2)):
         assert set(report["main"][source]) == set(names)
         for name, result in report["main"][source].items():
-            seeded = name not in ("tfidf", "prototypes", "zero-shot")
+            seeded = name not in ("tfidf", "prototypes", "zero-shot", "muli")
             assert [run["seed"] for run in result["runs"]] == ([0, 1] if seeded else [None])
             line = next(line for line in section(text, source).splitlines() if line.startswith(f"| `{name}` |"))
             shown = [part.strip() for part in line.strip("|").split("|")][2 : 2 + count]
@@ -93,6 +93,10 @@ def test_everything(reproduction, tmp_path, monkeypatch):
                 assert cell == expected, (name, column.title)
     assert 0 <= report["main"]["toxicchat"]["layer-linear"]["runs"][0]["layer"] <= 4
     assert report["main"]["toxicchat"]["few-shot"]["runs"][0]["label_tokens"] in ("sum", "mean")
+    fitted = report["main"]["emotion"]["muli"]
+    assert (
+        fitted["num_parameters"] == 6 * 261 and fitted["runs"][0]["l1"] > 0 and "best_epoch" not in fitted["runs"][0]
+    )
     human = report["main"]["toxicchat"]["gate"]["runs"][0]["test"]["slices"]["human_annotation"]
     assert human["True"]["rows"] == human["False"]["rows"] == 6
 
@@ -106,11 +110,22 @@ def test_everything(reproduction, tmp_path, monkeypatch):
     found = report["layers"]["toxicchat"]["gate"]
     assert found["layers"] == [0, 1, 2, 3, 4] and sum(group["rows"] for group in found["groups"]) == 12
     assert sum(kind["trials"] for kind in report["sensitivity"]["kinds"].values()) == 3
-    for name in ("main-toxicchat", "main-emotion", "layers-toxicchat", "layers-emotion", "sensitivity"):
+    assert {(e["rows"], e["seed"], e["head"]) for e in report["few_labels"]["emotion"]["curves"]} == {
+        (16, seed, name) for seed in (0, 1) for name in ("pooling", "gate", "attentive", "mha")
+    }
+    pngs = (
+        "main-toxicchat",
+        "main-emotion",
+        "layers-toxicchat",
+        "layers-emotion",
+        "few-labels-emotion",
+        "sensitivity",
+    )
+    for name in pngs:
         assert (output / f"{name}.png").is_file() and f"({name}.png)" in text
     assert "Not finished" not in text and "quick look" not in text and "tiny-chat" in text and paper.BACKBONE in text
     assert {(tuple(o["order"]), o["data"]) for o in report["orders"]} == {
-        (("pooling", "gate", "mha"), source) for source in ("toxicchat", "emotion")
+        (order, source) for order in paper.ORDERS for source in ("toxicchat", "emotion")
     }
     head = read_head(output / "heads" / "toxicchat" / "mha-seed-1")
     assert head.config.threshold == report["main"]["toxicchat"]["mha"]["runs"][1]["threshold"]

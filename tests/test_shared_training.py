@@ -170,6 +170,9 @@ def test_refusals(tmp_path, lm, data):
     (tmp_path / CHECKPOINT_NAME).write_bytes(b"no")
     with pytest.raises(ProbeError, match="is damaged or no checkpoint"):
         SharedTraining(CANDIDATES, *data, "auprc", 1, tmp_path, lm).run(resume=True)
+    fitted = candidate(0, probe_type="muli", vocab_size=VOCAB)
+    with pytest.raises(ProbeError, match="probe_type='muli' is fitted as a convex problem"):
+        train(tmp_path, lm, data, [CANDIDATES[0], fitted])
     alike = PromptDataset(data[1].prompts, np.zeros(30, dtype=int))
     with pytest.raises(ProbeError, match="auprc is not defined"):
         train(tmp_path / "x", lm, (data[0], alike))

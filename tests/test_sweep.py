@@ -113,7 +113,12 @@ def test_one_that_was_killed_while_it_drew_begins_anew(rows, backbone_folder, tm
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({"trials": 0}, "trials=0"), ({"kinds": ()}, "no kind of head"), ({"kinds": ("lstm",)}, "probe_type='lstm'")],
+    [
+        ({"trials": 0}, "trials=0"),
+        ({"kinds": ()}, "no kind of head"),
+        ({"kinds": ("lstm",)}, "probe_type='lstm'"),
+        ({"kinds": ("gate", "muli")}, "probe_type='muli' has nothing to search: it is fitted"),
+    ],
 )
 def test_refusals(rows, backbone_folder, tmp_path, changes, words):
     with pytest.raises(ProbeError, match=words):

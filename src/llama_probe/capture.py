@@ -1,4 +1,7 @@
-"""The only code that touches a language model's internals: finds its layers, and taps their states while it runs."""
+"""The only code that touches a language model's internals: finds its layers, and taps their states while it runs.
+
+Its output embeddings are the business of `llama_probe.next_token`.
+"""
 
 from __future__ import annotations
 

@@ -108,12 +108,20 @@ def training(config: ProbeConfig, results: dict[str, Any], facts: CardFacts) -> 
     """Recipe, environment and command."""
     recipe = results["recipe"]
     environment = ", ".join(f"{name} {version}" for name, version in results["environment"].items())
-    note = (
-        f"AdamW, learning rate {recipe['learning_rate']}, weight decay {recipe['weight_decay']}, batch "
-        f"{recipe['per_device_train_batch_size'] * recipe['gradient_accumulation_steps']}, at most "
-        f"{recipe['num_train_epochs']} epochs, label smoothing {recipe['label_smoothing']}, dropout {config.dropout}, "
-        f"layer dropout {config.layer_dropout}; states normalised by `{config.normalize}`. {environment}."
-    )
+    fitted = results["runs"][0]
+    if "l1" in fitted:
+        how = (
+            f"A convex fit: L1 penalty {fitted['l1']:.3g} over standardised features, which leaves "
+            f"{fitted['nonzero_weights']:,} weights that are not zero"
+        )
+    else:
+        how = (
+            f"AdamW, learning rate {recipe['learning_rate']}, weight decay {recipe['weight_decay']}, batch "
+            f"{recipe['per_device_train_batch_size'] * recipe['gradient_accumulation_steps']}, at most "
+            f"{recipe['num_train_epochs']} epochs, label smoothing {recipe['label_smoothing']}, dropout {config.dropout}, "
+            f"layer dropout {config.layer_dropout}; states normalised by `{config.normalize}`"
+        )
+    note = f"{how}. {environment}."
     return note if facts.command is None else f"{note}\n\n```\n{facts.command}\n```"
 
 

@@ -21,10 +21,13 @@ from .decision import predictions, probabilities
 from .errors import ProbeError
 from .evaluation import predict_together, report, score_together
 from .files import is_head_folder, read_head, save_head
+from .fitting import fit_classifier
+from .learning_curves import SIZES, learning_curves
 from .methods import HeadMethod, head_methods
 from .part_store import PartStore
 from .probe import ProbeModel
 from .shared_training import SharedTraining
+from .training import ProbeLoss
 from .training_run import summarize
 from .workbench import Task, Workbench
 
@@ -75,12 +78,18 @@ class Comparison:
     def train(self, task: Task, methods: dict[str, HeadMethod], group: str = "main") -> None:
         """Trains heads, all methods and seeds on each pass of the backbone, and keeps them: parts `GROUP/DATA/METHOD`.
 
+        Those that are fitted come first, one by one.
+
         The best epoch, the layer of methods with one head a layer, temperature and threshold are chosen by validation
         rows; the test rows are scored once, at the end.
         """
         settings = {name: self.settings(task.source, name, method) for name, method in methods.items()}
         parts = {name: f"{group}/{task.name}/{name}" for name in methods}
         missing = [name for name in methods if self.store.find(parts[name], settings[name]) is None]
+        for name in missing:
+            if methods[name].convex:
+                self._fit(task, name, methods[name], group, parts[name], settings[name])
+        missing = [name for name in missing if not methods[name].convex]
         if not missing:
             return
         start = time.perf_counter()
@@ -128,6 +137,21 @@ class Comparison:
             self.store.write(parts[name], settings[name], result, seconds, [parts[other] for other in missing])
         shutil.rmtree(scratch, ignore_errors=True)
 
+    def _fit(self, task: Task, name: str, method: HeadMethod, group: str, part: str, settings: dict[str, Any]) -> None:
+        """A head whose classifier is fitted; its one run is kept under the first seed."""
+        start, lm, seed = time.perf_counter(), self.bench.lm_in_the_loop, self.bench.seeds[0]
+        logger.warning(f"fitting {name} on {task.source}")
+        probe = ProbeModel(task.config.replace(**method.head))
+        probe.bind(self.bench.lm)
+        probe.to("cpu" if lm is None else lm.device)
+        loss = ProbeLoss(probe.config, label_smoothing=method.label_smoothing)
+        fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric, lm)
+        (test,) = predict_together([probe], task.dataset("test"), lm, progress=True)
+        probe.config, judged = judge(probe.config, fitted.logits, test, task)
+        save_head(probe, self._head_folder(group, task, name, seed))
+        result = _result(task, [{"seed": None, **fitted.facts, **judged}], probe.num_parameters())
+        self.store.write(part, settings, result, time.perf_counter() - start, [part])
+
     def _baseline(self, task: Task, name: str) -> None:
         settings, part, baseline = self.settings(task.source, name), f"main/{task.name}/{name}", BASELINES[name]
         if self.store.find(part, settings) is not None:
@@ -156,7 +180,12 @@ class Comparison:
         rows = self.bench.test_rows(test_set)
         logger.warning(f"{', '.join(missing)}, trained on {task.source}, on {test_set}")
         heads = head_methods()
-        keys = [(name, seed) for name in missing if name in heads for seed in self.bench.seeds]
+        keys = [
+            (name, seed)
+            for name in missing
+            if name in heads
+            for seed in (self.bench.seeds[:1] if heads[name].convex else self.bench.seeds)
+        ]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in missing}
         if keys:
             probes = [self.head(task, *key) for key in keys]
@@ -201,6 +230,32 @@ class Comparison:
         given = predictions(probabilities(logits, config), config).numpy()
         return group_layers(weights.numpy(), task.parts["test"].labels, given, list(config.id2label.values()))
 
+    def few_labels_settings(self, source: str, names: Sequence[str]) -> dict[str, Any]:
+        """What the learning curves of a data set depend on."""
+        return {**self.bench.settings, "data": source, "heads": self._few_label_heads(names), "sizes": list(SIZES)}
+
+    def _few_label_heads(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        heads = head_methods()
+        return {name: heads[name].head for name in names}
+
+    def few_labels(self, task: Task, names: Sequence[str]) -> None:
+        """Heads on few training rows, scored on the test rows: part `few-labels/DATA`.
+
+        They are trained as `llama-probe train` would; nothing is chosen, so neither validation nor test rows are looked at
+        on the way.
+        """
+        settings, part = self.few_labels_settings(task.source, names), f"few-labels/{task.name}"
+        if self.store.find(part, settings) is not None:
+            return
+        start = time.perf_counter()
+        logger.warning(f"learning curves of {', '.join(names)} on {task.source}")
+        sets = [value for name in ("train", "test") for value in (task.dataset(name), task.parts[name].labels)]
+        heads, lm = self._few_label_heads(names), self.bench.lm_in_the_loop
+        curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, lm)
+        rows = {name: len(task.parts[name]) for name in ("train", "test")}
+        result = {"metric": task.metric, "rows": rows, "curves": curves}
+        self.store.write(part, settings, result, time.perf_counter() - start, [part])
+
     def head(self, task: Task, name: str, seed: int, group: str = "main") -> ProbeModel:
         """A head that `train` has kept.
 
@@ -212,7 +267,9 @@ class Comparison:
             part = self.store.folder / group / task.name / f"{name}.json"
             raise ProbeError(f"{folder} is gone, though {part} is there: remove that file to train the head again")
         lm = self.bench.lm_in_the_loop
-        return read_head(folder).to("cpu" if lm is None else lm.device)
+        probe = read_head(folder).to("cpu" if lm is None else lm.device)
+        probe.bind(self.bench.lm)
+        return probe
 
     def _head_folder(self, group: str, task: Task, name: str, seed: int) -> Path:
         kept = "" if group == "main" else f"{group}-"

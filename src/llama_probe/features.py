@@ -23,7 +23,8 @@ from transformers.utils import logging
 from .capture import collect_hidden_states, find_decoder, prefill
 from .configuration import ProbeConfig
 from .errors import ProbeError
-from .scope import check_rows, token_mask
+from .heads import get_probe_type
+from .scope import check_rows, token_mask, tokens_read
 
 
 logger = logging.get_logger(__name__)
@@ -48,7 +49,8 @@ class PromptDataset(Dataset):
 class StateDataset(Dataset):
     """Hidden states and labels, mapped from disk.
 
-    Items: `input_ids` (the tokens that count), `hidden_states` `[tokens, L+1, hidden_size]`, `labels`.
+    Items: `input_ids` (the tokens that count), `hidden_states` `[tokens, L+1, hidden_size]`, `labels`. With an entry of a
+    head that reads less, only its layers, and of the tokens only those that matter to it.
     """
 
     def __init__(self, folder: Path, labels: np.ndarray):
@@ -73,8 +75,9 @@ class StateDataset(Dataset):
 class StateCache:
     """A folder of cached hidden states, one sub-folder for each set of prompts.
 
-    What is cached is only the tokens that a head with this `token_scope` reads. An entry is found again by the prompts,
-    the scope, the dtype and the backbone's weights; anything else is computed anew.
+    What is cached is only the tokens and layers that the head reads. An entry is found again by the prompts, the scope, the
+    dtype, the backbone's weights and what is read of it, and one with all that any head reads serves every head; anything
+    else is computed anew.
 
     Args:
         folder: where to keep the states; created where it is missing.
@@ -96,7 +99,7 @@ class StateCache:
 
         Args:
             lm: the frozen LM.
-            config: of the head; its scope says which tokens are kept. All layers are.
+            config: of the head; its scope, kind and layers say what is kept.
             prompts: token ids of each row.
             labels: one entry a row.
             batch_tokens: tokens of a forward pass, padding included.
@@ -108,6 +111,10 @@ class StateCache:
         for part in (_FORMAT, str(self.dtype), config.token_scope, config.prefix_ids, prompts, weights_digest(lm)):
             key.update(json.dumps(part).encode())
         entry = self.folder / key.hexdigest()[:32]
+        layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
+        if not (entry / _META).is_file() and (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
+            key.update(json.dumps([reads, layers]).encode())
+            entry = self.folder / key.hexdigest()[:32]
         if not (entry / _META).is_file():
             self._compute(entry, lm, config, prompts, batch_tokens)
         return StateDataset(entry, labels)
@@ -118,12 +125,13 @@ class StateCache:
 
     def _compute(self, entry: Path, lm, config, prompts, batch_tokens) -> None:
         decoder = find_decoder(lm)
-        masks = [token_mask(config, torch.tensor([ids]), None)[0] for ids in prompts]
+        masks = [token_mask(config, torch.tensor([ids]), None) for ids in prompts]
         for mask in masks:
-            check_rows(mask[None])
+            check_rows(mask)
+        masks = [tokens_read(config, mask)[0] for mask in masks]
         counts = [int(mask.sum()) for mask in masks]
         offsets = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        shape = (decoder.num_hidden_layers + 1, decoder.hidden_size)
+        shape = (len(config.layer_indices), decoder.hidden_size)
         size = offsets[-1] * int(np.prod(shape)) * self.dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
@@ -153,8 +161,8 @@ class StateCache:
                 for i, row in enumerate(rows):
                     input_ids[i, : len(rests[row])] = torch.tensor(rests[row])
                     attention_mask[i, : len(rests[row])] = 1
-                batch = collect_hidden_states(lm, range(shape[0]), input_ids, attention_mask, prefix)
-                batch = torch.stack(batch, dim=2).to("cpu", self.dtype)  # [B, T, L+1, D]
+                batch = collect_hidden_states(lm, config.layer_indices, input_ids, attention_mask, prefix)
+                batch = torch.stack(batch, dim=2).to("cpu", self.dtype)  # [B, T, layers_read, D]
                 if not bool(batch.isfinite().all()):
                     raise ProbeError(f"a hidden state is too large for {self.dtype}; cache as bfloat16 or float32")
                 for i, row in enumerate(rows):
@@ -202,6 +210,7 @@ def iterate_states(
     lm: nn.Module | None = None,
     batch_tokens: int = 4096,
     progress: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """The states of a data set, a batch of rows of like length at a time.
 
@@ -211,6 +220,7 @@ def iterate_states(
         lm: the frozen LM, where the states are not cached.
         batch_tokens: tokens of a batch, padding included.
         progress: show a bar.
+        layers: states wanted of an LM; all where left out.
 
     Yields:
         Row numbers, `hidden_states` `[batch, L+1, tokens, hidden_size]`, and the mask `[batch, tokens]` of the tokens that
@@ -226,8 +236,8 @@ def iterate_states(
             else:
                 ids, attention_mask = batch["input_ids"], batch["attention_mask"]
                 mask = token_mask(config, ids, attention_mask)
-                layers = range(find_decoder(lm).num_hidden_layers + 1)
-                states = torch.stack(collect_hidden_states(lm, layers, ids, attention_mask), dim=1)
+                wanted = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
+                states = torch.stack(collect_hidden_states(lm, wanted, ids, attention_mask), dim=1)
             yield rows, states, mask
             bar.update(len(rows))
 

@@ -179,6 +179,7 @@ class ProbeHostMixin:
                 heads[name] = probe
             else:
                 heads[name] = ProbeModel(describe(self, probe))
+            heads[name].bind(self)
         device = decoder.device
         for head in heads.values():
             head.to(device).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .configuration import ProbeConfig
 from .decision import probabilities
 from .errors import ProbeError
-from .evaluation import predict_logits
+from .evaluation import predict_together
 from .metrics import score
 from .recipe import Recipe, complete
 from .shared_training import Candidate, SharedTraining
@@ -30,24 +30,24 @@ def learning_curves(
     train_labels: np.ndarray,
     test: Dataset,
     test_labels: np.ndarray,
-    kinds: Sequence[str],
+    heads: Mapping[str, dict[str, Any]],
     sizes: Sequence[int] = SIZES,
     seeds: Sequence[int] = (0, 1, 2),
     lm: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains each kind on a few rows, as `llama-probe train` would, and scores it on others.
+    """Trains heads on a few rows, as `llama-probe train` would, and scores it on others.
 
-    A seed draws the rows, the weights and the order. All kinds learn from the same rows, side by side; nothing is held
+    A seed draws the rows, the weights and the order. All heads learn from the same rows, side by side; nothing is held
     back, so no epoch and no threshold is chosen.
 
     Args:
-        config: of a head, with labels, prompts and backbone; kinds are put into it.
+        config: with labels, prompts and backbone. heads: by name, fields of `ProbeConfig` that are put into it.
         train, test: both `PromptDataset` (with `lm`) or both `StateDataset`. train_labels, test_labels: see `LabelledTexts`.
         sizes: numbers of rows. Those above the number of training rows are left out.
         lm: the frozen backbone; `None` where the states are cached.
 
     Returns:
-        One entry a size, seed and kind: these, and the metrics of `score`.
+        One entry a size, seed and head, `rows`, `seed` and `head`, with the metrics of `score`.
 
     Raises:
         ProbeError: there are fewer rows than the smallest size, or too few of some label.
@@ -58,16 +58,25 @@ def learning_curves(
     draws = [(size, seed, draw_rows(train_labels, config, size, seed)) for size in sizes for seed in seeds]
     found = []
     for size, seed, rows in tqdm(draws, desc="learning curves", unit=" draws", leave=False):
-        candidates = [_candidate(number, kind, config, size, seed) for number, kind in enumerate(kinds)]
+        candidates = [_candidate(number, head, config, size, seed) for number, head in enumerate(heads.values())]
         epochs = int(complete(Recipe(), {}, size)[0].num_train_epochs)
         part = Subset(train, rows.tolist())
         training = SharedTraining(candidates, part, test, "accuracy", epochs, Path(), lm, seed=seed)
-        for kind, learner in zip(kinds, training.run_unseen(), strict=True):
-            if lm is not None:
-                learner.probe.set_backbone(lm)
-            probs = probabilities(predict_logits(learner.probe, test), learner.probe.config).numpy()
-            metrics = score(probs, test_labels, learner.probe.config)
-            found.append({"rows": size, "seed": seed, "probe_type": kind, **metrics})
+        probes = [learner.probe for learner in training.run_unseen()]
+        for name, probe, logits in zip(heads, probes, predict_together(probes, test, lm), strict=True):
+            metrics = score(probabilities(logits, probe.config).numpy(), test_labels, probe.config)
+            found.append({"rows": size, "seed": seed, "head": name, **metrics})
+    return found
+
+
+def summarize_curves(curves: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """By head and number of rows `mean`, `std` (n - 1; `None` for one seed) and `runs` of a metric over the seeds."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in dict.fromkeys(entry["head"] for entry in curves):
+        for size in sorted({entry["rows"] for entry in curves}):
+            values = [e[metric] for e in curves if e["head"] == name and e["rows"] == size]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            found.setdefault(name, {})[size] = {"mean": float(np.mean(values)), "std": spread, "runs": len(values)}
     return found
 
 
@@ -83,8 +92,8 @@ def draw_rows(labels: np.ndarray, config: ProbeConfig, size: int, seed: int) -> 
     return np.sort(order[:size])
 
 
-def _candidate(number: int, kind: str, config: ProbeConfig, rows: int, seed: int) -> Candidate:
-    recipe, head = complete(Recipe(), {"probe_type": kind}, rows)
+def _candidate(number: int, head: dict[str, Any], config: ProbeConfig, rows: int, seed: int) -> Candidate:
+    recipe, head = complete(Recipe(), head, rows)
     config = config.replace(**head)
     return Candidate(
         number,

@@ -10,7 +10,7 @@ from typing import Any
 from .baselines import BASELINES
 from .configuration import ProbeConfig
 from .errors import ProbeError
-from .heads import probe_types
+from .heads import get_probe_type, probe_types
 from .recipe import KINDS, OTHER
 from .shared_training import Candidate
 from .training import ProbeLoss
@@ -37,6 +37,11 @@ class HeadMethod:
     def settings(self) -> dict[str, Any]:
         """What its results depend on."""
         return asdict(self)
+
+    @property
+    def convex(self) -> bool:
+        """Whether the head is fitted, and not trained: it then has no seed."""
+        return get_probe_type(self.head["probe_type"]).convex
 
     def candidates(self, name: str, base: ProbeConfig, seed: int) -> list[Candidate]:
         """What to train for a seed: one candidate, or one a layer.
@@ -65,6 +70,8 @@ def _suited(kind: str, **further) -> HeadMethod:
 
 HEADS: dict[str, HeadMethod] = {
     "layer-linear": _suited("pooling", each_layer=True),
+    "last-token": _suited("last"),
+    "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=0.0),
     **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
 }
 

@@ -296,6 +296,27 @@ def methods_plot(panels: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     return figure
 
 
+def learning_curves_plot(curves: dict[str, dict[int, dict[str, Any]]], title: str) -> Figure:
+    """How good each kind of head gets with a number of labelled rows; bars are standard deviations over the seeds.
+
+    Args:
+        curves: from `summarize_curves`. title: the data set and its metric.
+    """
+    figure = new_figure()
+    axes = figure.subplots()
+    for kind, values in curves.items():
+        spreads = [value["std"] or 0.0 for value in values.values()]
+        axes.errorbar(list(values), [v["mean"] for v in values.values()], spreads, marker="o", capsize=3, label=kind)
+    sizes = list(next(iter(curves.values())))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xlabel("labelled training rows")
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def _base_name(parameter: str) -> str:
     for name in ("learning_rate", "num_attention_heads"):
         if name in parameter:

@@ -17,8 +17,8 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
-from .heads import create_aggregator, join_slots, repeat_rows
-from .scope import check_rows, token_mask
+from .heads import create_aggregator, get_probe_type, join_slots, repeat_rows
+from .scope import check_rows, token_mask, tokens_read
 
 
 @dataclass
@@ -82,13 +82,13 @@ class ProbeModel(nn.Module):
                 "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
             )
         self.config = config
-        self.set_backbone(backbone)
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage = create_aggregator(config, len(self.layer_indices), config.causal)
         self.layer_stage = create_aggregator(config, 1)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
         """Gives the head the frozen LM that turns `input_ids` into states, or takes it away.
@@ -100,7 +100,18 @@ class ProbeModel(nn.Module):
             find_decoder(backbone).match(self.config)
             backbone.requires_grad_(False)
             backbone.eval()
+            self.bind(backbone)
         object.__setattr__(self, "backbone", backbone)
+
+    def bind(self, lm: nn.Module) -> None:
+        """Gives the head what its kind needs of the frozen LM beside its states, as `set_backbone` and attaching do.
+
+        Most kinds need nothing. What is given stays outside the module tree, and stays when the backbone is taken away.
+
+        Raises:
+            ProbeError: the LM does not have it.
+        """
+        self.classifier.bind(lm)
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):
@@ -179,7 +190,8 @@ class ProbeModel(nn.Module):
             labels (*optional*): class indices `[batch]`; for multi-label heads floats `[batch, num_labels]`; for
                 regression floats `[batch, num_labels]` or `[batch]`.
             hidden_states (*optional*): `output_hidden_states` of the LM - a tuple of L+1 tensors of shape
-                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`. Any float dtype.
+                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers
+                alone that the head reads. Any float dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
                 `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
@@ -232,15 +244,33 @@ class ProbeModel(nn.Module):
             output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
         return output
 
+    def pool(
+        self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the classifier gets, without dropout: `[batch, hidden_size]`.
+
+        Args:
+            hidden_states, attention_mask: see `forward`.
+        """
+        mask = None if attention_mask is None else attention_mask.bool().to(self.device)
+        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
+        return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
+
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
         if isinstance(hidden_states, torch.Tensor):
-            if hidden_states.dim() != 4 or hidden_states.shape[1] != layers or hidden_states.shape[3] != width:
+            read = len(self.layer_indices)
+            if (
+                hidden_states.dim() != 4
+                or hidden_states.shape[1] not in (layers, read)
+                or hidden_states.shape[3] != width
+            ):
+                alone = "" if read == layers else f", or [batch, {read}, tokens, {width}] of the layers it reads"
                 raise ProbeError(
                     f"hidden_states has the shape {tuple(hidden_states.shape)}; "
-                    f"it must be [batch, {layers}, tokens, {width}]"
+                    f"it must be [batch, {layers}, tokens, {width}]{alone}"
                 )
-            picked = hidden_states if len(self.layer_indices) == layers else hidden_states[:, self.layer_indices]
+            picked = hidden_states if hidden_states.shape[1] == read else hidden_states[:, self.layer_indices]
             return picked.transpose(0, 1)
         if len(hidden_states) != layers:
             raise ProbeError(
@@ -266,6 +296,7 @@ class ProbeModel(nn.Module):
         """
         mask = mask.bool()
         check_rows(mask)
+        mask = tokens_read(self.config, mask)
         columns = mask.any(dim=0).nonzero()
         start, stop = int(columns[0]), int(columns[-1]) + 1
         if past > start:

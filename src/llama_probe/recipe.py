@@ -15,8 +15,8 @@ class Recipe:
     """How a head is trained; the fields of `TrainingArguments` have their names there.
 
     Attributes:
-        learning_rate, num_train_epochs, per_device_train_batch_size: `None` for what suits the kind and the number of rows;
-            see `complete`.
+        learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing: `None` for what suits the kind and the
+            number of rows; see `complete`.
         max_false_positive_rate: how the threshold is chosen, see `calibrate`.
     """
 
@@ -25,7 +25,7 @@ class Recipe:
     per_device_train_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     weight_decay: float = 0.05
-    label_smoothing: float = 0.05
+    label_smoothing: float | None = None
     focal_gamma: float = 0.0
     class_weights: str | None = None
     patience: int | None = 3
@@ -50,6 +50,7 @@ class Regularization:
     learning_rate: float
     dropout: float
     layer_dropout: float
+    label_smoothing: float = 0.05
 
 
 # Chosen by validation rows of ToxicChat, SST-2 and Emotion on the demo backbone. Fewer rows need more passes over them.
@@ -62,8 +63,10 @@ SCHEDULES = (
 KINDS = {
     "pooling": Regularization(1e-2, 0.1, 0.0),
     "gate": Regularization(1e-2, 0.1, 0.0),
+    "last": Regularization(1e-2, 0.1, 0.0),
     "mha": Regularization(1e-3, 0.2, 0.1),
-    "attentive": Regularization(1e-3, 0.2, 0.1),
+    "attentive": Regularization(1e-2, 0.2, 0.1),
+    "muli": Regularization(1e-3, 0.0, 0.0, label_smoothing=0.0),  # fitted: only its L1 penalty regularises
 }
 OTHER = KINDS["mha"]
 
@@ -85,6 +88,7 @@ def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, d
     suited = KINDS.get(kind, OTHER)
     chosen = {
         "learning_rate": suited.learning_rate,
+        "label_smoothing": suited.label_smoothing,
         "num_train_epochs": schedule.num_train_epochs,
         "per_device_train_batch_size": schedule.per_device_train_batch_size,
     }

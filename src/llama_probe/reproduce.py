@@ -18,7 +18,8 @@ from .capture import find_decoder
 from .comparison import Comparison
 from .errors import ProbeError
 from .files import environment
-from .methods import HEADS, check_methods, downcast_methods, head_methods, method_names
+from .heads import get_probe_type
+from .methods import check_methods, downcast_methods, head_methods, method_names
 from .recipe import Recipe
 from .reproduction_report import write_report
 from .sweep import SWEEP_NAME, SearchSpace, Sweep
@@ -28,7 +29,7 @@ from .workbench import SAFETY, Task, Workbench, known_source
 
 logger = logging.get_logger(__name__)
 
-PARTS = ("main", "ood", "downcast", "layers", "sensitivity")
+PARTS = ("main", "ood", "downcast", "layers", "sensitivity", "few-labels")
 DATA = ("toxicchat", "sst2", "emotion", "imdb")
 TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
 
@@ -136,6 +137,9 @@ class Reproduction:
                 yield lambda source=source: self._layers(self.bench.task(source))
         if "sensitivity" in self.only:
             yield self._sensitivity
+        if "few-labels" in self.only and self._trained_kinds:
+            for source in self.data:
+                yield lambda source=source: comparison.few_labels(self.bench.task(source), self._trained_kinds)
 
     @property
     def _safety_source(self) -> str | None:
@@ -152,8 +156,16 @@ class Reproduction:
     @property
     def _layered(self) -> list[str]:
         """Heads whose weights on the layers are learned."""
-        unweighted = {name for name, method in HEADS.items() if method.head["probe_type"] == "pooling"}
-        return [name for name in self.methods if name in head_methods() and name not in unweighted]
+        kinds = {name: method.head["probe_type"] for name, method in head_methods().items()}
+        weighted = {name for name, kind in kinds.items() if kind != "pooling" and get_probe_type(kind).reads == "all"}
+        return [name for name in self.methods if name in weighted]
+
+    @property
+    def _trained_kinds(self) -> list[str]:
+        """Methods that are a kind of head and no more, and are trained: those that are compared on few labels."""
+        heads = head_methods()
+        found = [name for name in self.methods if name in heads and heads[name].head["probe_type"] == name]
+        return [name for name in found if not heads[name].convex]
 
     def _at_hand(self, test_set: str) -> bool:
         try:
@@ -262,6 +274,12 @@ class Reproduction:
             "main": {source: find_all(f"main/{_file(source)}", source, self.methods) for source in self.data},
             "layers": {source: find_all(f"layers/{_file(source)}", source, self._layered) for source in self.data},
             "sensitivity": find("sensitivity", self._sensitivity_settings),
+            "few_labels": {
+                source: find(
+                    f"few-labels/{_file(source)}", comparison.few_labels_settings(source, self._trained_kinds)
+                )
+                for source in self.data
+            },
         }
         if safety is not None:
             results = {

@@ -14,8 +14,9 @@ from . import paper
 from .figure import png_writer
 from .files import write_atomically
 from .known_data import find_benchmark
+from .learning_curves import summarize_curves
 from .markdown import table
-from .plots import layer_groups_plot, methods_plot, sensitivity_plot
+from .plots import layer_groups_plot, learning_curves_plot, methods_plot, sensitivity_plot
 from .workbench import SAFETY
 
 
@@ -165,6 +166,9 @@ def _markdown(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
         yield from _layers(source, heads)
     if report["sensitivity"] is not None:
         yield from _sensitivity(report["sensitivity"])
+    for source, found in report["few_labels"].items():
+        if found is not None:
+            yield from _few_labels(source, found)
     for name in plots:
         yield f"![{name.removesuffix('.png')}]({name})"
         yield ""
@@ -188,6 +192,8 @@ def _unfinished(report: dict[str, Any]) -> list[str]:
         found.append("downcast")
     if "layers" in report["only"]:
         found += [f"layers on {source}" for source, heads in report["layers"].items() if None in heads.values()]
+    if "few-labels" in report["only"]:
+        found += [f"few-labels on {source}" for source, curves in report["few_labels"].items() if curves is None]
     if "sensitivity" in report["only"] and report["sensitivity"] is None:
         found.append("sensitivity")
     return found
@@ -348,6 +354,21 @@ def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
     yield from table(header, lines)
 
 
+def _few_labels(source: str, found: dict[str, Any]) -> Iterator[str]:
+    yield f"## Few labels: {source}"
+    yield ""
+    yield (
+        f"{found['metric']} on {found['rows']['test']:,} test rows after training on so many of the "
+        f"{found['rows']['train']:,} training rows, drawn anew for each seed, with what `llama-probe train` chooses for their "
+        "number. No row is held back, and nothing is chosen by one."
+    )
+    yield ""
+    curves = summarize_curves(found["curves"], found["metric"])
+    sizes = list(next(iter(curves.values())))
+    lines = [[f"`{kind}`", *(cell(values[size]) for size in sizes)] for kind, values in curves.items()]
+    yield from table(["kind", *(f"{size:,} rows" for size in sizes)], lines)
+
+
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
     figures = {}
     for source, results in report["main"].items():
@@ -365,6 +386,10 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         done = {name: found for name, found in heads.items() if found is not None and found["groups"]}
         if done:
             figures[f"layers-{_file(source)}.png"] = layer_groups_plot(done)
+    for source, found in report["few_labels"].items():
+        if found is not None:
+            curves = summarize_curves(found["curves"], found["metric"])
+            figures[f"few-labels-{_file(source)}.png"] = learning_curves_plot(curves, f"{source}: {found['metric']}")
     if report["sensitivity"] is not None:
         figures["sensitivity.png"] = sensitivity_plot(report["sensitivity"])
     return figures

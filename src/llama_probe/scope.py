@@ -8,6 +8,8 @@ import torch
 from transformers.utils import logging
 
 from .errors import ProbeError
+from .heads import get_probe_type
+from .heads.aggregator import last_valid
 
 
 if TYPE_CHECKING:
@@ -68,6 +70,11 @@ def token_mask(
         )
     columns = torch.arange(width, device=input_ids.device)
     return mask & ~(begins & (columns >= first) & (columns < first + count))
+
+
+def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
+    """Those of the tokens that count, `[batch, tokens]`, which matter to the head's kind."""
+    return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
 def check_rows(mask: torch.Tensor | None) -> None:

@@ -22,6 +22,7 @@ from .decision import ProbeOutput, probabilities
 from .errors import ProbeError
 from .features import ProbeCollator
 from .files import write_atomically
+from .heads import get_probe_type
 from .metrics import score
 from .probe import ProbeModel
 from .scope import token_mask
@@ -203,6 +204,12 @@ class SharedTraining:
     ):
         if not candidates:
             raise ProbeError("there is nothing to train: no candidates")
+        for candidate in candidates:
+            if get_probe_type(candidate.config.probe_type).convex:
+                raise ProbeError(
+                    f"probe_type={candidate.config.probe_type!r} is fitted as a convex problem, and cannot be trained beside "
+                    "others: use llama-probe train"
+                )
         if not 0 < keep <= 1:
             raise ProbeError(f"keep={keep} must be above 0 and at most 1")
         self.train, self.validation, self.metric = train, validation, metric

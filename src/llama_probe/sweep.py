@@ -58,7 +58,11 @@ class SearchSpace:
         if not self.probe_types:
             raise ProbeError("there is no kind of head to search: name some with probe_types")
         for kind in self.probe_types:
-            get_probe_type(kind)
+            if get_probe_type(kind).convex:
+                raise ProbeError(
+                    f"probe_type={kind!r} has nothing to search: it is fitted, and llama-probe train chooses the strength of "
+                    "its penalty by validation rows"
+                )
 
     def suggest(self, trial: optuna.Trial, hidden_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """A configuration: fields of `ProbeConfig`, and of `Recipe`."""

@@ -27,6 +27,8 @@ from .evaluation import inspect_head, predict_logits, report
 from .features import PromptDataset, StateCache
 from .files import environment, save_head
 from .fingerprint import describe
+from .fitting import check_convex, fit_classifier
+from .heads import get_probe_type
 from .metrics import METRICS, default_metric
 from .model_card import CardFacts, write_card
 from .plots import write_plots
@@ -48,6 +50,7 @@ class Prepared:
         config: of a head, with all that it records of prompts and backbone.
         metric: the validation metric to choose by.
         lm: the frozen backbone; `None` where the states are cached.
+        head: untrained, with what its kind needs of the backbone beside states.
         cache: that goes when the run is over.
         folds: rows of train that take turns as validation rows; none where the validation rows are others.
     """
@@ -57,6 +60,7 @@ class Prepared:
     metric: str
     datasets: dict[str, Dataset]
     lm: PreTrainedModel | None
+    head: ProbeModel
     cache: StateCache | None
     folds: list[np.ndarray] = field(default_factory=list)
 
@@ -77,7 +81,8 @@ class TrainingRun:
             filled in once the rows are read; see `llama_probe.recipe.complete`.
         prompt_format, system_prompt, max_length: see `PromptFormat`.
         output: the head's folder.
-        seeds: one training each. Rows are split by the first.
+        seeds: one training each. Rows are split by the first. A kind that is fitted, and not trained, has no seed: the first
+            alone is used.
         cache: keep hidden states on disk while training, so that the backbone runs once. cache_dir: keep them for later.
         resume: go on from the checkpoints of a run that was stopped.
         card: what the card says beyond what was measured.
@@ -109,10 +114,14 @@ class TrainingRun:
             ProbeError: anything the user can mend, before the training starts.
         """
         prepared = self.prepare()
+        convex = get_probe_type(prepared.config.probe_type).convex
         checkpoints = self.output / "checkpoints"
         if checkpoints.exists() and not self.resume:
             shutil.rmtree(checkpoints)
-        runs = [self._train(seed, prepared, checkpoints / f"seed-{seed}") for seed in self.seeds]
+        if convex:
+            runs = [self._fit_classifier(self.seeds[0], prepared)]
+        else:
+            runs = [self._train(seed, prepared, checkpoints / f"seed-{seed}") for seed in self.seeds]
         best = max(runs, key=lambda run: run["result"]["validation"][prepared.metric])
         held_out = best["logits"] if prepared.folds else None
         results = self.save(best["probe"], prepared, [run["result"] for run in runs], best["result"]["seed"], held_out)
@@ -139,9 +148,13 @@ class TrainingRun:
             )
         check_max_false_positive_rate(config, self.recipe.max_false_positive_rate)
         self.loss(config, parts["train"])
+        if get_probe_type(config.probe_type).convex:
+            check_convex(self.recipe.focal_gamma)
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
         config = describe(lm, config.replace(**prompts.config_fields()))
+        head = ProbeModel(config)
+        head.bind(lm)
         self.output.mkdir(parents=True, exist_ok=True)
         cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
         datasets: dict[str, Dataset] = {}
@@ -149,7 +162,7 @@ class TrainingRun:
             ids = prompts.encode(rows.texts)
             datasets[name] = cache.dataset(lm, config, ids, rows.labels) if cache else PromptDataset(ids, rows.labels)
         passing = cache if self.cache_dir is None else None
-        return Prepared(parts, config, metric, datasets, None if cache else lm, passing, folds)
+        return Prepared(parts, config, metric, datasets, None if cache else lm, head, passing, folds)
 
     def save(
         self,
@@ -211,6 +224,18 @@ class TrainingRun:
             probe, epochs = self._fit(seed, prepared, train, None, checkpoints / "all")
         result = {"seed": seed, "epochs": epochs, **self.judge(probe, prepared, logits)}
         return {"probe": probe, "result": result, "logits": logits}
+
+    def _fit_classifier(self, seed: int, prepared: Prepared) -> dict[str, Any]:
+        """What `_train` gives, for a kind whose classifier is fitted."""
+        probe, datasets = prepared.head, prepared.datasets
+        if prepared.lm is not None:
+            probe.to(prepared.lm.device).set_backbone(prepared.lm)
+        loss = self.loss(prepared.config, prepared.parts["train"])
+        found = fit_classifier(
+            probe, datasets["train"], datasets["validation"], loss, prepared.metric, prepared.lm, prepared.folds
+        )
+        result = {"seed": seed, **found.facts, **self.judge(probe, prepared, found.logits)}
+        return {"probe": probe, "result": result, "logits": found.logits}
 
     def _fit(
         self, seed: int, prepared: Prepared, train: Dataset, validation: Dataset | None, checkpoints: Path

@@ -25,12 +25,14 @@ def reproduce(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, or kinds of head. Left out: all."
+            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, or kinds of head. Left out: all."
         ),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="main, ood, downcast, layers or sensitivity; may be given again. Left out: all."),
+        typer.Option(
+            help="main, ood, downcast, layers, sensitivity or few-labels; may be given again. Left out: all."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that depends on chance.")] = 3,
     max_rows: Annotated[

@@ -22,7 +22,9 @@ def train(
     backbone: Backbone = "demo",
     probe_type: Annotated[
         str,
-        typer.Option(help="Kind of head: pooling, gate, mha or attentive; auto: what suits the number of rows."),
+        typer.Option(
+            help="Kind of head: pooling, gate, mha, attentive, last or muli; auto: what suits the number of rows."
+        ),
     ] = "auto",
     eval: Annotated[
         str | None,
@@ -64,14 +66,23 @@ def train(
         str, typer.Option(help="content (without the template's constant prefix) or prompt.")
     ] = "content",
     max_length: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 512,
+    layers: Annotated[
+        str,
+        typer.Option(help="States to read with commas, 0 (embeddings) to the number of layers, or all."),
+    ] = "all",
     pool: Annotated[str, typer.Option(help="mean or max.")] = "mean",
     num_attention_heads: Annotated[int, typer.Option(help="Attention heads of mha.")] = 2,
     downcast: Annotated[int, typer.Option(help="mha works in hidden_size / downcast dimensions.")] = 32,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=NUMBER of the kind, such as num_queries=4 or value_rank=8 of attentive."),
+        typer.Option(
+            help="NAME=NUMBER of the kind, such as num_queries=4 or value_rank=8 of attentive, l1=0.003 of muli."
+        ),
     ] = None,
-    normalize: Annotated[str, typer.Option(help="layernorm, rms or none, before the token stage.")] = "layernorm",
+    normalize: Annotated[
+        str | None,
+        typer.Option(help="layernorm, rms or none, before the token stage; left out: layernorm, for muli none."),
+    ] = None,
     dropout: Annotated[
         float | None,
         typer.Option(help="Dropout on summaries; this and the next four suit the kind and the rows if left out."),
@@ -84,7 +95,9 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Steps to gather before each update.")] = 1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.05,
-    label_smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.05,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Label smoothing; 0.05 if left out, 0 for muli.")
+    ] = None,
     focal_gamma: Annotated[float, typer.Option(help="Focal loss; 0 for none.")] = 0.0,
     class_weights: Annotated[str | None, typer.Option(help="'balanced', or one weight a label with commas.")] = None,
     metric: Annotated[str | None, typer.Option(help="Validation metric to choose by.")] = None,
@@ -146,6 +159,7 @@ def train(
         ),
         head={
             "probe_type": probe_type,
+            "layers": _layers(layers),
             "pool": pool,
             "num_attention_heads": num_attention_heads,
             "downcast": downcast,
@@ -186,6 +200,15 @@ def train(
         return
     _print_summary(results)
     Console().print(f"head written to {output}")
+
+
+def _layers(text: str) -> str | list[int]:
+    if text.strip() == "all":
+        return "all"
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ProbeError(f"--layers {text!r} must be all, or state indices with commas, such as 0,5,30") from None
 
 
 def _options(pairs: list[str]) -> dict[str, int | float]:

@@ -2,6 +2,7 @@
 
 from .aggregator import (
     Aggregator,
+    Classifier,
     create_aggregator,
     get_probe_type,
     join_slots,
@@ -12,6 +13,8 @@ from .aggregator import (
 from .attention import AttentionAggregator
 from .attentive import AttentivePoolingAggregator
 from .gate import GateAggregator
+from .last import LastItemAggregator
+from .muli import LogOddsClassifier, MuliAggregator
 from .pooling import PoolingAggregator
 
 
@@ -19,7 +22,11 @@ __all__ = [
     "Aggregator",
     "AttentionAggregator",
     "AttentivePoolingAggregator",
+    "Classifier",
     "GateAggregator",
+    "LastItemAggregator",
+    "LogOddsClassifier",
+    "MuliAggregator",
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",

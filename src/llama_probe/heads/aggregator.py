@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +19,25 @@ from ..errors import ProbeError
 
 if TYPE_CHECKING:
     from ..configuration import ProbeConfig
+
+
+class Classifier(nn.Linear):
+    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
+
+    def bind(self, lm: nn.Module) -> None:
+        """Takes what the map needs of the frozen LM beside its states; most need nothing.
+
+        Raises:
+            ProbeError: the LM does not have it.
+        """
+
+    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
+        return pooled
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """`[B, D]` to `[B, num_labels]`."""
+        return super().forward(self.inputs(pooled))
 
 
 class Aggregator(nn.Module, ABC):
@@ -35,10 +54,18 @@ class Aggregator(nn.Module, ABC):
         config (`ProbeConfig`): the head's configuration, with `hidden_size` set.
 
     Attributes:
-        causal: whether what is made of an item may depend on that item and earlier ones alone. The state is then a tensor
-            `[S, B, ...]` or a tuple of such, so that `join_slots` and `repeat_rows` can handle it.
+        reads: `"all"`, or `"last"` where only the last of the tokens that count and the last of the layers matter: the
+            others are then neither captured nor cached.
+        normalize: of the config, where that leaves it open.
+        convex: whether the classifier is all that is learned, and is fitted as a convex problem; see
+            `llama_probe.fitting`. Others learn by gradient steps.
+        causal: of the instance; whether what is made of an item may depend on that item and earlier ones alone. The state is
+            then a tensor `[S, B, ...]` or a tuple of such, so that `join_slots` and `repeat_rows` can handle it.
     """
 
+    reads: ClassVar[str] = "all"
+    normalize: ClassVar[str] = "layernorm"
+    convex: ClassVar[bool] = False
     causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):
@@ -50,6 +77,11 @@ class Aggregator(nn.Module, ABC):
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
         """Raises `ProbeError` where `config` holds a value that this kind cannot be built from."""
+
+    @classmethod
+    def create_classifier(cls, config: ProbeConfig) -> Classifier:
+        """The map from the pooled vector to the logits, for a head of `config`."""
+        return Classifier(config.hidden_size, config.num_labels)
 
     @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
@@ -129,6 +161,11 @@ def repeat_rows(state: Any, repeats: int) -> Any:
     if isinstance(state, tuple):
         return tuple(repeat_rows(part, repeats) for part in state)
     return state.repeat_interleave(repeats, dim=1)
+
+
+def last_valid(mask: torch.Tensor) -> torch.Tensor:
+    """Where the last true of each row of a `[B, N]` mask is: booleans `[B, N]`, one true a row that has any."""
+    return mask & (mask.int().cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

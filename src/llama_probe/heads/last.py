@@ -1,0 +1,37 @@
+"""The last item alone: with one layer, the last-token linear probe of its state. No parameters."""
+
+from __future__ import annotations
+
+import torch
+
+from .aggregator import Aggregator, last_valid, register_probe_type
+
+
+@register_probe_type("last")
+class LastItemAggregator(Aggregator):
+    """The last valid item: of the tokens, and then of the layers. State: that item, so far.
+
+    No other layer matters, and so the head reads the last one of `layers` only: `layers=[k]` is a linear probe of state k,
+    and `"all"` one of the final state.
+    """
+
+    reads = "last"
+
+    def update(self, state, x, mask, slots):
+        if mask is None:
+            return x[:, :, -1]
+        rows, columns = torch.arange(x.shape[1], device=x.device), mask.shape[1] - 1
+        last = columns - mask.flip(1).int().argmax(dim=1)  # [B]; the last column where nothing counts
+        found = x[:, rows, last]  # [S, B, D]
+        if state is None:  # what a row without anything that counts gets here is replaced by a later chunk
+            return found
+        return torch.where(mask.any(dim=1)[None, :, None], found, state)
+
+    def result(self, state, slots):
+        return state
+
+    def weights(self, x, mask, slots):
+        """1 for the last valid item, 0 for all others."""
+        slot_count, batch, items, _ = x.shape
+        valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
+        return last_valid(valid).to(x.dtype).expand(slot_count, batch, items)

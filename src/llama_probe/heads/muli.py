@@ -1,0 +1,103 @@
+"""Toxicity detection for free (MULI): a sparse linear map of the LM's first-token logits (Hu et al., arXiv 2405.18822)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..errors import ProbeError
+from .aggregator import Classifier, register_probe_type
+from .last import LastItemAggregator
+
+
+if TYPE_CHECKING:
+    from ..configuration import ProbeConfig
+
+
+class LogOddsClassifier(Classifier):
+    """A linear map of the log odds of every next token: f(p) = log p - log(1 - p), p from the frozen LM's own output head.
+
+    The standardisation of f over the training rows is folded into `weight` and `bias`: `(vocab_size + 1) num_labels`
+    parameters, of which few are not zero. The LM's output embeddings are shared with it, and no part of the module.
+    """
+
+    def __init__(self, config: ProbeConfig):
+        if config.vocab_size is None:
+            raise ProbeError(
+                "vocab_size is not set, and a muli head has a weight for each next token: put it in the ProbeConfig or "
+                "pass backbone="
+            )
+        super().__init__(config.vocab_size, config.num_labels)
+        self.next_token = None
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def bind(self, lm: nn.Module) -> None:
+        from ..next_token import NextToken
+
+        found = NextToken.of(lm)
+        width = getattr(found.embeddings, "out_features", self.in_features)
+        if width != self.in_features:
+            raise ProbeError(
+                f"this LM has {width} next tokens, the muli head weighs {self.in_features}: it was made for another LM, or "
+                "for another size of its vocabulary"
+            )
+        self.next_token = found
+
+    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
+        if self.next_token is None:
+            raise ProbeError(
+                "a muli head reads the LM's next-token logits and has no LM: attach it to one (add_probe, load_probe), "
+                "pass backbone=, or call bind(lm)"
+            )
+        with torch.no_grad():  # there is nothing to train before the linear map
+            return log_odds(self.next_token(pooled).log_softmax(dim=-1)).to(self.weight.device)
+
+
+@register_probe_type("muli")
+class MuliAggregator(LastItemAggregator):
+    """The final state of the last token, as it is: the classifier makes next-token logits of it.
+
+    `options`: `l1`, the strength of the L1 penalty at fitting: the mean loss + l1 * sum |w| over standardised features is
+    smallest. Chosen by validation rows where left out. Such a head is fitted as a convex problem, in `llama_probe.fitting`.
+    """
+
+    normalize = "none"
+    convex = True
+
+    @classmethod
+    def check(cls, config):
+        if unknown := sorted(set(config.options) - {"l1"}):
+            raise ProbeError(f"options has {unknown}; probe_type='muli' knows ['l1']")
+        strength = config.options.get("l1", 1.0)
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength < float("inf"):
+            raise ProbeError(f"options['l1']={strength!r} must be a number above 0")
+        if config.problem_type == "regression":
+            raise ProbeError(
+                "probe_type='muli' gives classes, and problem_type is 'regression'; other kinds do regression"
+            )
+        if config.normalize != "none":
+            raise ProbeError(
+                f"normalize={config.normalize!r}, but the LM's output embeddings take states as they are: with "
+                "probe_type='muli' leave normalize out, or 'none'"
+            )
+        last = config.num_hidden_layers
+        if config.layers != "all" and (len(config.layers) != 1 or last not in (None, *config.layers)):
+            raise ProbeError(
+                f"layers={config.layers!r}, but probe_type='muli' reads the final state alone: leave layers 'all'"
+            )
+
+    @classmethod
+    def create_classifier(cls, config):
+        return LogOddsClassifier(config)
+
+
+def log_odds(log_p: torch.Tensor) -> torch.Tensor:
+    """log p - log(1 - p) of log-probabilities of any shape, fp32. Bounded where p is 1 to fp32's precision."""
+    # Each form of log(1 - p) is exact where the other is not (Maechler 2012, "Accurately computing log(1 - exp(-|a|))").
+    near_one = (-torch.expm1(log_p)).clamp_min(2.0**-24).log()
+    return log_p - torch.where(log_p > -0.7, near_one, torch.log1p(-log_p.exp()))

@@ -1,0 +1,138 @@
+"""MULI: log odds of the next token, from the LM's own output embeddings, in every way that a head is used."""
+
+import json
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
+from llama_probe.files import read_head, save_head
+from llama_probe.heads.muli import log_odds
+
+
+LM = make_lm()
+
+
+def muli(seed=0, lm=LM, **changes):
+    probe = make_probe(seed, probe_type="muli", vocab_size=VOCAB, **changes)
+    if lm is not None:
+        probe.bind(lm)
+    return probe
+
+
+def expected_of(probe, ids, mask=None, lm=LM):
+    """From the LM's own logits at the last token of each row, one row at a time and in fp64."""
+    rows = []
+    for row in range(len(ids)):
+        alone = ids[row : row + 1] if mask is None else ids[row : row + 1, mask[row].bool()]
+        with torch.no_grad():
+            p = lm(alone).logits[0, -1].double().softmax(-1)
+        rows.append(probe.classifier.weight.double() @ (p.log() - (1 - p).log()) + probe.classifier.bias.double())
+    return torch.stack(rows).float()
+
+
+def test_log_odds_at_all_probabilities():
+    p = torch.tensor([1e-30, 1e-8, 1e-3, 0.25, 0.499, 0.5, 0.501, 0.9, 1 - 1e-6], dtype=torch.float64)
+    found = log_odds(p.log().float())
+    torch.testing.assert_close(found.double(), p.log() - torch.log1p(-p), rtol=1e-4, atol=0.05)
+    extreme = log_odds(torch.tensor([0.0, -500.0]))
+    assert extreme.isfinite().all() and extreme[0] > 16 and extreme[1] == -500
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_generate_gives_what_the_lms_logits_say(padding):
+    ids, mask = make_prompts(), torch.ones(3, 9, dtype=torch.long)
+    if padding != "none":
+        mask[0, :4], mask[2, :1] = 0, 0
+    if padding == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    probe = muli(num_labels=3)
+    expected = expected_of(probe, ids, mask)
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": muli(num_labels=3, lm=None)})
+    plain = make_lm().generate(ids, attention_mask=mask, max_new_tokens=3)
+    for kwargs in ({}, {"prefill_chunk_size": 2}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, **kwargs)
+        torch.testing.assert_close(out.probe_logits["a"], expected, atol=1e-4, rtol=1e-4)
+        assert kwargs.get("num_beams") or torch.equal(out.sequences, plain)
+    torch.testing.assert_close(model(ids, attention_mask=mask).probe_logits["a"], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.classify(ids, mask)["a"].logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_streamed_equals_whole(data):
+    batch, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 10))
+    mask = torch.zeros(batch, tokens, dtype=torch.bool)
+    for row in range(batch):
+        low = data.draw(st.integers(0, tokens - 1))
+        mask[row, low : data.draw(st.integers(low + 1, tokens))] = True
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    states = [torch.randn(batch, tokens, HIDDEN, generator=generator) for _ in range(LAYERS + 1)]
+    probe = muli()
+    cuts = sorted(data.draw(st.sets(st.integers(1, tokens), max_size=3)) | {tokens})
+    state = probe.init_state(mask)
+    with torch.no_grad():
+        whole = probe(hidden_states=states, attention_mask=mask).logits
+        for low, high in zip([0, *cuts], cuts, strict=False):
+            for layer, hidden in enumerate(states):
+                probe.step(state, layer, hidden[:, low:high])
+        torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
+        for row in range(batch):
+            alone = [hidden[row : row + 1, mask[row]] for hidden in states]
+            torch.testing.assert_close(probe(hidden_states=alone).logits[0], whole[row], atol=1e-4, rtol=1e-4)
+
+
+def test_it_holds_a_weight_a_token_and_nothing_of_the_lm(tmp_path):
+    probe = muli(num_labels=3)
+    assert probe.num_parameters() == (VOCAB + 1) * 3
+    assert set(probe.state_dict()) == {"classifier.weight", "classifier.bias"}
+    fresh = ProbeModel(ProbeConfig(probe_type="muli"), backbone=make_lm())
+    assert fresh.config.normalize == "none" and fresh.layer_indices == [LAYERS]
+    assert not fresh.classifier.weight.any(), "an untrained head says nothing"
+    back = read_head(save_head(probe, tmp_path / "a"), backbone=LM)
+    ids = make_prompts()
+    torch.testing.assert_close(back(input_ids=ids).logits, expected_of(probe, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path):
+    folder = save_head(muli(), tmp_path / "a")
+    path = folder / "probe_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": VOCAB + 1}))
+    with pytest.raises(ProbeError, match=r"classifier.weight has the shape \[2, 97\], its config asks for \[2, 98\]"):
+        read_head(folder)
+    with pytest.raises(ProbeError, match=r"this LM has 120 next tokens, the muli head weighs 97"):
+        LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=120), {"a": muli(lm=None)})
+
+
+def test_without_an_lm_it_says_what_to_do():
+    states = [torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)
+    with pytest.raises(ProbeError, match=r"has no LM: attach it to one \(add_probe, load_probe\), pass backbone="):
+        muli(lm=None)(hidden_states=states)
+    with pytest.raises(ProbeError, match="vocab_size is not set"):
+        ProbeModel(ProbeConfig(probe_type="muli", hidden_size=HIDDEN, num_hidden_layers=LAYERS))
+
+
+def test_it_keeps_its_lm_when_the_backbone_is_taken_away():
+    probe = ProbeModel(ProbeConfig(probe_type="muli"), backbone=make_lm())
+    probe.set_backbone(None)
+    assert probe(hidden_states=[torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"problem_type": "regression", "num_labels": 1}, "problem_type is 'regression'; other kinds do regression"),
+        ({"normalize": "rms"}, "normalize='rms', but .* leave normalize out, or 'none'"),
+        ({"layers": [1, 4]}, "reads the final state alone: leave layers 'all'"),
+        ({"layers": [3], "num_hidden_layers": 4}, "reads the final state alone"),
+        ({"options": {"l1": 0}}, r"options\['l1'\]=0 must be a number above 0"),
+        ({"options": {"l2": 1}}, r"options has \['l2'\]; probe_type='muli' knows \['l1'\]"),
+    ],
+)
+def test_configs_that_cannot_be(changes, words):
+    with pytest.raises(ProbeError, match=words):
+        ProbeConfig(probe_type="muli", **changes)
+    assert ProbeConfig(probe_type="muli", layers=[4], num_hidden_layers=4).layer_indices == [4]
