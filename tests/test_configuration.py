@@ -18,6 +18,8 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
         ({"pool": "median"}, "pool='median' is not allowed; allowed: mean, max"),
         ({"normalize": True}, "normalize=True is not allowed; allowed: none, layernorm, rms"),
         ({"token_scope": "everything"}, "token_scope='everything' is not allowed"),
+        ({"token_scope": "response", "causal": False}, "causal=False is not allowed with token_scope='response'"),
+        ({"causal": "yes"}, "causal='yes' is not allowed"),
         ({"prompt_format": "xml"}, "prompt_format='xml' is not allowed; allowed: chat, raw"),
         ({"problem_type": "ranking"}, "problem_type='ranking' is not allowed"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number from 1"),
@@ -52,6 +54,18 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
 def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
     with pytest.raises(ProbeError, match=words):
         ProbeConfig(**values)
+
+
+def test_heads_that_read_replies_are_causal():
+    assert [ProbeConfig(token_scope=scope).causal for scope in ("prompt", "content", "response", "all")] == [
+        0,
+        0,
+        1,
+        1,
+    ]
+    assert ProbeConfig(causal=True).causal, "a prompt may be read so as well"
+    with pytest.raises(ProbeError, match="was trained to look ahead"):
+        ProbeConfig().replace(token_scope="all")
 
 
 def test_labels_by_default():

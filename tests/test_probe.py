@@ -1,4 +1,4 @@
-"""A head: its size, its two ways in, its attention weights, and what it refuses."""
+"""A head: its size, its ways in, its attention weights, and what it refuses."""
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ def cases(draw):
     config = {
         "probe_type": draw(st.sampled_from(KINDS)),
         "pool": draw(st.sampled_from(["mean", "max"])),
+        "causal": draw(st.booleans()),
         "normalize": draw(st.sampled_from(["none", "layernorm", "rms"])),
         "hidden_size": inner * downcast,
         "num_hidden_layers": layers,
@@ -61,6 +62,32 @@ def test_streamed_equals_whole(case):
             for layer, hidden in enumerate(states):
                 probe.step(state, layer, hidden[:, low:high])
         torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.integers(1, 2))
+def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats):
+    """Token by token from the first cut on, each score is that of all tokens so far, read at once."""
+    config, mask, cuts, seed = case
+    config |= {"token_scope": "all", "causal": True}
+    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    cut, length = cuts[0], mask.shape[1]
+    mask[:, 0] = True  # of the prompt something counts
+    with torch.no_grad():
+        prompt = probe.init_state(mask[:, :cut])
+        for layer, hidden in enumerate(states):
+            probe.step(prompt, layer, hidden[:, :cut])
+        whole = probe(hidden_states=[state[:, :cut] for state in states], attention_mask=mask[:, :cut]).logits
+        torch.testing.assert_close(probe.finish(prompt).logits, whole, atol=1e-4, rtol=1e-4)
+        running = probe.begin_reply(prompt, repeats)
+        for column in range(cut, length):
+            x = torch.stack([states[layer][:, column : column + 1] for layer in probe.layer_indices])
+            new = mask[:, column : column + 1].repeat_interleave(repeats, 0)
+            running, output = probe.extend(running, x.repeat_interleave(repeats, 1), new)
+            seen = [state[:, : column + 1] for state in states]
+            whole = probe(hidden_states=seen, attention_mask=mask[:, : column + 1]).logits
+            expected = whole.repeat_interleave(repeats, 0)
+            torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,19 +189,23 @@ class TestAgainstThePaper:
         self.check(gate, probe_type="gate")
 
     @pytest.mark.parametrize("pool", ["mean", "max"])
-    def test_mha(self, pool):
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_mha(self, pool, causal):
         def mha(module, slot, x):
             query, key, value = (x @ module.qkv[slot].T).chunk(3, dim=-1)
             width = query.shape[-1] // 2
             mixed = []
             for head in range(2):
                 part = slice(head * width, (head + 1) * width)
-                attention = (query[:, part] @ key[:, part].T / width**0.5).softmax(-1)
+                scores = query[:, part] @ key[:, part].T / width**0.5
+                if causal and module.num_slots > 1:  # tokens; layers are all seen
+                    scores = torch.stack([row.where(torch.arange(5) <= i, -torch.inf) for i, row in enumerate(scores)])
+                attention = scores.softmax(-1)
                 mixed.append(attention @ value[:, part])
             out = torch.cat(mixed, -1) @ module.out[slot].T
             return out.mean(0) if pool == "mean" else out.max(0).values
 
-        self.check(mha, probe_type="mha", pool=pool, downcast=2, num_attention_heads=2)
+        self.check(mha, probe_type="mha", pool=pool, downcast=2, num_attention_heads=2, causal=causal)
 
     @pytest.mark.parametrize("queries, rank", [(1, 1), (2, 6), (4, 4)])
     def test_attentive(self, queries, rank):

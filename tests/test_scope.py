@@ -32,7 +32,14 @@ def test_a_prompt_that_begins_otherwise_is_read_whole():
     assert torch.equal(token_mask(config(), ids, mask), mask.bool())
 
 
+def test_all_scope_is_that_of_content():
+    ids = torch.tensor([[7, 8, 5, 7, 8]])
+    assert token_mask(config(token_scope="all"), ids, None).int().tolist() == [[0, 0, 1, 1, 1]]
+
+
 def test_refusals():
+    with pytest.raises(ProbeError, match="cannot be told from the ids: pass probe_mask"):
+        token_mask(config(token_scope="response"), torch.ones(1, 3).long(), None)
     with pytest.raises(ProbeError, match="probe_mask"):
         token_mask(config(), None, torch.ones(1, 3))
     with pytest.raises(ProbeError, match=r"must be \[batch, tokens\]"):

@@ -12,6 +12,8 @@ from .files import package_version
 from .halting import Halt, Reprompt
 from .modeling import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbedGenerationMixin
 from .probe import ProbeModel
+from .reply import TokenScores
+from .streaming import HoldBackStreamer
 
 
 __version__ = package_version()
@@ -19,6 +21,7 @@ __version__ = package_version()
 __all__ = [
     "AutoModelForProbedGeneration",
     "Halt",
+    "HoldBackStreamer",
     "LlamaForProbedGeneration",
     "ProbeConfig",
     "ProbeError",
@@ -26,6 +29,7 @@ __all__ = [
     "ProbeOutput",
     "ProbedGenerationMixin",
     "Reprompt",
+    "TokenScores",
     "__version__",
 ]
 

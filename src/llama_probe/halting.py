@@ -1,15 +1,12 @@
-"""Halting: prompts that a head flags get no reply from the model, and may get another one in its place."""
+"""What is halted: prompts that a head flags get no reply from the model, and replies that one flags end there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from transformers.utils import ModelOutput
 
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, predictions
@@ -17,22 +14,25 @@ from .errors import ProbeError
 
 
 if TYPE_CHECKING:
-    from .generation import PrefillSession
+    from .reply import TokenScores
 
 
 @dataclass(frozen=True)
 class Halt:
-    """Why a prompt got no reply.
+    """Why a prompt got no reply, or why its reply ends where it does.
 
     Attributes:
         head: name of the head that flagged it; `None` where a policy of the user's did.
         label: the label that was found. score: its probability (regression: the value). threshold: from which it halts.
+        token: the place in the reply, from 0, of the token that was one too many, and is the last; `None` where the
+            reply was not begun.
     """
 
     head: str | None = None
     label: str | None = None
     score: float | None = None
     threshold: float | None = None
+    token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Reprompt:
 
 # Outputs of all active heads -> for each prompt whether it is halted, or a `Halt` that says why.
 HaltPolicy = Callable[[dict[str, ProbeOutput]], Sequence[Any]]
+# What was read of each reply so far -> nothing, or for each row whether its reply ends here, or a `Halt` that says why.
+TokenCallback = Callable[["TokenScores"], "Sequence[Any] | None"]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
 
@@ -61,21 +63,28 @@ class HaltRule:
     Attributes:
         index: of the label. threshold: probability from which it counts (regression: the value); `None` where the head
             decides as it always does.
+        patience: number of tokens in a row that must have the label; 1 for heads that read the prompt alone.
     """
 
     head: str
     config: ProbeConfig
     index: int
     threshold: float | None
+    patience: int = 1
 
     @classmethod
     def create(
-        cls, head: str, config: ProbeConfig, label: str | None = None, threshold: float | None = None
+        cls,
+        head: str,
+        config: ProbeConfig,
+        label: str | None = None,
+        threshold: float | None = None,
+        patience: int = 1,
     ) -> HaltRule:
         """Checks what the user said.
 
         Raises:
-            ProbeError: the head has no such label, needs one, or the threshold is not allowed.
+            ProbeError: the head has no such label, needs one, or the threshold or patience is not allowed.
         """
         names = list(config.id2label.values())
         regression = config.problem_type == "regression"
@@ -95,16 +104,23 @@ class HaltRule:
                 raise ProbeError(
                     f"halt_on: the threshold of {head!r} is {threshold!r}; it must be a number from 0 to 1"
                 )
+        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+            raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
+        if patience > 1 and not config.reads_reply:
+            raise ProbeError(
+                f"halt_on: patience={patience} counts tokens of a reply, and {head!r} reads the prompt alone "
+                f"(token_scope={config.token_scope!r}): leave patience out"
+            )
         index = names.index(label)
         if threshold is None and config.problem_type == "multi_label_classification":
             threshold = config.threshold[index] if isinstance(config.threshold, list) else config.threshold
             threshold = 0.5 if threshold is None else threshold
         elif threshold is None and index == 1:
             threshold = config.threshold  # as the head decides between two labels
-        return cls(head, config, index, threshold)
+        return cls(head, config, index, threshold, patience)
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
-        """For each prompt why it is halted, or `None`."""
+        """For each row why it is halted, or `None`, with no regard to patience."""
         probs = output.probabilities
         scores = probs[:, self.index]
         found = (
@@ -124,22 +140,43 @@ class Halter:
 
     Args:
         spec: the name of a head, or several: its last label of two, decided as the head decides. A dict of names with
-            `label` and `threshold`, each of which may be left out. Or a function of the user's own; see `HaltPolicy`.
+            `label`, `threshold` and, for heads that read replies, `patience`, each of which may be left out. Or a function
+            of the user's own, which sees the prompt's scores; see `HaltPolicy`. `None` halts nothing.
         configs: of the active heads, by name.
+        on_token: called after each token of the replies; see `TokenCallback`.
+
+    Attributes:
+        halts: one entry a prompt, and from the first token of the replies on one a row; `None` before the prompt was read.
+        follows: whether something is decided token by token.
 
     Raises:
         ProbeError: a head is not active, or what was said of it is not allowed.
     """
 
-    def __init__(self, spec: HaltSpec, configs: Mapping[str, ProbeConfig]):
+    def __init__(
+        self, spec: HaltSpec | None, configs: Mapping[str, ProbeConfig], on_token: TokenCallback | None = None
+    ):
         self.policy: HaltPolicy | None = None
+        self.on_token = on_token
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] | None = None
+        self._streaks: dict[str, list[int]] = {}
         if not configs:
             raise ProbeError(
                 "halt_on: no head is active to halt by; load_probe(...) or set_active_probes([...]) first"
             )
+        if on_token is not None and not any(config.reads_reply for config in configs.values()):
+            raise ProbeError(
+                "on_probe_token: no active head reads replies; attach one with token_scope='response' or 'all'"
+            )
+        if spec is None:
+            return
         if callable(spec):
+            if all(config.token_scope == "response" for config in configs.values()):
+                raise ProbeError(
+                    "halt_on: a function decides by what heads say of the prompt, and no active head reads it; "
+                    "on_probe_token= takes a function that sees each token of the reply"
+                )
             self.policy = spec
             return
         if isinstance(spec, str):
@@ -152,8 +189,8 @@ class Halter:
             if name not in configs:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
             options = dict(options or {})
-            if unknown := sorted(set(options) - {"label", "threshold"}):
-                raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold")
+            if unknown := sorted(set(options) - {"label", "threshold", "patience"}):
+                raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold, patience")
             self.rules.append(HaltRule.create(name, configs[name], **options))
 
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
@@ -170,170 +207,61 @@ class Halter:
             return self.halts
         self.halts = [None] * prompts
         for rule in self.rules:
-            self.halts = [old or new for old, new in zip(self.halts, rule.halts(outputs[rule.head]), strict=True)]
+            if rule.head in outputs:
+                found = self._patient(rule, rule.halts(outputs[rule.head]))
+                self.halts = [old or new for old, new in zip(self.halts, found, strict=True)]
         return self.halts
+
+    @property
+    def follows(self) -> bool:
+        return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
+
+    def follow(self, scores: TokenScores) -> list[bool]:
+        """Decides after one more token of each reply; `halts` then has one entry a row.
+
+        Returns:
+            For each row whether a rule flags the token, which halts it where patience is at its end.
+
+        Raises:
+            ProbeError: the callback returned something else. What it raises goes through: no further token is written.
+        """
+        counted = scores.counted.tolist()
+        self.expand(len(counted))
+        flagged = [False] * len(counted)
+        found: list[list[Halt | None]] = []
+        if self.on_token is not None and (said := self.on_token(scores)) is not None:
+            said = list(said)
+            if len(said) != len(counted):
+                raise ProbeError(f"on_probe_token returned {len(said)} decisions for {len(counted)} rows")
+            found.append([item if isinstance(item, Halt) else Halt() if bool(item) else None for item in said])
+        for rule in self.rules:
+            if rule.config.reads_reply:
+                hits = rule.halts(scores.outputs[rule.head])
+                flagged = [
+                    old or (hit is not None and on) for old, hit, on in zip(flagged, hits, counted, strict=True)
+                ]
+                found.append(self._patient(rule, hits, counted))
+        for halts in found:
+            for row, halt in enumerate(halts):
+                if halt is not None and counted[row] and self.halts[row] is None:
+                    self.halts[row], flagged[row] = replace(halt, token=scores.step), True
+        return flagged
+
+    def expand(self, rows: int) -> None:
+        """One entry of `halts` a row, where each prompt has several."""
+        repeats = rows // len(self.halts)
+        self.halts = [halt for halt in self.halts for _ in range(repeats)]
+        self._streaks = {head: [n for n in counts for _ in range(repeats)] for head, counts in self._streaks.items()}
+
+    def _patient(self, rule: HaltRule, found: list[Halt | None], counted: Sequence[bool] | None = None):
+        """`found` without what does not yet last as long as the rule's patience. What does not count changes nothing."""
+        streaks = self._streaks.setdefault(rule.head, [0] * len(found))
+        for row, halt in enumerate(found):
+            if counted is None or counted[row]:
+                streaks[row] = 0 if halt is None else streaks[row] + 1
+        return [halt if streak >= rule.patience else None for halt, streak in zip(found, streaks, strict=True)]
 
     @property
     def all_halted(self) -> bool:
         """Whether no prompt is left to reply to."""
         return self.halts is not None and None not in self.halts
-
-
-class AllHalted(Exception):
-    """Leaves `generate()` at the end of the prefill, where no prompt is left to reply to."""
-
-
-class HaltingProcessor(LogitsProcessor):
-    """Ends the replies to halted prompts at once, where others of the batch go on.
-
-    Args:
-        halter: of the call. token: the end-of-sequence token, or where a model has none what the reply is filled with.
-    """
-
-    def __init__(self, halter: Halter, token: int):
-        self.halter, self.token = halter, token
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not any(self.halter.halts or ()):
-            return scores
-        rows = torch.tensor([halt is not None for halt in self.halter.halts], device=scores.device)
-        rows = rows.repeat_interleave(len(scores) // len(rows))  # beams and return sequences
-        scores = scores.clone()
-        scores[rows] = torch.finfo(scores.dtype).min
-        scores[rows, self.token] = 0.0
-        return scores
-
-
-def generation_setting(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping, name: str):
-    """What a call of `generate()` uses for a setting: its argument, its config, or the model's; `None` where none says."""
-    sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name, None))
-    return next((value for value in sources if value is not None), None)
-
-
-class HaltingRun:
-    """One call of `generate()` that may halt.
-
-    Args:
-        model: the probed model. halter, session: of the call.
-        reply: what halted prompts get; see `HaltReply`.
-        generation_config, kwargs: of the call.
-
-    Raises:
-        ProbeError: the reply is not allowed.
-    """
-
-    def __init__(
-        self, model, halter: Halter, session: PrefillSession, reply: HaltReply | None, generation_config, kwargs
-    ):
-        self.model, self.halter, self.session = model, halter, session
-        self.generation_config, self.kwargs = generation_config, kwargs
-        self.reply = _reply(reply, kwargs.get("tokenizer"))
-        session.on_complete = self._decide
-
-    def _decide(self, outputs: dict[str, ProbeOutput]) -> None:
-        self.halter.decide(outputs, self.session.prompts)
-        if self.halter.all_halted:
-            raise AllHalted
-
-    def generate(self, generate: Callable, inputs: torch.Tensor | None, *args) -> ModelOutput:
-        """Calls the plain `generate`, and puts the replies of halted prompts into what it returns."""
-        end, pad = self._token("eos_token_id"), self._token("pad_token_id")
-        pad = end if pad is None else pad
-        pad = 0 if pad is None else pad
-        processor = HaltingProcessor(self.halter, pad if end is None else end)
-        kwargs = dict(self.kwargs)
-        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), processor])
-        prompt = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
-        streamer = kwargs.get("streamer")
-        try:
-            output = generate(inputs, self.generation_config, *args, **kwargs)
-        except AllHalted:
-            output = self._empty_output(prompt)
-        except BaseException:
-            if self.halter.halts is None and streamer is not None:
-                streamer.end()  # the policy failed: whoever waits for the stream is told that there will be none
-            raise
-        halts = self.halter.halts
-        if any(halts):
-            reply = self._reply_tokens(generate)
-            length = 0 if prompt is None else prompt.shape[1]
-            output.sequences = with_replies(output.sequences, halts, length, reply, pad)
-            if self.halter.all_halted and streamer is not None:
-                for token in reply.cpu():
-                    streamer.put(token[None])
-                streamer.end()
-        return output
-
-    def _setting(self, name: str):
-        return generation_setting(self.model, self.generation_config, self.kwargs, name)
-
-    def _token(self, name: str) -> int | None:
-        value = self._setting(name)
-        if isinstance(value, torch.Tensor):
-            value = value.flatten().tolist()
-        return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
-
-    def _empty_output(self, prompt: torch.Tensor | None) -> ModelOutput:
-        """What the plain `generate` would have returned of the prompts alone."""
-        if prompt is None:  # embeddings: the plain output holds new tokens only
-            prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.model.device)
-        sequences = prompt.repeat_interleave(self._setting("num_return_sequences") or 1, dim=0)
-        beams = (self._setting("num_beams") or 1) > 1
-        return (GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput)(sequences=sequences)
-
-    def _reply_tokens(self, generate: Callable) -> torch.Tensor:
-        if not isinstance(self.reply, Reprompt):
-            return self.reply
-        ids = self.reply.input_ids.to(self.model.device)
-        written = generate(ids, attention_mask=torch.ones_like(ids), **self.reply.kwargs)
-        sequences = written if isinstance(written, torch.Tensor) else written.sequences
-        return sequences[0, ids.shape[1] :]
-
-
-def _reply(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
-    """Token ids, or a prompt for them."""
-    if isinstance(reply, Reprompt):
-        if reply.input_ids.dim() != 2 or len(reply.input_ids) != 1:
-            raise ProbeError(
-                f"Reprompt.input_ids has the shape {tuple(reply.input_ids.shape)}; it must be [1, tokens]"
-            )
-        return reply
-    if isinstance(reply, str):
-        if tokenizer is None:
-            raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
-        reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    try:
-        ids = torch.as_tensor([] if reply is None else reply, dtype=torch.long)
-    except (TypeError, ValueError, RuntimeError):
-        raise ProbeError(
-            f"halt_reply is a {type(reply).__name__}; it must be token ids, a text or a Reprompt"
-        ) from None
-    if ids.dim() != 1:
-        raise ProbeError(f"halt_reply has the shape {tuple(ids.shape)}; it must be [tokens]")
-    return ids
-
-
-def with_replies(
-    sequences: torch.Tensor, halts: Sequence[Halt | None], prompt_length: int, reply: torch.Tensor, pad: int
-) -> torch.Tensor:
-    """Puts `reply` in the place of what halted prompts got.
-
-    Args:
-        sequences (`[rows, tokens]`): rows are prompts, or return sequences of each prompt.
-        prompt_length: tokens of `sequences` that are the prompt's; 0 where prompts were given as embeddings.
-        reply (`[tokens]`): may be empty.
-        pad: what stands behind the shorter replies.
-
-    Returns:
-        `[rows, as many tokens as the longest row has]`.
-    """
-    rows = torch.tensor([halt is not None for halt in halts], device=sequences.device)
-    rows = rows.repeat_interleave(len(sequences) // len(rows))
-    others = 0 if bool(rows.all()) else sequences.shape[1] - prompt_length
-    width = prompt_length + max(others, len(reply))
-    grown = sequences.new_full((len(sequences), width), pad)
-    kept = min(width, sequences.shape[1])
-    grown[:, :kept] = sequences[:, :kept]
-    grown[rows, prompt_length:] = pad
-    grown[rows, prompt_length : prompt_length + len(reply)] = reply.to(sequences)
-    return grown

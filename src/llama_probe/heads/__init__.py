@@ -1,6 +1,15 @@
 """Probe heads: one file a kind. Importing the package registers every kind that ships with it."""
 
-from .aggregator import Aggregator, Classifier, create_aggregator, get_probe_type, probe_types, register_probe_type
+from .aggregator import (
+    Aggregator,
+    Classifier,
+    create_aggregator,
+    get_probe_type,
+    join_slots,
+    probe_types,
+    register_probe_type,
+    repeat_rows,
+)
 from .attention import AttentionAggregator
 from .attentive import AttentivePoolingAggregator
 from .gate import GateAggregator
@@ -21,6 +30,8 @@ __all__ = [
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",
+    "join_slots",
     "probe_types",
     "register_probe_type",
+    "repeat_rows",
 ]

@@ -1,0 +1,180 @@
+"""Heads that follow a reply: what is read in the decoding steps of one `generate()` call, and the score of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .capture import Capture, Decoder
+from .decision import ProbeOutput
+from .errors import ProbeError
+from .probe import ProbeModel
+
+
+if TYPE_CHECKING:
+    from .generation import PrefillSession
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the heads say once the LM has read one more token of each reply.
+
+    Attributes:
+        step: the token's place in the reply, from 0.
+        outputs: by head name; logits `[rows, num_labels]`, NaN where the token does not count. Rows are prompts, or the
+            return sequences of each prompt.
+        counted (`torch.BoolTensor` of shape `[rows]`): false for padding, and from the end of a reply on.
+    """
+
+    step: int
+    outputs: dict[str, ProbeOutput]
+    counted: torch.Tensor
+
+
+class ReplySession:
+    """Feeds the tokens of the replies to the heads, one a row and pass, as the LM reads them.
+
+    A token is read by the pass after the one that chose it: what this scores is always the text so far. Nothing reads the
+    last token of a reply, which therefore has no score. End-of-sequence tokens and padding do not count.
+
+    Args:
+        heads: those that read replies, by name.
+        prompt: what reads the prompts; has the states of the heads that read both.
+        eos_token_ids: tokens that end a reply. pad_token_id: the token that stands behind replies that have ended.
+
+    Attributes:
+        on_token: called at the end of each pass.
+    """
+
+    def __init__(
+        self,
+        heads: dict[str, ProbeModel],
+        prompt: PrefillSession,
+        eos_token_ids: Sequence[int] = (),
+        pad_token_id: int | None = None,
+    ):
+        self.heads, self.prompt = heads, prompt
+        self.on_token: Callable[[TokenScores], Any] | None = None
+        self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
+        self._pad = -1 if pad_token_id is None else pad_token_id
+        self._layers: Collection[int] = {layer for head in heads.values() for layer in head.layer_indices}
+        self._live: torch.Tensor | None = None
+        self._ended: torch.Tensor | None = None
+        self._running: dict[str, Any] = {}
+        self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
+        self._steps = 0
+
+    def end(self, rows: Sequence[bool]) -> None:
+        """Scores no further token of these rows: one entry a prompt or a row."""
+        self._ended = torch.tensor(list(rows))
+
+    @contextmanager
+    def reading(self, decoder: Decoder, inputs: dict[str, Any]):
+        """Reads the states of one forward pass of the LM, which is about to run over `inputs`, and scores its last token.
+
+        Raises:
+            ProbeError: the pass is not over one more token of each reply.
+        """
+        ids = inputs.get("input_ids")
+        whole = self.prompt.length + self._steps + 1  # without a cache
+        rows = 0 if ids is None else len(ids)
+        same = rows == len(self._live) if self._live is not None else rows and rows % self.prompt.prompts == 0
+        if ids is None or not same or ids.shape[1] not in (1, whole):
+            raise ProbeError(
+                "the decoding method does not run the LM over one more token of each reply, so heads cannot follow these; "
+                "set_active_probes([...]) with other heads, or [] to generate without"
+            )
+        states: dict[int, torch.Tensor] = {}
+
+        def on_state(layer: int, hidden: torch.Tensor) -> None:
+            # a view of the last token would keep the states of all
+            states[layer] = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
+
+        with Capture(decoder, on_state, self._layers):
+            yield
+        with torch.no_grad():
+            scores = self._score(states, ids[:, -1])
+        self._steps += 1
+        if self.on_token is not None:
+            self.on_token(scores)
+
+    def _score(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor) -> TokenScores:
+        if self._live is None:
+            self._live = torch.ones_like(tokens, dtype=torch.bool)
+            repeats = len(tokens) // self.prompt.prompts
+            for name, head in self.heads.items():
+                self._running[name] = head.begin_reply(self.prompt.states.get(name), repeats)
+        if self._ended is not None:
+            ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
+            self._live, self._ended = self._live & ~ended, None
+        self._live = self._live & ~torch.isin(tokens, self._ends.to(tokens.device))
+        counted = self._live & (tokens != self._pad)
+        stacks: dict[tuple[int, ...], torch.Tensor] = {}
+        outputs = {}
+        for name, head in self.heads.items():
+            layers = tuple(head.layer_indices)
+            if layers not in stacks:
+                stacks[layers] = torch.stack([states[layer].to(head.device) for layer in layers])  # [S, rows, 1, D]
+            mask = counted.to(head.device)[:, None]
+            self._running[name], output = head.extend(self._running[name], stacks[layers], mask)
+            output.logits = output.logits.masked_fill(~mask, float("nan"))
+            self._logits[name].append(output.logits)
+            outputs[name] = output
+        return TokenScores(self._steps, outputs, counted)
+
+    def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
+        """`[rows, new_tokens - 1, num_labels]` by head name: the score after each token that was read, NaN where none counted.
+
+        Args:
+            rows, new_tokens: of what `generate()` returns.
+        """
+        width = max(0, min(self._steps, new_tokens - 1))
+        return {
+            name: torch.stack(found[:width], dim=1)
+            if width
+            else torch.zeros(rows, 0, self.heads[name].config.num_labels, device=self.heads[name].device)
+            for name, found in self._logits.items()
+        }
+
+
+# Settings of generate() under which its passes are not over one more token of each reply, and what they are called.
+_NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_beams": (lambda value: value > 1, "beam search moves rows from one reply to another"),
+    "num_beam_groups": (lambda value: value > 1, "beam search moves rows from one reply to another"),
+    "constraints": (bool, "constrained beam search moves rows from one reply to another"),
+    "force_words_ids": (bool, "constrained beam search moves rows from one reply to another"),
+    "assistant_model": (lambda value: value is not None, "assisted decoding reads candidates that may be taken back"),
+    "assistant_early_exit": (
+        lambda value: value is not None,
+        "assisted decoding reads candidates that may be taken back",
+    ),
+    "prompt_lookup_num_tokens": (
+        lambda value: value is not None,
+        "prompt look-up reads candidates that may be taken back",
+    ),
+    "use_mtp": (bool, "multi-token prediction reads candidates that may be taken back"),
+    "penalty_alpha": (lambda value: value > 0, "contrastive search reads candidates that may be taken back"),
+    "dola_layers": (lambda value: value is not None, "DoLa decoding is a method of its own"),
+    "custom_generate": (lambda value: value is not None, "a decoding method of one's own may read anything"),
+}
+
+
+def refuse_not_followed(heads: Collection[str], setting: Callable[[str], Any]) -> None:
+    """Raises `ProbeError` where heads cannot follow the replies that a call of `generate()` writes.
+
+    Args:
+        heads: names of those that read replies.
+        setting: what the call uses for a setting, by its name; `None` where nothing says.
+    """
+    for name, (refused, why) in _NOT_FOLLOWED.items():
+        value = setting(name)
+        if value is not None and refused(value):
+            raise ProbeError(
+                f"{name} cannot be used with heads that read the reply ({', '.join(heads)}): {why}, so a reply cannot be "
+                f"scored token by token. Allowed: greedy search and sampling, also with num_return_sequences. Leave {name} "
+                "out, or set_active_probes([...]) without these heads"
+            )

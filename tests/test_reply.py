@@ -1,0 +1,405 @@
+"""Heads that follow a reply: the score of every token, and replies that end where one is flagged."""
+
+import pytest
+import torch
+from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from llama_probe import Halt, LlamaForProbedGeneration, ProbeError, Reprompt
+
+
+KINDS = {
+    "mean": {"probe_type": "pooling"},
+    "max": {"probe_type": "pooling", "pool": "max"},
+    "gate": {"probe_type": "gate"},
+    "attentive": {"probe_type": "attentive"},
+    "last": {"probe_type": "last"},
+    "muli": {"probe_type": "muli", "vocab_size": VOCAB},
+    "mha": {"probe_type": "mha"},
+    "mha-max": {"probe_type": "mha", "pool": "max", "layers": [0, 2, 4]},
+}
+MODES = {
+    "greedy": {},
+    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "no cache": {"use_cache": False},
+    "guidance": {"guidance_scale": 1.5},
+}
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def probed(heads, **lm_changes):
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads)
+
+
+def both_scopes(**changes):
+    return {
+        f"{name}-{scope}": make_probe(seed=i, token_scope=scope, **kind, **changes)
+        for scope in ("response", "all")
+        for i, (name, kind) in enumerate(KINDS.items())
+    }
+
+
+def guard(labels=("fine", "awful"), **changes):
+    return make_probe(token_scope="response", probe_type="gate", id2label=dict(enumerate(labels)), **changes)
+
+
+@pytest.fixture
+def model():
+    return probed({"guard": guard(), "mood": make_probe(seed=3)})
+
+
+def flag(*tokens, rows=(0,)):
+    """A callback that ends the reply of these rows at a token."""
+
+    def callback(scores):
+        return [row in rows and scores.step in tokens for row in range(len(scores.counted))]
+
+    return callback
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    mode=st.sampled_from(sorted(MODES)),
+    padding=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    pad=st.sampled_from([0, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_each_score_is_that_of_the_text_so_far(mode, padding, pad, seed):
+    """Streamed while the reply is written, and read at once from the whole text: the same."""
+    prompts = make_prompts(len(padding), 7, seed=seed)
+    mask = torch.ones_like(prompts)
+    for row, width in enumerate(padding):
+        prompts[row, :width], mask[row, :width] = pad, 0
+    heads = both_scopes()
+    model = probed(heads, pad_token_id=pad, seed=seed)
+    torch.manual_seed(seed)
+    out = model.generate(prompts, attention_mask=mask, max_new_tokens=6, **MODES[mode])
+    rows, length = len(out.sequences), prompts.shape[1]
+    width = out.sequences.shape[1] - length - 1
+    mask = mask.bool().repeat_interleave(rows // len(prompts), 0)
+    replies = out.sequences[:, length:]
+    live = (replies == 2).cumsum(1) == 0
+    counts = live & (replies != pad)
+    attention = torch.cat([mask, torch.ones_like(replies, dtype=torch.bool)], 1)
+    with torch.no_grad():
+        # no padding behind the reply can change what stands before it
+        lm = make_lm(pad_token_id=pad, seed=seed)
+        states = lm(out.sequences, attention_mask=attention, output_hidden_states=True).hidden_states
+        for name, head in heads.items():
+            found = out.probe_token_logits[name]
+            assert found.shape == (rows, width, 2)
+            for step in range(width):
+                stop = length + step + 1
+                chosen = torch.cat([mask & ("all" in name), counts[:, : step + 1]], 1)
+                on = counts[:, step]
+                assert found[~on, step].isnan().all()
+                if on.any():
+                    part = [state[on, :stop] for state in states]
+                    whole = head(hidden_states=part, probe_mask=chosen[on]).logits
+                    torch.testing.assert_close(found[on, step], whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reply_that_is_given_is_scored_by_classify_and_forward(prompts):
+    heads = both_scopes()
+    model = probed(heads)
+    model.set_active_probes([name for name in heads if "response" in name])
+    out = model.generate(prompts, max_new_tokens=5, eos_token_id=None, pad_token_id=96)
+    mask = torch.zeros_like(out.sequences)
+    mask[:, 9:-1] = 1
+    whole = model.classify(out.sequences, probe_mask=mask)
+    passed = model(out.sequences, probe_mask=mask).probe_logits
+    for name, logits in out.probe_token_logits.items():
+        torch.testing.assert_close(whole[name].logits, logits[:, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(passed[name], logits[:, -1], atol=1e-4, rtol=1e-4)
+    for call in (model.classify, model):
+        with pytest.raises(ProbeError, match="pass probe_mask="):
+            call(out.sequences)
+
+
+def test_what_is_said_of_the_prompt(prompts):
+    """A head of the reply alone says nothing; one of both says of the prompt what it would say by itself."""
+    model = probed({"reply": guard(), "both": make_probe(token_scope="all"), "prompt": make_probe(seed=2)})
+    out = model.generate(prompts, max_new_tokens=3)
+    assert list(out.probe_logits) == ["both", "prompt"] and list(out.probe_token_logits) == ["reply", "both"]
+    assert list(out.probe_labels) == ["both", "prompt"]
+    torch.testing.assert_close(
+        out.probe_token_probabilities["reply"], out.probe_token_logits["reply"].softmax(-1), equal_nan=True
+    )
+    model.set_active_probes(["both"])
+    torch.testing.assert_close(model.classify(prompts)["both"].logits, out.probe_logits["both"])
+    model.set_active_probes(["prompt"])
+    assert model.generate(prompts, max_new_tokens=3).probe_token_logits is None
+
+
+@pytest.mark.parametrize("scope", ["response", "all"])
+def test_text_and_passes_are_those_of_the_plain_model(prompts, scope):
+    def run(model, **kwargs):
+        calls = []
+        handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+        out = model.generate(prompts, max_new_tokens=5, eos_token_id=None, **kwargs)
+        handle.remove()
+        return (out if isinstance(out, torch.Tensor) else out.sequences), len(calls)
+
+    for kwargs in ({}, {"prefill_chunk_size": 3}, {"use_cache": False}):
+        plain, ours = run(make_lm(), **kwargs), run(probed({"a": make_probe(token_scope=scope)}), **kwargs)
+        assert torch.equal(plain[0], ours[0]) and plain[1] == ours[1]
+
+
+@pytest.mark.parametrize("scope, hooks", [("prompt", 0), ("content", 0), ("response", LAYERS + 1)])
+def test_only_heads_that_read_the_reply_cost_anything_in_decoding(prompts, scope, hooks):
+    model = probed({"a": make_probe(token_scope=scope)})
+    found = []
+
+    def count(*_):
+        modules = [*model.model.layers, model.model.norm]
+        found.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
+
+    model.model.rotary_emb.register_forward_hook(count)
+    model.generate(prompts, max_new_tokens=3, eos_token_id=None)
+    assert found == [0 if scope == "response" else LAYERS + 1, hooks, hooks]
+
+
+def test_layers_are_handled_together(prompts, monkeypatch):
+    model = probed({"a": make_probe(token_scope="all")})
+    stage = model.probes["a"].token_stage
+    slots, update = [], stage.update
+    monkeypatch.setattr(stage, "update", lambda state, x, *rest: (slots.append(len(x)), update(state, x, *rest))[1])
+    model.generate(prompts, max_new_tokens=4, eos_token_id=None)
+    assert slots == [1] * (LAYERS + 1) + [LAYERS + 1] * 3
+
+
+def test_a_cached_prompt_is_no_matter_to_a_head_of_the_reply(prompts):
+    model = probed({"guard": guard()})
+    whole = model.generate(prompts, max_new_tokens=3)
+    cached = model.generate(prompts, cache=make_lm()(prompts[:, :5], use_cache=True).cache, max_new_tokens=3)
+    torch.testing.assert_close(cached.probe_token_logits, whole.probe_token_logits, equal_nan=True)
+
+
+def test_prompts_given_as_embeddings(prompts):
+    model = probed({"guard": guard()})
+    whole = model.generate(prompts, max_new_tokens=4)
+    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(prompts), max_new_tokens=4)
+    torch.testing.assert_close(embedded.probe_token_logits, whole.probe_token_logits, equal_nan=True)
+
+
+def test_one_token_has_no_score(prompts):
+    out = probed({"guard": guard()}).generate(prompts, max_new_tokens=1)
+    assert out.probe_token_logits["guard"].shape == (3, 0, 2)
+
+
+def test_a_pad_token_that_the_model_writes_does_not_blind_the_heads(prompts):
+    """It does not count itself; what follows does."""
+    free = make_lm().generate(prompts, max_new_tokens=6, eos_token_id=None)[:, 9:]
+    pad = int(free[0, 1])
+    out = probed({"guard": guard()}).generate(prompts, max_new_tokens=6, eos_token_id=None, pad_token_id=pad)
+    assert torch.equal(out.probe_token_logits["guard"][..., 0].isnan(), free[:, :5] == pad)
+
+
+class TestCallback:
+    def test_it_sees_every_token(self, model, prompts):
+        seen = []
+        out = model.generate(prompts, max_new_tokens=5, on_probe_token=seen.append, eos_token_id=None)
+        assert [scores.step for scores in seen] == [0, 1, 2, 3]
+        found = torch.stack([scores.outputs["guard"].logits for scores in seen], 1)
+        assert torch.equal(found, out.probe_token_logits["guard"]) and list(seen[0].outputs) == ["guard"]
+        assert out.probe_halts == [None] * 3 and seen[0].outputs["guard"].labels[0] in ("fine", "awful")
+
+    def test_it_may_end_a_reply(self, model, prompts):
+        free = model.generate(prompts, max_new_tokens=6).sequences
+        why = Halt("mine", "bad", 0.5)
+        out = model.generate(prompts, max_new_tokens=6, on_probe_token=flag(1))
+        assert out.probe_halts == [Halt(token=1), None, None]
+        assert out.sequences[0, 9:13].tolist() == [*free[0, 9:11].tolist(), 2, 0]
+        assert torch.equal(out.sequences[1:], free[1:, : out.sequences.shape[1]])
+        assert out.probe_token_logits["guard"][0, 2:].isnan().all()
+        out = model.generate(prompts[:1], max_new_tokens=6, on_probe_token=lambda scores: [why])
+        assert out.probe_halts == [Halt("mine", "bad", 0.5, token=0)] and out.sequences.shape[1] == 11
+
+    def test_an_error_lets_nothing_through(self, model, prompts):
+        def callback(scores):
+            if scores.step == 2:
+                raise RuntimeError("out of order")
+
+        streamer = Recorder()
+        with pytest.raises(RuntimeError, match="out of order"):
+            model.generate(
+                prompts[:1], max_new_tokens=9, eos_token_id=None, on_probe_token=callback, streamer=streamer
+            )
+        assert len(streamer.tokens) == 1 + 3 and streamer.ended == 1
+        for module in model.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+        assert len(model.generate(prompts, max_new_tokens=2).probe_token_logits["guard"]) == 3
+
+    def test_a_wrong_number_of_decisions(self, model, prompts):
+        with pytest.raises(ProbeError, match="1 decisions for 3 rows"):
+            model.generate(prompts, max_new_tokens=3, on_probe_token=lambda scores: [False])
+
+    def test_without_a_head_that_reads_replies(self, model, prompts):
+        model.set_active_probes(["mood"])
+        with pytest.raises(ProbeError, match="no active head reads replies"):
+            model.generate(prompts, on_probe_token=print)
+
+
+class TestHalting:
+    @pytest.mark.parametrize("patience", [1, 2, 3])
+    @pytest.mark.parametrize("eos", [2, None])
+    def test_at_the_token_that_is_flagged(self, prompts, patience, eos):
+        model = probed({"guard": guard()}, eos_token_id=eos)
+        free = model.generate(prompts, max_new_tokens=8)
+        scores = free.probe_token_probabilities["guard"][..., 1]
+        threshold = float(scores[~scores.isnan()].median())
+        rule = {"guard": {"label": "awful", "threshold": threshold, "patience": patience}}
+        out = model.generate(prompts, max_new_tokens=8, halt_on=rule)
+        assert any(out.probe_halts)
+        for row, halt in enumerate(out.probe_halts):
+            hits = (scores[row] >= threshold).tolist()
+            runs = [t for t in range(patience - 1, len(hits)) if all(hits[t - patience + 1 : t + 1])]
+            expected = free.sequences[row].clone()
+            if runs:
+                end = runs[0]
+                assert halt == Halt("guard", "awful", pytest.approx(float(scores[row, end])), threshold, end)
+                expected[9 + end + 1 :] = 0
+                if eos is not None:
+                    expected[9 + end + 1] = eos
+            else:
+                assert halt is None
+            assert torch.equal(out.sequences[row], expected[: out.sequences.shape[1]])
+
+    def test_decoding_ends_with_the_last_row(self, prompts):
+        for eos in (2, None):
+            model = probed({"guard": guard()}, eos_token_id=eos)
+            calls = []
+            model.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            out = model.generate(prompts, max_new_tokens=9, halt_on={"guard": {"threshold": 0.0}})
+            assert len(calls) == 2 and out.sequences.shape[1] == 9 + 2
+            assert [halt.token for halt in out.probe_halts] == [0, 0, 0]
+
+    def test_beside_a_head_that_halts_prompts(self, model, prompts):
+        mood = model.generate(prompts, max_new_tokens=1).probe_probabilities["mood"][:, 1]
+        rules = {"mood": {"threshold": float(mood.max())}, "guard": {"threshold": 0.0, "patience": 2}}
+        out = model.generate(prompts, max_new_tokens=6, halt_on=rules, eos_token_id=None, pad_token_id=96)
+        first = int(mood.argmax())
+        assert [halt.token for halt in out.probe_halts] == [None if row == first else 1 for row in range(3)]
+        assert (out.sequences[first, 9:] == 96).all() and out.probe_token_logits["guard"][first].isnan().all()
+
+    def test_a_head_of_both_may_halt_before_the_reply(self, prompts):
+        model = probed({"both": make_probe(token_scope="all")})
+        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": {"threshold": 0.0}})
+        assert [halt.token for halt in out.probe_halts] == [None] * 3 and torch.equal(out.sequences, prompts)
+        assert out.probe_token_logits["both"].shape == (3, 0, 2)
+        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": {"threshold": 0.0, "patience": 2}})
+        assert [halt.token for halt in out.probe_halts] == [0] * 3, "the prompt's score is the first"
+
+    def test_each_return_sequence_by_itself(self, model, prompts):
+        torch.manual_seed(0)
+        kwargs = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 5}
+        out = model.generate(prompts, on_probe_token=flag(1, rows=(3,)), **kwargs)
+        assert [halt is not None for halt in out.probe_halts] == [False] * 3 + [True] + [False] * 2
+        assert out.probe_logits["mood"].shape[0] == 3 and out.sequences[3, 11] == 2
+        out = model.generate(prompts, halt_on={"mood": {"threshold": 0.0}, "guard": None}, **kwargs)
+        assert len(out.probe_halts) == 6, "one a row, also where the prompt is halted"
+
+    def test_what_is_put_in_place_of_the_rest(self, model, prompts):
+        free = model.generate(prompts, max_new_tokens=6).sequences
+        streamer = Recorder()
+        kwargs = {"max_new_tokens": 6, "halt_reply": [5, 6, 7, 8, 9, 10, 11]}
+        out = model.generate(prompts, on_probe_token=flag(1), **kwargs)
+        assert out.sequences[0, 9:].tolist() == [*free[0, 9:11].tolist(), 5, 6, 7, 8, 9, 10, 11]
+        assert (
+            torch.equal(out.sequences[1:, : free.shape[1]], free[1:])
+            and (out.sequences[1:, free.shape[1] :] == 0).all()
+        )
+        model.generate(prompts[:1], on_probe_token=flag(1), streamer=streamer, **kwargs)
+        assert [t for part in streamer.tokens[1:] for t in part] == [*free[0, 9:11].tolist(), 5, 6, 7, 8, 9, 10, 11, 2]
+        assert streamer.ended == 1
+
+    def test_a_rest_that_the_model_writes(self, model, prompts):
+        again = make_prompts(rows=1, length=4, seed=7)
+        written = make_lm().generate(again, max_new_tokens=4, do_sample=False)[0, 4:].tolist()
+        kwargs = {"halt_reply": Reprompt(again, {"max_new_tokens": 4, "do_sample": False}), "max_new_tokens": 6}
+        for streamer in (None, Recorder()):
+            out = model.generate(prompts[:1], on_probe_token=flag(1), streamer=streamer, **kwargs)
+            assert out.sequences[0, 11:].tolist() == written
+            assert out.probe_token_logits["guard"].shape[1] == 2, "its own tokens are not scored"
+        assert streamer.tokens[3:-1] == [[token] for token in written] and streamer.ended == 1
+
+    def test_a_stop_of_ones_own(self, model, prompts):
+        class Stop(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return torch.full((len(input_ids),), input_ids.shape[1] >= 12)
+
+        out = model.generate(prompts, max_new_tokens=9, on_probe_token=flag(0), stopping_criteria=[Stop()])
+        assert out.sequences.shape[1] == 12 and out.probe_halts[0].token == 0
+
+    def test_without_a_dict(self, model, prompts):
+        out = model.generate(prompts, max_new_tokens=5, on_probe_token=flag(0), return_dict_in_generate=False)
+        assert isinstance(out, torch.Tensor) and out[0, 10] == 2
+
+
+class TestRefusals:
+    @pytest.fixture
+    def passes(self, model):
+        calls = []
+        model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+        return calls
+
+    @pytest.mark.parametrize(
+        "kwargs, words",
+        [
+            ({"num_beams": 2}, "num_beams cannot be used .*guard.*: beam search"),
+            ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens cannot"),
+            ({"assistant_early_exit": 2}, "assistant_early_exit cannot"),
+            ({"assistant_model": make_lm(seed=1)}, "assistant_model cannot"),
+            ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha cannot"),
+            ({"dola_layers": "low"}, "dola_layers cannot"),
+            ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate cannot"),
+            ({"token_healing": True}, "token_healing"),
+            ({"cache_implementation": "paged"}, "continuous batching"),
+        ],
+    )
+    def test_ways_to_decode(self, model, passes, prompts, kwargs, words):
+        with pytest.raises(ProbeError, match=words):
+            model.generate(prompts, max_new_tokens=3, **kwargs)
+        assert not passes, "before any work"
+        model.set_active_probes(["mood"])
+        if "num_beams" in kwargs:
+            assert len(model.generate(prompts, max_new_tokens=3, **kwargs).probe_logits["mood"]) == 3
+
+    @pytest.mark.parametrize(
+        "spec, words",
+        [
+            ({"guard": {"patience": 0}}, "patience of 'guard' is 0; it must be a whole number from 1"),
+            ({"guard": {"patience": True}}, "it must be a whole number"),
+            ({"mood": {"patience": 2}}, "'mood' reads the prompt alone"),
+            ({"guard": {"after": 2}}, "allowed: label, threshold, patience"),
+        ],
+    )
+    def test_rules(self, model, passes, prompts, spec, words):
+        with pytest.raises(ProbeError, match=words):
+            model.generate(prompts, max_new_tokens=3, halt_on=spec)
+        assert not passes
+
+    def test_a_policy_without_a_head_of_the_prompt(self, model, prompts):
+        model.set_active_probes(["guard"])
+        with pytest.raises(ProbeError, match="on_probe_token= takes a function"):
+            model.generate(prompts, halt_on=lambda outputs: [False] * 3)
+
+    def test_passes_over_something_else(self, model, prompts):
+        """What is not refused by name is found out when it happens."""
+        with pytest.raises(ProbeError, match="one more token of each reply"):
+            model.generate(prompts[:1], None, None, None, None, None, make_lm(seed=1), max_new_tokens=6)
