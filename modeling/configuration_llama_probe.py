@@ -17,7 +17,8 @@ from .heads_llama_probe import get_probe_type
 
 POOLS = ("mean", "max")
 NORMALIZATIONS = ("none", "layernorm", "rms")
-TOKEN_SCOPES = ("prompt", "content")
+REPLY_SCOPES = ("response", "all")
+TOKEN_SCOPES = ("prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -45,7 +46,11 @@ class ProbeConfig:
         layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state,
             after the final norm, as in `output_hidden_states`.
         token_scope: which tokens count. `"prompt"`: every token of the prompt. `"content"`: all but `prefix_ids`, the
-            constant beginning that the chat template puts before every prompt.
+            constant beginning that the chat template puts before every prompt. `"response"`: the tokens of the reply.
+            `"all"`: those of `"content"` and of the reply. Heads that read replies score them token by token.
+        causal: whether what the token stage makes of a token may depend on that token and earlier ones alone, which
+            scores that follow a reply need. Left out: `True` for the scopes that read replies, else `False`. It makes a
+            difference to `mha`; the other kinds never look ahead.
         prefix_ids: token ids of that constant beginning.
         prompt_format: `"chat"` (the tokenizer's chat template) or `"raw"`: how the training prompts were rendered.
         system_prompt: system turn of the training prompts; `None` leaves it to the template.
@@ -82,6 +87,7 @@ class ProbeConfig:
     layers: str | list[int] = "all"
 
     token_scope: str = "prompt"
+    causal: bool | None = None
     prefix_ids: list[int] = field(default_factory=list)
     prompt_format: str = "chat"
     system_prompt: str | None = None
@@ -121,6 +127,14 @@ class ProbeConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ProbeError(f"{name}={getattr(self, name)!r} is not allowed; allowed: {', '.join(allowed)}")
+        if self.causal is None:
+            self.causal = self.reads_reply
+        if not isinstance(self.causal, bool) or (self.reads_reply and not self.causal):
+            raise ProbeError(
+                f"causal={self.causal!r} is not allowed with token_scope={self.token_scope!r}: it must be True or False, and "
+                f"True for {', '.join(REPLY_SCOPES)}, because a head that was trained to look ahead cannot follow a reply "
+                "as it is written; leave causal out for a new head"
+            )
         for name in ("num_attention_heads", "downcast"):
             _check_int(name, getattr(self, name))
         for name in ("hidden_size", "num_hidden_layers", "vocab_size", "max_length"):
@@ -211,6 +225,11 @@ class ProbeConfig:
                 f"layers={self.layers!r} goes past the last state; with num_hidden_layers={self.num_hidden_layers} "
                 f"the states are 0 to {self.num_hidden_layers}"
             )
+
+    @property
+    def reads_reply(self) -> bool:
+        """Whether tokens of the reply count, and are scored one by one while they are generated."""
+        return self.token_scope in REPLY_SCOPES
 
     @property
     def label2id(self) -> dict[str, int]:

@@ -24,6 +24,7 @@ from .decision_llama_probe import DecidedMixin, ProbeOutput, labels, probabiliti
 from .errors_llama_probe import ProbeError
 from .halting_llama_probe import Halt
 from .probe_llama_probe import ProbeModel
+from .reply_llama_probe import ReplySession
 from .scope_llama_probe import token_mask
 
 
@@ -36,9 +37,11 @@ class PrefillSession:
         input_ids: the prompts, `[prompts, prompt_tokens]`; `None` where they are given as embeddings.
         past: leading prompt tokens that a cache holds already.
         output_attentions: keep token and layer weights.
+        shape: `(prompts, prompt_tokens)`, where no head reads the prompts.
 
     Attributes:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
+        reply: reads the passes after that; `None` where no head does.
 
     Raises:
         ProbeError: a prompt that cannot be scored; see `ProbeModel.init_state`.
@@ -51,18 +54,25 @@ class PrefillSession:
         input_ids: torch.Tensor | None = None,
         past: int = 0,
         output_attentions: bool = False,
+        shape: tuple[int, int] = (0, 0),
     ):
         self.heads = heads
         self.input_ids = input_ids
         self.seen = past
-        self.prompts, self.length = next(iter(masks.values())).shape if masks else (0, 0)
+        self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
         self.states = {name: head.init_state(masks[name], past, output_attentions) for name, head in heads.items()}
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
+        self.reply: ReplySession | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether the LM has run over the whole prompt; later passes are plain ones."""
+        """Whether the LM has run over the whole prompt; later passes are plain ones, or those of `reply`."""
         return self.seen >= self.length
+
+    @property
+    def next_reader(self) -> PrefillSession | ReplySession | bool:
+        """What reads the next pass; `False` where nothing does."""
+        return (self.reply or False) if self.complete else self
 
     @contextmanager
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
@@ -172,7 +182,11 @@ class ProbedOutputMixin(DecidedMixin):
     """Adds what the heads say to an output of the LM.
 
     `probe_logits` is `None` where no head ran. `probe_halts` has one entry a prompt, the `Halt` that kept it from a reply
-    or `None`; it is `None` where nothing was to be halted.
+    or `None`; it is `None` where nothing was to be halted. Where replies could be halted, it has one entry a row.
+
+    `probe_token_logits` has the heads that read replies, and is `None` where there is none: `[rows, new_tokens - 1,
+    num_labels]` a head, column t the score of all that counts up to the t-th token of the reply, from 0. The last token is
+    read by nobody and has none. From the end of a reply on, and at its padding, there is NaN.
     """
 
     @property
@@ -188,13 +202,25 @@ class ProbedOutputMixin(DecidedMixin):
         probs = self.probe_probabilities
         return None if probs is None else {name: labels(value, self._config_of(name)) for name, value in probs.items()}
 
+    @property
+    def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
+        """As `probe_token_logits`, with the head's saved temperature."""
+        if self.probe_token_logits is None:
+            return None
+        return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_token_logits.items()}
+
 
 @functools.cache
 def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
-    """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and `probe_halts`."""
+    """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and what `ProbedOutputMixin` adds."""
+    tensors = "dict[str, torch.Tensor] | None"
     return make_dataclass(
         f"Probed{base.__name__}",
-        [("probe_logits", "dict[str, torch.Tensor] | None", None), ("probe_halts", "list[Halt | None] | None", None)],
+        [
+            ("probe_logits", tensors, None),
+            ("probe_halts", "list[Halt | None] | None", None),
+            ("probe_token_logits", tensors, None),
+        ],
         bases=(ProbedOutputMixin, base),
         namespace={"__module__": __name__, "__doc__": f"{base.__name__} with `probe_logits`: logits by head name."},
     )
@@ -210,8 +236,11 @@ def with_probe_logits(
     probe_logits: dict[str, torch.Tensor] | None,
     configs: dict[str, ProbeConfig],
     halts: Sequence[Halt | None] | None = None,
+    token_logits: dict[str, torch.Tensor] | None = None,
 ) -> ModelOutput:
     """A copy of an LM's output that carries the heads' logits, knows their labels, and says what was halted."""
-    probed = probed_output_class(type(output))(**output, probe_logits=probe_logits, probe_halts=halts)
+    probed = probed_output_class(type(output))(
+        **output, probe_logits=probe_logits, probe_halts=halts, probe_token_logits=token_logits
+    )
     probed.__dict__["_probe_configs"] = configs
     return probed

@@ -11,6 +11,7 @@ Dimension letters used in all files of this folder:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -61,11 +62,14 @@ class Aggregator(nn.Module, ABC):
         normalize: of the config, where that leaves it open.
         convex: whether the classifier is all that is learned, and is fitted as a convex problem; see
             `llama_probe.fitting`. Others learn by gradient steps.
+        causal: of the instance; whether what is made of an item may depend on that item and earlier ones alone. The state is
+            then a tensor `[S, B, ...]` or a tuple of such, so that `join_slots` and `repeat_rows` can handle it.
     """
 
     reads: ClassVar[str] = "all"
     normalize: ClassVar[str] = "layernorm"
     convex: ClassVar[bool] = False
+    causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__()
@@ -141,9 +145,25 @@ def get_probe_type(name: str) -> type[Aggregator]:
     return _PROBE_TYPES[name]
 
 
-def create_aggregator(config: ProbeConfig, num_slots: int) -> Aggregator:
-    """Builds the aggregator of `config.probe_type` with `num_slots` slots."""
-    return get_probe_type(config.probe_type)(num_slots, config)
+def create_aggregator(config: ProbeConfig, num_slots: int, causal: bool = False) -> Aggregator:
+    """Builds the aggregator of `config.probe_type` with `num_slots` slots; `causal` goes to its attribute."""
+    aggregator = get_probe_type(config.probe_type)(num_slots, config)
+    aggregator.causal = causal
+    return aggregator
+
+
+def join_slots(states: Sequence[Any]) -> Any:
+    """One state of all slots, from the states of consecutive slots; see `Aggregator.causal`."""
+    if isinstance(states[0], tuple):
+        return tuple(join_slots(parts) for parts in zip(*states, strict=True))
+    return torch.cat(list(states))
+
+
+def repeat_rows(state: Any, repeats: int) -> Any:
+    """A state in which each row stands `repeats` times, one after the other; see `Aggregator.causal`."""
+    if isinstance(state, tuple):
+        return tuple(repeat_rows(part, repeats) for part in state)
+    return state.repeat_interleave(repeats, dim=1)
 
 
 def last_valid(mask: torch.Tensor) -> torch.Tensor:

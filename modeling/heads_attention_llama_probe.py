@@ -22,6 +22,9 @@ class AttentionAggregator(Aggregator):
     Query, key and value projections of a slot are one matrix, so that a layer's states are read once. Without biases
     the two stages hold `(L+2) 4 D d_inner` parameters. The mean commutes with the output projection: with
     `pool="mean"` the projection runs on the pooled vector. State: the low-rank projections, `3 d_inner` numbers an item.
+
+    Causal, an item attends to itself and earlier valid ones, so that later items change nothing of what it gave. State:
+    keys and values, `2 d_inner` numbers an item, and the running sum or maximum of what the items gave.
     """
 
     def __init__(self, num_slots, config):
@@ -64,10 +67,45 @@ class AttentionAggregator(Aggregator):
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def update(self, state, x, mask, slots):
+        if self.causal:
+            return self._update_causal(state, x, mask, slots)
         chunks = [] if state is None else state
         return [*chunks, (self._project(x, slots), mask)]
 
+    def _update_causal(self, state, x, mask, slots):
+        slot_count, batch, items, _ = x.shape
+        # Slots beside the heads, [B, S * heads, n, ...]: one mask a row serves them all.
+        qkv = self._project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(3, 1, 0, 4, 2, 5).flatten(2, 3).unbind(0)
+        mask = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
+        valid = mask
+        if state is not None:
+            old_key, old_value = (part.transpose(0, 1).flatten(1, 2) for part in state[:2])
+            key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+            valid = torch.cat([state[2][0], mask], dim=1)  # [B, N]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=_earlier(valid, items)[:, None])
+        mixed = mixed.unflatten(1, (slot_count, -1)).permute(1, 0, 3, 2, 4).flatten(3)  # [S, B, n, d_inner]
+        weight = mask.to(x.dtype)
+        if self.pool == "mean":
+            total = torch.matmul(weight[None, :, None, :], mixed).squeeze(2)  # [S, B, d_inner]
+            count = weight.sum(dim=1).expand(slot_count, -1)  # [S, B]
+            gathered = (total, count) if state is None else (state[3] + total, state[4] + count)
+        else:
+            top = masked_max(self._project_back(mixed, slots), mask)
+            gathered = (top if state is None else torch.maximum(state[3], top),)
+        key, value = (part.unflatten(1, (slot_count, -1)).transpose(0, 1) for part in (key, value))
+        return key, value, valid.expand(slot_count, -1, -1), *gathered
+
+    def _project_back(self, mixed: torch.Tensor, slots: slice) -> torch.Tensor:
+        """`[S, B, N, d_inner]` to `[S, B, N, D]`."""
+        return torch.matmul(mixed.flatten(1, 2), self.out[slots].transpose(1, 2)).unflatten(1, mixed.shape[1:3])
+
     def result(self, state, slots):
+        if self.causal:
+            if self.pool == "max":
+                return state[3]
+            total, count = state[3:]
+            return torch.matmul(total / count.clamp_min(1.0).unsqueeze(-1), self.out[slots].transpose(1, 2))
         qkv = (
             torch.cat([chunk for chunk, _ in state], dim=2) if len(state) > 1 else state[0][0]
         )  # [S, B, N, 3 d_inner]
@@ -79,17 +117,19 @@ class AttentionAggregator(Aggregator):
             attention_mask = mask.repeat(slot_count, 1)[:, None, None, :]  # [S * B, 1, 1, N]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         mixed = mixed.transpose(1, 2).reshape(slot_count, batch, items, self.inner_size)
-        out = self.out[slots].transpose(1, 2)  # [S, d_inner, D]
         if self.pool == "mean":
-            return torch.matmul(masked_mean(mixed, mask), out)  # [S, B, D]
-        return masked_max(torch.matmul(mixed.flatten(1, 2), out).unflatten(1, (batch, items)), mask)
+            return torch.matmul(masked_mean(mixed, mask), self.out[slots].transpose(1, 2))  # [S, B, D]
+        return masked_max(self._project_back(mixed, slots), mask)
 
     def weights(self, x, mask, slots):
         """Attention that each item receives, averaged over heads and over the valid queries."""
         slot_count, batch, items, _ = x.shape
         query, key, _ = self._split(self._project(x, slots))
         scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])  # [S * B, heads, N, N]
-        if mask is not None:
+        if self.causal:
+            seen = _earlier(x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask, items)
+            scores = scores.masked_fill(~seen.repeat(slot_count, 1, 1)[:, None], float("-inf"))
+        elif mask is not None:
             scores = scores.masked_fill(~mask.repeat(slot_count, 1)[:, None, None, :], float("-inf"))
         received = scores.softmax(dim=-1).mean(dim=1).view(slot_count, batch, items, items)
         return masked_mean(received, mask)
@@ -100,3 +140,11 @@ class AttentionAggregator(Aggregator):
             return None
         masks = [qkv.new_ones(qkv.shape[1:3], dtype=torch.bool) if mask is None else mask for qkv, mask in state]
         return torch.cat(masks, dim=1)
+
+
+def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
+    """What each of the last `queries` items may attend to: itself and the valid ones before it. `[B, N]` to `[B, queries, N]`."""
+    items = valid.shape[1]
+    itself = torch.arange(items - queries, items, device=valid.device)[:, None]
+    others = torch.arange(items, device=valid.device)
+    return (valid[:, None, :] & (others < itself)) | (others == itself)

@@ -3,7 +3,16 @@
 # Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 """Probe heads: one file a kind. Importing the package registers every kind that ships with it."""
 
-from .heads_aggregator_llama_probe import Aggregator, Classifier, create_aggregator, get_probe_type, probe_types, register_probe_type
+from .heads_aggregator_llama_probe import (
+    Aggregator,
+    Classifier,
+    create_aggregator,
+    get_probe_type,
+    join_slots,
+    probe_types,
+    register_probe_type,
+    repeat_rows,
+)
 from .heads_attention_llama_probe import AttentionAggregator
 from .heads_attentive_llama_probe import AttentivePoolingAggregator
 from .heads_gate_llama_probe import GateAggregator
@@ -24,6 +33,8 @@ __all__ = [
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",
+    "join_slots",
     "probe_types",
     "register_probe_type",
+    "repeat_rows",
 ]

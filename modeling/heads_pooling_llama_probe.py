@@ -19,18 +19,18 @@ class PoolingAggregator(Aggregator):
             top = masked_max(x, mask)  # [S, B, D]
             return top if state is None else torch.maximum(state, top)
         if mask is None:
-            total, count = x.sum(dim=2), torch.full((x.shape[1],), float(x.shape[2]), dtype=x.dtype, device=x.device)
+            total, count = x.sum(dim=2), x.new_full(x.shape[:2], float(x.shape[2]))
         else:
             weight = mask.to(x.dtype)
             total = torch.matmul(weight[None, :, None, :], x).squeeze(2)  # [S, B, D]
-            count = weight.sum(dim=1)  # [B]
+            count = weight.sum(dim=1).expand(len(x), -1)  # [S, B]
         return (total, count) if state is None else (state[0] + total, state[1] + count)
 
     def result(self, state, slots):
         if self.pool == "max":
             return state
         total, count = state
-        return total / count.clamp_min(1.0)[None, :, None]
+        return total / count.clamp_min(1.0).unsqueeze(-1)
 
     def weights(self, x, mask, slots):
         """Mean: the same weight for each valid item. Max: the share of dimensions in which the item is the maximum."""

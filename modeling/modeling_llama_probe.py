@@ -20,10 +20,13 @@ from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generation_llama_probe import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
-from .halting_llama_probe import Halter, HaltingRun, generation_setting
+from .halting_llama_probe import Halter
+from .halting_run_llama_probe import HaltingRun, generation_setting, token_ids
 from .host_llama_probe import ProbeHostMixin
 from .probe_llama_probe import ProbeModel
+from .reply_llama_probe import ReplySession, refuse_not_followed
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
+from .streaming_llama_probe import HoldBackStreamer
 
 
 logger = logging.get_logger(__name__)
@@ -61,9 +64,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
             inputs = base.prepare_inputs_for_generation(self, *args, **kwargs)
             session = session_of(self)
             if session is not None:
-                # The pass learns of its session by argument, and decoding steps get a constant, so that forward()
-                # looks nothing up and compiles as the plain one does.
-                inputs["probe_session"] = False if session.complete else session
+                # The pass learns of its session by argument, and decoding steps that no head follows get a constant, so
+                # that forward() looks nothing up and compiles as the plain one does.
+                inputs["probe_session"] = session.next_reader
             return inputs
 
         cls.forward = forward
@@ -219,9 +222,17 @@ class ProbedGenerationMixin(ProbeHostMixin):
         - `probe_mask` (`[batch, tokens]`): true for the tokens that count;
         - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
           `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
-          prompt is halted, no token is decoded; else the others go on as they would.
-        - `halt_reply`: what halted prompts get in place of a reply: token ids, a text (then pass `tokenizer=` as well),
-          or a `Reprompt`. Nothing where left out.
+          prompt is halted, no token is decoded; else the others go on as they would. A head that reads replies halts
+          these at the token that it flags, or at the n-th in a row with `patience` n; the token stays, and the end of the
+          sequence follows. With `token_scope="all"` the score of the prompt comes first, and may halt before the reply.
+        - `halt_reply`: what halted prompts get in place of a reply, or of the rest of one: token ids, a text (then pass
+          `tokenizer=` as well), or a `Reprompt`. Nothing where left out.
+        - `on_probe_token`: called with a `TokenScores` after each token of the replies that the LM has read. It may
+          return a list with one entry a row, true or a `Halt` where the reply is to end. Where it raises, no further
+          token is written.
+
+        Heads that read replies score them token by token: see `ProbedOutputMixin`. They need greedy search or sampling,
+        and decode without `torch.compile`.
 
         `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and heads run
         only where they may halt.
@@ -229,16 +240,26 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Returns:
             `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
             `probe_logits`, a dict of `[prompts, num_labels]` by head name - one row a prompt, however many beams or
-            return sequences it has - with `probe_probabilities` and `probe_labels`, and with `halt_on` `probe_halts`.
+            return sequences it has - with `probe_probabilities` and `probe_labels`, with `halt_on` `probe_halts`, and with
+            heads that read replies `probe_token_logits` and `probe_token_probabilities`. Heads with
+            `token_scope="response"` say nothing of the prompt, and are in the latter two only.
 
         Raises:
-            ProbeError: the prompt cannot be scored as a whole, or `halt_on` is not allowed; see the message.
+            ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not
+                allowed; see the message.
         """
         probe_mask, halt_on = kwargs.pop("probe_mask", None), kwargs.pop("halt_on", None)
-        halt_reply = kwargs.pop("halt_reply", None)
+        halt_reply, on_token = kwargs.pop("halt_reply", None), kwargs.pop("on_probe_token", None)
         inner = is_inner_call(self)
         heads = {} if inner else self._active_heads()
-        halter = None if inner or halt_on is None else Halter(halt_on, {name: h.config for name, h in heads.items()})
+        halter = None
+        if not inner and (halt_on is not None or on_token is not None):
+            halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
+        if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
+            raise ProbeError(
+                "a HoldBackStreamer waits for scores of the reply, and nothing here decides by any: pass halt_on= with a head "
+                "that reads replies (token_scope 'response' or 'all'), or on_probe_token=, or another streamer"
+            )
         as_dict = True
         if heads:
             asked = kwargs.get("return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None))
@@ -248,6 +269,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             else:
                 heads = {}
         session = self._generation_session(heads, inputs, generation_config, kwargs, probe_mask)
+        reply = session.reply
         with open_session(self, kwargs.get("assistant_model"), session):
             if halter is None:
                 output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -266,7 +288,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return output.sequences
         logits = {name: result.logits for name, result in results.items()}
         configs = {name: head.config for name, head in heads.items()}
-        return with_probe_logits(output, logits, configs, None if halter is None else halter.halts)
+        ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
+        new_tokens = output.sequences.shape[1] - (0 if ids is None else ids.shape[1])  # embeddings are not returned
+        token_logits = None if reply is None else reply.logits(len(output.sequences), new_tokens)
+        return with_probe_logits(output, logits, configs, None if halter is None else halter.halts, token_logits)
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
@@ -294,8 +319,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         past: int = 0,
     ) -> PrefillSession:
         ids = inputs.get("input_ids")
-        masks = prompt_masks(heads, ids, inputs.get("inputs_embeds"), inputs.get("attention_mask"), probe_mask)
-        return PrefillSession(heads, masks, ids, past, output_attentions)
+        embeds = inputs.get("inputs_embeds")
+        masks = prompt_masks(heads, ids, embeds, inputs.get("attention_mask"), probe_mask)
+        return PrefillSession(heads, masks, ids, past, output_attentions, (embeds if ids is None else ids).shape[:2])
 
     def _generation_session(self, heads, inputs, generation_config, kwargs, probe_mask) -> PrefillSession:
         if not heads:
@@ -320,7 +346,15 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if mask is None and ids is not None:
             mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
         prompt = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
-        return self._session(heads, prompt, probe_mask, past=_cached_tokens(kwargs))
+        readers = {name: head for name, head in heads.items() if head.config.token_scope != "response"}
+        session = self._session(readers, prompt, probe_mask, past=_cached_tokens(kwargs))
+        followers = {name: head for name, head in heads.items() if head.config.reads_reply}
+        if followers:
+            refuse_not_followed(followers, setting)
+            kwargs.setdefault("disable_compile", True)  # hooks and a state that grows would only break its graphs
+            ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))
+            session.reply = ReplySession(followers, session, ends, pad[0] if pad else None)
+        return session
 
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):

@@ -132,9 +132,8 @@ class _Listener:
         if not isinstance(output, ModelOutput):
             return output
         # Some versions take every output apart by rows, which a dict has not.
-        return ModelOutput(
-            {name: value for name, value in output.items() if name not in ("probe_logits", "probe_halts")}
-        )
+        ours = ("probe_logits", "probe_halts", "probe_token_logits")
+        return ModelOutput({name: value for name, value in output.items() if name not in ours})
 
 
 def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any]]]:

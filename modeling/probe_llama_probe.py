@@ -20,7 +20,7 @@ from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput, probe_loss
 from .errors_llama_probe import ProbeError
 from .fingerprint_llama_probe import describe
-from .heads_llama_probe import create_aggregator, get_probe_type
+from .heads_llama_probe import create_aggregator, get_probe_type, join_slots, repeat_rows
 from .scope_llama_probe import check_rows, token_mask, tokens_read
 
 
@@ -51,8 +51,9 @@ class ProbeState:
 class ProbeModel(nn.Module):
     """A probe head over all hidden states of a frozen causal LM (arXiv 2601.13288, section 3).
 
-    There are two ways in. `forward` takes whole tensors, for training; `init_state`, `step` and `finish` take the
-    states layer by layer, and chunk by chunk, while the LM runs. They agree to 1e-5 in fp32.
+    There are three ways in. `forward` takes whole tensors, for training; `init_state`, `step` and `finish` take the
+    states layer by layer, and chunk by chunk, while the LM runs; `begin_reply` and `extend` go on from there token by
+    token. They agree to 1e-5 in fp32.
 
     Parameters are always fp32; the states are cast where they come in. Casting the module to another dtype moves it to
     the device and leaves its dtype.
@@ -87,7 +88,7 @@ class ProbeModel(nn.Module):
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
-        self.token_stage = create_aggregator(config, len(self.layer_indices))
+        self.token_stage = create_aggregator(config, len(self.layer_indices), config.causal)
         self.layer_stage = create_aggregator(config, 1)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
         self.set_backbone(backbone)
@@ -180,6 +181,7 @@ class ProbeModel(nn.Module):
         labels: torch.Tensor | None = None,
         hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None,
         output_attentions: bool = False,
+        probe_mask: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Scores prompts from their ids (with a backbone) or from their hidden states.
 
@@ -194,6 +196,8 @@ class ProbeModel(nn.Module):
                 `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers
                 alone that the head reads. Any float dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
+            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
+                `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
 
         Returns:
             `ProbeOutput` with the logits `[batch, num_labels]`, and the loss where labels are given.
@@ -206,11 +210,14 @@ class ProbeModel(nn.Module):
         if input_ids is not None:
             if self.backbone is None:
                 raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
-            mask = token_mask(self.config, input_ids, attention_mask)
+            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask.bool()
+            if mask.shape != input_ids.shape:
+                raise ProbeError(f"probe_mask has the shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
             hidden_states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
             x = torch.stack(hidden_states)  # [S, B, T, D]
         else:
             x = self._stack(hidden_states)  # [S, B, T, D]
+            attention_mask = attention_mask if probe_mask is None else probe_mask
             mask = None if attention_mask is None else attention_mask.bool()
             if mask is not None and mask.shape != x.shape[1:3]:
                 raise ProbeError(
@@ -338,8 +345,9 @@ class ProbeModel(nn.Module):
                 weights = self.token_stage.weights(x, mask, slots)[0]  # [B, n]
                 state.token_weights[slot] = F.pad(weights, (low, state.mask.shape[1] - high))
         if low < high and high == state.stop:
-            # The layer has seen all that counts: its summary replaces what was kept of the tokens.
-            state.summaries[slot] = self.token_stage.result(state.partial.pop(slot), slots)[0]
+            # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
+            seen = state.partial[slot] if self.config.reads_reply else state.partial.pop(slot)
+            state.summaries[slot] = self.token_stage.result(seen, slots)[0]
 
     def finish(self, state: ProbeState) -> ProbeOutput:
         """Scores a prompt that every layer has seen in full.
@@ -362,7 +370,35 @@ class ProbeModel(nn.Module):
             )
         return output
 
-    # Shared by both
+    # Token by token, all layers at once
+
+    def begin_reply(self, state: ProbeState | None, repeats: int = 1) -> Any:
+        """What `extend` starts from: the prompt that `step` has taken in, with `"all"`, or nothing, with `"response"`.
+
+        Args:
+            state: of a finished prompt; `None` where the head does not read it.
+            repeats: number of replies to each prompt; its rows follow one another.
+        """
+        if state is None:
+            return None
+        slots = [state.partial[slot] for slot in range(len(self.layer_indices))]
+        return repeat_rows(join_slots(slots), repeats)
+
+    def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
+        """Takes in further tokens of every layer, and scores all that was taken in so far.
+
+        Args:
+            running: from `begin_reply` or an earlier call.
+            x (`torch.Tensor` of shape `[layers_read, rows, n, hidden_size]`): their states, as the LM gives them.
+            mask (`torch.BoolTensor` of shape `[rows, n]`): the tokens that count.
+
+        Returns:
+            What to go on from, and the scores with logits `[rows, num_labels]`.
+        """
+        running = self.token_stage.update(running, self.normalize(x), mask, slice(None))
+        return running, self._classify(self.token_stage.result(running, slice(None)), None, False)
+
+    # Shared by all
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """States as the token stage takes them: fp32, on the head's device, normalised as the config says."""

@@ -26,7 +26,7 @@ def token_mask(
 ) -> torch.Tensor:
     """The tokens that count for a head.
 
-    With `token_scope="content"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
+    With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
     after its left padding. A row that begins otherwise - another system prompt, no template - is read whole, and that
     is warned of once.
 
@@ -38,8 +38,14 @@ def token_mask(
         `torch.BoolTensor` of shape `[batch, tokens]`.
 
     Raises:
-        ProbeError: the scope needs ids that are not at hand.
+        ProbeError: the scope needs ids that are not at hand, or is `"response"`: where a reply begins cannot be seen from
+            the ids.
     """
+    if config.token_scope == "response":
+        raise ProbeError(
+            "token_scope='response' counts the tokens of the reply, and which these are cannot be told from the ids: pass "
+            "probe_mask=[batch, tokens], true for the reply's tokens. While generate() writes the reply, they are known"
+        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ProbeError(
             f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}; heads need to know the padding"
@@ -51,7 +57,7 @@ def token_mask(
         return mask
     if input_ids is None:
         raise ProbeError(
-            "token_scope='content' is found from input_ids, which are not here (inputs_embeds?); "
+            f"token_scope={config.token_scope!r} is found from input_ids, which are not here (inputs_embeds?); "
             "pass probe_mask=[batch, tokens], true for the tokens that count, or attach a head with token_scope='prompt'"
         )
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
