@@ -346,7 +346,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     table = run(*args, "--halt-on", "guard:awful:0")
     assert table.returncode == 0 and "halted" in table.stdout
     refused = run(
-        "train", "--backbone", backbone_folder, "--train", tmp_path / "rows.jsonl", "--token-scope", "all", "--folds", 0,
+        "train", "--backbone", backbone_folder, "--train", tmp_path / "rows.jsonl", "--token-scope", "all", "--eval", tmp_path / "rows.jsonl",
         "--output", tmp_path / "no",
     )  # fmt: skip
     assert refused.returncode == 2 and "needs rows with a prompt and a reply" in refused.stderr
