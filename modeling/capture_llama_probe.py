@@ -158,19 +158,18 @@ class Capture:
         self._handles.clear()
 
     def _listen(self, module: nn.Module, where: str, layer: int):
-        def tell(hidden) -> None:
-            if threading.get_ident() == self._thread:
-                self.on_state(layer, hidden[0] if isinstance(hidden, tuple) else hidden)
-
         if where == "pre":
-
-            def before(_, args, kwargs):
-                tell(args[0] if args else kwargs["hidden_states"])
+            # Torch notes a hook first and its with_kwargs a moment later: another thread that runs the module in between calls
+            # it without them.
+            def before(_, args, kwargs=None):
+                if threading.get_ident() == self._thread:
+                    self.on_state(layer, args[0] if args else kwargs["hidden_states"])
 
             return module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(_, args, output):
-            tell(output)
+            if threading.get_ident() == self._thread:
+                self.on_state(layer, output[0] if isinstance(output, tuple) else output)
 
         return module.register_forward_hook(after)
 

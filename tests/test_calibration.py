@@ -169,6 +169,6 @@ def test_a_rate_that_cannot_be(changes, rate, words):
 def test_the_card_says_how_the_threshold_was_chosen(recipe, words):
     run = {"seed": 0, "test": {"rows": 1, "f1": 1.0}}
     summary = {"test": {"rows": 1, "f1": {"mean": 1.0, "std": 0.0}}}
-    results = {"recipe": {"metric": "f1", **recipe}, "runs": [run], "chosen_seed": 0, "summary": summary}
+    results = {"data": {}, "recipe": {"metric": "f1", **recipe}, "runs": [run], "chosen_seed": 0, "summary": summary}
     sentence = next(part for part in measurements(CONFIG, results, "test", []) if part.startswith("Threshold"))
     assert sentence.startswith(words) and sentence.endswith("on the validation rows and are saved with the head.")

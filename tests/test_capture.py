@@ -1,5 +1,7 @@
 """Capture: equal to output_hidden_states, for any subset of states, and gone afterwards."""
 
+import threading
+
 import pytest
 import torch
 from conftest import LAYERS, make_lm
@@ -44,8 +46,6 @@ def test_hooks_go_even_after_an_error(lm, prompts):
 
 
 def test_only_the_opening_thread_is_heard(lm, prompts):
-    import threading
-
     seen = []
     with Capture(find_decoder(lm), lambda layer, hidden: seen.append(layer), range(LAYERS + 1)):
         thread = threading.Thread(target=lambda: lm(prompts))
@@ -54,6 +54,24 @@ def test_only_the_opening_thread_is_heard(lm, prompts):
         assert seen == []
         lm(prompts)
     assert seen == list(range(LAYERS + 1))
+
+
+def test_a_hook_that_is_half_registered_harms_no_other_thread(lm, prompts):
+    """Another thread may run a layer after torch has noted the hook, and before it has noted that it takes keywords."""
+    errors = []
+
+    def run():
+        try:
+            lm(prompts)
+        except TypeError as error:
+            errors.append(error)
+
+    with Capture(find_decoder(lm), lambda layer, hidden: None, [0]):
+        lm.model.layers[0]._forward_pre_hooks_with_kwargs.clear()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert errors == []
 
 
 def test_match_fills_in_and_refuses():
