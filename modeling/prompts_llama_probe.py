@@ -108,6 +108,49 @@ class PromptFormat:
             logger.warning(f"{cut} of {len(prompts)} prompts were cut to max_length={self.max_length} tokens")
         return prompts
 
+    def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
+        """Token ids of prompts with their replies, as `generate()` has met them when a reply is complete.
+
+        These are the prompt's, with the generation prompt at its end, and then the reply's without an end of turn. Where
+        `max_length` is too short, the prompt's text is cut to no less than half of the room, and then the reply.
+
+        Args:
+            texts: lists of chat messages that end with the assistant's; with `kind="raw"` one of the user and one of the
+                assistant, whose contents follow one another.
+
+        Returns:
+            The ids, and for each whether it is the reply's.
+
+        Raises:
+            ProbeError: a text does not end with a reply, or with one that is empty.
+        """
+        encoded, masks, cut = [], [], 0
+        for text in texts:
+            before, content = split_reply(text)
+            prompt = self._ids(before[-1]["content"] if self.kind == "raw" else before)
+            reply = self.tokenizer(content, add_special_tokens=False)["input_ids"]
+            if self.max_length is not None and len(prompt) + len(reply) > self.max_length:
+                cut += 1
+                constant = len(self.prefix_ids) + len(self.suffix_ids)
+                room = max(self.max_length - len(reply), (self.max_length + constant) // 2)
+                if len(prompt) > room:
+                    prompt = [*prompt[: room - len(self.suffix_ids)], *self.suffix_ids]
+                reply = reply[: self.max_length - len(prompt)]
+            encoded.append([*prompt, *reply])
+            masks.append([False] * len(prompt) + [True] * len(reply))
+        if cut:
+            logger.warning(f"{cut} of {len(encoded)} rows were cut to max_length={self.max_length} tokens")
+        return encoded, masks
+
+    def encode_for(
+        self, config: ProbeConfig, texts: Sequence[Text]
+    ) -> tuple[list[list[int]], list[list[bool]] | None]:
+        """Token ids of what a head reads, and which of them count where `token_mask` cannot tell it from the ids."""
+        if not config.reads_reply:
+            return self.encode(texts), None
+        encoded, masks = self.encode_replies(texts)
+        return encoded, masks if config.token_scope == "response" else None
+
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` of shape `[batch, tokens]`, ready for `generate(**batch)`."""
         return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
@@ -126,6 +169,22 @@ class PromptFormat:
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # The template has written every special token already.
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
+    """The messages before an assistant's turn, and what it says.
+
+    Raises:
+        ProbeError: the text does not end with such a turn, or says nothing.
+    """
+    messages = [] if isinstance(text, str) else list(text)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
+        raise ProbeError(
+            "a head that reads replies needs rows with a prompt and a reply: name the column of the prompts (prompt_column, "
+            "--prompt-column) beside that of the replies, or give chat messages that end with an assistant's turn; "
+            f"there is {str(text)[:60]!r}"
+        )
+    return messages[:-1], messages[-1]["content"]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -309,6 +309,50 @@ def test_halting(trained, backbone_folder):
     assert "must be HEAD, HEAD:LABEL" in run(*args, "--halt-on", "mood:awful:high").stderr
 
 
+def test_a_head_of_replies(backbone_folder, tmp_path):
+    lines = [
+        json.dumps({"ask": f"number {i}?", "text": "bad, bad" if i % 2 else "good, good", "label": i % 2})
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    data = ("--backbone", backbone_folder, "--prompt-column", "ask")
+    done = run(
+        "train", *data, "--train", tmp_path / "rows.jsonl", "--probe-type", "gate", "--token-scope", "response", "--output",
+        tmp_path / "guard", "--label-names", "fine,awful", "--epochs", 2, "--folds", 0, "--learning-rate", 0.03,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = read_config(tmp_path / "guard")
+    assert config.token_scope == "response" and config.causal and config.prefix_ids
+    done = run("evaluate", *data, "--probe", tmp_path / "guard", "--data", tmp_path / "rows.jsonl", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["auroc"] > 0.9, done.stderr
+    args = (
+        "generate",
+        "good one",
+        "--probe",
+        tmp_path / "guard",
+        "--backbone",
+        backbone_folder,
+        "--max-new-tokens",
+        4,
+    )
+    done = run(*args, "--halt-on", "guard:awful:0", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (
+        row["halted"]["head"] == "guard"
+        and row["halted"]["token"] == 0
+        and row["labels"]["guard"] in ("fine", "awful")
+    )
+    table = run(*args, "--halt-on", "guard:awful:0")
+    assert table.returncode == 0 and "halted" in table.stdout
+    refused = run(
+        "train", "--backbone", backbone_folder, "--train", tmp_path / "rows.jsonl", "--token-scope", "all", "--eval", tmp_path / "rows.jsonl",
+        "--output", tmp_path / "no",
+    )  # fmt: skip
+    assert refused.returncode == 2 and "needs rows with a prompt and a reply" in refused.stderr
+    assert not (tmp_path / "no").exists(), "before any work"
+
+
 def test_inspect(trained):
     output, _ = trained
     assert json.loads(run("inspect", output, "--json").stdout)["probe_type"] == "gate"

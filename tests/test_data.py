@@ -205,3 +205,21 @@ class TestSources:
         ):
             data = DataSources(name)
             assert (data.eval, data.test) == (evaluated, tested)
+
+
+def test_replies_with_their_prompts(write):
+    path = write([{"q": "hi", "text": "ho", "label": 1}])
+    rows = read_labelled(path, prompt_column="q")
+    assert (
+        rows.texts == [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]]
+        and not rows.columns
+    )
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    rows = read_labelled(write([{"q": chat, "text": "b", "label": 0}]), prompt_column="q")
+    assert rows.texts == [[*chat, {"role": "assistant", "content": "b"}]]
+    with pytest.raises(ProbeError, match="row 0 has no prompt"):
+        read_labelled(write([{"q": "", "text": "b", "label": 0}]), prompt_column="q")
+    with pytest.raises(ProbeError, match="no column 'ask'"):
+        read_labelled(path, prompt_column="ask")
+    with pytest.raises(ProbeError, match="prompt_column are for files"):
+        DataSources("imdb", prompt_column="q")

@@ -6,6 +6,7 @@ import torch
 from conftest import make_lm, make_prompts
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.evaluation import predict_logits, predict_together
 from llama_probe.features import ProbeCollator, PromptDataset, StateCache
 
 
@@ -38,6 +39,28 @@ def test_cached_equals_live(tmp_path, prompts, scope):
         a, b = (probe(**batch) for batch in batches)
     torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(a.loss, b.loss)
+
+
+@pytest.mark.parametrize("kind", ["mha", "gate", "last"])
+def test_masks_in_place_of_the_scope(tmp_path, prompts, kind):
+    """Cached, live, and a batch at a time: only the tokens that the masks name."""
+    torch.manual_seed(0)
+    lm = make_lm()
+    config = ProbeConfig(probe_type=kind, downcast=4, token_scope="response", prefix_ids=PREFIX)
+    probe = ProbeModel(config, backbone=lm).eval()
+    masks = [[i >= len(ids) // 2 for i in range(len(ids))] for ids in prompts]
+    live, cache = PromptDataset(prompts, LABELS, masks), StateCache(tmp_path, torch.float32)
+    cached = cache.dataset(lm, probe.config, prompts, LABELS, masks=masks)
+    others = cache.dataset(lm, probe.config, prompts, LABELS, masks=[[True] * len(ids) for ids in prompts])
+    expected = torch.zeros(5, 2)
+    for row, (ids, mask) in enumerate(zip(prompts, masks, strict=True)):
+        expected[row] = probe(input_ids=torch.tensor([ids]), probe_mask=torch.tensor([mask])).logits
+    for data in (live, cached):
+        torch.testing.assert_close(predict_logits(probe, data), expected, atol=1e-5, rtol=1e-5)
+        passed = None if data is cached else lm
+        (found,) = predict_together([probe], data, passed)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert kind == "last" or len(others[0]["input_ids"]) > len(cached[0]["input_ids"])
 
 
 def test_only_tokens_that_count_are_kept(tmp_path, prompts):

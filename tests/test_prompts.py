@@ -55,6 +55,48 @@ def test_a_system_prompt_of_ones_own(tokenizer):
     assert "Be brief." not in tokenizer.decode(prompts.encode([chat])[0])
 
 
+class TestReplies:
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+
+    def test_they_follow_the_prompt_as_it_is_served(self, tokenizer):
+        ids, masks = PromptFormat.create(tokenizer).encode_replies([self.chat])
+        prompt = served(tokenizer, "Hello")
+        assert ids == [[*prompt, *tokenizer("Good day")["input_ids"]]], "what generate() had read when it was complete"
+        assert masks == [[False] * len(prompt) + [True] * 8]
+
+    def test_raw(self):
+        tokenizer = make_tokenizer(adds_bos=True)
+        ids, masks = PromptFormat.create(tokenizer, "raw").encode_replies([self.chat])
+        assert tokenizer.decode(ids[0]) == "<bos>HelloGood day" and sum(masks[0]) == 8
+
+    @pytest.mark.parametrize(
+        "prompt, reply, kept",
+        [("x" * 9, "y" * 90, (9, 26)), ("x" * 90, "y" * 3, (32, 3)), ("x" * 90, "y" * 90, (17, 18))],
+    )
+    def test_both_are_cut(self, tokenizer, prompt, reply, kept):
+        constant = len(served(tokenizer, ""))
+        prompts = PromptFormat.create(tokenizer, max_length=constant + 35)
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+        (ids,), (mask,) = prompts.encode_replies([chat])
+        text = tokenizer.decode(ids)
+        assert (text.count("x"), sum(mask)) == kept and len(ids) == constant + 35
+        assert text.rstrip("y").endswith("<eos>\n<bos>assistant\n")
+
+    def test_what_a_head_reads(self, tokenizer):
+        prompts = PromptFormat.create(tokenizer)
+        ids, masks = prompts.encode_replies([self.chat])
+        assert prompts.encode_for(ProbeConfig(token_scope="response"), [self.chat]) == (ids, masks)
+        assert prompts.encode_for(ProbeConfig(token_scope="all"), [self.chat]) == (ids, None)
+        assert prompts.encode_for(ProbeConfig(), ["Hello"]) == (prompts.encode(["Hello"]), None)
+
+    @pytest.mark.parametrize(
+        "text", ["Hello", chat[:1], chat[1:], [*chat, chat[0]], [chat[0], {**chat[1], "content": " "}]]
+    )
+    def test_a_row_without_one(self, tokenizer, text):
+        with pytest.raises(ProbeError, match="needs rows with a prompt and a reply"):
+            PromptFormat.create(tokenizer).encode_replies([text])
+
+
 def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
     prompts = PromptFormat.create(tokenizer, max_length=60)
     logger = logging.getLogger("llama_probe.prompts")

@@ -174,6 +174,7 @@ def read_labelled(
     problem_type: str | None = None,
     split: str = "train",
     data_dir: str | os.PathLike | None = None,
+    prompt_column: str | None = None,
 ) -> LabelledTexts:
     """Reads rows and makes sense of their labels.
 
@@ -188,6 +189,8 @@ def read_labelled(
         problem_type: as in `ProbeConfig`; told by the labels where left out.
         split: which part to read, where `source` does not say.
         data_dir: local copies of the data sets known by name (see `read_benchmark`), to be read instead of the Hub.
+        prompt_column: where the texts are replies, the column of what they reply to: a text, or chat messages. The texts
+            that come out are chat messages.
 
     Raises:
         ProbeError: there is nothing to read, a column is missing, a text or label is empty, or labels and names do not
@@ -195,9 +198,9 @@ def read_labelled(
     """
     known = find_benchmark(source)
     if known is not None:
-        if (text_column, label_column) != ("text", "label"):
+        if (text_column, label_column, prompt_column) != ("text", "label", None):
             raise ProbeError(
-                f"{source} is known by name and has its own columns; text_column, label_column are for files"
+                f"{source} is known by name and has its own columns; text_column, label_column, prompt_column are for files"
             )
         benchmark, own_split = known
         if problem_type not in (None, benchmark.problem_type):
@@ -207,7 +210,7 @@ def read_labelled(
         rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
         return rows if label_names is None else rows.renamed(label_names)
     table = read_table(source, split)
-    for name in (text_column, label_column):
+    for name in (text_column, label_column, *([] if prompt_column is None else [prompt_column])):
         if name not in table.column_names:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(table.column_names)}")
     feature = table.features[label_column]
@@ -216,6 +219,11 @@ def read_labelled(
         label_names = feature.names
     columns = {name: list(table[name]) for name in table.column_names}
     texts, values = columns.pop(text_column), columns.pop(label_column)
+    if prompt_column is not None:
+        texts = [
+            _exchange(source, row, *pair)
+            for row, pair in enumerate(zip(columns.pop(prompt_column), texts, strict=True))
+        ]
     return _labelled(source, texts, values, columns, label_names, problem_type)
 
 
@@ -287,6 +295,13 @@ def _reason(error: Exception) -> str:
 
 def _is_empty(text: Any, label: Any) -> bool:
     return text is None or label is None or (isinstance(text, str) and not text.strip())
+
+
+def _exchange(source: str, row: int, prompt: Text, reply: str) -> list[dict[str, str]]:
+    if not prompt or not isinstance(reply, str) or not reply.strip():
+        raise ProbeError(f"{source}: row {row} has no prompt, or no text as its reply")
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [*before, {"role": "assistant", "content": reply}]
 
 
 def _labelled(

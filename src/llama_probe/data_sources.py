@@ -22,7 +22,7 @@ class DataSources:
             known by name, `eval` and `test` are its validation and test splits, if it has them and others are not given.
             Without `eval`, `validation_share` of train is held back, or folds of it take turns. `test` is scored once at
             the end, and nothing is chosen by it.
-        text_column, label_column, label_names, problem_type: see `read_labelled`.
+        text_column, label_column, label_names, problem_type, prompt_column: see `read_labelled`.
         slice_columns: columns of the test rows to report by; those of the table where test is known by name.
         folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
             trained on the others; 0 holds a part back instead, `None` is 5 folds for fewer than 400 rows, which are too
@@ -48,6 +48,7 @@ class DataSources:
     max_rows: int | None = None
     max_eval_rows: int | None = None
     data_dir: str | os.PathLike | None = None
+    prompt_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.folds is not None and (self.folds < 0 or self.folds == 1):
@@ -68,14 +69,14 @@ class DataSources:
         if tested is not None and not self.slice_columns:
             self.slice_columns = list(tested[0].slices)
         sources = [source for source in (self.train, self.eval, self.test) if source is not None]
-        if all(find_benchmark(source) for source in sources) and self._columns != ("text", "label"):
+        if all(find_benchmark(source) for source in sources) and self._columns != ("text", "label", None):
             raise ProbeError(
-                f"{', '.join(sources)} have their own columns; text_column and label_column are for files"
+                f"{', '.join(sources)} have their own columns; text_column, label_column and prompt_column are for files"
             )
 
     @property
-    def _columns(self) -> tuple[str, str]:
-        return self.text_column, self.label_column
+    def _columns(self) -> tuple[str, str, str | None]:
+        return self.text_column, self.label_column, self.prompt_column
 
     def read(self, seed: int) -> dict[str, LabelledTexts]:
         """Rows of `train`, `validation` and, where given, `test`. With folds, the first two are the same object.
@@ -108,5 +109,5 @@ class DataSources:
     def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
         names = self.label_names if like is None else like.label_names
         kind = self.problem_type if like is None else like.problem_type
-        columns = ("text", "label") if find_benchmark(source) else self._columns
-        return read_labelled(source, *columns, names, kind, split, self.data_dir)
+        text, label, prompt = ("text", "label", None) if find_benchmark(source) else self._columns
+        return read_labelled(source, text, label, names, kind, split, self.data_dir, prompt)

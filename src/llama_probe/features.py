@@ -34,16 +34,22 @@ _FORMAT = 1
 
 
 class PromptDataset(Dataset):
-    """Token ids and labels, for training with the backbone in the loop. Items: `input_ids`, `labels`."""
+    """Token ids and labels, for training with the backbone in the loop. Items: `input_ids`, `labels`.
 
-    def __init__(self, prompts: Sequence[Sequence[int]], labels: np.ndarray):
-        self.prompts, self.labels = prompts, labels
+    With `masks`, which say which tokens count where a head's scope cannot tell, `probe_mask` as well.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], labels: np.ndarray, masks: Sequence[Sequence[bool]] | None = None
+    ):
+        self.prompts, self.labels, self.masks = prompts, labels, masks
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, row: int) -> dict:
-        return {"input_ids": self.prompts[row], "labels": self.labels[row]}
+        masked = {} if self.masks is None else {"probe_mask": self.masks[row]}
+        return {"input_ids": self.prompts[row], "labels": self.labels[row], **masked}
 
 
 class StateDataset(Dataset):
@@ -94,6 +100,7 @@ class StateCache:
         prompts: Sequence[Sequence[int]],
         labels: np.ndarray,
         batch_tokens: int = 4096,
+        masks: Sequence[Sequence[bool]] | None = None,
     ) -> StateDataset:
         """The states of `prompts`, from disk or computed now.
 
@@ -103,6 +110,7 @@ class StateCache:
             prompts: token ids of each row.
             labels: one entry a row.
             batch_tokens: tokens of a forward pass, padding included.
+            masks: the tokens of each row that count, in place of the scope.
 
         Raises:
             ProbeError: the disk is too small, or a state does not fit the dtype.
@@ -110,22 +118,27 @@ class StateCache:
         key = hashlib.sha256()
         for part in (_FORMAT, str(self.dtype), config.token_scope, config.prefix_ids, prompts, weights_digest(lm)):
             key.update(json.dumps(part).encode())
+        if masks is not None:
+            key.update(json.dumps(masks).encode())
         entry = self.folder / key.hexdigest()[:32]
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
         if not (entry / _META).is_file() and (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
             key.update(json.dumps([reads, layers]).encode())
             entry = self.folder / key.hexdigest()[:32]
         if not (entry / _META).is_file():
-            self._compute(entry, lm, config, prompts, batch_tokens)
+            self._compute(entry, lm, config, prompts, batch_tokens, masks)
         return StateDataset(entry, labels)
 
     def delete(self) -> None:
         """Removes the cache from disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _compute(self, entry: Path, lm, config, prompts, batch_tokens) -> None:
+    def _compute(self, entry: Path, lm, config, prompts, batch_tokens, masks=None) -> None:
         decoder = find_decoder(lm)
-        masks = [token_mask(config, torch.tensor([ids]), None) for ids in prompts]
+        if masks is None:
+            masks = [token_mask(config, torch.tensor([ids]), None) for ids in prompts]
+        else:
+            masks = [torch.tensor([mask]) for mask in masks]
         for mask in masks:
             check_rows(mask)
         masks = [tokens_read(config, mask)[0] for mask in masks]
@@ -182,7 +195,8 @@ class ProbeCollator:
     """Pads rows of a `PromptDataset` or a `StateDataset` on the right and stacks them into a batch."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """`labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, L+1, T, D]`."""
+        """`labels`, `attention_mask` `[B, T]`, `input_ids` `[B, T]` or `hidden_states` `[B, L+1, T, D]`, and `probe_mask`
+        `[B, T]` where the rows have one."""
         lengths = [len(row["input_ids"]) for row in rows]
         width = max(lengths)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -201,7 +215,18 @@ class ProbeCollator:
             for i, row in enumerate(rows):
                 ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
             batch["input_ids"] = ids
+        if "probe_mask" in rows[0]:
+            batch["probe_mask"] = torch.zeros(len(rows), width, dtype=torch.bool)
+            for i, row in enumerate(rows):
+                batch["probe_mask"][i, : lengths[i]] = torch.as_tensor(row["probe_mask"])
         return batch
+
+
+def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens of a batch of a `PromptDataset` that count for a head, `[batch, tokens]`."""
+    if "probe_mask" in batch:
+        return batch["probe_mask"]
+    return token_mask(config, batch["input_ids"], batch["attention_mask"])
 
 
 def iterate_states(
@@ -235,7 +260,7 @@ def iterate_states(
                 states, mask = batch["hidden_states"], batch["attention_mask"].bool()
             else:
                 ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-                mask = token_mask(config, ids, attention_mask)
+                mask = counted_tokens(config, batch)
                 wanted = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
                 states = torch.stack(collect_hidden_states(lm, wanted, ids, attention_mask), dim=1)
             yield rows, states, mask

@@ -20,12 +20,11 @@ from .capture import collect_hidden_states, find_decoder
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probabilities
 from .errors import ProbeError
-from .features import ProbeCollator
+from .features import ProbeCollator, counted_tokens
 from .files import write_atomically
 from .heads import get_probe_type
 from .metrics import score
 from .probe import ProbeModel
-from .scope import token_mask
 from .training import ProbeLoss
 
 
@@ -325,7 +324,7 @@ class SharedTraining:
                 x, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
             else:
                 ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-                mask = token_mask(config, ids, attention_mask)
+                mask = counted_tokens(config, batch)
                 layers = range(config.num_hidden_layers + 1)
                 x = torch.stack(collect_hidden_states(self.lm, layers, ids, attention_mask))
             yield batch["labels"], _Shared(x), mask.to(self.learners[0].probe.device)

@@ -33,7 +33,7 @@ from .metrics import METRICS, default_metric
 from .model_card import CardFacts, write_card
 from .plots import write_plots
 from .probe import ProbeModel
-from .prompts import PromptFormat
+from .prompts import PromptFormat, split_reply
 from .recipe import Recipe, complete
 from .training import ProbeLoss, balanced_weights, create_trainer, training_arguments
 
@@ -150,6 +150,9 @@ class TrainingRun:
         self.loss(config, parts["train"])
         if get_probe_type(config.probe_type).convex:
             check_convex(self.recipe.focal_gamma)
+        if config.reads_reply:
+            for text in (text for rows in parts.values() for text in rows.texts):
+                split_reply(text)  # which refuses what has none
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
         config = describe(lm, config.replace(**prompts.config_fields()))
@@ -159,8 +162,12 @@ class TrainingRun:
         cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
         datasets: dict[str, Dataset] = {}
         for name, rows in parts.items():
-            ids = prompts.encode(rows.texts)
-            datasets[name] = cache.dataset(lm, config, ids, rows.labels) if cache else PromptDataset(ids, rows.labels)
+            ids, masks = prompts.encode_for(config, rows.texts)
+            datasets[name] = (
+                cache.dataset(lm, config, ids, rows.labels, masks=masks)
+                if cache
+                else PromptDataset(ids, rows.labels, masks)
+            )
         passing = cache if self.cache_dir is None else None
         return Prepared(parts, config, metric, datasets, None if cache else lm, head, passing, folds)
 

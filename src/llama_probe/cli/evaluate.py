@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .options import DATA, Backbone, DataDir, Dtype, Json, Probe
+from .options import DATA, Backbone, DataDir, Dtype, Json, Probe, PromptColumn
 
 
 _MAX_CONFUSION = 12  # labels up to which the confusion matrix is printed
@@ -24,6 +24,7 @@ def evaluate(
     backbone: Backbone = "demo",
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    prompt_column: PromptColumn = None,
     split: Annotated[str, typer.Option(help="Split of a named or Hub data set, or of a folder.")] = "test",
     data_dir: DataDir = None,
     slice_column: Annotated[
@@ -59,7 +60,8 @@ def evaluate(
         head = read_head(resolve_head(probe, backbone_target(backbone)))
         config = head.config
         names = list(config.id2label.values())
-        rows = read_labelled(data, text_column, label_column, names, config.problem_type, split, data_dir)
+        kind = config.problem_type
+        rows = read_labelled(data, text_column, label_column, names, kind, split, data_dir, prompt_column)
         for condition in where or []:
             column, equals, value = condition.partition("=")
             if not equals:
@@ -75,8 +77,8 @@ def evaluate(
         lm, tokenizer = load_backbone(backbone, dtype)
         check_backbone(probe, config, lm)
         head.to(lm.device).set_backbone(lm)
-        prompts = PromptFormat.from_config(config, tokenizer).encode(rows.texts)
-        logits = predict_logits(head, PromptDataset(prompts, rows.labels), progress=True)
+        prompts, masks = PromptFormat.from_config(config, tokenizer).encode_for(config, rows.texts)
+        logits = predict_logits(head, PromptDataset(prompts, rows.labels, masks), progress=True)
         columns = {column: rows.columns[column] for column in slices}
         result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
     if as_json:

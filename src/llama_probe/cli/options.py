@@ -19,6 +19,10 @@ Dtype = Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
 Probe = Annotated[str, typer.Option(help="A head folder, a Hub id (user/repo@revision:subfolder) or an alias.")]
 Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias; may be given again.")]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the prompts, where the texts are the replies to them; for heads that read replies."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
 
 # What a data argument may be, for its help.

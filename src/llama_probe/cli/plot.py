@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .options import DATA, Backbone, DataDir, Dtype, Json
+from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn
 
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def plot(
     backbone: Backbone = "demo",
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    prompt_column: PromptColumn = None,
     split: Annotated[str, typer.Option(help="Split of a named or Hub data set, or of a folder.")] = "test",
     data_dir: DataDir = None,
     dtype: Dtype = "auto",
@@ -77,7 +78,8 @@ def plot(
             from ..data import read_labelled
 
             names = list(head.config.id2label.values())
-            rows = read_labelled(data, text_column, label_column, names, head.config.problem_type, split, data_dir)
+            kind = head.config.problem_type
+            rows = read_labelled(data, text_column, label_column, names, kind, split, data_dir, prompt_column)
         elif not texts and not inspection:
             raise ProbeError(
                 f"{probe} keeps no measurements to draw; give texts to read, or labelled rows with --data"
@@ -121,8 +123,8 @@ def _measure(model, tokenizer, name: str, rows) -> dict[str, Any]:
 
     head = model.probes[name]
     head.set_backbone(model)
-    prompts = PromptFormat.from_config(head.config, tokenizer).encode(rows.texts)
-    found = inspect_head(head, PromptDataset(prompts, rows.labels), rows.labels, progress=True)
+    prompts, masks = PromptFormat.from_config(head.config, tokenizer).encode_for(head.config, rows.texts)
+    found = inspect_head(head, PromptDataset(prompts, rows.labels, masks), rows.labels, progress=True)
     head.set_backbone(None)
     return found
 

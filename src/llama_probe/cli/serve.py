@@ -73,7 +73,8 @@ def generate(
     halt_on: Annotated[
         list[str] | None,
         typer.Option(
-            help="HEAD, HEAD:LABEL or HEAD:LABEL:THRESHOLD: prompts with that label get no reply; may be given again."
+            help="HEAD, HEAD:LABEL or HEAD:LABEL:THRESHOLD: prompts with that label get no reply, and where the head reads "
+            "replies these end at a token with it; may be given again."
         ),
     ] = None,
     halt_reply: Annotated[str | None, typer.Option(help="What halted prompts get in place of a reply.")] = None,
@@ -88,6 +89,8 @@ def generate(
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **halting)
         replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         part = _rows(texts, out.probe_labels, out.probe_probabilities, replies)
+        for name in set(out.probe_token_logits or {}) - set(out.probe_logits):
+            _add_reply_scores(part, name, out.probe_token_logits[name], model.probes[name].config)
         for row, halt in zip(part, out.probe_halts or [None] * len(part), strict=True):
             if rules:
                 row["halted"] = None if halt is None else dataclasses.asdict(halt)
@@ -162,6 +165,17 @@ def _rows(
     return rows
 
 
+def _add_reply_scores(rows: list[dict], name: str, logits, config) -> None:
+    """What a head that reads nothing but replies says of each as far as it was read; nothing where that is not a token."""
+    from ..decision import ProbeOutput
+
+    for row, scores in zip(rows, logits, strict=True):
+        read = scores[~scores.isnan().any(dim=-1)][-1:]
+        output = ProbeOutput.from_logits(read, config)
+        row["labels"][name] = output.labels[0] if len(read) else None
+        row["probabilities"][name] = output.probabilities[0].tolist() if len(read) else []
+
+
 def _print_rows(rows: list[dict], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
@@ -169,7 +183,8 @@ def _print_rows(rows: list[dict], as_json: bool) -> None:
     replies = "reply" in rows[0]
     table = Table("prompt", *(["reply"] if replies else []), *rows[0]["labels"], show_lines=replies)
     for row in rows:
-        cells = [f"{label} ({max(row['probabilities'][name]):.2f})" for name, label in row["labels"].items()]
+        found = row["probabilities"]
+        cells = [f"{label} ({max(found[name]):.2f})" if found[name] else "-" for name, label in row["labels"].items()]
         table.add_row(escape(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
     Console().print(table)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ProbeError
-from .options import DATA, Backbone, DataDir, Json
+from .options import DATA, Backbone, DataDir, Json, PromptColumn
 
 
 def train(
@@ -39,6 +39,7 @@ def train(
     data_dir: DataDir = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    prompt_column: PromptColumn = None,
     label_names: Annotated[str | None, typer.Option(help="Names of the labels 0, 1, ..., with commas.")] = None,
     problem_type: Annotated[
         str | None,
@@ -63,7 +64,11 @@ def train(
     prompt_format: Annotated[str, typer.Option(help="chat (the model's template) or raw.")] = "chat",
     system_prompt: Annotated[str | None, typer.Option(help="A system turn of your own.")] = None,
     token_scope: Annotated[
-        str, typer.Option(help="content (without the template's constant prefix) or prompt.")
+        str,
+        typer.Option(
+            help="content (without the template's constant prefix) or prompt; response (the reply alone) or all (both) for a "
+            "head that follows replies, from rows with --prompt-column or chats that end with the assistant."
+        ),
     ] = "content",
     max_length: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 512,
     layers: Annotated[
@@ -149,6 +154,7 @@ def train(
             test=test,
             text_column=text_column,
             label_column=label_column,
+            prompt_column=prompt_column,
             label_names=None if label_names is None else [name.strip() for name in label_names.split(",")],
             problem_type=problem_type,
             validation_share=validation_share,
