@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -85,7 +86,11 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         prompts = len(outputs["generated_sequence"])
         outputs["probes"] = _verdicts(listener, prompts)
         halts = getattr(listener.output, "probe_halts", None)
-        outputs["further"] = [{}] * prompts if halts is None else [{"halted": halt and asdict(halt)} for halt in halts]
+        outputs["further"] = [({},)] * prompts
+        if halts is not None:  # one a prompt, or where a head follows the replies one a sequence of it
+            told = [{"halted": halt and asdict(halt)} for halt in halts]
+            each = len(told) // prompts
+            outputs["further"] = [tuple(told[i * each : (i + 1) * each]) for i in range(prompts)]
         return outputs
 
     def postprocess(self, model_outputs, *args, **kwargs):
@@ -94,7 +99,10 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
             part[0] if isinstance(part, list) else part for part in map(model_outputs.pop, ("probes", "further"))
         )
         records = super().postprocess(model_outputs, *args, **kwargs)
-        return [{**record, "probes": copy.deepcopy(probes), **copy.deepcopy(further)} for record in records]
+        return [
+            {**record, "probes": copy.deepcopy(probes), **copy.deepcopy(more)}
+            for record, more in zip(records, itertools.cycle(further))
+        ]
 
 
 def install() -> None:

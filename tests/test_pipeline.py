@@ -69,6 +69,23 @@ def test_halted_prompts(batch_size):
     assert free["halted"] is None and "halted" not in pipe(TEXTS[0], **GREEDY)[0]
 
 
+@pytest.mark.parametrize("texts, batch_size", [(TEXTS[:2], 2), (TEXTS[:2], 1)])
+def test_a_sequence_that_was_halted_midway_says_so_itself(texts, batch_size):
+    pipe = ProbedTextGenerationPipeline(
+        make_lm(vocab_size=260),
+        make_tokenizer(),
+        probe={"guard": make_probe(probe_type="gate", token_scope="response")},
+        device="cpu",
+    )
+
+    def second_of_three(scores):
+        return [row % 3 == 1 for row in range(len(scores.counted))]
+
+    sampling = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 4}
+    for records in pipe(texts, batch_size=batch_size, on_probe_token=second_of_three, **sampling):
+        assert [record["halted"] is not None for record in records] == [False, True, False]
+
+
 def test_texts_are_those_of_text_generation_and_verdicts_those_of_generate():
     pipe, tokenizer = make_pipe(), make_tokenizer()
     plain = TextGenerationPipeline(make_lm(vocab_size=260), make_tokenizer(), device="cpu")
