@@ -38,7 +38,7 @@ config = ProbeConfig(
     probe_type="gate", id2label={0: "travel", 1: "cooking"}, token_scope="response", **prompts.config_fields()
 )
 probe = ProbeModel(config, backbone=lm)
-ids, masks = prompts.encode_for(config, chats)
+ids, masks, _ = prompts.encode_for(config, chats)
 with tempfile.TemporaryDirectory() as folder:
     args = training_arguments(
         folder,

@@ -85,19 +85,20 @@ def test_thresholds_plots_and_backbone(folder):
     assert "class: LlamaForCausalLM" in text and "weights at training: bfloat16" in text and "fingerprint" in text
 
 
-@pytest.mark.parametrize("kind", ["chat", "system", "raw"])
+@pytest.mark.parametrize("kind", ["chat", "system", "raw", "response"])
 def test_the_usage_block_works_when_pasted(kind, tmp_path, backbone_folder):
     system = 'You\'re "kind".' if kind == "system" else None
     probe = make_probe(
         prompt_format="raw" if kind == "raw" else "chat",
         system_prompt=system,
         base_model_name_or_path=str(backbone_folder),
+        token_scope="response" if kind == "response" else "content",
     )
     folder = save_head(probe, tmp_path / "weather")
     block = create_card(folder).content.split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "LABEL_" in done.stdout
+    assert ("Halt(" if kind == "response" else "LABEL_") in done.stdout
 
 
 @pytest.mark.parametrize("alias", bundled_heads())

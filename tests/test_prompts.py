@@ -85,9 +85,9 @@ class TestReplies:
     def test_what_a_head_reads(self, tokenizer):
         prompts = PromptFormat.create(tokenizer)
         ids, masks = prompts.encode_replies([self.chat])
-        assert prompts.encode_for(ProbeConfig(token_scope="response"), [self.chat]) == (ids, masks)
-        assert prompts.encode_for(ProbeConfig(token_scope="all"), [self.chat]) == (ids, None)
-        assert prompts.encode_for(ProbeConfig(), ["Hello"]) == (prompts.encode(["Hello"]), None)
+        assert prompts.encode_for(ProbeConfig(token_scope="response"), [self.chat]) == (ids, masks, [sum(masks[0])])
+        assert prompts.encode_for(ProbeConfig(token_scope="all"), [self.chat]) == (ids, None, [sum(masks[0])])
+        assert prompts.encode_for(ProbeConfig(), ["Hello"]) == (prompts.encode(["Hello"]), None, None)
 
     @pytest.mark.parametrize(
         "text", ["Hello", chat[:1], chat[1:], [*chat, chat[0]], [chat[0], {**chat[1], "content": " "}]]

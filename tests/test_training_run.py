@@ -45,6 +45,27 @@ class TestHoldingBack:
         with pytest.raises(ProbeError, match=r"folds=3 and the validation rows of .* cannot both be used"):
             DataSources(train=train, eval=other, folds=3)
 
+    def test_test_rows_before_anything_else(self, tmp_path):
+        train = write(tmp_path / "a.jsonl", 40)
+        parts = DataSources(train=train, test_share=0.25).read(0)
+        assert [len(parts[name]) for name in ("train", "validation", "test")] == [25, 5, 10]
+        assert len({text for rows in parts.values() for text in rows.texts}) == 40
+        fewer = DataSources(train=train, test_share=0.25, max_rows=9, folds=3).read(0)
+        assert fewer["test"].texts == parts["test"].texts and len(fewer["train"]) == 9
+        with pytest.raises(ProbeError, match=r"test_share=0.5 and the test rows of .* cannot both be used"):
+            DataSources(train=train, test=train, test_share=0.5)
+
+    def test_replies_to_one_prompt_stay_together(self, tmp_path):
+        lines = [{"ask": f"number {i // 4}", "text": f"reply {i}", "label": i % 2} for i in range(48)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        sources = DataSources(train=str(tmp_path / "a.jsonl"), prompt_column="ask", test_share=0.3)
+        parts = sources.read(0)
+        asked = {name: {rows[0]["content"] for rows in part.texts} for name, part in parts.items()}
+        assert sum(map(len, asked.values())) == 12 == len(set.union(*asked.values()))
+        folds = parts["train"].folds(3, 0)
+        texts = [{parts["train"].texts[row][0]["content"] for row in fold} for fold in folds]
+        assert sum(map(len, texts)) == len(set.union(*texts))
+
     @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (11, 3, 5), (6, 3, 5)])
     def test_each_row_is_held_out_once(self, tmp_path, count, labels, folds):
         sources = DataSources(train=write(tmp_path / "a.jsonl", count, labels), folds=folds)
@@ -111,3 +132,37 @@ class TestFolds:
         card = (run.output / "README.md").read_text()
         assert "each scored by a head that was trained on the others of 5 folds and are saved" in card
         assert "validation 30 rows (5 folds of train)" in card
+
+
+def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
+    lines = [
+        {
+            "ask": f"number {i}?",
+            "text": ("fine, all is good", "fine, but bad bad bad")[i % 2] + "!" * (i % 3),
+            "label": i % 2,
+        }
+        for i in range(60)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = TrainingRun(
+        backbone=str(backbone_folder),
+        data=DataSources(
+            train=str(tmp_path / "a.jsonl"), prompt_column="ask", test_share=0.25, label_names=["fine", "awful"]
+        ),
+        output=tmp_path / "guard",
+        head={"probe_type": "gate", "token_scope": "response"},
+        recipe=Recipe(num_train_epochs=4, learning_rate=0.03),
+        seeds=[0, 1],
+    )
+    results = run.execute()
+    for found in results["runs"]:
+        assert found["halting"]["max_false_halts"] == 0.05
+        rules = found["halting"]["labels"]["awful"]
+        (best,) = [rule for rule in rules if rule["chosen"]]
+        assert best["validation"]["false_halts"] <= 0.05
+        assert best["test"]["rows"] == 15 and best["test"]["detected"] > 0.5
+        assert best["test"]["delay"]["median"] > len("fine, "), "the two begin alike, a token a letter"
+    card = (tmp_path / "guard" / "README.md").read_text()
+    assert "Replies halted by `awful` while they are written, 15 test rows" in card
+    assert "gives one of `fine`, `awful` after each token of it" in card
+    assert f"test 15 rows ({'25%'} of train)" in card

@@ -72,27 +72,28 @@ class LabelledTexts:
         return self.select(sorted(np.random.default_rng(seed).permutation(len(self))[:limit].tolist()))
 
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
-        """A larger and a smaller part. Rows with the same text stay together; classes are spread evenly.
+        """A larger and a smaller part. Rows with the same text, or replies to the same prompt, stay together; classes are
+        spread evenly.
 
         Raises:
             ProbeError: there are too few rows for the share.
         """
         if not 0 < share < 1:
-            raise ProbeError(f"validation_share={share} must lie between 0 and 1")
+            raise ProbeError(f"a share of {share} rows held back must lie between 0 and 1")
         group = self._first_rows()
         unique = np.unique(group)
         strata = self.labels[unique] if self.problem_type == "single_label_classification" else None
         try:
             _, held_back = train_test_split(unique, test_size=share, random_state=seed, stratify=strata)
         except ValueError as error:
-            raise ProbeError(f"{len(self)} rows cannot be split with validation_share={share}: {error}") from None
+            raise ProbeError(f"{len(self)} rows cannot be split with a share of {share} held back: {error}") from None
         held_back = set(held_back.tolist())
         inside = [row for row in range(len(self)) if group[row] not in held_back]
         outside = [row for row in range(len(self)) if group[row] in held_back]
         return self.select(inside), self.select(outside)
 
     def folds(self, count: int, seed: int) -> list[np.ndarray]:
-        """The rows of each of `count` folds, ascending. Rows with the same text stay together; classes are spread evenly.
+        """The rows of each of `count` folds, ascending; they stay together as in `split`, and classes are spread evenly.
 
         Raises:
             ProbeError: there are fewer texts than folds.
@@ -109,9 +110,9 @@ class LabelledTexts:
             return [held for _, held in splitter.split(group, self.labels, group)]
 
     def _first_rows(self) -> list[int]:
-        """For each row the first one with its text."""
+        """For each row the first one with its text, or with the prompt that its reply is to."""
         first_of: dict[str, int] = {}
-        return [first_of.setdefault(str(text), row) for row, text in enumerate(self.texts)]
+        return [first_of.setdefault(str(_asked(text)), row) for row, text in enumerate(self.texts)]
 
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
         """The same rows with other label names: matched by name where all names are among them, else by index.
@@ -135,6 +136,12 @@ class LabelledTexts:
             labels = np.zeros((len(self), len(new)), dtype=self.labels.dtype)
             labels[:, index] = self.labels
         return LabelledTexts(self.texts, labels, new, self.problem_type, self.columns)
+
+
+def _asked(text: Text) -> Text:
+    """The messages before the reply that a text ends with, where it ends with one."""
+    replied = not isinstance(text, str) and len(text) > 1 and text[-1]["role"] == "assistant"
+    return text[:-1] if replied else text
 
 
 def read_table(source: str, split: str = "train") -> Dataset:

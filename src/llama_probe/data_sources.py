@@ -21,7 +21,7 @@ class DataSources:
         train, eval, test: names of data sets (`NAME` or `NAME:SPLIT`), files, folders or Hub data sets. Where train is
             known by name, `eval` and `test` are its validation and test splits, if it has them and others are not given.
             Without `eval`, `validation_share` of train is held back, or folds of it take turns. `test` is scored once at
-            the end, and nothing is chosen by it.
+            the end, and nothing is chosen by it; `test_share` of train can be held back for it first.
         text_column, label_column, label_names, problem_type, prompt_column: see `read_labelled`.
         slice_columns: columns of the test rows to report by; those of the table where test is known by name.
         folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
@@ -43,6 +43,7 @@ class DataSources:
     label_names: list[str] | None = None
     problem_type: str | None = None
     validation_share: float = 0.15
+    test_share: float | None = None
     folds: int | None = 0
     slice_columns: list[str] = field(default_factory=list)
     max_rows: int | None = None
@@ -57,13 +58,17 @@ class DataSources:
             raise ProbeError(
                 f"folds={self.folds} and the validation rows of {self.eval} cannot both be used: leave one out"
             )
+        if self.test is not None and self.test_share is not None:
+            raise ProbeError(
+                f"test_share={self.test_share} and the test rows of {self.test} cannot both be used: leave one out"
+            )
         known = find_benchmark(self.train)
         if known is not None:
             benchmark, split = known
             others = set(benchmark_splits(benchmark, self.data_dir)) - {split or "train"}
             if self.eval is None and not self.folds and "validation" in others:
                 self.eval = f"{benchmark.name}:validation"
-            if self.test is None and "test" in others:
+            if self.test is None and self.test_share is None and "test" in others:
                 self.test = f"{benchmark.name}:test"
         tested = find_benchmark(self.test) if self.test else None
         if tested is not None and not self.slice_columns:
@@ -84,7 +89,11 @@ class DataSources:
         Raises:
             ProbeError: a source cannot be read, or the parts do not have the same labels.
         """
-        parts = {"train": self._read(self.train, "train").at_most(self.max_rows, seed)}
+        parts = {"train": self._read(self.train, "train")}
+        held_back = None
+        if self.test_share is not None:
+            parts["train"], held_back = parts["train"].split(self.test_share, seed)
+        parts["train"] = parts["train"].at_most(self.max_rows, seed)
         few = self.eval is None and len(parts["train"]) < FEW_ROWS
         folds = FOLDS * few if self.folds is None else self.folds
         if folds:
@@ -95,14 +104,17 @@ class DataSources:
             parts["validation"] = self._read(self.eval, "validation", parts["train"])
         if not folds:
             parts["validation"] = parts["validation"].at_most(self.max_eval_rows, seed)
-        if self.test is not None:
+        if held_back is not None:
+            parts["test"] = held_back
+        elif self.test is not None:
             parts["test"] = self._read(self.test, "test", parts["train"])
             if known := find_benchmark(self.test):  # a local copy may lack what the table would slice by
                 absent = set(known[0].slices) - set(parts["test"].columns)
                 self.slice_columns = [column for column in self.slice_columns if column not in absent]
+        if "test" in parts:
             for column in self.slice_columns:
                 if column not in parts["test"].columns:
-                    raise ProbeError(f"{self.test} has no column {column!r} to slice by")
+                    raise ProbeError(f"{self.test or self.train} has no column {column!r} to slice by")
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         return parts
 

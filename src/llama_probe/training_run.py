@@ -22,6 +22,7 @@ from .calibration import calibrate, check_max_false_positive_rate
 from .configuration import ProbeConfig
 from .data import LabelledTexts
 from .data_sources import FOLDS, DataSources
+from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
 from .features import PromptDataset, StateCache
@@ -46,7 +47,8 @@ class Prepared:
     """What a run has before it trains.
 
     Attributes:
-        parts: rows of `train`, `validation` and, where given, `test`. datasets: their prompts or states.
+        parts: rows of `train`, `validation` and, where given, `test`. datasets: their prompts or states. reply_lengths: the
+            tokens of their replies, for a head that reads these.
         config: of a head, with all that it records of prompts and backbone.
         metric: the validation metric to choose by.
         lm: the frozen backbone; `None` where the states are cached.
@@ -59,6 +61,7 @@ class Prepared:
     config: ProbeConfig
     metric: str
     datasets: dict[str, Dataset]
+    reply_lengths: dict[str, list[int] | None]
     lm: PreTrainedModel | None
     head: ProbeModel
     cache: StateCache | None
@@ -161,15 +164,16 @@ class TrainingRun:
         self.output.mkdir(parents=True, exist_ok=True)
         cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
         datasets: dict[str, Dataset] = {}
+        reply_lengths: dict[str, list[int] | None] = {}
         for name, rows in parts.items():
-            ids, masks = prompts.encode_for(config, rows.texts)
+            ids, masks, reply_lengths[name] = prompts.encode_for(config, rows.texts)
             datasets[name] = (
                 cache.dataset(lm, config, ids, rows.labels, masks=masks)
                 if cache
                 else PromptDataset(ids, rows.labels, masks)
             )
         passing = cache if self.cache_dir is None else None
-        return Prepared(parts, config, metric, datasets, None if cache else lm, head, passing, folds)
+        return Prepared(parts, config, metric, datasets, reply_lengths, None if cache else lm, head, passing, folds)
 
     def save(
         self,
@@ -287,13 +291,32 @@ class TrainingRun:
             slices = {column: parts["test"].columns[column] for column in self.data.slice_columns}
             logits = predict_logits(probe, prepared.datasets["test"])
             result["test"] = report(probe.config, logits, parts["test"].labels, slices)
+        if probe.config.reads_reply and not prepared.folds:  # the head was trained on the rows of its folds
+            result["halting"] = self._halting(probe, prepared)
         return result
+
+    def _halting(self, probe: ProbeModel, prepared: Prepared) -> dict[str, Any]:
+        """Rules to end replies by, from the validation rows, and what they do to the test rows; see `halting_rules`."""
+        limit = self.recipe.max_false_positive_rate or MAX_FALSE_HALTS
+        followed = {
+            name: follow_replies(probe, prepared.datasets[name], prepared.reply_lengths[name], prepared.lm)
+            for name in ("validation", "test")
+            if name in prepared.parts
+        }
+        labels = {name: prepared.parts[name].labels for name in followed}
+        rules = halting_rules(probe.config, followed["validation"], labels["validation"], limit)
+        if "test" in followed:
+            rules = apply_rules(probe.config, rules, followed["test"], labels["test"])
+        return {"max_false_halts": limit, "labels": rules}
 
     def _results(self, prepared: Prepared, runs: list[dict[str, Any]], chosen: int) -> dict[str, Any]:
         config, parts, metric = prepared.config, prepared.parts, prepared.metric
         sources = {"train": self.data.train, "validation": self.data.eval, "test": self.data.test}
         folds = len(prepared.folds)
-        held_out = f"{folds} folds of train" if folds else f"{self.data.validation_share:.0%} of train"
+        held_out = {
+            "validation": f"{folds} folds of train" if folds else f"{self.data.validation_share:.0%} of train",
+            "test": f"{self.data.test_share or 0:.0%} of train",
+        }
         head = ProbeModel(config)
         card = dataclasses.asdict(self.card)
         if self.backbone == DEMO:
@@ -306,7 +329,7 @@ class TrainingRun:
             "data": {
                 name: {
                     # paths differ from machine to machine; the last two parts say which file it was
-                    "source": "/".join(Path(sources[name]).parts[-2:]) if sources[name] else held_out,
+                    "source": "/".join(Path(sources[name]).parts[-2:]) if sources[name] else held_out[name],
                     "rows": len(rows),
                 }
                 for name, rows in parts.items()

@@ -123,7 +123,7 @@ def _measure(model, tokenizer, name: str, rows) -> dict[str, Any]:
 
     head = model.probes[name]
     head.set_backbone(model)
-    prompts, masks = PromptFormat.from_config(head.config, tokenizer).encode_for(head.config, rows.texts)
+    prompts, masks, _ = PromptFormat.from_config(head.config, tokenizer).encode_for(head.config, rows.texts)
     found = inspect_head(head, PromptDataset(prompts, rows.labels, masks), rows.labels, progress=True)
     head.set_backbone(None)
     return found

@@ -53,6 +53,10 @@ def train(
     validation_share: Annotated[
         float, typer.Option(help="Share of the training rows held back without --eval.")
     ] = 0.15,
+    test_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the training rows held back as test rows, before anything else, without --test."),
+    ] = None,
     folds: Annotated[
         int | None,
         typer.Option(
@@ -158,6 +162,7 @@ def train(
             label_names=None if label_names is None else [name.strip() for name in label_names.split(",")],
             problem_type=problem_type,
             validation_share=validation_share,
+            test_share=test_share,
             folds=folds,
             slice_columns=slice_column or [],
             max_rows=max_rows,
