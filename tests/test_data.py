@@ -192,6 +192,17 @@ class TestSources:
         with pytest.raises(ProbeError, match="toxicchat, toxicchat:test have their own columns"):
             DataSources("toxicchat", label_column="jailbreaking", data_dir=copies)
 
+    def test_replies_beside_replies_known_by_name(self, copies, write):
+        own = write([{"ask": f"q {i}", "text": f"a {i}", "label": i % 2} for i in range(20)], "own.jsonl")
+        write([{"prompt": "Q", "response": "A", "text": "Q A", "label": 1}], "copies/beavertails/test.jsonl")
+        parts = DataSources(own, test="beavertails", prompt_column="ask", data_dir=copies).read(seed=0)
+        assert [turn["content"] for turn in parts["test"].texts[0]] == ["Q", "A"]
+        write([{"text": "Q A", "label": 1}], "copies/beavertails/test.jsonl")
+        with pytest.raises(
+            ProbeError, match="the copy of beavertails:test has no column 'prompt'; it has: text, label"
+        ):
+            DataSources(own, test="beavertails:test", prompt_column="ask", data_dir=copies).read(seed=0)
+
     def test_a_copy_without_the_column_to_slice_by(self, copies, write):
         write(ROWS[:1], "copies/toxicchat/test.jsonl")
         data = DataSources("toxicchat", data_dir=copies)

@@ -234,6 +234,12 @@ class TestHub:
             1,
         ]
         assert found.columns["category"][1] == {"violence": True}
+        exchanges = read_labelled("beavertails", split="test", prompt_column="prompt")
+        asked = {"role": "user", "content": "Q"}
+        assert exchanges.texts == [[asked, {"role": "assistant", "content": reply}] for reply in "AB"]
+        assert exchanges.labels.tolist() == [0, 1] and list(exchanges.columns) == ["category"]
+        with pytest.raises(ProbeError, match=r"for files \(allowed: prompt_column='prompt'\)"):
+            read_labelled("beavertails", split="test", prompt_column="question")
 
     def test_advbench_is_all_harmful(self, on_hub):
         path = "data/train-00000-of-00001.parquet"

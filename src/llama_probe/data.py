@@ -197,7 +197,7 @@ def read_labelled(
         split: which part to read, where `source` does not say.
         data_dir: local copies of the data sets known by name (see `read_benchmark`), to be read instead of the Hub.
         prompt_column: where the texts are replies, the column of what they reply to: a text, or chat messages. The texts
-            that come out are chat messages.
+            that come out are chat messages. A data set that is known by name and has replies gives them so with its own.
 
     Raises:
         ProbeError: there is nothing to read, a column is missing, a text or label is empty, or labels and names do not
@@ -205,15 +205,25 @@ def read_labelled(
     """
     known = find_benchmark(source)
     if known is not None:
-        if (text_column, label_column, prompt_column) != ("text", "label", None):
-            raise ProbeError(
-                f"{source} is known by name and has its own columns; text_column, label_column, prompt_column are for files"
-            )
         benchmark, own_split = known
+        own = (None,) if benchmark.exchange is None else (None, benchmark.exchange[0])
+        if (text_column, label_column) != ("text", "label") or prompt_column not in own:
+            allowed = "" if benchmark.exchange is None else f" (allowed: prompt_column={benchmark.exchange[0]!r})"
+            raise ProbeError(
+                f"{source} is known by name and has its own columns; text_column, label_column, prompt_column are for "
+                f"files{allowed}"
+            )
         if problem_type not in (None, benchmark.problem_type):
             raise ProbeError(f"{source} is for {benchmark.problem_type}, not for {problem_type}")
         columns = read_benchmark(benchmark, own_split or split, data_dir)
         texts, values = columns.pop("text"), columns.pop("label")
+        if prompt_column is not None:
+            if missing := [name for name in benchmark.exchange if name not in columns]:
+                raise ProbeError(
+                    f"the copy of {source} has no column {missing[0]!r}; it has: {', '.join(['text', 'label', *columns])}"
+                )
+            pairs = list(zip(*(columns.pop(name) for name in benchmark.exchange), strict=True))
+            texts = [_exchange(source, row, *pair) for row, pair in enumerate(pairs)]
         rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
         return rows if label_names is None else rows.renamed(label_names)
     table = read_table(source, split)

@@ -74,14 +74,16 @@ class DataSources:
         if tested is not None and not self.slice_columns:
             self.slice_columns = list(tested[0].slices)
         sources = [source for source in (self.train, self.eval, self.test) if source is not None]
-        if all(find_benchmark(source) for source in sources) and self._columns != ("text", "label", None):
-            raise ProbeError(
-                f"{', '.join(sources)} have their own columns; text_column, label_column and prompt_column are for files"
-            )
-
-    @property
-    def _columns(self) -> tuple[str, str, str | None]:
-        return self.text_column, self.label_column, self.prompt_column
+        named = [find_benchmark(source) for source in sources]
+        if all(named):
+            asked = {benchmark.exchange[0] for benchmark, _ in named if benchmark.exchange}
+            own = (self.text_column, self.label_column) != ("text", "label")
+            if own or self.prompt_column not in (None, *asked):
+                allowed = "".join(f" (allowed: prompt_column={name!r})" for name in sorted(asked))
+                raise ProbeError(
+                    f"{', '.join(sources)} have their own columns; text_column, label_column and prompt_column are for "
+                    f"files{allowed}"
+                )
 
     def read(self, seed: int) -> dict[str, LabelledTexts]:
         """Rows of `train`, `validation` and, where given, `test`. With folds, the first two are the same object.
@@ -121,5 +123,9 @@ class DataSources:
     def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
         names = self.label_names if like is None else like.label_names
         kind = self.problem_type if like is None else like.problem_type
-        text, label, prompt = ("text", "label", None) if find_benchmark(source) else self._columns
+        text, label, prompt = self.text_column, self.label_column, self.prompt_column
+        if known := find_benchmark(source):
+            text, label = "text", "label"
+            if prompt is not None and known[0].exchange is not None:
+                prompt = known[0].exchange[0]
         return read_labelled(source, text, label, names, kind, split, self.data_dir, prompt)

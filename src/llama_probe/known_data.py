@@ -42,6 +42,7 @@ class Benchmark:
         note: origin and licence in a sentence, for cards.
         problem_type: as in `ProbeConfig`.
         keep: which rows belong to it; all where left out.
+        exchange: columns of the prompts and of the replies to them, where the rows have both; for heads that read replies.
         columns: further columns to keep. slices: those that results are reported by.
         question: what a language model is asked of a text, for prompting; derived from the label names where left out.
         verbalisers: the reply that stands for each label, by index; the label names where left out.
@@ -59,6 +60,7 @@ class Benchmark:
     language: str = "en"
     problem_type: str = "single_label_classification"
     keep: Callable[[Row], bool] | None = None
+    exchange: tuple[str, str] | None = None
     columns: tuple[str, ...] = ()
     slices: tuple[str, ...] = ()
     revision: str | None = None
@@ -273,6 +275,7 @@ _ALL = (
         label_names=("unharmful", "harmful"),
         license="cc-by-nc-4.0",
         note="BeaverTails-30k (pairs of question and answer), CC BY-NC 4.0: non-commercial use only.",
+        exchange=("prompt", "response"),
         columns=("prompt", "response", "category"),
     ),
     Benchmark(

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,3 +28,18 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 
 # What a data argument may be, for its help.
 DATA = f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub id"
+
+
+def command_line() -> str:
+    """The command as it was typed, without folders of this machine."""
+    hidden = {"--output", "--cache-dir", "--data-dir"}
+    words, skip = ["llama-probe"], False
+    for word in sys.argv[1:]:
+        if skip:
+            skip = False
+        elif word.partition("=")[0] in hidden:
+            skip = "=" not in word
+        else:
+            shown = "/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word
+            words.append(f"'{shown}'" if " " in shown else shown)
+    return " ".join(words)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Backbone, DataDir, Dtype, Json
+from .options import Backbone, DataDir, Dtype, Json, command_line
 
 
 def reproduce(
@@ -54,7 +54,6 @@ def reproduce(
     """Write the tables of arXiv 2601.13288 for this backbone; a run that was stopped goes on."""
     from ..reproduce import Reproduction
     from ..workbench import Workbench
-    from .train import _command_line
 
     bench = Workbench(
         backbone,
@@ -71,7 +70,7 @@ def reproduce(
     sources = [name.strip() for name in data.split(",") if name.strip()]
     with contextlib.redirect_stdout(sys.stderr):
         report = Reproduction(
-            bench, output, sources, names, only or None, epochs, patience, shots, trials, sweep, _command_line()
+            bench, output, sources, names, only or None, epochs, patience, shots, trials, sweep, command_line()
         ).execute()
     if as_json:
         print(json.dumps(report))

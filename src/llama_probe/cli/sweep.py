@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import DATA, Backbone, DataDir, Json
+from .options import DATA, Backbone, DataDir, Json, command_line
 
 
 def sweep(
@@ -56,9 +56,8 @@ def sweep(
     from ..recipe import Recipe
     from ..sweep import HEAD_FOLDER, SearchSpace, Sweep
     from ..training_run import TrainingRun
-    from .train import _command_line
 
-    facts = CardFacts(license, command=_command_line())
+    facts = CardFacts(license, command=command_line())
     if (known := find_benchmark(train)) is not None:
         data = known[0]
         facts = CardFacts(

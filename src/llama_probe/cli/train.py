@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ProbeError
-from .options import DATA, Backbone, DataDir, Json, PromptColumn
+from .options import DATA, Backbone, DataDir, Json, PromptColumn, command_line
 
 
 def train(
@@ -201,7 +201,7 @@ def train(
         cache=cache,
         cache_dir=cache_dir,
         resume=resume,
-        card=CardFacts(license, dataset, dataset_name, data_note, language, limit or [], _command_line()),
+        card=CardFacts(license, dataset, dataset_name, data_note, language, limit or [], command_line()),
     )
     # The Trainer writes its log to standard output, which belongs to the results here.
     with contextlib.redirect_stdout(sys.stderr):
@@ -231,21 +231,6 @@ def _options(pairs: list[str]) -> dict[str, int | float]:
         except ValueError:
             raise ProbeError(f"--option {pair!r} must be NAME=NUMBER, such as num_queries=4") from None
     return options
-
-
-def _command_line() -> str:
-    """The command as it was typed, without folders of this machine."""
-    hidden = {"--output", "--cache-dir", "--data-dir"}
-    words, skip = ["llama-probe"], False
-    for word in sys.argv[1:]:
-        if skip:
-            skip = False
-        elif word.partition("=")[0] in hidden:
-            skip = "=" not in word
-        else:
-            shown = "/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word
-            words.append(f"'{shown}'" if " " in shown else shown)
-    return " ".join(words)
 
 
 def _print_summary(results: dict) -> None:
