@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .card_sections_llama_probe import backbone, data, introduction, limits, measured, measurements, training, usage
 from .errors_llama_probe import ProbeError
 from .files_llama_probe import CARD_NAME, PLOT_NAMES, read_config, read_results, write_atomically
+from .halting_llama_probe import measured_rules
 from .resolve_llama_probe import default_name
 
 
@@ -91,7 +92,8 @@ def create_card(
         tags=list(dict.fromkeys(["llama_probe", "probe", f"probe-{config.probe_type}", *tags])),
         **scores,
     )
-    body = [introduction(name, config, results, facts), "## Use", usage(source, name, config)]
+    halting = measured_rules(results).get(list(config.id2label.values())[-1])
+    body = [introduction(name, config, results, facts), "## Use", usage(source, name, config, halting)]
     if results:
         plots = [name for name in PLOT_NAMES if (folder / name).is_file()]
         body += ["## Results", *measurements(config, results, split, plots)]

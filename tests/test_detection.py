@@ -53,7 +53,7 @@ def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cach
             whole = torch.tensor([ids[row][: PROMPT + n]])
             mask = None if masks is None else torch.tensor([masks[row][: PROMPT + n]])
             with torch.no_grad():
-                expected = probe(input_ids=whole, probe_mask=mask).probabilities[0]
+                expected = probe(input_ids=whole, probe_mask=mask).logits[0]
             assert np.allclose(values[n - 1], expected, atol=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_it_says_what_generate_says(tmp_path):
     masks = [[False] * PROMPT + [True] * 8] * 2
     found = follow_replies(probe, PromptDataset(out.sequences.tolist(), np.zeros(2, dtype=int), masks), [8, 8], lm)
     for row, values in enumerate(found):
-        assert np.allclose(values[:-1], out.probe_token_probabilities["guard"][row], atol=1e-5)
+        assert np.allclose(values[:-1], out.probe_token_logits["guard"][row], atol=1e-5)
 
 
 SCORES = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=12).map(np.array)
@@ -106,7 +106,7 @@ def test_rules_keep_to_the_false_halts(seed, limit):
     followed = []
     for label in labels:
         positive = rng.beta(1 + label, 2, size=rng.integers(1, 15))
-        followed.append(np.stack([1 - positive, positive], axis=1))
+        followed.append(torch.from_numpy(np.stack([1 - positive, positive], axis=1)).log())
     config = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}).config
     rules = halting_rules(config, followed, labels, limit)
     assert list(rules) == ["awful"] and sum(rule["chosen"] for rule in rules["awful"]) == 1
@@ -118,7 +118,7 @@ def test_rules_keep_to_the_false_halts(seed, limit):
 
 def test_each_of_several_labels_has_rules():
     labels = np.array([0, 1, 2, 2])
-    followed = [np.eye(3)[[label] * 3] for label in labels]
+    followed = [20 * torch.eye(3)[[label] * 3] for label in labels]
     config = make_probe(token_scope="response", num_labels=3).config
     rules = halting_rules(config, followed, labels)
     assert list(rules) == list(config.id2label.values())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .configuration import ProbeConfig
+from .halting import measured_rules
 
 
 if TYPE_CHECKING:
@@ -202,10 +203,9 @@ def _result_table(results: dict[str, Any], split: str) -> str:
 
 def _halting_tables(results: dict[str, Any]) -> list[str]:
     """For each label what ends replies, and what that does; nothing of a head that does not read them."""
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
-    halting = chosen.get("halting", {"labels": {}})
     tables = []
-    for label, rules in halting["labels"].items():
+    for label, rules in measured_rules(results).items():
+        halting = results["runs"][0]["halting"]
         split = "test" if "test" in rules[0] else "validation"
         lines = [
             f"Replies halted by `{label}` while they are written, {rules[0][split]['rows']} {split} rows. The thresholds are "

@@ -28,7 +28,7 @@ def follow_replies(
     lm: nn.Module | None = None,
     batch_tokens: int = 4096,
     progress: bool = False,
-) -> list[np.ndarray]:
+) -> list[torch.Tensor]:
     """What a head says after each token of replies that exist already, as if the LM were writing them.
 
     Args:
@@ -38,10 +38,10 @@ def follow_replies(
         lm, batch_tokens, progress: see `iterate_states`.
 
     Returns:
-        For each row probabilities `[reply_tokens, num_labels]`.
+        For each row logits `[reply_tokens, num_labels]`; the last are those of the whole row.
     """
     probe.eval()
-    found: list[np.ndarray] = [np.empty(0)] * len(dataset)
+    found: list[torch.Tensor] = [torch.empty(0)] * len(dataset)
     batches = iterate_states(dataset, probe.config, lm, batch_tokens, progress, probe.layer_indices)
     for rows, states, mask in batches:
         if states.shape[1] != len(probe.layer_indices):  # a cache with more layers than this head reads
@@ -55,7 +55,7 @@ def follow_replies(
             replies.append(columns[begin:])
         logits = _stream(probe, x, before, replies)  # [B, R, num_labels]
         for i, row in enumerate(rows):
-            found[row] = probabilities(logits[i, : lengths[row]], probe.config).numpy()
+            found[row] = logits[i, : lengths[row]]
     return found
 
 
@@ -152,7 +152,7 @@ def guarded_labels(config: ProbeConfig) -> list[int]:
 
 def halting_rules(
     config: ProbeConfig,
-    validation: Sequence[np.ndarray],
+    validation: Sequence[torch.Tensor],
     labels: np.ndarray,
     max_false_halts: float = MAX_FALSE_HALTS,
     patiences: Sequence[int] = PATIENCES,
@@ -175,7 +175,7 @@ def halting_rules(
         positives = positive_rows(config, labels, index)
         if not 0 < positives.sum() < len(positives):
             continue
-        scores = [values[:, index] for values in validation]
+        scores = _scores(config, validation, index)
         rules = []
         for patience in patiences:
             threshold = highest_recall_threshold(halting_scores(scores, patience), positives, max_false_halts)
@@ -189,17 +189,22 @@ def halting_rules(
 
 
 def apply_rules(
-    config: ProbeConfig, rules: dict[str, list[dict[str, Any]]], followed: Sequence[np.ndarray], labels: np.ndarray
+    config: ProbeConfig, rules: dict[str, list[dict[str, Any]]], followed: Sequence[torch.Tensor], labels: np.ndarray
 ) -> dict[str, list[dict[str, Any]]]:
     """The rules of `halting_rules`, each with what `detection` says of further rows as `test`."""
     found = {}
     for name, ruled in rules.items():
         index = config.label2id[name]
-        positives, scores = positive_rows(config, labels, index), [values[:, index] for values in followed]
+        positives, scores = positive_rows(config, labels, index), _scores(config, followed, index)
         found[name] = [
             {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in ruled
         ]
     return found
+
+
+def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:
+    """Of each reply the probability of a label after each token."""
+    return [probabilities(logits, config)[:, index].numpy() for logits in followed]
 
 
 def positive_rows(config: ProbeConfig, labels: np.ndarray, index: int) -> np.ndarray:

@@ -135,6 +135,14 @@ class HaltRule:
         ]
 
 
+def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+    """The rules that a head's `results.json` holds, by label; none where it was not measured so."""
+    if results is None:
+        return {}
+    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
+    return chosen.get("halting", {}).get("labels", {})
+
+
 class Halter:
     """What one call of `generate()` halts by.
 

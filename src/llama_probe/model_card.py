@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .card_sections import backbone, data, introduction, limits, measured, measurements, training, usage
 from .errors import ProbeError
 from .files import CARD_NAME, PLOT_NAMES, read_config, read_results, write_atomically
+from .halting import measured_rules
 from .resolve import default_name
 
 
@@ -88,10 +89,7 @@ def create_card(
         tags=list(dict.fromkeys(["llama_probe", "probe", f"probe-{config.probe_type}", *tags])),
         **scores,
     )
-    halting = None
-    if results:
-        chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
-        halting = chosen.get("halting", {"labels": {}})["labels"].get(list(config.id2label.values())[-1])
+    halting = measured_rules(results).get(list(config.id2label.values())[-1])
     body = [introduction(name, config, results, facts), "## Use", usage(source, name, config, halting)]
     if results:
         plots = [name for name in PLOT_NAMES if (folder / name).is_file()]

@@ -45,13 +45,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
+    import torch
+
     from ..backbones import backbone_target, load_backbone
     from ..data import read_labelled
+    from ..detection import apply_rules, follow_replies
     from ..errors import ProbeError
     from ..evaluation import detailed_report, predict_logits
     from ..features import PromptDataset
     from ..files import read_head
     from ..fingerprint import check_backbone
+    from ..halting import measured_rules
     from ..known_data import find_benchmark
     from ..prompts import PromptFormat
     from ..resolve import resolve_head
@@ -77,10 +81,19 @@ def evaluate(
         lm, tokenizer = load_backbone(backbone, dtype)
         check_backbone(probe, config, lm)
         head.to(lm.device).set_backbone(lm)
-        prompts, masks = PromptFormat.from_config(config, tokenizer).encode_for(config, rows.texts)
-        logits = predict_logits(head, PromptDataset(prompts, rows.labels, masks), progress=True)
+        prompts, masks, lengths = PromptFormat.from_config(config, tokenizer).encode_for(config, rows.texts)
+        dataset = PromptDataset(prompts, rows.labels, masks)
+        followed = None
+        if lengths is None:
+            logits = predict_logits(head, dataset, progress=True)
+        else:
+            followed = follow_replies(head, dataset, lengths, lm, progress=True)
+            logits = torch.stack([tokens[-1] for tokens in followed])
         columns = {column: rows.columns[column] for column in slices}
         result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
+        rules = measured_rules(head.results)
+        if followed is not None and rules:
+            result["halting"] = apply_rules(config, rules, followed, rows.labels)
     if as_json:
         print(json.dumps(result))
         return
@@ -96,6 +109,8 @@ def evaluate(
             f"Expected calibration error: {_cell(found, 'error', ' ')} with the saved temperature "
             f"{config.temperature:.3f}, {_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
         )
+    for label, ruled in result.get("halting", {}).items():
+        console.print(_halting_table(label, ruled))
     if bootstrap:
         console.print(f"In brackets: 95 % intervals by bootstrap, {bootstrap:,} resamples of the rows, seed {seed}.")
 
@@ -119,6 +134,21 @@ def _table(title: str, parts: dict[str, dict[str, Any]]) -> Table:
         table.add_column(metric, justify="right")
     for name, part in parts.items():
         table.add_row(escape(name), *(_cell(part, metric, "\n") for metric in metrics))
+    return table
+
+
+def _halting_table(label: str, rules: list[dict[str, Any]]) -> Table:
+    """What each rule that the head was measured with does to these replies."""
+    table = Table(title=escape(f"replies halted by {label} while they are written"))
+    for column in ("patience", "threshold", "detected", "in vain", "delay, median", "90 % below", "of the reply"):
+        table.add_column(column, justify="right")
+    for rule in rules:
+        found = rule["test"]
+        delay = found["delay"]
+        cells = [found["detected"], found["false_halts"], delay["median"], delay["p90"], delay["share"]]
+        forms = (".1%", ".1%", ".0f", ".0f", ".0%")
+        shown = ["-" if cell is None else f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True)]
+        table.add_row(f"{rule['patience']}{' *' if rule['chosen'] else ''}", f"{rule['threshold']:.3f}", *shown)
     return table
 
 

@@ -1,0 +1,87 @@
+"""The pages of docs/: every block of code runs, in order, with the tiny backbone in place of the one that they name."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_probe
+
+from llama_probe import backbones
+from llama_probe.cli import app
+from llama_probe.files import save_head
+from llama_probe.prompts import PromptFormat
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# What the pages speak of as bundled: folders of these names come first.
+HEADS = {
+    "toxicchat-mha": ("mha", ("non-toxic", "toxic")),
+    "toxicchat-gate": ("gate", ("non-toxic", "toxic")),
+    "sst2-mha": ("mha", ("negative", "positive")),
+    "emotion-mha": ("mha", ("sadness", "joy", "love", "anger", "fear", "surprise")),
+}
+
+
+@pytest.fixture
+def desk(backbone_folder, tmp_path, monkeypatch, hub):
+    """A folder to work in, with heads for the tiny backbone, and a Hub."""
+    _, tokenizer = backbones.load_backbone(str(backbone_folder), device="cpu")
+    fields = PromptFormat.create(tokenizer).config_fields()
+    for seed, (name, (kind, labels)) in enumerate(HEADS.items()):
+        probe = make_probe(
+            seed, probe_type=kind, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),
+            token_scope="content", **fields,
+        )  # fmt: skip
+        save_head(probe, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("user"))
+    monkeypatch.setattr(backbones, "demo_backbone", lambda: backbone_folder)
+    monkeypatch.setattr(backbones, "_DEMO_TARGET", backbones.backbone_target(str(backbone_folder)))
+    monkeypatch.setattr(backbones, "DEMO_MODEL_ID", str(backbone_folder))
+    return tmp_path
+
+
+def run_shell(block: str) -> None:
+    for line in block.strip().splitlines():
+        program, *words = shlex.split(line)
+        if program == "pip":
+            continue
+        assert program == "llama-probe", line
+        sys.argv = ["llama-probe", *words]  # which the card of a head quotes
+        app(words, standalone_mode=False)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    names = {"__name__": "__main__"}
+    for language, block in BLOCK.findall((DOCS / page).read_text()):
+        if language == "sh":
+            run_shell(block)
+        else:
+            assert language == "python", f"{page} has a block of {language or 'no language'}"
+            exec(compile(block.replace(MODEL, str(backbone_folder)), page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_lead_somewhere(page):
+    for target in LINK.findall((DOCS / page).read_text()):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = DOCS / (file or page)
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_every_page_is_on_the_first():
+    listed = set(LINK.findall((DOCS / "README.md").read_text()))
+    assert listed == set(PAGES) - {"README.md"}
