@@ -14,6 +14,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel, families, register_family
 from llama_probe.capture import Capture, check_states, collect_hidden_states, find_decoder
 from llama_probe.families import FAMILIES
+from llama_probe.features import StateCache
 from llama_probe.files import save_head
 from llama_probe.fingerprint import compare, fingerprint
 
@@ -325,6 +326,23 @@ def test_training_sees_the_states_that_generate_sees(family):
         torch.testing.assert_close(head(**inputs).logits, scores(states, counted)["gate"], **TOLERANCE)
 
 
+def assert_a_shared_start_runs_once(lm, folder):
+    """The states that are kept for training are those of each prompt by itself, whatever the prompts begin with."""
+    start = [5, 6, 7, 8, 9, 10]  # longer than the windows
+    prompts = [start + torch.randint(3, IMAGE, (n,)).tolist() for n in (4, 9, 1)]
+    config = ProbeConfig(probe_type="gate", token_scope="content", prefix_ids=start)
+    config = config.replace(hidden_size=HIDDEN, num_hidden_layers=LAYERS)
+    kept = StateCache(folder, torch.float32).dataset(lm, config, prompts, [0, 0, 0], batch_tokens=40)
+    for row, ids in enumerate(prompts):
+        states = torch.stack(collect_hidden_states(lm, range(LAYERS + 1), torch.tensor([ids])), dim=2)[0]
+        torch.testing.assert_close(kept[row]["hidden_states"], states[len(start) :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_start_runs_once(family, tmp_path):
+    assert_a_shared_start_runs_once(tiny(family), tmp_path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_loads_with_heads(family, tmp_path):
     lm, inputs = tiny(family), padded_prompts()
@@ -404,6 +422,17 @@ class TestImages:
 UNKNOWN = {
     "bloom": ("BloomForCausalLM", {"n_head": 4}),
     "falcon": ("FalconForCausalLM", {}),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        {
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 4,
+            "mamba_chunk_size": 8,
+        },
+    ),
     "gpt_neo": (
         "GPTNeoForCausalLM",
         {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4, "num_heads": 4},
@@ -432,6 +461,10 @@ class TestUnknownFamilies:
         if model_type == "jamba":  # which pads on no side
             inputs = {"input_ids": inputs["input_ids"][1:2], "attention_mask": inputs["attention_mask"][1:2]}
         assert_serves(lm, inputs, inputs["attention_mask"])
+
+    @pytest.mark.parametrize("model_type", UNKNOWN)
+    def test_are_trained_on_what_they_serve(self, model_type, tmp_path):
+        assert_a_shared_start_runs_once(make(model_type, *UNKNOWN[model_type]), tmp_path)
 
     def test_states_that_the_model_does_not_list_are_refused(self):
         """Mamba lists other states than those between its layers."""

@@ -141,14 +141,15 @@ def find_decoder(lm: nn.Module) -> Decoder:
         ProbeError: it is none, or its parts are not found; see `find_parts`.
     """
     base = without_peft(lm)
-    parts = find_parts(base)
-    ids = (getattr(base.config, name, None) for name in _PLACEHOLDERS)
+    text_config = base.config.get_text_config(decoder=True)
+    parts = find_parts(base, text_config.num_hidden_layers)
+    ids = map(vars(base.config).get, _PLACEHOLDERS)
     return Decoder(
         model=parts.model,
         embeddings=parts.embeddings,
         layers=parts.layers,
         norm=parts.norm,
-        hidden_size=base.config.get_text_config(decoder=True).hidden_size,
+        hidden_size=text_config.hidden_size,
         name_or_path=getattr(base.config, "_name_or_path", None) or None,
         model_type=base.config.model_type,
         origin=parts.origin,
@@ -302,12 +303,17 @@ def collect_hidden_states(
     return [states[layer] for layer in layers]
 
 
-def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache:
-    """Runs the backbone over tokens that many prompts begin with, and returns its cache, for one row."""
+def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
+    """Runs the backbone over tokens that many prompts begin with, and returns its cache, for one row.
+
+    `None` where the cache holds states of linear attention, which transformers does not repeat for several rows: prompts
+    are then run whole.
+    """
     decoder = find_decoder(lm)
     input_ids = torch.tensor([list(ids)], device=decoder.input_device)
     with torch.no_grad():
-        return decoder.model(input_ids=input_ids, use_cache=True).cache
+        cache = decoder.model(input_ids=input_ids, use_cache=True).cache
+    return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
