@@ -79,6 +79,11 @@ class Decoder:
         device = next(self.embeddings.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
+    @property
+    def cache_name(self) -> str:
+        """What the decoder calls its cache, as an argument and in its output: older versions of transformers otherwise."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
     def run(self, **inputs: Any) -> Any:
         """Runs the backbone without its LM head.
 
@@ -297,7 +302,7 @@ def collect_hidden_states(
     cached = {"use_cache": False}
     if prefix is not None:
         rows, width = len(input_ids), prefix.get_seq_length()
-        cached = {"use_cache": True, "cache": repeat_cache(prefix, rows)}
+        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, rows)}
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
     states: dict[int, torch.Tensor] = {}
@@ -315,7 +320,7 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
     decoder = find_decoder(lm)
     input_ids = torch.tensor([list(ids)], device=decoder.input_device)
     with torch.no_grad():
-        cache = decoder.model(input_ids=input_ids, use_cache=True).cache
+        cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
