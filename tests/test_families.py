@@ -301,6 +301,15 @@ def test_capture_equals_output_hidden_states(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_its_lm_head_has_the_same_states(family):
+    lm, inputs = tiny(family), padded_prompts()
+    assert find_decoder(lm.base_model).origin == "table"
+    found, expected = (collect_hidden_states(model, range(LAYERS + 1), **inputs) for model in (lm.base_model, lm))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generate_and_classify_equal_the_plain_model(family):
     inputs = padded_prompts()
     mask = inputs["attention_mask"]
