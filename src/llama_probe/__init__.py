@@ -8,6 +8,7 @@ from . import auto, pipeline
 from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
+from .families import register_family
 from .files import package_version
 from .halting import Halt, Reprompt
 from .modeling import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbedGenerationMixin
@@ -31,6 +32,7 @@ __all__ = [
     "Reprompt",
     "TokenScores",
     "__version__",
+    "register_family",
 ]
 
 auto.install()

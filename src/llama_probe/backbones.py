@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ProbeError
+from .families import load_causal_lm
 from .hub import HubOptions
 from .resolve import Target
 
@@ -96,7 +97,7 @@ def load_backbone(
     path = resolve_backbone(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
+        lm = load_causal_lm(path, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return lm.to(choose_device() if device is None else device).eval(), tokenizer

@@ -1,14 +1,16 @@
-"""The only code that touches a language model's internals: finds its layers, and taps their states while it runs.
+"""The only code that touches a language model's internals: taps the states of its layers while it runs.
 
-Its output embeddings are the business of `llama_probe.next_token`.
+Where these are is said in `llama_probe.families`; its output embeddings are the business of `llama_probe.next_token`.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +18,12 @@ from transformers import Cache
 
 from .configuration import ProbeConfig
 from .errors import ProbeError
+from .families import find_parts
 
 
-_LAYER_NAMES = ("layers", "h", "blocks")
-_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
+# Names under which the configs of wrappers keep the ids of tokens that stand for a part of an image, a film or a sound.
+_PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index"))
+_PROOF_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,27 @@ class Decoder:
     """The parts of a causal LM that heads read.
 
     Attributes:
-        model: the backbone without its LM head.
+        model: the decoder without its LM head.
+        embeddings: its input embeddings.
         layers: the decoder layers, in order.
         norm: the norm after the last layer.
         hidden_size: size of a state.
         name_or_path, model_type: of the backbone's config.
+        origin: who said where these are: `"table"`, `"registered"` or `"search"`; see `check_states`.
+        wrapper: what `model` is a part of, where that takes images or the like and puts them between the embeddings.
+        placeholder_ids: ids of the tokens that stand for these in a prompt.
     """
 
     model: nn.Module
+    embeddings: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
     hidden_size: int
     name_or_path: str | None
     model_type: str | None
+    origin: str = "table"
+    wrapper: nn.Module | None = None
+    placeholder_ids: tuple[int, ...] = ()
 
     @property
     def num_hidden_layers(self) -> int:
@@ -52,9 +64,53 @@ class Decoder:
         hook = getattr(self.norm, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         if device is None:
-            device = next((p.device for p in self.norm.parameters()), torch.device("cpu"))
+            # OLMo's norm has no parameters
+            parameters = (p for module in (self.norm, self.layers[-1]) for p in module.parameters())
+            device = next((p.device for p in parameters), torch.device("cpu"))
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids belong."""
+        device = next(self.embeddings.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def cache_name(self) -> str:
+        """What the decoder calls its cache, as an argument and in its output: older versions of transformers otherwise."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
+    def run(self, **inputs: Any) -> Any:
+        """Runs the backbone without its LM head.
+
+        Positions are counted as `generate()` counts them, from the first token that is not padding, where none are given:
+        models with learned positions (GPT-2) would else see other prompts behind left padding.
+
+        Args:
+            inputs: of the decoder, or of the wrapper around it (`pixel_values`); what is `None` is left out.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        names = inspect.signature(self.model.forward).parameters
+        if self.wrapper is not None and not inputs.keys() <= names.keys():
+            return self._run_wrapper(inputs)
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and "position_ids" in names and "position_ids" not in inputs:
+            counted = mask.bool()
+            if bool((counted[:, 1:] & ~counted[:, :-1]).any()):
+                width = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
+                positions = (counted.long().cumsum(dim=1) - 1).masked_fill(~counted, 0)  # [B, past + T]
+                inputs["position_ids"] = positions[:, -width:]
+        return self.model(**inputs)
+
+    def _run_wrapper(self, inputs: dict[str, Any]) -> Any:
+        inner = self.wrapper.base_model
+        if inner is not self.wrapper:
+            return inner(**inputs)
+        # There is none without the LM head (Llama 4). The plain class's forward: heads that are attached do not run twice.
+        plain = getattr(type(self.wrapper), "_causal_lm_class", type(self.wrapper))
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
+        return plain.forward(self.wrapper, **inputs, **keep)
 
     def match(self, config: ProbeConfig) -> ProbeConfig:
         """`config` with the backbone's sizes and name where it has none; `fingerprint.describe` adds the rest.
@@ -87,27 +143,23 @@ def find_decoder(lm: nn.Module) -> Decoder:
     """Finds the decoder of a causal LM, also inside a PEFT model.
 
     Raises:
-        ProbeError: its layers or its final norm are not where known families have them.
+        ProbeError: it is none, or its parts are not found; see `find_parts`.
     """
     base = without_peft(lm)
-    model = base.get_decoder() if hasattr(base, "get_decoder") else base
-    model = base.base_model if model is None else model
     text_config = base.config.get_text_config(decoder=True)
-    layers = next((getattr(model, name) for name in _LAYER_NAMES if hasattr(model, name)), None)
-    norm = next((getattr(model, name) for name in _NORM_NAMES if hasattr(model, name)), None)
-    if not isinstance(layers, nn.ModuleList) or norm is None or len(layers) != text_config.num_hidden_layers:
-        raise ProbeError(
-            f"the layers of {type(base).__name__} were not found: looked in {type(model).__name__} for a ModuleList of "
-            f"{text_config.num_hidden_layers} layers called {' / '.join(_LAYER_NAMES)} and a final norm called "
-            f"{' / '.join(_NORM_NAMES)}"
-        )
+    parts = find_parts(base, text_config.num_hidden_layers)
+    ids = map(vars(base.config).get, _PLACEHOLDERS)
     return Decoder(
-        model=model,
-        layers=layers,
-        norm=norm,
+        model=parts.model,
+        embeddings=parts.embeddings,
+        layers=parts.layers,
+        norm=parts.norm,
         hidden_size=text_config.hidden_size,
         name_or_path=getattr(base.config, "_name_or_path", None) or None,
         model_type=base.config.model_type,
+        origin=parts.origin,
+        wrapper=None if parts.model in (base, base.base_model) else base,
+        placeholder_ids=tuple(value for value in ids if isinstance(value, int)),
     )
 
 
@@ -160,7 +212,7 @@ class Capture:
             # it without them.
             def before(_, args, kwargs=None):
                 if threading.get_ident() == self._thread:
-                    self.on_state(layer, args[0] if args else kwargs["hidden_states"])
+                    self.on_state(layer, _first_input(args, kwargs))
 
             return module.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -169,6 +221,57 @@ class Capture:
                 self.on_state(layer, output[0] if isinstance(output, tuple) else output)
 
         return module.register_forward_hook(after)
+
+
+def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def check_states(lm: nn.Module) -> None:
+    """Proves, for a family that is not in the table, that what is captured are the LM's hidden states.
+
+    The backbone runs once over a few tokens. Of a registered family only the shapes are checked. Models whose weights are
+    offloaded are taken as they are.
+
+    Raises:
+        ProbeError: they are others than `output_hidden_states`; the message says what to do.
+    """
+    decoder = find_decoder(lm)
+    if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
+        return
+    states: dict[int, torch.Tensor] = {}
+    input_ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
+    layers = range(decoder.num_hidden_layers + 1)
+    listing = {} if decoder.origin == "registered" else {"output_hidden_states": True, "return_dict": True}
+    with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
+        output = decoder.model(input_ids=input_ids, use_cache=False, **listing)
+    base = type(without_peft(lm))
+    kind = f"{getattr(base, '_causal_lm_class', base).__name__} (model_type {decoder.model_type!r})"
+    shape = (1, _PROOF_TOKENS, decoder.hidden_size)
+    odd = [layer for layer in layers if layer not in states or states[layer].shape != shape]
+    if odd:
+        raise ProbeError(
+            f"states {odd} of {kind}, of 0 to {layers[-1]}, are not of the shape [batch, tokens, {decoder.hidden_size}] "
+            "where they were looked for: heads cannot read this family"
+        )
+    if not listing:
+        return
+    listed = getattr(output, "hidden_states", None) or ()
+    wrong = [
+        layer
+        for layer in layers
+        if len(listed) != len(layers)
+        or states[layer].shape != listed[layer].shape
+        or not torch.allclose(states[layer].float(), listed[layer].to(states[layer]).float(), equal_nan=True)
+    ]
+    if wrong:
+        raise ProbeError(
+            f"{kind} is of no known family, and what enters and leaves its layers is not what it lists "
+            f"with output_hidden_states=True ({len(listed)} states; others: {wrong} of 0 to {layers[-1]}). Where that "
+            f'is what heads shall read, say so before: llama_probe.register_family("{decoder.model_type}", ...)'
+        )
 
 
 def collect_hidden_states(
@@ -190,27 +293,32 @@ def collect_hidden_states(
         One tensor `[batch, tokens, hidden_size]` a layer, in the backbone's dtype.
     """
     decoder = find_decoder(lm)
-    device = _input_device(decoder)
+    device = decoder.input_device
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     cached = {"use_cache": False}
     if prefix is not None:
         rows, width = len(input_ids), prefix.get_seq_length()
-        cached = {"use_cache": True, "cache": repeat_cache(prefix, rows)}
+        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, rows)}
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
     states: dict[int, torch.Tensor] = {}
     with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
-        decoder.model(input_ids=input_ids, attention_mask=attention_mask, **cached)
+        decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
     return [states[layer] for layer in layers]
 
 
-def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache:
-    """Runs the backbone over tokens that many prompts begin with, and returns its cache, for one row."""
+def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
+    """Runs the backbone over tokens that many prompts begin with, and returns its cache, for one row.
+
+    `None` where the cache holds states of linear attention, which transformers does not repeat for several rows: prompts
+    are then run whole.
+    """
     decoder = find_decoder(lm)
-    input_ids = torch.tensor([list(ids)], device=_input_device(decoder))
+    input_ids = torch.tensor([list(ids)], device=decoder.input_device)
     with torch.no_grad():
-        return decoder.model(input_ids=input_ids, use_cache=True).cache
+        cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
+    return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
@@ -218,8 +326,3 @@ def repeat_cache(prefix: Cache, rows: int) -> Cache:
     cache = copy.deepcopy(prefix)
     cache.batch_repeat_interleave(rows)
     return cache
-
-
-def _input_device(decoder: Decoder) -> torch.device:
-    device = next(decoder.model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

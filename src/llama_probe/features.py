@@ -165,6 +165,7 @@ class StateCache:
             # The LM runs once over what all prompts begin with and no head reads.
             skip = _shared_prefix(prompts, masks)
             prefix = prefill(lm, prompts[0][:skip]) if skip else None
+            skip = 0 if prefix is None else skip
             rests = [ids[skip:] for ids in prompts]
             progress = tqdm(total=len(prompts), desc="hidden states", unit=" prompts", leave=False)
             for rows in _batches([len(ids) for ids in rests], batch_tokens):

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .capture import collect_hidden_states, find_decoder, without_peft
+from .capture import check_states, collect_hidden_states, find_decoder, without_peft
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .prompts import template_hash
@@ -92,9 +92,10 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """`config` with everything that a head records of its backbone, for a head that is about to be trained on it.
 
     Raises:
-        ProbeError: the config was made for other sizes.
+        ProbeError: the config was made for other sizes, or the backbone's states are not found; see `check_states`.
     """
     config = find_decoder(lm).match(config)
+    check_states(lm)
     facts = _facts(lm)
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
     return config.replace(**facts, fingerprint=fingerprint(lm))
@@ -161,9 +162,11 @@ def check_backbone(name: str, config: ProbeConfig, lm: nn.Module, strict: bool =
     """Warns, once for a head, of all that tells its backbone from the one it was trained on.
 
     Raises:
-        ProbeError: with `strict`, instead of a warning; without, only where the sizes differ.
+        ProbeError: with `strict`, instead of a warning; without, only where the sizes differ, or the backbone's states
+            are not found.
     """
     find_decoder(lm).match(config)
+    check_states(lm)
     differing = [check for check in compare(config, lm, behaviour=_is_loaded(lm)) if check.verdict == "differs"]
     # dtypes by themselves say nothing: a head is trained in one and served in another
     telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]

@@ -148,8 +148,12 @@ def prompt_masks(
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     probe_mask: torch.Tensor | None,
+    placeholder_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`.
+
+    Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
+    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
 
     Raises:
         ProbeError: no prompt, or the mask and the prompt do not fit each other.
@@ -172,7 +176,11 @@ def prompt_masks(
     if probe_mask is not None:
         chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
         return dict.fromkeys(heads, chosen)
-    return {name: token_mask(head.config, input_ids, attention_mask) for name, head in heads.items()}
+    masks = {name: token_mask(head.config, input_ids, attention_mask) for name, head in heads.items()}
+    if placeholder_ids and input_ids is not None:
+        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+        masks = {name: mask & text.to(mask.device) for name, mask in masks.items()}
+    return masks
 
 
 class ProbedOutputMixin(DecidedMixin):

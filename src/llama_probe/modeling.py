@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .capture import without_peft
 from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
+from .families import load_causal_lm
 from .generation import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
 from .halting import Halter
 from .halting_run import HaltingRun, generation_setting, token_ids
@@ -93,7 +94,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
         """
         lm = without_peft(lm)
-        heads = read_heads(probe, Target.of(lm)) if probe is not None else {}
+        target = Target.of(lm)
+        heads = read_heads(probe, target) if probe is not None else {}
         if not isinstance(lm, ProbedGenerationMixin):
             if type(lm) is not cls._causal_lm_class:
                 raise ProbeError(
@@ -193,7 +195,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
                 `token_scope`.
             output_attentions: also returns `token_weights` and `layer_weights` of each head.
-            kwargs: passed to the backbone.
+            kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
+                stand for these do not count, unless `probe_mask` says so.
 
         Returns:
             `ProbeOutput` by head name.
@@ -208,7 +211,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         session = self._session(heads, inputs, probe_mask, output_attentions)
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs):
-            decoder.model(**{key: value for key, value in inputs.items() if value is not None}, use_cache=False)
+            decoder.run(**inputs, use_cache=False)
         return session.results()
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
@@ -216,7 +219,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
         Takes what the plain `generate` takes, and
 
-        - `probe_mask` (`[batch, tokens]`): true for the tokens that count;
+        - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Where left out, it is up to the heads'
+          `token_scope`, and tokens that stand for images, films or sounds do not count;
         - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
           `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
           prompt is halted, no token is decoded; else the others go on as they would. A head that reads replies halts
@@ -317,7 +321,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
     ) -> PrefillSession:
         ids = inputs.get("input_ids")
         embeds = inputs.get("inputs_embeds")
-        masks = prompt_masks(heads, ids, embeds, inputs.get("attention_mask"), probe_mask)
+        masks = prompt_masks(
+            heads, ids, embeds, inputs.get("attention_mask"), probe_mask, self._decoder.placeholder_ids
+        )
         return PrefillSession(heads, masks, ids, past, output_attentions, (embeds if ids is None else ids).shape[:2])
 
     def _generation_session(self, heads, inputs, generation_config, kwargs, probe_mask) -> PrefillSession:
@@ -372,7 +378,10 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel
     if not issubclass(causal_lm_class, GenerationMixin):
         raise ProbeError(f"{causal_lm_class.__name__} is no causal LM: heads attach to classes that generate text")
     if causal_lm_class not in _PROBED_CLASSES:
-        name = causal_lm_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForProbedGeneration"
+        name = causal_lm_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        # Gemma3ForCausalLM and Gemma3ForConditionalGeneration are two classes
+        stem = name.removesuffix("ForConditionalGeneration")
+        name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
         namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
         _PROBED_CLASSES[causal_lm_class] = type(name, (ProbedGenerationMixin, causal_lm_class), namespace)
     return _PROBED_CLASSES[causal_lm_class]
@@ -395,9 +404,12 @@ class AutoModelForProbedGeneration:
         probe_strict: bool = False,
         **kwargs,
     ):
-        """`AutoModelForCausalLM.from_pretrained` with heads; see `LlamaForProbedGeneration.from_pretrained`."""
+        """`AutoModelForCausalLM.from_pretrained` with heads; see `LlamaForProbedGeneration.from_pretrained`.
+
+        Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
+        """
         heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
-        loaded = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs)
         lm = loaded[0] if isinstance(loaded, tuple) else loaded
         cls.from_causal_lm(lm, heads, probe_strict)
         return loaded

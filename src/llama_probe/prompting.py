@@ -190,6 +190,7 @@ def label_log_likelihoods(
         raise ProbeError("every prompt and every label must have at least one token")
     shared = min(len(common_start(prompts)), min(map(len, prompts)) - 1)
     prefix = prefill(lm, prompts[0][:shared]) if shared else None
+    shared = 0 if prefix is None else shared
     rests = [list(ids[shared:]) for ids in prompts]
     found = torch.empty(len(prompts), len(labels))
     with torch.no_grad(), tqdm(total=len(prompts), desc="prompting", unit=" prompts", leave=False) as progress:
