@@ -5,6 +5,7 @@ reads a message a line from a pipe: `echo "Hello!" | python examples/chat.py`.
 """
 
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -19,6 +20,7 @@ from llama_probe.prompts import PromptFormat
 
 
 REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"
+MESSAGES = 10  # of the chat so far that the model still sees
 
 
 def main(
@@ -37,7 +39,8 @@ def main(
     model = AutoModel.from_pretrained(path, probe={"guard": probe})
     config = model.probes["guard"].config
     label = list(config.id2label.values())[-1]
-    prompts = PromptFormat.from_config(config, tokenizer)
+    # Not cut to a length: what the guard is to read stands at the end of the chat.
+    prompts = replace(PromptFormat.from_config(config, tokenizer), max_length=None)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def guard(outputs):
@@ -51,7 +54,7 @@ def main(
 
     history: list[dict[str, str]] = []
     while text := read_line(console):
-        chat = [*history, {"role": "user", "content": text}]
+        chat = [*history[-MESSAGES:], {"role": "user", "content": text}]
         inputs = prompts.batch([chat])
         # The model sees the whole chat, the guard its newest message, as in the single prompts that it was trained on.
         newest = len(prompts.encode([text])[0]) - len(prompts.prefix_ids)
@@ -61,7 +64,9 @@ def main(
             **inputs,
             probe_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            do_sample=True,
+            temperature=0.6,
+            top_p=0.9,
             streamer=streamer,
             halt_on=guard,
             halt_reply=REFUSAL,
