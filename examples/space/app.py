@@ -13,6 +13,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from queue import SimpleQueue
 
 import gradio as gr
@@ -39,13 +40,14 @@ EXAMPLES = (
 MESSAGES = 6  # of the chat so far that the model still sees
 
 tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(BACKBONE))
-model = AutoModel.from_pretrained(resolve_backbone(BACKBONE), probe=HEADS)
+model = AutoModel.from_pretrained(resolve_backbone(BACKBONE), probe=HEADS, dtype="float32")
 CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
 FLAG = list(CONFIGS[GUARD].id2label.values())[-1]
+NOTHING = {name: dict.fromkeys(config.id2label.values(), 0.0) for name, config in CONFIGS.items()}
 # Not cut to a length: what a guard is to read stands at the end of the chat.
 PROMPTS = replace(PromptFormat.from_config(CONFIGS[GUARD], tokenizer), max_length=None)
-THREADS = ThreadPoolExecutor()
+THREAD = ThreadPoolExecutor(1)  # one reply at a time, also where nobody waits for it any more
 
 
 def inputs_of(chat):
@@ -85,7 +87,7 @@ def respond(text, shown, turns, halting, threshold):
         message: "",
         chatbot: shown,
         asked: chat,
-        banner: note("The model reads the prompt, and the heads with it ..."),
+        banner: note("Reading", "the model, and the heads with it"),
     }
 
     said = SimpleQueue()
@@ -97,7 +99,7 @@ def respond(text, shown, turns, halting, threshold):
         return [Halt(GUARD, FLAG, read[GUARD][FLAG], threshold) if halts(read, halting, threshold) else None]
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    run = THREADS.submit(
+    run = THREAD.submit(
         model.generate,
         **inputs_of(chat),
         max_new_tokens=MAX_NEW_TOKENS,
@@ -155,17 +157,17 @@ def look(chat, head):
     return figure
 
 
-def verdict(read, halting, threshold, words=("Halted, no token written", "Passed")):
+def verdict(read, halting, threshold, words=("Halted before the first token", "Passed")):
     """The banner: which head decided, its score, and the threshold."""
     halted = halts(read, halting, threshold)
-    limit = f"halts from {threshold:.2f} on" if halting else "halting is off"
-    told = f"{words[0] if halted else words[1]}: {FLAG} {read[GUARD][FLAG]:.2f} ({GUARD}, {limit})"
-    return note(told, "halted" if halted else "passed")
+    limit = f"it halts from {threshold:.2f} on" if halting else "halting is off"
+    told = f"{GUARD} says {FLAG} {read[GUARD][FLAG]:.2f}; {limit}"
+    return note(words[0] if halted else words[1], told, "halted" if halted else "passed")
 
 
-def note(text, kind="idle"):
-    """A line in a coloured box."""
-    return f'<div class="note {kind}" role="status">{escape(text)}</div>'
+def note(title, text, kind="idle"):
+    """A coloured box."""
+    return f'<div class="note {kind}" role="status"><b>{escape(title)}</b><br>{escape(text)}</div>'
 
 
 def bars_of(read, halting, threshold):
@@ -185,29 +187,17 @@ def bars_of(read, halting, threshold):
     return f'<div class="bars">{"".join(parts)}</div>'
 
 
-WELCOME = "Type: the heads read along, and once more in the pass that begins the reply."
-CSS = """
-.note { padding: .6rem .9rem; font-size: .95rem; border-radius: .5rem; font-weight: 600; border-left: .4rem solid; }
-.note.idle { background: #f5f5f4; border-color: #a8a29e; color: #44403c; }
-.note.passed { background: #dcfce7; border-color: #16a34a; color: #14532d; }
-.note.halted { background: #fee2e2; border-color: #dc2626; color: #7f1d1d; }
-.bars h4 { margin: .5rem 0 .15rem; font-size: .95rem; }
-.bars .row { display: grid; grid-template-columns: 6rem 1fr 4rem; gap: .6rem; align-items: center; line-height: 1.5; }
-.bars .row span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
-.bars .track { position: relative; height: .8rem; background: var(--border-color-primary); border-radius: .2rem; }
-.bars .fill { height: 100%; background: #2563eb; border-radius: .2rem; } .bars .fill.flagged { background: #dc2626; }
-.bars i { position: absolute; top: -.25rem; bottom: -.25rem; border-left: 3px solid #f59e0b; }
-"""
-
 with gr.Blocks(title="llama_probe", fill_width=True) as demo:
-    turns_state, asked, scores = gr.State([]), gr.State([]), gr.State({})
+    turns_state, asked, scores = gr.State([]), gr.State([]), gr.State(NOTHING)
     gr.Markdown(
-        "## One forward pass, text and labels\nProbe heads read the hidden states of a frozen language model while it reads "
-        "your message: their scores are there before the reply begins."
+        f"## One forward pass, text and labels\nProbe heads read the hidden states of {model_id(BACKBONE)} while it reads your "
+        "message: their scores are there before the reply begins."
     )
     with gr.Row():
         with gr.Column(scale=5):
-            chatbot = gr.Chatbot(label=model_id(BACKBONE), height=340, feedback_options=None, buttons=[])
+            chatbot = gr.Chatbot(
+                show_label=False, height=340, placeholder="Nothing said yet", feedback_options=None, buttons=[]
+            )
             message = gr.Textbox(
                 placeholder="Message",
                 show_label=False,
@@ -218,10 +208,8 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
             )
             gr.Examples([[text] for text in EXAMPLES], message, label="Or one of these")
         with gr.Column(scale=4):
-            banner = gr.HTML(note(WELCOME), elem_id="banner")
-            bars = gr.HTML(
-                bars_of({name: dict.fromkeys(c.id2label.values(), 0.0) for name, c in CONFIGS.items()}, True, 0.5)
-            )
+            banner = gr.HTML(note("Type a message", "the heads read along"), elem_id="banner")
+            bars = gr.HTML(bars_of(NOTHING, True, 0.5), elem_id="bars")
             with gr.Row():
                 halting = gr.Checkbox(True, label=f"Halt at {FLAG}", info=f"before the first token, by {GUARD}")
                 threshold = gr.Slider(0, 1, 0.5, step=0.01, label="Threshold", elem_id="threshold")
@@ -230,9 +218,9 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
 
     chat_inputs = [message, chatbot, turns_state, halting, threshold]
     model_queue = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    message.submit(
-        respond, chat_inputs, [message, chatbot, turns_state, asked, scores, bars, banner], **model_queue
-    ).success(look, [asked, head], plot, **model_queue)
+    chat_outputs = [message, chatbot, turns_state, asked, scores, bars, banner]
+    exchange = message.submit(respond, chat_inputs, chat_outputs, **model_queue)
+    exchange.success(look, [asked, head], plot, **model_queue)
     message.change(
         preview,
         [message, turns_state, halting, threshold],
@@ -240,18 +228,13 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
         trigger_mode="always_last",
         **model_queue,
     )
-    chatbot.clear(lambda: ([], []), outputs=[turns_state, asked])
+    chatbot.clear(lambda: ([], [], []), outputs=[chatbot, turns_state, asked], cancels=exchange)
     head.change(look, [asked, head], plot, **model_queue)
-    gr.on(
-        [halting.change, threshold.change],
-        lambda read, *limits: bars_of(read, *limits) if read else gr.skip(),
-        [scores, halting, threshold],
-        bars,
-        show_progress="hidden",
-    )
+    limits = [halting.change, threshold.change]
+    gr.on(limits, bars_of, [scores, halting, threshold], bars, show_progress="hidden")
 
 
 if __name__ == "__main__":
     # Fonts of the reader's own system: a page that fetches none.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    demo.launch(share=False, theme=theme, css=CSS, footer_links=[])
+    demo.launch(share=False, theme=theme, css_paths=Path(__file__).with_name("style.css"), footer_links=[])
