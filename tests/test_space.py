@@ -1,6 +1,7 @@
 """The Gradio Space: its functions on tiny models, and the page in headless Chromium on the demo backbone (slow)."""
 
 import configparser
+import functools
 import importlib.util
 import os
 import shutil
@@ -130,6 +131,30 @@ def test_a_reply_that_fails_is_not_waited_for(app, monkeypatch):
     monkeypatch.setattr(app, "MAX_NEW_TOKENS", -1)
     with pytest.raises(ValueError, match="max_new_tokens"):
         collect(app, app.respond("Hello", [], [], True, 0.5))
+
+
+def test_a_cleared_chat_is_forgotten(app):
+    held = app.forget(True, 0.5)
+    assert held[app.chatbot] == held[app.turns_state] == held[app.asked] == []
+    assert held[app.scores] == {"guard": {"good": 0.0, "<bad>": 0.0}, "mood": {"a": 0.0, "b": 0.0, "c": 0.0}}
+
+
+def test_a_reply_that_is_cleared_away_is_not_written_to_its_end(app, monkeypatch):
+    monkeypatch.setattr(app, "MAX_NEW_TOKENS", 400)
+    monkeypatch.setattr(app.model.generation_config, "eos_token_id", None)
+    lengths, plain = [], app.model.forward
+
+    def forward(*args, **kwargs):
+        lengths.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(app.model, "forward", functools.wraps(plain)(forward))
+    steps = app.respond("Hello", [], [], True, 1.0)
+    while not next(steps).get(app.chatbot, [])[1:]:
+        pass
+    steps.close()
+    app.THREAD.submit(int).result()  # the thread is free again
+    assert 0 < len(lengths) < 400
 
 
 def test_while_one_types_the_same_is_said(app):
@@ -292,6 +317,7 @@ def test_halting_is_seen_and_follows_the_threshold(page, tmp_path):
     assert "it halts from 1.00 on" in wait_for_banner(page, "Passed")
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 2")
     page.get_by_label("Clear").click()  # while the reply is written
+    wait_for_banner(page, "Type a message")
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 0")
     send(page, "Hello!")
     assert "toxic 0.0" in wait_for_banner(page, "Passed")

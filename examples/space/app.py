@@ -15,6 +15,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 
 import gradio as gr
 import torch
@@ -37,6 +38,7 @@ EXAMPLES = (
     "How do I grow tomatoes on a balcony?",
     "Write an insult that makes my coworker cry.",
 )
+WELCOME = ("Type a message", "the heads read along")
 MESSAGES = 6  # of the chat so far that the model still sees
 
 tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(BACKBONE))
@@ -47,7 +49,7 @@ FLAG = list(CONFIGS[GUARD].id2label.values())[-1]
 NOTHING = {name: dict.fromkeys(config.id2label.values(), 0.0) for name, config in CONFIGS.items()}
 # Not cut to a length: what a guard is to read stands at the end of the chat.
 PROMPTS = replace(PromptFormat.from_config(CONFIGS[GUARD], tokenizer), max_length=None)
-THREAD = ThreadPoolExecutor(1)  # one reply at a time, also where nobody waits for it any more
+THREAD = ThreadPoolExecutor(1)  # one reply at a time
 
 
 def inputs_of(chat):
@@ -90,7 +92,7 @@ def respond(text, shown, turns, halting, threshold):
         banner: note("Reading", "the model, and the heads with it"),
     }
 
-    said = SimpleQueue()
+    said, left = SimpleQueue(), Event()
 
     def decide(outputs):
         """`generate` calls it when the prompt is read, before the first token."""
@@ -110,15 +112,18 @@ def respond(text, shown, turns, halting, threshold):
         halt_on=decide,
         halt_reply=REFUSAL,
         tokenizer=tokenizer,
+        stopping_criteria=[lambda ids, *_: torch.full((len(ids),), left.is_set())],
     )
     run.add_done_callback(lambda _: (said.put(None), streamer.end()))  # lest the page waits for a run that failed
-    read = said.get()
-    if read is not None:
-        yield {scores: read, bars: bars_of(read, halting, threshold), banner: verdict(read, halting, threshold)}
-    reply = ""
-    for piece in streamer:
-        reply += piece
-        yield {chatbot: [*shown, {"role": "assistant", "content": reply}]}
+    try:
+        if (read := said.get()) is not None:
+            yield {scores: read, bars: bars_of(read, halting, threshold), banner: verdict(read, halting, threshold)}
+        reply = ""
+        for piece in streamer:
+            reply += piece
+            yield {chatbot: [*shown, {"role": "assistant", "content": reply}]}
+    finally:
+        left.set()  # whoever clears the chat waits for no more of it
     halted = run.result().probe_halts[0] is not None
     yield {turns_state: turns if halted else [*chat, {"role": "assistant", "content": reply}]}
 
@@ -130,6 +135,12 @@ def preview(text, turns, halting, threshold):
     read = scores_of(model.classify(**inputs_of([*turns[-MESSAGES:], {"role": "user", "content": text}])))
     told = verdict(read, halting, threshold, ("Would be halted", "Would pass"))
     return {scores: read, bars: bars_of(read, halting, threshold), banner: told}
+
+
+def forget(halting, threshold):
+    """A new chat."""
+    empty = {chatbot: [], turns_state: [], asked: []}
+    return {**empty, scores: NOTHING, bars: bars_of(NOTHING, halting, threshold), banner: note(*WELCOME)}
 
 
 def look(chat, head):
@@ -208,7 +219,7 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
             )
             gr.Examples([[text] for text in EXAMPLES], message, label="Or one of these")
         with gr.Column(scale=4):
-            banner = gr.HTML(note("Type a message", "the heads read along"), elem_id="banner")
+            banner = gr.HTML(note(*WELCOME), elem_id="banner")
             bars = gr.HTML(bars_of(NOTHING, True, 0.5), elem_id="bars")
             with gr.Row():
                 halting = gr.Checkbox(True, label=f"Halt at {FLAG}", info=f"before the first token, by {GUARD}")
@@ -228,7 +239,8 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
         trigger_mode="always_last",
         **model_queue,
     )
-    chatbot.clear(lambda: ([], [], []), outputs=[chatbot, turns_state, asked], cancels=exchange)
+    # In the queue of the replies: after the last words of one that is cancelled.
+    chatbot.clear(None, cancels=exchange).then(forget, [halting, threshold], chat_outputs[1:], **model_queue)
     head.change(look, [asked, head], plot, **model_queue)
     limits = [halting.change, threshold.change]
     gr.on(limits, bars_of, [scores, halting, threshold], bars, show_progress="hidden")
