@@ -1,4 +1,7 @@
-"""How far copies of the demo backbone are from the original by fingerprint: rounded, and trained on. About a minute."""
+"""How far copies of the demo backbone are from the original by fingerprint: rounded, and trained on. About a minute.
+
+Run it with `python examples/fingerprint_distances.py` (extra `demo`).
+"""
 
 import copy
 

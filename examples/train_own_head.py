@@ -1,4 +1,7 @@
-"""Trains a head on rows of one's own with the stock Trainer, attaches it, and uses it while the model replies."""
+"""Trains a head on rows of one's own with the stock Trainer, attaches it, and uses it while the model replies.
+
+Run it with `python examples/train_own_head.py` (extras `train` and `demo`).
+"""
 
 import tempfile
 

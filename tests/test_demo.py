@@ -92,14 +92,6 @@ def test_streamed_equals_whole_on_real_states(model, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_run(example):
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-
-
-@pytest.mark.slow
 def test_the_readme_snippet_runs(monkeypatch):
     """The README's own lines, with the demo folder in place of the Hub id."""
     text = (ROOT / "README.md").read_text()

@@ -1,0 +1,92 @@
+"""A chat in the terminal with a guard: each message is scored in the pass that begins the reply, before a word is shown.
+
+Run it with `python examples/chat.py` (extra `demo`), type, and leave with an empty line; `--help` names the options. It also
+reads a message a line from a pipe: `echo "Hello!" | python examples/chat.py`.
+"""
+
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoModel, AutoTokenizer, TextStreamer
+from transformers.utils import logging
+
+from llama_probe import Halt
+from llama_probe.backbones import resolve_backbone
+from llama_probe.prompts import PromptFormat
+
+
+REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"
+MESSAGES = 10  # of the chat so far that the model still sees
+
+
+def main(
+    backbone: Annotated[str, typer.Option(help="'demo', a folder or a Hub id.")] = "demo",
+    probe: Annotated[
+        str, typer.Option(help="The head that guards; it halts at the last of its labels.")
+    ] = "toxicchat-mha",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="The probability from which it halts.")] = 0.5,
+    max_new_tokens: int = 80,
+):
+    """Chats until a line is empty."""
+    logging.disable_progress_bar()
+    console = Console(highlight=False)
+    path = resolve_backbone(backbone)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModel.from_pretrained(path, probe={"guard": probe})
+    config = model.probes["guard"].config
+    label = list(config.id2label.values())[-1]
+    # Not cut to a length: what the guard is to read stands at the end of the chat.
+    prompts = replace(PromptFormat.from_config(config, tokenizer), max_length=None)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def guard(outputs):
+        """Called once the prompt is read. A score that is no number halts, as one from the threshold on does."""
+        score = outputs["guard"].probabilities[0, -1].item()
+        passed = score < threshold
+        colour = "green" if passed else "red"
+        told = "" if passed else f", halted from {threshold:.2f} on"
+        console.print(f"[{colour}]  {probe}: {label} {score:.2f}{told}[/{colour}]")
+        return [None if passed else Halt("guard", label, score, threshold)]
+
+    history: list[dict[str, str]] = []
+    while text := read_line(console):
+        chat = [*history[-MESSAGES:], {"role": "user", "content": text}]
+        inputs = prompts.batch([chat])
+        # The model sees the whole chat, the guard its newest message, as in the single prompts that it was trained on.
+        newest = len(prompts.encode([text])[0]) - len(prompts.prefix_ids)
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        mask[:, -newest:] = True
+        out = model.generate(
+            **inputs,
+            probe_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=0.6,
+            top_p=0.9,
+            streamer=streamer,
+            halt_on=guard,
+            halt_reply=REFUSAL,
+            tokenizer=tokenizer,
+        )
+        if out.probe_halts[0] is None:  # what was halted is forgotten
+            reply = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            history = [*chat, {"role": "assistant", "content": reply}]
+
+
+def read_line(console: Console) -> str:
+    """What the user types, without spaces around it; empty at the end of the input."""
+    try:
+        text = console.input("\n[bold]> [/bold]").strip()
+    except EOFError:
+        return ""
+    if not sys.stdin.isatty():
+        console.print(text, markup=False)
+    return text
+
+
+if __name__ == "__main__":
+    typer.run(main)
