@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .capture_llama_probe import without_peft
-from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generation_llama_probe import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
@@ -104,13 +103,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
                     "AutoModelForProbedGeneration.from_causal_lm takes any causal LM"
                 )
             plain = type(lm)
-            _change_class(lm, cls)
+            change_class(lm, cls)
             lm._install_probes()
             try:
                 lm._attach(heads, strict)
             except BaseException:
                 del lm.probes, lm._active_probes
-                _change_class(lm, plain)
+                change_class(lm, plain)
                 raise
         else:
             lm._attach(heads, strict)
@@ -361,74 +360,6 @@ class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
 
 
-_PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
-
-
-def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The probed class of a causal LM class, made on first use.
-
-    Raises:
-        ProbeError: the class does not generate text as a decoder does.
-    """
-    if issubclass(causal_lm_class, ProbedGenerationMixin):
-        return causal_lm_class
-    if not issubclass(causal_lm_class, GenerationMixin):
-        raise ProbeError(f"{causal_lm_class.__name__} is no causal LM: heads attach to classes that generate text")
-    if causal_lm_class not in _PROBED_CLASSES:
-        name = causal_lm_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForProbedGeneration"
-        namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
-        _PROBED_CLASSES[causal_lm_class] = type(name, (ProbedGenerationMixin, causal_lm_class), namespace)
-    return _PROBED_CLASSES[causal_lm_class]
-
-
-class AutoModelForProbedGeneration:
-    """Picks the probed class for any causal LM that transformers can load."""
-
-    def __init__(self):
-        raise ProbeError("use AutoModelForProbedGeneration.from_pretrained(...) or .from_causal_lm(...)")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args,
-        probe: ProbeSpec | None = None,
-        probe_revision: str | None = None,
-        probe_namespace: str | None = None,
-        probe_strict: bool = False,
-        **kwargs,
-    ):
-        """`AutoModelForCausalLM.from_pretrained` with heads; see `LlamaForProbedGeneration.from_pretrained`."""
-        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
-        loaded = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        lm = loaded[0] if isinstance(loaded, tuple) else loaded
-        cls.from_causal_lm(lm, heads, probe_strict)
-        return loaded
-
-    @classmethod
-    def from_causal_lm(
-        cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
-    ) -> PreTrainedModel:
-        """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
-        base = without_peft(lm)
-        plain = getattr(type(base), "_causal_lm_class", None)
-        if plain is not None and not isinstance(base, ProbedGenerationMixin):
-            # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).
-            own = {name: _copy_head(head) for name, head in base.probes.items()}
-            del base.probes, base._active_probes
-            _change_class(base, plain)
-            probed_class(plain).from_causal_lm(base, own)
-        return probed_class(type(base)).from_causal_lm(base, probe, strict)
-
-
-def _copy_head(head: nn.Module) -> ProbeModel:
-    """A head of another copy of this code as one of this copy."""
-    config, _ = ProbeConfig.from_dict(head.config.to_dict())
-    copied = ProbeModel(config)
-    copied.load_state_dict(head.state_dict())
-    return copied
-
-
 def _cached_tokens(kwargs: dict[str, Any]) -> int:
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     return int(cache.get_seq_length()) if cache is not None else 0
@@ -442,7 +373,7 @@ def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> t
     return input_ids != pad_token_id
 
 
-def _change_class(model: nn.Module, cls: type) -> None:
+def change_class(model: nn.Module, cls: type) -> None:
     """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew."""
     hook = model.__dict__.get("_hf_hook")
     if hook is None:

@@ -5,12 +5,13 @@ argument `probe=`, and `transformers.pipeline` the task "probed-text-generation"
 """
 
 from . import auto, pipeline
+from .auto_class import AutoModelForProbedGeneration
 from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .files import package_version
 from .halting import Halt, Reprompt
-from .modeling import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbedGenerationMixin
+from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 from .probe import ProbeModel
 from .reply import TokenScores
 from .streaming import HoldBackStreamer

@@ -18,9 +18,10 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
+from .auto_class import AutoModelForProbedGeneration
 from .capture import without_peft
 from .hub import HubOptions
-from .modeling import AutoModelForProbedGeneration, ProbedGenerationMixin
+from .modeling import ProbedGenerationMixin
 from .probe import ProbeModel
 from .resolve import ProbeSpec, Target, read_heads
 
