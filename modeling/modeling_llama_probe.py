@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -12,19 +13,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .capture_llama_probe import without_peft
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
-from .generation_llama_probe import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
+from .generation_llama_probe import (
+    PAGED,
+    asks_for_state,
+    cached_tokens,
+    forward_session,
+    generation_session,
+    is_inner_call,
+    open_session,
+    prompt_session,
+    session_of,
+)
 from .halting_llama_probe import Halter
-from .halting_run_llama_probe import HaltingRun, generation_setting, token_ids
+from .halting_run_llama_probe import HaltingRun
 from .host_llama_probe import ProbeHostMixin
-from .probe_llama_probe import ProbeModel
-from .reply_llama_probe import ReplySession, refuse_not_followed
+from .outputs_llama_probe import with_probe_logits
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
+from .state_llama_probe import ProbeCache
 from .streaming_llama_probe import HoldBackStreamer
 
 
@@ -149,7 +160,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def _probed_forward(self, *args, **kwargs):
         kwargs.update(zip(self._forward_names, args, strict=False))
         session = kwargs.pop("probe_session", None)
-        probe_mask = kwargs.pop("probe_mask", None)
+        probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
         if session is False or (session is None and not self._active_probes):
             return super().forward(**kwargs)
         if session is None and (running := session_of(self)) is not None:
@@ -162,20 +173,18 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 return super().forward(**kwargs)
         heads = self._active_heads()
         configs = {name: head.config for name, head in heads.items()}
-        probe_logits = None
-        if _cached_tokens(kwargs):
-            # A later step of somebody's own decoding loop: the prompt is behind it.
+        probe_logits = state = None
+        session = forward_session(heads, kwargs, probe_mask, probe_state)
+        if session is None:
             output = super().forward(**kwargs)
         else:
-            session = self._session(heads, kwargs, probe_mask)
             with session.reading(self._decoder, kwargs):
                 output = super().forward(**kwargs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
-        return (
-            with_probe_logits(output, probe_logits, configs)
-            if isinstance(output, ModelOutput)
-            else (*output, probe_logits)
-        )
+            state = session.probe_cache() if session.keep else None
+        if isinstance(output, ModelOutput):
+            return with_probe_logits(output, probe_logits, configs, state=state)
+        return (*output, probe_logits) if probe_state is None else (*output, probe_logits, state)
 
     def classify(
         self,
@@ -184,9 +193,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
         inputs_embeds: torch.Tensor | None = None,
         probe_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        cache: Cache | None = None,
+        probe_state: ProbeCache | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
-        """Scores prompts without generating: the backbone runs once, without its LM head and without a cache.
+        """Scores prompts without generating: the backbone runs once, without its LM head.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
@@ -195,6 +206,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
                 `token_scope`.
             output_attentions: also returns `token_weights` and `layer_weights` of each head.
+            cache: of tokens that all of these prompts begin with, row by row; the backbone runs over the others. It stays as it
+                is: a copy is used.
+            probe_state: what was returned beside the cache.
             kwargs: passed to the backbone.
 
         Returns:
@@ -206,11 +220,28 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = self._active_heads()
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        cache = kwargs.pop("past_key_values", None) if cache is None else cache
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
-        session = self._session(heads, inputs, probe_mask, output_attentions)
+        past = cached_tokens({"cache": cache})
+        if asks_for_state(probe_state, input_ids, None) and probe_state is True:
+            raise ProbeError(
+                "classify returns no probe_state; generate(..., probe_state=True) and model(..., use_cache=True) do"
+            )
+        session = prompt_session(
+            heads, inputs, probe_mask, past=past, earlier=probe_state or None, output_attentions=output_attentions
+        )
+        inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
+        if past:
+            if "position_ids" not in inputs and attention_mask is not None and not attention_mask[:, :past].all():
+                raise ProbeError(
+                    "the cached part of the prompts has padding, and generate() and forward() count positions differently "
+                    "there: pass position_ids, [batch, new_tokens], that go on from those of the call that filled the cache"
+                )
+            inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
+            inputs |= {"cache": copy.deepcopy(cache), "use_cache": True}
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs):
-            decoder.model(**{key: value for key, value in inputs.items() if value is not None}, use_cache=False)
+            decoder.model(**inputs)
         return session.results()
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
@@ -229,6 +260,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
         - `on_probe_token`: called with a `TokenScores` after each token of the replies that the LM has read. It may
           return a list with one entry a row, true or a `Halt` where the reply is to end. Where it raises, no further
           token is written.
+        - `probe_state`: `True` returns what the heads keep beside the cache, as `probe_state`; given to a later call with
+          `cache=`, they score the whole of a prompt that goes on from there - the next turn of a chat - and only its new
+          tokens are run. See `ProbeCache`. For this they read the reply as well, without scoring it, and so it needs greedy
+          search or sampling.
 
         Heads that read replies score them token by token: see `ProbedOutputMixin`. They need greedy search or sampling,
         and decode without `torch.compile`.
@@ -249,6 +284,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """
         probe_mask, halt_on = kwargs.pop("probe_mask", None), kwargs.pop("halt_on", None)
         halt_reply, on_token = kwargs.pop("halt_reply", None), kwargs.pop("on_probe_token", None)
+        probe_state = kwargs.pop("probe_state", None)
         inner = is_inner_call(self)
         heads = {} if inner else self._active_heads()
         halter = None
@@ -263,11 +299,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if heads:
             asked = kwargs.get("return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None))
             as_dict = asked is None or asked
+            if not as_dict and probe_state not in (None, False):
+                raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
             if as_dict or halter is not None:
                 kwargs["return_dict_in_generate"] = True
             else:
                 heads = {}
-        session = self._generation_session(heads, inputs, generation_config, kwargs, probe_mask)
+        session = generation_session(self, heads, inputs, generation_config, kwargs, probe_mask, probe_state)
         reply = session.reply
         with open_session(self, kwargs.get("assistant_model"), session):
             if halter is None:
@@ -289,8 +327,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         configs = {name: head.config for name, head in heads.items()}
         ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         new_tokens = output.sequences.shape[1] - (0 if ids is None else ids.shape[1])  # embeddings are not returned
-        token_logits = None if reply is None else reply.logits(len(output.sequences), new_tokens)
-        return with_probe_logits(output, logits, configs, None if halter is None else halter.halts, token_logits)
+        rows, token_logits, state = len(output.sequences), None, None
+        if reply is not None:
+            token_logits = reply.logits(rows, new_tokens) or None
+            if reply.recorder is not None:
+                state = reply.recorder.probe_cache(rows, cached_tokens({"cache": session.cache}))
+        return with_probe_logits(
+            output, logits, configs, None if halter is None else halter.halts, token_logits, state
+        )
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
@@ -304,73 +348,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def _refuse_paged(self) -> None:
         if self._active_probes:
-            raise ProbeError(
-                "continuous batching (paged cache, generate_batch) mixes the tokens of many requests in one row, so heads "
-                "cannot read a prompt there; use generate(), or set_active_probes([]) to go without heads"
-            )
-
-    def _session(
-        self,
-        heads: dict[str, ProbeModel],
-        inputs: dict[str, Any],
-        probe_mask,
-        output_attentions: bool = False,
-        past: int = 0,
-    ) -> PrefillSession:
-        ids = inputs.get("input_ids")
-        embeds = inputs.get("inputs_embeds")
-        masks = prompt_masks(heads, ids, embeds, inputs.get("attention_mask"), probe_mask)
-        return PrefillSession(heads, masks, ids, past, output_attentions, (embeds if ids is None else ids).shape[:2])
-
-    def _generation_session(self, heads, inputs, generation_config, kwargs, probe_mask) -> PrefillSession:
-        if not heads:
-            return PrefillSession({}, {})
-
-        def setting(name: str):
-            return generation_setting(self, generation_config, kwargs, name)
-
-        if setting("cache_implementation") == "paged":
-            self._refuse_paged()
-        if setting("token_healing"):
-            raise ProbeError(
-                "token_healing rewrites the end of the prompt after heads have been set up; switch one of them off"
-            )
-        embeds = kwargs.get("inputs_embeds")
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if embeds is not None:
-            ids = None  # generate() ignores ids beside embeddings, but for bookkeeping
-        elif inputs is not None and inputs.dim() == 3:
-            ids, embeds = None, inputs
-        mask = kwargs.get("attention_mask")
-        if mask is None and ids is not None:
-            mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
-        prompt = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
-        readers = {name: head for name, head in heads.items() if head.config.token_scope != "response"}
-        session = self._session(readers, prompt, probe_mask, past=_cached_tokens(kwargs))
-        followers = {name: head for name, head in heads.items() if head.config.reads_reply}
-        if followers:
-            refuse_not_followed(followers, setting)
-            kwargs.setdefault("disable_compile", True)  # hooks and a state that grows would only break its graphs
-            ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))
-            session.reply = ReplySession(followers, session, ends, pad[0] if pad else None)
-        return session
+            raise ProbeError(PAGED)
 
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
-
-
-def _cached_tokens(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
-    """The mask that generate() infers where none is given: padding is told from the pad id, unless that is an eos id."""
-    eos_ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    if pad_token_id is None or pad_token_id in eos_ids or not bool((input_ids == pad_token_id).any()):
-        return None
-    return input_ids != pad_token_id
 
 
 def change_class(model: nn.Module, cls: type) -> None:

@@ -141,7 +141,7 @@ class _Listener:
         if not isinstance(output, ModelOutput):
             return output
         # Some versions take every output apart by rows, which a dict has not.
-        ours = ("probe_logits", "probe_halts", "probe_token_logits")
+        ours = ("probe_logits", "probe_halts", "probe_token_logits", "probe_state")
         return ModelOutput({name: value for name, value in output.items() if name not in ours})
 
 

@@ -14,6 +14,7 @@ from .halting import Halt, Reprompt
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 from .probe import ProbeModel
 from .reply import TokenScores
+from .state import ProbeCache
 from .streaming import HoldBackStreamer
 
 
@@ -24,6 +25,7 @@ __all__ = [
     "Halt",
     "HoldBackStreamer",
     "LlamaForProbedGeneration",
+    "ProbeCache",
     "ProbeConfig",
     "ProbeError",
     "ProbeModel",
