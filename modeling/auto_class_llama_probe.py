@@ -34,7 +34,8 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel
     if causal_lm_class not in _PROBED_CLASSES:
         name = causal_lm_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForProbedGeneration"
         namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
-        _PROBED_CLASSES[causal_lm_class] = type(name, (ProbedGenerationMixin, causal_lm_class), namespace)
+        # of two threads that come here at once, both get the same
+        _PROBED_CLASSES.setdefault(causal_lm_class, type(name, (ProbedGenerationMixin, causal_lm_class), namespace))
     return _PROBED_CLASSES[causal_lm_class]
 
 

@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -160,8 +161,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def _probed_forward(self, *args, **kwargs):
         kwargs.update(zip(self._forward_names, args, strict=False))
         session = kwargs.pop("probe_session", None)
+        probes = kwargs.pop("probes", None)
         probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
-        if session is False or (session is None and not self._active_probes):
+        if session is False:
             return super().forward(**kwargs)
         if session is None and (running := session_of(self)) is not None:
             # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
@@ -171,7 +173,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if session is not None:
             with session.reading(self._decoder, kwargs):
                 return super().forward(**kwargs)
-        heads = self._active_heads()
+        heads = self._active_heads(probes)
+        if not heads:
+            return super().forward(**kwargs)
         configs = {name: head.config for name, head in heads.items()}
         probe_logits = state = None
         session = forward_session(heads, kwargs, probe_mask, probe_state)
@@ -195,6 +199,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         output_attentions: bool = False,
         cache: Cache | None = None,
         probe_state: ProbeCache | None = None,
+        probes: str | Iterable[str] | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head.
@@ -209,6 +214,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             cache: of tokens that all of these prompts begin with, row by row; the backbone runs over the others. It stays as it
                 is: a copy is used.
             probe_state: what was returned beside the cache.
+            probes: names of the heads that run in this call; the active ones where left out.
             kwargs: passed to the backbone.
 
         Returns:
@@ -217,7 +223,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: no head is active, or a prompt cannot be scored.
         """
-        heads = self._active_heads()
+        heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
@@ -249,6 +255,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
         Takes what the plain `generate` takes, and
 
+        - `probes`: names of the heads that run in this call; the active ones where left out. Each thread may have its own.
         - `probe_mask` (`[batch, tokens]`): true for the tokens that count;
         - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
           `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
@@ -284,9 +291,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """
         probe_mask, halt_on = kwargs.pop("probe_mask", None), kwargs.pop("halt_on", None)
         halt_reply, on_token = kwargs.pop("halt_reply", None), kwargs.pop("on_probe_token", None)
-        probe_state = kwargs.pop("probe_state", None)
+        probe_state, probes = kwargs.pop("probe_state", None), kwargs.pop("probes", None)
         inner = is_inner_call(self)
-        heads = {} if inner else self._active_heads()
+        heads = {} if inner else self._active_heads(probes)
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
             halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
