@@ -101,7 +101,8 @@ class ReplyRecorder:
     def probe_cache(self, rows: int, length: int) -> ProbeCache:
         """What the heads keep of the prompts and of the replies, for a cache of so many rows and tokens of both together."""
         self.start(rows)
-        self._read(len(self._waiting) - max(0, self.prompt.length + len(self._tokens) - length))
+        taken_back = max(0, self.prompt.length + len(self._tokens) - length)
+        self._read(max(0, len(self._waiting) - taken_back))
         count = len(self._tokens) - len(self._waiting)
         none = torch.zeros(rows, 0, dtype=torch.long)
         tokens = torch.stack(self._tokens[:count], dim=1) if count else none
