@@ -191,7 +191,8 @@ class HaltingRun:
             prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.model.device)
         sequences = prompt.repeat_interleave(self.copies, dim=0)
         beams = (self._setting("num_beams") or 1) > 1
-        return (GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput)(sequences=sequences)
+        output_class = GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput
+        return output_class(sequences=sequences, cache=self.session.cache)
 
     def _reply_tokens(self) -> torch.Tensor:
         """The reply as token ids; one that the model writes is written once."""

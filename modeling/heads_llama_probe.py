@@ -12,6 +12,8 @@ from .heads_aggregator_llama_probe import (
     probe_types,
     register_probe_type,
     repeat_rows,
+    select_rows,
+    take_slot,
 )
 from .heads_attention_llama_probe import AttentionAggregator
 from .heads_attentive_llama_probe import AttentivePoolingAggregator
@@ -37,4 +39,6 @@ __all__ = [
     "probe_types",
     "register_probe_type",
     "repeat_rows",
+    "select_rows",
+    "take_slot",
 ]

@@ -5,28 +5,38 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .capture_llama_probe import without_peft
-from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
-from .families_llama_probe import load_causal_lm
-from .generation_llama_probe import PrefillSession, is_inner_call, open_session, prompt_masks, session_of, with_probe_logits
+from .generation_llama_probe import (
+    PAGED,
+    asks_for_state,
+    cached_tokens,
+    forward_session,
+    generation_session,
+    is_inner_call,
+    open_session,
+    prompt_session,
+    session_of,
+)
 from .halting_llama_probe import Halter
-from .halting_run_llama_probe import HaltingRun, generation_setting, token_ids
+from .halting_run_llama_probe import HaltingRun
 from .host_llama_probe import ProbeHostMixin
-from .probe_llama_probe import ProbeModel
-from .reply_llama_probe import ReplySession, refuse_not_followed
+from .outputs_llama_probe import with_probe_logits
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
+from .state_llama_probe import ProbeCache
 from .streaming_llama_probe import HoldBackStreamer
 
 
@@ -106,13 +116,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
                     "AutoModelForProbedGeneration.from_causal_lm takes any causal LM"
                 )
             plain = type(lm)
-            _change_class(lm, cls)
+            change_class(lm, cls)
             lm._install_probes()
             try:
                 lm._attach(heads, strict)
             except BaseException:
                 del lm.probes, lm._active_probes
-                _change_class(lm, plain)
+                change_class(lm, plain)
                 raise
         else:
             lm._attach(heads, strict)
@@ -152,8 +162,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def _probed_forward(self, *args, **kwargs):
         kwargs.update(zip(self._forward_names, args, strict=False))
         session = kwargs.pop("probe_session", None)
-        probe_mask = kwargs.pop("probe_mask", None)
-        if session is False or (session is None and not self._active_probes):
+        probes = kwargs.pop("probes", None)
+        probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
+        if session is False:
             return super().forward(**kwargs)
         if session is None and (running := session_of(self)) is not None:
             # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
@@ -163,22 +174,22 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if session is not None:
             with session.reading(self._decoder, kwargs):
                 return super().forward(**kwargs)
-        heads = self._active_heads()
+        heads = self._active_heads(probes)
+        if not heads:
+            return super().forward(**kwargs)
         configs = {name: head.config for name, head in heads.items()}
-        probe_logits = None
-        if _cached_tokens(kwargs):
-            # A later step of somebody's own decoding loop: the prompt is behind it.
+        probe_logits = state = None
+        session = forward_session(heads, kwargs, probe_mask, probe_state, self._decoder.placeholder_ids)
+        if session is None:
             output = super().forward(**kwargs)
         else:
-            session = self._session(heads, kwargs, probe_mask)
             with session.reading(self._decoder, kwargs):
                 output = super().forward(**kwargs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
-        return (
-            with_probe_logits(output, probe_logits, configs)
-            if isinstance(output, ModelOutput)
-            else (*output, probe_logits)
-        )
+            state = session.probe_cache() if session.keep else None
+        if isinstance(output, ModelOutput):
+            return with_probe_logits(output, probe_logits, configs, state=state)
+        return (*output, probe_logits) if probe_state is None else (*output, probe_logits, state)
 
     def classify(
         self,
@@ -187,9 +198,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         inputs_embeds: torch.Tensor | None = None,
         probe_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        cache: Cache | None = None,
+        probe_state: ProbeCache | None = None,
+        probes: str | Iterable[str] | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
-        """Scores prompts without generating: the backbone runs once, without its LM head and without a cache.
+        """Scores prompts without generating: the backbone runs once, without its LM head.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
@@ -198,6 +212,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
                 `token_scope`.
             output_attentions: also returns `token_weights` and `layer_weights` of each head.
+            cache: of tokens that all of these prompts begin with, row by row; the backbone runs over the others. It stays as it
+                is: a copy is used.
+            probe_state: what was returned beside the cache.
+            probes: names of the heads that run in this call; the active ones where left out.
             kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
                 stand for these do not count, unless `probe_mask` says so.
 
@@ -207,14 +225,37 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: no head is active, or a prompt cannot be scored.
         """
-        heads = self._active_heads()
+        heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        cache = kwargs.pop("past_key_values", None) if cache is None else cache
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
-        session = self._session(heads, inputs, probe_mask, output_attentions)
+        past = cached_tokens({"cache": cache})
+        if asks_for_state(probe_state, input_ids, None) and probe_state is True:
+            raise ProbeError(
+                "classify returns no probe_state; generate(..., probe_state=True) and model(..., use_cache=True) do"
+            )
+        session = prompt_session(
+            heads,
+            inputs,
+            probe_mask,
+            past=past,
+            earlier=probe_state or None,
+            output_attentions=output_attentions,
+            placeholder_ids=self._decoder.placeholder_ids,
+        )
+        inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
+        if past:
+            if "position_ids" not in inputs and attention_mask is not None and not attention_mask[:, :past].all():
+                raise ProbeError(
+                    "the cached part of the prompts has padding, and generate() and forward() count positions differently "
+                    "there: pass position_ids, [batch, new_tokens], that go on from those of the call that filled the cache"
+                )
+            inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
+            inputs |= {"cache": copy.deepcopy(cache), "use_cache": True}
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs):
-            decoder.run(**inputs, use_cache=False)
+            decoder.run(**inputs)
         return session.results()
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
@@ -222,6 +263,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
         Takes what the plain `generate` takes, and
 
+        - `probes`: names of the heads that run in this call; the active ones where left out. Each thread may have its own.
         - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Where left out, it is up to the heads'
           `token_scope`, and tokens that stand for images, films or sounds do not count;
         - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
@@ -234,6 +276,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
         - `on_probe_token`: called with a `TokenScores` after each token of the replies that the LM has read. It may
           return a list with one entry a row, true or a `Halt` where the reply is to end. Where it raises, no further
           token is written.
+        - `probe_state`: `True` returns what the heads keep beside the cache, as `probe_state`; given to a later call with
+          `cache=`, they score the whole of a prompt that goes on from there - the next turn of a chat - and only its new
+          tokens are run. See `ProbeCache`. For this they read the reply as well, without scoring it, and so it needs greedy
+          search or sampling.
 
         Heads that read replies score them token by token: see `ProbedOutputMixin`. They need greedy search or sampling,
         and decode without `torch.compile`.
@@ -254,8 +300,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """
         probe_mask, halt_on = kwargs.pop("probe_mask", None), kwargs.pop("halt_on", None)
         halt_reply, on_token = kwargs.pop("halt_reply", None), kwargs.pop("on_probe_token", None)
+        probe_state, probes = kwargs.pop("probe_state", None), kwargs.pop("probes", None)
         inner = is_inner_call(self)
-        heads = {} if inner else self._active_heads()
+        heads = {} if inner else self._active_heads(probes)
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
             halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
@@ -268,11 +315,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if heads:
             asked = kwargs.get("return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None))
             as_dict = asked is None or asked
+            if not as_dict and probe_state not in (None, False):
+                raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
             if as_dict or halter is not None:
                 kwargs["return_dict_in_generate"] = True
             else:
                 heads = {}
-        session = self._generation_session(heads, inputs, generation_config, kwargs, probe_mask)
+        session = generation_session(self, heads, inputs, generation_config, kwargs, probe_mask, probe_state)
         reply = session.reply
         with open_session(self, kwargs.get("assistant_model"), session):
             if halter is None:
@@ -294,8 +343,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         configs = {name: head.config for name, head in heads.items()}
         ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         new_tokens = output.sequences.shape[1] - (0 if ids is None else ids.shape[1])  # embeddings are not returned
-        token_logits = None if reply is None else reply.logits(len(output.sequences), new_tokens)
-        return with_probe_logits(output, logits, configs, None if halter is None else halter.halts, token_logits)
+        rows, token_logits, state = len(output.sequences), None, None
+        if reply is not None:
+            token_logits = reply.logits(rows, new_tokens) or None
+            if reply.recorder is not None:
+                state = reply.recorder.probe_cache(rows, cached_tokens({"cache": session.cache}))
+        return with_probe_logits(
+            output, logits, configs, None if halter is None else halter.halts, token_logits, state
+        )
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
@@ -309,152 +364,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def _refuse_paged(self) -> None:
         if self._active_probes:
-            raise ProbeError(
-                "continuous batching (paged cache, generate_batch) mixes the tokens of many requests in one row, so heads "
-                "cannot read a prompt there; use generate(), or set_active_probes([]) to go without heads"
-            )
-
-    def _session(
-        self,
-        heads: dict[str, ProbeModel],
-        inputs: dict[str, Any],
-        probe_mask,
-        output_attentions: bool = False,
-        past: int = 0,
-    ) -> PrefillSession:
-        ids = inputs.get("input_ids")
-        embeds = inputs.get("inputs_embeds")
-        masks = prompt_masks(
-            heads, ids, embeds, inputs.get("attention_mask"), probe_mask, self._decoder.placeholder_ids
-        )
-        return PrefillSession(heads, masks, ids, past, output_attentions, (embeds if ids is None else ids).shape[:2])
-
-    def _generation_session(self, heads, inputs, generation_config, kwargs, probe_mask) -> PrefillSession:
-        if not heads:
-            return PrefillSession({}, {})
-
-        def setting(name: str):
-            return generation_setting(self, generation_config, kwargs, name)
-
-        if setting("cache_implementation") == "paged":
-            self._refuse_paged()
-        if setting("token_healing"):
-            raise ProbeError(
-                "token_healing rewrites the end of the prompt after heads have been set up; switch one of them off"
-            )
-        embeds = kwargs.get("inputs_embeds")
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if embeds is not None:
-            ids = None  # generate() ignores ids beside embeddings, but for bookkeeping
-        elif inputs is not None and inputs.dim() == 3:
-            ids, embeds = None, inputs
-        mask = kwargs.get("attention_mask")
-        if mask is None and ids is not None:
-            mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
-        prompt = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
-        readers = {name: head for name, head in heads.items() if head.config.token_scope != "response"}
-        session = self._session(readers, prompt, probe_mask, past=_cached_tokens(kwargs))
-        followers = {name: head for name, head in heads.items() if head.config.reads_reply}
-        if followers:
-            refuse_not_followed(followers, setting)
-            kwargs.setdefault("disable_compile", True)  # hooks and a state that grows would only break its graphs
-            ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))
-            session.reply = ReplySession(followers, session, ends, pad[0] if pad else None)
-        return session
+            raise ProbeError(PAGED)
 
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
 
 
-_PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
-
-
-def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The probed class of a causal LM class, made on first use.
-
-    Raises:
-        ProbeError: the class does not generate text as a decoder does.
-    """
-    if issubclass(causal_lm_class, ProbedGenerationMixin):
-        return causal_lm_class
-    if not issubclass(causal_lm_class, GenerationMixin):
-        raise ProbeError(f"{causal_lm_class.__name__} is no causal LM: heads attach to classes that generate text")
-    if causal_lm_class not in _PROBED_CLASSES:
-        name = causal_lm_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        # Gemma3ForCausalLM and Gemma3ForConditionalGeneration are two classes
-        stem = name.removesuffix("ForConditionalGeneration")
-        name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
-        namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
-        _PROBED_CLASSES[causal_lm_class] = type(name, (ProbedGenerationMixin, causal_lm_class), namespace)
-    return _PROBED_CLASSES[causal_lm_class]
-
-
-class AutoModelForProbedGeneration:
-    """Picks the probed class for any causal LM that transformers can load."""
-
-    def __init__(self):
-        raise ProbeError("use AutoModelForProbedGeneration.from_pretrained(...) or .from_causal_lm(...)")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args,
-        probe: ProbeSpec | None = None,
-        probe_revision: str | None = None,
-        probe_namespace: str | None = None,
-        probe_strict: bool = False,
-        **kwargs,
-    ):
-        """`AutoModelForCausalLM.from_pretrained` with heads; see `LlamaForProbedGeneration.from_pretrained`.
-
-        Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
-        """
-        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
-        loaded = load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs)
-        lm = loaded[0] if isinstance(loaded, tuple) else loaded
-        cls.from_causal_lm(lm, heads, probe_strict)
-        return loaded
-
-    @classmethod
-    def from_causal_lm(
-        cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
-    ) -> PreTrainedModel:
-        """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
-        base = without_peft(lm)
-        plain = getattr(type(base), "_causal_lm_class", None)
-        if plain is not None and not isinstance(base, ProbedGenerationMixin):
-            # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).
-            own = {name: _copy_head(head) for name, head in base.probes.items()}
-            del base.probes, base._active_probes
-            _change_class(base, plain)
-            probed_class(plain).from_causal_lm(base, own)
-        return probed_class(type(base)).from_causal_lm(base, probe, strict)
-
-
-def _copy_head(head: nn.Module) -> ProbeModel:
-    """A head of another copy of this code as one of this copy."""
-    config, _ = ProbeConfig.from_dict(head.config.to_dict())
-    copied = ProbeModel(config)
-    copied.load_state_dict(head.state_dict())
-    return copied
-
-
-def _cached_tokens(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
-    """The mask that generate() infers where none is given: padding is told from the pad id, unless that is an eos id."""
-    eos_ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    if pad_token_id is None or pad_token_id in eos_ids or not bool((input_ids == pad_token_id).any()):
-        return None
-    return input_ids != pad_token_id
-
-
-def _change_class(model: nn.Module, cls: type) -> None:
+def change_class(model: nn.Module, cls: type) -> None:
     """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew."""
     hook = model.__dict__.get("_hf_hook")
     if hook is None:

@@ -21,9 +21,10 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
+from .auto_class_llama_probe import AutoModelForProbedGeneration
 from .capture_llama_probe import without_peft
 from .hub_llama_probe import HubOptions
-from .modeling_llama_probe import AutoModelForProbedGeneration, ProbedGenerationMixin
+from .modeling_llama_probe import ProbedGenerationMixin
 from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import ProbeSpec, Target, read_heads
 
@@ -140,7 +141,7 @@ class _Listener:
         if not isinstance(output, ModelOutput):
             return output
         # Some versions take every output apart by rows, which a dict has not.
-        ours = ("probe_logits", "probe_halts", "probe_token_logits")
+        ours = ("probe_logits", "probe_halts", "probe_token_logits", "probe_state")
         return ModelOutput({name: value for name, value in output.items() if name not in ours})
 
 

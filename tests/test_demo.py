@@ -129,3 +129,24 @@ def test_an_installed_wheel_brings_its_heads(tmp_path):
         text=True,
     )
     assert done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.mark.slow
+def test_a_chat_runs_its_new_tokens_alone(model, tokenizer):
+    widths = []
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: widths.append(args[0].shape[1])
+    )
+    ids, state, cache = inputs_for(tokenizer, "Tell me a joke.")["input_ids"], True, {}
+    turn = "<|im_end|>\n<|im_start|>user\nYou are a stupid machine, and I hate you!<|im_end|>\n<|im_start|>assistant\n"
+    turn = tokenizer(turn, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    for _ in range(3):
+        widths.clear()
+        kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "probe_state": state, **cache}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+        assert sum(widths) == out.cache.get_seq_length() - (state.get_seq_length() if cache else 0)
+        for name, whole in model.classify(ids).items():
+            torch.testing.assert_close(out.probe_logits[name], whole.logits, atol=1e-5, rtol=1e-5)
+        cache, state = {"cache": out.cache}, out.probe_state
+        ids = torch.cat([out.sequences, turn], 1)
+    handle.remove()

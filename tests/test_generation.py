@@ -10,7 +10,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
-from llama_probe.generation import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
+from llama_probe.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
 
 
 KINDS = ("pooling", "gate", "mha", "attentive", "last")

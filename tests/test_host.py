@@ -1,12 +1,15 @@
 """Heads on a model: attached, switched, saved and removed by name."""
 
+import sys
 import threading
+import time
 
 import pytest
 import torch
-from conftest import make_lm, make_probe
+from conftest import make_lm, make_probe, make_prompts
+from torch import nn
 
-from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
+from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, host
 from llama_probe.files import save_head
 
 
@@ -99,24 +102,143 @@ def test_which_head_to_save(model, tmp_path):
         model.save_probe(tmp_path)
 
 
-def test_heads_may_come_and_go_while_another_thread_generates(model, prompts):
-    model.add_probe("fixed", make_probe())
-    expected = model.generate(prompts, max_new_tokens=2).probe_logits["fixed"]
-    stop, errors = threading.Event(), []
+def test_heads_of_one_call(model, prompts):
+    model.add_probe("a", make_probe())
+    model.add_probe("b", make_probe(seed=1, num_labels=3))
+    both = model.classify(prompts)
+    model.set_active_probes("a")
+    for probes, names in ((None, ["a"]), ("b", ["b"]), (["b", "a"], ["b", "a"])):
+        generated = model.generate(prompts, max_new_tokens=1, probes=probes).probe_logits
+        passed, classified = model(prompts, probes=probes).probe_logits, model.classify(prompts, probes=probes)
+        assert list(generated) == list(passed) == list(classified) == names
+        for name in names:
+            for logits in (generated[name], passed[name], classified[name].logits):
+                torch.testing.assert_close(logits, both[name].logits)
+    assert model.active_probes == ["a"]
+    assert isinstance(model.generate(prompts, max_new_tokens=1, probes=[]), torch.Tensor)
+    assert not hasattr(model(prompts, probes=[]), "probe_logits")
+    model.set_active_probes([])
+    assert list(model.generate(prompts, max_new_tokens=1, probes=["a"]).probe_logits) == ["a"]
+    for call in (model.generate, model, model.classify):
+        with pytest.raises(ProbeError, match="no head 'c' is attached; attached: a, b"):
+            call(prompts, probes=["a", "c"])
+
+
+@pytest.fixture
+def threads():
+    """Runs functions at the same time, and again and again for two seconds; threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def run(*jobs, seconds=2.0):
+        errors, rounds, end = [], [0] * len(jobs), time.monotonic() + seconds
+
+        def repeat(number, job):
+            try:
+                while rounds[number] < 3 or time.monotonic() < end:
+                    job()
+                    rounds[number] += 1
+            except BaseException as error:
+                errors.append(error)
+
+        running = [threading.Thread(target=repeat, args=pair) for pair in enumerate(jobs)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    yield run
+    sys.setswitchinterval(interval)
+
+
+def a_job(model, name, seed):
+    """A function that uses one head in every way, and compares with what it finds now, in a single thread."""
+    prompts, more = make_prompts(2, 5 + seed, seed=seed), make_prompts(2, 3, seed=seed + 50)
+
+    def use():
+        with torch.no_grad():
+            kwargs = {"max_new_tokens": 3, "probes": [name], "eos_token_id": None}
+            first = model.generate(prompts, probe_state=True, prefill_chunk_size=4, **kwargs)
+            ids = torch.cat([first.sequences, more], 1)
+            second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs)
+            passed = model(prompts, probes=name)
+            found = [
+                first.sequences,
+                second.sequences,
+                passed.logits,
+                model.classify(prompts, probes=name)[name].logits,
+            ]
+            for output in (first, second, passed):
+                assert list(output.probe_logits) == [name]
+                found.append(output.probe_logits[name])
+            return found
+
+    expected = use()
+
+    def compare():
+        for found, wanted in zip(use(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+    return compare
+
+
+KINDS = ("pooling", "gate", "mha", "attentive")
+
+
+def test_threads_with_different_heads_do_not_mix(model, threads):
+    for seed, kind in enumerate(KINDS):
+        model.add_probe(kind, make_probe(seed=seed, probe_type=kind, num_labels=2 + seed))
+    threads(*[a_job(model, kind, seed) for seed, kind in enumerate(KINDS)])
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, folder, threads):
+    model.add_probe("gate", make_probe(probe_type="gate"))
+    model.add_probe("mha", make_probe(seed=1, probe_type="mha"))
+    prompts = make_prompts(1)
+    active = model.generate(prompts, max_new_tokens=2)
+
+    def load_and_delete():
+        model.load_probe(folder)
+        model.delete_probe("toxic")
 
     def swap():
-        while not stop.is_set():
-            model.add_probe("other", make_probe(seed=1, probe_type="gate"))
-            model.delete_probe("other")
+        for seed in (5, 6):
+            model.add_probe("guard", make_probe(seed=seed, probe_type="gate"))
+            model.set_active_probes(["guard", "gate", "mha"])
+            model.delete_probe("guard")
 
-    thread = threading.Thread(target=swap)
-    thread.start()
-    try:
-        for _ in range(20):
-            found = model.generate(prompts, max_new_tokens=2).probe_logits["fixed"]
-            if not torch.allclose(found, expected, atol=1e-5):
-                errors.append(found)
-    finally:
-        stop.set()
+    def use_the_active_ones():
+        """Whatever is active at the moment: the two that stay are always among them, and are right."""
+        found = model.generate(prompts, max_new_tokens=2)
+        assert torch.equal(found.sequences, active.sequences)
+        for name, logits in active.probe_logits.items():
+            torch.testing.assert_close(found.probe_logits[name], logits, atol=1e-5, rtol=1e-5)
+
+    threads(a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap, seconds=3)
+    assert list(model.probes) == ["gate", "mha"] and set(model.active_probes) == {"gate", "mha"}
+
+
+def test_no_head_is_lost_where_threads_attach_and_delete_at_once(model, monkeypatch):
+    class Slow(nn.ModuleDict):
+        """Gives other threads the time to come in between."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(host.nn, "ModuleDict", Slow)
+    heads = [make_probe(seed=number) for number in range(6)]
+    model.add_probe("old", make_probe())
+    jobs = [lambda number=number: model.add_probe(f"head-{number}", heads[number]) for number in range(6)]
+    jobs.insert(3, lambda: model.delete_probe("old"))
+    running = [threading.Thread(target=job) for job in jobs]
+    for thread in running:
+        thread.start()
+    for thread in running:
         thread.join()
-    assert not errors
+    names = {f"head-{number}" for number in range(6)}
+    assert set(model.probes) == set(model.active_probes) == names

@@ -187,14 +187,60 @@ def test_other_families(make, name, prompts):
     torch.testing.assert_close(model(prompts).probe_logits["a"], expected, atol=1e-5, rtol=0)
 
 
-def test_a_bf16_backbone_keeps_fp32_heads(model, prompts):
-    before = model.probes["a"].classifier.weight.clone()
-    model.to(torch.bfloat16)
-    assert model.dtype == torch.bfloat16
-    assert torch.equal(model.probes["a"].classifier.weight, before)
-    logits = model.generate(prompts, max_new_tokens=2).probe_logits["a"]
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, whole(model.probes["a"], prompts, lm=make_lm().bfloat16()), atol=1e-5, rtol=0)
+ALL_KINDS = {
+    "pooling": make_probe(probe_type="pooling", pool="max"),
+    "gate": make_probe(seed=1, probe_type="gate"),
+    "mha": make_probe(seed=2, probe_type="mha", num_labels=3),
+    "attentive": make_probe(seed=3, probe_type="attentive"),
+    "last": make_probe(seed=4, probe_type="last", layers=[2]),
+    "muli": make_probe(seed=5, probe_type="muli", vocab_size=97),
+    "follows": make_probe(seed=6, probe_type="mha", token_scope="all"),
+}
+
+
+def check_all_kinds(model, prompts):
+    """Every way to a score gives that of the states which the same model returns by `output_hidden_states`."""
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    # as generate() counts positions: others are rounded otherwise in half precision
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    call = {"attention_mask": mask, "max_new_tokens": 4, "eos_token_id": None}
+    with torch.no_grad():
+        plain = model(prompts, **inputs, output_hidden_states=True, probes=[])
+        passed = model(prompts, **inputs)
+        generated = model.generate(prompts, **call, probe_state=True)
+        classified = {name: output.logits for name, output in model.classify(prompts, **inputs).items()}
+        assert torch.equal(passed.logits, plain.logits)
+        assert torch.equal(generated.sequences, model.generate(prompts, **call, probes=[]))
+        for found in (passed.probe_logits, generated.probe_logits, classified):
+            assert list(found) == list(ALL_KINDS)
+            for name, head in model.probes.items():
+                expected = head(hidden_states=plain.hidden_states, attention_mask=mask).logits
+                assert found[name].dtype == torch.float32
+                torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+    assert generated.probe_token_logits["follows"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbones_keep_fp32_heads(dtype, prompts):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm().to(dtype), ALL_KINDS)
+    before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
+    check_all_kinds(model, prompts)
+    model.to(torch.bfloat16 if dtype == torch.float16 else torch.float16)
+    for name, tensor in model.probes.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_backbones(dtype, prompts, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    make_lm().save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=dtype, probe=ALL_KINDS)
+    assert type(model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter, "quantised"
+    check_all_kinds(model, prompts)
 
 
 def test_lora_inside_and_around(prompts):
@@ -221,13 +267,13 @@ def test_offloaded_layers(prompts, tmp_path):
     make_lm().save_pretrained(tmp_path / "lm")
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
     device_map |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
-    save_head(make_probe(), tmp_path / "head")
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=tmp_path / "head"
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=ALL_KINDS
     )
     out = model.generate(prompts, max_new_tokens=3)
     assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=3))
-    torch.testing.assert_close(out.probe_logits["head"], whole(make_probe(), prompts))
+    torch.testing.assert_close(out.probe_logits["mha"], whole(ALL_KINDS["mha"], prompts))
+    check_all_kinds(model, prompts)
 
 
 def test_decoding_steps_compile_as_the_plain_model_does(prompts):

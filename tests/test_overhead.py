@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import HIDDEN, VOCAB, make_lm
 
+from llama_probe.auto_class import AutoModelForProbedGeneration
 from llama_probe.footprint import operations, peak_memory
-from llama_probe.modeling import AutoModelForProbedGeneration
 from llama_probe.random_weights import held_bytes
 from llama_probe.serving_systems import Load, fresh_config, plain_system, systems
 

@@ -6,8 +6,8 @@ from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
 from transformers import T5Config
 
 from llama_probe import ProbeError
+from llama_probe.auto_class import AutoModelForProbedGeneration
 from llama_probe.guard_pipeline import GuardPlan
-from llama_probe.modeling import AutoModelForProbedGeneration
 from llama_probe.serving_systems import Load, fresh_config, generate, plain_system, systems
 
 

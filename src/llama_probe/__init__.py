@@ -5,15 +5,17 @@ argument `probe=`, and `transformers.pipeline` the task "probed-text-generation"
 """
 
 from . import auto, pipeline
+from .auto_class import AutoModelForProbedGeneration
 from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .families import register_family
 from .files import package_version
 from .halting import Halt, Reprompt
-from .modeling import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbedGenerationMixin
+from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 from .probe import ProbeModel
 from .reply import TokenScores
+from .state import ProbeCache
 from .streaming import HoldBackStreamer
 
 
@@ -24,6 +26,7 @@ __all__ = [
     "Halt",
     "HoldBackStreamer",
     "LlamaForProbedGeneration",
+    "ProbeCache",
     "ProbeConfig",
     "ProbeError",
     "ProbeModel",

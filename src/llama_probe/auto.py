@@ -6,7 +6,7 @@ import functools
 
 from transformers import AutoModel, AutoModelForCausalLM
 
-from .modeling import AutoModelForProbedGeneration
+from .auto_class import AutoModelForProbedGeneration
 
 
 _AUTO_CLASSES = (AutoModel, AutoModelForCausalLM)

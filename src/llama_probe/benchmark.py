@@ -18,13 +18,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .auto_class import AutoModelForProbedGeneration
 from .backbones import choose_device, load_backbone, model_id
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .files import environment
 from .footprint import operations, peak_memory
 from .guard_pipeline import GuardPlan
-from .modeling import AutoModelForProbedGeneration
 from .paper import serving_ratio
 from .probe import ProbeModel
 from .random_weights import (

@@ -1,28 +1,25 @@
-"""One call of `generate()` with heads: what is read while the prompt is prefilled, and what comes out."""
+"""One call of `generate()` with heads: what is read, and when."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import make_dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .capture import Capture, Decoder
-from .configuration import ProbeConfig
-from .decision import DecidedMixin, ProbeOutput, labels, probabilities
+from .capture import Capture, Decoder, find_decoder
+from .decision import ProbeOutput
 from .errors import ProbeError
-from .halting import Halt
+from .halting_run import generation_setting, token_ids
 from .probe import ProbeModel
-from .reply import ReplySession
-from .scope import token_mask
+from .reply import ReplyRecorder, ReplySession, refuse_not_followed
+from .scope import check_rows, token_mask
+from .state import CachedHead, ProbeCache
 
 
 class PrefillSession:
@@ -32,13 +29,18 @@ class PrefillSession:
         heads: the heads that read along, by name.
         masks: for each head the tokens that count, `[prompts, prompt_tokens]`.
         input_ids: the prompts, `[prompts, prompt_tokens]`; `None` where they are given as embeddings.
+        attention_mask: of the prompts, `[prompts, prompt_tokens]`; `None` where all tokens count.
         past: leading prompt tokens that a cache holds already.
+        earlier: what heads keep of these tokens.
+        keep: make such a state of the prompts.
+        begun: the prompts may go on: heads that have nothing to read yet, in some row, give no result.
         output_attentions: keep token and layer weights.
         shape: `(prompts, prompt_tokens)`, where no head reads the prompts.
 
     Attributes:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
         reply: reads the passes after that; `None` where no head does.
+        cache: of the LM, once it has run.
 
     Raises:
         ProbeError: a prompt that cannot be scored; see `ProbeModel.init_state`.
@@ -49,15 +51,31 @@ class PrefillSession:
         heads: dict[str, ProbeModel],
         masks: dict[str, torch.Tensor],
         input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         past: int = 0,
+        earlier: ProbeCache | None = None,
+        keep: bool = False,
+        begun: bool = False,
         output_attentions: bool = False,
         shape: tuple[int, int] = (0, 0),
     ):
-        self.heads = heads
-        self.input_ids = input_ids
+        self.heads, self.masks = heads, masks
+        self.input_ids, self.attention_mask = input_ids, attention_mask
         self.seen = past
         self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
-        self.states = {name: head.init_state(masks[name], past, output_attentions) for name, head in heads.items()}
+        self.keep, self.begun = keep, begun
+        self.cache: Cache | None = None
+        running = {}
+        if earlier is not None:
+            earlier.check_length(past)
+            running = earlier.resume(heads, masks, input_ids, self._attended())
+        if not begun:
+            for mask in masks.values():
+                check_rows(mask)
+        self.states = {
+            name: head.init_state(masks[name], past, output_attentions, running.get(name), keep)
+            for name, head in heads.items()
+        }
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: ReplySession | None = None
 
@@ -100,6 +118,7 @@ class PrefillSession:
         with Capture(decoder, on_state, wanted):
             yield
         self.seen += width
+        self.cache = inputs.get("cache")
         if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
@@ -109,8 +128,42 @@ class PrefillSession:
         Raises:
             ProbeError: the LM has not run over the whole prompt.
         """
+        scored = {name: self.states[name] for name, mask in self.masks.items() if not self.begun or mask.any(1).all()}
         with torch.no_grad():
-            return {name: head.finish(self.states[name]) for name, head in self.heads.items()}
+            return {name: self.heads[name].finish(state) for name, state in scored.items()}
+
+    def probe_cache(
+        self,
+        running: dict[str, Any] | None = None,
+        tokens: torch.Tensor | None = None,
+        counted: torch.Tensor | None = None,
+    ) -> ProbeCache:
+        """What the heads keep of the prompts, once the LM has run over them. Needs `keep`, and ids.
+
+        Args:
+            running: what they made of the prompts and of replies to them, by name.
+            tokens, counted (`[rows, reply_tokens]`): ids of these replies, and which of them count.
+        """
+        if running is None:
+            running = {name: head.begin_reply(self.states[name]) for name, head in self.heads.items()}
+            tokens = self.input_ids[:, :0]
+            counted = tokens.bool()
+
+        def behind(prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
+            return torch.cat(
+                [prompts.repeat_interleave(len(replies) // self.prompts, 0), replies.to(prompts.device)], 1
+            )
+
+        heads = {
+            name: CachedHead(weakref.ref(head), behind(self.masks[name], counted), running[name])
+            for name, head in self.heads.items()
+        }
+        return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), counted), heads)
+
+    def _attended(self) -> torch.Tensor:
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        return self.attention_mask.bool()
 
 
 # The generate() call that this thread is in: (model, its assistant, session). Heads are decided once, by the outermost
@@ -148,9 +201,10 @@ def prompt_masks(
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     probe_mask: torch.Tensor | None,
+    begun: bool = False,
     placeholder_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`.
+    """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`. `begun`: see `token_mask`.
 
     Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
@@ -176,76 +230,164 @@ def prompt_masks(
     if probe_mask is not None:
         chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
         return dict.fromkeys(heads, chosen)
-    masks = {name: token_mask(head.config, input_ids, attention_mask) for name, head in heads.items()}
+    masks = {name: token_mask(head.config, input_ids, attention_mask, begun) for name, head in heads.items()}
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
         masks = {name: mask & text.to(mask.device) for name, mask in masks.items()}
     return masks
 
 
-class ProbedOutputMixin(DecidedMixin):
-    """Adds what the heads say to an output of the LM.
+def prompt_session(
+    heads: dict[str, ProbeModel],
+    inputs: Mapping[str, Any],
+    probe_mask: torch.Tensor | None = None,
+    *,
+    begun: bool = False,
+    placeholder_ids: Sequence[int] = (),
+    **kwargs,
+) -> PrefillSession:
+    """The session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`.
 
-    `probe_logits` is `None` where no head ran. `probe_halts` has one entry a prompt, the `Halt` that kept it from a reply
-    or `None`; it is `None` where nothing was to be halted. Where replies could be halted, it has one entry a row.
-
-    `probe_token_logits` has the heads that read replies, and is `None` where there is none: `[rows, new_tokens - 1,
-    num_labels]` a head, column t the score of all that counts up to the t-th token of the reply, from 0. The last token is
-    read by nobody and has none. From the end of a reply on, and at its padding, there is NaN.
+    Args:
+        probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
+        placeholder_ids: see `prompt_masks`. begun, kwargs: see `PrefillSession`.
     """
+    ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    masks = prompt_masks(heads, ids, embeds, attention_mask, probe_mask, begun, placeholder_ids)
+    shape = (embeds if ids is None else ids).shape[:2]
+    return PrefillSession(heads, masks, ids, attention_mask, begun=begun, shape=shape, **kwargs)
 
-    @property
-    def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
-        """`[batch, num_labels]` a head, with its saved temperature."""
-        if self.probe_logits is None:
+
+def forward_session(
+    heads: dict[str, ProbeModel],
+    kwargs: dict[str, Any],
+    probe_mask: torch.Tensor | None,
+    probe_state: ProbeCache | bool | None,
+    placeholder_ids: Sequence[int] = (),
+) -> PrefillSession | None:
+    """The session of one call of `forward`, whose arguments the others are: the new tokens alone stand in `kwargs`.
+
+    A state is kept where it is asked for, and where `use_cache=True` is. `None` for a later step of somebody's own decoding loop:
+    the prompt is behind it.
+    """
+    past, ids = cached_tokens(kwargs), kwargs.get("input_ids")
+    keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
+    if not isinstance(probe_state, ProbeCache):
+        if past and keep:
+            raise ProbeError(
+                f"probe_state=True begins a state, and the cache already holds {past} tokens that the heads have not seen: pass "
+                "what the call that filled it returned as probe_state (model(..., use_cache=True))"
+            )
+        if past:
             return None
-        return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_logits.items()}
-
-    @property
-    def probe_labels(self) -> dict[str, list[Any]] | None:
-        """Label names a head and row, with its saved temperature and threshold."""
-        probs = self.probe_probabilities
-        return None if probs is None else {name: labels(value, self._config_of(name)) for name, value in probs.items()}
-
-    @property
-    def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
-        """As `probe_token_logits`, with the head's saved temperature."""
-        if self.probe_token_logits is None:
-            return None
-        return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_token_logits.items()}
-
-
-@functools.cache
-def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
-    """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and what `ProbedOutputMixin` adds."""
-    tensors = "dict[str, torch.Tensor] | None"
-    return make_dataclass(
-        f"Probed{base.__name__}",
-        [
-            ("probe_logits", tensors, None),
-            ("probe_halts", "list[Halt | None] | None", None),
-            ("probe_token_logits", tensors, None),
-        ],
-        bases=(ProbedOutputMixin, base),
-        namespace={"__module__": __name__, "__doc__": f"{base.__name__} with `probe_logits`: logits by head name."},
+        keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
+        return prompt_session(heads, kwargs, probe_mask, keep=keep, begun=keep, placeholder_ids=placeholder_ids)
+    probe_state.check_length(past)
+    ids, attention_mask = probe_state.followed_by(ids, kwargs.get("attention_mask"))
+    whole = {"input_ids": ids, "attention_mask": attention_mask}
+    return prompt_session(
+        heads,
+        whole,
+        probe_mask,
+        past=past,
+        earlier=probe_state,
+        keep=True,
+        begun=True,
+        placeholder_ids=placeholder_ids,
     )
 
 
-ProbedCausalLMOutputWithPast = probed_output_class(CausalLMOutputWithPast)
-ProbedGenerateDecoderOnlyOutput = probed_output_class(GenerateDecoderOnlyOutput)
-ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnlyOutput)
+def generation_session(
+    model: PreTrainedModel,
+    heads: dict[str, ProbeModel],
+    inputs: torch.Tensor | None,
+    generation_config: GenerationConfig | None,
+    kwargs: dict[str, Any],
+    probe_mask: torch.Tensor | None,
+    probe_state: ProbeCache | bool | None,
+) -> PrefillSession:
+    """The session of one call of `generate()`, whose arguments the others are; `kwargs` may get defaults."""
+    if not heads:
+        return PrefillSession({}, {})
 
+    def setting(name: str):
+        return generation_setting(model, generation_config, kwargs, name)
 
-def with_probe_logits(
-    output: ModelOutput,
-    probe_logits: dict[str, torch.Tensor] | None,
-    configs: dict[str, ProbeConfig],
-    halts: Sequence[Halt | None] | None = None,
-    token_logits: dict[str, torch.Tensor] | None = None,
-) -> ModelOutput:
-    """A copy of an LM's output that carries the heads' logits, knows their labels, and says what was halted."""
-    probed = probed_output_class(type(output))(
-        **output, probe_logits=probe_logits, probe_halts=halts, probe_token_logits=token_logits
+    if setting("cache_implementation") == "paged":
+        raise ProbeError(PAGED)
+    if setting("token_healing"):
+        raise ProbeError(
+            "token_healing rewrites the end of the prompt after heads have been set up; switch one of them off"
+        )
+    embeds = kwargs.get("inputs_embeds")
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    if embeds is not None:
+        ids = None  # generate() ignores ids beside embeddings, but for bookkeeping
+    elif inputs is not None and inputs.dim() == 3:
+        ids, embeds = None, inputs
+    mask = kwargs.get("attention_mask")
+    if mask is None and ids is not None:
+        mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
+    keep = asks_for_state(probe_state, ids, setting("use_cache"))
+    followers = {name: head for name, head in heads.items() if head.config.reads_reply}
+    if followers:
+        refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", setting)
+    if keep:
+        refuse_not_followed("probe_state, for which heads read the reply", setting)
+    session = prompt_session(
+        {name: head for name, head in heads.items() if head.config.token_scope != "response"},
+        {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask},
+        probe_mask,
+        past=cached_tokens(kwargs),
+        earlier=probe_state if isinstance(probe_state, ProbeCache) else None,
+        keep=keep,
+        placeholder_ids=find_decoder(model).placeholder_ids,
     )
-    probed.__dict__["_probe_configs"] = configs
-    return probed
+    if followers or keep:
+        kwargs.setdefault("disable_compile", True)  # hooks and a state that grows would only break its graphs
+        ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))
+        pad = pad[0] if pad else None
+        recorder = ReplyRecorder(session, ends) if keep else None
+        session.reply = ReplySession(followers, session, ends, pad, recorder)
+    return session
+
+
+PAGED = (
+    "continuous batching (paged cache, generate_batch) mixes the tokens of many requests in one row, so heads cannot read a "
+    "prompt there; use generate(), or set_active_probes([]) to go without heads"
+)
+
+
+def asks_for_state(
+    probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
+) -> bool:
+    """Whether `probe_state=` asks for a state in return: `True`, or one to go on from.
+
+    Raises:
+        ProbeError: it is something else, or a state cannot be kept.
+    """
+    if probe_state is None or probe_state is False:
+        return False
+    if probe_state is not True and not isinstance(probe_state, ProbeCache):
+        raise ProbeError(
+            f"probe_state is a {type(probe_state).__name__}; it must be True, or what an earlier call returned as probe_state"
+        )
+    if use_cache is False:
+        raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
+    if input_ids is None:
+        raise ProbeError("probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)")
+    return True
+
+
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Number of tokens in the cache among the arguments of a call; 0 where there is none."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
+    """The mask that generate() infers where none is given: padding is told from the pad id, unless that is an eos id."""
+    eos_ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    if pad_token_id is None or pad_token_id in eos_ids or not bool((input_ids == pad_token_id).any()):
+        return None
+    return input_ids != pad_token_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,12 +23,16 @@ from .publish import push_head
 from .resolve import Target, check_name, default_name, inside, read_heads
 
 
+# Held while the heads of a model are exchanged; one for all models, which can then be copied and pickled.
+_CHANGING = threading.RLock()
+
+
 class ProbeHostMixin:
     """Keeps probe heads beside a causal LM. Mixed into a `PreTrainedModel`.
 
     The heads live in `self.probes`, an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach them.
     Both it and the tuple of active names are replaced rather than changed, so that a thread that generates keeps the
-    heads that it started with.
+    heads that it started with; threads that attach or remove heads take turns.
     """
 
     def _install_probes(self) -> None:
@@ -50,9 +55,10 @@ class ProbeHostMixin:
             ProbeError: a name that is not attached; the message lists those that are.
         """
         names = [names] if isinstance(names, str) else list(names)
-        for name in names:
-            self._require_probe(name)
-        self._active_probes = tuple(dict.fromkeys(names))
+        with _CHANGING:
+            for name in names:
+                self._require_probe(name)
+            self._active_probes = tuple(dict.fromkeys(names))
 
     def add_probe(self, name: str, probe: ProbeConfig | ProbeModel) -> ProbeModel:
         """Attaches a head: a trained `ProbeModel`, or a `ProbeConfig` for a new one with fresh weights.
@@ -62,8 +68,7 @@ class ProbeHostMixin:
         Raises:
             ProbeError: the name is taken or not allowed, or the head was made for another hidden size or layer count.
         """
-        self._attach({name: probe})
-        return self.probes[name]
+        return self._attach({name: probe})[name]
 
     def load_probe(
         self,
@@ -97,10 +102,7 @@ class ProbeHostMixin:
         """
         source = inside(source, subfolder)
         name = default_name(source) if name is None else name
-        if check_name(name) in self.probes:
-            raise ProbeError(
-                f"a head {name!r} is attached already; pass another name, or delete_probe({name!r}) first"
-            )
+        self._require_free(name)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
         self._attach(read_heads({name: source}, Target.of(self), options, namespace), strict=strict)
         return name
@@ -111,9 +113,10 @@ class ProbeHostMixin:
         Raises:
             ProbeError: no head has that name.
         """
-        self._require_probe(name)
-        self._active_probes = tuple(active for active in self._active_probes if active != name)
-        self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
+        with _CHANGING:
+            self._require_probe(name)
+            self._active_probes = tuple(active for active in self._active_probes if active != name)
+            self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
     def save_probe(self, folder: str | os.PathLike, name: str | None = None) -> Path:
         """Writes one head into a folder; `name` may be left out where one head is attached.
@@ -154,9 +157,16 @@ class ProbeHostMixin:
         plain.__class__ = self._causal_lm_class
         return plain
 
-    def _require_probe(self, name: str) -> None:
-        if name not in self.probes:
-            raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(self.probes) or 'none'}")
+    def _require_probe(self, name: str, heads: nn.ModuleDict | None = None) -> None:
+        heads = self.probes if heads is None else heads
+        if name not in heads:
+            raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(heads) or 'none'}")
+
+    def _require_free(self, name: str) -> None:
+        if check_name(name) in self.probes:
+            raise ProbeError(
+                f"a head {name!r} is attached already; choose another name or delete_probe({name!r}) first"
+            )
 
     def _single_probe(self, name: str | None, what: str) -> str:
         if name is None and len(self.probes) != 1:
@@ -165,15 +175,12 @@ class ProbeHostMixin:
         self._require_probe(name)
         return name
 
-    def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> None:
+    def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
         # Everything that can fail comes first: either all heads are attached or none.
         decoder = self._decoder
         heads: dict[str, ProbeModel] = {}
         for name, probe in probes.items():
-            if check_name(name) in self.probes:
-                raise ProbeError(
-                    f"a head {name!r} is attached already; choose another name or delete_probe({name!r}) first"
-                )
+            self._require_free(name)
             if isinstance(probe, ProbeModel):
                 check_backbone(name, probe.config, self, strict)
                 heads[name] = probe
@@ -183,9 +190,19 @@ class ProbeHostMixin:
         device = decoder.device
         for head in heads.values():
             head.to(device).eval()
-        self.probes = nn.ModuleDict({**self.probes, **heads})
-        self._active_probes = (*self._active_probes, *heads)
+        with _CHANGING:
+            for name in heads:
+                self._require_free(name)
+            self.probes = nn.ModuleDict({**self.probes, **heads})
+            self._active_probes = (*self._active_probes, *heads)
+        return heads
 
-    def _active_heads(self) -> dict[str, ProbeModel]:
+    def _active_heads(self, names: str | Iterable[str] | None = None) -> dict[str, ProbeModel]:
+        """The heads of one call, by name: the active ones, or those that the call names."""
         heads = self.probes
-        return {name: heads[name] for name in self._active_probes if name in heads}
+        if names is None:
+            return {name: heads[name] for name in self._active_probes if name in heads}
+        names = list(dict.fromkeys([names] if isinstance(names, str) else names))
+        for name in names:
+            self._require_probe(name, heads)
+        return {name: heads[name] for name in names}

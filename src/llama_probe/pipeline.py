@@ -18,9 +18,10 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
+from .auto_class import AutoModelForProbedGeneration
 from .capture import without_peft
 from .hub import HubOptions
-from .modeling import AutoModelForProbedGeneration, ProbedGenerationMixin
+from .modeling import ProbedGenerationMixin
 from .probe import ProbeModel
 from .resolve import ProbeSpec, Target, read_heads
 
@@ -137,7 +138,7 @@ class _Listener:
         if not isinstance(output, ModelOutput):
             return output
         # Some versions take every output apart by rows, which a dict has not.
-        ours = ("probe_logits", "probe_halts", "probe_token_logits")
+        ours = ("probe_logits", "probe_halts", "probe_token_logits", "probe_state")
         return ModelOutput({name: value for name, value in output.items() if name not in ours})
 
 

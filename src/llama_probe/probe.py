@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,32 +16,9 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
-from .heads import create_aggregator, get_probe_type, join_slots, repeat_rows
+from .heads import create_aggregator, get_probe_type, join_slots, repeat_rows, take_slot
 from .scope import check_rows, token_mask, tokens_read
-
-
-@dataclass
-class ProbeState:
-    """What a head holds of a prompt between two calls of `step`.
-
-    Attributes:
-        mask (`torch.BoolTensor` of shape `[batch, prompt_tokens]`): tokens that count.
-        start, stop: columns before `start` and from `stop` on hold no token that counts, and are never read.
-        seen: a layer's number of prompt tokens so far, by slot.
-        partial: token-stage state of the layers that have not seen the whole prompt, by slot.
-        summaries: `[batch, hidden_size]` of the layers that have, by slot.
-        token_weights: `[batch, prompt_tokens]` by slot, where they were asked for.
-    """
-
-    mask: torch.Tensor
-    start: int
-    stop: int
-    full: bool
-    output_attentions: bool = False
-    seen: dict[int, int] = field(default_factory=dict)
-    partial: dict[int, Any] = field(default_factory=dict)
-    summaries: dict[int, torch.Tensor] = field(default_factory=dict)
-    token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
+from .state import ProbeState
 
 
 class ProbeModel(nn.Module):
@@ -282,7 +258,14 @@ class ProbeModel(nn.Module):
 
     # Layer by layer
 
-    def init_state(self, mask: torch.Tensor, past: int = 0, output_attentions: bool = False) -> ProbeState:
+    def init_state(
+        self,
+        mask: torch.Tensor,
+        past: int = 0,
+        output_attentions: bool = False,
+        running: Any = None,
+        keep: bool = False,
+    ) -> ProbeState:
         """Starts on a batch of prompts.
 
         Args:
@@ -290,28 +273,45 @@ class ProbeModel(nn.Module):
                 prompt even where it arrives in chunks.
             past: number of leading columns that the LM will not run again, because a cache holds them.
             output_attentions: keep the token weights of each layer. The prompt must then arrive in one chunk.
+            running: what `begin_reply` and `read` made of the tokens before `past`; see `Aggregator`.
+            keep: keep what `begin_reply` needs. A row may then hold no token that counts so far; only `finish` refuses it.
 
         Raises:
-            ProbeError: a row has no token that counts, or one that counts lies before `past`.
+            ProbeError: a row has no token that counts, or one that counts lies before `past` and is not in `running`.
         """
         mask = mask.bool()
-        check_rows(mask)
+        if not keep:
+            check_rows(mask)
         mask = tokens_read(self.config, mask)
-        columns = mask.any(dim=0).nonzero()
-        start, stop = int(columns[0]), int(columns[-1]) + 1
-        if past > start:
+        columns = mask.any(dim=0).nonzero().flatten().tolist() or [mask.shape[1]]
+        start, stop = columns[0], columns[-1] + 1
+        if running is None and past > start:
             raise ProbeError(
                 f"the cache already holds {past} tokens of the prompt, and this {self.config.probe_type} head must read "
-                f"the tokens from {start} on; its state for them was not kept. Pass the whole prompt without a cache"
+                f"the tokens from {start} on; it has no state of them. Pass probe_state= beside the cache, as the call that "
+                "filled it returned it (generate(..., probe_state=True), model(..., use_cache=True)), or the whole prompt "
+                "without a cache"
             )
-        return ProbeState(
+        if running is not None and output_attentions:
+            raise ProbeError(
+                "output_attentions needs the states of all tokens, and those of the cached ones are gone: pass the whole "
+                "prompt without cache and probe_state"
+            )
+        slots = range(len(self.layer_indices))
+        state = ProbeState(
             mask=mask.to(self.device),
             start=start,
             stop=stop,
-            full=bool(mask[:, start:stop].all()),
+            full=bool(mask[:, max(start, past) : stop].all()),
+            keep=keep or self.config.reads_reply,
             output_attentions=output_attentions,
-            seen=dict.fromkeys(range(len(self.layer_indices)), past),
+            seen=dict.fromkeys(slots, past),
         )
+        if running is not None:
+            state.partial = {slot: take_slot(running, slot) for slot in slots}
+            if stop <= past:  # nothing new counts
+                state.summaries = dict(enumerate(self.token_stage.result(running, slice(None))))
+        return state
 
     def step(self, state: ProbeState, layer: int, hidden: torch.Tensor) -> None:
         """Takes in the states of one layer for the next chunk of the prompt.
@@ -343,15 +343,17 @@ class ProbeModel(nn.Module):
                 state.token_weights[slot] = F.pad(weights, (low, state.mask.shape[1] - high))
         if low < high and high == state.stop:
             # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
-            seen = state.partial[slot] if self.config.reads_reply else state.partial.pop(slot)
+            seen = state.partial[slot] if state.keep else state.partial.pop(slot)
             state.summaries[slot] = self.token_stage.result(seen, slots)[0]
 
     def finish(self, state: ProbeState) -> ProbeOutput:
         """Scores a prompt that every layer has seen in full.
 
         Raises:
-            ProbeError: a layer has seen only a part of the prompt.
+            ProbeError: a layer has seen only a part of the prompt, or a row holds no token that counts.
         """
+        if state.keep:
+            check_rows(state.mask)
         missing = [self.layer_indices[slot] for slot in range(len(self.layer_indices)) if slot not in state.summaries]
         if missing:
             slot = self._slots[missing[0]]
@@ -370,19 +372,28 @@ class ProbeModel(nn.Module):
     # Token by token, all layers at once
 
     def begin_reply(self, state: ProbeState | None, repeats: int = 1) -> Any:
-        """What `extend` starts from: the prompt that `step` has taken in, with `"all"`, or nothing, with `"response"`.
+        """What `extend` and `read` start from: the prompt that `step` has taken in, or nothing.
 
         Args:
-            state: of a finished prompt; `None` where the head does not read it.
+            state: of a finished prompt, of a head that reads replies or with `keep`; `None` where the head does not read it.
             repeats: number of replies to each prompt; its rows follow one another.
         """
-        if state is None:
+        if state is None or not state.partial:
             return None
         slots = [state.partial[slot] for slot in range(len(self.layer_indices))]
         return repeat_rows(join_slots(slots), repeats)
 
     def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
-        """Takes in further tokens of every layer, and scores all that was taken in so far.
+        """Takes in further tokens as `read` does, and scores all that was taken in so far.
+
+        Returns:
+            What to go on from, and the scores with logits `[rows, num_labels]`.
+        """
+        running = self.read(running, x, mask)
+        return running, self._classify(self.token_stage.result(running, slice(None)), None, False)
+
+    def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        """Takes in further tokens of every layer.
 
         Args:
             running: from `begin_reply` or an earlier call.
@@ -390,10 +401,9 @@ class ProbeModel(nn.Module):
             mask (`torch.BoolTensor` of shape `[rows, n]`): the tokens that count.
 
         Returns:
-            What to go on from, and the scores with logits `[rows, num_labels]`.
+            What to go on from.
         """
-        running = self.token_stage.update(running, self.normalize(x), mask, slice(None))
-        return running, self._classify(self.token_stage.result(running, slice(None)), None, False)
+        return self.token_stage.update(running, self.normalize(x), mask, slice(None))
 
     # Shared by all
 

@@ -13,6 +13,7 @@ from .capture import Capture, Decoder
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .probe import ProbeModel
+from .state import ProbeCache
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,80 @@ class TokenScores:
     counted: torch.Tensor
 
 
+class ReplyRecorder:
+    """Takes the tokens of the replies into what heads keep of the prompts, so that the next prompt can go on from there.
+
+    All tokens that a later prompt will hold count, as they do for the LM: the one that ends a reply as well, and none behind it.
+    Nothing is scored.
+    A few tokens wait for each other, to be taken in at once, and since `generate()` may take the last one back.
+
+    Args:
+        prompt: what reads the prompts; keeps the states of its heads.
+        eos_token_ids: tokens that end a reply.
+    """
+
+    _CHUNK = 16
+
+    def __init__(self, prompt: PrefillSession, eos_token_ids: Sequence[int] = ()):
+        self.prompt = prompt
+        self.layers: Collection[int] = {layer for head in prompt.heads.values() for layer in head.layer_indices}
+        self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
+        self._open: torch.Tensor | None = None
+        self._running: dict[str, Any] = {}
+        self._waiting: list[Mapping[int, torch.Tensor]] = []
+        self._tokens: list[torch.Tensor] = []
+        self._counted: list[torch.Tensor] = []
+
+    def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
+        """Begins, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
+        if self._open is not None:
+            return
+        repeats = rows // self.prompt.prompts
+        for name, head in self.prompt.heads.items():
+            self._running[name] = head.begin_reply(self.prompt.states[name], repeats)
+        is_open = torch.ones(rows, dtype=torch.bool)
+        if closed is not None:
+            is_open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
+        self._open = is_open
+
+    def take(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor) -> None:
+        """Takes one more token a row: its states `[rows, 1, hidden_size]` by layer, and its id, `[rows]`."""
+        self._open = self._open.to(tokens.device)
+        self._counted.append(self._open)
+        self._open = self._open & ~torch.isin(tokens, self._ends.to(tokens.device))
+        self._tokens.append(tokens)
+        self._waiting.append(states)
+        if len(self._waiting) > self._CHUNK:
+            self._read(self._CHUNK)
+
+    def _read(self, tokens: int) -> None:
+        """Takes in the first so many of the tokens that wait."""
+        if not tokens:
+            return
+        first = len(self._tokens) - len(self._waiting)
+        mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
+        chunk, self._waiting = self._waiting[:tokens], self._waiting[tokens:]
+        stacks: dict[tuple[int, ...], torch.Tensor] = {}
+        with torch.no_grad():
+            for name, head in self.prompt.heads.items():
+                layers = tuple(head.layer_indices)
+                if layers not in stacks:
+                    parts = [torch.cat([states[layer].to(head.device) for states in chunk], 1) for layer in layers]
+                    stacks[layers] = torch.stack(parts)  # [S, rows, n, D]
+                self._running[name] = head.read(self._running[name], stacks[layers], mask.to(head.device))
+
+    def probe_cache(self, rows: int, length: int) -> ProbeCache:
+        """What the heads keep of the prompts and of the replies, for a cache of so many rows and tokens of both together."""
+        self.start(rows)
+        taken_back = max(0, self.prompt.length + len(self._tokens) - length)
+        self._read(max(0, len(self._waiting) - taken_back))
+        count = len(self._tokens) - len(self._waiting)
+        none = torch.zeros(rows, 0, dtype=torch.long)
+        tokens = torch.stack(self._tokens[:count], dim=1) if count else none
+        counted = torch.stack(self._counted[:count], dim=1) if count else none.bool()
+        return self.prompt.probe_cache(self._running, tokens, counted)
+
+
 class ReplySession:
     """Feeds the tokens of the replies to the heads, one a row and pass, as the LM reads them.
 
@@ -45,6 +120,7 @@ class ReplySession:
         heads: those that read replies, by name.
         prompt: what reads the prompts; has the states of the heads that read both.
         eos_token_ids: tokens that end a reply. pad_token_id: the token that stands behind replies that have ended.
+        recorder: takes the tokens in as well, for the prompts that go on from here.
 
     Attributes:
         on_token: called at the end of each pass.
@@ -56,12 +132,14 @@ class ReplySession:
         prompt: PrefillSession,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int | None = None,
+        recorder: ReplyRecorder | None = None,
     ):
-        self.heads, self.prompt = heads, prompt
+        self.heads, self.prompt, self.recorder = heads, prompt, recorder
         self.on_token: Callable[[TokenScores], Any] | None = None
         self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
         self._pad = -1 if pad_token_id is None else pad_token_id
         self._layers: Collection[int] = {layer for head in heads.values() for layer in head.layer_indices}
+        self._layers |= recorder.layers if recorder is not None else set()
         self._live: torch.Tensor | None = None
         self._ended: torch.Tensor | None = None
         self._running: dict[str, Any] = {}
@@ -97,6 +175,9 @@ class ReplySession:
         with Capture(decoder, on_state, self._layers):
             yield
         with torch.no_grad():
+            if self.recorder is not None:
+                self.recorder.start(len(ids), self._ended)
+                self.recorder.take(states, ids[:, -1])
             scores = self._score(states, ids[:, -1])
         self._steps += 1
         if self.on_token is not None:
@@ -163,18 +244,18 @@ _NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def refuse_not_followed(heads: Collection[str], setting: Callable[[str], Any]) -> None:
+def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
     """Raises `ProbeError` where heads cannot follow the replies that a call of `generate()` writes.
 
     Args:
-        heads: names of those that read replies.
+        what: why they are to.
         setting: what the call uses for a setting, by its name; `None` where nothing says.
     """
     for name, (refused, why) in _NOT_FOLLOWED.items():
         value = setting(name)
         if value is not None and refused(value):
             raise ProbeError(
-                f"{name} cannot be used with heads that read the reply ({', '.join(heads)}): {why}, so a reply cannot be "
-                f"scored token by token. Allowed: greedy search and sampling, also with num_return_sequences. Leave {name} "
-                "out, or set_active_probes([...]) without these heads"
+                f"{name} cannot be used with {what}: {why}, so a reply cannot be read token by token. Allowed: greedy search "
+                f"and sampling, also with num_return_sequences. Leave {name} out, or go without these heads "
+                "(set_active_probes([...])) and without probe_state"
             )

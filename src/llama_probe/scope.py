@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def token_mask(
-    config: ProbeConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    config: ProbeConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, begun: bool = False
 ) -> torch.Tensor:
     """The tokens that count for a head.
 
@@ -30,6 +30,7 @@ def token_mask(
     Args:
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
+        begun: whether these are prompts that may go on: of a row that ends within the constant prefix nothing counts yet.
 
     Returns:
         `torch.BoolTensor` of shape `[batch, tokens]`.
@@ -61,8 +62,11 @@ def token_mask(
     count, width = len(config.prefix_ids), input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
     positions = first + torch.arange(count, device=input_ids.device)  # [B, prefix]
-    begins = (input_ids.gather(1, positions.clamp_max(width - 1)) == prefix).all(dim=1, keepdim=True)
-    begins &= first + count <= width  # [B, 1]
+    same = input_ids.gather(1, positions.clamp_max(width - 1)) == prefix
+    if begun:
+        same |= positions >= width
+    begins = same.all(dim=1, keepdim=True)
+    begins &= begun | (first + count <= width)  # [B, 1]
     if not bool(begins.all()):
         logger.warning_once(
             "A prompt does not begin with the constant prefix that a probe head was trained to leave out (another chat "

@@ -55,11 +55,11 @@ def plot(
     For each text a heat map of its tokens and the layers (PNG), and a page with the text coloured (HTML). Of the head its
     layer weights, confusion and reliability: measured on --data, else as they were kept when it was trained.
     """
+    from ..auto_class import AutoModelForProbedGeneration
     from ..backbones import backbone_target, load_backbone
     from ..errors import ProbeError
     from ..figure import new_figure
     from ..files import read_head, write_atomically
-    from ..modeling import AutoModelForProbedGeneration
     from ..reading import read_texts
     from ..resolve import check_name, default_name, resolve_head
 

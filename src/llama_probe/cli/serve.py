@@ -115,9 +115,9 @@ def classify(
 
 
 def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, size: int = 8):
+    from ..auto_class import AutoModelForProbedGeneration
     from ..backbones import backbone_target, load_backbone
     from ..errors import ProbeError
-    from ..modeling import AutoModelForProbedGeneration
     from ..prompts import PromptFormat
     from ..resolve import read_heads
 

@@ -9,6 +9,8 @@ from .aggregator import (
     probe_types,
     register_probe_type,
     repeat_rows,
+    select_rows,
+    take_slot,
 )
 from .attention import AttentionAggregator
 from .attentive import AttentivePoolingAggregator
@@ -34,4 +36,6 @@ __all__ = [
     "probe_types",
     "register_probe_type",
     "repeat_rows",
+    "select_rows",
+    "take_slot",
 ]

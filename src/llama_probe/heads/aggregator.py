@@ -8,7 +8,7 @@ Dimension letters used in all files of this folder:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -59,8 +59,10 @@ class Aggregator(nn.Module, ABC):
         normalize: of the config, where that leaves it open.
         convex: whether the classifier is all that is learned, and is fitted as a convex problem; see
             `llama_probe.fitting`. Others learn by gradient steps.
-        causal: of the instance; whether what is made of an item may depend on that item and earlier ones alone. The state is
-            then a tensor `[S, B, ...]` or a tuple of such, so that `join_slots` and `repeat_rows` can handle it.
+        causal: of the instance; whether what is made of an item may depend on that item and earlier ones alone.
+
+    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slot`, `repeat_rows` and
+    `select_rows` can handle it. `update` makes a new one and leaves the old one as it is: many prompts may go on from it.
     """
 
     reads: ClassVar[str] = "all"
@@ -150,17 +152,31 @@ def create_aggregator(config: ProbeConfig, num_slots: int, causal: bool = False)
 
 
 def join_slots(states: Sequence[Any]) -> Any:
-    """One state of all slots, from the states of consecutive slots; see `Aggregator.causal`."""
-    if isinstance(states[0], tuple):
-        return tuple(join_slots(parts) for parts in zip(*states, strict=True))
-    return torch.cat(list(states))
+    """One state of all slots, from the states of consecutive slots."""
+    if isinstance(states[0], (tuple, list)):
+        return type(states[0])(join_slots(parts) for parts in zip(*states, strict=True))
+    return None if states[0] is None else torch.cat(list(states))
+
+
+def take_slot(state: Any, slot: int) -> Any:
+    """The state of one slot, from one of all slots."""
+    return _each_tensor(state, lambda tensor: tensor[slot : slot + 1])
 
 
 def repeat_rows(state: Any, repeats: int) -> Any:
-    """A state in which each row stands `repeats` times, one after the other; see `Aggregator.causal`."""
-    if isinstance(state, tuple):
-        return tuple(repeat_rows(part, repeats) for part in state)
-    return state.repeat_interleave(repeats, dim=1)
+    """A state in which each row stands `repeats` times, one after the other."""
+    return state if repeats == 1 else _each_tensor(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
+
+
+def select_rows(state: Any, rows: torch.Tensor) -> Any:
+    """A state of the rows whose indices are given: `rows` is `[new_rows]`, on any device."""
+    return _each_tensor(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
+
+
+def _each_tensor(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(state, (tuple, list)):
+        return type(state)(_each_tensor(part, change) for part in state)
+    return None if state is None else change(state)
 
 
 def last_valid(mask: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class AttentionAggregator(Aggregator):
         if self.causal:
             return self._update_causal(state, x, mask, slots)
         chunks = [] if state is None else state
-        return [*chunks, (self._project(x, slots), mask)]
+        return [*chunks, (self._project(x, slots), None if mask is None else mask.expand(len(x), -1, -1))]
 
     def _update_causal(self, state, x, mask, slots):
         slot_count, batch, items, _ = x.shape
@@ -135,7 +135,7 @@ class AttentionAggregator(Aggregator):
     def _joined_mask(state) -> torch.Tensor | None:
         if all(mask is None for _, mask in state):
             return None
-        masks = [qkv.new_ones(qkv.shape[1:3], dtype=torch.bool) if mask is None else mask for qkv, mask in state]
+        masks = [qkv.new_ones(qkv.shape[1:3], dtype=torch.bool) if mask is None else mask[0] for qkv, mask in state]
         return torch.cat(masks, dim=1)
 
 

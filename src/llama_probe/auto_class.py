@@ -1,0 +1,91 @@
+"""`AutoModelForProbedGeneration`: heads on a causal LM of any family."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
+
+from .capture import without_peft
+from .configuration import ProbeConfig
+from .errors import ProbeError
+from .families import load_causal_lm
+from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin, change_class
+from .probe import ProbeModel
+from .resolve import ProbeSpec, read_heads_beside
+
+
+_PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
+
+
+def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The probed class of a causal LM class, made on first use.
+
+    Raises:
+        ProbeError: the class does not generate text as a decoder does.
+    """
+    if issubclass(causal_lm_class, ProbedGenerationMixin):
+        return causal_lm_class
+    if not issubclass(causal_lm_class, GenerationMixin):
+        raise ProbeError(f"{causal_lm_class.__name__} is no causal LM: heads attach to classes that generate text")
+    if causal_lm_class not in _PROBED_CLASSES:
+        name = causal_lm_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        # Gemma3ForCausalLM and Gemma3ForConditionalGeneration are two classes
+        stem = name.removesuffix("ForConditionalGeneration")
+        name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
+        namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
+        # of two threads that come here at once, both get the same
+        _PROBED_CLASSES.setdefault(causal_lm_class, type(name, (ProbedGenerationMixin, causal_lm_class), namespace))
+    return _PROBED_CLASSES[causal_lm_class]
+
+
+class AutoModelForProbedGeneration:
+    """Picks the probed class for any causal LM that transformers can load."""
+
+    def __init__(self):
+        raise ProbeError("use AutoModelForProbedGeneration.from_pretrained(...) or .from_causal_lm(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        probe: ProbeSpec | None = None,
+        probe_revision: str | None = None,
+        probe_namespace: str | None = None,
+        probe_strict: bool = False,
+        **kwargs,
+    ):
+        """`AutoModelForCausalLM.from_pretrained` with heads; see `LlamaForProbedGeneration.from_pretrained`.
+
+        Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
+        """
+        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
+        loaded = load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs)
+        lm = loaded[0] if isinstance(loaded, tuple) else loaded
+        cls.from_causal_lm(lm, heads, probe_strict)
+        return loaded
+
+    @classmethod
+    def from_causal_lm(
+        cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
+    ) -> PreTrainedModel:
+        """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
+        base = without_peft(lm)
+        plain = getattr(type(base), "_causal_lm_class", None)
+        if plain is not None and not isinstance(base, ProbedGenerationMixin):
+            # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).
+            own = {name: _copy_head(head) for name, head in base.probes.items()}
+            del base.probes, base._active_probes
+            change_class(base, plain)
+            probed_class(plain).from_causal_lm(base, own)
+        return probed_class(type(base)).from_causal_lm(base, probe, strict)
+
+
+def _copy_head(head: nn.Module) -> ProbeModel:
+    """A head of another copy of this code as one of this copy."""
+    config, _ = ProbeConfig.from_dict(head.config.to_dict())
+    copied = ProbeModel(config)
+    copied.load_state_dict(head.state_dict())
+    return copied

@@ -1,0 +1,90 @@
+"""Outputs of the LM that carry what heads say."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import make_dataclass
+from typing import Any
+
+import torch
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from .configuration import ProbeConfig
+from .decision import DecidedMixin, labels, probabilities
+from .halting import Halt
+from .state import ProbeCache
+
+
+class ProbedOutputMixin(DecidedMixin):
+    """Adds what the heads say to an output of the LM.
+
+    `probe_logits` is `None` where no head ran. `probe_halts` has one entry a prompt, the `Halt` that kept it from a reply
+    or `None`; it is `None` where nothing was to be halted. Where replies could be halted, it has one entry a row.
+
+    `probe_token_logits` has the heads that read replies, and is `None` where there is none: `[rows, new_tokens - 1,
+    num_labels]` a head, column t the score of all that counts up to the t-th token of the reply, from 0. The last token is
+    read by nobody and has none. From the end of a reply on, and at its padding, there is NaN.
+
+    `probe_state` is what the heads keep of the tokens that `cache` holds, a `ProbeCache`, where it was asked for; else `None`.
+    """
+
+    @property
+    def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
+        """`[batch, num_labels]` a head, with its saved temperature."""
+        if self.probe_logits is None:
+            return None
+        return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_logits.items()}
+
+    @property
+    def probe_labels(self) -> dict[str, list[Any]] | None:
+        """Label names a head and row, with its saved temperature and threshold."""
+        probs = self.probe_probabilities
+        return None if probs is None else {name: labels(value, self._config_of(name)) for name, value in probs.items()}
+
+    @property
+    def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
+        """As `probe_token_logits`, with the head's saved temperature."""
+        if self.probe_token_logits is None:
+            return None
+        return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_token_logits.items()}
+
+
+@functools.cache
+def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
+    """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and what `ProbedOutputMixin` adds."""
+    tensors = "dict[str, torch.Tensor] | None"
+    return make_dataclass(
+        f"Probed{base.__name__}",
+        [
+            ("probe_logits", tensors, None),
+            ("probe_halts", "list[Halt | None] | None", None),
+            ("probe_token_logits", tensors, None),
+            ("probe_state", "ProbeCache | None", None),
+        ],
+        bases=(ProbedOutputMixin, base),
+        namespace={"__module__": __name__, "__doc__": f"{base.__name__} with `probe_logits`: logits by head name."},
+    )
+
+
+ProbedCausalLMOutputWithPast = probed_output_class(CausalLMOutputWithPast)
+ProbedGenerateDecoderOnlyOutput = probed_output_class(GenerateDecoderOnlyOutput)
+ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnlyOutput)
+
+
+def with_probe_logits(
+    output: ModelOutput,
+    probe_logits: dict[str, torch.Tensor] | None,
+    configs: dict[str, ProbeConfig],
+    halts: Sequence[Halt | None] | None = None,
+    token_logits: dict[str, torch.Tensor] | None = None,
+    state: ProbeCache | None = None,
+) -> ModelOutput:
+    """A copy of an LM's output that carries the heads' logits and state, knows their labels, and says what was halted."""
+    probed = probed_output_class(type(output))(
+        **output, probe_logits=probe_logits, probe_halts=halts, probe_token_logits=token_logits, probe_state=state
+    )
+    probed.__dict__["_probe_configs"] = configs
+    return probed
