@@ -111,19 +111,30 @@ class PrefillSession:
                 "the decoding method does not run the LM over the prompt as it was given (a part of it, or other rows): "
                 "a part of a prompt is not scored. set_active_probes([]) generates without heads"
             )
-        wanted = {layer for head in self.heads.values() for layer in head.layer_indices}
+        readers = self._readers_by_layer()
 
         def on_state(layer: int, hidden: torch.Tensor) -> None:
+            hidden = hidden[::repeats, :width]
             with torch.no_grad():  # the LM's own gradients, where it is being trained, are none of the heads' business
-                for name, head in self.heads.items():
-                    head.step(self.states[name], layer, hidden[::repeats, :width])
+                for heads in readers[layer]:
+                    normalized = self.heads[heads[0]].normalize(hidden) if len(heads) > 1 else None
+                    for name in heads:
+                        self.heads[name].step(self.states[name], layer, hidden, normalized)
 
-        with Capture(decoder, on_state, wanted):
+        with Capture(decoder, on_state, readers):
             yield
         self.seen += width
         self.cache = inputs.get("cache")
         if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
+
+    def _readers_by_layer(self) -> dict[int, list[list[str]]]:
+        """For each layer that is read the heads that read it; those that normalise its states alike stand together."""
+        found: dict[int, dict[tuple[str | None, torch.device], list[str]]] = {}
+        for name, head in self.heads.items():
+            for layer in head.layer_indices:
+                found.setdefault(layer, {}).setdefault((head.config.normalize, head.device), []).append(name)
+        return {layer: list(alike.values()) for layer, alike in found.items()}
 
     def results(self) -> dict[str, ProbeOutput]:
         """`ProbeOutput` of each head.

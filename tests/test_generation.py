@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts
+from conftest import make_lm, make_probe, make_prompts
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
@@ -190,7 +190,7 @@ def test_heads_do_not_run_while_tokens_are_decoded(prompts, monkeypatch):
     original = type(model.probes["gate"]).step
     monkeypatch.setattr(type(model.probes["gate"]), "step", lambda *args: (steps.append(1), original(*args))[1])
     model.generate(prompts, max_new_tokens=6, eos_token_id=None)
-    assert len(steps) == len(KINDS) * (LAYERS + 1)
+    assert len(steps) == sum(len(probe.layer_indices) for probe in model.probes.values())
 
 
 class Tokens(BaseStreamer):

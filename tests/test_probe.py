@@ -362,3 +362,16 @@ class TestRefusals:
         state = probe.init_state(torch.ones(2, 5), output_attentions=True)
         with pytest.raises(ProbeError, match="one chunk"):
             probe.step(state, 0, self.states[0][:, :3])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_heads_compile_without_a_graph_break(name):
+    """A head as a whole, and its steps over one more token, are one graph each."""
+    probe = make_probe(probe_type=name)
+    x = torch.randn(len(probe.layer_indices), 2, 6, HIDDEN)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    assert torch._dynamo.explain(probe.score)(x, mask).graph_break_count == 0
+    follower = make_probe(probe_type=name, token_scope="response")
+    running, _ = follower.extend(None, x[:, :, :5], mask[:, :5])
+    found = torch._dynamo.explain(follower.extend)(running, x[:, :, 5:], mask[:, 5:])
+    assert found.graph_break_count == 0

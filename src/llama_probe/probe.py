@@ -313,7 +313,9 @@ class ProbeModel(nn.Module):
                 state.summaries = dict(enumerate(self.token_stage.result(running, slice(None))))
         return state
 
-    def step(self, state: ProbeState, layer: int, hidden: torch.Tensor) -> None:
+    def step(
+        self, state: ProbeState, layer: int, hidden: torch.Tensor, normalized: torch.Tensor | None = None
+    ) -> None:
         """Takes in the states of one layer for the next chunk of the prompt.
 
         Args:
@@ -321,6 +323,7 @@ class ProbeModel(nn.Module):
             layer: index of the state, 0 (embeddings) to L (after the final norm). Layers that the head does not read
                 are ignored.
             hidden (`torch.Tensor` of shape `[batch, n, hidden_size]`): states of the next n prompt tokens.
+            normalized (`[batch, n, hidden_size]`, *optional*): what `normalize` makes of them, where several heads share it.
         """
         slot = self._slots.get(layer)
         if slot is None:
@@ -333,7 +336,9 @@ class ProbeModel(nn.Module):
         low, high = max(begin, state.start), min(end, state.stop)
         slots = slice(slot, slot + 1)
         if low < high:
-            x = self.normalize(hidden[None, :, low - begin : high - begin])  # [1, B, n, D]
+            part = slice(low - begin, high - begin)
+            # [1, B, n, D]
+            x = self.normalize(hidden[None, :, part]) if normalized is None else normalized[None, :, part]
             mask = None if state.full else state.mask[:, low:high]
             state.partial[slot] = self.token_stage.update(state.partial.get(slot), x, mask, slots)
             if state.output_attentions:
