@@ -28,6 +28,8 @@ class AttentionAggregator(Aggregator):
         super().__init__(num_slots, config)
         self.num_heads = config.num_attention_heads
         self.inner_size = config.hidden_size // config.downcast
+        self.head_size = self.inner_size // self.num_heads
+        self.scale = 1 / math.sqrt(self.head_size)
         self.qkv = nn.Parameter(torch.empty(num_slots, 3 * self.inner_size, config.hidden_size))
         self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.inner_size))
         self.reset_parameters()
@@ -57,10 +59,14 @@ class AttentionAggregator(Aggregator):
         flat = torch.matmul(x.reshape(slot_count, batch * items, hidden), self.qkv[slots].transpose(1, 2))
         return flat.view(slot_count, batch, items, 3 * self.inner_size)
 
-    def _split(self, qkv: torch.Tensor) -> torch.Tensor:
-        """`[S, B, N, 3 d_inner]` to query, key and value of shape `[S * B, heads, N, d_inner / heads]` each."""
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`[S, B, N, 3 d_inner]` to query, key and value of shape `[S * B, heads, N, d_inner / heads]` each.
+
+        Zeros fill them up to a multiple of eight dimensions: attention kernels have fast paths for these alone.
+        """
         slot_count, batch, items, _ = qkv.shape
-        qkv = qkv.view(slot_count * batch, items, 3, self.num_heads, -1)
+        qkv = qkv.view(slot_count * batch, items, 3, self.num_heads, self.head_size)
+        qkv = F.pad(qkv, (0, -self.head_size % 8))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def update(self, state, x, mask, slots):
@@ -112,8 +118,8 @@ class AttentionAggregator(Aggregator):
         attention_mask = None
         if mask is not None:  # every query of a row sees that row's valid keys
             attention_mask = mask.repeat(slot_count, 1)[:, None, None, :]  # [S * B, 1, 1, N]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        mixed = mixed.transpose(1, 2).reshape(slot_count, batch, items, self.inner_size)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
+        mixed = mixed[..., : self.head_size].transpose(1, 2).reshape(slot_count, batch, items, self.inner_size)
         if self.pool == "mean":
             return torch.matmul(masked_mean(mixed, mask), self.out[slots].transpose(1, 2))  # [S, B, D]
         return masked_max(self._project_back(mixed, slots), mask)
@@ -122,7 +128,7 @@ class AttentionAggregator(Aggregator):
         """Attention that each item receives, averaged over heads and over the valid queries."""
         slot_count, batch, items, _ = x.shape
         query, key, _ = self._split(self._project(x, slots))
-        scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])  # [S * B, heads, N, N]
+        scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale  # [S * B, heads, N, N]
         if self.causal:
             seen = _earlier(x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask, items)
             scores = scores.masked_fill(~seen.repeat(slot_count, 1, 1)[:, None], float("-inf"))
