@@ -138,10 +138,10 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
     lines = [
         {
             "ask": f"number {i}?",
-            "text": ("fine, all is good", "fine, but bad bad bad")[i % 2] + "!" * (i % 3),
+            "text": ("fine, all is good", "fine, BAD BAD BAD BAD!")[i % 2] + "!" * (i % 3),
             "label": i % 2,
         }
-        for i in range(60)
+        for i in range(100)
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run = TrainingRun(
@@ -151,7 +151,7 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
         ),
         output=tmp_path / "guard",
         head={"probe_type": "gate", "token_scope": "response"},
-        recipe=Recipe(num_train_epochs=4, learning_rate=0.03),
+        recipe=Recipe(num_train_epochs=6, learning_rate=0.03),
         seeds=[0, 1],
     )
     results = run.execute()
@@ -160,9 +160,9 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
         rules = found["halting"]["labels"]["awful"]
         (best,) = [rule for rule in rules if rule["chosen"]]
         assert best["validation"]["false_halts"] <= 0.05
-        assert best["test"]["rows"] == 15 and best["test"]["detected"] > 0.5
+        assert best["test"]["rows"] == 25 and best["test"]["detected"] > 0.5
         assert best["test"]["delay"]["median"] > len("fine, "), "the two begin alike, a token a letter"
     card = (tmp_path / "guard" / "README.md").read_text()
-    assert "Replies halted by `awful` while they are written, 15 test rows" in card
+    assert "Replies halted by `awful` while they are written, 25 test rows" in card
     assert "gives one of `fine`, `awful` after each token of it" in card
-    assert f"test 15 rows ({'25%'} of train)" in card
+    assert f"test 25 rows ({'25%'} of train)" in card

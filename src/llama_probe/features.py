@@ -78,6 +78,33 @@ class StateDataset(Dataset):
         return {"input_ids": self.tokens[row], "hidden_states": states, "labels": self.labels[row]}
 
 
+class CutReplies(Dataset):
+    """Rows that end with replies, of which every other one, by chance, is seen cut short: for heads that follow a reply.
+
+    Such a head is asked after every token; trained on whole replies alone, it is sure of itself after the first few.
+
+    Args:
+        dataset: a `PromptDataset` or a `StateDataset`.
+        lengths: tokens of each reply.
+    """
+
+    def __init__(self, dataset: Dataset, lengths: Sequence[int]):
+        self.dataset, self.lengths = dataset, lengths
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict:
+        item = dict(self.dataset[row])
+        if torch.rand(()) < 0.5:
+            left = int(torch.randint(1, self.lengths[row] + 1, ()))
+            stop = len(item["input_ids"]) - self.lengths[row] + left
+            for name in ("input_ids", "hidden_states", "probe_mask"):
+                if name in item:
+                    item[name] = item[name][:stop]
+        return item
+
+
 class StateCache:
     """A folder of cached hidden states, one sub-folder for each set of prompts.
 

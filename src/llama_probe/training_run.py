@@ -25,7 +25,7 @@ from .data_sources import FOLDS, DataSources
 from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
-from .features import PromptDataset, StateCache
+from .features import CutReplies, PromptDataset, StateCache
 from .files import environment, save_head
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier
@@ -222,17 +222,20 @@ class TrainingRun:
     def _train(self, seed: int, prepared: Prepared, checkpoints: Path) -> dict[str, Any]:
         """A head, what was measured of it, and the logits of the validation rows that it was judged by."""
         datasets = prepared.datasets
+        trained = datasets["train"]
+        if prepared.config.reads_reply:
+            trained = CutReplies(trained, prepared.reply_lengths["train"])
         if not prepared.folds:
-            probe, epochs = self._fit(seed, prepared, datasets["train"], datasets["validation"], checkpoints)
+            probe, epochs = self._fit(seed, prepared, trained, datasets["validation"], checkpoints)
             logits = predict_logits(probe, datasets["validation"])
         else:
             train = datasets["train"]
             logits = torch.empty(len(train), prepared.config.num_labels)
             for number, held in enumerate(tqdm(prepared.folds, desc="folds", unit=" folds", leave=False)):
-                rest = Subset(train, np.setdiff1d(np.arange(len(train)), held).tolist())
+                rest = Subset(trained, np.setdiff1d(np.arange(len(train)), held).tolist())
                 part, _ = self._fit(seed, prepared, rest, None, checkpoints / f"fold-{number}")
                 logits[torch.from_numpy(held)] = predict_logits(part, Subset(train, held.tolist()))
-            probe, epochs = self._fit(seed, prepared, train, None, checkpoints / "all")
+            probe, epochs = self._fit(seed, prepared, trained, None, checkpoints / "all")
         result = {"seed": seed, "epochs": epochs, **self.judge(probe, prepared, logits)}
         return {"probe": probe, "result": result, "logits": logits}
 
