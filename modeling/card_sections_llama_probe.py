@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,16 +35,19 @@ def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None,
     else:
         gives = f"gives one of {labels}"
     size = f", {results['num_parameters']:,} parameters" if results else ""
+    when = {
+        "response": f"writes its reply, and {gives} after each token of it",
+        "all": f"reads the prompt and writes its reply, and {gives} after the prompt and after each token of the reply",
+    }.get(config.token_scope, f"reads the prompt, and {gives} in the pass that starts the reply")
     return (
         f"# {name}\n\nA probe head for {link}"
         + (f", {trained}" if results else "")
-        + f". It reads the hidden states of the frozen model while the model reads the prompt, and {gives} in the pass "
-        f"that starts the reply. Kind `{config.probe_type}` of arXiv 2601.13288{size}; the backbone is not changed."
+        + f". It reads the hidden states of the frozen model while the model {when}. Kind `{config.probe_type}` of arXiv 2601.13288{size}; the backbone is not changed."
     )
 
 
-def usage(source: str, name: str, config: ProbeConfig) -> str:
-    """Code that works when pasted."""
+def usage(source: str, name: str, config: ProbeConfig, halting: Sequence[dict[str, Any]] | None = None) -> str:
+    """Code that works when pasted; with the rules of `halting_rules` for the last label, where there are any."""
     base = config.base_model_name_or_path or "the-backbone"
     if config.prompt_format == "chat":
         turns = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
@@ -55,6 +59,18 @@ def usage(source: str, name: str, config: ProbeConfig) -> str:
         )
     else:
         prompt = 'inputs = tokenizer("The rain has stopped.", return_tensors="pt")'
+    if config.reads_reply:
+        (rule,) = [rule for rule in (halting or []) if rule["chosen"]] or [{}]
+        options = {"label": list(config.id2label.values())[-1], "threshold": 0.5}
+        if rule:
+            options |= {"threshold": round(rule["threshold"], 3), "patience": rule["patience"]}
+        found = f'''out = model.generate(**inputs, max_new_tokens=40, halt_on={{"{name}": {json.dumps(options, ensure_ascii=False)}}})
+print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
+print(out.probe_token_probabilities["{name}"], out.probe_halts)'''
+    else:
+        found = f'''out = model.generate(**inputs, max_new_tokens=40)
+print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
+print(out.probe_labels["{name}"], out.probe_probabilities["{name}"])'''
     return f"""```python
 from transformers import AutoModel, AutoTokenizer
 import llama_probe
@@ -62,9 +78,7 @@ import llama_probe
 model = AutoModel.from_pretrained("{base}", probe="{source}")
 tokenizer = AutoTokenizer.from_pretrained("{base}")
 {prompt}
-out = model.generate(**inputs, max_new_tokens=40)
-print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-print(out.probe_labels["{name}"], out.probe_probabilities["{name}"])
+{found}
 ```"""
 
 
@@ -91,6 +105,7 @@ def measurements(config: ProbeConfig, results: dict[str, Any], split: str, plots
                 f"| {mark}{row['threshold']:.3f}{mark} | {precision} | {row['recall']:.3f} | {row['flagged']:.1%} |"
             )
         parts.append("\n".join(lines))
+    parts += _halting_tables(results)
     if "calibration" in inspection:
         found = inspection["calibration"]
         parts.append(
@@ -186,6 +201,49 @@ def _result_table(results: dict[str, Any], split: str) -> str:
         ]
         lines.append(f"| {title} | {part['rows']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _halting_tables(results: dict[str, Any]) -> list[str]:
+    """For each label what ends replies, and what that does; nothing of a head that does not read them."""
+    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
+    halting = chosen.get("halting", {"labels": {}})
+    tables = []
+    for label, rules in halting["labels"].items():
+        split = "test" if "test" in rules[0] else "validation"
+        lines = [
+            f"Replies halted by `{label}` while they are written, {rules[0][split]['rows']} {split} rows. The thresholds are "
+            f"those that halt at most {halting['max_false_halts']:.0%} of the other validation replies (bold: what detects "
+            "most of them there). The delay is the tokens read of a detected reply when it is halted, counted from its "
+            "beginning, wherever in it the reason lies.",
+            "",
+            "| patience | threshold | detected | halted in vain | delay, median | delay, 90 % below | of the reply, median |",
+            "|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for place, rule in enumerate(rules):
+            runs = [run["halting"]["labels"][label][place][split] for run in results["runs"]]
+            mark = "**" if rule["chosen"] else ""
+            cells = [
+                _with_spread([run["detected"] for run in runs], rule[split]["detected"], ".1%"),
+                _with_spread([run["false_halts"] for run in runs], rule[split]["false_halts"], ".1%"),
+                *(
+                    _with_spread([run["delay"][key] for run in runs], rule[split]["delay"][key], form)
+                    for key, form in (("median", ".0f"), ("p90", ".0f"), ("share", ".0%"))
+                ),
+            ]
+            lines.append(
+                f"| {mark}{rule['patience']}{mark} | {mark}{rule['threshold']:.3f}{mark} | {' | '.join(cells)} |"
+            )
+        tables.append("\n".join(lines))
+    return tables
+
+
+def _with_spread(values: Sequence[float | None], own: float | None, form: str) -> str:
+    """This head's value, and mean and standard deviation over the seeds where all have one."""
+    if own is None:
+        return "-"
+    if len(values) < 2 or None in values:
+        return f"{own:{form}}"
+    return f"{own:{form}} ({statistics.mean(values):{form}} ± {statistics.stdev(values):{form}})"
 
 
 def _validation_rows(results: dict[str, Any]) -> str:

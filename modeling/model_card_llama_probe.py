@@ -91,7 +91,11 @@ def create_card(
         tags=list(dict.fromkeys(["llama_probe", "probe", f"probe-{config.probe_type}", *tags])),
         **scores,
     )
-    body = [introduction(name, config, results, facts), "## Use", usage(source, name, config)]
+    halting = None
+    if results:
+        chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
+        halting = chosen.get("halting", {"labels": {}})["labels"].get(list(config.id2label.values())[-1])
+    body = [introduction(name, config, results, facts), "## Use", usage(source, name, config, halting)]
     if results:
         plots = [name for name in PLOT_NAMES if (folder / name).is_file()]
         body += ["## Results", *measurements(config, results, split, plots)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,20 @@ Text = str | list[dict[str, str]]
 
 # Texts that share neither their first nor their last token; what all their prompts share is the template's own.
 _DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.")
+
+
+class EncodedTexts(NamedTuple):
+    """What a head reads.
+
+    Attributes:
+        ids: token ids of each text.
+        masks: which of them count, where `token_mask` cannot tell it from the ids.
+        reply_lengths: tokens of the reply that each text ends with, for heads that read replies.
+    """
+
+    ids: list[list[int]]
+    masks: list[list[bool]] | None = None
+    reply_lengths: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,14 +156,13 @@ class PromptFormat:
             logger.warning(f"{cut} of {len(encoded)} rows were cut to max_length={self.max_length} tokens")
         return encoded, masks
 
-    def encode_for(
-        self, config: ProbeConfig, texts: Sequence[Text]
-    ) -> tuple[list[list[int]], list[list[bool]] | None]:
-        """Token ids of what a head reads, and which of them count where `token_mask` cannot tell it from the ids."""
+    def encode_for(self, config: ProbeConfig, texts: Sequence[Text]) -> EncodedTexts:
+        """What a head reads of texts; see `encode` and `encode_replies`."""
         if not config.reads_reply:
-            return self.encode(texts), None
+            return EncodedTexts(self.encode(texts))
         encoded, masks = self.encode_replies(texts)
-        return encoded, masks if config.token_scope == "response" else None
+        lengths = [sum(mask) for mask in masks]
+        return EncodedTexts(encoded, masks if config.token_scope == "response" else None, lengths)
 
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` of shape `[batch, tokens]`, ready for `generate(**batch)`."""
@@ -169,6 +182,12 @@ class PromptFormat:
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # The template has written every special token already.
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
+    """A prompt - a text, or chat messages - with the reply to it, as chat messages."""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [*before, {"role": "assistant", "content": reply}]
 
 
 def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
