@@ -47,6 +47,7 @@ def evaluate(
     """Score a head on labelled rows, with its saved temperature and threshold."""
     from ..backbones import backbone_target, load_backbone
     from ..data import read_labelled
+    from ..distributed import is_main, process_group
     from ..errors import ProbeError
     from ..evaluation import detailed_report, predict_logits
     from ..features import PromptDataset
@@ -56,7 +57,7 @@ def evaluate(
     from ..prompts import PromptFormat
     from ..resolve import resolve_head
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = read_head(resolve_head(probe, backbone_target(backbone)))
         config = head.config
         names = list(config.id2label.values())
@@ -80,7 +81,9 @@ def evaluate(
         prompts, masks = PromptFormat.from_config(config, tokenizer).encode_for(config, rows.texts)
         logits = predict_logits(head, PromptDataset(prompts, rows.labels, masks), progress=True)
         columns = {column: rows.columns[column] for column in slices}
-        result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
+        result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed) if is_main() else None
+    if result is None:
+        return
     if as_json:
         print(json.dumps(result))
         return
