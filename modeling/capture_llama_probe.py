@@ -142,6 +142,11 @@ def without_peft(lm: nn.Module) -> nn.Module:
     return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
 
 
+def is_tensor_parallel(lm: nn.Module | None) -> bool:
+    """Whether each of several processes has a part of every layer (`tp_plan`), so that all must run it on the same rows."""
+    return lm is not None and (getattr(without_peft(lm), "_tp_size", None) or 1) > 1
+
+
 def find_decoder(lm: nn.Module) -> Decoder:
     """Finds the decoder of a causal LM, also inside a PEFT model.
 

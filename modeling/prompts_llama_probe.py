@@ -184,6 +184,12 @@ class PromptFormat:
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
+def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
+    """A prompt - a text, or chat messages - with the reply to it, as chat messages."""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [*before, {"role": "assistant", "content": reply}]
+
+
 def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
     """The messages before an assistant's turn, and what it says.
 

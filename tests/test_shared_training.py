@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from llama_probe import ProbeConfig, ProbeError, shared_training
 from llama_probe.features import PromptDataset, StateCache
-from llama_probe.shared_training import CHECKPOINT_NAME, Candidate, SharedTraining
+from llama_probe.learners import Candidate
+from llama_probe.shared_training import CHECKPOINT_NAME, SharedTraining
 from llama_probe.training import ProbeLoss
 
 

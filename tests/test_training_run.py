@@ -14,7 +14,7 @@ from llama_probe.evaluation import predict_logits
 from llama_probe.files import read_head
 from llama_probe.metrics import score
 from llama_probe.recipe import Recipe
-from llama_probe.training_run import TrainingRun
+from llama_probe.training_run import TrainingRun, _last_checkpoint
 
 
 def write(path, count, labels=2):
@@ -166,3 +166,13 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
     assert "Replies halted by `awful` while they are written, 25 test rows" in card
     assert "gives one of `fine`, `awful` after each token of it" in card
     assert f"test 25 rows ({'25%'} of train)" in card
+
+
+def test_half_of_a_checkpoint_is_none(tmp_path):
+    assert _last_checkpoint(tmp_path / "none") is None
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .errors import ProbeError
 from .known_data import BENCHMARKS, Benchmark, HubSplit, find_benchmark
-from .prompts import Text
+from .prompts import Text, exchange
 
 
 logger = logging.get_logger(__name__)
@@ -317,8 +317,7 @@ def _is_empty(text: Any, label: Any) -> bool:
 def _exchange(source: str, row: int, prompt: Text, reply: str) -> list[dict[str, str]]:
     if not prompt or not isinstance(reply, str) or not reply.strip():
         raise ProbeError(f"{source}: row {row} has no prompt, or no text as its reply")
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*before, {"role": "assistant", "content": reply}]
+    return exchange(prompt, reply)
 
 
 def _labelled(

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from .calibration import highest_recall_threshold
 from .configuration import ProbeConfig
 from .decision import probabilities
+from .distributed import gather
 from .features import iterate_states
 from .probe import ProbeModel
 
@@ -38,11 +39,12 @@ def follow_replies(
         lm, batch_tokens, progress: see `iterate_states`.
 
     Returns:
-        For each row logits `[reply_tokens, num_labels]`; the last are those of the whole row.
+        For each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group the ranks
+        score a share of the rows each, and all get the whole.
     """
     probe.eval()
-    found: list[torch.Tensor] = [torch.empty(0)] * len(dataset)
-    batches = iterate_states(dataset, probe.config, lm, batch_tokens, progress, probe.layer_indices)
+    found: dict[int, torch.Tensor] = {}
+    batches = iterate_states(dataset, probe.config, lm, batch_tokens, progress, probe.layer_indices, divided=True)
     for rows, states, mask in batches:
         if states.shape[1] != len(probe.layer_indices):  # a cache with more layers than this head reads
             states = states[:, probe.layer_indices]
@@ -56,7 +58,8 @@ def follow_replies(
         logits = _stream(probe, x, before, replies)  # [B, R, num_labels]
         for i, row in enumerate(rows):
             found[row] = logits[i, : lengths[row]]
-    return found
+    found = {row: scores for part in gather(found) for row, scores in part.items()}
+    return [found[row] for row in range(len(dataset))]
 
 
 @torch.no_grad()

@@ -13,8 +13,10 @@ from tqdm.auto import tqdm
 
 from .bootstrap import intervals, score_statistic
 from .calibration import calibration_gaps, reliability, threshold_table
+from .capture import is_tensor_parallel
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probabilities
+from .distributed import is_main, merge_rows, share
 from .errors import ProbeError
 from .features import ProbeCollator, iterate_states
 from .metrics import confusion, label_scores, outcomes, score
@@ -22,11 +24,15 @@ from .probe import ProbeModel
 
 
 def predict_logits(probe: ProbeModel, dataset: Dataset, batch_size: int = 32, progress: bool = False) -> torch.Tensor:
-    """Logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order."""
-    logits = torch.empty(len(dataset), probe.config.num_labels)
+    """Logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order.
+
+    In a process group (see `llama_probe.distributed`) the ranks score a share of the rows each, and all get the whole.
+    """
+    logits, scored = torch.empty(len(dataset), probe.config.num_labels), []
     for rows, output in _outputs(probe, dataset, batch_size, progress):
         logits[rows] = output.logits.cpu()
-    return logits
+        scored += rows
+    return merge_rows(scored, logits)
 
 
 def score_together(
@@ -83,9 +89,11 @@ def inspect_head(
     """
     config = probe.config
     found_logits = torch.empty(len(dataset), config.num_labels)
-    weights = torch.empty(len(dataset), len(probe.layer_indices))
+    weights, scored = torch.empty(len(dataset), len(probe.layer_indices)), []
     for rows, output in _outputs(probe, dataset, batch_size, progress, output_attentions=True):
         found_logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
+        scored += rows
+    found_logits, weights = merge_rows(scored, found_logits), merge_rows(scored, weights)
     logits = found_logits if logits is None else logits
     by_label = {}
     for index, name in config.id2label.items():
@@ -110,12 +118,15 @@ def inspect_head(
 
 
 def _outputs(probe: ProbeModel, dataset: Dataset, batch_size: int, progress: bool = False, **kwargs):
-    """Row numbers and `ProbeOutput` of each batch; rows of like length go together."""
+    """Row numbers and `ProbeOutput` of each batch of this rank; rows of like length go together."""
     probe.eval()
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batches if is_tensor_parallel(probe.backbone) else share(batches)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=ProbeCollator())
-    for rows, batch in zip(batches, tqdm(loader, desc="scoring", disable=not progress, leave=False), strict=True):
+    for rows, batch in zip(
+        batches, tqdm(loader, desc="scoring", disable=not (progress and is_main()), leave=False), strict=True
+    ):
         batch.pop("labels")
         with torch.no_grad():
             yield rows, probe(**batch, **kwargs)

@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .capture import collect_hidden_states, find_decoder, prefill
+from .capture import collect_hidden_states, find_decoder, is_tensor_parallel, prefill
 from .configuration import ProbeConfig
+from .distributed import barrier, is_main, on_main, share, world_size
 from .errors import ProbeError
 from .heads import get_probe_type
 from .scope import check_rows, token_mask, tokens_read
@@ -110,7 +112,8 @@ class StateCache:
 
     What is cached is only the tokens and layers that the head reads. An entry is found again by the prompts, the scope, the
     dtype, the backbone's weights and what is read of it, and one with all that any head reads serves every head; anything
-    else is computed anew.
+    else is computed anew. In a process group (see `llama_probe.distributed`) the ranks compute a share of the rows each, and
+    must see the same folder.
 
     Args:
         folder: where to keep the states; created where it is missing.
@@ -149,16 +152,19 @@ class StateCache:
             key.update(json.dumps(masks).encode())
         entry = self.folder / key.hexdigest()[:32]
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
-        if not (entry / _META).is_file() and (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
+        there = on_main(lambda: (entry / _META).is_file())
+        if not there and (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
             key.update(json.dumps([reads, layers]).encode())
             entry = self.folder / key.hexdigest()[:32]
-        if not (entry / _META).is_file():
+            there = on_main(lambda: (entry / _META).is_file())
+        if not there:
             self._compute(entry, lm, config, prompts, batch_tokens, masks)
         return StateDataset(entry, labels)
 
     def delete(self) -> None:
         """Removes the cache from disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _compute(self, entry: Path, lm, config, prompts, batch_tokens, masks=None) -> None:
         decoder = find_decoder(lm)
@@ -173,50 +179,64 @@ class StateCache:
         offsets = np.concatenate([[0], np.cumsum(counts)]).tolist()
         shape = (len(config.layer_indices), decoder.hidden_size)
         size = offsets[-1] * int(np.prod(shape)) * self.dtype.itemsize
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
         logger.warning(
             f"caching hidden states of {len(prompts)} prompts, {size / 1e9:.2f} GB, in {self.folder} "
             "(they can hold what the texts hold: treat them alike)"
         )
+        scratch = on_main(lambda: self._reserve(size))
+        try:
+            # The LM runs once over what all prompts begin with and no head reads.
+            skip = _shared_prefix(prompts, masks)
+            prefix = prefill(lm, prompts[0][:skip]) if skip else None
+            skip = 0 if prefix is None else skip
+            rests = [ids[skip:] for ids in prompts]
+            batches = length_batches([len(ids) for ids in rests], batch_tokens)
+            progress = tqdm(
+                total=len(prompts), desc="hidden states", unit=" prompts", leave=False, disable=not is_main()
+            )
+            # Written, not mapped: ranks on other machines may share the file over a network.
+            with (scratch / _STATES).open("r+b") as file:
+                for rows in batches if is_tensor_parallel(lm) else share(batches):
+                    width = max(len(rests[row]) for row in rows)
+                    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+                    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+                    for i, row in enumerate(rows):
+                        input_ids[i, : len(rests[row])] = torch.tensor(rests[row])
+                        attention_mask[i, : len(rests[row])] = 1
+                    batch = collect_hidden_states(lm, config.layer_indices, input_ids, attention_mask, prefix)
+                    batch = torch.stack(batch, dim=2).to("cpu", self.dtype)  # [B, T, layers_read, D]
+                    if not bool(batch.isfinite().all()):
+                        raise ProbeError(f"a hidden state is too large for {self.dtype}; cache as bfloat16 or float32")
+                    for i, row in enumerate(rows):
+                        states = batch[i, : len(rests[row])][masks[row][skip:]]
+                        file.seek(offsets[row] * int(np.prod(shape)) * self.dtype.itemsize)
+                        file.write(states.flatten().view(torch.uint8).numpy())
+                    progress.update(world_size() * len(rows))
+            progress.close()
+            barrier()
+            if is_main():
+                tokens = [torch.tensor(ids)[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
+                meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
+                (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
+                scratch.replace(entry)
+            barrier()
+        finally:
+            if is_main():
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _reserve(self, size: int) -> Path:
+        """A folder with a file of so many bytes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
         if size > 0.95 * free:
             raise ProbeError(
                 f"the hidden states need {size / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB free: name another "
                 "folder, or train without a cache"
             )
         scratch = Path(tempfile.mkdtemp(prefix=".states.", dir=self.folder))
-        try:
-            states = torch.from_file(
-                str(scratch / _STATES), shared=True, size=offsets[-1] * int(np.prod(shape)), dtype=self.dtype
-            ).view(offsets[-1], *shape)
-            # The LM runs once over what all prompts begin with and no head reads.
-            skip = _shared_prefix(prompts, masks)
-            prefix = prefill(lm, prompts[0][:skip]) if skip else None
-            skip = 0 if prefix is None else skip
-            rests = [ids[skip:] for ids in prompts]
-            progress = tqdm(total=len(prompts), desc="hidden states", unit=" prompts", leave=False)
-            for rows in _batches([len(ids) for ids in rests], batch_tokens):
-                width = max(len(rests[row]) for row in rows)
-                input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-                attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-                for i, row in enumerate(rows):
-                    input_ids[i, : len(rests[row])] = torch.tensor(rests[row])
-                    attention_mask[i, : len(rests[row])] = 1
-                batch = collect_hidden_states(lm, config.layer_indices, input_ids, attention_mask, prefix)
-                batch = torch.stack(batch, dim=2).to("cpu", self.dtype)  # [B, T, layers_read, D]
-                if not bool(batch.isfinite().all()):
-                    raise ProbeError(f"a hidden state is too large for {self.dtype}; cache as bfloat16 or float32")
-                for i, row in enumerate(rows):
-                    states[offsets[row] : offsets[row + 1]] = batch[i, : len(rests[row])][masks[row][skip:]]
-                progress.update(len(rows))
-            progress.close()
-            del states  # flushes the mapping
-            tokens = [torch.tensor(ids)[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
-            meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
-            (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
-            scratch.replace(entry)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with (scratch / _STATES).open("wb") as file:
+            file.truncate(size)
+        return scratch
 
 
 class ProbeCollator:
@@ -264,6 +284,7 @@ def iterate_states(
     batch_tokens: int = 4096,
     progress: bool = False,
     layers: Sequence[int] | None = None,
+    divided: bool = False,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """The states of a data set, a batch of rows of like length at a time.
 
@@ -274,6 +295,7 @@ def iterate_states(
         batch_tokens: tokens of a batch, padding included.
         progress: show a bar.
         layers: states wanted of an LM; all where left out.
+        divided: in a process group, only this rank's share of the batches; see `llama_probe.distributed`.
 
     Yields:
         Row numbers, `hidden_states` `[batch, L+1, tokens, hidden_size]`, and the mask `[batch, tokens]` of the tokens that
@@ -281,8 +303,11 @@ def iterate_states(
     """
     collate = ProbeCollator()
     lengths = [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
-    with tqdm(total=len(dataset), desc="scoring", unit=" rows", disable=not progress, leave=False) as bar:
-        for rows in _batches(lengths, batch_tokens):
+    with tqdm(
+        total=len(dataset), desc="scoring", unit=" rows", disable=not (progress and is_main()), leave=False
+    ) as bar:
+        batches = length_batches(lengths, batch_tokens)
+        for rows in share(batches) if divided and not is_tensor_parallel(lm) else batches:
             batch = collate([dataset[row] for row in rows])
             if lm is None:
                 states, mask = batch["hidden_states"], batch["attention_mask"].bool()
@@ -292,7 +317,7 @@ def iterate_states(
                 wanted = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
                 states = torch.stack(collect_hidden_states(lm, wanted, ids, attention_mask), dim=1)
             yield rows, states, mask
-            bar.update(len(rows))
+            bar.update(len(rows) * (world_size() if divided else 1))
 
 
 def weights_digest(lm: nn.Module) -> str:
@@ -300,7 +325,8 @@ def weights_digest(lm: nn.Module) -> str:
     digest = hashlib.sha256()
     decoder = find_decoder(lm).model
     for name, tensor in sorted(decoder.state_dict().items()):
-        flat = tensor.detach().flatten()
+        # all ranks have to be here where the weights are sharded over them
+        flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes())
     return digest.hexdigest()
@@ -312,7 +338,7 @@ def _shared_prefix(prompts: Sequence[Sequence[int]], masks: Sequence[torch.Tenso
     return next((i for i in range(unread) if len({ids[i] for ids in prompts}) > 1), unread)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Rows of similar length together, longest first, so that the largest batch comes first."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

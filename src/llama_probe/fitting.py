@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probabilities
+from .distributed import merge_rows, on_main
 from .errors import ProbeError
 from .features import iterate_states
 from .metrics import score
@@ -53,7 +54,8 @@ def fit_classifier(
 ) -> Fitted:
     """Fits a head's classifier: the loss plus `l1 * sum |weight|` over standardised features is smallest.
 
-    The features of the training rows are in memory at once: 4 bytes a row and feature.
+    The features of the training rows are in memory at once: 4 bytes a row and feature. In a process group all ranks run over
+    the rows, the first one fits, and all get the result.
 
     Args:
         probe: a head whose kind is `convex`, with whatever it needs of the LM (`bind`). Its classifier, and in its config
@@ -69,7 +71,28 @@ def fit_classifier(
     """
     check_convex(loss.focal_gamma)
     probe.eval()
-    pooled, labels = pooled_vectors(probe, train, lm), torch.as_tensor(train.labels)
+    pooled = pooled_vectors(probe, train, lm)
+    validated = None if folds else pooled_vectors(probe, validation, lm)
+    labels = {"train": train.labels, "validation": train.labels if folds else validation.labels}
+    weight, bias, strength, logits = on_main(lambda: _fit(probe, pooled, validated, labels, loss, metric, folds))
+    with torch.no_grad():
+        probe.classifier.weight.copy_(weight)
+        probe.classifier.bias.copy_(bias)
+    probe.config = probe.config.replace(options={**probe.config.options, "l1": strength})
+    return Fitted(logits, {"l1": strength, "nonzero_weights": int((weight != 0).sum())})
+
+
+def _fit(
+    probe: ProbeModel,
+    pooled: torch.Tensor,
+    validated: torch.Tensor | None,
+    truth: dict[str, np.ndarray],
+    loss: ProbeLoss,
+    metric: str,
+    folds: Sequence[np.ndarray],
+) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
+    """Weight and bias of the classifier, the strength of its penalty, and logits of the validation rows."""
+    labels = torch.as_tensor(truth["train"])
     features = torch.empty(len(labels), probe.classifier.in_features)
     for place, part in zip(features.split(_ROWS), _features(probe, pooled), strict=True):
         place.copy_(part)
@@ -82,20 +105,13 @@ def fit_classifier(
             rest = np.setdiff1d(np.arange(len(labels)), held)
             part = _Problem(probe.config, kept[rest], labels[rest], loss)
             held_out[:, held] = part.logits(part.fit(strengths), [kept[held]])
-        truth = train.labels
-        best = _best(held_out, truth, probe.config, metric)
+        best = _best(held_out, truth["validation"], probe.config, metric)
         models = whole.fit(strengths[: best + 1])
     else:
         models = whole.fit(strengths)
-        held_out = whole.logits(models, _features(probe, pooled_vectors(probe, validation, lm)))
-        truth = validation.labels
-        best = _best(held_out, truth, probe.config, metric)
-    weight, bias = whole.classifier(models[best])
-    with torch.no_grad():
-        probe.classifier.weight.copy_(weight)
-        probe.classifier.bias.copy_(bias)
-    probe.config = probe.config.replace(options={**probe.config.options, "l1": strengths[best]})
-    return Fitted(held_out[best], {"l1": strengths[best], "nonzero_weights": int((weight != 0).sum())})
+        held_out = whole.logits(models, _features(probe, validated))
+        best = _best(held_out, truth["validation"], probe.config, metric)
+    return *whole.classifier(models[best]), strengths[best], held_out[best]
 
 
 def check_convex(focal_gamma: float) -> None:
@@ -110,14 +126,18 @@ def check_convex(focal_gamma: float) -> None:
 def pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None = None) -> torch.Tensor:
     """What the classifier of a head gets for each row, in their order: `[rows, hidden_size]`, fp32.
 
+    In a process group the ranks run over a share of the rows each, and all get the whole.
+
     Args:
         dataset, lm: see `iterate_states`.
     """
-    found = torch.empty(len(dataset), probe.config.hidden_size)
-    for rows, states, mask in iterate_states(dataset, probe.config, lm, progress=True, layers=probe.layer_indices):
+    found, read = torch.empty(len(dataset), probe.config.hidden_size), []
+    states_of = iterate_states(dataset, probe.config, lm, progress=True, layers=probe.layer_indices, divided=True)
+    for rows, states, mask in states_of:
         with torch.no_grad():
             found[rows] = probe.pool(states, mask).cpu()
-    return found
+        read += rows
+    return merge_rows(read, found)
 
 
 def _features(probe: ProbeModel, pooled: torch.Tensor) -> Iterator[torch.Tensor]:

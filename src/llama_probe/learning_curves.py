@@ -15,9 +15,10 @@ from .configuration import ProbeConfig
 from .decision import probabilities
 from .errors import ProbeError
 from .evaluation import predict_together
+from .learners import Candidate
 from .metrics import score
 from .recipe import Recipe, complete
-from .shared_training import Candidate, SharedTraining
+from .shared_training import SharedTraining
 from .training import ProbeLoss
 
 

@@ -11,8 +11,8 @@ from .baselines import BASELINES
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .heads import get_probe_type, probe_types
+from .learners import Candidate
 from .recipe import KINDS, OTHER
-from .shared_training import Candidate
 from .training import ProbeLoss
 
 

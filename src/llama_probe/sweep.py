@@ -16,12 +16,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from .configuration import ProbeConfig
+from .distributed import check_shared, is_main, on_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import predict_logits
 from .files import write_atomically
 from .heads import get_probe_type
+from .learners import Candidate, Learner
 from .plots import write_sensitivity_plot
-from .shared_training import CHECKPOINT_NAME, Candidate, Learner, SharedTraining
+from .shared_training import CHECKPOINT_NAME, SharedTraining
 from .training_run import Prepared, TrainingRun
 
 
@@ -102,6 +104,9 @@ class SearchSpace:
 class Sweep:
     """Draws configurations, trains them side by side, and keeps the best by validation.
 
+    Processes that `torchrun` has started divide rows and configurations, see `SharedTraining`; what is found is what one
+    process finds.
+
     Attributes:
         run: backbone, data, prompts and output; its `recipe` says how many epochs, which metric and what patience, and its
             `head` what all candidates share.
@@ -127,17 +132,22 @@ class Sweep:
         Raises:
             ProbeError: anything the user can mend, before the training starts.
         """
+        with process_group():
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any]:
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
         output = Path(self.run.output)
-        if not self.resume and any((output / name).exists() for name in (STUDY_NAME, SWEEP_NAME)):
+        if not self.resume and on_main(lambda: any((output / name).exists() for name in (STUDY_NAME, SWEEP_NAME))):
             raise ProbeError(f"{output} holds a sweep already: go on with --resume, or give another folder")
+        check_shared(output)
         self.run.output = output / HEAD_FOLDER
         # What a kind needs of the config is decided by each draw; pooling needs nothing.
         self.run.head = {**self.run.head, "probe_type": "pooling"}
         prepared = self.run.prepare()
-        trials = self._draw(output, prepared.config.hidden_size)
-        candidates = [self._candidate(trial, prepared) for trial in trials]
+        params = on_main(lambda: self._draw(output, prepared.config.hidden_size))
+        candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
         training = SharedTraining(
             candidates,
             prepared.datasets["train"],
@@ -151,13 +161,14 @@ class Sweep:
             self.run.seeds[0],
         )
         ranked = training.run(self.resume)
-        self._tell(output, ranked)
-        result = self._result(ranked, prepared, {trial.number: trial.params for trial in trials})
+        result = self._result(ranked, prepared, params)
         self._save_best(ranked[0], prepared)
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically({output / SWEEP_NAME: lambda path: path.write_text(text, encoding="utf-8")})
-        write_sensitivity_plot(output / SWEEP_NAME)
-        (output / CHECKPOINT_NAME).unlink(missing_ok=True)
+        if is_main():
+            self._tell(output, ranked)
+            text = json.dumps(result, indent=2) + "\n"
+            write_atomically({output / SWEEP_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+            write_sensitivity_plot(output / SWEEP_NAME)
+            (output / CHECKPOINT_NAME).unlink(missing_ok=True)
         prepared.close()
         return result
 
@@ -172,15 +183,15 @@ class Sweep:
             load_if_exists=True,
         )
 
-    def _draw(self, output: Path, hidden_size: int) -> list[optuna.Trial]:
-        """The trials, from the study where a sweep goes on. All are drawn before any is trained."""
+    def _draw(self, output: Path, hidden_size: int) -> dict[int, dict[str, Any]]:
+        """Parameters by the number of the trial, from the study where a sweep goes on. All are drawn before any is trained."""
         study = self._study(output)
         known = study.get_trials(deepcopy=False)
         setup = json.dumps(self._setup(), sort_keys=True)
         if "setup" in study.user_attrs:  # set when all had been drawn
             if study.user_attrs["setup"] != setup:
                 raise ProbeError(f"{output} holds a sweep with other settings: give those again, or another folder")
-            return known
+            return {trial.number: trial.params for trial in known}
         if known:  # stopped while it drew: nothing is lost by drawing anew
             (output / STUDY_NAME).unlink()
             study = self._study(output)
@@ -188,7 +199,7 @@ class Sweep:
         for trial in trials:
             self.space.suggest(trial, hidden_size)
         study.set_user_attr("setup", setup)
-        return trials
+        return {trial.number: trial.params for trial in trials}
 
     def _setup(self) -> dict[str, Any]:
         """What must be the same when a sweep goes on."""
@@ -206,13 +217,13 @@ class Sweep:
             "seed": run.seeds[0],
         }
 
-    def _candidate(self, trial, prepared: Prepared) -> Candidate:
-        head, recipe = self.space.suggest(optuna.trial.FixedTrial(trial.params), prepared.config.hidden_size)
+    def _candidate(self, number: int, params: dict[str, Any], prepared: Prepared) -> Candidate:
+        head, recipe = self.space.suggest(optuna.trial.FixedTrial(params), prepared.config.hidden_size)
         config = prepared.config.replace(**head)
         full = dataclasses.replace(self.run.recipe, **recipe)
         loss = dataclasses.replace(self.run, recipe=full).loss(config, prepared.parts["train"])
         return Candidate(
-            trial.number,
+            number,
             config,
             loss,
             full.learning_rate,
@@ -231,6 +242,7 @@ class Sweep:
     def _result(self, ranked: Sequence[Learner], prepared: Prepared, params: dict[int, dict]) -> dict[str, Any]:
         return {
             "metric": prepared.metric,
+            "processes": world_size(),
             "rows": {name: len(part) for name, part in prepared.parts.items() if name != "test"},
             "trials": [
                 {
@@ -263,7 +275,8 @@ class Sweep:
         single = {"seed": candidate.seed, "epochs": learner.history.best_epoch, **result}
         prepared.config = learner.probe.config
         run.save(learner.probe, prepared, [single], candidate.seed)
-        shutil.rmtree(run.output / "checkpoints", ignore_errors=True)
+        if is_main():
+            shutil.rmtree(run.output / "checkpoints", ignore_errors=True)
 
 
 def _train_options(candidate: Candidate) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
+from .capture import is_tensor_parallel
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
@@ -93,6 +94,9 @@ def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) ->
         "logging_strategy": "epoch",
         "report_to": [],
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Said outright: processes that `torchrun` starts on a machine without an accelerator else train apart.
+        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
+        "log_on_each_node": False,
     }
     return TrainingArguments(output_dir=str(output_dir), **{**values, **changes})
 
@@ -108,6 +112,11 @@ def create_trainer(
 ) -> Trainer:
     """A stock `Trainer` for a head.
 
+    Under `torchrun` it trains with DDP, as for any model, and only the head is kept in step. The frozen backbone may be
+    sharded: with FSDP (`fully_shard` of each layer and of the decoder, as in `fully_shard(lm.model)`, which is what heads
+    run) every process reads rows of its own. With a `tp_plan` the processes run it together, on the same rows, which the
+    Trainer does not give them: cache the states first (`StateCache`), and train a head without a backbone on these.
+
     Args:
         probe: the head; with a backbone where the rows are token ids, without where they are cached states.
         args: see `training_arguments`.
@@ -115,7 +124,15 @@ def create_trainer(
         loss: plain cross-entropy where left out.
         patience: stop after so many evaluations without a better metric.
         kwargs: further arguments of `Trainer`.
+
+    Raises:
+        ProbeError: the head has a backbone with a `tp_plan`.
     """
+    if is_tensor_parallel(probe.backbone):
+        raise ProbeError(
+            "the backbone has a tp_plan, so all processes must run it on the same rows, and the Trainer gives each its own: cache "
+            "the states first (StateCache), and train a head without a backbone on these"
+        )
     callbacks = [*kwargs.pop("callbacks", [])]
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))

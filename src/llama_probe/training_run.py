@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
@@ -23,6 +24,7 @@ from .configuration import ProbeConfig
 from .data import LabelledTexts
 from .data_sources import FOLDS, DataSources
 from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
+from .distributed import barrier, check_shared, is_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
 from .features import CutReplies, PromptDataset, StateCache
@@ -87,7 +89,7 @@ class TrainingRun:
         seeds: one training each. Rows are split by the first. A kind that is fitted, and not trained, has no seed: the first
             alone is used.
         cache: keep hidden states on disk while training, so that the backbone runs once. cache_dir: keep them for later.
-        resume: go on from the checkpoints of a run that was stopped.
+        resume: go on from the checkpoints of a run that was stopped. It may go on with another number of processes.
         card: what the card says beyond what was measured.
     """
 
@@ -109,18 +111,26 @@ class TrainingRun:
     def execute(self) -> dict[str, Any]:
         """Runs it.
 
+        Processes that `torchrun` has started divide the rows: each runs the backbone over a share of them, and has a share
+        of every training batch and of the rows that are scored. The first one writes. All must see the same `output`.
+
         Returns:
             What is also written to `results.json`: sources, recipe, metrics a seed, their mean and spread, and what
             `inspect_head` finds of the head that is kept.
 
         Raises:
-            ProbeError: anything the user can mend, before the training starts.
+            ProbeError: anything the user can mend, before the training starts; or another process of the run has ended.
         """
+        with process_group():
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any]:
         prepared = self.prepare()
         convex = get_probe_type(prepared.config.probe_type).convex
         checkpoints = self.output / "checkpoints"
-        if checkpoints.exists() and not self.resume:
-            shutil.rmtree(checkpoints)
+        if not self.resume and is_main():
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        barrier()
         if convex:
             runs = [self._fit_classifier(self.seeds[0], prepared)]
         else:
@@ -128,7 +138,8 @@ class TrainingRun:
         best = max(runs, key=lambda run: run["result"]["validation"][prepared.metric])
         held_out = best["logits"] if prepared.folds else None
         results = self.save(best["probe"], prepared, [run["result"] for run in runs], best["result"]["seed"], held_out)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(checkpoints, ignore_errors=True)
         prepared.close()
         return results
 
@@ -161,7 +172,7 @@ class TrainingRun:
         config = describe(lm, config.replace(**prompts.config_fields()))
         head = ProbeModel(config)
         head.bind(lm)
-        self.output.mkdir(parents=True, exist_ok=True)
+        check_shared(self.output)
         cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
         datasets: dict[str, Dataset] = {}
         reply_lengths: dict[str, list[int] | None] = {}
@@ -194,9 +205,10 @@ class TrainingRun:
         found = inspect_head(probe, prepared.datasets[shown], prepared.parts[shown].labels, logits=logits)
         results["inspection"] = {"split": shown, **found}
         probe.results = results
-        save_head(probe, self.output)
-        write_plots(self.output)
-        write_card(self.output)
+        if is_main():
+            save_head(probe, self.output)
+            write_plots(self.output)
+            write_card(self.output)
         return results
 
     def _config(self, rows: LabelledTexts) -> ProbeConfig:
@@ -231,7 +243,9 @@ class TrainingRun:
         else:
             train = datasets["train"]
             logits = torch.empty(len(train), prepared.config.num_labels)
-            for number, held in enumerate(tqdm(prepared.folds, desc="folds", unit=" folds", leave=False)):
+            for number, held in enumerate(
+                tqdm(prepared.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
+            ):
                 rest = Subset(trained, np.setdiff1d(np.arange(len(train)), held).tolist())
                 part, _ = self._fit(seed, prepared, rest, None, checkpoints / f"fold-{number}")
                 logits[torch.from_numpy(held)] = predict_logits(part, Subset(train, held.tolist()))
@@ -264,7 +278,7 @@ class TrainingRun:
             seed=seed,
             learning_rate=recipe.learning_rate,
             num_train_epochs=recipe.num_train_epochs,
-            per_device_train_batch_size=recipe.per_device_train_batch_size,
+            per_device_train_batch_size=math.ceil(recipe.per_device_train_batch_size / world_size()),
             gradient_accumulation_steps=recipe.gradient_accumulation_steps,
             weight_decay=recipe.weight_decay,
             **({} if validation is not None else {"eval_strategy": "no", "load_best_model_at_end": False}),
@@ -272,8 +286,7 @@ class TrainingRun:
         loss = self.loss(prepared.config, prepared.parts["train"])
         patience = recipe.patience if validation is not None else None
         trainer = create_trainer(probe, args, train, validation, loss, patience)
-        last = get_last_checkpoint(str(checkpoints)) if self.resume and checkpoints.is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints) if self.resume else None)
         return probe, trainer.state.epoch
 
     def judge(self, probe: ProbeModel, prepared: Prepared, logits: torch.Tensor) -> dict[str, Any]:
@@ -344,8 +357,14 @@ class TrainingRun:
                 name: summarize([run[name] for run in runs]) for name in ("validation", "test") if name in runs[0]
             },
             "card": card,
-            "environment": environment(),
+            "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
         }
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in which the Trainer has written its state, which comes last: a killed run may leave half of one."""
+    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(map(str, found), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The `llama-probe` command."""
 
+import os
 import sys
 
 import typer
@@ -41,6 +42,23 @@ for command in (
     app.command()(command)
 
 
+# Those that know how to divide their work among the processes that torchrun starts.
+_DIVIDED = ("train", "sweep", "evaluate", "classify")
+
+
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    if "LOCAL_RANK" not in os.environ or context.invoked_subcommand in _DIVIDED:
+        return  # and torch need not be imported to know
+    from ..distributed import launched
+
+    if launched():
+        raise ProbeError(
+            f"{context.invoked_subcommand} runs in one process: start it without torchrun (which is for "
+            f"{', '.join(_DIVIDED)})"
+        )
+
+
 # Which extra brings a package that only some commands need.
 _EXTRAS = {
     "accelerate": "train",
@@ -48,6 +66,7 @@ _EXTRAS = {
     "evaluate": "train",
     "optuna": "train",
     "peft": "train",
+    "pyarrow": "train",
     "scipy": "train",
     "sklearn": "train",
 }
@@ -58,7 +77,9 @@ def main() -> None:
     try:
         app()
     except ProbeError as error:
-        print(f"llama-probe: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        teller = "llama-probe" if rank == "0" else f"llama-probe (rank {rank})"
+        print(f"{teller}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])

@@ -50,6 +50,7 @@ def evaluate(
     from ..backbones import backbone_target, load_backbone
     from ..data import read_labelled
     from ..detection import apply_rules, follow_replies
+    from ..distributed import is_main, process_group
     from ..errors import ProbeError
     from ..evaluation import detailed_report, predict_logits
     from ..features import PromptDataset
@@ -60,7 +61,7 @@ def evaluate(
     from ..prompts import PromptFormat
     from ..resolve import resolve_head
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = read_head(resolve_head(probe, backbone_target(backbone)))
         config = head.config
         names = list(config.id2label.values())
@@ -90,10 +91,14 @@ def evaluate(
             followed = follow_replies(head, dataset, lengths, lm, progress=True)
             logits = torch.stack([tokens[-1] for tokens in followed])
         columns = {column: rows.columns[column] for column in slices}
-        result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
-        rules = measured_rules(head.results)
-        if followed is not None and rules:
-            result["halting"] = apply_rules(config, rules, followed, rows.labels)
+        result = None
+        if is_main():
+            result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
+            rules = measured_rules(head.results)
+            if followed is not None and rules:
+                result["halting"] = apply_rules(config, rules, followed, rows.labels)
+    if result is None:
+        return
     if as_json:
         print(json.dumps(result))
         return

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from .options import Backbone, Dtype, Json, Probes
+from ..errors import ProbeError
+from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; lines of standard input where left out.")]
@@ -99,13 +101,46 @@ def generate(
 
 
 def classify(
-    prompts: Prompts = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Prompts; lines of standard input where left out. With --input: further files."),
+    ] = None,
     probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
     backbone: Backbone = "demo",
+    input: Annotated[
+        list[str] | None,
+        typer.Option(help="Files of rows, or a pattern: parquet, jsonl, csv or tsv, all but parquet also with .gz."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the labels of the rows of --input.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    prompt_column: PromptColumn = None,
+    keep_column: Annotated[
+        list[str] | None, typer.Option(help="A column of the input to keep in the output; may be given again.")
+    ] = None,
+    chunk_rows: Annotated[int, typer.Option(help="Rows that are held at a time, and in a file of the output.")] = 2048,
+    resume: Annotated[bool, typer.Option(help="Go on with a job that was stopped.")] = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Label prompts without replying."""
+    """Label prompts, or the rows of files (--input), without replying.
+
+    With --input the rows of any number of files are read a chunk at a time, and each chunk becomes a parquet file in
+    --output. What is done is not done again with --resume. Under torchrun the processes divide the chunks.
+    """
+    if input or output is not None:
+        job = {
+            "text_column": text_column,
+            "prompt_column": prompt_column,
+            "keep_columns": keep_column or [],
+            "chunk_rows": chunk_rows,
+            "resume": resume,
+        }
+        _score_files([*(input or []), *(prompts or [])], output, probe, backbone, dtype, as_json, job)
+        return
+    from ..distributed import launched
+
+    if launched():
+        raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
     rows = []
     for model, inputs, _, texts in _batches(prompts, probe, backbone, dtype):
         found = model.classify(**inputs)
@@ -114,10 +149,33 @@ def classify(
     _print_rows(rows, as_json)
 
 
+def _score_files(
+    inputs: list[str],
+    output: Path | None,
+    probes: list[str],
+    backbone: str,
+    dtype: str,
+    as_json: bool,
+    job: dict[str, Any],
+) -> None:
+    from ..distributed import is_main, process_group
+    from ..scoring_job import MANIFEST_NAME, ScoringJob
+
+    if not inputs or output is None:
+        raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
+    with process_group():
+        with contextlib.redirect_stdout(sys.stderr):
+            done = ScoringJob(inputs, output, probes, backbone, dtype=dtype, **job).execute()
+        if is_main():
+            told = (
+                f"{done['rows']:,} rows in {len(done['parts'])} files in {output}; {MANIFEST_NAME} says what is where"
+            )
+            print(json.dumps(done) if as_json else told)
+
+
 def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, size: int = 8):
     from ..auto_class import AutoModelForProbedGeneration
     from ..backbones import backbone_target, load_backbone
-    from ..errors import ProbeError
     from ..prompts import PromptFormat
     from ..resolve import read_heads
 
@@ -136,7 +194,6 @@ def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype:
 
 
 def _halting_rules(words: list[str] | None) -> dict[str, dict[str, Any]] | None:
-    from ..errors import ProbeError
 
     rules = {}
     for word in words or []:

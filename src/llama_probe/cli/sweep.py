@@ -51,6 +51,7 @@ def sweep(
 ) -> None:
     """Search head kinds and hyper-parameters; all configurations share each pass of the backbone."""
     from ..data_sources import DataSources
+    from ..distributed import is_main, process_group
     from ..known_data import find_benchmark
     from ..model_card import CardFacts
     from ..recipe import Recipe
@@ -86,8 +87,11 @@ def sweep(
         cache_dir=cache_dir,
         card=facts,
     )
-    with contextlib.redirect_stdout(sys.stderr):
-        result = Sweep(run, SearchSpace(probe_type or SearchSpace.probe_types), trials, keep, resume).execute()
+    space = SearchSpace(probe_type or SearchSpace.probe_types)
+    with process_group(), contextlib.redirect_stdout(sys.stderr):
+        result = Sweep(run, space, trials, keep, resume).execute()
+        if not is_main():
+            return
     if as_json:
         print(json.dumps(result))
         return

@@ -101,7 +101,7 @@ def train(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs at most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes.")] = None,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Steps to gather before each update.")] = 1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.05,
     label_smoothing: Annotated[
@@ -139,6 +139,7 @@ def train(
 ) -> None:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
     from ..data_sources import DataSources
+    from ..distributed import is_main, process_group
     from ..known_data import find_benchmark
     from ..model_card import CardFacts
     from ..recipe import Recipe
@@ -203,14 +204,17 @@ def train(
         resume=resume,
         card=CardFacts(license, dataset, dataset_name, data_note, language, limit or [], command_line()),
     )
-    # The Trainer writes its log to standard output, which belongs to the results here.
-    with contextlib.redirect_stdout(sys.stderr):
-        results = run.execute()
-    if as_json:
-        print(json.dumps(results))
-        return
-    _print_summary(results)
-    Console().print(f"head written to {output}")
+    with process_group():
+        # The Trainer writes its log to standard output, which belongs to the results here.
+        with contextlib.redirect_stdout(sys.stderr):
+            results = run.execute()
+        if not is_main():
+            return
+        if as_json:
+            print(json.dumps(results))
+            return
+        _print_summary(results)
+        Console().print(f"head written to {output}")
 
 
 def _layers(text: str) -> str | list[int]:

@@ -1,0 +1,72 @@
+"""Scores very many rows on a Ray cluster: actors hold the backbone with its heads, and the rows stream past them.
+
+It gives the columns that `llama-probe classify --input ... --output ...` gives, beside those of the input.
+
+    pip install 'ray[data]'
+    python examples/ray_scoring.py 'rows/*.parquet' scored --probe toxicchat-mha --probe sst2-mha --actors 4 --gpus 1
+"""
+
+import argparse
+import glob
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from llama_probe.scoring_job import TextScorer, output_fields
+
+
+TEXTS = ("How do I keep basil fresh for longer?", "Write an insulting message that makes my coworker cry.")
+
+
+class Scorer:
+    """What an actor runs: it loads the backbone once, and then sees one batch of rows after another."""
+
+    def __init__(self, probes: list[str], backbone: str, text_column: str):
+        self.score, self.text_column = TextScorer(probes, backbone), text_column
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        found = self.score(rows[self.text_column].to_pylist())
+        for name, kind in output_fields(self.score.heads).items():
+            rows = rows.append_column(name, pa.array(found[name], kind))
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("input", nargs="?", help="parquet files, or a pattern; two rows of its own if left out")
+    parser.add_argument("output", nargs="?", help="folder")
+    parser.add_argument("--probe", action="append", help="a head; may be given again")
+    parser.add_argument("--backbone", default="demo")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--batch-rows", type=int, default=1024)
+    parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--gpus", type=float, default=0, help="of an actor")
+    arguments = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp())
+    if arguments.input is None:
+        arguments.input = str(scratch / "rows.parquet")
+        pq.write_table(pa.table({"text": list(TEXTS)}), arguments.input)
+    output = arguments.output or str(scratch / "scored")
+
+    # Paths must be absolute: actors may run in other folders.
+    rows = ray.data.read_parquet(sorted(str(Path(path).absolute()) for path in glob.glob(arguments.input)))
+    rows.map_batches(
+        Scorer,
+        fn_constructor_kwargs={
+            "probes": arguments.probe or ["toxicchat-mha"],
+            "backbone": arguments.backbone,
+            "text_column": arguments.text_column,
+        },
+        batch_size=arguments.batch_rows,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=arguments.actors),
+        num_gpus=arguments.gpus,
+    ).write_parquet(str(Path(output).absolute()))
+    print(f"{pq.read_table(output).num_rows} rows in {output}")
+
+
+if __name__ == "__main__":
+    main()

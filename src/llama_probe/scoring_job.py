@@ -1,0 +1,359 @@
+"""Scores any number of rows with several heads in one pass of the backbone: `llama-probe classify --input`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+
+from .backbones import backbone_target, load_backbone
+from .configuration import ProbeConfig
+from .distributed import barrier, check_shared, is_main, on_main, process_group, rank, world_size
+from .errors import ProbeError
+from .features import length_batches
+from .files import write_atomically
+from .input_files import Chunk, InputFile
+from .modeling import AutoModelForProbedGeneration
+from .probe import ProbeModel
+from .prompts import PromptFormat, Text, exchange, pad_prompts
+from .resolve import read_heads
+
+
+# Readers of a folder of parquet files leave out what begins with an underscore.
+MANIFEST_NAME = "_manifest.json"
+_FORMAT = 1
+
+
+class TextScorer:
+    """A backbone with heads, as a function from texts to columns.
+
+    Args:
+        probes: heads, as for `probe=`; all must read prompts that are rendered alike.
+        backbone: `"demo"`, a folder or a Hub id. dtype: of its weights.
+        batch_tokens: tokens of a forward pass, padding included.
+
+    Raises:
+        ProbeError: a head is not found, or the heads cannot share a pass.
+    """
+
+    def __init__(self, probes: Any, backbone: str = "demo", dtype: str = "auto", batch_tokens: int = 4096):
+        self.heads = read_heads(probes, backbone_target(backbone))
+        check_alike(self.heads)
+        self.batch_tokens = batch_tokens
+        lm, self.tokenizer = load_backbone(backbone, dtype)
+        self.model = AutoModelForProbedGeneration.from_causal_lm(lm, self.heads)
+        self.config = next(iter(self.heads.values())).config
+        self.prompt_format = PromptFormat.from_config(self.config, self.tokenizer)
+
+    def __call__(self, texts: Sequence[Text | None]) -> dict[str, list[Any]]:
+        """Scores texts.
+
+        Args:
+            texts: texts or lists of chat messages, as for `PromptFormat.encode_for`; `None` and blank ones are not scored.
+
+        Returns:
+            For each head `NAME_label` - a label, a list of labels (multi-label) or `None` - and `NAME_probabilities`, by
+            label; for regression `NAME_values`, by label. `None` where a text was not scored.
+        """
+        rows = [row for row, text in enumerate(texts) if (text.strip() if isinstance(text, str) else text)]
+        encoded = self.prompt_format.encode_for(self.config, [texts[row] for row in rows])
+        columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
+        for batch in length_batches([len(ids) for ids in encoded.ids], self.batch_tokens):
+            inputs = pad_prompts([encoded.ids[i] for i in batch], self.tokenizer)
+            if encoded.masks is not None:
+                inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+                for place, i in enumerate(batch):
+                    inputs["probe_mask"][place, : len(encoded.masks[i])] = torch.tensor(encoded.masks[i])
+            outputs = self.model.classify(**{name: value.to(self.model.device) for name, value in inputs.items()})
+            for name, output in outputs.items():
+                config = self.heads[name].config
+                values = [
+                    dict(zip(config.id2label.values(), part, strict=True)) for part in output.probabilities.tolist()
+                ]
+                labels = [None] * len(batch) if config.problem_type == "regression" else output.labels
+                for i, label, value in zip(batch, labels, values, strict=True):
+                    if config.problem_type == "regression":
+                        columns[f"{name}_values"][rows[i]] = value
+                    else:
+                        columns[f"{name}_label"][rows[i]] = label
+                        columns[f"{name}_probabilities"][rows[i]] = value
+        return columns
+
+
+@dataclass
+class ScoringJob:
+    """Scores the rows of files, chunk by chunk, into a folder of parquet files: one for each chunk.
+
+    Only one chunk is in memory at a time. A chunk's file appears under its name when it is complete; what is there when a
+    job goes on is not done again, and nothing is in two files. Processes that `torchrun` has started divide the chunks, and
+    a job may go on with another number of them. All must see the same `output`.
+
+    Columns of the output: `file` and `row`, which say where a row comes from (rows count from 0 in each file),
+    `keep_columns`, and those of `TextScorer`. Beside the parquet files lies `_manifest.json`.
+
+    Attributes:
+        inputs: paths or patterns of parquet, jsonl, json (an object a line), csv or tsv files; but for parquet also `.gz`.
+        output: folder.
+        probes, backbone, dtype, batch_tokens: see `TextScorer`.
+        text_column: of the texts, or of chat messages.
+        prompt_column: for heads that read replies, the column of what the texts reply to.
+        keep_columns: of the input, to be found in the output again.
+        chunk_rows: rows of a chunk.
+        resume: go on with a job that was stopped.
+    """
+
+    inputs: Sequence[str]
+    output: Path
+    probes: Any
+    backbone: str = "demo"
+    text_column: str = "text"
+    prompt_column: str | None = None
+    keep_columns: Sequence[str] = field(default_factory=list)
+    chunk_rows: int = 2048
+    dtype: str = "auto"
+    batch_tokens: int = 4096
+    resume: bool = False
+
+    def execute(self) -> dict[str, Any]:
+        """Runs it.
+
+        Returns:
+            What `_manifest.json` says of a complete job: `inputs`, `settings`, `rows`, `parts` and `complete`.
+
+        Raises:
+            ProbeError: anything the user can mend: before a row is scored, but for rows that turn out to be damaged. A job
+                goes on only with the inputs, heads and settings that it was begun with.
+        """
+        with process_group():
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any]:
+        if self.chunk_rows < 1:
+            raise ProbeError(f"chunk_rows={self.chunk_rows} must be at least 1")
+        self.output = Path(self.output)
+        check_shared(self.output)
+        files, kept = on_main(self._survey)
+        heads = read_heads(self.probes, backbone_target(self.backbone))
+        check_alike(heads)
+        plan, done = on_main(lambda: self._begin(files, heads))
+        fields = {"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)}
+        if not plan["complete"]:
+            scorer = TextScorer(heads, self.backbone, self.dtype, self.batch_tokens)
+            self._score(files, scorer, kept, pa.schema(list(fields.items())), done)
+            barrier()
+            plan = on_main(lambda: self._complete(plan))
+        return plan
+
+    def _score(
+        self,
+        files: list[InputFile],
+        scorer: TextScorer,
+        kept: dict[str, pa.DataType],
+        schema: pa.Schema,
+        done: set[str],
+    ) -> None:
+        needed = [self.text_column, *([] if self.prompt_column is None else [self.prompt_column]), *kept]
+        counts = [file.rows() for file in files]
+        total = None if None in counts else sum(counts) // world_size()
+        with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
+            for index, file in enumerate(files):
+
+                def wanted(number: int, index: int = index) -> bool:
+                    return (index + number) % world_size() == rank() and _part_name(index, number) not in done
+
+                for chunk in file.chunks(list(dict.fromkeys(needed)), self.chunk_rows, wanted):
+                    columns = scorer(self._texts(file, chunk))
+                    columns |= {
+                        "file": [str(file.path)] * len(chunk),
+                        "row": list(range(chunk.first_row, chunk.first_row + len(chunk))),
+                        **{name: chunk.columns[name] for name in kept},
+                    }
+                    table = pa.table(
+                        [_array(file, chunk, name, columns[name], schema) for name in schema.names], schema
+                    )
+                    path = self.output / _part_name(index, chunk.number)
+                    write_atomically({path: lambda target, table=table: _write(table, target)})
+                    bar.update(len(chunk))
+
+    def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
+        texts = chunk.columns[self.text_column]
+        for place, text in enumerate(texts):
+            if not (text is None or isinstance(text, (str, list))):
+                raise ProbeError(
+                    f"{file.path}: row {chunk.first_row + place}: {self.text_column} must be a text or chat messages, not "
+                    f"{type(text).__name__}"
+                )
+        if self.prompt_column is None:
+            return texts
+        pairs = zip(chunk.columns[self.prompt_column], texts, strict=True)
+        return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
+
+    def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
+        """The files, and the types of the columns that are kept: those of the first file."""
+        files = InputFile.find(self.inputs)
+        kept: dict[str, pa.DataType] = {}
+        for file in files:
+            fields = file.fields()
+            needed = [
+                self.text_column,
+                *([] if self.prompt_column is None else [self.prompt_column]),
+                *self.keep_columns,
+            ]
+            for name in needed:
+                if name not in fields and (fields or file.kind != "json"):
+                    raise ProbeError(f"{file.path} has no column {name!r}; it has: {', '.join(fields) or 'none'}")
+            for name in self.keep_columns:
+                if name in ("file", "row"):
+                    raise ProbeError(f"the output has a column {name!r} of its own: it cannot be kept")
+                if name in fields:
+                    kept.setdefault(name, fields[name])
+        return files, {name: kept.get(name, pa.string()) for name in self.keep_columns}
+
+    def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> tuple[dict[str, Any], set[str]]:
+        """The manifest, written where the job is new, and the names of the parts that are done."""
+        clash = set(output_fields(heads)) & {*self.keep_columns, "file", "row"}
+        if clash:
+            raise ProbeError(f"{', '.join(sorted(clash))}: the output has columns of that name from two sources")
+        settings = {
+            "heads": {name: _digest(head) for name, head in heads.items()},
+            "backbone": self.backbone,
+            "dtype": self.dtype,
+            "text_column": self.text_column,
+            "prompt_column": self.prompt_column,
+            "keep_columns": list(self.keep_columns),
+            "chunk_rows": self.chunk_rows,
+        }
+        wanted = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
+        path = self.output / MANIFEST_NAME
+        parts = sorted(self.output.glob("part-*.parquet"))
+        if not path.is_file():
+            if parts:
+                raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
+            plan = {**wanted, "complete": False}
+            _write_manifest(path, plan)
+            return plan, set()
+        if not self.resume:
+            raise ProbeError(f"{self.output} holds a scoring job already: go on with --resume, or give another folder")
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            told = _differences(plan, wanted)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ProbeError(f"{path} is damaged: {error}; give another folder") from None
+        if told:
+            raise ProbeError(
+                f"{self.output} was begun otherwise: {'; '.join(told)}. Give the same again, or another folder"
+            )
+        for scratch in self.output.glob(".part-*.tmp"):  # of processes that were killed
+            scratch.unlink(missing_ok=True)
+        return plan, {part.name for part in parts}
+
+    def _complete(self, plan: dict[str, Any]) -> dict[str, Any]:
+        parts = [
+            {"name": path.name, "rows": pq.read_metadata(path).num_rows}
+            for path in sorted(self.output.glob("part-*.parquet"))
+        ]
+        plan = {**plan, "complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
+        _write_manifest(self.output / MANIFEST_NAME, plan)
+        return plan
+
+
+def check_alike(heads: dict[str, ProbeModel]) -> None:
+    """Raises `ProbeError` where heads cannot read the same prompts in one pass."""
+    (first, one), *others = ((name, _reading(head.config)) for name, head in heads.items())
+    for name, reading in others:
+        different = [key for key in one if one[key] != reading[key]]
+        if different:
+            key = different[0]
+            raise ProbeError(
+                f"heads {first!r} and {name!r} cannot share a pass: {key} is {one[key]!r} and {reading[key]!r}. Score them in "
+                "jobs of their own"
+            )
+
+
+def _reading(config: ProbeConfig) -> dict[str, Any]:
+    names = ("prompt_format", "system_prompt", "max_length")
+    # The scope of heads that read prompts is their own affair; a reply is a part of what is rendered.
+    return {name: getattr(config, name) for name in names} | {
+        "token_scope": config.token_scope if config.reads_reply else "of the prompt"
+    }
+
+
+def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
+    """Names and types of the columns of `TextScorer`."""
+    fields: dict[str, pa.DataType] = {}
+    for name, head in heads.items():
+        by_label = pa.struct([(label, pa.float32()) for label in head.config.id2label.values()])
+        if head.config.problem_type == "regression":
+            fields[f"{name}_values"] = by_label
+            continue
+        several = head.config.problem_type == "multi_label_classification"
+        fields[f"{name}_label"] = pa.list_(pa.string()) if several else pa.string()
+        fields[f"{name}_probabilities"] = by_label
+    return fields
+
+
+def _part_name(index: int, number: int) -> str:
+    return f"part-{index:05d}-{number:07d}.parquet"
+
+
+def _array(file: InputFile, chunk: Chunk, name: str, values: list[Any], schema: pa.Schema) -> pa.Array:
+    kind = schema.field(name).type
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ProbeError(
+            f"{file.path}: rows {chunk.first_row} to {chunk.first_row + len(chunk) - 1}: the column {name!r} holds what is no "
+            f"{kind}, as in the first file ({str(error).splitlines()[0]}): mend it, or do not keep it"
+        ) from None
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    with path.open("wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())  # the name that it gets says that all of it is there
+
+
+def _write_manifest(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
+
+
+def _digest(head: ProbeModel) -> str:
+    """Of weights and config, the threshold and temperature in it included."""
+    digest = hashlib.sha256(head.config.to_json_string().encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _differences(plan: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What a job was begun with and is not the same now, in words."""
+    if plan["format"] != wanted["format"]:
+        return [f"format {plan['format']}, now {wanted['format']}"]
+    before = {item["path"]: item for item in plan["inputs"]}
+    now = {item["path"]: item for item in wanted["inputs"]}
+    told = [f"input {path} was not there" for path in now if path not in before]
+    told += [f"input {path} is missing" for path in before if path not in now]
+    told += [f"input {path} has changed" for path in now if path in before and now[path] != before[path]]
+    if not told and list(before) != list(now):
+        told.append("the inputs come in another order")
+    old, new = plan["settings"], json.loads(json.dumps(wanted["settings"]))
+    for name in new:
+        if old[name] == new[name]:
+            continue
+        if name == "heads":
+            changed = sorted(head for head in {*old[name], *new[name]} if old[name].get(head) != new[name].get(head))
+            told.append(f"other heads ({', '.join(changed)})" if changed else "the heads come in another order")
+        else:
+            told.append(f"{name}={old[name]!r}, now {new[name]!r}")
+    return told

@@ -1,0 +1,42 @@
+"""Starts the real torchrun on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment() -> dict:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "USE_LIBUV": "0"}
+
+
+def torchrun(*args, nodes: int = 1, node: int = 0, port: int | None = None) -> subprocess.Popen:
+    """Two processes on one node, or one on each of two."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--node_rank", node,
+        "--nproc_per_node", 2 // nodes, "--master_addr", "127.0.0.1", "--master_port", port or free_port(), *args,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess:
+    try:
+        out, error = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)

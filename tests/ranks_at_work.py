@@ -1,0 +1,141 @@
+"""What every rank does in test_distributed.py: started by torchrun, it writes what it found into a file of its own."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import LAYERS, make_lm, make_probe, make_prompts
+from torch.distributed.fsdp import fully_shard
+
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.data_sources import DataSources
+from llama_probe.distributed import merge_rows, process_group, rank, share, world_size
+from llama_probe.evaluation import inspect_head, predict_logits
+from llama_probe.features import PromptDataset, StateCache, weights_digest
+from llama_probe.recipe import Recipe
+from llama_probe.sweep import SearchSpace, Sweep
+from llama_probe.training import create_trainer, training_arguments
+from llama_probe.training_run import TrainingRun
+
+
+LABELS = torch.arange(13).numpy() % 2
+
+
+def prompts() -> list[list[int]]:
+    return [make_prompts(1, 5 + row % 4, seed=row)[0].tolist() for row in range(13)]
+
+
+def run(folder: Path, name: str, **changes) -> TrainingRun:
+    """A short one on the rows that the test has written."""
+    values = {
+        "backbone": str(folder / "backbone"),
+        "output": folder / name,
+        "data": DataSources(train=str(folder / "rows.jsonl"), folds=changes.pop("folds", 0), test_share=0.3),
+        "head": {"probe_type": "gate"},
+        "recipe": Recipe(num_train_epochs=2, learning_rate=0.03),
+    }
+    return TrainingRun(**{**values, **changes})
+
+
+def sweep(folder: Path, name: str, resume: bool = False) -> Sweep:
+    return Sweep(run(folder, name, recipe=Recipe(num_train_epochs=3), cache=False), SearchSpace(), 5, 0.5, resume)
+
+
+def folded(folder: Path, name: str) -> dict:
+    return run(folder, name, folds=2, cache=False).execute()
+
+
+def sparse(folder: Path, name: str) -> dict:
+    return run(folder, name, head={"probe_type": "muli", "options": {"l1": 0.01}}).execute()
+
+
+def check_helpers() -> None:
+    shares = [None] * world_size()
+    dist.all_gather_object(shares, share(range(5)))
+    assert len({len(part) for part in shares}) == 1 and set().union(*shares) == set(range(5))
+    rows = share(range(5))
+    values = torch.full((5, 2), -1.0)
+    values[rows] = torch.tensor(rows, dtype=torch.float).unsqueeze(1).expand(-1, 2)
+    assert merge_rows(rows, values)[:, 1].tolist() == [0, 1, 2, 3, 4]
+    assert share([]) == []
+
+
+def sharded(folder: Path) -> dict:
+    """A head on a backbone whose weights lie in pieces on all ranks, trained by the stock Trainer."""
+    whole, lm = make_lm(), make_lm()
+    for layer in lm.model.layers:
+        fully_shard(layer)
+    fully_shard(lm.model)
+    pieces = sum(parameter.to_local().numel() for parameter in lm.model.parameters())
+    dataset = PromptDataset(prompts(), LABELS)
+    heads = [make_probe(probe_type="gate"), make_probe(probe_type="gate")]
+    found = []
+    for head, backbone in zip(heads, (whole, lm), strict=True):
+        head.set_backbone(backbone)
+        found.append(predict_logits(head, dataset, batch_size=2))
+    torch.manual_seed(0)
+    trained = ProbeModel(ProbeConfig(probe_type="gate", dropout=0.0), backbone=lm)
+    arguments = training_arguments(folder / "sharded", "accuracy", num_train_epochs=2, per_device_train_batch_size=2)
+    trainer = create_trainer(trained, arguments, dataset, dataset)
+    trainer.train()
+    weights = torch.cat([tensor.flatten() for tensor in trained.state_dict().values()])
+    frozen = all(
+        torch.equal(getattr(a, "full_tensor", lambda a=a: a)(), b)
+        for a, b in zip(lm.model.parameters(), whole.model.parameters(), strict=True)
+    )
+    return {
+        "share": pieces / sum(parameter.numel() for parameter in whole.model.parameters()),
+        "difference": (found[0] - found[1]).abs().max().item(),
+        "weights": weights.tolist(),
+        "digest": weights_digest(lm) == weights_digest(whole),
+        "frozen": frozen,
+        "trainer_world": trainer.args.world_size,
+    }
+
+
+def in_parts(folder: Path) -> dict:
+    """Layers split between the ranks by transformers' own plan: all ranks read the same rows."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(folder / "backbone", tp_plan="auto")
+    head = make_probe(probe_type="mha")
+    head.set_backbone(lm)
+    with torch.no_grad():
+        logits = head(input_ids=make_prompts(seed=4)).logits
+    cached = StateCache(folder / "tp", torch.float32).dataset(lm, head.config, prompts(), LABELS)
+    scores = predict_logits(make_probe(probe_type="mha"), cached, batch_size=4)
+    with contextlib.suppress(ProbeError):
+        create_trainer(head, training_arguments(folder / "tp", "accuracy"), cached)
+        raise AssertionError("the Trainer would give each rank its own rows")
+    local = lm.model.layers[LAYERS - 1].mlp.down_proj.weight
+    return {
+        "logits": logits.tolist(),
+        "scores": scores.tolist(),
+        "split": list(getattr(local, "to_local", lambda: local)().shape),
+    }
+
+
+def main(folder: Path) -> None:
+    with process_group():
+        check_helpers()
+        head = make_probe(probe_type="mha")
+        head.set_backbone(make_lm())
+        dataset = PromptDataset(prompts(), LABELS)
+        found = {
+            "world_size": world_size(),
+            "logits": predict_logits(head, dataset, batch_size=2).tolist(),
+            "inspection": inspect_head(head, dataset, LABELS, batch_size=2),
+            "folded": folded(folder, "folded"),
+            "sparse": sparse(folder, "sparse"),
+            "sweep": sweep(folder, "sweep").execute(),
+            "sharded": sharded(folder),
+            "in_parts": in_parts(folder),
+        }
+        (folder / f"rank-{rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,198 @@
+"""Runs of several processes, started by the real torchrun: they see each other, divide the work, and agree."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ranks_at_work
+import torch
+from conftest import LAYERS, make_lm, make_probe, make_prompts
+from launcher import finish, free_port, torchrun
+from ranks_at_work import LABELS, prompts
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from llama_probe import ProbeError
+from llama_probe.cli import app
+from llama_probe.distributed import check_shared, gather, launched, merge_rows, on_main, process_group, share
+from llama_probe.evaluation import inspect_head, predict_logits
+from llama_probe.features import PromptDataset
+from llama_probe.files import read_head
+
+
+def write_rows(path: Path, count: int) -> Path:
+    lines = [
+        json.dumps({"text": f"{'good' if i % 3 else 'bad'} number {i}{'!' * (i % 7)}", "label": int(i % 3 == 0)})
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+class TestOneProcess:
+    def test_nothing_is_divided(self, tmp_path, monkeypatch):
+        with process_group():
+            assert share([1, 2, 3]) == [1, 2, 3] and gather("a") == ["a"] and on_main(lambda: 5) == 5
+            values = torch.ones(2)
+            assert merge_rows([0], values) is values
+            check_shared(tmp_path / "new")
+        assert list((tmp_path / "new").iterdir()) == [] and not launched()
+
+    def test_commands_that_cannot_divide_refuse(self, monkeypatch):
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+            monkeypatch.setenv(name, value)
+        for words, told in ((["inspect", "x"], "inspect runs in one process"), (["classify", "x"], "give files with")):
+            assert told in str(CliRunner().invoke(app, words).exception)
+
+
+class TestTwoNodes:
+    """Two agents on loopback with a process each."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory, backbone_folder) -> Path:
+        folder = tmp_path_factory.mktemp("nodes")
+        shutil.copytree(backbone_folder, folder / "backbone")
+        write_rows(folder / "rows.jsonl", 41)
+        return folder
+
+    @pytest.fixture(scope="class")
+    def found(self, folder) -> list[dict]:
+        port = free_port()
+        nodes = [torchrun(ranks_at_work.__file__, folder, nodes=2, node=node, port=port) for node in (0, 1)]
+        for node in nodes:
+            done = finish(node)
+            assert done.returncode == 0, done.stderr
+        return [json.loads((folder / f"rank-{number}.json").read_text()) for number in (0, 1)]
+
+    def test_they_are_two_and_agree(self, found):
+        assert [part["world_size"] for part in found] == [2, 2]
+        assert found[0]["folded"]["environment"]["processes"] == 2
+        shares = [part["sharded"].pop("share") for part in found]
+        assert sum(shares) == pytest.approx(1) and 0.4 < shares[0] < 0.6, "each has a half of the sharded weights"
+        assert found[0] == found[1]
+
+    def test_scores_are_those_of_one_process(self, found):
+        head = make_probe(probe_type="mha")
+        head.set_backbone(make_lm())
+        dataset = PromptDataset(prompts(), LABELS)
+        assert found[0]["logits"] == predict_logits(head, dataset, batch_size=2).tolist()
+        assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS, batch_size=2)))
+
+    def test_a_sweep_finds_what_one_process_finds(self, found, folder):
+        alone = ranks_at_work.sweep(folder, "alone").execute()
+        together = found[0]["sweep"]
+        assert together["processes"] == 2 and alone["processes"] == 1
+        for name in ("number", "scores", "status", "best_epoch", "options"):
+            assert [t[name] for t in together["trials"]] == [t[name] for t in alone["trials"]]
+        heads = [load_file(folder / name / "head" / "probe_model.safetensors") for name in ("sweep", "alone")]
+        assert all(torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
+        assert not list((folder / "sweep").glob(".*")), "no part of a checkpoint is left"
+
+    def test_a_fit_is_that_of_one_process(self, found, folder):
+        alone = ranks_at_work.sparse(folder, "fitted-alone")
+        assert found[0]["sparse"]["runs"] == json.loads(json.dumps(alone["runs"]))
+
+    def test_folds(self, found, folder):
+        (run,) = found[0]["folded"]["runs"]
+        assert run["validation"]["rows"] == found[0]["folded"]["data"]["train"]["rows"] == 28
+        assert read_head(folder / "folded").results == found[0]["folded"]
+
+    def test_a_sharded_backbone(self, found):
+        for part in found:
+            sharded = part["sharded"]
+            assert sharded["trainer_world"] == 2
+            assert sharded["difference"] < 1e-5 and sharded["frozen"] and sharded["digest"]
+
+    def test_a_backbone_with_a_tensor_parallel_plan(self, found, folder):
+        from transformers import AutoModelForCausalLM
+
+        head = make_probe(probe_type="mha")
+        head.set_backbone(AutoModelForCausalLM.from_pretrained(folder / "backbone"))
+        with torch.no_grad():
+            whole = head(input_ids=make_prompts(seed=4)).logits
+        scores = predict_logits(head, PromptDataset(prompts(), LABELS), batch_size=4)
+        for part in found:
+            assert torch.allclose(torch.tensor(part["in_parts"]["logits"]), whole, atol=1e-5)
+            assert torch.allclose(torch.tensor(part["in_parts"]["scores"]), scores, atol=1e-5)
+        weight = head.backbone.model.layers[LAYERS - 1].mlp.down_proj.weight
+        assert found[0]["in_parts"]["split"] == [weight.shape[0], weight.shape[1] // 2]
+
+
+class TestTrain:
+    """`llama-probe train` with two processes on one node."""
+
+    def arguments(self, folder: Path, backbone: Path, *more) -> list:
+        return [
+            "-m", "llama_probe.cli", "train", "--backbone", backbone, "--probe-type", "gate", "--train", folder / "rows.jsonl",
+            "--folds", 0, "--batch-size", 8, "--learning-rate", 0.03, "--max-length", 64, "--json", *more,
+        ]  # fmt: skip
+
+    def test_one_result_and_one_folder(self, tmp_path, backbone_folder):
+        write_rows(tmp_path / "rows.jsonl", 41)
+        write_rows(tmp_path / "test.jsonl", 15)
+        more = ["--test", tmp_path / "test.jsonl", "--epochs", 2, "--output", tmp_path / "head"]
+        cached = ["--cache-dir", tmp_path / "two"]
+        done = finish(torchrun(*self.arguments(tmp_path, backbone_folder, *more, *cached)))
+        assert done.returncode == 0, done.stderr
+        results = json.loads(done.stdout)  # the first rank alone prints
+        assert results["environment"]["processes"] == 2
+        assert not (tmp_path / "head" / "checkpoints").exists()
+        # The states on disk are those of one process, and so are the scores of the head on them.
+        alone = ranks_at_work.run(tmp_path, "alone", backbone=str(backbone_folder), max_length=64)
+        alone.data.test, alone.data.test_share = str(tmp_path / "test.jsonl"), None
+        alone.cache_dir = tmp_path / "one"
+        prepared = alone.prepare()
+        for entry in (tmp_path / "one").iterdir():
+            for name in ("states.bin", "meta.json"):
+                assert (entry / name).read_bytes() == (tmp_path / "two" / entry.name / name).read_bytes()
+        head = read_head(tmp_path / "head")
+        logits = predict_logits(head, prepared.datasets["validation"])
+        judged = alone.judge(head, prepared, logits)
+        (run,) = results["runs"]
+        assert {name: run[name] for name in judged} == json.loads(json.dumps(judged))
+
+    def test_a_killed_rank_ends_the_run_which_then_goes_on(self, tmp_path, backbone_folder):
+        write_rows(tmp_path / "rows.jsonl", 41)
+        output = tmp_path / "head"
+        arguments = self.arguments(
+            tmp_path, backbone_folder, "--epochs", 10, "--patience", 10, "--output", output, "--resume"
+        )
+        process = torchrun(*arguments)
+        saved = output / "checkpoints" / "seed-0"
+        deadline = time.monotonic() + 200
+        while not list(saved.glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = psutil.Process(process.pid).children()
+        (victim,) = [child for child in ranks if child.environ().get("RANK") == "1"]
+        victim.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        done = finish(process, 60)
+        assert time.monotonic() - killed < 60 and done.returncode != 0
+        assert "llama-probe: " in done.stderr and "give the same command with --resume to go on" in done.stderr
+        assert "SIGKILL" in done.stderr, "torchrun says which process it was"
+        assert not any(child.is_running() for child in ranks), "none is left"
+        assert not (output / "probe_model.safetensors").exists()
+        weights = list(saved.glob("checkpoint-*/model*.safetensors"))
+        assert weights and all(path.name == "model.safetensors" for path in weights), "each was written once"
+        last = max(int(path.parent.name.split("-")[1]) for path in saved.glob("checkpoint-*/trainer_state.json"))
+        begun = finish(torchrun(*arguments))
+        assert begun.returncode == 0, begun.stderr
+        results = json.loads(begun.stdout)
+        assert results["runs"][0]["epochs"] == 10.0 and results["environment"]["processes"] == 2
+        epochs = begun.stderr.count("'loss'")
+        assert 0 < epochs == 10 - last // 5 < 10, "it did only what was left"
+
+    def test_a_mistake_is_told_before_the_work(self, tmp_path, backbone_folder):
+        done = finish(torchrun(*self.arguments(tmp_path, backbone_folder, "--output", tmp_path / "head")))
+        assert done.returncode != 0 and "rows.jsonl cannot be read" in done.stderr
+        assert "training_run.py" not in done.stderr, "torchrun alone shows a traceback: its own"
+
+
+def test_errors_of_the_first_rank_reach_all():
+    with pytest.raises(ProbeError, match="no"):
+        on_main(lambda: (_ for _ in ()).throw(ProbeError("no")))
