@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
+from .auto_class import AutoModelForProbedGeneration
 from .backbones import backbone_target, load_backbone
 from .configuration import ProbeConfig
 from .distributed import barrier, check_shared, is_main, on_main, process_group, rank, world_size
@@ -22,7 +23,6 @@ from .errors import ProbeError
 from .features import length_batches
 from .files import write_atomically
 from .input_files import Chunk, InputFile
-from .modeling import AutoModelForProbedGeneration
 from .probe import ProbeModel
 from .prompts import PromptFormat, Text, exchange, pad_prompts
 from .resolve import read_heads
