@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ProbeError
+from .compatibility import TRANSFER
 from .engine import engine_kwargs
 
 
@@ -53,6 +54,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         probe_namespace=ours.probe_namespace,
         allow_untested_vllm=ours.allow_untested_vllm,
     )
+    arguments["kv_transfer_config"] = TRANSFER
     words = ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():
         words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]

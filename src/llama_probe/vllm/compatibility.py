@@ -26,6 +26,12 @@ ARCHITECTURES = (
 PREFIX = "Probed"
 
 CONNECTOR = "ProbeConnector"
+# Fields of vLLM's KVTransferConfig. Nothing is loaded from elsewhere, so the role is that of a producer.
+TRANSFER = {
+    "kv_connector": CONNECTOR,
+    "kv_connector_module_path": "llama_probe.vllm.connector",
+    "kv_role": "kv_producer",
+}
 SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
 

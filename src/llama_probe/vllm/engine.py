@@ -16,7 +16,7 @@ from ..heads.aggregator import Classifier
 from ..hub import HubOptions
 from ..probe import ProbeModel
 from ..resolve import ProbeSpec, Target, named_sources, resolve_head
-from .compatibility import CONNECTOR, SCHEDULER, check_arguments, check_version, probed_architecture
+from .compatibility import SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
 from .settings import KEY, ProbeSettings
 
 
@@ -30,7 +30,7 @@ def engine_kwargs(
     allow_untested_vllm: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` (and of `EngineArgs`) for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
+    """Arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
 
     Every request is scored by all heads, or by those that it asks for, in the pass over its prompt; see
     `llama_probe.vllm`. Sizes are compared with the backbone's; its fingerprint is not, because that needs the loaded model:
@@ -77,16 +77,14 @@ def engine_kwargs(
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
     settings = ProbeSettings(heads, _plain(halt_on), allow_untested_vllm)
     settings.rules  # noqa: B018 - raises where halt_on is not allowed
+    from vllm.config import KVTransferConfig
+
     return {
         "model": model,
         **kwargs,
         "hf_overrides": {**overrides, "architectures": [architecture]},
         "scheduler_cls": SCHEDULER,
-        "kv_transfer_config": {
-            "kv_connector": CONNECTOR,
-            "kv_connector_module_path": "llama_probe.vllm.connector",
-            "kv_role": "kv_producer",
-        },
+        "kv_transfer_config": KVTransferConfig(**TRANSFER),
         "additional_config": {**additional, KEY: settings.to_dict()},
     }
 
