@@ -8,12 +8,12 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def serving(arguments: Sequence[str], log: Path, seconds: float = 280) -> Iterator[str]:
+def serving(arguments: Sequence[str], log: Path, seconds: float = 900) -> Iterator[str]:
     """Serves while the block lasts; the URL of the API.
 
     Raises:
@@ -34,10 +34,8 @@ def serving(arguments: Sequence[str], log: Path, seconds: float = 280) -> Iterat
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
