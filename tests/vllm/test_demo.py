@@ -30,7 +30,7 @@ def test_the_demo_over_http(tmp_path):
     halted = 0
     with (
         serving(arguments, tmp_path / "log") as url,
-        openai.OpenAI(base_url=url, api_key="none", timeout=120) as client,
+        openai.OpenAI(base_url=url, api_key="none", timeout=250) as client,
     ):
         for text in PROMPTS:
             chat = [{"role": "user", "content": text}]

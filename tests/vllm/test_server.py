@@ -56,13 +56,15 @@ def url(tiny: TinyServing, flagged, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def client(url):
-    with openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
+    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
         yield client
 
 
 def ask(client, text: str, **kwargs):
     messages = [{"role": "user", "content": text}]
-    return client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, temperature=0.0, **kwargs)
+    return client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=4, **{"temperature": 0.0, **kwargs}
+    )
 
 
 def test_complete_responses(client, tiny, chats, flagged):  # noqa: F811
@@ -84,11 +86,13 @@ def test_complete_responses(client, tiny, chats, flagged):  # noqa: F811
 @pytest.mark.parametrize("copies", [1, 2])
 def test_streams_of_chats_at_the_same_time(url, tiny, chats, flagged, copies):  # noqa: F811
     async def stream(client, text):
-        chunks = await ask(client, text, stream=True, n=copies, extra_body={"ignore_eos": True})
+        chunks = await ask(
+            client, text, stream=True, n=copies, temperature=copies - 1, extra_body={"ignore_eos": True}
+        )
         return [chunk async for chunk in chunks]
 
     async def all_streams():
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
             return await asyncio.gather(*(stream(client, text) for text in chats))
 
     for (text, ids), chunks in zip(chats.items(), asyncio.run(all_streams()), strict=True):

@@ -19,7 +19,7 @@ HEADS = {
         "token_scope": "content",
         "prefix_ids": PREFIX,
         "threshold": 0.4,
-        "temperature": 20.0,
+        "temperature": 4.0,
     },
     "tone": {"probe_type": "gate", "layers": [1, 3], "num_labels": 3, "temperature": 2.0},
     "topics": {"probe_type": "pooling", "pool": "max", "num_labels": 3, "problem_type": "multi_label_classification"},
@@ -74,5 +74,7 @@ def tiny(tmp_path_factory) -> TinyServing:
     make_tokenizer().save_pretrained(folder / "lm")
     heads = {name: str(folder / name) for name in HEADS}
     for seed, (name, config) in enumerate(HEADS.items()):
-        make_probe(seed, hidden_size=HIDDEN, **config).save_pretrained(heads[name])
+        probe = make_probe(seed, hidden_size=HIDDEN, **config)
+        probe.classifier.weight.data *= 0.2  # logits of the size that trained heads give
+        probe.save_pretrained(heads[name])
     return TinyServing(folder / "lm", heads, LlamaForProbedGeneration.from_pretrained(folder / "lm", probe=heads))
