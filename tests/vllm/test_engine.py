@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_engine import PREFIX, TinyServing, tiny  # noqa: F401 - a fixture
+from tiny_engine import HIDDEN, PREFIX, TinyServing, tiny  # noqa: F401 - a fixture
 
 from llama_probe.vllm import engine_kwargs
 
@@ -40,9 +40,13 @@ def llm(tiny: TinyServing, threshold: float):  # noqa: F811
         enforce_eager=True,
         disable_log_stats=False,
     )
-    engine = vllm.LLM(**kwargs)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # one process less to start, and its scheduler can be looked at
+        engine = vllm.LLM(**kwargs)
+        yield engine
+        engine.llm_engine.engine_core.shutdown()
 
 
 def generate(llm, prompts, max_tokens=1, **params):
@@ -144,3 +148,16 @@ def test_aborted_requests_leave_nothing_behind(llm):
     llm.llm_engine.abort_request([f"gone-{number}" for number in range(3)])
     assert not llm.llm_engine.has_unfinished_requests()
     assert "logits" in generate(llm, PROMPTS[:1])[0].kv_transfer_params["probes"]["tone"]
+    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    assert not connector._running and not connector._prompts and not connector._answers
+
+
+def test_the_cache_holds_the_states_and_nothing_more(llm):
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    assert len(config.kv_cache_groups) == 1  # a block table for keys, values and states
+    tensors = config.kv_cache_tensors
+    keys_and_values, states = (
+        4 * 2 * 2 * 32,
+        5 * HIDDEN,
+    )  # numbers a token: layers, both, heads, size; layers read, size
+    assert {tensor.size for tensor in tensors} == {BLOCKS * BLOCK * (keys_and_values + states) * 4}
