@@ -20,6 +20,7 @@ def test_the_demo_over_http(tmp_path):
     model = LlamaForProbedGeneration.from_pretrained(folder, probe=list(HEADS), dtype=torch.float32)
     arguments = ["demo", *(word for head in HEADS for word in ("--probe", head)), "--dtype", "float32"]
     arguments += [
+        "--enforce-eager",
         "--max-model-len",
         "512",
         "--halt-on",
