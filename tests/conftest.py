@@ -8,6 +8,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, and their models gain nothing from threads
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.reading import Reading
 
+
+# These run in an environment of their own: make test-vllm.
+collect_ignore = [] if find_spec("vllm.version") else ["vllm"]
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
 

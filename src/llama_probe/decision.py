@@ -56,6 +56,24 @@ def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
     return [config.id2label[index] for index in picked]
 
 
+def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
+    """What a head says of one row, as plain JSON types.
+
+    Args:
+        label: its entry of `labels`. probs: its row of probabilities (regression: of values).
+
+    Returns:
+        `{"label": name, "score": its probability, "scores": {label: probability}}`; for multi-label heads the same with a
+        list of labels and a list of their probabilities; for regression heads `{"score": value}`, or
+        `{"scores": {label: value}}` where there are several outputs.
+    """
+    scores = dict(zip(config.id2label.values(), probs, strict=True))
+    if config.problem_type == "regression":
+        return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
+    score = [scores[name] for name in label] if config.problem_type == "multi_label_classification" else scores[label]
+    return {"label": label, "score": score, "scores": scores}
+
+
 def probe_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from .auto_class import AutoModelForProbedGeneration
 from .capture import without_peft
+from .decision import verdict
 from .hub import HubOptions
 from .modeling import ProbedGenerationMixin
 from .probe import ProbeModel
@@ -151,14 +152,8 @@ def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in range(prompts)]
     for name, rows in probabilities.items():
         config = listener.heads[name].config
-        for verdict, label, row in zip(verdicts, labels[name], rows.tolist(), strict=True):
-            scores = dict(zip(config.id2label.values(), row, strict=True))
-            if config.problem_type == "regression":
-                verdict[name] = {"score": row[0]} if len(row) == 1 else {"scores": scores}
-            elif config.problem_type == "multi_label_classification":
-                verdict[name] = {"label": label, "score": [scores[each] for each in label], "scores": scores}
-            else:
-                verdict[name] = {"label": label, "score": scores[label], "scores": scores}
+        for found, label, row in zip(verdicts, labels[name], rows.tolist(), strict=True):
+            found[name] = verdict(label, row, config)
     return verdicts
 
 

@@ -285,6 +285,25 @@ def needs_target(spec: ProbeSpec | None) -> bool:
     return any(isinstance(source, str) and _ALIAS.fullmatch(source) for source in sources)
 
 
+def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
+    """The heads of a `probe=` argument by name: the key of a dict, else see `default_name`.
+
+    Raises:
+        ProbeError: a source is of another type, or a name is not allowed or occurs twice.
+    """
+    pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
+    sources: dict[str, ProbeSource] = {}
+    for name, source in pairs:
+        if isinstance(source, (str, os.PathLike)):
+            name = name if name is not None else default_name(source)
+        elif not isinstance(source, ProbeModel):
+            raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
+        if check_name(name) in sources:
+            raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head to tell them apart")
+        sources[name] = source
+    return sources
+
+
 def read_heads(
     spec: ProbeSpec | None,
     target: Target | None = None,
@@ -298,26 +317,15 @@ def read_heads(
         target, options, namespace: see `resolve_head`.
 
     Returns:
-        Heads by name: the key of a dict, else see `default_name`.
+        Heads by name; see `named_sources`.
 
     Raises:
         ProbeError: a source is not found or damaged, a name is not allowed or occurs twice.
     """
-    pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
-    heads: dict[str, ProbeModel] = {}
-    for name, source in pairs:
-        if isinstance(source, ProbeModel):
-            head = source
-        elif isinstance(source, (str, os.PathLike)):
-            name = name if name is not None else default_name(source)
-            check_name(name)
-            head = read_head(resolve_head(source, target, options, namespace))
-        else:
-            raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
-        if check_name(name) in heads:
-            raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head to tell them apart")
-        heads[name] = head
-    return heads
+    return {
+        name: source if isinstance(source, ProbeModel) else read_head(resolve_head(source, target, options, namespace))
+        for name, source in named_sources(spec).items()
+    }
 
 
 def read_heads_beside(

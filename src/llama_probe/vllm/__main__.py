@@ -1,0 +1,97 @@
+"""`python -m llama_probe.vllm MODEL --probe HEAD`: vLLM's server with OpenAI's API, and heads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import ProbeError
+from .compatibility import TRANSFER
+from .engine import engine_kwargs
+
+
+MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
+
+
+def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
+    """The command line of vLLM's server for one of ours: what is not ours goes through.
+
+    Raises:
+        ProbeError: see `engine_kwargs`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_probe.vllm",
+        description="Serve a model with heads over OpenAI's API. Options of vLLM's own server may follow.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="folder or Hub id of the backbone; demo for the demo backbone")
+    parser.add_argument(
+        "--probe",
+        action="append",
+        required=True,
+        metavar="[NAME=]HEAD",
+        help="folder, Hub id or alias; may be repeated",
+    )
+    parser.add_argument(
+        "--halt-on",
+        action="append",
+        metavar="HEAD[=JSON]",
+        help="e.g. 'toxicchat-mha={\"threshold\": 0.6}'; may be repeated",
+    )
+    parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
+    parser.add_argument("--probe-namespace", help="whose heads aliases stand for")
+    parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
+    ours, rest = parser.parse_known_args(argv)
+    halt_on = None if ours.halt_on is None else dict(_halting(text) for text in ours.halt_on)
+    arguments = engine_kwargs(
+        ours.model,
+        _heads(ours.probe),
+        halt_on=halt_on,
+        probe_revision=ours.probe_revision,
+        probe_namespace=ours.probe_namespace,
+        allow_untested_vllm=ours.allow_untested_vllm,
+    )
+    arguments["kv_transfer_config"] = TRANSFER
+    words = ["--middleware", MIDDLEWARE]
+    for name, value in arguments.items():
+        words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+    return words + rest
+
+
+def _heads(texts: list[str]) -> dict[str, str] | list[str]:
+    named = [text.partition("=") for text in texts]
+    if all(sign for _, sign, _ in named):
+        return {name: source for name, _, source in named}
+    if any(sign for _, sign, _ in named):
+        raise ProbeError("--probe: give every head a name (NAME=HEAD), or none")
+    return texts
+
+
+def _halting(text: str) -> tuple[str, dict[str, Any]]:
+    head, _, options = text.partition("=")
+    try:
+        said = json.loads(options) if options else {}
+    except ValueError as error:
+        raise ProbeError(f"--halt-on: {options!r} is not valid JSON: {error}") from None
+    if not isinstance(said, dict):
+        raise ProbeError(f"--halt-on: {options!r} must be a JSON object, as in '{head}={{\"threshold\": 0.6}}'")
+    return head, said
+
+
+def main() -> None:
+    """Serves until it is stopped."""
+    try:
+        words = server_arguments()
+    except ProbeError as error:
+        sys.exit(f"error: {error}")
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    sys.argv = [sys.argv[0], *words]
+    serve()
+
+
+if __name__ == "__main__":
+    main()

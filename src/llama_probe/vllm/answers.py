@@ -1,0 +1,43 @@
+"""What a request's output says of its heads: logits, labels and scores, and whether it is halted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..decision import ProbeOutput, verdict
+from ..halting import Halt
+from .settings import ProbeSettings
+
+
+def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> dict[str, Any]:
+    """Plain JSON types for one prompt.
+
+    Args:
+        found: by head that ran its logits, or why there are none.
+
+    Returns:
+        `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`; with `halt_on` also
+        `"halted"`: the fields of a `Halt`, or `None`. What a guard could not score is halted.
+    """
+    outputs: dict[str, ProbeOutput] = {}
+    probes: dict[str, Any] = {}
+    for name, logits in found.items():
+        if isinstance(logits, str):
+            probes[name] = {"error": logits}
+            continue
+        config = settings.configs[name]
+        outputs[name] = ProbeOutput.from_logits(torch.tensor([logits]), config)
+        said = verdict(outputs[name].labels[0], outputs[name].probabilities[0].tolist(), config)
+        probes[name] = {"logits": logits, **said}
+    if settings.halt_on is None:
+        return {"probes": probes}
+    halts = (
+        rule.halts(outputs[rule.head])[0] if rule.head in outputs else Halt(rule.head, threshold=rule.threshold)
+        for rule in settings.rules
+    )
+    halt = next((halt for halt in halts if halt is not None), None)
+    return {"probes": probes, "halted": halt and asdict(halt)}

@@ -1,0 +1,155 @@
+"""From prompts that are complete to their logits: vLLM's way between the scheduler's process and the workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from ..errors import ProbeError
+from .answers import answer
+from .scoring import Scorer, ScoringJob
+from .settings import ProbeSettings
+from .state_cache import StateCache
+
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+
+@dataclass
+class ScoringJobs(KVConnectorMetadata):
+    """To the workers: the prompts that are complete after a step."""
+
+    jobs: list[ScoringJob] = field(default_factory=list)
+
+
+@dataclass
+class ScoredPrompts(KVConnectorWorkerMetadata):
+    """Back from them: by request and head the logits, or why there are none."""
+
+    found: dict[str, dict[str, list[float] | str]]
+
+    def aggregate(self, other: ScoredPrompts) -> ScoredPrompts:
+        return ScoredPrompts({**self.found, **other.found})
+
+
+class ProbeConnector(KVConnectorBase_V1):
+    """Transfers no keys or values: it is how a plugin learns which prompts are complete, and answers for them.
+
+    One lives in the scheduler's process and one in each worker; see vLLM's base class for when its methods are called.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self.settings = ProbeSettings.of(vllm_config)
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise ProbeError(
+                f"this model's caches are of {len(groups)} kinds, and states can be kept beside one kind alone"
+            )
+        self._block_size = groups[0].kv_cache_spec.block_size
+        # In the scheduler's process: requests that are not finished, those of them whose prompts are not complete, and what
+        # is known of the others.
+        self._running: set[str] = set()
+        self._prompts: dict[str, Request] = {}
+        self._answers: dict[str, dict[str, Any]] = {}
+        # In a worker
+        self._scorer: Scorer | None = None
+        self._found: dict[str, dict[str, list[float] | str]] = {}
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # In the scheduler's process
+
+    def on_new_request(self, request: Request) -> None:
+        self._running.add(request.request_id)
+        self._prompts[request.request_id] = request
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ScoringJobs:
+        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        cached = scheduler_output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        jobs = []
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            request = self._prompts.get(request_id)
+            if request is None or computed[request_id] + scheduled < request.num_prompt_tokens:
+                continue
+            del self._prompts[request_id]
+            blocks = -(-request.num_prompt_tokens // self._block_size)
+            jobs.append(
+                ScoringJob(
+                    request_id,
+                    request.prompt_token_ids,
+                    request.num_prompt_tokens,
+                    self._kv_cache_manager.get_block_ids(request_id)[0][:blocks],
+                    self._heads(request),
+                )
+            )
+        return ScoringJobs(jobs)
+
+    def _heads(self, request: Request) -> list[str]:
+        """Those that a request asks for, and those that may halt it; all where it says nothing."""
+        asked = (request.kv_transfer_params or {}).get("probes")
+        if not isinstance(asked, (list, tuple)):
+            return list(self.settings.heads)
+        guards = {rule.head for rule in self.settings.rules}
+        return [name for name in self.settings.heads if name in asked or name in guards]
+
+    def take_in(self, scored: ScoredPrompts) -> None:
+        """Keeps what the workers found, until the requests are finished."""
+        for request_id, found in scored.found.items():
+            if request_id in self._running:  # not aborted meanwhile
+                self._answers[request_id] = answer(self.settings, found)
+
+    def answer(self, request_id: str) -> dict[str, Any] | None:
+        """What is known of a request that runs; see `answer`. `None` before its prompt is complete."""
+        return self._answers.get(request_id)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._running.discard(request.request_id)
+        self._prompts.pop(request.request_id, None)
+        return False, self._answers.pop(request.request_id, None)
+
+    # In a worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        cache = next(iter(get_layers_from_vllm_config(self._vllm_config, StateCache).values()))
+        runs = get_tensor_model_parallel_rank() == 0
+        self._scorer = Scorer(self.settings.read_heads(), self.settings.layers, cache, self._block_size, runs)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        for job in self._get_connector_metadata().jobs:
+            self._found[job.request_id] = self._scorer.score(job)
+
+    def build_connector_worker_meta(self) -> ScoredPrompts | None:
+        found, self._found = self._found, {}
+        return ScoredPrompts(found) if found and self._scorer.runs else None

@@ -1,0 +1,124 @@
+"""The arguments that make a vLLM engine with heads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..backbones import resolve_backbone
+from ..errors import ProbeError
+from ..files import read_head
+from ..halting import HaltSpec
+from ..heads.aggregator import Classifier
+from ..hub import HubOptions
+from ..probe import ProbeModel
+from ..resolve import ProbeSpec, Target, named_sources, resolve_head
+from .compatibility import SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
+from .settings import KEY, ProbeSettings
+
+
+def engine_kwargs(
+    model: str | os.PathLike,
+    probe: ProbeSpec,
+    *,
+    halt_on: HaltSpec | None = None,
+    probe_revision: str | None = None,
+    probe_namespace: str | None = None,
+    allow_untested_vllm: bool = False,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
+
+    Every request is scored by all heads, or by those that it asks for, in the pass over its prompt; see
+    `llama_probe.vllm`. Sizes are compared with the backbone's; its fingerprint is not, because that needs the loaded model:
+    `llama-probe inspect HEAD --backbone MODEL` does.
+
+    Args:
+        model: folder or Hub id of the backbone; `"demo"` for the demo backbone.
+        probe: heads: folders, Hub ids or aliases, one, a list, or a dict of names. They are fetched now; the engine's
+            processes read the folders.
+        halt_on: requests that get no reply: a head's name, several, or a dict of names with `label` and `threshold`; see
+            `Halter`. They end before their first token is delivered, with the finish reason `"stop"` and the head's name as
+            the stop reason. A prompt that such a head cannot score gets no reply either.
+        probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
+        allow_untested_vllm: go on with a version of vLLM that was not tested.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`.
+
+    Raises:
+        ProbeError: vLLM is missing or of another version, an argument does not go with heads, the model's class has no
+            place for them, a head cannot be read, does not fit, or needs what an engine does not give it, or `halt_on` is
+            not allowed.
+    """
+    check_version(allow_untested_vllm)
+    check_arguments(kwargs)
+    overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
+    if not isinstance(overrides, Mapping) or "architectures" in overrides:
+        raise ProbeError("hf_overrides must be a dict without architectures: heads need the model class of their own")
+    model = resolve_backbone(os.fspath(model))
+    options = HubOptions(probe_revision)
+    target = Target.read(model, kwargs, options)
+    if target is None:
+        raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
+    hf_config = AutoConfig.from_pretrained(model, revision=target.revision)
+    architecture = probed_architecture(hf_config.architectures)
+    heads = {}
+    for name, source in named_sources(probe).items():
+        if isinstance(source, ProbeModel):
+            raise ProbeError(
+                f"head {name!r} is a ProbeModel, and the engine's processes read folders: save_pretrained it first"
+            )
+        folder = resolve_head(source, target, options, probe_namespace).resolve()
+        _check_head(name, read_head(folder), target)
+        heads[name] = str(folder)
+    if not heads:
+        raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
+    settings = ProbeSettings(heads, _plain(halt_on), allow_untested_vllm)
+    settings.rules  # noqa: B018 - raises where halt_on is not allowed
+    from vllm.config import KVTransferConfig
+
+    return {
+        "model": model,
+        **kwargs,
+        "hf_overrides": {**overrides, "architectures": [architecture]},
+        "scheduler_cls": SCHEDULER,
+        "kv_transfer_config": KVTransferConfig(**TRANSFER),
+        "additional_config": {**additional, KEY: settings.to_dict()},
+    }
+
+
+def _check_head(name: str, head: ProbeModel, target: Target) -> None:
+    config = head.config
+    if not target.fits(config):
+        raise ProbeError(
+            f"head {name!r} has hidden_size={config.hidden_size}, num_hidden_layers={config.num_hidden_layers}; "
+            f"{target.name_or_path} has {target.hidden_size} and {target.num_hidden_layers}: it was made for another model"
+        )
+    if config.reads_reply:
+        raise ProbeError(
+            f"head {name!r} follows replies (token_scope={config.token_scope!r}), and on vLLM heads read prompts alone; "
+            "generate() of transformers runs it"
+        )
+    if type(head.classifier).bind is not Classifier.bind:
+        raise ProbeError(
+            f"head {name!r} ({config.probe_type}) needs more of the LM than its states, which vLLM does not give it; "
+            "generate() of transformers runs it"
+        )
+
+
+def _plain(halt_on: HaltSpec | None) -> dict[str, dict[str, Any]] | None:
+    """`halt_on` as a dict of options by name."""
+    if halt_on is None:
+        return None
+    if callable(halt_on):
+        raise ProbeError(
+            "halt_on is a function, and the engine decides in another process: name heads, as in "
+            "{'toxicchat-mha': {'threshold': 0.6}}"
+        )
+    names = [halt_on] if isinstance(halt_on, str) else halt_on
+    if not isinstance(names, (Mapping, Sequence)):
+        raise ProbeError(f"halt_on is a {type(names).__name__}; it must be a head's name, several, or a dict of names")
+    options = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    return {name: dict(said or {}) for name, said in options.items()}

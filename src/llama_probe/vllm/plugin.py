@@ -1,0 +1,13 @@
+"""The entry point by which vLLM finds the model classes with heads, in each of its processes."""
+
+from __future__ import annotations
+
+from .compatibility import ARCHITECTURES, PREFIX
+
+
+def register() -> None:
+    """Tells vLLM of the classes, by name: none is imported before it is used, and plain models are not touched."""
+    from vllm import ModelRegistry
+
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(PREFIX + name, f"llama_probe.vllm.models:{PREFIX}{name}")

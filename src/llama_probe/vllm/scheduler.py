@@ -1,0 +1,57 @@
+"""vLLM's schedulers with two more duties: outputs carry what heads say, and halted requests end before their first token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+
+class _Probed:
+    def update_from_output(self, scheduler_output, model_runner_output):
+        """As vLLM's. What the workers found comes first, so that it goes out with the very first token."""
+        from_workers = model_runner_output.kv_connector_output
+        scored = from_workers and from_workers.kv_connector_worker_meta
+        if scored:
+            self.connector.take_in(scored)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for batch in outputs.values():
+            for output in batch.outputs:
+                # The last output of a request has it already. Of the others, only streams are delivered, and vLLM may merge
+                # the first with later ones on the way: so all of them carry it.
+                request = self.requests.get(output.request_id)
+                if output.kv_transfer_params is None and request is not None and _streams(request):
+                    output.kv_transfer_params = self.connector.answer(output.request_id)
+        return outputs
+
+    def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
+        known = self.connector.answer(request.request_id)
+        halted = known and known.get("halted")
+        if not halted:
+            return super()._update_request_with_output(request, new_token_ids, is_stale=is_stale)
+        request.status = RequestStatus.FINISHED_STOPPED
+        request.stop_reason = halted["head"]
+        request.resumable = False
+        return [], True
+
+
+class ProbeScheduler(_Probed, Scheduler):
+    """One step after the other."""
+
+
+class AsyncProbeScheduler(_Probed, AsyncScheduler):
+    """The next step is scheduled while one runs: a halted request may take part in it, and what it gives is dropped."""
+
+
+def create_scheduler(vllm_config, **kwargs: Any) -> Scheduler:
+    """What vLLM's `scheduler_cls` names: the scheduler that suits the config."""
+    kind = AsyncProbeScheduler if vllm_config.scheduler_config.async_scheduling else ProbeScheduler
+    return kind(vllm_config=vllm_config, **kwargs)
+
+
+def _streams(request: Request) -> bool:
+    params = request.sampling_params
+    return params is not None and params.output_kind is not RequestOutputKind.FINAL_ONLY

@@ -1,0 +1,75 @@
+"""What the processes of an engine must know of its heads. They learn it from vLLM's `additional_config`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..configuration import ProbeConfig
+from ..errors import ProbeError
+from ..files import read_config, read_head
+from ..halting import Halter, HaltRule
+from ..probe import ProbeModel
+
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "llama_probe"
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Plain JSON types only.
+
+    Attributes:
+        heads: folders by name; every process of the engine must be able to read them.
+        halt_on: options by name of the heads that may halt a request; see `Halter`. `None` halts nothing.
+        allow_untested_vllm: go on with a version of vLLM that was not tested.
+    """
+
+    heads: dict[str, str]
+    halt_on: dict[str, dict[str, Any]] | None = field(default=None)
+    allow_untested_vllm: bool = False
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
+        """The settings that `engine_kwargs` has put into an engine's config.
+
+        Raises:
+            ProbeError: there are none.
+        """
+        additional = vllm_config.additional_config
+        if not isinstance(additional, dict) or KEY not in additional:
+            raise ProbeError(
+                "this engine has a probed model and no heads: make its arguments with llama_probe.vllm.engine_kwargs(model, "
+                "probe=...), or serve with python -m llama_probe.vllm MODEL --probe HEAD"
+            )
+        return cls(**additional[KEY])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @cached_property
+    def configs(self) -> dict[str, ProbeConfig]:
+        """Of the heads, by name."""
+        return {name: read_config(folder) for name, folder in self.heads.items()}
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """State indices that some head reads, ascending: those that the engine keeps."""
+        return sorted({layer for config in self.configs.values() for layer in config.layer_indices})
+
+    @cached_property
+    def rules(self) -> list[HaltRule]:
+        """By which requests are halted.
+
+        Raises:
+            ProbeError: what `halt_on` says is not allowed.
+        """
+        return [] if self.halt_on is None else Halter(self.halt_on, self.configs).rules
+
+    def read_heads(self) -> dict[str, ProbeModel]:
+        """The heads by name, on the CPU, in eval mode."""
+        return {name: read_head(folder) for name, folder in self.heads.items()}

@@ -1,0 +1,108 @@
+"""A layer that computes nothing and keeps hidden states, paged beside the keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import tensor_model_parallel_all_gather as all_gather
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.extract_hidden_states import (
+    CacheOnlyAttentionBackend,
+    CacheOnlyAttentionLayer,
+    CacheOnlyAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from ..errors import ProbeError
+
+
+# So many tokens are written at once: a stack of all states of a long chunk would double what the model holds of them.
+_ROWS = 1024
+
+
+class _MetadataBuilder(CacheOnlyAttentionMetadataBuilder):
+    # Nothing here depends on the batch but the slots, which lie in a buffer that stays: CUDA graphs can hold the write.
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+
+class _Backend(CacheOnlyAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "PROBE_STATES"
+
+    @staticmethod
+    def get_builder_cls() -> type[CacheOnlyAttentionMetadataBuilder]:
+        return _MetadataBuilder
+
+
+class StateCache(CacheOnlyAttentionLayer):
+    """Keeps the states that heads read, for every token that the engine has in its cache.
+
+    To vLLM it is one more attention layer, with a "head" a state and no values. It shares the block table of the others, so
+    that a token's states are there, evicted and found again exactly where its keys are. With tensor parallelism each rank
+    keeps its share of every state: `hidden_size / ranks` of the dimensions.
+
+    Args:
+        vllm_config: of the engine.
+        num_states: number of states a token.
+        prefix: the layer's name; must contain a number that no other layer's does.
+
+    Raises:
+        ProbeError: the ranks cannot share the states evenly.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, num_states: int, prefix: str):
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        self.ranks = get_tensor_model_parallel_world_size()
+        if hidden_size % self.ranks:
+            raise ProbeError(f"tensor_parallel_size={self.ranks} does not divide hidden_size={hidden_size}")
+        share = hidden_size // self.ranks
+        super().__init__(num_states, share, vllm_config.cache_config, prefix)
+        self.attn_backend = _Backend
+        self.start = get_tensor_model_parallel_rank() * share
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        # The spec of a common attention layer, of another size: layers like that share one group and its block table, and
+        # a block then holds exactly the bytes of all of them.
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_heads,
+            head_size=self.head_size,
+            head_size_v=0,
+            dtype=self.kv_cache_torch_dtype,
+        )
+
+    def forward(self, states: Sequence[torch.Tensor]) -> None:
+        """Writes the states of this step's tokens.
+
+        Args:
+            states: one tensor `[tokens, hidden_size]` a state, ascending; padding may follow the tokens.
+        """
+        slots = get_forward_context().slot_mapping.get(self.layer_name)
+        if slots is None or not self.kv_cache.numel():  # a trial run, before there is a cache
+            return
+        own = slice(self.start, self.start + self.head_size)
+        block_size = self.kv_cache.shape[2]
+        slots = slots.clamp_min(0)  # padding is written to block 0, which belongs to no request
+        for first in range(0, len(slots), _ROWS):
+            rows = slots[first : first + _ROWS]
+            values = torch.stack([state[first : first + len(rows), own] for state in states], dim=1)
+            self.kv_cache[rows // block_size, :, rows % block_size] = values.to(self.kv_cache.dtype)
+
+    def read(self, state: int, slots: torch.Tensor) -> torch.Tensor:
+        """One state of some tokens, in the model's dtype. With tensor parallelism every rank must call it alike.
+
+        Args:
+            state: which of the states that are kept.
+            slots (`torch.LongTensor` of shape `[tokens]`): where the tokens lie.
+
+        Returns:
+            `[tokens, hidden_size]`.
+        """
+        block_size = self.kv_cache.shape[2]
+        share = self.kv_cache[slots // block_size, state, slots % block_size]
+        return share if self.ranks == 1 else all_gather(share.contiguous(), dim=-1)

@@ -1,0 +1,136 @@
+"""What is refused before an engine is started, and by an engine that was started some other way."""
+
+import json
+
+import pytest
+from conftest import make_probe
+from tiny_engine import HEADS, HIDDEN, TinyServing, tiny  # noqa: F401 - a fixture
+from transformers import AutoConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from llama_probe import ProbeError
+from llama_probe.vllm import compatibility, engine_kwargs
+from llama_probe.vllm.__main__ import server_arguments
+from llama_probe.vllm.compatibility import check_config
+from llama_probe.vllm.settings import ProbeSettings
+
+
+def test_what_an_engine_gets(tiny):  # noqa: F811
+    kwargs = engine_kwargs(tiny.backbone, tiny.heads, halt_on="guard", max_model_len=64, additional_config={"a": 1})
+    assert (kwargs["model"], kwargs["max_model_len"], kwargs["additional_config"]["a"]) == (str(tiny.backbone), 64, 1)
+    config = EngineArgs(**kwargs).create_engine_config()
+    assert config.model_config.architecture == "ProbedLlamaForCausalLM"
+    settings = ProbeSettings.of(config)
+    assert settings.heads == tiny.heads and settings.halt_on == {"guard": {}}
+    assert settings.layers == [0, 1, 2, 3, 4]
+    check_config(config)
+
+
+def test_layers_that_no_head_reads_are_not_kept(tiny):  # noqa: F811
+    kwargs = engine_kwargs(tiny.backbone, {"tone": tiny.heads["tone"], "size": tiny.heads["size"]})
+    assert ProbeSettings(**kwargs["additional_config"]["llama_probe"]).layers == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"pipeline_parallel_size": 2}, "each stage of a pipeline has some of them"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "drafts that are rejected"),
+        ({"enable_lora": True}, "adapters change the states"),
+        ({"kv_cache_dtype": "fp8"}, "beside a quantised cache"),
+        ({"decode_context_parallel_size": 2}, "on several devices"),
+        ({"runner": "pooling"}, "pooling models return no text"),
+        ({"scheduler_cls": "mine.Scheduler"}, "one scheduler"),
+        ({"kv_transfer_config": {"kv_connector": "NixlConnector"}}, "one connector"),
+        ({"hf_overrides": {"architectures": ["Other"]}}, "model class of their own"),
+    ],
+)
+def test_arguments_that_do_not_go_with_heads(tiny, arguments, reason):  # noqa: F811
+    with pytest.raises(ProbeError, match=reason) as error:
+        engine_kwargs(tiny.backbone, tiny.heads, **arguments)
+    assert next(iter(arguments)) in str(error.value)
+
+
+def test_a_complete_config_is_checked_as_well(tiny):  # noqa: F811
+    config = EngineArgs(**engine_kwargs(tiny.backbone, tiny.heads)).create_engine_config()
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(ProbeError, match="pipeline_parallel_size=2 does not go with heads"):
+        check_config(config)
+    config.additional_config = {}
+    with pytest.raises(ProbeError, match=r"llama_probe.vllm.engine_kwargs"):
+        ProbeSettings.of(config)
+
+
+def test_versions_that_were_not_tested(tiny, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("vllm.version.__version__", "0.33.1")
+    with pytest.raises(ProbeError, match=r"vLLM 0.33.1 was not tested with heads \(0.32.x was\)"):
+        engine_kwargs(tiny.backbone, tiny.heads)
+    assert engine_kwargs(tiny.backbone, tiny.heads, allow_untested_vllm=True)["additional_config"]["llama_probe"][
+        "allow_untested_vllm"
+    ]
+
+
+def test_models_without_a_place_for_heads(tiny, tmp_path, monkeypatch):  # noqa: F811
+    config = AutoConfig.from_pretrained(tiny.backbone)
+    config.architectures = ["Gemma3ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ProbeError, match="this model is Gemma3ForCausalLM"):
+        engine_kwargs(tmp_path, tiny.heads)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ProbeError, match="cannot be read"):
+        engine_kwargs(tmp_path, tiny.heads)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"hidden_size": 32}, "hidden_size=32"),
+        ({"token_scope": "response"}, "heads read prompts alone"),
+        ({"token_scope": "all"}, "heads read prompts alone"),
+        ({"probe_type": "muli", "vocab_size": 260}, "more of the LM than its states"),
+    ],
+)
+def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):  # noqa: F811
+    make_probe(**{"hidden_size": HIDDEN, **config}).save_pretrained(tmp_path)
+    with pytest.raises(ProbeError, match=reason):
+        engine_kwargs(tiny.backbone, {"odd": tmp_path})
+    with pytest.raises(ProbeError, match="save_pretrained it first"):
+        engine_kwargs(tiny.backbone, {"odd": make_probe(**{"hidden_size": HIDDEN, **config})})
+
+
+@pytest.mark.parametrize(
+    ("halt_on", "reason"),
+    [
+        (lambda outputs: [True], "in another process"),
+        ("nobody", "no head 'nobody' is active"),
+        ({"guard": {"threshold": 2}}, "from 0 to 1"),
+        ({"guard": {"patience": 3}}, "reads the prompt alone"),
+        ("tone", "say by which label"),
+        ({}, "names no head"),
+        (7, "halt_on is a int"),
+    ],
+)
+def test_halting_that_is_not_allowed(tiny, halt_on, reason):  # noqa: F811
+    with pytest.raises(ProbeError, match=reason):
+        engine_kwargs(tiny.backbone, tiny.heads, halt_on=halt_on)
+    with pytest.raises(ProbeError, match="names no head"):
+        engine_kwargs(tiny.backbone, [])
+
+
+def test_the_command_line(tiny):  # noqa: F811
+    heads = [word for name, folder in tiny.heads.items() for word in ("--probe", f"{name}={folder}")]
+    words = server_arguments(
+        [str(tiny.backbone), *heads, "--halt-on", 'guard={"threshold": 0.6}', "--max-model-len", "64"]
+    )
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert given["--model"] == str(tiny.backbone) and given["--max-model-len"] == "64"
+    assert given["--scheduler-cls"] == compatibility.SCHEDULER
+    settings = json.loads(given["--additional-config"])["llama_probe"]
+    assert list(settings["heads"]) == list(HEADS) and settings["halt_on"] == {"guard": {"threshold": 0.6}}
+    for wrong, reason in (
+        (["--probe", "a=b", "--probe", "c"], "give every head a name"),
+        (["--probe", tiny.heads["guard"], "--halt-on", "guard={"], "not valid JSON"),
+        (["--probe", tiny.heads["guard"], "--halt-on", "guard=3"], "must be a JSON object"),
+    ):
+        with pytest.raises(ProbeError, match=reason):
+            server_arguments([str(tiny.backbone), *wrong])

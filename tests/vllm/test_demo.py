@@ -1,0 +1,55 @@
+"""The demo backbone and its bundled heads, served and asked as a user would."""
+
+import pytest
+import torch
+from http_server import serving
+from transformers import AutoTokenizer
+
+from llama_probe import LlamaForProbedGeneration
+from llama_probe.backbones import demo_backbone
+from llama_probe.demo import HEADS, PROMPTS
+
+
+openai = pytest.importorskip("openai")
+
+
+@pytest.mark.slow
+def test_the_demo_over_http(tmp_path):
+    folder = demo_backbone()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForProbedGeneration.from_pretrained(folder, probe=list(HEADS), dtype=torch.float32)
+    arguments = ["demo", *(word for head in HEADS for word in ("--probe", head)), "--dtype", "float32"]
+    arguments += [
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--halt-on",
+        'toxicchat-mha={"threshold": 0.5}',
+        "--served-model-name",
+        "demo",
+    ]
+    halted = 0
+    with (
+        serving(arguments, tmp_path / "log") as url,
+        openai.OpenAI(base_url=url, api_key="none", timeout=250) as client,
+    ):
+        for text in PROMPTS:
+            chat = [{"role": "user", "content": text}]
+            inputs = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+            expected = model.generate(
+                **inputs, max_new_tokens=8, do_sample=False, halt_on={"toxicchat-mha": {"threshold": 0.5}}
+            )
+            response = client.chat.completions.create(model="demo", messages=chat, max_tokens=8, temperature=0.0)
+            said = response.kv_transfer_params
+            for name in HEADS:
+                logits = torch.tensor(said["probes"][name]["logits"])
+                torch.testing.assert_close(logits, expected.probe_logits[name][0], rtol=0, atol=1e-3)
+                assert said["probes"][name]["label"] == expected.probe_labels[name][0]
+            new = expected.sequences[0, inputs["input_ids"].shape[1] :]
+            assert (said["halted"] is None) == (expected.probe_halts[0] is None)
+            halted += said["halted"] is not None
+            content = response.choices[0].message.content or ""
+            assert content.strip() == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert 0 < halted < len(PROMPTS)

@@ -1,0 +1,163 @@
+"""One engine: prompts in chunks, many at once, a cache too small for all of them, and a guard."""
+
+import pytest
+import torch
+from tiny_engine import HIDDEN, PREFIX, TinyServing, tiny  # noqa: F401 - a fixture
+
+from llama_probe.vllm import engine_kwargs
+
+
+vllm = pytest.importorskip("vllm")
+
+LENGTHS = (1, 5, 17, 31, 32, 33, 64, 90, 120, 150, 200)
+BLOCK, BLOCKS, NEW = 128, 5, 50
+
+
+def make_ids(length: int, seed: int) -> list[int]:
+    return torch.randint(4, 260, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [PREFIX * (seed % 2) + make_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def threshold(tiny: TinyServing) -> float:  # noqa: F811
+    return tiny.threshold(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: TinyServing, threshold: float):  # noqa: F811
+    kwargs = engine_kwargs(
+        tiny.backbone,
+        tiny.heads,
+        halt_on={"guard": {"label": "bad", "threshold": threshold}},
+        dtype="float32",
+        max_model_len=256,
+        max_num_batched_tokens=32,
+        max_num_seqs=8,
+        num_gpu_blocks_override=BLOCKS,
+        block_size=BLOCK,
+        enforce_eager=True,
+        disable_log_stats=False,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # one process less to start, and its scheduler can be looked at
+        engine = vllm.LLM(**kwargs)
+        yield engine
+        engine.llm_engine.engine_core.shutdown()
+
+
+def generate(llm, prompts, max_tokens=1, **params):
+    params = vllm.SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
+    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def preemptions(llm) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def is_flagged(tiny, ids, threshold) -> bool:  # noqa: F811
+    return float(tiny.reference(ids).probe_probabilities["guard"][0, 1]) >= threshold
+
+
+def test_scores_and_texts_are_those_of_transformers(llm, tiny, threshold):  # noqa: F811
+    before = preemptions(llm)
+    outputs = generate(llm, PROMPTS, max_tokens=NEW)
+    assert preemptions(llm) > before  # some were thrown out of the cache and began anew
+    flagged = [is_flagged(tiny, ids, threshold) for ids in PROMPTS]
+    assert 0 < sum(flagged) < len(PROMPTS)
+    for ids, output, halted in zip(PROMPTS, outputs, flagged, strict=True):
+        tiny.check(output.kv_transfer_params["probes"], ids)
+        (completion,) = output.outputs
+        why = output.kv_transfer_params["halted"]
+        if halted:
+            assert (completion.text, list(completion.token_ids)) == ("", [])
+            assert (completion.finish_reason, completion.stop_reason) == ("stop", "guard")
+            assert (why["head"], why["label"], why["threshold"]) == ("guard", "bad", threshold)
+            assert why["score"] == output.kv_transfer_params["probes"]["guard"]["scores"]["bad"]
+        else:
+            expected = tiny.reference(ids, max_new_tokens=NEW).sequences[0, len(ids) :]
+            assert list(completion.token_ids) == expected.tolist()
+            assert (completion.finish_reason, why) == ("length", None)
+
+
+def test_what_is_in_the_prefix_cache_counts(llm, tiny, threshold):  # noqa: F811
+    ids = next(
+        ids for ids in (make_ids(120, seed) for seed in range(100, 200)) if not is_flagged(tiny, ids, threshold)
+    )
+    (first,) = generate(llm, [ids], max_tokens=20)
+    # The next turn: its first block has eight tokens that were written while decoding.
+    following = [*ids, *first.outputs[0].token_ids, *make_ids(30, 1)]
+    (second,) = generate(llm, [following])
+    assert second.num_cached_tokens == BLOCK
+    tiny.check(second.kv_transfer_params["probes"], following)
+    (again,) = generate(llm, [following])
+    assert again.num_cached_tokens == BLOCK
+    assert again.kv_transfer_params == second.kv_transfer_params
+
+
+def test_one_token_is_enough(llm, tiny):  # noqa: F811
+    for ids, output in zip(PROMPTS[:3], generate(llm, PROMPTS[:3], max_tokens=1), strict=True):
+        tiny.check(output.kv_transfer_params["probes"], ids)
+
+
+def test_a_request_chooses_heads_but_not_to_go_unguarded(llm, tiny):  # noqa: F811
+    for asked, got in ((["tone"], ("guard", "tone")), ([], ("guard",)), (["nobody", "size"], ("guard", "size"))):
+        (output,) = generate(llm, PROMPTS[2:3], extra_args={"kv_transfer_params": {"probes": asked}})
+        tiny.check(output.kv_transfer_params["probes"], PROMPTS[2], got)
+
+
+def test_what_the_guard_cannot_read_gets_no_reply(llm):
+    (output,) = generate(llm, [PREFIX])
+    probes = output.kv_transfer_params["probes"]
+    assert "no token that a head reads" in probes["guard"]["error"] and "logits" in probes["tone"]
+    assert output.kv_transfer_params["halted"]["head"] == "guard"
+    assert list(output.outputs[0].token_ids) == []
+
+
+def test_a_stream_has_the_scores_from_its_first_token_on(llm, tiny, threshold):  # noqa: F811
+    kind = vllm.sampling_params.RequestOutputKind.DELTA
+    params = vllm.SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, output_kind=kind)
+    for number, ids in enumerate(PROMPTS):
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+    streams: dict[str, list] = {str(number): [] for number in range(len(PROMPTS))}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            streams[output.request_id].append(output)
+    for ids, outputs in zip(PROMPTS, streams.values(), strict=True):
+        flagged = is_flagged(tiny, ids, threshold)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == ([0] if flagged else [1] * 4)
+        tiny.check(outputs[0].kv_transfer_params["probes"], ids)
+        assert all(output.kv_transfer_params == outputs[0].kv_transfer_params for output in outputs)
+
+
+def test_several_replies_to_a_prompt(llm, tiny):  # noqa: F811
+    params = vllm.SamplingParams(n=3, max_tokens=3, temperature=1.0)
+    (output,) = llm.generate([{"prompt_token_ids": PROMPTS[3]}], params, use_tqdm=False)
+    assert len(output.outputs) == 3
+    tiny.check(output.kv_transfer_params["probes"], PROMPTS[3])
+
+
+def test_aborted_requests_leave_nothing_behind(llm):
+    params = vllm.SamplingParams(max_tokens=50, ignore_eos=True)
+    for number in range(3):
+        llm.llm_engine.add_request(f"gone-{number}", {"prompt_token_ids": PROMPTS[9]}, params)
+    llm.llm_engine.step()
+    llm.llm_engine.abort_request([f"gone-{number}" for number in range(3)])
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert "logits" in generate(llm, PROMPTS[:1])[0].kv_transfer_params["probes"]["tone"]
+    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    assert not connector._running and not connector._prompts and not connector._answers
+
+
+def test_the_cache_holds_the_states_and_nothing_more(llm):
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    assert len(config.kv_cache_groups) == 1  # a block table for keys, values and states
+    tensors = config.kv_cache_tensors
+    keys_and_values, states = (
+        4 * 2 * 2 * 32,
+        5 * HIDDEN,
+    )  # numbers a token: layers, both, heads, size; layers read, size
+    assert {tensor.size for tensor in tensors} == {BLOCKS * BLOCK * (keys_and_values + states) * 4}

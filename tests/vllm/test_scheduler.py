@@ -1,0 +1,124 @@
+"""Both schedulers, step by step, with the workers' part played: on the CPU, vLLM itself always takes the plain one."""
+
+import pytest
+import torch
+from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from llama_probe.vllm import engine_kwargs
+from llama_probe.vllm.connector import ScoredPrompts
+from llama_probe.vllm.scheduler import AsyncProbeScheduler, ProbeScheduler, create_scheduler
+
+
+BLOCK, CHUNK = 16, 24
+FINE, BAD = [9.0, -9.0], [-9.0, 9.0]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "async"])
+def scheduler(request, tiny: TinyServing):  # noqa: F811
+    kwargs = engine_kwargs(tiny.backbone, {"guard": tiny.heads["guard"]}, halt_on="guard")
+    kwargs |= {"max_num_batched_tokens": CHUNK, "max_model_len": 128, "enable_prefix_caching": False}
+    config = EngineArgs(**kwargs).create_engine_config()
+    config.scheduler_config.async_scheduling = request.param
+    config.cache_config.num_gpu_blocks = 30
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    made = create_scheduler(
+        config,
+        kv_cache_config=KVCacheConfig(30, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+    )
+    assert type(made) is (AsyncProbeScheduler if request.param else ProbeScheduler)
+    yield made
+    made.shutdown()
+
+
+def add(scheduler, name: str, length: int, kind=RequestOutputKind.DELTA) -> Request:
+    params = SamplingParams(max_tokens=5, output_kind=kind)
+    request = Request(name, list(range(4, 4 + length)), params, None)
+    scheduler.add_request(request)
+    return request
+
+
+def jobs(step: SchedulerOutput) -> dict:
+    return {job.request_id: job for job in step.kv_connector_metadata.jobs}
+
+
+def answer(scheduler, step: SchedulerOutput, found: dict[str, list[float]]):
+    """What the workers return of a step: a token of each request whose prompt is complete, and logits."""
+    names = list(step.num_scheduled_tokens)
+    tokens = [
+        [7] if name in found or name not in scheduler.requests or scheduler.connector.answer(name) else []
+        for name in names
+    ]
+    meta = ScoredPrompts({name: {"guard": logits} for name, logits in found.items()}) if found else None
+    output = ModelRunnerOutput(
+        names,
+        {name: place for place, name in enumerate(names)},
+        tokens,
+        kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=meta),
+    )
+    batches = scheduler.update_from_output(step, output)
+    return {output.request_id: output for batch in batches.values() for output in batch.outputs}
+
+
+def test_prompts_are_scored_when_their_last_chunk_runs(scheduler):
+    add(scheduler, "long", 40)
+    first = scheduler.schedule()
+    assert first.num_scheduled_tokens == {"long": CHUNK} and jobs(first) == {}
+    assert answer(scheduler, first, {}) == {}
+    second = scheduler.schedule()
+    job = jobs(second)["long"]
+    assert (job.token_ids, job.num_tokens, job.heads) == (list(range(4, 44)), 40, ["guard"])
+    assert len(job.block_ids) == 3 and len(set(job.block_ids)) == 3
+    out = answer(scheduler, second, {"long": FINE})["long"]
+    assert out.new_token_ids == [7] and out.finish_reason is None
+    assert out.kv_transfer_params["probes"]["guard"]["label"] == "fine"
+    assert out.kv_transfer_params["halted"] is None
+    third = scheduler.schedule()
+    assert jobs(third) == {}
+    assert answer(scheduler, third, {})["long"].kv_transfer_params == out.kv_transfer_params
+
+
+def test_halted_requests_end_without_a_token(scheduler):
+    add(scheduler, "bad", 5)
+    add(scheduler, "fine", 6)
+    step = scheduler.schedule()
+    assert set(jobs(step)) == {"bad", "fine"}
+    ahead = scheduler.schedule() if isinstance(scheduler, AsyncProbeScheduler) else None
+    out = answer(scheduler, step, {"bad": BAD, "fine": FINE})
+    assert (out["bad"].new_token_ids, str(out["bad"].finish_reason), out["bad"].stop_reason) == ([], "stop", "guard")
+    assert out["bad"].kv_transfer_params["halted"]["label"] == "bad"
+    assert out["fine"].new_token_ids == [7] and out["fine"].finish_reason is None
+    if ahead is not None:  # it took part in a step that was begun before it was known
+        assert set(ahead.num_scheduled_tokens) == {"bad", "fine"}
+        assert set(answer(scheduler, ahead, {})) == {"fine"}
+    assert set(scheduler.schedule().num_scheduled_tokens) == {"fine"}
+    assert "bad" not in scheduler.requests and scheduler.connector.answer("bad") is None
+
+
+def test_who_waits_for_the_end_gets_the_scores_there(scheduler):
+    add(scheduler, "whole", 5, RequestOutputKind.FINAL_ONLY)
+    outs = []
+    for number in range(5):
+        step = scheduler.schedule()
+        outs.append(answer(scheduler, step, {} if number else {"whole": FINE})["whole"])
+    assert [out.kv_transfer_params is None for out in outs] == [True] * 4 + [False]
+    assert outs[-1].kv_transfer_params["probes"]["guard"]["logits"] == FINE
+
+
+def test_nothing_is_kept_of_requests_that_are_gone(scheduler):
+    add(scheduler, "gone", 5)
+    add(scheduler, "waiting", 5)
+    step = scheduler.schedule()
+    scheduler.finish_requests(["gone", "waiting"], RequestStatus.FINISHED_ABORTED)
+    assert answer(scheduler, step, {"gone": BAD, "waiting": FINE}) == {}
+    connector = scheduler.connector
+    assert not connector._answers and not connector._prompts and not connector._running

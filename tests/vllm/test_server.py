@@ -1,0 +1,134 @@
+"""A server on two ranks with a guard, asked by OpenAI's client."""
+
+import asyncio
+
+import pytest
+from http_server import serving
+from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
+from transformers import AutoTokenizer
+
+
+openai = pytest.importorskip("openai")
+
+TEXTS = [
+    f"{word} number {i} " * (1 + 3 * i) for i, word in enumerate(("alpha", "beta", "gamma", "delta", "eps", "zeta"))
+]
+
+
+@pytest.fixture(scope="module")
+def chats(tiny: TinyServing) -> dict[str, list[int]]:  # noqa: F811
+    """Token ids of the prompts, by text."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.backbone)
+
+    def ids(text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    return {text: ids(text) for text in TEXTS}
+
+
+@pytest.fixture(scope="module")
+def flagged(tiny: TinyServing, chats) -> dict[str, bool]:  # noqa: F811
+    threshold = tiny.threshold(list(chats.values()))
+    scores = {text: float(tiny.reference(ids).probe_probabilities["guard"][0, 1]) for text, ids in chats.items()}
+    found = {text: score >= threshold for text, score in scores.items()}
+    assert 0 < sum(found.values()) < len(found)
+    return {"threshold": threshold, **found}
+
+
+@pytest.fixture(scope="module")
+def url(tiny: TinyServing, flagged, tmp_path_factory):  # noqa: F811
+    heads = [word for name, folder in tiny.heads.items() for word in ("--probe", f"{name}={folder}")]
+    arguments = [str(tiny.backbone), *heads, "--halt-on", f'guard={{"threshold": {flagged["threshold"]}}}']
+    arguments += [
+        "--served-model-name",
+        "tiny",
+        "--tensor-parallel-size",
+        "2",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
+    arguments += ["--max-model-len", "512", "--max-num-batched-tokens", "64", "--max-num-seqs", "8"]
+    with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
+        yield client
+
+
+def ask(client, text: str, **kwargs):
+    messages = [{"role": "user", "content": text}]
+    return client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=4, **{"temperature": 0.0, **kwargs}
+    )
+
+
+def test_complete_responses(client, tiny, chats, flagged):  # noqa: F811
+    for text, ids in chats.items():
+        response = ask(client, text, extra_body={"ignore_eos": True})
+        tiny.check(response.kv_transfer_params["probes"], ids)
+        (choice,) = response.choices
+        if flagged[text]:
+            assert not choice.message.content and response.usage.completion_tokens == 0
+            assert (choice.finish_reason, choice.stop_reason) == ("stop", "guard")
+            assert response.kv_transfer_params["halted"]["head"] == "guard"
+        else:
+            assert response.usage.completion_tokens == 4 and choice.finish_reason == "length"
+            assert response.kv_transfer_params["halted"] is None
+    response = ask(client, TEXTS[0], extra_body={"kv_transfer_params": {"probes": ["size"]}})
+    tiny.check(response.kv_transfer_params["probes"], chats[TEXTS[0]], ("guard", "size"))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_streams_of_chats_at_the_same_time(url, tiny, chats, flagged, copies):  # noqa: F811
+    async def stream(client, text):
+        chunks = await ask(
+            client, text, stream=True, n=copies, temperature=copies - 1, extra_body={"ignore_eos": True}
+        )
+        return [chunk async for chunk in chunks]
+
+    async def all_streams():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
+            return await asyncio.gather(*(stream(client, text) for text in chats))
+
+    for (text, ids), chunks in zip(chats.items(), asyncio.run(all_streams()), strict=True):
+        first = {chunk.choices[0].index: chunk for chunk in reversed(chunks)}
+        assert sorted(first) == list(range(copies))
+        for chunk in first.values():
+            tiny.check(chunk.kv_transfer_params["probes"], ids)
+            assert not chunk.choices[0].delta.content
+        later = [chunk for chunk in chunks if chunk not in first.values()]
+        assert not any(getattr(chunk, "kv_transfer_params", None) for chunk in later)
+        if flagged[text]:
+            assert later == []
+            assert all(chunk.choices[0].finish_reason == "stop" for chunk in first.values())
+            assert all(chunk.choices[0].stop_reason == "guard" for chunk in first.values())
+        else:
+            assert [chunk.choices[0].finish_reason for chunk in later].count("length") == copies
+
+
+def test_streams_of_texts(client, tiny, chats, flagged):  # noqa: F811
+    prompts = list(chats.values())
+    options = {"max_tokens": 3, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
+    chunks = list(client.completions.create(model="tiny", prompt=prompts, stream=True, **options))
+    first = {chunk.choices[0].index: chunk for chunk in reversed(chunks)}
+    for index, (text, ids) in enumerate(chats.items()):
+        tiny.check(first[index].kv_transfer_params["probes"], ids)
+        own = [chunk for chunk in chunks if chunk.choices[0].index == index]
+        assert own[-1].choices[0].finish_reason == ("stop" if flagged[text] else "length")
+        assert len(own) == (1 if flagged[text] else 3)
+        assert (own[0].choices[0].text == "") or not flagged[text]
+        assert (own[0].id, own[0].model) == (chunks[0].id, "tiny")
+    complete = client.completions.create(model="tiny", prompt=prompts[0], **options)
+    tiny.check(complete.kv_transfer_params["probes"], prompts[0])
+
+
+def test_what_the_server_refuses_it_refuses_as_before(client):
+    with pytest.raises(openai.BadRequestError):
+        ask(client, "far too long " * 200)
+    with pytest.raises(openai.BadRequestError):
+        list(ask(client, "far too long " * 200, stream=True))

@@ -1,0 +1,80 @@
+"""A tiny random Llama that vLLM's CPU kernels take, heads for it, and what transformers says with them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_lm, make_probe, make_tokenizer
+
+from llama_probe import LlamaForProbedGeneration
+
+
+HIDDEN = 128
+PREFIX = [1, 30, 31]  # what "content" heads leave out
+HEADS = {
+    "guard": {
+        "probe_type": "mha",
+        "id2label": {0: "fine", 1: "bad"},
+        "token_scope": "content",
+        "prefix_ids": PREFIX,
+        "threshold": 0.4,
+        "temperature": 4.0,
+    },
+    "tone": {"probe_type": "gate", "layers": [1, 3], "num_labels": 3, "temperature": 2.0},
+    "topics": {"probe_type": "pooling", "pool": "max", "num_labels": 3, "problem_type": "multi_label_classification"},
+    "size": {"probe_type": "last", "num_labels": 1, "problem_type": "regression"},
+}
+
+
+@dataclass
+class TinyServing:
+    """Folders of a backbone and of heads by name, and the probed model of transformers."""
+
+    backbone: Path
+    heads: dict[str, str]
+    model: LlamaForProbedGeneration = field(repr=False)
+
+    def reference(self, ids: list[int], max_new_tokens: int = 1):
+        """What `generate` gives for one prompt, greedily, whatever the end-of-sequence token."""
+        prompt = torch.tensor([ids])
+        return self.model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
+
+    def threshold(self, prompts: list[list[int]]) -> float:
+        """From which on `guard` flags about half of some prompts; far from the probability of each."""
+        scores = sorted(float(self.reference(ids).probe_probabilities["guard"][0, 1]) for ids in prompts)
+        middle = range(len(scores) // 3, 2 * len(scores) // 3 + 1)
+        low, high = max(((scores[i - 1], scores[i]) for i in middle), key=lambda pair: pair[1] - pair[0])
+        assert high - low > 1e-3
+        return (low + high) / 2
+
+    def check(self, probes: dict, ids: list[int], heads=tuple(HEADS)) -> None:
+        """Raises where what vLLM says of a prompt is not what transformers says."""
+        reference = self.reference(ids)
+        assert list(probes) == list(heads)
+        for name, said in probes.items():
+            logits = torch.tensor(said["logits"])
+            torch.testing.assert_close(logits, reference.probe_logits[name][0], rtol=1e-5, atol=1e-3)
+            probabilities = reference.probe_probabilities[name][0].tolist()
+            config = self.model.probes[name].config
+            if config.problem_type == "regression":
+                assert said["score"] == pytest.approx(probabilities[0], abs=1e-3)
+            else:
+                assert said["label"] == reference.probe_labels[name][0]
+                assert list(said["scores"]) == list(config.id2label.values())
+                assert list(said["scores"].values()) == pytest.approx(probabilities, abs=1e-3)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyServing:
+    """Heads of each kind of problem, reading all layers, some, or one."""
+    folder = tmp_path_factory.mktemp("serving")
+    lm = make_lm(vocab_size=260, hidden_size=HIDDEN, num_attention_heads=4, max_position_embeddings=1024)
+    lm.save_pretrained(folder / "lm")
+    make_tokenizer().save_pretrained(folder / "lm")
+    heads = {name: str(folder / name) for name in HEADS}
+    for seed, (name, config) in enumerate(HEADS.items()):
+        probe = make_probe(seed, hidden_size=HIDDEN, **config)
+        probe.classifier.weight.data *= 0.2  # logits of the size that trained heads give
+        probe.save_pretrained(heads[name])
+    return TinyServing(folder / "lm", heads, LlamaForProbedGeneration.from_pretrained(folder / "lm", probe=heads))
