@@ -20,7 +20,7 @@ test: $(VENV)/.test
 
 # Tests on the demo backbone, which the first of them prepares.
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 # Engines of vLLM on tiny models, on the CPU. Where one hangs, the test fails.
 test-vllm: $(VLLM_VENV)/.test-vllm
