@@ -38,18 +38,17 @@ def test_the_demo_over_http(tmp_path):
             inputs = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
-            expected = model.generate(
-                **inputs, max_new_tokens=8, do_sample=False, halt_on={"toxicchat-mha": {"threshold": 0.5}}
-            )
+            expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            flagged = float(expected.probe_probabilities["toxicchat-mha"][0, 1]) >= 0.5
             response = client.chat.completions.create(model="demo", messages=chat, max_tokens=8, temperature=0.0)
             said = response.kv_transfer_params
             for name in HEADS:
                 logits = torch.tensor(said["probes"][name]["logits"])
                 torch.testing.assert_close(logits, expected.probe_logits[name][0], rtol=0, atol=1e-3)
                 assert said["probes"][name]["label"] == expected.probe_labels[name][0]
+            assert (said["halted"] is not None) == flagged
+            halted += flagged
             new = expected.sequences[0, inputs["input_ids"].shape[1] :]
-            assert (said["halted"] is None) == (expected.probe_halts[0] is None)
-            halted += said["halted"] is not None
-            content = response.choices[0].message.content or ""
-            assert content.strip() == tokenizer.decode(new, skip_special_tokens=True).strip()
+            reply = "" if flagged else tokenizer.decode(new, skip_special_tokens=True)
+            assert (response.choices[0].message.content or "").strip() == reply.strip()
     assert 0 < halted < len(PROMPTS)
