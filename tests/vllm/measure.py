@@ -1,0 +1,68 @@
+"""What heads cost on vLLM: CPU seconds of the engine's worker for prefill and decoding, with and without heads, in turn.
+
+    VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ALLOW_INSECURE_SERIALIZATION=1 \
+        python tests/vllm/measure.py
+
+An engine is a process of its own; each figure is the least of three calls, and each engine is started twice. The last variable
+lets the engine run the function that reads the worker's clock.
+"""
+
+import subprocess
+import sys
+import time
+
+
+HEAD, PROMPT, NEW = "toxicchat-mha", 128, 65
+
+
+def cpu_seconds(_) -> float:
+    return time.process_time()
+
+
+def measure(heads: bool) -> None:
+    """Prints the CPU seconds of a prefill and of a decoding step, for one request and for eight."""
+    from vllm import LLM, SamplingParams
+
+    from llama_probe.backbones import demo_backbone
+    from llama_probe.vllm import engine_kwargs
+
+    common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
+    llm = LLM(**(engine_kwargs("demo", HEAD, **common) if heads else {"model": str(demo_backbone()), **common}))
+    for requests in (1, 8):
+        prompts = [{"prompt_token_ids": list(range(100 + i, 100 + i + PROMPT))} for i in range(requests)]
+        least = {}
+        for new in (1, NEW):
+            spent = []
+            for _ in range(3):
+                llm.reset_prefix_cache()
+                (begin,) = llm.collective_rpc(cpu_seconds)
+                params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+                llm.generate(prompts, params, use_tqdm=False)
+                spent.append(llm.collective_rpc(cpu_seconds)[0] - begin)
+            least[new] = min(spent)
+        print(requests, least[1], (least[NEW] - least[1]) / (NEW - 1))
+
+
+def main() -> None:
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for engine in ("plain", "heads", "plain", "heads"):
+        done = subprocess.run([sys.executable, __file__, engine], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        for line in done.stdout.splitlines():
+            words = line.split()
+            if len(words) == 3 and words[0] in ("1", "8"):
+                found.setdefault((int(words[0]), engine), []).append((float(words[1]), float(words[2])))
+    for requests in (1, 8):
+        (prefill, step), (probed_prefill, probed_step) = (
+            [sum(part) / len(part) for part in zip(*found[requests, engine], strict=True)]
+            for engine in ("plain", "heads")
+        )
+        print(
+            f"{requests} at once: prefill of {PROMPT} tokens {1000 * prefill:.0f} ms, with {HEAD} {probed_prefill / prefill:.2f}x; "
+            f"a decoding step {1000 * step:.1f} ms, {probed_step / step:.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1] == "heads") if len(sys.argv) > 1 else main()
