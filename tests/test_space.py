@@ -270,12 +270,15 @@ def score_shown(page, head: str, label: str) -> float:
 @needs_chromium
 def test_a_prompt_its_scores_and_its_reply_in_a_browser(page, tmp_path):
     page.evaluate(  # what the reply looks like on the way
-        """() => { window.seen = new Set(); new MutationObserver(() => {
+        """() => { window.seen = []; new MutationObserver(() => {
             const last = [...document.querySelectorAll('[data-testid=bot]')].pop();
-            if (last) window.seen.add(last.innerText.trim());
+            const text = last ? last.innerText.trim() : '';
+            if (text && text != window.seen.at(-1)) window.seen.push(text);
         }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
     )
-    page.locator("#message textarea").fill("I am so happy today, everything went well!")
+    # The reply is drawn at random: the question is one that no model answers in a word.
+    question = "I am so happy today, everything went well! Which five places should I travel to, and why?"
+    page.locator("#message textarea").fill(question)
     wait_for_banner(page, "Would pass")  # nothing was sent yet
     assert score_shown(page, "emotion-mha", "joy") > 0.8
     assert page.locator("[data-testid=bot]").count() == 0
@@ -285,9 +288,9 @@ def test_a_prompt_its_scores_and_its_reply_in_a_browser(page, tmp_path):
     picture.wait_for()
     assert picture.evaluate("image => image.naturalWidth") > 1000
     reply = page.locator("[data-testid=bot]").inner_text().strip()
-    seen = sorted((text for text in page.evaluate("[...window.seen]") if text), key=len)
-    assert len(reply) > 20 and seen[-1] == reply
-    assert len(seen) > 4 and len(seen[0]) < len(reply) / 2, "the reply is shown as it is written"
+    seen = page.evaluate("window.seen")
+    assert reply and seen[-1] == reply
+    assert len(seen) > 2 and len(seen[0]) < len(reply) / 2, "the reply is shown as it is written"
     bar = page.locator('[data-head="emotion-mha"][data-label="joy"]')
     shares = bar.evaluate("row => [row.querySelector('.fill'), row.querySelector('.track')].map(e => e.offsetWidth)")
     assert shares[0] / shares[1] == pytest.approx(score_shown(page, "emotion-mha", "joy"), abs=0.02)
