@@ -72,7 +72,7 @@ def test_reproduce(backbone_folder, tmp_path):
         (tmp_path / "imdb" / f"{split}.jsonl").write_text("\n".join(lines))
     done = run(
         "reproduce", "--backbone", backbone_folder, "--data", "imdb", "--data-dir", tmp_path, "--methods", "tfidf, pooling",
-        "--only", "main", "--seeds", 2, "--epochs", 1, "--output", tmp_path / "out", "--json",
+        "--only", "main,layers", "--seeds", 2, "--epochs", 1, "--output", tmp_path / "out", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -31,7 +31,7 @@ def reproduce(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="main, ood, downcast, layers, sensitivity or few-labels; may be given again. Left out: all."
+            help="main, ood, downcast, layers, sensitivity or few-labels, with commas; may be given again. Left out: all."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that depends on chance.")] = 3,
@@ -66,11 +66,11 @@ def reproduce(
         cache,
         cache_dir,
     )
-    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-    sources = [name.strip() for name in data.split(",") if name.strip()]
+    names = None if methods is None else _names(methods)
+    parts = _names(",".join(only)) if only else None
     with contextlib.redirect_stdout(sys.stderr):
         report = Reproduction(
-            bench, output, sources, names, only or None, epochs, patience, shots, trials, sweep, command_line()
+            bench, output, _names(data), names, parts, epochs, patience, shots, trials, sweep, command_line()
         ).execute()
     if as_json:
         print(json.dumps(report))
@@ -91,3 +91,7 @@ def reproduce(
             shown.add_row(name, *(cell(column.find(result)) for column in columns(source)))
         console.print(shown)
     print(f"report written to {output / REPORT_NAME}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
