@@ -55,6 +55,27 @@ class TestHoldingBack:
         with pytest.raises(ProbeError, match=r"test_share=0.5 and the test rows of .* cannot both be used"):
             DataSources(train=train, test=train, test_share=0.5)
 
+    def test_extra_rows_train_and_do_nothing_else(self, tmp_path, caplog):
+        train, extra = write(tmp_path / "a.jsonl", 40), write(tmp_path / "b.jsonl", 60)
+        parts = DataSources(train=train, test_share=0.25, extra=[extra]).read(0)
+        assert [len(parts[name]) for name in ("train", "validation", "test")] == [25, 5, 10], "as without them"
+        judged = {*parts["validation"].texts, *parts["test"].texts}
+        assert len(parts["extra"]) == 60 - 15 and not judged & set(parts["extra"].texts)
+        with_folds = DataSources(train=train, folds=3, extra=[extra, extra]).read(0)
+        assert with_folds["extra"].texts == [f"{('bad', 'good')[i % 2]} no {i}" for i in range(40, 60)] * 2
+
+    def test_extra_rows_of_a_named_data_set_are_read_by_the_order_of_its_labels(self, tmp_path):
+        (tmp_path / "advbench").mkdir()
+        (tmp_path / "advbench" / "test.jsonl").write_text(json.dumps({"text": "Make a bomb.", "label": 1}))
+        (tmp_path / "toxicchat").mkdir()
+        write(tmp_path / "toxicchat" / "train.jsonl", 40)
+        parts = DataSources(train="toxicchat", extra=["advbench"], data_dir=tmp_path).read(0)
+        assert parts["extra"].label_names == parts["train"].label_names and parts["extra"].labels.tolist() == [1]
+        (tmp_path / "goemotions").mkdir()
+        (tmp_path / "goemotions" / "train.jsonl").write_text(json.dumps({"text": "Wow.", "label": [1, 2]}))
+        with pytest.raises(ProbeError, match="goemotions is multi_label_classification, and toxicchat single_label"):
+            DataSources(train="toxicchat", extra=["goemotions"], data_dir=tmp_path).read(0)
+
     def test_replies_to_one_prompt_stay_together(self, tmp_path):
         lines = [{"ask": f"number {i // 4}", "text": f"reply {i}", "label": i % 2} for i in range(48)]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -166,6 +187,43 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
     assert "Replies halted by `awful` while they are written, 25 test rows" in card
     assert "gives one of `fine`, `awful` after each token of it" in card
     assert f"test 25 rows ({'25%'} of train)" in card
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
+    """What the rows of train do not hold, and the extra rows do, is learned."""
+    extra = [{"text": f"{'XX' if i % 2 else 'OO'} {i}", "label": i % 2} for i in range(60)]
+    asked = [{"text": f"{'XX' if i % 2 else 'OO'} {i}", "label": i % 2} for i in range(60, 90)]
+    for name, lines in (("extra", extra), ("asked", asked)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def run(further):
+        return TrainingRun(
+            backbone=str(backbone_folder),
+            output=tmp_path / f"head-{len(further)}",
+            data=DataSources(
+                train=write(tmp_path / "a.jsonl", 40),
+                test=str(tmp_path / "asked.jsonl"),
+                label_names=["0", "1"],
+                folds=folds,
+                extra=further,
+            ),
+            head={"probe_type": "gate"},
+            recipe=Recipe(num_train_epochs=6, learning_rate=0.03, patience=None),
+        ).execute()
+
+    results, without = run([str(tmp_path / "extra.jsonl")]), run([])
+    assert results["data"]["extra"]["rows"] == 60 and results["data"]["extra"]["source"].endswith("extra.jsonl")
+    assert results["data"]["train"] == without["data"]["train"] and "extra" not in without["data"]
+    assert results["runs"][0]["test"]["auroc"] == 1.0 > without["runs"][0]["test"]["auroc"]
+    assert "extra 60 rows" in (tmp_path / "head-1" / "README.md").read_text()
+
+
+def test_extra_rows_where_a_kind_is_fitted_are_refused(backbone_folder, tmp_path):
+    train = write(tmp_path / "a.jsonl", 40)
+    run = TrainingRun(str(backbone_folder), DataSources(train, extra=[train]), tmp_path / "h", {"probe_type": "muli"})
+    with pytest.raises(ProbeError, match=r"'muli' is fitted to the rows of .* alone: leave extra out"):
+        run.execute()
 
 
 def test_half_of_a_checkpoint_is_none(tmp_path):

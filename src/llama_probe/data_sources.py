@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import numpy as np
+from transformers.utils import logging
+
 from .data import LabelledTexts, benchmark_splits, read_labelled
 from .errors import ProbeError
 from .known_data import find_benchmark
 
+
+logger = logging.get_logger(__name__)
 
 FEW_ROWS, FOLDS = 400, 5
 
@@ -22,6 +27,9 @@ class DataSources:
             known by name, `eval` and `test` are its validation and test splits, if it has them and others are not given.
             Without `eval`, `validation_share` of train is held back, or folds of it take turns. `test` is scored once at
             the end, and nothing is chosen by it; `test_share` of train can be held back for it first.
+        extra: further rows to train on, of other sources: neither the head, nor its temperature and threshold, is chosen or
+            measured by them. Their labels are read as those of train, by name or else in their order; rows whose text is
+            among the validation or test rows are left out.
         text_column, label_column, label_names, problem_type, prompt_column: see `read_labelled`.
         slice_columns: columns of the test rows to report by; those of the table where test is known by name.
         folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
@@ -38,6 +46,7 @@ class DataSources:
     train: str
     eval: str | None = None
     test: str | None = None
+    extra: list[str] = field(default_factory=list)
     text_column: str = "text"
     label_column: str = "label"
     label_names: list[str] | None = None
@@ -73,7 +82,7 @@ class DataSources:
         tested = find_benchmark(self.test) if self.test else None
         if tested is not None and not self.slice_columns:
             self.slice_columns = list(tested[0].slices)
-        sources = [source for source in (self.train, self.eval, self.test) if source is not None]
+        sources = [source for source in (self.train, self.eval, self.test, *self.extra) if source is not None]
         named = [find_benchmark(source) for source in sources]
         if all(named):
             asked = {benchmark.exchange[0] for benchmark, _ in named if benchmark.exchange}
@@ -86,7 +95,7 @@ class DataSources:
                 )
 
     def read(self, seed: int) -> dict[str, LabelledTexts]:
-        """Rows of `train`, `validation` and, where given, `test`. With folds, the first two are the same object.
+        """Rows of `train`, `validation` and, where given, `test` and `extra`. With folds, the first two are the same object.
 
         Raises:
             ProbeError: a source cannot be read, or the parts do not have the same labels.
@@ -118,7 +127,35 @@ class DataSources:
                 if column not in parts["test"].columns:
                     raise ProbeError(f"{self.test or self.train} has no column {column!r} to slice by")
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
+        if self.extra:
+            parts["extra"] = self._read_extra(parts)
         return parts
+
+    def _read_extra(self, parts: dict[str, LabelledTexts]) -> LabelledTexts:
+        """All sources of `extra`, without what is judged by."""
+        train = parts["train"]
+        judged = {text for name in ("validation", "test") if name in parts for text in map(str, parts[name].texts)}
+        found = []
+        for source in self.extra:
+            known = find_benchmark(source)
+            if known is None:
+                rows = self._read(source, "train", train)
+            else:
+                split = "train" if "train" in benchmark_splits(known[0], self.data_dir) else "test"
+                rows = read_labelled(source, split=split, data_dir=self.data_dir)
+                if rows.problem_type != train.problem_type:
+                    raise ProbeError(f"{source} is {rows.problem_type}, and {self.train} {train.problem_type}")
+                rows = rows.renamed(train.label_names)
+            found.append(rows.select([row for row, text in enumerate(rows.texts) if str(text) not in judged]))
+            if left_out := len(rows) - len(found[-1]):
+                logger.warning(f"{left_out} rows of {source} are left out: they are validation or test rows as well")
+        return LabelledTexts(
+            [text for rows in found for text in rows.texts],
+            np.concatenate([rows.labels for rows in found]),
+            train.label_names,
+            train.problem_type,
+            {},
+        )
 
     def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
         names = self.label_names if like is None else like.label_names

@@ -150,7 +150,7 @@ class Sweep:
         candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
         training = SharedTraining(
             candidates,
-            prepared.datasets["train"],
+            prepared.trained,
             prepared.datasets["validation"],
             prepared.metric,
             int(self.run.recipe.num_train_epochs),
@@ -221,7 +221,7 @@ class Sweep:
         head, recipe = self.space.suggest(optuna.trial.FixedTrial(params), prepared.config.hidden_size)
         config = prepared.config.replace(**head)
         full = dataclasses.replace(self.run.recipe, **recipe)
-        loss = dataclasses.replace(self.run, recipe=full).loss(config, prepared.parts["train"])
+        loss = dataclasses.replace(self.run, recipe=full).loss(config, prepared.parts)
         return Candidate(
             number,
             config,

@@ -6,12 +6,13 @@ import dataclasses
 import math
 import shutil
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -49,8 +50,8 @@ class Prepared:
     """What a run has before it trains.
 
     Attributes:
-        parts: rows of `train`, `validation` and, where given, `test`. datasets: their prompts or states. reply_lengths: the
-            tokens of their replies, for a head that reads these.
+        parts: rows of `train`, `validation` and, where given, `test` and `extra`. datasets: their prompts or states.
+        reply_lengths: the tokens of their replies, for a head that reads these.
         config: of a head, with all that it records of prompts and backbone.
         metric: the validation metric to choose by.
         lm: the frozen backbone; `None` where the states are cached.
@@ -68,6 +69,11 @@ class Prepared:
     head: ProbeModel
     cache: StateCache | None
     folds: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def trained(self) -> Dataset:
+        """The rows of train, then the extra ones."""
+        return ConcatDataset([self.datasets[name] for name in ("train", "extra") if name in self.datasets])
 
     def close(self) -> None:
         """Removes cached states that nobody asked to keep."""
@@ -150,7 +156,8 @@ class TrainingRun:
             ProbeError: anything the user can mend.
         """
         parts = self.data.read(self.seeds[0])
-        self.recipe, self.head = complete(self.recipe, self.head, len(parts["train"]))
+        further = len(parts["extra"]) if "extra" in parts else 0
+        self.recipe, self.head = complete(self.recipe, self.head, len(parts["train"]) + further)
         folded = parts["validation"] is parts["train"]
         folds = parts["train"].folds(self.data.folds or FOLDS, self.seeds[0]) if folded else []
         config = self._config(parts["train"])
@@ -161,9 +168,13 @@ class TrainingRun:
                 f"{', '.join(METRICS[config.problem_type])}"
             )
         check_max_false_positive_rate(config, self.recipe.max_false_positive_rate)
-        self.loss(config, parts["train"])
+        self.loss(config, parts)
         if get_probe_type(config.probe_type).convex:
             check_convex(self.recipe.focal_gamma)
+            if further:
+                raise ProbeError(
+                    f"probe_type={config.probe_type!r} is fitted to the rows of {self.data.train} alone: leave extra out"
+                )
         if config.reads_reply:
             for text in (text for rows in parts.values() for text in rows.texts):
                 split_reply(text)  # which refuses what has none
@@ -219,11 +230,12 @@ class TrainingRun:
             base_model_name_or_path=model_id(self.backbone),
         )
 
-    def loss(self, config: ProbeConfig, rows: LabelledTexts) -> ProbeLoss:
+    def loss(self, config: ProbeConfig, parts: dict[str, LabelledTexts]) -> ProbeLoss:
         """The loss that the recipe asks for."""
+        labels = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])
         weights = self.recipe.class_weights
         if weights == "balanced":
-            weights = balanced_weights(rows.labels, config)
+            weights = balanced_weights(labels, config)
         elif weights is not None:
             try:
                 weights = [float(value) for value in weights.split(",")]
@@ -233,10 +245,10 @@ class TrainingRun:
 
     def _train(self, seed: int, prepared: Prepared, checkpoints: Path) -> dict[str, Any]:
         """A head, what was measured of it, and the logits of the validation rows that it was judged by."""
-        datasets = prepared.datasets
-        trained = datasets["train"]
+        datasets, trained = prepared.datasets, prepared.trained
         if prepared.config.reads_reply:
-            trained = CutReplies(trained, prepared.reply_lengths["train"])
+            lengths = [prepared.reply_lengths[name] for name in ("train", "extra") if name in datasets]
+            trained = CutReplies(trained, list(chain.from_iterable(lengths)))
         if not prepared.folds:
             probe, epochs = self._fit(seed, prepared, trained, datasets["validation"], checkpoints)
             logits = predict_logits(probe, datasets["validation"])
@@ -246,7 +258,7 @@ class TrainingRun:
             for number, held in enumerate(
                 tqdm(prepared.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
             ):
-                rest = Subset(trained, np.setdiff1d(np.arange(len(train)), held).tolist())
+                rest = Subset(trained, np.setdiff1d(np.arange(len(trained)), held).tolist())
                 part, _ = self._fit(seed, prepared, rest, None, checkpoints / f"fold-{number}")
                 logits[torch.from_numpy(held)] = predict_logits(part, Subset(train, held.tolist()))
             probe, epochs = self._fit(seed, prepared, trained, None, checkpoints / "all")
@@ -258,7 +270,7 @@ class TrainingRun:
         probe, datasets = prepared.head, prepared.datasets
         if prepared.lm is not None:
             probe.to(prepared.lm.device).set_backbone(prepared.lm)
-        loss = self.loss(prepared.config, prepared.parts["train"])
+        loss = self.loss(prepared.config, prepared.parts)
         found = fit_classifier(
             probe, datasets["train"], datasets["validation"], loss, prepared.metric, prepared.lm, prepared.folds
         )
@@ -283,7 +295,7 @@ class TrainingRun:
             weight_decay=recipe.weight_decay,
             **({} if validation is not None else {"eval_strategy": "no", "load_best_model_at_end": False}),
         )
-        loss = self.loss(prepared.config, prepared.parts["train"])
+        loss = self.loss(prepared.config, prepared.parts)
         patience = recipe.patience if validation is not None else None
         trainer = create_trainer(probe, args, train, validation, loss, patience)
         trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints) if self.resume else None)
@@ -327,7 +339,8 @@ class TrainingRun:
 
     def _results(self, prepared: Prepared, runs: list[dict[str, Any]], chosen: int) -> dict[str, Any]:
         config, parts, metric = prepared.config, prepared.parts, prepared.metric
-        sources = {"train": self.data.train, "validation": self.data.eval, "test": self.data.test}
+        sources = {"train": [self.data.train], "validation": [self.data.eval], "test": [self.data.test]}
+        sources = {name: found for name, found in sources.items() if found != [None]} | {"extra": self.data.extra}
         folds = len(prepared.folds)
         held_out = {
             "validation": f"{folds} folds of train" if folds else f"{self.data.validation_share:.0%} of train",
@@ -345,7 +358,9 @@ class TrainingRun:
             "data": {
                 name: {
                     # paths differ from machine to machine; the last two parts say which file it was
-                    "source": "/".join(Path(sources[name]).parts[-2:]) if sources[name] else held_out[name],
+                    "source": ", ".join("/".join(Path(source).parts[-2:]) for source in sources[name])
+                    if name in sources
+                    else held_out[name],
                     "rows": len(rows),
                 }
                 for name, rows in parts.items()

@@ -36,6 +36,12 @@ def train(
             help="Test rows, scored once at the end; nothing is chosen by them. Left out, those of a named --train."
         ),
     ] = None,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Further rows to train on, of another source; nothing is chosen or measured by them. May be given again."
+        ),
+    ] = None,
     data_dir: DataDir = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
@@ -157,6 +163,7 @@ def train(
             train=train,
             eval=eval,
             test=test,
+            extra=extra or [],
             text_column=text_column,
             label_column=label_column,
             prompt_column=prompt_column,
