@@ -242,7 +242,7 @@ def address(tmp_path_factory):
         )
         try:
             url = f"http://127.0.0.1:{port}/"
-            for _ in range(240):
+            for _ in range(1200):
                 assert server.poll() is None, log.read_text()
                 try:
                     urllib.request.urlopen(url).close()
