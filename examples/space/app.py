@@ -146,8 +146,9 @@ def respond(text, page, halting, threshold):
             yield {chatbot: [*chat.shown, {"role": "assistant", "content": reply}]}
     finally:
         closed.set()
+    halted = run.result().probe_halts[0] is not None
     chat.shown = [*chat.shown, {"role": "assistant", "content": reply}]
-    if run.result().probe_halts[0] is None:  # what was halted is forgotten
+    if not halted:  # what is halted is forgotten
         chat.turns = [*chat.asked, chat.shown[-1]]
     if page.chat is not chat:  # what came above may have been shown after it was cleared
         yield nothing_said(halting, threshold)

@@ -109,9 +109,17 @@ def test_backbones_of_each_family_are_known_again(architecture, tmp_path, caplog
     assert take_warnings(caplog) == []
 
 
-def test_weights_that_are_not_at_hand(elsewhere, caplog):
+@pytest.mark.parametrize("how", ["missing", "damaged", "quantised"])
+def test_weights_that_are_not_at_hand(elsewhere, caplog, how):
     backbone, head = elsewhere
-    (backbone / "model.safetensors").unlink()
+    if how == "missing":
+        (backbone / "model.safetensors").unlink()
+    elif how == "damaged":
+        (backbone / "model.safetensors").write_bytes(b"no tensors")
+    else:
+        config = json.loads((backbone / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (backbone / "config.json").write_text(json.dumps(config))
     assert engine_kwargs(backbone, head, probe_strict=True)["model"] == str(backbone)
     (said,) = take_warnings(caplog)
     assert "not checked" in said and "llama-probe inspect" in said

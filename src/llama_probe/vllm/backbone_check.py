@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..configuration import ProbeConfig
@@ -46,8 +46,12 @@ def check_heads(
     """
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         try:
+            config = AutoConfig.from_pretrained(model, revision=revision, local_files_only=True)
+            if getattr(config, "quantization_config", None) is not None:
+                raise ValueError("they are quantised")
             lm = AutoModelForCausalLM.from_pretrained(
                 model,
+                config=config,
                 revision=revision,
                 dtype="auto",
                 device_map=_PLACES,
@@ -55,11 +59,11 @@ def check_heads(
                 local_files_only=True,
                 use_safetensors=True,
             )
-            _refuse_quantized(lm)
-        except (ImportError, OSError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
             logger.warning(
-                f"whether the heads were trained on this backbone is not checked, its weights cannot be read beforehand: "
-                f"{str(error).strip().splitlines()[0]}. llama-probe inspect HEAD --backbone MODEL does it"
+                "whether the heads were trained on this backbone is not checked, its weights cannot be read beforehand: "
+                f"{reason}. llama-probe inspect HEAD --backbone MODEL does it"
             )
             return
         take = functools.cache(functools.partial(fingerprint, lm))
@@ -76,8 +80,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _refuse_quantized(lm: nn.Module) -> None:
-    if getattr(lm.config, "quantization_config", None) is not None:
-        raise ValueError("they are quantised")
