@@ -4,6 +4,8 @@ It gives the columns that `llama-probe classify --input ... --output ...` gives,
 
     pip install 'ray[data]'
     python examples/ray_scoring.py 'rows/*.parquet' scored --probe toxicchat-mha --probe sst2-mha --actors 4 --gpus 1
+
+It runs on the cluster that RAY_ADDRESS names, or else on one that it starts on this machine.
 """
 
 import argparse
@@ -43,8 +45,17 @@ def main() -> None:
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--batch-rows", type=int, default=1024)
     parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--cpus", type=float, default=1, help="of an actor")
     parser.add_argument("--gpus", type=float, default=0, help="of an actor")
     arguments = parser.parse_args()
+    ray.init()
+    # Reading and writing take a CPU as well: where the actors hold all of them, the rows wait for ever.
+    available = ray.cluster_resources().get("CPU", 0)
+    if arguments.actors * arguments.cpus > available - 1:
+        parser.error(
+            f"{arguments.actors} actors with --cpus {arguments.cpus:g} leave none of the cluster's {available:g} CPUs to read "
+            "and write rows, which takes one: use fewer actors, or a smaller --cpus"
+        )
     scratch = Path(tempfile.mkdtemp())
     if arguments.input is None:
         arguments.input = str(scratch / "rows.parquet")
@@ -63,6 +74,7 @@ def main() -> None:
         batch_size=arguments.batch_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=arguments.actors),
+        num_cpus=arguments.cpus,
         num_gpus=arguments.gpus,
     ).write_parquet(str(Path(output).absolute()))
     print(f"{pq.read_table(output).num_rows} rows in {output}")

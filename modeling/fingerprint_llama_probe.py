@@ -12,6 +12,7 @@ depends on the coarser precision of the two sides.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,10 @@ class Check:
 
 
 def compare(
-    config: ProbeConfig, lm: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, behaviour: bool = True
+    config: ProbeConfig,
+    lm: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    behaviour: bool | Callable[[int | None], list[float]] = True,
 ) -> list[Check]:
     """Compares what a head knows of its backbone with the one at hand, most decisive first.
 
@@ -131,7 +135,8 @@ def compare(
         config: of the head.
         lm: the backbone.
         tokenizer: compares the chat template too.
-        behaviour: compare the fingerprints, which runs the backbone over 32 tokens.
+        behaviour: compare the fingerprints, which runs the backbone over 32 tokens; or what takes its fingerprint for a
+            vocabulary size.
     """
     decoder = find_decoder(lm)
     found = _facts(lm)
@@ -161,8 +166,17 @@ def compare(
     return checks
 
 
-def check_backbone(name: str, config: ProbeConfig, lm: nn.Module, strict: bool = False) -> None:
+def check_backbone(
+    name: str,
+    config: ProbeConfig,
+    lm: nn.Module,
+    strict: bool = False,
+    behaviour: bool | Callable[[int | None], list[float]] | None = None,
+) -> None:
     """Warns, once for a head, of all that tells its backbone from the one it was trained on.
+
+    Args:
+        behaviour: see `compare`; where left out, the fingerprints are compared unless weights are offloaded.
 
     Raises:
         ProbeError: with `strict`, instead of a warning; without, only where the sizes differ, or the backbone's states
@@ -170,7 +184,8 @@ def check_backbone(name: str, config: ProbeConfig, lm: nn.Module, strict: bool =
     """
     find_decoder(lm).match(config)
     check_states(lm)
-    differing = [check for check in compare(config, lm, behaviour=_is_loaded(lm)) if check.verdict == "differs"]
+    behaviour = _is_loaded(lm) if behaviour is None else behaviour
+    differing = [check for check in compare(config, lm, behaviour=behaviour) if check.verdict == "differs"]
     # dtypes by themselves say nothing: a head is trained in one and served in another
     telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
     if not telling:
@@ -189,7 +204,9 @@ def _explain(check: Check) -> str:
     return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
 
 
-def _compare_behaviour(config: ProbeConfig, lm: nn.Module, found: dict[str, Any], run: bool) -> Check:
+def _compare_behaviour(
+    config: ProbeConfig, lm: nn.Module, found: dict[str, Any], run: bool | Callable[[int | None], list[float]]
+) -> Check:
     allowed = tolerance(
         (config.base_model_dtype, config.base_model_quantization),
         (found["base_model_dtype"], found["base_model_quantization"]),
@@ -198,7 +215,8 @@ def _compare_behaviour(config: ProbeConfig, lm: nn.Module, found: dict[str, Any]
     fits = config.vocab_size is None or found["vocab_size"] is None or config.vocab_size <= found["vocab_size"]
     if not run or not fits:
         return Check("fingerprint", wanted, None, "unknown")
-    apart = distance(config.fingerprint, fingerprint(lm, config.vocab_size))
+    here = fingerprint(lm, config.vocab_size) if run is True else run(config.vocab_size)
+    apart = distance(config.fingerprint, here)
     return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
 
 

@@ -34,7 +34,7 @@ from .generation_llama_probe import (
 from .halting_llama_probe import Halter
 from .halting_run_llama_probe import HaltingRun
 from .host_llama_probe import ProbeHostMixin
-from .outputs_llama_probe import with_probe_logits
+from .outputs_llama_probe import ProbedOutputMixin, with_probe_logits
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
 from .state_llama_probe import ProbeCache
 from .streaming_llama_probe import HoldBackStreamer
@@ -86,6 +86,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._install_probes()
+
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
+            # accelerate's hook around forward() moves an output by building it anew from its fields.
+            output.remember({name: self.probes[name].config for name in output.probe_logits if name in self.probes})
+        return output
 
     @classmethod
     def from_causal_lm(

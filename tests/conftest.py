@@ -26,25 +26,25 @@ from llama_probe.reading import Reading
 collect_ignore = [] if find_spec("vllm.version") else ["vllm"]
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def make_lm(seed: int = 0, **changes) -> LlamaForCausalLM:
     """A random Llama of four layers, large enough weights to make its states differ."""
     torch.manual_seed(seed)
-    values = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval()
 
 
 def make_probe(seed: int = 0, **changes) -> ProbeModel:

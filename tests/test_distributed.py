@@ -45,7 +45,11 @@ class TestOneProcess:
     def test_commands_that_cannot_divide_refuse(self, monkeypatch):
         for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
             monkeypatch.setenv(name, value)
-        for words, told in ((["inspect", "x"], "inspect runs in one process"), (["classify", "x"], "give files with")):
+        for words, told in (
+            (["inspect", "x"], "inspect runs in one process"),
+            (["reproduce", "--output", "x"], "reproduce runs in one process"),
+            (["classify", "x"], "give files with"),
+        ):
             assert told in str(CliRunner().invoke(app, words).exception)
 
 

@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import make_probe
+from launcher import environment, finish, free_port
 
 from llama_probe import backbones
 from llama_probe.cli import app
@@ -47,14 +49,37 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub):
     return tmp_path
 
 
-def run_shell(block: str) -> None:
+def run_shell(block: str, backbone: Path) -> None:
     for line in block.strip().splitlines():
         program, *words = shlex.split(line)
-        if program == "pip":
+        if program == "pip" or words[:2] == ["-m", "llama_probe.vllm"]:  # tests/vllm/test_docs.py runs these
+            continue
+        if program == "torchrun":
+            run_divided([*words, "--backbone", str(backbone)])
             continue
         assert program == "llama-probe", line
         sys.argv = ["llama-probe", *words]  # which the card of a head quotes
         app(words, standalone_mode=False)
+
+
+def run_divided(words: list[str]) -> None:
+    """A command line of torchrun, with two processes: on one machine, or as two machines on loopback with one each."""
+    nodes = 2 if "--nnodes" in words else 1
+    settings = {"--nproc_per_node": str(2 // nodes), "--master_addr": "127.0.0.1"}
+    port = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    running = []
+    for node in range(nodes):
+        changed = list(words)
+        for option, value in {**settings, "--node_rank": str(node)}.items():
+            if option in words:
+                changed[words.index(option) + 1] = value
+        command = [sys.executable, "-m", "torch.distributed.run", *port, *changed]
+        running.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        )
+    for process in running:
+        done = finish(process)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -63,7 +88,7 @@ def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
     names = {"__name__": "__main__"}
     for language, block in BLOCK.findall((DOCS / page).read_text()):
         if language == "sh":
-            run_shell(block)
+            run_shell(block, backbone_folder)
         else:
             assert language == "python", f"{page} has a block of {language or 'no language'}"
             exec(compile(block.replace(MODEL, str(backbone_folder)), page, "exec"), names)

@@ -1,9 +1,13 @@
 """Cached hidden states give the logits that the backbone in the loop gives."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_prompts
+from launcher import environment
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.evaluation import predict_logits, predict_together
@@ -114,6 +118,71 @@ def test_it_is_found_again_and_only_for_the_same(tmp_path, prompts):
     cache = StateCache(tmp_path)
     cache.delete()
     assert not tmp_path.exists()
+
+
+WORKER = """
+import sys, time
+import torch
+from conftest import make_lm
+from test_features import LABELS, PREFIX, config
+from llama_probe import ProbeModel
+from llama_probe.features import StateCache
+
+lm = make_lm()
+head = ProbeModel(config(), lm).config
+lm.model.layers[1].register_forward_pre_hook(lambda *_: (print("at work", flush=True), time.sleep(600)))
+StateCache(sys.argv[1]).dataset(lm, head, [PREFIX + [10, 11]], LABELS[:1])
+"""
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_of_a_living_one(tmp_path, prompts):
+    lm = make_lm()
+    head = ProbeModel(config(), lm).config
+
+    def scratch():
+        return {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment()
+        )
+        for _ in range(2)
+    ]
+    try:
+        assert [run.stdout.readline() for run in runs] == ["at work\n"] * 2
+        assert len(scratch()) == 2
+        cache = StateCache(tmp_path)
+        cache.dataset(lm, head, prompts, LABELS)
+        assert len(scratch()) == 2, "both still live"
+        runs[0].kill()
+        runs[0].wait()
+        assert len(scratch()) == 2
+        cache.dataset(lm, head, prompts, LABELS)  # which is there already
+        assert len(scratch()) == 1 and runs[1].poll() is None
+        runs[1].kill()
+        runs[1].wait()
+        cache.dataset(lm, head, prompts, LABELS)
+        assert not scratch() and len(list(tmp_path.iterdir())) == 1
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+            run.stdout.close()
+
+
+def test_two_runs_may_compute_the_same(tmp_path, prompts):
+    lm, other = make_lm(), make_lm()
+    head = ProbeModel(config(), lm).config
+    found = []
+
+    def overtake(*_):
+        if not found:
+            found.append(StateCache(tmp_path).dataset(other, head, prompts, LABELS))
+
+    lm.model.layers[1].register_forward_pre_hook(overtake)
+    slower = StateCache(tmp_path).dataset(lm, head, prompts, LABELS)
+    assert torch.equal(slower[1]["hidden_states"], found[0][1]["hidden_states"])
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_values_too_large_are_refused(tmp_path, prompts):

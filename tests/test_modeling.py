@@ -276,6 +276,27 @@ def test_offloaded_layers(prompts, tmp_path):
     check_all_kinds(model, prompts)
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_output_that_accelerate_rebuilds_knows_its_labels(prompts, tmp_path, place):
+    plain = LlamaForProbedGeneration.from_causal_lm(make_lm(), ALL_KINDS)
+    expected = plain(prompts, use_cache=True)
+    make_lm().save_pretrained(tmp_path / "lm")
+    # with one device only for all, accelerate puts no hook around the whole
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
+    device_map |= {f"model.layers.{i}": place if i else "disk" for i in range(LAYERS)}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=ALL_KINDS
+    )
+    out = model(prompts, use_cache=True)
+    assert "_hf_hook" in model.__dict__ and out.probe_labels == expected.probe_labels
+    torch.testing.assert_close(out.probe_probabilities, expected.probe_probabilities)
+    longer = torch.cat([prompts, prompts], dim=1)
+    going_on = {"cache": out.cache, "probe_state": out.probe_state}
+    turn = model(prompts, attention_mask=torch.ones_like(longer), **going_on)
+    assert turn.probe_labels == plain(longer).probe_labels
+    assert list(out.keys()) == list(expected.keys())
+
+
 def test_decoding_steps_compile_as_the_plain_model_does(prompts):
     """The pass after the prompt gets `probe_session=False` and must not break the graph."""
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})

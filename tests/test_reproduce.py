@@ -228,6 +228,16 @@ def test_refusals(reproduction, changes, words, tmp_path, monkeypatch):
         reproduction(**changes).execute()
 
 
+def test_processes_of_torchrun_are_refused(reproduction, tmp_path, monkeypatch):
+    wanted = reproduction()
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("refused after work was done")))
+    with pytest.raises(ProbeError, match="without torchrun"):
+        wanted.execute()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sweep_of_ones_own_is_read(reproduction, tmp_path):
     trials = [
         {"score": s, "params": {"probe_type": "gate", "gate_learning_rate": r}} for r, s in ((1e-4, 0.1), (1e-3, 0.4), (1e-2, 0.7))

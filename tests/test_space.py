@@ -71,7 +71,8 @@ def alone(app, text):
 
 def test_scores_come_before_the_reply_and_are_those_of_the_prompt(app):
     torch.manual_seed(0)
-    found = collect(app, app.respond("Hello there", [], [], True, 1.0))
+    page = app.Page()
+    found = collect(app, app.respond("Hello there", page, True, 1.0))
     torch.manual_seed(0)
     inputs = app.PROMPTS.batch(["Hello there"])
     plain = app.model.generate(
@@ -79,7 +80,7 @@ def test_scores_come_before_the_reply_and_are_those_of_the_prompt(app):
     )
     reply = app.tokenizer.decode(plain[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [message["content"] for message in found[app.chatbot]] == ["Hello there", reply]
-    assert found[app.turns_state] == found[app.chatbot]
+    assert page.chat.turns == page.chat.shown == found[app.chatbot]
     scored = next(i for i, step in enumerate(found["steps"]) if app.scores in step)
     written = next(i for i, step in enumerate(found["steps"]) if step.get(app.chatbot, [])[1:])
     assert scored < written, "the bars are there before the reply is"
@@ -90,11 +91,13 @@ def test_scores_come_before_the_reply_and_are_those_of_the_prompt(app):
 def test_what_is_flagged_is_halted_shown_and_forgotten(app):
     before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm"}]
     score = alone(app, "Hello there")["guard"]["<bad>"]
-    found = collect(app, app.respond("Hello there", list(before), list(before), True, 0.0))
-    assert found[app.chatbot][-1]["content"] == app.REFUSAL and found[app.turns_state] == before
+    page = app.Page(app.Chat(shown=list(before), turns=list(before)))
+    found = collect(app, app.respond("Hello there", page, True, 0.0))
+    assert found[app.chatbot][:2] == before and found[app.chatbot][-1]["content"] == app.REFUSAL
+    assert page.chat.shown == found[app.chatbot] and page.chat.turns == before
     assert "halted" in found[app.banner] and "Halted before the first token" in found[app.banner]
     assert "fill flagged" in found[app.bars] and 0 < score < 1
-    off = collect(app, app.respond("Hello there", [], [], False, 0.0))
+    off = collect(app, app.respond("Hello there", app.Page(), False, 0.0))
     assert off[app.chatbot][-1]["content"] != app.REFUSAL and "halting is off" in off[app.banner]
     assert "flagged" not in off[app.bars] and "threshold" not in off[app.bars]
 
@@ -117,52 +120,76 @@ def test_heads_read_the_newest_message_however_long_the_chat(app, words):
 
 def test_the_model_sees_the_last_messages_of_a_chat(app):
     turns = [{"role": ("user", "assistant")[i % 2], "content": str(i)} for i in range(20)]
-    found = collect(app, app.respond("Hello", [], turns, True, 1.0))
-    assert [turn["content"] for turn in found[app.asked]] == ["14", "15", "16", "17", "18", "19", "Hello"]
+    page = app.Page(app.Chat(turns=turns))
+    collect(app, app.respond("Hello", page, True, 1.0))
+    assert [turn["content"] for turn in page.chat.asked] == ["14", "15", "16", "17", "18", "19", "Hello"]
 
 
 def test_nothing_is_asked_of_an_empty_message(app):
-    with pytest.raises(app.gr.Error, match="Type a message"):
-        next(app.respond("  ", [], [], True, 0.5))
-    assert set(app.preview("", [], True, 0.5)) == {app.banner}
+    page = app.Page()
+    assert list(app.respond("  ", page, True, 0.5)) == [{app.message: ""}] and page == app.Page()
+    assert set(app.preview("", page, True, 0.5)) == {app.banner}
 
 
 def test_a_reply_that_fails_is_not_waited_for(app, monkeypatch):
     monkeypatch.setattr(app, "MAX_NEW_TOKENS", -1)
     with pytest.raises(ValueError, match="max_new_tokens"):
-        collect(app, app.respond("Hello", [], [], True, 0.5))
+        collect(app, app.respond("Hello", app.Page(), True, 0.5))
 
 
 def test_a_cleared_chat_is_forgotten(app):
-    held = app.forget(True, 0.5)
-    assert held[app.chatbot] == held[app.turns_state] == held[app.asked] == []
+    page = app.Page(app.Chat(*[[{"role": "user", "content": "Hi"}]] * 3))
+    held = app.forget(page, True, 0.5)
+    assert page.chat == app.Chat() and held[app.chatbot] == []
     assert held[app.scores] == {"guard": {"good": 0.0, "<bad>": 0.0}, "mood": {"a": 0.0, "b": 0.0, "c": 0.0}}
 
 
-def test_a_reply_that_is_cleared_away_is_not_written_to_its_end(app, monkeypatch):
+@pytest.fixture
+def forwards(app, monkeypatch) -> list:
+    """Grows with each pass of a model whose replies are 400 tokens long."""
     monkeypatch.setattr(app, "MAX_NEW_TOKENS", 400)
     monkeypatch.setattr(app.model.generation_config, "eos_token_id", None)
-    lengths, plain = [], app.model.forward
+    passes, plain = [], app.model.forward
 
     def forward(*args, **kwargs):
-        lengths.append(1)
+        passes.append(1)
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(app.model, "forward", functools.wraps(plain)(forward))
-    steps = app.respond("Hello", [], [], True, 1.0)
+    return passes
+
+
+def until_the_reply_begins(app, steps) -> None:
     while not next(steps).get(app.chatbot, [])[1:]:
         pass
+
+
+def test_a_reply_that_nobody_waits_for_is_not_written_to_its_end(app, forwards):
+    steps = app.respond("Hello", app.Page(), True, 1.0)
+    until_the_reply_begins(app, steps)
     steps.close()
     app.THREAD.submit(int).result()  # the thread is free again
-    assert 0 < len(lengths) < 400
+    assert 0 < len(forwards) < 400
+
+
+def test_a_reply_that_is_cleared_away_ends_and_leaves_nothing(app, forwards):
+    page = app.Page()
+    steps = app.respond("Hello", page, True, 1.0)
+    until_the_reply_begins(app, steps)
+    app.forget(page, True, 1.0)
+    *_, last = steps
+    assert 0 < len(forwards) < 400
+    assert last == app.nothing_said(True, 1.0) and page.chat == app.Chat()
+    found = collect(app, app.respond("Again", page, True, 0.0))
+    assert [message["content"] for message in found[app.chatbot]] == ["Again", app.REFUSAL]
 
 
 def test_while_one_types_the_same_is_said(app):
-    shown = app.preview("Hello there", [], True, 0.0)
+    shown = app.preview("Hello there", app.Page(), True, 0.0)
     for name, labels in alone(app, "Hello there").items():
         assert shown[app.scores][name] == pytest.approx(labels, abs=1e-5)
     assert "Would be halted" in shown[app.banner]
-    assert "Would pass" in app.preview("Hello there", [], True, 1.0)[app.banner]
+    assert "Would pass" in app.preview("Hello there", app.Page(), True, 1.0)[app.banner]
 
 
 def test_bars_show_each_score_and_escape_names(app):
@@ -172,13 +199,13 @@ def test_bars_show_each_score_and_escape_names(app):
 
 
 def test_the_heat_map_is_of_the_newest_message(app):
-    assert app.look([], "mood") is None
+    assert app.look(app.Page(), "mood") is None
     chat = [
         {"role": "user", "content": "old"},
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "new"},
     ]
-    figure = app.look(chat, "mood")
+    figure = app.look(app.Page(app.Chat(asked=chat)), "mood")
     names = [tick.get_text() for tick in figure.axes[2].get_xticklabels()]
     assert names[:3] == ["n", "e", "w"] and "mood" in figure.get_suptitle()
     (image,) = figure.axes[2].get_images()
@@ -215,7 +242,7 @@ def address(tmp_path_factory):
         )
         try:
             url = f"http://127.0.0.1:{port}/"
-            for _ in range(240):
+            for _ in range(1200):
                 assert server.poll() is None, log.read_text()
                 try:
                     urllib.request.urlopen(url).close()
@@ -323,3 +350,27 @@ def test_halting_is_seen_and_follows_the_threshold(page, tmp_path):
     wait_for_banner(page, "Type a message")
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 0")
     assert page.locator("[data-testid=user]").count() == 0
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_is_sent_right_after_a_reply_was_cleared_away_is_answered(page):
+    send(page, "Tell me a long story about a lighthouse.")
+    for message in (
+        "Hello!",
+        "Which river is the longest, and through which countries does it flow?",
+        "Good morning!",
+    ):
+        page.locator("[data-testid=bot]").wait_for()  # the reply is being written
+        page.get_by_label("Clear").click()
+        send(page, message)
+        page.wait_for_function(
+            "message => JSON.stringify([...document.querySelectorAll('[data-testid=user]')].map(e => e.innerText.trim()))"
+            " == JSON.stringify([message]) && document.querySelectorAll('[data-testid=bot]').length == 1",
+            arg=message,
+        )
+        wait_for_banner(page, "Passed")
+    page.locator("#heatmap img").wait_for()  # drawn once the reply is complete
+    assert page.locator("[data-testid=user]").all_inner_texts() == [message]
+    assert page.locator("[data-testid=bot]").count() == 1
+    assert page.locator("#message textarea").input_value() == ""

@@ -3,29 +3,24 @@
 import copy
 import functools
 
+import conftest
 import torch
 import transformers
+from conftest import HIDDEN, make_probe
 from transformers import AutoConfig
 
-from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeModel
+from llama_probe import AutoModelForProbedGeneration
 
 
-LAYERS, HIDDEN, VOCAB = 3, 32, 96
+LAYERS, VOCAB = 3, 96
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 SIZES = {
+    **conftest.SIZES,
     "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOW = {"sliding_window": 4}  # shorter than the prompts
@@ -199,14 +194,10 @@ def tiny(family: str):
 
 
 def make_heads():
-    heads = {}
-    for i, kind in enumerate(("gate", "mha")):
-        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "downcast": 4, "num_attention_heads": 2}
-        heads[kind] = ProbeModel(ProbeConfig(probe_type=kind, num_labels=2 + i, **sizes)).eval()
-        generator = torch.Generator().manual_seed(i)
-        for parameter in heads[kind].parameters():
-            parameter.data.normal_(std=0.3, generator=generator)
-    return heads
+    return {
+        kind: make_probe(i, probe_type=kind, num_labels=2 + i, num_hidden_layers=LAYERS)
+        for i, kind in enumerate(("gate", "mha"))
+    }
 
 
 def padded_prompts():

@@ -11,7 +11,7 @@ import os
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from queue import SimpleQueue
@@ -52,6 +52,27 @@ PROMPTS = replace(PromptFormat.from_config(CONFIGS[GUARD], tokenizer), max_lengt
 THREAD = ThreadPoolExecutor(1)  # one reply at a time
 
 
+@dataclass
+class Chat:
+    """What was said since the page was opened or cleared.
+
+    Attributes:
+        shown: as the user sees it. turns: as the model does, without what was halted.
+        asked: what the model was asked last; it ends with the newest message.
+    """
+
+    shown: list = field(default_factory=list)
+    turns: list = field(default_factory=list)
+    asked: list = field(default_factory=list)
+
+
+@dataclass
+class Page:
+    """One user's page. A chat that is cleared is replaced: its reply still belongs to the old one, and so knows of it."""
+
+    chat: Chat = field(default_factory=Chat)
+
+
 def inputs_of(chat):
     """The chat for the model, of which heads read the newest message: they were trained on single prompts."""
     inputs = PROMPTS.batch([chat])
@@ -74,25 +95,26 @@ def halts(read, halting, threshold):
     return halting and not read[GUARD][FLAG] < threshold
 
 
-def respond(text, shown, turns, halting, threshold):
+def respond(text, page, halting, threshold):
     """One exchange: the scores as soon as the prompt is read, then the reply as it is written.
 
     Args:
-        text: what was typed. shown: the chat as the user sees it. turns: as the model sees it, without what was halted.
+        text: what was typed. page: whose chat it is added to.
         halting, threshold: whether, and from which probability on, the guard halts.
     """
     if not text.strip():
-        raise gr.Error("Type a message first.", print_exception=False)
-    chat = [*turns[-MESSAGES:], {"role": "user", "content": text}]
-    shown = [*shown, chat[-1]]
-    yield {
-        message: "",
-        chatbot: shown,
-        asked: chat,
-        banner: note("Reading", "the model, and the heads with it"),
-    }
+        yield {message: ""}
+        return
+    chat = page.chat
+    chat.asked = [*chat.turns[-MESSAGES:], {"role": "user", "content": text}]
+    chat.shown = [*chat.shown, chat.asked[-1]]
+    yield {message: "", chatbot: chat.shown, banner: note("Reading", "the model, and the heads with it")}
 
-    said, left = SimpleQueue(), Event()
+    said, closed = SimpleQueue(), Event()
+
+    def left():
+        """Whether the page is closed or the chat cleared: nobody waits for more of the reply."""
+        return closed.is_set() or page.chat is not chat
 
     def decide(outputs):
         """`generate` calls it when the prompt is read, before the first token."""
@@ -103,7 +125,7 @@ def respond(text, shown, turns, halting, threshold):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     run = THREAD.submit(
         model.generate,
-        **inputs_of(chat),
+        **inputs_of(chat.asked),
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=True,
         temperature=0.6,
@@ -112,7 +134,7 @@ def respond(text, shown, turns, halting, threshold):
         halt_on=decide,
         halt_reply=REFUSAL,
         tokenizer=tokenizer,
-        stopping_criteria=[lambda ids, *_: torch.full((len(ids),), left.is_set())],
+        stopping_criteria=[lambda ids, *_: torch.full((len(ids),), left())],
     )
     run.add_done_callback(lambda _: (said.put(None), streamer.end()))  # lest the page waits for a run that failed
     try:
@@ -121,40 +143,51 @@ def respond(text, shown, turns, halting, threshold):
         reply = ""
         for piece in streamer:
             reply += piece
-            yield {chatbot: [*shown, {"role": "assistant", "content": reply}]}
+            yield {chatbot: [*chat.shown, {"role": "assistant", "content": reply}]}
     finally:
-        left.set()  # whoever clears the chat waits for no more of it
+        closed.set()
     halted = run.result().probe_halts[0] is not None
-    yield {turns_state: turns if halted else [*chat, {"role": "assistant", "content": reply}]}
+    chat.shown = [*chat.shown, {"role": "assistant", "content": reply}]
+    if not halted:  # what is halted is forgotten
+        chat.turns = [*chat.asked, chat.shown[-1]]
+    if page.chat is not chat:  # what came above may have been shown after it was cleared
+        yield nothing_said(halting, threshold)
 
 
-def preview(text, turns, halting, threshold):
+def preview(text, page, halting, threshold):
     """What the heads say of what is typed so far: a pass that writes nothing."""
     if not text.strip():
         return {banner: gr.skip()}
-    read = scores_of(model.classify(**inputs_of([*turns[-MESSAGES:], {"role": "user", "content": text}])))
+    asked = [*page.chat.turns[-MESSAGES:], {"role": "user", "content": text}]
+    read = scores_of(model.classify(**inputs_of(asked)))
     told = verdict(read, halting, threshold, ("Would be halted", "Would pass"))
     return {scores: read, bars: bars_of(read, halting, threshold), banner: told}
 
 
-def forget(halting, threshold):
-    """A new chat."""
-    empty = {chatbot: [], turns_state: [], asked: []}
-    return {**empty, scores: NOTHING, bars: bars_of(NOTHING, halting, threshold), banner: note(*WELCOME)}
+def forget(page, halting, threshold):
+    """A new chat. A reply that is being written notices, and ends."""
+    page.chat = Chat()
+    return nothing_said(halting, threshold)
 
 
-def look(chat, head):
+def nothing_said(halting, threshold):
+    """The page as it is at first, but for what is typed."""
+    return {chatbot: [], scores: NOTHING, bars: bars_of(NOTHING, halting, threshold), banner: note(*WELCOME)}
+
+
+def look(page, head):
     """The heat map of what a head looked at in the newest message; one more pass, after the reply."""
-    if not chat:
+    asked = page.chat.asked
+    if not asked:
         return None
-    inputs = inputs_of(chat)
+    inputs = inputs_of(asked)
     output = model.classify(**inputs, output_attentions=True)[head]
     mask = inputs["probe_mask"][0]
     ids = inputs["input_ids"][0, mask].tolist()
     reading = Reading(
         head=head,
         config=CONFIGS[head],
-        text=chat[-1]["content"],
+        text=asked[-1]["content"],
         tokens=token_texts(tokenizer, ids),
         template=[place >= len(ids) - len(PROMPTS.suffix_ids) for place in range(len(ids))],
         counted=[True] * len(ids),
@@ -199,7 +232,7 @@ def bars_of(read, halting, threshold):
 
 
 with gr.Blocks(title="llama_probe", fill_width=True) as demo:
-    turns_state, asked, scores = gr.State([]), gr.State([]), gr.State(NOTHING)
+    page, scores = gr.State(Page()), gr.State(NOTHING)
     gr.Markdown(
         f"## One forward pass, text and labels\nProbe heads read the hidden states of {model_id(BACKBONE)} while it reads your "
         "message: their scores are there before the reply begins."
@@ -227,21 +260,18 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
     head = gr.Radio(list(CONFIGS), value=GUARD, label="What a head looked at, token by layer")
     plot = gr.Plot(show_label=False, elem_id="heatmap")
 
-    chat_inputs = [message, chatbot, turns_state, halting, threshold]
+    chat_inputs, readings = [message, page, halting, threshold], [scores, bars, banner]
     model_queue = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    chat_outputs = [message, chatbot, turns_state, asked, scores, bars, banner]
-    exchange = message.submit(respond, chat_inputs, chat_outputs, **model_queue)
-    exchange.success(look, [asked, head], plot, **model_queue)
-    message.change(
-        preview,
-        [message, turns_state, halting, threshold],
-        [scores, bars, banner],
-        trigger_mode="always_last",
-        **model_queue,
+    # What is sent while a reply is written, or still ends, waits for it in the browser: the default there is to drop it.
+    exchange = message.submit(
+        respond, chat_inputs, [message, chatbot, *readings], trigger_mode="always_last", **model_queue
     )
-    # In the queue of the replies: after the last words of one that is cancelled.
-    chatbot.clear(None, cancels=exchange).then(forget, [halting, threshold], chat_outputs[1:], **model_queue)
-    head.change(look, [asked, head], plot, **model_queue)
+    exchange.success(look, [page, head], plot, **model_queue)
+    message.change(preview, chat_inputs, readings, trigger_mode="always_last", **model_queue)
+    # Not in the queue, where it would wait for the reply that it ends. Gradio's own `cancels` is of no use: what is sent
+    # before the browser has an answer to it is lost.
+    chatbot.clear(forget, chat_inputs[1:], [chatbot, *readings], concurrency_limit=None, show_progress="hidden")
+    head.change(look, [page, head], plot, **model_queue)
     limits = [halting.change, threshold.change]
     gr.on(limits, bars_of, [scores, halting, threshold], bars, show_progress="hidden")
 

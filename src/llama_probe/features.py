@@ -5,13 +5,16 @@ A cache of states can hold what the texts held: treat it as you treat the texts.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,9 +32,17 @@ from .heads import get_probe_type
 from .scope import check_rows, token_mask, tokens_read
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
 logger = logging.get_logger(__name__)
 
 _STATES, _META = "states.bin", "meta.json"
+# A machine clears up only after itself: there are network folders whose locks do not reach beyond it.
+_SCRATCH, _UNLOCKED = f".states.{platform.node()}.", ".unlocked."
 _FORMAT = 1
 
 
@@ -113,7 +124,8 @@ class StateCache:
     What is cached is only the tokens and layers that the head reads. An entry is found again by the prompts, the scope, the
     dtype, the backbone's weights and what is read of it, and one with all that any head reads serves every head; anything
     else is computed anew. In a process group (see `llama_probe.distributed`) the ranks compute a share of the rows each, and
-    must see the same folder.
+    must see the same folder. Several runs may use one folder at a time; what a run that was killed has left half done is
+    removed by the next one.
 
     Args:
         folder: where to keep the states; created where it is missing.
@@ -152,6 +164,8 @@ class StateCache:
             key.update(json.dumps(masks).encode())
         entry = self.folder / key.hexdigest()[:32]
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
+        if is_main():
+            self._remove_abandoned()
         there = on_main(lambda: (entry / _META).is_file())
         if not there and (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
             key.update(json.dumps([reads, layers]).encode())
@@ -218,10 +232,15 @@ class StateCache:
                 tokens = [torch.tensor(ids)[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
                 meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
                 (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
-                scratch.replace(entry)
+                try:
+                    scratch.replace(entry)
+                except OSError:
+                    if not (entry / _META).is_file():  # another run was faster
+                        raise
             barrier()
         finally:
             if is_main():
+                self._reserved.close()
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def _reserve(self, size: int) -> Path:
@@ -233,10 +252,33 @@ class StateCache:
                 f"the hidden states need {size / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB free: name another "
                 "folder, or train without a cache"
             )
-        scratch = Path(tempfile.mkdtemp(prefix=".states.", dir=self.folder))
-        with (scratch / _STATES).open("wb") as file:
-            file.truncate(size)
+        scratch = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=self.folder))
+        self._reserved = (scratch / _STATES).open("wb")
+        self._reserved.truncate(size)
+        if _lock(self._reserved):  # before it has the name by which others find it
+            scratch = scratch.rename(scratch.with_name(scratch.name.replace(_UNLOCKED, _SCRATCH)))
         return scratch
+
+    def _remove_abandoned(self) -> None:
+        """Removes what killed processes have left half done. What a living one holds is locked."""
+        for states in self.folder.glob(f"{glob.escape(_SCRATCH)}*/{_STATES}"):
+            try:
+                with states.open("r+b") as file:
+                    if _lock(file):
+                        shutil.rmtree(states.parent, ignore_errors=True)
+            except OSError:  # its owner, or another that clears up, was faster
+                continue
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Locks a file until it is closed or its process ends, however that ends; false where it is locked or cannot be."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 class ProbeCollator:

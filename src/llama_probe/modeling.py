@@ -31,7 +31,7 @@ from .generation import (
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin
-from .outputs import with_probe_logits
+from .outputs import ProbedOutputMixin, with_probe_logits
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
 from .state import ProbeCache
 from .streaming import HoldBackStreamer
@@ -83,6 +83,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._install_probes()
+
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
+            # accelerate's hook around forward() moves an output by building it anew from its fields.
+            output.remember({name: self.probes[name].config for name in output.probe_logits if name in self.probes})
+        return output
 
     @classmethod
     def from_causal_lm(

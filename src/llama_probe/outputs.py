@@ -31,6 +31,10 @@ class ProbedOutputMixin(DecidedMixin):
     `probe_state` is what the heads keep of the tokens that `cache` holds, a `ProbeCache`, where it was asked for; else `None`.
     """
 
+    def remember(self, configs: dict[str, ProbeConfig]) -> None:
+        """Says of which heads the logits are, by name, unless that is known."""
+        self.__dict__.setdefault("_probe_configs", configs)
+
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
         """`[batch, num_labels]` a head, with its saved temperature."""
@@ -86,5 +90,5 @@ def with_probe_logits(
     probed = probed_output_class(type(output))(
         **output, probe_logits=probe_logits, probe_halts=halts, probe_token_logits=token_logits, probe_state=state
     )
-    probed.__dict__["_probe_configs"] = configs
+    probed.remember(configs)
     return probed

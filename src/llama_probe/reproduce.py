@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .backbones import model_id
 from .capture import find_decoder
 from .comparison import Comparison
+from .distributed import launched
 from .errors import ProbeError
 from .files import environment
 from .heads import get_probe_type
@@ -95,6 +96,11 @@ class Reproduction:
         Raises:
             ProbeError: anything the user can mend, before any work is done; parts made with other settings among it.
         """
+        if launched():
+            raise ProbeError(
+                "a reproduction runs in one process, its rows are not divided: start it without torchrun. A sweep that torchrun "
+                "has divided can be read with --sweep"
+            )
         if set(self.only) - {"sensitivity"}:
             self._check_rows()
         self.report()  # reads all that is finished, and refuses what was made with other settings

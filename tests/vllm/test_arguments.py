@@ -1,18 +1,30 @@
 """What is refused before an engine is started, and by an engine that was started some other way."""
 
 import json
+import shutil
 
 import pytest
 from conftest import make_probe
 from tiny_engine import HEADS, HIDDEN, TinyServing, tiny  # noqa: F401 - a fixture
-from transformers import AutoConfig
+from tiny_families import TINY
+from tiny_families import tiny as make_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 
-from llama_probe import ProbeError
+from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
+from llama_probe.fingerprint import describe
 from llama_probe.vllm import compatibility, engine_kwargs
 from llama_probe.vllm.__main__ import server_arguments
+from llama_probe.vllm.backbone_check import check_heads
 from llama_probe.vllm.compatibility import check_config
 from llama_probe.vllm.settings import ProbeSettings
+
+
+def take_warnings(caplog) -> list[str]:
+    """What llama_probe has warned of since the last call."""
+    found = [record.getMessage() for record in caplog.records if record.name.startswith("llama_probe")]
+    caplog.clear()
+    return found
 
 
 def test_what_an_engine_gets(tiny):  # noqa: F811
@@ -49,6 +61,68 @@ def test_arguments_that_do_not_go_with_heads(tiny, arguments, reason):  # noqa: 
     with pytest.raises(ProbeError, match=reason) as error:
         engine_kwargs(tiny.backbone, tiny.heads, **arguments)
     assert next(iter(arguments)) in str(error.value)
+
+
+@pytest.fixture
+def elsewhere(tiny, tmp_path):  # noqa: F811
+    """A folder with the tiny backbone, trained a little since its head was: `(folder, head)`."""
+    shutil.copytree(tiny.backbone, tmp_path / "lm")
+    lm = AutoModelForCausalLM.from_pretrained(tiny.backbone)
+    head = ProbeModel(describe(lm, ProbeConfig(probe_type="gate", num_labels=2)))
+    head.save_pretrained(tmp_path / "head")
+    for layer in lm.model.layers:
+        layer.mlp.down_proj.weight.data.mul_(1.5)
+    lm.save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm", str(tmp_path / "head")
+
+
+def test_heads_of_another_backbone(tiny, elsewhere, caplog):  # noqa: F811
+    backbone, head = elsewhere
+    engine_kwargs(tiny.backbone, head)
+    assert take_warnings(caplog) == []
+    AutoModelForProbedGeneration.from_pretrained(backbone, probe=head)
+    (expected,) = take_warnings(caplog)
+    assert expected.startswith("head 'head' has a fingerprint ") and "may mean nothing here" in expected
+    engine_kwargs(backbone, {"head": head, **tiny.heads})
+    assert take_warnings(caplog) == [expected]
+    engine_kwargs(backbone, head, compare_fingerprints=False)
+    assert take_warnings(caplog) == []
+    for strict in (lambda: engine_kwargs(backbone, head, probe_strict=True),
+                   lambda: server_arguments([str(backbone), "--probe", head, "--probe-strict"])):  # fmt: skip
+        with pytest.raises(ProbeError, match="has a fingerprint"):
+            strict()
+    words = server_arguments([str(backbone), "--probe", head, "--probe-strict", "--skip-fingerprints"])
+    assert not any("strict" in word or "fingerprints" in word for word in words)
+
+
+@pytest.mark.parametrize("architecture", compatibility.ARCHITECTURES)
+def test_backbones_of_each_family_are_known_again(architecture, tmp_path, caplog):
+    family = next(name for name, (_, made, _) in TINY.items() if made == architecture)
+    lm = make_tiny(family)
+    configs = {"head": describe(lm, ProbeConfig(probe_type="gate", num_labels=2))}
+    lm.save_pretrained(tmp_path)
+    check_heads(configs, str(tmp_path), strict=True)
+    lm.model.layers[1].mlp.down_proj.weight.data.mul_(1.5)
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(ProbeError, match="has a fingerprint"):
+        check_heads(configs, str(tmp_path), strict=True)
+    assert take_warnings(caplog) == []
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged", "quantised"])
+def test_weights_that_are_not_at_hand(elsewhere, caplog, how):
+    backbone, head = elsewhere
+    if how == "missing":
+        (backbone / "model.safetensors").unlink()
+    elif how == "damaged":
+        (backbone / "model.safetensors").write_bytes(b"no tensors")
+    else:
+        config = json.loads((backbone / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (backbone / "config.json").write_text(json.dumps(config))
+    assert engine_kwargs(backbone, head, probe_strict=True)["model"] == str(backbone)
+    (said,) = take_warnings(caplog)
+    assert "not checked" in said and "llama-probe inspect" in said
 
 
 def test_a_complete_config_is_checked_as_well(tiny):  # noqa: F811

@@ -43,6 +43,12 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     )
     parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
     parser.add_argument("--probe-namespace", help="whose heads aliases stand for")
+    parser.add_argument("--probe-strict", action="store_true", help="refuse heads of another backbone; else a warning")
+    parser.add_argument(
+        "--skip-fingerprints",
+        action="store_true",
+        help="compare sizes alone, which spares reading the weights once more",
+    )
     parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
     ours, rest = parser.parse_known_args(argv)
     halt_on = None if ours.halt_on is None else dict(_halting(text) for text in ours.halt_on)
@@ -52,6 +58,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         halt_on=halt_on,
         probe_revision=ours.probe_revision,
         probe_namespace=ours.probe_namespace,
+        probe_strict=ours.probe_strict,
+        compare_fingerprints=not ours.skip_fingerprints,
         allow_untested_vllm=ours.allow_untested_vllm,
     )
     arguments["kv_transfer_config"] = TRANSFER

@@ -16,6 +16,7 @@ from ..heads.aggregator import Classifier
 from ..hub import HubOptions
 from ..probe import ProbeModel
 from ..resolve import ProbeSpec, Target, named_sources, resolve_head
+from .backbone_check import check_heads
 from .compatibility import SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
 from .settings import KEY, ProbeSettings
 
@@ -27,14 +28,15 @@ def engine_kwargs(
     halt_on: HaltSpec | None = None,
     probe_revision: str | None = None,
     probe_namespace: str | None = None,
+    probe_strict: bool = False,
+    compare_fingerprints: bool = True,
     allow_untested_vllm: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
 
     Every request is scored by all heads, or by those that it asks for, in the pass over its prompt; see
-    `llama_probe.vllm`. Sizes are compared with the backbone's; its fingerprint is not, because that needs the loaded model:
-    `llama-probe inspect HEAD --backbone MODEL` does.
+    `llama_probe.vllm`. What a head knows of its backbone is compared with the one at hand; see `check_heads`.
 
     Args:
         model: folder or Hub id of the backbone; `"demo"` for the demo backbone.
@@ -44,13 +46,15 @@ def engine_kwargs(
             `Halter`. They end before their first token is delivered, with the finish reason `"stop"` and the head's name as
             the stop reason. A prompt that such a head cannot score gets no reply either.
         probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
+        probe_strict: raise, rather than warn, where a head was trained on another backbone.
+        compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         kwargs: further arguments of `vllm.LLM`, such as `max_model_len`.
 
     Raises:
         ProbeError: vLLM is missing or of another version, an argument does not go with heads, the model's class has no
-            place for them, a head cannot be read, does not fit, or needs what an engine does not give it, or `halt_on` is
-            not allowed.
+            place for them, a head cannot be read, does not fit, or needs what an engine does not give it, `halt_on` is
+            not allowed, or with `probe_strict` a head was trained on another backbone.
     """
     check_version(allow_untested_vllm)
     check_arguments(kwargs)
@@ -77,6 +81,8 @@ def engine_kwargs(
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
     settings = ProbeSettings(heads, _plain(halt_on), allow_untested_vllm)
     settings.rules  # noqa: B018 - raises where halt_on is not allowed
+    if compare_fingerprints:
+        check_heads(settings.configs, model, target.revision, probe_strict)
     from vllm.config import KVTransferConfig
 
     return {

@@ -1,0 +1,82 @@
+"""Whether heads were trained on the backbone that an engine is about to load."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from ..configuration import ProbeConfig
+from ..fingerprint import check_backbone, fingerprint
+
+
+logger = logging.get_logger(__name__)
+
+# Embeddings are looked up as a whole; the layers are read from their files one after another, the LM head not at all.
+_PLACES = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.norm": "cpu",
+    "model.layers": "disk",
+    "lm_head": "disk",
+}
+
+
+def check_heads(
+    configs: Mapping[str, ProbeConfig], model: str, revision: str | None = None, strict: bool = False
+) -> None:
+    """Warns, once for a head, of all that tells the backbone from the one it was trained on; see `check_backbone`.
+
+    For the fingerprints the backbone runs over 32 tokens, on the CPU, with one layer in memory at a time: its weights are
+    read from their files as vLLM is about to read them again. Where they are not at hand - not fetched from the Hub yet,
+    quantised, or no safetensors - nothing is compared, and that is said.
+
+    Args:
+        configs: of the heads, by name.
+        model, revision: folder or Hub id of a model of one of `ARCHITECTURES`.
+
+    Raises:
+        ProbeError: with `strict`, instead of a warning.
+    """
+    with tempfile.TemporaryDirectory() as scratch, _one_thread():
+        try:
+            config = AutoConfig.from_pretrained(model, revision=revision, local_files_only=True)
+            if getattr(config, "quantization_config", None) is not None:
+                raise ValueError("they are quantised")
+            lm = AutoModelForCausalLM.from_pretrained(
+                model,
+                config=config,
+                revision=revision,
+                dtype="auto",
+                device_map=_PLACES,
+                offload_folder=scratch,  # stays empty: safetensors are read where they are
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning(
+                "whether the heads were trained on this backbone is not checked, its weights cannot be read beforehand: "
+                f"{reason}. llama-probe inspect HEAD --backbone MODEL does it"
+            )
+            return
+        take = functools.cache(functools.partial(fingerprint, lm))
+        for name, config in configs.items():
+            check_backbone(name, config, lm, strict, take)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """vLLM may fork its processes from this one, in which a pool of OpenMP's threads would be there and dead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,42 @@
+"""The command lines of the README and of docs/ that serve with vLLM: each starts a server, with a tiny model and head."""
+
+import json
+import re
+import shlex
+import shutil
+import urllib.request
+from pathlib import Path
+
+import pytest
+from http_server import serving
+from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
+
+
+ROOT = Path(__file__).parents[2]
+LINE = re.compile(r"^ *python -m llama_probe\.vllm \S+ (.*)$", re.MULTILINE)
+
+
+def command_lines() -> set[str]:
+    """What follows the name of the model; each once."""
+    return {
+        line for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) for line in LINE.findall(page.read_text())
+    }
+
+
+def test_there_is_one_on_a_page_of_docs():
+    assert any(LINE.search(page.read_text()) for page in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("line", sorted(command_lines()))
+def test_it_serves(line, tiny: TinyServing, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.heads["guard"], "toxicchat-mha")
+    small = "--dtype float32 --enforce-eager --max-model-len 256 --max-num-batched-tokens 256 --max-num-seqs 2"
+    arguments = [str(tiny.backbone), *shlex.split(line), *small.split()]
+    with serving(arguments, tmp_path / "log") as url:
+        body = {"model": str(tiny.backbone), "prompt": [1, 30, 31, 40, 41], "max_tokens": 2}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=250) as response:
+            said = json.load(response)["kv_transfer_params"]
+    assert list(said["probes"]) == ["toxicchat-mha"] and "halted" in said
