@@ -14,6 +14,7 @@ from llama_probe.evaluation import predict_logits
 from llama_probe.files import read_head
 from llama_probe.metrics import score
 from llama_probe.recipe import Recipe
+from llama_probe.sweep import Sweep
 from llama_probe.training_run import TrainingRun, _last_checkpoint
 
 
@@ -224,6 +225,20 @@ def test_extra_rows_where_a_kind_is_fitted_are_refused(backbone_folder, tmp_path
     run = TrainingRun(str(backbone_folder), DataSources(train, extra=[train]), tmp_path / "h", {"probe_type": "muli"})
     with pytest.raises(ProbeError, match=r"'muli' is fitted to the rows of .* alone: leave extra out"):
         run.execute()
+
+
+def test_a_metric_that_says_nothing_of_the_validation_rows_is_refused(backbone_folder, tmp_path):
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text("\n".join(json.dumps({"text": f"no {i}", "label": 1}) for i in range(5)))
+    sources = DataSources(write(tmp_path / "a.jsonl", 40), str(alike), label_names=["0", "1"])
+    run = TrainingRun(str(backbone_folder), sources, tmp_path / "head", {"probe_type": "gate"})
+    with pytest.raises(
+        ProbeError, match=r"auprc is not defined on the 5 validation rows: .* \(accuracy, f1, precision"
+    ):
+        run.execute()
+    assert not (tmp_path / "head").exists(), "before any work"
+    with pytest.raises(ProbeError, match="auprc is not defined"):
+        Sweep(run, trials=2).execute()
 
 
 def test_half_of_a_checkpoint_is_none(tmp_path):

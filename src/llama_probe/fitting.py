@@ -18,7 +18,7 @@ from .decision import ProbeOutput, probabilities
 from .distributed import merge_rows, on_main
 from .errors import ProbeError
 from .features import iterate_states
-from .metrics import score
+from .metrics import check_metric, score
 from .probe import ProbeModel
 from .sparse_regression import SparseModel, fit_path, largest_strength, standardize
 from .training import ProbeLoss
@@ -192,7 +192,6 @@ def _best(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, metric:
     """Of models `[models, rows, num_labels]` the first that scores best."""
     if len(logits) == 1:
         return 0
+    check_metric(metric, labels, config)
     values = [score(probabilities(one, config).numpy(), labels, config)[metric] for one in logits]
-    if None in values:
-        raise ProbeError(f"{metric} is not defined on the validation rows: no label both occurs and does not")
     return int(np.argmax(values))

@@ -13,6 +13,7 @@ from sklearn import metrics as sk
 
 from .configuration import ProbeConfig
 from .decision import predictions, probabilities
+from .errors import ProbeError
 
 
 _CLASS_METRICS = ("accuracy", "f1", "precision", "recall", "auprc", "auroc")
@@ -170,3 +171,19 @@ def default_metric(config: ProbeConfig) -> str:
     if config.problem_type == "multi_label_classification":
         return "auprc"
     return "auprc" if config.num_labels == 2 else "accuracy"
+
+
+def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
+    """Raises `ProbeError` for a metric by which heads cannot be chosen: not one of the problem's, or without a value on these
+    labels."""
+    allowed = METRICS[config.problem_type]
+    if metric not in allowed:
+        raise ProbeError(
+            f"metric={metric!r} cannot choose a {config.problem_type} head; allowed: {', '.join(allowed)}"
+        )
+    anything = np.zeros((len(labels), config.num_labels))
+    if metric in ("auprc", "auroc") and score(anything, labels, config)[metric] is None:
+        raise ProbeError(
+            f"{metric} is not defined on the {len(labels)} validation rows: no label both occurs and does not. Give rows of "
+            f"each label, or another metric ({', '.join(name for name in allowed if name not in ('auprc', 'auroc'))})"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from .features import ProbeCollator, counted_tokens
 from .files import write_atomically
 from .heads import get_probe_type
 from .learners import Candidate, History, Learner
-from .metrics import score
+from .metrics import check_metric, score
 from .probe import ProbeModel
 
 
@@ -82,6 +82,7 @@ class SharedTraining:
             raise ProbeError("a backbone with a tp_plan reads the same rows in all processes: cache the states first")
         if not 0 < keep <= 1:
             raise ProbeError(f"keep={keep} must be above 0 and at most 1")
+        check_metric(metric, _labels_of(validation, range(len(validation))), candidates[0].config)
         self.train, self.validation, self.metric = train, validation, metric
         self.epochs, self.folder, self.lm = epochs, Path(folder), lm
         self.keep, self.patience, self.seed, self.batch_tokens = keep, patience, seed, batch_tokens
@@ -155,10 +156,6 @@ class SharedTraining:
         """Notes the epoch's metric of each live candidate, `own` being those of this rank's."""
         values = {learner.candidate.number: value for learner, value in zip(self.own, own, strict=True)}
         for part in gather(values):
-            if None in part.values():
-                raise ProbeError(
-                    f"{self.metric} is not defined on the validation rows: no label both occurs and does not"
-                )
             values |= part
         mine = self.own
         for learner in self.live:
@@ -194,7 +191,7 @@ class SharedTraining:
                 learner.probe.eval()
                 with torch.no_grad():
                     found.append(learner.probe.score(shared(learner.probe), mask).logits.cpu())
-        labels = np.stack([self.validation[row]["labels"] for batch in batches for row in batch])
+        labels = _labels_of(self.validation, [row for batch in batches for row in batch])
         values = []
         for found, learner in zip(logits, learners, strict=True):
             config = learner.probe.config
@@ -304,6 +301,11 @@ class SharedTraining:
             else:
                 learner.history = history
                 learner.best_weights = {name.removeprefix("best."): tensor for name, tensor in tensors[number].items()}
+
+
+def _labels_of(dataset: Dataset, rows: Iterable[int]) -> np.ndarray:
+    """The labels of some rows."""
+    return np.stack([dataset[row]["labels"] for row in rows])
 
 
 class _Shared:

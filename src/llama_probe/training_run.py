@@ -33,7 +33,7 @@ from .files import environment, save_head
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier
 from .heads import get_probe_type
-from .metrics import METRICS, default_metric
+from .metrics import check_metric, default_metric
 from .model_card import CardFacts, write_card
 from .plots import write_plots
 from .probe import ProbeModel
@@ -162,11 +162,7 @@ class TrainingRun:
         folds = parts["train"].folds(self.data.folds or FOLDS, self.seeds[0]) if folded else []
         config = self._config(parts["train"])
         metric = self.recipe.metric or default_metric(config)
-        if metric not in METRICS[config.problem_type]:
-            raise ProbeError(
-                f"metric={metric!r} cannot choose a {config.problem_type} head; allowed: "
-                f"{', '.join(METRICS[config.problem_type])}"
-            )
+        check_metric(metric, parts["validation"].labels, config)
         check_max_false_positive_rate(config, self.recipe.max_false_positive_rate)
         self.loss(config, parts)
         if get_probe_type(config.probe_type).convex:
