@@ -65,8 +65,8 @@ class ReplyRecorder:
         if self._open is not None:
             return
         repeats = rows // self.prompt.prompts
-        for name, head in self.prompt.heads.items():
-            self._running[name] = head.begin_reply(self.prompt.states[name], repeats)
+        for name in self.prompt.heads:
+            self._running[name] = self.prompt.running(name, repeats)
         is_open = torch.ones(rows, dtype=torch.bool)
         if closed is not None:
             is_open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
@@ -187,8 +187,8 @@ class ReplySession:
         if self._live is None:
             self._live = torch.ones_like(tokens, dtype=torch.bool)
             repeats = len(tokens) // self.prompt.prompts
-            for name, head in self.heads.items():
-                self._running[name] = head.begin_reply(self.prompt.states.get(name), repeats)
+            for name in self.heads:
+                self._running[name] = self.prompt.running(name, repeats)
         if self._ended is not None:
             ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
             self._live, self._ended = self._live & ~ended, None
