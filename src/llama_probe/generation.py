@@ -47,6 +47,7 @@ class PrefillSession:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
         reply: reads the passes after that; `None` where no head does.
         cache: of the LM, once it has run.
+        decoder: of the LM, where it stays the same for all passes of the session.
 
     Raises:
         ProbeError: a prompt that cannot be scored; see `ProbeModel.init_state`.
@@ -71,6 +72,7 @@ class PrefillSession:
         self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
         self.keep, self.begun = keep, begun
         self.cache: Cache | None = None
+        self.decoder: Decoder | None = None
         running = {}
         if earlier is not None:
             earlier.check_length(past)
@@ -241,12 +243,14 @@ _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] 
 
 @contextmanager
 def open_session(model: nn.Module, assistant: nn.Module | None, session: PrefillSession):
-    """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block."""
+    """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block; it ends with that."""
     token = _CURRENT.set((model, assistant, session))
     try:
         yield session
     finally:
         _CURRENT.reset(token)
+        if session.reply is not None:
+            session.reply.close()
 
 
 def session_of(model: nn.Module) -> PrefillSession | None:
@@ -395,6 +399,7 @@ def generation_session(
     if mask is None and ids is not None:
         mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
     keep = asks_for_state(probe_state, ids, setting("use_cache"))
+    decoder = find_decoder(model)
     followers = {name: head for name, head in heads.items() if head.config.reads_reply}
     if followers:
         refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", setting)
@@ -407,8 +412,9 @@ def generation_session(
         past=cached_tokens(kwargs),
         earlier=probe_state if isinstance(probe_state, ProbeCache) else None,
         keep=keep,
-        placeholder_ids=find_decoder(model).placeholder_ids,
+        placeholder_ids=decoder.placeholder_ids,
     )
+    session.decoder = decoder
     if followers or keep:
         kwargs.setdefault("disable_compile", True)  # hooks and a state that grows would only break its graphs
         ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))

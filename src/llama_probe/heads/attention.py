@@ -231,6 +231,8 @@ def _received_attention(
 def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
     """What each of the last `queries` items may attend to: itself and the valid ones before it. `[B, N]` to `[B, queries, N]`."""
     items = valid.shape[1]
+    if queries == 1:
+        return F.pad(valid[:, None, :-1], (0, 1), value=True)
     itself = torch.arange(items - queries, items, device=valid.device)[:, None]
     others = torch.arange(items, device=valid.device)
     return (valid[:, None, :] & (others < itself)) | (others == itself)
