@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,8 +19,8 @@ from .halting_run import generation_setting, token_ids
 from .heads import repeat_rows
 from .probe import ProbeModel
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
-from .scope import check_rows, token_mask
-from .stack import HeadStack, shape_of
+from .scope import check_rows, prompt_masks
+from .stack import HeadStack, alike
 from .state import CachedHead, ProbeCache, ProbeState
 
 
@@ -82,7 +82,7 @@ class PrefillSession:
                 check_rows(mask)
         self._stacks: list[tuple[HeadStack, ProbeState]] = []
         self._places: dict[str, tuple[int, int]] = {}  # of each head: its stack, and its number in there
-        for number, names in enumerate(_alike(heads, masks, running)):
+        for number, names in enumerate(alike(heads, masks, running)):
             stack = HeadStack([heads[name] for name in names])
             state = stack.init_state(masks[names[0]], past, output_attentions, running.get(names[0]), keep)
             self._stacks.append((stack, state))
@@ -135,12 +135,12 @@ class PrefillSession:
         def read() -> None:
             with torch.no_grad():  # the LM's own gradients, where it is being trained, are none of the heads' business
                 for layer, hidden in held:
-                    for alike in readers[layer]:
+                    for together in readers[layer]:
                         shared = {}
-                        for stack, state in alike:
+                        for stack, state in together:
                             stack.step(state, layer, hidden, shared)
                         del shared  # a normalised copy, where there is one
-                        for stack, state in alike:
+                        for stack, state in together:
                             stack.settle(state)
             held.clear()
 
@@ -159,7 +159,7 @@ class PrefillSession:
             for layer in stack.layer_indices:
                 key = (stack.config.normalize, stack.device)
                 found.setdefault(layer, {}).setdefault(key, []).append((stack, state))
-        return {layer: list(alike.values()) for layer, alike in found.items()}
+        return {layer: list(together.values()) for layer, together in found.items()}
 
     def results(self) -> dict[str, ProbeOutput]:
         """`ProbeOutput` of each head.
@@ -217,23 +217,6 @@ class PrefillSession:
         return self.attention_mask.bool()
 
 
-def _alike(
-    heads: Mapping[str, ProbeModel], masks: Mapping[str, torch.Tensor], running: Mapping[str, Any]
-) -> list[list[str]]:
-    """The names of the heads, those together that can go through one `HeadStack`."""
-    found: list[tuple[Hashable, torch.Tensor, list[str]]] = []
-    for name, head in heads.items():
-        # What heads have kept may have come to each in other chunks: those go on alone.
-        shape, mask = (shape_of(head), name if running.get(name) is not None else None), masks[name]
-        for other, counted, names in found:
-            if other == shape and (counted is mask or torch.equal(counted, mask)):
-                names.append(name)
-                break
-        else:
-            found.append((shape, mask, [name]))
-    return [names for _, _, names in found]
-
-
 # The generate() call that this thread is in: (model, its assistant, session). Heads are decided once, by the outermost
 # call of a model; calls that the decoding method makes for its own ends (assistants, early exits) run without heads.
 _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] = ContextVar(
@@ -263,48 +246,6 @@ def is_inner_call(model: nn.Module) -> bool:
     """Whether a `generate()` of `model` is made by another one, that of the model itself or that it assists."""
     current = _CURRENT.get()
     return current is not None and (current[0] is model or current[1] is model)
-
-
-def prompt_masks(
-    heads: dict[str, ProbeModel],
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    probe_mask: torch.Tensor | None,
-    begun: bool = False,
-    placeholder_ids: Sequence[int] = (),
-) -> dict[str, torch.Tensor]:
-    """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`. `begun`: see `token_mask`.
-
-    Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
-    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
-
-    Raises:
-        ProbeError: no prompt, or the mask and the prompt do not fit each other.
-    """
-    source = input_ids if input_ids is not None else inputs_embeds
-    if source is None or source.shape[1] == 0:
-        raise ProbeError(
-            "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
-            "or set_active_probes([]) to generate without heads"
-        )
-    shape = source.shape[:2]
-    for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
-        if mask is not None and mask.shape != shape:
-            raise ProbeError(
-                f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: heads must see the whole prompt. "
-                "With a cache, pass all input_ids of the conversation, not only the new ones"
-            )
-    if attention_mask is None:
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
-    if probe_mask is not None:
-        chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
-        return dict.fromkeys(heads, chosen)
-    masks = {name: token_mask(head.config, input_ids, attention_mask, begun) for name, head in heads.items()}
-    if placeholder_ids and input_ids is not None:
-        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-        masks = {name: mask & text.to(mask.device) for name, mask in masks.items()}
-    return masks
 
 
 def prompt_session(
