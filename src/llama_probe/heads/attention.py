@@ -69,12 +69,12 @@ class AttentionAggregator(LowRankAggregator):
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`[S, B, N, 3 d_inner]` to query, key and value of shape `[S * B, heads, N, d_inner / heads]` each.
 
-        Where there are many, zeros fill them up to a multiple of eight dimensions: attention kernels have fast paths for these
-        alone.
+        Where there are many, or in training, zeros fill them up to a multiple of eight dimensions: attention kernels have fast
+        paths for these alone.
         """
         slot_count, batch, items, _ = qkv.shape
         qkv = qkv.reshape(slot_count * batch, items, 3, self.num_heads, self.head_size)
-        if items >= _MANY:
+        if items >= _MANY or torch.is_grad_enabled():
             qkv = F.pad(qkv, (0, -self.head_size % 8))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
