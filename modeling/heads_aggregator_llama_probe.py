@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -63,8 +63,9 @@ class Aggregator(nn.Module, ABC):
         convex: whether the classifier is all that is learned, and is fitted as a convex problem; see
             `llama_probe.fitting`. Others learn by gradient steps.
         causal: of the instance; whether what is made of an item may depend on that item and earlier ones alone.
+        rank: of the instance; see `LowRankAggregator`.
 
-    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slot`, `repeat_rows` and
+    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows` and
     `select_rows` can handle it. `update` makes a new one and leaves the old one as it is: many prompts may go on from it.
     """
 
@@ -72,6 +73,7 @@ class Aggregator(nn.Module, ABC):
     normalize: ClassVar[str] = "layernorm"
     convex: ClassVar[bool] = False
     causal: bool = False
+    rank: int | None = None
 
     def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__()
@@ -113,6 +115,45 @@ class Aggregator(nn.Module, ABC):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
         """`[S, B, N, D]` and an optional `[B, N]` mask to `[S, B, D]`."""
         return self.result(self.update(None, x, mask, slots), slots)
+
+    # Several heads side by side, while the LM runs. A kind may have a cheaper way to the same.
+
+    @classmethod
+    def read(cls, stages: Sequence[Self], state: Any, x: torch.Tensor, mask: torch.Tensor | None, slot: int) -> Any:
+        """`update` for one slot of several aggregators that differ in their parameters alone.
+
+        Args:
+            stages: the aggregators, H of them.
+            state: what an earlier `read` returned for the slot, or `None`: of shape `[H, B, ...]`.
+            x (`[1, B, n, D]`): the next n items, for all of them.
+            mask: see `update`. slot: which one.
+
+        Returns:
+            The new state.
+        """
+        slots = slice(slot, slot + 1)
+        if len(stages) == 1:
+            return stages[0].update(state, x, mask, slots)
+        parts = [None if state is None else take_slots(state, slice(i, i + 1)) for i in range(len(stages))]
+        return join_slots([stage.update(part, x, mask, slots) for stage, part in zip(stages, parts, strict=True)])
+
+    @classmethod
+    def summarize(cls, stages: Sequence[Self], state: Any, slot: int, out: torch.Tensor) -> None:
+        """`result` of what `read` gave, into `out`, `[H, B, D]`."""
+        slots = slice(slot, slot + 1)
+        if len(stages) == 1:
+            out.copy_(stages[0].result(state, slots))
+            return
+        for number, stage in enumerate(stages):
+            each = slice(number, number + 1)
+            out[each] = stage.result(take_slots(state, each), slots)
+
+    @classmethod
+    def read_whole(
+        cls, stages: Sequence[Self], x: torch.Tensor, mask: torch.Tensor | None, slot: int, out: torch.Tensor
+    ) -> None:
+        """`read` and `summarize`, of items that come all at once."""
+        cls.summarize(stages, cls.read(stages, None, x, mask, slot), slot, out)
 
 
 _PROBE_TYPES: dict[str, type[Aggregator]] = {}
@@ -156,14 +197,21 @@ def create_aggregator(config: ProbeConfig, num_slots: int, causal: bool = False)
 
 def join_slots(states: Sequence[Any]) -> Any:
     """One state of all slots, from the states of consecutive slots."""
+    if len(states) == 1:
+        return states[0]
     if isinstance(states[0], (tuple, list)):
         return type(states[0])(join_slots(parts) for parts in zip(*states, strict=True))
     return None if states[0] is None else torch.cat(list(states))
 
 
-def take_slot(state: Any, slot: int) -> Any:
-    """The state of one slot, from one of all slots."""
-    return _each_tensor(state, lambda tensor: tensor[slot : slot + 1])
+def take_slots(state: Any, slots: slice) -> Any:
+    """The state of some slots, from one of all slots."""
+    return _each_tensor(state, lambda tensor: tensor[slots])
+
+
+def repeat_slots(state: Any, slots: int) -> Any:
+    """A state of so many slots that are alike, from that of one; they share its memory."""
+    return _each_tensor(state, lambda tensor: tensor.expand(slots, *tensor.shape[1:]))
 
 
 def repeat_rows(state: Any, repeats: int) -> Any:

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from .errors_llama_probe import ProbeError
-from .heads_aggregator_llama_probe import Aggregator, register_probe_type
+from .heads_aggregator_llama_probe import register_probe_type
+from .heads_low_rank_llama_probe import LowRankAggregator
 
 
 @register_probe_type("attentive")
-class AttentivePoolingAggregator(Aggregator):
+class AttentivePoolingAggregator(LowRankAggregator):
     """a_k = softmax(x q_k / sqrt(D)), z_k = sum_i a_ki V_k x_i, v = U [z_1; ...; z_K].
 
     `options`: `num_queries` K (default 4), and `value_rank` R (default 8), the rows of all V_k together, a multiple of
@@ -31,6 +32,7 @@ class AttentivePoolingAggregator(Aggregator):
         super().__init__(num_slots, config)
         self.num_queries = config.options.get("num_queries", 4)
         self.value_rank = config.options.get("value_rank", 8)
+        self.rank = self.num_queries + self.value_rank
         self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
         self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
         self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.value_rank))
@@ -50,19 +52,19 @@ class AttentivePoolingAggregator(Aggregator):
         if rank % queries:
             raise ProbeError(f"options: num_queries={queries} must divide value_rank={rank}")
 
-    def _project(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def projection(self, slots):
+        return torch.cat([self.query[slots] / math.sqrt(self.hidden_size), self.value[slots]], dim=1)
+
+    def _split(self, projected: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores `[S, B, K, n]`, as low as can be off the mask, and values `[S, B, K, n, R / K]`."""
-        slot_count, batch, items, hidden = x.shape
-        both = torch.cat([self.query[slots] / math.sqrt(hidden), self.value[slots]], dim=1)  # [S, K + R, D]
-        flat = torch.matmul(x.reshape(slot_count, batch * items, hidden), both.transpose(1, 2))
-        scores, values = flat.view(slot_count, batch, items, -1).split([self.num_queries, self.value_rank], dim=-1)
+        scores, values = projected.split([self.num_queries, self.value_rank], dim=-1)
         scores = scores.transpose(2, 3)
         if mask is not None:
             scores = scores.masked_fill(~mask[None, :, None, :], torch.finfo(scores.dtype).min)
         return scores, values.unflatten(-1, (self.num_queries, -1)).transpose(2, 3)
 
-    def update(self, state, x, mask, slots):
-        scores, values = self._project(x, mask, slots)
+    def absorb(self, state, projected, mask):
+        scores, values = self._split(projected, mask)
         top = scores.detach().amax(dim=-1)  # [S, B, K]
         if state is not None:
             top = torch.maximum(top, state[0])
@@ -77,12 +79,14 @@ class AttentivePoolingAggregator(Aggregator):
             total = total + state[2] * shrink.unsqueeze(-1)
         return top, norm, total
 
-    def result(self, state, slots):
+    def pooled(self, state):
         _, norm, total = state
-        pooled = total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
-        return torch.matmul(pooled.flatten(2), self.out[slots].transpose(1, 2))  # [S, B, D]
+        return (total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).flatten(2)  # [S, B, R]
+
+    def expand(self, pooled, slots):
+        return torch.matmul(pooled, self.out[slots].transpose(1, 2))
 
     def weights(self, x, mask, slots):
         """The softmax of each query, averaged over queries."""
-        scores, _ = self._project(x, mask, slots)
+        scores, _ = self._split(self.project(x, slots), mask)
         return scores.softmax(dim=-1).mean(dim=2)

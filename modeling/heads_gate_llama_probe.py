@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .heads_aggregator_llama_probe import Aggregator, register_probe_type
@@ -38,6 +39,31 @@ class GateAggregator(Aggregator):
     def result(self, state, slots):
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
+
+    @classmethod
+    def read(cls, stages, state, x, mask, slot):
+        scores = cls._read_scores(stages, x, mask, slot)
+        total = torch.matmul(scores.transpose(0, 1), x[0]).transpose(0, 1)  # [H, B, D]
+        norm = scores.sum(dim=2)
+        return (total, norm) if state is None else (state[0] + total, state[1] + norm)
+
+    @classmethod
+    def summarize(cls, stages, state, slot, out):
+        out.copy_(stages[0].result(state, slice(slot, slot + 1)))
+
+    @classmethod
+    def read_whole(cls, stages, x, mask, slot, out):
+        scores = cls._read_scores(stages, x, mask, slot)
+        scores /= scores.sum(dim=2, keepdim=True)
+        torch.bmm(scores.transpose(0, 1), x[0], out=out.transpose(0, 1))
+
+    @staticmethod
+    def _read_scores(stages, x: torch.Tensor, mask: torch.Tensor | None, slot: int) -> torch.Tensor:
+        """`exp(tanh(...))` of each head, `[H, B, n]`."""
+        weights = [stage.weight[slot : slot + 1] for stage in stages]
+        scores = F.linear(weights[0] if len(weights) == 1 else torch.cat(weights), x.flatten(0, 2))
+        scores = scores.tanh_().exp_().view(-1, *x.shape[1:3])
+        return scores if mask is None else scores.mul_(mask)
 
     def weights(self, x, mask, slots):
         """The softmax itself."""

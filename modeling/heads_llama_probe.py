@@ -13,14 +13,16 @@ from .heads_aggregator_llama_probe import (
     register_probe_type,
     repeat_rows,
     select_rows,
-    take_slot,
+    take_slots,
 )
 from .heads_attention_llama_probe import AttentionAggregator
 from .heads_attentive_llama_probe import AttentivePoolingAggregator
 from .heads_gate_llama_probe import GateAggregator
 from .heads_last_llama_probe import LastItemAggregator
+from .heads_low_rank_llama_probe import LowRankAggregator
 from .heads_muli_llama_probe import LogOddsClassifier, MuliAggregator
 from .heads_pooling_llama_probe import PoolingAggregator
+from .heads_states_llama_probe import normalize
 
 
 __all__ = [
@@ -31,14 +33,16 @@ __all__ = [
     "GateAggregator",
     "LastItemAggregator",
     "LogOddsClassifier",
+    "LowRankAggregator",
     "MuliAggregator",
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",
     "join_slots",
+    "normalize",
     "probe_types",
     "register_probe_type",
     "repeat_rows",
     "select_rows",
-    "take_slot",
+    "take_slots",
 ]

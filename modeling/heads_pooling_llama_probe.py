@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .heads_aggregator_llama_probe import Aggregator, masked_max, register_probe_type
+from .heads_aggregator_llama_probe import Aggregator, masked_max, register_probe_type, repeat_slots
 
 
 @register_probe_type("pooling")
@@ -31,6 +31,24 @@ class PoolingAggregator(Aggregator):
             return state
         total, count = state
         return total / count.clamp_min(1.0).unsqueeze(-1)
+
+    @classmethod
+    def read(cls, stages, state, x, mask, slot):
+        if state is not None:
+            return stages[0].update(state, x, mask, slice(slot, slot + 1))
+        # without parameters all heads say the same
+        return repeat_slots(stages[0].update(None, x, mask, slice(slot, slot + 1)), len(stages))
+
+    @classmethod
+    def summarize(cls, stages, state, slot, out):
+        out.copy_(stages[0].result(state, slice(slot, slot + 1)))
+
+    @classmethod
+    def read_whole(cls, stages, x, mask, slot, out):
+        if mask is None and stages[0].pool == "mean" and len(stages) == 1:
+            torch.mean(x, 2, out=out)
+        else:
+            super().read_whole(stages, x, mask, slot, out)
 
     def weights(self, x, mask, slots):
         """Mean: the same weight for each valid item. Max: the share of dimensions in which the item is the maximum."""

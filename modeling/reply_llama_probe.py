@@ -68,8 +68,8 @@ class ReplyRecorder:
         if self._open is not None:
             return
         repeats = rows // self.prompt.prompts
-        for name, head in self.prompt.heads.items():
-            self._running[name] = head.begin_reply(self.prompt.states[name], repeats)
+        for name in self.prompt.heads:
+            self._running[name] = self.prompt.running(name, repeats)
         is_open = torch.ones(rows, dtype=torch.bool)
         if closed is not None:
             is_open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
@@ -143,11 +143,19 @@ class ReplySession:
         self._pad = -1 if pad_token_id is None else pad_token_id
         self._layers: Collection[int] = {layer for head in heads.values() for layer in head.layer_indices}
         self._layers |= recorder.layers if recorder is not None else set()
+        # There from the first pass that is read to the end of the session; what other passes give is not wanted.
+        self._capture: Capture | None = None
+        self._states: dict[int, torch.Tensor] | None = None
         self._live: torch.Tensor | None = None
         self._ended: torch.Tensor | None = None
         self._running: dict[str, Any] = {}
         self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
         self._steps = 0
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """See `PrefillSession`."""
+        return self.prompt.decoder
 
     def end(self, rows: Sequence[bool]) -> None:
         """Scores no further token of these rows: one entry a prompt or a row."""
@@ -169,14 +177,14 @@ class ReplySession:
                 "the decoding method does not run the LM over one more token of each reply, so heads cannot follow these; "
                 "set_active_probes([...]) with other heads, or [] to generate without"
             )
-        states: dict[int, torch.Tensor] = {}
-
-        def on_state(layer: int, hidden: torch.Tensor) -> None:
-            # a view of the last token would keep the states of all
-            states[layer] = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
-
-        with Capture(decoder, on_state, self._layers):
+        if self._capture is None:
+            self._capture = Capture(decoder, self._keep, self._layers)
+            self._capture.__enter__()
+        states = self._states = {}
+        try:
             yield
+        finally:
+            self._states = None
         with torch.no_grad():
             if self.recorder is not None:
                 self.recorder.start(len(ids), self._ended)
@@ -186,12 +194,23 @@ class ReplySession:
         if self.on_token is not None:
             self.on_token(scores)
 
+    def _keep(self, layer: int, hidden: torch.Tensor) -> None:
+        if self._states is not None:
+            # a view of the last token would keep the states of all
+            self._states[layer] = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
+
+    def close(self) -> None:
+        """Takes the hooks off the LM. To be called at the end."""
+        if self._capture is not None:
+            self._capture.__exit__()
+            self._capture = None
+
     def _score(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor) -> TokenScores:
         if self._live is None:
             self._live = torch.ones_like(tokens, dtype=torch.bool)
             repeats = len(tokens) // self.prompt.prompts
-            for name, head in self.heads.items():
-                self._running[name] = head.begin_reply(self.prompt.states.get(name), repeats)
+            for name in self.heads:
+                self._running[name] = self.prompt.running(name, repeats)
         if self._ended is not None:
             ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
             self._live, self._ended = self._live & ~ended, None

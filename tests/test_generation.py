@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
+from llama_probe.stack import HeadStack
 
 
 KINDS = ("pooling", "gate", "mha", "attentive", "last")
@@ -187,8 +188,8 @@ def _raise(*_, **__):
 def test_heads_do_not_run_while_tokens_are_decoded(prompts, monkeypatch):
     model = probed()
     steps = []
-    original = type(model.probes["gate"]).step
-    monkeypatch.setattr(type(model.probes["gate"]), "step", lambda *args: (steps.append(1), original(*args))[1])
+    original = HeadStack.step
+    monkeypatch.setattr(HeadStack, "step", lambda *args: (steps.append(1), original(*args))[1])
     model.generate(prompts, max_new_tokens=6, eos_token_id=None)
     assert len(steps) == sum(len(probe.layer_indices) for probe in model.probes.values())
 

@@ -263,14 +263,14 @@ class TestCost:
     def test_decoding_reads_many_tokens_of_all_layers_at_once_and_scores_none(self, prompts, monkeypatch):
         model = probed("mha")
         stage = model.probes["mha"].token_stage
-        shapes, update, results, result = [], stage.update, [], stage.result
+        shapes, update, results, pooled = [], stage.update, [], stage.pooled
         monkeypatch.setattr(
             stage, "update", lambda state, x, *rest: (shapes.append((len(x), x.shape[2])), update(state, x, *rest))[1]
         )
-        monkeypatch.setattr(stage, "result", lambda *args: (results.append(1), result(*args))[1])
+        monkeypatch.setattr(stage, "pooled", lambda *args: (results.append(1), pooled(*args))[1])
         model.generate(prompts, max_new_tokens=40, eos_token_id=None, probe_state=True)
-        assert shapes == [(1, 9)] * (LAYERS + 1) + [(LAYERS + 1, n) for n in (16, 16, 7)]
-        assert len(results) == LAYERS + 1
+        assert shapes == [(LAYERS + 1, n) for n in (16, 16, 7)]
+        assert len(results) == LAYERS + 1, "in the prefill, where so small a head's layers do not wait for each other"
 
     @pytest.mark.parametrize("kind, growing", [("mean", 0), ("gate", 0), ("attentive", 0), ("last", 0), ("mha", 24)])
     def test_what_a_state_holds(self, kind, growing):

@@ -16,10 +16,16 @@ from .capture import Capture, Decoder, find_decoder
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .halting_run import generation_setting, token_ids
+from .heads import repeat_rows
 from .probe import ProbeModel
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
-from .scope import check_rows, token_mask
-from .state import CachedHead, ProbeCache
+from .scope import check_rows, prompt_masks
+from .stack import HeadStack, alike
+from .state import CachedHead, ProbeCache, ProbeState
+
+
+# States that are read together, where a pass has no more numbers a layer than these: at most so many of all layers.
+_FEW, _HELD_SHARE = 1 << 17, 0.035
 
 
 class PrefillSession:
@@ -41,6 +47,7 @@ class PrefillSession:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
         reply: reads the passes after that; `None` where no head does.
         cache: of the LM, once it has run.
+        decoder: of the LM, where it stays the same for all passes of the session.
 
     Raises:
         ProbeError: a prompt that cannot be scored; see `ProbeModel.init_state`.
@@ -65,6 +72,7 @@ class PrefillSession:
         self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
         self.keep, self.begun = keep, begun
         self.cache: Cache | None = None
+        self.decoder: Decoder | None = None
         running = {}
         if earlier is not None:
             earlier.check_length(past)
@@ -72,10 +80,13 @@ class PrefillSession:
         if not begun:
             for mask in masks.values():
                 check_rows(mask)
-        self.states = {
-            name: head.init_state(masks[name], past, output_attentions, running.get(name), keep)
-            for name, head in heads.items()
-        }
+        self._stacks: list[tuple[HeadStack, ProbeState]] = []
+        self._places: dict[str, tuple[int, int]] = {}  # of each head: its stack, and its number in there
+        for number, names in enumerate(alike(heads, masks, running)):
+            stack = HeadStack([heads[name] for name in names])
+            state = stack.init_state(masks[names[0]], past, output_attentions, running.get(names[0]), keep)
+            self._stacks.append((stack, state))
+            self._places |= {name: (number, place) for place, name in enumerate(names)}
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: ReplySession | None = None
 
@@ -109,29 +120,46 @@ class PrefillSession:
                 "a part of a prompt is not scored. set_active_probes([]) generates without heads"
             )
         readers = self._readers_by_layer()
+        whole = repeats == 1 and width == columns
+        # The first call of anything after a layer of the LM finds the processor's caches full of that layer's weights: where
+        # there are few tokens that is what heads cost, and two layers in turn cost it once.
+        few = rows * columns * decoder.hidden_size <= _FEW
+        most = int(_HELD_SHARE * (decoder.num_hidden_layers + 1)) if few else 0
+        held: list[tuple[int, torch.Tensor]] = []
 
         def on_state(layer: int, hidden: torch.Tensor) -> None:
-            hidden = hidden[::repeats, :width]
+            held.append((layer, hidden if whole else hidden[::repeats, :width]))
+            if len(held) > most:
+                read()
+
+        def read() -> None:
             with torch.no_grad():  # the LM's own gradients, where it is being trained, are none of the heads' business
-                for heads in readers[layer]:
-                    normalized = self.heads[heads[0]].normalize(hidden) if len(heads) > 1 else None
-                    for name in heads:
-                        self.heads[name].step(self.states[name], layer, hidden, normalized)
+                for layer, hidden in held:
+                    for together in readers[layer]:
+                        shared = {}
+                        for stack, state in together:
+                            stack.step(state, layer, hidden, shared)
+                        del shared  # a normalised copy, where there is one
+                        for stack, state in together:
+                            stack.settle(state)
+            held.clear()
 
         with Capture(decoder, on_state, readers):
             yield
+        read()
         self.seen += width
         self.cache = inputs.get("cache")
         if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
-    def _readers_by_layer(self) -> dict[int, list[list[str]]]:
+    def _readers_by_layer(self) -> dict[int, list[list[tuple[HeadStack, ProbeState]]]]:
         """For each layer that is read the heads that read it; those that normalise its states alike stand together."""
-        found: dict[int, dict[tuple[str | None, torch.device], list[str]]] = {}
-        for name, head in self.heads.items():
-            for layer in head.layer_indices:
-                found.setdefault(layer, {}).setdefault((head.config.normalize, head.device), []).append(name)
-        return {layer: list(alike.values()) for layer, alike in found.items()}
+        found: dict[int, dict[tuple[str | None, torch.device], list[tuple[HeadStack, ProbeState]]]] = {}
+        for stack, state in self._stacks:
+            for layer in stack.layer_indices:
+                key = (stack.config.normalize, stack.device)
+                found.setdefault(layer, {}).setdefault(key, []).append((stack, state))
+        return {layer: list(together.values()) for layer, together in found.items()}
 
     def results(self) -> dict[str, ProbeOutput]:
         """`ProbeOutput` of each head.
@@ -139,9 +167,21 @@ class PrefillSession:
         Raises:
             ProbeError: the LM has not run over the whole prompt.
         """
-        scored = {name: self.states[name] for name, mask in self.masks.items() if not self.begun or mask.any(1).all()}
         with torch.no_grad():
-            return {name: self.heads[name].finish(state) for name, state in scored.items()}
+            scored = [
+                stack.finish(state) if not self.begun or state.mask.any(1).all() else None
+                for stack, state in self._stacks
+            ]
+        found = {name: scored[number] and scored[number][place] for name, (number, place) in self._places.items()}
+        return {name: found[name] for name in self.heads if found[name] is not None}
+
+    def running(self, name: str, repeats: int = 1) -> Any:
+        """What a head goes on from behind the prompts; see `ProbeModel.begin_reply`. `None` where it does not read them."""
+        if name not in self._places:
+            return None
+        number, place = self._places[name]
+        stack, state = self._stacks[number]
+        return repeat_rows(stack.running(state, place), repeats)
 
     def probe_cache(
         self,
@@ -156,7 +196,7 @@ class PrefillSession:
             tokens, counted (`[rows, reply_tokens]`): ids of these replies, and which of them count.
         """
         if running is None:
-            running = {name: head.begin_reply(self.states[name]) for name, head in self.heads.items()}
+            running = {name: self.running(name) for name in self.heads}
             tokens = self.input_ids[:, :0]
             counted = tokens.bool()
 
@@ -186,12 +226,14 @@ _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] 
 
 @contextmanager
 def open_session(model: nn.Module, assistant: nn.Module | None, session: PrefillSession):
-    """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block."""
+    """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block; it ends with that."""
     token = _CURRENT.set((model, assistant, session))
     try:
         yield session
     finally:
         _CURRENT.reset(token)
+        if session.reply is not None:
+            session.reply.close()
 
 
 def session_of(model: nn.Module) -> PrefillSession | None:
@@ -204,48 +246,6 @@ def is_inner_call(model: nn.Module) -> bool:
     """Whether a `generate()` of `model` is made by another one, that of the model itself or that it assists."""
     current = _CURRENT.get()
     return current is not None and (current[0] is model or current[1] is model)
-
-
-def prompt_masks(
-    heads: dict[str, ProbeModel],
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    probe_mask: torch.Tensor | None,
-    begun: bool = False,
-    placeholder_ids: Sequence[int] = (),
-) -> dict[str, torch.Tensor]:
-    """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`. `begun`: see `token_mask`.
-
-    Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
-    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
-
-    Raises:
-        ProbeError: no prompt, or the mask and the prompt do not fit each other.
-    """
-    source = input_ids if input_ids is not None else inputs_embeds
-    if source is None or source.shape[1] == 0:
-        raise ProbeError(
-            "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
-            "or set_active_probes([]) to generate without heads"
-        )
-    shape = source.shape[:2]
-    for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
-        if mask is not None and mask.shape != shape:
-            raise ProbeError(
-                f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: heads must see the whole prompt. "
-                "With a cache, pass all input_ids of the conversation, not only the new ones"
-            )
-    if attention_mask is None:
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
-    if probe_mask is not None:
-        chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
-        return dict.fromkeys(heads, chosen)
-    masks = {name: token_mask(head.config, input_ids, attention_mask, begun) for name, head in heads.items()}
-    if placeholder_ids and input_ids is not None:
-        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-        masks = {name: mask & text.to(mask.device) for name, mask in masks.items()}
-    return masks
 
 
 def prompt_session(
@@ -340,6 +340,7 @@ def generation_session(
     if mask is None and ids is not None:
         mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
     keep = asks_for_state(probe_state, ids, setting("use_cache"))
+    decoder = find_decoder(model)
     followers = {name: head for name, head in heads.items() if head.config.reads_reply}
     if followers:
         refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", setting)
@@ -352,8 +353,9 @@ def generation_session(
         past=cached_tokens(kwargs),
         earlier=probe_state if isinstance(probe_state, ProbeCache) else None,
         keep=keep,
-        placeholder_ids=find_decoder(model).placeholder_ids,
+        placeholder_ids=decoder.placeholder_ids,
     )
+    session.decoder = decoder
     if followers or keep:
         kwargs.setdefault("disable_compile", True)  # hooks and a state that grows would only break its graphs
         ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))

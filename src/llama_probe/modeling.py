@@ -176,18 +176,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 return super().forward(**kwargs)
             session = running
         if session is not None:
-            with session.reading(self._decoder, kwargs):
+            with session.reading(session.decoder or self._decoder, kwargs):
                 return super().forward(**kwargs)
         heads = self._active_heads(probes)
         if not heads:
             return super().forward(**kwargs)
         configs = {name: head.config for name, head in heads.items()}
         probe_logits = state = None
-        session = forward_session(heads, kwargs, probe_mask, probe_state, self._decoder.placeholder_ids)
+        decoder = self._decoder
+        session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
         if session is None:
             output = super().forward(**kwargs)
         else:
-            with session.reading(self._decoder, kwargs):
+            with session.reading(decoder, kwargs):
                 output = super().forward(**kwargs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
             state = session.probe_cache() if session.keep else None

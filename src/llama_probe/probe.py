@@ -16,8 +16,9 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
-from .heads import create_aggregator, get_probe_type, join_slots, repeat_rows, take_slot
-from .scope import check_rows, token_mask, tokens_read
+from .heads import create_aggregator, get_probe_type, normalize, repeat_rows
+from .scope import check_rows, token_mask
+from .stack import HeadStack
 from .state import ProbeState
 
 
@@ -60,7 +61,6 @@ class ProbeModel(nn.Module):
         self.config = config
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
-        self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage = create_aggregator(config, len(self.layer_indices), config.causal)
         self.layer_stage = create_aggregator(config, 1)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
@@ -215,7 +215,7 @@ class ProbeModel(nn.Module):
             labels, output_attentions: see `forward`.
         """
         summaries = self.token_stage(x, mask)  # [S, B, D]
-        output = self._classify(summaries, labels, output_attentions)
+        output = self.score_summaries(summaries, labels, output_attentions)
         if output_attentions:
             output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
         return output
@@ -279,77 +279,21 @@ class ProbeModel(nn.Module):
         Raises:
             ProbeError: a row has no token that counts, or one that counts lies before `past` and is not in `running`.
         """
-        mask = mask.bool()
-        if not keep:
-            check_rows(mask)
-        mask = tokens_read(self.config, mask)
-        columns = mask.any(dim=0).nonzero().flatten().tolist() or [mask.shape[1]]
-        start, stop = columns[0], columns[-1] + 1
-        if running is None and past > start:
-            raise ProbeError(
-                f"the cache already holds {past} tokens of the prompt, and this {self.config.probe_type} head must read "
-                f"the tokens from {start} on; it has no state of them. Pass probe_state= beside the cache, as the call that "
-                "filled it returned it (generate(..., probe_state=True), model(..., use_cache=True)), or the whole prompt "
-                "without a cache"
-            )
-        if running is not None and output_attentions:
-            raise ProbeError(
-                "output_attentions needs the states of all tokens, and those of the cached ones are gone: pass the whole "
-                "prompt without cache and probe_state"
-            )
-        slots = range(len(self.layer_indices))
-        state = ProbeState(
-            mask=mask.to(self.device),
-            start=start,
-            stop=stop,
-            full=bool(mask[:, max(start, past) : stop].all()),
-            keep=keep or self.config.reads_reply,
-            output_attentions=output_attentions,
-            seen=dict.fromkeys(slots, past),
-        )
-        if running is not None:
-            state.partial = {slot: take_slot(running, slot) for slot in slots}
-            if stop <= past:  # nothing new counts
-                state.summaries = dict(enumerate(self.token_stage.result(running, slice(None))))
-        return state
+        return HeadStack([self]).init_state(mask, past, output_attentions, running, keep)
 
-    def step(
-        self, state: ProbeState, layer: int, hidden: torch.Tensor, normalized: torch.Tensor | None = None
-    ) -> None:
-        """Takes in the states of one layer for the next chunk of the prompt.
+    @torch.no_grad()
+    def step(self, state: ProbeState, layer: int, hidden: torch.Tensor) -> None:
+        """Takes in the states of one layer for the next chunk of the prompt, without gradients.
 
         Args:
             state: from `init_state`.
             layer: index of the state, 0 (embeddings) to L (after the final norm). Layers that the head does not read
                 are ignored.
             hidden (`torch.Tensor` of shape `[batch, n, hidden_size]`): states of the next n prompt tokens.
-            normalized (`[batch, n, hidden_size]`, *optional*): what `normalize` makes of them, where several heads share it.
         """
-        slot = self._slots.get(layer)
-        if slot is None:
-            return
-        begin = state.seen[slot]
-        end = begin + hidden.shape[1]
-        if end > state.mask.shape[1]:
-            raise ProbeError(f"layer {layer} got {end} tokens of a prompt of {state.mask.shape[1]}")
-        state.seen[slot] = end
-        low, high = max(begin, state.start), min(end, state.stop)
-        slots = slice(slot, slot + 1)
-        if low < high:
-            part = slice(low - begin, high - begin)
-            # [1, B, n, D]
-            x = self.normalize(hidden[None, :, part]) if normalized is None else normalized[None, :, part]
-            mask = None if state.full else state.mask[:, low:high]
-            state.partial[slot] = self.token_stage.update(state.partial.get(slot), x, mask, slots)
-            if state.output_attentions:
-                if (low, high) != (state.start, state.stop):
-                    raise ProbeError("token weights need the prompt in one chunk; leave out prefill_chunk_size")
-                weights = self.token_stage.weights(x, mask, slots)[0]  # [B, n]
-                state.token_weights[slot] = F.pad(weights, (low, state.mask.shape[1] - high))
-        if low < high and high == state.stop:
-            # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
-            seen = state.partial[slot] if state.keep else state.partial.pop(slot)
-            state.summaries[slot] = self.token_stage.result(seen, slots)[0]
+        stack = HeadStack([self])
+        stack.step(state, layer, hidden)
+        stack.settle(state)
 
     def finish(self, state: ProbeState) -> ProbeOutput:
         """Scores a prompt that every layer has seen in full.
@@ -357,22 +301,7 @@ class ProbeModel(nn.Module):
         Raises:
             ProbeError: a layer has seen only a part of the prompt, or a row holds no token that counts.
         """
-        if state.keep:
-            check_rows(state.mask)
-        missing = [self.layer_indices[slot] for slot in range(len(self.layer_indices)) if slot not in state.summaries]
-        if missing:
-            slot = self._slots[missing[0]]
-            raise ProbeError(
-                f"layer {missing[0]} has seen {state.seen[slot]} of {state.mask.shape[1]} prompt tokens "
-                f"({len(missing)} layers are incomplete); a part of a prompt is not scored"
-            )
-        summaries = torch.stack([state.summaries[slot] for slot in range(len(self.layer_indices))])  # [S, B, D]
-        output = self._classify(summaries, None, state.output_attentions)
-        if state.output_attentions:
-            output.token_weights = torch.stack(
-                [state.token_weights[slot] for slot in range(len(self.layer_indices))], dim=1
-            )
-        return output
+        return HeadStack([self]).finish(state)[0]
 
     # Token by token, all layers at once
 
@@ -383,10 +312,7 @@ class ProbeModel(nn.Module):
             state: of a finished prompt, of a head that reads replies or with `keep`; `None` where the head does not read it.
             repeats: number of replies to each prompt; its rows follow one another.
         """
-        if state is None or not state.partial:
-            return None
-        slots = [state.partial[slot] for slot in range(len(self.layer_indices))]
-        return repeat_rows(join_slots(slots), repeats)
+        return None if state is None else repeat_rows(HeadStack([self]).running(state, 0), repeats)
 
     def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
         """Takes in further tokens as `read` does, and scores all that was taken in so far.
@@ -395,7 +321,7 @@ class ProbeModel(nn.Module):
             What to go on from, and the scores with logits `[rows, num_labels]`.
         """
         running = self.read(running, x, mask)
-        return running, self._classify(self.token_stage.result(running, slice(None)), None, False)
+        return running, self.score_summaries(self.token_stage.result(running, slice(None)))
 
     def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
         """Takes in further tokens of every layer.
@@ -414,21 +340,20 @@ class ProbeModel(nn.Module):
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """States as the token stage takes them: fp32, on the head's device, normalised as the config says."""
-        x = x.to(device=self.device, dtype=torch.float32)
-        if self.config.normalize == "layernorm":
-            return F.layer_norm(x, x.shape[-1:])
-        if self.config.normalize == "rms":
-            return F.rms_norm(x, x.shape[-1:], eps=1e-6)
-        return x
+        return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
 
-    def _classify(self, summaries: torch.Tensor, labels: torch.Tensor | None, output_attentions: bool) -> ProbeOutput:
+    def score_summaries(
+        self, summaries: torch.Tensor, labels: torch.Tensor | None = None, output_attentions: bool = False
+    ) -> ProbeOutput:
+        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`."""
         if self.training and self.config.layer_dropout:
             keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
             summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
-        summaries = F.dropout(summaries, self.config.dropout, self.training)
+        if self.training:
+            summaries = F.dropout(summaries, self.config.dropout)
         items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
         pooled = self.layer_stage(items)[0]  # [B, D]
-        logits = self.classifier(F.dropout(pooled, self.config.dropout, self.training))
+        logits = self.classifier(F.dropout(pooled, self.config.dropout) if self.training else pooled)
         output = ProbeOutput.from_logits(logits, self.config)
         if labels is not None:
             output.loss = probe_loss(logits, labels, self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from .heads.aggregator import last_valid
 
 if TYPE_CHECKING:
     from .configuration import ProbeConfig
+    from .probe import ProbeModel
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +76,48 @@ def token_mask(
         )
     columns = torch.arange(width, device=input_ids.device)
     return mask & ~(begins & (columns >= first) & (columns < first + count))
+
+
+def prompt_masks(
+    heads: Mapping[str, ProbeModel],
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    probe_mask: torch.Tensor | None,
+    begun: bool = False,
+    placeholder_ids: Sequence[int] = (),
+) -> dict[str, torch.Tensor]:
+    """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`. `begun`: see `token_mask`.
+
+    Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
+    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
+
+    Raises:
+        ProbeError: no prompt, or the mask and the prompt do not fit each other.
+    """
+    source = input_ids if input_ids is not None else inputs_embeds
+    if source is None or source.shape[1] == 0:
+        raise ProbeError(
+            "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
+            "or set_active_probes([]) to generate without heads"
+        )
+    shape = source.shape[:2]
+    for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
+        if mask is not None and mask.shape != shape:
+            raise ProbeError(
+                f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: heads must see the whole prompt. "
+                "With a cache, pass all input_ids of the conversation, not only the new ones"
+            )
+    if attention_mask is None:
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
+    if probe_mask is not None:
+        chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
+        return dict.fromkeys(heads, chosen)
+    masks = {name: token_mask(head.config, input_ids, attention_mask, begun) for name, head in heads.items()}
+    if placeholder_ids and input_ids is not None:
+        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+        masks = {name: mask & text.to(mask.device) for name, mask in masks.items()}
+    return masks
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class WaitingLayers:
+    """Consecutive layers that heads of low rank have seen a chunk of, and have not gone on with.
+
+    Attributes:
+        columns: of the prompt, from and to. start, stop: slots.
+        projected: `[layers * heads, batch, columns, rank]`; may have room for more.
+        places: of each layer and head, where its projections go.
+    """
+
+    columns: tuple[int, int]
+    start: int
+    stop: int
+    projected: torch.Tensor
+    places: tuple[torch.Tensor, ...]
+
+
+@dataclass
 class ProbeState:
-    """What a head holds of a prompt between two calls of `step`.
+    """What H heads side by side - a `HeadStack`; one in most cases - hold of a prompt between two calls of `step`.
 
     Attributes:
         mask (`torch.BoolTensor` of shape `[batch, prompt_tokens]`): tokens that count.
@@ -27,20 +44,25 @@ class ProbeState:
         full: whether all tokens between them count that are still to be read.
         keep: whether `partial` stays when a layer has seen the whole prompt.
         seen: a layer's number of prompt tokens so far, by slot.
-        partial: token-stage state of the layers that have not seen the whole prompt, by slot.
-        summaries: `[batch, hidden_size]` of the layers that have, by slot.
-        token_weights: `[batch, prompt_tokens]` by slot, where they were asked for.
+        summaries: `[layers_read, H, batch, hidden_size]`, of the layers in `complete`; of heads of low rank what `expand` needs of
+            them, `[layers_read, H, batch, ...]`, from the first pooled layer on.
+        complete: slots that have seen the whole prompt.
+        partial: token-stage state, `[H, batch, ...]`, of the layers that have not, by slot.
+        waiting: layers whose state is not in `partial` yet.
+        token_weights: `[H, batch, prompt_tokens]` by slot, where they were asked for.
     """
 
     mask: torch.Tensor
     start: int
     stop: int
     full: bool
-    keep: bool = False
-    output_attentions: bool = False
-    seen: dict[int, int] = field(default_factory=dict)
+    keep: bool
+    output_attentions: bool
+    seen: list[int]
+    summaries: torch.Tensor | None = None
+    complete: set[int] = field(default_factory=set)
     partial: dict[int, Any] = field(default_factory=dict)
-    summaries: dict[int, torch.Tensor] = field(default_factory=dict)
+    waiting: WaitingLayers | None = None
     token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
 
 

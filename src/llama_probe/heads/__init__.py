@@ -10,14 +10,16 @@ from .aggregator import (
     register_probe_type,
     repeat_rows,
     select_rows,
-    take_slot,
+    take_slots,
 )
 from .attention import AttentionAggregator
 from .attentive import AttentivePoolingAggregator
 from .gate import GateAggregator
 from .last import LastItemAggregator
+from .low_rank import LowRankAggregator
 from .muli import LogOddsClassifier, MuliAggregator
 from .pooling import PoolingAggregator
+from .states import normalize
 
 
 __all__ = [
@@ -28,14 +30,16 @@ __all__ = [
     "GateAggregator",
     "LastItemAggregator",
     "LogOddsClassifier",
+    "LowRankAggregator",
     "MuliAggregator",
     "PoolingAggregator",
     "create_aggregator",
     "get_probe_type",
     "join_slots",
+    "normalize",
     "probe_types",
     "register_probe_type",
     "repeat_rows",
     "select_rows",
-    "take_slot",
+    "take_slots",
 ]

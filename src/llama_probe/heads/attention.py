@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ProbeError
-from .aggregator import Aggregator, masked_max, masked_mean, register_probe_type
+from .aggregator import masked_max, masked_mean, register_probe_type
+from .low_rank import LowRankAggregator
 
 
 @register_probe_type("mha")
-class AttentionAggregator(Aggregator):
+class AttentionAggregator(LowRankAggregator):
     """Self-attention over the valid items with `d_inner = D / downcast`, projected back to D, then pooled.
 
     Query, key and value projections of a slot are one matrix, so that a layer's states are read once. Without biases
@@ -54,31 +55,40 @@ class AttentionAggregator(Aggregator):
         nn.init.zeros_(self.qkv[:, : self.inner_size])
         nn.init.uniform_(self.out, -bound, bound)
 
-    def _project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
-        slot_count, batch, items, hidden = x.shape
-        flat = torch.matmul(x.reshape(slot_count, batch * items, hidden), self.qkv[slots].transpose(1, 2))
-        return flat.view(slot_count, batch, items, 3 * self.inner_size)
+    @property
+    def rank(self) -> int | None:
+        """Causal, an item's part is summed up as it comes, and the maximum does not commute with the output projection."""
+        return None if self.causal or self.pool == "max" else 3 * self.inner_size
+
+    def projection(self, slots):
+        return self.qkv[slots]
+
+    def map_of(self, slot):
+        return self.qkv[slot]
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`[S, B, N, 3 d_inner]` to query, key and value of shape `[S * B, heads, N, d_inner / heads]` each.
 
-        Zeros fill them up to a multiple of eight dimensions: attention kernels have fast paths for these alone.
+        Where there are many, or in training, zeros fill them up to a multiple of eight dimensions: attention kernels have fast
+        paths for these alone.
         """
         slot_count, batch, items, _ = qkv.shape
-        qkv = qkv.view(slot_count * batch, items, 3, self.num_heads, self.head_size)
-        qkv = F.pad(qkv, (0, -self.head_size % 8))
+        qkv = qkv.reshape(slot_count * batch, items, 3, self.num_heads, self.head_size)
+        if items >= _MANY or torch.is_grad_enabled():
+            qkv = F.pad(qkv, (0, -self.head_size % 8))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def update(self, state, x, mask, slots):
-        if self.causal:
-            return self._update_causal(state, x, mask, slots)
+        return self._update_causal(state, x, mask, slots) if self.causal else super().update(state, x, mask, slots)
+
+    def absorb(self, state, projected, mask):
         chunks = [] if state is None else state
-        return [*chunks, (self._project(x, slots), None if mask is None else mask.expand(len(x), -1, -1))]
+        return [*chunks, (projected, None if mask is None else mask.expand(len(projected), -1, -1))]
 
     def _update_causal(self, state, x, mask, slots):
         slot_count, batch, items, _ = x.shape
         # Slots beside the heads, [B, S * heads, n, ...]: one mask a row serves them all.
-        qkv = self._project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
+        qkv = self.project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
         query, key, value = qkv.permute(3, 1, 0, 4, 2, 5).flatten(2, 3).unbind(0)
         mask = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
         valid = mask
@@ -108,26 +118,54 @@ class AttentionAggregator(Aggregator):
             if self.pool == "max":
                 return state[3]
             total, count = state[3:]
-            return torch.matmul(total / count.clamp_min(1.0).unsqueeze(-1), self.out[slots].transpose(1, 2))
-        qkv = (
-            torch.cat([chunk for chunk, _ in state], dim=2) if len(state) > 1 else state[0][0]
-        )  # [S, B, N, 3 d_inner]
+            return self.expand(total / count.clamp_min(1.0).unsqueeze(-1), slots)
+        if self.pool == "mean":
+            return super().result(state, slots)
+        qkv, mask = self._joined(state)
+        return masked_max(self._project_back(self._mixed(qkv, mask), slots), mask)
+
+    def pooled(self, state):
+        qkv, mask = self._joined(state)
+        # For few items the fewest calls are fastest, for many the fewest operations.
+        many = qkv.shape[2] >= _MANY and qkv.device.type == "cpu"
+        if many and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self._mixed_mean(qkv, mask)
+        return masked_mean(self._mixed(qkv, mask), mask)
+
+    def expand(self, pooled, slots):
+        return torch.matmul(pooled, self.out[slots].transpose(1, 2))
+
+    def _mixed(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """What each item gathers: `[S, B, N, 3 d_inner]` to `[S, B, N, d_inner]`."""
         slot_count, batch, items, _ = qkv.shape
-        mask = self._joined_mask(state)
         query, key, value = self._split(qkv)
         attention_mask = None
         if mask is not None:  # every query of a row sees that row's valid keys
             attention_mask = mask.repeat(slot_count, 1)[:, None, None, :]  # [S * B, 1, 1, N]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
-        mixed = mixed[..., : self.head_size].transpose(1, 2).reshape(slot_count, batch, items, self.inner_size)
-        if self.pool == "mean":
-            return torch.matmul(masked_mean(mixed, mask), self.out[slots].transpose(1, 2))  # [S, B, D]
-        return masked_max(self._project_back(mixed, slots), mask)
+        return mixed[..., : self.head_size].transpose(1, 2).reshape(slot_count, batch, items, self.inner_size)
+
+    def _mixed_mean(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The mean of `_mixed` over the valid items, `[S, B, d_inner]`, on the CPU and not differentiable.
+
+        The mean commutes with the values: it is enough to know how much attention each item receives from all of them.
+        """
+        slot_count, batch, items, _ = qkv.shape
+        qkv = qkv.transpose(2, 3).unflatten(2, (3, self.num_heads, self.head_size))
+        query, key, value = (part.reshape(-1, self.head_size, items) for part in qkv.unbind(2))  # [S * B * heads, ...]
+        valid = None
+        if mask is not None:
+            valid = mask[None, :, None].expand(slot_count, -1, self.num_heads, -1).reshape(-1, items)
+        # As much memory as the states of one layer, and no more than fits into a core's cache.
+        numbers = min(_CACHED * torch.get_num_threads(), batch * items * self.hidden_size)
+        received = _received_attention(query.transpose(1, 2), key, valid, self.scale, numbers)
+        mixed = torch.bmm(received.unsqueeze(1), value.transpose(1, 2))  # [S * B * heads, 1, d_inner / heads]
+        return mixed.view(slot_count, batch, self.inner_size)
 
     def weights(self, x, mask, slots):
         """Attention that each item receives, averaged over heads and over the valid queries."""
         slot_count, batch, items, _ = x.shape
-        query, key, _ = self._split(self._project(x, slots))
+        query, key, _ = self._split(self.project(x, slots))
         scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale  # [S * B, heads, N, N]
         if self.causal:
             seen = _earlier(x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask, items)
@@ -138,16 +176,63 @@ class AttentionAggregator(Aggregator):
         return masked_mean(received, mask)
 
     @staticmethod
-    def _joined_mask(state) -> torch.Tensor | None:
+    def _joined(state) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All chunks as one: `[S, B, N, 3 d_inner]`, and the mask `[B, N]`, `None` where all items count."""
+        if len(state) == 1:
+            qkv, mask = state[0]
+            return qkv, None if mask is None else mask[0]
+        qkv = torch.cat([chunk for chunk, _ in state], dim=2)
         if all(mask is None for _, mask in state):
-            return None
-        masks = [qkv.new_ones(qkv.shape[1:3], dtype=torch.bool) if mask is None else mask[0] for qkv, mask in state]
-        return torch.cat(masks, dim=1)
+            return qkv, None
+        masks = [part.new_ones(part.shape[1:3], dtype=torch.bool) if mask is None else mask[0] for part, mask in state]
+        return qkv, torch.cat(masks, dim=1)
+
+
+_MANY = 48
+# Attention scores that are held at once: a quarter of a megabyte a thread.
+_CACHED = 1 << 16
+
+
+def _received_attention(
+    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, scale: float, numbers: int
+) -> torch.Tensor:
+    """How much attention each item receives from the valid ones in the mean: `[P, N]`.
+
+    Args:
+        query (`[P, N, d]`), key (`[P, d, N]`).
+        valid (`torch.BoolTensor` of shape `[P, N]`, *optional*): the items that count.
+        numbers: so many scores are held at once, if it is enough for one query.
+    """
+    pairs, items, _ = query.shape
+    received = query.new_zeros(pairs, items)
+    rows = max(1, min(items, numbers // items))
+    step = max(1, numbers // (rows * items))
+    scratch = query.new_empty(min(step, pairs) * rows * items)
+    bias, weight = query.new_zeros(1, 1, 1), None
+    if valid is not None:
+        weight = valid.to(query.dtype)
+        bias = ((weight - 1) * -torch.finfo(query.dtype).min).unsqueeze(1)  # [P, 1, N]
+        weight /= weight.sum(dim=1, keepdim=True).clamp_min(1.0)
+    for first in range(0, pairs, step):
+        these = slice(first, first + step)
+        for begin in range(0, items, rows):
+            part = query[these, begin : begin + rows]
+            scores = scratch[: part.shape[0] * part.shape[1] * items].view(*part.shape[:2], items)
+            off = bias if valid is None else bias[these]
+            torch.baddbmm(off, part, key[these], beta=0 if valid is None else 1, alpha=scale, out=scores)
+            torch.softmax(scores, dim=-1, out=scores)
+            if valid is None:
+                received[these] += scores.sum(dim=1)
+            else:
+                received[these] += torch.bmm(weight[these, None, begin : begin + rows], scores).squeeze(1)
+    return received.div_(items) if valid is None else received
 
 
 def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
     """What each of the last `queries` items may attend to: itself and the valid ones before it. `[B, N]` to `[B, queries, N]`."""
     items = valid.shape[1]
+    if queries == 1:
+        return F.pad(valid[:, None, :-1], (0, 1), value=True)
     itself = torch.arange(items - queries, items, device=valid.device)[:, None]
     others = torch.arange(items, device=valid.device)
     return (valid[:, None, :] & (others < itself)) | (others == itself)

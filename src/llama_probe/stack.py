@@ -1,0 +1,289 @@
+"""Heads of one shape that read the same tokens, side by side, while a language model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from .decision import ProbeOutput
+from .errors import ProbeError
+from .heads import join_slots, normalize, take_slots
+from .scope import check_rows, tokens_read
+from .state import ProbeState, WaitingLayers
+
+
+if TYPE_CHECKING:
+    from .probe import ProbeModel
+
+
+# What layers may keep of their tokens while they wait for each other, as a part of all states of these tokens.
+_WAITING_SHARE = 0.0125
+# From so many tokens on it matters which way round their states are multiplied.
+_MANY = 128
+
+
+def shape_of(head: ProbeModel) -> Hashable:
+    """What heads must have in common to go through a `HeadStack` together."""
+    config, stage = head.config, head.token_stage
+    sizes = tuple((name, tuple(tensor.shape)) for name, tensor in stage.named_parameters())
+    shape = (type(stage), sizes, config.pool, config.num_attention_heads, stage.causal, config.reads_reply)
+    return (*shape, config.normalize, str(sorted(config.options.items())), tuple(head.layer_indices), head.device)
+
+
+def alike(
+    heads: Mapping[str, ProbeModel], masks: Mapping[str, torch.Tensor], running: Mapping[str, Any]
+) -> list[list[str]]:
+    """The names of the heads, those together that can go through one `HeadStack`.
+
+    Args:
+        heads, masks, running: by name; the tokens that count, and what heads go on from. See `ProbeModel.init_state`.
+    """
+    found: list[tuple[Hashable, torch.Tensor, list[str]]] = []
+    for name, head in heads.items():
+        # What heads have kept may have come to each in other chunks: those go on alone.
+        shape, mask = (shape_of(head), name if running.get(name) is not None else None), masks[name]
+        for other, counted, names in found:
+            if other == shape and (counted is mask or torch.equal(counted, mask)):
+                names.append(name)
+                break
+        else:
+            found.append((shape, mask, [name]))
+    return [names for _, _, names in found]
+
+
+class HeadStack:
+    """Some heads that have their `shape_of` in common.
+
+    They share what does not depend on a head, and where their kind is of low rank, layers wait for each other until they have
+    kept `_WAITING_SHARE` of the states, and go through the rest at once: on short prompts it is the number of calls that
+    costs. Nothing is kept of the heads' weights, so that these may be replaced between two prompts.
+    """
+
+    def __init__(self, heads: Sequence[ProbeModel]):
+        self.heads = list(heads)
+        self.stages = [head.token_stage for head in self.heads]
+        first = self.heads[0]
+        self.layer_indices, self.config, self.device = first.layer_indices, first.config, first.device
+        self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
+        self._rank = self.stages[0].rank
+
+    def init_state(
+        self,
+        mask: torch.Tensor,
+        past: int = 0,
+        output_attentions: bool = False,
+        running: Any = None,
+        keep: bool = False,
+    ) -> ProbeState:
+        """See `ProbeModel.init_state`; `running` is that of the only head."""
+        mask = mask.bool()
+        if not keep:
+            check_rows(mask)
+        mask = tokens_read(self.config, mask)
+        columns = mask.any(dim=0).nonzero().flatten().tolist() or [mask.shape[1]]
+        start, stop = columns[0], columns[-1] + 1
+        if running is None and past > start:
+            raise ProbeError(
+                f"the cache already holds {past} tokens of the prompt, and this {self.config.probe_type} head must read "
+                f"the tokens from {start} on; it has no state of them. Pass probe_state= beside the cache, as the call that "
+                "filled it returned it (generate(..., probe_state=True), model(..., use_cache=True)), or the whole prompt "
+                "without a cache"
+            )
+        if running is not None and output_attentions:
+            raise ProbeError(
+                "output_attentions needs the states of all tokens, and those of the cached ones are gone: pass the whole "
+                "prompt without cache and probe_state"
+            )
+        slots = len(self.layer_indices)
+        mask = mask.to(self.device)
+        state = ProbeState(
+            mask=mask,
+            start=start,
+            stop=stop,
+            full=bool(mask[:, max(start, past) : stop].all()),
+            keep=keep or self.config.reads_reply,
+            output_attentions=output_attentions,
+            seen=[past] * slots,
+        )
+        if self._rank is None:
+            state.summaries = self._empty(slots, len(self.heads), len(mask), self.config.hidden_size)
+        if running is not None:
+            state.partial = {slot: take_slots(running, slice(slot, slot + 1)) for slot in range(slots)}
+            if stop <= past:  # nothing new counts
+                stage = self.stages[0]
+                if self._rank is None:
+                    state.summaries[:, 0] = stage.result(running, slice(None))
+                else:
+                    state.summaries = stage.pooled(running).unsqueeze(1)
+                state.complete = set(range(slots))
+        return state
+
+    def step(
+        self,
+        state: ProbeState,
+        layer: int,
+        hidden: torch.Tensor,
+        shared: dict[tuple[int, int], torch.Tensor] | None = None,
+    ) -> None:
+        """See `ProbeModel.step`; to be called without gradients, and to be followed by `settle`.
+
+        Args:
+            shared: what stacks that normalise alike have made of these states so far, by the part of `hidden` that they read.
+        """
+        slot = self._slots.get(layer)
+        if slot is None:
+            return
+        begin = state.seen[slot]
+        end = begin + hidden.shape[1]
+        if end > state.mask.shape[1]:
+            raise ProbeError(f"layer {layer} got {end} tokens of a prompt of {state.mask.shape[1]}")
+        state.seen[slot] = end
+        low, high = max(begin, state.start), min(end, state.stop)
+        if low >= high:
+            return
+        x = None if shared is None else shared.get((low, high))
+        if x is None:
+            part = hidden if high - low == end - begin else hidden[:, low - begin : high - begin]
+            if part.dtype != torch.float32 or part.device != self.device:
+                part = part.to(device=self.device, dtype=torch.float32)
+            x = normalize(part, self.config.normalize).unsqueeze(0)  # [1, B, n, D]
+            if shared is not None:
+                shared[low, high] = x
+        if state.output_attentions:
+            self._keep_weights(state, slot, x, (low, high))
+        if self._rank is not None:
+            self._wait(state, slot, x, (low, high), hidden.itemsize)
+            return
+        mask = None if state.full else state.mask[:, low:high]
+        kind, done = type(self.stages[0]), high == state.stop
+        if done and low == state.start and not state.keep:
+            kind.read_whole(self.stages, x, mask, slot, state.summaries[slot])
+            state.complete.add(slot)
+            return
+        seen = state.partial[slot] = kind.read(self.stages, state.partial.get(slot), x, mask, slot)
+        if done:
+            # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
+            kind.summarize(self.stages, seen, slot, state.summaries[slot])
+            state.complete.add(slot)
+            if not state.keep:
+                del state.partial[slot]
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def _keep_weights(self, state: ProbeState, slot: int, x: torch.Tensor, columns: tuple[int, int]) -> None:
+        if columns != (state.start, state.stop):
+            raise ProbeError("token weights need the prompt in one chunk; leave out prefill_chunk_size")
+        mask = None if state.full else state.mask[:, slice(*columns)]
+        weights = torch.cat([stage.weights(x, mask, slice(slot, slot + 1)) for stage in self.stages])  # [H, B, n]
+        state.token_weights[slot] = F.pad(weights, (columns[0], state.mask.shape[1] - columns[1]))
+
+    def _wait(self, state: ProbeState, slot: int, x: torch.Tensor, columns: tuple[int, int], itemsize: int) -> None:
+        """Keeps a layer's projections until there are enough layers to go on with at once.
+
+        Args:
+            itemsize: bytes of a number as the LM gave it.
+        """
+        waiting = state.waiting
+        if waiting is not None and (waiting.columns != columns or waiting.stop != slot):
+            self._advance(state)
+            waiting = None
+        _, batch, items, _ = x.shape
+        many = batch * items >= _MANY
+        if waiting is None:
+            waiting = state.waiting = self._room(slot, columns, x.shape, itemsize, many)
+        flat = x.flatten(0, 2)
+        place = (slot - waiting.start) * len(self.stages)
+        for stage in self.stages:
+            # A product of matrices is faster if its rows are the longer side.
+            if many:
+                torch.mm(stage.map_of(slot), flat.t(), out=waiting.places[place])
+            else:
+                torch.mm(flat, stage.map_of(slot).t(), out=waiting.places[place])
+            place += 1
+        waiting.stop += 1
+
+    def _room(
+        self, slot: int, columns: tuple[int, int], shape: tuple[int, ...], itemsize: int, many: bool
+    ) -> WaitingLayers:
+        _, batch, items, width = shape
+        heads, rank, slots = len(self.stages), self._rank, len(self.layer_indices)
+        share = int(_WAITING_SHARE * slots * width * itemsize / (4 * heads * rank))
+        count = max(1, min(share, slots - slot)) * heads
+        if many:
+            buffer = self._empty(count, rank, batch * items)
+            projected = buffer.unflatten(2, (batch, items)).permute(0, 2, 3, 1)
+        else:
+            buffer = self._empty(count, batch * items, rank)
+            projected = buffer.unflatten(1, (batch, items))
+        return WaitingLayers(columns, slot, slot, projected, buffer.unbind(0))
+
+    def settle(self, state: ProbeState) -> None:
+        """To be called after each `step`, when the states that it was given are needed no more."""
+        waiting = state.waiting
+        if waiting is not None and (waiting.stop - waiting.start) * len(self.stages) == len(waiting.places):
+            self._advance(state)
+
+    def _advance(self, state: ProbeState) -> None:
+        """Goes on with the layers that wait."""
+        waiting, state.waiting = state.waiting, None
+        if waiting is None:
+            return
+        low, high = waiting.columns
+        stage, count = self.stages[0], len(self.stages)
+        slots = range(waiting.start, waiting.stop)
+        projected = waiting.projected
+        if len(slots) * count < len(projected):
+            projected = projected[: len(slots) * count]
+        earlier = [state.partial.get(slot) for slot in slots]
+        mask = None if state.full else state.mask[:, low:high]
+        seen = stage.absorb(None if earlier[0] is None else join_slots(earlier), projected, mask)
+        done = high == state.stop
+        if done:
+            pooled = stage.pooled(seen).unflatten(0, (len(slots), count))  # [layers, H, B, ...]
+            if state.summaries is None:
+                state.summaries = self._empty(len(self.layer_indices), *pooled.shape[1:])
+            state.summaries[waiting.start : waiting.stop] = pooled
+            state.complete.update(slots)
+            if not state.keep and not state.partial:
+                return
+        for place, slot in enumerate(slots):
+            if done and not state.keep:
+                state.partial.pop(slot, None)
+            else:
+                state.partial[slot] = take_slots(seen, slice(place * count, (place + 1) * count))
+
+    def finish(self, state: ProbeState) -> list[ProbeOutput]:
+        """The scores of each head; see `ProbeModel.finish`."""
+        if state.keep:
+            check_rows(state.mask)
+        with torch.no_grad():
+            self._advance(state)
+        missing = [slot for slot in range(len(self.layer_indices)) if slot not in state.complete]
+        if missing:
+            raise ProbeError(
+                f"layer {self.layer_indices[missing[0]]} has seen {state.seen[missing[0]]} of {state.mask.shape[1]} prompt "
+                f"tokens ({len(missing)} layers are incomplete); a part of a prompt is not scored"
+            )
+        outputs = []
+        for head, summaries in zip(self.heads, state.summaries.unbind(1), strict=True):
+            if self._rank is not None:
+                summaries = head.token_stage.expand(summaries, slice(None))  # [S, B, D]
+            outputs.append(head.score_summaries(summaries, output_attentions=state.output_attentions))
+        if state.output_attentions:
+            weights = torch.stack([state.token_weights[slot] for slot in range(len(self.layer_indices))], dim=2)
+            for output, each in zip(outputs, weights, strict=True):
+                output.token_weights = each  # [B, S, T]
+        return outputs
+
+    def running(self, state: ProbeState, number: int) -> Any:
+        """The token-stage state of all layers of one head, once they have seen the prompt; `None` where nothing counts so far."""
+        with torch.no_grad():
+            self._advance(state)
+        if not state.partial:
+            return None
+        slots = (state.partial[slot] for slot in range(len(self.layer_indices)))
+        return join_slots([take_slots(slot, slice(number, number + 1)) for slot in slots])
