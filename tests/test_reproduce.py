@@ -14,7 +14,7 @@ from llama_probe.files import read_head
 from llama_probe.methods import HEADS, HeadMethod, check_methods, downcast_methods, head_methods
 from llama_probe.part_store import PartStore
 from llama_probe.reproduce import TEST_SETS, Reproduction, summarize_trials
-from llama_probe.reproduction_report import columns, find_orders
+from llama_probe.reproduction_report import _layers, columns, find_orders
 from llama_probe.shared_training import SharedTraining
 from llama_probe.workbench import Task, Workbench
 
@@ -123,7 +123,7 @@ def test_everything(reproduction, tmp_path, monkeypatch):
     )
     for name in pngs:
         assert (output / f"{name}.png").is_file() and f"({name}.png)" in text
-    assert "Not finished" not in text and "quick look" not in text and "tiny-chat" in text and paper.BACKBONE in text
+    assert "Not finished" not in text and "Not all rows" not in text and "tiny-chat" in text and paper.BACKBONE in text
     assert {(tuple(o["order"]), o["data"]) for o in report["orders"]} == {
         (order, source) for order in paper.ORDERS for source in ("toxicchat", "emotion")
     }
@@ -201,7 +201,7 @@ TRIAL = {"score": 0.5, "params": {"probe_type": "mha", "learning_rate": 1e-3}}
 def test_at_most_so_many_rows(reproduction, tmp_path):
     report = reproduction(data=("emotion",), chosen=["tfidf"], max_rows=10).execute()
     assert report["main"]["emotion"]["tfidf"]["rows"] == {"train": 10, "validation": 10, "test": 10}
-    assert "A quick look, no result" in (tmp_path / "out" / "report.md").read_text()
+    assert "**Not all rows:** at most" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,20 @@ class TestOrders:
         assert find_orders({"emotion": {"pooling": self.result(0.6), "gate": self.result(0.7), "mha": None}}) == []
         found = find_orders({"emotion": {"muli": self.result(0.6), "gate": self.result(0.5)}})
         assert [(item["order"], item["holds"]) for item in found] == [(["muli", "gate"], False)]
+
+
+def test_errors_are_counted_by_what_their_layer_weights_are_near_to():
+    groups = [{"label": "a", "right": True, "rows": 9, "weights": [0.2, 0.8]}]
+    errors = [
+        {"label": "a", "given": "b", "rows": 5, "to_given": 0.1, "to_true": 0.2},
+        {"label": "b", "given": "a", "rows": 1, "to_given": 0.2, "to_true": 0.2},
+    ]
+    text = "\n".join(_layers("emotion", {"gate": {"layers": [0, 1], "groups": groups, "errors": errors}}))
+    assert "| `gate` | a | right | 9 | 1 (0.800), 0 (0.200) |" in text
+    assert (
+        "`gate`: nearer to the given label for 1 of 2 pairs of a true and a given label, which is 5 of 6 wrong rows"
+        in text
+    )
 
 
 def test_the_papers_figures():

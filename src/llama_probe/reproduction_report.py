@@ -148,8 +148,8 @@ def _markdown(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
     yield ""
     if settings["max_rows"] is not None:
         yield (
-            f"**A quick look, no result:** at most {settings['max_rows']:,} training, validation and test rows were used "
-            "of each data set."
+            f"**Not all rows:** at most {settings['max_rows']:,} training, validation and test rows were used of each data "
+            "set."
         )
         yield ""
     if unfinished := _unfinished(report):
@@ -323,11 +323,12 @@ def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
             )
     yield from table(["head", "label", "head is", "rows", "layers (weight)"], lines)
     for name, found in done.items():
-        for error in found["errors"]:
-            nearer = "nearer" if error["to_given"] < error["to_true"] else "not nearer"
+        if errors := found["errors"]:
+            nearer = [error for error in errors if error["to_given"] < error["to_true"]]
+            rows, all_rows = (sum(error["rows"] for error in some) for some in (nearer, errors))
             yield (
-                f"- `{name}`, {error['rows']} rows of {error['label']} given as {error['given']}: {nearer} to the given label "
-                f"({error['to_given']:.3f}) than to the true one ({error['to_true']:.3f})."
+                f"- `{name}`: nearer to the given label for {len(nearer)} of {len(errors)} pairs of a true and a given label, "
+                f"which is {rows} of {all_rows} wrong rows."
             )
     yield ""
 
