@@ -1,6 +1,7 @@
 """The search: ranges, ranking, files, and going on after a kill."""
 
 import json
+from collections import Counter
 
 import optuna
 import pytest
@@ -67,6 +68,8 @@ def test_what_it_leaves(rows, backbone_folder, tmp_path):
     scores = [trial["score"] for trial in result["trials"]]
     assert len(scores) == 6 and scores == sorted(scores, reverse=True)
     assert [trial["score"] for trial in result["trials"]] == [max(trial["scores"]) for trial in result["trials"]]
+    shares = Counter(trial["params"]["probe_type"] for trial in result["trials"])
+    assert len(shares) == 4 and max(shares.values()) - min(shares.values()) <= 1, "kinds in turn"
     best, head, results = result["trials"][0], read_head(tmp_path / "head"), read_results(tmp_path / "head")
     assert head.config.probe_type == best["params"]["probe_type"]
     assert results["runs"][0]["validation"]["auprc"] == pytest.approx(best["score"], abs=1e-4)

@@ -195,6 +195,9 @@ class Sweep:
         if known:  # stopped while it drew: nothing is lost by drawing anew
             (output / STUDY_NAME).unlink()
             study = self._study(output)
+        # Kinds in turn: of a few draws at random one kind may get none.
+        for number in range(self.trials):
+            study.enqueue_trial({"probe_type": self.space.probe_types[number % len(self.space.probe_types)]})
         trials = [study.ask() for _ in range(self.trials)]
         for trial in trials:
             self.space.suggest(trial, hidden_size)
