@@ -189,8 +189,8 @@ class AttentionAggregator(LowRankAggregator):
 
 
 _MANY = 48
-# Attention scores that are held at once: a quarter of a megabyte a thread.
-_CACHED = 1 << 16
+# Attention scores that are held at once: half a megabyte a thread.
+_CACHED = 1 << 17
 
 
 def _received_attention(
