@@ -55,6 +55,12 @@ def test_tokens_and_logits_are_the_same(model, guards, new_tokens):
     assert answer.shape == (2, 2) and torch.equal(text, expected), "the guard's token, then the model's text"
 
 
+def test_a_head_of_replies_has_no_naive_way(model):
+    model.add_probe("tone", make_probe(probe_type="gate", token_scope="response"))
+    found = systems(model, model._without_probes(), naive=True)
+    assert [system.name for system in found] == ["base again", "gate", "mha", "tone", "naive gate", "naive mha"]
+
+
 def test_no_more_and_no_fewer_tokens():
     """Neither an end-of-sequence token nor anything else cuts a reply short, and every token is heard of."""
     model = make_lm()

@@ -135,7 +135,7 @@ class ServingBenchmark:
         base = plain_system(plain)
         alone = [self._footprint(base, load) for load in loads]
         found: list[tuple[System, list[Measured]]] = []
-        with tqdm(total=self._count(len(heads)) * len(loads), desc="systems x loads", unit="run") as progress:
+        with tqdm(total=self._count(model) * len(loads), desc="systems x loads", unit="run") as progress:
             many = self._fresh.get(MANY_KIND)
             for system in systems(model, plain, self.many, many, self.naive, self._plans):
                 progress.set_postfix_str(system.name)
@@ -186,9 +186,9 @@ class ServingBenchmark:
             model.add_probe(kind, self._fresh[kind])
         return model
 
-    def _count(self, probes: int) -> int:
-        heads = probes + len(self.kinds)
-        return 1 + heads + bool(self.many) + (heads if self.naive else 0) + len(self._plans)
+    def _count(self, model: PreTrainedModel) -> int:
+        naive = sum(not head.config.reads_reply for head in model.probes.values()) if self.naive else 0
+        return 1 + len(model.probes) + bool(self.many) + naive + len(self._plans)
 
     def _measure(self, base: System, system: System, load: Load, progress: tqdm) -> Measured:
         timed = time_pairs(partial(base.serve, load), partial(system.serve, load), self.pairs, self.warmup, self.watch)

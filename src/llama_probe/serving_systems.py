@@ -87,7 +87,8 @@ def systems(
 
     Args:
         model: with its heads. plain: the same model without them, `model._without_probes()`.
-        many: so many heads of `many_config` at once; 0 leaves them out. naive: leaves the naive ones out where false.
+        many: so many heads of `many_config` at once; 0 leaves them out. naive: leaves the naive ones out where false;
+            heads that read replies have no such way.
     """
     yield plain_system(plain, AGAIN)
     heads = dict(model.probes.items())
@@ -102,7 +103,8 @@ def systems(
         for name in names:
             model.delete_probe(name)
     if naive:
-        for name, head in heads.items():
+        # What the states of a prompt are to a head of replies, nobody can ask for.
+        for name, head in ((name, head) for name, head in heads.items() if not head.config.reads_reply):
             yield System(f"naive {name}", "naive", partial(_serve_naively, plain, head), held_bytes([head]))
     for plan in guards:
         guard = plan.load(plain.device)
