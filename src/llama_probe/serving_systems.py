@@ -88,7 +88,7 @@ def systems(
     Args:
         model: with its heads. plain: the same model without them, `model._without_probes()`.
         many: so many heads of `many_config` at once; 0 leaves them out. naive: leaves the naive ones out where false;
-            heads that read replies have no such way.
+            heads that read replies have no such way, since it scores the prompt alone.
     """
     yield plain_system(plain, AGAIN)
     heads = dict(model.probes.items())
@@ -103,9 +103,9 @@ def systems(
         for name in names:
             model.delete_probe(name)
     if naive:
-        # What the states of a prompt are to a head of replies, nobody can ask for.
-        for name, head in ((name, head) for name, head in heads.items() if not head.config.reads_reply):
-            yield System(f"naive {name}", "naive", partial(_serve_naively, plain, head), held_bytes([head]))
+        for name, head in heads.items():
+            if not head.config.reads_reply:
+                yield System(f"naive {name}", "naive", partial(_serve_naively, plain, head), held_bytes([head]))
     for plan in guards:
         guard = plan.load(plain.device)
         serve = partial(_serve_guarded, plain, guard)
