@@ -65,6 +65,16 @@ def test_what_prompts_share_is_run_once(lm, tokenizer, monkeypatch):
     assert max(seen[1:]) <= len("abc") + len(prompt.suffix_ids)
 
 
+def test_what_is_kept_for_each_row_is_bounded(lm, tokenizer):
+    """Short rows after a long start: the cache of the start is there once a row, and as large as it is long."""
+    prompts, kept = [[*range(3, 203), 5 + row] for row in range(40)], []
+    hook = lm.model.register_forward_hook(lambda module, args, output: kept.append(output.cache.layers[0].keys.shape))
+    label_log_likelihoods(lm, tokenizer, prompts, [[7]], batch_tokens=100)
+    hook.remove()
+    assert sum(shape[0] for shape in kept[1:]) == len(prompts)
+    assert max(shape[0] * shape[2] for shape in kept) <= 4 * 100 + len(prompts)
+
+
 def test_examples_are_earlier_turns(tokenizer):
     prompt = LabelPrompt(tokenizer, INSTRUCTION, [Example("rain", 0), Example("sun", 1)])
     shown = tokenizer.decode(prompt.encode(["snow"])[0])

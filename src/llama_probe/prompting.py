@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .known_data import Benchmark
 
 
+# Tokens that are kept for a row, and not run again, weigh a part of those that are run.
+_KEPT = 4
+
+
 @dataclass(frozen=True)
 class Instruction:
     """What the LM is asked of each text, and the reply that stands for each label.
@@ -178,7 +182,8 @@ def label_log_likelihoods(
     Args:
         lm: a causal LM in eval mode. tokenizer: its own, for the padding.
         prompts: token ids of each row. labels: token ids of each label.
-        batch_tokens: tokens of a forward pass, padding included.
+        batch_tokens: tokens of a forward pass, padding included. Of those that all rows begin with, which are run only once
+            but kept for each row, four times as many.
 
     Returns:
         `torch.FloatTensor` of shape `[rows, labels]`, on the CPU.
@@ -194,7 +199,7 @@ def label_log_likelihoods(
     rests = [list(ids[shared:]) for ids in prompts]
     found = torch.empty(len(prompts), len(labels))
     with torch.no_grad(), tqdm(total=len(prompts), desc="prompting", unit=" prompts", leave=False) as progress:
-        for rows in _batches([len(rest) for rest in rests], batch_tokens):
+        for rows in _batches([len(rest) + shared // _KEPT for rest in rests], batch_tokens):
             batch = pad_prompts([rests[row] for row in rows], tokenizer, "left")
             found[rows] = _score_batch(lm, batch, labels, prefix, shared).cpu()
             progress.update(len(rows))
