@@ -6,7 +6,7 @@
 from .heads_aggregator_llama_probe import (
     Aggregator,
     Classifier,
-    create_aggregator,
+    create_stages,
     get_probe_type,
     join_slots,
     probe_types,
@@ -21,6 +21,7 @@ from .heads_gate_llama_probe import GateAggregator
 from .heads_last_llama_probe import LastItemAggregator
 from .heads_low_rank_llama_probe import LowRankAggregator
 from .heads_muli_llama_probe import LogOddsClassifier, MuliAggregator
+from .heads_multimax_llama_probe import MultiMaxAggregator
 from .heads_pooling_llama_probe import PoolingAggregator
 from .heads_states_llama_probe import normalize
 
@@ -35,8 +36,9 @@ __all__ = [
     "LogOddsClassifier",
     "LowRankAggregator",
     "MuliAggregator",
+    "MultiMaxAggregator",
     "PoolingAggregator",
-    "create_aggregator",
+    "create_stages",
     "get_probe_type",
     "join_slots",
     "normalize",

@@ -382,7 +382,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
         (
             ("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"),
-            "allowed: attentive, gate, last, mha, muli, pooling",
+            "allowed: attentive, gate, last, mha, muli, multimax, pooling",
         ),
         (("train", "--train", "{rows}", "--output", "x", "--option", "rank=low"), "must be NAME=NUMBER"),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),

@@ -13,7 +13,10 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"probe_type": "lstm"}, "probe_type='lstm' is not known; allowed: attentive, gate, last, mha, muli, pooling"),
+        (
+            {"probe_type": "lstm"},
+            "probe_type='lstm' is not known; allowed: attentive, gate, last, mha, muli, multimax, pooling",
+        ),
         ({"probe_type": None}, "probe_type=None"),
         ({"pool": "median"}, "pool='median' is not allowed; allowed: mean, max"),
         ({"normalize": True}, "normalize=True is not allowed; allowed: none, layernorm, rms"),

@@ -22,6 +22,7 @@ KINDS = {
     "gate": {"probe_type": "gate"},
     "mean of two layers": {"probe_type": "pooling", "layers": [1, 3]},
     "attentive": {"probe_type": "attentive"},
+    "multimax": {"probe_type": "multimax"},
     "mha": {"probe_type": "mha"},
 }
 PROMPT, LENGTHS = 4, [5, 9, 7]

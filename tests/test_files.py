@@ -88,7 +88,7 @@ def test_unknown_keys_are_reported_and_left_out(folder, caplog):
         (b"[" * 100_000, "not valid JSON"),
         (
             b'{"probe_type": "pickle"}',
-            "probe_type='pickle' is not known; allowed: attentive, gate, last, mha, muli, pooling",
+            "probe_type='pickle' is not known; allowed: attentive, gate, last, mha, muli, multimax, pooling",
         ),
         (b'{"hidden_size": 1e400}', "hidden_size"),
         (b'{"num_hidden_layers": 99999999999}', "num_hidden_layers"),

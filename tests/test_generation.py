@@ -14,7 +14,7 @@ from llama_probe.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGener
 from llama_probe.stack import HeadStack
 
 
-KINDS = ("pooling", "gate", "mha", "attentive", "last")
+KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
 TOLERANCE = 1e-5
 
 
@@ -43,7 +43,7 @@ def reference(prompt_ids, attention_mask=None, **lm_changes):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, logits in expected.items():
-        torch.testing.assert_close(found[name], logits, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(found[name], logits, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def left_padded(prompts):

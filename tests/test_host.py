@@ -184,7 +184,7 @@ def a_job(model, name, seed):
     return compare
 
 
-KINDS = ("pooling", "gate", "mha", "attentive")
+KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
 
 
 def test_threads_with_different_heads_do_not_mix(model, threads):

@@ -12,7 +12,7 @@ from llama_probe.serving_systems import Load, fresh_config, plain_system, system
 
 CPU = torch.device("cpu")
 DEEP, TOKENS = 30, 200  # deep enough for states to be held for each other
-KINDS = ("pooling", "gate", "mha", "attentive")
+KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
 
 
 @pytest.fixture(scope="module")

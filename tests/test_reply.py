@@ -16,6 +16,7 @@ KINDS = {
     "max": {"probe_type": "pooling", "pool": "max"},
     "gate": {"probe_type": "gate"},
     "attentive": {"probe_type": "attentive"},
+    "multimax": {"probe_type": "multimax", "options": {"num_maxima": 3, "num_members": 2}},
     "last": {"probe_type": "last"},
     "muli": {"probe_type": "muli", "vocab_size": VOCAB},
     "mha": {"probe_type": "mha"},

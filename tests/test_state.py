@@ -272,7 +272,9 @@ class TestCost:
         assert shapes == [(LAYERS + 1, n) for n in (16, 16, 7)]
         assert len(results) == LAYERS + 1, "in the prefill, where so small a head's layers do not wait for each other"
 
-    @pytest.mark.parametrize("kind, growing", [("mean", 0), ("gate", 0), ("attentive", 0), ("last", 0), ("mha", 24)])
+    @pytest.mark.parametrize(
+        "kind, growing", [("mean", 0), ("gate", 0), ("attentive", 0), ("multimax", 0), ("last", 0), ("mha", 24)]
+    )
     def test_what_a_state_holds(self, kind, growing):
         """Of floats, per token, row and layer: nothing, or the low-rank projections."""
 

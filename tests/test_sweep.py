@@ -49,7 +49,7 @@ def sweep(
 def test_every_draw_can_be_built(hidden_size):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    space = SearchSpace(("pooling", "gate", "mha", "attentive"))
+    space = SearchSpace(("pooling", "gate", "mha", "attentive", "multimax"))
     seen = set()
     for _ in range(80):
         head, recipe = space.suggest(study.ask(), hidden_size)
@@ -58,7 +58,7 @@ def test_every_draw_can_be_built(hidden_size):
         seen.add(config.probe_type)
         if config.probe_type == "gate":
             assert 1e-4 <= recipe["learning_rate"] <= 3e-2
-    assert seen == {"pooling", "gate", "mha", "attentive"}
+    assert seen == {"pooling", "gate", "mha", "attentive", "multimax"}
 
 
 def test_what_it_leaves(rows, backbone_folder, tmp_path):

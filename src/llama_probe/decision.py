@@ -86,7 +86,8 @@ def probe_loss(
     """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
 
     Args:
-        logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`).
+        logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`). Of several heads in one, which learn from the mean of
+            their losses, `[members, batch, num_labels]`.
         class_weights (`[num_labels]`, *optional*): weight of each class (single-label) or of its positives
             (multi-label).
         label_smoothing: share of the target spread evenly over the classes.
@@ -94,6 +95,12 @@ def probe_loss(
         reduction: `"mean"` or `"sum"` over rows.
     """
     targets = targets.to(logits.device)
+    if logits.dim() == 3:
+        each = [
+            probe_loss(part, targets, config, class_weights, label_smoothing, focal_gamma, reduction)
+            for part in logits
+        ]
+        return torch.stack(each).mean()
     if class_weights is not None:
         class_weights = class_weights.to(logits.device, logits.dtype)
     if config.problem_type == "regression":
@@ -135,12 +142,14 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         token_weights (`[batch, layers_read, tokens]`, *optional*): how much each token counted in the summary of each
             layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
+        member_logits (`[members, batch, num_labels]`, *optional*): while a head learns that is several in one.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     token_weights: torch.Tensor | None = None
     layer_weights: torch.Tensor | None = None
+    member_logits: torch.Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
@@ -148,6 +157,11 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         output = cls(logits=logits)
         output.__dict__["_probe_configs"] = {None: config}
         return output
+
+    @property
+    def learned_logits(self) -> torch.Tensor:
+        """What a loss is asked of: the logits of each member where there are several, else `logits`."""
+        return self.logits if self.member_logits is None else self.member_logits
 
     @property
     def probabilities(self) -> torch.Tensor:

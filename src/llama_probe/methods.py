@@ -61,10 +61,12 @@ class HeadMethod:
         return found
 
 
-def _suited(kind: str, **further) -> HeadMethod:
+def _suited(kind: str, options: dict[str, Any] | None = None, **further) -> HeadMethod:
     """A kind with what suits it; see `llama_probe.recipe`."""
     suited = KINDS.get(kind, OTHER)
-    head = {"probe_type": kind, "dropout": suited.dropout, "layer_dropout": suited.layer_dropout}
+    head: dict[str, Any] = {"probe_type": kind, "dropout": suited.dropout, "layer_dropout": suited.layer_dropout}
+    if options:
+        head["options"] = options
     return HeadMethod(head, suited.learning_rate, **further)
 
 
@@ -73,6 +75,8 @@ HEADS: dict[str, HeadMethod] = {
     "last-token": _suited("last"),
     "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=0.0),
     **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
+    "multimax-1": _suited("multimax", options={"num_members": 1}),
+    "multimax": _suited("multimax"),
 }
 
 

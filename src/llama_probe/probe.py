@@ -16,7 +16,7 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
-from .heads import create_aggregator, get_probe_type, normalize, repeat_rows
+from .heads import create_stages, get_probe_type, normalize, repeat_rows
 from .scope import check_rows, token_mask
 from .stack import HeadStack
 from .state import ProbeState
@@ -61,8 +61,7 @@ class ProbeModel(nn.Module):
         self.config = config
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
-        self.token_stage = create_aggregator(config, len(self.layer_indices), config.causal)
-        self.layer_stage = create_aggregator(config, 1)
+        self.token_stage, self.layer_stage = create_stages(config)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
         self.set_backbone(backbone)
 
@@ -353,10 +352,12 @@ class ProbeModel(nn.Module):
             summaries = F.dropout(summaries, self.config.dropout)
         items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
         pooled = self.layer_stage(items)[0]  # [B, D]
-        logits = self.classifier(F.dropout(pooled, self.config.dropout) if self.training else pooled)
-        output = ProbeOutput.from_logits(logits, self.config)
+        pooled = F.dropout(pooled, self.config.dropout) if self.training else pooled
+        output = ProbeOutput.from_logits(self.classifier(pooled), self.config)
+        if self.training:
+            output.member_logits = self.classifier.member_logits(pooled)
         if labels is not None:
-            output.loss = probe_loss(logits, labels, self.config)
+            output.loss = probe_loss(output.learned_logits, labels, self.config)
         if output_attentions:
             output.layer_weights = self.layer_stage.weights(items, None, slice(None))[0]  # [B, S]
         return output

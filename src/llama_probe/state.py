@@ -88,9 +88,9 @@ class ProbeCache:
     call returns another one, and one shared prefix serves any number of prompts - of the cache, which transformers changes in
     place, each needs a copy.
 
-    Per layer and row, in fp32: `pooling` and `gate` keep `hidden_size` numbers, `attentive` `2 num_queries + value_rank`, `last`
-    and `muli` the last state, and `mha` `3 hidden_size / downcast` numbers a token, because its tokens attend both ways (`2
-    hidden_size / downcast` where it is causal).
+    Per layer and row, in fp32: `pooling` and `gate` keep `hidden_size` numbers, `attentive` `2 num_queries + value_rank`,
+    `multimax` `num_members * num_maxima`, `last` and `muli` the last state, and `mha` `3 hidden_size / downcast` numbers a
+    token, because its tokens attend both ways (`2 hidden_size / downcast` where it is causal).
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over.

@@ -97,6 +97,11 @@ class SearchSpace:
                 "num_queries": queries,
                 "value_rank": queries * trial.suggest_categorical("ranks_a_query", [1, 2, 4]),
             }
+        if kind == "multimax":
+            head["options"] = {
+                "num_maxima": trial.suggest_categorical("num_maxima", [3, 7, 15]),
+                "num_members": trial.suggest_categorical("num_members", [1, 4, 8]),
+            }
         return head, recipe
 
 

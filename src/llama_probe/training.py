@@ -49,7 +49,13 @@ class ProbeLoss:
         """Mean loss over the rows of all accumulated batches, which the Trainer counts in `num_items_in_batch` labels."""
         weights = None if self.class_weights is None else torch.tensor(self.class_weights)
         total = probe_loss(
-            outputs.logits, labels, self.config, weights, self.label_smoothing, self.focal_gamma, reduction="sum"
+            outputs.learned_logits,
+            labels,
+            self.config,
+            weights,
+            self.label_smoothing,
+            self.focal_gamma,
+            reduction="sum",
         )
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
         return total / rows

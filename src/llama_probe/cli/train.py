@@ -23,7 +23,7 @@ def train(
     probe_type: Annotated[
         str,
         typer.Option(
-            help="Kind of head: pooling, gate, mha, attentive, last or muli; auto: what suits the number of rows."
+            help="Kind of head: pooling, gate, mha, attentive, multimax, last or muli; auto: what suits the number of rows."
         ),
     ] = "auto",
     eval: Annotated[

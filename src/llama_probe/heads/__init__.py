@@ -3,7 +3,7 @@
 from .aggregator import (
     Aggregator,
     Classifier,
-    create_aggregator,
+    create_stages,
     get_probe_type,
     join_slots,
     probe_types,
@@ -18,6 +18,7 @@ from .gate import GateAggregator
 from .last import LastItemAggregator
 from .low_rank import LowRankAggregator
 from .muli import LogOddsClassifier, MuliAggregator
+from .multimax import MultiMaxAggregator
 from .pooling import PoolingAggregator
 from .states import normalize
 
@@ -32,8 +33,9 @@ __all__ = [
     "LogOddsClassifier",
     "LowRankAggregator",
     "MuliAggregator",
+    "MultiMaxAggregator",
     "PoolingAggregator",
-    "create_aggregator",
+    "create_stages",
     "get_probe_type",
     "join_slots",
     "normalize",

@@ -35,6 +35,10 @@ class Classifier(nn.Linear):
         """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
         return pooled
 
+    def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
+        """Of a head that is several in one, which learn apart: the logits of each, `[members, B, num_labels]`."""
+        return None
+
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """`[B, D]` to `[B, num_labels]`."""
         return super().forward(self.inputs(pooled))
@@ -43,8 +47,8 @@ class Classifier(nn.Linear):
 class Aggregator(nn.Module, ABC):
     """Summarises N vectors into one, for several slots side by side.
 
-    The same kind serves both stages: the token stage has one slot a layer, with its parameters stacked in tensors of
-    shape `[slots, ...]`, and the layer stage has a single slot.
+    The same kind serves both stages, unless `create_layer_stage` says otherwise: the token stage has one slot a layer, with
+    its parameters stacked in tensors of shape `[slots, ...]`, and the layer stage has a single slot.
 
     A kind implements `update`, `result` and `weights`. Because the whole-tensor path is one `update` followed by `result`, and
     the serving path is one `update` a layer and chunk of tokens, the two cannot drift apart.
@@ -86,6 +90,11 @@ class Aggregator(nn.Module, ABC):
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
         """The map from the pooled vector to the logits, for a head of `config`."""
         return Classifier(config.hidden_size, config.num_labels)
+
+    @classmethod
+    def create_layer_stage(cls, config: ProbeConfig) -> Aggregator:
+        """What summarises the layers' summaries, for a head of `config`: an aggregator with a single slot, without a mask."""
+        return cls(1, config)
 
     @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
@@ -185,11 +194,12 @@ def get_probe_type(name: str) -> type[Aggregator]:
     return _PROBE_TYPES[name]
 
 
-def create_aggregator(config: ProbeConfig, num_slots: int, causal: bool = False) -> Aggregator:
-    """Builds the aggregator of `config.probe_type` with `num_slots` slots; `causal` goes to its attribute."""
-    aggregator = get_probe_type(config.probe_type)(num_slots, config)
-    aggregator.causal = causal
-    return aggregator
+def create_stages(config: ProbeConfig) -> tuple[Aggregator, Aggregator]:
+    """Builds the token stage and the layer stage of a head of `config`."""
+    kind = get_probe_type(config.probe_type)
+    token_stage = kind(len(config.layer_indices), config)
+    token_stage.causal = config.causal
+    return token_stage, kind.create_layer_stage(config)
 
 
 def join_slots(states: Sequence[Any]) -> Any:

@@ -1,0 +1,134 @@
+"""Multi-max pooling: the largest value that any token gives to each of a few learned directions, layer by layer.
+
+A mean thins a short but telling passage out with the length of its prompt; a maximum does not. Maxima of learned projections
+are what Kramár et al. (arXiv 2601.11516) read a single layer with, and Kim (arXiv 1408.5882) the windows of a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..errors import ProbeError
+from .aggregator import Aggregator, Classifier, register_probe_type
+from .low_rank import LowRankAggregator
+
+
+@register_probe_type("multimax")
+class MultiMaxAggregator(LowRankAggregator):
+    """m_r = max_i v_r . x_i for each layer's R directions; the layers' maxima stand side by side, each layer's times a weight.
+
+    `options`: `num_maxima` R (default 7) and `num_members` M (default 8). With M > 1 the head is M heads in one, with R
+    directions each: each learns from a loss of its own, and their logits are averaged. Parameters, with L+1 layers read and C
+    labels: `(L+1) M R (D + C + 1)`, and a few biases. State: the largest value so far of each direction, `M R` numbers.
+    """
+
+    def __init__(self, num_slots, config):
+        super().__init__(num_slots, config)
+        self.rank = _members(config) * _maxima(config)
+        self.value = nn.Parameter(
+            torch.randn(num_slots, self.rank, config.hidden_size) / math.sqrt(config.hidden_size)
+        )
+
+    @classmethod
+    def check(cls, config):
+        allowed = {"num_maxima", "num_members"}
+        if unknown := sorted(set(config.options) - allowed):
+            raise ProbeError(f"options has {unknown}; probe_type='multimax' knows {sorted(allowed)}")
+        for name, value in (("num_maxima", _maxima(config)), ("num_members", _members(config))):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
+                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
+
+    @classmethod
+    def create_layer_stage(cls, config):
+        return WeightedLayers(config)
+
+    @classmethod
+    def create_classifier(cls, config):
+        return AveragedClassifier(_members(config), len(config.layer_indices) * _maxima(config), config.num_labels)
+
+    def projection(self, slots):
+        return self.value[slots]
+
+    def absorb(self, state, projected, mask):
+        if mask is not None:
+            projected = projected.masked_fill(~mask[None, :, :, None], float("-inf"))
+        top = projected.amax(dim=2)  # [S, B, M R]
+        return top if state is None else torch.maximum(state, top)
+
+    def pooled(self, state):
+        return torch.nan_to_num(state, neginf=0.0)  # of a row of which nothing has counted so far
+
+    def expand(self, pooled, slots):
+        return pooled
+
+    def weights(self, x, mask, slots):
+        """The share of the directions whose largest value is the item's."""
+        projected = self.project(x, slots)  # [S, B, N, M R]
+        if mask is not None:
+            projected = projected.masked_fill(~mask[None, :, :, None], float("-inf"))
+        best = projected.argmax(dim=2, keepdim=True)
+        return torch.zeros_like(projected).scatter_(2, best, 1.0).mean(dim=-1)
+
+
+class WeightedLayers(Aggregator):
+    """The layer stage: a_l = softmax_l(g_l . m_l + b_l), v = [L' a_1 m_1; ...; L' a_L' m_L'] of L' layers, for each member.
+
+    It starts with equal weights, and keeps the layers apart, because each has directions of its own.
+    """
+
+    def __init__(self, config):
+        super().__init__(1, config)
+        self.members, layers = _members(config), len(config.layer_indices)
+        self.gate = nn.Parameter(torch.zeros(layers, self.members, _maxima(config)))
+        self.bias = nn.Parameter(torch.zeros(layers, self.members))
+
+    def update(self, state, x, mask, slots):
+        if mask is not None:
+            raise ProbeError("the layers that a multimax head reads all count")
+        return x if state is None else torch.cat([state, x], dim=2)
+
+    def _shares(self, items: torch.Tensor) -> torch.Tensor:
+        """`[S, B, L', M, R]` to the softmax over the layers, `[S, B, L', M]`."""
+        return ((items * self.gate).sum(dim=-1) + self.bias).softmax(dim=2)
+
+    def result(self, state, slots):
+        """`[S, B, L', M R]` to `[S, B, M L' R]`."""
+        items = state.unflatten(-1, (self.members, -1))
+        weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
+        return weighted.transpose(2, 3).flatten(2)
+
+    def weights(self, x, mask, slots):
+        """The softmax, averaged over members."""
+        return self._shares(x.unflatten(-1, (self.members, -1))).mean(dim=-1)
+
+
+class AveragedClassifier(Classifier):
+    """The mean of several linear maps, each of a part of the pooled vector."""
+
+    def __init__(self, members: int, width: int, num_labels: int):
+        super().__init__(members * width, num_labels)
+        self.members = members
+        if members > 1:  # as if each stood alone
+            bound = 1.0 / math.sqrt(width)
+            nn.init.uniform_(self.weight, -bound, bound)
+
+    def inputs(self, pooled):
+        return pooled / self.members
+
+    def member_logits(self, pooled):
+        if self.members == 1:
+            return None
+        parts = pooled.unflatten(-1, (self.members, -1))  # [B, M, L' R]
+        maps = self.weight.unflatten(-1, (self.members, -1))  # [C, M, L' R]
+        return torch.einsum("bmf,cmf->mbc", parts, maps) + self.bias
+
+
+def _maxima(config) -> int:
+    return config.options.get("num_maxima", 7)
+
+
+def _members(config) -> int:
+    return config.options.get("num_members", 8)
