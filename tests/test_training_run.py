@@ -64,6 +64,8 @@ class TestHoldingBack:
         assert len(parts["extra"]) == 60 - 15 and not judged & set(parts["extra"].texts)
         with_folds = DataSources(train=train, folds=3, extra=[extra, extra]).read(0)
         assert with_folds["extra"].texts == [f"{('bad', 'good')[i % 2]} no {i}" for i in range(40, 60)] * 2
+        fewer = DataSources(train=train, folds=3, extra=[extra, extra], max_extra_rows=7).read(0)["extra"]
+        assert len(fewer) == 14 and set(fewer.texts) < set(with_folds["extra"].texts) and len(set(fewer.texts)) == 7
 
     def test_extra_rows_of_a_named_data_set_are_read_by_the_order_of_its_labels(self, tmp_path):
         (tmp_path / "advbench").mkdir()

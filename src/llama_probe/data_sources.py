@@ -35,7 +35,8 @@ class DataSources:
         folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
             trained on the others; 0 holds a part back instead, `None` is 5 folds for fewer than 400 rows, which are too
             few to hold any back.
-        max_rows: read at most so many training rows. max_eval_rows: and so many validation and so many test rows.
+        max_rows: read at most so many training rows. max_extra_rows: and so many of each source of `extra`. max_eval_rows: and so
+            many validation and so many test rows.
         data_dir: local copies of the data sets known by name, see `read_benchmark`.
 
     Raises:
@@ -56,6 +57,7 @@ class DataSources:
     folds: int | None = 0
     slice_columns: list[str] = field(default_factory=list)
     max_rows: int | None = None
+    max_extra_rows: int | None = None
     max_eval_rows: int | None = None
     data_dir: str | os.PathLike | None = None
     prompt_column: str | None = None
@@ -128,10 +130,10 @@ class DataSources:
                     raise ProbeError(f"{self.test or self.train} has no column {column!r} to slice by")
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         if self.extra:
-            parts["extra"] = self._read_extra(parts)
+            parts["extra"] = self._read_extra(parts, seed)
         return parts
 
-    def _read_extra(self, parts: dict[str, LabelledTexts]) -> LabelledTexts:
+    def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
         """All sources of `extra`, without what is judged by."""
         train = parts["train"]
         judged = {text for name in ("validation", "test") if name in parts for text in map(str, parts[name].texts)}
@@ -146,8 +148,9 @@ class DataSources:
                 if rows.problem_type != train.problem_type:
                     raise ProbeError(f"{source} is {rows.problem_type}, and {self.train} {train.problem_type}")
                 rows = rows.renamed(train.label_names)
-            found.append(rows.select([row for row, text in enumerate(rows.texts) if str(text) not in judged]))
-            if left_out := len(rows) - len(found[-1]):
+            allowed = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in judged])
+            found.append(allowed.at_most(self.max_extra_rows, seed))
+            if left_out := len(rows) - len(allowed):
                 logger.warning(f"{left_out} rows of {source} are left out: they are validation or test rows as well")
         return LabelledTexts(
             [text for rows in found for text in rows.texts],

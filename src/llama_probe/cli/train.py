@@ -71,6 +71,9 @@ def train(
         ),
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Use at most so many training rows.")] = None,
+    max_extra_rows: Annotated[
+        int | None, typer.Option(help="And at most so many of each --extra, drawn at random.")
+    ] = None,
     prompt_format: Annotated[str, typer.Option(help="chat (the model's template) or raw.")] = "chat",
     system_prompt: Annotated[str | None, typer.Option(help="A system turn of your own.")] = None,
     token_scope: Annotated[
@@ -174,6 +177,7 @@ def train(
             folds=folds,
             slice_columns=slice_column or [],
             max_rows=max_rows,
+            max_extra_rows=max_extra_rows,
             data_dir=data_dir,
         ),
         head={
