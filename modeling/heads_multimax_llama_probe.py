@@ -23,7 +23,7 @@ from .heads_low_rank_llama_probe import LowRankAggregator
 class MultiMaxAggregator(LowRankAggregator):
     """m_r = max_i v_r . x_i for each layer's R directions; the layers' maxima stand side by side, each layer's times a weight.
 
-    `options`: `num_maxima` R (default 7) and `num_members` M (default 8). With M > 1 the head is M heads in one, with R
+    `options`: `num_maxima` R (default 4) and `num_members` M (default 16). With M > 1 the head is M heads in one, with R
     directions each: each learns from a loss of its own, and their logits are averaged. Parameters, with L+1 layers read and C
     labels: `(L+1) M R (D + C + 1)`, and a few biases. State: the largest value so far of each direction, `M R` numbers.
     """
@@ -130,8 +130,8 @@ class AveragedClassifier(Classifier):
 
 
 def _maxima(config) -> int:
-    return config.options.get("num_maxima", 7)
+    return config.options.get("num_maxima", 4)
 
 
 def _members(config) -> int:
-    return config.options.get("num_members", 8)
+    return config.options.get("num_members", 16)

@@ -143,7 +143,7 @@ def expected_size(kind, layers, hidden, downcast, labels):
         "attentive": (layers + 2) * (4 + 2 * 8) * hidden,
     }
     if kind == "multimax":
-        return (layers + 1) * 8 * (7 * (hidden + labels + 1) + 1) + labels
+        return (layers + 1) * 16 * (4 * (hidden + labels + 1) + 1) + labels
     return aggregators[kind] + hidden * labels + labels
 
 

@@ -75,7 +75,7 @@ HEADS: dict[str, HeadMethod] = {
     "last-token": _suited("last"),
     "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=0.0),
     **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
-    "multimax-1": _suited("multimax", options={"num_members": 1}),
+    "multimax-small": _suited("multimax", options={"num_maxima": 1, "num_members": 7}),
     "multimax": _suited("multimax"),
 }
 

@@ -68,7 +68,7 @@ KINDS = {
     "last": Regularization(1e-2, 0.1, 0.0),
     "mha": Regularization(1e-3, 0.2, 0.1),
     "attentive": Regularization(1e-2, 0.2, 0.1),
-    "multimax": Regularization(3e-3, 0.2, 0.1),
+    "multimax": Regularization(3e-3, 0.1, 0.1),
     "muli": Regularization(1e-3, 0.0, 0.0, label_smoothing=0.0),  # fitted: only its L1 penalty regularises
 }
 OTHER = KINDS["mha"]

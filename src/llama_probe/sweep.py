@@ -99,8 +99,8 @@ class SearchSpace:
             }
         if kind == "multimax":
             head["options"] = {
-                "num_maxima": trial.suggest_categorical("num_maxima", [3, 7, 15]),
-                "num_members": trial.suggest_categorical("num_members", [1, 4, 8]),
+                "num_maxima": trial.suggest_categorical("num_maxima", [1, 2, 4, 8]),
+                "num_members": trial.suggest_categorical("num_members", [1, 4, 8, 16]),
             }
         return head, recipe
 
