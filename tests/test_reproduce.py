@@ -72,7 +72,7 @@ def numbers(result):
 
 def test_everything(reproduction, tmp_path, monkeypatch):
     """All parts, methods and files; the report's numbers are those of the JSON."""
-    names = [*FAST, "zero-shot", "few-shot", "last-token", "muli", "attentive", "mha"]
+    names = [*FAST, "zero-shot", "few-shot", "last-token", "muli", "attentive", "mha", "multimax-small", "multimax"]
     monkeypatch.setitem(HEADS, "mha", HeadMethod({"probe_type": "mha", "downcast": 8, "num_attention_heads": 2}))
     report = reproduction(data=("toxicchat", "emotion"), chosen=names, only=None, trials=3).execute()
     output = tmp_path / "out"
@@ -106,12 +106,12 @@ def test_everything(reproduction, tmp_path, monkeypatch):
     assert "Not at hand: openai_moderation, aegis, beavertails, advbench." in text
     assert set(report["downcast"]["results"]) == {"4", "8", "16", "32"}
     assert [report["downcast"]["results"][n]["num_parameters"] for n in ("4", "32")] == [6 * 4 * 32 * 8 + 66, 834]
-    assert set(report["layers"]["emotion"]) == {"gate", "attentive", "mha"}
+    assert set(report["layers"]["emotion"]) == {"gate", "attentive", "mha", "multimax-small", "multimax"}
     found = report["layers"]["toxicchat"]["gate"]
     assert found["layers"] == [0, 1, 2, 3, 4] and sum(group["rows"] for group in found["groups"]) == 12
     assert sum(kind["trials"] for kind in report["sensitivity"]["kinds"].values()) == 3
     assert {(e["rows"], e["seed"], e["head"]) for e in report["few_labels"]["emotion"]["curves"]} == {
-        (16, seed, name) for seed in (0, 1) for name in ("pooling", "gate", "attentive", "mha")
+        (16, seed, name) for seed in (0, 1) for name in ("pooling", "gate", "attentive", "mha", "multimax")
     }
     pngs = (
         "main-toxicchat",
@@ -122,7 +122,10 @@ def test_everything(reproduction, tmp_path, monkeypatch):
         "sensitivity",
     )
     for name in pngs:
-        assert (output / f"{name}.png").is_file() and f"({name}.png)" in text
+        assert (output / f"{name}.png").is_file() and text.count(f"({name}.png)") == 1
+    assert (
+        "(main-emotion.png)" in section(text, "emotion") and "(sensitivity.png)" in text.split("\n## Sensitivity")[1]
+    )
     assert "Not finished" not in text and "Not all rows" not in text and "tiny-chat" in text and paper.BACKBONE in text
     assert {(tuple(o["order"]), o["data"]) for o in report["orders"]} == {
         (order, source) for order in paper.ORDERS for source in ("toxicchat", "emotion")

@@ -157,6 +157,7 @@ def _markdown(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
         yield ""
     for source, results in report["main"].items():
         yield from _main_table(source, results)
+        yield from _image(f"main-{_file(source)}.png", plots)
     yield from _orders(report["orders"])
     if "ood" in report:
         yield from _out_of_distribution(report["ood"])
@@ -164,22 +165,28 @@ def _markdown(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
         yield from _downcast(report["downcast"])
     for source, heads in report["layers"].items():
         yield from _layers(source, heads)
+        yield from _image(f"layers-{_file(source)}.png", plots)
     if report["sensitivity"] is not None:
         yield from _sensitivity(report["sensitivity"])
+        yield from _image("sensitivity.png", plots)
     for source, found in report["few_labels"].items():
         if found is not None:
             yield from _few_labels(source, found)
-    for name in plots:
-        yield f"![{name.removesuffix('.png')}]({name})"
-        yield ""
+            yield from _image(f"few-labels-{_file(source)}.png", plots)
     yield "## How it was made"
     yield ""
     if report["command"]:
-        yield from ("```", report["command"], "```", "")
+        yield from (f"`{report['command']}`", "")
     versions = ", ".join(f"{name} {version}" for name, version in report["environment"].items())
     yield f"{versions}; at most {settings['epochs']} epochs, patience {settings['patience']}."
     yield ""
     yield from table(["part", "seconds"], [[name, f"{seconds:,.0f}"] for name, seconds in report["seconds"].items()])
+
+
+def _image(name: str, plots: list[str]) -> Iterator[str]:
+    if name in plots:
+        yield f"![{name.removesuffix('.png')}]({name})"
+        yield ""
 
 
 def _unfinished(report: dict[str, Any]) -> list[str]:
