@@ -94,7 +94,7 @@ def train(
     option: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=NUMBER of the kind, such as num_queries=4 or value_rank=8 of attentive, l1=0.003 of muli."
+            help="NAME=NUMBER of the kind, such as num_members=4 or num_maxima=2 of multimax, num_queries=4 of attentive, l1=0.003 of muli."
         ),
     ] = None,
     normalize: Annotated[
