@@ -38,7 +38,7 @@ class LowRankAggregator(Aggregator):
 
     @abstractmethod
     def expand(self, pooled: torch.Tensor, slots: slice) -> torch.Tensor:
-        """The summaries `[S, B, D]`."""
+        """The summaries `[S, B, D]`, or of any other width that the kind's layer stage takes."""
 
     def map_of(self, slot: int) -> torch.Tensor:
         """The map of one slot, `[rank, D]`."""

@@ -222,7 +222,7 @@ class ProbeModel(nn.Module):
     def pool(
         self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the classifier gets, without dropout: `[batch, hidden_size]`.
+        """What the classifier gets, without dropout: `[batch, hidden_size]`, unless the kind has a width of its own.
 
         Args:
             hidden_states, attention_mask: see `forward`.

@@ -88,7 +88,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
-        """The map from the pooled vector to the logits, for a head of `config`."""
+        """The map from what the layer stage gives, `[B, D]` in most kinds, to the logits, for a head of `config`."""
         return Classifier(config.hidden_size, config.num_labels)
 
     @classmethod
