@@ -40,7 +40,7 @@ def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None,
     return (
         f"# {name}\n\nA probe head for {link}"
         + (f", {trained}" if results else "")
-        + f". It reads the hidden states of the frozen model while the model {when}. Kind `{config.probe_type}` of arXiv 2601.13288{size}; the backbone is not changed."
+        + f". It reads the hidden states of the frozen model while the model {when}. Kind `{config.probe_type}`, in the two stages of arXiv 2601.13288{size}; the backbone is not changed."
     )
 
 
