@@ -110,7 +110,8 @@ def test_everything(reproduction, tmp_path, monkeypatch):
     found = report["layers"]["toxicchat"]["gate"]
     assert found["layers"] == [0, 1, 2, 3, 4] and sum(group["rows"] for group in found["groups"]) == 12
     assert sum(kind["trials"] for kind in report["sensitivity"]["kinds"].values()) == 3
-    assert {(e["rows"], e["seed"], e["head"]) for e in report["few_labels"]["emotion"]["curves"]} == {
+    points = [point for found in report["few_labels"]["emotion"].values() for point in found["curve"]]
+    assert {(e["rows"], e["seed"], e["head"]) for e in points} == {
         (16, seed, name) for seed in (0, 1) for name in ("pooling", "gate", "attentive", "mha", "multimax")
     }
     pngs = (

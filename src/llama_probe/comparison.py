@@ -230,31 +230,32 @@ class Comparison:
         given = predictions(probabilities(logits, config), config).numpy()
         return group_layers(weights.numpy(), task.parts["test"].labels, given, list(config.id2label.values()))
 
-    def few_labels_settings(self, source: str, names: Sequence[str]) -> dict[str, Any]:
-        """What the learning curves of a data set depend on."""
-        return {**self.bench.settings, "data": source, "heads": self._few_label_heads(names), "sizes": list(SIZES)}
-
-    def _few_label_heads(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        heads = head_methods()
-        return {name: heads[name].head for name in names}
+    def few_labels_settings(self, source: str, name: str) -> dict[str, Any]:
+        """What the learning curve of a head on a data set depends on."""
+        return {**self.bench.settings, "data": source, "head": head_methods()[name].head, "sizes": list(SIZES)}
 
     def few_labels(self, task: Task, names: Sequence[str]) -> None:
-        """Heads on few training rows, scored on the test rows: part `few-labels/DATA`.
+        """Heads on few training rows, scored on the test rows: parts `few-labels/DATA/NAME`.
 
         They are trained as `llama-probe train` would; nothing is chosen, so neither validation nor test rows are looked at
         on the way.
         """
-        settings, part = self.few_labels_settings(task.source, names), f"few-labels/{task.name}"
-        if self.store.find(part, settings) is not None:
+        settings = {name: self.few_labels_settings(task.source, name) for name in names}
+        parts = {name: f"few-labels/{task.name}/{name}" for name in names}
+        wanted = [name for name in names if self.store.find(parts[name], settings[name]) is None]
+        if not wanted:
             return
         start = time.perf_counter()
-        logger.warning(f"learning curves of {', '.join(names)} on {task.source}")
+        logger.warning(f"learning curves of {', '.join(wanted)} on {task.source}")
         sets = [value for name in ("train", "test") for value in (task.dataset(name), task.parts[name].labels)]
-        heads, lm = self._few_label_heads(names), self.bench.lm_in_the_loop
+        heads, lm = {name: settings[name]["head"] for name in wanted}, self.bench.lm_in_the_loop
         curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, lm)
         rows = {name: len(task.parts[name]) for name in ("train", "test")}
-        result = {"metric": task.metric, "rows": rows, "curves": curves}
-        self.store.write(part, settings, result, time.perf_counter() - start, [part])
+        seconds, together = time.perf_counter() - start, [parts[name] for name in wanted]
+        for name in wanted:
+            own = [point for point in curves if point["head"] == name]
+            result = {"metric": task.metric, "rows": rows, "curve": own}
+            self.store.write(parts[name], settings[name], result, seconds, together)
 
     def head(self, task: Task, name: str, seed: int, group: str = "main") -> ProbeModel:
         """A head that `train` has kept.

@@ -281,9 +281,10 @@ class Reproduction:
             "layers": {source: find_all(f"layers/{_file(source)}", source, self._layered) for source in self.data},
             "sensitivity": find("sensitivity", self._sensitivity_settings),
             "few_labels": {
-                source: find(
-                    f"few-labels/{_file(source)}", comparison.few_labels_settings(source, self._trained_kinds)
-                )
+                source: {
+                    name: find(f"few-labels/{_file(source)}/{name}", comparison.few_labels_settings(source, name))
+                    for name in self._trained_kinds
+                }
                 for source in self.data
             },
         }

@@ -169,10 +169,9 @@ def _markdown(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
     if report["sensitivity"] is not None:
         yield from _sensitivity(report["sensitivity"])
         yield from _image("sensitivity.png", plots)
-    for source, found in report["few_labels"].items():
-        if found is not None:
-            yield from _few_labels(source, found)
-            yield from _image(f"few-labels-{_file(source)}.png", plots)
+    for source, heads in report["few_labels"].items():
+        yield from _few_labels(source, heads)
+        yield from _image(f"few-labels-{_file(source)}.png", plots)
     yield "## How it was made"
     yield ""
     if report["command"]:
@@ -200,7 +199,9 @@ def _unfinished(report: dict[str, Any]) -> list[str]:
     if "layers" in report["only"]:
         found += [f"layers on {source}" for source, heads in report["layers"].items() if None in heads.values()]
     if "few-labels" in report["only"]:
-        found += [f"few-labels on {source}" for source, curves in report["few_labels"].items() if curves is None]
+        found += [
+            f"few-labels on {source}" for source, heads in report["few_labels"].items() if None in heads.values()
+        ]
     if "sensitivity" in report["only"] and report["sensitivity"] is None:
         found.append("sensitivity")
     return found
@@ -362,7 +363,11 @@ def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
     yield from table(header, lines)
 
 
-def _few_labels(source: str, found: dict[str, Any]) -> Iterator[str]:
+def _few_labels(source: str, heads: dict[str, Any]) -> Iterator[str]:
+    done = [found for found in heads.values() if found is not None]
+    if not done:
+        return
+    found, curves = done[0], _curves(done)
     yield f"## Few labels: {source}"
     yield ""
     yield (
@@ -371,10 +376,13 @@ def _few_labels(source: str, found: dict[str, Any]) -> Iterator[str]:
         "number. No row is held back, and nothing is chosen by one."
     )
     yield ""
-    curves = summarize_curves(found["curves"], found["metric"])
     sizes = list(next(iter(curves.values())))
     lines = [[f"`{kind}`", *(cell(values[size]) for size in sizes)] for kind, values in curves.items()]
     yield from table(["kind", *(f"{size:,} rows" for size in sizes)], lines)
+
+
+def _curves(done: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    return summarize_curves([point for found in done for point in found["curve"]], done[0]["metric"])
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -394,10 +402,10 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         done = {name: found for name, found in heads.items() if found is not None and found["groups"]}
         if done:
             figures[f"layers-{_file(source)}.png"] = layer_groups_plot(done)
-    for source, found in report["few_labels"].items():
-        if found is not None:
-            curves = summarize_curves(found["curves"], found["metric"])
-            figures[f"few-labels-{_file(source)}.png"] = learning_curves_plot(curves, f"{source}: {found['metric']}")
+    for source, heads in report["few_labels"].items():
+        if done := [found for found in heads.values() if found is not None]:
+            title = f"{source}: {done[0]['metric']}"
+            figures[f"few-labels-{_file(source)}.png"] = learning_curves_plot(_curves(done), title)
     if report["sensitivity"] is not None:
         figures["sensitivity.png"] = sensitivity_plot(report["sensitivity"])
     return figures
