@@ -290,7 +290,7 @@ def methods_plot(panels: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         if others:
             axes.plot(*zip(*others, strict=True), "x", color="0.5", label="paper, another backbone")
         axes.set_yticks(list(places), names, fontsize=8)
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title.replace(", ", ",\n"), fontsize=9)
         axes.grid(axis="x", color="0.9")
         axes.legend(fontsize=7)
     return figure
