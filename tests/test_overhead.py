@@ -19,7 +19,9 @@ KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
 def model():
     model = AutoModelForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=DEEP))
     for kind in KINDS:
-        model.add_probe(kind, fresh_config(kind, HIDDEN, DEEP))
+        # As many directions as suit so narrow a model: the usual 64 are twice its hidden size.
+        options = {"options": {"num_maxima": 2, "num_members": 2}} if kind == "multimax" else {}
+        model.add_probe(kind, fresh_config(kind, HIDDEN, DEEP).replace(**options))
     return model
 
 
