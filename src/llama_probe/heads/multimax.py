@@ -52,10 +52,13 @@ class MultiMaxAggregator(LowRankAggregator):
     def projection(self, slots):
         return self.value[slots]
 
+    @staticmethod
+    def _counted(projected: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`[S, B, n, M R]`, as low as can be off the mask."""
+        return projected if mask is None else projected.masked_fill(~mask[None, :, :, None], float("-inf"))
+
     def absorb(self, state, projected, mask):
-        if mask is not None:
-            projected = projected.masked_fill(~mask[None, :, :, None], float("-inf"))
-        top = projected.amax(dim=2)  # [S, B, M R]
+        top = self._counted(projected, mask).amax(dim=2)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 
     def pooled(self, state):
@@ -66,9 +69,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     def weights(self, x, mask, slots):
         """The share of the directions whose largest value is the item's."""
-        projected = self.project(x, slots)  # [S, B, N, M R]
-        if mask is not None:
-            projected = projected.masked_fill(~mask[None, :, :, None], float("-inf"))
+        projected = self._counted(self.project(x, slots), mask)  # [S, B, N, M R]
         best = projected.argmax(dim=2, keepdim=True)
         return torch.zeros_like(projected).scatter_(2, best, 1.0).mean(dim=-1)
 
