@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeConfig, ProbeError, shared_training
-from llama_probe.features import PromptDataset, StateCache
+from llama_probe.features import CutReplies, PromptDataset, StateCache
 from llama_probe.learners import Candidate
 from llama_probe.shared_training import CHECKPOINT_NAME, SharedTraining
 from llama_probe.training import ProbeLoss
@@ -110,8 +110,24 @@ def test_batches_do_not_depend_on_how_rows_arrive(batch_size, chunks):
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("killed_after", [1, 2, 3])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm, data, killed_after, monkeypatch):
+@pytest.fixture
+def cut_data(data):
+    """The same, each training row now and then without some of its last tokens."""
+    return CutReplies(data[0], [len(prompt) - 1 for prompt in data[0].prompts]), data[1]
+
+
+def test_chance_in_the_rows_is_the_same_for_all(tmp_path, lm, data, cut_data):
+    together = train(tmp_path / "all", lm, cut_data, batch_tokens=64)
+    for number, single in enumerate(CANDIDATES):
+        assert same(train(tmp_path / str(number), lm, cut_data, [single], batch_tokens=64)[number], together[number])
+    assert not same(together[0], train(tmp_path / "whole", lm, data, batch_tokens=64)[0]), "some were cut"
+
+
+@pytest.mark.parametrize(
+    ("killed_after", "rows_are"), [(1, "data"), (2, "data"), (3, "data"), (2, "cut_data")], ids=str
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm, killed_after, rows_are, monkeypatch, request):
+    data = request.getfixturevalue(rows_are)
     arguments = {"keep": 0.6, "patience": 2, "epochs": 5}
     whole = train(tmp_path / "whole", lm, data, **arguments)
     training = SharedTraining(CANDIDATES, *data, "auprc", folder=tmp_path / "cut", lm=lm, **arguments)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import HIDDEN
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeConfig, ProbeError, shared_training
 from llama_probe.data_sources import DataSources
 from llama_probe.files import read_head, read_results
 from llama_probe.plots import sensitivity_plot
@@ -83,6 +83,29 @@ def test_what_it_leaves(rows, backbone_folder, tmp_path):
     assert {"learning_rate", "batch_size", "dropout"} <= {panel.get_xlabel() for panel in axes}
     shown = sum(len(points.get_offsets()) for points in axes[0].collections)
     assert shown == 6, "every trial has a learning rate"
+
+
+def test_heads_that_follow_replies_learn_from_cut_ones(backbone_folder, tmp_path, monkeypatch):
+    lines = [
+        json.dumps({"prompt": f"what no {i}", "text": "good no bad no good no", "label": i % 2}) for i in range(40)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    seen = []
+    original = shared_training.collect_hidden_states
+    monkeypatch.setattr(
+        shared_training,
+        "collect_hidden_states",
+        lambda *args: (seen.append(args[3].sum(dim=1).tolist()), original(*args))[1],
+    )
+    search = sweep(tmp_path, backbone_folder, tmp_path / "out", 2, ("gate",), head={"token_scope": "response"})
+    search.run.data = DataSources(train=str(tmp_path / "train.jsonl"), prompt_column="prompt")
+    search.execute()
+    lengths = Counter(length for batch in seen for length in batch)
+    whole = max(lengths)
+    assert lengths.total() == 3 * 40
+    # every other one of 34 training rows, 3 epochs, is cut by at least a token or, at times, by none
+    assert 20 < lengths.total() - lengths[whole] - lengths[whole - 1] < 60
+    assert read_head(tmp_path / "out" / "head").config.token_scope == "response"
 
 
 def test_a_killed_sweep_goes_on(rows, backbone_folder, tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ class SharedTraining:
 
     def _batches(self, dataset: Dataset, rows: np.ndarray) -> list[list[int]]:
         """Rows of like length together, so that little of a pass is padding."""
-        lengths = [len(dataset[int(row)]["input_ids"]) for row in rows]
+        lengths = [len(self._row(dataset, int(row))["input_ids"]) for row in rows]
         batches: list[list[int]] = []
         width = 0
         for index in np.argsort(lengths, kind="stable"):
@@ -211,18 +211,25 @@ class SharedTraining:
             batches[-1].append(int(rows[index]))
         return batches
 
+    def _row(self, dataset: Dataset, row: int) -> dict:
+        """A row, whose chance - see `CutReplies` - depends on the seed and the epoch alone: on no rank, batch or learner."""
+        torch.manual_seed(hash((self.seed, self.epoch, row)) % 2**63)
+        return dataset[row]
+
     def _states(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple]:
         """For each batch its labels, a function from a head to the states that it reads, and the mask."""
         collate = ProbeCollator()
         config, device = self.learners[0].probe.config, self.learners[0].probe.device
         if self.lm is None:
             for rows in batches:
-                batch = collate([dataset[row] for row in rows])
+                batch = collate([self._row(dataset, row) for row in rows])
                 x, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
                 yield batch["labels"], _Shared(x), mask.to(device)
             return
         for start in range(0, len(batches), world_size()):
-            turn = [collate([dataset[row] for row in rows]) for rows in batches[start : start + world_size()]]
+            turn = [
+                collate([self._row(dataset, row) for row in rows]) for rows in batches[start : start + world_size()]
+            ]
             # All ranks run the backbone, also where there are too few batches: it may be sharded over them.
             own = turn[min(rank(), len(turn) - 1)]
             states = self._run_backbone(own)

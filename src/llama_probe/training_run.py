@@ -72,8 +72,12 @@ class Prepared:
 
     @property
     def trained(self) -> Dataset:
-        """The rows of train, then the extra ones."""
-        return ConcatDataset([self.datasets[name] for name in ("train", "extra") if name in self.datasets])
+        """The rows of train, then the extra ones; for a head that follows replies, some of these cut short."""
+        names = [name for name in ("train", "extra") if name in self.datasets]
+        rows = ConcatDataset([self.datasets[name] for name in names])
+        if not self.config.reads_reply:
+            return rows
+        return CutReplies(rows, list(chain.from_iterable(self.reply_lengths[name] for name in names)))
 
     def close(self) -> None:
         """Removes cached states that nobody asked to keep."""
@@ -242,9 +246,6 @@ class TrainingRun:
     def _train(self, seed: int, prepared: Prepared, checkpoints: Path) -> dict[str, Any]:
         """A head, what was measured of it, and the logits of the validation rows that it was judged by."""
         datasets, trained = prepared.datasets, prepared.trained
-        if prepared.config.reads_reply:
-            lengths = [prepared.reply_lengths[name] for name in ("train", "extra") if name in datasets]
-            trained = CutReplies(trained, list(chain.from_iterable(lengths)))
         if not prepared.folds:
             probe, epochs = self._fit(seed, prepared, trained, datasets["validation"], checkpoints)
             logits = predict_logits(probe, datasets["validation"])
