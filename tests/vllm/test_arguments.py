@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import make_probe
 from tiny_engine import HEADS, HIDDEN, TinyServing, tiny  # noqa: F401 - a fixture
@@ -10,6 +12,7 @@ from tiny_families import TINY
 from tiny_families import tiny as make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.fingerprint import describe
@@ -93,6 +96,18 @@ def test_heads_of_another_backbone(tiny, elsewhere, caplog):  # noqa: F811
             strict()
     words = server_arguments([str(backbone), "--probe", head, "--probe-strict", "--skip-fingerprints"])
     assert not any("strict" in word or "fingerprints" in word for word in words)
+
+
+def test_backbones_of_the_hub_are_fetched_once(elsewhere, hub, caplog, tmp_path, monkeypatch):
+    backbone, head = elsewhere
+    hub.plant("alice/lm", {path.name: path.read_bytes() for path in backbone.iterdir()})
+    kept = {"download_dir": str(tmp_path / "kept")}
+    with pytest.raises(ProbeError, match="has a fingerprint"):
+        engine_kwargs("alice/lm", head, probe_strict=True, **kept)
+    assert take_warnings(caplog) == []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    weights = download_weights_from_hf("alice/lm", kept["download_dir"], ["*.safetensors"])
+    assert sorted(path.name for path in Path(weights).glob("*.safetensors")) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("architecture", compatibility.ARCHITECTURES)

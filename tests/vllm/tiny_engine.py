@@ -24,6 +24,7 @@ HEADS = {
     "tone": {"probe_type": "gate", "layers": [1, 3], "num_labels": 3, "temperature": 2.0},
     "topics": {"probe_type": "pooling", "pool": "max", "num_labels": 3, "problem_type": "multi_label_classification"},
     "size": {"probe_type": "last", "num_labels": 1, "problem_type": "regression"},
+    "mood": {"probe_type": "multimax", "options": {"num_maxima": 2, "num_members": 3}, "num_labels": 2},
 }
 
 

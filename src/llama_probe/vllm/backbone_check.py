@@ -29,24 +29,29 @@ _PLACES = {
 
 
 def check_heads(
-    configs: Mapping[str, ProbeConfig], model: str, revision: str | None = None, strict: bool = False
+    configs: Mapping[str, ProbeConfig],
+    model: str,
+    revision: str | None = None,
+    strict: bool = False,
+    cache_dir: str | None = None,
 ) -> None:
     """Warns, once for a head, of all that tells the backbone from the one it was trained on; see `check_backbone`.
 
     For the fingerprints the backbone runs over 32 tokens, on the CPU, with one layer in memory at a time: its weights are
-    read from their files as vLLM is about to read them again. Where they are not at hand - not fetched from the Hub yet,
-    quantised, or no safetensors - nothing is compared, and that is said.
+    fetched, and read from their files, as vLLM is about to do. Where that cannot be - they are quantised, no safetensors, or
+    not to be had - nothing is compared, and that is said.
 
     Args:
         configs: of the heads, by name.
         model, revision: folder or Hub id of a model of one of `ARCHITECTURES`.
+        cache_dir: where vLLM keeps what it fetches (its `download_dir`), so that this is fetched once.
 
     Raises:
         ProbeError: with `strict`, instead of a warning.
     """
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         try:
-            config = AutoConfig.from_pretrained(model, revision=revision, local_files_only=True)
+            config = AutoConfig.from_pretrained(model, revision=revision)
             if getattr(config, "quantization_config", None) is not None:
                 raise ValueError("they are quantised")
             lm = AutoModelForCausalLM.from_pretrained(
@@ -56,7 +61,7 @@ def check_heads(
                 dtype="auto",
                 device_map=_PLACES,
                 offload_folder=scratch,  # stays empty: safetensors are read where they are
-                local_files_only=True,
+                cache_dir=cache_dir,
                 use_safetensors=True,
             )
         except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:

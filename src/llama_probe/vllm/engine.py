@@ -82,7 +82,7 @@ def engine_kwargs(
     settings = ProbeSettings(heads, _plain(halt_on), allow_untested_vllm)
     settings.rules  # noqa: B018 - raises where halt_on is not allowed
     if compare_fingerprints:
-        check_heads(settings.configs, model, target.revision, probe_strict)
+        check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))
     from vllm.config import KVTransferConfig
 
     return {
