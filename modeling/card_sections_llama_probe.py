@@ -119,7 +119,9 @@ def measurements(config: ProbeConfig, results: dict[str, Any], split: str, plots
 
 def data(results: dict[str, Any], facts: CardFacts) -> str:
     """Origin, licence and numbers of the rows."""
-    rows = ", ".join(f"{name} {part['rows']:,} rows ({part['source']})" for name, part in results["data"].items())
+    rows = ", ".join(
+        f"{name} {part['rows']:,} rows ({part['source']}{_counting(part)})" for name, part in results["data"].items()
+    )
     return f"{facts.data_note or 'No licence of the data was stated.'} Rows: {rows}."
 
 
@@ -244,6 +246,15 @@ def _with_spread(values: Sequence[float | None], own: float | None, form: str) -
     if len(values) < 2 or None in values:
         return f"{own:{form}}"
     return f"{own:{form}} ({statistics.mean(values):{form}} ± {statistics.stdev(values):{form}})"
+
+
+def _counting(part: dict[str, Any]) -> str:
+    """What rows count for in the loss, where that is not 1."""
+    weights = [f"{weight:g}" for weight in part.get("weights", [])]
+    if not weights:
+        return ""
+    turns = " in turn for the head's members" if len(weights) > 1 else ""
+    return f"; they count {' and '.join(weights)}{turns}"
 
 
 def _validation_rows(results: dict[str, Any]) -> str:

@@ -157,6 +157,7 @@ class ProbeModel(nn.Module):
         hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None,
         output_attentions: bool = False,
         probe_mask: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Scores prompts from their ids (with a backbone) or from their hidden states.
 
@@ -173,6 +174,8 @@ class ProbeModel(nn.Module):
             output_attentions: also returns `token_weights` and `layer_weights`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
                 `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
+            row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`. They are handed on
+                with the output, for a loss that is taken of it.
 
         Returns:
             `ProbeOutput` with the logits `[batch, num_labels]`, and the loss where labels are given.
@@ -199,7 +202,8 @@ class ProbeModel(nn.Module):
                     f"attention_mask has the shape {tuple(mask.shape)}, the states need {tuple(x.shape[1:3])}"
                 )
         check_rows(mask)
-        return self.score(self.normalize(x), None if mask is None else mask.to(self.device), labels, output_attentions)
+        mask = None if mask is None else mask.to(self.device)
+        return self.score(self.normalize(x), mask, labels, output_attentions, row_weights)
 
     def score(
         self,
@@ -207,6 +211,7 @@ class ProbeModel(nn.Module):
         mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_attentions: bool = False,
+        row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """What `forward` does once the states are at hand; many heads can share them.
 
@@ -214,10 +219,10 @@ class ProbeModel(nn.Module):
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
                 that the head reads, ascending.
             mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count; all where left out.
-            labels, output_attentions: see `forward`.
+            labels, output_attentions, row_weights: see `forward`.
         """
         summaries = self.token_stage(x, mask)  # [S, B, D]
-        output = self.score_summaries(summaries, labels, output_attentions)
+        output = self.score_summaries(summaries, labels, output_attentions, row_weights)
         if output_attentions:
             output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
         return output
@@ -345,7 +350,11 @@ class ProbeModel(nn.Module):
         return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
 
     def score_summaries(
-        self, summaries: torch.Tensor, labels: torch.Tensor | None = None, output_attentions: bool = False
+        self,
+        summaries: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`."""
         if self.training and self.config.layer_dropout:
@@ -359,8 +368,9 @@ class ProbeModel(nn.Module):
         output = ProbeOutput.from_logits(self.classifier(pooled), self.config)
         if self.training:
             output.member_logits = self.classifier.member_logits(pooled)
+        output.row_weights = row_weights
         if labels is not None:
-            output.loss = probe_loss(output.learned_logits, labels, self.config)
+            output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
         if output_attentions:
             output.layer_weights = self.layer_stage.weights(items, None, slice(None))[0]  # [B, S]
         return output

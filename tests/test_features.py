@@ -11,7 +11,7 @@ from launcher import environment
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.evaluation import predict_logits, predict_together
-from llama_probe.features import CutReplies, ProbeCollator, PromptDataset, StateCache
+from llama_probe.features import ProbeCollator, PromptDataset, StateCache
 
 
 PREFIX = [7, 8, 9]
@@ -206,16 +206,3 @@ def test_a_full_disk_is_foreseen(tmp_path, prompts, monkeypatch):
 def test_no_prompt_may_be_empty(tmp_path):
     with pytest.raises(ProbeError, match="no token that a head reads"):
         StateCache(tmp_path).dataset(make_lm(), ProbeModel(config(), make_lm()).config, [PREFIX], LABELS[:1])
-
-
-def test_replies_are_cut_and_prompts_are_not():
-    ids, masks = [[1, 2, 3, 4, 5], [6, 7, 8]], [[False, False, True, True, True], [False, True, True]]
-    rows = CutReplies(PromptDataset(ids, np.array([0, 1]), masks), [3, 2])
-    torch.manual_seed(0)
-    seen = [rows[row] for row in (0, 1) * 60]
-    for row, most in ((0, 5), (1, 3)):
-        lengths = [len(item["input_ids"]) for item in seen[row::2]]
-        least = most - len([flag for flag in masks[row] if flag]) + 1
-        assert set(lengths) == set(range(least, most + 1)) and 20 < lengths.count(most) < 60
-    assert all(len(item["probe_mask"]) == len(item["input_ids"]) and any(item["probe_mask"]) for item in seen)
-    assert len(rows) == 2 and ids[0] == [1, 2, 3, 4, 5], "the rows themselves stay whole"

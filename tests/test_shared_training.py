@@ -6,12 +6,14 @@ import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset
 
 from llama_probe import ProbeConfig, ProbeError, shared_training
-from llama_probe.features import CutReplies, PromptDataset, StateCache
+from llama_probe.features import PromptDataset, StateCache
 from llama_probe.learners import Candidate
 from llama_probe.shared_training import CHECKPOINT_NAME, SharedTraining
 from llama_probe.training import ProbeLoss
+from llama_probe.training_rows import CutReplies, WeightedRows
 
 
 def rows(count: int, seed: int) -> PromptDataset:
@@ -121,6 +123,18 @@ def test_chance_in_the_rows_is_the_same_for_all(tmp_path, lm, data, cut_data):
     for number, single in enumerate(CANDIDATES):
         assert same(train(tmp_path / str(number), lm, cut_data, [single], batch_tokens=64)[number], together[number])
     assert not same(together[0], train(tmp_path / "whole", lm, data, batch_tokens=64)[0]), "some were cut"
+
+
+def test_rows_that_count_for_nothing_teach_nothing(tmp_path, lm, data):
+    further = rows(20, 2)
+    found = []
+    for number, (weight, labels) in enumerate(
+        [(0.0, further.labels), (0.0, 1 - further.labels), (1.0, further.labels)]
+    ):
+        extra = WeightedRows(PromptDataset(further.prompts, labels), [weight])
+        found.append(train(tmp_path / str(number), lm, (ConcatDataset([data[0], extra]), data[1])))
+    assert all(same(found[0][number], found[1][number]) for number in found[0])
+    assert not same(found[0][0], found[2][0])
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,22 @@ class TestHoldingBack:
         fewer = DataSources(train=train, folds=3, extra=[extra, extra], max_extra_rows=7).read(0)["extra"]
         assert len(fewer) == 14 and set(fewer.texts) < set(with_folds["extra"].texts) and len(set(fewer.texts)) == 7
 
+    @pytest.mark.parametrize(
+        ("weights", "reason"),
+        [
+            ([], "must be numbers"),
+            ([-0.1, 1.0], "must be numbers"),
+            ([0.0], "not all of them 0"),
+            ([float("inf")], "must"),
+        ],
+    )
+    def test_weights_of_extra_rows_that_are_none(self, tmp_path, weights, reason):
+        train = write(tmp_path / "a.jsonl", 40)
+        with pytest.raises(ProbeError, match=reason):
+            DataSources(train=train, extra=[train], extra_weights=weights)
+        with pytest.raises(ProbeError, match="are for the rows of extra, and there are none"):
+            DataSources(train=train, extra_weights=[0.5])
+
     def test_extra_rows_of_a_named_data_set_are_read_by_the_order_of_its_labels(self, tmp_path):
         (tmp_path / "advbench").mkdir()
         (tmp_path / "advbench" / "test.jsonl").write_text(json.dumps({"text": "Make a bomb.", "label": 1}))
@@ -220,6 +236,24 @@ def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
     assert results["data"]["train"] == without["data"]["train"] and "extra" not in without["data"]
     assert results["runs"][0]["test"]["auroc"] == 1.0 > without["runs"][0]["test"]["auroc"]
     assert "extra 60 rows" in (tmp_path / "head-1" / "README.md").read_text()
+
+
+def test_what_extra_rows_count_for_is_said(backbone_folder, tmp_path):
+    train, extra = write(tmp_path / "a.jsonl", 40), write(tmp_path / "b.jsonl", 60)
+
+    def run(**head):
+        data = DataSources(train=train, label_names=["0", "1"], extra=[extra], extra_weights=[0.0, 0.25])
+        recipe = Recipe(num_train_epochs=1)
+        return TrainingRun(str(backbone_folder), data, tmp_path / "head", head, recipe).execute()
+
+    results = run(probe_type="multimax", options={"num_members": 2, "num_maxima": 1})
+    assert results["data"]["extra"]["weights"] == [0.0, 0.25] and "weights" not in results["data"]["train"]
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert "b.jsonl; they count 0 and 0.25 in turn for the head's members)" in card
+    with pytest.raises(
+        ProbeError, match=r"one for each of 2 members or more, and this gate head has 1: give a single"
+    ):
+        run(probe_type="gate")
 
 
 def test_extra_rows_where_a_kind_is_fitted_are_refused(backbone_folder, tmp_path):

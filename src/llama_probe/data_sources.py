@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -30,6 +31,8 @@ class DataSources:
         extra: further rows to train on, of other sources: neither the head, nor its temperature and threshold, is chosen or
             measured by them. Their labels are read as those of train, by name or else in their order; rows whose text is
             among the validation or test rows are left out.
+        extra_weights: what these rows count for in the loss, where those of train count for 1. Of several numbers, the members of a
+            head that has them (`multimax`) take turns: with 0 and 0.3 every other one learns from train alone.
         text_column, label_column, label_names, problem_type, prompt_column: see `read_labelled`.
         slice_columns: columns of the test rows to report by; those of the table where test is known by name.
         folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
@@ -40,14 +43,15 @@ class DataSources:
         data_dir: local copies of the data sets known by name, see `read_benchmark`.
 
     Raises:
-        ProbeError: `data_dir` has no copy of train, columns are named where every source has its own, or `folds` is no
-            number of folds or given beside `eval`.
+        ProbeError: `data_dir` has no copy of train, columns are named where every source has its own, `folds` is no
+            number of folds or given beside `eval`, or `extra_weights` are no weights or given without `extra`.
     """
 
     train: str
     eval: str | None = None
     test: str | None = None
     extra: list[str] = field(default_factory=list)
+    extra_weights: list[float] = field(default_factory=lambda: [1.0])
     text_column: str = "text"
     label_column: str = "label"
     label_names: list[str] | None = None
@@ -73,6 +77,11 @@ class DataSources:
             raise ProbeError(
                 f"test_share={self.test_share} and the test rows of {self.test} cannot both be used: leave one out"
             )
+        weights = self.extra_weights
+        if not weights or min(weights) < 0 or not math.isfinite(sum(weights)) or not any(weights):
+            raise ProbeError(f"extra_weights={weights} must be numbers of at least 0, not all of them 0")
+        if weights != [1.0] and not self.extra:
+            raise ProbeError(f"extra_weights={weights} are for the rows of extra, and there are none")
         known = find_benchmark(self.train)
         if known is not None:
             benchmark, split = known

@@ -82,6 +82,7 @@ def probe_loss(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
     reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
 
@@ -93,12 +94,17 @@ def probe_loss(
         label_smoothing: share of the target spread evenly over the classes.
         focal_gamma: down-weights rows that are already right by `(1 - p)^gamma` (Lin et al., arXiv 1708.02002).
         reduction: `"mean"` or `"sum"` over rows.
+        row_weights (`[batch, W]`, *optional*): what each row's loss is multiplied by. Of several members the first takes the
+            first column, and so on, and after W of them the first again.
     """
     targets = targets.to(logits.device)
     if logits.dim() == 3:
+        turns = [None] if row_weights is None else row_weights.split(1, dim=1)
         each = [
-            probe_loss(part, targets, config, class_weights, label_smoothing, focal_gamma, reduction)
-            for part in logits
+            probe_loss(
+                part, targets, config, class_weights, label_smoothing, focal_gamma, reduction, turns[i % len(turns)]
+            )
+            for i, part in enumerate(logits)
         ]
         return torch.stack(each).mean()
     if class_weights is not None:
@@ -119,6 +125,8 @@ def probe_loss(
         if focal_gamma:
             right = logits.softmax(dim=-1).gather(1, targets.long().unsqueeze(1)).squeeze(1)
             rows = rows * (1 - right) ** focal_gamma
+    if row_weights is not None:
+        rows = rows * row_weights[:, 0].to(rows)
     return rows.sum() if reduction == "sum" else rows.mean()
 
 
@@ -143,6 +151,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
             layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
         member_logits (`[members, batch, num_labels]`, *optional*): while a head learns that is several in one.
+        row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
     """
 
     loss: torch.Tensor | None = None
@@ -150,6 +159,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     token_weights: torch.Tensor | None = None
     layer_weights: torch.Tensor | None = None
     member_logits: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:

@@ -91,33 +91,6 @@ class StateDataset(Dataset):
         return {"input_ids": self.tokens[row], "hidden_states": states, "labels": self.labels[row]}
 
 
-class CutReplies(Dataset):
-    """Rows that end with replies, of which every other one, by chance, is seen cut short: for heads that follow a reply.
-
-    Such a head is asked after every token; trained on whole replies alone, it is sure of itself after the first few.
-
-    Args:
-        dataset: a `PromptDataset` or a `StateDataset`.
-        lengths: tokens of each reply.
-    """
-
-    def __init__(self, dataset: Dataset, lengths: Sequence[int]):
-        self.dataset, self.lengths = dataset, lengths
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> dict:
-        item = dict(self.dataset[row])
-        if torch.rand(()) < 0.5:
-            left = int(torch.randint(1, self.lengths[row] + 1, ()))
-            stop = len(item["input_ids"]) - self.lengths[row] + left
-            for name in ("input_ids", "hidden_states", "probe_mask"):
-                if name in item:
-                    item[name] = item[name][:stop]
-        return item
-
-
 class StateCache:
     """A folder of cached hidden states, one sub-folder for each set of prompts.
 
@@ -285,8 +258,8 @@ class ProbeCollator:
     """Pads rows of a `PromptDataset` or a `StateDataset` on the right and stacks them into a batch."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """`labels`, `attention_mask` `[B, T]`, `input_ids` `[B, T]` or `hidden_states` `[B, L+1, T, D]`, and `probe_mask`
-        `[B, T]` where the rows have one."""
+        """`labels`, `attention_mask` `[B, T]`, `input_ids` `[B, T]` or `hidden_states` `[B, L+1, T, D]`, where the rows have one
+        `probe_mask` `[B, T]`, and where some have them `row_weights` `[B, W]`, which are 1 for the others."""
         lengths = [len(row["input_ids"]) for row in rows]
         width = max(lengths)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -309,6 +282,9 @@ class ProbeCollator:
             batch["probe_mask"] = torch.zeros(len(rows), width, dtype=torch.bool)
             for i, row in enumerate(rows):
                 batch["probe_mask"][i, : lengths[i]] = torch.as_tensor(row["probe_mask"])
+        weights = [row.get("row_weights") for row in rows]
+        if (some := next(filter(None, weights), None)) is not None:
+            batch["row_weights"] = torch.tensor([each or [1.0] * len(some) for each in weights])
         return batch
 
 

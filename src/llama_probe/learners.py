@@ -83,11 +83,14 @@ class Learner:
         self.history = History()
         self.best_weights: dict[str, torch.Tensor] = {}
 
-    def feed(self, x: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> None:
+    def feed(
+        self, x: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor | None = None
+    ) -> None:
         """Takes in rows, and updates the head whenever a batch is complete.
 
         Args:
             x (`[layers_read, rows, tokens, hidden_size]`): normalised states. mask (`[rows, tokens]`). labels: of the rows.
+            row_weights (`[rows, W]`, *optional*): see `probe_loss`.
         """
         start, size = 0, self.candidate.batch_size
         self.probe.train()
@@ -95,7 +98,8 @@ class Learner:
             stop = min(len(labels), start + size - self.pending)
             # Dropout depends on the candidate and its step alone, not on which others are still alive.
             torch.manual_seed(hash((self.candidate.seed, self.candidate.number, self.steps, self.pending)) % 2**63)
-            output = self.probe.score(x[:, start:stop], mask[start:stop])
+            weights = None if row_weights is None else row_weights[start:stop]
+            output = self.probe.score(x[:, start:stop], mask[start:stop], row_weights=weights)
             self._loss(output, labels[start:stop]).backward()
             self.pending += stop - start
             start = stop

@@ -174,10 +174,10 @@ class SharedTraining:
         bar = tqdm(
             total=len(self.train), desc=f"epoch {self.epoch + 1}", unit=" rows", leave=False, disable=not is_main()
         )
-        for labels, shared, mask in self._states(self.train, batches):
+        for batch, shared, mask in self._states(self.train, batches):
             for learner in learners:
-                learner.feed(shared(learner.probe), mask, labels)
-            bar.update(len(labels))
+                learner.feed(shared(learner.probe), mask, batch["labels"], batch.get("row_weights"))
+            bar.update(len(mask))
         bar.close()
         for learner in learners:
             learner.flush()
@@ -217,14 +217,14 @@ class SharedTraining:
         return dataset[row]
 
     def _states(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple]:
-        """For each batch its labels, a function from a head to the states that it reads, and the mask."""
+        """Each batch, with a function from a head to the states that it reads, and the mask."""
         collate = ProbeCollator()
         config, device = self.learners[0].probe.config, self.learners[0].probe.device
         if self.lm is None:
             for rows in batches:
                 batch = collate([self._row(dataset, row) for row in rows])
                 x, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
-                yield batch["labels"], _Shared(x), mask.to(device)
+                yield batch, _Shared(x), mask.to(device)
             return
         for start in range(0, len(batches), world_size()):
             turn = [
@@ -236,7 +236,7 @@ class SharedTraining:
             for source, batch in enumerate(turn):
                 mask = counted_tokens(config, batch)
                 x = states if source == rank() else states.new_empty(len(states), *mask.shape, states.shape[-1])
-                yield batch["labels"], _Shared(broadcast(x, source)), mask.to(device)
+                yield batch, _Shared(broadcast(x, source)), mask.to(device)
 
     def _run_backbone(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """States `[L+1, rows, tokens, hidden_size]`."""

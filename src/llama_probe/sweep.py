@@ -24,7 +24,8 @@ from .heads import get_probe_type
 from .learners import Candidate, Learner
 from .plots import write_sensitivity_plot
 from .shared_training import CHECKPOINT_NAME, SharedTraining
-from .training_run import Prepared, TrainingRun
+from .training_rows import Prepared
+from .training_run import TrainingRun
 
 
 STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "study.log", "sweep.json", "head"

@@ -56,6 +56,7 @@ class ProbeLoss:
             self.label_smoothing,
             self.focal_gamma,
             reduction="sum",
+            row_weights=outputs.row_weights,
         )
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
         return total / rows

@@ -6,18 +6,16 @@ import dataclasses
 import math
 import shutil
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
 from .calibration import calibrate, check_max_false_positive_rate
@@ -28,7 +26,7 @@ from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rul
 from .distributed import barrier, check_shared, is_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
-from .features import CutReplies, PromptDataset, StateCache
+from .features import PromptDataset, StateCache
 from .files import environment, save_head
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier
@@ -40,49 +38,7 @@ from .probe import ProbeModel
 from .prompts import PromptFormat, split_reply
 from .recipe import Recipe, complete
 from .training import ProbeLoss, balanced_weights, create_trainer, training_arguments
-
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Prepared:
-    """What a run has before it trains.
-
-    Attributes:
-        parts: rows of `train`, `validation` and, where given, `test` and `extra`. datasets: their prompts or states.
-        reply_lengths: the tokens of their replies, for a head that reads these.
-        config: of a head, with all that it records of prompts and backbone.
-        metric: the validation metric to choose by.
-        lm: the frozen backbone; `None` where the states are cached.
-        head: untrained, with what its kind needs of the backbone beside states.
-        cache: that goes when the run is over.
-        folds: rows of train that take turns as validation rows; none where the validation rows are others.
-    """
-
-    parts: dict[str, LabelledTexts]
-    config: ProbeConfig
-    metric: str
-    datasets: dict[str, Dataset]
-    reply_lengths: dict[str, list[int] | None]
-    lm: PreTrainedModel | None
-    head: ProbeModel
-    cache: StateCache | None
-    folds: list[np.ndarray] = field(default_factory=list)
-
-    @property
-    def trained(self) -> Dataset:
-        """The rows of train, then the extra ones; for a head that follows replies, some of these cut short."""
-        names = [name for name in ("train", "extra") if name in self.datasets]
-        rows = ConcatDataset([self.datasets[name] for name in names])
-        if not self.config.reads_reply:
-            return rows
-        return CutReplies(rows, list(chain.from_iterable(self.reply_lengths[name] for name in names)))
-
-    def close(self) -> None:
-        """Removes cached states that nobody asked to keep."""
-        if self.cache is not None:
-            self.cache.delete()
+from .training_rows import Prepared
 
 
 @dataclass
@@ -183,6 +139,12 @@ class TrainingRun:
         config = describe(lm, config.replace(**prompts.config_fields()))
         head = ProbeModel(config)
         head.bind(lm)
+        weights, members = self.data.extra_weights, head.classifier.members
+        if len(weights) > members:
+            raise ProbeError(
+                f"extra_weights={weights} are one for each of {len(weights)} members or more, and this {config.probe_type} head "
+                f"has {members}: give a single weight, or use probe_type='multimax'"
+            )
         check_shared(self.output)
         cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
         datasets: dict[str, Dataset] = {}
@@ -195,7 +157,8 @@ class TrainingRun:
                 else PromptDataset(ids, rows.labels, masks)
             )
         passing = cache if self.cache_dir is None else None
-        return Prepared(parts, config, metric, datasets, reply_lengths, None if cache else lm, head, passing, folds)
+        kept = None if cache else lm
+        return Prepared(parts, config, metric, datasets, reply_lengths, kept, head, passing, folds, weights)
 
     def save(
         self,
@@ -338,7 +301,7 @@ class TrainingRun:
         config, parts, metric = prepared.config, prepared.parts, prepared.metric
         sources = {"train": [self.data.train], "validation": [self.data.eval], "test": [self.data.test]}
         sources = {name: found for name, found in sources.items() if found != [None]} | {"extra": self.data.extra}
-        folds = len(prepared.folds)
+        folds, weights = len(prepared.folds), prepared.extra_weights
         held_out = {
             "validation": f"{folds} folds of train" if folds else f"{self.data.validation_share:.0%} of train",
             "test": f"{self.data.test_share or 0:.0%} of train",
@@ -359,6 +322,7 @@ class TrainingRun:
                     if name in sources
                     else held_out[name],
                     "rows": len(rows),
+                    **({"weights": weights} if name == "extra" and weights != [1.0] else {}),
                 }
                 for name, rows in parts.items()
             },

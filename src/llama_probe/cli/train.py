@@ -71,6 +71,13 @@ def train(
         ),
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Use at most so many training rows.")] = None,
+    extra_weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="What the rows of --extra count for, others counting for 1. Given again, the members of a multimax head take "
+            "turns: with 0 and 0.3 every other one learns without them.  [default: 1]"
+        ),
+    ] = None,
     max_extra_rows: Annotated[
         int | None, typer.Option(help="And at most so many of each --extra, drawn at random.")
     ] = None,
@@ -167,6 +174,7 @@ def train(
             eval=eval,
             test=test,
             extra=extra or [],
+            extra_weights=extra_weight or [1.0],
             text_column=text_column,
             label_column=label_column,
             prompt_column=prompt_column,

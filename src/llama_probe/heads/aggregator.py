@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 class Classifier(nn.Linear):
-    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
+    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it.
+
+    Attributes:
+        members: how many heads it is the mean of, which learn apart.
+    """
+
+    members = 1
 
     def bind(self, lm: nn.Module) -> None:
         """Takes what the map needs of the frozen LM beside its states; most need nothing.
