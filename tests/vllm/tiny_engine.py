@@ -1,4 +1,4 @@
-"""A tiny random Llama that vLLM's CPU kernels take, heads for it, and what transformers says with them."""
+"""Tiny random backbones that vLLM's CPU kernels take, heads for them, and what transformers says with these."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_lm, make_probe, make_tokenizer
+from transformers import PreTrainedModel
 
-from llama_probe import LlamaForProbedGeneration
+from llama_probe import AutoModelForProbedGeneration
 
 
 HIDDEN = 128
+SIZES = {"vocab_size": 260, "hidden_size": HIDDEN, "num_attention_heads": 4, "max_position_embeddings": 1024}
 PREFIX = [1, 30, 31]  # what "content" heads leave out
 HEADS = {
     "guard": {
@@ -34,7 +36,7 @@ class TinyServing:
 
     backbone: Path
     heads: dict[str, str]
-    model: LlamaForProbedGeneration = field(repr=False)
+    model: PreTrainedModel = field(repr=False)
 
     def reference(self, ids: list[int], max_new_tokens: int = 1):
         """What `generate` gives for one prompt, greedily, whatever the end-of-sequence token."""
@@ -66,11 +68,8 @@ class TinyServing:
                 assert list(said["scores"].values()) == pytest.approx(probabilities, abs=1e-3)
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> TinyServing:
-    """Heads of each kind of problem, reading all layers, some, or one."""
-    folder = tmp_path_factory.mktemp("serving")
-    lm = make_lm(vocab_size=260, hidden_size=HIDDEN, num_attention_heads=4, max_position_embeddings=1024)
+def make_serving(folder: Path, lm: PreTrainedModel) -> TinyServing:
+    """A backbone and heads of each kind of problem, reading all layers, some, or one, as folders."""
     lm.save_pretrained(folder / "lm")
     make_tokenizer().save_pretrained(folder / "lm")
     heads = {name: str(folder / name) for name in HEADS}
@@ -78,4 +77,10 @@ def tiny(tmp_path_factory) -> TinyServing:
         probe = make_probe(seed, hidden_size=HIDDEN, **config)
         probe.classifier.weight.data *= 0.2  # logits of the size that trained heads give
         probe.save_pretrained(heads[name])
-    return TinyServing(folder / "lm", heads, LlamaForProbedGeneration.from_pretrained(folder / "lm", probe=heads))
+    return TinyServing(folder / "lm", heads, AutoModelForProbedGeneration.from_pretrained(folder / "lm", probe=heads))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyServing:
+    """A Llama."""
+    return make_serving(tmp_path_factory.mktemp("serving"), make_lm(**SIZES))
