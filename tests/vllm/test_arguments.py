@@ -117,7 +117,7 @@ def test_backbones_of_each_family_are_known_again(architecture, tmp_path, caplog
     configs = {"head": describe(lm, ProbeConfig(probe_type="gate", num_labels=2))}
     lm.save_pretrained(tmp_path)
     check_heads(configs, str(tmp_path), strict=True)
-    lm.model.layers[1].mlp.down_proj.weight.data.mul_(1.5)
+    lm.model.layers[1].self_attn.o_proj.weight.data.mul_(1.5)
     lm.save_pretrained(tmp_path)
     with pytest.raises(ProbeError, match="has a fingerprint"):
         check_heads(configs, str(tmp_path), strict=True)

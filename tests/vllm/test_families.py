@@ -18,7 +18,14 @@ BLOCK = 32
 
 
 def make_backbone(family: str):
-    sizes = {**conftest.SIZES, **SIZES, "sliding_window": 16}  # shorter than the prompts, where a family has one
+    experts = TINY[family][2] if family.endswith("_moe") else {}
+    sizes = {
+        **conftest.SIZES,
+        **experts,
+        **SIZES,
+        "head_dim": 32,
+        "sliding_window": 16,
+    }  # a window shorter than the prompts, where a family has one
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
 
