@@ -56,6 +56,20 @@ def test_train_by_name(trained_by_name, copies):
     assert "--train toxicchat" in card["command"] and str(copies) not in json.dumps(results)
 
 
+def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path):
+    done = run(
+        "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", copies / "xstest" / "test.jsonl",
+        "--label-names", "safe,unsafe", "--extra", "toxicchat", "--extra-weight", 0.5, f"--data-dir={copies}",
+        "--output", tmp_path, "--epochs", 1, "--folds", 0, "--max-length", 64, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["data"]["extra"] == {"source": "toxicchat", "rows": 40, "weights": [0.5]}
+    note = "No licence of the training rows was stated. Further rows: ToxicChat 0124 ("
+    assert results["card"]["data_note"].startswith(note) and "non-commercial" in results["card"]["data_note"]
+    assert f"{note}prompts" in (tmp_path / "README.md").read_text()
+
+
 def test_evaluate_by_name(trained_by_name, backbone_folder, copies):
     args = ("evaluate", "--probe", trained_by_name[0], "--backbone", backbone_folder, "--data-dir", copies, "--json")
     done = run(*args, "--data", "toxicchat")

@@ -166,6 +166,9 @@ def train(
         license, dataset = license or known[0].license, dataset or known[0].hub_id
         dataset_name, data_note = dataset_name or known[0].title, data_note or known[0].note
         language = language or known[0].language
+    notes = [found[0].note for source in extra or [] if (found := find_benchmark(source)) is not None]
+    if further := [note for note in dict.fromkeys(notes) if note not in (data_note or "")]:
+        data_note = " ".join([data_note or "No licence of the training rows was stated.", "Further rows:", *further])
     run = TrainingRun(
         backbone=backbone,
         output=output,
