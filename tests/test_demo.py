@@ -35,7 +35,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    heads = ["toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha", "toxicchat", "sst2", "emotion"]
+    heads = ["toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha", "toxicchat", "sst2", "emotion", "imdb"]
     return AutoModel.from_pretrained(demo_backbone(), probe=heads, probe_strict=True)
 
 
@@ -73,8 +73,8 @@ def test_text_and_labels_from_one_pass(model, tokenizer):
     assert out.probe_labels["emotion-mha"][0] == out.probe_labels["emotion"][0] == "joy"
     assert out.probe_labels["sst2-mha"][:2] == out.probe_labels["sst2"][:2] == ["positive", "negative"]
     assert out.probe_labels["toxicchat"] == ["non-toxic", "toxic", "non-toxic"]
-    best = [model.probes[name].config.probe_type for name in ("toxicchat", "sst2", "emotion")]
-    assert best == ["multimax"] * 3, "by validation rows"
+    best = [model.probes[name].config.probe_type for name in ("toxicchat", "sst2", "emotion", "imdb")]
+    assert best == ["multimax"] * 4, "by validation rows"
     model.set_active_probes([])
     assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), out.sequences)
     model.set_active_probes(list(model.probes))
