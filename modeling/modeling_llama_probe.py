@@ -22,8 +22,6 @@ from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generation_llama_probe import (
     PAGED,
-    asks_for_state,
-    cached_tokens,
     forward_session,
     generation_session,
     is_inner_call,
@@ -36,7 +34,7 @@ from .halting_run_llama_probe import HaltingRun
 from .host_llama_probe import ProbeHostMixin
 from .outputs_llama_probe import ProbedOutputMixin, with_probe_logits
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
-from .state_llama_probe import ProbeCache
+from .state_llama_probe import ProbeCache, asks_for_state, cached_tokens
 from .streaming_llama_probe import HoldBackStreamer
 
 

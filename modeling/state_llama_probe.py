@@ -217,6 +217,33 @@ class ProbeCache:
         return running
 
 
+def asks_for_state(
+    probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
+) -> bool:
+    """Whether `probe_state=` asks for a state in return: `True`, or one to go on from.
+
+    Raises:
+        ProbeError: it is something else, or a state cannot be kept.
+    """
+    if probe_state is None or probe_state is False:
+        return False
+    if probe_state is not True and not isinstance(probe_state, ProbeCache):
+        raise ProbeError(
+            f"probe_state is a {type(probe_state).__name__}; it must be True, or what an earlier call returned as probe_state"
+        )
+    if use_cache is False:
+        raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
+    if input_ids is None:
+        raise ProbeError("probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)")
+    return True
+
+
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Number of tokens in the cache among the arguments of a call; 0 where there is none."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
     differing = (wanted.to(kept.device).bool() != kept).any(dim=0).nonzero().flatten()
     if len(differing):

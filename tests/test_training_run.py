@@ -241,19 +241,19 @@ def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
 def test_what_extra_rows_count_for_is_said(backbone_folder, tmp_path):
     train, extra = write(tmp_path / "a.jsonl", 40), write(tmp_path / "b.jsonl", 60)
 
-    def run(**head):
+    def run(backbone, **head):
         data = DataSources(train=train, label_names=["0", "1"], extra=[extra], extra_weights=[0.0, 0.25])
         recipe = Recipe(num_train_epochs=1)
-        return TrainingRun(str(backbone_folder), data, tmp_path / "head", head, recipe).execute()
+        return TrainingRun(str(backbone), data, tmp_path / "head", head, recipe).execute()
 
-    results = run(probe_type="multimax", options={"num_members": 2, "num_maxima": 1})
+    results = run(backbone_folder, probe_type="multimax", options={"num_members": 2, "num_maxima": 1})
     assert results["data"]["extra"]["weights"] == [0.0, 0.25] and "weights" not in results["data"]["train"]
     card = (tmp_path / "head" / "README.md").read_text()
     assert "b.jsonl; they count 0 and 0.25 in turn for the head's members)" in card
     with pytest.raises(
         ProbeError, match=r"one for each of 2 members or more, and this gate head has 1: give a single"
     ):
-        run(probe_type="gate")
+        run(tmp_path / "never-loaded", probe_type="gate")
 
 
 def test_extra_rows_where_a_kind_is_fitted_are_refused(backbone_folder, tmp_path):

@@ -21,7 +21,7 @@ from .probe import ProbeModel
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 from .scope import check_rows, prompt_masks
 from .stack import HeadStack, alike
-from .state import CachedHead, ProbeCache, ProbeState
+from .state import CachedHead, ProbeCache, ProbeState, asks_for_state, cached_tokens
 
 
 # States that are read together, where a pass has no more numbers a layer than these: at most so many of all layers.
@@ -369,33 +369,6 @@ PAGED = (
     "continuous batching (paged cache, generate_batch) mixes the tokens of many requests in one row, so heads cannot read a "
     "prompt there; use generate(), or set_active_probes([]) to go without heads"
 )
-
-
-def asks_for_state(
-    probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
-) -> bool:
-    """Whether `probe_state=` asks for a state in return: `True`, or one to go on from.
-
-    Raises:
-        ProbeError: it is something else, or a state cannot be kept.
-    """
-    if probe_state is None or probe_state is False:
-        return False
-    if probe_state is not True and not isinstance(probe_state, ProbeCache):
-        raise ProbeError(
-            f"probe_state is a {type(probe_state).__name__}; it must be True, or what an earlier call returned as probe_state"
-        )
-    if use_cache is False:
-        raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
-    if input_ids is None:
-        raise ProbeError("probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)")
-    return True
-
-
-def cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Number of tokens in the cache among the arguments of a call; 0 where there is none."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:

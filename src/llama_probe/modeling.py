@@ -19,8 +19,6 @@ from .decision import ProbeOutput
 from .errors import ProbeError
 from .generation import (
     PAGED,
-    asks_for_state,
-    cached_tokens,
     forward_session,
     generation_session,
     is_inner_call,
@@ -33,7 +31,7 @@ from .halting_run import HaltingRun
 from .host import ProbeHostMixin
 from .outputs import ProbedOutputMixin, with_probe_logits
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
-from .state import ProbeCache
+from .state import ProbeCache, asks_for_state, cached_tokens
 from .streaming import HoldBackStreamer
 
 

@@ -125,7 +125,13 @@ class TrainingRun:
         check_metric(metric, parts["validation"].labels, config)
         check_max_false_positive_rate(config, self.recipe.max_false_positive_rate)
         self.loss(config, parts)
-        if get_probe_type(config.probe_type).convex:
+        kind, weights = get_probe_type(config.probe_type), self.data.extra_weights
+        if len(weights) > kind.members(config):
+            raise ProbeError(
+                f"extra_weights={weights} are one for each of {len(weights)} members or more, and this {config.probe_type} head "
+                f"has {kind.members(config)}: give a single weight, or use probe_type='multimax'"
+            )
+        if kind.convex:
             check_convex(self.recipe.focal_gamma)
             if further:
                 raise ProbeError(
@@ -139,12 +145,6 @@ class TrainingRun:
         config = describe(lm, config.replace(**prompts.config_fields()))
         head = ProbeModel(config)
         head.bind(lm)
-        weights, members = self.data.extra_weights, head.classifier.members
-        if len(weights) > members:
-            raise ProbeError(
-                f"extra_weights={weights} are one for each of {len(weights)} members or more, and this {config.probe_type} head "
-                f"has {members}: give a single weight, or use probe_type='multimax'"
-            )
         check_shared(self.output)
         cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
         datasets: dict[str, Dataset] = {}

@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 
 
 class Classifier(nn.Linear):
-    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it.
-
-    Attributes:
-        members: how many heads it is the mean of, which learn apart.
-    """
-
-    members = 1
+    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
 
     def bind(self, lm: nn.Module) -> None:
         """Takes what the map needs of the frozen LM beside its states; most need nothing.
@@ -91,6 +85,11 @@ class Aggregator(nn.Module, ABC):
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
         """Raises `ProbeError` where `config` holds a value that this kind cannot be built from."""
+
+    @classmethod
+    def members(cls, config: ProbeConfig) -> int:
+        """How many heads a head of `config` is the mean of, which learn apart."""
+        return 1
 
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:

@@ -27,7 +27,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
-        self.rank = _members(config) * _maxima(config)
+        self.rank = self.members(config) * _maxima(config)
         self.value = nn.Parameter(
             torch.randn(num_slots, self.rank, config.hidden_size) / math.sqrt(config.hidden_size)
         )
@@ -37,9 +37,13 @@ class MultiMaxAggregator(LowRankAggregator):
         allowed = {"num_maxima", "num_members"}
         if unknown := sorted(set(config.options) - allowed):
             raise ProbeError(f"options has {unknown}; probe_type='multimax' knows {sorted(allowed)}")
-        for name, value in (("num_maxima", _maxima(config)), ("num_members", _members(config))):
+        for name, value in (("num_maxima", _maxima(config)), ("num_members", cls.members(config))):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
                 raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
+
+    @classmethod
+    def members(cls, config):
+        return config.options.get("num_members", 16)
 
     @classmethod
     def create_layer_stage(cls, config):
@@ -47,7 +51,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     @classmethod
     def create_classifier(cls, config):
-        return AveragedClassifier(_members(config), len(config.layer_indices) * _maxima(config), config.num_labels)
+        return AveragedClassifier(cls.members(config), len(config.layer_indices) * _maxima(config), config.num_labels)
 
     def projection(self, slots):
         return self.value[slots]
@@ -82,9 +86,9 @@ class WeightedLayers(Aggregator):
 
     def __init__(self, config):
         super().__init__(1, config)
-        self.members, layers = _members(config), len(config.layer_indices)
-        self.gate = nn.Parameter(torch.zeros(layers, self.members, _maxima(config)))
-        self.bias = nn.Parameter(torch.zeros(layers, self.members))
+        self.num_members, layers = MultiMaxAggregator.members(config), len(config.layer_indices)
+        self.gate = nn.Parameter(torch.zeros(layers, self.num_members, _maxima(config)))
+        self.bias = nn.Parameter(torch.zeros(layers, self.num_members))
 
     def update(self, state, x, mask, slots):
         if mask is not None:
@@ -97,39 +101,35 @@ class WeightedLayers(Aggregator):
 
     def result(self, state, slots):
         """`[S, B, L', M R]` to `[S, B, M L' R]`."""
-        items = state.unflatten(-1, (self.members, -1))
+        items = state.unflatten(-1, (self.num_members, -1))
         weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
 
     def weights(self, x, mask, slots):
         """The softmax, averaged over members."""
-        return self._shares(x.unflatten(-1, (self.members, -1))).mean(dim=-1)
+        return self._shares(x.unflatten(-1, (self.num_members, -1))).mean(dim=-1)
 
 
 class AveragedClassifier(Classifier):
     """The mean of several linear maps, each of a part of the pooled vector."""
 
-    def __init__(self, members: int, width: int, num_labels: int):
-        super().__init__(members * width, num_labels)
-        self.members = members
-        if members > 1:  # as if each stood alone
+    def __init__(self, num_members: int, width: int, num_labels: int):
+        super().__init__(num_members * width, num_labels)
+        self.num_members = num_members
+        if num_members > 1:  # as if each stood alone
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
     def inputs(self, pooled):
-        return pooled / self.members
+        return pooled / self.num_members
 
     def member_logits(self, pooled):
-        if self.members == 1:
+        if self.num_members == 1:
             return None
-        parts = pooled.unflatten(-1, (self.members, -1))  # [B, M, L' R]
-        maps = self.weight.unflatten(-1, (self.members, -1))  # [C, M, L' R]
+        parts = pooled.unflatten(-1, (self.num_members, -1))  # [B, M, L' R]
+        maps = self.weight.unflatten(-1, (self.num_members, -1))  # [C, M, L' R]
         return torch.einsum("bmf,cmf->mbc", parts, maps) + self.bias
 
 
 def _maxima(config) -> int:
     return config.options.get("num_maxima", 4)
-
-
-def _members(config) -> int:
-    return config.options.get("num_members", 16)
