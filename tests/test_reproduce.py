@@ -14,7 +14,8 @@ from llama_probe.files import read_head
 from llama_probe.methods import HEADS, HeadMethod, check_methods, downcast_methods, head_methods
 from llama_probe.part_store import PartStore
 from llama_probe.reproduce import TEST_SETS, Reproduction, summarize_trials
-from llama_probe.reproduction_report import _layers, columns, find_orders
+from llama_probe.reproduction_columns import columns, find_orders
+from llama_probe.reproduction_report import _layers
 from llama_probe.shared_training import SharedTraining
 from llama_probe.workbench import Task, Workbench
 

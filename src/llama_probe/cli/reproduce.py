@@ -75,7 +75,8 @@ def reproduce(
     if as_json:
         print(json.dumps(report))
         return
-    from ..reproduction_report import REPORT_NAME, cell, columns
+    from ..reproduction_columns import cell, columns
+    from ..reproduction_report import REPORT_NAME
 
     console = Console()
     for source, results in report["main"].items():
