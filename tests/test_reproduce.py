@@ -111,6 +111,7 @@ def test_everything(reproduction, tmp_path, monkeypatch):
     found = report["layers"]["toxicchat"]["gate"]
     assert found["layers"] == [0, 1, 2, 3, 4] and sum(group["rows"] for group in found["groups"]) == 12
     assert sum(kind["trials"] for kind in report["sensitivity"]["kinds"].values()) == 3
+    assert all(trial["status"] != "pruned" for trial in report["sensitivity"]["trials"])
     points = [point for found in report["few_labels"]["emotion"].values() for point in found["curve"]]
     assert {(e["rows"], e["seed"], e["head"]) for e in points} == {
         (16, seed, name) for seed in (0, 1) for name in ("pooling", "gate", "attentive", "mha", "multimax")
@@ -200,7 +201,7 @@ def test_one_part_after_the_other(reproduction, tmp_path):
     assert report["main"]["toxicchat"]["gate"] is None and report["sensitivity"] is not None
 
 
-TRIAL = {"score": 0.5, "params": {"probe_type": "mha", "learning_rate": 1e-3}}
+TRIAL = {"score": 0.5, "status": "finished", "params": {"probe_type": "mha", "learning_rate": 1e-3}}
 
 
 def test_at_most_so_many_rows(reproduction, tmp_path):
@@ -245,8 +246,9 @@ def test_processes_of_torchrun_are_refused(reproduction, tmp_path, monkeypatch):
 
 def test_a_sweep_of_ones_own_is_read(reproduction, tmp_path):
     trials = [
-        {"score": s, "params": {"probe_type": "gate", "gate_learning_rate": r}} for r, s in ((1e-4, 0.1), (1e-3, 0.4), (1e-2, 0.7))
-    ]  # fmt: skip
+        {"score": score, "status": status, "params": {"probe_type": "gate", "gate_learning_rate": rate}}
+        for rate, score, status in ((1e-4, 0.1, "pruned"), (1e-3, 0.4, "stopped"), (1e-2, 0.7, "finished"))
+    ]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "sweep.json").write_text(json.dumps({"metric": "auprc", "trials": trials}))
     report = reproduction(only=("sensitivity",), sweep=tmp_path / "mine").execute()
@@ -255,6 +257,7 @@ def test_a_sweep_of_ones_own_is_read(reproduction, tmp_path):
     }
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| `gate` | 3 | 0.700 | 0.400 | 0.100 | 0.600 | +1.00 |" in text and "## ToxicChat" not in text
+    assert "Pruned early: 1," in text
 
 
 def test_few_trials_have_no_correlation():

@@ -244,7 +244,8 @@ class Reproduction:
             cache=bench.cache,
             cache_dir=(bench.cache_dir or bench.scratch) if bench.cache else None,
         )
-        return Sweep(run, SearchSpace(), self.trials, resume=True).execute()
+        # Nothing is pruned: a score after one epoch says more of the learning rate than of what the configuration is good for.
+        return Sweep(run, SearchSpace(), self.trials, keep=1.0, resume=True).execute()
 
     def report(self) -> dict[str, Any]:
         """All that is finished, also of parts that are not asked for now.

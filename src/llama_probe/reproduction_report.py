@@ -265,11 +265,13 @@ def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
 
 
 def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
+    pruned = sum(trial["status"] == "pruned" for trial in found["trials"])
+    stopped = f" Pruned early: {pruned}, which stand with the best that they had reached by then." if pruned else ""
     yield "## Sensitivity to hyper-parameters"
     yield ""
     yield (
-        f"Validation {found['metric']} of {len(found['trials'])} configurations of a sweep. In the paper the learning rate "
-        "matters most for `pooling` and `gate`, and `mha` is robust."
+        f"Validation {found['metric']} of {len(found['trials'])} configurations of a sweep.{stopped} In the paper the learning "
+        "rate matters most for `pooling` and `gate`, and `mha` is robust."
     )
     yield ""
     lines = [
