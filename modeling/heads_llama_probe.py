@@ -23,7 +23,7 @@ from .heads_low_rank_llama_probe import LowRankAggregator
 from .heads_muli_llama_probe import LogOddsClassifier, MuliAggregator
 from .heads_multimax_llama_probe import MultiMaxAggregator
 from .heads_pooling_llama_probe import PoolingAggregator
-from .heads_states_llama_probe import normalize
+from .heads_states_llama_probe import full_precision, normalize
 
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "MultiMaxAggregator",
     "PoolingAggregator",
     "create_stages",
+    "full_precision",
     "get_probe_type",
     "join_slots",
     "normalize",

@@ -19,7 +19,7 @@ from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput, probe_loss
 from .errors_llama_probe import ProbeError
 from .fingerprint_llama_probe import describe
-from .heads_llama_probe import create_stages, get_probe_type, normalize, repeat_rows
+from .heads_llama_probe import create_stages, full_precision, get_probe_type, normalize, repeat_rows
 from .scope_llama_probe import check_rows, token_mask
 from .stack_llama_probe import HeadStack
 from .state_llama_probe import ProbeState
@@ -321,6 +321,7 @@ class ProbeModel(nn.Module):
         """
         return None if state is None else repeat_rows(HeadStack([self]).running(state, 0), repeats)
 
+    @full_precision
     def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
         """Takes in further tokens as `read` does, and scores all that was taken in so far.
 
@@ -330,6 +331,7 @@ class ProbeModel(nn.Module):
         running = self.read(running, x, mask)
         return running, self.score_summaries(self.token_stage.result(running, slice(None)))
 
+    @full_precision
     def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
         """Takes in further tokens of every layer.
 

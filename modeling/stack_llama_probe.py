@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
-from .heads_llama_probe import join_slots, normalize, take_slots
+from .heads_llama_probe import full_precision, join_slots, normalize, take_slots
 from .scope_llama_probe import check_rows, tokens_read
 from .state_llama_probe import ProbeState, WaitingLayers
 
@@ -124,6 +124,7 @@ class HeadStack:
                 state.complete = set(range(slots))
         return state
 
+    @full_precision
     def step(
         self,
         state: ProbeState,
@@ -230,6 +231,7 @@ class HeadStack:
         if waiting is not None and (waiting.stop - waiting.start) * len(self.stages) == len(waiting.places):
             self._advance(state)
 
+    @full_precision
     def _advance(self, state: ProbeState) -> None:
         """Goes on with the layers that wait."""
         waiting, state.waiting = state.waiting, None
@@ -259,6 +261,7 @@ class HeadStack:
             else:
                 state.partial[slot] = take_slots(seen, slice(place * count, (place + 1) * count))
 
+    @full_precision
     def finish(self, state: ProbeState) -> list[ProbeOutput]:
         """The scores of each head; see `ProbeModel.finish`."""
         if state.keep:

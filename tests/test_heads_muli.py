@@ -61,6 +61,16 @@ def test_generate_gives_what_the_lms_logits_say(padding):
     torch.testing.assert_close(model.classify(ids, mask)["a"].logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_it_follows_the_lm_to_another_dtype():
+    ids = make_prompts()
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": muli(lm=None)})
+    expected = model.classify(ids)["a"].logits
+    model.to(torch.bfloat16)
+    found = model.generate(ids, max_new_tokens=2).probe_logits["a"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_streamed_equals_whole(data):

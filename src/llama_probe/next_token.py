@@ -22,13 +22,13 @@ class NextToken:
 
     Attributes:
         embeddings: the LM's output embeddings (`lm_head`), shared with it.
-        dtype: in which they compute.
+        dtype: in which they compute where that is not the dtype of their weights, which are quantised; else `None`.
         factor: of the logits.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118, section 2); `None` for none.
     """
 
     embeddings: nn.Module
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     factor: float = 1.0
     softcap: float | None = None
 
@@ -55,7 +55,7 @@ class NextToken:
         # quantised weights are no numbers to compute in
         computes = dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
         found = cls(
-            embeddings, dtype if computes else base.dtype, factor, getattr(config, "final_logit_softcapping", None)
+            embeddings, None if computes else base.dtype, factor, getattr(config, "final_logit_softcapping", None)
         )
         if not any(parameter.is_meta for parameter in base.parameters()):  # not with weights read from disk for it
             found._check(base)
@@ -65,7 +65,7 @@ class NextToken:
         """Final states `[rows, hidden_size]` to fp32 logits `[rows, vocab_size]`, on the output embeddings' device."""
         weight = next(self.embeddings.parameters(), None)
         device = hidden.device if weight is None or weight.is_meta else weight.device
-        logits = self.embeddings(hidden.to(device, self.dtype)).float() * self.factor
+        logits = self.embeddings(hidden.to(device, self.dtype or weight.dtype)).float() * self.factor
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
-from .heads import create_stages, get_probe_type, normalize, repeat_rows
+from .heads import create_stages, full_precision, get_probe_type, normalize, repeat_rows
 from .scope import check_rows, token_mask
 from .stack import HeadStack
 from .state import ProbeState
@@ -318,6 +318,7 @@ class ProbeModel(nn.Module):
         """
         return None if state is None else repeat_rows(HeadStack([self]).running(state, 0), repeats)
 
+    @full_precision
     def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
         """Takes in further tokens as `read` does, and scores all that was taken in so far.
 
@@ -327,6 +328,7 @@ class ProbeModel(nn.Module):
         running = self.read(running, x, mask)
         return running, self.score_summaries(self.token_stage.result(running, slice(None)))
 
+    @full_precision
     def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
         """Takes in further tokens of every layer.
 

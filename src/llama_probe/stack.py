@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .decision import ProbeOutput
 from .errors import ProbeError
-from .heads import join_slots, normalize, take_slots
+from .heads import full_precision, join_slots, normalize, take_slots
 from .scope import check_rows, tokens_read
 from .state import ProbeState, WaitingLayers
 
@@ -121,6 +121,7 @@ class HeadStack:
                 state.complete = set(range(slots))
         return state
 
+    @full_precision
     def step(
         self,
         state: ProbeState,
@@ -227,6 +228,7 @@ class HeadStack:
         if waiting is not None and (waiting.stop - waiting.start) * len(self.stages) == len(waiting.places):
             self._advance(state)
 
+    @full_precision
     def _advance(self, state: ProbeState) -> None:
         """Goes on with the layers that wait."""
         waiting, state.waiting = state.waiting, None
@@ -256,6 +258,7 @@ class HeadStack:
             else:
                 state.partial[slot] = take_slots(seen, slice(place * count, (place + 1) * count))
 
+    @full_precision
     def finish(self, state: ProbeState) -> list[ProbeOutput]:
         """The scores of each head; see `ProbeModel.finish`."""
         if state.keep:

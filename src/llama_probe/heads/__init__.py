@@ -20,7 +20,7 @@ from .low_rank import LowRankAggregator
 from .muli import LogOddsClassifier, MuliAggregator
 from .multimax import MultiMaxAggregator
 from .pooling import PoolingAggregator
-from .states import normalize
+from .states import full_precision, normalize
 
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "MultiMaxAggregator",
     "PoolingAggregator",
     "create_stages",
+    "full_precision",
     "get_probe_type",
     "join_slots",
     "normalize",

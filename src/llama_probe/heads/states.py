@@ -1,6 +1,9 @@
-"""Hidden states as heads read them: normalised."""
+"""Hidden states as heads read them: normalised, and in fp32."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 
@@ -15,3 +18,16 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     if kind == "rms":
         return torch.rms_norm(x, x.shape[-1:], eps=_EPS[kind])
     return x
+
+
+def full_precision(method: Callable) -> Callable:
+    """Makes a method of something with a `device` compute in fp32, also under a `torch.autocast` that is meant for the LM."""
+
+    @functools.wraps(method)
+    def apart(self, *args, **kwargs):
+        if not torch.is_autocast_enabled(self.device.type):
+            return method(self, *args, **kwargs)
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return apart
