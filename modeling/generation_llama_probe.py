@@ -117,6 +117,8 @@ class PrefillSession:
         width = min(columns, self.length - self.seen)
         expected = None if self.input_ids is None else self.input_ids[:, self.seen : self.seen + width]
         same = ids is None or expected is None or torch.equal(ids[:: repeats or 1, :width], expected.to(ids.device))
+        # Whoever puts embeddings of their own in place of the ids (PEFT's prompt tuning) may have put further ones before them.
+        same &= ids is not None or expected is None or columns == self.length - self.seen
         if rest or not repeats or not same:
             raise ProbeError(
                 "the decoding method does not run the LM over the prompt as it was given (a part of it, or other rows): "
@@ -320,7 +322,7 @@ def generation_session(
     probe_mask: torch.Tensor | None,
     probe_state: ProbeCache | bool | None,
 ) -> PrefillSession:
-    """The session of one call of `generate()`, whose arguments the others are; `kwargs` may get defaults."""
+    """The session of one call of `generate()`, whose arguments the others are."""
     if not heads:
         return PrefillSession({}, {})
 
@@ -360,7 +362,6 @@ def generation_session(
     )
     session.decoder = decoder
     if followers or keep:
-        kwargs.setdefault("disable_compile", True)  # hooks and a state that grows would only break its graphs
         ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))
         pad = pad[0] if pad else None
         recorder = ReplyRecorder(session, ends) if keep else None

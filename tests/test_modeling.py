@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -106,6 +107,11 @@ class TestSavingTheBackbone:
             assert (tmp_path / "probed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
         assert json.loads((tmp_path / "probed" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
         assert type(model) is LlamaForProbedGeneration and set(model.probes) == {"a", "b"}
+
+    def test_tensors_of_heads_are_left_out_of_a_state_dict(self, model, tmp_path):
+        assert any(name.startswith("probes.") for name in model.state_dict())
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+        assert set(load_file(tmp_path / "model.safetensors")) == set(make_lm().state_dict())
 
     def test_loads_as_any_class(self, model, prompts, tmp_path):
         model.save_pretrained(tmp_path)
@@ -262,6 +268,16 @@ def test_lora_inside_and_around(prompts):
     assert type(inside) is LlamaForProbedGeneration
     torch.testing.assert_close(inside.generate(prompts, max_new_tokens=2).probe_logits["a"], expected)
     torch.testing.assert_close(adapted.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
+
+
+def test_virtual_tokens_before_the_prompt_are_refused(prompts):
+    """PEFT's prompt tuning runs the LM over embeddings, of which the prompt's are not the first."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ProbeError, match="does not run the LM over the prompt as it was given"):
+        tuned.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=2)
 
 
 def test_offloaded_layers(prompts, tmp_path):

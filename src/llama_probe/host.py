@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import threading
 from collections.abc import Iterable
@@ -141,14 +142,18 @@ class ProbeHostMixin:
         return push_head(self.probes[name], repo_id, name=name, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves the backbone exactly as the plain class does. Heads are saved by `save_probe`.
+        """Saves the backbone exactly as the plain class does, of a `state_dict` without what belongs to heads too.
 
-        A model whose class came out of a repository (`trust_remote_code=True`) takes that code with it.
+        Heads are saved by `save_probe`. A model whose class came out of a repository (`trust_remote_code=True`) takes that code with it.
         """
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(self, save_directory, config=self.config)
-        self._without_probes().save_pretrained(save_directory, *args, **kwargs)
+        plain = self._without_probes()
+        named = inspect.signature(plain.save_pretrained).bind(save_directory, *args, **kwargs)
+        if (tensors := named.arguments.get("state_dict")) is not None:
+            named.arguments["state_dict"] = {k: v for k, v in tensors.items() if not k.startswith("probes.")}
+        plain.save_pretrained(*named.args, **named.kwargs)
 
     def _without_probes(self) -> nn.Module:
         """A plain causal LM that shares this model's parameters, config and caches, and knows nothing of heads."""
