@@ -1,12 +1,13 @@
 """generate() with heads: the same tokens as the plain model, and the logits of a plain pass over the prompt."""
 
+import copy
 import threading
 
 import pytest
 import torch
 from conftest import make_lm, make_probe, make_prompts
-from transformers import DynamicCache, GenerationConfig, StaticCache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
@@ -183,6 +184,63 @@ def test_no_hook_is_left_behind(prompts):
 
 def _raise(*_, **__):
     raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_heads_stay_in_fp32_under_autocast(prompts, together):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    for name, head in heads().items():
+        for number in range(together):
+            model.add_probe(f"{name}-{number}", copy.deepcopy(head))
+    model.add_probe("reply", make_probe(probe_type="mha", token_scope="all"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = make_lm()(prompts, output_hidden_states=True).hidden_states
+        out = model.generate(prompts, max_new_tokens=4, eos_token_id=None)
+        found = {name: result.logits for name, result in model.classify(prompts).items()}
+    for name, head in heads().items():
+        expected = head(hidden_states=states).logits
+        for logits in (out.probe_logits[f"{name}-0"], found[f"{name}-{together - 1}"]):
+            assert logits.dtype == torch.float32
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert out.probe_token_logits["reply"].dtype == torch.float32
+
+
+class TestArguments:
+    """Those of the plain `generate`, as it takes them."""
+
+    def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(self, prompts, caplog):
+        model, config = probed(), GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2)
+        model.add_probe("reply", make_probe(token_scope="all"))
+        before = config.to_dict()
+        with caplog.at_level("WARNING"):
+            out = model.generate(prompts, config, on_probe_token=lambda scores: None)
+        assert "deprecated" not in caplog.text and config.to_dict() == before
+        assert out.probe_logits and out.probe_token_logits["reply"].shape[1] == 2
+
+    def test_by_their_place(self, prompts):
+        model = probed()
+        config, streamer = GenerationConfig(max_new_tokens=2, pad_token_id=0), Tokens()
+        processors = LogitsProcessorList([SuppressTokensLogitsProcessor([5], "cpu")])
+        criteria = StoppingCriteriaList([])
+        out = model.generate(
+            prompts[:1], config, processors, criteria, None, None, None, streamer, halt_on=lambda outputs: [False]
+        )
+        assert out.probe_halts == [None] and streamer.seen == [*out.sequences[0].tolist(), "end"]
+        with pytest.raises(TypeError, match="multiple values for argument 'logits_processor'"):
+            model.generate(prompts, config, processors, logits_processor=processors)
+        with pytest.raises(TypeError, match="positional arguments, and 22 were given"):
+            model.generate(prompts, config, *[None] * 20)
+
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            ({"inputs": torch.arange(1, 5)}, r"input_ids must be a tensor \[batch, tokens\], not \(4,\)"),
+            ({"probe_mask": [[1] * 9] * 3}, r"probe_mask must be a tensor \[batch, tokens\], not list"),
+        ],
+    )
+    def test_shapes_that_cannot_be(self, prompts, arguments, words):
+        with pytest.raises(ProbeError, match=words):
+            probed().generate(**{"inputs": prompts, "max_new_tokens": 2, **arguments})
 
 
 def test_heads_do_not_run_while_tokens_are_decoded(prompts, monkeypatch):

@@ -163,6 +163,11 @@ class TestReplies:
             model.generate(prompts, halt_on="mood", halt_reply=reply)
         assert not passes, "before any work"
 
+    def test_without_anything_that_halts(self, model, passes, prompts):
+        with pytest.raises(ProbeError, match="nothing halts here: pass halt_on="):
+            model.generate(prompts, halt_reply=[5])
+        assert not passes, "before any work"
+
 
 class TestPolicies:
     def test_an_error_lets_nothing_through(self, model, prompts):
@@ -194,6 +199,8 @@ class TestPolicies:
     def test_a_wrong_number_of_decisions(self, model, prompts):
         with pytest.raises(ProbeError, match="2 decisions for 3 prompts"):
             model.generate(prompts, halt_on=lambda outputs: [False, False])
+        with pytest.raises(ProbeError, match="the halting policy returned a NoneType; it must return a list"):
+            model.generate(prompts, halt_on=lambda outputs: None)
 
 
 class TestRules:
@@ -234,6 +241,11 @@ class TestRules:
         with pytest.raises(ProbeError, match="say from which on"):
             HaltRule.create("h", config)
 
+    def test_a_value_from_no_number_on(self):
+        config = ProbeConfig(probe_type="gate", num_labels=1, problem_type="regression")
+        with pytest.raises(ProbeError, match=r"is nan; it must be a number$"):
+            HaltRule.create("h", config, threshold=float("nan"))
+
     def test_no_number_is_no_pass(self):
         config, output = self.output([[float("nan"), 0.0], [1.0, 0.0]])
         found = Halter("h", {"h": config}).decide({"h": output}, 2)
@@ -252,6 +264,10 @@ class TestRules:
             ([], "names no head"),
             ({"mood": {"label": "sad"}}, "no label 'sad'; it has fine, awful"),
             ({"mood": {"threshold": 1.5}}, "must be a number from 0 to 1"),
+            ({"mood": {"threshold": float("nan")}}, "is nan; it must be a number from 0 to 1"),
+            ({"mood": 0.6}, "what is said of 'mood' is 0.6; it must be a dict"),
+            ({"mood": "awful"}, "what is said of 'mood' is 'awful'; it must be a dict"),
+            (True, "halt_on=True must be the name of a head"),
             ({"mood": {"above": 0.5}}, r"\['above'\]; allowed: label, threshold"),
         ],
     )

@@ -249,6 +249,8 @@ class TestCallback:
     def test_a_wrong_number_of_decisions(self, model, prompts):
         with pytest.raises(ProbeError, match="1 decisions for 3 rows"):
             model.generate(prompts, max_new_tokens=3, on_probe_token=lambda scores: [False])
+        with pytest.raises(ProbeError, match="on_probe_token returned a bool; it must return a list"):
+            model.generate(prompts, max_new_tokens=3, on_probe_token=lambda scores: False)
 
     def test_without_a_head_that_reads_replies(self, model, prompts):
         model.set_active_probes(["mood"])
@@ -337,6 +339,8 @@ class TestHalting:
             out = model.generate(prompts[:1], on_probe_token=flag(1), streamer=streamer, **kwargs)
             assert out.sequences[0, 11:].tolist() == written
             assert out.probe_token_logits["guard"].shape[1] == 2, "its own tokens are not scored"
+            for module in model.modules():
+                assert not module._forward_hooks and not module._forward_pre_hooks
         assert streamer.tokens[3:-1] == [[token] for token in written] and streamer.ended == 1
 
     def test_a_stop_of_ones_own(self, model, prompts):
@@ -400,7 +404,21 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="on_probe_token= takes a function"):
             model.generate(prompts, halt_on=lambda outputs: [False] * 3)
 
-    def test_passes_over_something_else(self, model, prompts):
-        """What is not refused by name is found out when it happens."""
-        with pytest.raises(ProbeError, match="one more token of each reply"):
+    def test_what_is_given_by_its_place(self, model, passes, prompts):
+        with pytest.raises(ProbeError, match="assistant_model cannot be used with"):
             model.generate(prompts[:1], None, None, None, None, None, make_lm(seed=1), max_new_tokens=6)
+        assert not passes
+
+    def test_passes_over_something_else(self, model, prompts, monkeypatch):
+        """What is not refused by name is found out when it happens."""
+        prepare = model.prepare_inputs_for_generation
+
+        def two_at_once(*args, **kwargs):
+            inputs = prepare(*args, **kwargs)
+            if inputs["input_ids"].shape[1] == 1:
+                inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)
+            return inputs
+
+        monkeypatch.setattr(model, "prepare_inputs_for_generation", two_at_once)
+        with pytest.raises(ProbeError, match="one more token of each reply"):
+            model.generate(prompts, max_new_tokens=6)

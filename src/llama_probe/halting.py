@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +101,9 @@ class HaltRule:
             raise ProbeError(f"halt_on: {head!r} gives values: say from which on, {{{head!r}: {{'threshold': ...}}}}")
         if threshold is not None:
             number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-            if not number or not (regression or 0 <= threshold <= 1):
-                raise ProbeError(
-                    f"halt_on: the threshold of {head!r} is {threshold!r}; it must be a number from 0 to 1"
-                )
+            if not number or math.isnan(threshold) or not (regression or 0 <= threshold <= 1):
+                allowed = "a number" if regression else "a number from 0 to 1"
+                raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
             raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
         if patience > 1 and not config.reads_reply:
@@ -190,13 +190,23 @@ class Halter:
         if isinstance(spec, str):
             spec = [spec]
         if not isinstance(spec, Mapping):
+            if not isinstance(spec, Iterable):
+                raise ProbeError(
+                    f"halt_on={spec!r} must be the name of a head, a list of names, a dict of names with label, threshold and "
+                    "patience, or a function"
+                )
             spec = dict.fromkeys(spec)
         if not spec:
             raise ProbeError("halt_on names no head; leave it out to halt nothing")
         for name, options in spec.items():
             if name not in configs:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
-            options = dict(options or {})
+            options = {} if options is None else options
+            if not isinstance(options, Mapping):
+                raise ProbeError(
+                    f"halt_on: what is said of {name!r} is {options!r}; it must be a dict, such as {{{name!r}: "
+                    "{'label': ..., 'threshold': 0.6}}"
+                )
             if unknown := sorted(set(options) - {"label", "threshold", "patience"}):
                 raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold, patience")
             self.rules.append(HaltRule.create(name, configs[name], **options))
@@ -208,10 +218,7 @@ class Halter:
             ProbeError: the policy returned something else. What the policy raises goes through: no reply is begun.
         """
         if self.policy is not None:
-            found = list(self.policy(outputs))
-            if len(found) != prompts:
-                raise ProbeError(f"the halting policy returned {len(found)} decisions for {prompts} prompts")
-            self.halts = [item if isinstance(item, Halt) else Halt() if bool(item) else None for item in found]
+            self.halts = _decisions("the halting policy", self.policy(outputs), prompts, "prompts")
             return self.halts
         self.halts = [None] * prompts
         for rule in self.rules:
@@ -238,10 +245,7 @@ class Halter:
         flagged = [False] * len(counted)
         found: list[list[Halt | None]] = []
         if self.on_token is not None and (said := self.on_token(scores)) is not None:
-            said = list(said)
-            if len(said) != len(counted):
-                raise ProbeError(f"on_probe_token returned {len(said)} decisions for {len(counted)} rows")
-            found.append([item if isinstance(item, Halt) else Halt() if bool(item) else None for item in said])
+            found.append(_decisions("on_probe_token", said, len(counted), "rows"))
         for rule in self.rules:
             if rule.config.reads_reply:
                 hits = rule.halts(scores.outputs[rule.head])
@@ -273,3 +277,15 @@ class Halter:
     def all_halted(self) -> bool:
         """Whether no prompt is left to reply to."""
         return self.halts is not None and None not in self.halts
+
+
+def _decisions(who: str, said: Any, count: int, what: str) -> list[Halt | None]:
+    """What a function of the user's own has decided: true, false or a `Halt` for each of so many prompts or rows."""
+    if not isinstance(said, Iterable):
+        raise ProbeError(
+            f"{who} returned a {type(said).__name__}; it must return a list with true, false or a Halt for each of the {what}"
+        )
+    found = list(said)
+    if len(found) != count:
+        raise ProbeError(f"{who} returned {len(found)} decisions for {count} {what}")
+    return [item if isinstance(item, Halt) else Halt() if bool(item) else None for item in found]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -51,6 +54,38 @@ class HaltingProcessor(LogitsProcessor):
         scores[rows] = torch.finfo(scores.dtype).min
         scores[rows, self.token] = 0.0
         return scores
+
+
+def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate()` behind its first two, by name.
+
+    Raises:
+        TypeError: there are too many, or one is given twice.
+    """
+    names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
+    if len(args) > len(names):
+        raise TypeError(
+            f"generate() takes up to {len(names) + 2} positional arguments, and {len(args) + 2} were given"
+        )
+    named = dict(zip(names, args, strict=False))
+    if twice := sorted(set(named) & set(kwargs)):
+        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
+    return {**named, **kwargs}
+
+
+def with_setting(
+    generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
+) -> GenerationConfig | None:
+    """Sets what a call of `generate()` uses for a setting: in a copy of its config, where it has one, else in its arguments.
+
+    transformers means to refuse a config with settings beside it.
+    """
+    if generation_config is None or name in kwargs:
+        kwargs[name] = value
+        return generation_config
+    generation_config = copy.deepcopy(generation_config)
+    setattr(generation_config, name, value)
+    return generation_config
 
 
 def generation_setting(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping, name: str):
@@ -134,7 +169,7 @@ class HaltingRun:
         elif holding:
             self.streamer.scored(flagged)
 
-    def generate(self, generate: Callable, inputs: torch.Tensor | None, *args) -> ModelOutput:
+    def generate(self, generate: Callable, inputs: torch.Tensor | None) -> ModelOutput:
         """Calls the plain `generate`, and puts the replies of halted prompts into what it returns."""
         self._plain_generate = generate
         end, pad = self._token("eos_token_id"), self._token("pad_token_id")
@@ -148,7 +183,7 @@ class HaltingRun:
             kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
         prompt = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         try:
-            output = generate(inputs, self.generation_config, *args, **kwargs)
+            output = generate(inputs, self.generation_config, **kwargs)
         except AllHalted:
             output = self._empty_output(prompt)
         except BaseException:
@@ -194,7 +229,9 @@ class HaltingRun:
     def _reply_tokens(self) -> torch.Tensor:
         """The reply as token ids; one that the model writes is written once."""
         if isinstance(self.reply, Reprompt):
-            self.session.reply = None  # the passes that write it are no tokens of the replies
+            if self.session.reply is not None:  # the passes that write it are no tokens of the replies
+                self.session.reply.close()
+                self.session.reply = None
             ids = self.reply.input_ids.to(self.model.device)
             written = self._plain_generate(ids, attention_mask=torch.ones_like(ids), **self.reply.kwargs)
             sequences = written if isinstance(written, torch.Tensor) else written.sequences

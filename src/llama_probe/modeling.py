@@ -27,7 +27,7 @@ from .generation import (
     session_of,
 )
 from .halting import Halter
-from .halting_run import HaltingRun
+from .halting_run import HaltingRun, generation_arguments, with_setting
 from .host import ProbeHostMixin
 from .outputs import ProbedOutputMixin, with_probe_logits
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
@@ -301,6 +301,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not
                 allowed; see the message.
         """
+        kwargs = generation_arguments(args, kwargs)
         probe_mask, halt_on = kwargs.pop("probe_mask", None), kwargs.pop("halt_on", None)
         halt_reply, on_token = kwargs.pop("halt_reply", None), kwargs.pop("on_probe_token", None)
         probe_state, probes = kwargs.pop("probe_state", None), kwargs.pop("probes", None)
@@ -309,6 +310,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
             halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
+        if halt_reply is not None and halter is None and not inner:
+            raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
         if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
             raise ProbeError(
                 "a HoldBackStreamer waits for scores of the reply, and nothing here decides by any: pass halt_on= with a head "
@@ -321,17 +324,20 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if not as_dict and probe_state not in (None, False):
                 raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
             if as_dict or halter is not None:
-                kwargs["return_dict_in_generate"] = True
+                generation_config = with_setting(generation_config, kwargs, "return_dict_in_generate", True)
             else:
                 heads = {}
         session = generation_session(self, heads, inputs, generation_config, kwargs, probe_mask, probe_state)
         reply = session.reply
+        if reply is not None and "disable_compile" not in kwargs:
+            # hooks and a state that grows would only break its graphs
+            generation_config = with_setting(generation_config, kwargs, "disable_compile", True)
         with open_session(self, kwargs.get("assistant_model"), session):
             if halter is None:
-                output = super().generate(inputs, generation_config, *args, **kwargs)
+                output = super().generate(inputs, generation_config, **kwargs)
             else:
                 run = HaltingRun(self, halter, session, halt_reply, generation_config, kwargs)
-                output = run.generate(super().generate, inputs, *args)
+                output = run.generate(super().generate, inputs)
         if not heads:
             return output
         results = session.results()

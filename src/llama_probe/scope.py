@@ -96,6 +96,15 @@ def prompt_masks(
         ProbeError: no prompt, or the mask and the prompt do not fit each other.
     """
     source = input_ids if input_ids is not None else inputs_embeds
+    for name, tensor, shape in (
+        ("input_ids", input_ids, "[batch, tokens]"),
+        ("inputs_embeds", inputs_embeds, "[batch, tokens, hidden_size]"),
+        ("attention_mask", attention_mask, "[batch, tokens]"),
+        ("probe_mask", probe_mask, "[batch, tokens]"),
+    ):
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != shape.count(",") + 1):
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ProbeError(f"{name} must be a tensor {shape}, not {found}")
     if source is None or source.shape[1] == 0:
         raise ProbeError(
             "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
