@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -210,6 +210,40 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """sha256 of the tokenizer's chat template."""
     template = tokenizer.chat_template
     return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a text, or a list of chat messages."""
+    if isinstance(value, str):
+        return True
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in value)
+    )
+
+
+def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> None:
+    """Raises `ProbeError` where heads cannot read the same prompts in one pass.
+
+    Args:
+        configs: of the heads, by name. replies: whether the texts hold the replies too, for heads that read these.
+    """
+
+    def reading(config: ProbeConfig) -> dict[str, Any]:
+        found = {name: getattr(config, name) for name in ("prompt_format", "system_prompt", "max_length")}
+        # The scope of heads that read prompts is their own affair; a reply is a part of what is rendered.
+        scope = {"token_scope": config.token_scope if config.reads_reply else "of the prompt"} if replies else {}
+        return found | scope
+
+    (first, one), *others = ((name, reading(config)) for name, config in configs.items())
+    for name, other in others:
+        if different := [key for key in one if one[key] != other[key]]:
+            key = different[0]
+            raise ProbeError(
+                f"heads {first!r} and {name!r} cannot share a pass: {key} is {one[key]!r} and {other[key]!r}. Score them one "
+                "after the other"
+            )
 
 
 def pad_prompts(

@@ -6,7 +6,7 @@ import pytest
 from command_line import run, write_rows
 from conftest import make_lm, make_tokenizer
 
-from llama_probe.files import read_config, read_head
+from llama_probe.files import read_config, read_head, save_head
 from llama_probe.model_card import create_card
 
 
@@ -249,6 +249,16 @@ def test_a_fitted_head(rows, backbone_folder, tmp_path):
     assert given.returncode == 0 and not read_head(tmp_path / "b").classifier.weight.any(), given.stderr
     refused = run(*args, "--normalize", "rms", "--output", tmp_path / "c")
     assert refused.returncode == 2 and "leave normalize out" in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "classify"])
+def test_heads_of_other_prompts_do_not_share_a_pass(trained, backbone_folder, tmp_path, command):
+    head = read_head(trained[0])
+    head.config = head.config.replace(prompt_format="raw")
+    save_head(head, tmp_path / "raw")
+    heads = ("--probe", trained[0], "--probe", tmp_path / "raw")
+    done = run(command, "bad luck", "--backbone", backbone_folder, *heads)
+    assert done.returncode == 2 and "cannot share a pass: prompt_format is 'chat' and 'raw'" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["generate", "classify"])

@@ -17,14 +17,13 @@ from tqdm.auto import tqdm
 
 from .auto_class import AutoModelForProbedGeneration
 from .backbones import backbone_target, load_backbone
-from .configuration import ProbeConfig
 from .distributed import barrier, check_shared, is_main, on_main, process_group, rank, world_size
 from .errors import ProbeError
 from .features import length_batches
 from .files import write_atomically
 from .input_files import Chunk, InputFile
 from .probe import ProbeModel
-from .prompts import PromptFormat, Text, exchange, pad_prompts
+from .prompts import PromptFormat, Text, check_alike, exchange, is_text, pad_prompts
 from .resolve import read_heads
 
 
@@ -47,7 +46,7 @@ class TextScorer:
 
     def __init__(self, probes: Any, backbone: str = "demo", dtype: str = "auto", batch_tokens: int = 4096):
         self.heads = read_heads(probes, backbone_target(backbone))
-        check_alike(self.heads)
+        check_alike({name: head.config for name, head in self.heads.items()}, replies=True)
         self.batch_tokens = batch_tokens
         lm, self.tokenizer = load_backbone(backbone, dtype)
         self.model = AutoModelForProbedGeneration.from_causal_lm(lm, self.heads)
@@ -143,7 +142,7 @@ class ScoringJob:
         check_shared(self.output)
         files, kept = on_main(self._survey)
         heads = read_heads(self.probes, backbone_target(self.backbone))
-        check_alike(heads)
+        check_alike({name: head.config for name, head in heads.items()}, replies=True)
         plan, done = on_main(lambda: self._begin(files, heads))
         fields = {"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)}
         if not plan["complete"]:
@@ -187,10 +186,10 @@ class ScoringJob:
     def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
         texts = chunk.columns[self.text_column]
         for place, text in enumerate(texts):
-            if not (text is None or isinstance(text, (str, list))):
+            if text is not None and not is_text(text):
                 raise ProbeError(
                     f"{file.path}: row {chunk.first_row + place}: {self.text_column} must be a text or chat messages, not "
-                    f"{type(text).__name__}"
+                    f"{str(text)[:60]!r}"
                 )
         if self.prompt_column is None:
             return texts
@@ -264,27 +263,6 @@ class ScoringJob:
         plan = {**plan, "complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
         _write_manifest(self.output / MANIFEST_NAME, plan)
         return plan
-
-
-def check_alike(heads: dict[str, ProbeModel]) -> None:
-    """Raises `ProbeError` where heads cannot read the same prompts in one pass."""
-    (first, one), *others = ((name, _reading(head.config)) for name, head in heads.items())
-    for name, reading in others:
-        different = [key for key in one if one[key] != reading[key]]
-        if different:
-            key = different[0]
-            raise ProbeError(
-                f"heads {first!r} and {name!r} cannot share a pass: {key} is {one[key]!r} and {reading[key]!r}. Score them in "
-                "jobs of their own"
-            )
-
-
-def _reading(config: ProbeConfig) -> dict[str, Any]:
-    names = ("prompt_format", "system_prompt", "max_length")
-    # The scope of heads that read prompts is their own affair; a reply is a part of what is rendered.
-    return {name: getattr(config, name) for name in names} | {
-        "token_scope": config.token_scope if config.reads_reply else "of the prompt"
-    }
 
 
 def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:

@@ -23,7 +23,7 @@ Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; lines of sta
 
 
 def demo(
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a reply.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a reply.")] = 40,
     as_json: Json = False,
 ) -> None:
     """Text and labels for a handful of prompts, from one pass each, on a small model that runs on any CPU."""
@@ -71,7 +71,7 @@ def generate(
     prompts: Prompts = None,
     probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
     backbone: Backbone = "demo",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a reply.")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a reply.")] = 60,
     halt_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,13 +176,14 @@ def _score_files(
 def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, size: int = 8):
     from ..auto_class import AutoModelForProbedGeneration
     from ..backbones import backbone_target, load_backbone
-    from ..prompts import PromptFormat
+    from ..prompts import PromptFormat, check_alike
     from ..resolve import read_heads
 
     texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
         raise ProbeError("there is no prompt: give some, or lines on standard input")
     heads = read_heads(probes, backbone_target(backbone))
+    check_alike({name: head.config for name, head in heads.items()})
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
