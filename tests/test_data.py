@@ -50,6 +50,38 @@ def test_formats(write, name):
     assert rows.problem_type == "single_label_classification"
 
 
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "a [b]/rows (2)*.csv"])
+def test_paths_are_taken_as_they_are(write, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    path = write(ROWS, name)
+    write(ROWS[:1], name.replace("*", " and more").replace("[1]", "1"))
+    assert read_labelled(path).texts == ["one", "two", "three"]
+
+
+def test_texts_that_a_csv_takes_for_numbers(write):
+    assert read_labelled(write([{"text": 12, "label": 0}, {"text": 7, "label": 1}], "a.csv")).texts == ["12", "7"]
+
+
+def test_texts_that_are_none(write):
+    with pytest.raises(
+        ProbeError, match=r"the text of row 0 is .*'one'.*; it must be a text, or a list of chat messages"
+    ):
+        read_labelled(write([{"text": ["one"], "label": 0}]))
+
+
+def test_the_reason_of_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text,label\ncafé,0\n".encode("latin-1"))
+    with pytest.raises(ProbeError, match="codec can't decode byte 0xe9"):
+        read_labelled(str(tmp_path / "a.csv"))
+
+
+def test_a_digest_is_of_texts_and_labels(write):
+    rows = read_labelled(write(ROWS))
+    assert rows.digest() == read_labelled(write(ROWS, "b.csv")).digest()
+    others = {rows.select([1, 0, 2]).digest(), rows.select([0, 1]).digest(), rows.renamed(["a", "b", "c"]).digest()}
+    assert len(others | {rows.digest()}) == 4
+
+
 def test_a_folder_with_splits(write, tmp_path):
     write(ROWS, "data/train.jsonl")
     write(ROWS[:1], "data/test.jsonl")

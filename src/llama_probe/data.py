@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,7 +19,8 @@ from transformers.utils import logging
 
 from .errors import ProbeError
 from .known_data import BENCHMARKS, Benchmark, HubSplit, find_benchmark
-from .prompts import Text, exchange
+from .labels import read_labels
+from .prompts import Text, exchange, is_text
 
 
 logger = logging.get_logger(__name__)
@@ -50,6 +54,12 @@ class LabelledTexts:
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
         texts = [self.texts[row] for row in rows]
         return LabelledTexts(texts, self.labels[list(rows)], self.label_names, self.problem_type, columns)
+
+    def digest(self) -> str:
+        """sha256 of the texts and labels."""
+        found = hashlib.sha256(json.dumps([self.texts, self.label_names], ensure_ascii=False).encode())
+        found.update(self.labels.tobytes())
+        return found.hexdigest()
 
     def where(self, column: str, value: str) -> LabelledTexts:
         """The rows that have a value, written as text, in a column.
@@ -157,7 +167,7 @@ def read_table(source: str, split: str = "train") -> Dataset:
             if suffix is None:
                 raise ProbeError(f"{path} is of no known format; allowed: {', '.join(_FORMATS)}, each also with .gz")
             options = {"sep": "\t"} if suffix == ".tsv" else {}
-            return load_dataset(_FORMATS[suffix], data_files=str(path), split="train", **options)
+            return load_dataset(_FORMATS[suffix], data_files=glob.escape(str(path)), split="train", **options)
         data = load_dataset(source, split=None)
     except ProbeError:
         raise
@@ -305,13 +315,26 @@ def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = 
     return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if set(path.suffixes) & set(_FORMATS)}
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # datasets wraps what a reader says into what says nothing
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 
 
 def _is_empty(text: Any, label: Any) -> bool:
     return text is None or label is None or (isinstance(text, str) and not text.strip())
+
+
+def _as_text(source: str, row: int, text: Any) -> Text:
+    """A text, or chat messages; what a csv file took for a number is a text."""
+    if isinstance(text, (int, float)):
+        return str(text)
+    if is_text(text):
+        return text
+    raise ProbeError(
+        f"{source}: the text of row {row} is {str(text)[:60]!r}; it must be a text, or a list of chat messages with role and content"
+    )
 
 
 def _exchange(source: str, row: int, prompt: Text, reply: str) -> list[dict[str, str]]:
@@ -327,49 +350,9 @@ def _labelled(
         raise ProbeError(f"{source} holds no rows")
     for row, (text, value) in enumerate(zip(texts, values, strict=True)):
         if _is_empty(text, value):
-            raise ProbeError(f"{source}: row {row} has no text or no label")
-    labels, names, found_type = _read_labels(source, values, label_names, problem_type)
+            raise ProbeError(
+                f"{source}: row {row} has no text or no label; in a csv file words such as NA and None are none, either"
+            )
+    texts = [_as_text(source, row, text) for row, text in enumerate(texts)]
+    labels, names, found_type = read_labels(source, values, label_names, problem_type)
     return LabelledTexts(texts, labels, names, found_type, columns)
-
-
-def _read_labels(source: str, values: list, label_names, problem_type: str | None):
-    several = isinstance(values[0], (list, tuple))
-    flat = [item for value in values for item in value] if several else values
-    if problem_type is None:
-        if several:
-            problem_type = "multi_label_classification"
-        elif any(isinstance(item, float) and not item.is_integer() for item in flat):
-            problem_type = "regression"
-        else:
-            problem_type = "single_label_classification"
-    if several != (problem_type == "multi_label_classification"):
-        raise ProbeError(
-            f"{source}: labels are {'lists' if several else 'single values'}, which is not {problem_type}"
-        )
-    if problem_type == "regression":
-        try:
-            return np.asarray(values, dtype=np.float32).reshape(-1, 1), ["value"], problem_type
-        except (TypeError, ValueError):
-            raise ProbeError(f"{source}: regression labels must be numbers") from None
-    if all(isinstance(item, str) for item in flat):
-        names = list(label_names or sorted(set(flat)))
-        missing = sorted(set(flat) - set(names))
-        if missing:
-            raise ProbeError(f"{source}: labels without a name: {missing[:5]}; names: {', '.join(names)}")
-        index = {name: i for i, name in enumerate(names)}
-        indices = [[index[item] for item in value] if several else index[value] for value in values]
-    else:
-        try:
-            indices = [[int(item) for item in value] if several else int(value) for value in values]
-        except (TypeError, ValueError):
-            raise ProbeError(f"{source}: labels must all be whole numbers or all be texts") from None
-        used = {int(item) for item in flat}
-        names = list(label_names or [f"LABEL_{i}" for i in range(max(used) + 1)])
-        if min(used) < 0 or max(used) >= len(names):
-            raise ProbeError(f"{source}: labels go from {min(used)} to {max(used)}, but there are {len(names)} names")
-    if not several:
-        return np.asarray(indices, dtype=np.int64), names, problem_type
-    labels = np.zeros((len(values), len(names)), dtype=np.float32)
-    for row, items in enumerate(indices):
-        labels[row, items] = 1.0
-    return labels, names, problem_type
