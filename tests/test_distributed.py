@@ -22,6 +22,7 @@ from llama_probe.distributed import check_shared, gather, launched, merge_rows, 
 from llama_probe.evaluation import inspect_head, predict_logits
 from llama_probe.features import PromptDataset
 from llama_probe.files import read_head
+from llama_probe.training_run import CHECKPOINTS
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -144,7 +145,7 @@ class TestTrain:
         assert done.returncode == 0, done.stderr
         results = json.loads(done.stdout)  # the first rank alone prints
         assert results["environment"]["processes"] == 2
-        assert not (tmp_path / "head" / "checkpoints").exists()
+        assert not (tmp_path / "head" / CHECKPOINTS).exists()
         # The states on disk are those of one process, and so are the scores of the head on them.
         alone = ranks_at_work.run(tmp_path, "alone", backbone=str(backbone_folder), max_length=64)
         alone.data.test, alone.data.test_share = str(tmp_path / "test.jsonl"), None
@@ -166,7 +167,7 @@ class TestTrain:
             tmp_path, backbone_folder, "--epochs", 10, "--patience", 10, "--output", output, "--resume"
         )
         process = torchrun(*arguments)
-        saved = output / "checkpoints" / "seed-0"
+        saved = output / CHECKPOINTS / "seed-0"
         deadline = time.monotonic() + 200
         while not list(saved.glob("checkpoint-*/trainer_state.json")):
             assert process.poll() is None and time.monotonic() < deadline

@@ -10,9 +10,9 @@ from conftest import make_probe
 
 from llama_probe import ProbeError
 from llama_probe.files import read_config, save_head
+from llama_probe.metrics import summarize
 from llama_probe.model_card import create_card, results_table, write_card
 from llama_probe.resolve import bundled_heads
-from llama_probe.training_run import summarize
 
 
 ROOT = Path(__file__).parents[1]

@@ -256,6 +256,12 @@ def test_scores_of_any_size_stay_finite():
         torch.testing.assert_close(probe.finish(state).logits, whole, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["pooling", "gate", "mha", "last"])
+def test_kinds_without_options(kind):
+    with pytest.raises(ProbeError, match=rf"options has \['foo'\]; probe_type='{kind}' has none"):
+        ProbeConfig(probe_type=kind, options={"foo": 1})
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

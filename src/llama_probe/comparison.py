@@ -24,11 +24,11 @@ from .files import is_head_folder, read_head, save_head
 from .fitting import fit_classifier
 from .learning_curves import SIZES, learning_curves
 from .methods import HeadMethod, head_methods
+from .metrics import summarize
 from .part_store import PartStore
 from .probe import ProbeModel
 from .shared_training import SharedTraining
 from .training import ProbeLoss
-from .training_run import summarize
 from .workbench import Task, Workbench
 
 

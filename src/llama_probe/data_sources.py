@@ -69,6 +69,14 @@ class DataSources:
     def __post_init__(self) -> None:
         if self.folds is not None and (self.folds < 0 or self.folds == 1):
             raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
+        for name in ("max_rows", "max_extra_rows", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ProbeError(f"{name}={value} must be at least 1")
+        if self.label_names is not None and (
+            not all(map(str.strip, self.label_names)) or len(set(self.label_names)) < len(self.label_names)
+        ):
+            raise ProbeError(f"label_names={self.label_names} must be different names, none of them empty")
         if self.eval is not None and self.folds:
             raise ProbeError(
                 f"folds={self.folds} and the validation rows of {self.eval} cannot both be used: leave one out"
@@ -133,6 +141,10 @@ class DataSources:
             if known := find_benchmark(self.test):  # a local copy may lack what the table would slice by
                 absent = set(known[0].slices) - set(parts["test"].columns)
                 self.slice_columns = [column for column in self.slice_columns if column not in absent]
+        if self.slice_columns and "test" not in parts:
+            raise ProbeError(
+                f"slice_columns={self.slice_columns} are for test rows, and there are none: pass test or test_share as well"
+            )
         if "test" in parts:
             for column in self.slice_columns:
                 if column not in parts["test"].columns:

@@ -180,15 +180,18 @@ def check_shared(folder: Path) -> None:
     """Makes a folder, and makes sure that all ranks see the same one.
 
     Raises:
-        ProbeError: they do not, as on machines that share no file system.
+        ProbeError: it cannot be made, or they do not, as on machines that share no file system.
     """
     name = on_main(lambda: uuid.uuid4().hex)
     mark = folder / f".ranks.{name}"
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if world_size() > 1:
-            mark.touch()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if world_size() > 1:
+                mark.touch()
+        except OSError as error:
+            raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
     on_main(write)
     seen = gather(world_size() == 1 or mark.exists())

@@ -107,7 +107,10 @@ def export_repository(
     if license is None:
         logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
     base_model = base_model or _base_model(backbone, lm, heads)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"the folder {folder.parent} cannot be made: {error.strerror}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         repository = Path(scratch) / "repository"
         repository.mkdir()

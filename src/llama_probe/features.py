@@ -218,7 +218,12 @@ class StateCache:
 
     def _reserve(self, size: int) -> Path:
         """A folder with a file of so many bytes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProbeError(
+                f"the folder {self.folder} for the hidden states cannot be made: {error.strerror}"
+            ) from error
         free = shutil.disk_usage(self.folder).free
         if size > 0.95 * free:
             raise ProbeError(

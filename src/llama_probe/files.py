@@ -43,6 +43,22 @@ def is_head_folder(folder: str | os.PathLike) -> bool:
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
+def check_output(folder: str | os.PathLike) -> None:
+    """Makes sure that a head can be written into a folder without the loss of anything but a head.
+
+    Raises:
+        ProbeError: it or what it lies in is a file, or it holds a card or results that belong to no head.
+    """
+    folder = Path(folder)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.is_file():
+        raise ProbeError(f"{there} is a file; name a folder for the head")
+    if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
+        raise ProbeError(
+            f"{folder} holds a {taken[0]} that belongs to no head, and would be lost: name another folder"
+        )
+
+
 def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     """Writes a head, and nothing of its backbone, into a folder: config, weights, and its results where it has some.
 

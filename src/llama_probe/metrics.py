@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,13 +58,13 @@ class ProbeMetric(evaluate.Metric):
 def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
     """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`.
 
-    AUPRC and AUROC are `None` where no label both occurs and does not.
+    AUPRC and AUROC are `None` where no label both occurs and does not, and R2 for a single row.
     """
     if config.problem_type == "regression":
         return {
             "mse": float(sk.mean_squared_error(labels, probs)),
             "mae": float(sk.mean_absolute_error(labels, probs)),
-            "r2": float(sk.r2_score(labels, probs)),
+            "r2": float(sk.r2_score(labels, probs)) if len(labels) > 1 else None,
         }
     predicted = predictions(torch.from_numpy(np.asarray(probs)), config).numpy()
     if config.problem_type == "multi_label_classification":
@@ -187,3 +188,19 @@ def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
             f"{metric} is not defined on the {len(labels)} validation rows: no label both occurs and does not. Give rows of "
             f"each label, or another metric ({', '.join(name for name in allowed if name not in ('auprc', 'auroc'))})"
         )
+
+
+def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation (n - 1) of each metric over runs, in the shape of one report."""
+    summary: dict[str, Any] = {}
+    for key, value in reports[0].items():
+        values = [item[key] for item in reports]
+        if isinstance(value, dict):
+            summary[key] = summarize(values)
+        elif key == "rows" or None in values:
+            summary[key] = value
+        else:
+            mean = sum(values) / len(values)
+            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+            summary[key] = {"mean": mean, "std": spread}
+    return summary

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, T5Config
 
-from .backbones import resolve_backbone
+from .backbones import check_dtype, resolve_backbone
 from .errors import ProbeError
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,7 @@ def model_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
     Raises:
         ProbeError: it is not allowed.
     """
-    if dtype not in DTYPES:
-        raise ProbeError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+    check_dtype(dtype)
     return getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
 
 

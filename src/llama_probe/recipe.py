@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from .errors import ProbeError
 
 
 AUTO = "auto"
@@ -19,6 +22,9 @@ class Recipe:
             number of rows; see `complete`. The batch is that of a single process; several share it (rounded up to a number
             that they can divide), so that a recipe means the same whatever it runs on.
         max_false_positive_rate: how the threshold is chosen, see `calibrate`.
+
+    Raises:
+        ProbeError: a number is not allowed.
     """
 
     learning_rate: float | None = None
@@ -32,6 +38,20 @@ class Recipe:
     patience: int | None = 3
     metric: str | None = None
     max_false_positive_rate: float | None = None
+
+    def __post_init__(self):
+        for name, least in (("learning_rate", 0), ("num_train_epochs", 0)):
+            value = getattr(self, name)
+            if value is not None and not (value > least and math.isfinite(value)):
+                raise ProbeError(f"{name}={value} must be above {least}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ProbeError(f"{name}={value} must be at least 1")
+        for name in ("weight_decay", "focal_gamma"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ProbeError(f"{name}={value} must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .learners import Candidate, Learner
 from .plots import write_sensitivity_plot
 from .shared_training import CHECKPOINT_NAME, SharedTraining
 from .training_rows import Prepared
-from .training_run import TrainingRun
+from .training_run import CHECKPOINTS, TrainingRun
 
 
 STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "study.log", "sweep.json", "head"
@@ -144,6 +144,9 @@ class Sweep:
     def _execute(self) -> dict[str, Any]:
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
+        epochs = self.run.recipe.num_train_epochs
+        if epochs is not None and epochs < 1:
+            raise ProbeError(f"num_train_epochs={epochs} must be at least 1: a sweep trains whole epochs")
         output = Path(self.run.output)
         if not self.resume and on_main(lambda: any((output / name).exists() for name in (STUDY_NAME, SWEEP_NAME))):
             raise ProbeError(f"{output} holds a sweep already: go on with --resume, or give another folder")
@@ -153,17 +156,18 @@ class Sweep:
         self.run.head = {**self.run.head, "probe_type": "pooling"}
         prepared = self.run.prepare()
         params = on_main(lambda: self._draw(output, prepared.config.hidden_size))
+        epochs = int(self.run.recipe.num_train_epochs)
         candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
         training = SharedTraining(
             candidates,
             prepared.trained,
             prepared.datasets["validation"],
             prepared.metric,
-            int(self.run.recipe.num_train_epochs),
+            epochs,
             output,
             prepared.lm,
             self.keep,
-            self.run.recipe.patience or int(self.run.recipe.num_train_epochs),
+            self.run.recipe.patience or epochs,
             self.run.seeds[0],
         )
         ranked = training.run(self.resume)
@@ -285,7 +289,7 @@ class Sweep:
         prepared.config = learner.probe.config
         run.save(learner.probe, prepared, [single], candidate.seed)
         if is_main():
-            shutil.rmtree(run.output / "checkpoints", ignore_errors=True)
+            shutil.rmtree(run.output / CHECKPOINTS, ignore_errors=True)
 
 
 def _train_options(candidate: Candidate) -> str:

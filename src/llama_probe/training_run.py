@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -23,15 +24,15 @@ from .configuration import ProbeConfig
 from .data import LabelledTexts
 from .data_sources import FOLDS, DataSources
 from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
-from .distributed import barrier, check_shared, is_main, process_group, world_size
+from .distributed import check_shared, is_main, on_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
 from .features import PromptDataset, StateCache
-from .files import environment, save_head
+from .files import check_output, environment, save_head, write_atomically
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier
 from .heads import get_probe_type
-from .metrics import check_metric, default_metric
+from .metrics import check_metric, default_metric, summarize
 from .model_card import CardFacts, write_card
 from .plots import write_plots
 from .probe import ProbeModel
@@ -39,6 +40,10 @@ from .prompts import PromptFormat, split_reply
 from .recipe import Recipe, complete
 from .training import ProbeLoss, balanced_weights, create_trainer, training_arguments
 from .training_rows import Prepared
+
+
+CHECKPOINTS = ".checkpoints"
+_SETUP_NAME = "setup.json"
 
 
 @dataclass
@@ -74,6 +79,10 @@ class TrainingRun:
     resume: bool = False
     card: CardFacts = field(default_factory=CardFacts)
 
+    def __post_init__(self):
+        if not self.seeds or min(self.seeds) < 0:
+            raise ProbeError(f"seeds={self.seeds} must be whole numbers from 0, and at least one")
+
     def execute(self) -> dict[str, Any]:
         """Runs it.
 
@@ -92,12 +101,18 @@ class TrainingRun:
 
     def _execute(self) -> dict[str, Any]:
         prepared = self.prepare()
-        convex = get_probe_type(prepared.config.probe_type).convex
-        checkpoints = self.output / "checkpoints"
-        if not self.resume and is_main():
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        barrier()
-        if convex:
+        try:
+            results = self._train_all(prepared)
+        except Exception:
+            prepared.close()  # a run that is stopped, and may go on, keeps its states
+            raise
+        prepared.close()
+        return results
+
+    def _train_all(self, prepared: Prepared) -> dict[str, Any]:
+        checkpoints = self.output / CHECKPOINTS
+        self._begin(checkpoints, prepared)
+        if get_probe_type(prepared.config.probe_type).convex:
             runs = [self._fit_classifier(self.seeds[0], prepared)]
         else:
             runs = [self._train(seed, prepared, checkpoints / f"seed-{seed}") for seed in self.seeds]
@@ -106,8 +121,39 @@ class TrainingRun:
         results = self.save(best["probe"], prepared, [run["result"] for run in runs], best["result"]["seed"], held_out)
         if is_main():
             shutil.rmtree(checkpoints, ignore_errors=True)
-        prepared.close()
         return results
+
+    def _begin(self, checkpoints: Path, prepared: Prepared) -> None:
+        """Makes the folder of the checkpoints, or finds that those in it are of this very training.
+
+        Raises:
+            ProbeError: they are of another.
+        """
+        setup = {
+            "recipe": dataclasses.asdict(self.recipe),
+            # The fingerprint is measured anew by each run, and says how much alike backbones are, not whether they are the same.
+            "head": prepared.config.to_dict() | {"fingerprint": None},
+            "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
+            "extra_weights": prepared.extra_weights,
+            "folds": len(prepared.folds),
+        }
+        setup = json.loads(json.dumps(setup))
+        path = checkpoints / _SETUP_NAME
+
+        def begin() -> dict[str, Any]:
+            if self.resume and path.is_file():
+                return json.loads(path.read_text(encoding="utf-8"))
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            checkpoints.mkdir(parents=True)
+            write_atomically({path: lambda name: name.write_text(json.dumps(setup), encoding="utf-8")})
+            return setup
+
+        found = on_main(begin)
+        if different := [name for name in setup if setup[name] != found.get(name)]:
+            raise ProbeError(
+                f"{self.output} holds the checkpoints of another training: its {', '.join(different)} are not these. Give what "
+                "was given then, or leave resume out to begin anew"
+            )
 
     def prepare(self) -> Prepared:
         """Reads the rows, loads the backbone, renders the prompts and, with a cache, computes their states.
@@ -115,6 +161,7 @@ class TrainingRun:
         Raises:
             ProbeError: anything the user can mend.
         """
+        check_output(self.output)
         parts = self.data.read(self.seeds[0])
         further = len(parts["extra"]) if "extra" in parts else 0
         self.recipe, self.head = complete(self.recipe, self.head, len(parts["train"]) + further)
@@ -203,7 +250,11 @@ class TrainingRun:
             try:
                 weights = [float(value) for value in weights.split(",")]
             except ValueError:
-                raise ProbeError(f"class_weights={weights!r} must be 'balanced' or numbers with commas") from None
+                weights = []
+            if not weights or not all(0 <= weight < math.inf for weight in weights):
+                raise ProbeError(
+                    f"class_weights={self.recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas"
+                )
         return ProbeLoss(config, weights, self.recipe.label_smoothing, self.recipe.focal_gamma)
 
     def _train(self, seed: int, prepared: Prepared, checkpoints: Path) -> dict[str, Any]:
@@ -341,19 +392,3 @@ def _last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint in which the Trainer has written its state, which comes last: a killed run may leave half of one."""
     found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     return max(map(str, found), key=lambda path: int(path.rpartition("-")[2]), default=None)
-
-
-def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) of each metric over runs, in the shape of one report."""
-    summary: dict[str, Any] = {}
-    for key, value in reports[0].items():
-        values = [item[key] for item in reports]
-        if isinstance(value, dict):
-            summary[key] = summarize(values)
-        elif key == "rows" or None in values:
-            summary[key] = value
-        else:
-            mean = sum(values) / len(values)
-            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
-            summary[key] = {"mean": mean, "std": spread}
-    return summary

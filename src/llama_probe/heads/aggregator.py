@@ -84,7 +84,9 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Raises `ProbeError` where `config` holds a value that this kind cannot be built from."""
+        """Raises `ProbeError` where `config` holds a value that this kind cannot be built from; of options none are known here."""
+        if config.options:
+            raise ProbeError(f"options has {sorted(config.options)}; probe_type={config.probe_type!r} has none")
 
     @classmethod
     def members(cls, config: ProbeConfig) -> int:

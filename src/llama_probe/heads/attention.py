@@ -37,6 +37,7 @@ class AttentionAggregator(LowRankAggregator):
 
     @classmethod
     def check(cls, config):
+        super().check(config)
         if config.hidden_size is None:
             return
         if config.hidden_size % config.downcast:
