@@ -203,7 +203,7 @@ class TestScores:
                 keep_columns=["id"],
                 chunk_rows=1200,
             ).execute()
-        with pytest.raises(ProbeError, match="must be a text or chat messages, not '[0-9]"):
+        with pytest.raises(ProbeError, match=r"must be a text or chat messages, not '[0-9]"):
             job(backbone_folder, heads[:1], [path], tmp_path / "p", text_column="id").execute()
 
 

@@ -144,7 +144,7 @@ class TrainingRun:
             if self.resume and path.is_file():
                 return json.loads(path.read_text(encoding="utf-8"))
             shutil.rmtree(checkpoints, ignore_errors=True)
-            checkpoints.mkdir(parents=True)
+            checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically({path: lambda name: name.write_text(json.dumps(setup), encoding="utf-8")})
             return setup
 
