@@ -155,3 +155,17 @@ def test_one_label_that_holds_or_not():
     found = score(probs, labels, head)
     assert (found["precision"], found["recall"], found["f1"]) == (0.5, 1.0, pytest.approx(2 / 3))
     assert found["accuracy"] == 0.75 and found["auprc"] == 1.0
+
+
+def test_a_mean_is_over_the_labels_that_occur():
+    """A slice or a small file may lack some: what is right in every row has an F1 of 1."""
+    config = ProbeConfig(probe_type="gate", num_labels=4)
+    probs = np.eye(4)[[0, 2, 2]]
+    assert score(probs, np.array([0, 2, 2]), config)["f1"] == 1.0
+    assert score(probs, np.array([0, 2, 3]), config)["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    several = ProbeConfig(probe_type="gate", num_labels=3, problem_type="multi_label_classification")
+    given = np.array([[0.9, 0.1, 0.1], [0.9, 0.9, 0.1]])
+    assert score(given, np.array([[1, 0, 0], [1, 1, 0]]), several)["f1"] == 1.0
+    assert score(given * 0, np.zeros((2, 3)), several)["f1"] == 0.0
+    value = ProbeConfig(probe_type="gate", num_labels=1, problem_type="regression")
+    assert score(np.array([[1.0]]), np.array([[2.0]]), value) == {"mse": 1.0, "mae": 1.0, "r2": None}

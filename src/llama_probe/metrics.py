@@ -58,7 +58,8 @@ class ProbeMetric(evaluate.Metric):
 def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
     """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`.
 
-    AUPRC and AUROC are `None` where no label both occurs and does not, and R2 for a single row.
+    F1, precision and recall are those of label 1 of two, else the mean over the labels that some row has or is given. AUPRC and
+    AUROC are `None` where no label both occurs and does not, and R2 for a single row.
     """
     if config.problem_type == "regression":
         return {
@@ -76,7 +77,10 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
         truth, average = labels.astype(int), "binary" if config.num_labels == 2 else "macro"
         one_hot = np.eye(config.num_labels, dtype=int)[truth]
         columns = [1] if config.num_labels == 2 else range(config.num_labels)
-    names = {} if average == "binary" else {"labels": list(range(config.num_labels))}
+    names = {}
+    if average == "macro":  # a label that no row has or is given has no F1, and is no part of a mean
+        met = np.logical_or(*truth_and_predictions(probs, labels, config)).any(axis=0)
+        names = {"labels": np.flatnonzero(met) if met.any() else [0]}
     precision, recall, f1, _ = sk.precision_recall_fscore_support(
         truth, predicted, average=average, zero_division=0.0, **names
     )
