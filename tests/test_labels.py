@@ -35,6 +35,7 @@ def test_several_labels():
     assert read([[0, 2], []]) == ([[1, 0, 1], [0, 0, 0]], names, "multi_label")
     assert read([["b"], ["a", "b"]]) == ([[0, 1], [1, 1]], ["a", "b"], "multi_label")
     assert read([["b"], []], ["a", "b"]) == ([[0, 1], [0, 0]], ["a", "b"], "multi_label")
+    assert read([[], []], ["a", "b"]) == ([[0, 0], [0, 0]], ["a", "b"], "multi_label")
 
 
 def test_values():

@@ -92,15 +92,14 @@ def score_statistic(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) 
             "auprc": areas[0],
             "auroc": areas[1],
         }
-        met = (given + support > 0).sum(
-            axis=1
-        )  # labels that some row has or is given; the others have no part in a mean
+        # Labels that no row has or is given have no part in a mean.
+        met = (given + support > 0).sum(axis=1).astype(np.float64)
         overall = {
             name: values[:, 1]
             if binary
             else _mean_of_defined(values)
             if name in ("auprc", "auroc")
-            else _ratio(values.sum(axis=1), met.astype(np.float64))
+            else _ratio(values.sum(axis=1), met)
             for name, values in by_label.items()
         }
         accuracy = weights @ right / weights.sum(axis=1)

@@ -57,7 +57,7 @@ class LabelledTexts:
 
     def digest(self) -> str:
         """sha256 of the texts and labels."""
-        found = hashlib.sha256(json.dumps([self.texts, self.label_names], ensure_ascii=False).encode())
+        found = hashlib.sha256(json.dumps([self.texts, self.label_names], default=str).encode())
         found.update(self.labels.tobytes())
         return found.hexdigest()
 

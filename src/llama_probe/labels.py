@@ -27,7 +27,7 @@ def read_labels(
     """
     several = isinstance(values[0], (list, tuple))
     flat = [item for value in values for item in value] if several else list(values)
-    if not flat:
+    if not flat and label_names is None:
         raise ProbeError(f"{source}: no row has a label")
     fractions = [item for item in flat if isinstance(item, float) and not item.is_integer()]
     if problem_type is None:
