@@ -18,7 +18,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from .capture_llama_probe import Capture, Decoder, find_decoder
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
-from .halting_run_llama_probe import generation_setting, token_ids
+from .generate_arguments_llama_probe import generation_setting, token_ids
 from .heads_llama_probe import repeat_rows
 from .probe_llama_probe import ProbeModel
 from .reply_llama_probe import ReplyRecorder, ReplySession, refuse_not_followed

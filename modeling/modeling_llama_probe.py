@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, logging
 from .capture_llama_probe import without_peft
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
+from .generate_arguments_llama_probe import generation_arguments, with_setting
 from .generation_llama_probe import (
     PAGED,
     forward_session,
@@ -30,7 +31,7 @@ from .generation_llama_probe import (
     session_of,
 )
 from .halting_llama_probe import Halter
-from .halting_run_llama_probe import HaltingRun, generation_arguments, with_setting
+from .halting_run_llama_probe import HaltingRun
 from .host_llama_probe import ProbeHostMixin
 from .outputs_llama_probe import ProbedOutputMixin, with_probe_logits
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside

@@ -15,7 +15,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from .capture import Capture, Decoder, find_decoder
 from .decision import ProbeOutput
 from .errors import ProbeError
-from .halting_run import generation_setting, token_ids
+from .generate_arguments import generation_setting, token_ids
 from .heads import repeat_rows
 from .probe import ProbeModel
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed

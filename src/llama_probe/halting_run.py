@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
-    GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -22,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .decision import ProbeOutput
 from .errors import ProbeError
+from .generate_arguments import generation_setting, token_ids
 from .halting import Halt, Halter, HaltReply, Reprompt
 from .streaming import HoldBackStreamer
 
@@ -54,46 +50,6 @@ class HaltingProcessor(LogitsProcessor):
         scores[rows] = torch.finfo(scores.dtype).min
         scores[rows, self.token] = 0.0
         return scores
-
-
-def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `generate()` behind its first two, by name.
-
-    Raises:
-        TypeError: there are too many, or one is given twice.
-    """
-    names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
-    if len(args) > len(names):
-        raise TypeError(
-            f"generate() takes up to {len(names) + 2} positional arguments, and {len(args) + 2} were given"
-        )
-    named = dict(zip(names, args, strict=False))
-    if twice := sorted(set(named) & set(kwargs)):
-        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
-    return {**named, **kwargs}
-
-
-def with_setting(
-    generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
-) -> GenerationConfig | None:
-    """Sets what a call of `generate()` uses for a setting: in a copy of its config, where it has one, else in its arguments.
-
-    transformers means to refuse a config with settings beside it.
-    """
-    if generation_config is None or name in kwargs:
-        kwargs[name] = value
-        return generation_config
-    generation_config = copy.deepcopy(generation_config)
-    setattr(generation_config, name, value)
-    return generation_config
-
-
-def generation_setting(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping, name: str):
-    """What a call of `generate()` uses for a setting: its argument, its config, or the model's; `None` where none says."""
-    if name in kwargs:
-        return kwargs[name]
-    sources = (getattr(generation_config, name, None), getattr(model.generation_config, name, None))
-    return next((value for value in sources if value is not None), None)
 
 
 class HaltedRows(StoppingCriteria):
@@ -237,13 +193,6 @@ class HaltingRun:
             sequences = written if isinstance(written, torch.Tensor) else written.sequences
             self.reply = sequences[0, ids.shape[1] :]
         return self.reply
-
-
-def token_ids(value) -> list[int]:
-    """The ids that a setting such as `eos_token_id` names: none, one, or several."""
-    if isinstance(value, torch.Tensor):
-        value = value.flatten().tolist()
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _reply(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:

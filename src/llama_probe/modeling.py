@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, logging
 from .capture import without_peft
 from .decision import ProbeOutput
 from .errors import ProbeError
+from .generate_arguments import generation_arguments, with_setting
 from .generation import (
     PAGED,
     forward_session,
@@ -27,7 +28,7 @@ from .generation import (
     session_of,
 )
 from .halting import Halter
-from .halting_run import HaltingRun, generation_arguments, with_setting
+from .halting_run import HaltingRun
 from .host import ProbeHostMixin
 from .outputs import ProbedOutputMixin, with_probe_logits
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside

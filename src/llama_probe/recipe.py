@@ -40,17 +40,17 @@ class Recipe:
     max_false_positive_rate: float | None = None
 
     def __post_init__(self):
-        for name, least in (("learning_rate", 0), ("num_train_epochs", 0)):
+        for name in ("learning_rate", "num_train_epochs"):
             value = getattr(self, name)
-            if value is not None and not (value > least and math.isfinite(value)):
-                raise ProbeError(f"{name}={value} must be above {least}")
+            if value is not None and not 0 < value < math.inf:
+                raise ProbeError(f"{name}={value} must be above 0")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
         for name in ("weight_decay", "focal_gamma"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
+            if not 0 <= value < math.inf:
                 raise ProbeError(f"{name}={value} must be at least 0")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from .learners import Candidate, Learner
 from .plots import write_sensitivity_plot
 from .shared_training import CHECKPOINT_NAME, SharedTraining
 from .training_rows import Prepared
-from .training_run import CHECKPOINTS, TrainingRun
+from .training_run import TrainingRun
 
 
 STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "study.log", "sweep.json", "head"
@@ -288,8 +287,6 @@ class Sweep:
         single = {"seed": candidate.seed, "epochs": learner.history.best_epoch, **result}
         prepared.config = learner.probe.config
         run.save(learner.probe, prepared, [single], candidate.seed)
-        if is_main():
-            shutil.rmtree(run.output / CHECKPOINTS, ignore_errors=True)
 
 
 def _train_options(candidate: Candidate) -> str:
