@@ -75,7 +75,7 @@ def sharded(folder: Path) -> dict:
     found = []
     for head, backbone in zip(heads, (whole, lm), strict=True):
         head.set_backbone(backbone)
-        found.append(predict_logits(head, dataset, batch_size=2))
+        found.append(predict_logits(head, dataset, batch_tokens=14))
     torch.manual_seed(0)
     trained = ProbeModel(ProbeConfig(probe_type="gate", dropout=0.0), backbone=lm)
     arguments = training_arguments(folder / "sharded", "accuracy", num_train_epochs=2, per_device_train_batch_size=2)
@@ -106,7 +106,7 @@ def in_parts(folder: Path) -> dict:
     with torch.no_grad():
         logits = head(input_ids=make_prompts(seed=4)).logits
     cached = StateCache(folder / "tp", torch.float32).dataset(lm, head.config, prompts(), LABELS)
-    scores = predict_logits(make_probe(probe_type="mha"), cached, batch_size=4)
+    scores = predict_logits(make_probe(probe_type="mha"), cached, batch_tokens=28)
     with contextlib.suppress(ProbeError):
         create_trainer(head, training_arguments(folder / "tp", "accuracy"), cached)
         raise AssertionError("the Trainer would give each rank its own rows")
@@ -126,8 +126,8 @@ def main(folder: Path) -> None:
         dataset = PromptDataset(prompts(), LABELS)
         found = {
             "world_size": world_size(),
-            "logits": predict_logits(head, dataset, batch_size=2).tolist(),
-            "inspection": inspect_head(head, dataset, LABELS, batch_size=2),
+            "logits": predict_logits(head, dataset, batch_tokens=14).tolist(),
+            "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
             "folded": folded(folder, "folded"),
             "sparse": sparse(folder, "sparse"),
             "sweep": sweep(folder, "sweep").execute(),

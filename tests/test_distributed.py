@@ -84,8 +84,8 @@ class TestTwoNodes:
         head = make_probe(probe_type="mha")
         head.set_backbone(make_lm())
         dataset = PromptDataset(prompts(), LABELS)
-        assert found[0]["logits"] == predict_logits(head, dataset, batch_size=2).tolist()
-        assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS, batch_size=2)))
+        assert found[0]["logits"] == predict_logits(head, dataset, batch_tokens=14).tolist()
+        assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS, batch_tokens=14)))
 
     def test_a_sweep_finds_what_one_process_finds(self, found, folder):
         alone = ranks_at_work.sweep(folder, "alone").execute()
@@ -119,7 +119,7 @@ class TestTwoNodes:
         head.set_backbone(AutoModelForCausalLM.from_pretrained(folder / "backbone"))
         with torch.no_grad():
             whole = head(input_ids=make_prompts(seed=4)).logits
-        scores = predict_logits(head, PromptDataset(prompts(), LABELS), batch_size=4)
+        scores = predict_logits(head, PromptDataset(prompts(), LABELS), batch_tokens=28)
         for part in found:
             assert torch.allclose(torch.tensor(part["in_parts"]["logits"]), whole, atol=1e-5)
             assert torch.allclose(torch.tensor(part["in_parts"]["scores"]), scores, atol=1e-5)

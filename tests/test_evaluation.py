@@ -29,16 +29,28 @@ def with_backbone(**changes):
 
 def test_rows_come_back_in_their_order(dataset):
     probe = with_backbone()
-    together = predict_logits(probe, dataset, batch_size=2)
+    together = predict_logits(probe, dataset, batch_tokens=14)
     for row, ids in enumerate(dataset.prompts):
         alone = probe(input_ids=torch.tensor([ids])).logits[0]
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=0)
 
 
+def test_tokens_bound_a_batch(dataset):
+    probe, seen = with_backbone(), []
+    probe.register_forward_pre_hook(
+        lambda _, args, batch: seen.append(tuple(batch["input_ids"].shape)), with_kwargs=True
+    )
+    predict_logits(probe, dataset, batch_tokens=8)
+    assert seen == [(1, 9), (1, 7), (1, 5), (2, 3)]  # a row that is longer goes alone
+    seen.clear()
+    inspect_head(probe, dataset, LABELS, batch_tokens=14)
+    assert seen == [(1, 9), (2, 7), (2, 3)]
+
+
 @pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
 def test_layer_weights_by_label(dataset, kind):
     probe = with_backbone(probe_type=kind, layers=[0, 2, LAYERS], id2label={0: "no", 1: "yes"})
-    found = inspect_head(probe, dataset, LABELS, batch_size=2)
+    found = inspect_head(probe, dataset, LABELS, batch_tokens=14)
     assert found["layer_weights"]["layers"] == [0, 2, LAYERS]
     for label, index in (("no", 0), ("yes", 1)):
         rows = [torch.tensor([dataset.prompts[row]]) for row in np.flatnonzero(index == LABELS)]

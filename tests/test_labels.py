@@ -24,6 +24,10 @@ def read(values, names=None, kind=None):
         ([5, 1, 3], None, [2, 0, 1], ["1", "3", "5"]),
         ([10_000_000, 0], None, [1, 0], ["0", "10000000"]),
         ([3, 1], ["1", "3", "5"], [1, 0], ["1", "3", "5"]),
+        ([True, False], None, [1, 0], ["False", "True"]),
+        ([True, True], None, [1, 1], ["False", "True"]),
+        ([True, False], ["no", "yes"], [1, 0], ["no", "yes"]),
+        ([True, False], ["True", "False"], [0, 1], ["True", "False"]),
     ],
 )
 def test_single_labels(values, names, expected, found):
@@ -41,6 +45,7 @@ def test_several_labels():
 def test_values():
     assert read([0.5, 2]) == ([[0.5], [2.0]], ["value"], "regression")
     assert read([0, 1], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
+    assert read([False, True], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,24 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probabilities
 from .distributed import is_main, merge_rows, share
 from .errors import ProbeError
-from .features import ProbeCollator, iterate_states
+from .features import ProbeCollator, iterate_states, length_batches
 from .metrics import confusion, label_scores, outcomes, score
 from .probe import ProbeModel
 
 
-def predict_logits(probe: ProbeModel, dataset: Dataset, batch_size: int = 32, progress: bool = False) -> torch.Tensor:
+def predict_logits(
+    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+) -> torch.Tensor:
     """Logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order.
+
+    Args:
+        batch_tokens: tokens of a batch, padding included; a longer row goes alone. They bound the memory: a head gets the
+            states of all its layers of a batch at once.
 
     In a process group (see `llama_probe.distributed`) the ranks score a share of the rows each, and all get the whole.
     """
     logits, scored = torch.empty(len(dataset), probe.config.num_labels), []
-    for rows, output in _outputs(probe, dataset, batch_size, progress):
+    for rows, output in _outputs(probe, dataset, batch_tokens, progress):
         logits[rows] = output.logits.cpu()
         scored += rows
     return merge_rows(scored, logits)
@@ -71,14 +77,14 @@ def inspect_head(
     probe: ProbeModel,
     dataset: Dataset,
     labels: np.ndarray,
-    batch_size: int = 32,
+    batch_tokens: int = 4096,
     logits: torch.Tensor | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """What cards and plots show of a head beyond its metrics.
 
     Args:
-        dataset, labels: rows. batch_size: in which they are read.
+        dataset, labels: rows. batch_tokens: as for `predict_logits`.
         logits (`[rows, num_labels]`, *optional*): to judge by in place of the head's own, where it was trained on the rows.
 
     Returns:
@@ -90,7 +96,7 @@ def inspect_head(
     config = probe.config
     found_logits = torch.empty(len(dataset), config.num_labels)
     weights, scored = torch.empty(len(dataset), len(probe.layer_indices)), []
-    for rows, output in _outputs(probe, dataset, batch_size, progress, output_attentions=True):
+    for rows, output in _outputs(probe, dataset, batch_tokens, progress, output_attentions=True):
         found_logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
         scored += rows
     found_logits, weights = merge_rows(scored, found_logits), merge_rows(scored, weights)
@@ -117,11 +123,10 @@ def inspect_head(
     return found
 
 
-def _outputs(probe: ProbeModel, dataset: Dataset, batch_size: int, progress: bool = False, **kwargs):
+def _outputs(probe: ProbeModel, dataset: Dataset, batch_tokens: int, progress: bool = False, **kwargs):
     """Row numbers and `ProbeOutput` of each batch of this rank; rows of like length go together."""
     probe.eval()
-    order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = length_batches([len(dataset[row]["input_ids"]) for row in range(len(dataset))], batch_tokens)
     batches = batches if is_tensor_parallel(probe.backbone) else share(batches)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=ProbeCollator())
     for rows, batch in zip(

@@ -15,8 +15,8 @@ def read_labels(
 ) -> tuple[np.ndarray, list[str], str]:
     """Labels as in `LabelledTexts`, their names, and what kind of problem they make.
 
-    Texts are names, lists several labels of one row, whole numbers class indices - or names, where they leave some out (ratings
-    from 1 to 5) or stand among `label_names` - and other numbers values.
+    Texts are names, and so are truth values ("False" and "True"); lists are several labels of one row, whole numbers class
+    indices - or names, where they leave some out (ratings from 1 to 5) or stand among `label_names` - and other numbers values.
 
     Args:
         source: for messages. values: one entry a row. label_names: by index; told by the labels where left out.
@@ -27,6 +27,9 @@ def read_labels(
     """
     several = isinstance(values[0], (list, tuple))
     flat = [item for value in values for item in value] if several else list(values)
+    if not several and all(isinstance(item, bool) for item in flat) and problem_type != "regression":
+        label_names = label_names or ["False", "True"]
+        flat = [str(item) if str(item) in label_names else int(item) for item in flat]
     if not flat and label_names is None:
         raise ProbeError(f"{source}: no row has a label")
     fractions = [item for item in flat if isinstance(item, float) and not item.is_integer()]

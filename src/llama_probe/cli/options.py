@@ -31,12 +31,14 @@ DATA = f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, json
 
 
 def command_line() -> str:
-    """The command as it was typed, without folders of this machine."""
+    """The command as it was typed, without folders of this machine, and as if nothing had interrupted it."""
     hidden = {"--output", "--cache-dir", "--data-dir"}
     words, skip = ["llama-probe"], False
     for word in sys.argv[1:]:
         if skip:
             skip = False
+        elif word == "--resume":
+            continue
         elif word.partition("=")[0] in hidden:
             skip = "=" not in word
         else:
