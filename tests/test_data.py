@@ -58,6 +58,19 @@ def test_paths_are_taken_as_they_are(write, tmp_path, name):
     assert read_labelled(path).texts == ["one", "two", "three"]
 
 
+def test_texts_of_a_csv_stay_as_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,ask\n007,None,1.0\nNone,NA,NA\n1e3,None,x\n", encoding="utf-8")
+    rows = read_labelled(str(tmp_path / "a.csv"))
+    assert rows.texts == ["007", "None", "1e3"]
+    assert rows.label_names == ["NA", "None"] and rows.labels.tolist() == [1, 0, 1]
+    replies = read_labelled(str(tmp_path / "a.csv"), prompt_column="ask").texts
+    assert [[message["content"] for message in reply] for reply in replies] == [
+        ["1.0", "007"],
+        ["NA", "None"],
+        ["x", "1e3"],
+    ]
+
+
 def test_texts_that_a_csv_takes_for_numbers(write):
     assert read_labelled(write([{"text": 12, "label": 0}, {"text": 7, "label": 1}], "a.csv")).texts == ["12", "7"]
 

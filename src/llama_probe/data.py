@@ -154,8 +154,11 @@ def _asked(text: Text) -> Text:
     return text[:-1] if replied else text
 
 
-def read_table(source: str, split: str = "train") -> Dataset:
+def read_table(source: str, split: str = "train", text_columns: Sequence[str] = ()) -> Dataset:
     """Rows of a csv, json(l) or parquet file (also .gz), of a folder of such files, or of a Hub data set.
+
+    Args:
+        text_columns: whose cells a csv file holds as they are: `007` is a text there, and no number.
 
     Raises:
         ProbeError: there is nothing to read.
@@ -167,6 +170,13 @@ def read_table(source: str, split: str = "train") -> Dataset:
             if suffix is None:
                 raise ProbeError(f"{path} is of no known format; allowed: {', '.join(_FORMATS)}, each also with .gz")
             options = {"sep": "\t"} if suffix == ".tsv" else {}
+            if _FORMATS[suffix] == "csv":
+                # else words such as None and NA, which may be labels, are nothing
+                options |= {
+                    "keep_default_na": False,
+                    "na_values": [""],
+                    "converters": dict.fromkeys(text_columns, str),
+                }
             return load_dataset(_FORMATS[suffix], data_files=glob.escape(str(path)), split="train", **options)
         data = load_dataset(source, split=None)
     except ProbeError:
@@ -236,7 +246,7 @@ def read_labelled(
             texts = [_exchange(source, row, *pair) for row, pair in enumerate(pairs)]
         rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
         return rows if label_names is None else rows.renamed(label_names)
-    table = read_table(source, split)
+    table = read_table(source, split, [text_column, *([] if prompt_column is None else [prompt_column])])
     for name in (text_column, label_column, *([] if prompt_column is None else [prompt_column])):
         if name not in table.column_names:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(table.column_names)}")
@@ -272,7 +282,7 @@ def read_benchmark(
     if split not in splits:
         raise ProbeError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(splits)}")
     if data_dir is not None:
-        table = read_table(str(splits[split]))
+        table = read_table(str(splits[split]), text_columns=["text"])
     else:
         place = benchmark.splits[split]
         try:
@@ -350,9 +360,7 @@ def _labelled(
         raise ProbeError(f"{source} holds no rows")
     for row, (text, value) in enumerate(zip(texts, values, strict=True)):
         if _is_empty(text, value):
-            raise ProbeError(
-                f"{source}: row {row} has no text or no label; in a csv file words such as NA and None are none, either"
-            )
+            raise ProbeError(f"{source}: row {row} has no text or no label")
     texts = [_as_text(source, row, text) for row, text in enumerate(texts)]
     labels, names, found_type = read_labels(source, values, label_names, problem_type)
     return LabelledTexts(texts, labels, names, found_type, columns)
