@@ -283,8 +283,13 @@ def _threshold(threshold) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 
+_RULES = {"best-f1": "best F1", "expected-f1": "best expected F1"}
+
+
 def _threshold_rule(recipe: dict[str, Any]) -> str:
     if "max_false_positive_rate" not in recipe:  # results of a version that knew one rule
         return ""
-    rate = recipe["max_false_positive_rate"]
-    return " (best F1)" if rate is None else f" (highest recall with a false-positive rate of at most {rate:g})"
+    if (rate := recipe["max_false_positive_rate"]) is not None:
+        return f" (highest recall with a false-positive rate of at most {rate:g})"
+    rule = recipe.get("threshold_rule", "best-f1")
+    return f" ({_RULES.get(rule, rule)})"

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.calibration import calibrate, highest_recall_threshold, reliability, threshold_table
+from llama_probe.calibration import (
+    best_f1_threshold,
+    calibrate,
+    expected_f1_threshold,
+    highest_recall_threshold,
+    reliability,
+    threshold_table,
+)
 from llama_probe.card_sections import measurements
 from llama_probe.decision import predictions, probabilities
 
@@ -32,6 +39,65 @@ def test_thresholds_by_hand():
     assert (rows[0.6]["precision"], rows[0.6]["recall"]) == (1.0, 0.5)
     nothing = threshold_table(logits_of([0.05, 0.1]), np.array([1, 0]), CONFIG)["yes"][-1]
     assert nothing["precision"] is None and nothing["recall"] == 0
+
+
+def f1_at(threshold, scores, positives):
+    flagged = scores >= threshold
+    return 2 * (flagged & (positives == 1)).sum() / (flagged.sum() + positives.sum())
+
+
+def test_the_expected_f1_is_steadier():
+    """Of rows that are positive as often as their score says, a tenth of them: the best threshold is half the best F1."""
+    rng = np.random.default_rng(0)
+
+    def draw(rows):
+        odds = np.exp(rng.normal(-4, 3, rows))
+        scores = odds / (1 + odds)
+        return scores, (rng.random(rows) < scores).astype(int)
+
+    many = draw(200_000)
+    best = max(f1_at(threshold, *many) for threshold in np.linspace(0.05, 0.95, 91))
+    assert expected_f1_threshold(*draw(20_000)) == pytest.approx(best / 2, abs=0.02)
+    rules = (expected_f1_threshold, best_f1_threshold)
+    found = [[rule(*rows) for rule in rules] for rows in (draw(300) for _ in range(40))]
+    expected, raw = (np.array([f1_at(threshold, *many) for threshold in part]) for part in zip(*found, strict=True))
+    assert expected.mean() > raw.mean() + 0.003 and expected.min() > raw.min()
+    assert np.std([row[0] for row in found]) < 0.7 * np.std([row[1] for row in found])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.booleans()), min_size=2, max_size=30))
+def test_the_expected_f1_at_the_ends(rows):
+    """It lies between scores that differ, or below all of them."""
+    scores, positives = np.array([score for score, _ in rows]), np.array([int(label) for _, label in rows])
+    if 0 < positives.sum() < len(rows):
+        threshold = expected_f1_threshold(scores, positives)
+        assert 0 <= threshold <= 1 and (threshold not in scores or threshold == 0)
+        assert (scores >= threshold).any()
+
+
+def test_scores_that_tell_all():
+    scores = np.linspace(0.01, 0.99, 20)
+    positives = (scores > 0.5).astype(int)
+    assert f1_at(expected_f1_threshold(scores, positives), scores, positives) == 1
+
+
+def test_a_rule_that_is_none():
+    with pytest.raises(ProbeError, match="threshold_rule='f2' is not known; allowed: expected-f1, best-f1"):
+        calibrate(CONFIG, torch.zeros(2, 2), torch.tensor([0, 1]), threshold_rule="f2")
+
+
+def test_the_rule_is_followed():
+    rng = np.random.default_rng(0)
+    probs = rng.uniform(0.01, 0.99, 60)
+    labels = torch.from_numpy((rng.random(60) < probs).astype(int))
+    found = {
+        rule: calibrate(CONFIG, logits_of(probs), labels, threshold_rule=rule) for rule in ("expected-f1", "best-f1")
+    }
+    scores = probabilities(logits_of(probs), found["best-f1"]).numpy()[:, 1]
+    assert found["best-f1"].threshold == best_f1_threshold(scores, labels.numpy())
+    assert found["expected-f1"].threshold == expected_f1_threshold(scores, labels.numpy())
+    assert calibrate(CONFIG, logits_of(probs), labels).threshold == found["expected-f1"].threshold
 
 
 @settings(max_examples=30, deadline=None)
@@ -160,6 +226,10 @@ def test_a_rate_that_cannot_be(changes, rate, words):
     [
         ({}, "Threshold 0.350 and temperature 2.000 were fitted"),  # of results before there was a choice
         ({"max_false_positive_rate": None}, "Threshold 0.350 (best F1) and temperature 2.000 were fitted"),
+        (
+            {"max_false_positive_rate": None, "threshold_rule": "expected-f1"},
+            "Threshold 0.350 (best expected F1) and temperature 2.000 were fitted",
+        ),
         (
             {"max_false_positive_rate": 0.01},
             "Threshold 0.350 (highest recall with a false-positive rate of at most 0.01) and temperature 2.000 were",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve, roc_curve
 from transformers.utils import logging
 
@@ -15,6 +16,9 @@ from .errors import ProbeError
 
 
 logger = logging.get_logger(__name__)
+
+EXPECTED_F1, BEST_F1 = "expected-f1", "best-f1"
+THRESHOLD_RULES = (EXPECTED_F1, BEST_F1)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeConfig) -> float:
@@ -50,6 +54,28 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     return float((thresholds[best] + below) / 2)
 
 
+def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
+    """The threshold with the highest expected F1, halfway to the next lower score.
+
+    The F1 of the rows themselves jumps from one to the next, and where few are positive its best threshold is one of chance.
+    Here a logistic map of the scores' log odds (Platt, 1999) says how likely each row is to be positive, and the threshold is
+    the best for rows that are (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
+
+    Args:
+        scores (`[rows]`): probabilities of the positive label. positives (`[rows]`): 0 or 1; both occur.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order].astype(np.float64)
+    bounded = ranked.clip(1e-7, 1 - 1e-7)
+    log_odds = np.log(bounded / (1 - bounded))[:, None]
+    fit = LogisticRegression(C=100.0, max_iter=1000).fit(log_odds, positives[order])
+    likely = fit.predict_proba(log_odds)[:, 1]
+    f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
+    f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold lies between rows that score alike
+    best = int(np.argmax(f1))
+    return float((ranked[best] + (ranked[best + 1] if best + 1 < len(ranked) else 0.0)) / 2)
+
+
 def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:
     """The threshold with the highest recall among those that flag at most a share of the negative rows.
 
@@ -76,12 +102,16 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
     return upper if np.float32(middle) <= np.float32(lower) else middle
 
 
-def check_max_false_positive_rate(config: ProbeConfig, max_false_positive_rate: float | None) -> None:
+def check_threshold_rule(
+    config: ProbeConfig, max_false_positive_rate: float | None = None, threshold_rule: str = EXPECTED_F1
+) -> None:
     """Whether a head's threshold can be chosen so.
 
     Raises:
-        ProbeError: the rate is not allowed, or the head has no threshold.
+        ProbeError: the rule or the rate is not allowed, or the head has no threshold.
     """
+    if threshold_rule not in THRESHOLD_RULES:
+        raise ProbeError(f"threshold_rule={threshold_rule!r} is not known; allowed: {', '.join(THRESHOLD_RULES)}")
     if max_false_positive_rate is None:
         return
     if not 0 <= max_false_positive_rate < 1:
@@ -98,7 +128,11 @@ def check_max_false_positive_rate(config: ProbeConfig, max_false_positive_rate: 
 
 
 def calibrate(
-    config: ProbeConfig, logits: torch.Tensor, labels: torch.Tensor, max_false_positive_rate: float | None = None
+    config: ProbeConfig,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    max_false_positive_rate: float | None = None,
+    threshold_rule: str = EXPECTED_F1,
 ) -> ProbeConfig:
     """`config` with the temperature, and where it has two labels or several at once the thresholds, that suit the rows.
 
@@ -107,12 +141,13 @@ def calibrate(
     Args:
         logits (`torch.FloatTensor` of shape `[rows, num_labels]`), labels: of validation rows.
         max_false_positive_rate: thresholds have the highest recall with at most this share of the negative rows flagged,
-            for each label of a multi-label head by itself; with `None` the best F1.
+            for each label of a multi-label head by itself. `None` for the `threshold_rule`.
+        threshold_rule: `"expected-f1"`, see `expected_f1_threshold`, or `"best-f1"`, see `best_f1_threshold`.
 
     Raises:
-        ProbeError: see `check_max_false_positive_rate`.
+        ProbeError: see `check_threshold_rule`.
     """
-    check_max_false_positive_rate(config, max_false_positive_rate)
+    check_threshold_rule(config, max_false_positive_rate, threshold_rule)
     if config.problem_type == "regression":
         return config
     config = config.replace(temperature=fit_temperature(logits, labels, config), threshold=None)
@@ -121,7 +156,8 @@ def calibrate(
 
     def choose(scores: np.ndarray, positives: np.ndarray) -> float:
         if max_false_positive_rate is None:
-            return best_f1_threshold(scores, positives)
+            rule = expected_f1_threshold if threshold_rule == EXPECTED_F1 else best_f1_threshold
+            return rule(scores, positives)
         return highest_recall_threshold(scores, positives, max_false_positive_rate)
 
     if config.problem_type == "multi_label_classification":

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from .baselines import BASELINES, class_logits, fit_tfidf
-from .calibration import calibrate
+from .calibration import BEST_F1, calibrate
 from .configuration import ProbeConfig
 from .data import LabelledTexts
 from .decision import predictions, probabilities
@@ -282,11 +282,13 @@ def judge(
 ) -> tuple[ProbeConfig, dict[str, Any]]:
     """Fits temperature and threshold on the validation rows, and measures both parts.
 
+    The threshold is that of their best F1, as is usual where methods are compared; `llama-probe train` has a steadier one.
+
     Args:
         config: that knows the labels. validation, test: logits `[rows, num_labels]`. task: where they are from.
     """
     labels = task.parts["validation"].labels
-    config = calibrate(config, validation, torch.from_numpy(labels))
+    config = calibrate(config, validation, torch.from_numpy(labels), threshold_rule=BEST_F1)
     return config, {
         "temperature": config.temperature,
         "threshold": config.threshold,
@@ -340,5 +342,6 @@ def _result(task: Task, runs: list[dict[str, Any]], num_parameters: int) -> dict
 def _tfidf_elsewhere(task: Task, rows: LabelledTexts) -> dict[str, Any]:
     model, count = fit_tfidf(task.parts["train"]), task.labels.num_labels
     validation = class_logits(model, task.parts["validation"].texts, count)
-    config = calibrate(task.labels, validation, torch.from_numpy(task.parts["validation"].labels))
+    labels = torch.from_numpy(task.parts["validation"].labels)
+    config = calibrate(task.labels, validation, labels, threshold_rule=BEST_F1)
     return report(config, class_logits(model, rows.texts, count), rows.labels)

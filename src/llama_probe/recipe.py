@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .calibration import EXPECTED_F1
 from .errors import ProbeError
 
 
@@ -21,7 +22,7 @@ class Recipe:
         learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing: `None` for what suits the kind and the
             number of rows; see `complete`. The batch is that of a single process; several share it (rounded up to a number
             that they can divide), so that a recipe means the same whatever it runs on.
-        max_false_positive_rate: how the threshold is chosen, see `calibrate`.
+        max_false_positive_rate, threshold_rule: how the threshold is chosen, see `calibrate`.
 
     Raises:
         ProbeError: a number is not allowed.
@@ -38,6 +39,7 @@ class Recipe:
     patience: int | None = 3
     metric: str | None = None
     max_false_positive_rate: float | None = None
+    threshold_rule: str = EXPECTED_F1
 
     def __post_init__(self):
         for name in ("learning_rate", "num_train_epochs"):

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
-from .calibration import calibrate, check_max_false_positive_rate
+from .calibration import calibrate, check_threshold_rule
 from .configuration import ProbeConfig
 from .data import LabelledTexts
 from .data_sources import FOLDS, DataSources
@@ -170,7 +170,7 @@ class TrainingRun:
         config = self._config(parts["train"])
         metric = self.recipe.metric or default_metric(config)
         check_metric(metric, parts["validation"].labels, config)
-        check_max_false_positive_rate(config, self.recipe.max_false_positive_rate)
+        check_threshold_rule(config, self.recipe.max_false_positive_rate, self.recipe.threshold_rule)
         self.loss(config, parts)
         kind, weights = get_probe_type(config.probe_type), self.data.extra_weights
         if len(weights) > kind.members(config):
@@ -320,7 +320,8 @@ class TrainingRun:
         """
         parts = prepared.parts
         labels = torch.from_numpy(parts["validation"].labels)
-        probe.config = calibrate(probe.config, logits, labels, self.recipe.max_false_positive_rate)
+        recipe = self.recipe
+        probe.config = calibrate(probe.config, logits, labels, recipe.max_false_positive_rate, recipe.threshold_rule)
         result = {
             "temperature": probe.config.temperature,
             "threshold": probe.config.threshold,

@@ -130,9 +130,16 @@ def train(
         float | None,
         typer.Option(
             help="Choose the threshold for the highest recall with at most this share of negative validation rows "
-            "flagged, such as 0.01; for the best F1 if left out."
+            "flagged, such as 0.01; by --threshold-rule if left out."
         ),
     ] = None,
+    threshold_rule: Annotated[
+        str,
+        typer.Option(
+            help="expected-f1: the threshold of the best F1 as a logistic fit to the validation rows expects it; best-f1: "
+            "that of the rows themselves, which chance has a larger part in."
+        ),
+    ] = "expected-f1",
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better metric.")] = 3,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     num_seeds: Annotated[int, typer.Option(min=1, help="Train so many heads and keep the best by validation.")] = 1,
@@ -215,6 +222,7 @@ def train(
             patience=patience,
             metric=metric,
             max_false_positive_rate=max_false_positive_rate,
+            threshold_rule=threshold_rule,
         ),
         prompt_format=prompt_format,
         system_prompt=system_prompt,
