@@ -347,6 +347,8 @@ class TestMethods:
         gates = [HEADS["gate"].candidates("gate", base, seed)[0] for seed in (0, 1)]
         assert len({candidate.number for candidate in [*linear, *gates]}) == 6
         assert [candidate.seed for candidate in gates] == [0, 1] and gates[0].config.layers == "all"
+        (half,) = HEADS["multimax-half"].candidates("multimax-half", base, 0)
+        assert half.config.layers == [0, 2] and half.learning_rate == 5e-3
 
     def test_downcasts_can_be_built(self):
         for hidden_size, values in ((576, ["4", "8", "16", "32", "64"]), (48, ["4", "8", "16"])):

@@ -24,6 +24,7 @@ class HeadMethod:
         head: fields of `ProbeConfig`.
         learning_rate, weight_decay, label_smoothing, batch_size: as in `Recipe`.
         each_layer: one head a layer is trained, and the layer chosen by validation rows.
+        every: the head reads the states 0, `every`, 2 `every`, ...
     """
 
     head: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class HeadMethod:
     label_smoothing: float = 0.05
     batch_size: int = 32
     each_layer: bool = False
+    every: int = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -50,9 +52,11 @@ class HeadMethod:
         other methods are trained beside it.
         """
         config = base.replace(**self.head)
-        layers = range(config.num_hidden_layers + 1) if self.each_layer else [None]
+        states = range(0, config.num_hidden_layers + 1, self.every)
+        if self.every > 1:
+            config = config.replace(layers=list(states))
         found = []
-        for layer in layers:
+        for layer in states if self.each_layer else [None]:
             own = config if layer is None else config.replace(layers=[layer])
             number = zlib.crc32(f"{name}/{layer}/{seed}".encode())
             loss = ProbeLoss(own, label_smoothing=self.label_smoothing)
@@ -62,12 +66,12 @@ class HeadMethod:
 
 
 def _suited(kind: str, options: dict[str, Any] | None = None, **further) -> HeadMethod:
-    """A kind with what suits it; see `llama_probe.recipe`."""
+    """A kind with what suits it, but for what is said; see `llama_probe.recipe`."""
     suited = KINDS.get(kind, OTHER)
     head: dict[str, Any] = {"probe_type": kind, "dropout": suited.dropout, "layer_dropout": suited.layer_dropout}
     if options:
         head["options"] = options
-    return HeadMethod(head, suited.learning_rate, **further)
+    return HeadMethod(head, **{"learning_rate": suited.learning_rate, **further})
 
 
 HEADS: dict[str, HeadMethod] = {
@@ -76,6 +80,7 @@ HEADS: dict[str, HeadMethod] = {
     "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=0.0),
     **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
     "multimax-small": _suited("multimax", options={"num_maxima": 1, "num_members": 7}),
+    "multimax-half": _suited("multimax", {"num_maxima": 2, "num_members": 7}, every=2, learning_rate=5e-3),
     "multimax": _suited("multimax"),
 }
 
