@@ -18,7 +18,7 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probabilities
 from .distributed import is_main, merge_rows, share
 from .errors import ProbeError
-from .features import ProbeCollator, iterate_states, length_batches
+from .features import ProbeCollator, SharedStates, iterate_states, length_batches
 from .metrics import confusion, label_scores, outcomes, score
 from .probe import ProbeModel
 
@@ -46,11 +46,13 @@ def score_together(
 ) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
     """Runs many heads over a data set, with one pass of the backbone, or one reading of the cached states, for all.
 
+    Those that normalise alike share the normalised states, too.
+
     Args:
         probes: heads of the same backbone that read the same tokens.
         dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
         lm: the frozen LM.
-        kwargs: further arguments of the heads, such as `output_attentions`.
+        kwargs: further arguments of `ProbeModel.score`, such as `output_attentions`.
 
     Yields:
         Row numbers of a batch, and the output of each head.
@@ -59,7 +61,8 @@ def score_together(
         probe.eval()
     for rows, states, mask in iterate_states(dataset, probes[0].config, lm, progress=progress):
         with torch.no_grad():
-            yield rows, [probe(hidden_states=states, attention_mask=mask, **kwargs) for probe in probes]
+            shared = SharedStates(states.transpose(0, 1))
+            yield rows, [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
 
 
 def predict_together(

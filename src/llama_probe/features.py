@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from .errors import ProbeError
 from .heads import get_probe_type
 from .scope import check_rows, token_mask, tokens_read
 
+
+if TYPE_CHECKING:
+    from .probe import ProbeModel
 
 try:
     import fcntl
@@ -341,6 +344,26 @@ def iterate_states(
                 states = torch.stack(collect_hidden_states(lm, wanted, ids, attention_mask), dim=1)
             yield rows, states, mask
             bar.update(len(rows) * (world_size() if divided else 1))
+
+
+class SharedStates:
+    """The states of a batch, normalised once for all heads that want them so.
+
+    Args:
+        states (`[L+1, batch, tokens, hidden_size]`): of all layers, or of those alone that every head reads.
+    """
+
+    def __init__(self, states: torch.Tensor):
+        self.states = states
+        self._normalized: dict[str, torch.Tensor] = {}
+
+    def __call__(self, probe: ProbeModel) -> torch.Tensor:
+        """What `probe.score` takes: `[layers_read, batch, tokens, hidden_size]`."""
+        kind = probe.config.normalize
+        if kind not in self._normalized:
+            self._normalized[kind] = probe.normalize(self.states)
+        x = self._normalized[kind]
+        return x if len(probe.layer_indices) == len(x) else x[probe.layer_indices]
 
 
 def weights_digest(lm: nn.Module) -> str:

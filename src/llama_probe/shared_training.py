@@ -19,12 +19,11 @@ from .capture import collect_hidden_states, find_decoder, is_tensor_parallel
 from .decision import probabilities
 from .distributed import barrier, broadcast, gather, is_main, rank, world_size
 from .errors import ProbeError
-from .features import ProbeCollator, counted_tokens
+from .features import ProbeCollator, SharedStates, counted_tokens
 from .files import write_atomically
 from .heads import get_probe_type
 from .learners import Candidate, History, Learner
 from .metrics import check_metric, score
-from .probe import ProbeModel
 
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -224,7 +223,7 @@ class SharedTraining:
             for rows in batches:
                 batch = collate([self._row(dataset, row) for row in rows])
                 x, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
-                yield batch, _Shared(x), mask.to(device)
+                yield batch, SharedStates(x), mask.to(device)
             return
         for start in range(0, len(batches), world_size()):
             turn = [
@@ -236,7 +235,7 @@ class SharedTraining:
             for source, batch in enumerate(turn):
                 mask = counted_tokens(config, batch)
                 x = states if source == rank() else states.new_empty(len(states), *mask.shape, states.shape[-1])
-                yield batch, _Shared(broadcast(x, source)), mask.to(device)
+                yield batch, SharedStates(broadcast(x, source)), mask.to(device)
 
     def _run_backbone(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """States `[L+1, rows, tokens, hidden_size]`."""
@@ -313,18 +312,3 @@ class SharedTraining:
 def _labels_of(dataset: Dataset, rows: Iterable[int]) -> np.ndarray:
     """The labels of some rows."""
     return np.stack([dataset[row]["labels"] for row in rows])
-
-
-class _Shared:
-    """The states of a batch, normalised once for all heads that want them so."""
-
-    def __init__(self, states: torch.Tensor):
-        self.states = states  # [L+1, B, T, D]
-        self.normalized: dict[str, torch.Tensor] = {}
-
-    def __call__(self, probe: ProbeModel) -> torch.Tensor:
-        kind = probe.config.normalize
-        if kind not in self.normalized:
-            self.normalized[kind] = probe.normalize(self.states)
-        x = self.normalized[kind]
-        return x if len(probe.layer_indices) == len(x) else x[probe.layer_indices]
