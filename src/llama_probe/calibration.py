@@ -18,7 +18,6 @@ from .errors import ProbeError
 logger = logging.get_logger(__name__)
 
 EXPECTED_F1, BEST_F1 = "expected-f1", "best-f1"
-THRESHOLD_RULES = (EXPECTED_F1, BEST_F1)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeConfig) -> float:
@@ -102,16 +101,17 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
     return upper if np.float32(middle) <= np.float32(lower) else middle
 
 
-def check_threshold_rule(
-    config: ProbeConfig, max_false_positive_rate: float | None = None, threshold_rule: str = EXPECTED_F1
-) -> None:
+_THRESHOLD_RULES = {EXPECTED_F1: expected_f1_threshold, BEST_F1: best_f1_threshold}
+
+
+def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | None, threshold_rule: str) -> None:
     """Whether a head's threshold can be chosen so.
 
     Raises:
         ProbeError: the rule or the rate is not allowed, or the head has no threshold.
     """
-    if threshold_rule not in THRESHOLD_RULES:
-        raise ProbeError(f"threshold_rule={threshold_rule!r} is not known; allowed: {', '.join(THRESHOLD_RULES)}")
+    if threshold_rule not in _THRESHOLD_RULES:
+        raise ProbeError(f"threshold_rule={threshold_rule!r} is not known; allowed: {', '.join(_THRESHOLD_RULES)}")
     if max_false_positive_rate is None:
         return
     if not 0 <= max_false_positive_rate < 1:
@@ -156,8 +156,7 @@ def calibrate(
 
     def choose(scores: np.ndarray, positives: np.ndarray) -> float:
         if max_false_positive_rate is None:
-            rule = expected_f1_threshold if threshold_rule == EXPECTED_F1 else best_f1_threshold
-            return rule(scores, positives)
+            return _THRESHOLD_RULES[threshold_rule](scores, positives)
         return highest_recall_threshold(scores, positives, max_false_positive_rate)
 
     if config.problem_type == "multi_label_classification":
