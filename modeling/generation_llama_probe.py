@@ -19,12 +19,12 @@ from .capture_llama_probe import Capture, Decoder, find_decoder
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generate_arguments_llama_probe import generation_setting, token_ids
+from .head_group_llama_probe import HeadGroup
 from .heads_llama_probe import repeat_rows
 from .probe_llama_probe import ProbeModel
 from .reply_llama_probe import ReplyRecorder, ReplySession, refuse_not_followed
 from .scope_llama_probe import check_rows, prompt_masks
-from .stack_llama_probe import HeadStack, alike
-from .state_llama_probe import CachedHead, ProbeCache, ProbeState, asks_for_state, cached_tokens
+from .state_llama_probe import CachedHead, ProbeCache, asks_for_state, cached_tokens
 
 
 # States that are read together, where a pass has no more numbers a layer than these: at most so many of all layers.
@@ -73,7 +73,7 @@ class PrefillSession:
         self.input_ids, self.attention_mask = input_ids, attention_mask
         self.seen = past
         self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
-        self.keep, self.begun = keep, begun
+        self.keep = keep
         self.cache: Cache | None = None
         self.decoder: Decoder | None = None
         running = {}
@@ -83,13 +83,7 @@ class PrefillSession:
         if not begun:
             for mask in masks.values():
                 check_rows(mask)
-        self._stacks: list[tuple[HeadStack, ProbeState]] = []
-        self._places: dict[str, tuple[int, int]] = {}  # of each head: its stack, and its number in there
-        for number, names in enumerate(alike(heads, masks, running)):
-            stack = HeadStack([heads[name] for name in names])
-            state = stack.init_state(masks[names[0]], past, output_attentions, running.get(names[0]), keep)
-            self._stacks.append((stack, state))
-            self._places |= {name: (number, place) for place, name in enumerate(names)}
+        self._group = HeadGroup(heads, masks, past, running, output_attentions, keep)
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: ReplySession | None = None
 
@@ -124,7 +118,6 @@ class PrefillSession:
                 "the decoding method does not run the LM over the prompt as it was given (a part of it, or other rows): "
                 "a part of a prompt is not scored. set_active_probes([]) generates without heads"
             )
-        readers = self._readers_by_layer()
         whole = repeats == 1 and width == columns
         # The first call of anything after a layer of the LM finds the processor's caches full of that layer's weights: where
         # there are few tokens that is what heads cost, and two layers in turn cost it once.
@@ -138,18 +131,11 @@ class PrefillSession:
                 read()
 
         def read() -> None:
-            with torch.no_grad():  # the LM's own gradients, where it is being trained, are none of the heads' business
-                for layer, hidden in held:
-                    for together in readers[layer]:
-                        shared = {}
-                        for stack, state in together:
-                            stack.step(state, layer, hidden, shared)
-                        del shared  # a normalised copy, where there is one
-                        for stack, state in together:
-                            stack.settle(state)
+            for layer, hidden in held:
+                self._group.read(layer, hidden)
             held.clear()
 
-        with Capture(decoder, on_state, readers):
+        with Capture(decoder, on_state, self._group.layers):
             yield
         read()
         self.seen += width
@@ -157,36 +143,17 @@ class PrefillSession:
         if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
-    def _readers_by_layer(self) -> dict[int, list[list[tuple[HeadStack, ProbeState]]]]:
-        """For each layer that is read the heads that read it; those that normalise its states alike stand together."""
-        found: dict[int, dict[tuple[str | None, torch.device], list[tuple[HeadStack, ProbeState]]]] = {}
-        for stack, state in self._stacks:
-            for layer in stack.layer_indices:
-                key = (stack.config.normalize, stack.device)
-                found.setdefault(layer, {}).setdefault(key, []).append((stack, state))
-        return {layer: list(together.values()) for layer, together in found.items()}
-
     def results(self) -> dict[str, ProbeOutput]:
         """`ProbeOutput` of each head.
 
         Raises:
             ProbeError: the LM has not run over the whole prompt.
         """
-        with torch.no_grad():
-            scored = [
-                stack.finish(state) if not self.begun or state.mask.any(1).all() else None
-                for stack, state in self._stacks
-            ]
-        found = {name: scored[number] and scored[number][place] for name, (number, place) in self._places.items()}
-        return {name: found[name] for name in self.heads if found[name] is not None}
+        return self._group.results()
 
     def running(self, name: str, repeats: int = 1) -> Any:
         """What a head goes on from behind the prompts; see `ProbeModel.begin_reply`. `None` where it does not read them."""
-        if name not in self._places:
-            return None
-        number, place = self._places[name]
-        stack, state = self._stacks[number]
-        return repeat_rows(stack.running(state, place), repeats)
+        return repeat_rows(self._group.running(name), repeats)
 
     def probe_cache(
         self,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,37 +28,8 @@ _WAITING_SHARE = 0.0125
 _MANY = 128
 
 
-def shape_of(head: ProbeModel) -> Hashable:
-    """What heads must have in common to go through a `HeadStack` together."""
-    config, stage = head.config, head.token_stage
-    sizes = tuple((name, tuple(tensor.shape)) for name, tensor in stage.named_parameters())
-    shape = (type(stage), sizes, config.pool, config.num_attention_heads, stage.causal, config.reads_reply)
-    return (*shape, config.normalize, str(sorted(config.options.items())), tuple(head.layer_indices), head.device)
-
-
-def alike(
-    heads: Mapping[str, ProbeModel], masks: Mapping[str, torch.Tensor], running: Mapping[str, Any]
-) -> list[list[str]]:
-    """The names of the heads, those together that can go through one `HeadStack`.
-
-    Args:
-        heads, masks, running: by name; the tokens that count, and what heads go on from. See `ProbeModel.init_state`.
-    """
-    found: list[tuple[Hashable, torch.Tensor, list[str]]] = []
-    for name, head in heads.items():
-        # What heads have kept may have come to each in other chunks: those go on alone.
-        shape, mask = (shape_of(head), name if running.get(name) is not None else None), masks[name]
-        for other, counted, names in found:
-            if other == shape and (counted is mask or torch.equal(counted, mask)):
-                names.append(name)
-                break
-        else:
-            found.append((shape, mask, [name]))
-    return [names for _, _, names in found]
-
-
 class HeadStack:
-    """Some heads that have their `shape_of` in common.
+    """Some heads of one shape; see `llama_probe.head_group.shape_of`.
 
     They share what does not depend on a head, and where their kind is of low rank, layers wait for each other until they have
     kept `_WAITING_SHARE` of the states, and go through the rest at once: on short prompts it is the number of calls that
