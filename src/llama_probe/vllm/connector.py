@@ -147,8 +147,7 @@ class ProbeConnector(KVConnectorBase_V1):
         pass
 
     def wait_for_save(self) -> None:
-        for job in self._get_connector_metadata().jobs:
-            self._found[job.request_id] = self._scorer.score(job)
+        self._found.update(self._scorer.score(self._get_connector_metadata().jobs))
 
     def build_connector_worker_meta(self) -> ScoredPrompts | None:
         found, self._found = self._found, {}

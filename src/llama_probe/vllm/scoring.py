@@ -1,20 +1,24 @@
-"""Heads in a worker process: what they say of a prompt whose states are all in the cache."""
+"""Heads in a worker process: what they say of prompts whose states are all in the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import ProbeError
+from ..head_group import HeadGroup
 from ..probe import ProbeModel
-from ..scope import token_mask
+from ..scope import check_rows, token_mask
 from .state_cache import StateCache
 
 
-# Tokens are read in pieces of this many, one layer at a time: a long prompt's states never lie in memory in fp32 at once.
+# Tokens are read in pieces of about so many, one layer at a time: a long prompt's states never lie in memory in fp32 at once,
+# nor those of many prompts.
 _TOKENS = 4096
+# Prompts go together where none is shorter than this part of the longest: what is added to the others is computed for nothing.
+_SHORTEST = 0.6
 
 
 @dataclass
@@ -36,13 +40,21 @@ class ScoringJob:
     heads: list[str]
 
 
+@dataclass
+class _Prompt:
+    """A job, and for each head that can read it the tokens that count, `[1, num_tokens]`."""
+
+    job: ScoringJob
+    masks: dict[str, torch.Tensor]
+
+
 class Scorer:
     """Runs heads on cached states.
 
     Args:
         heads: by name. With tensor parallelism all ranks have them, to read the same layers, and rank 0 runs them.
         layers: state indices that are kept, ascending.
-        cache: where. block_size: tokens a block of the scheduler's.
+        cache: where. block_size: tokens a block of the scheduler's; the cache may split them.
         runs: whether this rank runs the heads.
     """
 
@@ -54,32 +66,84 @@ class Scorer:
         self.layers, self.cache, self.block_size, self.runs = layers, cache, block_size, runs
 
     @torch.inference_mode()
-    def score(self, job: ScoringJob) -> dict[str, list[float] | str]:
-        """The logits of each head, or why there are none. Empty on ranks that run no heads."""
-        heads = {name: self.heads[name] for name in job.heads}
-        found: dict[str, list[float] | str] = {}
-        states = {}
-        for name, head in heads.items() if self.runs else ():
-            try:
-                states[name] = head.init_state(self._mask(head, job))
-            except ProbeError as error:
-                found[name] = str(error)
-        blocks = torch.tensor(job.block_ids, device=self.device)
+    def score(self, jobs: Sequence[ScoringJob]) -> dict[str, dict[str, list[float] | str]]:
+        """By request and head the logits, or why there are none. Ranks that run no heads have no logits."""
+        found: dict[str, dict[str, list[float] | str]] = {job.request_id: {} for job in jobs}
+        order = {job.request_id: job.heads for job in jobs}
+        prompts = []
+        for job in jobs:
+            prompt = _Prompt(job, {})
+            for name in job.heads:
+                try:
+                    prompt.masks[name] = self._mask(self.heads[name], job)
+                except ProbeError as error:
+                    found[job.request_id][name] = str(error)
+            prompts.append(prompt)
+        for batch in _batches(prompts):
+            logits = self._score(batch)
+            for row, prompt in enumerate(batch):
+                said = found[prompt.job.request_id]
+                for name in logits:
+                    finite = bool(logits[name][row].isfinite().all())
+                    said[name] = logits[name][row].tolist() if finite else "the head's logits are no finite numbers"
+        # in the order in which heads were asked for
+        return {
+            request: {name: said[name] for name in order[request] if name in said} for request, said in found.items()
+        }
+
+    def _score(self, prompts: Sequence[_Prompt]) -> dict[str, torch.Tensor]:
+        """Logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
+        lengths = torch.tensor([prompt.job.num_tokens for prompt in prompts])
+        width = int(lengths.max())
+        names = list(prompts[0].masks)
+        masks = {name: torch.zeros(len(prompts), width, dtype=torch.bool) for name in names}
+        blocks = torch.zeros(len(prompts), max(len(prompt.job.block_ids) for prompt in prompts), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            blocks[row, : len(prompt.job.block_ids)] = torch.tensor(prompt.job.block_ids)
+            for name in names:
+                masks[name][row, : prompt.job.num_tokens] = prompt.masks[name][0]
+        # What lies behind a shorter prompt may be anything, and anything may be no number.
+        padding = None if (lengths == width).all() else (torch.arange(width) >= lengths[:, None]).to(self.device)
+        size = self.cache.kernel_block_size
+        splits = self.block_size // size
+        blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1).to(self.device)
+        heads = {name: self.heads[name] for name in names}
+        group = HeadGroup(heads, masks) if self.runs else None
         wanted = {layer for head in heads.values() for layer in head.layer_indices}
+        step = max(_TOKENS // (len(prompts) * size), 1)
         for place, layer in enumerate(self.layers):
             if layer not in wanted:
                 continue
-            for start in range(0, job.num_tokens, _TOKENS):
-                tokens = torch.arange(start, min(start + _TOKENS, job.num_tokens), device=self.device)
-                slots = blocks[tokens // self.block_size] * self.block_size + tokens % self.block_size
-                hidden = self.cache.read(place, slots)[None]  # [1, tokens, D]
-                for name, state in states.items():
-                    heads[name].step(state, layer, hidden)
-        for name, state in states.items():
-            logits = heads[name].finish(state).logits[0]
-            found[name] = logits.tolist() if logits.isfinite().all() else "the head's logits are no finite numbers"
-        return found
+            for start in range(0, width, step * size):
+                stop = min(start + step * size, width)
+                part = blocks[:, start // size : -(-stop // size)]
+                hidden = self.cache.read(place, part)[:, : stop - start]  # [prompts, tokens, D]
+                if padding is not None:
+                    hidden = hidden.masked_fill(padding[:, start:stop, None], 0)
+                if group is not None:
+                    group.read(layer, hidden)
+        return {} if group is None else {name: output.logits for name, output in group.results().items()}
 
     def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:
         ids = None if job.token_ids is None else torch.tensor([job.token_ids])
-        return token_mask(head.config, ids, torch.ones(1, job.num_tokens, dtype=torch.long))
+        mask = token_mask(head.config, ids, torch.ones(1, job.num_tokens, dtype=torch.long)).bool()
+        check_rows(mask)
+        return mask
+
+
+def _batches(prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
+    """Prompts that go through the heads together: the same heads can read them, and they are of about one length."""
+    together: dict[tuple[str, ...], list[_Prompt]] = {}
+    for prompt in prompts:
+        if prompt.masks:
+            together.setdefault(tuple(prompt.masks), []).append(prompt)
+    for alike in together.values():
+        alike.sort(key=lambda prompt: prompt.job.num_tokens, reverse=True)
+        batch: list[_Prompt] = []
+        for prompt in alike:
+            width = batch[0].job.num_tokens if batch else 0
+            if batch and (width * (len(batch) + 1) > _TOKENS or prompt.job.num_tokens < _SHORTEST * width):
+                yield batch
+                batch = []
+            batch.append(prompt)
+        yield batch

@@ -20,8 +20,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from ..errors import ProbeError
 
 
-# So many tokens are written at once: a stack of all states of a long chunk would double what the model holds of them.
-_ROWS = 1024
+# States of so many tokens are written in one call. Of more, a stack would cost time, and double what the model holds of them.
+_FEW = 64
 
 
 class _MetadataBuilder(CacheOnlyAttentionMetadataBuilder):
@@ -76,6 +76,11 @@ class StateCache(CacheOnlyAttentionLayer):
             dtype=self.kv_cache_torch_dtype,
         )
 
+    @property
+    def kernel_block_size(self) -> int:
+        """Tokens in a block of the cache. A block of the scheduler's is one of these or several."""
+        return self.kv_cache.shape[2]
+
     def forward(self, states: Sequence[torch.Tensor]) -> None:
         """Writes the states of this step's tokens.
 
@@ -86,23 +91,25 @@ class StateCache(CacheOnlyAttentionLayer):
         if slots is None or not self.kv_cache.numel():  # a trial run, before there is a cache
             return
         own = slice(self.start, self.start + self.head_size)
-        block_size = self.kv_cache.shape[2]
         slots = slots.clamp_min(0)  # padding is written to block 0, which belongs to no request
-        for first in range(0, len(slots), _ROWS):
-            rows = slots[first : first + _ROWS]
-            values = torch.stack([state[first : first + len(rows), own] for state in states], dim=1)
-            self.kv_cache[rows // block_size, :, rows % block_size] = values.to(self.kv_cache.dtype)
+        blocks, places = slots // self.kernel_block_size, slots % self.kernel_block_size
+        if len(slots) <= _FEW:
+            values = torch.stack([state[: len(slots), own] for state in states], dim=1)
+            self.kv_cache[blocks, :, places] = values.to(self.kv_cache.dtype)
+            return
+        for number, state in enumerate(states):
+            self.kv_cache[:, number][blocks, places] = state[: len(slots), own].to(self.kv_cache.dtype)
 
-    def read(self, state: int, slots: torch.Tensor) -> torch.Tensor:
-        """One state of some tokens, in the model's dtype. With tensor parallelism every rank must call it alike.
+    def read(self, state: int, block_ids: torch.Tensor) -> torch.Tensor:
+        """One state of all tokens in some blocks, in the model's dtype. With tensor parallelism every rank must call it alike.
 
         Args:
             state: which of the states that are kept.
-            slots (`torch.LongTensor` of shape `[tokens]`): where the tokens lie.
+            block_ids (`torch.LongTensor` of shape `[prompts, blocks]`): of the cache.
 
         Returns:
-            `[tokens, hidden_size]`.
+            `[prompts, blocks * kernel_block_size, hidden_size]`.
         """
-        block_size = self.kv_cache.shape[2]
-        share = self.kv_cache[slots // block_size, state, slots % block_size]
-        return share if self.ranks == 1 else all_gather(share.contiguous(), dim=-1)
+        found = self.kv_cache[:, state].index_select(0, block_ids.flatten())  # [prompts * blocks, block_size, share]
+        share = found.view(len(block_ids), -1, self.head_size)
+        return share if self.ranks == 1 else all_gather(share, dim=-1)
