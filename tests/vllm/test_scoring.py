@@ -109,6 +109,9 @@ def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatc
     monkeypatch.setattr(scoring, "_TOKENS", 32)
     Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
     assert reads == ([(2, 2)] * len(LAYERS)) * 2 + [(2, 1)] * len(LAYERS)
+    reads.clear()
+    jobs, _ = fill(cache, [2] * 30, [["mha"]] * 30)  # of which whole blocks are read
+    Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
     assert max(rows * blocks * BLOCK for rows, blocks in reads) <= 32
 
 

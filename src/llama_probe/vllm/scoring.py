@@ -79,7 +79,7 @@ class Scorer:
                 except ProbeError as error:
                     found[job.request_id][name] = str(error)
             prompts.append(prompt)
-        for batch in _batches(prompts):
+        for batch in _batches(prompts, self.cache.kernel_block_size):
             logits = self._score(batch)
             for row, prompt in enumerate(batch):
                 said = found[prompt.job.request_id]
@@ -131,8 +131,12 @@ class Scorer:
         return mask
 
 
-def _batches(prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
-    """Prompts that go through the heads together: the same heads can read them, and they are of about one length."""
+def _batches(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
+    """Prompts that go through the heads together: the same heads can read them, and they are of about one length.
+
+    Args:
+        size: tokens a block of the cache; blocks are read as a whole.
+    """
     together: dict[tuple[str, ...], list[_Prompt]] = {}
     for prompt in prompts:
         if prompt.masks:
@@ -142,7 +146,8 @@ def _batches(prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
         batch: list[_Prompt] = []
         for prompt in alike:
             width = batch[0].job.num_tokens if batch else 0
-            if batch and (width * (len(batch) + 1) > _TOKENS or prompt.job.num_tokens < _SHORTEST * width):
+            read = -(-width // size) * size * (len(batch) + 1)
+            if batch and (read > _TOKENS or prompt.job.num_tokens < _SHORTEST * width):
                 yield batch
                 batch = []
             batch.append(prompt)
