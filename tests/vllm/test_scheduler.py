@@ -40,9 +40,9 @@ def scheduler(request, tiny: TinyServing):  # noqa: F811
     made.shutdown()
 
 
-def add(scheduler, name: str, length: int, kind=RequestOutputKind.DELTA) -> Request:
-    params = SamplingParams(max_tokens=5, output_kind=kind)
-    request = Request(name, list(range(4, 4 + length)), params, None)
+def add(scheduler, name: str, length: int, kind=RequestOutputKind.DELTA, resumable=False, **changes) -> Request:
+    params = SamplingParams(max_tokens=5, output_kind=kind, **changes)
+    request = Request(name, list(range(4, 4 + length)), params, None, resumable=resumable)
     scheduler.add_request(request)
     return request
 
@@ -112,6 +112,28 @@ def test_who_waits_for_the_end_gets_the_scores_there(scheduler):
         outs.append(answer(scheduler, step, {} if number else {"whole": FINE})["whole"])
     assert [out.kv_transfer_params is None for out in outs] == [True] * 4 + [False]
     assert outs[-1].kv_transfer_params["probes"]["guard"]["logits"] == FINE
+
+
+def test_where_the_front_end_may_end_a_reply_each_output_has_the_scores(scheduler):
+    add(scheduler, "whole", 5, RequestOutputKind.FINAL_ONLY, stop=["end"], detokenize=True)
+    for number in range(3):
+        out = answer(scheduler, scheduler.schedule(), {} if number else {"whole": FINE})["whole"]
+        assert out.kv_transfer_params["probes"]["guard"]["logits"] == FINE
+
+
+def test_a_prompt_that_comes_in_pieces_is_scored_after_each(scheduler):
+    add(scheduler, "talk", 5, resumable=True)
+    out = answer(scheduler, scheduler.schedule(), {"talk": FINE})["talk"]
+    assert out.kv_transfer_params["halted"] is None
+    add(scheduler, "talk", 6, resumable=True)  # the next piece, which waits until the first one's reply has ended
+    for _ in range(4):
+        out = answer(scheduler, scheduler.schedule(), {})["talk"]
+    step = scheduler.schedule()
+    assert jobs(step)["talk"].num_tokens == 5 + 4 + 6  # the last token of a reply is dropped
+    out = answer(scheduler, step, {"talk": BAD})["talk"]
+    assert (out.new_token_ids, out.stop_reason) == ([], "guard")
+    assert out.kv_transfer_params["probes"]["guard"]["logits"] == BAD
+    assert "talk" not in scheduler.requests and scheduler.connector.answer("talk") is None
 
 
 def test_nothing_is_kept_of_requests_that_are_gone(scheduler):

@@ -79,6 +79,11 @@ class ProbeConnector(KVConnectorBase_V1):
         self._running.add(request.request_id)
         self._prompts[request.request_id] = request
 
+    def on_longer_prompt(self, request: Request) -> None:
+        """A request that takes its prompt in pieces goes on: what was known of it is of another prompt."""
+        self._answers.pop(request.request_id, None)
+        self._prompts[request.request_id] = request
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
 
@@ -133,7 +138,13 @@ class ProbeConnector(KVConnectorBase_V1):
     # In a worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        cache = next(iter(get_layers_from_vllm_config(self._vllm_config, StateCache).values()))
+        cache = next(iter(get_layers_from_vllm_config(self._vllm_config, StateCache).values()), None)
+        if cache is None:
+            named = ", ".join(self._vllm_config.model_config.architectures)
+            raise ProbeError(
+                f"this engine has heads, and its model is {named}, which keeps no states for them: make its arguments with "
+                "llama_probe.vllm.engine_kwargs(model, probe=...), or serve with python -m llama_probe.vllm MODEL --probe HEAD"
+            )
         runs = get_tensor_model_parallel_rank() == 0
         self._scorer = Scorer(self.settings.read_heads(), self.settings.layers, cache, self._block_size, runs)
 

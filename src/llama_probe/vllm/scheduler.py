@@ -7,7 +7,7 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 
 class _Probed:
@@ -20,12 +20,17 @@ class _Probed:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
             for output in batch.outputs:
-                # The last output of a request has it already. Of the others, only streams are delivered, and vLLM may merge
-                # the first with later ones on the way: so all of them carry it.
+                # The last output of a request has it already. Of the others, vLLM may merge the first with later ones on the
+                # way: so all that may be delivered carry it.
                 request = self.requests.get(output.request_id)
-                if output.kv_transfer_params is None and request is not None and _streams(request):
+                if output.kv_transfer_params is None and request is not None and _may_be_delivered(request):
                     output.kv_transfer_params = self.connector.answer(output.request_id)
         return outputs
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """As vLLM's: a request whose prompt comes in pieces gets the next one. It is scored, and may be halted, anew."""
+        super()._update_request_as_session(session, update)
+        self.connector.on_longer_prompt(session)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
         known = self.connector.answer(request.request_id)
@@ -52,6 +57,7 @@ def create_scheduler(vllm_config, **kwargs: Any) -> Scheduler:
     return kind(vllm_config=vllm_config, **kwargs)
 
 
-def _streams(request: Request) -> bool:
+def _may_be_delivered(request: Request) -> bool:
+    """Whether any output of a request may: of a stream, and where it is the front end that finds the texts to stop at."""
     params = request.sampling_params
-    return params is not None and params.output_kind is not RequestOutputKind.FINAL_ONLY
+    return params is not None and (params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop))
