@@ -63,7 +63,7 @@ def client(url):
 def ask(client, text: str, **kwargs):
     messages = [{"role": "user", "content": text}]
     return client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=4, **{"temperature": 0.0, **kwargs}
+        model="tiny", messages=messages, **{"temperature": 0.0, "max_tokens": 4, **kwargs}
     )
 
 
@@ -125,6 +125,39 @@ def test_streams_of_texts(client, tiny, chats, flagged):  # noqa: F811
         assert (own[0].id, own[0].model) == (chunks[0].id, "tiny")
     complete = client.completions.create(model="tiny", prompt=prompts[0], **options)
     tiny.check(complete.kv_transfer_params["probes"], prompts[0])
+
+
+def test_complete_responses_to_several_prompts(client, tiny, chats, flagged):  # noqa: F811
+    options = {"max_tokens": 3, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(model="tiny", prompt=list(chats.values()), **options)
+    messages = [[{"role": "user", "content": text}] for text in chats]
+    batch = client.post(
+        "/chat/completions/batch", cast_to=dict, body={"model": "tiny", "messages": messages, "max_tokens": 3}
+    )
+    for response in (whole.model_dump(), batch):
+        assert response["kv_transfer_params"] is None and len(response["choices"]) == len(chats)
+        for choice, (text, ids) in zip(response["choices"], chats.items(), strict=True):
+            said = choice["kv_transfer_params"]
+            tiny.check(said["probes"], ids)
+            assert (choice["stop_reason"] == "guard") == flagged[text] == (said["halted"] is not None)
+    twice = client.completions.create(
+        model="tiny", prompt=list(chats.values())[:2], n=2, **options | {"temperature": 1.0}
+    )
+    for choice in twice.choices:
+        tiny.check(choice.kv_transfer_params["probes"], list(chats.values())[choice.index // 2])
+
+
+def test_replies_that_a_text_ends_have_scores(client, tiny, chats, flagged):  # noqa: F811
+    text = next(text for text in chats if not flagged[text])
+    said = ask(client, text, max_tokens=12, extra_body={"ignore_eos": True}).choices[0].message.content
+    response = ask(client, text, max_tokens=12, stop=[said[2:4]], extra_body={"ignore_eos": True})
+    assert response.choices[0].finish_reason == "stop" and response.choices[0].message.content == said[:2]
+    tiny.check(response.kv_transfer_params["probes"], chats[text])
+
+
+def test_beams_are_refused_beside_a_guard(client):
+    with pytest.raises(openai.BadRequestError, match="beam search does not go with heads that halt"):
+        ask(client, TEXTS[0], n=2, extra_body={"use_beam_search": True})
 
 
 def test_what_the_server_refuses_it_refuses_as_before(client):
