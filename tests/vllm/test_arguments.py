@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -16,10 +17,12 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.fingerprint import describe
+from llama_probe.vllm import __main__ as command_line
 from llama_probe.vllm import compatibility, engine_kwargs
 from llama_probe.vllm.__main__ import server_arguments
 from llama_probe.vllm.backbone_check import check_heads
 from llama_probe.vllm.compatibility import check_config
+from llama_probe.vllm.connector import ProbeConnector
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -41,9 +44,16 @@ def test_what_an_engine_gets(tiny):  # noqa: F811
     check_config(config)
 
 
-def test_layers_that_no_head_reads_are_not_kept(tiny):  # noqa: F811
+def test_layers_that_no_head_reads_are_not_kept(tiny, tmp_path):  # noqa: F811
     kwargs = engine_kwargs(tiny.backbone, {"tone": tiny.heads["tone"], "size": tiny.heads["size"]})
-    assert ProbeSettings(**kwargs["additional_config"]["llama_probe"]).layers == [1, 3, 4]
+    config = EngineArgs(**kwargs).create_engine_config()
+    assert ProbeSettings.of(config).layers == [1, 3, 4]
+    # Of two engines that differ in the layers alone neither may take the model that was compiled for the other.
+    hashes = set()
+    for layers in ([1, 3], [0, 3]):
+        make_probe(hidden_size=HIDDEN, **{**HEADS["tone"], "layers": layers}).save_pretrained(tmp_path / "head")
+        hashes.add(EngineArgs(**engine_kwargs(tiny.backbone, tmp_path / "head")).create_engine_config().compute_hash())
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,10 @@ def test_layers_that_no_head_reads_are_not_kept(tiny):  # noqa: F811
         ({"kv_cache_dtype": "fp8"}, "beside a quantised cache"),
         ({"decode_context_parallel_size": 2}, "on several devices"),
         ({"runner": "pooling"}, "pooling models return no text"),
+        ({"ubatch_size": 2}, "micro-batches"),
+        ({"kv_offloading_size": 1.0}, "a connector of its own"),
+        ({"model_impl": "transformers"}, "vLLM's own model classes"),
+        ({"additional_config": [1]}, "must be a dict"),
         ({"scheduler_cls": "mine.Scheduler"}, "one scheduler"),
         ({"kv_transfer_config": {"kv_connector": "NixlConnector"}}, "one connector"),
         ({"hf_overrides": {"architectures": ["Other"]}}, "model class of their own"),
@@ -150,6 +164,15 @@ def test_a_complete_config_is_checked_as_well(tiny):  # noqa: F811
         ProbeSettings.of(config)
 
 
+def test_a_model_that_keeps_no_states_is_refused():
+    connector = ProbeConnector.__new__(ProbeConnector)
+    model = SimpleNamespace(architectures=["LlamaForCausalLM"])
+    compilation = SimpleNamespace(static_forward_context={})
+    connector._vllm_config = SimpleNamespace(model_config=model, compilation_config=compilation)
+    with pytest.raises(ProbeError, match="its model is LlamaForCausalLM, which keeps no states"):
+        connector.register_kv_caches({})
+
+
 def test_versions_that_were_not_tested(tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr("vllm.version.__version__", "0.33.1")
     with pytest.raises(ProbeError, match=r"vLLM 0.33.1 was not tested with heads \(0.32.x was\)"):
@@ -196,7 +219,10 @@ def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):  # noqa: F811
         ({"guard": {"patience": 3}}, "reads the prompt alone"),
         ("tone", "say by which label"),
         ({}, "names no head"),
-        (7, "halt_on is a int"),
+        (7, "halt_on=7 must be"),
+        ([["guard"]], "must be a head's name, several"),
+        ({"guard": 0.5}, "what is said of 'guard' is 0.5"),
+        ({"guard": "0.5"}, "what is said of 'guard' is '0.5'"),
     ],
 )
 def test_halting_that_is_not_allowed(tiny, halt_on, reason):  # noqa: F811
@@ -220,6 +246,29 @@ def test_the_command_line(tiny):  # noqa: F811
         (["--probe", "a=b", "--probe", "c"], "give every head a name"),
         (["--probe", tiny.heads["guard"], "--halt-on", "guard={"], "not valid JSON"),
         (["--probe", tiny.heads["guard"], "--halt-on", "guard=3"], "must be a JSON object"),
+        (
+            ["--probe", tiny.heads["guard"], "--halt-on", "guard", "--halt-on", 'guard={"label": "fine"}'],
+            "--halt-on names guard more",
+        ),
+        (["--probe", "a=b", "--probe", "a=c"], "--probe names a more than once"),
     ):
         with pytest.raises(ProbeError, match=reason):
             server_arguments([str(tiny.backbone), *wrong])
+
+
+def test_what_vllm_and_heads_must_both_know(tiny, monkeypatch):  # noqa: F811
+    asked = {}
+
+    def noted(model, probe, **kwargs):
+        asked.update(kwargs)
+        return engine_kwargs(model, probe, **kwargs)
+
+    monkeypatch.setattr(command_line, "engine_kwargs", noted)
+    options = ["--revision", "main", "--hf-overrides", '{"a": 1}', "--additional-config", '{"b": 2}', "--seed", "3"]
+    words = server_arguments([str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", *options])
+    assert (asked["revision"], asked["hf_overrides"], asked["additional_config"]) == ("main", {"a": 1}, {"b": 2})
+    assert len(words) == len(set(words[::2])) * 2  # each option once
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert json.loads(given["--hf-overrides"]) == {"a": 1, "architectures": ["ProbedLlamaForCausalLM"]}
+    assert set(json.loads(given["--additional-config"])) == {"b", "llama_probe"}
+    assert (given["--revision"], given["--seed"]) == ("main", "3")

@@ -50,8 +50,14 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         help="compare sizes alone, which spares reading the weights once more",
     )
     parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
+    theirs = parser.add_argument_group("options of vLLM's that heads must know of")
+    theirs.add_argument("--revision", help="of the backbone")
+    theirs.add_argument("--download-dir", help="where to keep the backbone")
+    theirs.add_argument("--hf-overrides", type=_json, metavar="JSON", help="of the backbone's config")
+    theirs.add_argument("--additional-config", type=_json, metavar="JSON", help="beside what heads put there")
     ours, rest = parser.parse_known_args(argv)
-    halt_on = None if ours.halt_on is None else dict(_halting(text) for text in ours.halt_on)
+    halt_on = None if ours.halt_on is None else _by_name("--halt-on", [_halting(text) for text in ours.halt_on])
+    known = {name: getattr(ours, name) for name in ("revision", "download_dir", "hf_overrides", "additional_config")}
     arguments = engine_kwargs(
         ours.model,
         _heads(ours.probe),
@@ -61,6 +67,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         probe_strict=ours.probe_strict,
         compare_fingerprints=not ours.skip_fingerprints,
         allow_untested_vllm=ours.allow_untested_vllm,
+        **{name: value for name, value in known.items() if value is not None},
     )
     arguments["kv_transfer_config"] = TRANSFER
     words = ["--middleware", MIDDLEWARE]
@@ -72,10 +79,31 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
 def _heads(texts: list[str]) -> dict[str, str] | list[str]:
     named = [text.partition("=") for text in texts]
     if all(sign for _, sign, _ in named):
-        return {name: source for name, _, source in named}
+        return _by_name("--probe", [(name, source) for name, _, source in named])
     if any(sign for _, sign, _ in named):
         raise ProbeError("--probe: give every head a name (NAME=HEAD), or none")
     return texts
+
+
+def _by_name(option: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of what an option that may be repeated has said of each name.
+
+    Raises:
+        ProbeError: of one name it has said two things.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ProbeError(f"{option} names {', '.join(twice)} more than once: give each name once")
+    return found
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
 
 
 def _halting(text: str) -> tuple[str, dict[str, Any]]:

@@ -106,6 +106,24 @@ RESTRICTIONS = (
         lambda config: config.parallel_config.enable_dbo,
     ),
     Restriction(
+        "ubatch_size",
+        (0, 1, None),
+        "micro-batches that overlap were not tested",
+        lambda config: config.parallel_config.ubatch_size,
+    ),
+    Restriction(
+        "kv_offloading_size",
+        (None,),
+        "it takes a connector of its own, an engine has one, and the heads need it",
+        lambda config: config.cache_config.kv_offloading_size,
+    ),
+    Restriction(
+        "model_impl",
+        ("auto", "vllm", None),
+        "heads read the states of vLLM's own model classes",
+        lambda config: str(config.model_config.model_impl),
+    ),
+    Restriction(
         "runner",
         ("auto", "generate", None),
         "pooling models return no text, and have no heads",

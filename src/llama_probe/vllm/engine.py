@@ -61,6 +61,8 @@ def engine_kwargs(
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     if not isinstance(overrides, Mapping) or "architectures" in overrides:
         raise ProbeError("hf_overrides must be a dict without architectures: heads need the model class of their own")
+    if not isinstance(additional, Mapping):
+        raise ProbeError(f"additional_config is a {type(additional).__name__}; beside heads it must be a dict")
     model = resolve_backbone(os.fspath(model))
     options = HubOptions(probe_revision)
     target = Target.read(model, kwargs, options)
@@ -124,7 +126,10 @@ def _plain(halt_on: HaltSpec | None) -> dict[str, dict[str, Any]] | None:
             "{'toxicchat-mha': {'threshold': 0.6}}"
         )
     names = [halt_on] if isinstance(halt_on, str) else halt_on
-    if not isinstance(names, (Mapping, Sequence)):
-        raise ProbeError(f"halt_on is a {type(names).__name__}; it must be a head's name, several, or a dict of names")
+    if not isinstance(names, (Mapping, Sequence)) or not all(isinstance(name, str) for name in names):
+        raise ProbeError(f"halt_on={halt_on!r} must be a head's name, several, or a dict of names")
     options = names if isinstance(names, Mapping) else dict.fromkeys(names)
-    return {name: dict(said or {}) for name, said in options.items()}
+    # what is no dict of options is refused where the rules are made of it
+    return {
+        name: dict(said or {}) if said is None or isinstance(said, Mapping) else said for name, said in options.items()
+    }

@@ -16,7 +16,7 @@ from ..probe import ProbeModel
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KEY = "llama_probe"
+KEY, _LAYERS = "llama_probe", "layers"
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class ProbeSettings:
                 "this engine has a probed model and no heads: make its arguments with llama_probe.vllm.engine_kwargs(model, "
                 "probe=...), or serve with python -m llama_probe.vllm MODEL --probe HEAD"
             )
-        return cls(**additional[KEY])
+        return cls(**{name: value for name, value in additional[KEY].items() if name != _LAYERS})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders."""
+        return {**asdict(self), _LAYERS: self.layers}
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
