@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from ..allocator import keep_freed_memory
 from ..errors import ProbeError
 from .benchmark import benchmark
 from .evaluate import evaluate
@@ -46,8 +47,14 @@ for command in (
 _DIVIDED = ("train", "sweep", "evaluate", "classify")
 
 
+# Those that go through batch after batch of hidden states.
+_MANY_BATCHES = (*_DIVIDED, "reproduce")
+
+
 @app.callback()
-def _check_processes(context: typer.Context) -> None:
+def _prepare_process(context: typer.Context) -> None:
+    if context.invoked_subcommand in _MANY_BATCHES:
+        keep_freed_memory()
     if "LOCAL_RANK" not in os.environ or context.invoked_subcommand in _DIVIDED:
         return  # and torch need not be imported to know
     from ..distributed import launched
