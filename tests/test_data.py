@@ -136,7 +136,7 @@ def test_splits_are_even_and_keep_equal_texts_together(write):
         ([{"text": "a", "label": "x"}], {"label_names": ["y"]}, r"labels without a name: \['x'\]"),
         ([{"text": " ", "label": 1}], {}, "row 0 has no text"),
         ([{"text": "a", "label": None}, {"text": "b", "label": 1}], {}, "row 0 has no text or no label"),
-        ([{"text": "a", "label": -1}], {}, "labels go from -1"),
+        ([{"text": "a", "label": -1}], {"label_names": ["a"]}, "labels go from -1"),
         ([{"text": "a", "label": [1]}], {"problem_type": "single_label_classification"}, "labels are lists"),
     ],
 )
