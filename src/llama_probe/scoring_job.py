@@ -200,13 +200,13 @@ class ScoringJob:
         """The files, and the types of the columns that are kept: those of the first file."""
         files = InputFile.find(self.inputs)
         kept: dict[str, pa.DataType] = {}
+        needed = [
+            self.text_column,
+            *([] if self.prompt_column is None else [self.prompt_column]),
+            *self.keep_columns,
+        ]
         for file in files:
-            fields = file.fields()
-            needed = [
-                self.text_column,
-                *([] if self.prompt_column is None else [self.prompt_column]),
-                *self.keep_columns,
-            ]
+            fields = file.fields(needed)
             for name in needed:
                 if name not in fields and (fields or file.kind != "json"):
                     raise ProbeError(f"{file.path} has no column {name!r}; it has: {', '.join(fields) or 'none'}")
