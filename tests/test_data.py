@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from llama_probe import ProbeError
 from llama_probe.data import read_labelled
@@ -108,6 +108,25 @@ def test_a_file_in_the_place_of_another(write):
         os.utime(path, (10**9, 10**9))
         assert len(read_labelled(path)) == count
         assert len(read_labelled(os.path.dirname(path))) == count
+
+
+def test_names_of_the_data_set_are_matched_with_those_that_are_known(tmp_path):
+    def write(name, labels, feature):
+        features = Features({"text": Value("string"), "label": feature})
+        rows = {"text": [f"t{i}" for i in range(len(labels))], "label": labels}
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    path = write("a.parquet", [0, 0, 1], ClassLabel(names=["pos", "neg"]))
+    assert read_labelled(path).label_names == ["pos", "neg"]
+    for names, expected in (["neg", "pos"], [1, 1, 0]), (["neg", "so so", "pos"], [2, 2, 0]), (["a", "b"], [0, 0, 1]):
+        rows = read_labelled(path, label_names=names)
+        assert (rows.label_names, rows.labels.tolist()) == (names, expected)
+    with pytest.raises(ProbeError, match="labels pos, neg of the data cannot be read as a, b, c"):
+        read_labelled(path, label_names=["a", "b", "c"])
+    several = write("b.parquet", [[0], [0, 1]], List(ClassLabel(names=["pos", "neg"])))
+    assert read_labelled(several, label_names=["neg", "pos"]).labels.tolist() == [[0, 1], [1, 1]]
+    assert read_labelled(path, problem_type="regression").labels.tolist() == [[0], [0], [1]]
 
 
 def test_texts_that_are_none(write):

@@ -171,7 +171,8 @@ def read_labelled(
         source: the name of a data set in `BENCHMARKS`, or `NAME:SPLIT`; else a file, a folder or a Hub id (see
             `read_table`). An existing path comes before a name.
         text_column, label_column: of rows that are not known by name.
-        label_names: for a data set that is known by name see `LabelledTexts.renamed`.
+        label_names: where the data set has names of its own (it is known by name, or its labels are a `ClassLabel`) see
+            `LabelledTexts.renamed`.
         problem_type: as in `ProbeConfig`; told by the labels where left out.
         split: which part to read, where `source` does not say.
         data_dir: local copies of the data sets known by name (see `read_benchmark`), to be read instead of the Hub.
@@ -212,8 +213,7 @@ def read_labelled(
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(table.column_names)}")
     feature = table.features[label_column]
     feature = getattr(feature, "feature", feature)
-    if label_names is None and isinstance(feature, ClassLabel):
-        label_names = feature.names
+    named = isinstance(feature, ClassLabel) and problem_type != "regression"
     columns = {name: table[name][:] for name in table.column_names}
     texts, values = columns.pop(text_column), columns.pop(label_column)
     if prompt_column is not None:
@@ -221,7 +221,8 @@ def read_labelled(
             _exchange(source, row, *pair)
             for row, pair in enumerate(zip(columns.pop(prompt_column), texts, strict=True))
         ]
-    return _labelled(source, texts, values, columns, label_names, problem_type)
+    rows = _labelled(source, texts, values, columns, feature.names if named else label_names, problem_type)
+    return rows.renamed(label_names) if named and label_names is not None else rows
 
 
 def read_benchmark(
