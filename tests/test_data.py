@@ -327,9 +327,14 @@ def test_replies_with_their_prompts(write):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
     rows = read_labelled(write([{"q": chat, "text": "b", "label": 0}]), prompt_column="q")
     assert rows.texts == [[*chat, {"role": "assistant", "content": "b"}]]
+    assert read_labelled(write([{"q": 7, "text": "b", "label": 0}]), prompt_column="q").texts[0][0]["content"] == "7"
     for empty in ("", None):
         with pytest.raises(ProbeError, match="row 0 has no prompt"):
             read_labelled(write([{"q": empty, "text": "b", "label": 0}]), prompt_column="q")
+    with pytest.raises(
+        ProbeError, match=r"the prompt of row 0 is .*'hi'.*; it must be a text, or a list of chat messages"
+    ):
+        read_labelled(write([{"q": ["hi"], "text": "b", "label": 0}]), prompt_column="q")
     with pytest.raises(ProbeError, match="no column 'ask'"):
         read_labelled(path, prompt_column="ask")
     with pytest.raises(ProbeError, match="prompt_column are for files"):

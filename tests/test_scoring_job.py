@@ -204,6 +204,27 @@ class TestScores:
             assert found[i]["guard_probabilities"] == pytest.approx(alone, abs=1e-5)
         assert found[2]["guard_label"] is None, "there is no reply"
 
+    @pytest.mark.parametrize(
+        "row, words",
+        [
+            ({"ask": 1, "text": "a"}, "row 1: ask must be a text or chat messages, not '1'"),
+            ({"ask": ["hi"], "text": "a"}, "row 1: ask must be a text or chat messages, not"),
+            (
+                {"ask": [{"role": "user", "content": None}], "text": "a"},
+                "row 1: ask must be a text or chat messages, not",
+            ),
+            ({"ask": "hi", "text": 1}, "row 1: text must be a text, as the reply to a prompt, not '1'"),
+        ],
+    )
+    def test_prompts_and_replies_that_are_none(self, tmp_path, row, words):
+        rows = [{"ask": "", "text": "a"}, row]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        scoring = ScoringJob([str(tmp_path / "a.jsonl")], tmp_path / "out", [], prompt_column="ask")
+        (file,) = InputFile.find(scoring.inputs)
+        (chunk,) = file.chunks(["ask", "text"], 2, lambda _: True)
+        with pytest.raises(ProbeError, match=words):
+            scoring._texts(file, chunk)
+
     def test_heads_that_read_other_prompts(self, tmp_path, backbone_folder, heads):
         other = make_probe(probe_type="gate", prompt_format="raw", token_scope="prompt", max_length=64)
         save_head(other, tmp_path / "raw")

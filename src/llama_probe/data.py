@@ -290,21 +290,21 @@ def _is_empty(text: Any, label: Any) -> bool:
     return text is None or label is None or (isinstance(text, str) and not text.strip())
 
 
-def _as_text(source: str, row: int, text: Any) -> Text:
+def _as_text(source: str, row: int, text: Any, what: str = "text") -> Text:
     """A text, or chat messages; what a csv file took for a number is a text."""
     if isinstance(text, (int, float)):
         return str(text)
     if is_text(text):
         return text
     raise ProbeError(
-        f"{source}: the text of row {row} is {str(text)[:60]!r}; it must be a text, or a list of chat messages with role and content"
+        f"{source}: the {what} of row {row} is {str(text)[:60]!r}; it must be a text, or a list of chat messages with role and content"
     )
 
 
-def _exchange(source: str, row: int, prompt: Text, reply: str) -> list[dict[str, str]]:
-    if not prompt or not isinstance(reply, str) or not reply.strip():
+def _exchange(source: str, row: int, prompt: Any, reply: Any) -> list[dict[str, str]]:
+    if prompt in (None, "", []) or not isinstance(reply, str) or not reply.strip():
         raise ProbeError(f"{source}: row {row} has no prompt, or no text as its reply")
-    return exchange(prompt, reply)
+    return exchange(_as_text(source, row, prompt, "prompt"), reply)
 
 
 def _labelled(
