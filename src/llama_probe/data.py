@@ -17,7 +17,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, train_test
 from transformers.utils import logging
 
 from .errors import ProbeError
-from .known_data import BENCHMARKS, Benchmark, HubSplit, find_benchmark
+from .known_data import Benchmark, HubSplit, find_benchmark
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
 from .tables import FORMATS, read_table, reason
