@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from llama_probe import ProbeError
 from llama_probe.data import read_labelled
@@ -23,9 +25,7 @@ def write(tmp_path):
             lines = [sep.join(rows[0])] + [sep.join(str(value) for value in row.values()) for row in rows]
             path.write_text("\n".join(lines) + "\n")
         elif name.endswith(".parquet"):
-            import datasets
-
-            datasets.Dataset.from_list(rows).to_parquet(path)
+            Dataset.from_list(rows).to_parquet(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -73,6 +73,60 @@ def test_texts_of_a_csv_stay_as_they_are(tmp_path):
 
 def test_texts_that_a_csv_takes_for_numbers(write):
     assert read_labelled(write([{"text": 12, "label": 0}, {"text": 7, "label": 1}], "a.csv")).texts == ["12", "7"]
+
+
+def test_a_folder_is_read_as_its_files_are(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("train.csv", "train.tsv"):
+        lines = "text,label\n007,None\n1e3,some\n".replace(",", "\t" if name == "train.tsv" else ",")
+        (tmp_path / "a" / name).write_text(lines, encoding="utf-8")
+        for folder in (tmp_path / "a", tmp_path / "a" / name):
+            rows = read_labelled(str(folder))
+            assert (rows.texts, rows.label_names, rows.labels.tolist()) == (["007", "1e3"], ["None", "some"], [0, 1])
+        (tmp_path / "a" / name).unlink()
+
+
+def test_a_csv_with_a_column_that_changes_late(write):
+    rows = [{"id": i if i < 11_000 else f"A{i}", "text": f"t{i}", "label": i % 2} for i in range(11_500)]
+    found = read_labelled(write(rows, "a.csv"))
+    assert found.texts[-1] == "t11499" and found.labels[-2:].tolist() == [0, 1] and found.columns["id"][-1] == "A11499"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "folder/train.csv"])
+def test_columns_that_are_there_twice(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("text,label,text\na,0,b\n".replace(",", "\t" if name == "a.tsv" else ","))
+    source = str(path if path.parent == tmp_path else path.parent)
+    with pytest.raises(ProbeError, match=f"{path.name} has 2 columns 'text': leave one"):
+        read_labelled(source)
+
+
+def test_a_file_in_the_place_of_another(write):
+    for count in (3, 2):
+        path = write(ROWS[:count])
+        os.utime(path, (10**9, 10**9))
+        assert len(read_labelled(path)) == count
+        assert len(read_labelled(os.path.dirname(path))) == count
+
+
+def test_names_of_the_data_set_are_matched_with_those_that_are_known(tmp_path):
+    def write(name, labels, feature):
+        features = Features({"text": Value("string"), "label": feature})
+        rows = {"text": [f"t{i}" for i in range(len(labels))], "label": labels}
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    path = write("a.parquet", [0, 0, 1], ClassLabel(names=["pos", "neg"]))
+    assert read_labelled(path).label_names == ["pos", "neg"]
+    for names, expected in (["neg", "pos"], [1, 1, 0]), (["neg", "so so", "pos"], [2, 2, 0]), (["a", "b"], [0, 0, 1]):
+        rows = read_labelled(path, label_names=names)
+        assert (rows.label_names, rows.labels.tolist()) == (names, expected)
+    with pytest.raises(ProbeError, match="labels pos, neg of the data cannot be read as a, b, c"):
+        read_labelled(path, label_names=["a", "b", "c"])
+    several = write("b.parquet", [[0], [0, 1]], List(ClassLabel(names=["pos", "neg"])))
+    assert read_labelled(several, label_names=["neg", "pos"]).labels.tolist() == [[0, 1], [1, 1]]
+    assert read_labelled(path, problem_type="regression").labels.tolist() == [[0], [0], [1]]
 
 
 def test_texts_that_are_none(write):
@@ -136,7 +190,7 @@ def test_splits_are_even_and_keep_equal_texts_together(write):
         ([{"text": "a", "label": "x"}], {"label_names": ["y"]}, r"labels without a name: \['x'\]"),
         ([{"text": " ", "label": 1}], {}, "row 0 has no text"),
         ([{"text": "a", "label": None}, {"text": "b", "label": 1}], {}, "row 0 has no text or no label"),
-        ([{"text": "a", "label": -1}], {}, "labels go from -1"),
+        ([{"text": "a", "label": -1}], {"label_names": ["a"]}, "labels go from -1"),
         ([{"text": "a", "label": [1]}], {"problem_type": "single_label_classification"}, "labels are lists"),
     ],
 )
@@ -273,8 +327,14 @@ def test_replies_with_their_prompts(write):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
     rows = read_labelled(write([{"q": chat, "text": "b", "label": 0}]), prompt_column="q")
     assert rows.texts == [[*chat, {"role": "assistant", "content": "b"}]]
-    with pytest.raises(ProbeError, match="row 0 has no prompt"):
-        read_labelled(write([{"q": "", "text": "b", "label": 0}]), prompt_column="q")
+    assert read_labelled(write([{"q": 7, "text": "b", "label": 0}]), prompt_column="q").texts[0][0]["content"] == "7"
+    for empty in ("", None):
+        with pytest.raises(ProbeError, match="row 0 has no prompt"):
+            read_labelled(write([{"q": empty, "text": "b", "label": 0}]), prompt_column="q")
+    with pytest.raises(
+        ProbeError, match=r"the prompt of row 0 is .*'hi'.*; it must be a text, or a list of chat messages"
+    ):
+        read_labelled(write([{"q": ["hi"], "text": "b", "label": 0}]), prompt_column="q")
     with pytest.raises(ProbeError, match="no column 'ask'"):
         read_labelled(path, prompt_column="ask")
     with pytest.raises(ProbeError, match="prompt_column are for files"):

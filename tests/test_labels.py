@@ -1,5 +1,7 @@
 """What the labels of rows mean."""
 
+from decimal import Decimal
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,10 @@ def read(values, names=None, kind=None):
         (["b", "a"], None, [1, 0], ["a", "b"]),
         (["b"], ["c", "b"], [1], ["c", "b"]),
         ([5, 1, 3], None, [2, 0, 1], ["1", "3", "5"]),
-        ([10_000_000, 0], None, [1, 0], ["0", "10000000"]),
+        ([10**18, 0], None, [1, 0], ["0", str(10**18)]),
+        ([1, -1, -1], None, [1, 0, 0], ["-1", "1"]),
+        ([-1, 0, 1], None, [0, 1, 2], ["-1", "0", "1"]),
+        ([Decimal("2.00"), Decimal("1.00")], None, [1, 0], ["1", "2"]),
         ([3, 1], ["1", "3", "5"], [1, 0], ["1", "3", "5"]),
         ([True, False], None, [1, 0], ["False", "True"]),
         ([True, True], None, [1, 1], ["False", "True"]),
@@ -39,11 +44,14 @@ def test_several_labels():
     assert read([[0, 2], []]) == ([[1, 0, 1], [0, 0, 0]], names, "multi_label")
     assert read([["b"], ["a", "b"]]) == ([[0, 1], [1, 1]], ["a", "b"], "multi_label")
     assert read([["b"], []], ["a", "b"]) == ([[0, 1], [0, 0]], ["a", "b"], "multi_label")
+    assert read([["a", "b"]], ["a", "b"]) == ([[1, 1]], ["a", "b"], "multi_label")
     assert read([[], []], ["a", "b"]) == ([[0, 0], [0, 0]], ["a", "b"], "multi_label")
 
 
 def test_values():
     assert read([0.5, 2]) == ([[0.5], [2.0]], ["value"], "regression")
+    cents = [Decimal("0.50"), Decimal("2.00")]
+    assert read(cents) == ([[0.5], [2.0]], ["value"], "regression")
     assert read([0, 1], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
     assert read([False, True], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
 
@@ -62,7 +70,15 @@ def test_values():
         ([1, "a"], None, None, "all be whole numbers or all be texts"),
         ([[], []], None, None, "no row has a label"),
         ([3], ["no", "yes"], None, "labels go from 3 to 3, but there are 2 names"),
-        ([-1, 1], None, None, "labels go from -1 to 1"),
+        ([-1, 1], ["no", "yes"], None, "labels go from -1 to 1"),
+        ([[-1, 1]], None, None, "labels go from -1 to 1"),
+        ([Decimal("0.7")], None, "single_label_classification", "0.7 is no label"),
+        (range(1, 10_003), None, None, "labels up to '10002' would make 10,002 labels, and at most 10,000 are"),
+        (list(map(str, range(10_001))), None, None, "labels up to '9999' would make 10,001 labels"),
+        ([[10**18]], None, None, "at most 10,000 are told by the rows"),
+        ([[True, False]], None, None, "lists of truth values.*no vector of zeros and ones"),
+        ([[1, 0], [0, 1]], None, None, "all 2 labels hold in every row.*no vector of zeros and ones"),
+        ([[1.0, 0.0], [0.0, 1.0]], ["a", "b"], None, "all 2 labels hold in every row.*give their names"),
         (["c"], ["a", "b"], None, r"labels without a name: \['c'\]"),
         ([[1]], None, "regression", "labels are lists, which is not regression"),
     ],

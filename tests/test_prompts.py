@@ -7,7 +7,7 @@ import torch
 from conftest import make_tokenizer
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.prompts import PromptFormat, template_hash
+from llama_probe.prompts import PromptFormat, is_text, template_hash
 
 
 @pytest.fixture
@@ -129,6 +129,23 @@ def test_the_config_brings_the_format_back(tokenizer):
     assert config.chat_template_hash == template_hash(tokenizer)
     back = PromptFormat.from_config(config, tokenizer)
     assert back == prompts
+
+
+def test_what_is_a_text():
+    turn = {"role": "user", "content": "x"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert all(
+        map(is_text, ["", [turn], [turn, call], [{"role": "user", "content": [{"type": "text", "text": "x"}]}]])
+    )
+    wrong = [None, 1, [], ["x"], [{"role": "user"}], [turn, {"role": "user", "content": None, "tool_calls": None}]]
+    assert not any(map(is_text, [*wrong, [{"role": None, "content": "x"}]]))
+
+
+def test_turns_that_the_template_cannot_write(tokenizer):
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
+    for chat in ([{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "text", "text": "x"}]}]):
+        with pytest.raises(ProbeError, match=r"the chat template of the tokenizer cannot write .*'role': 'user'"):
+            PromptFormat.create(tokenizer).encode([chat])
 
 
 def test_refusals(tokenizer):

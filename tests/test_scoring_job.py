@@ -88,6 +88,30 @@ class TestInputFiles:
         assert [text for part in parts for text in part.columns["text"]] == texts(count)
         assert [int(value) for part in parts for value in part.columns["id"]] == list(range(count))
 
+    def test_groups_without_a_row(self, tmp_path):
+        table = pa.table({"text": texts(5)})
+        with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+            for start, stop in ((0, 0), (0, 3), (3, 3), (3, 5), (5, 5)):
+                writer.write_table(table.slice(start, stop - start))
+        (file,) = InputFile.find([str(tmp_path / "a.parquet")])
+        assert [chunk.columns["text"] for chunk in file.chunks(["text"], 2, lambda _: True)] == [
+            texts(5)[:2],
+            texts(5)[2:4],
+            texts(5)[4:],
+        ]
+
+    @pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+    def test_columns_that_are_there_twice(self, tmp_path, name):
+        path = tmp_path / name
+        if name == "a.csv":
+            path.write_text("text,id,text\na,1,b\n")
+        else:
+            pq.write_table(pa.Table.from_arrays([["a"], [1], ["b"]], ["text", "id", "text"]), path)
+        (file,) = InputFile.find([str(path)])
+        assert list(file.fields(["id"])) == ["text", "id"]
+        with pytest.raises(ProbeError, match=f"{name} has 2 columns 'text': leave one, or rename the others"):
+            file.fields(["id", "text"])
+
     @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
     def test_a_large_file_is_never_held(self, tmp_path, name):
         path, text, rows = tmp_path / name, "x" * 2000, 20_000
@@ -179,6 +203,27 @@ class TestScores:
             alone = scorer([chats[i]])["guard_probabilities"][0]
             assert found[i]["guard_probabilities"] == pytest.approx(alone, abs=1e-5)
         assert found[2]["guard_label"] is None, "there is no reply"
+
+    @pytest.mark.parametrize(
+        "row, words",
+        [
+            ({"ask": 1, "text": "a"}, "row 1: ask must be a text or chat messages, not '1'"),
+            ({"ask": ["hi"], "text": "a"}, "row 1: ask must be a text or chat messages, not"),
+            (
+                {"ask": [{"role": "user", "content": None}], "text": "a"},
+                "row 1: ask must be a text or chat messages, not",
+            ),
+            ({"ask": "hi", "text": 1}, "row 1: text must be a text, as the reply to a prompt, not '1'"),
+        ],
+    )
+    def test_prompts_and_replies_that_are_none(self, tmp_path, row, words):
+        rows = [{"ask": "", "text": "a"}, row]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        scoring = ScoringJob([str(tmp_path / "a.jsonl")], tmp_path / "out", [], prompt_column="ask")
+        (file,) = InputFile.find(scoring.inputs)
+        (chunk,) = file.chunks(["ask", "text"], 2, lambda _: True)
+        with pytest.raises(ProbeError, match=words):
+            scoring._texts(file, chunk)
 
     def test_heads_that_read_other_prompts(self, tmp_path, backbone_folder, heads):
         other = make_probe(probe_type="gate", prompt_format="raw", token_scope="prompt", max_length=64)

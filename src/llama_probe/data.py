@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -13,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, load_dataset
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, train_test_split
 from transformers.utils import logging
 
 from .errors import ProbeError
-from .known_data import BENCHMARKS, Benchmark, HubSplit, find_benchmark
+from .known_data import Benchmark, HubSplit, find_benchmark
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
+from .tables import FORMATS, read_table, reason
 
 
 logger = logging.get_logger(__name__)
-
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -154,45 +152,6 @@ def _asked(text: Text) -> Text:
     return text[:-1] if replied else text
 
 
-def read_table(source: str, split: str = "train", text_columns: Sequence[str] = ()) -> Dataset:
-    """Rows of a csv, json(l) or parquet file (also .gz), of a folder of such files, or of a Hub data set.
-
-    Args:
-        text_columns: whose cells a csv file holds as they are: `007` is a text there, and no number.
-
-    Raises:
-        ProbeError: there is nothing to read.
-    """
-    path = Path(source)
-    try:
-        if path.is_file():
-            suffix = next((s for s in reversed(path.suffixes) if s in _FORMATS), None)
-            if suffix is None:
-                raise ProbeError(f"{path} is of no known format; allowed: {', '.join(_FORMATS)}, each also with .gz")
-            options = {"sep": "\t"} if suffix == ".tsv" else {}
-            if _FORMATS[suffix] == "csv":
-                # else words such as None and NA, which may be labels, are nothing
-                options |= {
-                    "keep_default_na": False,
-                    "na_values": [""],
-                    "converters": dict.fromkeys(text_columns, str),
-                }
-            return load_dataset(_FORMATS[suffix], data_files=glob.escape(str(path)), split="train", **options)
-        data = load_dataset(source, split=None)
-    except ProbeError:
-        raise
-    except Exception as error:  # the loaders raise dozens of types for bad input
-        message = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}"
-        if "/" not in source:
-            message += f" (data sets known by name: {', '.join(BENCHMARKS)})"
-        raise ProbeError(message) from error
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(data)}")
-        data = data[split]
-    return data
-
-
 def read_labelled(
     source: str,
     text_column: str = "text",
@@ -212,7 +171,8 @@ def read_labelled(
         source: the name of a data set in `BENCHMARKS`, or `NAME:SPLIT`; else a file, a folder or a Hub id (see
             `read_table`). An existing path comes before a name.
         text_column, label_column: of rows that are not known by name.
-        label_names: for a data set that is known by name see `LabelledTexts.renamed`.
+        label_names: where the data set has names of its own (it is known by name, or its labels are a `ClassLabel`) see
+            `LabelledTexts.renamed`.
         problem_type: as in `ProbeConfig`; told by the labels where left out.
         split: which part to read, where `source` does not say.
         data_dir: local copies of the data sets known by name (see `read_benchmark`), to be read instead of the Hub.
@@ -246,22 +206,23 @@ def read_labelled(
             texts = [_exchange(source, row, *pair) for row, pair in enumerate(pairs)]
         rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
         return rows if label_names is None else rows.renamed(label_names)
-    table = read_table(source, split, [text_column, *([] if prompt_column is None else [prompt_column])])
-    for name in (text_column, label_column, *([] if prompt_column is None else [prompt_column])):
+    written = [text_column, *([] if prompt_column is None else [prompt_column])]
+    table = read_table(source, split, written, [label_column])
+    for name in (*written, label_column):
         if name not in table.column_names:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(table.column_names)}")
     feature = table.features[label_column]
     feature = getattr(feature, "feature", feature)
-    if label_names is None and isinstance(feature, ClassLabel):
-        label_names = feature.names
-    columns = {name: list(table[name]) for name in table.column_names}
+    named = isinstance(feature, ClassLabel) and problem_type != "regression"
+    columns = {name: table[name][:] for name in table.column_names}
     texts, values = columns.pop(text_column), columns.pop(label_column)
     if prompt_column is not None:
         texts = [
             _exchange(source, row, *pair)
             for row, pair in enumerate(zip(columns.pop(prompt_column), texts, strict=True))
         ]
-    return _labelled(source, texts, values, columns, label_names, problem_type)
+    rows = _labelled(source, texts, values, columns, feature.names if named else label_names, problem_type)
+    return rows.renamed(label_names) if named and label_names is not None else rows
 
 
 def read_benchmark(
@@ -289,11 +250,11 @@ def read_benchmark(
             table = load_dataset(benchmark.hub_id, place.configuration, split=place.split, revision=benchmark.revision)
         except Exception as error:  # the loaders raise dozens of types
             raise ProbeError(
-                f"{benchmark.name} cannot be loaded as {benchmark.hub_id} from the Hub: {_reason(error)} (a gated data set "
+                f"{benchmark.name} cannot be loaded as {benchmark.hub_id} from the Hub: {reason(error)} (a gated data set "
                 "wants its terms accepted there, and a login; --data-dir reads local copies)"
             ) from error
     if data_dir is not None and {"text", "label"} <= set(table.column_names):
-        columns = {name: list(table[name]) for name in table.column_names}
+        columns = {name: table[name][:] for name in table.column_names}
     else:
         columns = benchmark.convert(table)
     full = [
@@ -322,35 +283,28 @@ def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = 
             f"{folder} is no folder; local copies lie in DIR/{benchmark.name}/SPLIT.jsonl.gz, and without --data-dir the "
             "rows come from the Hub"
         )
-    return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if set(path.suffixes) & set(_FORMATS)}
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # datasets wraps what a reader says into what says nothing
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if set(path.suffixes) & set(FORMATS)}
 
 
 def _is_empty(text: Any, label: Any) -> bool:
     return text is None or label is None or (isinstance(text, str) and not text.strip())
 
 
-def _as_text(source: str, row: int, text: Any) -> Text:
+def _as_text(source: str, row: int, text: Any, what: str = "text") -> Text:
     """A text, or chat messages; what a csv file took for a number is a text."""
     if isinstance(text, (int, float)):
         return str(text)
     if is_text(text):
         return text
     raise ProbeError(
-        f"{source}: the text of row {row} is {str(text)[:60]!r}; it must be a text, or a list of chat messages with role and content"
+        f"{source}: the {what} of row {row} is {str(text)[:60]!r}; it must be a text, or a list of chat messages with role and content"
     )
 
 
-def _exchange(source: str, row: int, prompt: Text, reply: str) -> list[dict[str, str]]:
-    if not prompt or not isinstance(reply, str) or not reply.strip():
+def _exchange(source: str, row: int, prompt: Any, reply: Any) -> list[dict[str, str]]:
+    if prompt in (None, "", []) or not isinstance(reply, str) or not reply.strip():
         raise ProbeError(f"{source}: row {row} has no prompt, or no text as its reply")
-    return exchange(prompt, reply)
+    return exchange(_as_text(source, row, prompt, "prompt"), reply)
 
 
 def _labelled(

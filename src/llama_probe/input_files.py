@@ -87,15 +87,16 @@ class InputFile:
         """How many there are, where the file says so without being read."""
         return pq.read_metadata(self.path).num_rows if self.kind == "parquet" else None
 
-    def fields(self) -> dict[str, pa.DataType]:
+    def fields(self, needed: Sequence[str] = ()) -> dict[str, pa.DataType]:
         """Names and types of the columns: those of parquet files, texts for csv, told by the first rows for json lines.
 
         Raises:
-            ProbeError: the file cannot be read.
+            ProbeError: the file cannot be read, or has two columns of a name that is needed.
         """
         with self._mishaps():
             if self.kind == "parquet":
                 schema = pq.read_schema(self.path)
+                self._check_once(schema.names, needed)
                 return dict(zip(schema.names, schema.types, strict=True))
             if self.kind == "json":
                 with self._open() as lines:
@@ -103,7 +104,16 @@ class InputFile:
                 names = dict.fromkeys(name for row in rows for name in row)
                 return {name: _told_type([row.get(name) for row in rows]) for name in names}
             with self._open() as lines:
-                return dict.fromkeys(next(self._records(lines), []), pa.string())
+                header = next(self._records(lines), [])
+            self._check_once(header, needed)
+            return dict.fromkeys(header, pa.string())
+
+    def _check_once(self, names: list[str], needed: Sequence[str]) -> None:
+        for name in needed:
+            if names.count(name) > 1:
+                raise ProbeError(
+                    f"{self.path} has {names.count(name)} columns {name!r}: leave one, or rename the others"
+                )
 
     def chunks(self, columns: Sequence[str], size: int, wanted: Callable[[int], bool]) -> Iterator[Chunk]:
         """The chunks with the numbers that are wanted. No more rows are held than those of one, whatever the file's size.
@@ -124,7 +134,9 @@ class InputFile:
             position, pending = 0, []
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
-                if not any(wanted(number) for number in range(position // size, -(-(position + rows) // size))):
+                if not rows or not any(
+                    wanted(number) for number in range(position // size, -(-(position + rows) // size))
+                ):
                     position += rows
                     continue
                 for batch in file.iter_batches(min(size, rows), [group], list(columns)):

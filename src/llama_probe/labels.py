@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from .errors import ProbeError
+
+
+_MOST_LABELS = 10_000  # that are told by the rows; a column with more is an id, a time or a value
+
+_LISTS = "A list names the labels that hold, by index or name, such as [0, 2]; it is no vector of zeros and ones"
 
 
 def read_labels(
@@ -16,7 +22,8 @@ def read_labels(
     """Labels as in `LabelledTexts`, their names, and what kind of problem they make.
 
     Texts are names, and so are truth values ("False" and "True"); lists are several labels of one row, whole numbers class
-    indices - or names, where they leave some out (ratings from 1 to 5) or stand among `label_names` - and other numbers values.
+    indices - or names, where they leave some out (ratings from 1 to 5), begin below 0 (-1 and 1) or stand among `label_names` -
+    and other numbers values.
 
     Args:
         source: for messages. values: one entry a row. label_names: by index; told by the labels where left out.
@@ -27,6 +34,9 @@ def read_labels(
     """
     several = isinstance(values[0], (list, tuple))
     flat = [item for value in values for item in value] if several else list(values)
+    flat = [float(item) if isinstance(item, Decimal) else item for item in flat]
+    if several and any(isinstance(item, bool) for item in flat):
+        raise ProbeError(f"{source}: labels are lists of truth values. {_LISTS}")
     if not several and all(isinstance(item, bool) for item in flat) and problem_type != "regression":
         label_names = label_names or ["False", "True"]
         flat = [str(item) if str(item) in label_names else int(item) for item in flat]
@@ -50,6 +60,8 @@ def read_labels(
         flat, names = _whole_numbers(source, flat, label_names, gaps=several)
     else:
         names = list(label_names or sorted(set(flat)))
+        if label_names is None:
+            _check_count(source, len(names), names[-1])
         if missing := sorted(set(flat) - set(names)):
             raise ProbeError(f"{source}: labels without a name: {missing[:5]}; names: {', '.join(names)}")
     index = {name: i for i, name in enumerate(names)}
@@ -60,9 +72,10 @@ def read_labels(
     labels = np.zeros((len(values), len(names)), dtype=np.float32)
     np.add.at(labels, (rows, indices), 1.0)
     if labels.max(initial=0.0) > 1:
+        raise ProbeError(f"{source}: row {int(labels.max(axis=1).argmax())} names a label twice. {_LISTS}")
+    if len(names) > 1 and labels.all() and not any(isinstance(item, str) for value in values for item in value):
         raise ProbeError(
-            f"{source}: row {int(labels.max(axis=1).argmax())} names a label twice. A list names the labels that hold, by index "
-            "or name, such as [0, 2]; it is no vector of zeros and ones"
+            f"{source}: all {len(names)} labels hold in every row. {_LISTS}; where they do hold, give their names"
         )
     return labels, names, problem_type
 
@@ -85,12 +98,26 @@ def _whole_numbers(
         numbers = [int(item) for item in flat]
     except (TypeError, ValueError):
         raise ProbeError(f"{source}: labels must all be whole numbers or all be texts") from None
+    if numbers != flat:  # what int() has cut is no whole number
+        raise ProbeError(f"{source}: labels must all be whole numbers or all be texts")
     used = sorted(set(numbers))
-    if label_names is None and not gaps and used[-1] > 1 and used != list(range(used[-1] + 1)):
+    complete = used[0] == 0 and used[-1] == len(used) - 1
+    if label_names is None and not gaps and not complete and (used[0] < 0 or used[-1] > 1):
+        _check_count(source, len(used), used[-1])
         label_names = list(map(str, used))
     if label_names is not None and {str(number) for number in used} <= set(label_names):
         return list(map(str, numbers)), list(label_names)
+    if not label_names:
+        _check_count(source, used[-1] + 1, used[-1])
     names = list(label_names or [f"LABEL_{i}" for i in range(used[-1] + 1)])
     if used[0] < 0 or used[-1] >= len(names):
         raise ProbeError(f"{source}: labels go from {used[0]} to {used[-1]}, but there are {len(names)} names")
     return [names[number] for number in numbers], names
+
+
+def _check_count(source: str, count: int, last: Any) -> None:
+    if count > _MOST_LABELS:
+        raise ProbeError(
+            f"{source}: labels up to {str(last)[:40]!r} would make {count:,} labels, and at most {_MOST_LABELS:,} are told by the "
+            "rows. Name the column of the labels, or their names (label_names); for values give problem_type='regression'"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,29 +184,32 @@ class ScoringJob:
                     bar.update(len(chunk))
 
     def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
-        texts = chunk.columns[self.text_column]
-        for place, text in enumerate(texts):
-            if text is not None and not is_text(text):
-                raise ProbeError(
-                    f"{file.path}: row {chunk.first_row + place}: {self.text_column} must be a text or chat messages, not "
-                    f"{str(text)[:60]!r}"
-                )
+        def check(name: str, allowed: Callable[[Any], bool], words: str) -> list[Any]:
+            for place, value in enumerate(chunk.columns[name]):
+                if value is not None and not allowed(value):
+                    raise ProbeError(
+                        f"{file.path}: row {chunk.first_row + place}: {name} must be {words}, not {str(value)[:60]!r}"
+                    )
+            return chunk.columns[name]
+
         if self.prompt_column is None:
-            return texts
-        pairs = zip(chunk.columns[self.prompt_column], texts, strict=True)
+            return check(self.text_column, is_text, "a text or chat messages")
+        replies = check(self.text_column, lambda value: isinstance(value, str), "a text, as the reply to a prompt")
+        prompts = check(self.prompt_column, lambda value: value == [] or is_text(value), "a text or chat messages")
+        pairs = zip(prompts, replies, strict=True)
         return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
 
     def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
         """The files, and the types of the columns that are kept: those of the first file."""
         files = InputFile.find(self.inputs)
         kept: dict[str, pa.DataType] = {}
+        needed = [
+            self.text_column,
+            *([] if self.prompt_column is None else [self.prompt_column]),
+            *self.keep_columns,
+        ]
         for file in files:
-            fields = file.fields()
-            needed = [
-                self.text_column,
-                *([] if self.prompt_column is None else [self.prompt_column]),
-                *self.keep_columns,
-            ]
+            fields = file.fields(needed)
             for name in needed:
                 if name not in fields and (fields or file.kind != "json"):
                     raise ProbeError(f"{file.path} has no column {name!r}; it has: {', '.join(fields) or 'none'}")

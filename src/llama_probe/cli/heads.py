@@ -56,7 +56,7 @@ def inspect(
     if as_json:
         print(json.dumps(values))
         return
-    table = Table("field", "value", title=probe)
+    table = Table("field", "value", title=escape(probe))
     for key, value in sorted(values.items()):
         table.add_row(key, escape(json.dumps(value, ensure_ascii=False)))
     Console().print(table)
@@ -72,7 +72,8 @@ def _list_bundled(as_json: bool) -> None:
         return
     table = Table("alias", "kind", "labels", "backbone", title="bundled heads")
     for alias, config in configs.items():
-        table.add_row(alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
+        cells = (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
+        table.add_row(*map(escape, cells))
     Console().print(table)
 
 
@@ -87,7 +88,7 @@ def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> No
     if as_json:
         print(json.dumps([asdict(check) for check in checks]))
         return
-    table = Table("", "the head was trained with", "this backbone", "verdict", title=f"{probe} on {backbone}")
+    table = Table("", "the head was trained with", "this backbone", "verdict", title=escape(f"{probe} on {backbone}"))
     for check in checks:
         cells = ("-" if value is None else escape(str(value)) for value in (check.recorded, check.found))
         table.add_row(check.field, *cells, _VERDICTS.get(check.verdict, check.verdict))

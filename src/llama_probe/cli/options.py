@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ DATA = f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, json
 
 
 def command_line() -> str:
-    """The command as it was typed, without folders of this machine, and as if nothing had interrupted it."""
+    """The command as it was typed, as a line for a shell, without folders of this machine, and as if nothing had interrupted it."""
     hidden = {"--output", "--cache-dir", "--data-dir"}
     words, skip = ["llama-probe"], False
     for word in sys.argv[1:]:
@@ -43,5 +44,5 @@ def command_line() -> str:
             skip = "=" not in word
         else:
             shown = "/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word
-            words.append(f"'{shown}'" if " " in shown else shown)
-    return " ".join(words)
+            words.append(shown)
+    return shlex.join(words)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,10 @@ from rich.table import Table
 
 from ..errors import ProbeError
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
+
+
+if TYPE_CHECKING:
+    from ..configuration import ProbeConfig
 
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; lines of standard input where left out.")]
@@ -60,7 +64,7 @@ def _print_reply(console: Console, row: dict[str, Any]) -> None:
             escape(row["reply"]) or "(empty)",
             title=f"[bold]{escape(row['prompt'])}[/bold]",
             title_align="left",
-            subtitle=verdict,
+            subtitle=escape(verdict),
             subtitle_align="left",
         )
     )
@@ -97,7 +101,7 @@ def generate(
             if rules:
                 row["halted"] = None if halt is None else dataclasses.asdict(halt)
         rows += part
-    _print_rows(rows, as_json)
+    _print_rows(rows, {name: model.probes[name].config for name in rows[0]["labels"]}, as_json)
 
 
 def classify(
@@ -146,7 +150,7 @@ def classify(
         found = model.classify(**inputs)
         labels = {name: output.labels for name, output in found.items()}
         rows += _rows(texts, labels, {name: output.probabilities for name, output in found.items()})
-    _print_rows(rows, as_json)
+    _print_rows(rows, {name: model.probes[name].config for name in rows[0]["labels"]}, as_json)
 
 
 def _score_files(
@@ -234,17 +238,31 @@ def _add_reply_scores(rows: list[dict], name: str, logits, config) -> None:
         row["probabilities"][name] = output.probabilities[0].tolist() if len(read) else []
 
 
-def _print_rows(rows: list[dict], as_json: bool) -> None:
+def _print_rows(rows: list[dict], configs: dict[str, ProbeConfig], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
     replies = "reply" in rows[0]
-    table = Table("prompt", *(["reply"] if replies else []), *rows[0]["labels"], show_lines=replies)
+    table = Table("prompt", *(["reply"] if replies else []), *map(escape, configs), show_lines=replies)
     for row in rows:
-        found = row["probabilities"]
-        cells = [f"{label} ({max(found[name]):.2f})" if found[name] else "-" for name, label in row["labels"].items()]
+        cells = [escape(_verdict(row["labels"][name], row["probabilities"][name], configs[name])) for name in configs]
         table.add_row(escape(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
     Console().print(table)
+
+
+def _verdict(label: Any, probabilities: list[float], config: ProbeConfig) -> str:
+    """What a head says of a row, in words; a threshold may give a label that is not the likeliest."""
+    from ..decision import verdict
+
+    if not probabilities:
+        return "-"
+    if config.problem_type == "regression":
+        return ", ".join(
+            f"{name} {value:.3g}" for name, value in zip(config.id2label.values(), probabilities, strict=True)
+        )
+    score = verdict(label, probabilities, config)["score"]
+    pairs = zip(label, score, strict=True) if isinstance(label, list) else [(label, score)]
+    return ", ".join(f"{name} ({value:.2f})" for name, value in pairs) or "no label"
 
 
 def _shown_reply(row: dict) -> str:

@@ -1,0 +1,30 @@
+"""The command that a card repeats."""
+
+import shlex
+import sys
+
+import pytest
+
+from llama_probe.cli.options import command_line
+from llama_probe.resolve import bundled_heads
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["--train", "imdb:train", "--layers", "0,3", "--limit", "Short texts."], "--train imdb:train --layers 0,3 --limit 'Short texts.'"),
+        (["--system-prompt", "don't; $HOME * costs"], """--system-prompt 'don'"'"'t; $HOME * costs'"""),
+        (["--label-names", "it's,b", "--limit", ""], """--label-names 'it'"'"'s,b' --limit ''"""),
+        (["--output", "a b", "--resume", "--cache-dir=c", "--json"], "--json"),
+    ],
+)  # fmt: skip
+def test_it_is_a_line_for_a_shell(monkeypatch, words, line):
+    monkeypatch.setattr(sys, "argv", ["llama-probe", "train", *words])
+    assert command_line() == f"llama-probe train {line}"
+
+
+def test_the_lines_of_the_cards_are_quoted_so():
+    for folder in bundled_heads().values():
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        line = next(line for line in card.splitlines() if line.startswith("llama-probe train"))
+        assert shlex.join(shlex.split(line)) == line
