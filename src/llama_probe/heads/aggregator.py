@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ProbeError
@@ -21,8 +22,20 @@ if TYPE_CHECKING:
     from ..configuration import ProbeConfig
 
 
-class Classifier(nn.Linear):
-    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
+class Classifier(nn.Module):
+    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it.
+
+    It is no `nn.Linear`: what adapts or quantises all linear layers of an LM leaves the heads on it alone.
+    """
+
+    def __init__(self, in_features: int, num_labels: int):
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.empty(num_labels, in_features))
+        self.bias = nn.Parameter(torch.empty(num_labels))
+        self.reset_parameters()
+
+    reset_parameters = nn.Linear.reset_parameters
 
     def bind(self, lm: nn.Module) -> None:
         """Takes what the map needs of the frozen LM beside its states; most need nothing.
@@ -41,7 +54,7 @@ class Classifier(nn.Linear):
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """`[B, D]` to `[B, num_labels]`."""
-        return super().forward(self.inputs(pooled))
+        return F.linear(self.inputs(pooled), self.weight, self.bias)
 
 
 class Aggregator(nn.Module, ABC):
