@@ -63,6 +63,8 @@ class ProbeModel(nn.Module):
         self.layer_indices = config.layer_indices
         self.token_stage, self.layer_stage = create_stages(config)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        # Whatever torch.set_default_dtype says, which is meant for the LM.
+        super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
