@@ -37,12 +37,27 @@ class Classifier(nn.Module):
 
     reset_parameters = nn.Linear.reset_parameters
 
-    def bind(self, lm: nn.Module) -> None:
-        """Takes what the map needs of the frozen LM beside its states; most need nothing.
+    @property
+    def lm(self) -> nn.Module | None:
+        """The LM that the map is bound to, where it needs something of it beside its states; most need nothing."""
+        return None
+
+    def needs(self, lm: nn.Module) -> Any:
+        """What the map needs of the frozen LM, for `bind`. Nothing is changed yet.
 
         Raises:
-            ProbeError: the LM does not have it.
+            ProbeError: the LM does not have it, or the map is bound to another one.
         """
+        return None
+
+    def bind(self, needed: Any) -> None:
+        """Takes what `needs` found. It is no part of the module, and does not go with a copy or a pickle of it."""
+
+    def rebind(self, lm: nn.Module) -> None:
+        """After a copy, or a pickle, of an LM with the head on it: takes from the copy what was taken from the LM."""
+
+    def release(self) -> None:
+        """Frees the map for another LM. What it has it keeps until then."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
