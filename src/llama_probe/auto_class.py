@@ -19,6 +19,21 @@ from .resolve import ProbeSpec, read_heads_beside
 _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
 
 
+class _MadeClassMixin:
+    """Lets models of classes that are made here be copied and pickled: pickle would look for the class in a module."""
+
+    def __reduce_ex__(self, protocol):
+        reduced = super().__reduce_ex__(protocol)
+        if type(self) is not _PROBED_CLASSES[self._causal_lm_class]:  # a class that somebody derived from one
+            return reduced
+        return _create, (self._causal_lm_class,), *reduced[2:]
+
+
+def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
+    cls = probed_class(causal_lm_class)
+    return cls.__new__(cls)
+
+
 def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The probed class of a causal LM class, made on first use.
 
@@ -36,7 +51,8 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel
         name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
         namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
         # of two threads that come here at once, both get the same
-        _PROBED_CLASSES.setdefault(causal_lm_class, type(name, (ProbedGenerationMixin, causal_lm_class), namespace))
+        bases = (ProbedGenerationMixin, _MadeClassMixin, causal_lm_class)
+        _PROBED_CLASSES.setdefault(causal_lm_class, type(name, bases, namespace))
     return _PROBED_CLASSES[causal_lm_class]
 
 
