@@ -1,6 +1,7 @@
 """Families of models: the table, the search by structure, wrappers that read images, and what is refused."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,33 @@ def test_generate_and_classify_equal_the_plain_model(family):
     stem = stem.removesuffix("LMHeadModel")
     inner = "Conditional" if family in WRAPPERS else ""
     assert type(model).__name__ == f"{stem}ForProbed{inner}Generation"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_models_and_outputs_pickle(family, tmp_path):
+    inputs = padded_prompts()
+    model = AutoModelForProbedGeneration.from_causal_lm(tiny(family), make_heads())
+    model.set_active_probes("mha")
+    with torch.no_grad():
+        outputs = [model(**inputs), model.generate(**inputs, max_new_tokens=2)]
+        torch.save(model, tmp_path / "model.pt")
+        for copied in (
+            pickle.loads(pickle.dumps(model)),
+            copy.deepcopy(model),
+            torch.load(tmp_path / "model.pt", weights_only=False),
+        ):
+            assert type(copied) is type(model) and copied.active_probes == ["mha"]
+            assert torch.equal(copied(**inputs).probe_logits["mha"], outputs[0].probe_logits["mha"])
+    for output in outputs:
+        for copied in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+            assert type(copied) is type(output) and copied.keys() == output.keys()
+            assert copied.probe_labels == output.probe_labels
+
+
+def test_a_class_derived_from_a_probed_one_stays_what_it_is():
+    model = copy.deepcopy(AutoModelForProbedGeneration.from_causal_lm(tiny("qwen2")))
+    model.__class__ = type("Derived", (type(model),), {})
+    assert type(copy.deepcopy(model)) is type(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

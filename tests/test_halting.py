@@ -5,12 +5,13 @@ import time
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts, make_tokenizer
+from conftest import VOCAB, make_lm, make_probe, make_prompts, make_tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
 from llama_probe.decision import ProbeOutput
 from llama_probe.halting import Halt, Halter, HaltRule, Reprompt
+from llama_probe.heads import probe_types
 
 
 MODES = {
@@ -250,6 +251,21 @@ class TestRules:
         config, output = self.output([[float("nan"), 0.0], [1.0, 0.0]])
         found = Halter("h", {"h": config}).decide({"h": output}, 2)
         assert found[0] is not None and math.isnan(found[0].score) and found[1] is None
+
+    @pytest.mark.parametrize("scope", ["prompt", "all"])
+    @pytest.mark.parametrize("kind", probe_types())
+    def test_an_lm_that_gives_no_numbers_lets_nothing_through(self, kind, scope, prompts):
+        head = make_probe(probe_type=kind, token_scope=scope, vocab_size=VOCAB)
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"mood": head})
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
+        mask = torch.ones_like(prompts)
+        mask[0, :3] = 0
+        for kwargs in ({}, {"prefill_chunk_size": 2}):
+            halting = {"halt_on": {"mood": {"label": "LABEL_1", "threshold": 1.0}}, **kwargs}
+            out = model.generate(prompts, attention_mask=mask, max_new_tokens=2, **halting)
+            assert out.probe_logits["mood"].isnan().all() and all(out.probe_halts)
+        states = model(prompts, attention_mask=mask, output_hidden_states=True).hidden_states
+        assert head(hidden_states=states, attention_mask=mask).logits.isnan().all()
 
     def test_the_first_rule_counts(self):
         config, output = self.output([[0.0, 1.0], [1.0, 0.0]])

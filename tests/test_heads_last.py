@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig
 from llama_probe.methods import HEADS
@@ -53,3 +53,13 @@ def test_chunks_that_hold_nothing_of_a_row(chunk):
     out = model.generate(prompts, attention_mask=mask, max_new_tokens=1, prefill_chunk_size=chunk)
     expected = probe(hidden_states=states, attention_mask=mask).logits
     torch.testing.assert_close(out.probe_logits["a"], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["last", "muli"])
+def test_what_is_kept_is_one_item_and_not_all(kind):
+    probe = make_probe(probe_type=kind, normalize="none", vocab_size=VOCAB)
+    model, prompts = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": probe}), make_prompts(rows=2, length=50)
+    passed, written = model(prompts, use_cache=True), model.generate(prompts, max_new_tokens=2, probe_state=True)
+    for out in (passed, written):
+        running = out.probe_state.heads["a"].running
+        assert running.untyped_storage().nbytes() == 4 * 2 * HIDDEN

@@ -1,6 +1,9 @@
 """MULI: log odds of the next token, from the LM's own output embeddings, in every way that a head is used."""
 
+import copy
 import json
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -129,6 +132,121 @@ def test_it_keeps_its_lm_when_the_backbone_is_taken_away():
     probe = ProbeModel(ProbeConfig(probe_type="muli"), backbone=make_lm())
     probe.set_backbone(None)
     assert probe(hidden_states=[torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)).logits.shape == (1, 2)
+
+
+def attached(probe, seed=0):
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(seed), {"a": probe})
+
+
+class TestWhichLM:
+    """A head is bound to one LM, and follows what becomes of it."""
+
+    def test_it_serves_no_two(self):
+        ids, probe = make_prompts(), muli(lm=None)
+        model, other = attached(probe), make_lm(1)
+        expected = model.classify(ids)["a"].logits
+        for bind in (
+            lambda: LlamaForProbedGeneration.from_causal_lm(other, {"a": probe}),
+            lambda: probe.bind(other),
+            lambda: probe.set_backbone(other),
+        ):
+            with pytest.raises(ProbeError, match=r"another LlamaForProbedGeneration, .* use copy.deepcopy\(head\)"):
+                bind()
+        probe.set_backbone(None)  # it is attached all the same
+        with pytest.raises(ProbeError, match="cannot serve two"):
+            probe.bind(other)
+        assert probe.backbone is None and all(parameter.requires_grad for parameter in other.parameters())
+        assert torch.equal(model.classify(ids)["a"].logits, expected)
+        second = attached(copy.deepcopy(probe), seed=1)
+        found = second.classify(ids)["a"].logits
+        torch.testing.assert_close(found, expected_of(probe, ids, lm=make_lm(1)), atol=1e-4, rtol=1e-4)
+        assert torch.equal(model.classify(ids)["a"].logits, expected)
+
+    def test_a_refused_attachment_binds_nothing(self):
+        probe, other = muli(lm=None), make_lm(1)
+        with pytest.raises(ProbeError, match="hidden_size=64"):
+            LlamaForProbedGeneration.from_causal_lm(other, {"a": probe, "b": make_probe(hidden_size=64)})
+        assert probe.classifier.lm is None
+        attached(probe)
+
+    def test_it_is_free_once_it_is_taken_away(self):
+        probe, kept = muli(lm=None), []
+        kept.append(attached(probe))
+        kept[0].add_probe("again", probe)
+        kept[0].delete_probe("a")
+        with pytest.raises(ProbeError, match="cannot serve two"):
+            attached(probe, seed=1)
+        kept[0].delete_probe("again")
+        kept.append(attached(probe, seed=1))
+        probe = ProbeModel(probe.config, backbone=make_lm(2))
+        kept.append(probe.backbone)
+        probe.set_backbone(None)
+        kept.append(attached(probe, seed=3))
+        probe = ProbeModel(probe.config, backbone=make_lm(4))
+        object.__setattr__(probe, "backbone", None)
+        attached(probe)  # nobody has the other any more
+
+    def test_what_is_around_an_lm_is_the_same_lm(self):
+        from peft import LoraConfig, get_peft_model
+
+        lm = make_lm()
+        probe = muli(lm=lm)
+        around = get_peft_model(lm, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        probe.set_backbone(around)
+        model = LlamaForProbedGeneration.from_causal_lm(lm, {"a": probe})
+        probe.set_backbone(model)
+        ids = make_prompts()
+        expected = expected_of(probe, ids, lm=around)
+        torch.testing.assert_close(model.classify(ids)["a"].logits, expected, atol=1e-4, rtol=1e-4)
+
+    def test_an_adapter_on_its_output_embeddings(self):
+        from peft import LoraConfig, get_peft_model
+
+        ids, probe = make_prompts(), muli(lm=None)
+        model = attached(probe)
+        before = model.classify(ids)["a"].logits
+        around = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+        expected = expected_of(probe, ids, lm=around)
+        assert not torch.allclose(before, expected, atol=1e-2)
+        found = model.generate(ids, max_new_tokens=1).probe_logits["a"]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    def test_another_vocabulary(self):
+        model = attached(muli(lm=None))
+        model.resize_token_embeddings(VOCAB + 3)
+        with pytest.raises(ProbeError, match="this LM has 100 next tokens, the muli head weighs 97"):
+            model.generate(make_prompts(), max_new_tokens=1)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_a_copy_of_its_lm(self, copied):
+        ids, model = make_prompts(), attached(muli(lm=None))
+        expected = model.classify(ids)["a"].logits
+        clone = copied(model)
+        assert torch.equal(clone.classify(ids)["a"].logits, expected)
+        clone.lm_head.weight.data.mul_(2)
+        assert not torch.allclose(clone.classify(ids)["a"].logits, expected, atol=1e-2)
+        assert torch.equal(model.classify(ids)["a"].logits, expected)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+    def test_alone_it_travels_without_its_lm(self, copied):
+        probe = muli(lm=None)
+        probe.set_backbone(make_lm())
+        clone = copied(probe)
+        assert len(pickle.dumps(probe)) < 10_000 and clone.backbone is None and probe.backbone is not None
+        with pytest.raises(ProbeError, match="has no LM: attach it to one"):
+            clone(hidden_states=[torch.randn(1, 3, HIDDEN)] * (LAYERS + 1))
+        clone.bind(probe.backbone)
+        ids = make_prompts()
+        states = probe.backbone(ids, output_hidden_states=True).hidden_states
+        assert torch.equal(clone(hidden_states=states).logits, probe(input_ids=ids).logits)
+
+    def test_it_keeps_no_more_of_it_than_it_needs(self):
+        probe = muli(lm=None)
+        model = attached(probe)
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None, "and no reference cycle keeps it"
+        assert probe(hidden_states=[torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)).logits.shape == (1, 2)
 
 
 @pytest.mark.parametrize(

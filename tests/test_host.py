@@ -6,11 +6,12 @@ import time
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts
+from conftest import VOCAB, make_lm, make_probe, make_prompts
 from torch import nn
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, host
 from llama_probe.files import save_head
+from llama_probe.heads import probe_types
 
 
 @pytest.fixture
@@ -47,6 +48,21 @@ def test_a_fresh_head_takes_the_backbones_sizes(model):
     head = model.add_probe("new", ProbeConfig(probe_type="gate", num_labels=4))
     assert head.config.hidden_size == 32 and head.config.num_hidden_layers == 4
     assert head.config.base_model_type == "llama" and not head.training
+
+
+def test_heads_are_fp32_whatever_the_default_dtype_is(model, folder, prompts):
+    heads = {kind: ProbeConfig(probe_type=kind, downcast=4, vocab_size=VOCAB) for kind in probe_types()}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model.load_probe(folder)
+        for name, config in heads.items():
+            model.add_probe(name, config)
+        out = model.generate(prompts, max_new_tokens=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.probes.parameters()} == {torch.float32}
+    assert {logits.dtype for logits in out.probe_logits.values()} == {torch.float32}
+    torch.testing.assert_close(out.probe_logits["toxic"], model.classify(prompts)["toxic"].logits)
 
 
 def test_load_and_save(model, folder, tmp_path):

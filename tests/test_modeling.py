@@ -1,5 +1,6 @@
 """The probed classes: forward, classify, saving the backbone, PEFT, offloading, other families."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -253,7 +254,7 @@ def test_quantised_backbones(dtype, prompts, tmp_path):
 def test_lora_inside_and_around(prompts):
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=2, target_modules="all-linear", exclude_modules=r".*probes.*|lm_head", init_lora_weights=False)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 
     def adapt(model):
         torch.manual_seed(3)
@@ -268,6 +269,20 @@ def test_lora_inside_and_around(prompts):
     assert type(inside) is LlamaForProbedGeneration
     torch.testing.assert_close(inside.generate(prompts, max_new_tokens=2).probe_logits["a"], expected)
     torch.testing.assert_close(adapted.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
+
+
+def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), ALL_KINDS)
+    before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
+    around = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    around(input_ids=prompts, labels=prompts).loss.backward()
+    assert any(parameter.grad is not None for parameter in around.parameters())
+    check_all_kinds(around.eval().get_base_model(), prompts)
+    for name in ALL_KINDS:
+        saved = load_file(model.save_probe(tmp_path / name, name) / "probe_model.safetensors")
+        assert all(torch.equal(tensor, before[f"{name}.{key}"]) for key, tensor in saved.items())
 
 
 def test_virtual_tokens_before_the_prompt_are_refused(prompts):
@@ -295,7 +310,7 @@ def test_offloaded_layers(prompts, tmp_path):
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_an_output_that_accelerate_rebuilds_knows_its_labels(prompts, tmp_path, place):
-    plain = LlamaForProbedGeneration.from_causal_lm(make_lm(), ALL_KINDS)
+    plain = LlamaForProbedGeneration.from_causal_lm(make_lm(), copy.deepcopy(ALL_KINDS))
     expected = plain(prompts, use_cache=True)
     make_lm().save_pretrained(tmp_path / "lm")
     # with one device only for all, accelerate puts no hook around the whole
@@ -322,8 +337,6 @@ def test_decoding_steps_compile_as_the_plain_model_does(prompts):
 
 
 def test_pickles_and_copies(model, prompts, tmp_path):
-    import copy
-
     clone = copy.deepcopy(model)
     assert torch.equal(clone(prompts).probe_logits["a"], model(prompts).probe_logits["a"])
 

@@ -16,10 +16,11 @@ import torch
 from conftest import make_lm, make_probe, make_tokenizer
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import llama_probe
-from llama_probe import LlamaForProbedGeneration, remote_code
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, remote_code
 from llama_probe.export import export_repository, push_repository
 from llama_probe.files import read_head
 from llama_probe.pipeline import ProbedTextGenerationPipeline
@@ -298,6 +299,31 @@ def test_a_repository_in_another_environment(environment, bare_python, hub, tmp_
     assert all(torch.equal(weights[name], tensor) for name, tensor in lm._without_probes().state_dict().items())
     again = read_head(tmp_path / "saved" / "again")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in toxic.state_dict().items())
+
+
+def test_a_model_of_a_repository_changes_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    heads = {"one": make_probe(), "two": make_probe(1, probe_type="gate")}
+    repository = export_repository(make_lm(vocab_size=260), tmp_path / "tiny", heads, tokenizer=make_tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    for name in heads:
+        model.load_probe(name)
+    model.set_active_probes(["two"])
+    model.probes["one"].results = {"summary": {}}
+    theirs, probes = type(model), dict(model.probes)
+    assert theirs.__module__.startswith("transformers_modules.")
+    other = make_probe(2, base_model_name_or_path="org/other")
+    for wrong in (tmp_path / "nowhere", {"one": other}, {"three": make_probe(hidden_size=64)}, {"three": other}):
+        with pytest.raises(ProbeError):
+            AutoModelForProbedGeneration.from_causal_lm(model, wrong, strict=True)
+        assert type(model) is theirs and dict(model.probes) == probes and model.active_probes == ["two"]
+    expected = model.classify(torch.tensor([[5, 6, 7]]))["two"].logits
+    converted = AutoModelForProbedGeneration.from_causal_lm(model, {"three": make_probe(2)})
+    assert converted is model and type(model) is LlamaForProbedGeneration
+    assert list(model.probes) == ["one", "two", "three"] and model.active_probes == ["two", "three"]
+    assert model.probes["one"].results == {"summary": {}}
+    assert torch.equal(model.classify(torch.tensor([[5, 6, 7]]))["two"].logits, expected)
 
 
 def test_the_command(tmp_path):

@@ -1,6 +1,7 @@
 """Names of heads: folders, bundled aliases, lists and dicts."""
 
 import json
+import math
 
 import pytest
 from conftest import make_lm, make_probe
@@ -86,6 +87,14 @@ class TestAliasesWithoutAKind:
         )
         assert best_head("mood", found).name == "mood-mha", "`large` is no kind, and auprc is not f1"
         assert best_head("mood", {"mood-pooling": found["mood-pooling"]}) is None
+
+    @pytest.mark.parametrize("score, parameters", [(math.nan, 1), (math.inf, 1), (0.9, math.inf), (0.9, math.nan)])
+    def test_what_is_no_number_is_left_out(self, heads, score, parameters):
+        found = heads(("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", score, "f1"))
+        path = found["mood-mha"] / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "num_parameters": parameters}))
+        for order in (found, dict(reversed(found.items()))):
+            assert best_head("mood", order).name == "mood-gate"
 
     def test_bundled_ones(self):
         for alias in ("toxicchat", "sst2", "emotion"):
