@@ -103,10 +103,15 @@ def test_speculative_decoding(kwargs):
     assert_same(models["probed"].probe_logits, reference(ids))
 
 
-def test_a_probed_assistant_runs_without_its_heads():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_probed_assistant_runs_without_its_heads(wrapped):
     ids = make_prompts(rows=1)
     assistant = LlamaForProbedGeneration.from_causal_lm(make_lm(seed=1))
     assistant.add_probe("own", make_probe())
+    if wrapped:
+        from peft import LoraConfig, get_peft_model
+
+        assistant = get_peft_model(assistant, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     out = probed().generate(ids, assistant_model=assistant, max_new_tokens=8, do_sample=False)
     assert_same(out.probe_logits, reference(ids))
 

@@ -1,7 +1,9 @@
 """Halting: flagged prompts get no token of a reply, and the others what they would have got."""
 
+import gc
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -113,6 +115,22 @@ def test_prompts_given_as_embeddings(model, prompts):
     out = model.generate(inputs_embeds=embeds, max_new_tokens=4, halt_on=flag(0), halt_reply=[9, 8])
     free = model.generate(inputs_embeds=embeds, max_new_tokens=4)
     assert torch.equal(out.sequences[1:], free.sequences[1:]) and out.sequences[0].tolist() == [9, 8, PAD, PAD]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"halt_on": flag()}, {"halt_on": flag(1)}, {"on_probe_token": lambda scores: None}, {"probe_state": True}],
+)
+def test_the_cache_goes_with_the_output(model, prompts, kwargs):
+    """Nothing that a call leaves behind waits for the garbage collector."""
+    model.add_probe("both", make_probe(token_scope="all"))
+    gc.collect()
+    gc.disable()
+    try:
+        cache = weakref.ref(model.generate(prompts, max_new_tokens=3, **kwargs).cache)
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_without_a_dict(model, prompts):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .capture import Capture, Decoder, find_decoder
+from .capture import Capture, Decoder, find_decoder, without_peft
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .generate_arguments import generation_setting, token_ids
@@ -196,13 +196,15 @@ _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] 
 @contextmanager
 def open_session(model: nn.Module, assistant: nn.Module | None, session: PrefillSession):
     """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block; it ends with that."""
-    token = _CURRENT.set((model, assistant, session))
+    token = _CURRENT.set((model, without_peft(assistant), session))
     try:
         yield session
     finally:
         _CURRENT.reset(token)
         if session.reply is not None:
             session.reply.close()
+        # Both know the session: the cycle would keep the LM's cache until Python looks for such.
+        session.on_complete = session.reply = None
 
 
 def session_of(model: nn.Module) -> PrefillSession | None:
