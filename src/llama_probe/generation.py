@@ -328,8 +328,9 @@ def generation_session(
     )
     session.decoder = decoder
     if followers or keep:
-        ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))
-        pad = pad[0] if pad else None
+        ends, pad = token_ids(setting("eos_token_id")), None
+        if setting("stop_strings") or kwargs.get("stopping_criteria"):
+            pad = next(iter(token_ids(setting("pad_token_id"))), None)
         recorder = ReplyRecorder(session, ends) if keep else None
         session.reply = ReplySession(followers, session, ends, pad, recorder)
     return session
