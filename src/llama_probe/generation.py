@@ -207,6 +207,16 @@ def open_session(model: nn.Module, assistant: nn.Module | None, session: Prefill
         session.on_complete = session.reply = None
 
 
+@contextmanager
+def outside_sessions():
+    """Inside the block no call is one of the decoding method's own: code of the user's calls models with their heads."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
 def session_of(model: nn.Module) -> PrefillSession | None:
     """The session of the `generate()` call that `model` is in, or `None`."""
     current = _CURRENT.get()
