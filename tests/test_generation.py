@@ -365,6 +365,14 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="part of a prompt"):
             probed().generate(prompts, custom_generate=half, max_new_tokens=1)
 
+    def test_a_layer_that_does_not_run_over_the_whole_prompt(self, prompts):
+        """It is found out before anything is written."""
+        model, streamer = probed(), Tokens()
+        model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, -1:])
+        with pytest.raises(ProbeError, match="layer 4 has seen 1 of 9 prompt tokens"):
+            model.generate(prompts[:1], streamer=streamer, max_new_tokens=4)
+        assert len(streamer.seen) == 9
+
     def test_content_scope_needs_ids_or_a_mask(self, prompts):
         model = LlamaForProbedGeneration.from_causal_lm(make_lm())
         head = make_probe(token_scope="content", prefix_ids=prompts[0, :3].tolist())

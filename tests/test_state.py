@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_probe import cases, states_for
 from test_reply import KINDS as REPLY_KINDS
+from tiny_families import make
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from llama_probe import LlamaForProbedGeneration, ProbeCache, ProbeError
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
 from llama_probe.generation import session_of
 
 
@@ -363,6 +364,23 @@ def test_tokens_that_generate_takes_back(model):
     new = make_prompts(1, 3, seed=1)
     a = model(new, cache=one_less.cache, probe_state=found[0]).probe_logits
     assert_same(a, model(torch.cat([one_less.sequences[:, :-1], new], 1)).probe_logits)
+
+
+def test_a_cache_that_the_model_makes_itself():
+    """MiniMax takes none that is not its own."""
+    lm = make("minimax", "MiniMaxForCausalLM", {"num_local_experts": 2, "head_dim": 8})
+    model = AutoModelForProbedGeneration.from_causal_lm(
+        lm, {"gate": make_probe(probe_type="gate", num_hidden_layers=3)}
+    )
+    for halted in (False, True):
+        ids = make_prompts(1, 9)
+        out = model.generate(
+            ids, max_new_tokens=4, probe_state=True, eos_token_id=None, halt_on=lambda _, on=halted: [on]
+        )
+        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == (9 if halted else 12)
+        ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=1)
+        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
 
 
 def test_a_head_that_was_switched_off_is_left_out(model, prompts):

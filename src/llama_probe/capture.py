@@ -103,6 +103,23 @@ class Decoder:
                 inputs["position_ids"] = positions[:, -width:]
         return self.model(**inputs)
 
+    def whole(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a pass of the LM, so that each layer runs over all tokens.
+
+        A decoder that takes `logits_to_keep` itself (Gemma 4 with shared keys and values) may leave out the others from some
+        layer on, where that is a number; where it names the same tokens one by one, it does not.
+        """
+        keep = inputs.get("logits_to_keep")
+        if (
+            not isinstance(keep, int)
+            or keep <= 0
+            or "logits_to_keep" not in inspect.signature(self.model.forward).parameters
+        ):
+            return inputs
+        tokens = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if tokens is None else tokens
+        return {**inputs, "logits_to_keep": torch.arange(-min(keep, tokens.shape[1]), 0, device=tokens.device)}
+
     def _run_wrapper(self, inputs: dict[str, Any]) -> Any:
         inner = self.wrapper.base_model
         if inner is not self.wrapper:

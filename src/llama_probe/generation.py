@@ -46,7 +46,7 @@ class PrefillSession:
     Attributes:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
         reply: reads the passes after that; `None` where no head does.
-        cache: of the LM, once it has run.
+        cache: of the LM, once it has run; whoever runs it says so.
         decoder: of the LM, where it stays the same for all passes of the session.
 
     Raises:
@@ -98,8 +98,11 @@ class PrefillSession:
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
         """Reads the states of one forward pass of the LM, which is about to run over `inputs`.
 
+        Yields:
+            The arguments with which it must run.
+
         Raises:
-            ProbeError: the pass is not over the next tokens of the prompts.
+            ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
         """
         ids = inputs.get("input_ids")
         rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
@@ -133,11 +136,13 @@ class PrefillSession:
             held.clear()
 
         with Capture(decoder, on_state, self._group.layers):
-            yield
+            yield decoder.whole(inputs)
         read()
         self.seen += width
-        self.cache = inputs.get("cache")
-        if self.complete and self.on_complete is not None:
+        if not self.complete:
+            return
+        self._group.check_whole()
+        if self.on_complete is not None:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:

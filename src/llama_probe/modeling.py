@@ -20,6 +20,7 @@ from .errors import ProbeError
 from .generate_arguments import generation_arguments, with_setting
 from .generation import (
     PAGED,
+    PrefillSession,
     forward_session,
     generation_session,
     is_inner_call,
@@ -175,8 +176,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 return super().forward(**kwargs)
             session = running
         if session is not None:
-            with session.reading(session.decoder or self._decoder, kwargs):
-                return super().forward(**kwargs)
+            with session.reading(session.decoder or self._decoder, kwargs) as inputs:
+                output = super().forward(**inputs)
+                if isinstance(session, PrefillSession):
+                    session.cache = getattr(output, "cache", inputs.get("cache"))
+            return output
         heads = self._active_heads(probes)
         if not heads:
             return super().forward(**kwargs)
@@ -187,8 +191,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if session is None:
             output = super().forward(**kwargs)
         else:
-            with session.reading(decoder, kwargs):
-                output = super().forward(**kwargs)
+            with session.reading(decoder, kwargs) as inputs:
+                output = super().forward(**inputs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
             state = session.probe_cache() if session.keep else None
         if isinstance(output, ModelOutput):
@@ -258,7 +262,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy.deepcopy(cache), "use_cache": True}
         decoder = self._decoder
-        with torch.no_grad(), session.reading(decoder, inputs):
+        with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
         return session.results()
 
@@ -357,7 +361,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if reply is not None:
             token_logits = reply.logits(rows, new_tokens) or None
             if reply.recorder is not None:
-                state = reply.recorder.probe_cache(rows, cached_tokens({"cache": session.cache}))
+                state = reply.recorder.probe_cache(rows, cached_tokens(output))
         return with_probe_logits(
             output, logits, configs, None if halter is None else halter.halts, token_logits, state
         )

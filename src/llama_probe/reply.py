@@ -165,6 +165,9 @@ class ReplySession:
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
         """Reads the states of one forward pass of the LM, which is about to run over `inputs`, and scores its last token.
 
+        Yields:
+            The arguments with which it must run.
+
         Raises:
             ProbeError: the pass is not over one more token of each reply.
         """
@@ -182,7 +185,7 @@ class ReplySession:
             self._capture.__enter__()
         states = self._states = {}
         try:
-            yield
+            yield inputs
         finally:
             self._states = None
         with torch.no_grad():

@@ -44,9 +44,8 @@ class ProbeState:
         full: whether all tokens between them count that are still to be read.
         keep: whether `partial` stays when a layer has seen the whole prompt.
         seen: a layer's number of prompt tokens so far, by slot.
-        summaries: `[layers_read, H, batch, hidden_size]`, of the layers in `complete`; of heads of low rank what `expand` needs of
-            them, `[layers_read, H, batch, ...]`, from the first pooled layer on.
-        complete: slots that have seen the whole prompt.
+        summaries: `[layers_read, H, batch, hidden_size]`, of the layers that have seen the whole prompt; of heads of low rank
+            what `expand` needs of them, `[layers_read, H, batch, ...]`, from the first pooled layer on.
         partial: token-stage state, `[H, batch, ...]`, of the layers that have not, by slot.
         waiting: layers whose state is not in `partial` yet.
         token_weights: `[H, batch, prompt_tokens]` by slot, where they were asked for.
@@ -60,7 +59,6 @@ class ProbeState:
     output_attentions: bool
     seen: list[int]
     summaries: torch.Tensor | None = None
-    complete: set[int] = field(default_factory=set)
     partial: dict[int, Any] = field(default_factory=dict)
     waiting: WaitingLayers | None = None
     token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
