@@ -133,9 +133,12 @@ def test_batch_equals_single_rows(prompts):
         assert_same({name: logits[row : row + 1] for name, logits in batch.items()}, single)
 
 
-def test_padding_is_found_without_a_mask(prompts):
+@pytest.mark.parametrize("eos", [2, [2, 3], torch.tensor(2), torch.tensor([2, 3])])
+def test_padding_is_found_without_a_mask(prompts, eos):
     ids, mask = left_padded(prompts)
-    assert_same(probed().generate(ids, max_new_tokens=2).probe_logits, reference(ids, mask))
+    for pad, expected in ((0, mask), (torch.tensor(0), mask), (2, None)):
+        out = probed().generate(ids, max_new_tokens=2, eos_token_id=eos, pad_token_id=pad)
+        assert_same(out.probe_logits, reference(ids, expected))
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, "static"])

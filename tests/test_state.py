@@ -175,6 +175,16 @@ class TestSharedPrefix:
             assert_same({name: output.logits for name, output in classified.items()}, expected.probe_logits)
         assert shared.probe_state.get_seq_length() == 6 and shared.probe_state.batch_size == 1
 
+    def test_a_cache_that_was_made_with_gradients(self, model, prefix):
+        with torch.enable_grad():
+            shared = model(prefix, use_cache=True)
+            ids = torch.cat([prefix, make_prompts(1, 5)], 1)
+            found = model.classify(ids, cache=shared.cache, probe_state=shared.probe_state)
+        expected = model.classify(ids)
+        for name, output in found.items():
+            torch.testing.assert_close(output.logits, expected[name].logits)
+        assert shared.cache.get_seq_length() == 6 and shared.cache.layers[0].keys.requires_grad, "it stays as it is"
+
     def test_rows_are_selected_as_those_of_the_cache(self, model):
         ids = make_prompts(3, 6)
         out = model(ids, use_cache=True)
@@ -393,8 +403,3 @@ def test_a_head_that_was_switched_off_is_left_out(model, prompts):
     ids = torch.cat([second.sequences, prompts], 1)
     with pytest.raises(ProbeError, match="this mha head must read the tokens from 0 on; it has no state of them"):
         model.generate(ids, cache=second.cache, probe_state=second.probe_state)
-
-
-def test_without_active_heads_it_is_the_plain_model(model, prompts):
-    model.set_active_probes([])
-    assert isinstance(model.generate(prompts, max_new_tokens=3, probe_state=True), torch.Tensor)

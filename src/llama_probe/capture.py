@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
 from .configuration import ProbeConfig
@@ -343,8 +344,23 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
+class _ValuesAlone(TorchFunctionMode):
+    """Lets `copy.deepcopy` copy tensors that gradients flow through, which it refuses: as plain numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def copy_cache(cache: Cache) -> Cache:
+    """A copy of an LM's cache, without what gradients would need, which it has where it was not made under `torch.no_grad()`."""
+    with _ValuesAlone():
+        return copy.deepcopy(cache)
+
+
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
     """A copy, for a batch of rows, of the cache that `prefill` gives for one."""
-    cache = copy.deepcopy(prefix)
+    cache = copy_cache(prefix)
     cache.batch_repeat_interleave(rows)
     return cache

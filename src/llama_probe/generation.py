@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +20,7 @@ from .heads import repeat_rows
 from .probe import ProbeModel
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 from .scope import check_rows, prompt_masks
-from .state import CachedHead, ProbeCache, asks_for_state, cached_tokens
+from .state import CachedHead, HeadReference, ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
 
 
 # States that are read together, where a pass has no more numbers a layer than these: at most so many of all layers.
@@ -180,7 +179,7 @@ class PrefillSession:
             )
 
         heads = {
-            name: CachedHead(weakref.ref(head), behind(self.masks[name], counted), running[name])
+            name: CachedHead(HeadReference(head), behind(self.masks[name], counted), running[name])
             for name, head in self.heads.items()
         }
         return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), counted), heads)
@@ -305,6 +304,7 @@ def generation_session(
 ) -> PrefillSession:
     """The session of one call of `generate()`, whose arguments the others are."""
     if not heads:
+        refuse_without_heads(probe_state)
         return PrefillSession({}, {})
 
     def setting(name: str):
@@ -359,7 +359,7 @@ PAGED = (
 
 def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
     """The mask that generate() infers where none is given: padding is told from the pad id, unless that is an eos id."""
-    eos_ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    if pad_token_id is None or pad_token_id in eos_ids or not bool((input_ids == pad_token_id).any()):
+    pad = next(iter(token_ids(pad_token_id)), None)
+    if pad is None or pad in token_ids(eos_token_id) or not bool((input_ids == pad).any()):
         return None
-    return input_ids != pad_token_id
+    return input_ids != pad

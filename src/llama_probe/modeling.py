@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import os
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .capture import without_peft
+from .capture import copy_cache, without_peft
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .generate_arguments import generation_arguments, with_setting
@@ -33,7 +32,7 @@ from .halting_run import HaltingRun
 from .host import ProbeHostMixin
 from .outputs import ProbedOutputMixin, with_probe_logits
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
-from .state import ProbeCache, asks_for_state, cached_tokens
+from .state import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
 from .streaming import HoldBackStreamer
 
 
@@ -183,6 +182,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return output
         heads = self._active_heads(probes)
         if not heads:
+            refuse_without_heads(probe_state)
             return super().forward(**kwargs)
         configs = {name: head.config for name, head in heads.items()}
         probe_logits = state = None
@@ -260,7 +260,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                     "there: pass position_ids, [batch, new_tokens], that go on from those of the call that filled the cache"
                 )
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
-            inputs |= {"cache": copy.deepcopy(cache), "use_cache": True}
+            inputs |= {"cache": copy_cache(cache), "use_cache": True}
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)

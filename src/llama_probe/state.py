@@ -64,6 +64,20 @@ class ProbeState:
     token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+class HeadReference(weakref.ref):
+    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
+        return self
+
+    def __reduce__(self):
+        raise ProbeError(
+            "probe_state cannot be pickled, nor can an output that holds one: it belongs to the heads that made it, in this "
+            "process. Keep the tokens (probe_state.input_ids), and let model(..., use_cache=True) run over them anew; of an output "
+            "keep the fields that are wanted"
+        )
+
+
 @dataclass(frozen=True)
 class CachedHead:
     """What one head keeps of the tokens that a cache holds.
@@ -74,7 +88,7 @@ class CachedHead:
         running: token-stage state of all layers that the head reads; `None` where no token counts so far.
     """
 
-    head: weakref.ref[ProbeModel]
+    head: HeadReference
     mask: torch.Tensor
     running: Any
 
@@ -210,6 +224,15 @@ class ProbeCache:
             _same_tokens(f"the tokens that {name!r} reads", masks[name][:, :seen], kept.mask)
             running[name] = kept.running
         return running
+
+
+def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
+    """Raises `ProbeError` where a state is given or asked for, and no head runs that could keep one."""
+    if probe_state is not None and probe_state is not False:
+        raise ProbeError(
+            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes([...]) first, or leave "
+            "probe_state out"
+        )
 
 
 def asks_for_state(
