@@ -229,6 +229,17 @@ UNKNOWN = {
             "mamba_chunk_size": 8,
         },
     ),
+    "gemma4_text": (
+        "Gemma4ForCausalLM",
+        {
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+        },
+    ),
     "gpt_neo": (
         "GPTNeoForCausalLM",
         {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4, "num_heads": 4},
@@ -261,6 +272,26 @@ class TestUnknownFamilies:
     @pytest.mark.parametrize("model_type", UNKNOWN)
     def test_are_trained_on_what_they_serve(self, model_type, tmp_path):
         assert_a_shared_start_runs_once(make(model_type, *UNKNOWN[model_type]), tmp_path)
+
+    @pytest.mark.parametrize(
+        "kwargs", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 5}]
+    )
+    def test_a_decoder_that_leaves_tokens_out(self, kwargs):
+        """From its shared layers on Gemma 4 runs over the last tokens alone, unless heads read the others."""
+        lm = make("gemma4_text", *UNKNOWN["gemma4_text"])
+        ids = padded_prompts()["input_ids"][1:2].repeat(1, 2)
+        tokens, logits = (
+            lm.generate(ids, max_new_tokens=4, do_sample=False, **kwargs),
+            lm(ids, logits_to_keep=2).logits,
+        )
+        model = AutoModelForProbedGeneration.from_causal_lm(lm, make_heads())
+        expected = {name: output.logits for name, output in model.classify(ids).items()}
+        out = model.generate(ids, max_new_tokens=4, do_sample=False, **kwargs)
+        assert torch.equal(out.sequences, tokens)
+        assert_same(out.probe_logits, expected)
+        passed = model(ids, logits_to_keep=2)
+        torch.testing.assert_close(passed.logits, logits)
+        assert_same(passed.probe_logits, expected)
 
     def test_states_that_the_model_does_not_list_are_refused(self):
         """Mamba lists other states than those between its layers."""

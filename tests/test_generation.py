@@ -103,10 +103,15 @@ def test_speculative_decoding(kwargs):
     assert_same(models["probed"].probe_logits, reference(ids))
 
 
-def test_a_probed_assistant_runs_without_its_heads():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_probed_assistant_runs_without_its_heads(wrapped):
     ids = make_prompts(rows=1)
     assistant = LlamaForProbedGeneration.from_causal_lm(make_lm(seed=1))
     assistant.add_probe("own", make_probe())
+    if wrapped:
+        from peft import LoraConfig, get_peft_model
+
+        assistant = get_peft_model(assistant, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     out = probed().generate(ids, assistant_model=assistant, max_new_tokens=8, do_sample=False)
     assert_same(out.probe_logits, reference(ids))
 
@@ -128,9 +133,12 @@ def test_batch_equals_single_rows(prompts):
         assert_same({name: logits[row : row + 1] for name, logits in batch.items()}, single)
 
 
-def test_padding_is_found_without_a_mask(prompts):
+@pytest.mark.parametrize("eos", [2, [2, 3], torch.tensor(2), torch.tensor([2, 3])])
+def test_padding_is_found_without_a_mask(prompts, eos):
     ids, mask = left_padded(prompts)
-    assert_same(probed().generate(ids, max_new_tokens=2).probe_logits, reference(ids, mask))
+    for pad, expected in ((0, mask), (torch.tensor(0), mask), (2, None)):
+        out = probed().generate(ids, max_new_tokens=2, eos_token_id=eos, pad_token_id=pad)
+        assert_same(out.probe_logits, reference(ids, expected))
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, "static"])
@@ -359,6 +367,14 @@ class TestRefusals:
 
         with pytest.raises(ProbeError, match="part of a prompt"):
             probed().generate(prompts, custom_generate=half, max_new_tokens=1)
+
+    def test_a_layer_that_does_not_run_over_the_whole_prompt(self, prompts):
+        """It is found out before anything is written."""
+        model, streamer = probed(), Tokens()
+        model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, -1:])
+        with pytest.raises(ProbeError, match="layer 4 has seen 1 of 9 prompt tokens"):
+            model.generate(prompts[:1], streamer=streamer, max_new_tokens=4)
+        assert len(streamer.seen) == 9
 
     def test_content_scope_needs_ids_or_a_mask(self, prompts):
         model = LlamaForProbedGeneration.from_causal_lm(make_lm())

@@ -1,7 +1,9 @@
 """Halting: flagged prompts get no token of a reply, and the others what they would have got."""
 
+import gc
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -116,6 +118,22 @@ def test_prompts_given_as_embeddings(model, prompts):
     assert torch.equal(out.sequences[1:], free.sequences[1:]) and out.sequences[0].tolist() == [9, 8, PAD, PAD]
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"halt_on": flag()}, {"halt_on": flag(1)}, {"on_probe_token": lambda scores: None}, {"probe_state": True}],
+)
+def test_the_cache_goes_with_the_output(model, prompts, kwargs):
+    """Nothing that a call leaves behind waits for the garbage collector."""
+    model.add_probe("both", make_probe(token_scope="all"))
+    gc.collect()
+    gc.disable()
+    try:
+        cache = weakref.ref(model.generate(prompts, max_new_tokens=3, **kwargs).cache)
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
 def test_without_a_dict(model, prompts):
     out = model.generate(prompts, max_new_tokens=4, halt_on=flag(0), return_dict_in_generate=False)
     assert isinstance(out, torch.Tensor) and (out[0, 9:] == PAD).all() and not (out[1, 9:] == PAD).all()
@@ -180,6 +198,26 @@ class TestPolicies:
             model.generate(prompts[:1], halt_on=policy, streamer=streamer)
         assert streamer.tokens == [prompts[0].tolist()] and streamer.ended, "who waits for the stream is told"
         assert len(model.generate(prompts, max_new_tokens=2).probe_logits["mood"]) == 3, "the model is as it was"
+
+    def test_it_may_call_the_model(self, model, prompts):
+        """Whose heads run there as anywhere else, and halt."""
+        model.add_probe("reply", make_probe(token_scope="response"))
+        expected = model.generate(prompts, max_new_tokens=4, eos_token_id=None)
+        inner = []
+
+        def call(*_):
+            inner.append(model.generate(prompts, max_new_tokens=3, halt_on={"mood": {"threshold": 0.0}}))
+            inner.append(model(prompts, probes="mood"))
+            return [False] * 3
+
+        kwargs = {"max_new_tokens": 4, "eos_token_id": None, "halt_on": call, "on_probe_token": call}
+        out = model.generate(prompts, **kwargs)
+        assert torch.equal(out.sequences, expected.sequences) and out.probe_halts == [None] * 3
+        torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits)
+        assert len(inner) == 2 * (1 + 3)
+        for generated, passed in zip(inner[::2], inner[1::2], strict=True):
+            assert torch.equal(generated.sequences, prompts) and all(generated.probe_halts)
+            torch.testing.assert_close(passed.probe_logits["mood"], expected.probe_logits["mood"])
 
     def test_a_slow_one_is_waited_for(self, model, prompts):
         streamer, seen = Recorder(), []

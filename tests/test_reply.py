@@ -95,7 +95,6 @@ def test_each_score_is_that_of_the_text_so_far(mode, padding, pad, seed):
     mask = mask.bool().repeat_interleave(rows // len(prompts), 0)
     replies = out.sequences[:, length:]
     live = (replies == 2).cumsum(1) == 0
-    counts = live & (replies != pad)
     attention = torch.cat([mask, torch.ones_like(replies, dtype=torch.bool)], 1)
     with torch.no_grad():
         # no padding behind the reply can change what stands before it
@@ -106,8 +105,8 @@ def test_each_score_is_that_of_the_text_so_far(mode, padding, pad, seed):
             assert found.shape == (rows, width, 2)
             for step in range(width):
                 stop = length + step + 1
-                chosen = torch.cat([mask & ("all" in name), counts[:, : step + 1]], 1)
-                on = counts[:, step]
+                chosen = torch.cat([mask & ("all" in name), live[:, : step + 1]], 1)
+                on = live[:, step]
                 assert found[~on, step].isnan().all()
                 if on.any():
                     part = [state[on, :stop] for state in states]
@@ -201,14 +200,6 @@ def test_prompts_given_as_embeddings(prompts):
 def test_one_token_has_no_score(prompts):
     out = probed({"guard": guard()}).generate(prompts, max_new_tokens=1)
     assert out.probe_token_logits["guard"].shape == (3, 0, 2)
-
-
-def test_a_pad_token_that_the_model_writes_does_not_blind_the_heads(prompts):
-    """It does not count itself; what follows does."""
-    free = make_lm().generate(prompts, max_new_tokens=6, eos_token_id=None)[:, 9:]
-    pad = int(free[0, 1])
-    out = probed({"guard": guard()}).generate(prompts, max_new_tokens=6, eos_token_id=None, pad_token_id=pad)
-    assert torch.equal(out.probe_token_logits["guard"][..., 0].isnan(), free[:, :5] == pad)
 
 
 class TestCallback:

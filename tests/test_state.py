@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_probe import cases, states_for
 from test_reply import KINDS as REPLY_KINDS
+from tiny_families import make
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from llama_probe import LlamaForProbedGeneration, ProbeCache, ProbeError
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
 from llama_probe.generation import session_of
 
 
@@ -173,6 +174,16 @@ class TestSharedPrefix:
             assert_same(generated.probe_logits, expected.probe_logits)
             assert_same({name: output.logits for name, output in classified.items()}, expected.probe_logits)
         assert shared.probe_state.get_seq_length() == 6 and shared.probe_state.batch_size == 1
+
+    def test_a_cache_that_was_made_with_gradients(self, model, prefix):
+        with torch.enable_grad():
+            shared = model(prefix, use_cache=True)
+            ids = torch.cat([prefix, make_prompts(1, 5)], 1)
+            found = model.classify(ids, cache=shared.cache, probe_state=shared.probe_state)
+        expected = model.classify(ids)
+        for name, output in found.items():
+            torch.testing.assert_close(output.logits, expected[name].logits)
+        assert shared.cache.get_seq_length() == 6 and shared.cache.layers[0].keys.requires_grad, "it stays as it is"
 
     def test_rows_are_selected_as_those_of_the_cache(self, model):
         ids = make_prompts(3, 6)
@@ -365,6 +376,23 @@ def test_tokens_that_generate_takes_back(model):
     assert_same(a, model(torch.cat([one_less.sequences[:, :-1], new], 1)).probe_logits)
 
 
+def test_a_cache_that_the_model_makes_itself():
+    """MiniMax takes none that is not its own."""
+    lm = make("minimax", "MiniMaxForCausalLM", {"num_local_experts": 2, "head_dim": 8})
+    model = AutoModelForProbedGeneration.from_causal_lm(
+        lm, {"gate": make_probe(probe_type="gate", num_hidden_layers=3)}
+    )
+    for halted in (False, True):
+        ids = make_prompts(1, 9)
+        out = model.generate(
+            ids, max_new_tokens=4, probe_state=True, eos_token_id=None, halt_on=lambda _, on=halted: [on]
+        )
+        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == (9 if halted else 12)
+        ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=1)
+        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
+
+
 def test_a_head_that_was_switched_off_is_left_out(model, prompts):
     first = model.generate(prompts, max_new_tokens=3, probe_state=True, eos_token_id=None)
     model.set_active_probes("gate")
@@ -375,8 +403,3 @@ def test_a_head_that_was_switched_off_is_left_out(model, prompts):
     ids = torch.cat([second.sequences, prompts], 1)
     with pytest.raises(ProbeError, match="this mha head must read the tokens from 0 on; it has no state of them"):
         model.generate(ids, cache=second.cache, probe_state=second.probe_state)
-
-
-def test_without_active_heads_it_is_the_plain_model(model, prompts):
-    model.set_active_probes([])
-    assert isinstance(model.generate(prompts, max_new_tokens=3, probe_state=True), torch.Tensor)

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 
 import pytest
 import torch
@@ -97,6 +99,21 @@ class TestRefusals:
         with pytest.raises(ProbeError, match=words):
             model.generate(prompts, max_new_tokens=2, **{"probe_state": True, **kwargs})
         assert not widths
+
+    def test_no_active_head(self, model, first, ids):
+        model.set_active_probes([])
+        self.check(model, first, ids, "none is active: load_probe")
+        self.check(model, first, ids, "none is active: load_probe", probe_state=True, cache=None)
+        with pytest.raises(ProbeError, match="none is active: load_probe"):
+            model(ids, probe_state=True)
+        assert isinstance(model.generate(ids, max_new_tokens=2, probe_state=False), torch.Tensor)
+
+    def test_pickling(self, first):
+        for value in (first, first.probe_state):
+            with pytest.raises(ProbeError, match="probe_state cannot be pickled, nor can an output that holds one"):
+                pickle.dumps(value)
+        with pytest.raises(ProbeError, match="probe_state cannot be pickled"):
+            torch.save(first.probe_state, io.BytesIO())
 
     def test_embeddings(self, model, prompts):
         embeds = model.get_input_embeddings()(prompts)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_reply import Recorder, flag, guard, probed
 from transformers import TextIteratorStreamer
 
-from llama_probe import HoldBackStreamer, ProbeError
+from llama_probe import HoldBackStreamer, ProbeError, Reprompt
 
 
 @pytest.fixture
@@ -109,6 +109,28 @@ def test_a_prompt_that_is_halted(model):
         halt_reply=[5, 6],
     )
     assert shown(recorder) == [5, 6] == out.sequences[0, 9:].tolist() and recorder.ended == 1
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+@pytest.mark.parametrize("holding", [False, True])
+def test_a_refusal_that_fails_ends_the_stream(model, threshold, holding):
+    """At the prefill, and on the way."""
+    model.add_probe("both", make_probe(token_scope="all"))
+    recorder, ids = Recorder(), make_prompts(1)
+    streamer = HoldBackStreamer(recorder, 0) if holding else recorder
+    with pytest.raises(ValueError, match="bogus"):
+        model.generate(
+            ids,
+            max_new_tokens=5,
+            eos_token_id=None,
+            streamer=streamer,
+            halt_on={"both": {"threshold": threshold}},
+            on_probe_token=flag(2),
+            halt_reply=Reprompt(ids, {"bogus": 1}),
+        )
+    assert recorder.ended == 1
+    model.generate(ids, max_new_tokens=3, streamer=streamer, on_probe_token=flag(), halt_reply=[5])
+    assert recorder.ended == 2 and recorder.tokens.count(ids[0].tolist()) == 2, "and it can be used again"
 
 
 def test_with_an_iterator_in_another_thread():
