@@ -16,10 +16,25 @@ from .errors_llama_probe import ProbeError
 from .families_llama_probe import load_causal_lm
 from .modeling_llama_probe import LlamaForProbedGeneration, ProbedGenerationMixin, change_class
 from .probe_llama_probe import ProbeModel
-from .resolve_llama_probe import ProbeSpec, read_heads_beside
+from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
 
 
 _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
+
+
+class _MadeClassMixin:
+    """Lets models of classes that are made here be copied and pickled: pickle would look for the class in a module."""
+
+    def __reduce_ex__(self, protocol):
+        reduced = super().__reduce_ex__(protocol)
+        if type(self) is not _PROBED_CLASSES[self._causal_lm_class]:  # a class that somebody derived from one
+            return reduced
+        return _create, (self._causal_lm_class,), *reduced[2:]
+
+
+def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
+    cls = probed_class(causal_lm_class)
+    return cls.__new__(cls)
 
 
 def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -39,7 +54,8 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel
         name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
         namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
         # of two threads that come here at once, both get the same
-        _PROBED_CLASSES.setdefault(causal_lm_class, type(name, (ProbedGenerationMixin, causal_lm_class), namespace))
+        bases = (ProbedGenerationMixin, _MadeClassMixin, causal_lm_class)
+        _PROBED_CLASSES.setdefault(causal_lm_class, type(name, bases, namespace))
     return _PROBED_CLASSES[causal_lm_class]
 
 
@@ -76,14 +92,26 @@ class AutoModelForProbedGeneration:
     ) -> PreTrainedModel:
         """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
         base = without_peft(lm)
-        plain = getattr(type(base), "_causal_lm_class", None)
-        if plain is not None and not isinstance(base, ProbedGenerationMixin):
-            # The class comes from a repository that carries its own copy of this code (trust_remote_code=True).
-            own = {name: _copy_head(head) for name, head in base.probes.items()}
-            del base.probes, base._active_probes
-            change_class(base, plain)
-            probed_class(plain).from_causal_lm(base, own)
+        if hasattr(type(base), "_causal_lm_class") and not isinstance(base, ProbedGenerationMixin):
+            return _take_over(base, probe, strict)
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
+
+
+def _take_over(lm: PreTrainedModel, probe: ProbeSpec | None, strict: bool) -> PreTrainedModel:
+    """`from_causal_lm` of a model whose class comes from a repository with its own copy of this code (trust_remote_code=True)."""
+    heads = read_heads(probe, Target.of(lm))
+    own = {name: _copy_head(head) for name, head in lm.probes.items()}
+    theirs, plain, probes, active = type(lm), type(lm)._causal_lm_class, lm.probes, lm._active_probes
+    change_class(lm, plain)
+    try:
+        probed_class(plain).from_causal_lm(lm, own)
+        lm.set_active_probes(active)
+        lm._attach(heads, strict)
+    except BaseException:
+        change_class(lm, theirs)
+        lm.probes, lm._active_probes = probes, active
+        raise
+    return lm
 
 
 def _copy_head(head: nn.Module) -> ProbeModel:
@@ -91,4 +119,5 @@ def _copy_head(head: nn.Module) -> ProbeModel:
     config, _ = ProbeConfig.from_dict(head.config.to_dict())
     copied = ProbeModel(config)
     copied.load_state_dict(head.state_dict())
+    copied.results = head.results
     return copied

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
 from .configuration_llama_probe import ProbeConfig
@@ -105,6 +106,23 @@ class Decoder:
                 positions = (counted.long().cumsum(dim=1) - 1).masked_fill(~counted, 0)  # [B, past + T]
                 inputs["position_ids"] = positions[:, -width:]
         return self.model(**inputs)
+
+    def whole(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a pass of the LM, so that each layer runs over all tokens.
+
+        A decoder that takes `logits_to_keep` itself (Gemma 4 with shared keys and values) may leave out the others from some
+        layer on, where that is a number; where it names the same tokens one by one, it does not.
+        """
+        keep = inputs.get("logits_to_keep")
+        if (
+            not isinstance(keep, int)
+            or keep <= 0
+            or "logits_to_keep" not in inspect.signature(self.model.forward).parameters
+        ):
+            return inputs
+        tokens = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if tokens is None else tokens
+        return {**inputs, "logits_to_keep": torch.arange(-min(keep, tokens.shape[1]), 0, device=tokens.device)}
 
     def _run_wrapper(self, inputs: dict[str, Any]) -> Any:
         inner = self.wrapper.base_model
@@ -329,8 +347,23 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
+class _ValuesAlone(TorchFunctionMode):
+    """Lets `copy.deepcopy` copy tensors that gradients flow through, which it refuses: as plain numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def copy_cache(cache: Cache) -> Cache:
+    """A copy of an LM's cache, without what gradients would need, which it has where it was not made under `torch.no_grad()`."""
+    with _ValuesAlone():
+        return copy.deepcopy(cache)
+
+
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
     """A copy, for a batch of rows, of the cache that `prefill` gives for one."""
-    cache = copy.deepcopy(prefix)
+    cache = copy_cache(prefix)
     cache.batch_repeat_interleave(rows)
     return cache

@@ -295,6 +295,7 @@ def _check_int(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, rule: str, holds) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
+    # Torch takes no whole numbers beyond 64 bits.
+    number = abs(value) < 2**63 if _is_int(value) else isinstance(value, float) and math.isfinite(value)
+    if not number or not holds(value):
         raise ProbeError(f"{name}={value!r} must be a number {rule}")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .capture_llama_probe import Capture, Decoder, find_decoder
+from .capture_llama_probe import Capture, Decoder, find_decoder, without_peft
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generate_arguments_llama_probe import generation_setting, token_ids
@@ -24,7 +23,7 @@ from .heads_llama_probe import repeat_rows
 from .probe_llama_probe import ProbeModel
 from .reply_llama_probe import ReplyRecorder, ReplySession, refuse_not_followed
 from .scope_llama_probe import check_rows, prompt_masks
-from .state_llama_probe import CachedHead, ProbeCache, asks_for_state, cached_tokens
+from .state_llama_probe import CachedHead, HeadReference, ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
 
 
 # States that are read together, where a pass has no more numbers a layer than these: at most so many of all layers.
@@ -49,7 +48,7 @@ class PrefillSession:
     Attributes:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
         reply: reads the passes after that; `None` where no head does.
-        cache: of the LM, once it has run.
+        cache: of the LM, once it has run; whoever runs it says so.
         decoder: of the LM, where it stays the same for all passes of the session.
 
     Raises:
@@ -101,8 +100,11 @@ class PrefillSession:
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
         """Reads the states of one forward pass of the LM, which is about to run over `inputs`.
 
+        Yields:
+            The arguments with which it must run.
+
         Raises:
-            ProbeError: the pass is not over the next tokens of the prompts.
+            ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
         """
         ids = inputs.get("input_ids")
         rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
@@ -136,11 +138,13 @@ class PrefillSession:
             held.clear()
 
         with Capture(decoder, on_state, self._group.layers):
-            yield
+            yield decoder.whole(inputs)
         read()
         self.seen += width
-        self.cache = inputs.get("cache")
-        if self.complete and self.on_complete is not None:
+        if not self.complete:
+            return
+        self._group.check_whole()
+        if self.on_complete is not None:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:
@@ -178,7 +182,7 @@ class PrefillSession:
             )
 
         heads = {
-            name: CachedHead(weakref.ref(head), behind(self.masks[name], counted), running[name])
+            name: CachedHead(HeadReference(head), behind(self.masks[name], counted), running[name])
             for name, head in self.heads.items()
         }
         return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), counted), heads)
@@ -199,13 +203,25 @@ _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] 
 @contextmanager
 def open_session(model: nn.Module, assistant: nn.Module | None, session: PrefillSession):
     """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block; it ends with that."""
-    token = _CURRENT.set((model, assistant, session))
+    token = _CURRENT.set((model, without_peft(assistant), session))
     try:
         yield session
     finally:
         _CURRENT.reset(token)
         if session.reply is not None:
             session.reply.close()
+        # Both know the session: the cycle would keep the LM's cache until Python looks for such.
+        session.on_complete = session.reply = None
+
+
+@contextmanager
+def outside_sessions():
+    """Inside the block no call is one of the decoding method's own: code of the user's calls models with their heads."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def session_of(model: nn.Module) -> PrefillSession | None:
@@ -291,6 +307,7 @@ def generation_session(
 ) -> PrefillSession:
     """The session of one call of `generate()`, whose arguments the others are."""
     if not heads:
+        refuse_without_heads(probe_state)
         return PrefillSession({}, {})
 
     def setting(name: str):
@@ -329,8 +346,9 @@ def generation_session(
     )
     session.decoder = decoder
     if followers or keep:
-        ends, pad = token_ids(setting("eos_token_id")), token_ids(setting("pad_token_id"))
-        pad = pad[0] if pad else None
+        ends, pad = token_ids(setting("eos_token_id")), None
+        if setting("stop_strings") or kwargs.get("stopping_criteria"):
+            pad = next(iter(token_ids(setting("pad_token_id"))), None)
         recorder = ReplyRecorder(session, ends) if keep else None
         session.reply = ReplySession(followers, session, ends, pad, recorder)
     return session
@@ -344,7 +362,7 @@ PAGED = (
 
 def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
     """The mask that generate() infers where none is given: padding is told from the pad id, unless that is an eos id."""
-    eos_ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    if pad_token_id is None or pad_token_id in eos_ids or not bool((input_ids == pad_token_id).any()):
+    pad = next(iter(token_ids(pad_token_id)), None)
+    if pad is None or pad in token_ids(eos_token_id) or not bool((input_ids == pad).any()):
         return None
-    return input_ids != pad_token_id
+    return input_ids != pad

@@ -193,7 +193,7 @@ class Halter:
         if isinstance(spec, str):
             spec = [spec]
         if not isinstance(spec, Mapping):
-            if not isinstance(spec, Iterable):
+            if not isinstance(spec, Iterable) or not all(isinstance(name, str) for name in spec):
                 raise ProbeError(
                     f"halt_on={spec!r} must be the name of a head, a list of names, a dict of names with label, threshold and "
                     "patience, or a function"

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generate_arguments_llama_probe import generation_setting, token_ids
+from .generation_llama_probe import outside_sessions
 from .halting_llama_probe import Halt, Halter, HaltReply, Reprompt
 from .streaming_llama_probe import HoldBackStreamer
 
@@ -100,7 +101,8 @@ class HaltingRun:
 
     def _decide(self, outputs: dict[str, ProbeOutput]) -> None:
         self._failed = True
-        halts = self.halter.decide(outputs, self.session.prompts)
+        with outside_sessions():
+            halts = self.halter.decide(outputs, self.session.prompts)
         self._failed = False
         if self.halter.all_halted:
             raise AllHalted
@@ -110,7 +112,8 @@ class HaltingRun:
     def _follow(self, scores: TokenScores) -> None:
         self._failed = True
         before = list(self.halter.halts)
-        flagged = self.halter.follow(scores)
+        with outside_sessions():
+            flagged = self.halter.follow(scores)
         halts = self.halter.halts
         if any(halts):
             self.session.reply.end([halt is not None for halt in halts])
@@ -142,9 +145,7 @@ class HaltingRun:
             kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
         prompt = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         try:
-            output = generate(inputs, self.generation_config, **kwargs)
-        except AllHalted:
-            output = self._empty_output(prompt)
+            output = self._unless_all_halted(generate, inputs, kwargs, prompt)
         except BaseException:
             self._end_stream()
             raise
@@ -152,18 +153,26 @@ class HaltingRun:
             self.halter.expand(len(output.sequences))
         halts = self.halter.halts
         if any(halts):
-            begun = any(halt is not None and halt.token is not None for halt in halts)
-            reply = self._reply_tokens()
             length = 0 if prompt is None else prompt.shape[1]
-            output.sequences = with_replies(output.sequences, halts, length, reply, pad)
-            if self.halter.all_halted and not begun and self.streamer is not None:
-                for token in reply.cpu():
-                    self.streamer.put(token[None])
-                self.streamer.end()
+            output.sequences = with_replies(output.sequences, halts, length, self._reply_tokens(), pad)
         return output
 
+    def _unless_all_halted(self, generate: Callable, inputs, kwargs, prompt: torch.Tensor | None) -> ModelOutput:
+        """What the plain `generate` returns, or where no prompt is left to reply to the prompts alone."""
+        try:
+            return generate(inputs, self.generation_config, **kwargs)
+        except AllHalted:
+            pass
+        if self.streamer is not None:
+            self._failed = True
+            for token in self._reply_tokens().cpu():
+                self.streamer.put(token[None])
+            self.streamer.end()
+            self._failed = False
+        return self._empty_output(prompt)
+
     def _end_stream(self) -> None:
-        """Whoever waits for the stream is told that there will be no more of it, where it was a decision that failed."""
+        """Whoever waits for the stream is told that there will be no more of it, where it was a decision that failed, or what follows it."""
         if isinstance(self.streamer, HoldBackStreamer):
             self.streamer.abort()
         elif self.streamer is not None and (self._failed or self.halter.halts is None):

@@ -111,6 +111,11 @@ class HeadGroup:
             for stack, state in together:
                 stack.settle(state)
 
+    def check_whole(self) -> None:
+        """Raises `ProbeError` where a layer has not seen the whole prompt."""
+        for stack, state in self._stacks:
+            stack.check_whole(state)
+
     @torch.no_grad()
     def results(self) -> dict[str, ProbeOutput]:
         """`ProbeOutput` of each head; with `keep`, none of one that has nothing to read so far in some prompt.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .errors_llama_probe import ProbeError
@@ -24,15 +25,42 @@ if TYPE_CHECKING:
     from .configuration_llama_probe import ProbeConfig
 
 
-class Classifier(nn.Linear):
-    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
+class Classifier(nn.Module):
+    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it.
 
-    def bind(self, lm: nn.Module) -> None:
-        """Takes what the map needs of the frozen LM beside its states; most need nothing.
+    It is no `nn.Linear`: what adapts or quantises all linear layers of an LM leaves the heads on it alone.
+    """
+
+    def __init__(self, in_features: int, num_labels: int):
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.empty(num_labels, in_features))
+        self.bias = nn.Parameter(torch.empty(num_labels))
+        self.reset_parameters()
+
+    reset_parameters = nn.Linear.reset_parameters
+
+    @property
+    def lm(self) -> nn.Module | None:
+        """The LM that the map is bound to, where it needs something of it beside its states; most need nothing."""
+        return None
+
+    def needs(self, lm: nn.Module) -> Any:
+        """What the map needs of the frozen LM, for `bind`. Nothing is changed yet.
 
         Raises:
-            ProbeError: the LM does not have it.
+            ProbeError: the LM does not have it, or the map is bound to another one.
         """
+        return None
+
+    def bind(self, needed: Any) -> None:
+        """Takes what `needs` found. It is no part of the module, and does not go with a copy or a pickle of it."""
+
+    def rebind(self, lm: nn.Module) -> None:
+        """After a copy, or a pickle, of an LM with the head on it: takes from the copy what was taken from the LM."""
+
+    def release(self) -> None:
+        """Frees the map for another LM. What it has it keeps until then."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
@@ -44,7 +72,7 @@ class Classifier(nn.Linear):
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """`[B, D]` to `[B, num_labels]`."""
-        return super().forward(self.inputs(pooled))
+        return F.linear(self.inputs(pooled), self.weight, self.bias)
 
 
 class Aggregator(nn.Module, ABC):

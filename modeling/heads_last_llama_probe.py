@@ -22,7 +22,7 @@ class LastItemAggregator(Aggregator):
 
     def update(self, state, x, mask, slots):
         if mask is None:
-            return x[:, :, -1]
+            return x[:, :, -1].clone()  # what is kept must not keep the states of all tokens alive
         rows, columns = torch.arange(x.shape[1], device=x.device), mask.shape[1] - 1
         last = columns - mask.flip(1).int().argmax(dim=1)  # [B]; the last column where nothing counts
         found = x[:, rows, last]  # [S, B, D]

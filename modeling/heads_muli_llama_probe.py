@@ -17,6 +17,7 @@ from .heads_last_llama_probe import LastItemAggregator
 
 if TYPE_CHECKING:
     from .configuration_llama_probe import ProbeConfig
+    from .next_token_llama_probe import NextToken
 
 
 class LogOddsClassifier(Classifier):
@@ -39,26 +40,51 @@ class LogOddsClassifier(Classifier):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def bind(self, lm: nn.Module) -> None:
+    @property
+    def lm(self):
+        return None if self.next_token is None else self.next_token.lm
+
+    def needs(self, lm: nn.Module) -> NextToken:
         from .next_token_llama_probe import NextToken
 
-        found = NextToken.of(lm)
-        width = getattr(found.embeddings, "out_features", self.in_features)
-        if width != self.in_features:
+        if self.next_token is not None and not self.next_token.is_free_for(lm):
             raise ProbeError(
-                f"this LM has {width} next tokens, the muli head weighs {self.in_features}: it was made for another LM, or "
-                "for another size of its vocabulary"
+                f"this muli head reads the next-token logits of another {type(self.lm).__name__}, and cannot serve two: use "
+                "copy.deepcopy(head), or load it anew; or take it from the other first, with delete_probe(name) where it is "
+                "attached and set_backbone(None) where not"
             )
-        self.next_token = found
+        found = NextToken.of(lm)
+        self._check_width(getattr(found.embeddings, "out_features", self.in_features))
+        return found
+
+    def bind(self, needed: NextToken) -> None:
+        self.next_token = needed
+
+    def rebind(self, lm: nn.Module) -> None:
+        if self.next_token is not None and self.next_token.embeddings is None:
+            self.next_token.follow(lm)
+
+    def release(self) -> None:
+        if self.next_token is not None:
+            self.next_token.release()
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        if self.next_token is None:
+        if self.next_token is None or self.next_token.embeddings is None:
             raise ProbeError(
                 "a muli head reads the LM's next-token logits and has no LM: attach it to one (add_probe, load_probe), "
                 "pass backbone=, or call bind(lm)"
             )
         with torch.no_grad():  # there is nothing to train before the linear map
-            return log_odds(self.next_token(pooled).log_softmax(dim=-1)).to(self.weight.device)
+            logits = self.next_token(pooled)
+            self._check_width(logits.shape[-1])
+            return log_odds(logits.log_softmax(dim=-1)).to(self.weight.device)
+
+    def _check_width(self, width: int) -> None:
+        if width != self.in_features:
+            raise ProbeError(
+                f"this LM has {width} next tokens, the muli head weighs {self.in_features}: it was made for another LM, or "
+                "for another size of its vocabulary"
+            )
 
 
 @register_probe_type("muli")

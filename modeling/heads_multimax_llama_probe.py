@@ -69,7 +69,8 @@ class MultiMaxAggregator(LowRankAggregator):
         return top if state is None else torch.maximum(state, top)
 
     def pooled(self, state):
-        return torch.nan_to_num(state, neginf=0.0)  # of a row of which nothing has counted so far
+        # Of a row of which nothing has counted so far; NaN stays, so that a score of it is none.
+        return state.masked_fill(state == float("-inf"), 0.0)
 
     def expand(self, pooled, slots):
         return pooled

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import nn
@@ -42,6 +43,11 @@ class ProbeHostMixin:
     def _install_probes(self) -> None:
         self.probes = nn.ModuleDict()
         self._active_probes: tuple[str, ...] = ()
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        for head in self.probes.values():  # which came here without the LM that they were on
+            head.classifier.rebind(self)
 
     @property
     def _decoder(self) -> Decoder:
@@ -119,8 +125,10 @@ class ProbeHostMixin:
         """
         with _CHANGING:
             self._require_probe(name)
+            head = self.probes[name]
             self._active_probes = tuple(active for active in self._active_probes if active != name)
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
+            head.release()
 
     def save_probe(self, folder: str | os.PathLike, name: str | None = None) -> Path:
         """Writes one head into a folder; `name` may be left out where one head is attached.
@@ -187,6 +195,7 @@ class ProbeHostMixin:
         # Everything that can fail comes first: either all heads are attached or none.
         decoder = self._decoder
         heads: dict[str, ProbeModel] = {}
+        needed: dict[str, Any] = {}
         for name, probe in probes.items():
             self._require_free(name)
             if isinstance(probe, ProbeModel):
@@ -194,13 +203,15 @@ class ProbeHostMixin:
                 heads[name] = probe
             else:
                 heads[name] = ProbeModel(describe(self, probe))
-            heads[name].bind(self)
+            needed[name] = heads[name].classifier.needs(self)
         device = decoder.device
         for head in heads.values():
             head.to(device).eval()
         with _CHANGING:
             for name in heads:
                 self._require_free(name)
+            for name, head in heads.items():
+                head.classifier.bind(needed[name])
             self.probes = nn.ModuleDict({**self.probes, **heads})
             self._active_probes = (*self._active_probes, *heads)
         return heads

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import os
@@ -17,12 +16,13 @@ from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .capture_llama_probe import without_peft
+from .capture_llama_probe import copy_cache, without_peft
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generate_arguments_llama_probe import generation_arguments, with_setting
 from .generation_llama_probe import (
     PAGED,
+    PrefillSession,
     forward_session,
     generation_session,
     is_inner_call,
@@ -35,7 +35,7 @@ from .halting_run_llama_probe import HaltingRun
 from .host_llama_probe import ProbeHostMixin
 from .outputs_llama_probe import ProbedOutputMixin, with_probe_logits
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
-from .state_llama_probe import ProbeCache, asks_for_state, cached_tokens
+from .state_llama_probe import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
 from .streaming_llama_probe import HoldBackStreamer
 
 
@@ -178,10 +178,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 return super().forward(**kwargs)
             session = running
         if session is not None:
-            with session.reading(session.decoder or self._decoder, kwargs):
-                return super().forward(**kwargs)
+            with session.reading(session.decoder or self._decoder, kwargs) as inputs:
+                output = super().forward(**inputs)
+                if isinstance(session, PrefillSession):
+                    session.cache = getattr(output, "cache", inputs.get("cache"))
+            return output
         heads = self._active_heads(probes)
         if not heads:
+            refuse_without_heads(probe_state)
             return super().forward(**kwargs)
         configs = {name: head.config for name, head in heads.items()}
         probe_logits = state = None
@@ -190,8 +194,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if session is None:
             output = super().forward(**kwargs)
         else:
-            with session.reading(decoder, kwargs):
-                output = super().forward(**kwargs)
+            with session.reading(decoder, kwargs) as inputs:
+                output = super().forward(**inputs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
             state = session.probe_cache() if session.keep else None
         if isinstance(output, ModelOutput):
@@ -259,9 +263,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
                     "there: pass position_ids, [batch, new_tokens], that go on from those of the call that filled the cache"
                 )
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
-            inputs |= {"cache": copy.deepcopy(cache), "use_cache": True}
+            inputs |= {"cache": copy_cache(cache), "use_cache": True}
         decoder = self._decoder
-        with torch.no_grad(), session.reading(decoder, inputs):
+        with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
         return session.results()
 
@@ -360,7 +364,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if reply is not None:
             token_logits = reply.logits(rows, new_tokens) or None
             if reply.recorder is not None:
-                state = reply.recorder.probe_cache(rows, cached_tokens({"cache": session.cache}))
+                state = reply.recorder.probe_cache(rows, cached_tokens(output))
         return with_probe_logits(
             output, logits, configs, None if halter is None else halter.halts, token_logits, state
         )

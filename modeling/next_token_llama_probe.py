@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gc
+import weakref
 
 import torch
 from torch import nn
@@ -19,21 +20,56 @@ _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 _TOKENS = 8
 
 
-@dataclass(frozen=True)
 class NextToken:
     """The map from the final state to the logits of the next token.
 
-    Attributes:
-        embeddings: the LM's output embeddings (`lm_head`), shared with it.
-        dtype: in which they compute where that is not the dtype of their weights, which are quantised; else `None`.
+    It follows the LM: where that gets other output embeddings (an adapter on them, another size), these count from then on.
+    The LM is held weakly, so that a head neither contains it nor keeps it; its output embeddings stay where it is gone. A copy
+    or a pickle has neither until it is told whom to `follow`.
+
+    Args:
+        lm: a causal LM, not inside a PEFT model.
         factor: of the logits.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118, section 2); `None` for none.
     """
 
-    embeddings: nn.Module
-    dtype: torch.dtype | None
-    factor: float = 1.0
-    softcap: float | None = None
+    def __init__(self, lm: nn.Module, factor: float = 1.0, softcap: float | None = None):
+        self.factor, self.softcap = factor, softcap
+        self._embeddings: nn.Module | None = None
+        self._dtype = lm.dtype
+        self.follow(lm)
+
+    def follow(self, lm: nn.Module) -> None:
+        """Takes the output embeddings of this LM from now on."""
+        self._lm: weakref.ref[nn.Module] | None = weakref.ref(lm)
+
+    def release(self) -> None:
+        """Follows the LM no more, and goes on with the output embeddings that it has."""
+        self._embeddings, self._lm = self.embeddings, None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_lm": None, "_embeddings": None}
+
+    @property
+    def lm(self) -> nn.Module | None:
+        """The LM that is followed; `None` where none is, or it is gone."""
+        return None if self._lm is None else self._lm()
+
+    @property
+    def embeddings(self) -> nn.Module | None:
+        """The LM's output embeddings (`lm_head`), shared with it; `None` in a copy that follows none yet."""
+        lm = self.lm
+        if lm is not None:
+            self._embeddings = lm.get_output_embeddings()
+        return self._embeddings
+
+    def is_free_for(self, lm: nn.Module) -> bool:
+        """Whether it can be given up for this LM: it follows the same one, or none that is still there."""
+        embeddings = without_peft(lm).get_output_embeddings()
+        if self.lm is None or self.embeddings is embeddings:
+            return True
+        gc.collect()  # an LM that nobody has any more may still be there in a cycle
+        return self.lm is None
 
     @classmethod
     def of(cls, lm: nn.Module) -> NextToken:
@@ -54,21 +90,20 @@ class NextToken:
             factor *= getattr(config, name, None) or 1.0
         for name in _DIVISORS:
             factor /= getattr(config, name, None) or 1.0
-        dtype = getattr(getattr(embeddings, "weight", None), "dtype", None)
-        # quantised weights are no numbers to compute in
-        computes = dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
-        found = cls(
-            embeddings, None if computes else base.dtype, factor, getattr(config, "final_logit_softcapping", None)
-        )
+        found = cls(base, factor, getattr(config, "final_logit_softcapping", None))
         if not any(parameter.is_meta for parameter in base.parameters()):  # not with weights read from disk for it
             found._check(base)
         return found
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final states `[rows, hidden_size]` to fp32 logits `[rows, vocab_size]`, on the output embeddings' device."""
-        weight = next(self.embeddings.parameters(), None)
+        embeddings = self.embeddings
+        weight = next(embeddings.parameters(), None)
         device = hidden.device if weight is None or weight.is_meta else weight.device
-        logits = self.embeddings(hidden.to(device, self.dtype or weight.dtype)).float() * self.factor
+        dtype = getattr(getattr(embeddings, "weight", None), "dtype", None)
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize == 1:
+            dtype = self._dtype  # quantised weights are no numbers to compute in
+        logits = embeddings(hidden.to(device, dtype)).float() * self.factor
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.no_grad()

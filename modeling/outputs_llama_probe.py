@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import make_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
@@ -33,6 +33,14 @@ class ProbedOutputMixin(DecidedMixin):
 
     `probe_state` is what the heads keep of the tokens that `cache` holds, a `ProbeCache`, where it was asked for; else `None`.
     """
+
+    _plain_class: ClassVar[type[ModelOutput]]
+
+    def __reduce__(self):
+        made, values, *rest = super().__reduce__()
+        if made is not probed_output_class(self._plain_class):
+            return made, values, *rest
+        return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
     def remember(self, configs: dict[str, ProbeConfig]) -> None:
         """Says of which heads the logits are, by name, unless that is known."""
@@ -72,8 +80,16 @@ def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
             ("probe_state", "ProbeCache | None", None),
         ],
         bases=(ProbedOutputMixin, base),
-        namespace={"__module__": __name__, "__doc__": f"{base.__name__} with `probe_logits`: logits by head name."},
+        namespace={
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} with `probe_logits`: logits by head name.",
+            "_plain_class": base,
+        },
     )
+
+
+def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
+    return probed_output_class(base)(*values)
 
 
 ProbedCausalLMOutputWithPast = probed_output_class(CausalLMOutputWithPast)

@@ -66,30 +66,44 @@ class ProbeModel(nn.Module):
         self.layer_indices = config.layer_indices
         self.token_stage, self.layer_stage = create_stages(config)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        # Whatever torch.set_default_dtype says, which is meant for the LM.
+        super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
         """Gives the head the frozen LM that turns `input_ids` into states, or takes it away.
 
         Raises:
-            ProbeError: its sizes are others.
+            ProbeError: its sizes are others, or see `bind`.
         """
         if backbone is not None:
             find_decoder(backbone).match(self.config)
+            self.bind(backbone)
             backbone.requires_grad_(False)
             backbone.eval()
-            self.bind(backbone)
         object.__setattr__(self, "backbone", backbone)
+        if backbone is None:
+            self.release()
 
     def bind(self, lm: nn.Module) -> None:
         """Gives the head what its kind needs of the frozen LM beside its states, as `set_backbone` and attaching do.
 
-        Most kinds need nothing. What is given stays outside the module tree, and stays when the backbone is taken away.
+        Most kinds need nothing. What is given stays outside the module tree, and stays when the backbone is taken away. It
+        does not go with a copy or a pickle of the head alone, and neither does the backbone.
 
         Raises:
-            ProbeError: the LM does not have it.
+            ProbeError: the LM does not have it, or the head is bound to another one, which it cannot serve at the same time.
         """
-        self.classifier.bind(lm)
+        self.classifier.bind(self.classifier.needs(lm))
+
+    def release(self) -> None:
+        """Frees the head for another LM, unless the one that it is bound to has it attached or is its backbone."""
+        attached = getattr(self.classifier.lm, "probes", {}).values()
+        if self.backbone is None and not any(head is self for head in attached):
+            self.classifier.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "backbone": None}
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor):

@@ -179,7 +179,12 @@ class PromptFormat:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and fails as it likes at turns that it does not know
+            raise ProbeError(
+                f"the chat template of the tokenizer cannot write {str(messages)[:60]!r}: {error}"
+            ) from error
         # The template has written every special token already.
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
@@ -216,10 +221,15 @@ def is_text(value: Any) -> bool:
     """Whether it is a text, or a list of chat messages."""
     if isinstance(value, str):
         return True
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_turn, value))
+
+
+def _is_turn(turn: Any) -> bool:
+    """Whether it has a role, and says something or calls a tool: a template may know how to write that."""
     return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in value)
+        isinstance(turn, Mapping)
+        and isinstance(turn.get("role"), str)
+        and (turn.get("content") is not None or bool(turn.get("tool_calls")))
     )
 
 

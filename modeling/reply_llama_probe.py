@@ -42,7 +42,7 @@ class TokenScores:
 class ReplyRecorder:
     """Takes the tokens of the replies into what heads keep of the prompts, so that the next prompt can go on from there.
 
-    All tokens that a later prompt will hold count, as they do for the LM: the one that ends a reply as well, and none behind it.
+    All tokens that a later prompt will hold count, as they do for the LM: those that are scored, and the one that ends a reply.
     Nothing is scored.
     A few tokens wait for each other, to be taken in at once, and since `generate()` may take the last one back.
 
@@ -75,11 +75,12 @@ class ReplyRecorder:
             is_open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
         self._open = is_open
 
-    def take(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor) -> None:
-        """Takes one more token a row: its states `[rows, 1, hidden_size]` by layer, and its id, `[rows]`."""
+    def take(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor, scored: torch.Tensor) -> None:
+        """Takes one more token a row: its states `[rows, 1, hidden_size]` by layer, its id, `[rows]`, and whether it is scored."""
         self._open = self._open.to(tokens.device)
-        self._counted.append(self._open)
-        self._open = self._open & ~torch.isin(tokens, self._ends.to(tokens.device))
+        ends = torch.isin(tokens, self._ends.to(tokens.device))
+        self._counted.append(self._open & (scored | ends))
+        self._open = self._open & ~ends
         self._tokens.append(tokens)
         self._waiting.append(states)
         if len(self._waiting) > self._CHUNK:
@@ -117,12 +118,14 @@ class ReplySession:
     """Feeds the tokens of the replies to the heads, one a row and pass, as the LM reads them.
 
     A token is read by the pass after the one that chose it: what this scores is always the text so far. Nothing reads the
-    last token of a reply, which therefore has no score. End-of-sequence tokens and padding do not count.
+    last token of a reply, which therefore has no score. End-of-sequence tokens and what follows them do not count.
 
     Args:
         heads: those that read replies, by name.
         prompt: what reads the prompts; has the states of the heads that read both.
-        eos_token_ids: tokens that end a reply. pad_token_id: the token that stands behind replies that have ended.
+        eos_token_ids: tokens that end a reply.
+        pad_token_id: does not count, where replies may end without such a token: nothing else tells then that one has ended.
+            `None` where none may; it is then a token as any other.
         recorder: takes the tokens in as well, for the prompts that go on from here.
 
     Attributes:
@@ -140,7 +143,7 @@ class ReplySession:
         self.heads, self.prompt, self.recorder = heads, prompt, recorder
         self.on_token: Callable[[TokenScores], Any] | None = None
         self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
-        self._pad = -1 if pad_token_id is None else pad_token_id
+        self._pad = pad_token_id
         self._layers: Collection[int] = {layer for head in heads.values() for layer in head.layer_indices}
         self._layers |= recorder.layers if recorder is not None else set()
         # There from the first pass that is read to the end of the session; what other passes give is not wanted.
@@ -165,6 +168,9 @@ class ReplySession:
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
         """Reads the states of one forward pass of the LM, which is about to run over `inputs`, and scores its last token.
 
+        Yields:
+            The arguments with which it must run.
+
         Raises:
             ProbeError: the pass is not over one more token of each reply.
         """
@@ -182,14 +188,16 @@ class ReplySession:
             self._capture.__enter__()
         states = self._states = {}
         try:
-            yield
+            yield inputs
         finally:
             self._states = None
         with torch.no_grad():
             if self.recorder is not None:
                 self.recorder.start(len(ids), self._ended)
-                self.recorder.take(states, ids[:, -1])
-            scores = self._score(states, ids[:, -1])
+            counted = self._count(ids[:, -1])
+            if self.recorder is not None:
+                self.recorder.take(states, ids[:, -1], counted)
+            scores = self._score(states, counted)
         self._steps += 1
         if self.on_token is not None:
             self.on_token(scores)
@@ -205,7 +213,8 @@ class ReplySession:
             self._capture.__exit__()
             self._capture = None
 
-    def _score(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor) -> TokenScores:
+    def _count(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of these tokens, one a row, are a part of a reply: `[rows]`."""
         if self._live is None:
             self._live = torch.ones_like(tokens, dtype=torch.bool)
             repeats = len(tokens) // self.prompt.prompts
@@ -215,7 +224,11 @@ class ReplySession:
             ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
             self._live, self._ended = self._live & ~ended, None
         self._live = self._live & ~torch.isin(tokens, self._ends.to(tokens.device))
-        counted = self._live & (tokens != self._pad)
+        if self._pad is None or len(tokens) == 1:  # the end of the only reply is the end of all passes
+            return self._live
+        return self._live & (tokens != self._pad)
+
+    def _score(self, states: Mapping[int, torch.Tensor], counted: torch.Tensor) -> TokenScores:
         stacks: dict[tuple[int, ...], torch.Tensor] = {}
         outputs = {}
         for name, head in self.heads.items():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -112,8 +113,9 @@ def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
             results = read_results(folder)
             metric = results["recipe"]["metric"]
             score = float(results["summary"]["validation"][metric]["mean"])
-            ranked.setdefault(metric, []).append((score, -int(results["num_parameters"]), folder))
-        except (TypeError, KeyError, ValueError):  # no results, or none that can be compared
+            if math.isfinite(score):
+                ranked.setdefault(metric, []).append((score, -int(results["num_parameters"]), folder))
+        except (TypeError, KeyError, ValueError, OverflowError):  # no results, or none that can be compared
             continue
     if not ranked:
         return None

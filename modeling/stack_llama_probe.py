@@ -92,7 +92,6 @@ class HeadStack:
                     state.summaries[:, 0] = stage.result(running, slice(None))
                 else:
                     state.summaries = stage.pooled(running).unsqueeze(1)
-                state.complete = set(range(slots))
         return state
 
     @full_precision
@@ -136,13 +135,11 @@ class HeadStack:
         kind, done = type(self.stages[0]), high == state.stop
         if done and low == state.start and not state.keep:
             kind.read_whole(self.stages, x, mask, slot, state.summaries[slot])
-            state.complete.add(slot)
             return
         seen = state.partial[slot] = kind.read(self.stages, state.partial.get(slot), x, mask, slot)
         if done:
             # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
             kind.summarize(self.stages, seen, slot, state.summaries[slot])
-            state.complete.add(slot)
             if not state.keep:
                 del state.partial[slot]
 
@@ -223,7 +220,6 @@ class HeadStack:
             if state.summaries is None:
                 state.summaries = self._empty(len(self.layer_indices), *pooled.shape[1:])
             state.summaries[waiting.start : waiting.stop] = pooled
-            state.complete.update(slots)
             if not state.keep and not state.partial:
                 return
         for place, slot in enumerate(slots):
@@ -232,19 +228,24 @@ class HeadStack:
             else:
                 state.partial[slot] = take_slots(seen, slice(place * count, (place + 1) * count))
 
+    def check_whole(self, state: ProbeState) -> None:
+        """Raises `ProbeError` where a layer has not seen all tokens of the prompt up to the last that counts."""
+        tokens = state.mask.shape[1]
+        missing = [slot for slot, seen in enumerate(state.seen) if seen < min(state.stop, tokens)]
+        if missing:
+            raise ProbeError(
+                f"layer {self.layer_indices[missing[0]]} has seen {state.seen[missing[0]]} of {tokens} prompt "
+                f"tokens ({len(missing)} layers are incomplete); a part of a prompt is not scored"
+            )
+
     @full_precision
     def finish(self, state: ProbeState) -> list[ProbeOutput]:
         """The scores of each head; see `ProbeModel.finish`."""
         if state.keep:
             check_rows(state.mask)
+        self.check_whole(state)
         with torch.no_grad():
             self._advance(state)
-        missing = [slot for slot in range(len(self.layer_indices)) if slot not in state.complete]
-        if missing:
-            raise ProbeError(
-                f"layer {self.layer_indices[missing[0]]} has seen {state.seen[missing[0]]} of {state.mask.shape[1]} prompt "
-                f"tokens ({len(missing)} layers are incomplete); a part of a prompt is not scored"
-            )
         outputs = []
         for head, summaries in zip(self.heads, state.summaries.unbind(1), strict=True):
             if self._rank is not None:

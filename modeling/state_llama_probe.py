@@ -47,9 +47,8 @@ class ProbeState:
         full: whether all tokens between them count that are still to be read.
         keep: whether `partial` stays when a layer has seen the whole prompt.
         seen: a layer's number of prompt tokens so far, by slot.
-        summaries: `[layers_read, H, batch, hidden_size]`, of the layers in `complete`; of heads of low rank what `expand` needs of
-            them, `[layers_read, H, batch, ...]`, from the first pooled layer on.
-        complete: slots that have seen the whole prompt.
+        summaries: `[layers_read, H, batch, hidden_size]`, of the layers that have seen the whole prompt; of heads of low rank
+            what `expand` needs of them, `[layers_read, H, batch, ...]`, from the first pooled layer on.
         partial: token-stage state, `[H, batch, ...]`, of the layers that have not, by slot.
         waiting: layers whose state is not in `partial` yet.
         token_weights: `[H, batch, prompt_tokens]` by slot, where they were asked for.
@@ -63,10 +62,23 @@ class ProbeState:
     output_attentions: bool
     seen: list[int]
     summaries: torch.Tensor | None = None
-    complete: set[int] = field(default_factory=set)
     partial: dict[int, Any] = field(default_factory=dict)
     waiting: WaitingLayers | None = None
     token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class HeadReference(weakref.ref):
+    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
+        return self
+
+    def __reduce__(self):
+        raise ProbeError(
+            "probe_state cannot be pickled, nor can an output that holds one: it belongs to the heads that made it, in this "
+            "process. Keep the tokens (probe_state.input_ids), and let model(..., use_cache=True) run over them anew; of an output "
+            "keep the fields that are wanted"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class CachedHead:
         running: token-stage state of all layers that the head reads; `None` where no token counts so far.
     """
 
-    head: weakref.ref[ProbeModel]
+    head: HeadReference
     mask: torch.Tensor
     running: Any
 
@@ -215,6 +227,15 @@ class ProbeCache:
             _same_tokens(f"the tokens that {name!r} reads", masks[name][:, :seen], kept.mask)
             running[name] = kept.running
         return running
+
+
+def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
+    """Raises `ProbeError` where a state is given or asked for, and no head runs that could keep one."""
+    if probe_state is not None and probe_state is not False:
+        raise ProbeError(
+            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes([...]) first, or leave "
+            "probe_state out"
+        )
 
 
 def asks_for_state(
