@@ -338,6 +338,32 @@ class TestGoingOn:
         stopped(resume=False, **changes).execute()
         assert (tmp_path / "head" / "probe_config.json").exists()
 
+    def test_other_folds(self, backbone_folder, tmp_path, monkeypatch):
+        """Folds are drawn by the first seed: the heads of another one have learned from rows that are held out now."""
+        data = DataSources(train=write(tmp_path / "a.jsonl", 30), label_names=["0", "1"], folds=3)
+
+        def run(*seeds, resume=False):
+            recipe = Recipe(num_train_epochs=1)
+            return TrainingRun(
+                str(backbone_folder),
+                data,
+                tmp_path / "head",
+                {"probe_type": "gate"},
+                recipe,
+                seeds=seeds,
+                resume=resume,
+            )
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(TrainingRun, "save", stop)
+            run(0, 1).execute()
+        with pytest.raises(ProbeError, match="checkpoints of another training: its folds are not these"):
+            run(1, resume=True).execute()
+        assert run(0, 1, resume=True).execute()["chosen_seed"] in (0, 1)
+
 
 class TestOutput:
     @pytest.mark.parametrize("name", ["README.md", "results.json"])

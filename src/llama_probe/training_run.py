@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -135,7 +136,8 @@ class TrainingRun:
             "head": prepared.config.to_dict() | {"fingerprint": None},
             "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
             "extra_weights": prepared.extra_weights,
-            "folds": len(prepared.folds),
+            # Which rows each head has not seen, so that none is validated on rows that it learned from.
+            "folds": hashlib.sha256(json.dumps([held.tolist() for held in prepared.folds]).encode()).hexdigest(),
         }
         setup = json.loads(json.dumps(setup))
         path = checkpoints / _SETUP_NAME
