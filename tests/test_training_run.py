@@ -109,6 +109,16 @@ class TestHoldingBack:
         with pytest.raises(ProbeError, match=words):
             DataSources(train=write(tmp_path / "a.jsonl", 40), **changes)
 
+    def test_one_label_teaches_nothing(self, tmp_path):
+        """Two are wanted where a row has one of them; one that holds or not is fine."""
+        train, other = write(tmp_path / "a.jsonl", 30, labels=1), write(tmp_path / "b.jsonl", 30)
+        for changes in ({}, {"label_names": ["no", "yes"]}, {"folds": 3, "label_names": ["no", "yes"]}):
+            with pytest.raises(ProbeError, match=r"all rows to learn from have the label '(LABEL_0|no)'"):
+                DataSources(train, **changes).read(0)
+        assert "extra" in DataSources(train, extra=[other], folds=3, label_names=["no", "yes"]).read(0)
+        (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": f"{i}", "label": [0]}) for i in range(30)))
+        assert DataSources(str(tmp_path / "c.jsonl")).read(0)["train"].label_names == ["LABEL_0"]
+
     def test_slices_without_test_rows(self, tmp_path):
         data = DataSources(train=write(tmp_path / "a.jsonl", 40), slice_columns=["text"])
         with pytest.raises(ProbeError, match="are for test rows, and there are none"):
@@ -402,10 +412,10 @@ class TestOutput:
         assert not (tmp_path / "head" / ".states").exists()
 
 
-@pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", ""])
+@pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", "", "0,0"])
 def test_weights_of_classes_that_are_none(backbone_folder, tmp_path, weights):
     data, recipe = DataSources(train=write(tmp_path / "a.jsonl", 40)), Recipe(class_weights=weights)
-    with pytest.raises(ProbeError, match="must be 'balanced', or numbers of at least 0 with commas"):
+    with pytest.raises(ProbeError, match="must be 'balanced', or numbers of at least 0 with commas, not all"):
         TrainingRun("never-loaded", data, tmp_path / "head", {"probe_type": "gate"}, recipe).execute()
 
 

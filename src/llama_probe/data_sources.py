@@ -117,7 +117,7 @@ class DataSources:
         """Rows of `train`, `validation` and, where given, `test` and `extra`. With folds, the first two are the same object.
 
         Raises:
-            ProbeError: a source cannot be read, or the parts do not have the same labels.
+            ProbeError: a source cannot be read, the parts do not have the same labels, or there is one label alone to learn.
         """
         parts = {"train": self._read(self.train, "train")}
         held_back = None
@@ -152,6 +152,12 @@ class DataSources:
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         if self.extra:
             parts["extra"] = self._read_extra(parts, seed)
+        learned = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])
+        if parts["train"].problem_type == "single_label_classification" and len(np.unique(learned)) == 1:
+            raise ProbeError(
+                f"all rows to learn from have the label {parts['train'].label_names[learned[0]]!r}, so there is nothing to tell "
+                "apart: give rows of another label as well"
+            )
         return parts
 
     def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:

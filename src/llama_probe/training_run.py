@@ -253,9 +253,10 @@ class TrainingRun:
                 weights = [float(value) for value in weights.split(",")]
             except ValueError:
                 weights = []
-            if not weights or not all(0 <= weight < math.inf for weight in weights):
+            if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
                 raise ProbeError(
-                    f"class_weights={self.recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas"
+                    f"class_weights={self.recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas, "
+                    "not all of them 0"
                 )
         return ProbeLoss(config, weights, self.recipe.label_smoothing, self.recipe.focal_gamma)
 
