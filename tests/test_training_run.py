@@ -68,6 +68,13 @@ class TestHoldingBack:
         fewer = DataSources(train=train, folds=3, extra=[extra, extra], max_extra_rows=7).read(0)["extra"]
         assert len(fewer) == 14 and set(fewer.texts) < set(with_folds["extra"].texts) and len(set(fewer.texts)) == 7
 
+    def test_extra_rows_that_are_all_judged_by(self, tmp_path, caplog):
+        train, extra, other = (write(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("abc", (40, 20, 60)))
+        with pytest.raises(ProbeError, match=r"no rows of .*b\.jsonl are left: all of them are validation or test rows"):
+            DataSources(train, folds=3, extra=[extra]).read(0)
+        parts = DataSources(train, folds=3, extra=[extra, other]).read(0)
+        assert len(parts["extra"]) == 20 and f"20 rows of {extra} are left out" in caplog.text
+
     @pytest.mark.parametrize(
         ("weights", "reason"),
         [

@@ -161,7 +161,11 @@ class DataSources:
         return parts
 
     def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
-        """All sources of `extra`, without what is judged by."""
+        """All sources of `extra`, without what is judged by.
+
+        Raises:
+            ProbeError: a source cannot be read, or no row is left.
+        """
         train = parts["train"]
         judged = {text for name in ("validation", "test") if name in parts for text in map(str, parts[name].texts)}
         found = []
@@ -179,6 +183,11 @@ class DataSources:
             found.append(allowed.at_most(self.max_extra_rows, seed))
             if left_out := len(rows) - len(allowed):
                 logger.warning(f"{left_out} rows of {source} are left out: they are validation or test rows as well")
+        if not any(map(len, found)):
+            raise ProbeError(
+                f"no rows of {', '.join(self.extra)} are left: all of them are validation or test rows as well (with folds every "
+                "row of train is a validation row). Give other rows, or leave extra out"
+            )
         return LabelledTexts(
             [text for rows in found for text in rows.texts],
             np.concatenate([rows.labels for rows in found]),
