@@ -40,6 +40,28 @@ class TestHoldingBack:
         assert (parts["validation"] is parts["train"]) == folded
         assert len(parts["train"]) == (count if folded else 340)
 
+    def test_a_share_of_few_rows_that_is_asked_for(self, tmp_path):
+        train = write(tmp_path / "a.jsonl", 40)
+        parts = DataSources(train, validation_share=0.25, folds=None).read(0)
+        assert [len(parts[name]) for name in ("train", "validation")] == [30, 10]
+
+    @pytest.mark.parametrize(
+        "changes, words",
+        [
+            ({"validation_share": 7}, "validation_share=7 must lie between 0 and 1"),
+            ({"validation_share": 0.0, "folds": None}, "validation_share=0.0 must lie between 0 and 1"),
+            ({"test_share": 1.0}, "test_share=1.0 must lie between 0 and 1"),
+            ({"validation_share": 0.2, "folds": 3}, "validation_share=0.2 and folds=3 cannot both be used"),
+            (
+                {"validation_share": 0.2, "eval": "b.jsonl"},
+                r"validation_share=0.2 and .* of b\.jsonl cannot both be used",
+            ),
+        ],
+    )
+    def test_shares_that_cannot_be(self, tmp_path, changes, words):
+        with pytest.raises(ProbeError, match=words):
+            DataSources(write(tmp_path / "a.jsonl", 40), **changes)
+
     def test_rows_of_their_own_come_first(self, tmp_path):
         train, other = write(tmp_path / "a.jsonl", 20), write(tmp_path / "b.jsonl", 10)
         parts = DataSources(train=train, eval=other, folds=None).read(0)
@@ -69,8 +91,12 @@ class TestHoldingBack:
         assert len(fewer) == 14 and set(fewer.texts) < set(with_folds["extra"].texts) and len(set(fewer.texts)) == 7
 
     def test_extra_rows_that_are_all_judged_by(self, tmp_path, caplog):
-        train, extra, other = (write(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("abc", (40, 20, 60)))
-        with pytest.raises(ProbeError, match=r"no rows of .*b\.jsonl are left: all of them are validation or test rows"):
+        train, extra, other = (
+            write(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("abc", (40, 20, 60), strict=True)
+        )
+        with pytest.raises(
+            ProbeError, match=r"no rows of .*b\.jsonl are left: all of them are validation or test rows"
+        ):
             DataSources(train, folds=3, extra=[extra]).read(0)
         parts = DataSources(train, folds=3, extra=[extra, other]).read(0)
         assert len(parts["extra"]) == 20 and f"20 rows of {extra} are left out" in caplog.text
