@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -187,6 +188,44 @@ def test_other_settings_are_refused(reproduction, tmp_path, monkeypatch):
     (tmp_path / "out" / "parts" / "main" / "toxicchat" / "tfidf.json").write_text("{")
     with pytest.raises(ProbeError, match="is damaged"):
         reproduction(chosen=["tfidf"]).execute()
+
+
+def test_other_rows_of_the_same_name_are_refused(reproduction, copies, tmp_path):
+    chosen = {"chosen": ["gate", "tfidf"], "seeds": [0]}
+    reproduction(**chosen, only=["main", "ood"]).execute()
+    for name, only, part in (
+        ("toxicchat/train", "main", "main/toxicchat/"),
+        ("xstest/test", "ood", "ood/toxicchat/xstest/"),
+    ):
+        other = tmp_path / name.split("/")[0]
+        shutil.copytree(copies, other)
+        rows = [json.loads(line) for line in gzip.decompress((other / f"{name}.jsonl.gz").read_bytes()).splitlines()]
+        text = "".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows)
+        (other / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        again = reproduction(**chosen, only=[only])
+        again.bench.data_dir = other
+        with pytest.raises(ProbeError, match=rf"{part}\w+.json was made with other settings: rows=.*another --output"):
+            again.execute()
+    reproduction(**chosen, only=["main", "ood"]).execute()
+
+
+def test_a_checkpoint_of_other_rows_is_not_gone_on_from(reproduction, copies, tmp_path, monkeypatch):
+    def run(data_dir):
+        wanted = reproduction(chosen=["gate"], seeds=[0])
+        wanted.bench.data_dir = data_dir
+        return wanted.execute()
+
+    other = tmp_path / "other"
+    shutil.copytree(copies, other)
+    shutil.copy(copies / "toxicchat" / "test.jsonl.gz", other / "toxicchat" / "train.jsonl.gz")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("llama_probe.comparison.predict_together", lambda *args, **kwargs: 1 / 0)
+        run(copies)
+    epochs = []
+    original = SharedTraining._train_epoch
+    monkeypatch.setattr(SharedTraining, "_train_epoch", lambda self: (epochs.append(self.epoch), original(self))[1])
+    run(other)
+    assert epochs == [0, 1]
 
 
 def test_one_part_after_the_other(reproduction, tmp_path):

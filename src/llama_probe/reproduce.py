@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,9 @@ class Reproduction:
     def _sensitivity_settings(self) -> dict[str, Any]:
         if self.sweep is not None:
             return {"sweep": Path(self.sweep).name}
-        return {**self.bench.settings, "data": self._primary, "trials": self.trials, "epochs": self.epochs}
+        rows = self.bench.digests(self._primary)
+        own = {"trials": self.trials, "epochs": self.epochs, "patience": self.patience}
+        return {**self.bench.settings, "data": self._primary, "rows": rows, **own}
 
     def _sensitivity(self) -> None:
         store, settings = self.comparison.store, self._sensitivity_settings
@@ -256,9 +259,15 @@ class Reproduction:
         comparison, bench, safety = self.comparison, self.bench, self._safety_source
         seconds: dict[str, float] = {}
 
-        def find(name: str, settings: dict[str, Any]) -> Any:
+        def find(name: str, settings: Callable[[], dict[str, Any]]) -> Any:
+            if not comparison.store.holds(name):
+                return None
             try:
-                part = comparison.store.find(name, settings)
+                wanted = settings()
+            except ProbeError:  # its rows are not at hand, so it may be one of others
+                return None
+            try:
+                part = comparison.store.find(name, wanted)
             except ProbeError:
                 if name.split("/")[0] in (*self.only, "backbone"):
                     raise
@@ -269,9 +278,11 @@ class Reproduction:
             return part.result
 
         def find_all(group: str, source: str, names: Iterable[str], **further) -> dict[str, Any]:
-            return {name: find(f"{group}/{name}", comparison.settings(source, name, **further)) for name in names}
+            return {
+                name: find(f"{group}/{name}", partial(comparison.settings, source, name, **further)) for name in names
+            }
 
-        backbone = find("backbone", self._backbone_settings)
+        backbone = find("backbone", lambda: self._backbone_settings)
         found: dict[str, Any] = {
             "command": self.command,
             "environment": environment(),
@@ -280,10 +291,12 @@ class Reproduction:
             "backbone": backbone,
             "main": {source: find_all(f"main/{_file(source)}", source, self.methods) for source in self.data},
             "layers": {source: find_all(f"layers/{_file(source)}", source, self._layered) for source in self.data},
-            "sensitivity": find("sensitivity", self._sensitivity_settings),
+            "sensitivity": find("sensitivity", lambda: self._sensitivity_settings),
             "few_labels": {
                 source: {
-                    name: find(f"few-labels/{_file(source)}/{name}", comparison.few_labels_settings(source, name))
+                    name: find(
+                        f"few-labels/{_file(source)}/{name}", partial(comparison.few_labels_settings, source, name)
+                    )
                     for name in self._trained_kinds
                 }
                 for source in self.data
@@ -298,7 +311,7 @@ class Reproduction:
         if backbone is not None:
             source = self._primary
             results = {
-                name: find(f"downcast/{_file(source)}/{name}", comparison.settings(source, name, method))
+                name: find(f"downcast/{_file(source)}/{name}", partial(comparison.settings, source, name, method))
                 for name, method in downcast_methods(backbone["hidden_size"]).items()
             }
             found["downcast"] = {"data": source, "results": results}
