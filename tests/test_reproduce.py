@@ -283,6 +283,24 @@ def test_processes_of_torchrun_are_refused(reproduction, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_with_other_settings_is_refused(reproduction, tmp_path, monkeypatch):
+    def run(**changes):
+        return reproduction(only=["sensitivity"], **{"trials": 2, "epochs": 1, **changes}).execute()
+
+    run()
+    part = tmp_path / "out" / "parts" / "sensitivity.json"
+    part.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("llama_probe.reproduce.Sweep", lambda *args, **kwargs: pytest.fail("it was finished"))
+        for changes, told in (({"trials": 4}, r"trials=2 \(now 4\)"), ({"patience": 1}, r"patience=3 \(now 1\)")):
+            with pytest.raises(ProbeError, match=rf"out/sweep holds a sweep .*: {told}\. .* remove the folder"):
+                run(**changes)
+        assert not part.exists() and run()["sensitivity"] is not None
+    part.unlink()
+    shutil.rmtree(tmp_path / "out" / "sweep")
+    assert len(run(trials=3)["sensitivity"]["trials"]) == 3
+
+
 def test_a_sweep_of_ones_own_is_read(reproduction, tmp_path):
     trials = [
         {"score": score, "status": status, "params": {"probe_type": "gate", "gate_learning_rate": rate}}

@@ -19,12 +19,13 @@ from .capture import find_decoder
 from .comparison import Comparison
 from .distributed import launched
 from .errors import ProbeError
-from .files import environment
+from .files import environment, write_atomically
 from .heads import get_probe_type
 from .methods import check_methods, downcast_methods, head_methods, method_names
+from .part_store import differences
 from .recipe import Recipe
 from .reproduction_report import write_report
-from .sweep import SWEEP_NAME, SearchSpace, Sweep
+from .sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep
 from .training_run import TrainingRun
 from .workbench import SAFETY, Task, Workbench, known_source
 
@@ -34,6 +35,8 @@ logger = logging.get_logger(__name__)
 PARTS = ("main", "ood", "downcast", "layers", "sensitivity", "few-labels")
 DATA = ("toxicchat", "sst2", "emotion", "imdb")
 TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
+
+_SETTINGS_NAME = "settings.json"  # what the sweep beside it was made with
 
 
 @dataclass
@@ -105,6 +108,8 @@ class Reproduction:
         if set(self.only) - {"sensitivity"}:
             self._check_rows()
         self.report()  # reads all that is finished, and refuses what was made with other settings
+        if "sensitivity" in self.only and self.sweep is None and not self.comparison.store.holds("sensitivity"):
+            self._check_sweep()
         for step in self._steps():
             step()
             write_report(self.output, self.report(), plots=False)
@@ -230,11 +235,28 @@ class Reproduction:
         result = {"metric": found["metric"], "trials": found["trials"], "kinds": summarize_trials(found["trials"])}
         store.write("sensitivity", settings, result, time.perf_counter() - start, ["sensitivity"])
 
+    def _check_sweep(self) -> None:
+        """Raises `ProbeError` for a sweep in the output folder, finished or not, that was made with other settings."""
+        folder = self.output / "sweep"
+        if not any((folder / name).exists() for name in (STUDY_NAME, SWEEP_NAME)):
+            return
+        path = folder / _SETTINGS_NAME
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if told := differences(found, self._sensitivity_settings):
+            raise ProbeError(
+                f"{folder} holds a sweep that was made with other settings: {told}. Give those again, or another --output; or "
+                "remove the folder to do the sweep anew"
+            )
+
     def _run_sweep(self) -> dict[str, Any]:
         bench, folder = self.bench, self.output / "sweep"
+        self._check_sweep()
         finished = folder / SWEEP_NAME
         if finished.is_file():
             return json.loads(finished.read_text(encoding="utf-8"))
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._sensitivity_settings, indent=2) + "\n"
+        write_atomically({folder / _SETTINGS_NAME: lambda path: path.write_text(text, encoding="utf-8")})
         metric = "auprc" if known_source(self._primary).name in SAFETY else "accuracy"
         run = TrainingRun(
             backbone=bench.backbone,
