@@ -273,6 +273,7 @@ class TestSources:
         own = write(ROWS[:1], "own.jsonl")
         data = DataSources("emotion", eval=own, test="toxicchat", slice_columns=["jailbreaking"], data_dir=copies)
         assert (data.eval, data.test, data.slice_columns) == (own, "toxicchat", ["jailbreaking"])
+        assert DataSources("emotion", validation_share=0.2, data_dir=copies).eval is None
         assert DataSources("emotion:test", data_dir=copies).test is None, "never the rows that are trained on"
         assert DataSources("emotion:validation", data_dir=copies).eval is None
         file = DataSources(own, test="toxicchat", data_dir=copies)

@@ -151,7 +151,7 @@ def test_runs(tmp_path, backbone_folder, cache, folds, monkeypatch):
             train=write(tmp_path / "a.jsonl", 60),
             test=write(tmp_path / "b.jsonl", 20),
             folds=folds,
-            validation_share=0.3,
+            validation_share=None if folds is None else 0.3,
         ),
         head={"probe_type": "muli"},
         seeds=[4, 5],

@@ -5,11 +5,20 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
-from llama_probe import ProbeConfig
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.calibration import best_f1_threshold, calibrate, fit_temperature
 from llama_probe.decision import probabilities
 from llama_probe.evaluation import report
-from llama_probe.metrics import ProbeMetric, compute_metrics, confusion, default_metric, label_scores, outcomes, score
+from llama_probe.metrics import (
+    ProbeMetric,
+    check_metric,
+    compute_metrics,
+    confusion,
+    default_metric,
+    label_scores,
+    outcomes,
+    score,
+)
 
 
 def config(**changes):
@@ -169,3 +178,15 @@ def test_a_mean_is_over_the_labels_that_occur():
     assert score(given * 0, np.zeros((2, 3)), several)["f1"] == 0.0
     value = ProbeConfig(probe_type="gate", num_labels=1, problem_type="regression")
     assert score(np.array([[1.0]]), np.array([[2.0]]), value) == {"mse": 1.0, "mae": 1.0, "r2": None}
+
+
+@pytest.mark.parametrize("labels", [[[2.0]], [[2.0], [2.0], [2.0]]])
+def test_values_that_are_all_the_same_choose_no_head(labels):
+    value = ProbeConfig(probe_type="gate", num_labels=1, problem_type="regression")
+    labels = np.array(labels, dtype=np.float32)
+    assert score(labels + 1, labels, value)["r2"] is None
+    with pytest.raises(
+        ProbeError, match=rf"r2 is not defined on the {len(labels)} validation rows: .* the same value"
+    ):
+        check_metric("r2", labels, value)
+    check_metric("r2", np.array([[2.0], [3.0]]), value)

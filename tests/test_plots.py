@@ -114,6 +114,17 @@ def test_nothing_measured_nothing_drawn(tmp_path, folder, monkeypatch):
     assert write_plots(folder) == [] and not (folder / "calibration.png").exists()
 
 
+def test_plots_of_an_earlier_head_go(folder, inspection, monkeypatch):
+    write_plots(folder)
+    del inspection["calibration"]  # a head of values has none
+    (folder / "results.json").write_text(json.dumps({"inspection": inspection}))
+    assert (
+        [path.name for path in write_plots(folder)] == ["layer_weights.png"] == [p.name for p in folder.glob("*.png")]
+    )
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    assert write_plots(folder) == [] == list(folder.glob("*.png"))
+
+
 def test_without_matplotlib(inspection, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ProbeError, match=r"pip install 'llama_probe\[plots\]'"):

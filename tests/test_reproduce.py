@@ -3,16 +3,14 @@
 import gzip
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
-from conftest import HIDDEN
 
-from llama_probe import ProbeConfig, ProbeError, methods, paper
-from llama_probe.comparison import group_layers
+from llama_probe import ProbeError, paper
 from llama_probe.files import read_head
-from llama_probe.methods import HEADS, HeadMethod, check_methods, downcast_methods, head_methods
-from llama_probe.part_store import PartStore
+from llama_probe.methods import HEADS, HeadMethod
 from llama_probe.reproduce import TEST_SETS, Reproduction, summarize_trials
 from llama_probe.reproduction_columns import columns, find_orders
 from llama_probe.reproduction_report import _layers
@@ -189,6 +187,44 @@ def test_other_settings_are_refused(reproduction, tmp_path, monkeypatch):
         reproduction(chosen=["tfidf"]).execute()
 
 
+def test_other_rows_of_the_same_name_are_refused(reproduction, copies, tmp_path):
+    chosen = {"chosen": ["gate", "tfidf"], "seeds": [0]}
+    reproduction(**chosen, only=["main", "ood"]).execute()
+    for name, only, part in (
+        ("toxicchat/train", "main", "main/toxicchat/"),
+        ("xstest/test", "ood", "ood/toxicchat/xstest/"),
+    ):
+        other = tmp_path / name.split("/")[0]
+        shutil.copytree(copies, other)
+        rows = [json.loads(line) for line in gzip.decompress((other / f"{name}.jsonl.gz").read_bytes()).splitlines()]
+        text = "".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows)
+        (other / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        again = reproduction(**chosen, only=[only])
+        again.bench.data_dir = other
+        with pytest.raises(ProbeError, match=rf"{part}\w+.json was made with other settings: rows=.*another --output"):
+            again.execute()
+    reproduction(**chosen, only=["main", "ood"]).execute()
+
+
+def test_a_checkpoint_of_other_rows_is_not_gone_on_from(reproduction, copies, tmp_path, monkeypatch):
+    def run(data_dir):
+        wanted = reproduction(chosen=["gate"], seeds=[0])
+        wanted.bench.data_dir = data_dir
+        return wanted.execute()
+
+    other = tmp_path / "other"
+    shutil.copytree(copies, other)
+    shutil.copy(copies / "toxicchat" / "test.jsonl.gz", other / "toxicchat" / "train.jsonl.gz")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("llama_probe.comparison.predict_together", lambda *args, **kwargs: 1 / 0)
+        run(copies)
+    epochs = []
+    original = SharedTraining._train_epoch
+    monkeypatch.setattr(SharedTraining, "_train_epoch", lambda self: (epochs.append(self.epoch), original(self))[1])
+    run(other)
+    assert epochs == [0, 1]
+
+
 def test_one_part_after_the_other(reproduction, tmp_path):
     """A later run with another `only` keeps what is there in its report, unless it was made with other settings."""
     reproduction(chosen=["gate"]).execute()
@@ -242,6 +278,24 @@ def test_processes_of_torchrun_are_refused(reproduction, tmp_path, monkeypatch):
     with pytest.raises(ProbeError, match="without torchrun"):
         wanted.execute()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_with_other_settings_is_refused(reproduction, tmp_path, monkeypatch):
+    def run(**changes):
+        return reproduction(only=["sensitivity"], **{"trials": 2, "epochs": 1, **changes}).execute()
+
+    run()
+    part = tmp_path / "out" / "parts" / "sensitivity.json"
+    part.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("llama_probe.reproduce.Sweep", lambda *args, **kwargs: pytest.fail("it was finished"))
+        for changes, told in (({"trials": 4}, r"trials=2 \(now 4\)"), ({"patience": 1}, r"patience=3 \(now 1\)")):
+            with pytest.raises(ProbeError, match=rf"out/sweep holds a sweep .*: {told}\. .* remove the folder"):
+                run(**changes)
+        assert not part.exists() and run()["sensitivity"] is not None
+    part.unlink()
+    shutil.rmtree(tmp_path / "out" / "sweep")
+    assert len(run(trials=3)["sensitivity"]["trials"]) == 3
 
 
 def test_a_sweep_of_ones_own_is_read(reproduction, tmp_path):
@@ -328,59 +382,6 @@ def test_the_papers_column_is_right(reproduction, tmp_path):
     assert "| chain-of-thought prompting (paper only) | - | - | - | 0.561 |" in emotion and "T5" not in emotion
     header = next(line for line in toxic.splitlines() if line.startswith("| method"))
     assert header.count("paper: ") == 2 and "paper: AUPRC, human-annotated rows |" in header
-
-
-class TestMethods:
-    def test_other_registered_kinds_join_by_themselves(self, monkeypatch):
-        monkeypatch.setattr(methods, "probe_types", lambda: ["gate", "mine", "pooling"])
-        found = head_methods()
-        assert set(found) == {"layer-linear", "pooling", "gate", "mine"}, "and kinds that are not there are left out"
-        assert found["mine"].head["probe_type"] == "mine"
-        assert check_methods(["mine", "tfidf"]) == ["tfidf", "mine"]
-        with pytest.raises(ProbeError, match="method 'mha' is not known"):
-            check_methods(["mha"])
-
-    def test_candidates(self):
-        base = ProbeConfig(probe_type="pooling", hidden_size=HIDDEN, num_hidden_layers=3)
-        linear = HEADS["layer-linear"].candidates("layer-linear", base, 5)
-        assert [candidate.config.layers for candidate in linear] == [[0], [1], [2], [3]]
-        gates = [HEADS["gate"].candidates("gate", base, seed)[0] for seed in (0, 1)]
-        assert len({candidate.number for candidate in [*linear, *gates]}) == 6
-        assert [candidate.seed for candidate in gates] == [0, 1] and gates[0].config.layers == "all"
-        (half,) = HEADS["multimax-half"].candidates("multimax-half", base, 0)
-        assert half.config.layers == [0, 2] and half.learning_rate == 5e-3
-
-    def test_downcasts_can_be_built(self):
-        for hidden_size, values in ((576, ["4", "8", "16", "32", "64"]), (48, ["4", "8", "16"])):
-            found = downcast_methods(hidden_size)
-            assert list(found) == values
-            for method in found.values():
-                ProbeConfig(hidden_size=hidden_size, num_hidden_layers=2, **method.head)
-
-
-def test_layer_groups():
-    weights = np.array([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.65, 0.35]])
-    labels, given = np.array([0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 0])
-    found = group_layers(weights, labels, given, ["no", "yes"])
-    assert [(g["label"], g["right"], g["rows"]) for g in found["groups"]] == [
-        ("no", True, 2), ("yes", True, 2), ("yes", False, 1),
-    ]  # fmt: skip
-    assert found["groups"][0]["weights"] == [0.7, 0.3] and found["groups"][2]["weights"] == [0.65, 0.35]
-    (error,) = found["errors"]
-    assert (error["label"], error["given"]) == ("yes", "no")
-    assert error["to_given"] == pytest.approx(0.05) and error["to_true"] == pytest.approx(0.45)
-
-
-def test_a_store_keeps_whole_parts(tmp_path):
-    store = PartStore(tmp_path)
-    assert store.find("a/b", {}) is None
-    store.write("a/b", {"seeds": (0, 1)}, {"x": 1}, 2.345, ["a/b"])
-    assert store.find("a/b", {"seeds": [0, 1]}).result == {"x": 1}
-    with pytest.raises(TypeError):
-        store.write("a/b", {}, {"x": object()}, 0, [])
-    assert store.find("a/b", {"seeds": [0, 1]}).seconds == 2.3
-    with pytest.raises(ProbeError, match=r"epochs=None \(now 3\), seeds=\[0, 1\] \(now \[0\]\)"):
-        PartStore(tmp_path).find("a/b", {"seeds": [0], "epochs": 3})
 
 
 def test_nothing_is_chosen_by_test_rows(reproduction, monkeypatch):

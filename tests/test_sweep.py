@@ -123,8 +123,15 @@ def test_a_killed_sweep_goes_on(rows, backbone_folder, tmp_path, monkeypatch):
             sweep(rows, backbone_folder, tmp_path / "cut").execute()
     with pytest.raises(ProbeError, match="holds a sweep already: go on with --resume"):
         sweep(rows, backbone_folder, tmp_path / "cut").execute()
-    with pytest.raises(ProbeError, match="holds a sweep with other settings"):
+    with pytest.raises(ProbeError, match="holds another sweep: its trials are not these"):
         sweep(rows, backbone_folder, tmp_path / "cut", trials=7, resume=True).execute()
+    with pytest.raises(ProbeError, match="holds another sweep: its dtype are not these"):
+        sweep(rows, backbone_folder, tmp_path / "cut", resume=True, dtype="bfloat16").execute()
+    train, before = rows / "train.jsonl", (rows / "train.jsonl").read_text()
+    train.write_text(before.replace('"label": 0', '"label": 2').replace("1}", "0}").replace("2}", "1}"))
+    with pytest.raises(ProbeError, match="holds another sweep: its rows are not these"):
+        sweep(rows, backbone_folder, tmp_path / "cut", resume=True).execute()
+    train.write_text(before)
     resumed = sweep(rows, backbone_folder, tmp_path / "cut", resume=True).execute()
     assert resumed == whole
     one, other = (read_head(tmp_path / name / "head").state_dict() for name in ("whole", "cut"))

@@ -142,6 +142,21 @@ def test_early_stopping(tmp_path):
     assert trainer.state.epoch == 2
 
 
+class Kill(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_epochs_without_gain_count_across_a_stop(tmp_path):
+    changes = {"patience": 2, "num_train_epochs": 50, "learning_rate": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(head(make_lm()), tmp_path, callbacks=[Kill()], **changes).train()
+    resumed = trainer_for(head(make_lm()), tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.epoch == 3
+
+
 def test_cached_states_train_as_the_live_backbone_does(tmp_path):
     lm = make_lm()
     live, cached = head(lm), head()

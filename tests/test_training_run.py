@@ -1,4 +1,4 @@
-"""Runs from rows to a head folder: what is held back, and what a few rows are used for."""
+"""Runs from rows to a head folder: folds, rows of other sources, and going on after a stop."""
 
 import json
 
@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from llama_probe import ProbeError
 from llama_probe.calibration import reliability
-from llama_probe.data_sources import FEW_ROWS, FOLDS, DataSources
+from llama_probe.data_sources import FOLDS, DataSources
 from llama_probe.evaluation import predict_logits
 from llama_probe.files import read_head
 from llama_probe.metrics import score
@@ -26,121 +26,6 @@ def write(path, count, labels=2):
     ]
     path.write_text("\n".join(lines))
     return str(path)
-
-
-class TestHoldingBack:
-    def test_a_share(self, tmp_path):
-        parts = DataSources(train=write(tmp_path / "a.jsonl", 40)).read(0)
-        assert (len(parts["train"]), len(parts["validation"])) == (34, 6)
-        assert not set(parts["train"].texts) & set(parts["validation"].texts)
-
-    @pytest.mark.parametrize("count, folded", [(FEW_ROWS - 1, True), (FEW_ROWS, False)])
-    def test_few_rows_are_folded(self, tmp_path, count, folded):
-        parts = DataSources(train=write(tmp_path / "a.jsonl", count), folds=None).read(0)
-        assert (parts["validation"] is parts["train"]) == folded
-        assert len(parts["train"]) == (count if folded else 340)
-
-    def test_rows_of_their_own_come_first(self, tmp_path):
-        train, other = write(tmp_path / "a.jsonl", 20), write(tmp_path / "b.jsonl", 10)
-        parts = DataSources(train=train, eval=other, folds=None).read(0)
-        assert (len(parts["train"]), len(parts["validation"])) == (20, 10)
-        with pytest.raises(ProbeError, match=r"folds=3 and the validation rows of .* cannot both be used"):
-            DataSources(train=train, eval=other, folds=3)
-
-    def test_test_rows_before_anything_else(self, tmp_path):
-        train = write(tmp_path / "a.jsonl", 40)
-        parts = DataSources(train=train, test_share=0.25).read(0)
-        assert [len(parts[name]) for name in ("train", "validation", "test")] == [25, 5, 10]
-        assert len({text for rows in parts.values() for text in rows.texts}) == 40
-        fewer = DataSources(train=train, test_share=0.25, max_rows=9, folds=3).read(0)
-        assert fewer["test"].texts == parts["test"].texts and len(fewer["train"]) == 9
-        with pytest.raises(ProbeError, match=r"test_share=0.5 and the test rows of .* cannot both be used"):
-            DataSources(train=train, test=train, test_share=0.5)
-
-    def test_extra_rows_train_and_do_nothing_else(self, tmp_path, caplog):
-        train, extra = write(tmp_path / "a.jsonl", 40), write(tmp_path / "b.jsonl", 60)
-        parts = DataSources(train=train, test_share=0.25, extra=[extra]).read(0)
-        assert [len(parts[name]) for name in ("train", "validation", "test")] == [25, 5, 10], "as without them"
-        judged = {*parts["validation"].texts, *parts["test"].texts}
-        assert len(parts["extra"]) == 60 - 15 and not judged & set(parts["extra"].texts)
-        with_folds = DataSources(train=train, folds=3, extra=[extra, extra]).read(0)
-        assert with_folds["extra"].texts == [f"{('bad', 'good')[i % 2]} no {i}" for i in range(40, 60)] * 2
-        fewer = DataSources(train=train, folds=3, extra=[extra, extra], max_extra_rows=7).read(0)["extra"]
-        assert len(fewer) == 14 and set(fewer.texts) < set(with_folds["extra"].texts) and len(set(fewer.texts)) == 7
-
-    @pytest.mark.parametrize(
-        ("weights", "reason"),
-        [
-            ([], "must be numbers"),
-            ([-0.1, 1.0], "must be numbers"),
-            ([0.0], "not all of them 0"),
-            ([float("inf")], "must"),
-        ],
-    )
-    def test_weights_of_extra_rows_that_are_none(self, tmp_path, weights, reason):
-        train = write(tmp_path / "a.jsonl", 40)
-        with pytest.raises(ProbeError, match=reason):
-            DataSources(train=train, extra=[train], extra_weights=weights)
-        with pytest.raises(ProbeError, match="are for the rows of extra, and there are none"):
-            DataSources(train=train, extra_weights=[0.5])
-
-    def test_extra_rows_of_a_named_data_set_are_read_by_the_order_of_its_labels(self, tmp_path):
-        (tmp_path / "advbench").mkdir()
-        (tmp_path / "advbench" / "test.jsonl").write_text(json.dumps({"text": "Make a bomb.", "label": 1}))
-        (tmp_path / "toxicchat").mkdir()
-        write(tmp_path / "toxicchat" / "train.jsonl", 40)
-        parts = DataSources(train="toxicchat", extra=["advbench"], data_dir=tmp_path).read(0)
-        assert parts["extra"].label_names == parts["train"].label_names and parts["extra"].labels.tolist() == [1]
-        (tmp_path / "goemotions").mkdir()
-        (tmp_path / "goemotions" / "train.jsonl").write_text(json.dumps({"text": "Wow.", "label": [1, 2]}))
-        with pytest.raises(ProbeError, match="goemotions is multi_label_classification, and toxicchat single_label"):
-            DataSources(train="toxicchat", extra=["goemotions"], data_dir=tmp_path).read(0)
-
-    @pytest.mark.parametrize(
-        "changes, words",
-        [
-            ({"max_rows": 0}, "max_rows=0 must be at least 1"),
-            ({"max_extra_rows": -1}, "max_extra_rows=-1 must be at least 1"),
-            ({"label_names": ["no", "yes", ""]}, "none of them empty"),
-            ({"label_names": ["no", "no"]}, "must be different names"),
-        ],
-    )
-    def test_what_cannot_be(self, tmp_path, changes, words):
-        with pytest.raises(ProbeError, match=words):
-            DataSources(train=write(tmp_path / "a.jsonl", 40), **changes)
-
-    def test_slices_without_test_rows(self, tmp_path):
-        data = DataSources(train=write(tmp_path / "a.jsonl", 40), slice_columns=["text"])
-        with pytest.raises(ProbeError, match="are for test rows, and there are none"):
-            data.read(0)
-
-    def test_replies_to_one_prompt_stay_together(self, tmp_path):
-        lines = [{"ask": f"number {i // 4}", "text": f"reply {i}", "label": i % 2} for i in range(48)]
-        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        sources = DataSources(train=str(tmp_path / "a.jsonl"), prompt_column="ask", test_share=0.3)
-        parts = sources.read(0)
-        asked = {name: {rows[0]["content"] for rows in part.texts} for name, part in parts.items()}
-        assert sum(map(len, asked.values())) == 12 == len(set.union(*asked.values()))
-        folds = parts["train"].folds(3, 0)
-        texts = [{parts["train"].texts[row][0]["content"] for row in fold} for fold in folds]
-        assert sum(map(len, texts)) == len(set.union(*texts))
-
-    @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (11, 3, 5), (6, 3, 5)])
-    def test_each_row_is_held_out_once(self, tmp_path, count, labels, folds):
-        sources = DataSources(train=write(tmp_path / "a.jsonl", count, labels), folds=folds)
-        rows = sources.read(0)["train"]
-        held = rows.folds(sources.folds, 0)
-        assert sorted(np.concatenate(held)) == list(range(count)) and len(held) == folds
-        if count >= folds * labels:
-            assert all(len(set(rows.labels[fold])) > 1 for fold in held), "labels are spread"
-        assert all((a == b).all() for a, b in zip(held, rows.folds(sources.folds, 0), strict=True))
-
-    @pytest.mark.parametrize(
-        "folds, words", [(1, r"0 .* or at least 2"), (-2, "or at least 2"), (8, "7 different texts are too few for 8")]
-    )
-    def test_numbers_that_cannot_be(self, tmp_path, folds, words):
-        with pytest.raises(ProbeError, match=words):
-            DataSources(train=write(tmp_path / "a.jsonl", 7), folds=folds).read(0)["train"].folds(folds, 0)
 
 
 class TestFolds:
@@ -338,6 +223,32 @@ class TestGoingOn:
         stopped(resume=False, **changes).execute()
         assert (tmp_path / "head" / "probe_config.json").exists()
 
+    def test_other_folds(self, backbone_folder, tmp_path, monkeypatch):
+        """Folds are drawn by the first seed: the heads of another one have learned from rows that are held out now."""
+        data = DataSources(train=write(tmp_path / "a.jsonl", 30), label_names=["0", "1"], folds=3)
+
+        def run(*seeds, resume=False):
+            recipe = Recipe(num_train_epochs=1)
+            return TrainingRun(
+                str(backbone_folder),
+                data,
+                tmp_path / "head",
+                {"probe_type": "gate"},
+                recipe,
+                seeds=seeds,
+                resume=resume,
+            )
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(TrainingRun, "save", stop)
+            run(0, 1).execute()
+        with pytest.raises(ProbeError, match="checkpoints of another training: its folds are not these"):
+            run(1, resume=True).execute()
+        assert run(0, 1, resume=True).execute()["chosen_seed"] in (0, 1)
+
 
 class TestOutput:
     @pytest.mark.parametrize("name", ["README.md", "results.json"])
@@ -376,10 +287,10 @@ class TestOutput:
         assert not (tmp_path / "head" / ".states").exists()
 
 
-@pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", ""])
+@pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", "", "0,0"])
 def test_weights_of_classes_that_are_none(backbone_folder, tmp_path, weights):
     data, recipe = DataSources(train=write(tmp_path / "a.jsonl", 40)), Recipe(class_weights=weights)
-    with pytest.raises(ProbeError, match="must be 'balanced', or numbers of at least 0 with commas"):
+    with pytest.raises(ProbeError, match="must be 'balanced', or numbers of at least 0 with commas, not all"):
         TrainingRun("never-loaded", data, tmp_path / "head", {"probe_type": "gate"}, recipe).execute()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -53,13 +54,21 @@ class Comparison:
         self.store = PartStore(self.folder / "parts")
         self.epochs, self.patience, self.shots = epochs, patience, shots
 
-    def settings(self, source: str, name: str, method: HeadMethod | None = None, **further) -> dict[str, Any]:
+    def settings(
+        self, source: str, name: str, method: HeadMethod | None = None, test: str | None = None
+    ) -> dict[str, Any]:
         """What a result of a method on a data set depends on.
 
         Args:
-            source, name: data set and method. method: of a head that is not in the table. further: whatever else.
+            source, name: data set and method. method: of a head that is not in the table.
+            test: the data set that it is tested on, where that is another.
+
+        Raises:
+            ProbeError: the rows cannot be read.
         """
-        found = {**self.bench.settings, "data": source, **further}
+        found = {**self.bench.settings, "data": source, "rows": self.bench.digests(source, test)}
+        if test is not None:
+            found["test"] = test
         method = method or head_methods().get(name)
         if method is not None:
             return {**found, "epochs": self.epochs, "patience": self.patience, **method.settings}
@@ -99,7 +108,8 @@ class Comparison:
             for name in missing
             for seed in seeds
         }
-        digest = hashlib.sha256("\n".join(missing).encode()).hexdigest()[:8]
+        asked = json.dumps({name: settings[name] for name in missing})  # a checkpoint is of these alone
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
         scratch = self.folder / "training" / f"{group}-{task.name}-{digest}"
         logger.warning(f"training {', '.join(missing)} on {task.source}, seeds {', '.join(map(str, seeds))}")
         training = SharedTraining(
@@ -232,7 +242,8 @@ class Comparison:
 
     def few_labels_settings(self, source: str, name: str) -> dict[str, Any]:
         """What the learning curve of a head on a data set depends on."""
-        return {**self.bench.settings, "data": source, "head": head_methods()[name].head, "sizes": list(SIZES)}
+        head, rows = head_methods()[name].head, self.bench.digests(source)
+        return {**self.bench.settings, "data": source, "rows": rows, "head": head, "sizes": list(SIZES)}
 
     def few_labels(self, task: Task, names: Sequence[str]) -> None:
         """Heads on few training rows, scored on the test rows: parts `few-labels/DATA/NAME`.

@@ -16,7 +16,7 @@ from .known_data import find_benchmark
 
 logger = logging.get_logger(__name__)
 
-FEW_ROWS, FOLDS = 400, 5
+FEW_ROWS, FOLDS, VALIDATION_SHARE = 400, 5, 0.15
 
 
 @dataclass
@@ -25,9 +25,9 @@ class DataSources:
 
     Attributes:
         train, eval, test: names of data sets (`NAME` or `NAME:SPLIT`), files, folders or Hub data sets. Where train is
-            known by name, `eval` and `test` are its validation and test splits, if it has them and others are not given.
-            Without `eval`, `validation_share` of train is held back, or folds of it take turns. `test` is scored once at
-            the end, and nothing is chosen by it; `test_share` of train can be held back for it first.
+            known by name, `eval` and `test` are its validation and test splits, if it has them and nothing else is asked for.
+            Without `eval`, `validation_share` of train (0.15 where left out) is held back, or folds of it take turns.
+            `test` is scored once at the end, and nothing is chosen by it; `test_share` of train can be held back for it first.
         extra: further rows to train on, of other sources: neither the head, nor its temperature and threshold, is chosen or
             measured by them. Their labels are read as those of train, by name or else in their order; rows whose text is
             among the validation or test rows are left out.
@@ -37,14 +37,15 @@ class DataSources:
         slice_columns: columns of the test rows to report by; those of the table where test is known by name.
         folds: without `eval`, train on all rows, and validate on the scores that each of so many folds gets from a head
             trained on the others; 0 holds a part back instead, `None` is 5 folds for fewer than 400 rows, which are too
-            few to hold any back.
+            few to hold any back, unless `validation_share` says how many to hold back.
         max_rows: read at most so many training rows. max_extra_rows: and so many of each source of `extra`. max_eval_rows: and so
             many validation and so many test rows.
         data_dir: local copies of the data sets known by name, see `read_benchmark`.
 
     Raises:
         ProbeError: `data_dir` has no copy of train, columns are named where every source has its own, `folds` is no
-            number of folds or given beside `eval`, or `extra_weights` are no weights or given without `extra`.
+            number of folds, a share does not lie between 0 and 1, more than one of `eval`, `folds` and `validation_share` is
+            given, or `extra_weights` are no weights or given without `extra`.
     """
 
     train: str
@@ -56,7 +57,7 @@ class DataSources:
     label_column: str = "label"
     label_names: list[str] | None = None
     problem_type: str | None = None
-    validation_share: float = 0.15
+    validation_share: float | None = None
     test_share: float | None = None
     folds: int | None = 0
     slice_columns: list[str] = field(default_factory=list)
@@ -77,10 +78,14 @@ class DataSources:
             not all(map(str.strip, self.label_names)) or len(set(self.label_names)) < len(self.label_names)
         ):
             raise ProbeError(f"label_names={self.label_names} must be different names, none of them empty")
-        if self.eval is not None and self.folds:
-            raise ProbeError(
-                f"folds={self.folds} and the validation rows of {self.eval} cannot both be used: leave one out"
-            )
+        for name in ("validation_share", "test_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ProbeError(f"{name}={value} must lie between 0 and 1")
+        ways = [] if self.eval is None else [f"the validation rows of {self.eval}"]
+        ways += [f"{name}={getattr(self, name)}" for name in ("folds", "validation_share") if getattr(self, name)]
+        if len(ways) > 1:
+            raise ProbeError(f"{ways[1]} and {ways[0]} cannot both be used: leave one out")
         if self.test is not None and self.test_share is not None:
             raise ProbeError(
                 f"test_share={self.test_share} and the test rows of {self.test} cannot both be used: leave one out"
@@ -94,10 +99,14 @@ class DataSources:
         if known is not None:
             benchmark, split = known
             others = set(benchmark_splits(benchmark, self.data_dir)) - {split or "train"}
-            if self.eval is None and not self.folds and "validation" in others:
+            if not ways and "validation" in others:
                 self.eval = f"{benchmark.name}:validation"
             if self.test is None and self.test_share is None and "test" in others:
                 self.test = f"{benchmark.name}:test"
+        if self.validation_share is None:
+            self.validation_share = VALIDATION_SHARE
+        elif self.folds is None:
+            self.folds = 0
         tested = find_benchmark(self.test) if self.test else None
         if tested is not None and not self.slice_columns:
             self.slice_columns = list(tested[0].slices)
@@ -117,7 +126,7 @@ class DataSources:
         """Rows of `train`, `validation` and, where given, `test` and `extra`. With folds, the first two are the same object.
 
         Raises:
-            ProbeError: a source cannot be read, or the parts do not have the same labels.
+            ProbeError: a source cannot be read, the parts do not have the same labels, or there is one label alone to learn.
         """
         parts = {"train": self._read(self.train, "train")}
         held_back = None
@@ -152,10 +161,20 @@ class DataSources:
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         if self.extra:
             parts["extra"] = self._read_extra(parts, seed)
+        learned = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])
+        if parts["train"].problem_type == "single_label_classification" and len(np.unique(learned)) == 1:
+            raise ProbeError(
+                f"all rows to learn from have the label {parts['train'].label_names[learned[0]]!r}, so there is nothing to tell "
+                "apart: give rows of another label as well"
+            )
         return parts
 
     def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
-        """All sources of `extra`, without what is judged by."""
+        """All sources of `extra`, without what is judged by.
+
+        Raises:
+            ProbeError: a source cannot be read, or no row is left.
+        """
         train = parts["train"]
         judged = {text for name in ("validation", "test") if name in parts for text in map(str, parts[name].texts)}
         found = []
@@ -173,6 +192,11 @@ class DataSources:
             found.append(allowed.at_most(self.max_extra_rows, seed))
             if left_out := len(rows) - len(allowed):
                 logger.warning(f"{left_out} rows of {source} are left out: they are validation or test rows as well")
+        if not any(map(len, found)):
+            raise ProbeError(
+                f"no rows of {', '.join(self.extra)} are left: all of them are validation or test rows as well (with folds every "
+                "row of train is a validation row). Give other rows, or leave extra out"
+            )
         return LabelledTexts(
             [text for rows in found for text in rows.texts],
             np.concatenate([rows.labels for rows in found]),

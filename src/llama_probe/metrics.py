@@ -59,13 +59,13 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
     """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`.
 
     F1, precision and recall are those of label 1 of two, else the mean over the labels that some row has or is given. AUPRC and
-    AUROC are `None` where no label both occurs and does not, and R2 for a single row.
+    AUROC are `None` where no label both occurs and does not, and R2 where all rows have the same value.
     """
     if config.problem_type == "regression":
         return {
             "mse": float(sk.mean_squared_error(labels, probs)),
             "mae": float(sk.mean_absolute_error(labels, probs)),
-            "r2": float(sk.r2_score(labels, probs)) if len(labels) > 1 else None,
+            "r2": float(sk.r2_score(labels, probs)) if np.ptp(labels, axis=0).any() else None,
         }
     predicted = predictions(torch.from_numpy(np.asarray(probs)), config).numpy()
     if config.problem_type == "multi_label_classification":
@@ -187,7 +187,11 @@ def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
             f"metric={metric!r} cannot choose a {config.problem_type} head; allowed: {', '.join(allowed)}"
         )
     anything = np.zeros((len(labels), config.num_labels))
-    if metric in ("auprc", "auroc") and score(anything, labels, config)[metric] is None:
+    if score(anything, labels, config)[metric] is None:
+        if metric == "r2":
+            raise ProbeError(
+                f"r2 is not defined on the {len(labels)} validation rows: all have the same value. Give rows with others as well"
+            )
         raise ProbeError(
             f"{metric} is not defined on the {len(labels)} validation rows: no label both occurs and does not. Give rows of "
             f"each label, or another metric ({', '.join(name for name in allowed if name not in ('auprc', 'auroc'))})"

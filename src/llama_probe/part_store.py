@@ -43,22 +43,22 @@ class PartStore:
             ProbeError: it was made with other settings, or its file is damaged.
         """
         path = self._path(name)
-        if not path.is_file():
+        if not self.holds(name):
             return None
         try:
             part = Part(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ProbeError(f"{path} is damaged: {error}; remove it to do this part again") from None
-        wanted = json.loads(json.dumps(settings))
-        if part.settings != wanted:
-            names = sorted({*part.settings, *wanted})
-            other = [name for name in names if part.settings.get(name) != wanted.get(name)]
-            told = ", ".join(f"{name}={part.settings.get(name)!r} (now {wanted.get(name)!r})" for name in other)
+        if told := differences(part.settings, settings):
             raise ProbeError(
                 f"{path} was made with other settings: {told}. Give those again, or another --output; or remove the file to "
                 "do this part anew"
             )
         return part
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a part of this name, with whatever settings."""
+        return self._path(name).is_file()
 
     def write(self, name: str, settings: dict[str, Any], result: Any, seconds: float, together: list[str]) -> None:
         """Puts a finished part into its file; whoever reads sees all of it or nothing."""
@@ -70,3 +70,10 @@ class PartStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What settings that were written have other than those at hand, for a message; empty where they are the same."""
+    wanted = json.loads(json.dumps(wanted))
+    other = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    return ", ".join(f"{name}={found.get(name)!r} (now {wanted.get(name)!r})" for name in other)

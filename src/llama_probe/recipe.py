@@ -22,6 +22,7 @@ class Recipe:
         learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing: `None` for what suits the kind and the
             number of rows; see `complete`. The batch is that of a single process; several share it (rounded up to a number
             that they can divide), so that a recipe means the same whatever it runs on.
+        patience: epochs without a better metric after which a training stops. With folds no head is stopped.
         max_false_positive_rate, threshold_rule: how the threshold is chosen, see `calibrate`.
 
     Raises:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from .capture import find_decoder
 from .comparison import Comparison
 from .distributed import launched
 from .errors import ProbeError
-from .files import environment
+from .files import environment, write_atomically
 from .heads import get_probe_type
 from .methods import check_methods, downcast_methods, head_methods, method_names
+from .part_store import differences
 from .recipe import Recipe
 from .reproduction_report import write_report
-from .sweep import SWEEP_NAME, SearchSpace, Sweep
+from .sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep
 from .training_run import TrainingRun
 from .workbench import SAFETY, Task, Workbench, known_source
 
@@ -33,6 +35,8 @@ logger = logging.get_logger(__name__)
 PARTS = ("main", "ood", "downcast", "layers", "sensitivity", "few-labels")
 DATA = ("toxicchat", "sst2", "emotion", "imdb")
 TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
+
+_SETTINGS_NAME = "settings.json"  # what the sweep beside it was made with
 
 
 @dataclass
@@ -104,6 +108,8 @@ class Reproduction:
         if set(self.only) - {"sensitivity"}:
             self._check_rows()
         self.report()  # reads all that is finished, and refuses what was made with other settings
+        if "sensitivity" in self.only and self.sweep is None and not self.comparison.store.holds("sensitivity"):
+            self._check_sweep()
         for step in self._steps():
             step()
             write_report(self.output, self.report(), plots=False)
@@ -213,7 +219,9 @@ class Reproduction:
     def _sensitivity_settings(self) -> dict[str, Any]:
         if self.sweep is not None:
             return {"sweep": Path(self.sweep).name}
-        return {**self.bench.settings, "data": self._primary, "trials": self.trials, "epochs": self.epochs}
+        rows = self.bench.digests(self._primary)
+        own = {"trials": self.trials, "epochs": self.epochs, "patience": self.patience}
+        return {**self.bench.settings, "data": self._primary, "rows": rows, **own}
 
     def _sensitivity(self) -> None:
         store, settings = self.comparison.store, self._sensitivity_settings
@@ -227,11 +235,28 @@ class Reproduction:
         result = {"metric": found["metric"], "trials": found["trials"], "kinds": summarize_trials(found["trials"])}
         store.write("sensitivity", settings, result, time.perf_counter() - start, ["sensitivity"])
 
+    def _check_sweep(self) -> None:
+        """Raises `ProbeError` for a sweep in the output folder, finished or not, that was made with other settings."""
+        folder = self.output / "sweep"
+        if not any((folder / name).exists() for name in (STUDY_NAME, SWEEP_NAME)):
+            return
+        path = folder / _SETTINGS_NAME
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if told := differences(found, self._sensitivity_settings):
+            raise ProbeError(
+                f"{folder} holds a sweep that was made with other settings: {told}. Give those again, or another --output; or "
+                "remove the folder to do the sweep anew"
+            )
+
     def _run_sweep(self) -> dict[str, Any]:
         bench, folder = self.bench, self.output / "sweep"
+        self._check_sweep()
         finished = folder / SWEEP_NAME
         if finished.is_file():
             return json.loads(finished.read_text(encoding="utf-8"))
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._sensitivity_settings, indent=2) + "\n"
+        write_atomically({folder / _SETTINGS_NAME: lambda path: path.write_text(text, encoding="utf-8")})
         metric = "auprc" if known_source(self._primary).name in SAFETY else "accuracy"
         run = TrainingRun(
             backbone=bench.backbone,
@@ -256,9 +281,15 @@ class Reproduction:
         comparison, bench, safety = self.comparison, self.bench, self._safety_source
         seconds: dict[str, float] = {}
 
-        def find(name: str, settings: dict[str, Any]) -> Any:
+        def find(name: str, settings: Callable[[], dict[str, Any]]) -> Any:
+            if not comparison.store.holds(name):
+                return None
             try:
-                part = comparison.store.find(name, settings)
+                wanted = settings()
+            except ProbeError:  # its rows are not at hand, so it may be one of others
+                return None
+            try:
+                part = comparison.store.find(name, wanted)
             except ProbeError:
                 if name.split("/")[0] in (*self.only, "backbone"):
                     raise
@@ -269,9 +300,11 @@ class Reproduction:
             return part.result
 
         def find_all(group: str, source: str, names: Iterable[str], **further) -> dict[str, Any]:
-            return {name: find(f"{group}/{name}", comparison.settings(source, name, **further)) for name in names}
+            return {
+                name: find(f"{group}/{name}", partial(comparison.settings, source, name, **further)) for name in names
+            }
 
-        backbone = find("backbone", self._backbone_settings)
+        backbone = find("backbone", lambda: self._backbone_settings)
         found: dict[str, Any] = {
             "command": self.command,
             "environment": environment(),
@@ -280,10 +313,12 @@ class Reproduction:
             "backbone": backbone,
             "main": {source: find_all(f"main/{_file(source)}", source, self.methods) for source in self.data},
             "layers": {source: find_all(f"layers/{_file(source)}", source, self._layered) for source in self.data},
-            "sensitivity": find("sensitivity", self._sensitivity_settings),
+            "sensitivity": find("sensitivity", lambda: self._sensitivity_settings),
             "few_labels": {
                 source: {
-                    name: find(f"few-labels/{_file(source)}/{name}", comparison.few_labels_settings(source, name))
+                    name: find(
+                        f"few-labels/{_file(source)}/{name}", partial(comparison.few_labels_settings, source, name)
+                    )
                     for name in self._trained_kinds
                 }
                 for source in self.data
@@ -298,7 +333,7 @@ class Reproduction:
         if backbone is not None:
             source = self._primary
             results = {
-                name: find(f"downcast/{_file(source)}/{name}", comparison.settings(source, name, method))
+                name: find(f"downcast/{_file(source)}/{name}", partial(comparison.settings, source, name, method))
                 for name, method in downcast_methods(backbone["hidden_size"]).items()
             }
             found["downcast"] = {"data": source, "results": results}

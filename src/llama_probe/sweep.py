@@ -154,7 +154,7 @@ class Sweep:
         # What a kind needs of the config is decided by each draw; pooling needs nothing.
         self.run.head = {**self.run.head, "probe_type": "pooling"}
         prepared = self.run.prepare()
-        params = on_main(lambda: self._draw(output, prepared.config.hidden_size))
+        params = on_main(lambda: self._draw(output, prepared))
         epochs = int(self.run.recipe.num_train_epochs)
         candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
         training = SharedTraining(
@@ -192,14 +192,18 @@ class Sweep:
             load_if_exists=True,
         )
 
-    def _draw(self, output: Path, hidden_size: int) -> dict[int, dict[str, Any]]:
+    def _draw(self, output: Path, prepared: Prepared) -> dict[int, dict[str, Any]]:
         """Parameters by the number of the trial, from the study where a sweep goes on. All are drawn before any is trained."""
         study = self._study(output)
         known = study.get_trials(deepcopy=False)
-        setup = json.dumps(self._setup(), sort_keys=True)
+        setup = json.loads(json.dumps(self._setup(prepared)))
         if "setup" in study.user_attrs:  # set when all had been drawn
-            if study.user_attrs["setup"] != setup:
-                raise ProbeError(f"{output} holds a sweep with other settings: give those again, or another folder")
+            found = json.loads(study.user_attrs["setup"])
+            if different := [name for name in setup if setup[name] != found.get(name)]:
+                raise ProbeError(
+                    f"{output} holds another sweep: its {', '.join(different)} are not these. Give what was given then, or "
+                    "another folder"
+                )
             return {trial.number: trial.params for trial in known}
         if known:  # stopped while it drew: nothing is lost by drawing anew
             (output / STUDY_NAME).unlink()
@@ -209,11 +213,11 @@ class Sweep:
             study.enqueue_trial({"probe_type": self.space.probe_types[number % len(self.space.probe_types)]})
         trials = [study.ask() for _ in range(self.trials)]
         for trial in trials:
-            self.space.suggest(trial, hidden_size)
-        study.set_user_attr("setup", setup)
+            self.space.suggest(trial, prepared.config.hidden_size)
+        study.set_user_attr("setup", json.dumps(setup))
         return {trial.number: trial.params for trial in trials}
 
-    def _setup(self) -> dict[str, Any]:
+    def _setup(self, prepared: Prepared) -> dict[str, Any]:
         """What must be the same when a sweep goes on."""
         run = self.run
         data = {key: value for key, value in vars(run.data).items() if key != "data_dir"}
@@ -223,7 +227,9 @@ class Sweep:
             "keep": self.keep,
             "recipe": dataclasses.asdict(run.recipe),
             "data": {key: value for key, value in data.items() if key != "test"},
+            "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
             "backbone": run.backbone,
+            "dtype": run.dtype,
             "prompts": [run.prompt_format, run.system_prompt, run.max_length],
             "head": run.head,
             "seed": run.seeds[0],

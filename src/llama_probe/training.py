@@ -93,6 +93,7 @@ def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) ->
         "save_strategy": "epoch",
         "save_total_limit": 1,
         "load_best_model_at_end": True,
+        "restore_callback_states_from_checkpoint": True,  # for how many epochs the metric has not risen
         "metric_for_best_model": metric,
         "greater_is_better": True,
         "train_sampling_strategy": "group_by_length",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -135,7 +136,8 @@ class TrainingRun:
             "head": prepared.config.to_dict() | {"fingerprint": None},
             "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
             "extra_weights": prepared.extra_weights,
-            "folds": len(prepared.folds),
+            # Which rows each head has not seen, so that none is validated on rows that it learned from.
+            "folds": hashlib.sha256(json.dumps([held.tolist() for held in prepared.folds]).encode()).hexdigest(),
         }
         setup = json.loads(json.dumps(setup))
         path = checkpoints / _SETUP_NAME
@@ -251,9 +253,10 @@ class TrainingRun:
                 weights = [float(value) for value in weights.split(",")]
             except ValueError:
                 weights = []
-            if not weights or not all(0 <= weight < math.inf for weight in weights):
+            if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
                 raise ProbeError(
-                    f"class_weights={self.recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas"
+                    f"class_weights={self.recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas, "
+                    "not all of them 0"
                 )
         return ProbeLoss(config, weights, self.recipe.label_smoothing, self.recipe.focal_gamma)
 

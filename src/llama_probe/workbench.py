@@ -50,6 +50,7 @@ class Workbench:
     cache: bool = True
     cache_dir: Path | None = None
     _tasks: dict[str, Task] = field(default_factory=dict, init=False, repr=False)
+    _test_rows: dict[str, LabelledTexts] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -59,7 +60,7 @@ class Workbench:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on."""
+        """What results depend on, beside the rows."""
         return {
             "backbone": self.backbone,
             "dtype": self.dtype,
@@ -120,7 +121,21 @@ class Workbench:
 
     def test_rows(self, name: str) -> LabelledTexts:
         """The test rows of a data set that is only tested on."""
-        return read_labelled(name, split="test", data_dir=self.data_dir).at_most(self.max_rows, self.seeds[0])
+        if name not in self._test_rows:
+            rows = read_labelled(name, split="test", data_dir=self.data_dir)
+            self._test_rows[name] = rows.at_most(self.max_rows, self.seeds[0])
+        return self._test_rows[name]
+
+    def digests(self, source: str, test: str | None = None) -> dict[str, str]:
+        """What tells the training, validation and test rows of a data set from others of its name.
+
+        Args:
+            source: see `task`. test: the data set whose test rows are used in place of its own.
+        """
+        parts = self.task(source).parts
+        if test is not None:
+            parts = {**parts, "test": self.test_rows(test)}
+        return {name: rows.digest()[:16] for name, rows in parts.items()}
 
     def sources(self, source: str) -> DataSources:
         """Where a data set's rows come from."""

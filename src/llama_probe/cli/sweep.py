@@ -36,7 +36,9 @@ def sweep(
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
     label_names: Annotated[str | None, typer.Option(help="Names of the labels 0, 1, ..., with commas.")] = None,
-    validation_share: Annotated[float, typer.Option(help="Share held back without --eval.")] = 0.15,
+    validation_share: Annotated[
+        float | None, typer.Option(help="Share held back instead of --eval; 0.15 where neither is given.")
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Use at most so many training rows.")] = None,
     max_length: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 512,
     prompt_format: Annotated[str, typer.Option(help="chat (the model's template) or raw.")] = "chat",

@@ -57,8 +57,11 @@ def train(
         list[str] | None, typer.Option(help="Report test rows also by this column; a named data set may have its own.")
     ] = None,
     validation_share: Annotated[
-        float, typer.Option(help="Share of the training rows held back without --eval.")
-    ] = 0.15,
+        float | None,
+        typer.Option(
+            help="Share of the training rows held back instead of --eval or --folds; 0.15 where rows are held back and it is left out."
+        ),
+    ] = None,
     test_share: Annotated[
         float | None,
         typer.Option(help="Share of the training rows held back as test rows, before anything else, without --test."),
