@@ -33,19 +33,22 @@ _MAX_LINES = 10  # labels that are told apart as lines of one plot
 def write_plots(folder: str | os.PathLike) -> list[Path]:
     """Draws what the `results.json` of a head folder holds, into the folder; the same results give the same files.
 
+    Plots that an earlier head has left there, and that this one does not have, are removed.
+
     Returns:
         The files: `calibration.png` (not for regression) and `layer_weights.png`; none where nothing was measured, or
         where matplotlib is not installed.
     """
-    results = read_results(folder)
-    if results is None or "inspection" not in results or find_spec("matplotlib") is None:
-        return []
+    inspection = (read_results(folder) or {}).get("inspection", {}) if find_spec("matplotlib") is not None else {}
     writers = {
-        Path(folder) / name: png_writer(partial(draw, results["inspection"]))
+        Path(folder) / name: png_writer(partial(draw, inspection))
         for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
-        if name.removesuffix(".png") in results["inspection"]
+        if name.removesuffix(".png") in inspection
     }
     write_atomically(writers)
+    for path in (Path(folder) / name for name in PLOT_NAMES):
+        if path not in writers:
+            path.unlink(missing_ok=True)
     return list(writers)
 
 
