@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .options import Backbone, DataDir, Dtype, Json, command_line
@@ -82,7 +83,7 @@ def reproduce(
     for source, results in report["main"].items():
         if not any(results.values()):
             continue
-        shown = Table(title=f"{source}, test rows")
+        shown = Table(title=escape(f"{source}, test rows"))
         shown.add_column("method")
         for column in columns(source):
             shown.add_column(column.title, justify="right")

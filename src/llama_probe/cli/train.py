@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ProbeError
@@ -247,7 +248,7 @@ def train(
             print(json.dumps(results))
             return
         _print_summary(results)
-        Console().print(f"head written to {output}")
+        print(f"head written to {output}")
 
 
 def _layers(text: str) -> str | list[int]:
@@ -271,7 +272,8 @@ def _options(pairs: list[str]) -> dict[str, int | float]:
 
 
 def _print_summary(results: dict) -> None:
-    table = Table(title=f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters")
+    title = f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters"
+    table = Table(title=escape(title))
     table.add_column("rows")
     table.add_column("metric")
     for run in results["runs"]:
