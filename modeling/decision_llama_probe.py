@@ -77,6 +77,18 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
     return {"label": label, "score": score, "scores": scores}
 
 
+def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
+    """What a head says of one row, for people: the label with its own probability, which need not be the largest.
+
+    Args:
+        label: its entry of `labels`. scores: by label name its probabilities (regression: values). style: format of a probability.
+    """
+    if config.problem_type == "regression":
+        return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+    names = label if isinstance(label, list) else [label]
+    return ", ".join(f"{name} ({scores[name]:{style}})" for name in names) or "no label"
+
+
 def probe_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,

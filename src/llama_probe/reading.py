@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration import ProbeConfig
+from .decision import in_words
 from .errors import ProbeError
 from .prompts import PromptFormat, Text
 from .scope import token_mask
@@ -71,10 +72,7 @@ class Reading:
     @property
     def verdict(self) -> str:
         """The label in words, with its probability where it has one."""
-        if self.config.problem_type == "regression":
-            return ", ".join(f"{name} {value:.3g}" for name, value in self.probabilities.items())
-        names = self.label if isinstance(self.label, list) else [self.label]
-        return ", ".join(f"{name} ({self.probabilities[name]:.0%})" for name in names) or "no label"
+        return in_words(self.label, self.probabilities, self.config, ".0%")
 
     @property
     def note(self) -> str | None:

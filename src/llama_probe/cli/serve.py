@@ -242,27 +242,17 @@ def _print_rows(rows: list[dict], configs: dict[str, ProbeConfig], as_json: bool
     if as_json:
         print(json.dumps(rows))
         return
+    from ..decision import in_words
+
     replies = "reply" in rows[0]
     table = Table("prompt", *(["reply"] if replies else []), *map(escape, configs), show_lines=replies)
     for row in rows:
-        cells = [escape(_verdict(row["labels"][name], row["probabilities"][name], configs[name])) for name in configs]
+        cells = []
+        for name, config in configs.items():
+            scores = dict(zip(config.id2label.values(), row["probabilities"][name], strict=False))
+            cells.append(escape(in_words(row["labels"][name], scores, config)) if scores else "-")
         table.add_row(escape(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
     Console().print(table)
-
-
-def _verdict(label: Any, probabilities: list[float], config: ProbeConfig) -> str:
-    """What a head says of a row, in words; a threshold may give a label that is not the likeliest."""
-    from ..decision import verdict
-
-    if not probabilities:
-        return "-"
-    if config.problem_type == "regression":
-        return ", ".join(
-            f"{name} {value:.3g}" for name, value in zip(config.id2label.values(), probabilities, strict=True)
-        )
-    score = verdict(label, probabilities, config)["score"]
-    pairs = zip(label, score, strict=True) if isinstance(label, list) else [(label, score)]
-    return ", ".join(f"{name} ({value:.2f})" for name, value in pairs) or "no label"
 
 
 def _shown_reply(row: dict) -> str:
