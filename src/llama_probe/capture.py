@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .configuration import ProbeConfig
 from .errors import ProbeError
@@ -351,6 +352,21 @@ class _ValuesAlone(TorchFunctionMode):
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
             return args[0].detach().clone()
         return func(*args, **(kwargs or {}))
+
+
+def bytes_to_come(cache: Cache | None) -> int:
+    """By how much an LM's cache still grows in a pass after its next layer; 0 where it is not known, as in a later pass.
+
+    Layers that hold nothing so far will hold as much as the first does, where they are of its kind.
+    """
+    layers = getattr(cache, "layers", None)
+    if not layers or type(layers[0]) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
+        return 0
+    first = layers[0]
+    if not first.is_initialized:
+        return 0
+    empty = sum(type(layer) is type(first) and not layer.is_initialized for layer in layers)
+    return max(0, empty - 1) * (first.keys.nbytes + first.values.nbytes)
 
 
 def copy_cache(cache: Cache) -> Cache:
