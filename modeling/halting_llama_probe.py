@@ -146,6 +146,32 @@ def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, A
     return chosen.get("halting", {}).get("labels", {})
 
 
+def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
+    """What `halt_on` says of each head that it names; a function is no such thing.
+
+    Raises:
+        ProbeError: it is in none of the forms that are allowed, or names no head.
+    """
+    named = [spec] if isinstance(spec, str) else spec
+    if not isinstance(named, Mapping):
+        named = list(named) if isinstance(named, Iterable) else [named]
+        if not all(isinstance(name, str) for name in named):
+            raise ProbeError(
+                f"halt_on={spec!r} must be the name of a head, a list of names, a dict of names with label, threshold and "
+                "patience, or a function"
+            )
+        named = dict.fromkeys(named)
+    if not named:
+        raise ProbeError("halt_on names no head; leave it out to halt nothing")
+    for name, options in named.items():
+        if options is not None and not isinstance(options, Mapping):
+            raise ProbeError(
+                f"halt_on: what is said of {name!r} is {options!r}; it must be a dict, such as {{{name!r}: "
+                "{'label': ..., 'threshold': 0.6}}"
+            )
+    return {name: dict(options or {}) for name, options in named.items()}
+
+
 class Halter:
     """What one call of `generate()` halts by.
 
@@ -190,26 +216,9 @@ class Halter:
                 )
             self.policy = spec
             return
-        if isinstance(spec, str):
-            spec = [spec]
-        if not isinstance(spec, Mapping):
-            if not isinstance(spec, Iterable) or not all(isinstance(name, str) for name in spec):
-                raise ProbeError(
-                    f"halt_on={spec!r} must be the name of a head, a list of names, a dict of names with label, threshold and "
-                    "patience, or a function"
-                )
-            spec = dict.fromkeys(spec)
-        if not spec:
-            raise ProbeError("halt_on names no head; leave it out to halt nothing")
-        for name, options in spec.items():
+        for name, options in options_by_head(spec).items():
             if name not in configs:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
-            options = {} if options is None else options
-            if not isinstance(options, Mapping):
-                raise ProbeError(
-                    f"halt_on: what is said of {name!r} is {options!r}; it must be a dict, such as {{{name!r}: "
-                    "{'label': ..., 'threshold': 0.6}}"
-                )
             if unknown := sorted(set(options) - {"label", "threshold", "patience"}):
                 raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold, patience")
             self.rules.append(HaltRule.create(name, configs[name], **options))

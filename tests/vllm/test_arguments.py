@@ -220,7 +220,7 @@ def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):  # noqa: F811
         ("tone", "say by which label"),
         ({}, "names no head"),
         (7, "halt_on=7 must be"),
-        ([["guard"]], "must be a head's name, several"),
+        ([["guard"]], "must be the name of a head, a list of names"),
         ({"guard": 0.5}, "what is said of 'guard' is 0.5"),
         ({"guard": "0.5"}, "what is said of 'guard' is '0.5'"),
     ],

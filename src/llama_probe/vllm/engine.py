@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig
@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from ..backbones import resolve_backbone
 from ..errors import ProbeError
 from ..files import read_head
-from ..halting import HaltSpec
+from ..halting import HaltSpec, options_by_head
 from ..heads.aggregator import Classifier
 from ..hub import HubOptions
 from ..probe import ProbeModel
@@ -81,7 +81,12 @@ def engine_kwargs(
         heads[name] = str(folder)
     if not heads:
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
-    settings = ProbeSettings(heads, _plain(halt_on), allow_untested_vllm)
+    if callable(halt_on):
+        raise ProbeError(
+            "halt_on is a function, and the engine decides in another process: name heads, as in "
+            "{'toxicchat-mha': {'threshold': 0.6}}"
+        )
+    settings = ProbeSettings(heads, None if halt_on is None else options_by_head(halt_on), allow_untested_vllm)
     settings.rules  # noqa: B018 - raises where halt_on is not allowed
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))
@@ -114,22 +119,3 @@ def _check_head(name: str, head: ProbeModel, target: Target) -> None:
             f"head {name!r} ({config.probe_type}) needs more of the LM than its states, which vLLM does not give it; "
             "generate() of transformers runs it"
         )
-
-
-def _plain(halt_on: HaltSpec | None) -> dict[str, dict[str, Any]] | None:
-    """`halt_on` as a dict of options by name."""
-    if halt_on is None:
-        return None
-    if callable(halt_on):
-        raise ProbeError(
-            "halt_on is a function, and the engine decides in another process: name heads, as in "
-            "{'toxicchat-mha': {'threshold': 0.6}}"
-        )
-    names = [halt_on] if isinstance(halt_on, str) else halt_on
-    if not isinstance(names, (Mapping, Sequence)) or not all(isinstance(name, str) for name in names):
-        raise ProbeError(f"halt_on={halt_on!r} must be a head's name, several, or a dict of names")
-    options = names if isinstance(names, Mapping) else dict.fromkeys(names)
-    # what is no dict of options is refused where the rules are made of it
-    return {
-        name: dict(said or {}) if said is None or isinstance(said, Mapping) else said for name, said in options.items()
-    }
