@@ -39,7 +39,9 @@ class GateAggregator(Aggregator):
 
     @classmethod
     def read(cls, stages, state, x, mask, slot):
-        scores = cls._read_scores(stages, x, mask, slot)
+        scores = cls._read_scores(stages, x, slot).exp_()
+        if mask is not None:
+            scores.mul_(mask)
         total = torch.matmul(scores.transpose(0, 1), x[0]).transpose(0, 1)  # [H, B, D]
         norm = scores.sum(dim=2)
         return (total, norm) if state is None else (state[0] + total, state[1] + norm)
@@ -50,17 +52,17 @@ class GateAggregator(Aggregator):
 
     @classmethod
     def read_whole(cls, stages, x, mask, slot, out):
-        scores = cls._read_scores(stages, x, mask, slot)
-        scores /= scores.sum(dim=2, keepdim=True)
-        torch.bmm(scores.transpose(0, 1), x[0], out=out.transpose(0, 1))
+        scores = cls._read_scores(stages, x, slot)
+        if mask is not None:
+            scores.masked_fill_(~mask, float("-inf"))
+        torch.bmm(scores.softmax(dim=2).transpose(0, 1), x[0], out=out.transpose(0, 1))
 
     @staticmethod
-    def _read_scores(stages, x: torch.Tensor, mask: torch.Tensor | None, slot: int) -> torch.Tensor:
-        """`exp(tanh(...))` of each head, `[H, B, n]`."""
+    def _read_scores(stages, x: torch.Tensor, slot: int) -> torch.Tensor:
+        """`tanh(...)` of each head, `[H, B, n]`."""
         weights = [stage.weight[slot : slot + 1] for stage in stages]
         scores = F.linear(weights[0] if len(weights) == 1 else torch.cat(weights), x.flatten(0, 2))
-        scores = scores.tanh_().exp_().view(-1, *x.shape[1:3])
-        return scores if mask is None else scores.mul_(mask)
+        return scores.tanh_().view(-1, *x.shape[1:3])
 
     def weights(self, x, mask, slots):
         """The softmax itself."""
