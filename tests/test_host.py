@@ -72,6 +72,13 @@ def test_load_and_save(model, folder, tmp_path):
     assert (saved / "probe_model.safetensors").read_bytes() == (folder / "probe_model.safetensors").read_bytes()
 
 
+def test_arguments_by_name_and_by_place(model, folder, tmp_path):
+    model.add_probe(name="new", config=ProbeConfig(probe_type="gate"))
+    assert model.load_probe(id_or_path=folder, name="a", revision="main") == "a"
+    assert model.load_probe(folder, "b", None) == "b"
+    assert model.save_probe(dir=tmp_path / "saved", name="a") == model.save_probe(tmp_path / "saved", "b")
+
+
 def test_another_base_model_warns_or_raises(model, folder, caplog):
     model.config._name_or_path = "org/this"
     with pytest.raises(ProbeError, match="was trained on org/other, this backbone is org/this"):
