@@ -384,6 +384,11 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
 @pytest.mark.parametrize(
     "args, words",
     [
+        (("destroy",), "No such command 'destroy'; see llama-probe --help"),
+        (("inspect", "a", "b"), "unexpected extra argument"),
+        (("evaluate",), "Missing option '--probe'; see llama-probe evaluate --help"),
+        (("train", "--train", "{rows}", "--output", "x", "--epoch", "3"), "No such option: --epoch"),
+        (("train", "--train", "{rows}", "--output", "x", "--epochs", "few"), "Invalid value for '--epochs'"),
         (("inspect", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--probe", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--backbone", "no/such"), "bundled heads"),
@@ -424,7 +429,8 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, arg
         args += ["--probe", "no-such-head"]
     done = run(*args)
     assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    *before, last = done.stderr.strip().splitlines()
+    assert not any("Usage" in line or "╭" in line for line in before)
     assert last.startswith("llama-probe: ") and words in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
