@@ -295,6 +295,8 @@ def test_halting(trained, backbone_folder):
     refused = run(*args, "--halt-on", "mood:sad")
     assert refused.returncode == 2 and "no label 'sad'; it has fine, awful" in refused.stderr
     assert "must be HEAD, HEAD:LABEL" in run(*args, "--halt-on", "mood:awful:high").stderr
+    idle = run(*args, "--halt-reply", "No.")
+    assert idle.returncode == 2 and "nothing halts here" in idle.stderr
 
 
 def test_a_head_of_replies(backbone_folder, tmp_path):
@@ -333,6 +335,8 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     )
     table = run(*args, "--halt-on", "guard:awful:0")
     assert table.returncode == 0 and "halted" in table.stdout
+    alone = run("classify", *args[1:6])
+    assert alone.returncode == 2 and "'guard' reads replies" in alone.stderr and "--prompt-column" in alone.stderr
     refused = run(
         "train", "--backbone", backbone_folder, "--train", tmp_path / "rows.jsonl", "--token-scope", "all", "--eval", tmp_path / "rows.jsonl",
         "--output", tmp_path / "no",
