@@ -20,9 +20,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from .capture_llama_probe import Decoder, find_decoder
 from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import save_head
 from .fingerprint_llama_probe import check_backbone, describe
 from .hub_llama_probe import HubOptions
+from .model_card_llama_probe import save_with_card
 from .probe_llama_probe import ProbeModel
 from .publish_llama_probe import push_head
 from .resolve_llama_probe import Target, check_name, default_name, inside, read_heads
@@ -131,12 +131,12 @@ class ProbeHostMixin:
             head.release()
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
-        """Writes one head into a folder; `name` may be left out where one head is attached.
+        """Writes one head, with its card, into a folder; `name` may be left out where one head is attached.
 
         Raises:
             ProbeError: no head has that name, or several are attached and none is named.
         """
-        return save_head(self.probes[self._single_probe(name, "save")], dir)
+        return save_with_card(self.probes[self._single_probe(name, "save")], dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
         """Uploads one head in one commit, with a card; see `llama_probe.publish.push_head` for the arguments.

@@ -69,6 +69,11 @@ def test_load_and_save(model, folder, tmp_path):
     assert model.load_probe(folder) == "toxic"
     assert model.load_probe(folder, name="again") == "again"
     saved = model.save_probe(tmp_path / "saved", "again")
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "README.md",
+        "probe_config.json",
+        "probe_model.safetensors",
+    ]
     assert (saved / "probe_model.safetensors").read_bytes() == (folder / "probe_model.safetensors").read_bytes()
 
 

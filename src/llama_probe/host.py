@@ -17,9 +17,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from .capture import Decoder, find_decoder
 from .configuration import ProbeConfig
 from .errors import ProbeError
-from .files import save_head
 from .fingerprint import check_backbone, describe
 from .hub import HubOptions
+from .model_card import save_with_card
 from .probe import ProbeModel
 from .publish import push_head
 from .resolve import Target, check_name, default_name, inside, read_heads
@@ -128,12 +128,12 @@ class ProbeHostMixin:
             head.release()
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
-        """Writes one head into a folder; `name` may be left out where one head is attached.
+        """Writes one head, with its card, into a folder; `name` may be left out where one head is attached.
 
         Raises:
             ProbeError: no head has that name, or several are attached and none is named.
         """
-        return save_head(self.probes[self._single_probe(name, "save")], dir)
+        return save_with_card(self.probes[self._single_probe(name, "save")], dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
         """Uploads one head in one commit, with a card; see `llama_probe.publish.push_head` for the arguments.
