@@ -20,9 +20,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from .capture_llama_probe import Decoder, find_decoder
 from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import save_head
 from .fingerprint_llama_probe import check_backbone, describe
 from .hub_llama_probe import HubOptions
+from .model_card_llama_probe import save_with_card
 from .probe_llama_probe import ProbeModel
 from .publish_llama_probe import push_head
 from .resolve_llama_probe import Target, check_name, default_name, inside, read_heads
@@ -70,22 +70,22 @@ class ProbeHostMixin:
                 self._require_probe(name)
             self._active_probes = tuple(dict.fromkeys(names))
 
-    def add_probe(self, name: str, probe: ProbeConfig | ProbeModel) -> ProbeModel:
-        """Attaches a head: a trained `ProbeModel`, or a `ProbeConfig` for a new one with fresh weights.
+    def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
+        """Attaches a head: of a `ProbeConfig` a new one with fresh weights, or a `ProbeModel` as it is.
 
         The head moves to the device of the model's last state, becomes active, and is returned.
 
         Raises:
             ProbeError: the name is taken or not allowed, or the head was made for another hidden size or layer count.
         """
-        return self._attach({name: probe})[name]
+        return self._attach({name: config})[name]
 
     def load_probe(
         self,
-        source: str | os.PathLike,
+        id_or_path: str | os.PathLike,
         name: str | None = None,
-        *,
         revision: str | None = None,
+        *,
         subfolder: str | None = None,
         namespace: str | None = None,
         token: str | bool | None = None,
@@ -97,7 +97,7 @@ class ProbeHostMixin:
         """Reads a head and attaches it.
 
         Args:
-            source: a head folder, a Hub id or an alias; see `resolve_head`.
+            id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
             name: the head's name here; see `default_name` where left out.
             revision, subfolder: of a Hub id, where it does not say so itself.
             namespace: whose heads an alias stands for; see `probe_namespace`.
@@ -110,7 +110,7 @@ class ProbeHostMixin:
         Raises:
             ProbeError: the head cannot be read or does not fit; the model is then as it was.
         """
-        source = inside(source, subfolder)
+        source = inside(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
@@ -130,13 +130,13 @@ class ProbeHostMixin:
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
             head.release()
 
-    def save_probe(self, folder: str | os.PathLike, name: str | None = None) -> Path:
-        """Writes one head into a folder; `name` may be left out where one head is attached.
+    def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
+        """Writes one head, with its card, into a folder; `name` may be left out where one head is attached.
 
         Raises:
             ProbeError: no head has that name, or several are attached and none is named.
         """
-        return save_head(self.probes[self._single_probe(name, "save")], folder)
+        return save_with_card(self.probes[self._single_probe(name, "save")], dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
         """Uploads one head in one commit, with a card; see `llama_probe.publish.push_head` for the arguments.

@@ -15,8 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_sections_llama_probe import backbone, data, introduction, limits, measured, measurements, training, usage
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import CARD_NAME, PLOT_NAMES, read_config, read_results, write_atomically
+from .files_llama_probe import CARD_NAME, PLOT_NAMES, is_head_folder, read_config, read_results, save_head, write_atomically
 from .halting_llama_probe import measured_rules
+from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import default_name
 
 
@@ -52,6 +53,40 @@ def write_card(folder: str | os.PathLike, **kwargs) -> Path:
     card = create_card(folder, **kwargs)
     write_atomically({folder / CARD_NAME: lambda path: path.write_text(str(card), encoding="utf-8")})
     return folder / CARD_NAME
+
+
+def has_own_words(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a card that somebody wrote or edited, rather than `write_card`."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        return False
+    return not is_head_folder(folder) or path.read_text(encoding="utf-8") != _generated(folder)
+
+
+def save_with_card(probe: ProbeModel, folder: str | os.PathLike) -> Path:
+    """`save_head`, and a card beside it. A card with words of the user's own stays as it is.
+
+    Raises:
+        ProbeError: `folder` is a file.
+    """
+    own = has_own_words(folder)
+    folder = save_head(probe, folder)
+    if not own and _generated(folder) is not None:
+        write_card(folder)
+    return folder
+
+
+def _generated(folder: str | os.PathLike) -> str | None:
+    try:
+        return str(create_card(folder))
+    except (
+        ProbeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # what another version, or a stranger, wrote
+        return None
 
 
 def create_card(

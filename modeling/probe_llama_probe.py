@@ -150,10 +150,10 @@ class ProbeModel(nn.Module):
         return read_head(resolve_head(inside(source, subfolder), target, options, namespace), backbone=backbone)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes `probe_config.json` and `probe_model.safetensors`, and nothing of the backbone."""
-        from .files_llama_probe import save_head
+        """Writes `probe_config.json`, `probe_model.safetensors`, a card, and nothing of the backbone."""
+        from .model_card_llama_probe import save_with_card
 
-        save_head(self, save_directory)
+        save_with_card(self, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
         """Uploads the head in one commit, with a card; see `llama_probe.publish.push_head`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from .errors_llama_probe import ProbeError
 from .heads_llama_probe import select_rows
@@ -260,8 +261,10 @@ def asks_for_state(
 
 
 def cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Number of tokens in the cache among the arguments of a call; 0 where there is none."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    """Number of tokens in the cache among the arguments of a call, or in an output of the LM; 0 where there is none."""
+    cache = kwargs.get("cache")
+    if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns where it is asked by the older name
+        cache = kwargs.get("past_key_values")
     return int(cache.get_seq_length()) if cache is not None else 0
 
 

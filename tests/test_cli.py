@@ -295,6 +295,8 @@ def test_halting(trained, backbone_folder):
     refused = run(*args, "--halt-on", "mood:sad")
     assert refused.returncode == 2 and "no label 'sad'; it has fine, awful" in refused.stderr
     assert "must be HEAD, HEAD:LABEL" in run(*args, "--halt-on", "mood:awful:high").stderr
+    idle = run(*args, "--halt-reply", "No.")
+    assert idle.returncode == 2 and "nothing halts here" in idle.stderr
 
 
 def test_a_head_of_replies(backbone_folder, tmp_path):
@@ -333,6 +335,8 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     )
     table = run(*args, "--halt-on", "guard:awful:0")
     assert table.returncode == 0 and "halted" in table.stdout
+    alone = run("classify", *args[1:6])
+    assert alone.returncode == 2 and "'guard' reads replies" in alone.stderr and "--prompt-column" in alone.stderr
     refused = run(
         "train", "--backbone", backbone_folder, "--train", tmp_path / "rows.jsonl", "--token-scope", "all", "--eval", tmp_path / "rows.jsonl",
         "--output", tmp_path / "no",
@@ -384,6 +388,11 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
 @pytest.mark.parametrize(
     "args, words",
     [
+        (("destroy",), "No such command 'destroy'; see llama-probe --help"),
+        (("inspect", "a", "b"), "unexpected extra argument"),
+        (("evaluate",), "Missing option '--probe'; see llama-probe evaluate --help"),
+        (("train", "--train", "{rows}", "--output", "x", "--epoch", "3"), "No such option: --epoch"),
+        (("train", "--train", "{rows}", "--output", "x", "--epochs", "few"), "Invalid value for '--epochs'"),
         (("inspect", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--probe", "nothing-here"), "neither a folder nor a bundled head"),
         (("classify", "x", "--backbone", "no/such"), "bundled heads"),
@@ -424,7 +433,8 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, arg
         args += ["--probe", "no-such-head"]
     done = run(*args)
     assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    *before, last = done.stderr.strip().splitlines()
+    assert not any("Usage" in line or "╭" in line for line in before)
     assert last.startswith("llama-probe: ") and words in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

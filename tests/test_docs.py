@@ -16,8 +16,11 @@ from llama_probe.files import save_head
 from llama_probe.prompts import PromptFormat
 
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+WRITTEN = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *DOCS.glob("*.md")))
+MAX_LINE = 132
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -94,17 +97,30 @@ def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
             exec(compile(block.replace(MODEL, str(backbone_folder)), page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", WRITTEN)
 def test_the_links_lead_somewhere(page):
-    for target in LINK.findall((DOCS / page).read_text()):
+    page = ROOT / page
+    for target in LINK.findall(page.read_text()):
         if target.startswith("http"):
             continue
         file, _, anchor = target.partition("#")
-        path = DOCS / (file or page)
+        path = page.parent / file if file else page
         assert path.exists(), target
         if anchor:
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_lines_are_short(page):
+    """All but tables and code, and commands that stand for themselves."""
+    text = BLOCK.sub("", (ROOT / page).read_text())
+    long = [
+        line
+        for line in text.splitlines()
+        if len(line) > MAX_LINE and not line.startswith(("|", "    ", "`llama-probe "))
+    ]
+    assert not long
 
 
 def test_every_page_is_on_the_first():

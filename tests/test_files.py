@@ -9,7 +9,7 @@ from conftest import HIDDEN, LAYERS, make_lm, make_probe
 from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_head, save_head
+from llama_probe.files import CONFIG_NAME, PLOT_NAMES, WEIGHTS_NAME, read_config, read_head, save_head
 
 
 @pytest.fixture
@@ -48,6 +48,21 @@ def test_the_model_saves_and_loads_itself(folder, tmp_path):
     assert probe.backbone is lm and not probe.training
     probe.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
+
+
+def test_what_was_measured_of_another_head_goes_with_it(folder):
+    """Results and plots would pass for those of the head that took its place."""
+    measured = read_head(folder)
+    measured.results = {"chosen_seed": 0}
+    save_head(measured, folder)
+    (folder / PLOT_NAMES[0]).write_bytes(b"a plot")
+    save_head(read_head(folder), folder)
+    assert read_head(folder).results == {"chosen_seed": 0} and (folder / PLOT_NAMES[0]).is_file(), "the same head"
+    measured.results = {"chosen_seed": 1}
+    save_head(measured, folder)
+    assert read_head(folder).results == {"chosen_seed": 1} and not (folder / PLOT_NAMES[0]).exists()
+    save_head(make_probe(seed=5), folder)
+    assert read_head(folder).results is None
 
 
 def test_saving_twice_gives_the_same_bytes(folder, tmp_path):

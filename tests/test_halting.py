@@ -174,6 +174,7 @@ class TestReplies:
             ("no", "needs tokenizer="),
             ([[1, 2]], r"has the shape \(1, 2\)"),
             ([1, "a"], "must be token ids, a text or a Reprompt"),
+            (Reprompt([3, 4]), r"Reprompt.input_ids is a list; it must be a tensor of shape \[1, tokens\]"),
             (Reprompt(torch.ones(2, 3, dtype=torch.long)), r"Reprompt.input_ids has the shape \(2, 3\)"),
         ],
     )

@@ -69,7 +69,19 @@ def test_load_and_save(model, folder, tmp_path):
     assert model.load_probe(folder) == "toxic"
     assert model.load_probe(folder, name="again") == "again"
     saved = model.save_probe(tmp_path / "saved", "again")
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "README.md",
+        "probe_config.json",
+        "probe_model.safetensors",
+    ]
     assert (saved / "probe_model.safetensors").read_bytes() == (folder / "probe_model.safetensors").read_bytes()
+
+
+def test_arguments_by_name_and_by_place(model, folder, tmp_path):
+    model.add_probe(name="new", config=ProbeConfig(probe_type="gate"))
+    assert model.load_probe(id_or_path=folder, name="a", revision="main") == "a"
+    assert model.load_probe(folder, "b", None) == "b"
+    assert model.save_probe(dir=tmp_path / "saved", name="a") == model.save_probe(tmp_path / "saved", "b")
 
 
 def test_another_base_model_warns_or_raises(model, folder, caplog):

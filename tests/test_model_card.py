@@ -9,9 +9,9 @@ import pytest
 from conftest import make_probe
 
 from llama_probe import ProbeError
-from llama_probe.files import read_config, save_head
+from llama_probe.files import read_config, read_head, save_head
 from llama_probe.metrics import summarize
-from llama_probe.model_card import create_card, results_table, write_card
+from llama_probe.model_card import create_card, results_table, save_with_card, write_card
 from llama_probe.resolve import bundled_heads
 
 
@@ -61,6 +61,24 @@ def test_a_head_without_results_says_so(tmp_path):
     assert card.data.license == "mit" and "mine" in card.data.tags and not card.data.eval_results
     with pytest.raises(ProbeError, match=r"no results.json"):
         results_table([folder])
+
+
+def test_a_head_is_saved_with_its_card_unless_somebody_wrote_another(folder, tmp_path):
+    probe = read_head(folder)
+    saved = save_with_card(probe, tmp_path / "again")
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    assert card == str(create_card(saved)) and "## Results" in card
+    save_with_card(make_probe(id2label={0: "dry", 1: "wet"}), saved)
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    assert "`dry`" in card and "## Results" not in card, "generated, and so written anew"
+    (saved / "README.md").write_text(card + "My own words.\n")
+    save_with_card(probe, saved)
+    assert (saved / "README.md").read_text(encoding="utf-8") == card + "My own words.\n"
+    (tmp_path / "README.md").write_text("# A project\n")
+    save_with_card(probe, tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# A project\n"
+    probe.results = {"of": "another version"}
+    assert not (save_with_card(probe, tmp_path / "new") / "README.md").exists()
 
 
 def test_thresholds_plots_and_backbone(folder):

@@ -12,6 +12,7 @@ from test_reply import KINDS as REPLY_KINDS
 from tiny_families import make
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import generic
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
 from llama_probe.generation import session_of
@@ -254,6 +255,12 @@ class TestForward:
         new = torch.cat([out.sequences[:, -1:], make_prompts(3, 2, seed=1)], 1)
         after = model(new, cache=out.cache, probe_state=out.probe_state)
         assert_same(after.probe_logits, model(torch.cat([out.sequences, new[:, 1:]], 1)).probe_logits)
+
+    def test_nothing_is_said_of_names_that_the_caller_did_not_use(self, model, prompts, monkeypatch):
+        said = []
+        monkeypatch.setattr(generic.logger, "warning_once", said.append)
+        out = model.generate(prompts, max_new_tokens=2, probe_state=True)
+        assert out.probe_state is not None and not said
 
 
 class TestCost:

@@ -63,7 +63,8 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     """Writes a head, and nothing of its backbone, into a folder: config, weights, and its results where it has some.
 
     All files are written under temporary names and then renamed, so that a reader never sees half of one. Results are
-    left out, with a warning, where the weights are no longer those that they were measured on.
+    left out, with a warning, where the weights are no longer those that they were measured on. Results and plots that
+    another head left in the folder are removed: they would pass for this one's.
 
     Returns:
         The folder.
@@ -85,13 +86,20 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
         folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
         folder / CONFIG_NAME: lambda path: path.write_text(config.to_json_string(), encoding="utf-8"),
     }
+    measured = folder / RESULTS_NAME
+    outdated = (RESULTS_NAME, *PLOT_NAMES)
     if probe.results is not None:
         if probe.config.weights_sha256 in (None, digest):
             text = json.dumps(probe.results, indent=2, ensure_ascii=False) + "\n"
-            writers[folder / RESULTS_NAME] = lambda path: path.write_text(text, encoding="utf-8")
+            writers[measured] = lambda path: path.write_text(text, encoding="utf-8")
+            same = measured.is_file() and measured.read_bytes() == text.encode()
+            outdated = () if same else PLOT_NAMES
         else:
             logger.warning("the head has been trained on since its results were measured: they are not saved with it")
+    replaces = is_head_folder(folder)
     write_atomically(writers)
+    for name in outdated if replaces else ():
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 

@@ -207,6 +207,11 @@ class HaltingRun:
 def _reply(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
     """Token ids, or a prompt for them."""
     if isinstance(reply, Reprompt):
+        if not isinstance(reply.input_ids, torch.Tensor):
+            raise ProbeError(
+                f"Reprompt.input_ids is a {type(reply.input_ids).__name__}; it must be a tensor of shape [1, tokens], such as "
+                'tokenizer(text, return_tensors="pt")["input_ids"]'
+            )
         if reply.input_ids.dim() != 2 or len(reply.input_ids) != 1:
             raise ProbeError(
                 f"Reprompt.input_ids has the shape {tuple(reply.input_ids.shape)}; it must be [1, tokens]"

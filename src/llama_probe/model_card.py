@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_sections import backbone, data, introduction, limits, measured, measurements, training, usage
 from .errors import ProbeError
-from .files import CARD_NAME, PLOT_NAMES, read_config, read_results, write_atomically
+from .files import CARD_NAME, PLOT_NAMES, is_head_folder, read_config, read_results, save_head, write_atomically
 from .halting import measured_rules
+from .probe import ProbeModel
 from .resolve import default_name
 
 
@@ -49,6 +50,40 @@ def write_card(folder: str | os.PathLike, **kwargs) -> Path:
     card = create_card(folder, **kwargs)
     write_atomically({folder / CARD_NAME: lambda path: path.write_text(str(card), encoding="utf-8")})
     return folder / CARD_NAME
+
+
+def has_own_words(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a card that somebody wrote or edited, rather than `write_card`."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        return False
+    return not is_head_folder(folder) or path.read_text(encoding="utf-8") != _generated(folder)
+
+
+def save_with_card(probe: ProbeModel, folder: str | os.PathLike) -> Path:
+    """`save_head`, and a card beside it. A card with words of the user's own stays as it is.
+
+    Raises:
+        ProbeError: `folder` is a file.
+    """
+    own = has_own_words(folder)
+    folder = save_head(probe, folder)
+    if not own and _generated(folder) is not None:
+        write_card(folder)
+    return folder
+
+
+def _generated(folder: str | os.PathLike) -> str | None:
+    try:
+        return str(create_card(folder))
+    except (
+        ProbeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # what another version, or a stranger, wrote
+        return None
 
 
 def create_card(

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .errors import ProbeError
 from .files import CARD_NAME, HEAD_FILES, read_config, read_head, save_head
 from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
-from .model_card import create_card, write_card
+from .model_card import has_own_words, write_card
 from .plots import write_plots
 from .probe import ProbeModel
 from .resolve import default_name
@@ -150,7 +150,7 @@ def _push(folder, repo_id, subfolder, private, token, revision, create_pr, messa
 
 def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:
     path = folder / CARD_NAME
-    if not path.is_file() or path.read_text(encoding="utf-8") == str(create_card(folder)):
+    if not has_own_words(folder):
         write_card(folder, source=source, license=license, tags=tags)
     elif tags or license is not None:  # a card with words of the user's own
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)

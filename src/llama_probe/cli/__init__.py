@@ -20,7 +20,6 @@ from .train import train
 
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: a label and a text from the same forward pass.",
@@ -79,20 +78,30 @@ _EXTRAS = {
 }
 
 
+# What typer raises over a command line that it cannot read: a class of its own or click's, by its version.
+_UsageError = typer.BadParameter.__base__
+
+
 def main() -> None:
     """Entry point: errors that the user can mend become one line and exit status 2."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="llama-probe", standalone_mode=False))
     except ProbeError as error:
-        rank = os.environ.get("RANK", "0")
-        teller = "llama-probe" if rank == "0" else f"llama-probe (rank {rank})"
-        print(f"{teller}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except _UsageError as error:
+        command = "llama-probe" if error.ctx is None else error.ctx.command_path
+        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        print(f"llama-probe: this command needs {error.name}: pip install 'llama_probe[{extra}]'", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _refuse(f"this command needs {error.name}: pip install 'llama_probe[{extra}]'")
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+def _refuse(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    teller = "llama-probe" if rank == "0" else f"llama-probe (rank {rank})"
+    print(f"{teller}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -75,7 +75,9 @@ def evaluate(
         slices = slice_column or []
         for column in slices:
             if column not in rows.columns:
-                raise ProbeError(f"{data} has no column {column!r}; it has: {', '.join(rows.columns)}")
+                raise ProbeError(
+                    f"{data} has no column {column!r}; beside texts and labels it has: {', '.join(rows.columns) or 'none'}"
+                )
         known = find_benchmark(data)
         if known is not None and not slices:
             slices = [column for column in known[0].slices if column in rows.columns]

@@ -91,7 +91,7 @@ def generate(
     rows = []
     rules = _halting_rules(halt_on)
     for model, inputs, tokenizer, texts in _batches(prompts, probe, backbone, dtype):
-        halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
+        halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules or halt_reply else {}
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **halting)
         replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         part = _rows(texts, out.probe_labels, out.probe_probabilities, replies)
@@ -146,7 +146,7 @@ def classify(
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
     rows = []
-    for model, inputs, _, texts in _batches(prompts, probe, backbone, dtype):
+    for model, inputs, _, texts in _batches(prompts, probe, backbone, dtype, replies=False):
         found = model.classify(**inputs)
         labels = {name: output.labels for name, output in found.items()}
         rows += _rows(texts, labels, {name: output.probabilities for name, output in found.items()})
@@ -177,7 +177,9 @@ def _score_files(
             print(json.dumps(done) if as_json else told)
 
 
-def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, size: int = 8):
+def _batches(
+    prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, replies: bool = True, size: int = 8
+):
     from ..auto_class import AutoModelForProbedGeneration
     from ..backbones import backbone_target, load_backbone
     from ..prompts import PromptFormat, check_alike
@@ -188,6 +190,12 @@ def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype:
         raise ProbeError("there is no prompt: give some, or lines on standard input")
     heads = read_heads(probes, backbone_target(backbone))
     check_alike({name: head.config for name, head in heads.items()})
+    reading = [name for name, head in heads.items() if head.config.token_scope == "response"]
+    if reading and not replies:
+        raise ProbeError(
+            f"{reading[0]!r} reads replies, and here are prompts alone: give files of both (--input with --prompt-column), or "
+            "let llama-probe generate write the replies"
+        )
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
