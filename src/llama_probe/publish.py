@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, ModelCard
 from transformers.utils import logging
 
+from .card_sections import on_the_hub
 from .errors import ProbeError
 from .files import CARD_NAME, HEAD_FILES, read_config, read_head, save_head
 from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
@@ -164,7 +165,7 @@ def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | 
 
 
 def _root_card(base_model: str | None) -> str:
-    metadata = f"base_model: {base_model}\nbase_model_relation: adapter\n" if base_model else ""
+    metadata = f"base_model: {base_model}\nbase_model_relation: adapter\n" if on_the_hub(base_model) else ""
     return (
         f"---\n{metadata}library_name: llama_probe\npipeline_tag: text-classification\ntags:\n- llama_probe\n- probe\n---\n\n"
         f"Probe heads for {base_model or 'a causal LM'}, one a folder. Each has its own card."
