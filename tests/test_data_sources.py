@@ -174,3 +174,18 @@ class TestHoldingBack:
     def test_numbers_that_cannot_be(self, tmp_path, folds, words):
         with pytest.raises(ProbeError, match=words):
             DataSources(train=write(tmp_path / "a.jsonl", 7), folds=folds).read(0)["train"].folds(folds, 0)
+
+
+@pytest.mark.parametrize("name", ["eval", "test"])
+def test_rows_that_are_learned_from_and_judged_by(tmp_path, name, caplog):
+    train = write(tmp_path / "a.jsonl", 40)
+    part = "validation" if name == "eval" else name
+    DataSources(train, **{name: write(tmp_path / "b.jsonl", 50)}).read(0)
+    (told,) = [line for line in caplog.messages if "among the training rows" in line]
+    assert told.startswith(f"{40 if name == 'eval' else 34} of 50 {part} rows")
+
+
+def test_parts_of_the_same_rows_share_no_text(tmp_path, caplog):
+    train = write(tmp_path / "a.jsonl", 40)
+    DataSources(train, test_share=0.2, folds=3).read(0)
+    assert "among the training rows" not in caplog.text

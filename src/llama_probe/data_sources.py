@@ -161,6 +161,7 @@ class DataSources:
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         if self.extra:
             parts["extra"] = self._read_extra(parts, seed)
+        self._tell_seen(parts)
         learned = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])
         if parts["train"].problem_type == "single_label_classification" and len(np.unique(learned)) == 1:
             raise ProbeError(
@@ -168,6 +169,18 @@ class DataSources:
                 "apart: give rows of another label as well"
             )
         return parts
+
+    def _tell_seen(self, parts: dict[str, LabelledTexts]) -> None:
+        """Warns of rows that are judged by although they are learned from: scores on these say little."""
+        learned = set(map(str, parts["train"].texts))
+        for name in ("validation", "test"):
+            if name not in parts or parts[name] is parts["train"]:
+                continue
+            if seen := sum(str(text) in learned for text in parts[name].texts):
+                logger.warning(
+                    f"{seen} of {len(parts[name])} {name} rows have a text that is among the training rows: scores on them are "
+                    "too good. Leave them out of one of the two"
+                )
 
     def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
         """All sources of `extra`, without what is judged by.
