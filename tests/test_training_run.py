@@ -308,3 +308,34 @@ def test_half_of_a_checkpoint_is_none(tmp_path):
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+class TestRefusals:
+    def run(self, folder, backbone_folder, **changes):
+        data = DataSources(train=write(folder / "a.jsonl", 30), folds=0)
+        return TrainingRun(str(backbone_folder), data, folder / "head", {"probe_type": "gate"}, **changes)
+
+    def test_a_second_run_into_the_same_folder(self, tmp_path, backbone_folder, monkeypatch):
+        run = self.run(tmp_path, backbone_folder, recipe=Recipe(num_train_epochs=1))
+        train = TrainingRun._train_all
+
+        def train_beside_another(first, prepared):
+            monkeypatch.setattr(TrainingRun, "_train_all", train)
+            with pytest.raises(ProbeError, match="another run is at work in .*head"):
+                run.execute()
+            return train(first, prepared)
+
+        monkeypatch.setattr(TrainingRun, "_train_all", train_beside_another)
+        run.execute()
+        assert read_head(tmp_path / "head").results["data"]["train"]["rows"] == 25
+
+    @pytest.mark.parametrize("folds", [0, 2])
+    def test_a_training_that_runs_away(self, tmp_path, backbone_folder, folds):
+        run = self.run(tmp_path, backbone_folder, recipe=Recipe(num_train_epochs=2, learning_rate=1e38))
+        run.data.folds = folds
+        with pytest.raises(ProbeError, match="no number for .* rows: its training ran away"):
+            run.execute()
+
+    def test_seeds_that_no_generator_takes(self, tmp_path, backbone_folder):
+        with pytest.raises(ProbeError, match=r"must be whole numbers from 0 and below 2\*\*32"):
+            self.run(tmp_path, backbone_folder, seeds=[2**32])
