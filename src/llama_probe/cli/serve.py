@@ -183,7 +183,10 @@ def _batches(prompts: list[str] | None, probes: list[str], backbone: str, dtype:
     from ..prompts import PromptFormat, check_alike
     from ..resolve import read_heads
 
-    texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+    try:
+        texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ProbeError(f"standard input is not in {error.encoding}: {error}") from None
     if not texts:
         raise ProbeError("there is no prompt: give some, or lines on standard input")
     heads = read_heads(probes, backbone_target(backbone))
