@@ -207,6 +207,10 @@ def read_labelled(
         rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
         return rows if label_names is None else rows.renamed(label_names)
     written = [text_column, *([] if prompt_column is None else [prompt_column])]
+    if len({*written, label_column}) < len(written) + 1:
+        raise ProbeError(
+            f"{', '.join(written)} and {label_column}: texts, prompts and labels stand in columns of their own; name each once"
+        )
     table = read_table(source, split, written, [label_column])
     for name in (*written, label_column):
         if name not in table.column_names:
