@@ -94,5 +94,10 @@ def main() -> None:
             raise
         print(f"llama-probe: this command needs {error.name}: pip install 'llama_probe[{extra}]'", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # of a file or folder; what else fails shows where it did
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"llama-probe: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
