@@ -32,5 +32,5 @@ def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
 
 def test_standard_input_that_is_not_in_its_encoding(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("café".encode("cp1252")), encoding="utf-8"))
-    with pytest.raises(ProbeError, match="standard input is not in utf-8: .*0xe9"):
+    with pytest.raises(ProbeError, match=r"standard input is not in utf-8: .*0xe9"):
         next(_batches(None, ["mood"], "demo", "auto"))

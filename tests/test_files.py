@@ -174,11 +174,11 @@ def test_sizes_are_kept(folder):
 @pytest.mark.parametrize("name", ["a" * 300, "taken/inside"])
 def test_where_no_head_can_be_written(tmp_path, name):
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(ProbeError, match="cannot be a folder: File name too long|taken is a file"):
+    with pytest.raises(ProbeError, match=r"cannot be a folder: File name too long|taken is a file"):
         check_output(tmp_path / name)
 
 
 def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests may write everywhere
-    with pytest.raises(ProbeError, match="nothing can be written into .*: name another folder"):
+    with pytest.raises(ProbeError, match=r"nothing can be written into .*: name another folder"):
         check_output(tmp_path / "new")

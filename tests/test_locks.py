@@ -9,7 +9,7 @@ from llama_probe.locks import claimed
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     folder = tmp_path / "head"
     with claimed(folder):
-        with pytest.raises(ProbeError, match="another run is at work in .*head: wait for its end"), claimed(folder):
+        with pytest.raises(ProbeError, match=r"another run is at work in .*head: wait for its end"), claimed(folder):
             pass
         with claimed(tmp_path / "other"):
             (folder / "weights").touch()

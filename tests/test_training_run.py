@@ -321,7 +321,7 @@ class TestRefusals:
 
         def train_beside_another(first, prepared):
             monkeypatch.setattr(TrainingRun, "_train_all", train)
-            with pytest.raises(ProbeError, match="another run is at work in .*head"):
+            with pytest.raises(ProbeError, match=r"another run is at work in .*head"):
                 run.execute()
             return train(first, prepared)
 
@@ -333,7 +333,7 @@ class TestRefusals:
     def test_a_training_that_runs_away(self, tmp_path, backbone_folder, folds):
         run = self.run(tmp_path, backbone_folder, recipe=Recipe(num_train_epochs=2, learning_rate=1e38))
         run.data.folds = folds
-        with pytest.raises(ProbeError, match="no number for .* rows: its training ran away"):
+        with pytest.raises(ProbeError, match=r"no number for .* rows: its training ran away"):
             run.execute()
 
     def test_seeds_that_no_generator_takes(self, tmp_path, backbone_folder):
