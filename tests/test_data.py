@@ -182,6 +182,13 @@ def test_splits_are_even_and_keep_equal_texts_together(write):
     assert again.texts == small.texts and data.split(0.25, seed=2)[1].texts != small.texts
 
 
+def test_a_label_of_one_text_stays_in_the_larger_part(write):
+    rows = read_labelled(write([{"text": f"no {i}", "label": "rare" if i == 7 else "ab"[i % 2]} for i in range(40)]))
+    inside, outside = rows.split(0.2, seed=0)
+    assert "no 7" in inside.texts and len(outside) == 8
+    assert outside.labels.tolist().count(0) == outside.labels.tolist().count(1)
+
+
 @pytest.mark.parametrize(
     "rows, kwargs, words",
     [

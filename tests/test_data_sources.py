@@ -189,3 +189,14 @@ def test_parts_of_the_same_rows_share_no_text(tmp_path, caplog):
     train = write(tmp_path / "a.jsonl", 40)
     DataSources(train, test_share=0.2, folds=3).read(0)
     assert "among the training rows" not in caplog.text
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [[0], [1]]])
+def test_labels_that_no_row_to_learn_from_has(tmp_path, labels, caplog):
+    lines = [json.dumps({"text": f"no {i}", "label": labels[i % 2]}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    DataSources(str(tmp_path / "a.jsonl"), label_names=["bad", "good", "so so"]).read(0)
+    assert "No row to learn from has the label so so: the head will hardly give it" in caplog.messages
+    caplog.clear()
+    DataSources(str(tmp_path / "a.jsonl"), label_names=["bad", "good"]).read(0)
+    assert "No row" not in caplog.text

@@ -90,7 +90,11 @@ class LabelledTexts:
             raise ProbeError(f"a share of {share} rows held back must lie between 0 and 1")
         group = self._first_rows()
         unique = np.unique(group)
-        strata = self.labels[unique] if self.problem_type == "single_label_classification" else None
+        strata = None
+        if self.problem_type == "single_label_classification":
+            strata = self.labels[unique]
+            several = np.bincount(strata)[strata] > 1  # the only text of a label can be in one part alone: the larger
+            unique, strata = unique[several], strata[several]
         try:
             _, held_back = train_test_split(unique, test_size=share, random_state=seed, stratify=strata)
         except ValueError as error:

@@ -168,6 +168,11 @@ class DataSources:
                 f"all rows to learn from have the label {parts['train'].label_names[learned[0]]!r}, so there is nothing to tell "
                 "apart: give rows of another label as well"
             )
+        names = parts["train"].label_names
+        holds = learned.any(axis=0) if learned.ndim == 2 else np.bincount(learned, minlength=len(names))
+        absent = [name for name, rows in zip(names, holds, strict=True) if not rows]
+        if absent and parts["train"].problem_type != "regression":
+            logger.warning(f"No row to learn from has the label {', '.join(absent)}: the head will hardly give it")
         return parts
 
     def _tell_seen(self, parts: dict[str, LabelledTexts]) -> None:
