@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .configuration_llama_probe import ProbeConfig
 from .halting_llama_probe import measured_rules
+from .markdown_llama_probe import cell
 
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ _PLOT_TITLES = {
 def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts) -> str:
     """What the head is."""
     base = config.base_model_name_or_path
-    link = f"[{base}](https://huggingface.co/{base})" if base and base.count("/") == 1 else base or "a causal LM"
+    link = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else base or "a causal LM"
     trained = f"trained on {facts.dataset_name or facts.dataset or 'labelled data'}" if results else "a probe head"
     labels = ", ".join(f"`{label}`" for label in config.id2label.values())
     if config.problem_type == "regression":
@@ -45,6 +47,11 @@ def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None,
         + (f", {trained}" if results else "")
         + f". It reads the hidden states of the frozen model while the model {when}. Kind `{config.probe_type}`, in the two stages of arXiv 2601.13288{size}; the backbone is not changed."
     )
+
+
+def on_the_hub(base_model: str | None) -> bool:
+    """Whether a backbone has a page on the Hub, which refuses a card that gives a folder as its base model."""
+    return base_model is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_model) is not None
 
 
 def usage(source: str, name: str, config: ProbeConfig, halting: Sequence[dict[str, Any]] | None = None) -> str:
@@ -76,8 +83,8 @@ print(out.probe_labels["{name}"], out.probe_probabilities["{name}"])'''
 from transformers import AutoModel, AutoTokenizer
 import llama_probe
 
-model = AutoModel.from_pretrained("{base}", probe="{source}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModel.from_pretrained({json.dumps(base, ensure_ascii=False)}, probe={json.dumps(source, ensure_ascii=False)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(base, ensure_ascii=False)})
 {prompt}
 {found}
 ```"""
@@ -202,7 +209,7 @@ def _result_table(results: dict[str, Any], split: str) -> str:
             "-" if part[m] is None else f"{single[m]:.3f} ({part[m]['mean']:.3f} ± {part[m]['std']:.3f})"
             for m in metrics
         ]
-        lines.append(f"| {title} | {part['rows']} | {' | '.join(cells)} |")
+        lines.append(f"| {cell(title)} | {part['rows']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

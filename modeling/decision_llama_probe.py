@@ -34,6 +34,15 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     return scaled.sigmoid() if config.problem_type == "multi_label_classification" else scaled.softmax(dim=-1)
 
 
+def check_numbers(scores: torch.Tensor) -> None:
+    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: it cannot be measured."""
+    if wrong := int((~scores.isfinite()).any(dim=-1).sum()):
+        raise ProbeError(
+            f"the head gives no number for {wrong} of {len(scores)} rows: its training ran away (a lower learning rate helps), or "
+            "states of the backbone are too large for its dtype (float32 and bfloat16 hold more than float16)"
+        )
+
+
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     """Applies the saved threshold to `[batch, num_labels]` probabilities.
 

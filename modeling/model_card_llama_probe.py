@@ -13,10 +13,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .card_sections_llama_probe import backbone, data, introduction, limits, measured, measurements, training, usage
+from .card_sections_llama_probe import backbone, data, introduction, limits, measured, measurements, on_the_hub, training, usage
 from .errors_llama_probe import ProbeError
 from .files_llama_probe import CARD_NAME, PLOT_NAMES, is_head_folder, read_config, read_results, save_head, write_atomically
 from .halting_llama_probe import measured_rules
+from .markdown_llama_probe import cell
 from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import default_name
 
@@ -116,11 +117,12 @@ def create_card(
             "model_name": name,
             "eval_results": _eval_results(results, facts, split),
         }
+    base_model = config.base_model_name_or_path if on_the_hub(config.base_model_name_or_path) else None
     metadata = ModelCardData(
         library_name="llama_probe",
         license=license or facts.license,
-        base_model=config.base_model_name_or_path,
-        base_model_relation="adapter",
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
         pipeline_tag="text-classification",
         language=facts.language,
         datasets=[facts.dataset] if facts.dataset else None,
@@ -155,7 +157,7 @@ def results_table(folders: Iterable[str | os.PathLike]) -> str:
             f"`{Path(folder).resolve().name}`",
             config.probe_type,
             f"{results['num_parameters']:,}",
-            ", ".join(config.id2label.values()),
+            cell(", ".join(config.id2label.values())),
             summary["rows"] if summary else "-",
             len(results["runs"]),
             *cells,

@@ -398,7 +398,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("classify", "x", "--backbone", "no/such"), "bundled heads"),
         (("benchmark", "--backbone", "no/such"), "with --random-weights also llama-3b, t5-large"),
         (("benchmark", "--backbone", "no/such", "--output", "{rows}"), "give a folder for benchmark.json"),
-        (("train", "--train", "no.jsonl", "--output", "x"), "cannot be read as a file"),
+        (("train", "--train", "no.jsonl", "--output", "x"), "there is no file no.jsonl"),
         (
             ("train", "--train", "{rows}", "--output", "x", "--probe-type", "lstm"),
             "allowed: attentive, gate, last, mha, muli, multimax, pooling",

@@ -1,10 +1,11 @@
-"""The command that a card repeats."""
+"""The command that a card repeats, and what becomes of errors."""
 
 import shlex
 import sys
 
 import pytest
 
+from llama_probe import cli
 from llama_probe.cli.options import command_line
 from llama_probe.resolve import bundled_heads
 
@@ -28,3 +29,13 @@ def test_the_lines_of_the_cards_are_quoted_so():
         card = (folder / "README.md").read_text(encoding="utf-8")
         line = next(line for line in card.splitlines() if line.startswith("llama-probe train"))
         assert shlex.join(shlex.split(line)) == line
+
+
+def test_files_that_the_system_refuses_are_one_line_and_status_2(monkeypatch, capsys):
+    def app():
+        raise PermissionError(13, "Permission denied", "/root/head")
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and capsys.readouterr().err == "llama-probe: /root/head: Permission denied\n"

@@ -144,7 +144,7 @@ def test_what_the_head_keeps_needs_no_backbone(run, make_head, tmp_path, monkeyp
         ({"inspection": {"calibration": 3}}, (), "keeps cannot be drawn"),
         ({"inspection": [1]}, (), "keeps cannot be drawn"),
         ({"inspection": {**INSPECTION, "confusion": [[1]]}}, (), "keeps cannot be drawn"),
-        (None, ("--data", "no.jsonl"), "cannot be read as a file"),
+        (None, ("--data", "no.jsonl"), "there is no file no.jsonl"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, make_head, tmp_path, results, args, words):

@@ -1,9 +1,11 @@
 """What `llama-probe generate` and `classify` print of a row."""
 
+import io
+
 import pytest
 
-from llama_probe import ProbeConfig
-from llama_probe.cli.serve import _print_rows
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.cli.serve import _batches, _print_rows
 
 
 TWO = {0: "None", 1: "some"}
@@ -26,3 +28,9 @@ def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
     _print_rows([row], {"mood": ProbeConfig(**config)}, as_json=False)
     printed = capsys.readouterr().out
     assert [cell.strip() for cell in printed.splitlines()[3].strip("│ ").split("│")] == ["[b]hi", shown]
+
+
+def test_standard_input_that_is_not_in_its_encoding(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("café".encode("cp1252")), encoding="utf-8"))
+    with pytest.raises(ProbeError, match=r"standard input is not in utf-8: .*0xe9"):
+        next(_batches(None, ["mood"], "demo", "auto"))

@@ -182,6 +182,13 @@ def test_splits_are_even_and_keep_equal_texts_together(write):
     assert again.texts == small.texts and data.split(0.25, seed=2)[1].texts != small.texts
 
 
+def test_a_label_of_one_text_stays_in_the_larger_part(write):
+    rows = read_labelled(write([{"text": f"no {i}", "label": "rare" if i == 7 else "ab"[i % 2]} for i in range(40)]))
+    inside, outside = rows.split(0.2, seed=0)
+    assert "no 7" in inside.texts and len(outside) == 8
+    assert outside.labels.tolist().count(0) == outside.labels.tolist().count(1)
+
+
 @pytest.mark.parametrize(
     "rows, kwargs, words",
     [
@@ -189,6 +196,8 @@ def test_splits_are_even_and_keep_equal_texts_together(write):
         (ROWS, {"label_names": ["a", "b"]}, "labels go from 0 to 2, but there are 2 names"),
         ([{"text": "a", "label": "x"}], {"label_names": ["y"]}, r"labels without a name: \['x'\]"),
         ([{"text": " ", "label": 1}], {}, "row 0 has no text"),
+        (ROWS, {"label_column": "text"}, "text and text: texts, prompts and labels stand in columns of their own"),
+        (ROWS, {"prompt_column": "text"}, "stand in columns of their own"),
         ([{"text": "a", "label": None}, {"text": "b", "label": 1}], {}, "row 0 has no text or no label"),
         ([{"text": "a", "label": -1}], {"label_names": ["a"]}, "labels go from -1"),
         ([{"text": "a", "label": [1]}], {"problem_type": "single_label_classification"}, "labels are lists"),
@@ -208,6 +217,33 @@ def test_wrong_sources(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ProbeError, match="cannot be read"):
         read_labelled(str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "folder/train.jsonl"])
+@pytest.mark.parametrize("encoding, byte", [("cp1252", "0xe9"), ("utf-16", "0xff")])
+def test_files_that_are_not_in_utf_8(tmp_path, name, encoding, byte):
+    (tmp_path / "folder").mkdir()
+    text = "text,label\ncafé,0\n" if name.endswith("csv") else '{"text": "café", "label": 0}\n'
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(ProbeError, match=f"{byte}.*: save the file in UTF-8, or as parquet"):
+        read_labelled(str(tmp_path / name.removesuffix("/train.jsonl")))
+
+
+@pytest.mark.parametrize("name, text", [("a.jsonl", ""), ("a.csv", "text,label\n")])
+def test_a_file_without_rows(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ProbeError, match=rf"{name} holds no rows$"):
+        read_labelled(str(tmp_path / name))
+
+
+def test_paths_that_the_loader_does_not_find(tmp_path):
+    with pytest.raises(ProbeError, match=r"there is no file .*a\.jsonl$"):
+        read_labelled(str(tmp_path / "a.jsonl"))
+    (tmp_path / "part[1]").mkdir()
+    (tmp_path / "part[1]" / "train.jsonl").write_text('{"text": "a", "label": 0}')
+    with pytest.raises(ProbeError, match=r"must have no \[ in its path"):
+        read_labelled(str(tmp_path / "part[1]"))
+    assert len(read_labelled(str(tmp_path / "part[1]" / "train.jsonl"))) == 1
 
 
 def test_an_unknown_name_tells_the_known_ones(tmp_path, monkeypatch):

@@ -174,3 +174,29 @@ class TestHoldingBack:
     def test_numbers_that_cannot_be(self, tmp_path, folds, words):
         with pytest.raises(ProbeError, match=words):
             DataSources(train=write(tmp_path / "a.jsonl", 7), folds=folds).read(0)["train"].folds(folds, 0)
+
+
+@pytest.mark.parametrize("name", ["eval", "test"])
+def test_rows_that_are_learned_from_and_judged_by(tmp_path, name, caplog):
+    train = write(tmp_path / "a.jsonl", 40)
+    part = "validation" if name == "eval" else name
+    DataSources(train, **{name: write(tmp_path / "b.jsonl", 50)}).read(0)
+    (told,) = [line for line in caplog.messages if "among the training rows" in line]
+    assert told.startswith(f"{40 if name == 'eval' else 34} of 50 {part} rows")
+
+
+def test_parts_of_the_same_rows_share_no_text(tmp_path, caplog):
+    train = write(tmp_path / "a.jsonl", 40)
+    DataSources(train, test_share=0.2, folds=3).read(0)
+    assert "among the training rows" not in caplog.text
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [[0], [1]]])
+def test_labels_that_no_row_to_learn_from_has(tmp_path, labels, caplog):
+    lines = [json.dumps({"text": f"no {i}", "label": labels[i % 2]}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    DataSources(str(tmp_path / "a.jsonl"), label_names=["bad", "good", "so so"]).read(0)
+    assert "No row to learn from has the label so so: the head will hardly give it" in caplog.messages
+    caplog.clear()
+    DataSources(str(tmp_path / "a.jsonl"), label_names=["bad", "good"]).read(0)
+    assert "No row" not in caplog.text

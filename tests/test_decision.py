@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_probe import ProbeConfig, ProbeError, ProbeOutput
-from llama_probe.decision import labels, predictions, probabilities, probe_loss
+from llama_probe.decision import check_numbers, labels, predictions, probabilities, probe_loss
 
 
 def config(**changes):
@@ -78,3 +78,11 @@ def test_an_output_without_its_config_says_so():
     assert torch.equal(copied.logits, output.logits)
     with pytest.raises(ProbeError, match="lost its head configs"):
         ProbeOutput(logits=output.logits).labels  # noqa: B018
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_not_measured(wrong):
+    scores = torch.tensor([[0.5, 0.5], [wrong, 0.5], [0.1, 0.9]])
+    with pytest.raises(ProbeError, match="no number for 1 of 3 rows: its training ran away"):
+        check_numbers(scores)
+    check_numbers(scores[::2])

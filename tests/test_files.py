@@ -9,7 +9,7 @@ from conftest import HIDDEN, LAYERS, make_lm, make_probe
 from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.files import CONFIG_NAME, PLOT_NAMES, WEIGHTS_NAME, read_config, read_head, save_head
+from llama_probe.files import CONFIG_NAME, PLOT_NAMES, WEIGHTS_NAME, check_output, read_config, read_head, save_head
 
 
 @pytest.fixture
@@ -184,3 +184,16 @@ def test_sizes_are_kept(folder):
     config = read_config(folder)
     assert (config.hidden_size, config.num_hidden_layers) == (HIDDEN, LAYERS)
     assert config.id2label == {0: "no", 1: "yes"} and config.threshold == 0.3
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "taken/inside"])
+def test_where_no_head_can_be_written(tmp_path, name):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(ProbeError, match=r"cannot be a folder: File name too long|taken is a file"):
+        check_output(tmp_path / name)
+
+
+def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests may write everywhere
+    with pytest.raises(ProbeError, match=r"nothing can be written into .*: name another folder"):
+        check_output(tmp_path / "new")

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def folder(tmp_path):
     """A head folder with the results of two seeds."""
-    folder = save_head(make_probe(id2label={0: "no", 1: "yes"}, threshold=0.4), tmp_path / "weather")
+    folder = save_head(
+        make_probe(id2label={0: "no", 1: "yes"}, threshold=0.4, base_model_name_or_path="me/lm"), tmp_path / "weather"
+    )
     scores = {"rows": 10, "accuracy": 0.8, "f1": 0.5, "precision": 0.6, "recall": 0.4, "auprc": 0.7, "auroc": 0.9}
     runs = [
         {"seed": seed, "validation": dict(scores), "test": {**scores, "f1": 0.5 + seed / 10, "slices": {"who": {"a": {**scores, "auprc": None}}}}}
@@ -134,3 +136,32 @@ def test_the_readme_shows_the_bundled_results():
     assert text.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0] == results_table(
         bundled_heads().values()
     )
+
+
+def test_values_that_would_break_a_table(folder):
+    results = json.loads((folder / "results.json").read_text())
+    for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
+        part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (line,) = [line for line in create_card(folder).content.splitlines() if "who =" in line]
+    assert line.startswith(r"| test, who = a\|b c | 10 |")
+    config = read_config(folder).replace(id2label={0: "n|o", 1: "yes"})
+    (folder / "probe_config.json").write_text(config.to_json_string())
+    assert r"| n\|o, yes |" in results_table([folder])
+
+
+@pytest.mark.parametrize(
+    "base_model, shown", [("me/lm", "me/lm"), ("/home/me/lm", None), ("./me/lm", None), ("../lm", None), ("lm", None)]
+)
+def test_a_folder_is_no_base_model_that_the_hub_knows(tmp_path, base_model, shown):
+    folder = save_head(make_probe(base_model_name_or_path=base_model), tmp_path / "weather")
+    data = create_card(folder).data.to_dict()
+    assert data.get("base_model") == shown and ("base_model_relation" in data) == (shown is not None)
+    assert ("](https://huggingface.co/" in create_card(folder).content) == (shown is not None)
+
+
+def test_the_usage_block_of_a_folder_with_an_odd_name(tmp_path):
+    folder = save_head(make_probe(), tmp_path / 'my "good" head')
+    block = create_card(folder).content.split("```python\n")[1].split("```")[0]
+    compile(block, "card", "exec")
+    assert r'probe="my \"good\" head")' in block and 'out.probe_labels["my-good-head"]' in block

@@ -138,7 +138,14 @@ def test_what_is_a_text():
         map(is_text, ["", [turn], [turn, call], [{"role": "user", "content": [{"type": "text", "text": "x"}]}]])
     )
     wrong = [None, 1, [], ["x"], [{"role": "user"}], [turn, {"role": "user", "content": None, "tool_calls": None}]]
-    assert not any(map(is_text, [*wrong, [{"role": None, "content": "x"}]]))
+    wrong += [[{"role": None, "content": "x"}], "half \ud83d", [{"role": "user", "content": "\udcff"}]]
+    assert not any(map(is_text, wrong))
+
+
+@pytest.mark.parametrize("kind", ["chat", "raw"])
+def test_half_of_a_character(tokenizer, kind):
+    with pytest.raises(ProbeError, match=r"is no text: '\\ud83d' is half of a character"):
+        PromptFormat.create(tokenizer, kind).encode(["whole", "half \ud83d"])
 
 
 def test_turns_that_the_template_cannot_write(tokenizer):

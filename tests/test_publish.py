@@ -153,6 +153,14 @@ class TestPush:
         model.push_probe_to_hub(REPO, "mood")
         assert "states no licence" in caplog.text and REPO in hub.repositories
 
+    def test_places_that_could_not_be_asked_for(self, hub, token, model):
+        for place in ({"subfolder": "my mood"}, {"revision": "a b"}, {"revision": "a:b"}):
+            with pytest.raises(
+                ProbeError, match=r"could not be asked for: give a subfolder and a revision without spaces"
+            ):
+                model.push_probe_to_hub(REPO, "mood", **place)
+        assert not hub.repositories
+
     @pytest.mark.parametrize(
         "arguments", [{"repo_id": "a/b/c"}, {"repo_id": REPO, "subfolder": "../x"}, {"repo_id": "a b"}]
     )

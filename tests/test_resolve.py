@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from llama_probe import ProbeError
 from llama_probe.files import save_head
-from llama_probe.resolve import best_head, bundled_heads, read_heads, resolve_head
+from llama_probe.resolve import best_head, bundled_heads, check_name, default_name, read_heads, resolve_head
 
 
 def test_bundled_heads_are_readable_and_fit_one_backbone():
@@ -169,3 +169,11 @@ class TestAliases:
             named.write_text(text)
             with pytest.raises(ProbeError, match=r"namespace"):
                 AutoModel.from_pretrained(plain(hub), probe="mood")
+
+
+@pytest.mark.parametrize(
+    "folder, name", [("mood v1.2", "mood-v1-2"), ("größe", "gr-e"), ("感情", "-"), ('"a"', "-a-"), ("a-b_c", "a-b_c")]
+)
+def test_any_folder_has_a_name_that_a_head_may_have(tmp_path, folder, name):
+    save_head(make_probe(), tmp_path / folder)
+    assert default_name(tmp_path / folder) == check_name(name)

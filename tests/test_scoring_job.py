@@ -186,6 +186,11 @@ class TestScores:
         assert [row["mood_label"] is None for row in rows] == [False, True, True, True]
         assert rows[1]["mood_probabilities"] is None
 
+    def test_a_text_with_half_of_a_character(self, tmp_path, backbone_folder, heads):
+        (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "half \\ud83d"}')
+        with pytest.raises(ProbeError, match=r"a\.jsonl: row 1: text must be a text or chat messages, not 'half"):
+            job(backbone_folder, heads[:1], [tmp_path / "a.jsonl"], tmp_path / "out").execute()
+
     @pytest.mark.parametrize("scope", ["response", "all"])
     def test_replies(self, tmp_path, backbone_folder, scope):
         head = make_probe(4, probe_type="gate", token_scope=scope, prompt_format="chat", id2label={0: "no", 1: "yes"})

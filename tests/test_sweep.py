@@ -156,3 +156,11 @@ def test_one_that_was_killed_while_it_drew_begins_anew(rows, backbone_folder, tm
 def test_refusals(rows, backbone_folder, tmp_path, changes, words):
     with pytest.raises(ProbeError, match=words):
         sweep(rows, backbone_folder, tmp_path, **changes).execute()
+
+
+def test_a_share_that_cannot_be_leaves_nothing_behind(rows, backbone_folder, tmp_path):
+    wrong = sweep(rows, backbone_folder, tmp_path / "study")
+    wrong.keep = 0.0
+    with pytest.raises(ProbeError, match=r"keep=0\.0 must be above 0"):
+        wrong.execute()
+    assert not (tmp_path / "study").exists(), "so that it can be begun with another share"

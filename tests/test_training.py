@@ -255,3 +255,17 @@ class TestLoss:
 def test_the_head_is_an_ordinary_module_to_the_trainer():
     probe = head(make_lm())
     assert isinstance(probe, nn.Module) and not any("backbone" in name for name, _ in probe.named_modules())
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, monkeypatch, strategy):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+    probe = head(make_lm(), id2label={0: "bad", 1: "good"})
+    changes = {"push_to_hub": True, "hub_model_id": "alice/mood", "hub_strategy": strategy, "num_train_epochs": 1}
+    trainer = trainer_for(probe, tmp_path, **changes)
+    trainer.train()
+    trainer.push_to_hub()
+    back = ProbeModel.from_pretrained("alice/mood")
+    assert back.config.id2label == {0: "bad", 1: "good"}
+    for name, tensor in probe.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)

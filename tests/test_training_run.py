@@ -295,8 +295,8 @@ def test_weights_of_classes_that_are_none(backbone_folder, tmp_path, weights):
 
 
 def test_seeds_that_are_none(tmp_path):
-    for seeds in ([], [-1]):
-        with pytest.raises(ProbeError, match="must be whole numbers from 0, and at least one"):
+    for seeds in ([], [-1], [2**32]):
+        with pytest.raises(ProbeError, match=r"must be whole numbers from 0 and below 2\*\*32, and at least one"):
             TrainingRun("demo", DataSources(train=write(tmp_path / "a.jsonl", 40)), tmp_path / "head", seeds=seeds)
 
 
@@ -308,3 +308,30 @@ def test_half_of_a_checkpoint_is_none(tmp_path):
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+class TestRefusals:
+    def run(self, folder, backbone_folder, **changes):
+        data = DataSources(train=write(folder / "a.jsonl", 30), folds=0)
+        return TrainingRun(str(backbone_folder), data, folder / "head", {"probe_type": "gate"}, **changes)
+
+    def test_a_second_run_into_the_same_folder(self, tmp_path, backbone_folder, monkeypatch):
+        run = self.run(tmp_path, backbone_folder, recipe=Recipe(num_train_epochs=1))
+        train = TrainingRun._train_all
+
+        def train_beside_another(first, prepared):
+            monkeypatch.setattr(TrainingRun, "_train_all", train)
+            with pytest.raises(ProbeError, match=r"another run is at work in .*head"):
+                run.execute()
+            return train(first, prepared)
+
+        monkeypatch.setattr(TrainingRun, "_train_all", train_beside_another)
+        run.execute()
+        assert read_head(tmp_path / "head").results["data"]["train"]["rows"] == 25
+
+    @pytest.mark.parametrize("folds", [0, 2])
+    def test_a_training_that_runs_away(self, tmp_path, backbone_folder, folds):
+        run = self.run(tmp_path, backbone_folder, recipe=Recipe(num_train_epochs=2, learning_rate=1e38))
+        run.data.folds = folds
+        with pytest.raises(ProbeError, match=r"no number for .* rows: its training ran away"):
+            run.execute()

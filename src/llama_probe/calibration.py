@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from transformers.utils import logging
 
 from .configuration import ProbeConfig
-from .decision import probabilities, probe_loss
+from .decision import check_numbers, probabilities, probe_loss
 from .errors import ProbeError
 
 
@@ -145,9 +145,10 @@ def calibrate(
         threshold_rule: `"expected-f1"`, see `expected_f1_threshold`, or `"best-f1"`, see `best_f1_threshold`.
 
     Raises:
-        ProbeError: see `check_threshold_rule`.
+        ProbeError: see `check_threshold_rule`; or a logit is not a number.
     """
     check_threshold_rule(config, max_false_positive_rate, threshold_rule)
+    check_numbers(logits)
     if config.problem_type == "regression":
         return config
     config = config.replace(temperature=fit_temperature(logits, labels, config), threshold=None)

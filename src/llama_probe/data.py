@@ -90,7 +90,11 @@ class LabelledTexts:
             raise ProbeError(f"a share of {share} rows held back must lie between 0 and 1")
         group = self._first_rows()
         unique = np.unique(group)
-        strata = self.labels[unique] if self.problem_type == "single_label_classification" else None
+        strata = None
+        if self.problem_type == "single_label_classification":
+            strata = self.labels[unique]
+            several = np.bincount(strata)[strata] > 1  # the only text of a label can be in one part alone: the larger
+            unique, strata = unique[several], strata[several]
         try:
             _, held_back = train_test_split(unique, test_size=share, random_state=seed, stratify=strata)
         except ValueError as error:
@@ -207,6 +211,10 @@ def read_labelled(
         rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
         return rows if label_names is None else rows.renamed(label_names)
     written = [text_column, *([] if prompt_column is None else [prompt_column])]
+    if len({*written, label_column}) < len(written) + 1:
+        raise ProbeError(
+            f"{', '.join(written)} and {label_column}: texts, prompts and labels stand in columns of their own; name each once"
+        )
     table = read_table(source, split, written, [label_column])
     for name in (*written, label_column):
         if name not in table.column_names:

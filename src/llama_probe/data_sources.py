@@ -161,13 +161,31 @@ class DataSources:
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         if self.extra:
             parts["extra"] = self._read_extra(parts, seed)
+        self._tell_seen(parts)
         learned = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])
         if parts["train"].problem_type == "single_label_classification" and len(np.unique(learned)) == 1:
             raise ProbeError(
                 f"all rows to learn from have the label {parts['train'].label_names[learned[0]]!r}, so there is nothing to tell "
                 "apart: give rows of another label as well"
             )
+        names = parts["train"].label_names
+        holds = learned.any(axis=0) if learned.ndim == 2 else np.bincount(learned, minlength=len(names))
+        absent = [name for name, rows in zip(names, holds, strict=True) if not rows]
+        if absent and parts["train"].problem_type != "regression":
+            logger.warning(f"No row to learn from has the label {', '.join(absent)}: the head will hardly give it")
         return parts
+
+    def _tell_seen(self, parts: dict[str, LabelledTexts]) -> None:
+        """Warns of rows that are judged by although they are learned from: scores on these say little."""
+        learned = set(map(str, parts["train"].texts))
+        for name in ("validation", "test"):
+            if name not in parts or parts[name] is parts["train"]:
+                continue
+            if seen := sum(str(text) in learned for text in parts[name].texts):
+                logger.warning(
+                    f"{seen} of {len(parts[name])} {name} rows have a text that is among the training rows: scores on them are "
+                    "too good. Leave them out of one of the two"
+                )
 
     def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
         """All sources of `extra`, without what is judged by.

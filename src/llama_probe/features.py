@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,17 +29,12 @@ from .configuration import ProbeConfig
 from .distributed import barrier, is_main, on_main, share, world_size
 from .errors import ProbeError
 from .heads import get_probe_type
+from .locks import lock
 from .scope import check_rows, token_mask, tokens_read
 
 
 if TYPE_CHECKING:
     from .probe import ProbeModel
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 logger = logging.get_logger(__name__)
 
@@ -236,7 +231,7 @@ class StateCache:
         scratch = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=self.folder))
         self._reserved = (scratch / _STATES).open("wb")
         self._reserved.truncate(size)
-        if _lock(self._reserved):  # before it has the name by which others find it
+        if lock(self._reserved):  # before it has the name by which others find it
             scratch = scratch.rename(scratch.with_name(scratch.name.replace(_UNLOCKED, _SCRATCH)))
         return scratch
 
@@ -245,21 +240,10 @@ class StateCache:
         for states in self.folder.glob(f"{glob.escape(_SCRATCH)}*/{_STATES}"):
             try:
                 with states.open("r+b") as file:
-                    if _lock(file):
+                    if lock(file):
                         shutil.rmtree(states.parent, ignore_errors=True)
             except OSError:  # its owner, or another that clears up, was faster
                 continue
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Locks a file until it is closed or its process ends, however that ends; false where it is locked or cannot be."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 class ProbeCollator:

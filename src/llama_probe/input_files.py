@@ -20,6 +20,7 @@ from .errors import ProbeError
 
 
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
+_SAVE_ANEW = "save the file in UTF-8, or as parquet"
 _LOOKED_AT = 1000  # rows by which the types of the columns of json lines are told
 
 
@@ -108,6 +109,19 @@ class InputFile:
             self._check_once(header, needed)
             return dict.fromkeys(header, pa.string())
 
+    def check_encoding(self) -> None:
+        """Reads a file of lines to its end, which other readers do in blocks and with other words for what they cannot read.
+
+        Raises:
+            ProbeError: it is not in UTF-8, or cannot be read.
+        """
+        with self._mishaps(), self._opener(self.path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise ProbeError(f"{self.path}: line {number} is not in UTF-8 ({error}): {_SAVE_ANEW}") from None
+
     def _check_once(self, names: list[str], needed: Sequence[str]) -> None:
         for name in needed:
             if names.count(name) > 1:
@@ -171,8 +185,11 @@ class InputFile:
 
     def _open(self):
         newline = None if self.kind == "json" else ""
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        return opener(self.path, "rt", encoding="utf-8-sig", newline=newline)
+        return self._opener(self.path, "rt", encoding="utf-8-sig", newline=newline)
+
+    @property
+    def _opener(self) -> Callable:
+        return gzip.open if self.path.suffix == ".gz" else open
 
     def _records(self, lines) -> Iterator[list[str]]:
         csv.field_size_limit(sys.maxsize)
@@ -202,13 +219,14 @@ class _Mishaps:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, (OSError, UnicodeError, EOFError, csv.Error, pa.ArrowException)):
-            raise ProbeError(f"{self.path} cannot be read: {str(error).splitlines()[0]}") from error
+            hint = f": {_SAVE_ANEW}" if isinstance(error, UnicodeDecodeError) else ""
+            raise ProbeError(f"{self.path} cannot be read: {str(error).splitlines()[0]}{hint}") from error
 
 
 def _told_type(values: list[Any]) -> pa.DataType:
     try:
         kind = pa.array(values).type
-    except pa.ArrowException:  # of several types
+    except (pa.ArrowException, UnicodeError):  # of several types, or no texts that a file could hold
         return pa.string()
     return pa.string() if pa.types.is_null(kind) else kind
 

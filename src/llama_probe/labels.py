@@ -62,6 +62,7 @@ def read_labels(
         names = list(label_names or sorted(set(flat)))
         if label_names is None:
             _check_count(source, len(names), names[-1])
+            _check_spaces(source, names)
         if missing := sorted(set(flat) - set(names)):
             raise ProbeError(f"{source}: labels without a name: {missing[:5]}; names: {', '.join(names)}")
     index = {name: i for i, name in enumerate(names)}
@@ -107,12 +108,29 @@ def _whole_numbers(
         label_names = list(map(str, used))
     if label_names is not None and {str(number) for number in used} <= set(label_names):
         return list(map(str, numbers)), list(label_names)
+    if label_names and set(map(str, used)) & set(label_names):
+        unknown = [number for number in used if str(number) not in label_names]
+        raise ProbeError(
+            f"{source}: labels without a name: {unknown[:5]}; names: {', '.join(label_names)}. Where some of "
+            "the labels are names, all of them must be, and none is a place among the names: mend the rows"
+        )
     if not label_names:
         _check_count(source, used[-1] + 1, used[-1])
     names = list(label_names or [f"LABEL_{i}" for i in range(used[-1] + 1)])
     if used[0] < 0 or used[-1] >= len(names):
         raise ProbeError(f"{source}: labels go from {used[0]} to {used[-1]}, but there are {len(names)} names")
     return [names[number] for number in numbers], names
+
+
+def _check_spaces(source: str, names: Sequence[str]) -> None:
+    """Else a head would learn to tell apart what looks the same."""
+    first_of: dict[str, str] = {}
+    for name in names:
+        if (other := first_of.setdefault(" ".join(name.split()), name)) is not name:
+            raise ProbeError(
+                f"{source}: the labels {other!r} and {name!r} differ in nothing but spaces: mend the rows, or give the names of "
+                "both (label_names)"
+            )
 
 
 def _check_count(source: str, count: int, last: Any) -> None:

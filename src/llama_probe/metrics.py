@@ -13,7 +13,7 @@ import torch
 from sklearn import metrics as sk
 
 from .configuration import ProbeConfig
-from .decision import predictions, probabilities
+from .decision import check_numbers, predictions, probabilities
 from .errors import ProbeError
 
 
@@ -60,7 +60,11 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
 
     F1, precision and recall are those of label 1 of two, else the mean over the labels that some row has or is given. AUPRC and
     AUROC are `None` where no label both occurs and does not, and R2 where all rows have the same value.
+
+    Raises:
+        ProbeError: a probability is not a number.
     """
+    check_numbers(torch.from_numpy(np.asarray(probs)))
     if config.problem_type == "regression":
         return {
             "mse": float(sk.mean_squared_error(labels, probs)),

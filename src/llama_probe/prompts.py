@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from .errors import ProbeError
 logger = logging.get_logger(__name__)
 
 Text = str | list[dict[str, str]]
+
+# As JSON may spell them, and as bytes that are not UTF-8 come from a command line. Tokenizers take no text with one.
+_HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
 # Texts that share neither their first nor their last token; what all their prompts share is the template's own.
 _DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.")
@@ -139,7 +143,7 @@ class PromptFormat:
         for text in texts:
             before, content = split_reply(text)
             prompt = self._ids(before[-1]["content"] if self.kind == "raw" else before)
-            reply = self.tokenizer(content, add_special_tokens=False)["input_ids"]
+            reply = self._tokens(content, add_special_tokens=False)
             if self.max_length is not None and len(prompt) + len(reply) > self.max_length:
                 cut += 1
                 constant = len(self.prefix_ids) + len(self.suffix_ids)
@@ -169,7 +173,7 @@ class PromptFormat:
         if self.kind == "raw":
             if not isinstance(text, str):
                 raise ProbeError("prompt_format='raw' takes texts, not chat messages")
-            ids = self.tokenizer(text)["input_ids"]
+            ids = self._tokens(text)
             bos = self.tokenizer.bos_token_id
             # A text that spells out its BOS token would get a second one from the tokenizer.
             return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
@@ -183,7 +187,14 @@ class PromptFormat:
                 f"the chat template of the tokenizer cannot write {str(messages)[:60]!r}: {error}"
             ) from error
         # The template has written every special token already.
-        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return self._tokens(rendered, add_special_tokens=False)
+
+    def _tokens(self, text: str, **kwargs) -> list[int]:
+        if half := _HALF_PAIR.search(text):
+            raise ProbeError(
+                f"{text[:60]!r} is no text: {half.group()!r} is half of a character. Was it read as UTF-8, and is it?"
+            )
+        return self.tokenizer(text, **kwargs)["input_ids"]
 
 
 def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
@@ -217,7 +228,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def is_text(value: Any) -> bool:
     """Whether it is a text, or a list of chat messages."""
     if isinstance(value, str):
-        return True
+        return _HALF_PAIR.search(value) is None
     return isinstance(value, list) and len(value) > 0 and all(map(_is_turn, value))
 
 
@@ -227,6 +238,7 @@ def _is_turn(turn: Any) -> bool:
         isinstance(turn, Mapping)
         and isinstance(turn.get("role"), str)
         and (turn.get("content") is not None or bool(turn.get("tool_calls")))
+        and (not isinstance(turn.get("content"), str) or is_text(turn["content"]))
     )
 
 

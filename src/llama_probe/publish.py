@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, ModelCard
 from transformers.utils import logging
 
+from .card_sections import on_the_hub
 from .errors import ProbeError
 from .files import CARD_NAME, HEAD_FILES, read_config, read_head, save_head
 from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
@@ -128,7 +129,13 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
 def _push(folder, repo_id, subfolder, private, token, revision, create_pr, message, tags, license) -> CommitInfo:
     repo_id = full_repo_id(repo_id, token)
     branch = None if revision is None or revision.startswith("refs/") else revision
-    _finish_card(folder, str(HubReference(repo_id, branch, subfolder)), tags, license)
+    reference = HubReference(repo_id, branch, subfolder)
+    source = str(reference)
+    if HubReference.parse(source) != reference:
+        raise ProbeError(
+            f"{source!r} could not be asked for: give a subfolder and a revision without spaces, and no : in a revision"
+        )
+    _finish_card(folder, source, tags, license)
     prefix = f"{subfolder}/" if subfolder else ""
     files: dict[str, Path | bytes] = {
         f"{prefix}{name}": folder / name for name in HEAD_FILES if (folder / name).is_file()
@@ -164,8 +171,8 @@ def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | 
 
 
 def _root_card(base_model: str | None) -> str:
-    metadata = f"base_model: {base_model}\nbase_model_relation: adapter\n" if base_model else ""
+    metadata = f"base_model: {base_model}\nbase_model_relation: adapter\n" if on_the_hub(base_model) else ""
     return (
         f"---\n{metadata}library_name: llama_probe\npipeline_tag: text-classification\ntags:\n- llama_probe\n- probe\n---\n\n"
-        f"Probe heads for {base_model or 'a causal LM'}, one a folder. Each has its own card."
+        f"Probe heads for {base_model if on_the_hub(base_model) else 'a causal LM'}, one a folder. Each has its own card."
     )

@@ -259,13 +259,14 @@ def inside(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLik
 
 
 def default_name(source: str | os.PathLike) -> str:
-    """The name of a head where none is given: the subfolder, the repository's name, the alias or the folder's name."""
+    """The name of a head where none is given: the subfolder, the repository's name, the alias or the folder's name, with a `-`
+    for what a name may not hold."""
     reference = None if Path(source).is_dir() else HubReference.parse(str(source))
     if reference is None:
         name = Path(source).resolve().name
     else:
         name = (reference.subfolder or reference.repo_id).split("/")[-1]
-    return name.replace(".", "-")  # a dot separates modules in torch
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "head"  # such as dots, which separate modules in torch
 
 
 def check_name(name: str) -> str:

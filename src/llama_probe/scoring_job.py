@@ -22,6 +22,7 @@ from .errors import ProbeError
 from .features import length_batches
 from .files import write_atomically
 from .input_files import Chunk, InputFile
+from .locks import claimed
 from .probe import ProbeModel
 from .prompts import PromptFormat, Text, check_alike, exchange, is_text, pad_prompts
 from .resolve import read_heads
@@ -132,7 +133,7 @@ class ScoringJob:
             ProbeError: anything the user can mend: before a row is scored, but for rows that turn out to be damaged. A job
                 goes on only with the inputs, heads and settings that it was begun with.
         """
-        with process_group():
+        with process_group(), claimed(Path(self.output)):
             return self._execute()
 
     def _execute(self) -> dict[str, Any]:

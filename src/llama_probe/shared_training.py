@@ -29,6 +29,12 @@ from .metrics import check_metric, score
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
 
+def check_keep(keep: float) -> None:
+    """Raises `ProbeError` where it is no share of candidates that can go on."""
+    if not 0 < keep <= 1:
+        raise ProbeError(f"keep={keep} must be above 0 and at most 1")
+
+
 class SharedTraining:
     """Trains candidates in lockstep on one pass of the backbone an epoch.
 
@@ -79,8 +85,7 @@ class SharedTraining:
                 )
         if is_tensor_parallel(lm):
             raise ProbeError("a backbone with a tp_plan reads the same rows in all processes: cache the states first")
-        if not 0 < keep <= 1:
-            raise ProbeError(f"keep={keep} must be above 0 and at most 1")
+        check_keep(keep)
         check_metric(metric, _labels_of(validation, range(len(validation))), candidates[0].config)
         self.train, self.validation, self.metric = train, validation, metric
         self.epochs, self.folder, self.lm = epochs, Path(folder), lm

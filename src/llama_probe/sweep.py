@@ -21,8 +21,9 @@ from .evaluation import predict_logits
 from .files import write_atomically
 from .heads import get_probe_type
 from .learners import Candidate, Learner
+from .locks import claimed
 from .plots import write_sensitivity_plot
-from .shared_training import CHECKPOINT_NAME, SharedTraining
+from .shared_training import CHECKPOINT_NAME, SharedTraining, check_keep
 from .training_rows import Prepared
 from .training_run import TrainingRun
 
@@ -137,12 +138,13 @@ class Sweep:
         Raises:
             ProbeError: anything the user can mend, before the training starts.
         """
-        with process_group():
+        with process_group(), claimed(Path(self.run.output)):
             return self._execute()
 
     def _execute(self) -> dict[str, Any]:
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
+        check_keep(self.keep)  # before anything is written that a sweep with another one would be refused for
         epochs = self.run.recipe.num_train_epochs
         if epochs is not None and epochs < 1:
             raise ProbeError(f"num_train_epochs={epochs} must be at least 1: a sweep trains whole epochs")

@@ -42,19 +42,29 @@ def read_table(
             options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
             if FORMATS[suffix] == "csv":
                 options |= _csv_options([path], text_columns, needed)
+            _check_encoding([path])
             options |= {"data_files": glob.escape(str(path)), "description": _digest([path])}
             return load_dataset(FORMATS[suffix], split="train", **options)
         options = {}
+        if path.suffix in FORMATS and not path.exists():
+            raise ProbeError(f"there is no file {path}")
         if path.is_dir():
+            if "[" in str(path.resolve()):  # which the loader takes for the beginning of a pattern
+                raise ProbeError(
+                    f"{path.resolve()}: a folder of rows must have no [ in its path: rename it, or name a file"
+                )
             config = load_dataset_builder(source).config
             files = [Path(name) for part in (config.data_files or {}).values() for name in part]
             if hasattr(config, "keep_default_na"):
                 options = _csv_options(files, text_columns, needed)
+            _check_encoding(files)
             options["description"] = _digest(files)
         data = load_dataset(source, split=None, **options)
     except ProbeError:
         raise
     except Exception as error:  # the loaders raise dozens of types for bad input
+        if any(words in reason(error) for words in ("StopIteration", "corresponds to no data")):
+            raise ProbeError(f"{source} holds no rows") from error
         message = f"{source} cannot be read as a file, a folder or a Hub data set: {reason(error)}"
         if "/" not in source:
             message += f" (data sets known by name: {', '.join(BENCHMARKS)})"
@@ -79,6 +89,12 @@ def _csv_options(files: Sequence[Path], text_columns: Sequence[str], needed: Seq
         if file.suffix in (".csv", ".tsv", ".gz"):
             InputFile(file, "tsv" if ".tsv" in file.suffixes else "csv").fields([*text_columns, *needed])
     return {**_CSV, "converters": dict.fromkeys(text_columns, str)}
+
+
+def _check_encoding(files: Sequence[Path]) -> None:
+    for file in files:
+        if suffix := next((s for s in reversed(file.suffixes) if s in FORMATS and s != ".parquet"), None):
+            InputFile(file, FORMATS[suffix]).check_encoding()
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .capture import is_tensor_parallel
 from .configuration import ProbeConfig
@@ -109,6 +109,15 @@ def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) ->
     return TrainingArguments(output_dir=str(output_dir), **{**values, **changes})
 
 
+class HeadOnPush(TrainerCallback):
+    """Puts a head folder among what a Trainer pushes (`push_to_hub`), which by itself has the weights without their config."""
+
+    def on_push_begin(self, args, state, control, model: ProbeModel, **kwargs) -> None:
+        """Writes it where the Trainer pushes from."""
+        if args.should_save:
+            model.save_pretrained(args.output_dir)
+
+
 def create_trainer(
     probe: ProbeModel,
     args: TrainingArguments,
@@ -141,7 +150,7 @@ def create_trainer(
             "the backbone has a tp_plan, so all processes must run it on the same rows, and the Trainer gives each its own: cache "
             "the states first (StateCache), and train a head without a backbone on these"
         )
-    callbacks = [*kwargs.pop("callbacks", [])]
+    callbacks = [HeadOnPush(), *kwargs.pop("callbacks", [])]
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
     return Trainer(

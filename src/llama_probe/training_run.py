@@ -33,6 +33,7 @@ from .files import check_output, environment, save_head, write_atomically
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier
 from .heads import get_probe_type
+from .locks import claimed
 from .metrics import check_metric, default_metric, summarize
 from .model_card import CardFacts, write_card
 from .plots import write_plots
@@ -81,8 +82,8 @@ class TrainingRun:
     card: CardFacts = field(default_factory=CardFacts)
 
     def __post_init__(self):
-        if not self.seeds or min(self.seeds) < 0:
-            raise ProbeError(f"seeds={self.seeds} must be whole numbers from 0, and at least one")
+        if not self.seeds or min(self.seeds) < 0 or max(self.seeds) >= 2**32:
+            raise ProbeError(f"seeds={self.seeds} must be whole numbers from 0 and below 2**32, and at least one")
 
     def execute(self) -> dict[str, Any]:
         """Runs it.
@@ -101,14 +102,16 @@ class TrainingRun:
             return self._execute()
 
     def _execute(self) -> dict[str, Any]:
-        prepared = self.prepare()
-        try:
-            results = self._train_all(prepared)
-        except Exception:
-            prepared.close()  # a run that is stopped, and may go on, keeps its states
-            raise
-        prepared.close()
-        return results
+        check_output(self.output)
+        with claimed(self.output):
+            prepared = self.prepare()
+            try:
+                results = self._train_all(prepared)
+            except Exception:
+                prepared.close()  # a run that is stopped, and may go on, keeps its states
+                raise
+            prepared.close()
+            return results
 
     def _train_all(self, prepared: Prepared) -> dict[str, Any]:
         checkpoints = self.output / CHECKPOINTS

@@ -96,6 +96,10 @@ def main() -> None:
         if extra is None:
             raise
         _refuse(f"this command needs {error.name}: pip install 'llama_probe[{extra}]'")
+    except OSError as error:  # of a file or folder; what else fails shows where it did
+        if error.filename is None or error.strerror is None:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .console import print_table
 from .options import Backbone, Dtype, Json
 
 
@@ -108,7 +109,7 @@ def benchmark(
             shown.add_column(escape(name), justify="left" if name == "system" else "right", overflow="fold")
         for line in lines:
             shown.add_row(*map(escape, line))
-        console.print(shown)
+        print_table(shown)
     for note in benchmark_report.notes(report):
         console.print(escape(note))
     for path in written:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .console import print_table
 from .options import DATA, Backbone, DataDir, Dtype, Json, Probe, PromptColumn
 
 
@@ -105,10 +106,10 @@ def evaluate(
         print(json.dumps(result))
         return
     console = Console()
-    console.print(_metrics_table(f"{probe} on {data}", result))
+    print_table(_metrics_table(f"{probe} on {data}", result))
     if "labels" in result:
         names = list(result["labels"])
-        console.print(_table("each label against the others", result["labels"]))
+        print_table(_table("each label against the others", result["labels"]))
         if "confusion" in result:
             _print_confusion(console, names, result["confusion"])
         found = result["calibration"]
@@ -117,7 +118,7 @@ def evaluate(
             f"{config.temperature:.3f}, {_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
         )
     for label, ruled in result.get("halting", {}).items():
-        console.print(_halting_table(label, ruled))
+        print_table(_halting_table(label, ruled))
     if bootstrap:
         console.print(f"In brackets: 95 % intervals by bootstrap, {bootstrap:,} resamples of the rows, seed {seed}.")
 
@@ -169,7 +170,7 @@ def _print_confusion(console: Console, names: list[str], matrix: list[list[int]]
         table.add_column(escape(name), justify="right")
     for name, row in zip(names, matrix, strict=True):
         table.add_row(escape(name), *(f"{count:,}" for count in row))
-    console.print(table)
+    print_table(table)
 
 
 def _cell(part: dict[str, Any], metric: str, separator: str) -> str:

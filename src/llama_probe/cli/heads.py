@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .console import print_table
 from .options import Dtype, Json, Revision
 
 
@@ -59,7 +59,7 @@ def inspect(
     table = Table("field", "value", title=escape(probe))
     for key, value in sorted(values.items()):
         table.add_row(key, escape(json.dumps(value, ensure_ascii=False)))
-    Console().print(table)
+    print_table(table)
 
 
 def _list_bundled(as_json: bool) -> None:
@@ -74,7 +74,7 @@ def _list_bundled(as_json: bool) -> None:
     for alias, config in configs.items():
         cells = (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
         table.add_row(*map(escape, cells))
-    Console().print(table)
+    print_table(table)
 
 
 def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> None:
@@ -92,7 +92,7 @@ def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> No
     for check in checks:
         cells = ("-" if value is None else escape(str(value)) for value in (check.recorded, check.found))
         table.add_row(check.field, *cells, _VERDICTS.get(check.verdict, check.verdict))
-    Console().print(table)
+    print_table(table)
     if any(check.fatal and check.verdict == "differs" for check in checks):
         print("The head cannot run on this backbone: it was made for a model of another size.")
     elif any(check.verdict == "differs" for check in checks):

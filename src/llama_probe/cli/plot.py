@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .console import print_table
 from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn
 
 
@@ -105,7 +106,7 @@ def plot(
     for item in files:
         table.add_row(escape(item["file"]), escape(item["shows"]))
     console = Console()
-    console.print(table)
+    print_table(table)
     for note in notes:
         console.print(escape(note), highlight=False)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .console import print_table
 from .options import Backbone, DataDir, Dtype, Json, command_line
 
 
@@ -79,7 +79,6 @@ def reproduce(
     from ..reproduction_columns import cell, columns
     from ..reproduction_report import REPORT_NAME
 
-    console = Console()
     for source, results in report["main"].items():
         if not any(results.values()):
             continue
@@ -91,7 +90,7 @@ def reproduce(
             if result is None:
                 continue
             shown.add_row(name, *(cell(column.find(result)) for column in columns(source)))
-        console.print(shown)
+        print_table(shown)
     print(f"report written to {output / REPORT_NAME}")
 
 

@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ProbeError
+from .console import print_table
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
 
@@ -185,7 +186,10 @@ def _batches(
     from ..prompts import PromptFormat, check_alike
     from ..resolve import read_heads
 
-    texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+    try:
+        texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ProbeError(f"standard input is not in {error.encoding}: {error}") from None
     if not texts:
         raise ProbeError("there is no prompt: give some, or lines on standard input")
     heads = read_heads(probes, backbone_target(backbone))
@@ -260,7 +264,7 @@ def _print_rows(rows: list[dict], configs: dict[str, ProbeConfig], as_json: bool
             scores = dict(zip(config.id2label.values(), row["probabilities"][name], strict=False))
             cells.append(escape(in_words(row["labels"][name], scores, config)) if scores else "-")
         table.add_row(escape(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
-    Console().print(table)
+    print_table(table)
 
 
 def _shown_reply(row: dict) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .console import print_table
 from .options import DATA, Backbone, DataDir, Json, command_line
 
 
@@ -109,5 +109,5 @@ def sweep(
             f"{trial['num_parameters']:,}",
             trial["options"],
         )
-    Console().print(table)
+    print_table(table)
     print(f"the best head is in {output / HEAD_FOLDER}; all configurations in {output / 'sweep.json'}")

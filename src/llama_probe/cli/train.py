@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ProbeError
+from .console import print_table
 from .options import DATA, Backbone, DataDir, Json, PromptColumn, command_line
 
 
@@ -288,4 +288,4 @@ def _print_summary(results: dict) -> None:
                 table.add_row(
                     f"{split} ({summary['rows']})", metric, *cells, f"{value['mean']:.4f} ± {value['std']:.4f}"
                 )
-    Console().print(table)
+    print_table(table)
