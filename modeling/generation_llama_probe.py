@@ -326,10 +326,10 @@ def generation_session(
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     if embeds is not None:
         ids = None  # generate() ignores ids beside embeddings, but for bookkeeping
-    elif inputs is not None and inputs.dim() == 3:
+    elif isinstance(inputs, torch.Tensor) and inputs.dim() == 3:
         ids, embeds = None, inputs
     mask = kwargs.get("attention_mask")
-    if mask is None and ids is not None:
+    if mask is None and isinstance(ids, torch.Tensor):  # what is none is refused, with the other tensors
         mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
     keep = asks_for_state(probe_state, ids, setting("use_cache"))
     decoder = find_decoder(model)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,10 +104,11 @@ class HaltRule:
         if threshold is None and regression:
             raise ProbeError(f"halt_on: {head!r} gives values: say from which on, {{{head!r}: {{'threshold': ...}}}}")
         if threshold is not None:
-            number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+            number = isinstance(threshold, Real) and not isinstance(threshold, bool)  # NumPy's too
             if not number or math.isnan(threshold) or not (regression or 0 <= threshold <= 1):
                 allowed = "a number" if regression else "a number from 0 to 1"
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
+            threshold = float(threshold)
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
             raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
         if patience > 1 and not config.reads_reply:
@@ -293,11 +295,13 @@ class Halter:
 
 def _decisions(who: str, said: Any, count: int, what: str) -> list[Halt | None]:
     """What a function of the user's own has decided: true, false or a `Halt` for each of so many prompts or rows."""
-    if not isinstance(said, Iterable):
-        raise ProbeError(
-            f"{who} returned a {type(said).__name__}; it must return a list with true, false or a Halt for each of the {what}"
-        )
+    wanted = f"it must return a list with true, false or a Halt for each of the {what}"
+    if not isinstance(said, Iterable) or isinstance(said, (str, Mapping)):
+        raise ProbeError(f"{who} returned a {type(said).__name__}; {wanted}")
     found = list(said)
     if len(found) != count:
         raise ProbeError(f"{who} returned {len(found)} decisions for {count} {what}")
+    for item in found:  # names of labels would all be true, and keys of a dict anything
+        if isinstance(item, Sized) and getattr(item, "shape", None) not in ((), (1,)):
+            raise ProbeError(f"{who} returned a list with {item!r} in it; {wanted}")
     return [item if isinstance(item, Halt) else Halt() if bool(item) else None for item in found]

@@ -44,7 +44,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     - for multi-label heads the same, with a list of labels and a list of their probabilities,
     - for regression heads `{"score": value}`, or `{"scores": {label: value}}` where there are several outputs.
 
-    With `halt_on=`, which `generate` takes, there is `"halted"` as well: a dict of why the prompt got no reply, or `None`.
+    With `halt_on=`, which `generate` takes, there is `"halted"` as well: a dict of why the prompt got no reply, or `None`. A text
+    as `halt_reply=` needs no `tokenizer=` here.
 
     Every sequence of a prompt has the same `"probes"`. With `return_dict_in_generate=False` heads do not run, and it is
     empty.
@@ -82,6 +83,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     def _forward(self, model_inputs, **generate_kwargs):
         # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
         listener = _Listener(self.model, getattr(self, "generation_config", None))
+        if isinstance(generate_kwargs.get("halt_reply"), str):
+            generate_kwargs.setdefault("tokenizer", self.tokenizer)
         twin = copy.copy(self)
         twin.model = listener
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)

@@ -107,8 +107,9 @@ def prompt_masks(
     ):
         if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != shape.count(",") + 1):
             found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ProbeError(f"{name} must be a tensor {shape}, not {found}")
-    if source is None or source.shape[1] == 0:
+            entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
+            raise ProbeError(f"{name} must be a tensor {shape}, not {found}{entries}")
+    if source is None or 0 in source.shape[:2]:
         raise ProbeError(
             "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
             "or set_active_probes([]) to generate without heads"

@@ -41,6 +41,11 @@ class HeadStack:
         self.stages = [head.token_stage for head in self.heads]
         first = self.heads[0]
         self.layer_indices, self.config, self.device = first.layer_indices, first.config, first.device
+        if self.device.type == "meta":
+            raise ProbeError(
+                "the weights of a head are elsewhere: the LM was offloaded (accelerate) after the head had been attached. Offload "
+                "it first, and attach heads then, which stay where the last state appears"
+            )
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self._rank = self.stages[0].rank
 

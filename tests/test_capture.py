@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
-from conftest import LAYERS, make_lm
+from conftest import HIDDEN, LAYERS, make_lm, make_probe
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, generation
 from llama_probe.capture import Capture, collect_hidden_states, find_decoder, prefill
 
 
@@ -34,6 +34,36 @@ def test_a_shared_prefix_runs_once(lm, prompts):
         rest = collect_hidden_states(lm, range(LAYERS + 1), prompts, mask, cache)
         for a, b in zip(whole, rest, strict=True):
             torch.testing.assert_close(b[mask.bool()], a[:, 3:][mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def steered(lm):
+    """A model with hooks that change in place what enters a layer, which is the state before it."""
+    direction = torch.linspace(-1, 1, HIDDEN)
+    for layer in lm.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: (None, args[0].add_(direction))[0])
+    return lm
+
+
+def test_a_state_stays_what_it_was_when_the_layer_gave_it(steered, prompts):
+    given = []
+    for layer in steered.model.layers:
+        layer.register_forward_hook(lambda _, args, out: given.append(out.clone()))
+    found = collect_hidden_states(steered, range(1, LAYERS), prompts)
+    assert all(torch.equal(state, copy) for state, copy in zip(found, given[: LAYERS - 1], strict=True))
+
+
+def test_it_is_the_same_whenever_it_is_read(monkeypatch, steered, prompts):
+    """At once, together with those of other layers, or after the pass."""
+    monkeypatch.setattr(generation, "_HELD_AT_MOST", 1.0)
+    model = AutoModelForProbedGeneration.from_causal_lm(steered, {"gate": make_probe(probe_type="gate")})
+    at_once = model.generate(prompts, use_cache=False, max_new_tokens=1)
+    together = model.generate(prompts, max_new_tokens=1)
+    states = collect_hidden_states(steered, range(LAYERS + 1), prompts)
+    with torch.no_grad():
+        after = model.probes["gate"](hidden_states=torch.stack(states, dim=1))
+    for logits in (together.probe_logits["gate"], after.logits):
+        torch.testing.assert_close(logits, at_once.probe_logits["gate"])
 
 
 def test_hooks_go_even_after_an_error(lm, prompts):

@@ -29,6 +29,7 @@ from tiny_families import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel, families, register_family
 from llama_probe.capture import Capture, check_states, collect_hidden_states, find_decoder
@@ -317,6 +318,25 @@ class TestUnknownFamilies:
         out = model.generate(ids, max_new_tokens=4, do_sample=False)
         assert torch.equal(out.sequences, tokens)
         assert_same(out.probe_logits, scores(states, None))
+
+    @pytest.mark.parametrize("registered", [False, True])
+    def test_states_that_later_layers_change_are_refused(self, monkeypatch, registered):
+        """Heads would read one thing in training, and another while the model runs."""
+
+        class InPlace(LlamaDecoderLayer):
+            def forward(self, hidden_states, **kwargs):
+                hidden_states += self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+                return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+        monkeypatch.setattr(families, "_REGISTERED", {})
+        lm = make_lm()
+        lm.config.model_type = "in place"
+        for layer in lm.model.layers:
+            layer.__class__ = InPlace
+        if registered:
+            register_family("in place", embeddings="model.embed_tokens", layers="model.layers", norm="model.norm")
+        with pytest.raises(ProbeError, match=r"states \[0, 1, 2, 3\] .*'in place'.* changed in place by the layers"):
+            check_states(lm)
 
     def test_two_places_are_not_chosen_between(self, monkeypatch):
         monkeypatch.setattr(families, "_REGISTERED", {})

@@ -6,7 +6,14 @@ import threading
 import pytest
 import torch
 from conftest import make_lm, make_probe, make_prompts
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers import (
+    BatchEncoding,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerateDecoderOnlyOutput, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -345,9 +352,25 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="continuous batching"):
             probed().generate_batch(prompts.tolist())
 
-    def test_no_prompt(self):
-        with pytest.raises(ProbeError, match="no prompt"):
-            probed().generate(max_new_tokens=2)
+    def test_no_prompt(self, prompts):
+        model = probed()
+        for call in (
+            lambda: model.generate(max_new_tokens=2),
+            lambda: model.generate(prompts[:0], max_new_tokens=2),
+            lambda: model(prompts[:0]),
+            lambda: model.classify(prompts[:, :0]),
+        ):
+            with pytest.raises(ProbeError, match="no prompt"):
+                call()
+
+    def test_prompts_that_are_no_tensor(self, prompts):
+        """What `**` was forgotten before, and plain lists."""
+        model, inputs = probed(), BatchEncoding({"input_ids": prompts})
+        for call in (lambda: model.generate(inputs, max_new_tokens=2), lambda: model(inputs)):
+            with pytest.raises(ProbeError, match=r"not BatchEncoding: pass its entries, with \*\* before it"):
+                call()
+        with pytest.raises(ProbeError, match=r"input_ids must be a tensor \[batch, tokens\], not list"):
+            model.generate(prompts.tolist(), max_new_tokens=2)
 
     def test_token_healing(self, prompts):
         with pytest.raises(ProbeError, match="token_healing"):

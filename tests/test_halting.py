@@ -5,6 +5,7 @@ import math
 import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_lm, make_probe, make_prompts, make_tokenizer
@@ -242,6 +243,29 @@ class TestPolicies:
         with pytest.raises(ProbeError, match="the halting policy returned a NoneType; it must return a list"):
             model.generate(prompts, halt_on=lambda outputs: None)
 
+    @pytest.mark.parametrize(
+        "policy, words",
+        [
+            (lambda outputs: dict.fromkeys(range(3), True), "a dict"),  # whose keys are 0, 1 and 2
+            (lambda outputs: "yes", "a str"),
+            (lambda outputs: outputs["mood"].labels, "a list with '(fine|awful)' in it"),
+            (lambda outputs: outputs["mood"].probabilities > 0.5, "a list with tensor"),
+        ],
+    )
+    def test_what_is_no_decision_is_not_taken_for_one(self, model, passes, prompts, policy, words):
+        with pytest.raises(ProbeError, match=rf"the halting policy returned {words}.*; it must return a list"):
+            model.generate(prompts, halt_on=policy)
+        assert len(passes) <= 1, "no token was decoded"
+
+    def test_tensors_and_arrays_decide(self, model, prompts):
+        for said in (
+            torch.tensor([True, False, True]),
+            np.array([1, 0, 1]),
+            [torch.tensor([1]), None, np.bool_(True)],
+        ):
+            out = model.generate(prompts, max_new_tokens=2, halt_on=lambda outputs, said=said: said)
+            assert out.probe_halts == [Halt(), None, Halt()]
+
 
 class TestRules:
     def output(self, logits, **changes):
@@ -330,6 +354,10 @@ class TestRules:
         with pytest.raises(ProbeError, match=words):
             model.generate(prompts, halt_on=spec)
         assert not passes, "before any work"
+
+    def test_a_threshold_may_be_numpys(self, model, prompts):
+        out = model.generate(prompts, max_new_tokens=2, halt_on={"mood": {"threshold": np.float32(0.0)}})
+        assert [type(halt.threshold) for halt in out.probe_halts] == [float] * 3
 
     def test_without_active_heads(self, model, prompts):
         model.set_active_probes([])

@@ -150,6 +150,9 @@ def test_heads_of_one_call(model, prompts):
     for call in (model.generate, model, model.classify):
         with pytest.raises(ProbeError, match="no head 'c' is attached; attached: a, b"):
             call(prompts, probes=["a", "c"])
+        for odd in (True, 1, ["a", None]):
+            with pytest.raises(ProbeError, match="does not name heads: give a name, a list of names"):
+                call(prompts, probes=odd)
 
 
 @pytest.fixture

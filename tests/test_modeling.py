@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe
@@ -306,6 +307,15 @@ def test_offloaded_layers(prompts, tmp_path):
     assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=3))
     torch.testing.assert_close(out.probe_logits["mha"], whole(ALL_KINDS["mha"], prompts))
     check_all_kinds(model, prompts)
+
+
+def test_heads_that_were_offloaded_with_the_model_are_refused(prompts):
+    """accelerate leaves them no weights, and takes these back for modules that it sees called, which heads are not."""
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for call in (model, model.classify, model.generate):
+        with pytest.raises(ProbeError, match=r"offloaded .* Offload it first, and attach heads then"):
+            call(prompts)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -65,6 +65,9 @@ def test_halted_prompts(batch_size):
         assert result["halted"]["head"] == "toxic" and result["halted"]["score"] == pytest.approx(
             result["probes"]["toxic"]["scores"]["toxic"], abs=1e-6
         )
+    halting["halt_reply"] = said
+    results = pipe(TEXTS, batch_size=batch_size, return_full_text=False, **halting, **GREEDY)
+    assert [result["generated_text"] for (result,) in results] == [said] * 4, "the pipeline has a tokenizer for a text"
     (free,) = pipe(TEXTS[0], halt_on={"toxic": {"threshold": 1.0}}, **GREEDY)
     assert free["halted"] is None and "halted" not in pipe(TEXTS[0], **GREEDY)[0]
 

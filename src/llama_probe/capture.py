@@ -195,6 +195,9 @@ class Capture:
     `output_hidden_states`. The hooks exist only inside the `with` block, and only listen to the thread that opened it,
     so that two threads can run one model.
 
+    What is handed over stays as it is. A layer may be the user's to hook, and hooks that steer it change in place what enters
+    it, which is the state before: then that is a copy.
+
     Args:
         decoder: from `find_decoder`.
         on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[rows, tokens, hidden_size]`.
@@ -219,7 +222,8 @@ class Capture:
                     module, register = self.decoder.norm, "post"
                 else:
                     module, register = self.decoder.layers[layer - 1], "post"
-                self._handles.append(self._listen(module, register, layer))
+                hooked = layer < last and bool(self.decoder.layers[layer]._forward_pre_hooks)
+                self._handles.append(self._listen(module, register, layer, hooked))
         except BaseException:
             self.__exit__()
             raise
@@ -230,7 +234,7 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _listen(self, module: nn.Module, where: str, layer: int):
+    def _listen(self, module: nn.Module, where: str, layer: int, copied: bool):
         if where == "pre":
             # Torch notes a hook first and its with_kwargs a moment later: another thread that runs the module in between calls
             # it without them.
@@ -242,7 +246,8 @@ class Capture:
 
         def after(_, args, output):
             if threading.get_ident() == self._thread:
-                self.on_state(layer, output[0] if isinstance(output, tuple) else output)
+                hidden = output[0] if isinstance(output, tuple) else output
+                self.on_state(layer, hidden.clone() if copied else hidden)
 
         return module.register_forward_hook(after)
 
@@ -256,20 +261,26 @@ def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
 def check_states(lm: nn.Module) -> None:
     """Proves, for a family that is not in the table, that what is captured are the LM's hidden states.
 
-    The backbone runs once over a few tokens. Of a registered family only the shapes are checked. Models whose weights are
-    offloaded are taken as they are.
+    The backbone runs once over a few tokens. Of a registered family only the shapes are checked, and that no layer changes a
+    state in place that an earlier one gave: who reads it at once and who reads it later would see two. Models whose weights
+    are offloaded are taken as they are.
 
     Raises:
-        ProbeError: they are others than `output_hidden_states`; the message says what to do.
+        ProbeError: they are others than `output_hidden_states`, or do not stay as they are; the message says what to do.
     """
     decoder = find_decoder(lm)
     if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
         return
     states: dict[int, torch.Tensor] = {}
+    first_seen: dict[int, torch.Tensor] = {}
+
+    def on_state(layer: int, hidden: torch.Tensor) -> None:
+        states[layer], first_seen[layer] = hidden, hidden.clone()
+
     input_ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
     layers = range(decoder.num_hidden_layers + 1)
     listing = {} if decoder.origin == "registered" else {"output_hidden_states": True, "return_dict": True}
-    with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
+    with torch.no_grad(), Capture(decoder, on_state, layers):
         output = decoder.model(input_ids=input_ids, use_cache=False, **listing)
     base = type(without_peft(lm))
     kind = f"{getattr(base, '_causal_lm_class', base).__name__} (model_type {decoder.model_type!r})"
@@ -279,6 +290,16 @@ def check_states(lm: nn.Module) -> None:
         raise ProbeError(
             f"states {odd} of {kind}, of 0 to {layers[-1]}, are not of the shape [batch, tokens, {decoder.hidden_size}] "
             "where they were looked for: heads cannot read this family"
+        )
+    if changed := [
+        layer
+        for layer in layers
+        if not torch.allclose(states[layer], first_seen[layer], rtol=0, atol=0, equal_nan=True)
+    ]:
+        raise ProbeError(
+            f"states {changed} of {kind}, of 0 to {layers[-1]}, are changed in place by the layers that run after them, so that "
+            "there are two of each, and which one heads would read depends on when they do: in the code of the model write "
+            "x = x + y in place of x += y"
         )
     if not listing:
         return

@@ -61,11 +61,11 @@ class ProbeHostMixin:
         Raises:
             ProbeError: a name that is not attached; the message lists those that are.
         """
-        names = [names] if isinstance(names, str) else list(names)
+        names = _each_name(names)
         with _CHANGING:
             for name in names:
                 self._require_probe(name)
-            self._active_probes = tuple(dict.fromkeys(names))
+            self._active_probes = tuple(names)
 
     def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
         """Attaches a head: of a `ProbeConfig` a new one with fresh weights, or a `ProbeModel` as it is.
@@ -218,7 +218,16 @@ class ProbeHostMixin:
         heads = self.probes
         if names is None:
             return {name: heads[name] for name in self._active_probes if name in heads}
-        names = list(dict.fromkeys([names] if isinstance(names, str) else names))
+        names = _each_name(names)
         for name in names:
             self._require_probe(name, heads)
         return {name: heads[name] for name in names}
+
+
+def _each_name(names: str | Iterable[str]) -> list[str]:
+    """The names of heads that somebody gave, each once: one, or several."""
+    found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    for name in found:
+        if not isinstance(name, str):
+            raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")
+    return list(dict.fromkeys(found))
