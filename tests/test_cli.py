@@ -173,7 +173,6 @@ def test_the_card_tells_what_was_measured(trained):
     for part in (
         "license: cc0-1.0",
         "- me/moods",
-        "base_model_relation: adapter",
         "`awful`",
         "Other moods".lower(),
         f"{chosen['f1']:.3f}",
@@ -181,6 +180,7 @@ def test_the_card_tells_what_was_measured(trained):
         assert part in text
     card = create_card(output)
     assert card.data.eval_results[0].metric_value is not None
+    assert "base_model:" not in text, "a folder is no model of the Hub"
     assert str(output.parent) not in text, "no path of the machine that trained it"
 
 

@@ -32,7 +32,7 @@ def test_the_lines_of_the_cards_are_quoted_so():
 
 
 def test_files_that_the_system_refuses_are_one_line_and_status_2(monkeypatch, capsys):
-    def app():
+    def app(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "/root/head")
 
     monkeypatch.setattr(cli, "app", app)

@@ -194,7 +194,7 @@ class TestTrain:
 
     def test_a_mistake_is_told_before_the_work(self, tmp_path, backbone_folder):
         done = finish(torchrun(*self.arguments(tmp_path, backbone_folder, "--output", tmp_path / "head")))
-        assert done.returncode != 0 and "rows.jsonl cannot be read" in done.stderr
+        assert done.returncode != 0 and f"there is no file {tmp_path / 'rows.jsonl'}" in done.stderr
         assert "training_run.py" not in done.stderr, "torchrun alone shows a traceback: its own"
 
 

@@ -85,7 +85,7 @@ _UsageError = typer.BadParameter.__base__
 def main() -> None:
     """Entry point: errors that the user can mend become one line and exit status 2."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="llama-probe", standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="llama-probe", standalone_mode=False) or 0)
     except ProbeError as error:
         _refuse(str(error))
     except _UsageError as error:
