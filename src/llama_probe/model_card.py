@@ -47,9 +47,11 @@ def write_card(folder: str | os.PathLike, **kwargs) -> Path:
     Raises:
         ProbeError: the folder holds no head.
     """
-    folder = Path(folder)
-    card = create_card(folder, **kwargs)
-    write_atomically({folder / CARD_NAME: lambda path: path.write_text(str(card), encoding="utf-8")})
+    return _write(Path(folder), str(create_card(folder, **kwargs)))
+
+
+def _write(folder: Path, text: str) -> Path:
+    write_atomically({folder / CARD_NAME: lambda path: path.write_text(text, encoding="utf-8")})
     return folder / CARD_NAME
 
 
@@ -69,21 +71,16 @@ def save_with_card(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     """
     own = has_own_words(folder)
     folder = save_head(probe, folder)
-    if not own and _generated(folder) is not None:
-        write_card(folder)
+    if not own and (text := _generated(folder)) is not None:
+        _write(folder, text)
     return folder
 
 
 def _generated(folder: str | os.PathLike) -> str | None:
+    """The card that a folder gives; `None` where its results are none that this version can read."""
     try:
         return str(create_card(folder))
-    except (
-        ProbeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ):  # what another version, or a stranger, wrote
+    except (ProbeError, LookupError, TypeError, ValueError, AttributeError):
         return None
 
 
