@@ -1,11 +1,12 @@
-"""The command line, in processes of its own, on the tiny backbone."""
+"""The command line on the tiny backbone: each command once in a process of its own."""
 
 import json
 
 import pytest
-from command_line import run, write_rows
+from command_line import call, run, write_rows
 from conftest import make_lm, make_tokenizer
 
+from llama_probe import __version__
 from llama_probe.files import read_config, read_head, save_head
 from llama_probe.model_card import create_card
 
@@ -55,13 +56,13 @@ def test_sweep(rows, backbone_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "3 configurations by validation auprc" in done.stdout and "--probe-type" in done.stdout
     best = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"][0]
-    trained = run(
+    trained = call(
         "train", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--output", tmp_path / "head",
         "--epochs", 1, *best["options"].split(),
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert read_config(tmp_path / "head").probe_type == best["params"]["probe_type"]
-    again = run(*arguments)
+    again = call(*arguments)
     assert again.returncode == 2 and "go on with --resume" in again.stderr
 
 
@@ -95,12 +96,12 @@ def test_benchmark(trained, backbone_folder, tmp_path):
     assert [row["system"] for row in report["rows"]] == names
     assert json.loads((tmp_path / "out" / "benchmark.json").read_text()) == report
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.json", "benchmark.png"]
-    shown = run(*args, "--no-naive")
+    shown = call(*args, "--no-naive")
     assert shown.returncode == 0, shown.stderr
     for part in ("batch 2, 8 tokens, 1 new", "2 x mha", "guard tiny-chat", "base again", "random weights"):
         assert part in shown.stdout
     assert "naive" not in shown.stdout and "written" not in shown.stdout
-    lines = run(*args, "--no-naive", "--markdown").stdout.splitlines()
+    lines = call(*args, "--no-naive", "--markdown").stdout.splitlines()
     assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == [
         names[0],
         *names[1:5],
@@ -134,7 +135,7 @@ def test_evaluate_repeats_what_training_reported(trained, rows, backbone_folder)
 
 def test_evaluate_says_how_far_to_trust_it(trained, rows, backbone_folder):
     args = ("evaluate", "--probe", trained[0], "--backbone", backbone_folder, "--data", rows / "test.jsonl")
-    done = run(*args, "--slice-column", "half", "--bootstrap", 50, "--seed", 3, "--json")
+    done = call(*args, "--slice-column", "half", "--bootstrap", 50, "--seed", 3, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["bootstrap"] == {"resamples": 50, "seed": 3, "level": 0.95}
@@ -142,17 +143,17 @@ def test_evaluate_says_how_far_to_trust_it(trained, rows, backbone_folder):
     assert low - 1e-9 <= found["auprc"] <= high + 1e-9 and set(found["labels"]) == {"fine", "awful"}
     assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
     assert sum(map(sum, found["confusion"])) == 20 and found["calibration"]["intervals"]["error_uncalibrated"]
-    shown = run(*args, "--bootstrap", 50).stdout
+    shown = call(*args, "--bootstrap", 50).stdout
     for part in ("all rows", "awful", "auroc", "what the head gives", "Expected calibration error", "50 resamples"):
         assert part in shown
     assert (
-        f"[{low:.3f}, " not in run(*args, "--bootstrap", 0).stdout
-        and "resamples" not in run(*args, "--bootstrap", 0).stdout
+        f"[{low:.3f}, " not in call(*args, "--bootstrap", 0).stdout
+        and "resamples" not in call(*args, "--bootstrap", 0).stdout
     )
 
 
 def test_train_with_few_false_alarms(rows, backbone_folder, tmp_path):
-    done = run(
+    done = call(
         "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", rows / "train.jsonl", "--test",
         rows / "test.jsonl", "--output", tmp_path / "head", "--epochs", 1, "--max-false-positive-rate", 0.1, "--json",
     )  # fmt: skip
@@ -196,8 +197,8 @@ def test_a_stopped_run_goes_on(rows, backbone_folder, tmp_path):
         "--output",
         tmp_path / "a",
     )
-    assert run(*args, "--epochs", 1, "--no-cache").returncode == 0
-    assert run(*args, "--epochs", 1, "--resume").returncode == 0
+    assert call(*args, "--epochs", 1, "--no-cache").returncode == 0
+    assert call(*args, "--epochs", 1, "--resume").returncode == 0
     assert read_head(tmp_path / "a").config.probe_type == "pooling"
 
 
@@ -213,14 +214,14 @@ def test_a_probe_of_one_layer(rows, backbone_folder, tmp_path):
         "--epochs",
         1,
     )
-    done = run(*args, "--layers", "1,3", "--output", tmp_path / "a")
+    done = call(*args, "--layers", "1,3", "--output", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     config = read_config(tmp_path / "a")
     assert config.layers == [1, 3] and config.layer_indices == [3]
-    served = run("classify", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
+    served = call("classify", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
     assert served.returncode == 0 and json.loads(served.stdout)[0]["labels"]["a"].startswith("LABEL_"), served.stderr
     for layers, words in (("top", "must be all, or state indices"), ("9", "the states are 0 to 4")):
-        refused = run(*args, "--layers", layers, "--output", tmp_path / "b")
+        refused = call(*args, "--layers", layers, "--output", tmp_path / "b")
         assert refused.returncode == 2 and words in refused.stderr
 
 
@@ -236,18 +237,18 @@ def test_a_fitted_head(rows, backbone_folder, tmp_path):
         "--folds",
         0,
     )
-    done = run(*args, "--test", rows / "test.jsonl", "--output", tmp_path / "a", "--json")
+    done = call(*args, "--test", rows / "test.jsonl", "--output", tmp_path / "a", "--json")
     assert done.returncode == 0, done.stderr
     (fitted,) = json.loads(done.stdout)["runs"]
     assert read_config(tmp_path / "a").options == {"l1": fitted["l1"]}
     data = ("--data", rows / "test.jsonl", "--json", "--bootstrap", 0)
-    found = run("evaluate", "--probe", tmp_path / "a", "--backbone", backbone_folder, *data)
+    found = call("evaluate", "--probe", tmp_path / "a", "--backbone", backbone_folder, *data)
     assert json.loads(found.stdout)["auprc"] == pytest.approx(fitted["test"]["auprc"], abs=0.02), found.stderr
-    served = run("generate", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
+    served = call("generate", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
     assert len(json.loads(served.stdout)[0]["probabilities"]["a"]) == 2, served.stderr
-    given = run(*args, "--option", "l1=9", "--output", tmp_path / "b")
+    given = call(*args, "--option", "l1=9", "--output", tmp_path / "b")
     assert given.returncode == 0 and not read_head(tmp_path / "b").classifier.weight.any(), given.stderr
-    refused = run(*args, "--normalize", "rms", "--output", tmp_path / "c")
+    refused = call(*args, "--normalize", "rms", "--output", tmp_path / "c")
     assert refused.returncode == 2 and "leave normalize out" in refused.stderr
 
 
@@ -257,7 +258,7 @@ def test_heads_of_other_prompts_do_not_share_a_pass(trained, backbone_folder, tm
     head.config = head.config.replace(prompt_format="raw")
     save_head(head, tmp_path / "raw")
     heads = ("--probe", trained[0], "--probe", tmp_path / "raw")
-    done = run(command, "bad luck", "--backbone", backbone_folder, *heads)
+    done = call(command, "bad luck", "--backbone", backbone_folder, *heads)
     assert done.returncode == 2 and "cannot share a pass: prompt_format is 'chat' and 'raw'" in done.stderr
 
 
@@ -270,7 +271,7 @@ def test_generate_and_classify(trained, backbone_folder, command):
     assert [row["prompt"] for row in found] == ["good morning", "bad luck"]
     assert all(row["labels"]["mood"] in ("fine", "awful") and len(row["probabilities"]["mood"]) == 2 for row in found)
     assert ("reply" in found[0]) == (command == "generate")
-    table = run(command, "good evening", "--backbone", backbone_folder, "--probe", output)
+    table = call(command, "good evening", "--backbone", backbone_folder, "--probe", output)
     assert table.returncode == 0 and "good evening" in table.stdout and "mood" in table.stdout
 
 
@@ -286,16 +287,16 @@ def test_halting(trained, backbone_folder):
         "--json",
         "good one",
     )
-    done = run(*args, "--halt-on", "mood:awful:0", "--halt-reply", "No.")
+    done = call(*args, "--halt-on", "mood:awful:0", "--halt-reply", "No.")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     assert row["reply"] == "No." and row["halted"]["head"] == "mood" and row["halted"]["label"] == "awful"
-    (row,) = json.loads(run(*args, "--halt-on", "mood:awful:1").stdout)
+    (row,) = json.loads(call(*args, "--halt-on", "mood:awful:1").stdout)
     assert row["halted"] is None
-    refused = run(*args, "--halt-on", "mood:sad")
+    refused = call(*args, "--halt-on", "mood:sad")
     assert refused.returncode == 2 and "no label 'sad'; it has fine, awful" in refused.stderr
-    assert "must be HEAD, HEAD:LABEL" in run(*args, "--halt-on", "mood:awful:high").stderr
-    idle = run(*args, "--halt-reply", "No.")
+    assert "must be HEAD, HEAD:LABEL" in call(*args, "--halt-on", "mood:awful:high").stderr
+    idle = call(*args, "--halt-reply", "No.")
     assert idle.returncode == 2 and "nothing halts here" in idle.stderr
 
 
@@ -306,14 +307,14 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     data = ("--backbone", backbone_folder, "--prompt-column", "ask")
-    done = run(
+    done = call(
         "train", *data, "--train", tmp_path / "rows.jsonl", "--probe-type", "gate", "--token-scope", "response", "--output",
         tmp_path / "guard", "--label-names", "fine,awful", "--epochs", 2, "--folds", 0, "--learning-rate", 0.03,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     config = read_config(tmp_path / "guard")
     assert config.token_scope == "response" and config.causal and config.prefix_ids
-    done = run("evaluate", *data, "--probe", tmp_path / "guard", "--data", tmp_path / "rows.jsonl", "--json")
+    done = call("evaluate", *data, "--probe", tmp_path / "guard", "--data", tmp_path / "rows.jsonl", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["auroc"] > 0.9, done.stderr
     args = (
         "generate",
@@ -325,7 +326,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
         "--max-new-tokens",
         4,
     )
-    done = run(*args, "--halt-on", "guard:awful:0", "--json")
+    done = call(*args, "--halt-on", "guard:awful:0", "--json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     assert (
@@ -333,11 +334,11 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
         and row["halted"]["token"] == 0
         and row["labels"]["guard"] in ("fine", "awful")
     )
-    table = run(*args, "--halt-on", "guard:awful:0")
+    table = call(*args, "--halt-on", "guard:awful:0")
     assert table.returncode == 0 and "halted" in table.stdout
-    alone = run("classify", *args[1:6])
+    alone = call("classify", *args[1:6])
     assert alone.returncode == 2 and "'guard' reads replies" in alone.stderr and "--prompt-column" in alone.stderr
-    refused = run(
+    refused = call(
         "train", "--backbone", backbone_folder, "--train", tmp_path / "rows.jsonl", "--token-scope", "all", "--eval", tmp_path / "rows.jsonl",
         "--output", tmp_path / "no",
     )  # fmt: skip
@@ -348,21 +349,21 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
 def test_inspect(trained):
     output, _ = trained
     assert json.loads(run("inspect", output, "--json").stdout)["probe_type"] == "gate"
-    assert "num_parameters" in run("inspect", output).stdout
-    assert run("inspect").returncode == 0
+    assert "num_parameters" in call("inspect", output).stdout
+    assert call("inspect").returncode == 0
 
 
 def test_inspect_beside_a_backbone(trained, backbone_folder, tmp_path):
     output, _ = trained
-    same = run("inspect", output, "--backbone", backbone_folder)
+    same = call("inspect", output, "--backbone", backbone_folder)
     assert same.returncode == 0 and "belongs to this backbone" in same.stdout and "differs" not in same.stdout
-    checks = json.loads(run("inspect", output, "--backbone", backbone_folder, "--dtype", "bfloat16", "--json").stdout)
+    checks = json.loads(call("inspect", output, "--backbone", backbone_folder, "--dtype", "bfloat16", "--json").stdout)
     verdicts = {check["field"]: check["verdict"] for check in checks}
     assert verdicts["fingerprint"] == verdicts["chat_template_hash"] == "same"
     assert verdicts["base_model_dtype"] == "explained"
     make_lm(vocab_size=260, num_hidden_layers=2).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    other = run("inspect", output, "--backbone", tmp_path / "other")
+    other = call("inspect", output, "--backbone", tmp_path / "other")
     assert other.returncode == 0 and "cannot run on this backbone" in other.stdout
 
 
@@ -431,10 +432,15 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, arg
         args[args.index("x")] = str(tmp_path / "out")
     if args[:3] == ["classify", "x", "--backbone"]:
         args += ["--probe", "no-such-head"]
-    done = run(*args)
+    done = call(*args)
     assert done.returncode == 2, done.stderr
     *before, last = done.stderr.strip().splitlines()
     assert not any("Usage" in line or "╭" in line for line in before)
     assert last.startswith("llama-probe: ") and words in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_version():
+    done = call("--version")
+    assert done.returncode == 0 and done.stdout == f"llama-probe {__version__}\n"

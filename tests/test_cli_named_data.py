@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import run, write_rows
+from command_line import call, run, write_rows
 
 from llama_probe.files import read_config
 
@@ -57,7 +57,7 @@ def test_train_by_name(trained_by_name, copies):
 
 
 def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path):
-    done = run(
+    done = call(
         "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", copies / "xstest" / "test.jsonl",
         "--label-names", "safe,unsafe", "--extra", "toxicchat", "--extra-weight", 0.5, f"--data-dir={copies}",
         "--output", tmp_path, "--epochs", 1, "--folds", 0, "--max-length", 64, "--json",
@@ -72,33 +72,33 @@ def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path):
 
 def test_evaluate_by_name(trained_by_name, backbone_folder, copies):
     args = ("evaluate", "--probe", trained_by_name[0], "--backbone", backbone_folder, "--data-dir", copies, "--json")
-    done = run(*args, "--data", "toxicchat")
+    done = call(*args, "--data", "toxicchat")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["rows"] == 40 and set(found["slices"]["human_annotation"]) == {"True", "False"}
-    human = json.loads(run(*args, "--data", "toxicchat", "--where", "human_annotation=true").stdout)
+    human = json.loads(call(*args, "--data", "toxicchat", "--where", "human_annotation=true").stdout)
     assert human["f1"] == found["slices"]["human_annotation"]["True"]["f1"] and human["rows"] < 40
     for condition, words in (
         ("human_annotation", "must be COLUMN=VALUE"),
         ("who=me", "no column 'who'"),
         ("human_annotation=maybe", "values: False, True"),
     ):
-        refused = run(*args, "--data", "toxicchat", "--where", condition)
+        refused = call(*args, "--data", "toxicchat", "--where", condition)
         assert refused.returncode == 2 and words in refused.stderr
-    other = run(*args, "--data", "xstest")
+    other = call(*args, "--data", "xstest")
     assert other.returncode == 0 and "safe, unsafe of the data are read as non-toxic, toxic" in other.stderr
     assert "slices" not in json.loads(other.stdout)
-    refused = run(*args, "--data", "goemotions:test")
+    refused = call(*args, "--data", "goemotions:test")
     assert refused.returncode == 2 and "is for multi_label_classification, not for single_label" in refused.stderr
 
 
 def test_train_on_several_labels_and_on_values(copies, rows, backbone_folder, tmp_path):
     args = ("train", "--backbone", backbone_folder, "--probe-type", "pooling", "--epochs", 1, "--max-length", 64)
-    done = run(*args, "--train", "goemotions", "--data-dir", copies, "--output", tmp_path / "go", "--json")
+    done = call(*args, "--train", "goemotions", "--data-dir", copies, "--output", tmp_path / "go", "--json")
     assert done.returncode == 0, done.stderr
     config = read_config(tmp_path / "go")
     assert config.problem_type == "multi_label_classification" and config.id2label[27] == "neutral"
-    done = run(*args, "--train", rows / "train.jsonl", "--problem-type", "regression", "--output", tmp_path / "value")
+    done = call(*args, "--train", rows / "train.jsonl", "--problem-type", "regression", "--output", tmp_path / "value")
     assert done.returncode == 0, done.stderr
     assert read_config(tmp_path / "value").problem_type == "regression"
 
@@ -116,7 +116,7 @@ def test_train_on_several_labels_and_on_values(copies, rows, backbone_folder, tm
 )
 def test_bad_names_are_one_line_and_status_2(copies, backbone_folder, tmp_path, args, words):
     args = [arg.replace("{copies}", str(copies)) for arg in args]
-    done = run("train", "--backbone", backbone_folder, "--output", tmp_path / "out", *args)
+    done = call("train", "--backbone", backbone_folder, "--output", tmp_path / "out", *args)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("llama-probe: ") and words in last and "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ import shlex
 import sys
 
 import pytest
+from command_line import call
 
 from llama_probe import cli
 from llama_probe.cli.options import command_line
@@ -31,11 +32,10 @@ def test_the_lines_of_the_cards_are_quoted_so():
         assert shlex.join(shlex.split(line)) == line
 
 
-def test_files_that_the_system_refuses_are_one_line_and_status_2(monkeypatch, capsys):
+def test_files_that_the_system_refuses_are_one_line_and_status_2(monkeypatch):
     def app(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "/root/head")
 
     monkeypatch.setattr(cli, "app", app)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2 and capsys.readouterr().err == "llama-probe: /root/head: Permission denied\n"
+    done = call("inspect")
+    assert done.returncode == 2 and done.stderr == "llama-probe: /root/head: Permission denied\n"

@@ -5,25 +5,17 @@ import sys
 
 import numpy as np
 import pytest
+from command_line import call
 from conftest import make_probe, make_tokenizer
 
 from llama_probe import backbones, heatmap, plots
-from llama_probe.cli import main
 from llama_probe.files import save_head
 from llama_probe.prompts import PromptFormat
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["llama-probe", "plot", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return run
+def run(*args):
+    done = call("plot", *args)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -63,7 +55,7 @@ INSPECTION = {
 }
 
 
-def test_texts(run, make_head, backbone_folder, tmp_path):
+def test_texts(make_head, backbone_folder, tmp_path):
     args = (make_head(), "--backbone", backbone_folder, "--output", tmp_path / "a" / "b")
     code, out, err = run("--text", "Good morning, Zoë!", "--text", "bad luck", "--text", "日本", *args, "--json")
     assert code == 0, err
@@ -87,7 +79,7 @@ def test_texts(run, make_head, backbone_folder, tmp_path):
     assert code == 0 and "01-bad-luck.html" in out and "keeps no measurements" in out
 
 
-def test_labelled_rows(run, make_head, backbone_folder, rows, tmp_path, monkeypatch):
+def test_labelled_rows(make_head, backbone_folder, rows, tmp_path, monkeypatch):
     drawn = {}
     confusion_plot = plots.confusion_plot
     monkeypatch.setattr(
@@ -104,7 +96,7 @@ def test_labelled_rows(run, make_head, backbone_folder, rows, tmp_path, monkeypa
     assert drawn["split"] == "rows.jsonl" and np.array(drawn["confusion"]).sum(axis=1).tolist() == [3, 4]
 
 
-def test_heads_without_a_confusion(run, make_head, backbone_folder, rows, tmp_path):
+def test_heads_without_a_confusion(make_head, backbone_folder, rows, tmp_path):
     args = ("--backbone", backbone_folder, "--output", tmp_path / "out", "--json")
     several = make_head("several", problem_type="multi_label_classification")
     code, out, err = run(*rows([[0], [1], [0, 1], []]), *args, several)
@@ -122,7 +114,7 @@ def test_heads_without_a_confusion(run, make_head, backbone_folder, rows, tmp_pa
     assert "neither confusion nor reliability" in json.loads(out)["notes"][0]
 
 
-def test_what_the_head_keeps_needs_no_backbone(run, make_head, tmp_path, monkeypatch):
+def test_what_the_head_keeps_needs_no_backbone(make_head, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "load_backbone", None)
     code, out, err = run(make_head(results={"inspection": INSPECTION}), "--output", tmp_path / "out")
     assert code == 0, err
@@ -147,19 +139,19 @@ def test_what_the_head_keeps_needs_no_backbone(run, make_head, tmp_path, monkeyp
         (None, ("--data", "no.jsonl"), "there is no file no.jsonl"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(run, make_head, tmp_path, results, args, words):
+def test_bad_input_is_one_line_and_status_2(make_head, tmp_path, results, args, words):
     code, out, err = run(make_head(results=results), "--output", tmp_path / "out", *args)
     assert code == 2 and not out
     assert err.strip().splitlines()[-1].startswith("llama-probe: ") and words in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_head(run, tmp_path):
+def test_an_unknown_head(tmp_path):
     code, _, err = run("nothing-here", "--text", "x", "--output", tmp_path / "out")
     assert code == 2 and "neither a folder nor a bundled head" in err
 
 
-def test_the_output_must_be_a_folder(run, make_head, tmp_path):
+def test_the_output_must_be_a_folder(make_head, tmp_path):
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         head = make_head(results={"inspection": INSPECTION})
@@ -168,14 +160,14 @@ def test_the_output_must_be_a_folder(run, make_head, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_without_matplotlib(run, make_head, tmp_path, monkeypatch):
+def test_without_matplotlib(make_head, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(backbones, "load_backbone", None)
     code, _, err = run(make_head(), "--text", "x", "--output", tmp_path / "out")
     assert code == 2 and "pip install 'llama_probe[plots]'" in err
 
 
-def test_nothing_half_written(run, make_head, backbone_folder, tmp_path, monkeypatch):
+def test_nothing_half_written(make_head, backbone_folder, tmp_path, monkeypatch):
     drawn = []
     heat_map = heatmap.heat_map
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from .errors import ProbeError
+from .files import make_folder
 
 
 T = TypeVar("T")
@@ -180,18 +181,18 @@ def check_shared(folder: Path) -> None:
     """Makes a folder, and makes sure that all ranks see the same one.
 
     Raises:
-        ProbeError: it cannot be made, or they do not, as on machines that share no file system.
+        ProbeError: it cannot be made or written, or they do not, as on machines that share no file system.
     """
     name = on_main(lambda: uuid.uuid4().hex)
     mark = folder / f".ranks.{name}"
 
     def write() -> None:
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if world_size() > 1:
                 mark.touch()
         except OSError as error:
-            raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
+            raise ProbeError(f"nothing can be written into {folder}: {error.strerror}") from error
 
     on_main(write)
     seen = gather(world_size() == 1 or mark.exists())

@@ -26,6 +26,7 @@ from .files import (
     CARD_NAME,
     HEAD_FILES,
     is_head_folder,
+    make_folder,
     package_version,
     read_config,
     read_results,
@@ -107,10 +108,7 @@ def export_repository(
     if license is None:
         logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
     base_model = base_model or _base_model(backbone, lm, heads)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProbeError(f"the folder {folder.parent} cannot be made: {error.strerror}") from error
+    make_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         repository = Path(scratch) / "repository"
         repository.mkdir()

@@ -28,6 +28,7 @@ from .capture import collect_hidden_states, find_decoder, is_tensor_parallel, pr
 from .configuration import ProbeConfig
 from .distributed import barrier, is_main, on_main, share, world_size
 from .errors import ProbeError
+from .files import make_folder
 from .heads import get_probe_type
 from .locks import lock
 from .scope import check_rows, token_mask, tokens_read
@@ -216,12 +217,7 @@ class StateCache:
 
     def _reserve(self, size: int) -> Path:
         """A folder with a file of so many bytes."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ProbeError(
-                f"the folder {self.folder} for the hidden states cannot be made: {error.strerror}"
-            ) from error
+        make_folder(self.folder)
         free = shutil.disk_usage(self.folder).free
         if size > 0.95 * free:
             raise ProbeError(

@@ -64,6 +64,18 @@ def check_output(folder: str | os.PathLike) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those that it lies in, where they are missing.
+
+    Raises:
+        ProbeError: it cannot be made, with the system's reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
+
+
 def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     """Writes a head, and nothing of its backbone, into a folder: config, weights, and its results where it has some.
 
@@ -75,12 +87,12 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
         The folder.
 
     Raises:
-        ProbeError: `folder` is a file.
+        ProbeError: `folder` is a file, or cannot be made.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ProbeError(f"{folder} is a file; give a folder to save the head in")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
     weights = save(tensors, metadata={"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()

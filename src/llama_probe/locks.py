@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from .distributed import on_main
 from .errors import ProbeError
+from .files import make_folder
 
 
 try:
@@ -57,10 +58,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _claim(folder: Path) -> list[int]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
+    make_folder(folder)
     if fcntl is None:
         return []
     handle = os.open(folder, os.O_RDONLY)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .card_sections import on_the_hub
 from .errors import ProbeError
-from .files import CARD_NAME, HEAD_FILES, read_config, read_head, save_head
+from .files import CARD_NAME, HEAD_FILES, make_folder, read_config, read_head, save_head
 from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
 from .model_card import has_own_words, write_card
 from .plots import write_plots
@@ -105,7 +105,7 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
         The folder.
 
     Raises:
-        ProbeError: the head cannot be fetched or is damaged, or the folder holds something.
+        ProbeError: the head cannot be fetched or is damaged, or the folder holds something or cannot be made.
     """
     reference = HubReference.parse(source)
     if reference is None:
@@ -115,7 +115,7 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
         raise ProbeError(f"{target} exists and is not an empty folder: give another one, or remove it")
     cached = download_head(reference, options)
     read_head(cached)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         copy = Path(scratch) / "head"
         copy.mkdir()

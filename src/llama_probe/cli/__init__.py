@@ -2,11 +2,13 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from ..allocator import keep_freed_memory
 from ..errors import ProbeError
+from ..files import package_version
 from .benchmark import benchmark
 from .evaluate import evaluate
 from .export import export
@@ -50,8 +52,19 @@ _DIVIDED = ("train", "sweep", "evaluate", "classify")
 _MANY_BATCHES = (*_DIVIDED, "reproduce")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llama-probe {package_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _prepare_process(context: typer.Context) -> None:
+def _prepare_process(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     if context.invoked_subcommand in _MANY_BATCHES:
         keep_freed_memory()
     if "LOCAL_RANK" not in os.environ or context.invoked_subcommand in _DIVIDED:

@@ -60,7 +60,7 @@ def plot(
     from ..backbones import backbone_target, load_backbone
     from ..errors import ProbeError
     from ..figure import new_figure
-    from ..files import read_head, write_atomically
+    from ..files import make_folder, read_head, write_atomically
     from ..reading import read_texts
     from ..resolve import check_name, default_name, resolve_head
 
@@ -93,10 +93,7 @@ def plot(
             readings = read_texts(model, tokenizer, texts) if texts else []
     drawings, notes = _of_head(probe, head.config, inspection, kept=data is None)
     drawings = [*(item for i, reading in enumerate(readings) for item in _of_text(reading, i + 1)), *drawings]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProbeError(f"{output} cannot be made a folder: {error.strerror}") from None
+    make_folder(output)
     write_atomically({output / item.name: item.write for item in drawings})
     files = [{"file": str(output / item.name), "shows": item.shows, **item.facts} for item in drawings]
     if as_json:
