@@ -140,8 +140,7 @@ def write(path, count):
     return str(path)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("folds", [0, None])
+@pytest.mark.parametrize("folds, cache", [(None, True), (0, False)])
 def test_runs(tmp_path, backbone_folder, cache, folds, monkeypatch):
     monkeypatch.setattr("llama_probe.training_run.create_trainer", lambda *args: pytest.fail("nothing is trained"))
     run = TrainingRun(

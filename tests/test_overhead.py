@@ -33,8 +33,10 @@ def each_system(model, many=0, naive=False):
     yield from systems(model, plain, many, fresh_config("mha", HIDDEN, DEEP), naive)
 
 
-@pytest.mark.parametrize("batch_size, tokens", [(1, TOKENS), (3, TOKENS), (1, 80)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "batch_size, tokens, dtype",
+    [(1, TOKENS, torch.float32), (3, TOKENS, torch.float32), (1, 80, torch.float32), (1, TOKENS, torch.bfloat16)],
+)
 def test_memory_above_the_plain_models(model, batch_size, tokens, dtype):
     """Beside its parameters, which are there before the call, a head takes at most 5 % of an [L+1, T, d] tensor."""
     model.to(dtype)
