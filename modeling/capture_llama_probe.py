@@ -3,12 +3,12 @@
 # Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 """The only code that touches a language model's internals: taps the states of its layers while it runs.
 
-Where these are is said in `llama_probe.families`; its output embeddings are the business of `llama_probe.next_token`.
+Where these are is said in `llama_probe.families`; its output embeddings are the business of `llama_probe.next_token`, its cache
+that of `llama_probe.lm_cache`.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
 from .families_llama_probe import find_parts
+from .lm_cache_llama_probe import repeat_cache
 
 
 # Names under which the configs of wrappers keep the ids of tokens that stand for a part of an image, a film or a sound.
@@ -367,40 +366,3 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
     with torch.no_grad():
         cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
-
-
-class _ValuesAlone(TorchFunctionMode):
-    """Lets `copy.deepcopy` copy tensors that gradients flow through, which it refuses: as plain numbers."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
-
-
-def bytes_to_come(cache: Cache | None) -> int:
-    """By how much an LM's cache still grows in a pass after its next layer; 0 where it is not known, as in a later pass.
-
-    Layers that hold nothing so far will hold as much as the first does, where they are of its kind.
-    """
-    layers = getattr(cache, "layers", None)
-    if not layers or type(layers[0]) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
-        return 0
-    first = layers[0]
-    if not first.is_initialized:
-        return 0
-    empty = sum(type(layer) is type(first) and not layer.is_initialized for layer in layers)
-    return max(0, empty - 1) * (first.keys.nbytes + first.values.nbytes)
-
-
-def copy_cache(cache: Cache) -> Cache:
-    """A copy of an LM's cache, without what gradients would need, which it has where it was not made under `torch.no_grad()`."""
-    with _ValuesAlone():
-        return copy.deepcopy(cache)
-
-
-def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """A copy, for a batch of rows, of the cache that `prefill` gives for one."""
-    cache = copy_cache(prefix)
-    cache.batch_repeat_interleave(rows)
-    return cache

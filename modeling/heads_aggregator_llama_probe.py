@@ -194,10 +194,11 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def read_whole(
-        cls, stages: Sequence[Self], x: torch.Tensor, mask: torch.Tensor | None, slot: int, out: torch.Tensor
+        cls, stages: Sequence[Self], x: torch.Tensor, mask: torch.Tensor | None, slots: slice, out: torch.Tensor
     ) -> None:
-        """`read` and `summarize`, of items that come all at once."""
-        cls.summarize(stages, cls.read(stages, None, x, mask, slot), slot, out)
+        """`read` and `summarize`, of items that come all at once, for some slots: `[S, B, N, D]` into `[S, H, B, D]`."""
+        for slot, items, place in zip(range(slots.start, slots.stop), x.split(1), out, strict=True):
+            cls.summarize(stages, cls.read(stages, None, items, mask, slot), slot, place)
 
 
 _PROBE_TYPES: dict[str, type[Aggregator]] = {}

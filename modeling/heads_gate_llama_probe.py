@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .heads_aggregator_llama_probe import Aggregator, register_probe_type
@@ -42,7 +41,7 @@ class GateAggregator(Aggregator):
 
     @classmethod
     def read(cls, stages, state, x, mask, slot):
-        scores = cls._read_scores(stages, x, slot).exp_()
+        scores = cls._read_scores(stages, x, slice(slot, slot + 1))[0].exp_()  # [H, B, n]
         if mask is not None:
             scores.mul_(mask)
         total = torch.matmul(scores.transpose(0, 1), x[0]).transpose(0, 1)  # [H, B, D]
@@ -54,18 +53,18 @@ class GateAggregator(Aggregator):
         out.copy_(stages[0].result(state, slice(slot, slot + 1)))
 
     @classmethod
-    def read_whole(cls, stages, x, mask, slot, out):
-        scores = cls._read_scores(stages, x, slot)
+    def read_whole(cls, stages, x, mask, slots, out):
+        scores = cls._read_scores(stages, x, slots)  # [S, H, B, n]
         if mask is not None:
             scores.masked_fill_(~mask, float("-inf"))
-        torch.bmm(scores.softmax(dim=2).transpose(0, 1), x[0], out=out.transpose(0, 1))
+        out.copy_(torch.matmul(scores.softmax(dim=3).transpose(1, 2), x).transpose(1, 2))
 
     @staticmethod
-    def _read_scores(stages, x: torch.Tensor, slot: int) -> torch.Tensor:
-        """`tanh(...)` of each head, `[H, B, n]`."""
-        weights = [stage.weight[slot : slot + 1] for stage in stages]
-        scores = F.linear(weights[0] if len(weights) == 1 else torch.cat(weights), x.flatten(0, 2))
-        return scores.tanh_().view(-1, *x.shape[1:3])
+    def _read_scores(stages, x: torch.Tensor, slots: slice) -> torch.Tensor:
+        """`tanh(...)` of each head, `[S, H, B, n]`."""
+        weight = torch.stack([stage.weight[slots] for stage in stages], dim=1)  # [S, H, D]
+        scores = torch.bmm(weight, x.flatten(1, 2).transpose(1, 2))
+        return scores.tanh_().unflatten(2, x.shape[1:3])
 
     def weights(self, x, mask, slots):
         """The softmax itself."""

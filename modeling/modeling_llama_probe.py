@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .capture_llama_probe import copy_cache, without_peft
+from .capture_llama_probe import without_peft
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generate_arguments_llama_probe import generation_arguments, with_setting
@@ -33,6 +33,7 @@ from .generation_llama_probe import (
 from .halting_llama_probe import Halter
 from .halting_run_llama_probe import HaltingRun
 from .host_llama_probe import ProbeHostMixin
+from .lm_cache_llama_probe import copy_cache
 from .outputs_llama_probe import ProbedOutputMixin, with_probe_logits
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
 from .state_llama_probe import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What layers may keep of their tokens while they wait for each other, as a part of all states of these tokens.
 _WAITING_SHARE = 0.0125
+# What layers that are read at once may take beside their states, as a part of these.
+_AT_HAND_SHARE = 0.1
 # From so many tokens on it matters which way round their states are multiplied.
 _MANY = 128
 
@@ -103,105 +105,119 @@ class HeadStack:
     def step(
         self,
         state: ProbeState,
-        layer: int,
+        layers: Sequence[int],
         hidden: torch.Tensor,
         shared: dict[tuple[int, int], torch.Tensor] | None = None,
     ) -> None:
         """See `ProbeModel.step`; to be called without gradients, and to be followed by `settle`.
 
         Args:
+            layers: indices of the states: of those that the heads read some that follow each other, and have seen as much.
+            hidden (`[S, B, n, hidden_size]`): theirs, of the next n prompt tokens.
             shared: what stacks that normalise alike have made of these states so far, by the part of `hidden` that they read.
         """
-        slot = self._slots.get(layer)
+        slot = self._slots.get(layers[0])
         if slot is None:
             return
+        slots = slice(slot, slot + len(layers))
         begin = state.seen[slot]
-        end = begin + hidden.shape[1]
+        end = begin + hidden.shape[2]
         if end > state.mask.shape[1]:
-            raise ProbeError(f"layer {layer} got {end} tokens of a prompt of {state.mask.shape[1]}")
-        state.seen[slot] = end
+            raise ProbeError(f"layer {layers[0]} got {end} tokens of a prompt of {state.mask.shape[1]}")
+        state.seen[slots] = [end] * len(layers)
         low, high = max(begin, state.start), min(end, state.stop)
         if low >= high:
             return
         x = None if shared is None else shared.get((low, high))
         if x is None:
-            part = hidden if high - low == end - begin else hidden[:, low - begin : high - begin]
+            part = hidden if high - low == end - begin else hidden[:, :, low - begin : high - begin]
             if part.dtype != torch.float32 or part.device != self.device:
                 part = part.to(device=self.device, dtype=torch.float32)
-            x = normalize(part, self.config.normalize).unsqueeze(0)  # [1, B, n, D]
+            x = normalize(part, self.config.normalize)  # [S, B, n, D]
             if shared is not None:
                 shared[low, high] = x
         if state.output_attentions:
-            self._keep_weights(state, slot, x, (low, high))
+            self._keep_weights(state, slots, x, (low, high))
         if self._rank is not None:
-            self._wait(state, slot, x, (low, high), hidden.itemsize)
+            self._wait(state, slots, x, (low, high), hidden.itemsize)
             return
         mask = None if state.full else state.mask[:, low:high]
         kind, done = type(self.stages[0]), high == state.stop
         if done and low == state.start and not state.keep:
-            kind.read_whole(self.stages, x, mask, slot, state.summaries[slot])
+            kind.read_whole(self.stages, x, mask, slots, state.summaries[slots])
             return
-        seen = state.partial[slot] = kind.read(self.stages, state.partial.get(slot), x, mask, slot)
-        if done:
-            # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
-            kind.summarize(self.stages, seen, slot, state.summaries[slot])
-            if not state.keep:
-                del state.partial[slot]
+        for slot, each in zip(range(slots.start, slots.stop), x.split(1), strict=True):
+            seen = state.partial[slot] = kind.read(self.stages, state.partial.get(slot), each, mask, slot)
+            if done:
+                # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
+                kind.summarize(self.stages, seen, slot, state.summaries[slot])
+                if not state.keep:
+                    del state.partial[slot]
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def _keep_weights(self, state: ProbeState, slot: int, x: torch.Tensor, columns: tuple[int, int]) -> None:
+    def _keep_weights(self, state: ProbeState, slots: slice, x: torch.Tensor, columns: tuple[int, int]) -> None:
         if columns != (state.start, state.stop):
             raise ProbeError("token weights need the prompt in one chunk; leave out prefill_chunk_size")
         mask = None if state.full else state.mask[:, slice(*columns)]
-        weights = torch.cat([stage.weights(x, mask, slice(slot, slot + 1)) for stage in self.stages])  # [H, B, n]
-        state.token_weights[slot] = F.pad(weights, (columns[0], state.mask.shape[1] - columns[1]))
+        weights = torch.stack([stage.weights(x, mask, slots) for stage in self.stages], dim=1)  # [S, H, B, n]
+        weights = F.pad(weights, (columns[0], state.mask.shape[1] - columns[1]))
+        state.token_weights |= zip(range(slots.start, slots.stop), weights, strict=True)
 
-    def _wait(self, state: ProbeState, slot: int, x: torch.Tensor, columns: tuple[int, int], itemsize: int) -> None:
-        """Keeps a layer's projections until there are enough layers to go on with at once.
+    def _wait(self, state: ProbeState, slots: slice, x: torch.Tensor, columns: tuple[int, int], itemsize: int) -> None:
+        """Keeps layers' projections until there are enough layers to go on with at once.
 
         Args:
             itemsize: bytes of a number as the LM gave it.
         """
         waiting = state.waiting
-        if waiting is not None and (waiting.columns != columns or waiting.stop != slot):
+        if waiting is not None and (waiting.columns != columns or waiting.stop != slots.start):
             self._advance(state)
-            waiting = None
-        _, batch, items, _ = x.shape
-        many = batch * items >= _MANY
-        if waiting is None:
-            waiting = state.waiting = self._room(slot, columns, x.shape, itemsize, many)
-        flat = x.flatten(0, 2)
-        place = (slot - waiting.start) * len(self.stages)
-        for stage in self.stages:
-            # A product of matrices is faster if its rows are the longer side.
-            if many:
-                torch.mm(stage.map_of(slot), flat.t(), out=waiting.places[place])
-            else:
-                torch.mm(flat, stage.map_of(slot).t(), out=waiting.places[place])
-            place += 1
-        waiting.stop += 1
+        x = x.flatten(1, 2)  # [S, B n, D]
+        slot = slots.start
+        while slot < slots.stop:
+            self.settle(state)
+            if state.waiting is None:
+                state.waiting = self._room(slice(slot, slots.stop), columns, len(state.mask), itemsize)
+            waiting = state.waiting
+            stop = min(slots.stop, waiting.end)
+            self._project(waiting, slice(slot, stop), x[slot - slots.start : stop - slots.start])
+            waiting.stop = slot = stop
 
-    def _room(
-        self, slot: int, columns: tuple[int, int], shape: tuple[int, ...], itemsize: int, many: bool
-    ) -> WaitingLayers:
-        _, batch, items, width = shape
-        heads, rank, slots = len(self.stages), self._rank, len(self.layer_indices)
-        share = int(_WAITING_SHARE * slots * width * itemsize / (4 * heads * rank))
-        count = max(1, min(share, slots - slot)) * heads
-        if many:
-            buffer = self._empty(count, rank, batch * items)
-            projected = buffer.unflatten(2, (batch, items)).permute(0, 2, 3, 1)
+    def _project(self, waiting: WaitingLayers, slots: slice, x: torch.Tensor) -> None:
+        """Projections of the states `[S, B n, D]` of some layers, into their places."""
+        for stage, places in zip(self.stages, waiting.places.unbind(1), strict=True):
+            out = places[slots.start - waiting.start : slots.stop - waiting.start]
+            # A product of matrices is faster if its rows are the longer side.
+            if x.shape[1] < _MANY:
+                torch.bmm(x, stage.projection(slots).transpose(1, 2), out=out)
+                continue
+            for slot, flat, place in zip(range(slots.start, slots.stop), x, out, strict=True):
+                torch.mm(stage.map_of(slot), flat.t(), out=place)
+
+    def _room(self, slots: slice, columns: tuple[int, int], batch: int, itemsize: int) -> WaitingLayers:
+        """For the layers from `slots.start` on, of which those in `slots` are at hand."""
+        items, width = columns[1] - columns[0], self.config.hidden_size
+        heads, rank, total = len(self.stages), self._rank, len(self.layer_indices)
+        share = int(_WAITING_SHARE * total * width * itemsize / (4 * heads * rank))
+        # Those at hand go on at once, and what does not wait may take a part of the room that their states take.
+        at_hand = slots.stop - slots.start
+        at_hand = min(at_hand, int(_AT_HAND_SHARE * at_hand * width / (heads * rank)))
+        count = max(1, share, at_hand)
+        count = min(count, total - slots.start)
+        if batch * items < _MANY:
+            places = self._empty(count, heads, batch * items, rank)
+            projected = places.unflatten(2, (batch, items))
         else:
-            buffer = self._empty(count, batch * items, rank)
-            projected = buffer.unflatten(1, (batch, items))
-        return WaitingLayers(columns, slot, slot, projected, buffer.unbind(0))
+            places = self._empty(count, heads, rank, batch * items)
+            projected = places.unflatten(3, (batch, items)).permute(0, 1, 3, 4, 2)
+        return WaitingLayers(columns, slots.start, slots.start, projected.flatten(0, 1), places)
 
     def settle(self, state: ProbeState) -> None:
         """To be called after each `step`, when the states that it was given are needed no more."""
         waiting = state.waiting
-        if waiting is not None and (waiting.stop - waiting.start) * len(self.stages) == len(waiting.places):
+        if waiting is not None and waiting.stop == waiting.end:
             self._advance(state)
 
     @full_precision

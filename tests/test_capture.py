@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe
 
-from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, generation
+from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, holding
 from llama_probe.capture import Capture, collect_hidden_states, find_decoder, prefill
 
 
@@ -55,7 +55,7 @@ def test_a_state_stays_what_it_was_when_the_layer_gave_it(steered, prompts):
 
 def test_it_is_the_same_whenever_it_is_read(monkeypatch, steered, prompts):
     """At once, together with those of other layers, or after the pass."""
-    monkeypatch.setattr(generation, "_HELD_AT_MOST", 1.0)
+    monkeypatch.setattr(holding, "_MOST_SHARE", 1.0)
     model = AutoModelForProbedGeneration.from_causal_lm(steered, {"gate": make_probe(probe_type="gate")})
     at_once = model.generate(prompts, use_cache=False, max_new_tokens=1)
     together = model.generate(prompts, max_new_tokens=1)

@@ -262,7 +262,11 @@ def test_heads_do_not_run_while_tokens_are_decoded(prompts, monkeypatch):
     model = probed()
     steps = []
     original = HeadStack.step
-    monkeypatch.setattr(HeadStack, "step", lambda *args: (steps.append(1), original(*args))[1])
+    monkeypatch.setattr(
+        HeadStack,
+        "step",
+        lambda self, state, layers, *args: (steps.extend(layers), original(self, state, layers, *args)),
+    )
     model.generate(prompts, max_new_tokens=6, eos_token_id=None)
     assert len(steps) == sum(len(probe.layer_indices) for probe in model.probes.values())
 

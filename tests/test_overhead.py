@@ -61,9 +61,9 @@ def runs_of_reading(model, monkeypatch, **inputs):
     runs, original = [0], HeadGroup.read
     hooks = [layer.register_forward_pre_hook(lambda *_: runs.append(0)) for layer in model.model.layers]
 
-    def read(self, *args):
-        runs[-1] += 1
-        return original(self, *args)
+    def read(self, layers, hidden):
+        runs[-1] += len(layers)
+        return original(self, layers, hidden)
 
     monkeypatch.setattr(HeadGroup, "read", read)
     output = model(probes=["gate"], **inputs)

@@ -11,21 +11,17 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .capture import Capture, Decoder, bytes_to_come, find_decoder, without_peft
+from .capture import Capture, Decoder, find_decoder, without_peft
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .generate_arguments import generation_setting, token_ids
 from .head_group import HeadGroup
 from .heads import repeat_rows
+from .holding import HeldStates
 from .probe import ProbeModel
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 from .scope import check_rows, prompt_masks
 from .state import CachedHead, HeadReference, ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
-
-
-# Where a pass has no more numbers a layer than these, states are held for each other: at least this share of all layers, and at
-# most that, as long as the LM's own cache has not taken the memory.
-_FEW, _HELD_SHARE, _HELD_AT_MOST = 1 << 17, 0.035, 0.35
 
 
 class PrefillSession:
@@ -119,27 +115,15 @@ class PrefillSession:
                 "a part of a prompt is not scored. set_active_probes([]) generates without heads"
             )
         whole = repeats == 1 and width == columns
-        # The first call of anything after a layer of the LM finds the processor's caches full of that layer's weights: where
-        # there are few tokens that is what heads cost, and several layers in turn cost it once.
-        few = rows * columns * decoder.hidden_size <= _FEW
-        least, most = (int(share * (decoder.num_hidden_layers + 1)) * few for share in (_HELD_SHARE, _HELD_AT_MOST))
-        cache = inputs.get(decoder.cache_name)
-        held: list[tuple[int, torch.Tensor]] = []
+        numbers = rows * columns * decoder.hidden_size
+        held = HeldStates(self._group, numbers, decoder.num_hidden_layers + 1, inputs.get(decoder.cache_name))
 
         def on_state(layer: int, hidden: torch.Tensor) -> None:
-            held.append((layer, hidden if whole else hidden[::repeats, :width]))
-            # The plain model's peak comes when its cache is full: what that has not taken yet may lie here.
-            if len(held) > least and len(held) > min(most, least + bytes_to_come(cache) // hidden.nbytes):
-                read()
-
-        def read() -> None:
-            for layer, hidden in held:
-                self._group.read(layer, hidden)
-            held.clear()
+            held.add(layer, hidden if whole else hidden[::repeats, :width])
 
         with Capture(decoder, on_state, self._group.layers):
             yield decoder.whole(inputs)
-        read()
+        held.read()
         self.seen += width
         if not self.complete:
             return

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .capture import copy_cache, without_peft
+from .capture import without_peft
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .generate_arguments import generation_arguments, with_setting
@@ -30,6 +30,7 @@ from .generation import (
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin
+from .lm_cache import copy_cache
 from .outputs import ProbedOutputMixin, with_probe_logits
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
 from .state import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads

@@ -16,8 +16,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .capture import prefill, repeat_cache
+from .capture import prefill
 from .errors import ProbeError
+from .lm_cache import repeat_cache
 from .prompts import common_start, constant_parts, pad_prompts
 
 

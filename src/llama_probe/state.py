@@ -25,14 +25,19 @@ class WaitingLayers:
     Attributes:
         columns: of the prompt, from and to. start, stop: slots.
         projected: `[layers * heads, batch, columns, rank]`; may have room for more.
-        places: of each layer and head, where its projections go.
+        places: the same memory, where the projections go: `[layers, heads, batch * columns, rank]`, or turned.
     """
 
     columns: tuple[int, int]
     start: int
     stop: int
     projected: torch.Tensor
-    places: tuple[torch.Tensor, ...]
+    places: torch.Tensor
+
+    @property
+    def end(self) -> int:
+        """The slot before which there is room."""
+        return self.start + len(self.places)
 
 
 @dataclass

@@ -41,11 +41,9 @@ class PoolingAggregator(Aggregator):
         out.copy_(stages[0].result(state, slice(slot, slot + 1)))
 
     @classmethod
-    def read_whole(cls, stages, x, mask, slot, out):
-        if mask is None and stages[0].pool == "mean" and len(stages) == 1:
-            torch.mean(x, 2, out=out)
-        else:
-            super().read_whole(stages, x, mask, slot, out)
+    def read_whole(cls, stages, x, mask, slots, out):
+        found = x.mean(dim=2) if mask is None and stages[0].pool == "mean" else stages[0](x, mask, slots)
+        out.copy_(found.unsqueeze(1))
 
     def weights(self, x, mask, slots):
         """Mean: the same weight for each valid item. Max: the share of dimensions in which the item is the maximum."""

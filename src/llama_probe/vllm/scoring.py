@@ -121,7 +121,7 @@ class Scorer:
                 if padding is not None:
                     hidden = hidden.masked_fill(padding[:, start:stop, None], 0)
                 if group is not None:
-                    group.read(layer, hidden)
+                    group.read([layer], hidden.unsqueeze(0))
         return {} if group is None else {name: output.logits for name, output in group.results().items()}
 
     def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:

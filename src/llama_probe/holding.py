@@ -1,0 +1,60 @@
+"""States of short prompts wait for each other while a language model runs, so that heads read several layers at once."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache
+
+from .head_group import HeadGroup
+from .lm_cache import CacheGrowth
+
+
+# Where a pass has no more numbers a layer than these, states wait: at least this share of all layers, and at most that, as long
+# as the LM's own cache has not taken the memory.
+_FEW, _LEAST_SHARE, _MOST_SHARE = 1 << 17, 0.035, 0.35
+# So many states at least are as large as what a layer makes on its way to one, and has freed when that is there.
+_OF_A_LAYER = 3
+
+
+class HeldStates:
+    """Hands the states of one forward pass on to heads, in their order.
+
+    The first call of anything after a layer of the LM finds the processor's caches full of that layer's weights, and each call
+    has a price of its own: where there are few tokens that is what heads cost. Several layers at once cost it once. What this
+    takes is memory that the LM will need later: its peak comes when its cache is full.
+
+    Args:
+        group: the heads.
+        numbers: of a state in this pass: rows x tokens x hidden_size.
+        num_states: how many states there are, L+1.
+        cache: of the LM, in this pass.
+    """
+
+    def __init__(self, group: HeadGroup, numbers: int, num_states: int, cache: Cache | None):
+        self._group, self._growth = group, CacheGrowth(cache)
+        few = numbers <= _FEW
+        self._least, self._most = (int(share * num_states) * few for share in (_LEAST_SHARE, _MOST_SHARE))
+        self._held: list[tuple[int, torch.Tensor]] = []
+
+    def add(self, layer: int, hidden: torch.Tensor) -> None:
+        """Takes the state of one layer, `[prompts, n, hidden_size]`, and has heads read what is due."""
+        if self._held and (hidden.device, hidden.dtype) != (self._held[-1][1].device, self._held[-1][1].dtype):
+            self.read()
+        self._held.append((layer, hidden))
+        if len(self._held) > self._least and len(self._held) > min(self._most, self._room(hidden)):
+            self.read()
+
+    def read(self) -> None:
+        """Has heads read all that waits."""
+        while self._held:
+            at_once = max(1, int(self._room(self._held[0][1], _OF_A_LAYER)))
+            layers, states = zip(*self._held[:at_once], strict=True)
+            del self._held[:at_once]
+            hidden = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+            del states
+            self._group.read(layers, hidden)
+
+    def _room(self, hidden: torch.Tensor, more: int = 0) -> float:
+        """How many states like this one fit, in the copies that reading them takes, where the cache and `more` states will."""
+        states = self._least + more + self._growth.bytes_to_come() / hidden.nbytes
+        return states / (2 if hidden.dtype == torch.float32 else 1 + 8 / hidden.itemsize)
