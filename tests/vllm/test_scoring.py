@@ -97,31 +97,31 @@ def test_what_is_no_number_stays_with_its_prompt():
 def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatch):
     cache, read, reads = make_cache(100, BLOCK), StateCache.read, []
 
-    def noted(self, state, block_ids):
-        reads.append(tuple(block_ids.shape))
-        return read(self, state, block_ids)
+    def noted(self, states, block_ids):
+        reads.append((states.stop - states.start, *block_ids.shape))
+        return read(self, states, block_ids)
 
     monkeypatch.setattr(StateCache, "read", noted)
     jobs, _ = fill(cache, [16, 14, 3, 16, 2, 11], [["mha"]] * 6)
     Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
-    assert reads == [(4, 2)] * len(LAYERS) + [(2, 1)] * len(LAYERS)
+    assert reads == [(5, 4, 2), (5, 2, 1)], "all layers at once"
     reads.clear()
     monkeypatch.setattr(scoring, "_TOKENS", 32)
     Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
-    assert reads == ([(2, 2)] * len(LAYERS)) * 2 + [(2, 1)] * len(LAYERS)
+    assert reads == [(1, 2, 2)] * 10 + [(2, 2, 1), (2, 2, 1), (1, 2, 1)]
     reads.clear()
     jobs, _ = fill(cache, [2] * 30, [["mha"]] * 30)  # of which whole blocks are read
     Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
-    assert max(rows * blocks * BLOCK for rows, blocks in reads) <= 32
+    assert max(states * rows * blocks * BLOCK for states, rows, blocks in reads) <= 32
 
 
 def test_other_ranks_read_along_and_run_nothing():
     """With tensor parallelism the states of all ranks are gathered: all must read the same ones in the same order."""
 
     class Reads(StateCache):
-        def read(self, state, block_ids):
-            self.reads.append((state, block_ids.tolist()))
-            return super().read(state, block_ids)
+        def read(self, states, block_ids):
+            self.reads.append((states, block_ids.tolist()))
+            return super().read(states, block_ids)
 
     said, read = [], []
     cache = make_cache(60, BLOCK)

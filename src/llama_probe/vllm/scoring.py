@@ -14,8 +14,8 @@ from ..scope import check_rows, token_mask
 from .state_cache import StateCache
 
 
-# Tokens are read in pieces of about so many, one layer at a time: a long prompt's states never lie in memory in fp32 at once,
-# nor those of many prompts.
+# States are read in pieces of about so many tokens, several layers of a short prompt at once: a long prompt's states never lie in
+# memory in fp32 at once, nor those of many prompts.
 _TOKENS = 4096
 # Prompts go together where none is shorter than this part of the longest: what is added to the others is computed for nothing.
 _SHORTEST = 0.6
@@ -111,17 +111,17 @@ class Scorer:
         group = HeadGroup(heads, masks) if self.runs else None
         wanted = {layer for head in heads.values() for layer in head.layer_indices}
         step = max(_TOKENS // (len(prompts) * size), 1)
-        for place, layer in enumerate(self.layers):
-            if layer not in wanted:
-                continue
+        places = [place for place, layer in enumerate(self.layers) if layer in wanted]
+        whole = -(-width // size) * size  # blocks are read whole
+        for states in _neighbours(places, _TOKENS // (len(prompts) * whole)):
             for start in range(0, width, step * size):
                 stop = min(start + step * size, width)
                 part = blocks[:, start // size : -(-stop // size)]
-                hidden = self.cache.read(place, part)[:, : stop - start]  # [prompts, tokens, D]
+                hidden = self.cache.read(states, part)[:, :, : stop - start]  # [S, prompts, tokens, D]
                 if padding is not None:
                     hidden = hidden.masked_fill(padding[:, start:stop, None], 0)
                 if group is not None:
-                    group.read([layer], hidden.unsqueeze(0))
+                    group.read(self.layers[states], hidden)
         return {} if group is None else {name: output.logits for name, output in group.results().items()}
 
     def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:
@@ -129,6 +129,15 @@ class Scorer:
         mask = token_mask(head.config, ids, torch.ones(1, job.num_tokens, dtype=torch.long)).bool()
         check_rows(mask)
         return mask
+
+
+def _neighbours(places: Sequence[int], most: int) -> Iterator[slice]:
+    """Ascending places as ranges, of at most so many, and at least one."""
+    first = 0
+    for i in range(1, len(places) + 1):
+        if i == len(places) or places[i] != places[i - 1] + 1 or i - first >= most:
+            yield slice(places[first], places[i - 1] + 1)
+            first = i
 
 
 def _batches(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:

@@ -100,16 +100,18 @@ class StateCache(CacheOnlyAttentionLayer):
         for number, state in enumerate(states):
             self.kv_cache[:, number][blocks, places] = state[: len(slots), own].to(self.kv_cache.dtype)
 
-    def read(self, state: int, block_ids: torch.Tensor) -> torch.Tensor:
-        """One state of all tokens in some blocks, in the model's dtype. With tensor parallelism every rank must call it alike.
+    def read(self, states: slice, block_ids: torch.Tensor) -> torch.Tensor:
+        """Some states of all tokens in some blocks, in the model's dtype. With tensor parallelism every rank must call it alike.
 
         Args:
-            state: which of the states that are kept.
+            states: which of the states that are kept.
             block_ids (`torch.LongTensor` of shape `[prompts, blocks]`): of the cache.
 
         Returns:
-            `[prompts, blocks * kernel_block_size, hidden_size]`.
+            `[states, prompts, blocks * kernel_block_size, hidden_size]`.
         """
-        found = self.kv_cache[:, state].index_select(0, block_ids.flatten())  # [prompts * blocks, block_size, share]
-        share = found.view(len(block_ids), -1, self.head_size)
+        found = self.kv_cache[:, states].index_select(
+            0, block_ids.flatten()
+        )  # [prompts * blocks, S, block_size, share]
+        share = found.transpose(0, 1).reshape(found.shape[1], len(block_ids), -1, self.head_size)
         return share if self.ranks == 1 else all_gather(share, dim=-1)
