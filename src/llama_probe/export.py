@@ -35,6 +35,7 @@ from .files import (
 )
 from .fingerprint import check_backbone
 from .hub import HubReference, commit_files
+from .markdown import cell
 from .model_card import write_card
 from .plots import write_plots
 from .probe import ProbeModel
@@ -268,8 +269,8 @@ def _card(
         config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
         data = facts.get("dataset_name") or facts.get("dataset") or "not stated"
         labels = ", ".join(f"`{label}`" for label in config.id2label.values())
-        row = f"[`{head}`]({head}/README.md) | {config.probe_type} | {labels} | {data}"
-        lines.append(f"| {row} | {facts.get('license') or 'not stated'} |")
+        row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license") or "not stated"]
+        lines.append(f"| {' | '.join(map(cell, row))} |")
     body = [
         f"# {name.split('/')[-1]}",
         f"{base} with probe heads. They read the hidden states of the frozen model while it reads the prompt, and label the "
