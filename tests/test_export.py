@@ -139,6 +139,32 @@ def test_an_empty_folder_is_used_and_another_is_not(lm, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_empty_folder_stays_the_same_one(lm, tmp_path, monkeypatch):
+    """Somebody may work in it, or it may be a link, or a mount that nothing can take the place of."""
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    monkeypatch.chdir(tmp_path / "here")
+    export(lm, ".", tokenizer=make_tokenizer())
+    export(lm, "../link", tokenizer=make_tokenizer())
+    for name in (".", "../linked"):
+        found = sorted(os.listdir(name))
+        assert {"config.json", "model.safetensors", "toxic"} <= set(found) and not found[0].startswith(".")
+    assert sorted(os.listdir("..")) == ["here", "link", "linked"] and (tmp_path / "link").is_symlink()
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ProbeError, match="is not an empty folder"):
+        export(lm, "../link", tokenizer=make_tokenizer())
+
+
+def test_an_empty_folder_is_empty_again_where_it_fails(lm, tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr("llama_probe.export.write_card", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(lm, tmp_path / "x", tokenizer=make_tokenizer())
+    assert not list((tmp_path / "x").iterdir())
+
+
 def test_relative_folders(lm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export(lm, "here", tokenizer=make_tokenizer()) == tmp_path / "here"

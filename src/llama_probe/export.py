@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from .errors import ProbeError
 from .files import (
     CARD_NAME,
     HEAD_FILES,
+    check_new_folder,
     is_head_folder,
-    make_folder,
+    new_folder,
     package_version,
     read_config,
     read_results,
@@ -87,8 +87,7 @@ def export_repository(
             head does not fit, or its name is taken by a file. Nothing is then left behind.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ProbeError(f"{folder} exists and is not an empty folder: give another one, or remove it")
+    check_new_folder(folder)
     code = flat_files()
     if isinstance(backbone, (str, os.PathLike)):
         heads = read_heads(probe, backbone_target(str(backbone)))
@@ -109,10 +108,7 @@ def export_repository(
     if license is None:
         logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
     base_model = base_model or _base_model(backbone, lm, heads)
-    make_folder(folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        repository = Path(scratch) / "repository"
-        repository.mkdir()
+    with new_folder(folder) as repository:
         try:
             lm.save_pretrained(repository)
         except ValueError as error:  # a quantiser that cannot write its weights, a generation config of another use
@@ -126,7 +122,6 @@ def export_repository(
             repository, list(heads), repo_id or folder.name, base_model, license, bool(tokenizer.chat_template)
         )
         write_atomically({repository / CARD_NAME: lambda path: path.write_text(str(card), encoding="utf-8")})
-        repository.replace(folder)
     return folder
 
 
