@@ -22,6 +22,7 @@ from transformers import (
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.export import export_repository, push_repository
 from llama_probe.files import HEAD_FILES, read_config, read_head, read_results, save_head
+from llama_probe.heads import aggregator
 from llama_probe.remote_code import AUTO_MAP, CUSTOM_PIPELINES, flat_files
 from llama_probe.resolve import bundled_heads
 
@@ -163,6 +164,15 @@ def test_an_empty_folder_is_empty_again_where_it_fails(lm, tmp_path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         export(lm, tmp_path / "x", tokenizer=make_tokenizer())
     assert not list((tmp_path / "x").iterdir())
+
+
+def test_kinds_that_the_repository_has_no_code_for_are_refused(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "_PROBE_TYPES", dict(aggregator._PROBE_TYPES))
+    own = type("Own", (aggregator.get_probe_type("gate"),), {"__module__": "my_kinds"})
+    aggregator.register_probe_type("own")(own)
+    with pytest.raises(ProbeError, match=r"'toxic' is of the kind 'own', .* it has attentive, gate"):
+        export(lm, tmp_path / "x", {"toxic": make_probe(probe_type="own")}, tokenizer=make_tokenizer())
+    assert not list(tmp_path.iterdir())
 
 
 def test_relative_folders(lm, tmp_path, monkeypatch):

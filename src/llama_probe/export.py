@@ -34,6 +34,7 @@ from .files import (
     write_atomically,
 )
 from .fingerprint import check_backbone
+from .heads import get_probe_type, probe_types
 from .hub import HubReference, commit_files
 from .markdown import cell
 from .model_card import write_card
@@ -84,7 +85,8 @@ def export_repository(
 
     Raises:
         ProbeError: the folder holds something, the backbone is no plain Llama or cannot be saved, there is no head, a
-            head does not fit, or its name is taken by a file. Nothing is then left behind.
+            head does not fit or is of a kind from outside the package, or its name is taken by a file. Nothing is then left
+            behind.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
@@ -92,6 +94,7 @@ def export_repository(
     if isinstance(backbone, (str, os.PathLike)):
         heads = read_heads(probe, backbone_target(str(backbone)))
         _check_names(heads, code)
+        _check_kinds(heads)
         path = resolve_backbone(str(backbone))
         _check_family(path)
         lm, own_tokenizer = load_backbone(path, dtype, device="cpu")
@@ -101,6 +104,7 @@ def export_repository(
         _check_class(lm)
         heads = _with_attached(lm, read_heads(probe, Target.of(lm)))
         _check_names(heads, code)
+        _check_kinds(heads)
         tokenizer = tokenizer or _tokenizer_of(lm)
     _check_class(lm)
     for name, head in heads.items():
@@ -209,6 +213,17 @@ def _check_names(heads: Iterable[str], code: Iterable[str]) -> None:
         raise ProbeError(
             f"heads {sorted(names)} differ in upper and lower case only; some file systems take them for one"
         )
+
+
+def _check_kinds(heads: Mapping[str, ProbeModel]) -> None:
+    """Raises `ProbeError` where the code that goes along does not know the kind of a head."""
+    own = [kind for kind in probe_types() if get_probe_type(kind).__module__.startswith(f"{__package__}.")]
+    for name, head in heads.items():
+        if head.config.probe_type not in own:
+            raise ProbeError(
+                f"head {name!r} is of the kind {head.config.probe_type!r}, which the code in the repository would not know; it "
+                f"has {', '.join(own)}. Push the head by itself (push_probe_to_hub), for where its kind is registered"
+            )
 
 
 def _tokenizer_of(lm: PreTrainedModel) -> PreTrainedTokenizerBase:
