@@ -175,6 +175,14 @@ def test_kinds_that_the_repository_has_no_code_for_are_refused(lm, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("scope", ["prompt", "response", "all"])
+def test_the_code_of_the_card_works_when_pasted(lm, tmp_path, monkeypatch, scope):
+    monkeypatch.chdir(tmp_path)
+    card = export(lm, "x", {"toxic": toxic(token_scope=scope)}, tokenizer=make_tokenizer()) / "README.md"
+    _, with_package, _ = (part.split("```")[0] for part in card.read_text().split("```python\n")[1:])
+    exec(with_package, {})
+
+
 def test_relative_folders(lm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export(lm, "here", tokenizer=make_tokenizer()) == tmp_path / "here"

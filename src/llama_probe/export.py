@@ -281,6 +281,7 @@ def _card(
         labels = ", ".join(f"`{label}`" for label in config.id2label.values())
         row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license") or "not stated"]
         lines.append(f"| {' | '.join(map(cell, row))} |")
+    scope = read_config(repository / heads[0]).token_scope
     body = [
         f"# {name.split('/')[-1]}",
         f"{base} with probe heads. They read the hidden states of the frozen model while it reads the prompt, and label the "
@@ -289,9 +290,9 @@ def _card(
         "## Use",
         "With transformers, torch and safetensors alone. `trust_remote_code=True` runs the Python files of this repository, "
         f"which are those of the package llama_probe {package_version()}:",
-        _example(name, heads[0], chat, package=False),
+        _example(name, heads[0], scope, chat, package=False),
         "With the package llama_probe installed, no code of the repository runs:",
-        _example(name, heads[0], chat, package=True),
+        _example(name, heads[0], scope, chat, package=True),
         "`probe=` takes a list as well. As a pipeline, whose results have a key `probes`:",
         _code(
             "from transformers import pipeline",
@@ -307,9 +308,12 @@ def _card(
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
 
 
-def _example(name: str, head: str, chat: bool, package: bool) -> str:
-    """Code that works when pasted."""
+def _example(name: str, head: str, scope: str, chat: bool, package: bool) -> str:
+    """Code that works when pasted; `scope` is the token scope of the head."""
     trust = "" if package else ", trust_remote_code=True"
+    found = f'out.probe_labels["{head}"], out.probe_probabilities["{head}"]'
+    if scope == "response":  # it says nothing of the prompt
+        found = f'out.probe_token_probabilities["{head}"]'
     encode = "apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, " if chat else "(prompt, "
     return _code(
         "from transformers import AutoModel, AutoTokenizer",
@@ -321,7 +325,7 @@ def _example(name: str, head: str, chat: bool, package: bool) -> str:
         f'inputs = tokenizer{"." if chat else ""}{encode}return_tensors="pt")',
         "out = model.generate(**inputs, max_new_tokens=40)",
         "print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))",
-        f'print(out.probe_labels["{head}"], out.probe_probabilities["{head}"])',
+        f"print({found})",
     )
 
 
