@@ -227,6 +227,10 @@ def test_backbones_that_are_refused(lm, tmp_path):
     with pytest.raises(ProbeError, match="pass tokenizer="):
         export(lm, tmp_path / "x")
     lm.generation_config.update(do_sample=False, temperature=0.3)
+    with pytest.raises(
+        ProbeError, match=r"the backbone cannot be saved: .*`temperature`"
+    ):  # the reason, on a further line
+        export(lm, tmp_path / "x", tokenizer=make_tokenizer())
     lm.generation_config.num_return_sequences = 3
     with pytest.raises(ProbeError, match="the backbone cannot be saved"):
         export(lm, tmp_path / "x", tokenizer=make_tokenizer())

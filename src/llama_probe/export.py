@@ -116,7 +116,7 @@ def export_repository(
         try:
             lm.save_pretrained(repository)
         except ValueError as error:  # a quantiser that cannot write its weights, a generation config of another use
-            raise ProbeError(f"the backbone cannot be saved: {str(error).strip().splitlines()[0]}") from error
+            raise ProbeError(f"the backbone cannot be saved: {' '.join(str(error).split())}") from error
         tokenizer.save_pretrained(repository)
         write_flat_files(repository)
         _complete_config(repository / _CONFIG_NAME, base_model)
