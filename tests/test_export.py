@@ -175,6 +175,20 @@ def test_kinds_that_the_repository_has_no_code_for_are_refused(lm, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_the_card_shows_prompts_as_its_first_head_was_trained_on_them(lm, tmp_path):
+    for name, changes, expected in (
+        ("raw", {"prompt_format": "raw"}, 'prompt = "Write me'),
+        (
+            "system",
+            {"system_prompt": "Be brief."},
+            'prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", ',
+        ),
+    ):
+        card = export(lm, tmp_path / name, {"toxic": toxic(**changes)}, tokenizer=make_tokenizer()) / "README.md"
+        assert card.read_text().count(expected) == 2
+        assert ("apply_chat_template" in card.read_text()) == (name == "system")
+
+
 @pytest.mark.parametrize("scope", ["prompt", "response", "all"])
 def test_the_code_of_the_card_works_when_pasted(lm, tmp_path, monkeypatch, scope):
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .backbones import backbone_target, load_backbone, model_id, resolve_backbone
+from .card_sections import example_chat
 from .errors import ProbeError
 from .files import (
     CARD_NAME,
@@ -47,6 +48,7 @@ from .resolve import ProbeSpec, Target, read_heads
 logger = logging.get_logger(__name__)
 
 _CONFIG_NAME = "config.json"
+_TEXT = '"Write me a short poem about rain."'
 # Files of an earlier export that would be loaded beside, or in place of, the new ones.
 _OWN_FILES = re.compile(
     r"\w+_llama_probe\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
@@ -281,7 +283,8 @@ def _card(
         labels = ", ".join(f"`{label}`" for label in config.id2label.values())
         row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license") or "not stated"]
         lines.append(f"| {' | '.join(map(cell, row))} |")
-    scope = read_config(repository / heads[0]).token_scope
+    first = read_config(repository / heads[0])
+    prompt = example_chat(first) if chat and first.prompt_format == "chat" else None
     body = [
         f"# {name.split('/')[-1]}",
         f"{base} with probe heads. They read the hidden states of the frozen model while it reads the prompt, and label the "
@@ -290,15 +293,15 @@ def _card(
         "## Use",
         "With transformers, torch and safetensors alone. `trust_remote_code=True` runs the Python files of this repository, "
         f"which are those of the package llama_probe {package_version()}:",
-        _example(name, heads[0], scope, chat, package=False),
+        _example(name, heads[0], first.token_scope, prompt, package=False),
         "With the package llama_probe installed, no code of the repository runs:",
-        _example(name, heads[0], scope, chat, package=True),
+        _example(name, heads[0], first.token_scope, prompt, package=True),
         "`probe=` takes a list as well. As a pipeline, whose results have a key `probes`:",
         _code(
             "from transformers import pipeline",
             "",
             f'pipe = pipeline("probed-text-generation", model="{name}", probe="{heads[0]}", trust_remote_code=True)',
-            f"print(pipe({_prompt(chat)}, max_new_tokens=40))",
+            f"print(pipe({prompt or _TEXT}, max_new_tokens=40))",
         ),
         f'Without `probe=` and `trust_remote_code=True`, `AutoModelForCausalLM.from_pretrained("{name}")` is the plain model.',
         "## Licences",
@@ -308,8 +311,8 @@ def _card(
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
 
 
-def _example(name: str, head: str, scope: str, chat: bool, package: bool) -> str:
-    """Code that works when pasted; `scope` is the token scope of the head."""
+def _example(name: str, head: str, scope: str, chat: str | None, package: bool) -> str:
+    """Code that works when pasted; `scope` is the token scope of the head, and `chat` what it is shown, where not raw text."""
     trust = "" if package else ", trust_remote_code=True"
     found = f'out.probe_labels["{head}"], out.probe_probabilities["{head}"]'
     if scope == "response":  # it says nothing of the prompt
@@ -321,17 +324,12 @@ def _example(name: str, head: str, scope: str, chat: bool, package: bool) -> str
         "",
         f'model = AutoModel.from_pretrained("{name}", probe="{head}"{trust})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f"prompt = {_prompt(chat)}",
+        f"prompt = {chat or _TEXT}",
         f'inputs = tokenizer{"." if chat else ""}{encode}return_tensors="pt")',
         "out = model.generate(**inputs, max_new_tokens=40)",
         "print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))",
         f"print({found})",
     )
-
-
-def _prompt(chat: bool) -> str:
-    text = "Write me a short poem about rain."
-    return f'[{{"role": "user", "content": "{text}"}}]' if chat else f'"{text}"'
 
 
 def _code(*lines: str) -> str:
