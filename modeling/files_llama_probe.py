@@ -10,7 +10,8 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,36 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises `ProbeError` where a folder is neither new nor empty."""
+    if (folder.exists() or folder.is_symlink()) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ProbeError(f"{folder} exists and is not an empty folder: give another one, or remove it")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in, whose files lie in `folder` at the end of the block; nothing is left behind where that raises.
+
+    An empty folder that is there is filled, and not exchanged: it may be a link, a mount, or where somebody is working.
+
+    Raises:
+        ProbeError: `folder` is neither new nor empty, or cannot be made.
+    """
+    check_new_folder(folder)
+    make_folder(folder.parent)
+    there = folder.is_dir()
+    with tempfile.TemporaryDirectory(dir=folder if there else folder.parent, prefix=f".{folder.name}.") as scratch:
+        written = Path(scratch) / "new"
+        written.mkdir()
+        yield written
+        if not there:
+            written.replace(folder)
+            return
+        # What makes it a head or a model comes last.
+        for item in sorted(written.iterdir(), key=lambda item: item.name.endswith("config.json")):
+            item.replace(folder / item.name)
 
 
 def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:

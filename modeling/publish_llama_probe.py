@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .card_sections_llama_probe import on_the_hub
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import CARD_NAME, HEAD_FILES, make_folder, read_config, read_head, save_head
+from .files_llama_probe import CARD_NAME, HEAD_FILES, check_new_folder, new_folder, read_config, read_head, save_head
 from .hub_llama_probe import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
 from .model_card_llama_probe import has_own_words, write_card
 from .plots_llama_probe import write_plots
@@ -114,18 +114,13 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
     if reference is None:
         raise ProbeError(f"{source!r} is no Hub id: write user/repo, with @revision and :subfolder where wanted")
     target = Path(folder) if folder is not None else Path(default_name(source))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ProbeError(f"{target} exists and is not an empty folder: give another one, or remove it")
+    check_new_folder(target)
     cached = download_head(reference, options)
     read_head(cached)
-    make_folder(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        copy = Path(scratch) / "head"
-        copy.mkdir()
+    with new_folder(target) as copy:
         for file in HEAD_FILES:
             if (cached / file).is_file():
                 shutil.copyfile(cached / file, copy / file)
-        copy.replace(target)
     return target
 
 

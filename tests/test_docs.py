@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_probe
 from launcher import environment, finish, free_port
 
@@ -95,6 +96,23 @@ def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
         else:
             assert language == "python", f"{page} has a block of {language or 'no language'}"
             exec(compile(block.replace(MODEL, str(backbone_folder)), page, "exec"), names)
+
+
+def test_a_kind_as_the_page_writes_it_runs_where_the_model_is():
+    """The meta device stands for a GPU: it takes no tensor that was made elsewhere."""
+    exec(BLOCK.findall((DOCS / "new-kind.md").read_text())[0][1], names := {"__name__": "__main__"})
+    with torch.device("meta"):
+        probe = names["ProbeModel"](names["ProbeConfig"](probe_type="power", hidden_size=16, num_hidden_layers=2))
+    found = probe(hidden_states=torch.empty(4, 3, 10, 16, device="meta"), output_attentions=True)
+    assert found.logits.device.type == found.token_weights.device.type == "meta"
+
+
+def test_an_exported_repository_is_loaded_with_its_heads(desk, backbone_folder):
+    """Without `probe=` it is the plain model, and the page would show an empty list."""
+    *_, export, load = BLOCK.findall((DOCS / "sharing.md").read_text())
+    run_shell(export[1], backbone_folder)
+    exec(load[1], names := {"__name__": "__main__"})
+    assert names["exported"].active_probes == ["sst2-mha"]
 
 
 @pytest.mark.parametrize("page", WRITTEN)

@@ -22,6 +22,7 @@ from transformers import (
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.export import export_repository, push_repository
 from llama_probe.files import HEAD_FILES, read_config, read_head, read_results, save_head
+from llama_probe.heads import aggregator
 from llama_probe.remote_code import AUTO_MAP, CUSTOM_PIPELINES, flat_files
 from llama_probe.resolve import bundled_heads
 
@@ -77,6 +78,10 @@ def test_the_card(lm, tmp_path):
     assert f'AutoModel.from_pretrained("{REPO}", probe="toxic", trust_remote_code=True)' in card.text
     assert f'AutoModel.from_pretrained("{REPO}", probe="toxic")' in card.text and "import llama_probe" in card.text
     assert f'probe="{REPO}:mood"' in (folder / "mood" / "README.md").read_text()
+    # Labels come from somebody's data: whatever is in them, a head is one row of the table.
+    odd = make_probe(id2label={0: "a|b", 1: "c\nd"})
+    card = ModelCard.load(export(lm, tmp_path / "odd", {"odd": odd}, tokenizer=make_tokenizer()) / "README.md")
+    assert "| [`odd`](odd/README.md) | mha | `a\\|b`, `c d` | not stated | not stated |\n" in card.text
     # Without a chat template, and named by the folder.
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
@@ -135,6 +140,63 @@ def test_an_empty_folder_is_used_and_another_is_not(lm, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_empty_folder_stays_the_same_one(lm, tmp_path, monkeypatch):
+    """Somebody may work in it, or it may be a link, or a mount that nothing can take the place of."""
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    monkeypatch.chdir(tmp_path / "here")
+    export(lm, ".", tokenizer=make_tokenizer())
+    export(lm, "../link", tokenizer=make_tokenizer())
+    for name in (".", "../linked"):
+        found = sorted(os.listdir(name))
+        assert {"config.json", "model.safetensors", "toxic"} <= set(found) and not found[0].startswith(".")
+    assert sorted(os.listdir("..")) == ["here", "link", "linked"] and (tmp_path / "link").is_symlink()
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ProbeError, match="is not an empty folder"):
+        export(lm, "../link", tokenizer=make_tokenizer())
+
+
+def test_an_empty_folder_is_empty_again_where_it_fails(lm, tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr("llama_probe.export.write_card", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(lm, tmp_path / "x", tokenizer=make_tokenizer())
+    assert not list((tmp_path / "x").iterdir())
+
+
+def test_kinds_that_the_repository_has_no_code_for_are_refused(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "_PROBE_TYPES", dict(aggregator._PROBE_TYPES))
+    own = type("Own", (aggregator.get_probe_type("gate"),), {"__module__": "my_kinds"})
+    aggregator.register_probe_type("own")(own)
+    with pytest.raises(ProbeError, match=r"'toxic' is of the kind 'own', .* it has attentive, gate"):
+        export(lm, tmp_path / "x", {"toxic": make_probe(probe_type="own")}, tokenizer=make_tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_shows_prompts_as_its_first_head_was_trained_on_them(lm, tmp_path):
+    for name, changes, expected in (
+        ("raw", {"prompt_format": "raw"}, 'prompt = "Write me'),
+        (
+            "system",
+            {"system_prompt": "Be brief."},
+            'prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", ',
+        ),
+    ):
+        card = export(lm, tmp_path / name, {"toxic": toxic(**changes)}, tokenizer=make_tokenizer()) / "README.md"
+        assert card.read_text().count(expected) == 2
+        assert ("apply_chat_template" in card.read_text()) == (name == "system")
+
+
+@pytest.mark.parametrize("scope", ["prompt", "response", "all"])
+def test_the_code_of_the_card_works_when_pasted(lm, tmp_path, monkeypatch, scope):
+    monkeypatch.chdir(tmp_path)
+    card = export(lm, "x", {"toxic": toxic(token_scope=scope)}, tokenizer=make_tokenizer()) / "README.md"
+    _, with_package, _ = (part.split("```")[0] for part in card.read_text().split("```python\n")[1:])
+    exec(with_package, {})
+
+
 def test_relative_folders(lm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export(lm, "here", tokenizer=make_tokenizer()) == tmp_path / "here"
@@ -179,6 +241,10 @@ def test_backbones_that_are_refused(lm, tmp_path):
     with pytest.raises(ProbeError, match="pass tokenizer="):
         export(lm, tmp_path / "x")
     lm.generation_config.update(do_sample=False, temperature=0.3)
+    with pytest.raises(
+        ProbeError, match=r"the backbone cannot be saved: .*`temperature`"
+    ):  # the reason, on a further line
+        export(lm, tmp_path / "x", tokenizer=make_tokenizer())
     lm.generation_config.num_return_sequences = 3
     with pytest.raises(ProbeError, match="the backbone cannot be saved"):
         export(lm, tmp_path / "x", tokenizer=make_tokenizer())

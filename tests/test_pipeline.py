@@ -89,6 +89,30 @@ def test_a_sequence_that_was_halted_midway_says_so_itself(texts, batch_size):
         assert [record["halted"] is not None for record in records] == [False, True, False]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size):
+    """Their last word on it: the reply as far as the model has read it."""
+    guard = make_probe(probe_type="gate", num_labels=2, token_scope="response")
+    prompt_head = make_probe(1, probe_type="gate", num_labels=2)
+    pipe = ProbedTextGenerationPipeline(
+        make_lm(vocab_size=260), make_tokenizer(), probe={"guard": guard, "prompt": prompt_head}, device="cpu"
+    )
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True, "num_return_sequences": 3}
+    for records in pipe(TEXTS[:2], batch_size=batch_size, **options):
+        assert all(record["probes"].keys() == {"guard", "prompt"} for record in records)
+        assert len({record["probes"]["guard"]["score"] for record in records}) == 3
+        assert len({record["probes"]["prompt"]["score"] for record in records}) == 1
+    (record,) = pipe(TEXTS[0], **GREEDY)
+    ids = make_tokenizer()(TEXTS[0], return_tensors="pt")["input_ids"]
+    out = pipe.model.generate(ids, **GREEDY)
+    (expected,) = out.probe_token_probabilities["guard"][:, -1].tolist()
+    assert list(record["probes"]["guard"]["scores"].values()) == pytest.approx(expected, abs=1e-5)
+    # A reply of one token, which the model never reads, and a prompt that gets none.
+    for unread in ({"max_new_tokens": 1}, {"halt_on": {"prompt": {"threshold": 0.0}}}):
+        (record,) = pipe(TEXTS[0], **GREEDY | unread)
+        assert record["probes"]["guard"] is None and record["probes"]["prompt"]["label"]
+
+
 def test_texts_are_those_of_text_generation_and_verdicts_those_of_generate():
     pipe, tokenizer = make_pipe(), make_tokenizer()
     plain = TextGenerationPipeline(make_lm(vocab_size=260), make_tokenizer(), device="cpu")

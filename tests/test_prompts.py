@@ -46,6 +46,15 @@ def test_there_is_never_a_second_bos():
         assert PromptFormat.create(tokenizer, "raw").encode([text])[0].count(bos) == 1
 
 
+@pytest.mark.parametrize("kind", ["chat", "raw"])
+def test_one_prompt_is_not_taken_for_a_list_of_its_characters_or_turns(tokenizer, kind):
+    prompts = PromptFormat.create(tokenizer, kind)
+    for single in ("Hello", TestReplies.chat):
+        for take in (prompts.encode, prompts.encode_replies, prompts.batch):
+            with pytest.raises(ProbeError, match="put it in brackets"):
+                take(single)
+
+
 def test_a_system_prompt_of_ones_own(tokenizer):
     prompts = PromptFormat.create(tokenizer, system_prompt="Be brief.")
     assert "Be brief." in tokenizer.decode(prompts.prefix_ids) and "Be kind." not in tokenizer.decode(

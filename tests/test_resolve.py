@@ -31,6 +31,16 @@ def test_a_folder_comes_before_an_alias(tmp_path, monkeypatch):
     assert read_heads("toxicchat-mha")["toxicchat-mha"].config.hidden_size == 32
 
 
+def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    """`--probe "$HEAD"` with nothing in HEAD."""
+    save_head(make_probe(), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for spec in ("", [""], {"head": ""}):
+        with pytest.raises(ProbeError, match="names no head"):
+            read_heads(spec)
+    assert read_heads({"head": "."})
+
+
 def test_an_unknown_alias_lists_the_known_ones():
     with pytest.raises(ProbeError, match=r"bundled heads: .*toxicchat-mha"):
         resolve_head("toxicchat-lstm")

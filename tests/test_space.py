@@ -44,7 +44,7 @@ def app(backbone_folder, tmp_path_factory):
     save_head(make_probe(2, probe_type="mha", id2label={0: "a", 1: "b", 2: "c"}, **shared), heads / "mood")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BACKBONE", str(backbone_folder))
-        patch.setenv("HEADS", f"{heads / 'guard'},{heads / 'mood'}")
+        patch.setenv("HEADS", f"{heads / 'guard'}, {heads / 'mood'}")  # as one writes a list
         patch.setenv("MAX_NEW_TOKENS", "8")
         spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
         module = importlib.util.module_from_spec(spec)

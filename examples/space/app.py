@@ -29,7 +29,7 @@ from llama_probe.reading import Reading, token_texts
 
 
 BACKBONE = os.environ.get("BACKBONE") or (DEMO_MODEL_ID if "SPACE_ID" in os.environ else DEMO)
-HEADS = (os.environ.get("HEADS") or "toxicchat-mha,emotion-mha,sst2-mha").split(",")
+HEADS = [name.strip() for name in (os.environ.get("HEADS") or "toxicchat-mha, emotion-mha, sst2-mha").split(",")]
 MAX_NEW_TOKENS = int(os.environ.get("MAX_NEW_TOKENS") or 120)
 REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"
 EXAMPLES = (

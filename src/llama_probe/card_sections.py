@@ -51,14 +51,19 @@ def on_the_hub(base_model: str | None) -> bool:
     return base_model is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_model) is not None
 
 
+def example_chat(config: ProbeConfig) -> str:
+    """Messages for an example, as code, with the system turn that the head was trained with."""
+    turns = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
+    turns.append({"role": "user", "content": "Write me a short poem about rain."})
+    return json.dumps(turns, ensure_ascii=False)
+
+
 def usage(source: str, name: str, config: ProbeConfig, halting: Sequence[dict[str, Any]] | None = None) -> str:
     """Code that works when pasted; with the rules of `halting_rules` for the last label, where there are any."""
     base = config.base_model_name_or_path or "the-backbone"
     if config.prompt_format == "chat":
-        turns = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-        turns.append({"role": "user", "content": "Write me a short poem about rain."})
         prompt = (
-            f"chat = {json.dumps(turns, ensure_ascii=False)}\n"
+            f"chat = {example_chat(config)}\n"
             "inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, "
             'return_tensors="pt")'
         )

@@ -65,6 +65,19 @@ def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
     return [config.id2label[index] for index in picked]
 
 
+def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
+    """What a head that reads replies says of each, as far as it was read: what it said after the last token that counted.
+
+    Args:
+        token_logits (`[replies, tokens, num_labels]`): see `ProbedOutputMixin`.
+
+    Returns:
+        For each reply an output of one row; `None` where no token of it was read.
+    """
+    read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
+    return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
+
+
 def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
     """What a head says of one row, as plain JSON types.
 

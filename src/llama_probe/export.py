@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -21,12 +20,14 @@ from transformers import (
 from transformers.utils import logging
 
 from .backbones import backbone_target, load_backbone, model_id, resolve_backbone
+from .card_sections import example_chat
 from .errors import ProbeError
 from .files import (
     CARD_NAME,
     HEAD_FILES,
+    check_new_folder,
     is_head_folder,
-    make_folder,
+    new_folder,
     package_version,
     read_config,
     read_results,
@@ -34,7 +35,9 @@ from .files import (
     write_atomically,
 )
 from .fingerprint import check_backbone
+from .heads import get_probe_type, probe_types
 from .hub import HubReference, commit_files
+from .markdown import cell
 from .model_card import write_card
 from .plots import write_plots
 from .probe import ProbeModel
@@ -45,6 +48,7 @@ from .resolve import ProbeSpec, Target, read_heads
 logger = logging.get_logger(__name__)
 
 _CONFIG_NAME = "config.json"
+_TEXT = '"Write me a short poem about rain."'
 # Files of an earlier export that would be loaded beside, or in place of, the new ones.
 _OWN_FILES = re.compile(
     r"\w+_llama_probe\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
@@ -83,15 +87,16 @@ def export_repository(
 
     Raises:
         ProbeError: the folder holds something, the backbone is no plain Llama or cannot be saved, there is no head, a
-            head does not fit, or its name is taken by a file. Nothing is then left behind.
+            head does not fit or is of a kind from outside the package, or its name is taken by a file. Nothing is then left
+            behind.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ProbeError(f"{folder} exists and is not an empty folder: give another one, or remove it")
+    check_new_folder(folder)
     code = flat_files()
     if isinstance(backbone, (str, os.PathLike)):
         heads = read_heads(probe, backbone_target(str(backbone)))
         _check_names(heads, code)
+        _check_kinds(heads)
         path = resolve_backbone(str(backbone))
         _check_family(path)
         lm, own_tokenizer = load_backbone(path, dtype, device="cpu")
@@ -101,6 +106,7 @@ def export_repository(
         _check_class(lm)
         heads = _with_attached(lm, read_heads(probe, Target.of(lm)))
         _check_names(heads, code)
+        _check_kinds(heads)
         tokenizer = tokenizer or _tokenizer_of(lm)
     _check_class(lm)
     for name, head in heads.items():
@@ -108,14 +114,11 @@ def export_repository(
     if license is None:
         logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
     base_model = base_model or _base_model(backbone, lm, heads)
-    make_folder(folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        repository = Path(scratch) / "repository"
-        repository.mkdir()
+    with new_folder(folder) as repository:
         try:
             lm.save_pretrained(repository)
         except ValueError as error:  # a quantiser that cannot write its weights, a generation config of another use
-            raise ProbeError(f"the backbone cannot be saved: {str(error).strip().splitlines()[0]}") from error
+            raise ProbeError(f"the backbone cannot be saved: {' '.join(str(error).split())}") from error
         tokenizer.save_pretrained(repository)
         write_flat_files(repository)
         _complete_config(repository / _CONFIG_NAME, base_model)
@@ -125,7 +128,6 @@ def export_repository(
             repository, list(heads), repo_id or folder.name, base_model, license, bool(tokenizer.chat_template)
         )
         write_atomically({repository / CARD_NAME: lambda path: path.write_text(str(card), encoding="utf-8")})
-        repository.replace(folder)
     return folder
 
 
@@ -215,6 +217,17 @@ def _check_names(heads: Iterable[str], code: Iterable[str]) -> None:
         )
 
 
+def _check_kinds(heads: Mapping[str, ProbeModel]) -> None:
+    """Raises `ProbeError` where the code that goes along does not know the kind of a head."""
+    own = [kind for kind in probe_types() if get_probe_type(kind).__module__.startswith(f"{__package__}.")]
+    for name, head in heads.items():
+        if head.config.probe_type not in own:
+            raise ProbeError(
+                f"head {name!r} is of the kind {head.config.probe_type!r}, which the code in the repository would not know; it "
+                f"has {', '.join(own)}. Push the head by itself (push_probe_to_hub), for where its kind is registered"
+            )
+
+
 def _tokenizer_of(lm: PreTrainedModel) -> PreTrainedTokenizerBase:
     name = getattr(lm.config, "_name_or_path", None)
     try:
@@ -268,8 +281,10 @@ def _card(
         config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
         data = facts.get("dataset_name") or facts.get("dataset") or "not stated"
         labels = ", ".join(f"`{label}`" for label in config.id2label.values())
-        row = f"[`{head}`]({head}/README.md) | {config.probe_type} | {labels} | {data}"
-        lines.append(f"| {row} | {facts.get('license') or 'not stated'} |")
+        row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license") or "not stated"]
+        lines.append(f"| {' | '.join(map(cell, row))} |")
+    first = read_config(repository / heads[0])
+    prompt = example_chat(first) if chat and first.prompt_format == "chat" else None
     body = [
         f"# {name.split('/')[-1]}",
         f"{base} with probe heads. They read the hidden states of the frozen model while it reads the prompt, and label the "
@@ -278,15 +293,15 @@ def _card(
         "## Use",
         "With transformers, torch and safetensors alone. `trust_remote_code=True` runs the Python files of this repository, "
         f"which are those of the package llama_probe {package_version()}:",
-        _example(name, heads[0], chat, package=False),
+        _example(name, heads[0], first.token_scope, prompt, package=False),
         "With the package llama_probe installed, no code of the repository runs:",
-        _example(name, heads[0], chat, package=True),
+        _example(name, heads[0], first.token_scope, prompt, package=True),
         "`probe=` takes a list as well. As a pipeline, whose results have a key `probes`:",
         _code(
             "from transformers import pipeline",
             "",
             f'pipe = pipeline("probed-text-generation", model="{name}", probe="{heads[0]}", trust_remote_code=True)',
-            f"print(pipe({_prompt(chat)}, max_new_tokens=40))",
+            f"print(pipe({prompt or _TEXT}, max_new_tokens=40))",
         ),
         f'Without `probe=` and `trust_remote_code=True`, `AutoModelForCausalLM.from_pretrained("{name}")` is the plain model.',
         "## Licences",
@@ -296,9 +311,12 @@ def _card(
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
 
 
-def _example(name: str, head: str, chat: bool, package: bool) -> str:
-    """Code that works when pasted."""
+def _example(name: str, head: str, scope: str, chat: str | None, package: bool) -> str:
+    """Code that works when pasted; `scope` is the token scope of the head, and `chat` what it is shown, where not raw text."""
     trust = "" if package else ", trust_remote_code=True"
+    found = f'out.probe_labels["{head}"], out.probe_probabilities["{head}"]'
+    if scope == "response":  # it says nothing of the prompt
+        found = f'out.probe_token_probabilities["{head}"]'
     encode = "apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, " if chat else "(prompt, "
     return _code(
         "from transformers import AutoModel, AutoTokenizer",
@@ -306,17 +324,12 @@ def _example(name: str, head: str, chat: bool, package: bool) -> str:
         "",
         f'model = AutoModel.from_pretrained("{name}", probe="{head}"{trust})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f"prompt = {_prompt(chat)}",
+        f"prompt = {chat or _TEXT}",
         f'inputs = tokenizer{"." if chat else ""}{encode}return_tensors="pt")',
         "out = model.generate(**inputs, max_new_tokens=40)",
         "print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))",
-        f'print(out.probe_labels["{head}"], out.probe_probabilities["{head}"])',
+        f"print({found})",
     )
-
-
-def _prompt(chat: bool) -> str:
-    text = "Write me a short poem about rain."
-    return f'[{{"role": "user", "content": "{text}"}}]' if chat else f'"{text}"'
 
 
 def _code(*lines: str) -> str:

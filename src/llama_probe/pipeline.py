@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .auto_class import AutoModelForProbedGeneration
 from .capture import without_peft
-from .decision import verdict
+from .decision import reply_outputs, verdict
 from .hub import HubOptions
 from .modeling import ProbedGenerationMixin
 from .probe import ProbeModel
@@ -44,7 +44,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     With `halt_on=`, which `generate` takes, there is `"halted"` as well: a dict of why the prompt got no reply, or `None`. A text
     as `halt_reply=` needs no `tokenizer=` here.
 
-    Every sequence of a prompt has the same `"probes"`. With `return_dict_in_generate=False` heads do not run, and it is
+    Heads that read replies alone (`token_scope="response"`) are there too, with what they say of the sequence as far as it was
+    read, or `None` where no token of it was; what the others say is the same for every sequence of a prompt. With `return_dict_in_generate=False` heads do not run, and it is
     empty.
 
     Args:
@@ -87,12 +88,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
         prompts = len(outputs["generated_sequence"])
         outputs["probes"] = _verdicts(listener, prompts)
-        halts = getattr(listener.output, "probe_halts", None)
-        outputs["further"] = [({},)] * prompts
-        if halts is not None:  # one a prompt, or where a head follows the replies one a sequence of it
-            told = [{"halted": halt and asdict(halt)} for halt in halts]
-            each = len(told) // prompts
-            outputs["further"] = [tuple(told[i * each : (i + 1) * each]) for i in range(prompts)]
+        outputs["further"] = _of_sequences(listener, prompts)
         return outputs
 
     def postprocess(self, model_outputs, *args, **kwargs):
@@ -101,10 +97,11 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
             part[0] if isinstance(part, list) else part for part in map(model_outputs.pop, ("probes", "further"))
         )
         records = super().postprocess(model_outputs, *args, **kwargs)
-        return [
-            {**record, "probes": copy.deepcopy(probes), **copy.deepcopy(more)}
-            for record, more in zip(records, itertools.cycle(further))
-        ]
+        for record, more in zip(records, itertools.cycle(further)):
+            found = copy.deepcopy(more)
+            record["probes"] = copy.deepcopy(probes) | found.pop("probes", {})
+            record.update(found)
+        return records
 
 
 def install() -> None:
@@ -158,6 +155,31 @@ def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any
         for found, label, row in zip(verdicts, labels[name], rows.tolist(), strict=True):
             found[name] = verdict(label, row, config)
     return verdicts
+
+
+def _of_sequences(listener: _Listener, prompts: int) -> list[tuple[dict[str, Any], ...]]:
+    """For each prompt what is said of its sequences: why they were halted, and by heads that read replies alone.
+
+    One entry is for all sequences of the prompt.
+    """
+    output = listener.output
+    halts = getattr(output, "probe_halts", None) or []
+    parts: list[list[dict[str, Any]]] = [[{"halted": halt and asdict(halt)} for halt in halts]]
+    replies: list[dict[str, Any]] = []
+    for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
+        if name in output.probe_logits:
+            continue
+        config = listener.heads[name].config
+        replies = replies or [{} for _ in logits]
+        for found, said in zip(replies, reply_outputs(logits, config), strict=True):
+            found[name] = None if said is None else verdict(said.labels[0], said.probabilities[0].tolist(), config)
+    parts.append([{"probes": found} for found in replies])
+    each = max(1, *(len(part) // prompts for part in parts))
+    rows: list[dict[str, Any]] = [{} for _ in range(prompts * each)]
+    for part in filter(None, parts):
+        for i, row in enumerate(rows):
+            row.update(part[i * len(part) // len(rows)])
+    return [tuple(rows[i * each : (i + 1) * each]) for i in range(prompts)]
 
 
 def _with_heads(model, probe, revision, namespace, strict) -> PreTrainedModel:

@@ -111,7 +111,11 @@ class PromptFormat:
 
         Args:
             texts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) that end with the user's.
+
+        Raises:
+            ProbeError: it is one text, or one chat, rather than a list of them; or one cannot be rendered.
         """
+        _check_several(texts)
         prompts, cut = [], 0
         for text in texts:
             ids = self._ids(text)
@@ -137,8 +141,9 @@ class PromptFormat:
             The ids, and for each whether it is the reply's.
 
         Raises:
-            ProbeError: a text does not end with a reply, or with one that is empty.
+            ProbeError: a text does not end with a reply, or with one that is empty; or there is one alone, not in a list.
         """
+        _check_several(texts)
         encoded, masks, cut = [], [], 0
         for text in texts:
             before, content = split_reply(text)
@@ -195,6 +200,14 @@ class PromptFormat:
                 f"{text[:60]!r} is no text: {half.group()!r} is half of a character. Was it read as UTF-8, and is it?"
             )
         return self.tokenizer(text, **kwargs)["input_ids"]
+
+
+def _check_several(texts: Sequence[Text]) -> None:
+    """Raises `ProbeError` for a single text or chat: as a sequence it would be one of characters, or of turns."""
+    if isinstance(texts, str) or (isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)):
+        raise ProbeError(
+            f"here is one prompt where a list of prompts is wanted: put it in brackets, [...]; it is {str(texts)[:40]!r}"
+        )
 
 
 def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:

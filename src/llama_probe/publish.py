@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .card_sections import on_the_hub
 from .errors import ProbeError
-from .files import CARD_NAME, HEAD_FILES, make_folder, read_config, read_head, save_head
+from .files import CARD_NAME, HEAD_FILES, check_new_folder, new_folder, read_config, read_head, save_head
 from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
 from .model_card import has_own_words, write_card
 from .plots import write_plots
@@ -111,18 +111,13 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
     if reference is None:
         raise ProbeError(f"{source!r} is no Hub id: write user/repo, with @revision and :subfolder where wanted")
     target = Path(folder) if folder is not None else Path(default_name(source))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ProbeError(f"{target} exists and is not an empty folder: give another one, or remove it")
+    check_new_folder(target)
     cached = download_head(reference, options)
     read_head(cached)
-    make_folder(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        copy = Path(scratch) / "head"
-        copy.mkdir()
+    with new_folder(target) as copy:
         for file in HEAD_FILES:
             if (cached / file).is_file():
                 shutil.copyfile(cached / file, copy / file)
-        copy.replace(target)
     return target
 
 

@@ -165,6 +165,8 @@ def resolve_head(
     Raises:
         ProbeError: there is no such head; the message lists those that exist.
     """
+    if source == "":  # which pathlib takes for the folder that one is in
+        raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
     if Path(source).is_dir():
         return Path(source)
     if not isinstance(source, str) or not _ALIAS.fullmatch(source):

@@ -240,14 +240,12 @@ def _rows(
 
 
 def _add_reply_scores(rows: list[dict], name: str, logits, config) -> None:
-    """What a head that reads nothing but replies says of each as far as it was read; nothing where that is not a token."""
-    from ..decision import ProbeOutput
+    """What a head that reads nothing but replies says of each; nothing where no token of it was read."""
+    from ..decision import reply_outputs
 
-    for row, scores in zip(rows, logits, strict=True):
-        read = scores[~scores.isnan().any(dim=-1)][-1:]
-        output = ProbeOutput.from_logits(read, config)
-        row["labels"][name] = output.labels[0] if len(read) else None
-        row["probabilities"][name] = output.probabilities[0].tolist() if len(read) else []
+    for row, output in zip(rows, reply_outputs(logits, config), strict=True):
+        row["labels"][name] = None if output is None else output.labels[0]
+        row["probabilities"][name] = [] if output is None else output.probabilities[0].tolist()
 
 
 def _print_rows(rows: list[dict], configs: dict[str, ProbeConfig], as_json: bool) -> None:
