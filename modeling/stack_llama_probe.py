@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What layers may keep of their tokens while they wait for each other, as a part of all states of these tokens.
 _WAITING_SHARE = 0.0125
-# What layers that are read at once may take beside their states, as a part of these.
+# What the projections of layers that are read at once may take beside their states, as a part of these.
 _AT_HAND_SHARE = 0.1
 # From so many tokens on it matters which way round their states are multiplied.
 _MANY = 128
