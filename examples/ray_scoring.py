@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--cpus", type=float, default=1, help="of an actor")
     parser.add_argument("--gpus", type=float, default=0, help="of an actor")
     arguments = parser.parse_args()
+    if arguments.output and Path(arguments.output).exists() and any(Path(arguments.output).iterdir()):
+        parser.error(f"{arguments.output} holds something, to which rows would be added: name a new folder")
     ray.init()
     # Reading and writing take a CPU as well: where the actors hold all of them, the rows wait for ever.
     available = ray.cluster_resources().get("CPU", 0)
