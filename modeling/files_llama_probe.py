@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,9 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
 # All that a head folder, and so a head on the Hub, consists of. The first two make the head, the rest tells of it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, *PLOT_NAMES)
+
+DISK_FULL = "there is no room for it. Make some, or name a folder on another disk"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 MAX_JSON_BYTES = 4 * 2**20
 
@@ -102,9 +106,10 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     config = probe.config.replace(
         weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
     )
+    # The config first: where a kill leaves one without the other, it is what tells that the folder is a head's, and whose.
     writers: dict[Path, Callable[[Path], object]] = {
-        folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
         folder / CONFIG_NAME: lambda path: path.write_text(config.to_json_string(), encoding="utf-8"),
+        folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
     }
     measured = folder / RESULTS_NAME
     outdated = (RESULTS_NAME, *PLOT_NAMES)
@@ -239,14 +244,23 @@ def _check_header(path: Path, file, expected: dict[str, list[int]]) -> None:
 
 
 def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Calls each writer with a temporary path beside its target, then renames all; on an error no target changes."""
+    """Calls each writer with a temporary path beside its target, then renames all; on an error no target changes.
+
+    Raises:
+        ProbeError: the disk is full.
+    """
     written: list[tuple[Path, Path]] = []
     try:
         for target, write in writers.items():
             handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
             os.close(handle)
             written.append((Path(name), target))
-            write(Path(name))
+            try:
+                write(Path(name))
+            except (OSError, SafetensorError) as error:
+                if not is_disk_full(error):
+                    raise
+                raise ProbeError(f"{target} cannot be written: {DISK_FULL}") from error
             # mkstemp makes files for the owner alone; a head folder is as readable as any other file of the user.
             mask = os.umask(0)
             os.umask(mask)
@@ -256,6 +270,13 @@ def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether it says that there is no room for a file: on its disk, or within what the user may have of it."""
+    if isinstance(error, SafetensorError):  # which has the system's words alone
+        return any(f"os error {number}" in str(error) for number in _NO_ROOM)
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def environment() -> dict[str, str]:
