@@ -70,14 +70,19 @@ def learning_curves(
     return found
 
 
-def summarize_curves(curves: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """By head and number of rows `mean`, `std` (n - 1; `None` for one seed) and `runs` of a metric over the seeds."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+def summarize_curves(curves: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, dict[str, Any] | None]]:
+    """By head and number of rows `mean`, `std` (n - 1; `None` for one seed) and `runs` of a metric over the seeds; `None` in
+    their place where the test rows do not define it."""
+    found: dict[str, dict[int, dict[str, Any] | None]] = {}
     for name in dict.fromkeys(entry["head"] for entry in curves):
         for size in sorted({entry["rows"] for entry in curves}):
             values = [e[metric] for e in curves if e["head"] == name and e["rows"] == size]
+            sizes = found.setdefault(name, {})
+            if None in values:
+                sizes[size] = None
+                continue
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            found.setdefault(name, {})[size] = {"mean": float(np.mean(values)), "std": spread, "runs": len(values)}
+            sizes[size] = {"mean": float(np.mean(values)), "std": spread, "runs": len(values)}
     return found
 
 
