@@ -315,6 +315,25 @@ class Sweep:
         run.save(learner.probe, prepared, [single], candidate.seed)
 
 
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """What a finished sweep has found.
+
+    Raises:
+        ProbeError: its file is not what a sweep writes.
+    """
+    path = folder / SWEEP_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kinds = [trial["params"]["probe_type"] for trial in found["trials"] if {"score", "status"} <= trial.keys()]
+        if not found["metric"] or not kinds:
+            raise ValueError("it holds no configurations")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ProbeError(
+            f"{path} is not what a sweep writes ({type(error).__name__}: {error}): do the sweep anew"
+        ) from None
+    return found
+
+
 def _train_options(candidate: Candidate) -> str:
     """The options of `llama-probe train` that train this configuration by itself."""
     config: ProbeConfig = candidate.config
