@@ -327,7 +327,7 @@ def test_another_sweep_of_the_same_name_is_not_taken_for_the_first(reproduction,
         text = json.dumps({"metric": "auprc", "trials": [trial]})
         (tmp_path / str(number) / "study" / "sweep.json").write_text(text)
     reproduction(only=("sensitivity",), sweep=tmp_path / "0" / "study").execute()
-    with pytest.raises(ProbeError, match="sensitivity.json was made with other settings: digest="):
+    with pytest.raises(ProbeError, match=r"sensitivity.json was made with other settings: digest="):
         reproduction(only=("sensitivity",), sweep=tmp_path / "1" / "study").execute()
     with pytest.raises(ProbeError, match="is read for sensitivity: name that in only as well"):
         reproduction(only=("main",), sweep=tmp_path / "0" / "study")

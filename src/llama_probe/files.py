@@ -54,18 +54,30 @@ def check_output(folder: str | os.PathLike) -> None:
         ProbeError: it or what it lies in is a file, or it holds a card or results that belong to no head.
     """
     folder = Path(folder)
-    try:
-        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    except OSError as error:  # such as a name that is too long
-        raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
-    if there.is_file():
-        raise ProbeError(f"{there} is a file; name a folder for the head")
-    if there.exists() and not os.access(there, os.W_OK):
-        raise ProbeError(f"nothing can be written into {there}: name another folder, or change its permissions")
+    check_writable(folder, "the head")
     if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
         raise ProbeError(
             f"{folder} holds a {taken[0]} that belongs to no head, and would be lost: name another folder"
         )
+
+
+def check_writable(folder: Path, content: str) -> None:
+    """Makes sure, before any work is done, that something can be written into a folder, which need not be there yet.
+
+    Args:
+        content: that is to be written, for the message.
+
+    Raises:
+        ProbeError: it or what it lies in is a file, or is closed to the user.
+    """
+    try:
+        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    except OSError as error:  # such as a name that is too long
+        raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
+    if there.exists() and not there.is_dir():
+        raise ProbeError(f"{there} is a file; name a folder for {content}")
+    if there.exists() and not os.access(there, os.W_OK):
+        raise ProbeError(f"nothing can be written into {there}: name another folder, or change its permissions")
 
 
 def make_folder(folder: Path) -> None:
