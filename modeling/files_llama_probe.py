@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,9 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All that a head folder, and so a head on the Hub, consists of. The first two make the head, the rest tells of it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, *PLOT_NAMES)
 
+DISK_FULL = "there is no room for it. Make some, or name a folder on another disk"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 MAX_JSON_BYTES = 4 * 2**20
 
 
@@ -54,18 +58,30 @@ def check_output(folder: str | os.PathLike) -> None:
         ProbeError: it or what it lies in is a file, or it holds a card or results that belong to no head.
     """
     folder = Path(folder)
-    try:
-        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    except OSError as error:  # such as a name that is too long
-        raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
-    if there.is_file():
-        raise ProbeError(f"{there} is a file; name a folder for the head")
-    if there.exists() and not os.access(there, os.W_OK):
-        raise ProbeError(f"nothing can be written into {there}: name another folder, or change its permissions")
+    check_writable(folder, "the head")
     if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
         raise ProbeError(
             f"{folder} holds a {taken[0]} that belongs to no head, and would be lost: name another folder"
         )
+
+
+def check_writable(folder: Path, content: str) -> None:
+    """Makes sure, before any work is done, that something can be written into a folder, which need not be there yet.
+
+    Args:
+        content: that is to be written, for the message.
+
+    Raises:
+        ProbeError: it or what it lies in is a file, or is closed to the user.
+    """
+    try:
+        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    except OSError as error:  # such as a name that is too long
+        raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
+    if there.exists() and not there.is_dir():
+        raise ProbeError(f"{there} is a file; name a folder for {content}")
+    if there.exists() and not os.access(there, os.W_OK):
+        raise ProbeError(f"nothing can be written into {there}: name another folder, or change its permissions")
 
 
 def make_folder(folder: Path) -> None:
@@ -133,9 +149,10 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     config = probe.config.replace(
         weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
     )
+    # The config first: where a kill leaves one without the other, it is what tells that the folder is a head's, and whose.
     writers: dict[Path, Callable[[Path], object]] = {
-        folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
         folder / CONFIG_NAME: lambda path: path.write_text(config.to_json_string(), encoding="utf-8"),
+        folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
     }
     measured = folder / RESULTS_NAME
     outdated = (RESULTS_NAME, *PLOT_NAMES)
@@ -270,14 +287,23 @@ def _check_header(path: Path, file, expected: dict[str, list[int]]) -> None:
 
 
 def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Calls each writer with a temporary path beside its target, then renames all; on an error no target changes."""
+    """Calls each writer with a temporary path beside its target, then renames all; on an error no target changes.
+
+    Raises:
+        ProbeError: the disk is full.
+    """
     written: list[tuple[Path, Path]] = []
     try:
         for target, write in writers.items():
             handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
             os.close(handle)
             written.append((Path(name), target))
-            write(Path(name))
+            try:
+                write(Path(name))
+            except (OSError, SafetensorError) as error:
+                if not is_disk_full(error):
+                    raise
+                raise ProbeError(f"{target} cannot be written: {DISK_FULL}") from error
             # mkstemp makes files for the owner alone; a head folder is as readable as any other file of the user.
             mask = os.umask(0)
             os.umask(mask)
@@ -287,6 +313,13 @@ def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether it says that there is no room for a file: on its disk, or within what the user may have of it."""
+    if isinstance(error, SafetensorError):  # which has the system's words alone
+        return any(f"os error {number}" in str(error) for number in _NO_ROOM)
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def environment() -> dict[str, str]:

@@ -114,8 +114,10 @@ def test_the_plot_has_a_point_a_system_and_a_band_of_noise(report):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ProbeError, match="file is a file; give a folder for benchmark"):
+    with pytest.raises(ProbeError, match="file is a file; name a folder for benchmark"):
         check_output(tmp_path / "file")
+    with pytest.raises(ProbeError, match="file is a file; name a folder for benchmark"):
+        check_output(tmp_path / "file" / "in" / "it")
     check_output(tmp_path / "new")
     check_output(None)
     assert not (tmp_path / "new").exists()

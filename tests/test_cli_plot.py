@@ -146,6 +146,12 @@ def test_bad_input_is_one_line_and_status_2(make_head, tmp_path, results, args, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_is_refused_before_the_head_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run("nothing-here", "--text", "x", "--output", tmp_path / "file" / "in" / "it")
+    assert code == 2 and "file is a file; name a folder for the plots" in err
+
+
 def test_an_unknown_head(tmp_path):
     code, _, err = run("nothing-here", "--text", "x", "--output", tmp_path / "out")
     assert code == 2 and "neither a folder nor a bundled head" in err
@@ -156,7 +162,7 @@ def test_the_output_must_be_a_folder(make_head, tmp_path):
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         head = make_head(results={"inspection": INSPECTION})
         code, _, err = run(head, "--output", output)
-        assert code == 2 and str(output) in err and "folder" in err
+        assert code == 2 and f"{tmp_path / 'file'} is a file; name a folder" in err
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -135,6 +135,42 @@ StateCache(sys.argv[1]).dataset(lm, head, [PREFIX + [10, 11]], LABELS[:1])
 """
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: (entry / "states.bin").write_bytes(b"short"),
+        lambda entry: (entry / "states.bin").unlink(),
+        lambda entry: (entry / "meta.json").write_text('{"shape": [5'),
+        lambda entry: (entry / "meta.json").write_text("{}"),
+        lambda entry: (entry / "meta.json").unlink(),
+    ],
+)
+def test_a_damaged_entry_is_computed_anew(tmp_path, prompts, damage):
+    lm = make_lm()
+    head, cache = ProbeModel(config(), lm).config, StateCache(tmp_path)
+    whole = cache.dataset(lm, head, prompts, LABELS)[1]["hidden_states"].clone()
+    (entry,) = tmp_path.iterdir()
+    damage(entry)
+    assert torch.equal(cache.dataset(lm, head, prompts, LABELS)[1]["hidden_states"], whole)
+    assert list(tmp_path.iterdir()) == [entry]
+
+
+def test_the_same_weights_with_another_config_have_states_of_their_own(tmp_path, prompts):
+    """Such as another rope_theta, of which no weight tells."""
+    cache = StateCache(tmp_path, torch.float32)
+    for theta in (10_000.0, 100.0):
+        lm = make_lm(rope_theta=theta)
+        probe = ProbeModel(config(), lm).eval()
+        logits = predict_logits(probe, PromptDataset(prompts, LABELS))
+        probe.set_backbone(None)
+        cached = predict_logits(probe, cache.dataset(lm, probe.config, prompts, LABELS))
+        torch.testing.assert_close(cached, logits, atol=1e-5, rtol=1e-5)
+    lm = make_lm(use_cache=False)
+    lm.config._name_or_path = "elsewhere"
+    cache.dataset(lm, ProbeModel(config(), lm).config, prompts, LABELS)
+    assert len(list(tmp_path.iterdir())) == 2, "a copy in another folder has the same states"
+
+
 def test_what_a_killed_run_left_is_removed_and_nothing_of_a_living_one(tmp_path, prompts):
     lm = make_lm()
     head = ProbeModel(config(), lm).config

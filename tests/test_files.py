@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from conftest import HIDDEN, LAYERS, make_lm, make_probe
 from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.files import CONFIG_NAME, PLOT_NAMES, WEIGHTS_NAME, check_output, read_config, read_head, save_head
+from llama_probe.files import (
+    CONFIG_NAME,
+    PLOT_NAMES,
+    WEIGHTS_NAME,
+    check_output,
+    read_config,
+    read_head,
+    save_head,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -81,6 +91,45 @@ def test_a_failed_write_changes_nothing(folder, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_head(make_probe(seed=1), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_bytes(bytes(2**16)), lambda path: save_file({"w": torch.zeros(2**14)}, path)]
+)
+def test_a_full_disk_changes_nothing_and_is_named(tmp_path, write):
+    import resource
+
+    kept = tmp_path / "kept"
+    kept.write_text("as it was")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
+    try:
+        with pytest.raises(ProbeError, match="kept cannot be written: there is no room for it"):
+            write_atomically({kept: write})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert kept.read_text() == "as it was" and list(tmp_path.iterdir()) == [kept]
+
+
+def test_one_that_was_killed_while_it_saved_may_save_again(tmp_path, monkeypatch):
+    """Between its files as well: what is there then is taken for no other's."""
+    replace, calls = Path.replace, []
+
+    def die(path, target):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(target)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            save_head(make_probe(), tmp_path / "head")
+    assert len(list((tmp_path / "head").iterdir())) == 1
+    check_output(tmp_path / "head")
+    with pytest.raises(ProbeError, match=WEIGHTS_NAME):
+        read_head(tmp_path / "head")
+    read_head(save_head(make_probe(), tmp_path / "head"))
 
 
 def test_a_file_is_no_folder(folder):

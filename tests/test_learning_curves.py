@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_lm, make_prompts
 
 from llama_probe import ProbeConfig, ProbeError
@@ -73,3 +74,21 @@ def test_the_summary():
     assert list(found) == ["a", "b"] and list(found["a"]) == [8, 16]
     assert found["a"][8] == {"mean": pytest.approx(0.3), "std": pytest.approx(0.02**0.5), "runs": 2}
     assert found["b"][16] == {"mean": 0.6, "std": None, "runs": 1}
+
+
+def test_a_head_does_not_depend_on_those_beside_it(lm, monkeypatch):
+    """Its dropout neither."""
+    ids, labels = make_prompts(20, 8).tolist(), np.arange(20) % 2
+    config = describe(lm, ProbeConfig(probe_type="pooling", num_labels=2))
+    data, trained = PromptDataset(ids, labels), []
+    gate = {"probe_type": "gate", "dropout": 0.3, "layer_dropout": 0.2}
+
+    def keep(probes, *args):
+        trained.append(probes[-1])
+        return [torch.zeros(20, 2)] * len(probes)
+
+    monkeypatch.setattr("llama_probe.learning_curves.predict_together", keep)
+    for heads in ({"gate": gate}, {"pooling": {"probe_type": "pooling"}, "gate": gate}):
+        learning_curves(config, data, labels, data, labels, heads, (16,), (0,), lm)
+    alone, beside = (probe.state_dict() for probe in trained)
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)

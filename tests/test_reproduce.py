@@ -10,6 +10,7 @@ import pytest
 
 from llama_probe import ProbeError, paper
 from llama_probe.files import read_head
+from llama_probe.locks import claimed
 from llama_probe.methods import HEADS, HeadMethod
 from llama_probe.reproduce import TEST_SETS, Reproduction, summarize_trials
 from llama_probe.reproduction_columns import columns, find_orders
@@ -262,6 +263,11 @@ def test_at_most_so_many_rows(reproduction, tmp_path):
         ({"max_rows": 0}, "max_rows=0"),
         ({"chosen": ["few-shot"], "shots": 30}, "few-shot prompting wants 30: use more rows, or fewer with --shots"),
         ({"only": ["sensitivity"], "sweep": "nowhere"}, "nowhere holds no sweep.json"),
+        ({"data": ["emotion"], "only": ["ood", "main"]}, "ood needs heads trained on one of toxicchat"),
+        ({"chosen": ["zero-shot"], "only": ["main", "ood"]}, "ood has nothing to do for methods=zero-shot"),
+        ({"chosen": ["pooling"], "only": ["layers"]}, "layers has nothing to do for methods=pooling"),
+        ({"chosen": ["tfidf"], "only": ["few-labels"]}, "few-labels has nothing to do for methods=tfidf"),
+        ({"max_rows": 12, "only": ["main", "few-labels"]}, "training rows, and few-labels wants 16 at least"),
     ],
 )
 def test_refusals(reproduction, changes, words, tmp_path, monkeypatch):
@@ -312,6 +318,61 @@ def test_a_sweep_of_ones_own_is_read(reproduction, tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| `gate` | 3 | 0.700 | 0.400 | 0.100 | 0.600 | +1.00 |" in text and "## ToxicChat" not in text
     assert "Pruned early: 1," in text
+
+
+def test_another_sweep_of_the_same_name_is_not_taken_for_the_first(reproduction, tmp_path):
+    for number, score in enumerate((0.25, 0.75)):
+        trial = {"score": score, "status": "finished", "params": {"probe_type": "gate", "gate_learning_rate": 1e-3}}
+        (tmp_path / str(number) / "study").mkdir(parents=True)
+        text = json.dumps({"metric": "auprc", "trials": [trial]})
+        (tmp_path / str(number) / "study" / "sweep.json").write_text(text)
+    reproduction(only=("sensitivity",), sweep=tmp_path / "0" / "study").execute()
+    with pytest.raises(ProbeError, match=r"sensitivity.json was made with other settings: digest="):
+        reproduction(only=("sensitivity",), sweep=tmp_path / "1" / "study").execute()
+    with pytest.raises(ProbeError, match="is read for sensitivity: name that in only as well"):
+        reproduction(only=("main",), sweep=tmp_path / "0" / "study")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"metric": "auprc", "trials": []}', '{"metric": "auprc", "trials": [1]}']
+)
+def test_a_damaged_sweep_is_refused(reproduction, tmp_path, text):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sweep.json").write_text(text)
+    with pytest.raises(ProbeError, match=r"mine/sweep.json is not what a sweep writes .*: do the sweep anew"):
+        reproduction(only=("sensitivity",), sweep=tmp_path / "mine").execute()
+
+
+def test_one_run_at_a_time(reproduction, tmp_path):
+    """The first to end would remove the states and checkpoints that the other is at."""
+    with claimed(tmp_path / "out"), pytest.raises(ProbeError, match="another run is at work in"):
+        reproduction(chosen=["tfidf"]).execute()
+    assert not (tmp_path / "out").exists()
+    reproduction(chosen=["tfidf"]).execute()
+
+
+@pytest.mark.parametrize("error, stays", [(ProbeError, False), (KeyboardInterrupt, True)])
+def test_states_stay_only_where_it_was_stopped(reproduction, tmp_path, monkeypatch, error, stays):
+    def fail(training):
+        raise error("no further")
+
+    monkeypatch.setattr(SharedTraining, "_train_epoch", fail)
+    with pytest.raises(error):
+        reproduction(chosen=["gate"]).execute()
+    assert any((tmp_path / "out").rglob("states.bin")) == stays
+
+
+def test_a_metric_that_test_rows_do_not_define_is_a_gap(reproduction, copies, tmp_path):
+    """Test rows of one label: they have an accuracy, and no AUPRC."""
+    path = copies / "toxicchat" / "test.jsonl.gz"
+    before = path.read_bytes()
+    path.write_bytes(gzip.compress(gzip.decompress(before).replace(b'"label": 1', b'"label": 0')))
+    try:
+        reproduction(chosen=["gate"], only=("main", "few-labels"), seeds=(0,)).execute()
+    finally:
+        path.write_bytes(before)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Few labels: toxicchat" in text and re.search(r"\| `gate` \| - \|", text)
 
 
 def test_few_trials_have_no_correlation():

@@ -14,7 +14,7 @@ from llama_probe.files import read_head, read_results
 from llama_probe.plots import sensitivity_plot
 from llama_probe.recipe import Recipe
 from llama_probe.shared_training import SharedTraining
-from llama_probe.sweep import SearchSpace, Sweep
+from llama_probe.sweep import STUDY_NAME, SearchSpace, Sweep
 from llama_probe.training_run import TrainingRun
 
 
@@ -142,6 +142,33 @@ def test_one_that_was_killed_while_it_drew_begins_anew(rows, backbone_folder, tm
     interrupted = sweep(rows, backbone_folder, tmp_path, trials=2)
     interrupted._study(tmp_path).ask()
     assert len(sweep(rows, backbone_folder, tmp_path, trials=2, resume=True).execute()["trials"]) == 2
+
+
+@pytest.mark.parametrize("kept", [1, -1, -30])
+def test_a_study_that_was_cut_short_is_drawn_again_once_it_is_removed(rows, backbone_folder, tmp_path, kept):
+    """As by a full disk: what is left is not written on."""
+    whole = sweep(rows, backbone_folder, tmp_path, trials=2).execute()
+    study = tmp_path / STUDY_NAME
+    study.write_bytes(study.read_bytes()[:kept])
+    left = study.read_bytes()
+    with pytest.raises(ProbeError, match=r"study.log is damaged: its last line is not complete. Remove it"):
+        sweep(rows, backbone_folder, tmp_path, trials=2, resume=True).execute()
+    assert study.read_bytes() == left
+    study.unlink()
+    assert sweep(rows, backbone_folder, tmp_path, trials=2, resume=True).execute() == whole
+
+
+@pytest.mark.parametrize("error, stays", [(ProbeError, False), (KeyboardInterrupt, True)])
+def test_states_stay_only_where_a_sweep_was_stopped(rows, backbone_folder, tmp_path, monkeypatch, error, stays):
+    def fail(training):
+        raise error("no further")
+
+    monkeypatch.setattr(SharedTraining, "_train_epoch", fail)
+    search = sweep(rows, backbone_folder, tmp_path, trials=2)
+    search.run.cache = True
+    with pytest.raises(error):
+        search.execute()
+    assert any(tmp_path.rglob("states.bin")) == stays
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import paper
-from .errors import ProbeError
 from .figure import explain, new_figure, png_writer
-from .files import write_atomically
+from .files import check_writable, write_atomically
 from .markdown import table
 from .serving_systems import AGAIN
 
@@ -28,10 +27,10 @@ def check_output(output: Path | None) -> None:
     """Refuses, before anything is measured, a folder that cannot be written.
 
     Raises:
-        ProbeError: it is a file.
+        ProbeError: it is a file or lies in one, or nothing may be written into it.
     """
-    if output is not None and output.exists() and not output.is_dir():
-        raise ProbeError(f"{output} is a file; give a folder for {DATA_NAME} and {PLOT_NAME}")
+    if output is not None:
+        check_writable(output, f"{DATA_NAME} and {PLOT_NAME}")
 
 
 def write_benchmark(output: Path, report: dict[str, Any]) -> list[Path]:

@@ -43,6 +43,8 @@ _STATES, _META = "states.bin", "meta.json"
 # A machine clears up only after itself: there are network folders whose locks do not reach beyond it.
 _SCRATCH, _UNLOCKED = f".states.{platform.node()}.", ".unlocked."
 _FORMAT = 1
+# What configs say beside what a model computes: it differs between copies of one backbone.
+_NO_PART_OF_STATES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
 
 
 class PromptDataset(Dataset):
@@ -94,10 +96,10 @@ class StateCache:
     """A folder of cached hidden states, one sub-folder for each set of prompts.
 
     What is cached is only the tokens and layers that the head reads. An entry is found again by the prompts, the scope, the
-    dtype, the backbone's weights and what is read of it, and one with all that any head reads serves every head; anything
-    else is computed anew. In a process group (see `llama_probe.distributed`) the ranks compute a share of the rows each, and
-    must see the same folder. Several runs may use one folder at a time; what a run that was killed has left half done is
-    removed by the next one.
+    dtype, the backbone's weights and config and what is read of it, and one with all that any head reads serves every head;
+    anything else, and an entry that is damaged, is computed anew. In a process group (see `llama_probe.distributed`) the ranks
+    compute a share of the rows each, and must see the same folder. Several runs may use one folder at a time; what a run that
+    was killed has left half done is removed by the next one.
 
     Args:
         folder: where to keep the states; created where it is missing.
@@ -138,11 +140,11 @@ class StateCache:
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
         if is_main():
             self._remove_abandoned()
-        there = on_main(lambda: (entry / _META).is_file())
+        there = on_main(lambda: _is_whole(entry))
         if not there and (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
             key.update(json.dumps([reads, layers]).encode())
             entry = self.folder / key.hexdigest()[:32]
-            there = on_main(lambda: (entry / _META).is_file())
+            there = on_main(lambda: _is_whole(entry))
         if not there:
             self._compute(entry, lm, config, prompts, batch_tokens, masks)
         return StateDataset(entry, labels)
@@ -204,6 +206,9 @@ class StateCache:
                 tokens = [torch.tensor(ids)[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
                 meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
                 (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
+                if entry.exists() and not _is_whole(entry):
+                    logger.warning(f"{entry} was damaged, and is replaced")
+                    shutil.rmtree(entry, ignore_errors=True)
                 try:
                     scratch.replace(entry)
                 except OSError:
@@ -347,15 +352,26 @@ class SharedStates:
 
 
 def weights_digest(lm: nn.Module) -> str:
-    """A digest of a backbone's shapes, dtypes and of a sample of each weight: enough to tell two checkpoints apart."""
-    digest = hashlib.sha256()
+    """A digest of a backbone's shapes, dtypes, config and of a sample of each weight: enough to tell two checkpoints apart."""
     decoder = find_decoder(lm).model
+    # The same weights give other states with another rope_theta or rms_norm_eps.
+    values = {name: value for name, value in decoder.config.to_dict().items() if name not in _NO_PART_OF_STATES}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for name, tensor in sorted(decoder.state_dict().items()):
         # all ranks have to be here where the weights are sharded over them
         flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes())
     return digest.hexdigest()
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry of the cache is there, and can be read."""
+    try:
+        StateDataset(entry, np.empty(0))
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]], masks: Sequence[torch.Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def learning_curves(
     draws = [(size, seed, draw_rows(train_labels, config, size, seed)) for size in sizes for seed in seeds]
     found = []
     for size, seed, rows in tqdm(draws, desc="learning curves", unit=" draws", leave=False):
-        candidates = [_candidate(number, head, config, size, seed) for number, head in enumerate(heads.values())]
+        candidates = [_candidate(name, head, config, size, seed) for name, head in heads.items()]
         epochs = int(complete(Recipe(), {}, size)[0].num_train_epochs)
         part = Subset(train, rows.tolist())
         training = SharedTraining(candidates, part, test, "accuracy", epochs, Path(), lm, seed=seed)
@@ -70,14 +71,19 @@ def learning_curves(
     return found
 
 
-def summarize_curves(curves: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """By head and number of rows `mean`, `std` (n - 1; `None` for one seed) and `runs` of a metric over the seeds."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+def summarize_curves(curves: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, dict[str, Any] | None]]:
+    """By head and number of rows `mean`, `std` (n - 1; `None` for one seed) and `runs` of a metric over the seeds; `None` in
+    their place where the test rows do not define it."""
+    found: dict[str, dict[int, dict[str, Any] | None]] = {}
     for name in dict.fromkeys(entry["head"] for entry in curves):
         for size in sorted({entry["rows"] for entry in curves}):
             values = [e[metric] for e in curves if e["head"] == name and e["rows"] == size]
+            sizes = found.setdefault(name, {})
+            if None in values:
+                sizes[size] = None
+                continue
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            found.setdefault(name, {})[size] = {"mean": float(np.mean(values)), "std": spread, "runs": len(values)}
+            sizes[size] = {"mean": float(np.mean(values)), "std": spread, "runs": len(values)}
     return found
 
 
@@ -93,11 +99,11 @@ def draw_rows(labels: np.ndarray, config: ProbeConfig, size: int, seed: int) -> 
     return np.sort(order[:size])
 
 
-def _candidate(number: int, head: dict[str, Any], config: ProbeConfig, rows: int, seed: int) -> Candidate:
+def _candidate(name: str, head: dict[str, Any], config: ProbeConfig, rows: int, seed: int) -> Candidate:
     recipe, head = complete(Recipe(), head, rows)
     config = config.replace(**head)
     return Candidate(
-        number,
+        zlib.crc32(name.encode()),  # of its dropout: not the place among those that are trained beside it
         config,
         ProbeLoss(config, None, recipe.label_smoothing),
         recipe.learning_rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,11 +22,13 @@ from .distributed import launched
 from .errors import ProbeError
 from .files import environment, write_atomically
 from .heads import get_probe_type
+from .learning_curves import SIZES
+from .locks import claimed
 from .methods import check_methods, downcast_methods, head_methods, method_names
 from .part_store import differences
 from .recipe import Recipe
 from .reproduction_report import write_report
-from .sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep
+from .sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep
 from .training_run import TrainingRun
 from .workbench import SAFETY, Task, Workbench, known_source
 
@@ -75,7 +78,7 @@ class Reproduction:
     def __post_init__(self):
         self.output = Path(self.output)
         self.methods = check_methods(method_names() if self.methods is None else self.methods)
-        self.only = list(PARTS if self.only is None else self.only)
+        chosen, self.only = self.only is not None, list(PARTS if self.only is None else self.only)
         for name in self.only:
             if name not in PARTS:
                 raise ProbeError(f"only={name!r} is not allowed; allowed: {', '.join(PARTS)}")
@@ -87,9 +90,27 @@ class Reproduction:
             raise ProbeError(f"trials={self.trials} must be at least 1")
         if self.sweep is not None and not (Path(self.sweep) / SWEEP_NAME).is_file():
             raise ProbeError(f"{self.sweep} holds no {SWEEP_NAME}: give the output folder of a finished sweep")
-        if self.only == ["ood"] and self._safety_source is None:
-            raise ProbeError(f"ood needs heads trained on one of {', '.join(SAFETY)}: name it in data")
+        if chosen:
+            self._check_parts()
         self.comparison = Comparison(self.bench, self.output, self.epochs, self.patience, self.shots)
+
+    def _check_parts(self) -> None:
+        """Raises `ProbeError` for a part that was asked for by name and that data or methods leave empty."""
+        if "ood" in self.only and self._safety_source is None:
+            raise ProbeError(f"ood needs heads trained on one of {', '.join(SAFETY)}: name it in data")
+        for name, suited, wanted in (
+            ("ood", self._ood_methods, "tfidf or a head"),
+            ("layers", self._layered, "a head that weighs layers, such as gate"),
+            ("few-labels", self._trained_kinds, "a kind of head that is trained, such as gate"),
+        ):
+            if name in self.only and not suited:
+                raise ProbeError(
+                    f"{name} has nothing to do for methods={','.join(self.methods)}: name {wanted} among them"
+                )
+        if self.sweep is not None and "sensitivity" not in self.only:
+            raise ProbeError(
+                f"sweep={self.sweep} is read for sensitivity: name that in only as well, or leave sweep out"
+            )
 
     def execute(self) -> dict[str, Any]:
         """Works out what is missing.
@@ -105,14 +126,22 @@ class Reproduction:
                 "a reproduction runs in one process, its rows are not divided: start it without torchrun. A sweep that torchrun "
                 "has divided can be read with --sweep"
             )
+        with claimed(self.output):
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any]:
         if set(self.only) - {"sensitivity"}:
             self._check_rows()
         self.report()  # reads all that is finished, and refuses what was made with other settings
         if "sensitivity" in self.only and self.sweep is None and not self.comparison.store.holds("sensitivity"):
             self._check_sweep()
-        for step in self._steps():
-            step()
-            write_report(self.output, self.report(), plots=False)
+        try:
+            for step in self._steps():
+                step()
+                write_report(self.output, self.report(), plots=False)
+        except Exception:
+            self.bench.close()  # a run that is stopped, and may go on, keeps its states
+            raise
         self.bench.close()
         report = self.report()
         write_report(self.output, report)
@@ -127,6 +156,11 @@ class Reproduction:
                 raise ProbeError(
                     f"{source} has {counts.min()} training rows of the label {name!r}, and few-shot prompting wants "
                     f"{self.shots}: use more rows, or fewer with --shots"
+                )
+            if "few-labels" in self.only and self._trained_kinds and counts.sum() < min(SIZES):
+                raise ProbeError(
+                    f"{source} has {counts.sum()} training rows, and few-labels wants {min(SIZES)} at least: use more rows, or "
+                    "leave it out with --only"
                 )
 
     def _steps(self) -> Iterator[Any]:
@@ -218,7 +252,8 @@ class Reproduction:
     @property
     def _sensitivity_settings(self) -> dict[str, Any]:
         if self.sweep is not None:
-            return {"sweep": Path(self.sweep).name}
+            digest = hashlib.sha256((Path(self.sweep) / SWEEP_NAME).read_bytes()).hexdigest()
+            return {"sweep": Path(self.sweep).name, "digest": digest[:16]}
         rows = self.bench.digests(self._primary)
         own = {"trials": self.trials, "epochs": self.epochs, "patience": self.patience}
         return {**self.bench.settings, "data": self._primary, "rows": rows, **own}
@@ -228,10 +263,7 @@ class Reproduction:
         if store.find("sensitivity", settings) is not None:
             return
         start = time.perf_counter()
-        if self.sweep is not None:
-            found = json.loads((Path(self.sweep) / SWEEP_NAME).read_text(encoding="utf-8"))
-        else:
-            found = self._run_sweep()
+        found = self._run_sweep() if self.sweep is None else read_sweep(Path(self.sweep))
         result = {"metric": found["metric"], "trials": found["trials"], "kinds": summarize_trials(found["trials"])}
         store.write("sensitivity", settings, result, time.perf_counter() - start, ["sensitivity"])
 
@@ -251,9 +283,8 @@ class Reproduction:
     def _run_sweep(self) -> dict[str, Any]:
         bench, folder = self.bench, self.output / "sweep"
         self._check_sweep()
-        finished = folder / SWEEP_NAME
-        if finished.is_file():
-            return json.loads(finished.read_text(encoding="utf-8"))
+        if (folder / SWEEP_NAME).is_file():
+            return read_sweep(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._sensitivity_settings, indent=2) + "\n"
         write_atomically({folder / _SETTINGS_NAME: lambda path: path.write_text(text, encoding="utf-8")})

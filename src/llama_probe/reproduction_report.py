@@ -328,7 +328,8 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         if done:
             figures[f"layers-{_file(source)}.png"] = layer_groups_plot(done)
     for source, heads in report["few_labels"].items():
-        if done := [found for found in heads.values() if found is not None]:
+        done = [found for found in heads.values() if found is not None]
+        if done and all(value for sizes in _curves(done).values() for value in sizes.values()):
             title = f"{source}: {done[0]['metric']}"
             figures[f"few-labels-{_file(source)}.png"] = learning_curves_plot(_curves(done), title)
     if report["sensitivity"] is not None:

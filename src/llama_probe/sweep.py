@@ -156,6 +156,15 @@ class Sweep:
         # What a kind needs of the config is decided by each draw; pooling needs nothing.
         self.run.head = {**self.run.head, "probe_type": "pooling"}
         prepared = self.run.prepare()
+        try:
+            result = self._search(output, prepared)
+        except Exception:
+            prepared.close()  # a run that is stopped, and may go on, keeps its states
+            raise
+        prepared.close()
+        return result
+
+    def _search(self, output: Path, prepared: Prepared) -> dict[str, Any]:
         params = on_main(lambda: self._draw(output, prepared))
         epochs = int(self.run.recipe.num_train_epochs)
         candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
@@ -180,19 +189,28 @@ class Sweep:
             write_atomically({output / SWEEP_NAME: lambda path: path.write_text(text, encoding="utf-8")})
             write_sensitivity_plot(output / SWEEP_NAME)
             (output / CHECKPOINT_NAME).unlink(missing_ok=True)
-        prepared.close()
         return result
 
     def _study(self, output: Path) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         output.mkdir(parents=True, exist_ok=True)
-        return optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(output / STUDY_NAME))),
-            study_name="sweep",
-            sampler=optuna.samplers.RandomSampler(seed=self.run.seeds[0]),
-            direction="maximize",
-            load_if_exists=True,
-        )
+        path = output / STUDY_NAME
+        try:
+            for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+                if not line.endswith(b"\n"):  # optuna would write on in the same line
+                    raise ValueError("its last line is not complete")
+                json.loads(line)
+            return optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(path))),
+                study_name="sweep",
+                sampler=optuna.samplers.RandomSampler(seed=self.run.seeds[0]),
+                direction="maximize",
+                load_if_exists=True,
+            )
+        except (ValueError, LookupError, TypeError) as error:
+            raise ProbeError(
+                f"{path} is damaged: {error}. Remove it: the same options draw the same configurations again"
+            ) from None
 
     def _draw(self, output: Path, prepared: Prepared) -> dict[int, dict[str, Any]]:
         """Parameters by the number of the trial, from the study where a sweep goes on. All are drawn before any is trained."""
@@ -295,6 +313,25 @@ class Sweep:
         single = {"seed": candidate.seed, "epochs": learner.history.best_epoch, **result}
         prepared.config = learner.probe.config
         run.save(learner.probe, prepared, [single], candidate.seed)
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """What a finished sweep has found.
+
+    Raises:
+        ProbeError: its file is not what a sweep writes.
+    """
+    path = folder / SWEEP_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kinds = [trial["params"]["probe_type"] for trial in found["trials"] if {"score", "status"} <= trial.keys()]
+        if not found["metric"] or not kinds:
+            raise ValueError("it holds no configurations")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ProbeError(
+            f"{path} is not what a sweep writes ({type(error).__name__}: {error}): do the sweep anew"
+        ) from None
+    return found
 
 
 def _train_options(candidate: Candidate) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from ..allocator import keep_freed_memory
 from ..errors import ProbeError
-from ..files import package_version
+from ..files import DISK_FULL, is_disk_full, package_version
 from .benchmark import benchmark
 from .evaluate import evaluate
 from .export import export
@@ -110,6 +110,8 @@ def main() -> None:
             raise
         _refuse(f"this command needs {error.name}: pip install 'llama_probe[{extra}]'")
     except OSError as error:  # of a file or folder; what else fails shows where it did
+        if is_disk_full(error) and error.filename is None:
+            _refuse(f"a file cannot be written: {DISK_FULL}")
         if error.filename is None or error.strerror is None:
             raise
         _refuse(f"{error.filename}: {error.strerror}")

@@ -36,11 +36,16 @@ def inspect(
 ) -> None:
     """Show what a head is, whether it belongs to a backbone, or which heads come with the package."""
     from ..backbones import backbone_target
+    from ..errors import ProbeError
     from ..files import read_head
     from ..hub import HubOptions
     from ..model_card import results_table
     from ..resolve import bundled_heads, resolve_head
 
+    if markdown and (probe or as_json):
+        raise ProbeError(f"--markdown is of all bundled heads: leave out {probe or '--json'}")
+    if probe is None and (backbone or revision):
+        raise ProbeError("name the head that --backbone or --revision is for")
     if markdown:
         print(results_table(bundled_heads().values()))
         return

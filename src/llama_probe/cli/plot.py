@@ -60,15 +60,14 @@ def plot(
     from ..backbones import backbone_target, load_backbone
     from ..errors import ProbeError
     from ..figure import new_figure
-    from ..files import make_folder, read_head, write_atomically
+    from ..files import check_writable, make_folder, read_head, write_atomically
     from ..reading import read_texts
     from ..resolve import check_name, default_name, resolve_head
 
     texts = text or []
     if not all(item.strip() for item in texts):
         raise ProbeError("a text is empty; give one with words in it")
-    if output.exists() and not output.is_dir():
-        raise ProbeError(f"{output} is a file; give a folder for the plots")
+    check_writable(output, "the plots")
     new_figure()  # says what to install
     readings, rows = [], None
     with contextlib.redirect_stdout(sys.stderr):
