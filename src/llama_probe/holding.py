@@ -44,6 +44,7 @@ class HeldStates:
         if len(self._held) > self._least and len(self._held) > min(self._most, self._room(hidden)):
             self.read()
 
+    @torch.no_grad()  # of the LM's gradients, where it is being trained, the copy takes none along
     def read(self) -> None:
         """Has heads read all that waits."""
         while self._held:
