@@ -62,9 +62,10 @@ class GateAggregator(Aggregator):
     @staticmethod
     def _read_scores(stages, x: torch.Tensor, slots: slice) -> torch.Tensor:
         """`tanh(...)` of each head, `[S, H, B, n]`."""
-        weight = torch.stack([stage.weight[slots] for stage in stages], dim=1)  # [S, H, D]
+        weights = [stage.weight[slots].unsqueeze(1) for stage in stages]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [S, H, D]
         scores = torch.bmm(weight, x.flatten(1, 2).transpose(1, 2))
-        return scores.tanh_().unflatten(2, x.shape[1:3])
+        return scores.tanh_().view(*weight.shape[:2], *x.shape[1:3])
 
     def weights(self, x, mask, slots):
         """The softmax itself."""
