@@ -45,8 +45,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     as `halt_reply=` needs no `tokenizer=` here.
 
     Heads that read replies alone (`token_scope="response"`) are there too, with what they say of the sequence as far as it was
-    read, or `None` where no token of it was; what the others say is the same for every sequence of a prompt. With `return_dict_in_generate=False` heads do not run, and it is
-    empty.
+    read, or `None` where no token of it was; what the others say is the same for every sequence of a prompt. With
+    `return_dict_in_generate=False` heads do not run, and `"probes"` is empty.
 
     Args:
         model: a causal LM that is loaded already; it gets the heads in place. `pipeline(...)` takes a path or a Hub id.
