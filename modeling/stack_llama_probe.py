@@ -202,10 +202,9 @@ class HeadStack:
         heads, rank, total = len(self.stages), self._rank, len(self.layer_indices)
         share = int(_WAITING_SHARE * total * width * itemsize / (4 * heads * rank))
         # Those at hand go on at once, and what does not wait may take a part of the room that their states take.
-        at_hand = slots.stop - slots.start
-        at_hand = min(at_hand, int(_AT_HAND_SHARE * at_hand * width / (heads * rank)))
-        count = max(1, share, at_hand)
-        count = min(count, total - slots.start)
+        given = slots.stop - slots.start
+        at_hand = min(given, int(_AT_HAND_SHARE * given * width / (heads * rank)))
+        count = min(max(1, share, at_hand), total - slots.start)
         if batch * items < _MANY:
             places = self._empty(count, heads, batch * items, rank)
             projected = places.unflatten(2, (batch, items))

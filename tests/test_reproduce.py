@@ -13,8 +13,7 @@ from llama_probe.files import read_head
 from llama_probe.locks import claimed
 from llama_probe.methods import HEADS, HeadMethod
 from llama_probe.reproduce import TEST_SETS, Reproduction, summarize_trials
-from llama_probe.reproduction_columns import columns, find_orders
-from llama_probe.reproduction_report import _layers
+from llama_probe.reproduction_columns import columns
 from llama_probe.shared_training import SharedTraining
 from llama_probe.workbench import Task, Workbench
 
@@ -377,59 +376,6 @@ def test_a_metric_that_test_rows_do_not_define_is_a_gap(reproduction, copies, tm
 
 def test_few_trials_have_no_correlation():
     assert summarize_trials([TRIAL] * 2)["mha"]["learning_rate"] is None
-
-
-class TestOrders:
-    def result(self, f1, std=0.01, runs=2):
-        return {"runs": [{}] * runs, "summary": {"test": {"accuracy": {"mean": f1, "std": std}, "f1": None}}}
-
-    def test_are_read_off_the_numbers(self):
-        def order(*means, **kwargs):
-            names = zip(("pooling", "gate", "mha"), means, strict=True)
-            (found,) = find_orders({"emotion": {name: self.result(mean, **kwargs) for name, mean in names}})
-            return found["holds"], found["clear"]
-
-        assert order(0.6, 0.7, 0.8) == (True, True)
-        assert order(0.6, 0.61, 0.8) == (True, False)
-        assert order(0.6, 0.59, 0.8) == (False, False) and order(0.6, 0.8, 0.7) == (False, False)
-        assert order(0.6, 0.7, 0.8, runs=1) == (True, None)
-
-    def test_need_all_their_methods(self):
-        assert find_orders({"emotion": {"pooling": self.result(0.6), "gate": self.result(0.7), "mha": None}}) == []
-        found = find_orders({"emotion": {"muli": self.result(0.6), "gate": self.result(0.5)}})
-        assert [(item["order"], item["holds"]) for item in found] == [(["muli", "gate"], False)]
-
-
-def test_errors_are_counted_by_what_their_layer_weights_are_near_to():
-    groups = [{"label": "a", "right": True, "rows": 9, "weights": [0.2, 0.8]}]
-    errors = [
-        {"label": "a", "given": "b", "rows": 5, "to_given": 0.1, "to_true": 0.2},
-        {"label": "b", "given": "a", "rows": 1, "to_given": 0.2, "to_true": 0.2},
-    ]
-    text = "\n".join(_layers("emotion", {"gate": {"layers": [0, 1], "groups": groups, "errors": errors}}))
-    assert "| `gate` | a | right | 9 | 1 (0.800), 0 (0.200) |" in text
-    assert (
-        "`gate`: nearer to the given label for 1 of 2 pairs of a true and a given label, which is 5 of 6 wrong rows"
-        in text
-    )
-
-
-def test_the_papers_figures():
-    assert paper.figure("mha", "toxicchat", "f1") == paper.Figure(0.8451, 0.0043)
-    assert paper.figure("gate", "emotion", "accuracy").value == 0.8458
-    assert (
-        paper.figure("muli", "sst2", "accuracy").value == 0.9319 and paper.figure("tfidf", "sst2", "accuracy") is None
-    )
-    assert [figure.value for figure in paper.DOWNCAST.values()] == [0.841, 0.829, 0.830, 0.845, 0.828]
-    for sets in paper.MAIN.values():
-        for metrics in sets.values():
-            assert all(0 < figure.value < 1 for figure in metrics.values()), "shares, not percent"
-    ratios = {name: round(paper.serving_ratio(name), 2) for name in paper.SERVING}
-    assert ratios == {
-        "base": 1.0, "pooling": 1.12, "gate": 1.17, "mha": 1.52, "T5-large": 3.34, "WildGuard-7B": 3.80,
-        "Llama Guard 3 8B": 4.66,
-    }  # fmt: skip
-    assert paper.serving_ratio("attentive") is None
 
 
 def test_the_papers_column_is_right(reproduction, tmp_path):
