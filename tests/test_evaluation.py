@@ -38,7 +38,7 @@ def test_rows_come_back_in_their_order(dataset):
 def test_tokens_bound_a_batch(dataset):
     probe, seen = with_backbone(), []
     probe.register_forward_pre_hook(
-        lambda _, args, batch: seen.append(tuple(batch["input_ids"].shape)), with_kwargs=True
+        lambda _, args, batch: seen.append(tuple(batch["attention_mask"].shape)), with_kwargs=True
     )
     predict_logits(probe, dataset, batch_tokens=8)
     assert seen == [(1, 9), (1, 7), (1, 5), (2, 3)]  # a row that is longer goes alone

@@ -7,7 +7,7 @@ from conftest import make_lm, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_probe import ProbeError, prompting
+from llama_probe import ProbeError, passes
 from llama_probe.data import LabelledTexts
 from llama_probe.known_data import BENCHMARKS
 from llama_probe.prompting import Example, Instruction, LabelPrompt, draw_examples, label_log_likelihoods
@@ -52,8 +52,8 @@ def test_what_prompts_share_is_run_once(lm, tokenizer, monkeypatch):
     prompt = LabelPrompt(tokenizer, INSTRUCTION, [Example("a long one " * 5, 1)])
     prompts = prompt.encode(["abc", "xy", "z"])
     runs = []
-    original = prompting.prefill
-    monkeypatch.setattr(prompting, "prefill", lambda lm, ids: (runs.append(len(ids)), original(lm, ids))[1])
+    original = passes.prefill
+    monkeypatch.setattr(passes, "prefill", lambda lm, ids: (runs.append(len(ids)), original(lm, ids))[1])
     seen = []
     hook = lm.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),

@@ -18,10 +18,12 @@ from conftest import make_probe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launcher import environment, finish, torchrun
+from transformers import AutoTokenizer
 
 from llama_probe import ProbeError
 from llama_probe.files import save_head
 from llama_probe.input_files import InputFile
+from llama_probe.prompts import PromptFormat
 from llama_probe.scoring_job import MANIFEST_NAME, ScoringJob, TextScorer
 
 
@@ -190,6 +192,30 @@ class TestScores:
         (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "half \\ud83d"}')
         with pytest.raises(ProbeError, match=r"a\.jsonl: row 1: text must be a text or chat messages, not 'half"):
             job(backbone_folder, heads[:1], [tmp_path / "a.jsonl"], tmp_path / "out").execute()
+
+    def test_a_template_that_no_head_reads_is_run_once(self, tmp_path, backbone_folder):
+        """Heads that leave it out, each in its own way; and some that read it, beside which all is run."""
+        tokenizer = AutoTokenizer.from_pretrained(backbone_folder)
+        fields = PromptFormat.create(tokenizer).config_fields()
+        for name, changes in (
+            ("mood", {"probe_type": "gate", "token_scope": "content"}),
+            ("last", {"probe_type": "last", "token_scope": "prompt"}),
+            ("whole", {"probe_type": "mha", "token_scope": "prompt"}),
+        ):
+            save_head(make_probe(5, id2label={0: "no", 1: "yes"}, **fields | changes), tmp_path / name)
+        found, ran = {}, {}
+        several = [*texts(12), "\nwith a break before it", "x" * 90]
+        for names in (("mood", "last"), ("mood", "last", "whole")):
+            scorer, widths = TextScorer([str(tmp_path / name) for name in names], str(backbone_folder)), []
+            scorer.model.model.layers[0].register_forward_hook(
+                lambda m, a, out, w=widths: w.append(out[..., 0].numel())
+            )
+            found[names], ran[names] = scorer(several), sum(widths)
+        for column in ("mood_probabilities", "last_probabilities"):
+            for shared, alone in zip(*(each[column] for each in found.values()), strict=True):
+                assert shared == pytest.approx(alone, abs=1e-5)
+        rows, prefix = len(several), len(fields["prefix_ids"])
+        assert ran["mood", "last"] == ran["mood", "last", "whole"] - (rows - 1) * prefix
 
     @pytest.mark.parametrize("scope", ["response", "all"])
     def test_replies(self, tmp_path, backbone_folder, scope):

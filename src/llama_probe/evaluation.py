@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
 from .bootstrap import intervals, score_statistic
 from .calibration import calibration_gaps, reliability, threshold_table
-from .capture import is_tensor_parallel
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probabilities
-from .distributed import is_main, merge_rows, share
+from .distributed import merge_rows
 from .errors import ProbeError
-from .features import ProbeCollator, SharedStates, iterate_states, length_batches
+from .features import SharedStates, iterate_states
 from .metrics import confusion, label_scores, outcomes, score
 from .probe import ProbeModel
 
@@ -129,15 +127,11 @@ def inspect_head(
 def _outputs(probe: ProbeModel, dataset: Dataset, batch_tokens: int, progress: bool = False, **kwargs):
     """Row numbers and `ProbeOutput` of each batch of this rank; rows of like length go together."""
     probe.eval()
-    batches = length_batches([len(dataset[row]["input_ids"]) for row in range(len(dataset))], batch_tokens)
-    batches = batches if is_tensor_parallel(probe.backbone) else share(batches)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=ProbeCollator())
-    for rows, batch in zip(
-        batches, tqdm(loader, desc="scoring", disable=not (progress and is_main()), leave=False), strict=True
-    ):
-        batch.pop("labels")
+    lm = None if len(dataset) and "hidden_states" in dataset[0] else probe.backbone
+    layers = probe.layer_indices
+    for rows, states, mask in iterate_states(dataset, probe.config, lm, batch_tokens, progress, layers, divided=True):
         with torch.no_grad():
-            yield rows, probe(**batch, **kwargs)
+            yield rows, probe(hidden_states=states, attention_mask=mask, **kwargs)
 
 
 def report(

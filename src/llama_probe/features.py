@@ -24,13 +24,14 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .capture import collect_hidden_states, find_decoder, is_tensor_parallel, prefill
+from .capture import collect_hidden_states, find_decoder, is_tensor_parallel
 from .configuration import ProbeConfig
 from .distributed import barrier, is_main, on_main, share, world_size
 from .errors import ProbeError
 from .files import make_folder
 from .heads import get_probe_type
 from .locks import lock
+from .passes import Pass, length_batches, plan_passes
 from .scope import check_rows, token_mask, tokens_read
 
 
@@ -43,6 +44,8 @@ _STATES, _META = "states.bin", "meta.json"
 # A machine clears up only after itself: there are network folders whose locks do not reach beyond it.
 _SCRATCH, _UNLOCKED = f".states.{platform.node()}.", ".unlocked."
 _FORMAT = 1
+# Rows that are looked at together.
+_AT_ONCE = 512
 # What configs say beside what a model computes: it differs between copies of one backbone.
 _NO_PART_OF_STATES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
 
@@ -155,7 +158,6 @@ class StateCache:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _compute(self, entry: Path, lm, config, prompts, batch_tokens, masks=None) -> None:
-        decoder = find_decoder(lm)
         if masks is None:
             masks = [token_mask(config, torch.tensor([ids]), None) for ids in prompts]
         else:
@@ -165,7 +167,7 @@ class StateCache:
         masks = [tokens_read(config, mask)[0] for mask in masks]
         counts = [int(mask.sum()) for mask in masks]
         offsets = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        shape = (len(config.layer_indices), decoder.hidden_size)
+        shape = (len(config.layer_indices), find_decoder(lm).hidden_size)
         size = offsets[-1] * int(np.prod(shape)) * self.dtype.itemsize
         logger.warning(
             f"caching hidden states of {len(prompts)} prompts, {size / 1e9:.2f} GB, in {self.folder} "
@@ -173,34 +175,17 @@ class StateCache:
         )
         scratch = on_main(lambda: self._reserve(size))
         try:
-            # The LM runs once over what all prompts begin with and no head reads.
-            skip = _shared_prefix(prompts, masks)
-            prefix = prefill(lm, prompts[0][:skip]) if skip else None
-            skip = 0 if prefix is None else skip
-            rests = [ids[skip:] for ids in prompts]
-            batches = length_batches([len(ids) for ids in rests], batch_tokens)
-            progress = tqdm(
-                total=len(prompts), desc="hidden states", unit=" prompts", leave=False, disable=not is_main()
-            )
+            rows_of = PromptDataset(prompts, np.zeros(len(prompts)), masks)
+            passes = iterate_states(rows_of, config, lm, batch_tokens, True, config.layer_indices, divided=True)
             # Written, not mapped: ranks on other machines may share the file over a network.
             with (scratch / _STATES).open("r+b") as file:
-                for rows in batches if is_tensor_parallel(lm) else share(batches):
-                    width = max(len(rests[row]) for row in rows)
-                    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-                    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-                    for i, row in enumerate(rows):
-                        input_ids[i, : len(rests[row])] = torch.tensor(rests[row])
-                        attention_mask[i, : len(rests[row])] = 1
-                    batch = collect_hidden_states(lm, config.layer_indices, input_ids, attention_mask, prefix)
-                    batch = torch.stack(batch, dim=2).to("cpu", self.dtype)  # [B, T, layers_read, D]
+                for rows, batch, counted in passes:
+                    batch = batch.transpose(1, 2).to("cpu", self.dtype)  # [B, T, layers_read, D]
                     if not bool(batch.isfinite().all()):
                         raise ProbeError(f"a hidden state is too large for {self.dtype}; cache as bfloat16 or float32")
-                    for i, row in enumerate(rows):
-                        states = batch[i, : len(rests[row])][masks[row][skip:]]
+                    for row, states, mask in zip(rows, batch, counted, strict=True):
                         file.seek(offsets[row] * int(np.prod(shape)) * self.dtype.itemsize)
-                        file.write(states.flatten().view(torch.uint8).numpy())
-                    progress.update(world_size() * len(rows))
-            progress.close()
+                        file.write(states[mask].flatten().view(torch.uint8).numpy())
             barrier()
             if is_main():
                 tokens = [torch.tensor(ids)[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
@@ -310,25 +295,35 @@ def iterate_states(
 
     Yields:
         Row numbers, `hidden_states` `[batch, L+1, tokens, hidden_size]`, and the mask `[batch, tokens]` of the tokens that
-        count.
+        count. What rows begin with and no head reads may be left out.
     """
     collate = ProbeCollator()
-    lengths = [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
-    with tqdm(
-        total=len(dataset), desc="scoring", unit=" rows", disable=not (progress and is_main()), leave=False
-    ) as bar:
-        batches = length_batches(lengths, batch_tokens)
-        for rows in share(batches) if divided and not is_tensor_parallel(lm) else batches:
-            batch = collate([dataset[row] for row in rows])
+    if lm is None and len(dataset) and "hidden_states" not in dataset[0]:
+        raise ProbeError(
+            "these rows have ids and no hidden states: they need a backbone, ProbeModel(config, backbone=...)"
+        )
+    prompts = [dataset[row]["input_ids"] for row in range(len(dataset))]
+    if lm is None:
+        passes = [Pass(rows) for rows in length_batches([len(ids) for ids in prompts], batch_tokens)]
+    else:
+        unread = []
+        for first in range(0, len(dataset), _AT_ONCE):
+            part = collate([dataset[row] for row in range(first, min(first + _AT_ONCE, len(dataset)))])
+            unread += counted_tokens(config, part).int().argmax(dim=1).tolist()
+        passes = plan_passes(lm, prompts, unread, batch_tokens)
+        layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
+    what = "scoring" if lm is None else "hidden states"
+    with tqdm(total=len(prompts), desc=what, unit=" rows", disable=not (progress and is_main()), leave=False) as bar:
+        for each in share(passes) if divided and not is_tensor_parallel(lm) else passes:
+            batch = collate([dataset[row] for row in each.rows])
             if lm is None:
                 states, mask = batch["hidden_states"], batch["attention_mask"].bool()
             else:
-                ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-                mask = counted_tokens(config, batch)
-                wanted = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
-                states = torch.stack(collect_hidden_states(lm, wanted, ids, attention_mask), dim=1)
-            yield rows, states, mask
-            bar.update(len(rows) * (world_size() if divided else 1))
+                ids, attention_mask = (batch[name][:, each.skip :] for name in ("input_ids", "attention_mask"))
+                mask = counted_tokens(config, batch)[:, each.skip :]
+                states = torch.stack(collect_hidden_states(lm, layers, ids, attention_mask, each.prefix), dim=1)
+            yield each.rows, states, mask
+            bar.update(len(each.rows) * (world_size() if divided else 1))
 
 
 class SharedStates:
@@ -372,20 +367,3 @@ def _is_whole(entry: Path) -> bool:
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
         return False
     return True
-
-
-def _shared_prefix(prompts: Sequence[Sequence[int]], masks: Sequence[torch.Tensor]) -> int:
-    """Number of leading tokens that are the same in all prompts and count in none."""
-    unread = min(int(mask.int().argmax()) for mask in masks)
-    return next((i for i in range(unread) if len({ids[i] for ids in prompts}) > 1), unread)
-
-
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Rows of similar length together, longest first, so that the largest batch comes first."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches

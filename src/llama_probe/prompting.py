@@ -16,19 +16,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .capture import prefill
 from .errors import ProbeError
 from .lm_cache import repeat_cache
-from .prompts import common_start, constant_parts, pad_prompts
+from .passes import Pass, plan_passes
+from .prompts import constant_parts, pad_prompts
 
 
 if TYPE_CHECKING:
     from .data import LabelledTexts
     from .known_data import Benchmark
-
-
-# Tokens that are kept for a row, and not run again, weigh a part of those that are run.
-_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -178,13 +174,12 @@ def label_log_likelihoods(
 ) -> torch.Tensor:
     """log p(label | prompt) of each prompt and label, in nats, summed over the label's tokens.
 
-    What all prompts begin with is run once and kept, and so is each prompt while its labels are tried.
+    What many prompts begin with is run once and kept, and so is each prompt while its labels are tried.
 
     Args:
         lm: a causal LM in eval mode. tokenizer: its own, for the padding.
         prompts: token ids of each row. labels: token ids of each label.
-        batch_tokens: tokens of a forward pass, padding included. Of those that all rows begin with, which are run only once
-            but kept for each row, four times as many.
+        batch_tokens: see `plan_passes`.
 
     Returns:
         `torch.FloatTensor` of shape `[rows, labels]`, on the CPU.
@@ -194,27 +189,24 @@ def label_log_likelihoods(
     """
     if not all(prompts) or not all(labels):
         raise ProbeError("every prompt and every label must have at least one token")
-    shared = min(len(common_start(prompts)), min(map(len, prompts)) - 1)
-    prefix = prefill(lm, prompts[0][:shared]) if shared else None
-    shared = 0 if prefix is None else shared
-    rests = [list(ids[shared:]) for ids in prompts]
     found = torch.empty(len(prompts), len(labels))
+    passes = plan_passes(lm, prompts, [len(ids) - 1 for ids in prompts], batch_tokens)
     with torch.no_grad(), tqdm(total=len(prompts), desc="prompting", unit=" prompts", leave=False) as progress:
-        for rows in _batches([len(rest) + shared // _KEPT for rest in rests], batch_tokens):
-            batch = pad_prompts([rests[row] for row in rows], tokenizer, "left")
-            found[rows] = _score_batch(lm, batch, labels, prefix, shared).cpu()
-            progress.update(len(rows))
+        for each in passes:
+            batch = pad_prompts([prompts[row][each.skip :] for row in each.rows], tokenizer, "left")
+            found[each.rows] = _score_batch(lm, batch, labels, each).cpu()
+            progress.update(len(each.rows))
     return found
 
 
-def _score_batch(lm, batch: dict[str, torch.Tensor], labels, prefix, shared: int) -> torch.Tensor:
-    """`[rows, labels]` for left-padded rows that come after the kept prefix."""
+def _score_batch(lm, batch: dict[str, torch.Tensor], labels, shared: Pass) -> torch.Tensor:
+    """`[rows, labels]` for left-padded rows that come after what the pass has kept."""
     input_ids, mask = (batch[name].to(lm.device) for name in ("input_ids", "attention_mask"))
     rows = len(input_ids)
     # Padding lies between the prefix and the row: positions must be told, they do not follow from the columns.
-    positions = (shared + mask.cumsum(dim=1) - 1).clamp_min(0)
-    mask = torch.cat([mask.new_ones(rows, shared), mask], dim=1)
-    kept = {} if prefix is None else {"cache": repeat_cache(prefix, rows)}
+    positions = (shared.skip + mask.cumsum(dim=1) - 1).clamp_min(0)
+    mask = torch.cat([mask.new_ones(rows, shared.skip), mask], dim=1)
+    kept = {} if shared.prefix is None else {"cache": repeat_cache(shared.prefix, rows)}
     output = lm(
         input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **kept
     )
@@ -237,17 +229,6 @@ def _score_batch(lm, batch: dict[str, torch.Tensor], labels, prefix, shared: int
             score = score + logits[:, -more:].float().log_softmax(dim=-1).gather(2, rest).squeeze(-1).sum(dim=1)
         scores.append(score)
     return torch.stack(scores, dim=1)
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Rows of like length together, longest first."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 def _as_text(text) -> str:

@@ -19,13 +19,15 @@ from .auto_class import AutoModelForProbedGeneration
 from .backbones import backbone_target, load_backbone
 from .distributed import barrier, check_shared, is_main, on_main, process_group, rank, world_size
 from .errors import ProbeError
-from .features import length_batches
 from .files import write_atomically
 from .input_files import Chunk, InputFile
+from .lm_cache import repeat_cache
 from .locks import claimed
+from .passes import plan_passes
 from .probe import ProbeModel
 from .prompts import PromptFormat, Text, check_alike, exchange, is_text, pad_prompts
 from .resolve import read_heads
+from .scope import prompt_masks, tokens_read
 
 
 # Readers of a folder of parquet files leave out what begins with an underscore.
@@ -67,13 +69,18 @@ class TextScorer:
         rows = [row for row, text in enumerate(texts) if (text.strip() if isinstance(text, str) else text)]
         encoded = self.prompt_format.encode_for(self.config, [texts[row] for row in rows])
         columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
-        for batch in length_batches([len(ids) for ids in encoded.ids], self.batch_tokens):
-            inputs = pad_prompts([encoded.ids[i] for i in batch], self.tokenizer)
-            if encoded.masks is not None:
-                inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
-                for place, i in enumerate(batch):
-                    inputs["probe_mask"][place, : len(encoded.masks[i])] = torch.tensor(encoded.masks[i])
-            outputs = self.model.classify(**{name: value.to(self.model.device) for name, value in inputs.items()})
+        if not rows:
+            return columns
+        inputs = pad_prompts(encoded.ids, self.tokenizer)
+        if encoded.masks is not None:
+            inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+            for i, mask in enumerate(encoded.masks):
+                inputs["probe_mask"][i, : len(mask)] = torch.tensor(mask)
+        for each in plan_passes(self.model, encoded.ids, self._unread(**inputs), self.batch_tokens):
+            batch, width = each.rows, max(len(encoded.ids[i]) for i in each.rows)
+            part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
+            cache = None if each.prefix is None else repeat_cache(each.prefix, len(batch))
+            outputs = self.model.classify(**part, cache=cache)
             for name, output in outputs.items():
                 config = self.heads[name].config
                 values = [
@@ -87,6 +94,14 @@ class TextScorer:
                         columns[f"{name}_label"][rows[i]] = label
                         columns[f"{name}_probabilities"][rows[i]] = value
         return columns
+
+    def _unread(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_mask: torch.Tensor | None = None
+    ) -> list[int]:
+        """How many of each prompt's first tokens no head reads."""
+        masks = prompt_masks(self.heads, input_ids, None, attention_mask, probe_mask)
+        read = [tokens_read(head.config, masks[name]) for name, head in self.heads.items()]
+        return torch.stack(read).any(dim=0).int().argmax(dim=1).tolist()
 
 
 @dataclass
