@@ -22,9 +22,9 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
-# Engines of vLLM on tiny models, on the CPU. Where one hangs, the test fails.
+# Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails.
 test-vllm: $(VLLM_VENV)/.test-vllm
-	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm -m "not slow" --timeout 300
+	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm -n 2 --dist loadfile -m "not slow" --timeout 300
 
 # The demo backbone is prepared by the main environment.
 test-vllm-slow: $(VLLM_VENV)/.test-vllm $(VENV)/.demo
