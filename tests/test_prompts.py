@@ -55,6 +55,21 @@ def test_one_prompt_is_not_taken_for_a_list_of_its_characters_or_turns(tokenizer
                 take(single)
 
 
+@pytest.mark.parametrize("kind", ["chat", "raw"])
+@pytest.mark.parametrize("wrong", [None, [], 5, ["Hello"], [{"content": "Hello"}], float("nan")])
+def test_what_is_no_prompt(tokenizer, kind, wrong):
+    prompts = PromptFormat.create(tokenizer, kind, **({"system_prompt": "Be brief."} if kind == "chat" else {}))
+    for take in (prompts.encode, prompts.encode_replies, prompts.batch):
+        with pytest.raises(ProbeError, match=r"a prompt is a text, or a list of chat messages, .*; there is"):
+            take(["Hello", wrong] if take != prompts.encode_replies else [wrong])
+
+
+def test_a_batch_of_nothing(tokenizer):
+    with pytest.raises(ProbeError, match="no prompt to make a batch of"):
+        PromptFormat.create(tokenizer).batch([])
+    assert PromptFormat.create(tokenizer).encode([]) == []
+
+
 def test_a_system_prompt_of_ones_own(tokenizer):
     prompts = PromptFormat.create(tokenizer, system_prompt="Be brief.")
     assert "Be brief." in tokenizer.decode(prompts.prefix_ids) and "Be kind." not in tokenizer.decode(
