@@ -174,10 +174,18 @@ class PromptFormat:
         return EncodedTexts(encoded, masks if config.token_scope == "response" else None, lengths)
 
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` of shape `[batch, tokens]`, ready for `generate(**batch)`."""
-        return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
+        """`input_ids` and `attention_mask` of shape `[batch, tokens]`, ready for `generate(**batch)`.
+
+        Raises:
+            ProbeError: there is no text, or see `encode`.
+        """
+        encoded = self.encode(texts)
+        if not encoded:
+            raise ProbeError("there is no prompt to make a batch of: give at least one")
+        return pad_prompts(encoded, self.tokenizer, padding_side)
 
     def _ids(self, text: Text) -> list[int]:
+        _check_text(text)
         if self.kind == "raw":
             if not isinstance(text, str):
                 raise ProbeError("prompt_format='raw' takes texts, not chat messages")
@@ -213,6 +221,18 @@ def _check_several(texts: Sequence[Text]) -> None:
         )
 
 
+def _check_text(text: Text) -> None:
+    """Raises `ProbeError` for what is neither a text nor chat messages. What a turn may say is the template's affair."""
+    if isinstance(text, str):
+        return
+    turns = text if isinstance(text, Sequence) else []
+    if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns):
+        raise ProbeError(
+            "a prompt is a text, or a list of chat messages, [{'role': 'user', 'content': ...}, ...]; "
+            f"there is {str(text)[:40]!r} ({type(text).__name__})"
+        )
+
+
 def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
     """A prompt - a text, or chat messages - with the reply to it, as chat messages."""
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -225,6 +245,7 @@ def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
     Raises:
         ProbeError: the text does not end with such a turn, or says nothing.
     """
+    _check_text(text)
     messages = [] if isinstance(text, str) else list(text)
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
         raise ProbeError(
