@@ -44,6 +44,25 @@ def test_switching_and_deleting(model, prompts):
     assert model.active_probes == ["a"] and list(model.probes) == ["a"]
 
 
+@pytest.mark.parametrize("scope", ["prompt", "all"])
+def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
+    """`model.train()`, as for a LoRA, reaches the heads, whose dropouts are for their own training."""
+    model.add_probe("mood", make_probe(dropout=0.5, layer_dropout=0.5, token_scope=scope))
+
+    def scores():
+        out = model.generate(prompts, max_new_tokens=4, do_sample=False)
+        logits = [
+            model.classify(prompts)["mood"].logits,
+            model(prompts).probe_logits["mood"],
+            out.probe_logits["mood"],
+        ]
+        return [*logits, out.probe_token_logits["mood"]] if scope == "all" else logits
+
+    before = scores()
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, scores(), strict=True))
+
+
 def test_a_fresh_head_takes_the_backbones_sizes(model):
     head = model.add_probe("new", ProbeConfig(probe_type="gate", num_labels=4))
     assert head.config.hidden_size == 32 and head.config.num_hidden_layers == 4
