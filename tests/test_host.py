@@ -113,10 +113,22 @@ def test_another_base_model_warns_or_raises(model, folder, caplog):
     model.load_probe(folder, name="copy", strict=True)
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "a b", "../a", "ä", None, 3])
+@pytest.mark.parametrize("name", ["a.b", "", "a b", "../a", "ä", None, 3, "type", "train", "training", "_modules"])
 def test_names(model, name):
     with pytest.raises(ProbeError, match="cannot name a head"):
         model.add_probe(name, make_probe())
+
+
+def test_a_head_whose_folder_is_called_as_a_method_of_torch_modules(model, prompts, tmp_path):
+    name = model.load_probe(save_head(make_probe(), tmp_path / "train"))
+    assert list(model.classify(prompts)) == [name] == ["train-head"]
+
+
+@pytest.mark.parametrize("config", ["sst2-mha", {"probe_type": "gate"}, None])
+def test_what_is_added_is_a_config_or_a_head(model, config):
+    with pytest.raises(ProbeError, match=r"add_probe takes a ProbeConfig or a ProbeModel; .* goes to load_probe"):
+        model.add_probe("a", config)
+    assert not model.probes
 
 
 def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
