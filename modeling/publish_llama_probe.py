@@ -18,7 +18,7 @@ from .card_sections_llama_probe import on_the_hub
 from .errors_llama_probe import ProbeError
 from .files_llama_probe import CARD_NAME, HEAD_FILES, check_new_folder, new_folder, read_config, read_head, save_head
 from .hub_llama_probe import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
-from .model_card_llama_probe import has_own_words, write_card
+from .model_card_llama_probe import has_own_words, write_card, written_with
 from .plots_llama_probe import write_plots
 from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import default_name
@@ -156,7 +156,8 @@ def _push(folder, repo_id, subfolder, private, token, revision, create_pr, messa
 def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:
     path = folder / CARD_NAME
     if not has_own_words(folder):
-        write_card(folder, source=source, license=license, tags=tags)
+        given = written_with(folder) or {"license": None, "tags": []}
+        write_card(folder, source=source, license=license or given["license"], tags=[*given["tags"], *tags])
     elif tags or license is not None:  # a card with words of the user's own
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         card.data.license = license or card.data.license

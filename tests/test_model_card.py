@@ -9,7 +9,14 @@ from conftest import make_probe
 from llama_probe import ProbeError
 from llama_probe.files import read_config, read_head, save_head
 from llama_probe.metrics import summarize
-from llama_probe.model_card import create_card, results_table, save_with_card, write_card
+from llama_probe.model_card import (
+    create_card,
+    has_own_words,
+    results_table,
+    save_with_card,
+    write_card,
+    written_with,
+)
 from llama_probe.resolve import bundled_heads
 
 
@@ -79,6 +86,26 @@ def test_a_head_is_saved_with_its_card_unless_somebody_wrote_another(folder, tmp
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# A project\n"
     probe.results = {"of": "another version"}
     assert not (save_with_card(probe, tmp_path / "new") / "README.md").exists()
+
+
+def test_a_card_that_was_written_for_another_place_is_still_a_generated_one(folder):
+    """As of a head that was pushed, with a licence and tags, and pulled."""
+    given = {"source": "me/heads@v1:weather", "license": "mit", "tags": ["mine"]}
+    write_card(folder, **given)
+    assert written_with(folder) == given and not has_own_words(folder)
+    assert written_with(write_card(folder).parent) == {"source": "weather", "license": None, "tags": []}
+    write_card(folder, **given)
+    probe = read_head(folder)
+    probe.classifier.weight.data += 1
+    save_with_card(probe, folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "0.600" not in card and "Nothing was measured" in card, "the results were those of other weights"
+    assert "license: mit" in card and "- mine" in card and 'probe="weather"' in card
+    for own in (card.replace("mine", "mine: yours: ["), card + "\n", "\ufeff" + card, "", "---\n- a\n---\n"):
+        (folder / "README.md").write_text(own, encoding="utf-8")
+        assert has_own_words(folder) and written_with(folder) is None
+    (folder / "README.md").write_bytes(b"caf\xe9")
+    assert has_own_words(folder)
 
 
 def test_thresholds_plots_and_backbone(folder):

@@ -206,6 +206,15 @@ class TestPullIntoAFolder:
         assert sorted(path.name for path in target.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME])
         assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["here"]
 
+    def test_what_was_pulled_is_pushed_elsewhere_with_a_card_of_its_new_place(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+        make_probe().push_to_hub(REPO, license="mit", tags=["mine"])
+        folder = pull_head(REPO, tmp_path / "pulled")
+        push_folder(folder, "alice/copy", tags=["copied"])
+        card = hub.files("alice/copy")["README.md"].decode()
+        assert 'probe="alice/copy"' in card and REPO not in card
+        assert "license: mit" in card and "- mine\n- copied" in card
+
     def test_pulling_into_a_folder(self, hub, head, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert pull_head(head).name == "mood"
