@@ -16,8 +16,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_sections_llama_probe import backbone, data, introduction, limits, measured, measurements, on_the_hub, training, usage
+from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import CARD_NAME, PLOT_NAMES, is_head_folder, read_config, read_results, save_head, write_atomically
+from .files_llama_probe import (
+    CARD_NAME,
+    PLOT_NAMES,
+    RESULTS_NAME,
+    is_head_folder,
+    read_config,
+    read_results,
+    save_head,
+    write_atomically,
+)
 from .halting_llama_probe import measured_rules
 from .markdown_llama_probe import cell
 from .probe_llama_probe import ProbeModel
@@ -27,7 +37,6 @@ from .resolve_llama_probe import default_name
 _SOURCE = re.compile(
     r'^model = AutoModel\.from_pretrained\(.*, probe=("(?:[^"\\]|\\.)*")\)$', re.MULTILINE
 )  # in `usage`
-_UNREADABLE = (ProbeError, LookupError, TypeError, ValueError, AttributeError)  # results of another version
 
 
 @dataclass
@@ -114,7 +123,7 @@ def _generated(folder: str | os.PathLike, **kwargs) -> str | None:
     """The card that a folder gives; `None` where its results are none that this version can read."""
     try:
         return str(create_card(folder, **kwargs))
-    except _UNREADABLE:
+    except ProbeError:
         return None
 
 
@@ -130,9 +139,28 @@ def create_card(
         source: what a user writes as `probe=` to get this head; the folder's name where left out.
         license: in place of the one in the results.
         tags: further tags.
+
+    Raises:
+        ProbeError: the folder holds no head, or results that this version cannot read.
     """
-    folder = Path(folder)
     config, results = read_config(folder), read_results(folder)
+    try:
+        return _card(Path(folder), config, results, source, license, tags)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ProbeError(
+            f"what {Path(folder) / RESULTS_NAME} holds is nothing that this version can make a card of "
+            f"({type(error).__name__}: {error}): remove the file (probe.results = None of a head in memory), or write a card"
+        ) from error
+
+
+def _card(
+    folder: Path,
+    config: ProbeConfig,
+    results: dict[str, Any] | None,
+    source: str | None,
+    license: str | None,
+    tags: Sequence[str],
+) -> ModelCard:
     facts = CardFacts(**results["card"]) if results else CardFacts()
     source = source or folder.resolve().name
     name = default_name(source)
