@@ -175,6 +175,21 @@ def test_values_that_would_break_a_table(folder):
     assert r"| n\|o, yes |" in results_table([folder])
 
 
+def test_names_that_would_begin_something_of_their_own_in_a_card(folder):
+    """A card is shown as HTML on the Hub, and a head may come from anybody."""
+    plain = create_card(folder).content
+    config = read_config(folder).replace(
+        id2label={0: "a`b<script>", 1: "x\n## Title\n```"}, base_model_name_or_path="lm\n# Evil"
+    )
+    (folder / "probe_config.json").write_text(config.to_json_string())
+    text = create_card(folder).content
+    assert "gives one of ``a`b<script>``, ```` x ## Title ``` ````" in text
+    marks = ("#", "```", "<")
+    assert [line for line in text.splitlines() if line.startswith(marks)] == [
+        line for line in plain.splitlines() if line.startswith(marks)
+    ]
+
+
 @pytest.mark.parametrize(
     "base_model, shown", [("me/lm", "me/lm"), ("/home/me/lm", None), ("./me/lm", None), ("../lm", None), ("lm", None)]
 )
