@@ -16,7 +16,16 @@ from transformers.utils import logging
 
 from .card_sections_llama_probe import on_the_hub
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import CARD_NAME, HEAD_FILES, check_new_folder, new_folder, read_config, read_head, save_head
+from .files_llama_probe import (
+    CARD_NAME,
+    HEAD_FILES,
+    check_new_folder,
+    check_writable,
+    new_folder,
+    read_config,
+    read_head,
+    save_head,
+)
 from .hub_llama_probe import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
 from .model_card_llama_probe import create_card, has_own_words, write_card, written_with
 from .plots_llama_probe import write_plots
@@ -115,6 +124,7 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
     if reference is None:
         raise ProbeError(f"{source!r} is no Hub id: write user/repo, with @revision and :subfolder where wanted")
     target = Path(folder) if folder is not None else Path(default_name(source))
+    check_writable(target, "the head")
     check_new_folder(target)
     cached = download_head(reference, options)
     read_head(cached)

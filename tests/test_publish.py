@@ -264,6 +264,12 @@ class TestPullIntoAFolder:
             pull_head("mood")
         with pytest.raises(ProbeError, match=r"does not exist"):
             pull_head("alice/nothing")
+        (tmp_path / "file").write_text("x")
+        hub.clear_requests()
+        for taken in ("file", "file/inside"):
+            with pytest.raises(ProbeError, match=r"file is a file; name a folder for the head"):
+                pull_head(head, taken)
+        assert not hub.requests
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "h") == [
             "mood",
             "planted",

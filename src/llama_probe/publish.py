@@ -13,7 +13,16 @@ from transformers.utils import logging
 
 from .card_sections import on_the_hub
 from .errors import ProbeError
-from .files import CARD_NAME, HEAD_FILES, check_new_folder, new_folder, read_config, read_head, save_head
+from .files import (
+    CARD_NAME,
+    HEAD_FILES,
+    check_new_folder,
+    check_writable,
+    new_folder,
+    read_config,
+    read_head,
+    save_head,
+)
 from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
 from .model_card import create_card, has_own_words, write_card, written_with
 from .plots import write_plots
@@ -112,6 +121,7 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
     if reference is None:
         raise ProbeError(f"{source!r} is no Hub id: write user/repo, with @revision and :subfolder where wanted")
     target = Path(folder) if folder is not None else Path(default_name(source))
+    check_writable(target, "the head")
     check_new_folder(target)
     cached = download_head(reference, options)
     read_head(cached)
