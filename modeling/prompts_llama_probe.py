@@ -214,8 +214,10 @@ class PromptFormat:
 
 
 def _check_several(texts: Sequence[Text]) -> None:
-    """Raises `ProbeError` for a single text or chat: as a sequence it would be one of characters, or of turns."""
-    if isinstance(texts, str) or (isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)):
+    """Raises `ProbeError` for a single text, turn or chat: it would be taken for several, its characters, keys or turns."""
+    if isinstance(texts, (str, Mapping)) or (
+        isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)
+    ):
         raise ProbeError(
             f"here is one prompt where a list of prompts is wanted: put it in brackets, [...]; it is {str(texts)[:40]!r}"
         )
@@ -305,7 +307,13 @@ def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> No
 def pad_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of shape `[batch, tokens]`."""
+    """`input_ids` and `attention_mask` of shape `[batch, tokens]`.
+
+    Raises:
+        ProbeError: `padding_side` is none.
+    """
+    if padding_side not in ("left", "right"):
+        raise ProbeError(f"padding_side={padding_side!r} is not allowed; allowed: left, right")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), pad)

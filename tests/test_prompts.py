@@ -49,7 +49,7 @@ def test_there_is_never_a_second_bos():
 @pytest.mark.parametrize("kind", ["chat", "raw"])
 def test_one_prompt_is_not_taken_for_a_list_of_its_characters_or_turns(tokenizer, kind):
     prompts = PromptFormat.create(tokenizer, kind)
-    for single in ("Hello", TestReplies.chat):
+    for single in ("Hello", TestReplies.chat, TestReplies.chat[0], {"text": "Hello"}):
         for take in (prompts.encode, prompts.encode_replies, prompts.batch):
             with pytest.raises(ProbeError, match="put it in brackets"):
                 take(single)
@@ -145,6 +145,12 @@ def test_batches_are_ready_for_generate(tokenizer):
     assert torch.equal(
         prompts.batch(["Hi", "Hello there"], "right")["attention_mask"], batch["attention_mask"].flip(1)
     )
+
+
+@pytest.mark.parametrize("side", ["middle", None, "LEFT"])
+def test_what_is_no_side_is_not_taken_for_right(tokenizer, side):
+    with pytest.raises(ProbeError, match=r"padding_side=.* is not allowed; allowed: left, right"):
+        PromptFormat.create(tokenizer).batch(["Hello"], padding_side=side)
 
 
 def test_the_config_brings_the_format_back(tokenizer):
