@@ -85,7 +85,7 @@ class HaltingRun:
     ):
         self.model, self.halter, self.session = model, halter, session
         self.generation_config, self.kwargs = generation_config, kwargs
-        self.reply = _reply(reply, kwargs.get("tokenizer"))
+        self.reply = _reply(reply, kwargs.get("tokenizer"), model.config.get_text_config(decoder=True).vocab_size)
         self.streamer = kwargs.get("streamer")
         self.copies = self._setting("num_return_sequences") or 1
         self._failed = False
@@ -207,7 +207,7 @@ class HaltingRun:
         return self.reply
 
 
-def _reply(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
+def _reply(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tensor | Reprompt:
     """Token ids, or a prompt for them."""
     if isinstance(reply, Reprompt):
         if not isinstance(reply.input_ids, torch.Tensor):
@@ -219,20 +219,32 @@ def _reply(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
             raise ProbeError(
                 f"Reprompt.input_ids has the shape {tuple(reply.input_ids.shape)}; it must be [1, tokens]"
             )
+        _check_ids("Reprompt.input_ids", reply.input_ids, vocab_size)
         return reply
     if isinstance(reply, str):
         if tokenizer is None:
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
         reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
     try:
-        ids = torch.as_tensor([] if reply is None else reply, dtype=torch.long)
+        ids = torch.as_tensor([] if reply is None else reply)
     except (TypeError, ValueError, RuntimeError):
         raise ProbeError(
             f"halt_reply is a {type(reply).__name__}; it must be token ids, a text or a Reprompt"
         ) from None
     if ids.dim() != 1:
         raise ProbeError(f"halt_reply has the shape {tuple(ids.shape)}; it must be [tokens]")
-    return ids
+    _check_ids("halt_reply", ids, vocab_size)
+    return ids.long()
+
+
+def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises `ProbeError` where a tensor holds what is no token id of the model: no tokenizer could read such a reply."""
+    whole = not ids.is_floating_point() and ids.dtype != torch.bool
+    if ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size):
+        raise ProbeError(
+            f"{name} holds {ids.flatten().tolist()[:8]}; token ids are whole numbers from 0 to {vocab_size - 1}, of the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def with_replies(

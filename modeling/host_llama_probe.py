@@ -201,6 +201,11 @@ class ProbeHostMixin:
             if isinstance(probe, ProbeModel):
                 check_backbone(name, probe.config, self, strict)
                 heads[name] = probe
+            elif not isinstance(probe, ProbeConfig):
+                raise ProbeError(
+                    f"head {name!r} is a {type(probe).__name__}: add_probe takes a ProbeConfig or a ProbeModel; a folder, a Hub "
+                    "id or an alias goes to load_probe"
+                )
             else:
                 heads[name] = ProbeModel(describe(self, probe))
             needed[name] = heads[name].classifier.needs(self)

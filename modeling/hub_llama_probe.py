@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,7 +86,7 @@ class HubOptions:
     """
 
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)  # tracebacks and logs show what calls were given
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
     force_download: bool = False
@@ -212,7 +212,8 @@ def commit_files(
         )
     except OfflineModeIsEnabled:
         raise ProbeError(_OFFLINE_PUSH) from None
-    except (HfHubHTTPError, OSError, RuntimeError) as error:  # a RuntimeError wraps what went wrong with a large file
+    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+        # A RuntimeError wraps what went wrong with a large file, a ValueError says what a path or a card may not hold.
         raise ProbeError(_push_refused(repo_id, error, token)) from None
 
 
@@ -292,7 +293,8 @@ def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> s
     error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    said = hide_secrets(getattr(error, "server_message", None) or _first_line(error), token)
+    what = " ".join(str(error).split()) if isinstance(error, ValueError) else _first_line(error)
+    said = hide_secrets(getattr(error, "server_message", None) or what, token)
     if status == 412 or status == 409:
         return (
             f"somebody else pushed to {repo_id} in the meantime, and nothing of this push was kept: look at what changed, "

@@ -5,12 +5,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+
+
+def line(text: str) -> str:
+    """A text of the user's, as it stands in a sentence: on one line, so that it begins nothing of its own."""
+    return " ".join(text.split())
 
 
 def cell(text: str) -> str:
     """A text of the user's, as it stands in a cell: on one line, and with no bar that ends it."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return line(text).replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """A text of the user's as code in a sentence, to be read as it is: between more backticks than it has in a row."""
+    text = line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if not text or text[0] == "`" or text[-1] == "`" else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +16,27 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_sections_llama_probe import backbone, data, introduction, limits, measured, measurements, on_the_hub, training, usage
+from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
-from .files_llama_probe import CARD_NAME, PLOT_NAMES, is_head_folder, read_config, read_results, save_head, write_atomically
+from .files_llama_probe import (
+    CARD_NAME,
+    PLOT_NAMES,
+    RESULTS_NAME,
+    is_head_folder,
+    read_config,
+    read_results,
+    save_head,
+    write_atomically,
+)
 from .halting_llama_probe import measured_rules
 from .markdown_llama_probe import cell
 from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import default_name
+
+
+_SOURCE = re.compile(
+    r'^model = AutoModel\.from_pretrained\(.*, probe=("(?:[^"\\]|\\.)*")\)$', re.MULTILINE
+)  # in `usage`
 
 
 @dataclass
@@ -60,30 +77,53 @@ def _write(folder: Path, text: str) -> Path:
 
 def has_own_words(folder: str | os.PathLike) -> bool:
     """Whether a folder has a card that somebody wrote or edited, rather than `write_card`."""
+    return (Path(folder) / CARD_NAME).is_file() and written_with(folder) is None
+
+
+def written_with(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The arguments with which `write_card` wrote the card of a folder, perhaps before a push to where it was then pulled from.
+
+    They are read off the card: it is a generated one where they give it again.
+
+    Returns:
+        `source`, `license` where it is not the one in the results, and `tags`; `None` where there is no such card.
+    """
     path = Path(folder) / CARD_NAME
-    if not path.is_file():
-        return False
-    return not is_head_folder(folder) or path.read_text(encoding="utf-8") != _generated(folder)
+    if not path.is_file() or not is_head_folder(folder):
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        named, shown = _SOURCE.search(text), ModelCard(text, ignore_metadata_errors=True).data
+        known = create_card(folder).data
+        arguments = {
+            "source": json.loads(named[1]) if named else None,
+            "license": None if shown.license == known.license else shown.license,
+            "tags": [tag for tag in shown.tags or [] if tag not in known.tags],
+        }
+    except Exception:  # a card of the user's own may hold anything where others have their YAML
+        return None
+    return arguments if text == _generated(folder, **arguments) else None
 
 
 def save_with_card(probe: ProbeModel, folder: str | os.PathLike) -> Path:
-    """`save_head`, and a card beside it. A card with words of the user's own stays as it is.
+    """`save_head`, and a card beside it. A card with words of the user's own stays as it is; one that was generated is
+    written anew, with the licence and the tags that it was given.
 
     Raises:
-        ProbeError: `folder` is a file.
+        ProbeError: `folder` cannot be written into.
     """
-    own = has_own_words(folder)
+    own, given = has_own_words(folder), written_with(folder) or {}
     folder = save_head(probe, folder)
-    if not own and (text := _generated(folder)) is not None:
+    if not own and (text := _generated(folder, **{**given, "source": None})) is not None:
         _write(folder, text)
     return folder
 
 
-def _generated(folder: str | os.PathLike) -> str | None:
+def _generated(folder: str | os.PathLike, **kwargs) -> str | None:
     """The card that a folder gives; `None` where its results are none that this version can read."""
     try:
-        return str(create_card(folder))
-    except (ProbeError, LookupError, TypeError, ValueError, AttributeError):
+        return str(create_card(folder, **kwargs))
+    except ProbeError:
         return None
 
 
@@ -99,9 +139,28 @@ def create_card(
         source: what a user writes as `probe=` to get this head; the folder's name where left out.
         license: in place of the one in the results.
         tags: further tags.
+
+    Raises:
+        ProbeError: the folder holds no head, or results that this version cannot read.
     """
-    folder = Path(folder)
     config, results = read_config(folder), read_results(folder)
+    try:
+        return _card(Path(folder), config, results, source, license, tags)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ProbeError(
+            f"what {Path(folder) / RESULTS_NAME} holds is nothing that this version can make a card of "
+            f"({type(error).__name__}: {error}): remove the file (probe.results = None of a head in memory), or write a card"
+        ) from error
+
+
+def _card(
+    folder: Path,
+    config: ProbeConfig,
+    results: dict[str, Any] | None,
+    source: str | None,
+    license: str | None,
+    tags: Sequence[str],
+) -> ModelCard:
     facts = CardFacts(**results["card"]) if results else CardFacts()
     source = source or folder.resolve().name
     name = default_name(source)

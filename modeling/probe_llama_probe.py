@@ -236,7 +236,7 @@ class ProbeModel(nn.Module):
             labels, output_attentions, row_weights: see `forward`.
         """
         summaries = self.token_stage(x, mask)  # [S, B, D]
-        output = self.score_summaries(summaries, labels, output_attentions, row_weights)
+        output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
         if output_attentions:
             output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
         return output
@@ -371,18 +371,23 @@ class ProbeModel(nn.Module):
         labels: torch.Tensor | None = None,
         output_attentions: bool = False,
         row_weights: torch.Tensor | None = None,
+        learning: bool = False,
     ) -> ProbeOutput:
-        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`."""
-        if self.training and self.config.layer_dropout:
+        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`.
+
+        Dropouts act where it is `learning`. Where a head serves they do not, though it is in training mode together with an LM
+        that is being trained.
+        """
+        if learning and self.config.layer_dropout:
             keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
             summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
-        if self.training:
+        if learning:
             summaries = F.dropout(summaries, self.config.dropout)
         items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
         pooled = self.layer_stage(items)[0]  # [B, D]
-        pooled = F.dropout(pooled, self.config.dropout) if self.training else pooled
+        pooled = F.dropout(pooled, self.config.dropout) if learning else pooled
         output = ProbeOutput.from_logits(self.classifier(pooled), self.config)
-        if self.training:
+        if learning:
             output.member_logits = self.classifier.member_logits(pooled)
         output.row_weights = row_weights
         if labels is not None:

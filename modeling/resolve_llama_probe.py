@@ -26,6 +26,9 @@ from .probe_llama_probe import ProbeModel
 
 
 _ALIAS = re.compile(r"[\w-]+")
+_ATTRIBUTES = frozenset(
+    dir(nn.ModuleDict())
+)  # of what holds the heads of a model, where torch takes no module of such a name
 
 ProbeSource = str | os.PathLike | ProbeModel
 ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
@@ -172,6 +175,8 @@ def resolve_head(
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_file() and not _ALIAS.fullmatch(str(source)):
+        raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
     if not isinstance(source, str) or not _ALIAS.fullmatch(source):
         reference = HubReference.parse(str(source))
         if reference is None:
@@ -265,17 +270,18 @@ def inside(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLik
 
 def default_name(source: str | os.PathLike) -> str:
     """The name of a head where none is given: the subfolder, the repository's name, the alias or the folder's name, with a `-`
-    for what a name may not hold."""
+    for what a name may not hold, and `-head` behind one that is taken; see `check_name`."""
     reference = None if Path(source).is_dir() else HubReference.parse(str(source))
     if reference is None:
         name = Path(source).resolve().name
     else:
         name = (reference.subfolder or reference.repo_id).split("/")[-1]
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "head"  # such as dots, which separate modules in torch
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "head"  # such as dots, which separate modules in torch
+    return f"{name}-head" if name in _ATTRIBUTES else name
 
 
 def check_name(name: str) -> str:
-    """A head's name on a model: letters, digits, `-` and `_`.
+    """A head's name on a model: letters, digits, `-` and `_`, and nothing that a torch module has already, such as `type`.
 
     Raises:
         ProbeError: it is something else.
@@ -283,6 +289,11 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ProbeError(
             f"{name!r} cannot name a head: use letters, digits, - and _ (pass name=, or a dict name -> head)"
+        )
+    if name in _ATTRIBUTES:
+        raise ProbeError(
+            f"{name!r} cannot name a head: torch modules have an attribute of that name. Give another one (name=, or a dict "
+            f"name -> head), such as {name + '-head'!r}"
         )
     return name
 

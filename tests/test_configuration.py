@@ -56,6 +56,8 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
         ({"layers": [0, 5], "num_hidden_layers": 4}, "the states are 0 to 4"),
         ({"prefix_ids": [1, "2"]}, "prefix_ids"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path=7 must be text"),
+        ({"base_model_name_or_path": "half \ud83d"}, r"base_model_name_or_path='half \\ud83d' must be text"),
+        ({"id2label": {0: "half \ud83d", 1: "b"}}, "must be texts"),
         ({"options": []}, "options"),
     ],
 )

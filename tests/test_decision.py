@@ -80,6 +80,17 @@ def test_an_output_without_its_config_says_so():
         ProbeOutput(logits=output.logits).labels  # noqa: B018
 
 
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_what_is_no_number_has_no_label(problem_type, threshold):
+    """A backbone in fp16 that overflows gives such states; a guard must not call the prompt harmless."""
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), float("nan")]])
+    output = ProbeOutput.from_logits(logits, config(problem_type=problem_type, threshold=threshold))
+    assert output.probabilities[1].isnan().all(), "the scores themselves can be had"
+    with pytest.raises(ProbeError, match=r"no number for 1 of 2 rows: .*too large for its dtype"):
+        output.labels  # noqa: B018
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_are_not_measured(wrong):
     scores = torch.tensor([[0.5, 0.5], [wrong, 0.5], [0.1, 0.9]])

@@ -58,6 +58,15 @@ def test_a_new_head_learns_its_backbone(lm):
         assert head.config.fingerprint == config.fingerprint and head.config.base_model_class == "LlamaForCausalLM"
 
 
+def test_a_backbone_that_gives_no_numbers_takes_no_new_head(lm):
+    lm.model.layers[1].mlp.down_proj.weight.data *= 1e5
+    described(lm)
+    with pytest.raises(
+        ProbeError, match=r"in float16, are no finite numbers, and no head can read them: .*bfloat16 hold more"
+    ):
+        described(lm.half())
+
+
 def test_a_head_keeps_what_it_knows(lm, tmp_path):
     folder = save_head(ProbeModel(described(lm)), tmp_path / "head")
     other = fine_tuned(lm, steps=20)

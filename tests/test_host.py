@@ -44,6 +44,25 @@ def test_switching_and_deleting(model, prompts):
     assert model.active_probes == ["a"] and list(model.probes) == ["a"]
 
 
+@pytest.mark.parametrize("scope", ["prompt", "all"])
+def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
+    """`model.train()`, as for a LoRA, reaches the heads, whose dropouts are for their own training."""
+    model.add_probe("mood", make_probe(dropout=0.5, layer_dropout=0.5, token_scope=scope))
+
+    def scores():
+        out = model.generate(prompts, max_new_tokens=4, do_sample=False)
+        logits = [
+            model.classify(prompts)["mood"].logits,
+            model(prompts).probe_logits["mood"],
+            out.probe_logits["mood"],
+        ]
+        return [*logits, out.probe_token_logits["mood"]] if scope == "all" else logits
+
+    before = scores()
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, scores(), strict=True))
+
+
 def test_a_fresh_head_takes_the_backbones_sizes(model):
     head = model.add_probe("new", ProbeConfig(probe_type="gate", num_labels=4))
     assert head.config.hidden_size == 32 and head.config.num_hidden_layers == 4
@@ -94,10 +113,22 @@ def test_another_base_model_warns_or_raises(model, folder, caplog):
     model.load_probe(folder, name="copy", strict=True)
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "a b", "../a", "ä", None, 3])
+@pytest.mark.parametrize("name", ["a.b", "", "a b", "../a", "ä", None, 3, "type", "train", "training", "_modules"])
 def test_names(model, name):
     with pytest.raises(ProbeError, match="cannot name a head"):
         model.add_probe(name, make_probe())
+
+
+def test_a_head_whose_folder_is_called_as_a_method_of_torch_modules(model, prompts, tmp_path):
+    name = model.load_probe(save_head(make_probe(), tmp_path / "train"))
+    assert list(model.classify(prompts)) == [name] == ["train-head"]
+
+
+@pytest.mark.parametrize("config", ["sst2-mha", {"probe_type": "gate"}, None])
+def test_what_is_added_is_a_config_or_a_head(model, config):
+    with pytest.raises(ProbeError, match=r"add_probe takes a ProbeConfig or a ProbeModel; .* goes to load_probe"):
+        model.add_probe("a", config)
+    assert not model.probes
 
 
 def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):

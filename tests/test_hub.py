@@ -204,3 +204,4 @@ class TestRevisions:
 
 def test_secrets_are_hidden():
     assert hide_secrets("a secret! hf_abcdefghijk", "secret!") == "a *** ***"
+    assert "secret" not in repr(HubOptions(token="secret!")) and HubOptions(token="secret!").token == "secret!"

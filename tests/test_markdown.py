@@ -1,4 +1,4 @@
-from llama_probe.markdown import cell, table
+from llama_probe.markdown import cell, code, line, table
 
 
 def test_a_table():
@@ -7,3 +7,12 @@ def test_a_table():
 
 def test_a_cell_holds_what_would_end_it():
     assert cell("a | b\n c") == r"a \| b c"
+
+
+def test_a_sentence_goes_on_behind_what_would_begin_something():
+    assert line("lm\n\n# Title\n") == "lm # Title"
+
+
+def test_code_is_read_as_it_is():
+    assert code("<b>*x*|") == "`<b>*x*|`" and code("a\n```\nb") == "````a ``` b````"
+    assert code("a`b") == "``a`b``" and code("`") == "`` ` ``" and code("") == "`  `"

@@ -9,7 +9,14 @@ from conftest import make_probe
 from llama_probe import ProbeError
 from llama_probe.files import read_config, read_head, save_head
 from llama_probe.metrics import summarize
-from llama_probe.model_card import create_card, results_table, save_with_card, write_card
+from llama_probe.model_card import (
+    create_card,
+    has_own_words,
+    results_table,
+    save_with_card,
+    write_card,
+    written_with,
+)
 from llama_probe.resolve import bundled_heads
 
 
@@ -81,6 +88,26 @@ def test_a_head_is_saved_with_its_card_unless_somebody_wrote_another(folder, tmp
     assert not (save_with_card(probe, tmp_path / "new") / "README.md").exists()
 
 
+def test_a_card_that_was_written_for_another_place_is_still_a_generated_one(folder):
+    """As of a head that was pushed, with a licence and tags, and pulled."""
+    given = {"source": "me/heads@v1:weather", "license": "mit", "tags": ["mine"]}
+    write_card(folder, **given)
+    assert written_with(folder) == given and not has_own_words(folder)
+    assert written_with(write_card(folder).parent) == {"source": "weather", "license": None, "tags": []}
+    write_card(folder, **given)
+    probe = read_head(folder)
+    probe.classifier.weight.data += 1
+    save_with_card(probe, folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "0.600" not in card and "Nothing was measured" in card, "the results were those of other weights"
+    assert "license: mit" in card and "- mine" in card and 'probe="weather"' in card
+    for own in (card.replace("mine", "mine: yours: ["), card + "\n", "\ufeff" + card, "", "---\n- a\n---\n"):
+        (folder / "README.md").write_text(own, encoding="utf-8")
+        assert has_own_words(folder) and written_with(folder) is None
+    (folder / "README.md").write_bytes(b"caf\xe9")
+    assert has_own_words(folder)
+
+
 def test_thresholds_plots_and_backbone(folder):
     results = json.loads((folder / "results.json").read_text())
     row = {"threshold": 0.4, "precision": None, "recall": 0.0, "flagged": 0.25, "saved": True}
@@ -146,6 +173,21 @@ def test_values_that_would_break_a_table(folder):
     config = read_config(folder).replace(id2label={0: "n|o", 1: "yes"})
     (folder / "probe_config.json").write_text(config.to_json_string())
     assert r"| n\|o, yes |" in results_table([folder])
+
+
+def test_names_that_would_begin_something_of_their_own_in_a_card(folder):
+    """A card is shown as HTML on the Hub, and a head may come from anybody."""
+    plain = create_card(folder).content
+    config = read_config(folder).replace(
+        id2label={0: "a`b<script>", 1: "x\n## Title\n```"}, base_model_name_or_path="lm\n# Evil"
+    )
+    (folder / "probe_config.json").write_text(config.to_json_string())
+    text = create_card(folder).content
+    assert "gives one of ``a`b<script>``, ```` x ## Title ``` ````" in text
+    marks = ("#", "```", "<")
+    assert [line for line in text.splitlines() if line.startswith(marks)] == [
+        line for line in plain.splitlines() if line.startswith(marks)
+    ]
 
 
 @pytest.mark.parametrize(

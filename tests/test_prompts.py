@@ -49,10 +49,25 @@ def test_there_is_never_a_second_bos():
 @pytest.mark.parametrize("kind", ["chat", "raw"])
 def test_one_prompt_is_not_taken_for_a_list_of_its_characters_or_turns(tokenizer, kind):
     prompts = PromptFormat.create(tokenizer, kind)
-    for single in ("Hello", TestReplies.chat):
+    for single in ("Hello", TestReplies.chat, TestReplies.chat[0], {"text": "Hello"}):
         for take in (prompts.encode, prompts.encode_replies, prompts.batch):
             with pytest.raises(ProbeError, match="put it in brackets"):
                 take(single)
+
+
+@pytest.mark.parametrize("kind", ["chat", "raw"])
+@pytest.mark.parametrize("wrong", [None, [], 5, ["Hello"], [{"content": "Hello"}], float("nan")])
+def test_what_is_no_prompt(tokenizer, kind, wrong):
+    prompts = PromptFormat.create(tokenizer, kind, **({"system_prompt": "Be brief."} if kind == "chat" else {}))
+    for take in (prompts.encode, prompts.encode_replies, prompts.batch):
+        with pytest.raises(ProbeError, match=r"a prompt is a text, or a list of chat messages, .*; there is"):
+            take(["Hello", wrong] if take != prompts.encode_replies else [wrong])
+
+
+def test_a_batch_of_nothing(tokenizer):
+    with pytest.raises(ProbeError, match="no prompt to make a batch of"):
+        PromptFormat.create(tokenizer).batch([])
+    assert PromptFormat.create(tokenizer).encode([]) == []
 
 
 def test_a_system_prompt_of_ones_own(tokenizer):
@@ -130,6 +145,12 @@ def test_batches_are_ready_for_generate(tokenizer):
     assert torch.equal(
         prompts.batch(["Hi", "Hello there"], "right")["attention_mask"], batch["attention_mask"].flip(1)
     )
+
+
+@pytest.mark.parametrize("side", ["middle", None, "LEFT"])
+def test_what_is_no_side_is_not_taken_for_right(tokenizer, side):
+    with pytest.raises(ProbeError, match=r"padding_side=.* is not allowed; allowed: left, right"):
+        PromptFormat.create(tokenizer).batch(["Hello"], padding_side=side)
 
 
 def test_the_config_brings_the_format_back(tokenizer):

@@ -5,6 +5,7 @@ import threading
 import pytest
 from conftest import make_lm, make_probe
 from hub_server.heads import contents, plain, same_weights
+from huggingface_hub import HfApi
 from transformers import AutoModel
 
 from llama_probe import LlamaForProbedGeneration, ProbeError, ProbeModel
@@ -173,6 +174,44 @@ class TestPush:
         model.push_probe_to_hub("mood", license="mit")
         assert 'probe="alice/mood"' in hub.files(REPO)["README.md"].decode()
 
+    @pytest.mark.parametrize("tags, expected", [("mine", ["mine"]), (None, []), (("a", "b"), ["a", "b"])])
+    def test_tags(self, hub, token, model, tags, expected):
+        model.push_probe_to_hub(REPO, "mood", tags=tags)
+        assert HfApi().model_info(REPO).card_data.tags == ["llama_probe", "probe", "probe-mha", *expected]
+
+    @pytest.mark.parametrize(
+        "results", [{}, {"of": "another version"}, {"card": "x", "summary": {"test": {}}}, {"card": {"new": 1}}]
+    )
+    def test_results_that_give_no_card(self, hub, token, tmp_path, results):
+        head = make_probe()
+        head.results = results
+        folder = save_head(head, tmp_path / "mood")
+        for push in (lambda: head.push_to_hub(REPO), lambda: push_folder(folder, REPO)):
+            with pytest.raises(
+                ProbeError, match=r"results\.json holds is nothing that this version can make a card of"
+            ):
+                push()
+        assert REPO not in hub.repositories
+        (folder / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+        push_folder(folder, REPO)
+
+    @pytest.mark.parametrize("card", [b"---\na: b: c\n---\n", b"---\n- a\n---\n", b"caf\xe9"])
+    def test_cards_that_cannot_be_read(self, hub, token, tmp_path, card):
+        folder = save_head(make_probe(), tmp_path / "mood")
+        (folder / "README.md").write_bytes(card)
+        for license in (None, "mit"):
+            with pytest.raises(ProbeError, match=r"README\.md cannot be read as a card: .*Mend it"):
+                push_folder(folder, REPO, license=license)
+        assert REPO not in hub.repositories
+
+    def test_what_the_client_refuses(self, hub, token, tmp_path, model):
+        folder = save_head(make_probe(), tmp_path / "mood")
+        (folder / "README.md").write_text("---\ntags: x\n---\nMy own words.\n")
+        with pytest.raises(ProbeError, match=r"nothing of it was kept: .*\"tags\" must be an array of strings"):
+            push_folder(folder, REPO)
+        with pytest.raises(ProbeError, match=r"nothing of it was kept: .*cannot update files under a '\.git/' folder"):
+            model.push_probe_to_hub(REPO, "mood", subfolder=".git")
+
     def test_a_folder(self, hub, token, tmp_path):
         folder = save_head(make_probe(), tmp_path / "mood")
         (folder / "secret.txt").write_text("not of the head")
@@ -206,6 +245,15 @@ class TestPullIntoAFolder:
         assert sorted(path.name for path in target.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME])
         assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["here"]
 
+    def test_what_was_pulled_is_pushed_elsewhere_with_a_card_of_its_new_place(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+        make_probe().push_to_hub(REPO, license="mit", tags=["mine"])
+        folder = pull_head(REPO, tmp_path / "pulled")
+        push_folder(folder, "alice/copy", tags=["copied"])
+        card = hub.files("alice/copy")["README.md"].decode()
+        assert 'probe="alice/copy"' in card and REPO not in card
+        assert "license: mit" in card and "- mine\n- copied" in card
+
     def test_pulling_into_a_folder(self, hub, head, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert pull_head(head).name == "mood"
@@ -216,6 +264,12 @@ class TestPullIntoAFolder:
             pull_head("mood")
         with pytest.raises(ProbeError, match=r"does not exist"):
             pull_head("alice/nothing")
+        (tmp_path / "file").write_text("x")
+        hub.clear_requests()
+        for taken in ("file", "file/inside"):
+            with pytest.raises(ProbeError, match=r"file is a file; name a folder for the head"):
+                pull_head(head, taken)
+        assert not hub.requests
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "h") == [
             "mood",
             "planted",

@@ -9,7 +9,7 @@ from hub_server.heads import contents, plain, same_weights
 from transformers import AutoModel
 
 from llama_probe import ProbeError
-from llama_probe.files import save_head
+from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, save_head
 from llama_probe.resolve import best_head, bundled_heads, check_name, default_name, read_heads, resolve_head
 
 
@@ -39,6 +39,17 @@ def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
         with pytest.raises(ProbeError, match="names no head"):
             read_heads(spec)
     assert read_heads({"head": "."})
+
+
+@pytest.mark.parametrize("file", [CONFIG_NAME, WEIGHTS_NAME])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_file_of_a_head_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, file, relative):
+    """`mood/probe_config.json` could be the id of a repository."""
+    save_head(make_probe(), tmp_path / "mood")
+    monkeypatch.chdir(tmp_path)
+    folder = "mood" if relative else str(tmp_path / "mood")
+    with pytest.raises(ProbeError, match=rf"is a file: give the head's folder, '{folder}'"):
+        read_heads(f"{folder}/{file}")
 
 
 def test_an_unknown_alias_lists_the_known_ones():
@@ -182,7 +193,11 @@ class TestAliases:
 
 
 @pytest.mark.parametrize(
-    "folder, name", [("mood v1.2", "mood-v1-2"), ("größe", "gr-e"), ("感情", "-"), ('"a"', "-a-"), ("a-b_c", "a-b_c")]
+    "folder, name",
+    [
+        *[("mood v1.2", "mood-v1-2"), ("größe", "gr-e"), ("感情", "-"), ('"a"', "-a-"), ("a-b_c", "a-b_c")],
+        *[("type", "type-head"), ("train", "train-head"), ("training", "training-head"), ("items", "items-head")],
+    ],
 )
 def test_any_folder_has_a_name_that_a_head_may_have(tmp_path, folder, name):
     save_head(make_probe(), tmp_path / folder)

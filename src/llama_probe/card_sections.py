@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configuration import ProbeConfig
 from .halting import measured_rules
-from .markdown import cell
+from .markdown import cell, code, line
 
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ _PLOT_TITLES = {
 def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts) -> str:
     """What the head is."""
     base = config.base_model_name_or_path
-    link = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else base or "a causal LM"
+    link = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else line(base or "a causal LM")
     trained = f"trained on {facts.dataset_name or facts.dataset or 'labelled data'}" if results else "a probe head"
-    labels = ", ".join(f"`{label}`" for label in config.id2label.values())
+    labels = ", ".join(map(code, config.id2label.values()))
     if config.problem_type == "regression":
         gives = f"scores {labels}"
     elif config.problem_type == "multi_label_classification":
@@ -103,7 +103,7 @@ def measurements(config: ProbeConfig, results: dict[str, Any], split: str, plots
         )
     for label, rows in inspection.get("thresholds", {}).items():
         lines = [
-            f"Thresholds on the probability of `{label}`, on the {inspection['split']} rows (bold: the saved one):",
+            f"Thresholds on the probability of {code(label)}, on the {inspection['split']} rows (bold: the saved one):",
             "",
             "| threshold | precision | recall | flagged |",
             "|---:|---:|---:|---:|",
@@ -169,7 +169,7 @@ def backbone(config: ProbeConfig) -> str:
         ("weights at training", weights),
         ("chat template", (config.chat_template_hash or "")[:16] or None),
     ]
-    text = "; ".join(f"{name}: {value}" for name, value in values if value is not None) + "."
+    text = "; ".join(f"{name}: {line(str(value))}" for name, value in values if value is not None) + "."
     if config.fingerprint is not None:
         text += (
             " The head keeps a fingerprint of the model's behaviour: a backbone too far from it - fine-tuned since, or "
@@ -181,7 +181,7 @@ def backbone(config: ProbeConfig) -> str:
 def limits(config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts) -> str:
     """What the head was not made for or not tested on."""
     lines = [
-        f"Fits {config.base_model_name_or_path or 'one backbone'} only: a fine-tuned or otherwise changed backbone has other states.",
+        f"Fits {line(config.base_model_name_or_path or 'one backbone')} only: a fine-tuned or otherwise changed backbone has other states.",
         "Trained on prompts rendered with the model's chat template"
         if config.prompt_format == "chat"
         else "Trained on raw text, without a chat template",
@@ -222,7 +222,7 @@ def _halting_tables(results: dict[str, Any]) -> list[str]:
         halting = results["runs"][0]["halting"]
         split = "test" if "test" in rules[0] else "validation"
         lines = [
-            f"Replies halted by `{label}` while they are written, {rules[0][split]['rows']} {split} rows. The thresholds are "
+            f"Replies halted by {code(label)} while they are written, {rules[0][split]['rows']} {split} rows. The thresholds are "
             f"those that halt at most {halting['max_false_halts']:.0%} of the other validation replies (bold: what detects "
             "most of them there). The delay is the tokens read of a detected reply when it is halted, counted from its "
             "beginning, wherever in it the reason lies.",

@@ -156,7 +156,7 @@ class ProbeConfig:
             "transformers_version",
         ):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if value is not None and not _is_text(value):
                 raise ProbeError(f"{name}={value!r} must be text or None")
         if self.fingerprint is not None:
             if not isinstance(self.fingerprint, list) or not self.fingerprint:
@@ -185,7 +185,7 @@ class ProbeConfig:
         names = list(self.id2label.values())
         if sorted(self.id2label) != list(range(len(names))):
             raise ProbeError(f"id2label has the indices {sorted(self.id2label)}; they must be 0 to {len(names) - 1}")
-        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        if not all(map(_is_text, names)) or len(set(names)) != len(names):
             raise ProbeError(f"id2label has the names {names!r}; they must be texts, each once")
         if self.num_labels is not None and self.num_labels != len(names):
             raise ProbeError(
@@ -280,6 +280,11 @@ class ProbeConfig:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that can be shown and saved: JSON may spell out half of a character, which UTF-8 has none for."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 
 def _is_int_list(value: Any) -> bool:

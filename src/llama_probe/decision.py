@@ -32,7 +32,8 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def check_numbers(scores: torch.Tensor) -> None:
-    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: it cannot be measured."""
+    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and
+    cannot be measured."""
     if wrong := int((~scores.isfinite()).any(dim=-1).sum()):
         raise ProbeError(
             f"the head gives no number for {wrong} of {len(scores)} rows: its training ran away (a lower learning rate helps), or "
@@ -56,10 +57,15 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
-    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression)."""
+    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression).
+
+    Raises:
+        ProbeError: a probability is no number. Compared with a threshold it would pass for the harmless label.
+    """
     picked = predictions(probs, config).tolist()
     if config.problem_type == "regression":
         return picked
+    check_numbers(probs)
     if config.problem_type == "multi_label_classification":
         return [[config.id2label[i] for i, on in enumerate(row) if on] for row in picked]
     return [config.id2label[index] for index in picked]

@@ -37,7 +37,7 @@ from .files import (
 from .fingerprint import check_backbone
 from .heads import get_probe_type, probe_types
 from .hub import HubReference, commit_files
-from .markdown import cell
+from .markdown import cell, code
 from .model_card import write_card
 from .plots import write_plots
 from .probe import ProbeModel
@@ -280,7 +280,7 @@ def _card(
     for head in heads:
         config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
         data = facts.get("dataset_name") or facts.get("dataset") or "not stated"
-        labels = ", ".join(f"`{label}`" for label in config.id2label.values())
+        labels = ", ".join(map(code, config.id2label.values()))
         row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license") or "not stated"]
         lines.append(f"| {' | '.join(map(cell, row))} |")
     first = read_config(repository / heads[0])

@@ -134,11 +134,10 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
         The folder.
 
     Raises:
-        ProbeError: `folder` is a file, or cannot be made.
+        ProbeError: `folder` cannot be made or written into; see `check_writable`.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ProbeError(f"{folder} is a file; give a folder to save the head in")
+    check_writable(folder, "the head")
     make_folder(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
     weights = save(tensors, metadata={"format": "pt"})

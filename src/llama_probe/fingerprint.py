@@ -93,13 +93,20 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """`config` with everything that a head records of its backbone, for a head that is about to be trained on it.
 
     Raises:
-        ProbeError: the config was made for other sizes, or the backbone's states are not found; see `check_states`.
+        ProbeError: the config was made for other sizes, or the backbone's states are not found, see `check_states`, or are no
+            numbers.
     """
     config = find_decoder(lm).match(config)
     check_states(lm)
     facts = _facts(lm)
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
-    return config.replace(**facts, fingerprint=fingerprint(lm))
+    found = fingerprint(lm)
+    if not np.isfinite(found).all():
+        raise ProbeError(
+            f"the states of this backbone, in {facts['base_model_dtype']}, are no finite numbers, and no head can read them: its "
+            "weights are damaged, or its states too large for its dtype (float32 and bfloat16 hold more than float16)"
+        )
+    return config.replace(**facts, fingerprint=found)
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,18 @@ class PromptFormat:
         return EncodedTexts(encoded, masks if config.token_scope == "response" else None, lengths)
 
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` of shape `[batch, tokens]`, ready for `generate(**batch)`."""
-        return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
+        """`input_ids` and `attention_mask` of shape `[batch, tokens]`, ready for `generate(**batch)`.
+
+        Raises:
+            ProbeError: there is no text, or see `encode`.
+        """
+        encoded = self.encode(texts)
+        if not encoded:
+            raise ProbeError("there is no prompt to make a batch of: give at least one")
+        return pad_prompts(encoded, self.tokenizer, padding_side)
 
     def _ids(self, text: Text) -> list[int]:
+        _check_text(text)
         if self.kind == "raw":
             if not isinstance(text, str):
                 raise ProbeError("prompt_format='raw' takes texts, not chat messages")
@@ -203,10 +211,24 @@ class PromptFormat:
 
 
 def _check_several(texts: Sequence[Text]) -> None:
-    """Raises `ProbeError` for a single text or chat: as a sequence it would be one of characters, or of turns."""
-    if isinstance(texts, str) or (isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)):
+    """Raises `ProbeError` for a single text, turn or chat: it would be taken for several, its characters, keys or turns."""
+    if isinstance(texts, (str, Mapping)) or (
+        isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)
+    ):
         raise ProbeError(
             f"here is one prompt where a list of prompts is wanted: put it in brackets, [...]; it is {str(texts)[:40]!r}"
+        )
+
+
+def _check_text(text: Text) -> None:
+    """Raises `ProbeError` for what is neither a text nor chat messages. What a turn may say is the template's affair."""
+    if isinstance(text, str):
+        return
+    turns = text if isinstance(text, Sequence) else []
+    if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns):
+        raise ProbeError(
+            "a prompt is a text, or a list of chat messages, [{'role': 'user', 'content': ...}, ...]; "
+            f"there is {str(text)[:40]!r} ({type(text).__name__})"
         )
 
 
@@ -222,6 +244,7 @@ def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
     Raises:
         ProbeError: the text does not end with such a turn, or says nothing.
     """
+    _check_text(text)
     messages = [] if isinstance(text, str) else list(text)
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
         raise ProbeError(
@@ -281,7 +304,13 @@ def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> No
 def pad_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of shape `[batch, tokens]`."""
+    """`input_ids` and `attention_mask` of shape `[batch, tokens]`.
+
+    Raises:
+        ProbeError: `padding_side` is none.
+    """
+    if padding_side not in ("left", "right"):
+        raise ProbeError(f"padding_side={padding_side!r} is not allowed; allowed: left, right")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), pad)

@@ -13,9 +13,18 @@ from transformers.utils import logging
 
 from .card_sections import on_the_hub
 from .errors import ProbeError
-from .files import CARD_NAME, HEAD_FILES, check_new_folder, new_folder, read_config, read_head, save_head
+from .files import (
+    CARD_NAME,
+    HEAD_FILES,
+    check_new_folder,
+    check_writable,
+    new_folder,
+    read_config,
+    read_head,
+    save_head,
+)
 from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
-from .model_card import has_own_words, write_card
+from .model_card import create_card, has_own_words, write_card, written_with
 from .plots import write_plots
 from .probe import ProbeModel
 from .resolve import default_name
@@ -35,7 +44,7 @@ def push_head(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] | None = None,
     license: str | None = None,
 ) -> CommitInfo:
     """Uploads a head in one commit: config, weights, a card, and results and plots where it has been measured.
@@ -55,6 +64,7 @@ def push_head(
     check_subfolder(subfolder)
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_head(probe, Path(scratch) / (name or "head"))
+        create_card(folder)  # results that give no card give no plots either
         write_plots(folder)
         message = commit_message or f"Upload {name or subfolder or 'probe head'} with llama_probe"
         return _push(folder, repo_id, subfolder, private, token, revision, create_pr, message, tags, license)
@@ -70,7 +80,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] | None = None,
     license: str | None = None,
 ) -> CommitInfo:
     """Uploads a head folder as it is; the arguments are those of `push_head`.
@@ -111,6 +121,7 @@ def pull_head(source: str, folder: str | os.PathLike | None = None, options: Hub
     if reference is None:
         raise ProbeError(f"{source!r} is no Hub id: write user/repo, with @revision and :subfolder where wanted")
     target = Path(folder) if folder is not None else Path(default_name(source))
+    check_writable(target, "the head")
     check_new_folder(target)
     cached = download_head(reference, options)
     read_head(cached)
@@ -150,19 +161,31 @@ def _push(folder, repo_id, subfolder, private, token, revision, create_pr, messa
     )
 
 
-def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:
+def _finish_card(folder: Path, source: str, tags: str | Sequence[str] | None, license: str | None) -> None:
     path = folder / CARD_NAME
+    tags = [tags] if isinstance(tags, str) else tags or []
     if not has_own_words(folder):
-        write_card(folder, source=source, license=license, tags=tags)
+        given = written_with(folder) or {"license": None, "tags": []}
+        write_card(folder, source=source, license=license or given["license"], tags=[*given["tags"], *tags])
     elif tags or license is not None:  # a card with words of the user's own
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        card = _read_card(path)
         card.data.license = license or card.data.license
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
         path.write_text(str(card), encoding="utf-8")
-    if ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license is None:
+    if _read_card(path).data.license is None:
         logger.warning(
             f"the card of {source} states no licence: pass license=, the stricter of the backbone's and the data's"
         )
+
+
+def _read_card(path: Path) -> ModelCard:
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except Exception as error:  # whatever its author has written between the dashes
+        raise ProbeError(
+            f"{path.name} cannot be read as a card: {' '.join(str(error).split())}. Mend it - text in UTF-8, with YAML of the "
+            "form 'key: value' between two lines of --- at its top - or remove it, and one is generated"
+        ) from None
 
 
 def _root_card(base_model: str | None) -> str:
