@@ -253,8 +253,9 @@ def inside(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLik
     """`source` narrowed down to a subfolder, of a folder or of a repository on the Hub.
 
     Raises:
-        ProbeError: the subfolder is not inside, or `source` names another one itself.
+        ProbeError: `source` is no text and no path, the subfolder is not inside, or `source` names another one itself.
     """
+    _check_place(source)
     check_subfolder(subfolder)
     if subfolder is None:
         return source
@@ -266,6 +267,11 @@ def inside(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLik
             f"subfolder={subfolder!r} does not go with {str(source)!r}: it needs a folder or a Hub id without one"
         )
     return str(HubReference(reference.repo_id, reference.revision, subfolder))
+
+
+def _check_place(source: Any) -> None:
+    if not isinstance(source, (str, os.PathLike)):
+        raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
 
 
 def default_name(source: str | os.PathLike) -> str:
@@ -313,10 +319,9 @@ def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
     pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
     sources: dict[str, ProbeSource] = {}
     for name, source in pairs:
-        if isinstance(source, (str, os.PathLike)):
+        if not isinstance(source, ProbeModel):
+            _check_place(source)
             name = name if name is not None else default_name(source)
-        elif not isinstance(source, ProbeModel):
-            raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
         if check_name(name) in sources:
             raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head to tell them apart")
         sources[name] = source

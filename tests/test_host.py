@@ -137,6 +137,7 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
     attempts = [
         (lambda: model.add_probe("a", make_probe(seed=1)), "attached already"),
         (lambda: model.load_probe(folder, name="a"), "attached already"),
+        (lambda: model.load_probe(None), "a folder, a Hub id or an alias, not as NoneType"),
         (lambda: model.add_probe("b", make_probe(hidden_size=64)), "hidden_size=64"),
         (lambda: model.add_probe("b", make_probe(num_hidden_layers=3)), "num_hidden_layers=3"),
         (lambda: model.load_probe(tmp_path / "nowhere"), "neither a folder nor a bundled head"),
