@@ -343,7 +343,8 @@ class TrainingRun:
 
     def _halting(self, probe: ProbeModel, prepared: Prepared) -> dict[str, Any]:
         """Rules to end replies by, from the validation rows, and what they do to the test rows; see `halting_rules`."""
-        limit = self.recipe.max_false_positive_rate or MAX_FALSE_HALTS
+        rate = self.recipe.max_false_positive_rate
+        limit = MAX_FALSE_HALTS if rate is None else rate
         followed = {
             name: follow_replies(probe, prepared.datasets[name], prepared.reply_lengths[name], prepared.lm)
             for name in ("validation", "test")
