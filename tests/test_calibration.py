@@ -100,6 +100,18 @@ def test_the_rule_is_followed():
     assert calibrate(CONFIG, logits_of(probs), labels).threshold == found["expected-f1"].threshold
 
 
+@pytest.mark.parametrize("place", range(1, 6))
+def test_a_threshold_between_neighbours_keeps_them_apart(place):
+    """Heads compare in float32, in which there may be no number between two scores."""
+    scores = [np.float32(1)]
+    for _ in range(place):
+        scores.append(np.nextafter(scores[-1], np.float32(0)))
+    scores = np.array([*scores[-2:], 0.2, 0.1], dtype=np.float32)
+    probs = torch.from_numpy(np.stack([1 - scores, scores], axis=1))
+    threshold = best_f1_threshold(scores, np.array([1, 0, 0, 0]))
+    assert predictions(probs, CONFIG.replace(threshold=threshold)).tolist() == [1, 0, 0, 0]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 0.99), st.booleans()), min_size=1, max_size=40))
 def test_the_saved_threshold_is_what_the_head_does(rows):

@@ -49,8 +49,7 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     precision, recall, thresholds = precision_recall_curve(positives, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(np.argmax(f1[:-1]))
-    below = thresholds[best - 1] if best else 0.0
-    return float((thresholds[best] + below) / 2)
+    return _halfway(thresholds[best], thresholds[best - 1] if best else 0.0)
 
 
 def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
@@ -72,7 +71,7 @@ def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
     f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold lies between rows that score alike
     best = int(np.argmax(f1))
-    return float((ranked[best] + (ranked[best + 1] if best + 1 < len(ranked) else 0.0)) / 2)
+    return _halfway(ranked[best], ranked[best + 1] if best + 1 < len(ranked) else 0.0)
 
 
 def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:
@@ -96,9 +95,14 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
             "threshold keeps to max_false_positive_rate."
         )
         return upper
-    middle = (upper + lower) / 2
+    return _halfway(upper, lower)
+
+
+def _halfway(upper: float, lower: float) -> float:
+    """Between two scores, so that the upper one is flagged and the lower one is not."""
+    middle = (float(upper) + float(lower)) / 2
     # Heads compare in float32, in which the middle of two neighbours may be the lower one.
-    return upper if np.float32(middle) <= np.float32(lower) else middle
+    return float(upper) if np.float32(middle) <= np.float32(lower) else middle
 
 
 _THRESHOLD_RULES = {EXPECTED_F1: expected_f1_threshold, BEST_F1: best_f1_threshold}
