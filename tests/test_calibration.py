@@ -137,6 +137,17 @@ def test_reliability_by_hand():
     assert found["error_uncalibrated"] != found["error"]
 
 
+def test_the_calibration_error_is_that_of_the_rows():
+    """Rounded once, at the end, and not put together from what the bins show."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        probs, labels = rng.uniform(0.01, 0.99, 40), rng.integers(0, 2, 40)
+        places = np.floor(probs * 10)
+        gaps = [abs((probs - labels)[places == place].sum()) for place in range(10)]
+        error = reliability(logits_of(probs), labels, CONFIG)["error"]
+        assert error == pytest.approx(sum(gaps) / 40, abs=5.1e-5)
+
+
 def test_reliability_of_several_labels_and_of_many():
     many = make_probe(num_labels=3).config
     logits = torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])
