@@ -88,10 +88,16 @@ def fit_tfidf(train: LabelledTexts, inverse_regularisation: float = 10.0) -> Pip
 
 
 def class_logits(classifier: Any, inputs: Any, num_labels: int) -> torch.Tensor:
-    """Log-probabilities `[rows, num_labels]` of a scikit-learn classifier; labels that it never saw are as low as can be."""
-    logits = np.full((len(inputs), num_labels), -1e4, dtype=np.float32)
-    logits[:, classifier.classes_] = np.maximum(classifier.predict_log_proba(inputs), -1e4)
-    return torch.from_numpy(logits)
+    """Log-probabilities `[rows, num_labels]` of a linear scikit-learn classifier; labels that it never saw are as low as can be.
+
+    They come from its decision function: its own probabilities are 0 or 1 where it is sure, and such rows would be all alike.
+    """
+    decided = torch.as_tensor(classifier.decision_function(inputs), dtype=torch.float64)
+    if decided.dim() == 1:  # of two classes: the log odds of the second
+        decided = torch.stack([torch.zeros_like(decided), decided], dim=1)
+    logits = torch.full((len(decided), num_labels), -1e4)
+    logits[:, torch.as_tensor(classifier.classes_)] = decided.log_softmax(dim=-1).clamp_min(-1e4).float()
+    return logits
 
 
 def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = None) -> np.ndarray:
