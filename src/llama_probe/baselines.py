@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 
 from .configuration import ProbeConfig
 from .data import LabelledTexts
-from .decision import probabilities
 from .errors import ProbeError
 from .features import iterate_states
 from .heads.aggregator import masked_mean
-from .metrics import score
+from .metrics import score_logits
 from .prompting import Instruction, LabelPrompt, draw_examples, label_log_likelihoods
 
 
@@ -171,8 +170,7 @@ def _few_shot(task: Task, seed: int, shots: int) -> Scored:
 
 
 def _validation_score(task: Task, logits: torch.Tensor) -> float:
-    probs = probabilities(logits.float(), task.labels).numpy()
-    value = score(probs, task.parts["validation"].labels, task.labels)[task.metric]
+    value = score_logits(logits, task.parts["validation"].labels, task.labels)[task.metric]
     if value is None:
         raise ProbeError(f"{task.metric} is not defined on the validation rows of {task.source}: use more rows")
     return value
