@@ -409,6 +409,13 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
             "allowed: attentive, gate, last, mha, muli, multimax, pooling",
         ),
         (("train", "--train", "{rows}", "--output", "x", "--option", "rank=low"), "must be NAME=NUMBER"),
+        *(
+            (
+                (*command, "--output", "x", "--no-cache", "--cache-dir", "kept"),
+                "cache=False (--no-cache) none are: leave one out",
+            )
+            for command in (("train", "--train", "{rows}"), ("sweep", "--train", "{rows}"), ("reproduce",))
+        ),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),
         (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
         (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),
@@ -431,7 +438,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, args, words):
     args = [str(arg).replace("{rows}", str(rows / "train.jsonl")) for arg in args]
-    if args[0] == "train":
+    if args[0] in ("train", "sweep", "reproduce"):
         args += ["--backbone", str(backbone_folder)]
         args[args.index("x")] = str(tmp_path / "out")
     if args[:3] == ["classify", "x", "--backbone"]:
