@@ -392,6 +392,10 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("destroy",), "No such command 'destroy'; see llama-probe --help"),
         (("inspect", "a", "b"), "unexpected extra argument"),
         (("evaluate",), "Missing option '--probe'; see llama-probe evaluate --help"),
+        (
+            ("evaluate", "--probe", "toxicchat-mha", "--data", "{rows}", "--split", "test"),
+            "train.jsonl is a file, all of which is read; leave --split out",
+        ),
         (("train", "--train", "{rows}", "--output", "x", "--epoch", "3"), "No such option: --epoch"),
         (("train", "--train", "{rows}", "--output", "x", "--epochs", "few"), "Invalid value for '--epochs'"),
         (("inspect", "nothing-here"), "neither a folder nor a bundled head"),
