@@ -34,6 +34,29 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     return scaled.sigmoid() if config.problem_type == "multi_label_classification" else scaled.softmax(dim=-1)
 
 
+def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
+    """log p - log(1 - p) of each of `probabilities`, fp64: it ranks rows as p does, also where p is 1 to the precision of a float.
+
+    A head whose validation rows are told apart without an error has a low temperature, and so gives 1 to many rows.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[rows, num_labels]`).
+
+    Returns:
+        `[rows, num_labels]`. Regression heads: their logits.
+    """
+    if config.problem_type == "regression":
+        return logits
+    scaled = logits.double() / config.temperature
+    if config.problem_type == "multi_label_classification":
+        return scaled
+    log_p = scaled.log_softmax(dim=-1)
+    # Only the largest p can be close to 1: 1 - p is what the others make up.
+    best, index = scaled.max(dim=-1, keepdim=True)
+    others = scaled.scatter(-1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    return (log_p - torch.log1p(-log_p.exp().clamp_max(0.75))).scatter(-1, index, best - others)
+
+
 def check_numbers(scores: torch.Tensor) -> None:
     """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and
     cannot be measured."""

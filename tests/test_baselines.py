@@ -48,6 +48,17 @@ class TestPrototypes:
         expected = torch.from_numpy(-distances / 2).log_softmax(dim=1).float()
         torch.testing.assert_close(class_logits(model, states, 3), expected, atol=1e-3, rtol=1e-3)
 
+    def test_rows_of_which_they_are_sure_are_told_apart(self):
+        """Log odds beyond what a float32 probability holds, about 88 below and 17 above, go on."""
+        rng = np.random.default_rng(2)
+        labels = np.arange(60) % 2
+        states = (rng.normal(size=(60, 4)) + 9 * labels[:, None]).astype(np.float32)
+        model = fit_prototypes(states, labels)
+        logits = class_logits(model, states, 2)
+        odds = (logits[:, 1] - logits[:, 0]).numpy()
+        np.testing.assert_allclose(odds, model.decision_function(states), rtol=1e-3)
+        assert np.abs(odds).min() > 20 and len(np.unique(odds)) == 60
+
     def test_the_covariance_is_shrunk(self):
         rng = np.random.default_rng(1)
         states, labels = rng.normal(size=(10, 40)), np.arange(10) % 2  # fewer rows than dimensions

@@ -100,6 +100,18 @@ def test_the_rule_is_followed():
     assert calibrate(CONFIG, logits_of(probs), labels).threshold == found["expected-f1"].threshold
 
 
+@pytest.mark.parametrize("place", range(1, 6))
+def test_a_threshold_between_neighbours_keeps_them_apart(place):
+    """Heads compare in float32, in which there may be no number between two scores."""
+    scores = [np.float32(1)]
+    for _ in range(place):
+        scores.append(np.nextafter(scores[-1], np.float32(0)))
+    scores = np.array([*scores[-2:], 0.2, 0.1], dtype=np.float32)
+    probs = torch.from_numpy(np.stack([1 - scores, scores], axis=1))
+    threshold = best_f1_threshold(scores, np.array([1, 0, 0, 0]))
+    assert predictions(probs, CONFIG.replace(threshold=threshold)).tolist() == [1, 0, 0, 0]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 0.99), st.booleans()), min_size=1, max_size=40))
 def test_the_saved_threshold_is_what_the_head_does(rows):
@@ -123,6 +135,17 @@ def test_reliability_by_hand():
     assert (high["low"], high["rows"], high["frequency"]) == (0.9, 2, 1.0)
     assert found["error"] == pytest.approx((2 * 0.35 + 2 * 0.05) / 4, abs=1e-3)
     assert found["error_uncalibrated"] != found["error"]
+
+
+def test_the_calibration_error_is_that_of_the_rows():
+    """Rounded once, at the end, and not put together from what the bins show."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        probs, labels = rng.uniform(0.01, 0.99, 40), rng.integers(0, 2, 40)
+        places = np.floor(probs * 10)
+        gaps = [abs((probs - labels)[places == place].sum()) for place in range(10)]
+        error = reliability(logits_of(probs), labels, CONFIG)["error"]
+        assert error == pytest.approx(sum(gaps) / 40, abs=5.1e-5)
 
 
 def test_reliability_of_several_labels_and_of_many():

@@ -392,6 +392,10 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("destroy",), "No such command 'destroy'; see llama-probe --help"),
         (("inspect", "a", "b"), "unexpected extra argument"),
         (("evaluate",), "Missing option '--probe'; see llama-probe evaluate --help"),
+        (
+            ("evaluate", "--probe", "toxicchat-mha", "--data", "{rows}", "--split", "test"),
+            "train.jsonl is a file, all of which is read; leave --split out",
+        ),
         (("train", "--train", "{rows}", "--output", "x", "--epoch", "3"), "No such option: --epoch"),
         (("train", "--train", "{rows}", "--output", "x", "--epochs", "few"), "Invalid value for '--epochs'"),
         (("inspect", "nothing-here"), "neither a folder nor a bundled head"),
@@ -409,6 +413,13 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
             "allowed: attentive, gate, last, mha, muli, multimax, pooling",
         ),
         (("train", "--train", "{rows}", "--output", "x", "--option", "rank=low"), "must be NAME=NUMBER"),
+        *(
+            (
+                (*command, "--output", "x", "--no-cache", "--cache-dir", "kept"),
+                "cache=False (--no-cache) none are: leave one out",
+            )
+            for command in (("train", "--train", "{rows}"), ("sweep", "--train", "{rows}"), ("reproduce",))
+        ),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),
         (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
         (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),
@@ -431,7 +442,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, args, words):
     args = [str(arg).replace("{rows}", str(rows / "train.jsonl")) for arg in args]
-    if args[0] == "train":
+    if args[0] in ("train", "sweep", "reproduce"):
         args += ["--backbone", str(backbone_folder)]
         args[args.index("x")] = str(tmp_path / "out")
     if args[:3] == ["classify", "x", "--backbone"]:

@@ -96,6 +96,22 @@ def test_labelled_rows(make_head, backbone_folder, rows, tmp_path, monkeypatch):
     assert drawn["split"] == "rows.jsonl" and np.array(drawn["confusion"]).sum(axis=1).tolist() == [3, 4]
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--split", "train"), "no rows that --split could be for: name them with --data, or leave it out"),
+        (("--label-column", "mood", "--data-dir", "."), "there are no rows that --label-column, --data-dir could be for"),
+        (("--data", "{rows}", "--split", "train"), "rows.jsonl is a file, all of which is read; leave --split out"),
+        (("--data", "sst2:train", "--split", "test"), "--split test: sst2:train names a split already; leave one out"),
+    ],
+)  # fmt: skip
+def test_options_without_an_effect(make_head, rows, tmp_path, options, words):
+    _, path, *_ = rows([0, 1])
+    options = [option.replace("{rows}", str(path)) for option in options]
+    code, _, err = run(make_head(), "--text", "hello", "--output", tmp_path / "out", *options)
+    assert code == 2 and words in err and not (tmp_path / "out").exists()
+
+
 def test_heads_without_a_confusion(make_head, backbone_folder, rows, tmp_path):
     args = ("--backbone", backbone_folder, "--output", tmp_path / "out", "--json")
     several = make_head("several", problem_type="multi_label_classification")

@@ -229,7 +229,7 @@ def test_files_that_are_not_in_utf_8(tmp_path, name, encoding, byte):
         read_labelled(str(tmp_path / name.removesuffix("/train.jsonl")))
 
 
-@pytest.mark.parametrize("name, text", [("a.jsonl", ""), ("a.csv", "text,label\n")])
+@pytest.mark.parametrize("name, text", [("a.jsonl", ""), ("a.csv", "text,label\n"), ("a.csv", "")])
 def test_a_file_without_rows(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ProbeError, match=rf"{name} holds no rows$"):

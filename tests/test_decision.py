@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_probe import ProbeConfig, ProbeError, ProbeOutput
-from llama_probe.decision import check_numbers, labels, predictions, probabilities, probe_loss
+from llama_probe.decision import check_numbers, labels, log_odds, predictions, probabilities, probe_loss
 
 
 def config(**changes):
@@ -31,6 +31,18 @@ def test_multi_label():
     probs = probabilities(torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, -4.0]]), head)
     assert labels(probs, head) == [["a", "c"], []]
     assert labels(probs, head.replace(threshold=None)) == [["a", "b"], []]
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_log_odds(problem_type, count):
+    head = config(num_labels=count, problem_type=problem_type, temperature=0.5)
+    logits = torch.randn(20, count, generator=torch.Generator().manual_seed(0))
+    probs = probabilities(logits.double(), head)
+    torch.testing.assert_close(log_odds(logits, head), (probs / (1 - probs)).log())
+    sure = log_odds(torch.tensor([[0.0] * (count - 1) + [40.0], [0.0] * (count - 1) + [41.0]]), head)[:, -1]
+    others = 0.0 if problem_type == "multi_label_classification" else torch.tensor(count - 1.0).log().item()
+    assert sure.tolist() == pytest.approx([80.0 - others, 82.0 - others]), "both probabilities are 1"
 
 
 def test_regression():

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, make_lm, make_probe
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from llama_probe import ProbeError
 from llama_probe.bootstrap import intervals
 from llama_probe.calibration import reliability
+from llama_probe.decision import log_odds, probabilities
 from llama_probe.evaluation import detailed_report, inspect_head, predict_logits, report
 from llama_probe.features import PromptDataset
 
@@ -120,6 +122,28 @@ def test_a_detailed_report_of_two_labels():
     assert found["confusion"][1][1] == yes["recall"] * yes["rows"]
 
 
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_a_low_temperature_changes_no_ranking(num_labels):
+    """Rows whose probability is 1 to float32's precision are still told apart by how far beyond it they are."""
+    config, logits, labels = scored(num_labels=num_labels)
+    sharp = config.replace(temperature=0.05, threshold=None)
+    assert (probabilities(10 * logits, sharp).amax(dim=1) == 1).float().mean() > 0.8
+    found = detailed_report(sharp, 10 * logits, labels, {"half": np.arange(60) % 2}, resamples=50)
+    odds = log_odds(10 * logits, sharp)[:, 1].numpy()
+    part = found["labels"][config.id2label[1]]
+    assert part["auprc"] == pytest.approx(average_precision_score(labels == 1, odds))
+    assert part["auroc"] == pytest.approx(roc_auc_score(labels == 1, odds))
+    low, high = part["intervals"]["auroc"]
+    assert low <= part["auroc"] <= high
+    if num_labels == 2:
+        plain = detailed_report(config, logits, labels, {"half": np.arange(60) % 2}, resamples=50)
+        for metric in ("auprc", "auroc"):
+            assert found[metric] == pytest.approx(plain[metric])
+            assert found["intervals"][metric] == pytest.approx(plain["intervals"][metric])
+            for value in "01":
+                assert found["slices"]["half"][value][metric] == pytest.approx(plain["slices"]["half"][value][metric])
+
+
 def test_calibration_errors_and_their_intervals():
     names = ("error", "error_uncalibrated")
     for config, logits, labels in (
@@ -137,8 +161,7 @@ def test_calibration_errors_and_their_intervals():
 
         expected = intervals([lambda weights: {name: error(weights, name) for name in names}], 60, 50, seed=4)
         for name in names:
-            # `reliability` rounds what is in its bins.
-            assert found["intervals"][name] == pytest.approx(expected[name], abs=2e-4)
+            assert found["intervals"][name] == pytest.approx(expected[name], abs=6e-5), "`reliability` rounds it"
         assert found["error"] != found["error_uncalibrated"]
 
 

@@ -31,6 +31,9 @@ def read(values, names=None, kind=None):
         ([3, 1], ["1", "3", "5"], [1, 0], ["1", "3", "5"]),
         ([0, 1], ["10", "20"], [0, 1], ["10", "20"]),
         (["bad", "bad "], ["bad", "bad "], [0, 1], ["bad", "bad "]),
+        (["[a]", "[b]"], None, [0, 1], ["[a]", "[b]"]),
+        (["1.5", "v2"], None, [0, 1], ["1.5", "v2"]),
+        (["[1]", "[2]"], ["[1]", "[2]"], [0, 1], ["[1]", "[2]"]),
         ([True, False], None, [1, 0], ["False", "True"]),
         ([True, True], None, [1, 1], ["False", "True"]),
         ([True, False], ["no", "yes"], [1, 0], ["no", "yes"]),
@@ -39,6 +42,11 @@ def read(values, names=None, kind=None):
 )
 def test_single_labels(values, names, expected, found):
     assert read(values, names) == (expected, found, "single_label")
+
+
+def test_names_that_look_like_numbers():
+    assert read(["3.5", "4"], None, "single_label_classification") == ([0, 1], ["3.5", "4"], "single_label")
+    assert read(["3.5", "4"], None, "regression") == ([[3.5], [4.0]], ["value"], "regression")
 
 
 def test_several_labels():
@@ -91,6 +99,21 @@ def test_values():
         ([[1.0, 0.0], [0.0, 1.0]], ["a", "b"], None, "all 2 labels hold in every row.*give their names"),
         (["c"], ["a", "b"], None, r"labels without a name: \['c'\]"),
         ([[1]], None, "regression", "labels are lists, which is not regression"),
+        (
+            ["[0, 2]", "[1]", "[]"],
+            None,
+            None,
+            r"such as '\[\]' are texts, and look like lists\. csv files hold no lists",
+        ),
+        (["['a']", "['a', 'b']"], None, None, "look like lists"),
+        (["[0, 2]"], None, "multi_label_classification", "single values, which is not .*; csv files hold no lists"),
+        (
+            ["1.5", "3", "0.25"],
+            None,
+            None,
+            "such as '3' are texts, and look like numbers: pass problem_type='regression'",
+        ),
+        ([0.5, "1,5"], None, "regression", "with a point before their fractions, and '1,5' is none"),
     ],
 )
 def test_what_cannot_be(values, names, kind, words):

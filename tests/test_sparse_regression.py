@@ -77,6 +77,22 @@ def test_every_model_of_a_path_is_a_minimum(rows, features, outputs, seed):
         assert (gradient.sum(0).abs() <= 0.02 * model.l1 + 1e-6).all(), "the bias pays nothing"
 
 
+def test_a_weak_penalty_on_features_that_are_alike():
+    """As log odds of next tokens are: the promise holds where steps are smaller than fp32 can tell."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(120, 10, generator=generator)
+    x = base @ torch.randn(10, 800, generator=generator) + 0.3 * torch.randn(120, 800, generator=generator)
+    standardize(x)
+    y = (base[:, 0] + 0.5 * torch.randn(120, generator=generator) > 0.5).double()
+    top = largest_strength(x, binary(y), 1)
+    for model in fit_path(x, binary(y), 1, [top * share for share in (0.3, 0.1, 0.05, 0.03)]):
+        z = x.double() @ model.weight.double().T + model.bias.double()
+        slope = ((z.sigmoid() - y[:, None]) / 120).T @ x.double()
+        on = model.weight != 0
+        assert ((slope + model.l1 * model.weight.sign()).abs()[on] <= 1.5e-3 * model.l1).all()
+        assert (slope.abs() <= model.l1 * (1 + 1.5e-3)).all()
+
+
 def test_the_path_does_not_change_where_it_leads():
     x, y = problem(features=80)
     standardize(x)

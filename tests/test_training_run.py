@@ -112,6 +112,22 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
     assert f"test 25 rows ({'25%'} of train)" in card
 
 
+def test_no_reply_is_to_be_halted_in_vain(backbone_folder, tmp_path):
+    """A rate of 0 is a rate, and goes for the halting as well."""
+    lines = [{"ask": f"{i}?", "text": ("fine", "fine, BAD")[i % 2] + "!" * (i % 5), "label": i % 2} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = TrainingRun(
+        backbone=str(backbone_folder),
+        data=DataSources(train=str(tmp_path / "a.jsonl"), prompt_column="ask", validation_share=0.5),
+        output=tmp_path / "guard",
+        head={"probe_type": "gate", "token_scope": "response"},
+        recipe=Recipe(num_train_epochs=1, max_false_positive_rate=0.0),
+    ).execute()["runs"][0]["halting"]
+    assert found["max_false_halts"] == 0
+    assert all(rule["validation"]["false_halts"] == 0 for rule in found["labels"]["LABEL_1"])
+    assert "that halt at most 0% of the other validation replies" in (tmp_path / "guard" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("folds", [0, 3])
 def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
     """What the rows of train do not hold, and the extra rows do, is learned."""

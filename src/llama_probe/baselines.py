@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 
 from .configuration import ProbeConfig
 from .data import LabelledTexts
-from .decision import probabilities
 from .errors import ProbeError
 from .features import iterate_states
 from .heads.aggregator import masked_mean
-from .metrics import score
+from .metrics import score_logits
 from .prompting import Instruction, LabelPrompt, draw_examples, label_log_likelihoods
 
 
@@ -88,10 +87,16 @@ def fit_tfidf(train: LabelledTexts, inverse_regularisation: float = 10.0) -> Pip
 
 
 def class_logits(classifier: Any, inputs: Any, num_labels: int) -> torch.Tensor:
-    """Log-probabilities `[rows, num_labels]` of a scikit-learn classifier; labels that it never saw are as low as can be."""
-    logits = np.full((len(inputs), num_labels), -1e4, dtype=np.float32)
-    logits[:, classifier.classes_] = np.maximum(classifier.predict_log_proba(inputs), -1e4)
-    return torch.from_numpy(logits)
+    """Log-probabilities `[rows, num_labels]` of a linear scikit-learn classifier; labels that it never saw are as low as can be.
+
+    They come from its decision function: its own probabilities are 0 or 1 where it is sure, and such rows would be all alike.
+    """
+    decided = torch.as_tensor(classifier.decision_function(inputs), dtype=torch.float64)
+    if decided.dim() == 1:  # of two classes: the log odds of the second
+        decided = torch.stack([torch.zeros_like(decided), decided], dim=1)
+    logits = torch.full((len(decided), num_labels), -1e4)
+    logits[:, torch.as_tensor(classifier.classes_)] = decided.log_softmax(dim=-1).clamp_min(-1e4).float()
+    return logits
 
 
 def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = None) -> np.ndarray:
@@ -165,8 +170,7 @@ def _few_shot(task: Task, seed: int, shots: int) -> Scored:
 
 
 def _validation_score(task: Task, logits: torch.Tensor) -> float:
-    probs = probabilities(logits.float(), task.labels).numpy()
-    value = score(probs, task.parts["validation"].labels, task.labels)[task.metric]
+    value = score_logits(logits, task.parts["validation"].labels, task.labels)[task.metric]
     if value is None:
         raise ProbeError(f"{task.metric} is not defined on the validation rows of {task.source}: use more rows")
     return value

@@ -68,18 +68,21 @@ def _percentiles(values: np.ndarray, level: float) -> Any:
     return [float(value) for value in np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])]
 
 
-def score_statistic(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> Statistic:
+def score_statistic(
+    probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
+) -> Statistic:
     """The metrics of `score` by their names, and those of `label_scores` as `label_*` of shape `[resamples, num_labels]`.
 
     Args:
-        probs (`[rows, num_labels]`): probabilities, or values of a regression head. labels: see `LabelledTexts`.
+        probs (`[rows, num_labels]`): probabilities, or values of a regression head. labels: see `LabelledTexts`. ranked: as for `score`.
     """
     if config.problem_type == "regression":
         return _regression_statistic(probs, labels)
     truth, predicted = truth_and_predictions(probs, labels, config)
     right = (truth == predicted).all(axis=1).astype(np.float64)
     hits, flagged, positive = (x.astype(np.float64) for x in (truth & predicted, predicted, truth))
-    rankings = [Ranking(probs[:, index], truth[:, index]) for index in range(config.num_labels)]
+    ranked = probs if ranked is None else ranked
+    rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
     binary = config.problem_type == "single_label_classification" and config.num_labels == 2
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:

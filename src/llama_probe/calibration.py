@@ -49,8 +49,7 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     precision, recall, thresholds = precision_recall_curve(positives, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(np.argmax(f1[:-1]))
-    below = thresholds[best - 1] if best else 0.0
-    return float((thresholds[best] + below) / 2)
+    return _halfway(thresholds[best], thresholds[best - 1] if best else 0.0)
 
 
 def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
@@ -72,7 +71,7 @@ def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
     f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold lies between rows that score alike
     best = int(np.argmax(f1))
-    return float((ranked[best] + (ranked[best + 1] if best + 1 < len(ranked) else 0.0)) / 2)
+    return _halfway(ranked[best], ranked[best + 1] if best + 1 < len(ranked) else 0.0)
 
 
 def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:
@@ -96,9 +95,14 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
             "threshold keeps to max_false_positive_rate."
         )
         return upper
-    middle = (upper + lower) / 2
+    return _halfway(upper, lower)
+
+
+def _halfway(upper: float, lower: float) -> float:
+    """Between two scores, so that the upper one is flagged and the lower one is not."""
+    middle = (float(upper) + float(lower)) / 2
     # Heads compare in float32, in which the middle of two neighbours may be the lower one.
-    return upper if np.float32(middle) <= np.float32(lower) else middle
+    return float(upper) if np.float32(middle) <= np.float32(lower) else middle
 
 
 _THRESHOLD_RULES = {EXPECTED_F1: expected_f1_threshold, BEST_F1: best_f1_threshold}
@@ -183,11 +187,10 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, b
     """
     saved = _confidence(logits, labels, config)
     plain = _confidence(logits, labels, config.replace(temperature=1.0))
-    table = _bins(*saved, bins)
     return {
-        "error": _calibration_error(table),
-        "error_uncalibrated": _calibration_error(_bins(*plain, bins)),
-        "bins": table,
+        "error": _calibration_error(*saved, bins),
+        "error_uncalibrated": _calibration_error(*plain, bins),
+        "bins": _bins(*saved, bins),
     }
 
 
@@ -237,9 +240,10 @@ def _bins(confidence: np.ndarray, holds: np.ndarray, count: int) -> list[dict[st
     return table
 
 
-def _calibration_error(table: list[dict[str, Any]]) -> float:
-    rows = sum(part["rows"] for part in table)
-    return round(sum(part["rows"] * abs(part["confidence"] - part["frequency"]) for part in table) / rows, 4)
+def _calibration_error(confidence: np.ndarray, holds: np.ndarray, count: int) -> float:
+    # Of the numbers as they are: what the bins show is rounded, and so would be off in the last digit.
+    gaps = np.bincount(_bin_of(confidence, count), confidence.astype(np.float64) - holds)
+    return round(float(np.abs(gaps).sum() / len(confidence)), 4)
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[dict[str, Any]]]:

@@ -223,7 +223,7 @@ def _halting_tables(results: dict[str, Any]) -> list[str]:
         split = "test" if "test" in rules[0] else "validation"
         lines = [
             f"Replies halted by {code(label)} while they are written, {rules[0][split]['rows']} {split} rows. The thresholds are "
-            f"those that halt at most {halting['max_false_halts']:.0%} of the other validation replies (bold: what detects "
+            f"those that halt at most {100 * halting['max_false_halts']:g}% of the other validation replies (bold: what detects "
             "most of them there). The delay is the tokens read of a detected reply when it is halted, counted from its "
             "beginning, wherever in it the reason lies.",
             "",

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from .bootstrap import intervals, score_statistic
 from .calibration import calibration_gaps, reliability, threshold_table
 from .configuration import ProbeConfig
-from .decision import ProbeOutput, probabilities
+from .decision import ProbeOutput, log_odds, probabilities
 from .distributed import merge_rows
 from .errors import ProbeError
 from .features import SharedStates, iterate_states
-from .metrics import confusion, label_scores, outcomes, score
+from .metrics import confusion, label_scores, outcomes, score_logits
 from .probe import ProbeModel
 
 
@@ -147,11 +147,10 @@ def report(
     Returns:
         The metrics of `ProbeMetric` with `rows`, and `slices`: column -> value -> the same.
     """
-    probs = probabilities(logits.float(), config).numpy()
-    result: dict[str, Any] = {"rows": len(labels), **score(probs, labels, config)}
+    result: dict[str, Any] = {"rows": len(labels), **score_logits(logits, labels, config)}
     for column, value, rows in _groups(slices):
         groups = result.setdefault("slices", {}).setdefault(column, {})
-        groups[value] = {"rows": int(rows.sum()), **score(probs[rows], labels[rows], config)}
+        groups[value] = {"rows": int(rows.sum()), **score_logits(logits[rows], labels[rows], config)}
     return result
 
 
@@ -181,17 +180,17 @@ def detailed_report(
     if resamples < 0:
         raise ProbeError(f"resamples={resamples} must be 0 (no intervals) or more")
     result = report(config, logits, labels, slices)
-    probs = probabilities(logits.float(), config).numpy()
+    probs, ranked = probabilities(logits.float(), config).numpy(), log_odds(logits.float(), config).numpy()
     classes = config.problem_type != "regression"
     if classes:
-        result["labels"] = label_scores(probs, labels, config)
+        result["labels"] = label_scores(probs, labels, config, ranked)
         result["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
         result["confusion"] = confusion(probs, labels, config)
     if not resamples:
         return result
     result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
-    statistics = [score_statistic(probs, labels, config)]
+    statistics = [score_statistic(probs, labels, config, ranked)]
     if classes:
         plain = config.replace(temperature=1.0)
         gaps = {"error": calibration_gaps(logits, labels, config)}
@@ -205,9 +204,8 @@ def detailed_report(
             part["intervals"] = {name: found[f"label_{name}"][index] for name in part if f"label_{name}" in found}
     for column, value, rows in _groups(slices):
         part = result["slices"][column][value]
-        part["intervals"] = _of(
-            part, intervals([score_statistic(probs[rows], labels[rows], config)], part["rows"], resamples, seed)
-        )
+        statistic = score_statistic(probs[rows], labels[rows], config, ranked[rows])
+        part["intervals"] = _of(part, intervals([statistic], part["rows"], resamples, seed))
     return result
 
 

@@ -95,6 +95,14 @@ class StateDataset(Dataset):
         return {"input_ids": self.tokens[row], "hidden_states": states, "labels": self.labels[row]}
 
 
+def check_cache(cache: bool, cache_dir: str | os.PathLike | None) -> None:
+    """Raises `ProbeError` where a folder is named for states, and none are to be kept."""
+    if cache_dir is not None and not cache:
+        raise ProbeError(
+            f"cache_dir={str(cache_dir)!r} is for states that are kept, and with cache=False (--no-cache) none are: leave one out"
+        )
+
+
 class StateCache:
     """A folder of cached hidden states, one sub-folder for each set of prompts.
 

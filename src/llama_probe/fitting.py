@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .configuration import ProbeConfig
-from .decision import ProbeOutput, probabilities
+from .decision import ProbeOutput
 from .distributed import merge_rows, on_main
 from .errors import ProbeError
 from .features import iterate_states
-from .metrics import check_metric, score
+from .metrics import check_metric, score_logits
 from .probe import ProbeModel
 from .sparse_regression import SparseModel, fit_path, largest_strength, standardize
 from .training import ProbeLoss
@@ -193,5 +193,5 @@ def _best(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, metric:
     if len(logits) == 1:
         return 0
     check_metric(metric, labels, config)
-    values = [score(probabilities(one, config).numpy(), labels, config)[metric] for one in logits]
+    values = [score_logits(one, labels, config)[metric] for one in logits]
     return int(np.argmax(values))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -13,6 +15,7 @@ from .errors import ProbeError
 
 _MOST_LABELS = 10_000  # that are told by the rows; a column with more is an id, a time or a value
 
+_NO_LISTS = "csv files hold no lists: give the rows as json lines or parquet"
 _LISTS = "A list names the labels that hold, by index or name, such as [0, 2]; it is no vector of zeros and ones"
 
 
@@ -44,6 +47,8 @@ def read_labels(
         raise ProbeError(f"{source}: no row has a label")
     fractions = [item for item in flat if isinstance(item, float) and not item.is_integer()]
     if problem_type is None:
+        if not several and label_names is None and all(isinstance(item, str) for item in flat):
+            _check_written(source, sorted(set(flat)))
         if several:
             problem_type = "multi_label_classification"
         else:
@@ -51,6 +56,7 @@ def read_labels(
     if several != (problem_type == "multi_label_classification"):
         raise ProbeError(
             f"{source}: labels are {'lists' if several else 'single values'}, which is not {problem_type}"
+            + (f"; {_NO_LISTS}" if not several and isinstance(values[0], str) else "")
         )
     if problem_type == "regression":
         return _values(source, values), ["value"], problem_type
@@ -85,10 +91,21 @@ def _values(source: str, values: Sequence[Any]) -> np.ndarray:
     try:
         labels = np.asarray(values, dtype=np.float32).reshape(-1, 1)
     except (TypeError, ValueError):
-        raise ProbeError(f"{source}: regression labels must be numbers") from None
+        raise ProbeError(
+            f"{source}: regression labels must be numbers, with a point before their fractions, and {_no_number(values)!r} is none"
+        ) from None
     if len(wrong := np.flatnonzero(~np.isfinite(labels))):
         raise ProbeError(f"{source}: the label of row {wrong[0]} is {values[wrong[0]]}; it must be a finite number")
     return labels
+
+
+def _no_number(values: Sequence[Any]) -> Any:
+    for value in values:
+        try:
+            np.float32(value)
+        except (TypeError, ValueError):
+            return value
+    return values[0]  # lists of several numbers
 
 
 def _whole_numbers(
@@ -120,6 +137,30 @@ def _whole_numbers(
     if used[0] < 0 or used[-1] >= len(names):
         raise ProbeError(f"{source}: labels go from {used[0]} to {used[-1]}, but there are {len(names)} names")
     return [names[number] for number in numbers], names
+
+
+def _check_written(source: str, names: Sequence[str]) -> None:
+    """Lists and fractions that a file holds as texts would make a label each."""
+    if all(_is_list(name) for name in names):
+        raise ProbeError(f"{source}: labels such as {names[-1]!r} are texts, and look like lists. {_NO_LISTS}")
+    try:
+        numbers = list(map(float, names))
+    except ValueError:
+        return
+    if all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers):
+        raise ProbeError(
+            f"{source}: labels such as {names[-1]!r} are texts, and look like numbers: pass problem_type='regression' where "
+            "they are values, or 'single_label_classification' where they are names"
+        )
+
+
+def _is_list(text: str) -> bool:
+    if not text.strip().startswith("["):
+        return False
+    try:
+        return isinstance(ast.literal_eval(text.strip()), list)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
 
 
 def _check_spaces(source: str, names: Sequence[str]) -> None:

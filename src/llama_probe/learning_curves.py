@@ -13,11 +13,10 @@ from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from .configuration import ProbeConfig
-from .decision import probabilities
 from .errors import ProbeError
 from .evaluation import predict_together
 from .learners import Candidate
-from .metrics import score
+from .metrics import score_logits
 from .recipe import Recipe, complete
 from .shared_training import SharedTraining
 from .training import ProbeLoss
@@ -66,7 +65,7 @@ def learning_curves(
         training = SharedTraining(candidates, part, test, "accuracy", epochs, Path(), lm, seed=seed)
         probes = [learner.probe for learner in training.run_unseen()]
         for name, probe, logits in zip(heads, probes, predict_together(probes, test, lm), strict=True):
-            metrics = score(probabilities(logits, probe.config).numpy(), test_labels, probe.config)
+            metrics = score_logits(logits, test_labels, probe.config)
             found.append({"rows": size, "seed": seed, "head": name, **metrics})
     return found
 

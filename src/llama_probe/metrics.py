@@ -13,7 +13,7 @@ import torch
 from sklearn import metrics as sk
 
 from .configuration import ProbeConfig
-from .decision import check_numbers, predictions, probabilities
+from .decision import check_numbers, log_odds, predictions, probabilities
 from .errors import ProbeError
 
 
@@ -55,8 +55,18 @@ class ProbeMetric(evaluate.Metric):
         return score(np.asarray(predictions), np.asarray(references), self.probe_config)
 
 
-def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
+def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
+    """`score` of the probabilities that a head gives with `[rows, num_labels]` logits, ranked by their log odds."""
+    logits = logits.float()
+    return score(probabilities(logits, config).numpy(), labels, config, log_odds(logits, config).numpy())
+
+
+def score(
+    probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
+) -> dict[str, float | None]:
     """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`.
+
+    AUPRC and AUROC rank the rows by `ranked`, such as `log_odds`, or where it is left out by the probabilities.
 
     F1, precision and recall are those of label 1 of two, else the mean over the labels that some row has or is given. AUPRC and
     AUROC are `None` where no label both occurs and does not, and R2 where all rows have the same value.
@@ -65,6 +75,7 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
         ProbeError: a probability is not a number.
     """
     check_numbers(torch.from_numpy(np.asarray(probs)))
+    ranked = probs if ranked is None else ranked
     if config.problem_type == "regression":
         return {
             "mse": float(sk.mean_squared_error(labels, probs)),
@@ -94,10 +105,10 @@ def score(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[st
         "f1": float(f1),
         "precision": float(precision),
         "recall": float(recall),
-        "auprc": float(np.mean([sk.average_precision_score(one_hot[:, c], probs[:, c]) for c in occurring]))
+        "auprc": float(np.mean([sk.average_precision_score(one_hot[:, c], ranked[:, c]) for c in occurring]))
         if occurring
         else None,
-        "auroc": float(np.mean([sk.roc_auc_score(one_hot[:, c], probs[:, c]) for c in occurring]))
+        "auroc": float(np.mean([sk.roc_auc_score(one_hot[:, c], ranked[:, c]) for c in occurring]))
         if occurring
         else None,
     }
@@ -116,28 +127,33 @@ def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeCo
     return one_hot[labels.astype(int)], one_hot[predicted]
 
 
-def label_scores(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, Any]]:
+def label_scores(
+    probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
+) -> dict[str, dict[str, Any]]:
     """Each label against all others, by name, for a head of classes.
+
+    Args:
+        probs, labels, ranked: as for `score`.
 
     Returns:
         `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are `None` where the label
         holds in no row or in all.
     """
     truth, predicted = (x.astype(int) for x in truth_and_predictions(probs, labels, config))
-    scores = {}
+    ranked, scores = probs if ranked is None else ranked, {}
     for index, name in config.id2label.items():
-        holds, scored = truth[:, index], probs[:, index]
+        holds, scored = truth[:, index], ranked[:, index]
         precision, recall, f1, _ = sk.precision_recall_fscore_support(
             holds, predicted[:, index], average="binary", zero_division=0.0
         )
-        ranked = 0 < holds.sum() < len(holds)
+        defined = 0 < holds.sum() < len(holds)
         scores[name] = {
             "rows": int(holds.sum()),
             "f1": float(f1),
             "precision": float(precision),
             "recall": float(recall),
-            "auprc": float(sk.average_precision_score(holds, scored)) if ranked else None,
-            "auroc": float(sk.roc_auc_score(holds, scored)) if ranked else None,
+            "auprc": float(sk.average_precision_score(holds, scored)) if defined else None,
+            "auroc": float(sk.roc_auc_score(holds, scored)) if defined else None,
         }
     return scores
 

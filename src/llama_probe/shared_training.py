@@ -16,14 +16,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .capture import collect_hidden_states, find_decoder, is_tensor_parallel
-from .decision import probabilities
 from .distributed import barrier, broadcast, gather, is_main, rank, world_size
 from .errors import ProbeError
 from .features import ProbeCollator, SharedStates, counted_tokens
 from .files import write_atomically
 from .heads import get_probe_type
 from .learners import Candidate, History, Learner
-from .metrics import check_metric, score
+from .metrics import check_metric, score_logits
 
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -199,7 +198,7 @@ class SharedTraining:
         values = []
         for found, learner in zip(logits, learners, strict=True):
             config = learner.probe.config
-            values.append(score(probabilities(torch.cat(found), config).numpy(), labels, config)[self.metric])
+            values.append(score_logits(torch.cat(found), labels, config)[self.metric])
         return values
 
     def _batches(self, dataset: Dataset, rows: np.ndarray) -> list[list[int]]:

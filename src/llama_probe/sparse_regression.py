@@ -68,7 +68,8 @@ def fit_path(
         x (`torch.FloatTensor` of shape `[rows, features]`): standardised.
         loss: mean loss over the rows of fp64 outputs `[rows, outputs]`; smooth and convex.
         strengths: of the penalty, descending: each starts from the one before.
-        tolerance: the gradient of every weight meets the conditions of a minimum to this share of the strength.
+        tolerance: the gradient of every weight meets the conditions of a minimum to this share of the strength, where
+            `max_iterations` suffice: of features that hardly differ they may not.
         max_iterations: of each strength and set of features.
 
     Returns:
@@ -111,14 +112,14 @@ def _value_and_gradient(loss: Loss, z: torch.Tensor) -> tuple[float, torch.Tenso
     with torch.enable_grad():
         value = loss(z)
         (gradient,) = torch.autograd.grad(value, z)
-    return float(value.detach()), gradient.float()
+    return float(value.detach()), gradient
 
 
 def _slope(x: torch.Tensor, loss: Loss, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Gradient of the loss in each weight: `[outputs, features]`."""
     used = (weight != 0).any(dim=0)
     _, gradient = _value_and_gradient(loss, x[:, used] @ weight[:, used].T + bias)
-    return gradient.T @ x
+    return gradient.T.to(x.dtype) @ x
 
 
 def _minimize(
@@ -130,10 +131,14 @@ def _minimize(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FISTA from a starting point, over all columns of `x`."""
-    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)  # the last weight is the bias
-    current = torch.cat([weight, bias[:, None]], dim=1)
-    limit = torch.full((x.shape[1],), l1)
+    """FISTA from a starting point, over all columns of `x`.
+
+    In fp64: in fp32 the steps are lost in rounding where the features are alike and the penalty is weak, far from a minimum.
+    """
+    dtype = x.dtype
+    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1).double()  # the last weight is the bias
+    current = torch.cat([weight, bias[:, None]], dim=1).double()
+    limit = torch.full((x.shape[1],), l1, dtype=x.dtype)
     limit[-1] = 0.0
     # Logistic losses curve by at most 1/4 an output and 1/2 a softmax. Where that is too little, steps get shorter.
     curvature = 0.25 * _largest_eigenvalue(x) / len(x)
@@ -149,11 +154,11 @@ def _minimize(
             step = new - point
             z_new = x @ new.T
             bound = value + float((slope * step).sum() + curvature / 2 * step.square().sum())
-            still = not float(step.abs().max()) > 1e-6 * (1 + float(point.abs().max()))  # or not a number
-            if still or float(loss(z_new.double())) <= bound + 1e-6 * abs(value):
+            still = not float(step.abs().max()) > 1e-12 * (1 + float(point.abs().max()))  # or not a number
+            if still or float(loss(z_new)) <= bound + 1e-6 * abs(value):
                 break
             curvature *= 2
-        # at a minimum, or as close as fp32 goes
+        # at a minimum, or as close as fp64 goes
         done = still or float(step.abs().max()) * curvature <= enough
         if float((step * (new - current)).sum()) < 0:  # the momentum leads away from the minimum
             momentum = 1.0
@@ -163,12 +168,13 @@ def _minimize(
         current, z, momentum = new, z_new, following
         if done:
             break
+    current = current.to(dtype)
     return current[:, :-1], current[:, -1]
 
 
 def _largest_eigenvalue(x: torch.Tensor, iterations: int = 15) -> float:
     """Of `x^T x`, by power iteration from a fixed start: close from below."""
-    vector = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0))
+    vector = torch.randn(x.shape[1], dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     value = 1.0
     for _ in range(iterations):
         vector = x.T @ (x @ vector)

@@ -63,7 +63,7 @@ def read_table(
     except ProbeError:
         raise
     except Exception as error:  # the loaders raise dozens of types for bad input
-        if any(words in reason(error) for words in ("StopIteration", "corresponds to no data")):
+        if any(words in reason(error) for words in ("StopIteration", "corresponds to no data", "No columns to parse")):
             raise ProbeError(f"{source} holds no rows") from error
         message = f"{source} cannot be read as a file, a folder or a Hub data set: {reason(error)}"
         if "/" not in source:

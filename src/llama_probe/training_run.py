@@ -28,7 +28,7 @@ from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rul
 from .distributed import check_shared, is_main, on_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
-from .features import PromptDataset, StateCache
+from .features import PromptDataset, StateCache, check_cache
 from .files import check_output, environment, save_head, write_atomically
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier
@@ -84,6 +84,7 @@ class TrainingRun:
     def __post_init__(self):
         if not self.seeds or min(self.seeds) < 0 or max(self.seeds) >= 2**32:
             raise ProbeError(f"seeds={self.seeds} must be whole numbers from 0 and below 2**32, and at least one")
+        check_cache(self.cache, self.cache_dir)
 
     def execute(self) -> dict[str, Any]:
         """Runs it.
@@ -343,7 +344,8 @@ class TrainingRun:
 
     def _halting(self, probe: ProbeModel, prepared: Prepared) -> dict[str, Any]:
         """Rules to end replies by, from the validation rows, and what they do to the test rows; see `halting_rules`."""
-        limit = self.recipe.max_false_positive_rate or MAX_FALSE_HALTS
+        rate = self.recipe.max_false_positive_rate
+        limit = MAX_FALSE_HALTS if rate is None else rate
         followed = {
             name: follow_replies(probe, prepared.datasets[name], prepared.reply_lengths[name], prepared.lm)
             for name in ("validation", "test")

@@ -16,7 +16,7 @@ from .configuration import ProbeConfig
 from .data import LabelledTexts, read_labelled
 from .data_sources import DataSources
 from .errors import ProbeError
-from .features import PromptDataset, StateCache
+from .features import PromptDataset, StateCache, check_cache
 from .fingerprint import describe
 from .known_data import BENCHMARKS, Benchmark, find_benchmark
 from .prompts import PromptFormat
@@ -57,6 +57,7 @@ class Workbench:
             raise ProbeError(f"seeds={self.seeds} must be numbers, each once, and at least one")
         if self.max_rows is not None and self.max_rows < 1:
             raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
+        check_cache(self.cache, self.cache_dir)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import print_table
-from .options import DATA, Backbone, DataDir, Dtype, Json, Probe, PromptColumn
+from .options import DATA, Backbone, DataDir, Dtype, Json, Probe, PromptColumn, Split, split_of
 
 
 _MAX_CONFUSION = 12  # labels up to which the confusion matrix is printed
@@ -26,7 +26,7 @@ def evaluate(
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
     prompt_column: PromptColumn = None,
-    split: Annotated[str, typer.Option(help="Split of a named or Hub data set, or of a folder.")] = "test",
+    split: Split = None,
     data_dir: DataDir = None,
     slice_column: Annotated[
         list[str] | None,
@@ -67,7 +67,8 @@ def evaluate(
         config = head.config
         names = list(config.id2label.values())
         kind = config.problem_type
-        rows = read_labelled(data, text_column, label_column, names, kind, split, data_dir, prompt_column)
+        part = split_of(data, split)
+        rows = read_labelled(data, text_column, label_column, names, kind, part, data_dir, prompt_column)
         for condition in where or []:
             column, equals, value = condition.partition("=")
             if not equals:

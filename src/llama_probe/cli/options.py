@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..known_data import BENCHMARKS
+from ..errors import ProbeError
+from ..known_data import BENCHMARKS, find_benchmark
 
 
 Backbone = Annotated[str, typer.Option(help="'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id.")]
@@ -25,10 +26,29 @@ PromptColumn = Annotated[
     str | None,
     typer.Option(help="Column of the prompts, where the texts are the replies to them; for heads that read replies."),
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of a named or Hub data set, or of a folder.", show_default="test"),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
 
 # What a data argument may be, for its help.
 DATA = f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub id"
+
+
+def split_of(data: str, split: str | None) -> str:
+    """The split to read of a data argument: `test` where `split` is left out.
+
+    Raises:
+        ProbeError: the argument has no splits to choose from, or names one itself.
+    """
+    if split is None:
+        return "test"
+    if Path(data).is_file():
+        raise ProbeError(f"--split {split}: {data} is a file, all of which is read; leave --split out")
+    if (known := find_benchmark(data)) is not None and known[1] is not None:
+        raise ProbeError(f"--split {split}: {data} names a split already; leave one out")
+    return split
 
 
 def command_line() -> str:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import print_table
-from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn
+from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn, Split, split_of
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def plot(
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
     prompt_column: PromptColumn = None,
-    split: Annotated[str, typer.Option(help="Split of a named or Hub data set, or of a folder.")] = "test",
+    split: Split = None,
     data_dir: DataDir = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -67,6 +67,18 @@ def plot(
     texts = text or []
     if not all(item.strip() for item in texts):
         raise ProbeError("a text is empty; give one with words in it")
+    of_data = {
+        "--text-column": text_column != "text",
+        "--label-column": label_column != "label",
+        "--prompt-column": prompt_column is not None,
+        "--split": split is not None,
+        "--data-dir": data_dir is not None,
+    }
+    if data is None and (given := [name for name, is_given in of_data.items() if is_given]):
+        raise ProbeError(
+            f"there are no rows that {', '.join(given)} could be for: name them with --data, or leave it out"
+        )
+    part = None if data is None else split_of(data, split)
     check_writable(output, "the plots")
     new_figure()  # says what to install
     readings, rows = [], None
@@ -79,7 +91,7 @@ def plot(
 
             names = list(head.config.id2label.values())
             kind = head.config.problem_type
-            rows = read_labelled(data, text_column, label_column, names, kind, split, data_dir, prompt_column)
+            rows = read_labelled(data, text_column, label_column, names, kind, part, data_dir, prompt_column)
         elif not texts and not inspection:
             raise ProbeError(
                 f"{probe} keeps no measurements to draw; give texts to read, or labelled rows with --data"
@@ -88,7 +100,7 @@ def plot(
             lm, tokenizer = load_backbone(backbone, dtype)
             model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
             if rows is not None:
-                inspection = {"split": _data_name(data, split), **_measure(model, tokenizer, name, rows)}
+                inspection = {"split": _data_name(data, part), **_measure(model, tokenizer, name, rows)}
             readings = read_texts(model, tokenizer, texts) if texts else []
     drawings, notes = _of_head(probe, head.config, inspection, kept=data is None)
     drawings = [*(item for i, reading in enumerate(readings) for item in _of_text(reading, i + 1)), *drawings]

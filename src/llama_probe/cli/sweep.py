@@ -45,8 +45,13 @@ def sweep(
     metric: Annotated[str | None, typer.Option(help="Validation metric to compare by.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws, the split, the weights and the order of rows.")] = 0,
     dtype: Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
-    cache: Annotated[bool, typer.Option(help="Keep the states on disk instead of a pass an epoch.")] = False,
-    cache_dir: Annotated[Path | None, typer.Option(help="With --cache: keep them here for later runs.")] = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep the states on disk instead of a pass an epoch; left out, only where --cache-dir is given."
+        ),
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep the states here for later runs.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a sweep that was stopped.")] = False,
     license: Annotated[str | None, typer.Option(help="Licence of the best head, for its card.")] = None,
     as_json: Json = False,
@@ -85,7 +90,7 @@ def sweep(
         max_length=max_length,
         dtype=dtype,
         seeds=[seed],
-        cache=cache or cache_dir is not None,
+        cache=cache_dir is not None if cache is None else cache,
         cache_dir=cache_dir,
         card=facts,
     )
