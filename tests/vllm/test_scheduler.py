@@ -104,6 +104,16 @@ def test_halted_requests_end_without_a_token(scheduler):
     assert "bad" not in scheduler.requests and scheduler.connector.answer("bad") is None
 
 
+def test_a_score_that_is_no_number_halts_its_prompt_and_no_other(scheduler):
+    add(scheduler, "odd", 5)
+    add(scheduler, "fine", 6)
+    out = answer(scheduler, scheduler.schedule(), {"odd": [float("nan"), float("nan")], "fine": FINE})
+    assert (out["odd"].new_token_ids, out["odd"].stop_reason) == ([], "guard")
+    said = out["odd"].kv_transfer_params
+    assert "gives no number" in said["probes"]["guard"]["error"] and said["halted"]["score"] is None
+    assert out["fine"].new_token_ids == [7] and out["fine"].kv_transfer_params["halted"] is None
+
+
 def test_who_waits_for_the_end_gets_the_scores_there(scheduler):
     add(scheduler, "whole", 5, RequestOutputKind.FINAL_ONLY)
     outs = []

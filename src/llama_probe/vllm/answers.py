@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..decision import ProbeOutput, verdict
+from ..decision import ProbeOutput, check_numbers, verdict
+from ..errors import ProbeError
 from ..halting import Halt
 from .settings import ProbeSettings
 
@@ -30,9 +31,14 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
             probes[name] = {"error": logits}
             continue
         config = settings.configs[name]
-        outputs[name] = ProbeOutput.from_logits(torch.tensor([logits]), config)
-        said = verdict(outputs[name].labels[0], outputs[name].probabilities[0].tolist(), config)
-        probes[name] = {"logits": logits, **said}
+        output = ProbeOutput.from_logits(torch.tensor([logits]), config)
+        try:
+            check_numbers(output.logits)
+        except ProbeError as error:  # one prompt's affair, which must not end the engine
+            probes[name] = {"error": str(error)}
+            continue
+        outputs[name] = output
+        probes[name] = {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
     if settings.halt_on is None:
         return {"probes": probes}
     halts = (
