@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,16 +14,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .configuration_llama_probe import PROMPT_FORMATS, ProbeConfig
+from .configuration_llama_probe import HALF_PAIR, PROMPT_FORMATS, ProbeConfig
 from .errors_llama_probe import ProbeError
 
 
 logger = logging.get_logger(__name__)
 
 Text = str | list[dict[str, str]]
-
-# As JSON may spell them, and as bytes that are not UTF-8 come from a command line. Tokenizers take no text with one.
-_HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
 # Texts that share neither their first nor their last token; what all their prompts share is the template's own.
 _DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.")
@@ -206,7 +202,7 @@ class PromptFormat:
         return self._tokens(rendered, add_special_tokens=False)
 
     def _tokens(self, text: str, **kwargs) -> list[int]:
-        if half := _HALF_PAIR.search(text):
+        if half := HALF_PAIR.search(text):
             raise ProbeError(
                 f"{text[:60]!r} is no text: {half.group()!r} is half of a character. Was it read as UTF-8, and is it?"
             )
@@ -228,7 +224,7 @@ def _check_text(text: Text) -> None:
     if isinstance(text, str):
         return
     turns = text if isinstance(text, Sequence) else []
-    if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns):
+    if not turns or not all(map(_has_role, turns)):
         raise ProbeError(
             "a prompt is a text, or a list of chat messages, [{'role': 'user', 'content': ...}, ...]; "
             f"there is {str(text)[:40]!r} ({type(text).__name__})"
@@ -267,18 +263,21 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def is_text(value: Any) -> bool:
     """Whether it is a text, or a list of chat messages."""
     if isinstance(value, str):
-        return _HALF_PAIR.search(value) is None
+        return HALF_PAIR.search(value) is None
     return isinstance(value, list) and len(value) > 0 and all(map(_is_turn, value))
 
 
 def _is_turn(turn: Any) -> bool:
     """Whether it has a role, and says something or calls a tool: a template may know how to write that."""
     return (
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
+        _has_role(turn)
         and (turn.get("content") is not None or bool(turn.get("tool_calls")))
         and (not isinstance(turn.get("content"), str) or is_text(turn["content"]))
     )
+
+
+def _has_role(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
 
 
 def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> None:

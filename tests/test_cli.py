@@ -47,43 +47,6 @@ def test_train_writes_a_head_folder(trained):
     assert set(results["summary"]["test"]["slices"]["half"]) == {"0", "1"}
 
 
-def test_sweep(rows, backbone_folder, tmp_path):
-    arguments = (
-        "sweep", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--probe-type", "gate", "--probe-type",
-        "attentive", "--trials", 3, "--epochs", 2, "--output", tmp_path / "sweep",
-    )  # fmt: skip
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert "3 configurations by validation auprc" in done.stdout and "--probe-type" in done.stdout
-    best = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"][0]
-    trained = call(
-        "train", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--output", tmp_path / "head",
-        "--epochs", 1, *best["options"].split(),
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
-    assert read_config(tmp_path / "head").probe_type == best["params"]["probe_type"]
-    again = call(*arguments)
-    assert again.returncode == 2 and "go on with --resume" in again.stderr
-
-
-def test_reproduce(backbone_folder, tmp_path):
-    for split, count in (("train", 40), ("validation", 12), ("test", 12)):
-        lines = [json.dumps({"text": f"{'good' if i % 2 else 'bad'} no {i}", "label": i % 2}) for i in range(count)]
-        (tmp_path / "imdb").mkdir(exist_ok=True)
-        (tmp_path / "imdb" / f"{split}.jsonl").write_text("\n".join(lines))
-    done = run(
-        "reproduce", "--backbone", backbone_folder, "--data", "imdb", "--data-dir", tmp_path, "--methods", "tfidf, gate",
-        "--only", "main,layers", "--seeds", 2, "--epochs", 1, "--output", tmp_path / "out", "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert list(report["main"]["imdb"]) == ["tfidf", "gate"] and len(report["main"]["imdb"]["gate"]["runs"]) == 2
-    assert report["command"].startswith("llama-probe reproduce --backbone") and str(tmp_path) not in report["command"]
-    assert report["command"] in (tmp_path / "out" / "report.md").read_text()
-    for png in tmp_path.rglob("*.png"):
-        assert png.parent == tmp_path / "out"
-
-
 def test_benchmark(trained, backbone_folder, tmp_path):
     args = (
         "benchmark", "--backbone", backbone_folder, "--probe", trained[0], "--kind", "mha", "--many", 2, "--tokens", 8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 
 # A guard against hostile files, far above any model: sizes past it are refused before anything is built from them.
 MAX_SIZE = 2**20
+
+# As JSON may spell them, and as bytes that are not UTF-8 come from a command line. Tokenizers and UTF-8 take no text with one.
+HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass
@@ -283,8 +287,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text that can be shown and saved: JSON may spell out half of a character, which UTF-8 has none for."""
-    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+    """Whether it is a text that can be shown and saved."""
+    return isinstance(value, str) and HALF_PAIR.search(value) is None
 
 
 def _is_int_list(value: Any) -> bool:

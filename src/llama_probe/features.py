@@ -310,14 +310,15 @@ def iterate_states(
         raise ProbeError(
             "these rows have ids and no hidden states: they need a backbone, ProbeModel(config, backbone=...)"
         )
-    prompts = [dataset[row]["input_ids"] for row in range(len(dataset))]
+    prompts, unread = [], []
+    for first in range(0, len(dataset), _AT_ONCE):
+        part = [dataset[row] for row in range(first, min(first + _AT_ONCE, len(dataset)))]
+        prompts += [row["input_ids"] for row in part]
+        if lm is not None:
+            unread += counted_tokens(config, collate(part)).int().argmax(dim=1).tolist()
     if lm is None:
         passes = [Pass(rows) for rows in length_batches([len(ids) for ids in prompts], batch_tokens)]
     else:
-        unread = []
-        for first in range(0, len(dataset), _AT_ONCE):
-            part = collate([dataset[row] for row in range(first, min(first + _AT_ONCE, len(dataset)))])
-            unread += counted_tokens(config, part).int().argmax(dim=1).tolist()
         passes = plan_passes(lm, prompts, unread, batch_tokens)
         layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
     what = "scoring" if lm is None else "hidden states"
