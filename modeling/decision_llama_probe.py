@@ -57,14 +57,17 @@ def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     return (log_p - torch.log1p(-log_p.exp().clamp_max(0.75))).scatter(-1, index, best - others)
 
 
+NO_NUMBER_BECAUSE = (
+    "its training ran away (a lower learning rate helps), or states of the backbone are too large for its dtype (float32 and "
+    "bfloat16 hold more than float16)"
+)
+
+
 def check_numbers(scores: torch.Tensor) -> None:
     """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and
     cannot be measured."""
     if wrong := int((~scores.isfinite()).any(dim=-1).sum()):
-        raise ProbeError(
-            f"the head gives no number for {wrong} of {len(scores)} rows: its training ran away (a lower learning rate helps), or "
-            "states of the backbone are too large for its dtype (float32 and bfloat16 hold more than float16)"
-        )
+        raise ProbeError(f"the head gives no number for {wrong} of {len(scores)} rows: {NO_NUMBER_BECAUSE}")
 
 
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:

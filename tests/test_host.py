@@ -42,6 +42,8 @@ def test_switching_and_deleting(model, prompts):
     assert model.active_probes == ["b", "a"]
     model.delete_probe("b")
     assert model.active_probes == ["a"] and list(model.probes) == ["a"]
+    del model.probes["a"]  # an `nn.ModuleDict` cannot be kept from that
+    assert model.active_probes == []
 
 
 @pytest.mark.parametrize("scope", ["prompt", "all"])

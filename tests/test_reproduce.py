@@ -262,6 +262,10 @@ def test_at_most_so_many_rows(reproduction, tmp_path):
         ({"max_rows": 0}, "max_rows=0"),
         ({"chosen": ["few-shot"], "shots": 30}, "few-shot prompting wants 30: use more rows, or fewer with --shots"),
         ({"only": ["sensitivity"], "sweep": "nowhere"}, "nowhere holds no sweep.json"),
+        (
+            {"only": ["sensitivity"], "sweep": "nowhere", "trials": 12},
+            "trials=12 is for a search, and sweep=nowhere is read",
+        ),
         ({"data": ["emotion"], "only": ["ood", "main"]}, "ood needs heads trained on one of toxicchat"),
         ({"chosen": ["zero-shot"], "only": ["main", "ood"]}, "ood has nothing to do for methods=zero-shot"),
         ({"chosen": ["pooling"], "only": ["layers"]}, "layers has nothing to do for methods=pooling"),

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer
 from llama_probe import ProbeError
 from llama_probe.files import save_head
 from llama_probe.input_files import InputFile
+from llama_probe.modeling import ProbedGenerationMixin
 from llama_probe.prompts import PromptFormat
 from llama_probe.scoring_job import MANIFEST_NAME, ScoringJob, TextScorer
 
@@ -187,6 +189,35 @@ class TestScores:
         rows = read(tmp_path / "out")
         assert [row["mood_label"] is None for row in rows] == [False, True, True, True]
         assert rows[1]["mood_probabilities"] is None
+
+    def test_rows_whose_scores_are_no_numbers(self, tmp_path, backbone_folder, heads, monkeypatch, caplog):
+        """One among millions is no reason to score none; in the file it is empty, and a warning says which row it is."""
+
+        def overflowing(model, input_ids, **kwargs):
+            outputs = classify(model, input_ids=input_ids, **kwargs)
+            outputs["mood"].logits[(input_ids == token).any(dim=1), 0] = float("nan")
+            return outputs
+
+        classify = ProbedGenerationMixin.classify
+        token = AutoTokenizer.from_pretrained(backbone_folder)("#", add_special_tokens=False).input_ids[-1]
+        rows = [{"text": text} for text in (*texts(5), "#", None, *texts(3), "and #")]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        monkeypatch.setattr(ProbedGenerationMixin, "classify", overflowing)
+        with caplog.at_level("WARNING"):
+            job(backbone_folder, heads[:2], [tmp_path / "a.jsonl"], tmp_path / "out", chunk_rows=6).execute()
+        rows = read(tmp_path / "out")
+        assert [row["row"] for row in rows if row["mood_label"] is None] == [5, 6, 10]
+        assert [row["row"] for row in rows if row["mood_probabilities"] is None] == [5, 6, 10]
+        assert [row["row"] for row in rows if row["topics_label"] is None] == [6], (
+            "the other head's scores are numbers"
+        )
+        assert all(math.isfinite(score) for row in rows for score in (row["mood_probabilities"] or {}).values())
+        told = [record.message for record in caplog.records if "left empty" in record.message]
+        assert (
+            len(told) == 2
+            and "mood_label, mood_probabilities left empty for 1 rows (5)" in told[0]
+            and "(10)" in told[1]
+        )
 
     def test_a_text_with_half_of_a_character(self, tmp_path, backbone_folder, heads):
         (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "half \\ud83d"}')

@@ -53,7 +53,10 @@ class ProbeHostMixin:
     @property
     def active_probes(self) -> list[str]:
         """Names of the heads that run, in the order in which they were attached or activated."""
-        return list(self._active_probes)
+        probes = self.probes
+        return [
+            name for name in self._active_probes if name in probes
+        ]  # `del model.probes[name]` leaves it among the active
 
     def set_active_probes(self, names: str | Iterable[str]) -> None:
         """Chooses the heads that run. An empty list turns the model into the plain LM until the next call.

@@ -54,7 +54,7 @@ class Reproduction:
         methods: names from `method_names`; all where left out.
         only: some of `PARTS`; all where left out.
         epochs, patience: of heads. shots: examples a label of few-shot prompting.
-        trials: configurations of the search for `sensitivity`.
+        trials: configurations of the search for `sensitivity`; 12 where left out.
         sweep: folder of a sweep to read instead.
         command: as it was typed.
 
@@ -70,7 +70,7 @@ class Reproduction:
     epochs: int = 6
     patience: int = 3
     shots: int = 4
-    trials: int = 12
+    trials: int | None = None
     sweep: Path | None = None
     command: str = ""
     comparison: Comparison = field(init=False)
@@ -86,6 +86,11 @@ class Reproduction:
             raise ProbeError(f"data={','.join(self.data)} must be names of data sets, each once, and at least one")
         for source in self.data:
             known_source(source)
+        if self.trials is not None and self.sweep is not None:
+            raise ProbeError(
+                f"trials={self.trials} is for a search, and sweep={self.sweep} is read instead of one: leave one of them out"
+            )
+        self.trials = 12 if self.trials is None else self.trials
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
         if self.sweep is not None and not (Path(self.sweep) / SWEEP_NAME).is_file():

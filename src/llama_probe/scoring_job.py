@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .auto_class import AutoModelForProbedGeneration
 from .backbones import backbone_target, load_backbone
+from .decision import NO_NUMBER_BECAUSE, ProbeOutput
 from .distributed import barrier, check_shared, is_main, on_main, process_group, rank, world_size
 from .errors import ProbeError
 from .files import write_atomically
@@ -29,6 +32,8 @@ from .prompts import PromptFormat, Text, check_alike, exchange, is_text, pad_pro
 from .resolve import read_heads
 from .scope import prompt_masks, tokens_read
 
+
+logger = logging.get_logger(__name__)
 
 # Readers of a folder of parquet files leave out what begins with an underscore.
 MANIFEST_NAME = "_manifest.json"
@@ -64,9 +69,10 @@ class TextScorer:
 
         Returns:
             For each head `NAME_label` - a label, a list of labels (multi-label) or `None` - and `NAME_probabilities`, by
-            label; for regression `NAME_values`, by label. `None` where a text was not scored.
+            label; for regression `NAME_values`, by label. `None` where a text was not scored, or where what the head gives is
+            no number: one such text among millions is no reason to score none.
         """
-        rows = [row for row, text in enumerate(texts) if (text.strip() if isinstance(text, str) else text)]
+        rows = [row for row, text in enumerate(texts) if not _is_blank(text)]
         encoded = self.prompt_format.encode_for(self.config, [texts[row] for row in rows])
         columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
         if not rows:
@@ -83,16 +89,20 @@ class TextScorer:
             outputs = self.model.classify(**part, cache=cache)
             for name, output in outputs.items():
                 config = self.heads[name].config
-                values = [
-                    dict(zip(config.id2label.values(), part, strict=True)) for part in output.probabilities.tolist()
-                ]
-                labels = [None] * len(batch) if config.problem_type == "regression" else output.labels
-                for i, label, value in zip(batch, labels, values, strict=True):
+                sound = output.logits.isfinite().all(dim=-1)
+                output = ProbeOutput.from_logits(output.logits[sound], config)
+                for i, label, values in zip(
+                    itertools.compress(batch, sound.tolist()),
+                    output.labels,
+                    output.probabilities.tolist(),
+                    strict=True,
+                ):
+                    by_label = dict(zip(config.id2label.values(), values, strict=True))
                     if config.problem_type == "regression":
-                        columns[f"{name}_values"][rows[i]] = value
+                        columns[f"{name}_values"][rows[i]] = by_label
                     else:
                         columns[f"{name}_label"][rows[i]] = label
-                        columns[f"{name}_probabilities"][rows[i]] = value
+                        columns[f"{name}_probabilities"][rows[i]] = by_label
         return columns
 
     def _unread(
@@ -186,7 +196,9 @@ class ScoringJob:
                     return (index + number) % world_size() == rank() and _part_name(index, number) not in done
 
                 for chunk in file.chunks(list(dict.fromkeys(needed)), self.chunk_rows, wanted):
-                    columns = scorer(self._texts(file, chunk))
+                    given = self._texts(file, chunk)
+                    columns = scorer(given)
+                    _warn_of_gaps(file, chunk, given, columns)
                     columns |= {
                         "file": [str(file.path)] * len(chunk),
                         "row": list(range(chunk.first_row, chunk.first_row + len(chunk))),
@@ -282,6 +294,23 @@ class ScoringJob:
         plan = {**plan, "complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
         _write_manifest(self.output / MANIFEST_NAME, plan)
         return plan
+
+
+def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], columns: dict[str, list[Any]]) -> None:
+    """Says which rows have a text and no score: in the output they look like those without a text."""
+    scored = [i for i, text in enumerate(texts) if not _is_blank(text)]
+    gaps = [i for i in scored if any(values[i] is None for values in columns.values())]
+    if gaps:
+        shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
+        empty = sorted(name for name, values in columns.items() if any(values[i] is None for i in gaps))
+        logger.warning(
+            f"{file.path}: {', '.join(empty)} left empty for {len(gaps)} rows ({shown}): the head gives no number there. "
+            f"{NO_NUMBER_BECAUSE}"
+        )
+
+
+def _is_blank(text: Text | None) -> bool:
+    return not (text.strip() if isinstance(text, str) else text)
 
 
 def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:

@@ -43,8 +43,12 @@ def reproduce(
     epochs: Annotated[int, typer.Option(help="Epochs of each head at most.")] = 6,
     patience: Annotated[int, typer.Option(help="A head stops after so many epochs without gain.")] = 3,
     shots: Annotated[int, typer.Option(help="Examples a label of few-shot prompting.")] = 4,
-    trials: Annotated[int, typer.Option(help="Configurations of the sweep for sensitivity.")] = 12,
-    sweep: Annotated[Path | None, typer.Option(help="Read sensitivity off this folder of a finished sweep.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Configurations of the sweep for sensitivity; 12 if left out.")
+    ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="Read sensitivity off this folder of a finished sweep, in place of one.")
+    ] = None,
     dtype: Dtype = "auto",
     cache: Annotated[
         bool, typer.Option(help="Run the backbone once over each row and keep its states on disk.")
