@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llama_probe import ProbeError
-from llama_probe.benchmark_report import (
+from llama_probe.benchmark.report import (
     benchmark_plot,
     by_load,
     check_output,

@@ -5,7 +5,7 @@ import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig
-from llama_probe.methods import HEADS
+from llama_probe.reproduction.methods import HEADS
 
 
 MASKS = {

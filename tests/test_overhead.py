@@ -6,10 +6,10 @@ from conftest import HIDDEN, VOCAB, make_lm
 from transformers import DynamicCache
 
 from llama_probe.auto_class import AutoModelForProbedGeneration
-from llama_probe.footprint import operations, peak_memory
+from llama_probe.benchmark.footprint import operations, peak_memory
+from llama_probe.benchmark.random_weights import held_bytes
+from llama_probe.benchmark.serving_systems import Load, fresh_config, plain_system, systems
 from llama_probe.head_group import HeadGroup
-from llama_probe.random_weights import held_bytes
-from llama_probe.serving_systems import Load, fresh_config, plain_system, systems
 
 
 CPU = torch.device("cpu")

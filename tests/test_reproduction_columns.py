@@ -1,6 +1,6 @@
 """Whether the paper's order of the methods holds in the numbers of a report."""
 
-from llama_probe.reproduction_columns import find_orders
+from llama_probe.reproduction.columns import find_orders
 
 
 class TestOrders:

@@ -1,6 +1,6 @@
 """What the report says of layer weights."""
 
-from llama_probe.reproduction_report import _layers
+from llama_probe.reproduction.report import _layers
 
 
 def test_errors_are_counted_by_what_their_layer_weights_are_near_to():

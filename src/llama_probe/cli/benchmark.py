@@ -67,8 +67,8 @@ def benchmark(
     """Measure what heads cost while the model serves: time, memory and operations, beside the plain model."""
     from transformers.utils import logging
 
-    from .. import benchmark_report
-    from ..benchmark import ServingBenchmark
+    from ..benchmark import report as benchmark_report
+    from ..benchmark.serving_benchmark import ServingBenchmark
 
     benchmark_report.check_output(output)
     verbosity = logging.get_verbosity()

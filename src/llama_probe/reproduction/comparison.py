@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..calibration import BEST_F1, calibrate
+from ..configuration import ProbeConfig
+from ..data import LabelledTexts
+from ..decision import predictions, probabilities
+from ..errors import ProbeError
+from ..evaluation import predict_together, report, score_together
+from ..files import is_head_folder, read_head, save_head
+from ..fitting import fit_classifier
+from ..metrics import summarize
+from ..probe import ProbeModel
+from ..shared_training import SharedTraining
+from ..training import ProbeLoss
 from .baselines import BASELINES, class_logits, fit_tfidf
-from .calibration import BEST_F1, calibrate
-from .configuration import ProbeConfig
-from .data import LabelledTexts
-from .decision import predictions, probabilities
-from .errors import ProbeError
-from .evaluation import predict_together, report, score_together
-from .files import is_head_folder, read_head, save_head
-from .fitting import fit_classifier
 from .learning_curves import SIZES, learning_curves
 from .methods import HeadMethod, head_methods
-from .metrics import summarize
 from .part_store import PartStore
-from .probe import ProbeModel
-from .shared_training import SharedTraining
-from .training import ProbeLoss
 from .workbench import Task, Workbench
 
 

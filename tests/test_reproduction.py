@@ -11,11 +11,11 @@ import pytest
 from llama_probe import ProbeError, paper
 from llama_probe.files import read_head
 from llama_probe.locks import claimed
-from llama_probe.methods import HEADS, HeadMethod
-from llama_probe.reproduce import TEST_SETS, Reproduction, summarize_trials
-from llama_probe.reproduction_columns import columns
+from llama_probe.reproduction.columns import columns
+from llama_probe.reproduction.methods import HEADS, HeadMethod
+from llama_probe.reproduction.reproduction import TEST_SETS, Reproduction, summarize_trials
+from llama_probe.reproduction.workbench import Task, Workbench
 from llama_probe.shared_training import SharedTraining
-from llama_probe.workbench import Task, Workbench
 
 
 FAST = ["tfidf", "prototypes", "layer-linear", "pooling", "gate"]
@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on(reproduction, tmp_path, monkeypatch):
             reproduction("cut").execute()
     assert "Not finished" in (tmp_path / "cut" / "report.md").read_text()
     with monkeypatch.context() as patch:  # the heads are finished now, a baseline is not
-        patch.setattr("llama_probe.baselines.fit_prototypes", lambda *args: 1 / 0)
+        patch.setattr("llama_probe.reproduction.baselines.fit_prototypes", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             reproduction("cut").execute()
     resumed = reproduction("cut")
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_other_rows_is_not_gone_on_from(reproduction, copies, tm
     shutil.copytree(copies, other)
     shutil.copy(copies / "toxicchat" / "test.jsonl.gz", other / "toxicchat" / "train.jsonl.gz")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("llama_probe.comparison.predict_together", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("llama_probe.reproduction.comparison.predict_together", lambda *args, **kwargs: 1 / 0)
         run(copies)
     epochs = []
     original = SharedTraining._train_epoch
@@ -297,7 +297,9 @@ def test_a_sweep_with_other_settings_is_refused(reproduction, tmp_path, monkeypa
     part = tmp_path / "out" / "parts" / "sensitivity.json"
     part.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("llama_probe.reproduce.Sweep", lambda *args, **kwargs: pytest.fail("it was finished"))
+        patch.setattr(
+            "llama_probe.reproduction.reproduction.Sweep", lambda *args, **kwargs: pytest.fail("it was finished")
+        )
         for changes, told in (({"trials": 4}, r"trials=2 \(now 4\)"), ({"patience": 1}, r"patience=3 \(now 1\)")):
             with pytest.raises(ProbeError, match=rf"out/sweep holds a sweep .*: {told}\. .* remove the folder"):
                 run(**changes)

@@ -7,8 +7,8 @@ from transformers import T5Config
 
 from llama_probe import ProbeError
 from llama_probe.auto_class import AutoModelForProbedGeneration
-from llama_probe.guard_pipeline import GuardPlan
-from llama_probe.serving_systems import Load, fresh_config, generate, plain_system, systems
+from llama_probe.benchmark.guard_pipeline import GuardPlan
+from llama_probe.benchmark.serving_systems import Load, fresh_config, generate, plain_system, systems
 
 
 CPU = torch.device("cpu")

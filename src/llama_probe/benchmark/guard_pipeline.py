@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .backbones import resolve_backbone
-from .errors import ProbeError
+from ..backbones import resolve_backbone
+from ..errors import ProbeError
 from .random_weights import SHAPES, model_dtype, random_model, read_model_config, weight_bytes
 
 

@@ -15,21 +15,21 @@ import numpy as np
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
-from .backbones import model_id
-from .capture import find_decoder
+from ..backbones import model_id
+from ..capture import find_decoder
+from ..distributed import launched
+from ..errors import ProbeError
+from ..files import environment, write_atomically
+from ..heads import get_probe_type
+from ..locks import claimed
+from ..recipe import Recipe
+from ..sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep
+from ..training_run import TrainingRun
 from .comparison import Comparison
-from .distributed import launched
-from .errors import ProbeError
-from .files import environment, write_atomically
-from .heads import get_probe_type
 from .learning_curves import SIZES
-from .locks import claimed
 from .methods import check_methods, downcast_methods, head_methods, method_names
 from .part_store import differences
-from .recipe import Recipe
-from .reproduction_report import write_report
-from .sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep
-from .training_run import TrainingRun
+from .report import write_report
 from .workbench import SAFETY, Task, Workbench, known_source
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama_probe.footprint import TensorMemory, operations, peak_memory
+from llama_probe.benchmark.footprint import TensorMemory, operations, peak_memory
 
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llama_probe import ProbeError, passes
 from llama_probe.data import LabelledTexts
 from llama_probe.known_data import BENCHMARKS
-from llama_probe.prompting import Example, Instruction, LabelPrompt, draw_examples, label_log_likelihoods
+from llama_probe.reproduction.prompting import Example, Instruction, LabelPrompt, draw_examples, label_log_likelihoods
 
 
 INSTRUCTION = Instruction("Is it nice?", ("No", "Yes, it is"))

@@ -8,7 +8,7 @@ from conftest import make_lm, make_prompts
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.features import PromptDataset
 from llama_probe.fingerprint import describe
-from llama_probe.learning_curves import draw_rows, learning_curves, summarize_curves
+from llama_probe.reproduction.learning_curves import draw_rows, learning_curves, summarize_curves
 
 
 KINDS = {"gate": {"probe_type": "gate"}, "attentive": {"probe_type": "attentive"}}
@@ -87,7 +87,7 @@ def test_a_head_does_not_depend_on_those_beside_it(lm, monkeypatch):
         trained.append(probes[-1])
         return [torch.zeros(20, 2)] * len(probes)
 
-    monkeypatch.setattr("llama_probe.learning_curves.predict_together", keep)
+    monkeypatch.setattr("llama_probe.reproduction.learning_curves.predict_together", keep)
     for heads in ({"gate": gate}, {"pooling": {"probe_type": "pooling"}, "gate": gate}):
         learning_curves(config, data, labels, data, labels, heads, (16,), (0,), lm)
     alone, beside = (probe.state_dict() for probe in trained)

@@ -18,15 +18,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .auto_class import AutoModelForProbedGeneration
-from .backbones import choose_device, load_backbone, model_id
-from .configuration import ProbeConfig
-from .errors import ProbeError
-from .files import environment
+from ..auto_class import AutoModelForProbedGeneration
+from ..backbones import choose_device, load_backbone, model_id
+from ..configuration import ProbeConfig
+from ..errors import ProbeError
+from ..files import environment
+from ..paper import serving_ratio
+from ..probe import ProbeModel
+from ..resolve import Target, read_heads
 from .footprint import operations, peak_memory
 from .guard_pipeline import GuardPlan
-from .paper import serving_ratio
-from .probe import ProbeModel
 from .random_weights import (
     check_fits,
     check_length,
@@ -36,7 +37,6 @@ from .random_weights import (
     read_model_config,
     weight_bytes,
 )
-from .resolve import Target, read_heads
 from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
 from .timing import Timing, Watch, latency, spread, time_pairs
 

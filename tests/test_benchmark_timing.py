@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama_probe.timing import Timing, Watch, latency, spread, time_call, time_pairs
+from llama_probe.benchmark.timing import Timing, Watch, latency, spread, time_call, time_pairs
 
 
 class Machine:

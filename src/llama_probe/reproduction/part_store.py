@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ProbeError
-from .files import write_atomically
+from ..errors import ProbeError
+from ..files import write_atomically
 
 
 @dataclass(frozen=True)

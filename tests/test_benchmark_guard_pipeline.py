@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from llama_probe import ProbeError
-from llama_probe.guard_pipeline import GuardPlan, guard_kind
+from llama_probe.benchmark.guard_pipeline import GuardPlan, guard_kind
 
 
 T5 = T5Config(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, T5Config
 
-from .backbones import check_dtype, resolve_backbone
-from .errors import ProbeError
+from ..backbones import check_dtype, resolve_backbone
+from ..errors import ProbeError
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbones import load_backbone, model_id
-from .configuration import ProbeConfig
-from .data import LabelledTexts, read_labelled
-from .data_sources import DataSources
-from .errors import ProbeError
-from .features import PromptDataset, StateCache, check_cache
-from .fingerprint import describe
-from .known_data import BENCHMARKS, Benchmark, find_benchmark
-from .prompts import PromptFormat
+from ..backbones import load_backbone, model_id
+from ..configuration import ProbeConfig
+from ..data import LabelledTexts, read_labelled
+from ..data_sources import DataSources
+from ..errors import ProbeError
+from ..features import PromptDataset, StateCache, check_cache
+from ..fingerprint import describe
+from ..known_data import BENCHMARKS, Benchmark, find_benchmark
+from ..prompts import PromptFormat
 
 
 # Compared by F1 and AUPRC of label 1, as in the paper; the others by accuracy.

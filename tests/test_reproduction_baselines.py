@@ -6,10 +6,10 @@ import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.baselines import class_logits, fit_prototypes, fit_tfidf, mean_states
 from llama_probe.data import LabelledTexts
 from llama_probe.evaluation import predict_logits, predict_together
 from llama_probe.features import PromptDataset, StateCache
+from llama_probe.reproduction.baselines import class_logits, fit_prototypes, fit_tfidf, mean_states
 
 
 def labelled(texts, labels, names=("a", "b"), problem_type="single_label_classification"):

@@ -3,7 +3,7 @@
 import pytest
 
 from llama_probe import ProbeError
-from llama_probe.part_store import PartStore
+from llama_probe.reproduction.part_store import PartStore
 
 
 def test_a_store_keeps_whole_parts(tmp_path):

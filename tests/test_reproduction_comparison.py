@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llama_probe.comparison import group_layers
+from llama_probe.reproduction.comparison import group_layers
 
 
 def test_layer_groups():

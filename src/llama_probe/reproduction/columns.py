@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from . import paper
-from .known_data import find_benchmark
+from .. import paper
+from ..known_data import find_benchmark
 from .workbench import SAFETY
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..configuration import ProbeConfig
+from ..errors import ProbeError
+from ..heads import get_probe_type, probe_types
+from ..learners import Candidate
+from ..recipe import KINDS, OTHER
+from ..training import ProbeLoss
 from .baselines import BASELINES
-from .configuration import ProbeConfig
-from .errors import ProbeError
-from .heads import get_probe_type, probe_types
-from .learners import Candidate
-from .recipe import KINDS, OTHER
-from .training import ProbeLoss
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import torch
 from conftest import make_lm, make_probe
 from transformers import BertConfig
 
-from llama_probe import ProbeError, benchmark
-from llama_probe.benchmark import Measured, ServingBenchmark, row
+from llama_probe import ProbeError
+from llama_probe.benchmark import serving_benchmark
+from llama_probe.benchmark.serving_benchmark import Measured, ServingBenchmark, row
+from llama_probe.benchmark.serving_systems import BASE, Load, System
+from llama_probe.benchmark.timing import Timing, Watch
 from llama_probe.files import save_head
-from llama_probe.serving_systems import BASE, Load, System
-from llama_probe.timing import Timing, Watch
 
 
 CPU = torch.device("cpu")
@@ -171,7 +172,7 @@ def test_refusals_come_before_any_work(folder, guard, changes, words, monkeypatc
 
 def test_what_does_not_fit_is_refused_before_any_work(folder, monkeypatch):
     monkeypatch.setattr(ServingBenchmark, "_load", lambda *_: pytest.fail("refused after work was done"))
-    monkeypatch.setattr(benchmark, "check_fits", lambda weights, device: asked.append(weights))
+    monkeypatch.setattr(serving_benchmark, "check_fits", lambda weights, device: asked.append(weights))
     asked = []
     with pytest.raises(pytest.fail.Exception):
         create(folder, guards=["t5-large", "llama-8b"], random_weights=True, dtype="bfloat16").execute()
@@ -184,7 +185,7 @@ def test_one_guard_at_a_time(folder, guard, tmp_path):
     import gc
     import weakref
 
-    from llama_probe.guard_pipeline import GuardPlan
+    from llama_probe.benchmark.guard_pipeline import GuardPlan
 
     alive, original = [], GuardPlan.load
 
@@ -205,12 +206,12 @@ def test_one_guard_at_a_time(folder, guard, tmp_path):
 
 def test_the_plain_model_is_the_plain_class(folder, monkeypatch):
     seen = []
-    original = benchmark.plain_system
+    original = serving_benchmark.plain_system
 
     def spy(plain, *args):
         seen.append(type(plain).__name__)
         return original(plain, *args)
 
-    monkeypatch.setattr(benchmark, "plain_system", spy)
+    monkeypatch.setattr(serving_benchmark, "plain_system", spy)
     report = create(folder).execute()
     assert seen == ["LlamaForCausalLM"] and report["rows"][0]["system"] == BASE

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import paper
-from .figure import explain, new_figure, png_writer
-from .files import check_writable, write_atomically
-from .markdown import table
+from .. import paper
+from ..figure import explain, new_figure, png_writer
+from ..files import check_writable, write_atomically
+from ..markdown import table
 from .serving_systems import AGAIN
 
 

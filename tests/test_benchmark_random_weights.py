@@ -5,8 +5,9 @@ import torch
 from conftest import make_lm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
-from llama_probe import ProbeError, paper, random_weights
-from llama_probe.random_weights import (
+from llama_probe import ProbeError, paper
+from llama_probe.benchmark import random_weights
+from llama_probe.benchmark.random_weights import (
     SHAPES,
     check_fits,
     check_length,

@@ -16,15 +16,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ProbeError
-from .lm_cache import repeat_cache
-from .passes import Pass, plan_passes
-from .prompts import constant_parts, pad_prompts
+from ..errors import ProbeError
+from ..lm_cache import repeat_cache
+from ..passes import Pass, plan_passes
+from ..prompts import constant_parts, pad_prompts
 
 
 if TYPE_CHECKING:
-    from .data import LabelledTexts
-    from .known_data import Benchmark
+    from ..data import LabelledTexts
+    from ..known_data import Benchmark
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from .configuration import ProbeConfig
-from .errors import ProbeError
-from .evaluation import predict_together
-from .learners import Candidate
-from .metrics import score_logits
-from .recipe import Recipe, complete
-from .shared_training import SharedTraining
-from .training import ProbeLoss
+from ..configuration import ProbeConfig
+from ..errors import ProbeError
+from ..evaluation import predict_together
+from ..learners import Candidate
+from ..metrics import score_logits
+from ..recipe import Recipe, complete
+from ..shared_training import SharedTraining
+from ..training import ProbeLoss
 
 
 SIZES = (16, 64, 256, 1024)

@@ -3,8 +3,9 @@
 import pytest
 from conftest import HIDDEN
 
-from llama_probe import ProbeConfig, ProbeError, methods
-from llama_probe.methods import HEADS, check_methods, downcast_methods, head_methods
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.reproduction import methods
+from llama_probe.reproduction.methods import HEADS, check_methods, downcast_methods, head_methods
 
 
 class TestMethods:

@@ -19,12 +19,12 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from torch import nn
 from torch.utils.data import Dataset
 
-from .configuration import ProbeConfig
-from .data import LabelledTexts
-from .errors import ProbeError
-from .features import iterate_states
-from .heads.aggregator import masked_mean
-from .metrics import score_logits
+from ..configuration import ProbeConfig
+from ..data import LabelledTexts
+from ..errors import ProbeError
+from ..features import iterate_states
+from ..heads.aggregator import masked_mean
+from ..metrics import score_logits
 from .prompting import Instruction, LabelPrompt, draw_examples, label_log_likelihoods
 
 

@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import paper
-from .figure import png_writer
-from .files import write_atomically
-from .known_data import find_benchmark
+from .. import paper
+from ..figure import png_writer
+from ..files import write_atomically
+from ..known_data import find_benchmark
+from ..markdown import table
+from ..plots import layer_groups_plot, learning_curves_plot, methods_plot, sensitivity_plot
+from .columns import Column, cell, columns, find_orders
 from .learning_curves import summarize_curves
-from .markdown import table
-from .plots import layer_groups_plot, learning_curves_plot, methods_plot, sensitivity_plot
-from .reproduction_columns import Column, cell, columns, find_orders
 
 
 REPORT_NAME, DATA_NAME = "report.md", "report.json"

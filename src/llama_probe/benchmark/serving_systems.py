@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
-from .configuration import ProbeConfig
-from .errors import ProbeError
+from ..configuration import ProbeConfig
+from ..errors import ProbeError
+from ..heads import get_probe_type
+from ..probe import ProbeModel
+from ..scope import token_mask
 from .guard_pipeline import Guard, GuardPlan
-from .heads import get_probe_type
-from .probe import ProbeModel
 from .random_weights import held_bytes
-from .scope import token_mask
 
 
 BASE, AGAIN = "base", "base again"

@@ -1,0 +1,1 @@
+"""`llama-probe benchmark`: what heads cost while a model serves, beside other ways to the same labels."""
