@@ -144,3 +144,12 @@ def test_lines_are_short(page):
 def test_every_page_is_on_the_first():
     listed = set(LINK.findall((DOCS / "README.md").read_text()))
     assert listed == set(PAGES) - {"README.md"}
+
+
+def test_every_module_has_its_place_on_the_map():
+    package, place = ROOT / "src" / "llama_probe", "## Where things are"
+    section = (ROOT / "CONTRIBUTING.md").read_text().split(place)[1].split("\n## ")[0]
+    named = [name for row in re.findall(r"^\| .*$", section, re.MULTILINE) for name in re.findall(r"`([\w/]+)`", row)]
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    packages = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert sorted(named) == sorted(modules | packages)
