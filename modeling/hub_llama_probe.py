@@ -140,9 +140,9 @@ def list_heads(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
         files = HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         return []
-    paths = [PurePosixPath(file) for file in files]
-    folders = [str(path.parent) for path in paths if path.name == CONFIG_NAME and ".." not in path.parts]
-    return sorted("" if folder == "." else folder for folder in folders)
+    paths = {PurePosixPath(file) for file in files}
+    folders = [path.parent for path in paths if path.name == CONFIG_NAME and ".." not in path.parts]
+    return sorted("" if str(folder) == "." else str(folder) for folder in folders if folder / WEIGHTS_NAME in paths)
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
@@ -224,7 +224,7 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
         where = "is not in the cache" + (f" at {revision}" if revision else "")
         raise ProbeError(
             f"{name} of {reference} {where}, and the Hub was not asked or not reached (local_files_only, HF_HUB_OFFLINE, "
-            "or no connection): fetch it once with a connection"
+            f"or no connection): fetch it once with a connection{_no_folder(reference)}"
         ) from None
     except EntryNotFoundError:
         raise ProbeError(_not_a_head(reference, name, options)) from None
@@ -239,11 +239,17 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
     except RepositoryNotFoundError:
         raise ProbeError(
             f"{reference.repo_id} does not exist on the Hub, or is private and this token may not read it: check the "
-            "name, and log in (hf auth login) or pass token="
+            f"name, and log in (hf auth login) or pass token={_no_folder(reference)}"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = hide_secrets(_first_line(error), options.token)
         raise ProbeError(f"{name} of {reference} could not be fetched: {reason}") from None
+
+
+def _no_folder(reference: HubReference) -> str:
+    """The end of a message where `a/b`, a Hub id as well, may have been meant for a folder."""
+    plain = reference.revision is None and reference.subfolder is None
+    return f"; there is no folder {reference} either" if plain and not Path(reference.repo_id).is_dir() else ""
 
 
 def _fetch_optional(reference: HubReference, name: str, commit: str | None, options: HubOptions) -> Path | None:

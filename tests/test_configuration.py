@@ -48,6 +48,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels=3 but id2label names 2"),
         ({"id2label": {0: "a", 2: "b"}}, "they must be 0 to 1"),
         ({"id2label": {0: "a", 1: "a"}}, "each once"),
+        (
+            {"id2label": {0: "a\x1b[31m", 1: "b"}},
+            r"the name 'a\\x1b\[31m'; a name must have no line breaks and control",
+        ),
+        ({"id2label": {0: "a", 1: "b\nc"}}, "must have no line breaks"),
         ({"id2label": {"zero": "a"}}, "indices"),
         ({"id2label": ["a", "b"]}, "must be a dict"),
         ({"layers": "some"}, "layers='some' must be 'all' or a list"),

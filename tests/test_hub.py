@@ -124,11 +124,12 @@ class TestPull:
     @pytest.mark.parametrize(
         "source, words",
         [
-            ("alice/nothing", "does not exist on the Hub"),
+            ("alice/nothing", "does not exist on the Hub.*; there is no folder alice/nothing either$"),
+            ("alice/nothing:mood", "does not exist on the Hub.*token=$"),
             (f"{REPO}@v9", "has no revision 'v9'"),
             (f"{REPO}:other", f"is not a head: it has no probe_config.json; heads in it: {REPO}"),
             ("alice/text", "is not a head: it has no probe_config.json$"),
-            ("alice/half", "has no probe_model.safetensors"),
+            ("alice/half", "has no probe_model.safetensors$"),
         ],
     )
     def test_what_is_not_there(self, hub, head, source, words):

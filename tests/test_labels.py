@@ -64,12 +64,14 @@ def test_values():
     assert read(cents) == ([[0.5], [2.0]], ["value"], "regression")
     assert read([0, 1], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
     assert read([False, True], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
+    assert read([0.5, 2], ["stars"], "regression") == ([[0.5], [2.0]], ["stars"], "regression")
 
 
 @pytest.mark.parametrize(
     "values, names, kind, words",
     [
-        ([0.93, 0.07], ["no", "yes"], None, "0.93 is no label of a single_label_classification"),
+        ([0.93, 0.07], ["no", "yes"], None, "0.93 is no label of a .*problem_type='regression'"),
+        ([0.5, 2.5], ["no", "yes"], "regression", r"one value, and label_names=\['no', 'yes'\] are 2 names"),
         ([0.5], None, "single_label_classification", "0.5 is no label"),
         ([[0.5]], None, None, "0.5 is no label of a multi_label_classification"),
         ([[1, 0, 1], [0, 1, 0]], None, None, "row 0 names a label twice.*no vector of zeros and ones"),

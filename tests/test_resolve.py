@@ -128,6 +128,8 @@ class TestAliasesWithoutAKind:
         make_lm().save_pretrained(tmp_path)
         model = AutoModel.from_pretrained(tmp_path, probe="mood")
         assert model.probes["mood"].config.probe_type == "gate"
+        with pytest.raises(ProbeError, match="; beside the backbone: mood-gate, mood-mha"):
+            model.load_probe("weather")
 
 
 class TestAliases:
@@ -182,7 +184,12 @@ class TestAliases:
         backbone = plain(hub)
         files = contents(make_probe(seed=6), tmp_path / "own")
         hub.plant(backbone, {f"mine/{name}": data for name, data in files.items()})
-        assert same_weights(AutoModel.from_pretrained(backbone, probe="mine").probes["mine"], make_probe(seed=6))
+        model = AutoModel.from_pretrained(backbone, probe="mine")
+        assert same_weights(model.probes["mine"], make_probe(seed=6))
+        with pytest.raises(
+            ProbeError, match=r"; beside the backbone: mine; .*probe_namespace= \(namespace= of load_probe\)"
+        ):
+            model.load_probe("weather")
 
     def test_damaged_settings(self, hub, named):
         named.parent.mkdir(parents=True)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,6 +192,11 @@ class ProbeConfig:
             raise ProbeError(f"id2label has the indices {sorted(self.id2label)}; they must be 0 to {len(names) - 1}")
         if not all(map(_is_text, names)) or len(set(names)) != len(names):
             raise ProbeError(f"id2label has the names {names!r}; they must be texts, each once")
+        if wrong := [name for name in names if any(unicodedata.category(sign) == "Cc" for sign in name)]:
+            # A head from the Hub could write to the terminal with them.
+            raise ProbeError(
+                f"id2label has the name {wrong[0]!r}; a name must have no line breaks and control characters"
+            )
         if self.num_labels is not None and self.num_labels != len(names):
             raise ProbeError(
                 f"num_labels={self.num_labels} but id2label names {len(names)} labels; leave num_labels out"

@@ -59,9 +59,16 @@ def read_labels(
             + (f"; {_NO_LISTS}" if not several and isinstance(values[0], str) else "")
         )
     if problem_type == "regression":
-        return _values(source, values), ["value"], problem_type
+        if label_names is not None and len(label_names) != 1:
+            raise ProbeError(
+                f"{source}: a regression has one value, and label_names={list(label_names)} are {len(label_names)} names"
+            )
+        return _values(source, values), list(label_names or ["value"]), problem_type
     if fractions:
-        raise ProbeError(f"{source}: {fractions[0]} is no label of a {problem_type}: these are whole numbers or texts")
+        values_hint = "" if several else "; for values give problem_type='regression' (--problem-type regression)"
+        raise ProbeError(
+            f"{source}: {fractions[0]} is no label of a {problem_type}: these are whole numbers or texts{values_hint}"
+        )
     if not all(isinstance(item, str) for item in flat):
         flat, names = _whole_numbers(source, flat, label_names, gaps=several)
     else:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,11 @@ def _unknown_alias(source, target, bundled, options, namespace, refused) -> str:
     backbone = (target.name_or_path or "this backbone") if target else None
     lines = [f"probe={source!r} is neither a folder nor a bundled head" + (f" for {backbone}" if target else "")]
     lines.append(f"bundled heads: {', '.join(bundled) or 'none'}")
+    for repository, at in _repositories(target, options, namespace=None):  # the backbone's own folder or repository
+        local = isinstance(repository, Path)
+        found = list(heads_in(repository)) if local else list_heads(repository, replace(options, revision=at))
+        if found := [head for head in found if head]:
+            lines.append(f"beside the backbone: {', '.join(found)}")
     others = {alias: read_config(folder) for alias, folder in bundled_heads().items() if alias not in bundled}
     if others:
         names = [
@@ -240,7 +245,7 @@ def _unknown_alias(source, target, bundled, options, namespace, refused) -> str:
             lines.append(str(refused))
     elif target:
         lines.append(
-            "set LLAMA_PROBE_NAMESPACE, or pass probe_namespace=, to look for user/"
+            "set LLAMA_PROBE_NAMESPACE, or pass probe_namespace= (namespace= of load_probe), to look for user/"
             f"{Path(target.name_or_path or 'backbone').name}-probes on the Hub"
         )
     return "; ".join(lines)
@@ -320,7 +325,10 @@ def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
             _check_place(source)
             name = name if name is not None else default_name(source)
         if check_name(name) in sources:
-            raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head to tell them apart")
+            raise ProbeError(
+                f"two heads are called {name!r}; pass a dict name -> head to tell them apart, or put one into a folder of "
+                "another name (llama-probe pull)"
+            )
         sources[name] = source
     return sources
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from .known_data import BENCHMARKS
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+_FILE = (
+    "Rows of another configuration, revision or split than a command reads come from a file: "
+    "load_dataset(ID, CONFIGURATION, split=..., revision=...).to_parquet('rows.parquet'), then give rows.parquet"
+)
 
 # Else words such as None and NA, which may be labels, are nothing, and the first 10,000 rows alone say what a column holds.
 _CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 2**31 - 1}
@@ -65,6 +71,12 @@ def read_table(
     except Exception as error:  # the loaders raise dozens of types for bad input
         if any(words in reason(error) for words in ("StopIteration", "corresponds to no data", "No columns to parse")):
             raise ProbeError(f"{source} holds no rows") from error
+        if configurations := re.search(r"available configs: \[(.*)\]", str(error)):
+            raise ProbeError(
+                f"{source} has several configurations ({configurations[1]}) and no default. {_FILE}"
+            ) from error
+        if re.match(r"[\w.-]+/[\w.-]+[:@]", source):
+            raise ProbeError(f"{source}: a Hub data set is named by its id alone, user/name. {_FILE}") from error
         message = f"{source} cannot be read as a file, a folder or a Hub data set: {reason(error)}"
         if "/" not in source:
             message += f" (data sets known by name: {', '.join(BENCHMARKS)})"

@@ -211,6 +211,7 @@ def _batches(
 
 
 def _halting_rules(words: list[str] | None) -> dict[str, dict[str, Any]] | None:
+    from ..resolve import check_name
 
     rules = {}
     for word in words or []:
@@ -218,6 +219,7 @@ def _halting_rules(words: list[str] | None) -> dict[str, dict[str, Any]] | None:
         label, _, threshold = rest.partition(":")
         options: dict[str, Any] = {"label": label} if label else {}
         try:
+            check_name(name)
             options |= {"threshold": float(threshold)} if threshold else {}
         except ValueError:
             raise ProbeError(f"--halt-on {word!r} must be HEAD, HEAD:LABEL or HEAD:LABEL:THRESHOLD") from None
