@@ -219,19 +219,6 @@ def test_wrong_sources(tmp_path):
         read_labelled(str(tmp_path / "bad.jsonl"))
 
 
-def test_configurations_and_revisions_are_not_guessed(tmp_path):
-    for name in ("en", "fr"):
-        (tmp_path / f"{name}.csv").write_text("text,label\na,0\n")
-    (tmp_path / "README.md").write_text(
-        "---\nconfigs:\n- config_name: en\n  data_files: en.csv\n- config_name: fr\n  data_files: fr.csv\n---\n"
-    )
-    with pytest.raises(ProbeError, match=r"has several configurations \('en', 'fr'\) and no default\. .*to_parquet"):
-        read_labelled(str(tmp_path))
-    for source in ("alice/mood@v1", "alice/mood:test"):
-        with pytest.raises(ProbeError, match=r"named by its id alone, user/name\. .*to_parquet"):
-            read_labelled(source)
-
-
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "folder/train.jsonl"])
 @pytest.mark.parametrize("encoding, byte", [("cp1252", "0xe9"), ("utf-16", "0xff")])
 def test_files_that_are_not_in_utf_8(tmp_path, name, encoding, byte):

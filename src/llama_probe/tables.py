@@ -6,6 +6,7 @@ import glob
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,34 @@ from .known_data import BENCHMARKS
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
-_FILE = (
-    "Rows of another configuration, revision or split than a command reads come from a file: "
-    "load_dataset(ID, CONFIGURATION, split=..., revision=...).to_parquet('rows.parquet'), then give rows.parquet"
-)
-
 # Else words such as None and NA, which may be labels, are nothing, and the first 10,000 rows alone say what a column holds.
 _CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 2**31 - 1}
+
+
+@dataclass(frozen=True)
+class TablePlace:
+    """Where rows lie, in one word: a path, or a Hub data set as `ID[@REVISION][:CONFIGURATION[:SPLIT]]`; a folder has the last two, too.
+
+    Attributes:
+        id: a path, or `user/name`.
+        revision: a branch, tag or commit.
+        configuration: of a data set that has several; `None` the default one, also where it is left empty (`ID::SPLIT`).
+        split: to be read, whatever the rows are for.
+    """
+
+    id: str
+    revision: str | None = None
+    configuration: str | None = None
+    split: str | None = None
+
+    @classmethod
+    def parse(cls, source: str) -> TablePlace:
+        """An existing path is one, whatever its name."""
+        match = None if Path(source).exists() else _PLACE.fullmatch(source)
+        return cls(source) if match is None else cls(*(part or None for part in match.groups()))
+
+
+_PLACE = re.compile(r"([^:@]+)(?:@([^:]+))?(?::([^:]*)(?::([^:]+))?)?")
 
 
 def read_table(
@@ -33,15 +55,22 @@ def read_table(
     """Rows of a csv, json(l) or parquet file (also .gz), of a folder of such files, or of a Hub data set.
 
     Args:
+        source: see `TablePlace`.
+        split: of a folder or a Hub data set, where `source` names none.
         text_columns: whose cells a csv file holds as they are: `007` is a text there, and no number.
         needed: further columns; a csv file may have no two that are called so.
 
     Raises:
         ProbeError: there is nothing to read, or it is not clear which of two columns is meant.
     """
-    path = Path(source)
+    place = TablePlace.parse(source)
+    path, split = Path(place.id), place.split or split
     try:
         if path.is_file():
+            if place.id != source:
+                raise ProbeError(
+                    f"{source}: {path} is a file, all of which is read: leave {source[len(place.id) :]} out"
+                )
             suffix = next((s for s in reversed(path.suffixes) if s in FORMATS), None)
             if suffix is None:
                 raise ProbeError(f"{path} is of no known format; allowed: {', '.join(FORMATS)}, each also with .gz")
@@ -59,31 +88,38 @@ def read_table(
                 raise ProbeError(
                     f"{path.resolve()}: a folder of rows must have no [ in its path: rename it, or name a file"
                 )
-            config = load_dataset_builder(source).config
+            if place.revision is not None:
+                raise ProbeError(f"{source}: {path} is a folder, and has no revisions: leave @{place.revision} out")
+            config = load_dataset_builder(place.id, place.configuration).config
             files = [Path(name) for part in (config.data_files or {}).values() for name in part]
             if hasattr(config, "keep_default_na"):
                 options = _csv_options(files, text_columns, needed)
             _check_encoding(files)
             options["description"] = _digest(files)
-        data = load_dataset(source, split=None, **options)
+        data = load_dataset(place.id, place.configuration, split=None, revision=place.revision, **options)
     except ProbeError:
         raise
     except Exception as error:  # the loaders raise dozens of types for bad input
         if any(words in reason(error) for words in ("StopIteration", "corresponds to no data", "No columns to parse")):
             raise ProbeError(f"{source} holds no rows") from error
-        if configurations := re.search(r"available configs: \[(.*)\]", str(error)):
+        if configurations := re.search(r"(available configs|Available): \[(.*)\]", str(error)):
+            missing = (
+                f"no configuration {place.configuration!r}" if place.configuration else "no default configuration"
+            )
+            there = configurations[2].replace("'", "")
             raise ProbeError(
-                f"{source} has several configurations ({configurations[1]}) and no default. {_FILE}"
+                f"{place.id} has {missing}; it has: {there}. Name one: {place.id}:CONFIGURATION, or "
+                f"{place.id}:CONFIGURATION:SPLIT"
             ) from error
-        if re.match(r"[\w.-]+/[\w.-]+[:@]", source):
-            raise ProbeError(f"{source}: a Hub data set is named by its id alone, user/name. {_FILE}") from error
         message = f"{source} cannot be read as a file, a folder or a Hub data set: {reason(error)}"
-        if "/" not in source:
+        if "/" not in place.id:
             message += f" (data sets known by name: {', '.join(BENCHMARKS)})"
         raise ProbeError(message) from error
     if isinstance(data, DatasetDict):
         if split not in data:
-            raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(data)}")
+            raise ProbeError(
+                f"{source} has no split {split!r}; it has: {', '.join(data)}. {place.id}:{place.configuration or ''}:SPLIT names one"
+            )
         data = data[split]
     return data
 

@@ -1,5 +1,6 @@
 """The repository of a request, opened for what its token may do."""
 
+import re
 from urllib.parse import unquote
 
 from starlette.requests import Request
@@ -15,8 +16,11 @@ def parameter(request: Request, name: str) -> str:
 
 
 def repo_id_of(request: Request) -> str:
-    """`namespace/name` of the path; a name alone is the id of a repository without a namespace."""
-    return "/".join(parameter(request, part) for part in ("namespace", "name") if part in request.path_params)
+    """`namespace/name` of the path; a name alone is the id of a repository without a namespace. Data sets begin with `datasets/`."""
+    kind = ["datasets"] if re.match(r"/(api/|cdn/)?datasets/", request.url.path) else []
+    return "/".join(
+        [*kind, *(parameter(request, part) for part in ("namespace", "name") if part in request.path_params)]
+    )
 
 
 def visitor(request: Request) -> Token | None:

@@ -17,6 +17,7 @@ from .refusal import Refusal, answer_refusal
 MODEL = "/api/models/{namespace}/{name}"
 LFS = "/{namespace}/{name}.git/info/lfs"
 CDN = "/cdn/{namespace}/{name}/{oid}"
+DATA = "/api/datasets/{namespace}/{name}"  # which are planted, and read
 
 
 async def unknown_repo(request: Request) -> Response:
@@ -52,11 +53,20 @@ def make_app(hub) -> ASGIApp:
         Route(LFS + "/objects/batch", uploads.batch, methods=["POST"]),
         Route(LFS + "/complete", uploads.complete, methods=["POST"]),
         Route(LFS + "/verify", uploads.verify, methods=["POST"]),
+        Route("/cdn/datasets/{namespace}/{name}/{oid}/{path:path}", downloads.get_object),
         Route(CDN, uploads.put_object, methods=["PUT"]),
         Route(CDN + "/{part}", uploads.put_object, methods=["PUT"]),
         Route(CDN + "/{path:path}", downloads.get_object),
         Route("/{namespace}/{name}/resolve/{revision}/{path:path}", downloads.resolve),
+        Route(DATA, models.info),
+        Route(DATA + "/revision/{revision}", models.info),
+        Route(DATA + "/tree/{revision}", revisions.tree),
+        Route(DATA + "/tree/{revision}/{path:path}", revisions.tree),
+        Route(DATA + "/paths-info/{revision}", revisions.paths_info, methods=["POST"]),
+        Route(DATA + "/refs", revisions.refs),
+        Route("/datasets/{namespace}/{name}/resolve/{revision}/{path:path}", downloads.resolve),
         Route("/api/models/{name}", unknown_repo),
+        Route("/api/datasets/{name}", unknown_repo),
         Route("/{name}/resolve/{revision}/{path:path}", unknown_repo),
     ]
     return Front(ExceptionMiddleware(Router(routes), {Refusal: answer_refusal}), hub)

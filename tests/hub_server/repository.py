@@ -80,7 +80,7 @@ class Repository:
     """A model repository with its refs; it starts with one commit, so that every ref has a commit to point at."""
 
     def __init__(self, repo_id: str, files: Mapping[str, Blob], private: bool = False):
-        self.id, self.owner, self.private = repo_id, repo_id.split("/")[0], private
+        self.id, self.owner, self.private = repo_id, repo_id.split("/")[-2], private
         self.gated: bool | str = False
         self.granted: set[str] = set()
         first = Commit(dict(files), "initial commit", "", self.owner, datetime.now(UTC))

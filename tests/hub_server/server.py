@@ -119,7 +119,8 @@ class HubServer:
     ) -> str:
         """Commits files, unchecked, to a repository that is made if need be; returns the sha.
 
-        Paths and ids may be what no Hub would take. `None` deletes a file; `branch` may be new.
+        Paths and ids may be what no Hub would take; that of a data set begins with `datasets/`. `None` deletes a file; `branch`
+        may be new.
         """
         blobs = {
             path: Blob(data, lfs=path.endswith(LFS_SUFFIXES) or len(data) >= self.lfs_bytes)

@@ -33,7 +33,10 @@ Split = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
 
 # What a data argument may be, for its help.
-DATA = f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub id"
+DATA = (
+    f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
+    "ID@REVISION:CONFIGURATION:SPLIT or less of it"
+)
 
 
 def split_of(data: str, split: str | None) -> str:
@@ -46,7 +49,10 @@ def split_of(data: str, split: str | None) -> str:
         return "test"
     if Path(data).is_file():
         raise ProbeError(f"--split {split}: {data} is a file, all of which is read; leave --split out")
-    if (known := find_benchmark(data)) is not None and known[1] is not None:
+    from ..tables import TablePlace
+
+    known = find_benchmark(data)
+    if (TablePlace.parse(data).split if known is None else known[1]) is not None:
         raise ProbeError(f"--split {split}: {data} names a split already; leave one out")
     return split
 

@@ -120,9 +120,14 @@ def plot(
 
 
 def _data_name(data: str, split: str) -> str:
+    from ..known_data import find_benchmark
+    from ..tables import TablePlace
+
     if Path(data).exists():
         return Path(data).name
-    return data if ":" in data else f"{data}:{split}"
+    if find_benchmark(data) is not None:
+        return data if ":" in data else f"{data}:{split}"
+    return data if TablePlace.parse(data).split else f"{data} ({split})"
 
 
 def _measure(model, tokenizer, name: str, rows) -> dict[str, Any]:
