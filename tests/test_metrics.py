@@ -18,6 +18,7 @@ from llama_probe.metrics import (
     label_scores,
     outcomes,
     score,
+    score_logits,
 )
 
 
@@ -71,6 +72,25 @@ def test_the_trainers_callback_applies_the_temperature(rng):
     found = compute_metrics(head)(Evaluated)
     probs = (torch.from_numpy(Evaluated.predictions) / 3).softmax(-1)[:, 1].numpy()
     assert found["f1"] == pytest.approx(f1_score(Evaluated.label_ids, probs >= 0.55))
+
+
+def test_the_trainers_callback_ranks_as_a_report_does():
+    class Evaluated:
+        predictions = np.array([[0, 25], [0, 18], [0, 22], [0, -3]], dtype=np.float32)  # p of three is 1 in float32
+        label_ids = np.array([1, 0, 1, 0])
+
+    found = compute_metrics(config())(Evaluated)
+    assert found["auprc"] == found["auroc"] == 1.0
+    assert found == score_logits(torch.from_numpy(Evaluated.predictions), Evaluated.label_ids, config())
+
+
+def test_the_trainers_callback_takes_one_value_a_row():
+    class Evaluated:
+        predictions = np.array([[1.0], [2.0]], dtype=np.float32)
+        label_ids = np.array([1.0, 4.0], dtype=np.float32)
+
+    found = compute_metrics(config(num_labels=1, problem_type="regression"))(Evaluated)
+    assert found == {"mse": 2.0, "mae": 1.0, "r2": pytest.approx(1 - 4 / 4.5)}
 
 
 def test_what_a_head_is_chosen_by():

@@ -213,6 +213,21 @@ def test_other_problems_train(tmp_path, problem_type):
     assert trainer.evaluate()[f"eval_{metric}"] > 0.5
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_value_that_stands_for_no_label_elsewhere_counts_as_any_other(tmp_path, steps):
+    prompts, _ = dataset(8)
+    probe = head(make_lm(), probe_type="pooling", problem_type="regression", num_labels=1, dropout=0.0)
+    changes = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    changes |= {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 0.0, "num_train_epochs": 1}
+    changes |= {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+    trainer = trainer_for(probe, tmp_path, metric="r2", **changes)
+    values = np.array([-100, 1, -100, 3, -100, -100, -100, -100], dtype=np.float32)
+    trainer.train_dataset = PromptDataset(prompts, values)
+    expected = np.mean((predict_logits(probe, trainer.train_dataset)[:, 0].numpy() - values) ** 2)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 class TestLoss:
     logits = torch.tensor([[2.0, -1.0], [0.5, 0.5], [-1.0, 1.0], [3.0, 0.0]])
     labels = torch.tensor([0, 1, 1, 1])

@@ -251,7 +251,11 @@ class ProbeCollator:
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, length in enumerate(lengths):
             mask[i, :length] = 1
-        batch = {"attention_mask": mask, "labels": torch.from_numpy(np.stack([row["labels"] for row in rows]))}
+        labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
+        if labels.is_floating_point():
+            # The Trainer takes a label of -100 for none, and would divide the loss by the other rows alone, perhaps by none.
+            labels = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
+        batch = {"attention_mask": mask, "labels": labels}
         if "hidden_states" in rows[0]:
             first = rows[0]["hidden_states"]
             # Laid out layers first, as heads compute, so that they need not copy it again.

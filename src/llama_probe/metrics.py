@@ -178,13 +178,11 @@ def outcomes(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict
 
 
 def compute_metrics(config: ProbeConfig) -> Callable:
-    """The Trainer's `compute_metrics=` for a head with this config."""
-    metric = ProbeMetric(config)
+    """The Trainer's `compute_metrics=` for a head with this config: what `score_logits` says, so that an epoch is chosen by the
+    same number that is reported of it."""
 
-    def compute(evaluated) -> dict[str, float]:
-        logits = torch.from_numpy(np.asarray(evaluated.predictions)).float()
-        probs = probabilities(logits, config).numpy()
-        return metric.compute(predictions=probs, references=evaluated.label_ids)
+    def compute(evaluated) -> dict[str, float | None]:
+        return score_logits(torch.from_numpy(np.asarray(evaluated.predictions)), evaluated.label_ids, config)
 
     return compute
 
