@@ -34,7 +34,7 @@ def rng():
 def test_two_labels(rng):
     scores, truth = rng.random(200), rng.integers(0, 2, 200)
     probs = np.stack([1 - scores, scores], axis=1).astype(np.float32)
-    found = ProbeMetric(config(threshold=0.3)).compute(predictions=probs, references=truth)
+    found = ProbeMetric(config(threshold=0.3)).compute(predictions=np.log(probs), references=truth)
     assert found["f1"] == pytest.approx(f1_score(truth, probs[:, 1] >= 0.3))
     assert found["auprc"] == pytest.approx(average_precision_score(truth, probs[:, 1]))
     assert found["auroc"] == pytest.approx(roc_auc_score(truth, probs[:, 1]))
@@ -43,7 +43,7 @@ def test_two_labels(rng):
 
 def test_more_labels(rng):
     probs, truth = rng.dirichlet(np.ones(4), 100), rng.integers(0, 3, 100)  # label 3 never occurs
-    found = ProbeMetric(config(num_labels=4)).compute(predictions=probs.astype(np.float32), references=truth)
+    found = ProbeMetric(config(num_labels=4)).compute(predictions=np.log(probs).astype(np.float32), references=truth)
     assert found["accuracy"] == pytest.approx(np.mean(probs.argmax(1) == truth))
     assert found["f1"] == pytest.approx(
         f1_score(truth, probs.argmax(1), average="macro", labels=range(4), zero_division=0)
@@ -56,7 +56,9 @@ def test_more_labels(rng):
 def test_several_at_once_and_values(rng):
     probs, truth = rng.random((50, 3)), rng.integers(0, 2, (50, 3))
     several = config(num_labels=3, problem_type="multi_label_classification")
-    found = ProbeMetric(several).compute(predictions=probs.astype(np.float32), references=truth.astype(np.float32))
+    found = ProbeMetric(several).compute(
+        predictions=np.log(probs / (1 - probs)).astype(np.float32), references=truth.astype(np.float32)
+    )
     assert found["f1"] == pytest.approx(f1_score(truth, probs >= 0.5, average="macro"))
     values = config(num_labels=1, problem_type="regression")
     found = ProbeMetric(values).compute(predictions=[[1.0], [2.0]], references=[[1.0], [4.0]])

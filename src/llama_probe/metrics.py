@@ -28,13 +28,13 @@ METRICS = {
 
 
 class ProbeMetric(evaluate.Metric):
-    """Accuracy, F1, precision, recall, AUPRC (average precision) and AUROC from probabilities.
+    """Accuracy, F1, precision, recall, AUPRC (average precision) and AUROC of a head's logits: `score_logits`.
 
     Two labels: F1, precision, recall, AUPRC and AUROC of label 1. More, or several at once: macro averages; a label
     that does not occur is left out of AUPRC and AUROC. Regression: mean squared error, mean absolute error and R2.
 
     Args:
-        config (`ProbeConfig`): its problem type, labels and threshold.
+        config (`ProbeConfig`): its problem type, labels, temperature and threshold.
     """
 
     def __init__(self, config: ProbeConfig, **kwargs):
@@ -45,14 +45,14 @@ class ProbeMetric(evaluate.Metric):
         single = self.probe_config.problem_type == "single_label_classification"
         row = datasets.Sequence(datasets.Value("float32"))
         return evaluate.MetricInfo(
-            description="Metrics of a probe head from its probabilities.",
+            description="Metrics of a probe head from its logits.",
             citation="",
-            inputs_description="predictions: [rows, num_labels] probabilities; references: class indices, or rows of numbers",
+            inputs_description="predictions: [rows, num_labels] logits; references: class indices, or rows of numbers",
             features=datasets.Features({"predictions": row, "references": datasets.Value("int64") if single else row}),
         )
 
-    def _compute(self, predictions, references) -> dict[str, float]:
-        return score(np.asarray(predictions), np.asarray(references), self.probe_config)
+    def _compute(self, predictions, references) -> dict[str, float | None]:
+        return score_logits(torch.tensor(predictions), np.asarray(references), self.probe_config)
 
 
 def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
@@ -178,11 +178,14 @@ def outcomes(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict
 
 
 def compute_metrics(config: ProbeConfig) -> Callable:
-    """The Trainer's `compute_metrics=` for a head with this config: what `score_logits` says, so that an epoch is chosen by the
-    same number that is reported of it."""
+    """The Trainer's `compute_metrics=` for a head with this config: an epoch is chosen by the number that is reported of it."""
+    metric = ProbeMetric(config)
 
     def compute(evaluated) -> dict[str, float | None]:
-        return score_logits(torch.from_numpy(np.asarray(evaluated.predictions)), evaluated.label_ids, config)
+        labels = np.asarray(evaluated.label_ids)
+        if config.problem_type != "single_label_classification":
+            labels = labels.reshape(len(labels), -1)
+        return metric.compute(predictions=evaluated.predictions, references=labels)
 
     return compute
 
