@@ -57,6 +57,13 @@ class TestPush:
         probe.push_to_hub(REPO, commit_message="first", license="mit")
         assert same_weights(ProbeModel.from_pretrained(REPO), probe)
 
+    @pytest.mark.parametrize("backbone, told", [("/data/models/mine", True), ("org/model", False), (None, False)])
+    def test_a_backbone_that_only_this_machine_has(self, hub, token, caplog, backbone, told):
+        with caplog.at_level("WARNING"):
+            make_probe(base_model_name_or_path=backbone).push_to_hub(REPO, license="mit")
+        words = f"name the backbone '{backbone}', which nobody finds elsewhere: put its Hub id into base_model_name_or_path"
+        assert any(words in message for message in caplog.messages) == told
+
     def test_several_heads_in_one_repository(self, hub, token, model):
         model.add_probe("topic", make_probe(seed=1, num_labels=3))
         for name in ("mood", "topic"):

@@ -141,13 +141,19 @@ def _push(folder, repo_id, subfolder, private, token, revision, create_pr, messa
         raise ProbeError(
             f"{source!r} could not be asked for: give a subfolder and a revision without spaces, and no : in a revision"
         )
+    base_model = read_config(folder).base_model_name_or_path
+    if base_model is not None and not on_the_hub(base_model):
+        logger.warning(
+            f"the config and card of {source} name the backbone {base_model!r}, which nobody finds elsewhere: put its Hub id into "
+            "base_model_name_or_path of probe_config.json"
+        )
     _finish_card(folder, source, tags, license)
     prefix = f"{subfolder}/" if subfolder else ""
     files: dict[str, Path | bytes] = {
         f"{prefix}{name}": folder / name for name in HEAD_FILES if (folder / name).is_file()
     }
     if subfolder is not None:
-        files[CARD_NAME] = _root_card(read_config(folder).base_model_name_or_path).encode()
+        files[CARD_NAME] = _root_card(base_model).encode()
     return commit_files(
         repo_id,
         files,
