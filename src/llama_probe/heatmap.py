@@ -38,7 +38,8 @@ def heat_map(reading: Reading) -> Figure:
     map_width = float(np.clip(_TOKEN * (token_count - unread) + block, *_MAP_WIDTHS))
     inches_a_token = (map_width - block) / (token_count - unread)
     width = map_width + _BESIDE
-    height = float(np.clip(_LAYER * layer_count, 0.6, 8.0))
+    # At least as high as the words on the block of what is not read.
+    height = float(np.clip(_LAYER * layer_count, 1.3 if unread else 0.6, 8.0))
     figure = new_figure((width, 3.6 + height))
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # after new_figure, which says what to install
 
