@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -37,6 +38,7 @@ from .errors_llama_probe import ProbeError
 from .files_llama_probe import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME, package_version
 
 
+_FAILED = (HTTPError, OSError)  # an HTTPError where the Hub cannot be reached, both where it refuses
 _OFFLINE_PUSH = "HF_HUB_OFFLINE is set: nothing can be pushed; unset it"
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
@@ -138,7 +140,7 @@ def list_heads(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
         return []
     try:
         files = HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    except (*_FAILED, OfflineModeIsEnabled):
         return []
     paths = {PurePosixPath(file) for file in files}
     folders = [path.parent for path in paths if path.name == CONFIG_NAME and ".." not in path.parts]
@@ -158,7 +160,7 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
         raise ProbeError(f"repo_id={repo_id!r} is not allowed: {error}") from None
     except OfflineModeIsEnabled:
         raise ProbeError(_OFFLINE_PUSH) from None
-    except (HfHubHTTPError, OSError) as error:
+    except _FAILED as error:
         raise ProbeError(_push_refused(repo_id, error, token)) from None
 
 
@@ -212,7 +214,7 @@ def commit_files(
         )
     except OfflineModeIsEnabled:
         raise ProbeError(_OFFLINE_PUSH) from None
-    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+    except (*_FAILED, RuntimeError, ValueError) as error:
         # A RuntimeError wraps what went wrong with a large file, a ValueError says what a path or a card may not hold.
         raise ProbeError(_push_refused(repo_id, error, token)) from None
 
@@ -241,7 +243,7 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
             f"{reference.repo_id} does not exist on the Hub, or is private and this token may not read it: check the "
             f"name, and log in (hf auth login) or pass token={_no_folder(reference)}"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except _FAILED as error:
         reason = hide_secrets(_first_line(error), options.token)
         raise ProbeError(f"{name} of {reference} could not be fetched: {reason}") from None
 
@@ -260,7 +262,7 @@ def _fetch_optional(reference: HubReference, name: str, commit: str | None, opti
             return Path(cached) if isinstance(cached, str) else None
     try:
         return _download(reference, name, commit, options)
-    except (EntryNotFoundError, HfHubHTTPError, OSError):  # what only tells of a head must not keep it from running
+    except (EntryNotFoundError, *_FAILED):  # what only tells of a head must not keep it from running
         return None
 
 

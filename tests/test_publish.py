@@ -5,7 +5,7 @@ import threading
 import pytest
 from conftest import make_lm, make_probe
 from hub_server.heads import contents, plain, same_weights
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from transformers import AutoModel
 
 from llama_probe import LlamaForProbedGeneration, ProbeError, ProbeModel
@@ -281,3 +281,12 @@ class TestPullIntoAFolder:
             "mood",
             "planted",
         ]
+
+
+def test_a_hub_that_is_not_reached(hub, token, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    assert list_heads(REPO) == []
+    with pytest.raises(ProbeError, match=rf"the push to {REPO} failed and nothing of it was kept"):
+        make_probe().push_to_hub(REPO, license="mit")
+    with pytest.raises(ProbeError):
+        make_probe().push_to_hub("mood", license="mit")  # the Hub is asked for the user's name
