@@ -79,7 +79,7 @@ def test_the_card(lm, tmp_path):
     assert f'AutoModel.from_pretrained("{REPO}", probe="toxic")' in card.text and "import llama_probe" in card.text
     assert f'probe="{REPO}:mood"' in (folder / "mood" / "README.md").read_text()
     # Labels come from somebody's data: whatever is in them, a head is one row of the table.
-    odd = make_probe(id2label={0: "a|b", 1: "c\nd"})
+    odd = make_probe(id2label={0: "a|b", 1: "c d"})
     card = ModelCard.load(export(lm, tmp_path / "odd", {"odd": odd}, tokenizer=make_tokenizer()) / "README.md")
     assert "| [`odd`](odd/README.md) | mha | `a\\|b`, `c d` | not stated | not stated |\n" in card.text
     # Without a chat template, and named by the folder.
