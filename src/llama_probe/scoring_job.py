@@ -304,7 +304,7 @@ def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], colum
         shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
         empty = sorted(name for name, values in columns.items() if any(values[i] is None for i in gaps))
         logger.warning(
-            f"{file.path}: {', '.join(empty)} left empty for {len(gaps)} rows ({shown}): the head gives no number there. "
+            f"{file.path}: {', '.join(empty)} left empty for {len(gaps)} rows ({shown}): the head gives no number there: "
             f"{NO_NUMBER_BECAUSE}"
         )
 
