@@ -60,16 +60,23 @@ def test_the_table_is_complete():
         assert "train" in BENCHMARKS[name].splits
 
 
-def test_names_and_paths(tmp_path, monkeypatch):
+def test_names_and_paths(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     assert find_benchmark("imdb") == (BENCHMARKS["imdb"], None)
     assert find_benchmark("sst2:train_sentences") == (BENCHMARKS["sst2"], "train_sentences")
     for other in ("imdb.csv", "stanfordnlp/imdb", "./imdb", "IMDB"):
         assert find_benchmark(other) is None
     jsonl(tmp_path / "imdb" / "train.jsonl", [{"text": "my own", "label": "x"}])
-    assert find_benchmark("imdb") is None, "a path comes first"
-    assert read_labelled("imdb").texts == ["my own"]
-    assert find_benchmark("imdb:test") is not None
+    assert read_labelled("./imdb").texts == ["my own"] and not caplog.records
+
+
+def test_a_folder_that_is_called_as_a_data_set_does_not_hide_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "copies" / "imdb" / "train.jsonl", [{"text": "known", "label": 1}])
+    (tmp_path / "imdb").mkdir()  # as `--output imdb` makes it
+    assert find_benchmark("imdb") == (BENCHMARKS["imdb"], None)
+    assert read_labelled("imdb", data_dir="copies").texts == ["known"]
+    assert "written ./imdb" in caplog.text
 
 
 class TestHub:

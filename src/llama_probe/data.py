@@ -173,7 +173,7 @@ def read_labelled(
 
     Args:
         source: the name of a data set in `BENCHMARKS`, or `NAME:SPLIT`; else a file, a folder or a Hub id (see
-            `read_table`). An existing path comes before a name.
+            `read_table`). A file or folder that is called as one of them is written `./imdb`.
         text_column, label_column: of rows that are not known by name.
         label_names: where the data set has names of its own (it is known by name, or its labels are a `ClassLabel`) see
             `LabelledTexts.renamed`.
@@ -190,6 +190,10 @@ def read_labelled(
     known = find_benchmark(source)
     if known is not None:
         benchmark, own_split = known
+        if Path(source).exists():  # the folder of an earlier run, most often
+            logger.warning(
+                f"{source} is the data set known by that name, not the path here, which is written ./{source}"
+            )
         own = (None,) if benchmark.exchange is None else (None, benchmark.exchange[0])
         if (text_column, label_column) != ("text", "label") or prompt_column not in own:
             allowed = "" if benchmark.exchange is None else f" (allowed: prompt_column={benchmark.exchange[0]!r})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ProbeError
@@ -98,10 +97,10 @@ def _value(row: Row, source: str | Callable[[Row], Any]) -> Any:
 def find_benchmark(source: str) -> tuple[Benchmark, str | None] | None:
     """The data set that `NAME` or `NAME:SPLIT` means, and the split where one is given.
 
-    `None` for anything else: an existing path of that name, another file, or another Hub data set.
+    `None` for anything else: a file or folder (one that is called as a data set is written `./imdb`), or another Hub data set.
     """
     name, _, split = str(source).partition(":")
-    if name not in BENCHMARKS or Path(source).exists():
+    if name not in BENCHMARKS:
         return None
     return BENCHMARKS[name], split or None
 
