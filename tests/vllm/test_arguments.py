@@ -244,8 +244,8 @@ def test_the_command_line(tiny):  # noqa: F811
     assert list(settings["heads"]) == list(HEADS) and settings["halt_on"] == {"guard": {"threshold": 0.6}}
     for wrong, reason in (
         (["--probe", "a=b", "--probe", "c"], "give every head a name"),
-        (["--probe", tiny.heads["guard"], "--halt-on", "guard={"], "not valid JSON"),
-        (["--probe", tiny.heads["guard"], "--halt-on", "guard=3"], "must be a JSON object"),
+        (["--probe", tiny.heads["guard"], "--halt-on", "guard={"], r"must be HEAD\[:LABEL"),
+        (["--probe", tiny.heads["guard"], "--halt-on", "guard=3"], r"must be HEAD\[:LABEL"),
         (
             ["--probe", tiny.heads["guard"], "--halt-on", "guard", "--halt-on", 'guard={"label": "fine"}'],
             "--halt-on names guard more",

@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ProbeError
+from ..halting_words import HALTING_FORMS, read_halting
 from .console import print_table
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
@@ -80,8 +81,8 @@ def generate(
     halt_on: Annotated[
         list[str] | None,
         typer.Option(
-            help="HEAD, HEAD:LABEL or HEAD:LABEL:THRESHOLD: prompts with that label get no reply, and where the head reads "
-            "replies these end at a token with it; may be given again."
+            help=f"{HALTING_FORMS}: prompts with that label get no reply, and where the head reads replies these end at a token "
+            "with it, the last of so many in a row; may be given again."
         ),
     ] = None,
     halt_reply: Annotated[str | None, typer.Option(help="What halted prompts get in place of a reply.")] = None,
@@ -90,9 +91,11 @@ def generate(
 ) -> None:
     """Reply to prompts, with the labels of each head from the same pass."""
     rows = []
-    rules = _halting_rules(halt_on)
+    rules = read_halting(halt_on or [])
     for model, inputs, tokenizer, texts in _batches(prompts, probe, backbone, dtype):
-        halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules or halt_reply else {}
+        halting = (
+            {"halt_on": rules or None, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules or halt_reply else {}
+        )
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **halting)
         replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         part = _rows(texts, out.probe_labels, out.probe_probabilities, replies)
@@ -208,23 +211,6 @@ def _batches(
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
         yield model, {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}, tokenizer, part
-
-
-def _halting_rules(words: list[str] | None) -> dict[str, dict[str, Any]] | None:
-    from ..resolve import check_name
-
-    rules = {}
-    for word in words or []:
-        name, _, rest = word.partition(":")
-        label, _, threshold = rest.partition(":")
-        options: dict[str, Any] = {"label": label} if label else {}
-        try:
-            check_name(name)
-            options |= {"threshold": float(threshold)} if threshold else {}
-        except ValueError:
-            raise ProbeError(f"--halt-on {word!r} must be HEAD, HEAD:LABEL or HEAD:LABEL:THRESHOLD") from None
-        rules[name] = options
-    return rules or None
 
 
 def _rows(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ProbeError
+from ..halting_words import HALTING_FORMS, read_halting
 from .compatibility import TRANSFER
 from .engine import engine_kwargs
 
@@ -38,8 +39,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     parser.add_argument(
         "--halt-on",
         action="append",
-        metavar="HEAD[=JSON]",
-        help="e.g. 'toxicchat-mha={\"threshold\": 0.6}'; may be repeated",
+        metavar="HEAD[:LABEL[:THRESHOLD]]",
+        help=f"requests that get no reply: {HALTING_FORMS}; may be repeated",
     )
     parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
     parser.add_argument("--probe-namespace", help="whose heads aliases stand for")
@@ -56,12 +57,11 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     theirs.add_argument("--hf-overrides", type=_json, metavar="JSON", help="of the backbone's config")
     theirs.add_argument("--additional-config", type=_json, metavar="JSON", help="beside what heads put there")
     ours, rest = parser.parse_known_args(argv)
-    halt_on = None if ours.halt_on is None else _by_name("--halt-on", [_halting(text) for text in ours.halt_on])
     known = {name: getattr(ours, name) for name in ("revision", "download_dir", "hf_overrides", "additional_config")}
     arguments = engine_kwargs(
         ours.model,
         _heads(ours.probe),
-        halt_on=halt_on,
+        halt_on=None if ours.halt_on is None else read_halting(ours.halt_on),
         probe_revision=ours.probe_revision,
         probe_namespace=ours.probe_namespace,
         probe_strict=ours.probe_strict,
@@ -79,24 +79,13 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
 def _heads(texts: list[str]) -> dict[str, str] | list[str]:
     named = [text.partition("=") for text in texts]
     if all(sign for _, sign, _ in named):
-        return _by_name("--probe", [(name, source) for name, _, source in named])
+        names = [name for name, _, _ in named]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ProbeError(f"--probe names {', '.join(twice)} more than once: give each name once")
+        return {name: source for name, _, source in named}
     if any(sign for _, sign, _ in named):
         raise ProbeError("--probe: give every head a name (NAME=HEAD), or none")
     return texts
-
-
-def _by_name(option: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of what an option that may be repeated has said of each name.
-
-    Raises:
-        ProbeError: of one name it has said two things.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ProbeError(f"{option} names {', '.join(twice)} more than once: give each name once")
-    return found
 
 
 def _json(text: str) -> Any:
@@ -104,17 +93,6 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
-
-
-def _halting(text: str) -> tuple[str, dict[str, Any]]:
-    head, _, options = text.partition("=")
-    try:
-        said = json.loads(options) if options else {}
-    except ValueError as error:
-        raise ProbeError(f"--halt-on: {options!r} is not valid JSON: {error}") from None
-    if not isinstance(said, dict):
-        raise ProbeError(f"--halt-on: {options!r} must be a JSON object, as in '{head}={{\"threshold\": 0.6}}'")
-    return head, said
 
 
 def main() -> None:
