@@ -10,11 +10,9 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import create_console, plain, print_table
 from .options import Backbone, Dtype, Json
 
 
@@ -100,17 +98,17 @@ def benchmark(
     if markdown:
         print(benchmark_report.markdown(report))
         return
-    console = Console()
+    console = create_console()
     for title, rows in benchmark_report.by_load(report).items():
         header, lines = benchmark_report.columns(rows)
         shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in header:
             # In a narrow terminal cells are folded: a number that is cut short would be another one.
-            shown.add_column(escape(name), justify="left" if name == "system" else "right", overflow="fold")
+            shown.add_column(plain(name), justify="left" if name == "system" else "right", overflow="fold")
         for line in lines:
-            shown.add_row(*map(escape, line))
+            shown.add_row(*map(plain, line))
         print_table(shown)
     for note in benchmark_report.notes(report):
-        console.print(escape(note))
+        console.print(plain(note))
     for path in written:
         print(f"written: {path}")

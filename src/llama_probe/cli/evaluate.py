@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import create_console, plain, print_table
 from .options import DATA, Backbone, DataDir, Dtype, Json, Probe, PromptColumn, Split, split_of
 
 
@@ -106,7 +105,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
-    console = Console()
+    console = create_console()
     print_table(_metrics_table(f"{probe} on {data}", result))
     if "labels" in result:
         names = list(result["labels"])
@@ -136,19 +135,19 @@ def _metrics_table(title: str, result: dict[str, Any]) -> Table:
 
 def _table(title: str, parts: dict[str, dict[str, Any]]) -> Table:
     """A row for each part, with a metric in each column and its interval below it."""
-    table = Table(title=escape(title))
+    table = Table(title=plain(title))
     metrics = [key for key in next(iter(parts.values())) if key != "intervals"]
     table.add_column("")
     for metric in metrics:
         table.add_column(metric, justify="right")
     for name, part in parts.items():
-        table.add_row(escape(name), *(_cell(part, metric, "\n") for metric in metrics))
+        table.add_row(plain(name), *(_cell(part, metric, "\n") for metric in metrics))
     return table
 
 
 def _halting_table(label: str, rules: list[dict[str, Any]]) -> Table:
     """What each rule that the head was measured with does to these replies."""
-    table = Table(title=escape(f"replies halted by {label} while they are written"))
+    table = Table(title=plain(f"replies halted by {label} while they are written"))
     for column in ("patience", "threshold", "detected", "in vain", "delay, median", "90 % below", "of the reply"):
         table.add_column(column, justify="right")
     for rule in rules:
@@ -168,9 +167,9 @@ def _print_confusion(console: Console, names: list[str], matrix: list[list[int]]
     table = Table(title="rows by their label, and by what the head gives")
     table.add_column("")
     for name in names:
-        table.add_column(escape(name), justify="right")
+        table.add_column(plain(name), justify="right")
     for name, row in zip(names, matrix, strict=True):
-        table.add_row(escape(name), *(f"{count:,}" for count in row))
+        table.add_row(plain(name), *(f"{count:,}" for count in row))
     print_table(table)
 
 

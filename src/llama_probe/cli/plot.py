@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import create_console, plain, print_table
 from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn, Split, split_of
 
 
@@ -112,11 +110,11 @@ def plot(
         return
     table = Table("file", "shows")
     for item in files:
-        table.add_row(escape(item["file"]), escape(item["shows"]))
-    console = Console()
+        table.add_row(plain(item["file"]), plain(item["shows"]))
+    console = create_console()
     print_table(table)
     for note in notes:
-        console.print(escape(note), highlight=False)
+        console.print(plain(note), highlight=False)
 
 
 def _data_name(data: str, split: str) -> str:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import plain, print_table
 from .options import Backbone, DataDir, Dtype, Json, command_line
 
 
@@ -86,7 +85,7 @@ def reproduce(
     for source, results in report["main"].items():
         if not any(results.values()):
             continue
-        shown = Table(title=escape(f"{source}, test rows"))
+        shown = Table(title=plain(f"{source}, test rows"))
         shown.add_column("method")
         for column in columns(source):
             shown.add_column(column.title, justify="right")

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ProbeError
 from ..halting_words import HALTING_FORMS, read_halting
-from .console import print_table
+from .console import create_console, plain, print_table
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
 
@@ -35,7 +34,7 @@ def demo(
     """Text and labels for a handful of prompts, from one pass each, on a small model that runs on any CPU."""
     from ..demo import HEADS, PROMPTS, run_demo
 
-    console = Console(stderr=as_json)
+    console = create_console(stderr=as_json)
     console.print(
         f"[bold]llama_probe demo[/bold]: one small chat model replies to {len(PROMPTS)} prompts. While it reads a prompt, two "
         f"probe heads ({', '.join(HEADS)}) look at its hidden states and say what they think of it.\n"
@@ -63,10 +62,10 @@ def _print_reply(console: Console, row: dict[str, Any]) -> None:
     )
     console.print(
         Panel(
-            escape(row["reply"]) or "(empty)",
-            title=f"[bold]{escape(row['prompt'])}[/bold]",
+            plain(row["reply"]) or "(empty)",
+            title=f"[bold]{plain(row['prompt'])}[/bold]",
             title_align="left",
-            subtitle=escape(verdict),
+            subtitle=plain(verdict),
             subtitle_align="left",
         )
     )
@@ -243,15 +242,15 @@ def _print_rows(rows: list[dict], configs: dict[str, ProbeConfig], as_json: bool
     from ..decision import in_words
 
     replies = "reply" in rows[0]
-    table = Table("prompt", *(["reply"] if replies else []), *map(escape, configs), show_lines=replies)
+    table = Table("prompt", *(["reply"] if replies else []), *map(plain, configs), show_lines=replies)
     for row in rows:
         cells = []
         for name, config in configs.items():
             scores = dict(zip(config.id2label.values(), row["probabilities"][name], strict=False))
-            cells.append(escape(in_words(row["labels"][name], scores, config)) if scores else "-")
-        table.add_row(escape(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
+            cells.append(plain(in_words(row["labels"][name], scores, config)) if scores else "-")
+        table.add_row(plain(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
     print_table(table)
 
 
 def _shown_reply(row: dict) -> str:
-    return ("[bold]halted[/bold] " if row.get("halted") else "") + escape(row["reply"])
+    return ("[bold]halted[/bold] " if row.get("halted") else "") + plain(row["reply"])

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ProbeError
-from .console import print_table
+from .console import plain, print_table
 from .options import DATA, Backbone, DataDir, Json, PromptColumn, command_line
 
 
@@ -273,7 +272,7 @@ def _options(pairs: list[str]) -> dict[str, int | float]:
 
 def _print_summary(results: dict) -> None:
     title = f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters"
-    table = Table(title=escape(title))
+    table = Table(title=plain(title))
     table.add_column("rows")
     table.add_column("metric")
     for run in results["runs"]:
