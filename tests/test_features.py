@@ -1,5 +1,7 @@
 """Cached hidden states give the logits that the backbone in the loop gives."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -9,7 +11,8 @@ import torch
 from conftest import make_lm, make_prompts
 from launcher import environment
 
-from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe import ProbeConfig, ProbeError, ProbeModel, features
+from llama_probe.capture import collect_hidden_states
 from llama_probe.evaluation import predict_logits, predict_together
 from llama_probe.features import ProbeCollator, PromptDataset, StateCache
 
@@ -237,6 +240,29 @@ def test_a_full_disk_is_foreseen(tmp_path, prompts, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ProbeError, match="GB free"):
         StateCache(tmp_path).dataset(make_lm(), ProbeModel(config(), make_lm()).config, prompts, LABELS)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system takes no room before it is written")
+def test_room_is_taken_before_the_work(tmp_path, prompts, monkeypatch):
+    taken = []
+
+    def noted(*args, **kwargs):
+        (states,) = tmp_path.glob(".*/states.bin")
+        taken.append(512 * states.stat().st_blocks >= states.stat().st_size > 0)
+        return collect_hidden_states(*args, **kwargs)
+
+    monkeypatch.setattr(features, "collect_hidden_states", noted)
+    head = ProbeModel(config(), make_lm()).config
+    StateCache(tmp_path).dataset(make_lm(), head, prompts, LABELS)
+    assert taken and all(taken)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ProbeError, match="GB free"):
+        StateCache(tmp_path / "other").dataset(make_lm(), head, prompts, LABELS)
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_no_prompt_may_be_empty(tmp_path):

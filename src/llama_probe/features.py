@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from .capture import collect_hidden_states, find_decoder, is_tensor_parallel
 from .configuration import ProbeConfig
 from .distributed import barrier, is_main, on_main, share, world_size
 from .errors import ProbeError
-from .files import make_folder
+from .files import is_disk_full, make_folder
 from .heads import get_probe_type
 from .locks import lock
 from .passes import Pass, length_batches, plan_passes
@@ -214,17 +214,25 @@ class StateCache:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def _reserve(self, size: int) -> Path:
-        """A folder with a file of so many bytes."""
+        """A folder with a file of so many bytes, whose room on the disk is taken."""
         make_folder(self.folder)
         free = shutil.disk_usage(self.folder).free
+        too_small = ProbeError(
+            f"the hidden states need {size / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB free: name another folder, or "
+            "train without a cache"
+        )
         if size > 0.95 * free:
-            raise ProbeError(
-                f"the hidden states need {size / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB free: name another "
-                "folder, or train without a cache"
-            )
+            raise too_small
         scratch = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=self.folder))
         self._reserved = (scratch / _STATES).open("wb")
-        self._reserved.truncate(size)
+        try:
+            _take_room(self._reserved, size)
+        except OSError as error:
+            self._reserved.close()
+            shutil.rmtree(scratch, ignore_errors=True)
+            if is_disk_full(error):
+                raise too_small from error
+            raise
         if lock(self._reserved):  # before it has the name by which others find it
             scratch = scratch.rename(scratch.with_name(scratch.name.replace(_UNLOCKED, _SCRATCH)))
         return scratch
@@ -238,6 +246,18 @@ class StateCache:
                         shutil.rmtree(states.parent, ignore_errors=True)
             except OSError:  # its owner, or another that clears up, was faster
                 continue
+
+
+def _take_room(file: BinaryIO, size: int) -> None:
+    """Makes a file so long, and takes its room on the disk now: what another run writes meanwhile cannot end this one at its end."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+    file.truncate(size)  # where the system or the disk cannot do so
 
 
 class ProbeCollator:
