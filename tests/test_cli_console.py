@@ -3,7 +3,7 @@
 import pytest
 from rich.table import Table
 
-from llama_probe.cli.console import print_table
+from llama_probe.cli.console import escape, print_table
 
 
 @pytest.mark.parametrize("width", [20, 80])
@@ -16,3 +16,12 @@ def test_nothing_of_a_cell_is_cut(capsys, monkeypatch, width):
     assert "…" not in printed and max(map(len, printed.splitlines())) <= width
     first = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
     assert first == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_cell_writes_nothing_to_the_terminal_and_is_no_markup(capsys):
+    table = Table("column")
+    table.add_row(escape("[red]a\x1b]0;title\x07\x9b31m\nb"))
+    print_table(table)
+    printed = capsys.readouterr().out
+    assert r"[red]a\x1b]0;title\x07\x9b31m" in printed and not {"\x1b", "\x07", "\x9b"} & set(printed)
+    assert len(printed.splitlines()) == 6, "a line break is one"

@@ -39,3 +39,9 @@ def test_files_that_the_system_refuses_are_one_line_and_status_2(monkeypatch):
     monkeypatch.setattr(cli, "app", app)
     done = call("inspect")
     assert done.returncode == 2 and done.stderr == "llama-probe: /root/head: Permission denied\n"
+
+
+def test_names_of_somebody_elses_write_nothing_to_the_terminal(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0, "k\\u001b[31m": 1}\n')
+    done = call("evaluate", "--probe", "toxicchat-gate", "--data", tmp_path / "rows.jsonl", "--text-column", "other")
+    assert done.returncode == 2 and "it has: text, label, k\\x1b[31m" in done.stderr and "\x1b" not in done.stderr

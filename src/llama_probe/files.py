@@ -184,7 +184,9 @@ def read_config(folder: str | os.PathLike) -> ProbeConfig:
     except ProbeError as error:
         raise error if str(path) in str(error) else ProbeError(f"{path}: {error}") from None
     if unknown:
-        logger.warning(f"{path}: unknown keys are left out (written by another version?): {', '.join(unknown[:8])}")
+        logger.warning(
+            f"{path}: unknown keys are left out (written by another version?): {', '.join(map(repr, unknown[:8]))}"
+        )
     return config
 
 

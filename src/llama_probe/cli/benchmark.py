@@ -11,10 +11,9 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import escape, print_table
 from .options import Backbone, Dtype, Json
 
 

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
+from rich import markup
 from rich.console import Console
 from rich.table import Table
+
+
+# Those that Rich passes on: all but line breaks, tabs and what it leaves out by itself.
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters spelled out: names and rows of somebody else's could write to the terminal with them."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def escape(text: str) -> str:
+    """A text as it stands, for what Rich prints: no part of it is markup, or a control character."""
+    return markup.escape(printable(text))
 
 
 def print_table(table: Table) -> None:

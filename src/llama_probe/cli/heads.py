@@ -9,10 +9,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import escape, print_table
 from .options import Dtype, Json, Revision
 
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import escape, print_table
 from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn, Split, split_of
 
 

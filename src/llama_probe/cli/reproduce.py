@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from .console import print_table
+from .console import escape, print_table
 from .options import Backbone, DataDir, Dtype, Json, command_line
 
 

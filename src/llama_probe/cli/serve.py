@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ProbeError
-from .console import print_table
+from .console import escape, print_table
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ProbeError
-from .console import print_table
+from .console import escape, print_table
 from .options import DATA, Backbone, DataDir, Json, PromptColumn, command_line
 
 
