@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .configuration_llama_probe import ProbeConfig
+from .files_llama_probe import chosen_run
 from .halting_llama_probe import measured_rules
 from .markdown_llama_probe import cell, code, line
 
@@ -202,7 +203,7 @@ def measured(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _result_table(results: dict[str, Any], split: str) -> str:
     summary = results["summary"][split]
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])[split]
+    chosen = chosen_run(results)[split]
     groups = [(f"{split}, all rows", summary, chosen)]
     for column, values in summary.get("slices", {}).items():
         for value, part in values.items():

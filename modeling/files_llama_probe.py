@@ -208,6 +208,21 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
     return results
 
 
+def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
+    """What results hold of the head that was kept, beside those of other seeds.
+
+    Raises:
+        ProbeError: nothing.
+    """
+    try:
+        return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
+    except (LookupError, TypeError, StopIteration) as error:
+        raise ProbeError(
+            f"the {RESULTS_NAME} of this head is nothing that this version can read: it has no run of a chosen seed. Remove the "
+            "file; the head runs without"
+        ) from error
+
+
 def read_head(folder: str | os.PathLike, backbone: torch.nn.Module | None = None) -> ProbeModel:
     """Reads a head folder into a `ProbeModel` on the CPU, in eval mode.
 

@@ -16,6 +16,7 @@ import torch
 from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput, predictions
 from .errors_llama_probe import ProbeError
+from .files_llama_probe import chosen_run
 
 
 if TYPE_CHECKING:
@@ -141,11 +142,14 @@ class HaltRule:
 
 
 def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """The rules that a head's `results.json` holds, by label; none where it was not measured so."""
+    """The rules that a head's `results.json` holds, by label; none where it was not measured so.
+
+    Raises:
+        ProbeError: they are none that this version can read; see `chosen_run`.
+    """
     if results is None:
         return {}
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
-    return chosen.get("halting", {}).get("labels", {})
+    return chosen_run(results).get("halting", {}).get("labels", {})
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:

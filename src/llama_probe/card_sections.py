@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .configuration import ProbeConfig
+from .files import chosen_run
 from .halting import measured_rules
 from .markdown import cell, code, line
 
@@ -199,7 +200,7 @@ def measured(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _result_table(results: dict[str, Any], split: str) -> str:
     summary = results["summary"][split]
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])[split]
+    chosen = chosen_run(results)[split]
     groups = [(f"{split}, all rows", summary, chosen)]
     for column, values in summary.get("slices", {}).items():
         for value, part in values.items():

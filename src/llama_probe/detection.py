@@ -194,10 +194,15 @@ def halting_rules(
 def apply_rules(
     config: ProbeConfig, rules: dict[str, list[dict[str, Any]]], followed: Sequence[torch.Tensor], labels: np.ndarray
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rules of `halting_rules`, each with what `detection` says of further rows as `test`."""
+    """The rules of `halting_rules`, each with what `detection` says of further rows as `test`.
+
+    Left out are those of labels that the head has not, because somebody has renamed them since.
+    """
     found = {}
     for name, ruled in rules.items():
-        index = config.label2id[name]
+        index = config.label2id.get(name)
+        if index is None:
+            continue
         positives, scores = positive_rows(config, labels, index), _scores(config, followed, index)
         found[name] = [
             {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in ruled

@@ -13,6 +13,7 @@ import torch
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, predictions
 from .errors import ProbeError
+from .files import chosen_run
 
 
 if TYPE_CHECKING:
@@ -138,11 +139,14 @@ class HaltRule:
 
 
 def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """The rules that a head's `results.json` holds, by label; none where it was not measured so."""
+    """The rules that a head's `results.json` holds, by label; none where it was not measured so.
+
+    Raises:
+        ProbeError: they are none that this version can read; see `chosen_run`.
+    """
     if results is None:
         return {}
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
-    return chosen.get("halting", {}).get("labels", {})
+    return chosen_run(results).get("halting", {}).get("labels", {})
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:

@@ -64,6 +64,7 @@ def evaluate(
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = read_head(resolve_head(probe, backbone_target(backbone)))
         config = head.config
+        rules = measured_rules(head.results) if config.reads_reply else {}
         names = list(config.id2label.values())
         kind = config.problem_type
         part = split_of(data, split)
@@ -97,7 +98,6 @@ def evaluate(
         result = None
         if is_main():
             result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
-            rules = measured_rules(head.results)
             if followed is not None and rules:
                 result["halting"] = apply_rules(config, rules, followed, rows.labels)
     if result is None:
