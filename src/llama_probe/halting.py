@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .configuration import ProbeConfig
-from .decision import ProbeOutput, predictions
+from .decision import ProbeOutput, predictions, threshold_of
 from .errors import ProbeError
 from .files import chosen_run
 
@@ -115,11 +115,7 @@ class HaltRule:
                 f"(token_scope={config.token_scope!r}): leave patience out"
             )
         index = names.index(label)
-        if threshold is None and config.problem_type == "multi_label_classification":
-            threshold = config.threshold[index] if isinstance(config.threshold, list) else config.threshold
-            threshold = 0.5 if threshold is None else threshold
-        elif threshold is None and index == 1:
-            threshold = config.threshold  # as the head decides between two labels
+        threshold = threshold_of(config, index) if threshold is None else threshold
         return cls(head, config, index, threshold, patience)
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
