@@ -25,7 +25,8 @@ def reproduce(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, or kinds of head. Left out: all."
+            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, multimax-small, multimax-half, or "
+            "kinds of head. Left out: all."
         ),
     ] = None,
     only: Annotated[

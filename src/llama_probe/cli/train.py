@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import ProbeError
 from .console import escape, print_table
-from .options import DATA, Backbone, DataDir, Json, PromptColumn, command_line
+from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn, command_line
 
 
 def train(
@@ -146,7 +146,7 @@ def train(
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better metric.")] = 3,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     num_seeds: Annotated[int, typer.Option(min=1, help="Train so many heads and keep the best by validation.")] = 1,
-    dtype: Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     cache: Annotated[
         bool, typer.Option(help="Run the backbone once and keep its states on disk while training.")
     ] = True,
