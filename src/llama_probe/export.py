@@ -39,9 +39,10 @@ from .heads import get_probe_type, probe_types
 from .hub import HubReference, commit_files
 from .markdown import cell, code
 from .model_card import write_card
+from .pipeline import TASK
 from .plots import write_plots
 from .probe import ProbeModel
-from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, flat_files, write_flat_files
+from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, flat_files, write_flat_files
 from .resolve import ProbeSpec, Target, read_heads
 
 
@@ -51,7 +52,8 @@ _CONFIG_NAME = "config.json"
 _TEXT = '"Write me a short poem about rain."'
 # Files of an earlier export that would be loaded beside, or in place of, the new ones.
 _OWN_FILES = re.compile(
-    r"\w+_llama_probe\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
+    rf"\w+{SUFFIX}\.py|"
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|additional_chat_templates/.*"
 )
 
@@ -300,7 +302,7 @@ def _card(
         _code(
             "from transformers import pipeline",
             "",
-            f'pipe = pipeline("probed-text-generation", model="{name}", probe="{heads[0]}", trust_remote_code=True)',
+            f'pipe = pipeline("{TASK}", model="{name}", probe="{heads[0]}", trust_remote_code=True)',
             f"print(pipe({prompt or _TEXT}, max_new_tokens=40))",
         ),
         f'Without `probe=` and `trust_remote_code=True`, `AutoModelForCausalLM.from_pretrained("{name}")` is the plain model.',
