@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .configuration_llama_probe import ProbeConfig
+from .files_llama_probe import chosen_run
 from .halting_llama_probe import measured_rules
-from .markdown_llama_probe import cell, code, line
+from .markdown_llama_probe import cell, code, word
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _PLOT_TITLES = {
 def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts) -> str:
     """What the head is."""
     base = config.base_model_name_or_path
-    link = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else line(base or "a causal LM")
+    link = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else word(base or "a causal LM")
     trained = f"trained on {facts.dataset_name or facts.dataset or 'labelled data'}" if results else "a probe head"
     labels = ", ".join(map(code, config.id2label.values()))
     if config.problem_type == "regression":
@@ -172,7 +173,7 @@ def backbone(config: ProbeConfig) -> str:
         ("weights at training", weights),
         ("chat template", (config.chat_template_hash or "")[:16] or None),
     ]
-    text = "; ".join(f"{name}: {line(str(value))}" for name, value in values if value is not None) + "."
+    text = "; ".join(f"{name}: {word(str(value))}" for name, value in values if value is not None) + "."
     if config.fingerprint is not None:
         text += (
             " The head keeps a fingerprint of the model's behaviour: a backbone too far from it - fine-tuned since, or "
@@ -184,7 +185,7 @@ def backbone(config: ProbeConfig) -> str:
 def limits(config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts) -> str:
     """What the head was not made for or not tested on."""
     lines = [
-        f"Fits {line(config.base_model_name_or_path or 'one backbone')} only: a fine-tuned or otherwise changed backbone has other states.",
+        f"Fits {word(config.base_model_name_or_path or 'one backbone')} only: a fine-tuned or otherwise changed backbone has other states.",
         "Trained on prompts rendered with the model's chat template"
         if config.prompt_format == "chat"
         else "Trained on raw text, without a chat template",
@@ -202,7 +203,7 @@ def measured(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _result_table(results: dict[str, Any], split: str) -> str:
     summary = results["summary"][split]
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])[split]
+    chosen = chosen_run(results)[split]
     groups = [(f"{split}, all rows", summary, chosen)]
     for column, values in summary.get("slices", {}).items():
         for value, part in values.items():

@@ -166,6 +166,8 @@ class ProbeConfig:
             value = getattr(self, name)
             if value is not None and not _is_text(value):
                 raise ProbeError(f"{name}={value!r} must be text or None")
+            if value is not None and name != "system_prompt" and _has_controls(value):
+                raise ProbeError(f"{name}={value!r} must have no line breaks and control characters")
         if self.fingerprint is not None:
             if not isinstance(self.fingerprint, list) or not self.fingerprint:
                 raise ProbeError(f"fingerprint={self.fingerprint!r} must be a list of numbers or None")
@@ -195,8 +197,7 @@ class ProbeConfig:
             raise ProbeError(f"id2label has the indices {sorted(self.id2label)}; they must be 0 to {len(names) - 1}")
         if not all(map(_is_text, names)) or len(set(names)) != len(names):
             raise ProbeError(f"id2label has the names {names!r}; they must be texts, each once")
-        if wrong := [name for name in names if any(unicodedata.category(sign) == "Cc" for sign in name)]:
-            # A head from the Hub could write to the terminal with them.
+        if wrong := [name for name in names if _has_controls(name)]:
             raise ProbeError(
                 f"id2label has the name {wrong[0]!r}; a name must have no line breaks and control characters"
             )
@@ -298,6 +299,11 @@ def _is_int(value: Any) -> bool:
 def _is_text(value: Any) -> bool:
     """Whether it is a text that can be shown and saved."""
     return isinstance(value, str) and HALF_PAIR.search(value) is None
+
+
+def _has_controls(text: str) -> bool:
+    """Whether a head from the Hub could write to the terminal, or begin a line of a log, with a text of its config."""
+    return any(unicodedata.category(sign) == "Cc" for sign in text)
 
 
 def _is_int_list(value: Any) -> bool:

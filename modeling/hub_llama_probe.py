@@ -135,7 +135,10 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
 
 
 def list_heads(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
-    """Subfolders of a repository that hold a head, `""` for its root. Empty where the repository cannot be read."""
+    """Subfolders of a repository that hold a head, `""` for its root. Empty where the repository cannot be read.
+
+    Left out are those whose names cannot be written behind a repository's, such as `a:b`.
+    """
     if options.local_files_only:
         return []
     try:
@@ -143,8 +146,16 @@ def list_heads(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
     except (*_FAILED, OfflineModeIsEnabled):
         return []
     paths = {PurePosixPath(file) for file in files}
-    folders = [path.parent for path in paths if path.name == CONFIG_NAME and ".." not in path.parts]
-    return sorted("" if str(folder) == "." else str(folder) for folder in folders if folder / WEIGHTS_NAME in paths)
+    folders = [path.parent for path in paths if path.name == CONFIG_NAME and path.parent / WEIGHTS_NAME in paths]
+    return sorted("" if str(folder) == "." else str(folder) for folder in folders if _can_be_asked_for(folder))
+
+
+def _can_be_asked_for(folder: PurePosixPath) -> bool:
+    try:
+        check_subfolder(str(folder) if folder.parts else None)
+    except ProbeError:
+        return False
+    return re.search(r"\s", str(folder)) is None
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:

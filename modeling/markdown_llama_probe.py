@@ -27,6 +27,11 @@ def code(text: str) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
+def word(text: str) -> str:
+    """A name of somebody else's in a sentence: as code where it has more in it than letters, digits and the like, such as HTML."""
+    return line(text) if re.fullmatch(r"[\w.,:/ -]*", text) else code(text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """The lines of a Markdown table; all columns but the first are numbers."""
     yield f"| {' | '.join(header)} |"

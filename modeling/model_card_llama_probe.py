@@ -22,6 +22,7 @@ from .files_llama_probe import (
     CARD_NAME,
     PLOT_NAMES,
     RESULTS_NAME,
+    chosen_run,
     is_head_folder,
     read_config,
     read_results,
@@ -225,12 +226,12 @@ def results_table(folders: Iterable[str | os.PathLike]) -> str:
 def _results_of(folder: str | os.PathLike) -> dict[str, Any]:
     results = read_results(folder)
     if results is None:
-        raise ProbeError(f"{folder} has no results.json: nothing was measured of this head")
+        raise ProbeError(f"{folder} has no {RESULTS_NAME}: nothing was measured of this head")
     return results
 
 
 def _eval_results(results: dict[str, Any], facts: CardFacts, split: str) -> list[EvalResult]:
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])[split]
+    chosen = chosen_run(results)[split]
     return [
         EvalResult(
             task_type="text-classification",

@@ -67,18 +67,22 @@ class ProbedOutputMixin(DecidedMixin):
         return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_token_logits.items()}
 
 
+_LOGITS = "dict[str, torch.Tensor] | None"
+# What an output of the LM gets, and the types.
+PROBED_FIELDS = {
+    "probe_logits": _LOGITS,
+    "probe_halts": "list[Halt | None] | None",
+    "probe_token_logits": _LOGITS,
+    "probe_state": "ProbeCache | None",
+}
+
+
 @functools.cache
 def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
     """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and what `ProbedOutputMixin` adds."""
-    tensors = "dict[str, torch.Tensor] | None"
     return make_dataclass(
         f"Probed{base.__name__}",
-        [
-            ("probe_logits", tensors, None),
-            ("probe_halts", "list[Halt | None] | None", None),
-            ("probe_token_logits", tensors, None),
-            ("probe_state", "ProbeCache | None", None),
-        ],
+        [(name, kind, None) for name, kind in PROBED_FIELDS.items()],
         bases=(ProbedOutputMixin, base),
         namespace={
             "__module__": __name__,

@@ -26,6 +26,7 @@ from .capture_llama_probe import without_peft
 from .decision_llama_probe import reply_outputs, verdict
 from .hub_llama_probe import HubOptions
 from .modeling_llama_probe import ProbedGenerationMixin
+from .outputs_llama_probe import PROBED_FIELDS
 from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import ProbeSpec, Target, read_heads
 
@@ -142,8 +143,7 @@ class _Listener:
         if not isinstance(output, ModelOutput):
             return output
         # Some versions take every output apart by rows, which a dict has not.
-        ours = ("probe_logits", "probe_halts", "probe_token_logits", "probe_state")
-        return ModelOutput({name: value for name, value in output.items() if name not in ours})
+        return ModelOutput({name: value for name, value in output.items() if name not in PROBED_FIELDS})
 
 
 def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any]]]:

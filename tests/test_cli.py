@@ -1,6 +1,7 @@
 """The command line on the tiny backbone: each command once in a process of its own."""
 
 import json
+import shutil
 
 import pytest
 from command_line import call, run, write_rows
@@ -94,6 +95,14 @@ def test_evaluate_repeats_what_training_reported(trained, rows, backbone_folder)
     assert found["rows"] == 20
     for metric in ("accuracy", "f1", "auprc"):
         assert found[metric] == pytest.approx(expected[metric], abs=0.02)
+
+
+def test_evaluate_measures_a_head_whose_results_are_of_another_version(trained, rows, backbone_folder, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "head")
+    (tmp_path / "head" / "results.json").write_text("{}")
+    args = ("--probe", tmp_path / "head", "--backbone", backbone_folder, "--data", rows / "test.jsonl", "--json")
+    done = call("evaluate", *args)
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"] == 20, done.stderr
 
 
 def test_evaluate_says_how_far_to_trust_it(trained, rows, backbone_folder):
@@ -279,6 +288,10 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     assert config.token_scope == "response" and config.causal and config.prefix_ids
     done = call("evaluate", *data, "--probe", tmp_path / "guard", "--data", tmp_path / "rows.jsonl", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["auroc"] > 0.9, done.stderr
+    shutil.copytree(tmp_path / "guard", tmp_path / "odd")
+    (tmp_path / "odd" / "results.json").write_text('{"runs": [], "chosen_seed": 0}')
+    done = call("evaluate", *data, "--probe", tmp_path / "odd", "--data", tmp_path / "rows.jsonl")
+    assert done.returncode == 2 and "no run of a chosen seed. Remove the file" in done.stderr
     args = (
         "generate",
         "good one",

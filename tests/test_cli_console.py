@@ -3,7 +3,7 @@
 import pytest
 from rich.table import Table
 
-from llama_probe.cli.console import create_console, plain, print_table
+from llama_probe.cli.console import create_console, escape, print_table
 
 
 @pytest.mark.parametrize("width", [20, 80])
@@ -18,17 +18,19 @@ def test_nothing_of_a_cell_is_cut(capsys, monkeypatch, width):
     assert first == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def test_a_cell_writes_nothing_to_the_terminal_and_is_no_markup(capsys):
+    table = Table("column")
+    table.add_row(escape("[red]a\x1b]0;title\x07\x9b31m\nb"))
+    print_table(table)
+    printed = capsys.readouterr().out
+    assert r"[red]a\x1b]0;title\x07\x9b31m" in printed and not {"\x1b", "\x07", "\x9b"} & set(printed)
+    assert len(printed.splitlines()) == 6, "a line break is one"
+
+
 def test_texts_and_labels_are_printed_as_they_are(capsys):
     table = Table("prompt", ":fire:")
-    table.add_row(plain("is [b]it[/b] :smile:"), ":x:")
+    table.add_row(escape("is [b]it[/b] :smile:"), ":x:")
     print_table(table)
-    create_console().print(plain("[b] :smile:"))
+    create_console().print(escape("[b] :smile:"))
     printed = capsys.readouterr().out
     assert ":fire:" in printed and "[b]it[/b] :smile:" in printed and ":x:" in printed and "\n[b] :smile:" in printed
-
-
-def test_no_text_steers_the_terminal(capsys):
-    create_console().print(plain("a\x1b]0;title\x07b\x9b2Jc\r\n\td é 好"))
-    printed = capsys.readouterr().out
-    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(printed)
-    assert "title" in printed and printed.splitlines()[1].strip() == "d é 好"

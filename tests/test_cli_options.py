@@ -1,14 +1,32 @@
 """The command that a card repeats, and what becomes of errors."""
 
+import dataclasses
+import inspect
 import shlex
 import sys
 
 import pytest
 from command_line import call
 
-from llama_probe import cli
+from llama_probe import ProbeConfig, cli
+from llama_probe.backbones import DTYPES
+from llama_probe.benchmark.random_weights import SHAPES
+from llama_probe.benchmark.serving_benchmark import KINDS, MANY_KIND, ServingBenchmark
+from llama_probe.calibration import BEST_F1, EXPECTED_F1
+from llama_probe.cli import options
 from llama_probe.cli.options import command_line
+from llama_probe.configuration import NORMALIZATIONS, POOLS, PROBLEM_TYPES, PROMPT_FORMATS, TOKEN_SCOPES
+from llama_probe.data_sources import FEW_ROWS, FOLDS, VALIDATION_SHARE, DataSources
+from llama_probe.heads import get_probe_type, probe_types
+from llama_probe.recipe import KINDS as SUITED
+from llama_probe.recipe import Recipe
+from llama_probe.reproduction.methods import method_names
+from llama_probe.reproduction.reproduction import DATA, PARTS, Reproduction
+from llama_probe.reproduction.workbench import Workbench
 from llama_probe.resolve import bundled_heads
+from llama_probe.scoring_job import ScoringJob
+from llama_probe.sweep import SearchSpace, Sweep
+from llama_probe.training_run import TrainingRun
 
 
 @pytest.mark.parametrize(
@@ -39,3 +57,85 @@ def test_files_that_the_system_refuses_are_one_line_and_status_2(monkeypatch):
     monkeypatch.setattr(cli, "app", app)
     done = call("inspect")
     assert done.returncode == 2 and done.stderr == "llama-probe: /root/head: Permission denied\n"
+
+
+def test_names_of_somebody_elses_write_nothing_to_the_terminal(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0, "k\\u001b[31m": 1}\n')
+    done = call("evaluate", "--probe", "toxicchat-gate", "--data", tmp_path / "rows.jsonl", "--text-column", "other")
+    assert done.returncode == 2 and "it has: text, label, k\\x1b[31m" in done.stderr and "\x1b" not in done.stderr
+
+
+# Commands repeat what the library owns, so that `--help` need not import torch: here both are laid side by side.
+
+_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+# What a command chooses otherwise, on purpose.
+_OWN = {("train", "probe_type"), ("train", "folds"), ("train", "token_scope"), ("sweep", "epochs"), ("sweep", "cache")}
+
+
+@pytest.mark.parametrize(
+    "command, owners",
+    [
+        (cli.train, (TrainingRun, Recipe, DataSources)),
+        (cli.sweep, (Sweep, TrainingRun, Recipe, DataSources)),
+        (cli.reproduce, (Reproduction, Workbench)),
+        (cli.benchmark, (ServingBenchmark,)),
+        (cli.classify, (ScoringJob,)),
+    ],
+)
+def test_defaults_are_those_of_the_library(command, owners):
+    given = {name: item.default for name, item in inspect.signature(command).parameters.items()}
+    compared = 0
+    for owner in owners:
+        for field in dataclasses.fields(owner):
+            name = next((short for short, long in _NAMES.items() if long == field.name), field.name)
+            plain = field.default is not dataclasses.MISSING and not isinstance(field.default, tuple)
+            if name in given and plain and (command.__name__, name) not in _OWN:
+                assert given[name] == field.default, (owner.__name__, name)
+                compared += 1
+    assert compared > 4
+
+
+def _help(command, name: str) -> str:
+    (option,) = inspect.signature(command, eval_str=True).parameters[name].annotation.__metadata__
+    return option.help
+
+
+@pytest.mark.parametrize(
+    "command, name, words",
+    [
+        (cli.train, "probe_type", probe_types()),
+        (cli.train, "problem_type", PROBLEM_TYPES),
+        (cli.train, "prompt_format", PROMPT_FORMATS),
+        (cli.train, "token_scope", TOKEN_SCOPES),
+        (cli.train, "pool", POOLS),
+        (cli.train, "normalize", [*NORMALIZATIONS, f"left out: {get_probe_type('mha').normalize}, for muli {get_probe_type('muli').normalize}"]),
+        (cli.train, "threshold_rule", [EXPECTED_F1, BEST_F1]),
+        (cli.train, "folds", [f"{FOLDS} for fewer than {FEW_ROWS} rows"]),
+        (cli.train, "validation_share", [f"{VALIDATION_SHARE} where"]),
+        (cli.train, "label_smoothing", [f"{SUITED['mha'].label_smoothing} if left out, {SUITED['muli'].label_smoothing:g} for muli"]),
+        (cli.train, "dtype", DTYPES),
+        (cli.sweep, "probe_type", SearchSpace().probe_types),
+        (cli.sweep, "validation_share", [f"{VALIDATION_SHARE} where"]),
+        (cli.reproduce, "methods", [name for name in method_names() if name not in probe_types()]),
+        (cli.reproduce, "only", PARTS),
+        (cli.benchmark, "kind", KINDS),
+        (cli.benchmark, "many", [MANY_KIND]),
+        (cli.benchmark, "tokens", [" and ".join(map(str, ServingBenchmark.tokens))]),
+        (cli.benchmark, "guard", [name for name in SHAPES if name != "llama-3b"]),
+    ],
+)  # fmt: skip
+def test_help_names_what_there_is(command, name, words):
+    text = _help(command, name)
+    assert [word for word in words if word not in text] == []
+
+
+def test_further_defaults_are_those_of_the_library():
+    given = inspect.signature(cli.train).parameters
+    config = ProbeConfig()
+    for name in ("pool", "num_attention_heads", "downcast", "layers"):
+        assert given[name].default == getattr(config, name), name
+    given = inspect.signature(cli.reproduce).parameters
+    assert given["data"].default == ",".join(DATA)
+    bench = Workbench("demo", None)
+    assert list(range(given["seeds"].default)) == bench.seeds
+    assert all(dtype in options.Dtype.__metadata__[0].help for dtype in DTYPES)

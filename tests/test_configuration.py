@@ -62,6 +62,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
         ({"prefix_ids": [1, "2"]}, "prefix_ids"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path=7 must be text"),
         ({"base_model_name_or_path": "half \ud83d"}, r"base_model_name_or_path='half \\ud83d' must be text"),
+        (
+            {"base_model_name_or_path": "a\x1b[31m"},
+            r"path='a\\x1b\[31m' must have no line breaks and control characters",
+        ),
+        ({"base_model_revision": "a\nb"}, r"base_model_revision='a\\nb' must have no line breaks"),
         ({"id2label": {0: "half \ud83d", 1: "b"}}, "must be texts"),
         ({"options": []}, "options"),
     ],
@@ -69,6 +74,10 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
 def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
     with pytest.raises(ProbeError, match=words):
         ProbeConfig(**values)
+
+
+def test_a_system_prompt_has_as_many_lines_as_it_likes():
+    assert ProbeConfig(system_prompt="Be kind.\n\tAlways.").system_prompt == "Be kind.\n\tAlways."
 
 
 def test_heads_that_read_replies_are_causal():

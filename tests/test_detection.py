@@ -115,6 +115,7 @@ def test_rules_keep_to_the_false_halts(seed, limit):
         assert rule["validation"]["false_halts"] <= limit
     again = apply_rules(config, rules, followed, labels)
     assert all(rule["test"] == rule["validation"] for rule in again["awful"])
+    assert apply_rules(config.replace(id2label={0: "fine", 1: "bad"}), rules, followed, labels) == {}
 
 
 def test_each_of_several_labels_has_rules():

@@ -1,7 +1,9 @@
 """Exported repositories: what is written, what is refused before anything is, and how they get to a Hub."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -102,6 +104,14 @@ def test_results_of_a_head_go_along(lm, tmp_path):
     assert bool(plots) == ("inspection" in measured and find_spec("matplotlib") is not None)
     card = (folder / "README.md").read_text()
     assert f"{measured['card']['dataset_name']} | {measured['card']['license']} |" in card
+
+
+def test_code_in_the_card_of_a_folder_of_any_name(lm, tmp_path):
+    card = (export(lm, tmp_path / 'a "b" <c>', tokenizer=make_tokenizer()) / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    texts = [{item.value for item in ast.walk(ast.parse(block)) if isinstance(item, ast.Constant)} for block in blocks]
+    assert len(texts) == 3 and all('a "b" <c>' in found for found in texts)
+    assert '# `a "b" <c>`' in card
 
 
 def test_backbones_in_all_forms(backbone_folder, lm, tmp_path):

@@ -133,8 +133,9 @@ def test_one_that_was_killed_while_it_saved_may_save_again(tmp_path, monkeypatch
 
 
 def test_unknown_keys_are_reported_and_left_out(folder, caplog):
-    change_config(folder, colour="red")
+    change_config(folder, **{"colour": "red", "a\x1b[31m": 1})
     assert read_config(folder).num_labels == 2
+    assert r"unknown keys are left out (written by another version?): 'a\x1b[31m', 'colour'" in caplog.text
 
 
 @pytest.mark.parametrize(

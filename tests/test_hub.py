@@ -138,6 +138,16 @@ class TestPull:
         with pytest.raises(ProbeError, match=words):
             ProbeModel.from_pretrained(source)
 
+    def test_heads_that_nobody_can_ask_for_are_not_offered(self, hub, tmp_path):
+        files = contents(make_probe(), tmp_path / "planted")
+        hub.plant(
+            REPO, {f"{folder}/{name}": data for folder in ("a:b", "c d", "mood") for name, data in files.items()}
+        )
+        with pytest.raises(
+            ProbeError, match=f"alice/mood is not a head: it has no probe_config.json; heads in it: {REPO}:mood$"
+        ):
+            ProbeModel.from_pretrained(REPO)
+
     def test_a_truncated_download(self, hub, head):
         hub.faults.truncate(path=WEIGHTS_NAME, times=None, declared=False)
         with pytest.raises(ProbeError, match=r"could not be fetched"):

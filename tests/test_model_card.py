@@ -179,11 +179,14 @@ def test_names_that_would_begin_something_of_their_own_in_a_card(folder):
     """A card is shown as HTML on the Hub, and a head may come from anybody."""
     plain = create_card(folder).content
     config = read_config(folder).replace(
-        id2label={0: "a`b<script>", 1: "x ## Title ```"}, base_model_name_or_path="lm\n# Evil"
+        id2label={0: "a`b<script>", 1: "x ## Title ```"},
+        base_model_name_or_path="lm <b># Evil",
+        base_model_class="<i>",
     )
     (folder / "probe_config.json").write_text(config.to_json_string())
     text = create_card(folder).content
     assert "gives one of ``a`b<script>``, ```` x ## Title ``` ````" in text
+    assert text.count("`lm <b># Evil`") == 3 and "class: `<i>`;" in text
     marks = ("#", "```", "<")
     assert [line for line in text.splitlines() if line.startswith(marks)] == [
         line for line in plain.splitlines() if line.startswith(marks)

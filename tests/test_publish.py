@@ -187,7 +187,14 @@ class TestPush:
         assert HfApi().model_info(REPO).card_data.tags == ["llama_probe", "probe", "probe-mha", *expected]
 
     @pytest.mark.parametrize(
-        "results", [{}, {"of": "another version"}, {"card": "x", "summary": {"test": {}}}, {"card": {"new": 1}}]
+        "results",
+        [
+            {},
+            {"of": "another version"},
+            {"card": "x", "summary": {"test": {}}},
+            {"card": {"new": 1}},
+            {"card": {}, "summary": {"validation": {}}, "runs": [], "chosen_seed": 0},
+        ],
     )
     def test_results_that_give_no_card(self, hub, token, tmp_path, results):
         head = make_probe()

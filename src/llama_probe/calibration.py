@@ -11,13 +11,15 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from transformers.utils import logging
 
 from .configuration import ProbeConfig
-from .decision import check_numbers, probabilities, probe_loss
+from .decision import check_numbers, probabilities, probe_loss, threshold_of
 from .errors import ProbeError
 
 
 logger = logging.get_logger(__name__)
 
 EXPECTED_F1, BEST_F1 = "expected-f1", "best-f1"
+
+_BINS = 10  # of equal width, in which confidence is compared with what holds
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeConfig) -> float:
@@ -175,7 +177,7 @@ def calibrate(
     return config
 
 
-def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, bins: int = 10) -> dict[str, Any]:
+def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, Any]:
     """How often the head is right when it says how sure it is (Guo et al., arXiv 1706.04599).
 
     Two labels and multi-label heads: the probability of each (positive) label against how often it holds. More labels:
@@ -188,13 +190,13 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, b
     saved = _confidence(logits, labels, config)
     plain = _confidence(logits, labels, config.replace(temperature=1.0))
     return {
-        "error": _calibration_error(*saved, bins),
-        "error_uncalibrated": _calibration_error(*plain, bins),
-        "bins": _bins(*saved, bins),
+        "error": _calibration_error(*saved),
+        "error_uncalibrated": _calibration_error(*plain),
+        "bins": _bins(*saved),
     }
 
 
-def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, bins: int = 10) -> np.ndarray:
+def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> np.ndarray:
     """What each row adds to the expected calibration error of `reliability`.
 
     Returns:
@@ -203,9 +205,9 @@ def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConf
     """
     confidence, holds = _confidence(logits, labels, config)
     each = len(confidence) // max(len(labels), 1)
-    gaps = np.zeros((len(labels), bins))
+    gaps = np.zeros((len(labels), _BINS))
     rows = np.arange(len(confidence)) // each
-    np.add.at(gaps, (rows, _bin_of(confidence, bins)), (confidence.astype(np.float64) - holds) / each)
+    np.add.at(gaps, (rows, _bin_of(confidence)), (confidence.astype(np.float64) - holds) / each)
     return gaps
 
 
@@ -218,20 +220,20 @@ def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
     return probs.max(axis=1), (probs.argmax(axis=1) == labels).astype(float)
 
 
-def _bin_of(confidence: np.ndarray, count: int) -> np.ndarray:
-    return np.minimum((confidence * count).astype(int), count - 1)
+def _bin_of(confidence: np.ndarray) -> np.ndarray:
+    return np.minimum((confidence * _BINS).astype(int), _BINS - 1)
 
 
-def _bins(confidence: np.ndarray, holds: np.ndarray, count: int) -> list[dict[str, Any]]:
-    index = _bin_of(confidence, count)
+def _bins(confidence: np.ndarray, holds: np.ndarray) -> list[dict[str, Any]]:
+    index = _bin_of(confidence)
     table = []
-    for i in range(count):
+    for i in range(_BINS):
         rows = index == i
         if rows.any():
             table.append(
                 {
-                    "low": round(i / count, 4),
-                    "high": round((i + 1) / count, 4),
+                    "low": round(i / _BINS, 4),
+                    "high": round((i + 1) / _BINS, 4),
                     "rows": int(rows.sum()),
                     "confidence": round(float(confidence[rows].mean()), 4),
                     "frequency": round(float(holds[rows].mean()), 4),
@@ -240,9 +242,9 @@ def _bins(confidence: np.ndarray, holds: np.ndarray, count: int) -> list[dict[st
     return table
 
 
-def _calibration_error(confidence: np.ndarray, holds: np.ndarray, count: int) -> float:
+def _calibration_error(confidence: np.ndarray, holds: np.ndarray) -> float:
     # Of the numbers as they are: what the bins show is rounded, and so would be off in the last digit.
-    gaps = np.bincount(_bin_of(confidence, count), confidence.astype(np.float64) - holds)
+    gaps = np.bincount(_bin_of(confidence), confidence.astype(np.float64) - holds)
     return round(float(np.abs(gaps).sum() / len(confidence)), 4)
 
 
@@ -255,15 +257,17 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     """
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
-        columns = [(i, labels[:, i] > 0, _threshold_of(config, i)) for i in range(config.num_labels)]
+        columns = [(i, labels[:, i] > 0) for i in range(config.num_labels)]
     elif config.problem_type == "single_label_classification" and config.num_labels == 2:
-        columns = [(1, labels == 1, _threshold_of(config, 1))]
+        columns = [(1, labels == 1)]
     else:
         return {}
     tables = {}
-    for index, positive, saved in columns:
+    for index, positive in columns:
         if not positive.any():
             continue
+        saved = threshold_of(config, index)
+        saved = 0.5 if saved is None else saved  # the larger of two probabilities
         rows = []
         for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
             flagged = probs[:, index] >= threshold
@@ -279,8 +283,3 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
             )
         tables[config.id2label[index]] = rows
     return tables
-
-
-def _threshold_of(config: ProbeConfig, index: int) -> float:
-    saved = config.threshold[index] if isinstance(config.threshold, list) else config.threshold
-    return 0.5 if saved is None else saved

@@ -67,6 +67,14 @@ def check_numbers(scores: torch.Tensor) -> None:
         raise ProbeError(f"the head gives no number for {wrong} of {len(scores)} rows: {NO_NUMBER_BECAUSE}")
 
 
+def threshold_of(config: ProbeConfig, index: int) -> float | None:
+    """The probability from which a head gives a label, by its index; `None` where it gives the label with the largest one."""
+    if config.problem_type == "multi_label_classification":
+        threshold = 0.5 if config.threshold is None else config.threshold
+        return threshold[index] if isinstance(threshold, list) else threshold
+    return config.threshold if index == 1 else None
+
+
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     """Applies the saved threshold to `[batch, num_labels]` probabilities.
 
@@ -76,7 +84,8 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     if config.problem_type == "regression":
         return probs
     if config.problem_type == "multi_label_classification":
-        return probs >= torch.as_tensor(0.5 if config.threshold is None else config.threshold, device=probs.device)
+        thresholds = [threshold_of(config, index) for index in range(config.num_labels)]
+        return probs >= torch.as_tensor(thresholds, device=probs.device)
     if config.threshold is not None:
         return (probs[:, 1] >= config.threshold).long()
     return probs.argmax(dim=-1)

@@ -158,15 +158,13 @@ def halting_rules(
     validation: Sequence[torch.Tensor],
     labels: np.ndarray,
     max_false_halts: float = MAX_FALSE_HALTS,
-    patiences: Sequence[int] = PATIENCES,
 ) -> dict[str, list[dict[str, Any]]]:
-    """For each label and patience the threshold that detects most replies, with few halts in vain.
+    """For each label, and each patience of `PATIENCES`, the threshold that detects most replies, with few halts in vain.
 
     Args:
         config: of the head.
         validation: of validation rows, see `follow_replies`. labels: of the same rows, see `LabelledTexts`.
         max_false_halts: share of the replies without the label that may be halted.
-        patiences: tokens in a row.
 
     Returns:
         By label name a list of rules with `patience`, `threshold`, what `detection` says of the validation rows as
@@ -180,7 +178,7 @@ def halting_rules(
             continue
         scores = _scores(config, validation, index)
         rules = []
-        for patience in patiences:
+        for patience in PATIENCES:
             threshold = highest_recall_threshold(halting_scores(scores, patience), positives, max_false_halts)
             told = detection(scores, positives, threshold, patience)
             rules.append({"patience": patience, "threshold": threshold, "validation": told})
@@ -194,10 +192,15 @@ def halting_rules(
 def apply_rules(
     config: ProbeConfig, rules: dict[str, list[dict[str, Any]]], followed: Sequence[torch.Tensor], labels: np.ndarray
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rules of `halting_rules`, each with what `detection` says of further rows as `test`."""
+    """The rules of `halting_rules`, each with what `detection` says of further rows as `test`.
+
+    Left out are those of labels that the head has not, because somebody has renamed them since.
+    """
     found = {}
     for name, ruled in rules.items():
-        index = config.label2id[name]
+        index = config.label2id.get(name)
+        if index is None:
+            continue
         positives, scores = positive_rows(config, labels, index), _scores(config, followed, index)
         found[name] = [
             {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in ruled

@@ -37,11 +37,12 @@ from .files import (
 from .fingerprint import check_backbone
 from .heads import get_probe_type, probe_types
 from .hub import HubReference, commit_files
-from .markdown import cell, code
+from .markdown import cell, code, word
 from .model_card import write_card
+from .pipeline import TASK
 from .plots import write_plots
 from .probe import ProbeModel
-from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, flat_files, write_flat_files
+from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, flat_files, write_flat_files
 from .resolve import ProbeSpec, Target, read_heads
 
 
@@ -51,7 +52,8 @@ _CONFIG_NAME = "config.json"
 _TEXT = '"Write me a short poem about rain."'
 # Files of an earlier export that would be loaded beside, or in place of, the new ones.
 _OWN_FILES = re.compile(
-    r"\w+_llama_probe\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
+    rf"\w+{SUFFIX}\.py|"
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|additional_chat_templates/.*"
 )
 
@@ -284,9 +286,10 @@ def _card(
         row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license") or "not stated"]
         lines.append(f"| {' | '.join(map(cell, row))} |")
     first = read_config(repository / heads[0])
+    plain = code(f"AutoModelForCausalLM.from_pretrained({_quoted(name)})")
     prompt = example_chat(first) if chat and first.prompt_format == "chat" else None
     body = [
-        f"# {name.split('/')[-1]}",
+        f"# {word(name.split('/')[-1])}",
         f"{base} with probe heads. They read the hidden states of the frozen model while it reads the prompt, and label the "
         "prompt in the pass that starts the reply; the model's text is what it is without them (arXiv 2601.13288).",
         "\n".join(lines),
@@ -300,10 +303,10 @@ def _card(
         _code(
             "from transformers import pipeline",
             "",
-            f'pipe = pipeline("probed-text-generation", model="{name}", probe="{heads[0]}", trust_remote_code=True)',
+            f'pipe = pipeline("{TASK}", model={_quoted(name)}, probe="{heads[0]}", trust_remote_code=True)',
             f"print(pipe({prompt or _TEXT}, max_new_tokens=40))",
         ),
-        f'Without `probe=` and `trust_remote_code=True`, `AutoModelForCausalLM.from_pretrained("{name}")` is the plain model.',
+        f"Without `probe=` and `trust_remote_code=True`, {plain} is the plain model.",
         "## Licences",
         "Each head's card has its licence and that of its data; the weights of the model are under the model's licence, and "
         "the Python files under Apache-2.0.",
@@ -322,14 +325,19 @@ def _example(name: str, head: str, scope: str, chat: str | None, package: bool) 
         "from transformers import AutoModel, AutoTokenizer",
         *(["import llama_probe"] if package else []),
         "",
-        f'model = AutoModel.from_pretrained("{name}", probe="{head}"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModel.from_pretrained({_quoted(name)}, probe="{head}"{trust})',
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
         f"prompt = {chat or _TEXT}",
         f'inputs = tokenizer{"." if chat else ""}{encode}return_tensors="pt")',
         "out = model.generate(**inputs, max_new_tokens=40)",
         "print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))",
         f"print({found})",
     )
+
+
+def _quoted(name: str) -> str:
+    """A repository or folder as a string in code."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _code(*lines: str) -> str:

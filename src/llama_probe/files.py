@@ -184,7 +184,9 @@ def read_config(folder: str | os.PathLike) -> ProbeConfig:
     except ProbeError as error:
         raise error if str(path) in str(error) else ProbeError(f"{path}: {error}") from None
     if unknown:
-        logger.warning(f"{path}: unknown keys are left out (written by another version?): {', '.join(unknown[:8])}")
+        logger.warning(
+            f"{path}: unknown keys are left out (written by another version?): {', '.join(map(repr, unknown[:8]))}"
+        )
     return config
 
 
@@ -201,6 +203,21 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
     if not isinstance(results, dict):
         raise ProbeError(f"{path} must be a JSON object, not {type(results).__name__}")
     return results
+
+
+def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
+    """What results hold of the head that was kept, beside those of other seeds.
+
+    Raises:
+        ProbeError: nothing.
+    """
+    try:
+        return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
+    except (LookupError, TypeError, StopIteration) as error:
+        raise ProbeError(
+            f"the {RESULTS_NAME} of this head is nothing that this version can read: it has no run of a chosen seed. Remove the "
+            "file; the head runs without"
+        ) from error
 
 
 def read_head(folder: str | os.PathLike, backbone: torch.nn.Module | None = None) -> ProbeModel:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .configuration import ProbeConfig
-from .decision import ProbeOutput, predictions
+from .decision import ProbeOutput, predictions, threshold_of
 from .errors import ProbeError
+from .files import chosen_run
 
 
 if TYPE_CHECKING:
@@ -114,11 +115,7 @@ class HaltRule:
                 f"(token_scope={config.token_scope!r}): leave patience out"
             )
         index = names.index(label)
-        if threshold is None and config.problem_type == "multi_label_classification":
-            threshold = config.threshold[index] if isinstance(config.threshold, list) else config.threshold
-            threshold = 0.5 if threshold is None else threshold
-        elif threshold is None and index == 1:
-            threshold = config.threshold  # as the head decides between two labels
+        threshold = threshold_of(config, index) if threshold is None else threshold
         return cls(head, config, index, threshold, patience)
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
@@ -138,11 +135,14 @@ class HaltRule:
 
 
 def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """The rules that a head's `results.json` holds, by label; none where it was not measured so."""
+    """The rules that a head's `results.json` holds, by label; none where it was not measured so.
+
+    Raises:
+        ProbeError: they are none that this version can read; see `chosen_run`.
+    """
     if results is None:
         return {}
-    chosen = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
-    return chosen.get("halting", {}).get("labels", {})
+    return chosen_run(results).get("halting", {}).get("labels", {})
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,7 @@ from torch import nn
 from .configuration import ProbeConfig
 from .decision import ProbeOutput
 from .probe import ProbeModel
-from .training import ProbeLoss
-
-
-_WARMUP = 0.1  # share of the steps, as in training_arguments
+from .training import WARMUP, ProbeLoss
 
 
 @dataclass
@@ -124,7 +121,7 @@ class Learner:
         return self.candidate.loss(output, labels, self.candidate.batch_size * labels.numel() / len(labels))
 
     def _update(self) -> None:
-        warmup = max(1, int(_WARMUP * self.total_steps))
+        warmup = max(1, int(WARMUP * self.total_steps))
         if self.steps < warmup:
             factor = self.steps / warmup
         else:

@@ -23,6 +23,7 @@ from .capture import without_peft
 from .decision import reply_outputs, verdict
 from .hub import HubOptions
 from .modeling import ProbedGenerationMixin
+from .outputs import PROBED_FIELDS
 from .probe import ProbeModel
 from .resolve import ProbeSpec, Target, read_heads
 
@@ -139,8 +140,7 @@ class _Listener:
         if not isinstance(output, ModelOutput):
             return output
         # Some versions take every output apart by rows, which a dict has not.
-        ours = ("probe_logits", "probe_halts", "probe_token_logits", "probe_state")
-        return ModelOutput({name: value for name, value in output.items() if name not in ours})
+        return ModelOutput({name: value for name, value in output.items() if name not in PROBED_FIELDS})
 
 
 def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any]]]:

@@ -15,6 +15,7 @@ from .card_sections import on_the_hub
 from .errors import ProbeError
 from .files import (
     CARD_NAME,
+    CONFIG_NAME,
     HEAD_FILES,
     check_new_folder,
     check_writable,
@@ -145,7 +146,7 @@ def _push(folder, repo_id, subfolder, private, token, revision, create_pr, messa
     if base_model is not None and not on_the_hub(base_model):
         logger.warning(
             f"the config and card of {source} name the backbone {base_model!r}, which nobody finds elsewhere: put its Hub id into "
-            "base_model_name_or_path of probe_config.json"
+            f"base_model_name_or_path of {CONFIG_NAME}"
         )
     _finish_card(folder, source, tags, license)
     prefix = f"{subfolder}/" if subfolder else ""

@@ -10,6 +10,7 @@ from string import Template
 import numpy as np
 
 from .configuration import ProbeConfig
+from .decision import threshold_of
 from .reading import CONTINUATION, Reading, visible
 
 
@@ -162,21 +163,13 @@ def _decision(config: ProbeConfig) -> str:
     return f"“{second}” is given from a probability of {_share(config.threshold)} on (the line), else “{first}”."
 
 
-def _threshold(config: ProbeConfig, index: int) -> float | None:
-    """Where the line in a label's bar is."""
-    if config.problem_type == "multi_label_classification":
-        thresholds = 0.5 if config.threshold is None else config.threshold
-        return thresholds[index] if isinstance(thresholds, list) else thresholds
-    return config.threshold if index == 1 else None
-
-
 def _scores(reading: Reading) -> str:
     """A table with a row a label, the largest probability first; of many labels the rest is folded away."""
     rows = []
     regression = reading.config.problem_type == "regression"
     for index, (name, value) in enumerate(reading.probabilities.items()):
         number = f"{value:.4g}" if regression else _share(value)
-        bar = "" if regression else _bar(value, _threshold(reading.config, index))
+        bar = "" if regression else _bar(value, threshold_of(reading.config, index))
         rows.append((value, f'<tr><th scope="row">{_html(name)}</th><td class="number">{number}</td>{bar}</tr>'))
     if not regression:
         rows.sort(key=lambda pair: -pair[0])

@@ -13,19 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .files import package_version, write_atomically
+from .pipeline import TASK
 
 
 # The modules whose classes a repository's config.json names. All others are found by following their imports.
 _ROOTS = ("modeling", "pipeline")
-_SUFFIX = "_llama_probe"
+SUFFIX = "_llama_probe"
 
 AUTO_MAP = {
-    "AutoModel": f"modeling{_SUFFIX}.LlamaForProbedGeneration",
-    "AutoModelForCausalLM": f"modeling{_SUFFIX}.LlamaForProbedGeneration",
+    "AutoModel": f"modeling{SUFFIX}.LlamaForProbedGeneration",
+    "AutoModelForCausalLM": f"modeling{SUFFIX}.LlamaForProbedGeneration",
 }
 CUSTOM_PIPELINES = {
-    "probed-text-generation": {
-        "impl": f"pipeline{_SUFFIX}.ProbedTextGenerationPipeline",
+    TASK: {
+        "impl": f"pipeline{SUFFIX}.ProbedTextGenerationPipeline",
         "pt": ["AutoModelForCausalLM"],
         "type": "text",
     }
@@ -77,14 +78,14 @@ def write_flat_files(folder: str | os.PathLike) -> list[Path]:
     write_atomically(
         {path: lambda target, text=text: target.write_text(text, encoding="utf-8") for path, text in files.items()}
     )
-    for stale in set(folder.glob(f"*{_SUFFIX}.py")) - set(files):
+    for stale in set(folder.glob(f"*{SUFFIX}.py")) - set(files):
         stale.unlink()
     return list(files)
 
 
 def _flat_name(path: Path, package: Path) -> str:
     parts = path.relative_to(package).with_suffix("").parts
-    return "_".join(part for part in parts if part != "__init__") + _SUFFIX
+    return "_".join(part for part in parts if part != "__init__") + SUFFIX
 
 
 def _flatten(path: Path, package: Path) -> tuple[str, list[Path]]:

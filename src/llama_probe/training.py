@@ -20,6 +20,9 @@ from .metrics import compute_metrics
 from .probe import ProbeModel
 
 
+WARMUP = 0.1  # share of all steps
+
+
 @dataclass
 class ProbeLoss:
     """The Trainer's `compute_loss_func=` for heads: cross-entropy with class weights, label smoothing or focal weights.
@@ -88,7 +91,7 @@ def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) ->
         "learning_rate": 3e-4,
         "weight_decay": 0.05,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,  # below 1: a share of all steps
+        "warmup_steps": WARMUP,  # below 1: a share of all steps
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
         "save_total_limit": 1,

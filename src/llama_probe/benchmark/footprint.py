@@ -77,11 +77,11 @@ def operations(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def _matrix_vector(matrix, vector, *_, out_shape=None, **__) -> int:
+def _matrix_vector(matrix, vector, *_, **__) -> int:
     return 2 * math.prod(matrix)
 
 
-def _attention(query, key, value, *_, out_shape=None, **__) -> int:
+def _attention(query, key, value, *_, **__) -> int:
     """Shapes `[batch, heads, tokens, size]`; heads of the query share those of key and value where these are fewer."""
     return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 

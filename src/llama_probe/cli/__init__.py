@@ -10,6 +10,7 @@ from ..allocator import keep_freed_memory
 from ..errors import ProbeError
 from ..files import DISK_FULL, is_disk_full, package_version
 from .benchmark import benchmark
+from .console import printable
 from .evaluate import evaluate
 from .export import export
 from .heads import inspect
@@ -122,5 +123,5 @@ def main() -> None:
 def _refuse(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     teller = "llama-probe" if rank == "0" else f"llama-probe (rank {rank})"
-    print(f"{teller}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{teller}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -12,7 +12,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .console import create_console, plain, print_table
+from .console import create_console, escape, print_table
 from .options import Backbone, Dtype, Json
 
 
@@ -35,7 +35,7 @@ def benchmark(
         list[int] | None, typer.Option(help="Prompts at once; may be given again. Left out: 1.")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate; with more than 1, also the time of each.")] = 1,
-    pairs: Annotated[int, typer.Option(help="Timed runs of each system, in turn with the plain model.")] = 9,
+    pairs: Annotated[int, typer.Option(help="Timed runs of each system, in turn with the escape model.")] = 9,
     warmup: Annotated[int, typer.Option(help="Pairs before them that are not timed.")] = 2,
     device: Annotated[
         str, typer.Option(help="auto (an accelerator where there is one), cpu, cuda, cuda:1 ...")
@@ -62,7 +62,7 @@ def benchmark(
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure what heads cost while the model serves: time, memory and operations, beside the plain model."""
+    """Measure what heads cost while the model serves: time, memory and operations, beside the escape model."""
     from transformers.utils import logging
 
     from ..benchmark import report as benchmark_report
@@ -104,11 +104,11 @@ def benchmark(
         shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in header:
             # In a narrow terminal cells are folded: a number that is cut short would be another one.
-            shown.add_column(plain(name), justify="left" if name == "system" else "right", overflow="fold")
+            shown.add_column(escape(name), justify="left" if name == "system" else "right", overflow="fold")
         for line in lines:
-            shown.add_row(*map(plain, line))
+            shown.add_row(*map(escape, line))
         print_table(shown)
     for note in benchmark_report.notes(report):
-        console.print(plain(note))
+        console.print(escape(note))
     for path in written:
         print(f"written: {path}")

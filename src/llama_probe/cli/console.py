@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 
-# All but tab and line feed: a reply or a row of a data set could else move the cursor or name the terminal.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Those that Rich passes on: all but line breaks, tabs and what it leaves out by itself.
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 
-def plain(text: str) -> str:
-    """A text of a user, a model or a data set, for a console or a table: no markup, and nothing that steers a terminal."""
-    return escape(_CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text))
+def printable(text: str) -> str:
+    """A text with its control characters spelled out: names and rows of somebody else's could write to the terminal with them."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def escape(text: str) -> str:
+    """A text as it stands, for what Rich prints: no part of it is markup, or a control character."""
+    return markup.escape(printable(text))
 
 
 def create_console(stderr: bool = False) -> Console:
-    """What commands print to. Texts and labels are printed as they are, where rich would make a picture of `:fire:`."""
+    """What commands print to. Texts and labels are printed as they are, where Rich would make a picture of `:fire:`."""
     return Console(stderr=stderr, emoji=False)
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import create_console, plain, print_table
+from .console import create_console, escape, print_table
 from .options import DATA, Backbone, DataDir, Dtype, Json, Probe, PromptColumn, Split, split_of
 
 
@@ -64,6 +64,7 @@ def evaluate(
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = read_head(resolve_head(probe, backbone_target(backbone)))
         config = head.config
+        rules = measured_rules(head.results) if config.reads_reply else {}
         names = list(config.id2label.values())
         kind = config.problem_type
         part = split_of(data, split)
@@ -97,7 +98,6 @@ def evaluate(
         result = None
         if is_main():
             result = detailed_report(config, logits, rows.labels, columns, bootstrap, seed)
-            rules = measured_rules(head.results)
             if followed is not None and rules:
                 result["halting"] = apply_rules(config, rules, followed, rows.labels)
     if result is None:
@@ -135,19 +135,19 @@ def _metrics_table(title: str, result: dict[str, Any]) -> Table:
 
 def _table(title: str, parts: dict[str, dict[str, Any]]) -> Table:
     """A row for each part, with a metric in each column and its interval below it."""
-    table = Table(title=plain(title))
+    table = Table(title=escape(title))
     metrics = [key for key in next(iter(parts.values())) if key != "intervals"]
     table.add_column("")
     for metric in metrics:
         table.add_column(metric, justify="right")
     for name, part in parts.items():
-        table.add_row(plain(name), *(_cell(part, metric, "\n") for metric in metrics))
+        table.add_row(escape(name), *(_cell(part, metric, "\n") for metric in metrics))
     return table
 
 
 def _halting_table(label: str, rules: list[dict[str, Any]]) -> Table:
     """What each rule that the head was measured with does to these replies."""
-    table = Table(title=plain(f"replies halted by {label} while they are written"))
+    table = Table(title=escape(f"replies halted by {label} while they are written"))
     for column in ("patience", "threshold", "detected", "in vain", "delay, median", "90 % below", "of the reply"):
         table.add_column(column, justify="right")
     for rule in rules:
@@ -167,9 +167,9 @@ def _print_confusion(console: Console, names: list[str], matrix: list[list[int]]
     table = Table(title="rows by their label, and by what the head gives")
     table.add_column("")
     for name in names:
-        table.add_column(plain(name), justify="right")
+        table.add_column(escape(name), justify="right")
     for name, row in zip(names, matrix, strict=True):
-        table.add_row(plain(name), *(f"{count:,}" for count in row))
+        table.add_row(escape(name), *(f"{count:,}" for count in row))
     print_table(table)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .console import plain, print_table
+from .console import escape, print_table
 from .options import Dtype, Json, Revision
 
 
@@ -60,9 +60,9 @@ def inspect(
     if as_json:
         print(json.dumps(values))
         return
-    table = Table("field", "value", title=plain(probe))
+    table = Table("field", "value", title=escape(probe))
     for key, value in sorted(values.items()):
-        table.add_row(key, plain(json.dumps(value, ensure_ascii=False)))
+        table.add_row(key, escape(json.dumps(value, ensure_ascii=False)))
     print_table(table)
 
 
@@ -77,7 +77,7 @@ def _list_bundled(as_json: bool) -> None:
     table = Table("alias", "kind", "labels", "backbone", title="bundled heads")
     for alias, config in configs.items():
         cells = (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
-        table.add_row(*map(plain, cells))
+        table.add_row(*map(escape, cells))
     print_table(table)
 
 
@@ -92,9 +92,9 @@ def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> No
     if as_json:
         print(json.dumps([asdict(check) for check in checks]))
         return
-    table = Table("", "the head was trained with", "this backbone", "verdict", title=plain(f"{probe} on {backbone}"))
+    table = Table("", "the head was trained with", "this backbone", "verdict", title=escape(f"{probe} on {backbone}"))
     for check in checks:
-        cells = ("-" if value is None else plain(str(value)) for value in (check.recorded, check.found))
+        cells = ("-" if value is None else escape(str(value)) for value in (check.recorded, check.found))
         table.add_row(check.field, *cells, _VERDICTS.get(check.verdict, check.verdict))
     print_table(table)
     if any(check.fatal and check.verdict == "differs" for check in checks):

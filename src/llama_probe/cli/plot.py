@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import create_console, plain, print_table
+from .console import create_console, escape, print_table
 from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn, Split, split_of
 
 
@@ -110,11 +110,11 @@ def plot(
         return
     table = Table("file", "shows")
     for item in files:
-        table.add_row(plain(item["file"]), plain(item["shows"]))
+        table.add_row(escape(item["file"]), escape(item["shows"]))
     console = create_console()
     print_table(table)
     for note in notes:
-        console.print(plain(note), highlight=False)
+        console.print(escape(note), highlight=False)
 
 
 def _data_name(data: str, split: str) -> str:
@@ -157,8 +157,8 @@ def _of_text(reading: Reading, number: int) -> Iterator[_Drawing]:
 
 def _file_stem(number: int, text: str) -> str:
     """A name that is safe anywhere: a number, and the text's first words."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-")
+    escape = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", escape).strip("-")[:40].strip("-")
     return f"{number:02}-{slug}".strip("-")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .console import plain, print_table
+from .console import escape, print_table
 from .options import Backbone, DataDir, Dtype, Json, command_line
 
 
@@ -25,7 +25,8 @@ def reproduce(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, or kinds of head. Left out: all."
+            help="Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, multimax-small, multimax-half, or "
+            "kinds of head. Left out: all."
         ),
     ] = None,
     only: Annotated[
@@ -85,7 +86,7 @@ def reproduce(
     for source, results in report["main"].items():
         if not any(results.values()):
             continue
-        shown = Table(title=plain(f"{source}, test rows"))
+        shown = Table(title=escape(f"{source}, test rows"))
         shown.add_column("method")
         for column in columns(source):
             shown.add_column(column.title, justify="right")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..errors import ProbeError
 from ..halting_words import HALTING_FORMS, read_halting
-from .console import create_console, plain, print_table
+from .console import create_console, escape, print_table
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
 
@@ -49,9 +49,9 @@ def demo(
     if as_json:
         print(json.dumps(rows))
         return
-    whole, plain = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
+    whole, escape = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
     console.print(
-        f"All {len(rows)} replies: {whole:.2f} s with both heads, {plain:.2f} s without ({whole / plain:.2f}x). "
+        f"All {len(rows)} replies: {whole:.2f} s with both heads, {escape:.2f} s without ({whole / escape:.2f}x). "
         "The texts are the same with and without heads; the labels cost no further pass of the model."
     )
 
@@ -62,10 +62,10 @@ def _print_reply(console: Console, row: dict[str, Any]) -> None:
     )
     console.print(
         Panel(
-            plain(row["reply"]) or "(empty)",
-            title=f"[bold]{plain(row['prompt'])}[/bold]",
+            escape(row["reply"]) or "(empty)",
+            title=f"[bold]{escape(row['prompt'])}[/bold]",
             title_align="left",
-            subtitle=plain(verdict),
+            subtitle=escape(verdict),
             subtitle_align="left",
         )
     )
@@ -242,15 +242,15 @@ def _print_rows(rows: list[dict], configs: dict[str, ProbeConfig], as_json: bool
     from ..decision import in_words
 
     replies = "reply" in rows[0]
-    table = Table("prompt", *(["reply"] if replies else []), *map(plain, configs), show_lines=replies)
+    table = Table("prompt", *(["reply"] if replies else []), *map(escape, configs), show_lines=replies)
     for row in rows:
         cells = []
         for name, config in configs.items():
             scores = dict(zip(config.id2label.values(), row["probabilities"][name], strict=False))
-            cells.append(plain(in_words(row["labels"][name], scores, config)) if scores else "-")
-        table.add_row(plain(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
+            cells.append(escape(in_words(row["labels"][name], scores, config)) if scores else "-")
+        table.add_row(escape(row["prompt"]), *([_shown_reply(row)] if replies else []), *cells)
     print_table(table)
 
 
 def _shown_reply(row: dict) -> str:
-    return ("[bold]halted[/bold] " if row.get("halted") else "") + plain(row["reply"])
+    return ("[bold]halted[/bold] " if row.get("halted") else "") + escape(row["reply"])

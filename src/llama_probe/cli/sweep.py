@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from .console import print_table
-from .options import DATA, Backbone, DataDir, Json, command_line
+from .options import DATA, Backbone, DataDir, Dtype, Json, command_line
 
 
 def sweep(
@@ -44,7 +44,7 @@ def sweep(
     prompt_format: Annotated[str, typer.Option(help="chat (the model's template) or raw.")] = "chat",
     metric: Annotated[str | None, typer.Option(help="Validation metric to compare by.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws, the split, the weights and the order of rows.")] = 0,
-    dtype: Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     cache: Annotated[
         bool | None,
         typer.Option(
@@ -62,7 +62,7 @@ def sweep(
     from ..known_data import find_benchmark
     from ..model_card import CardFacts
     from ..recipe import Recipe
-    from ..sweep import HEAD_FOLDER, SearchSpace, Sweep
+    from ..sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
     from ..training_run import TrainingRun
 
     facts = CardFacts(license, command=command_line())
@@ -115,4 +115,4 @@ def sweep(
             trial["options"],
         )
     print_table(table)
-    print(f"the best head is in {output / HEAD_FOLDER}; all configurations in {output / 'sweep.json'}")
+    print(f"the best head is in {output / HEAD_FOLDER}; all configurations in {output / SWEEP_NAME}")

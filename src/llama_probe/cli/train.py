@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from ..errors import ProbeError
-from .console import plain, print_table
-from .options import DATA, Backbone, DataDir, Json, PromptColumn, command_line
+from .console import escape, print_table
+from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn, command_line
 
 
 def train(
@@ -146,7 +146,7 @@ def train(
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better metric.")] = 3,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     num_seeds: Annotated[int, typer.Option(min=1, help="Train so many heads and keep the best by validation.")] = 1,
-    dtype: Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     cache: Annotated[
         bool, typer.Option(help="Run the backbone once and keep its states on disk while training.")
     ] = True,
@@ -272,7 +272,7 @@ def _options(pairs: list[str]) -> dict[str, int | float]:
 
 def _print_summary(results: dict) -> None:
     title = f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters"
-    table = Table(title=plain(title))
+    table = Table(title=escape(title))
     table.add_column("rows")
     table.add_column("metric")
     for run in results["runs"]:

@@ -27,8 +27,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
 
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
-        self.num_queries = config.options.get("num_queries", 4)
-        self.value_rank = config.options.get("value_rank", 8)
+        self.num_queries, self.value_rank = _sizes(config)
         self.rank = self.num_queries + self.value_rank
         self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
         self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
@@ -42,7 +41,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
         allowed = {"num_queries", "value_rank"}
         if unknown := sorted(set(config.options) - allowed):
             raise ProbeError(f"options has {unknown}; probe_type='attentive' knows {sorted(allowed)}")
-        queries, rank = config.options.get("num_queries", 4), config.options.get("value_rank", 8)
+        queries, rank = _sizes(config)
         for name, value in (("num_queries", queries), ("value_rank", rank)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
                 raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
@@ -87,3 +86,8 @@ class AttentivePoolingAggregator(LowRankAggregator):
         """The softmax of each query, averaged over queries."""
         scores, _ = self._split(self.project(x, slots), mask)
         return scores.softmax(dim=-1).mean(dim=2)
+
+
+def _sizes(config) -> tuple[int, int]:
+    """Queries, and rank of all values together."""
+    return config.options.get("num_queries", 4), config.options.get("value_rank", 8)

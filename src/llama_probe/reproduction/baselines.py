@@ -63,15 +63,14 @@ class Baseline:
     shots: bool = False
 
 
-def fit_tfidf(train: LabelledTexts, inverse_regularisation: float = 10.0) -> Pipeline:
+def fit_tfidf(train: LabelledTexts) -> Pipeline:
     """Logistic regression on TF-IDF of words (1-2-grams) and of characters within words (2-5-grams).
 
-    The character range, the sublinear counts and the balanced classes were found on validation rows of ToxicChat and
+    The character range, the sublinear counts, the balanced classes and C were found on validation rows of ToxicChat and
     Emotion.
 
     Args:
         train: rows with texts, and one label each.
-        inverse_regularisation: scikit-learn's C.
 
     Raises:
         ProbeError: the rows are chats, or have no single label each.
@@ -82,7 +81,7 @@ def fit_tfidf(train: LabelledTexts, inverse_regularisation: float = 10.0) -> Pip
         raise ProbeError("tfidf takes texts, not chat messages")
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
-    classifier = LogisticRegression(C=inverse_regularisation, class_weight="balanced", max_iter=2000)
+    classifier = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
     return make_pipeline(make_union(words, characters), classifier).fit(train.texts, train.labels)
 
 

@@ -268,15 +268,15 @@ class Comparison:
             result = {"metric": task.metric, "rows": rows, "curve": own}
             self.store.write(parts[name], settings[name], result, seconds, together)
 
-    def head(self, task: Task, name: str, seed: int, group: str = "main") -> ProbeModel:
-        """A head that `train` has kept.
+    def head(self, task: Task, name: str, seed: int) -> ProbeModel:
+        """A head that `main` has kept.
 
         Raises:
             ProbeError: its folder is gone.
         """
-        folder = self._head_folder(group, task, name, seed)
+        folder = self._head_folder("main", task, name, seed)
         if not is_head_folder(folder):
-            part = self.store.folder / group / task.name / f"{name}.json"
+            part = self.store.folder / "main" / task.name / f"{name}.json"
             raise ProbeError(f"{folder} is gone, though {part} is there: remove that file to train the head again")
         lm = self.bench.lm_in_the_loop
         probe = read_head(folder).to("cpu" if lm is None else lm.device)

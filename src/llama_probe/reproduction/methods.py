@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .. import paper
 from ..configuration import ProbeConfig
 from ..errors import ProbeError
 from ..heads import get_probe_type, probe_types
@@ -71,13 +72,14 @@ def _suited(kind: str, options: dict[str, Any] | None = None, **further) -> Head
     head: dict[str, Any] = {"probe_type": kind, "dropout": suited.dropout, "layer_dropout": suited.layer_dropout}
     if options:
         head["options"] = options
-    return HeadMethod(head, **{"learning_rate": suited.learning_rate, **further})
+    own = {"learning_rate": suited.learning_rate, "label_smoothing": suited.label_smoothing}
+    return HeadMethod(head, **own | further)
 
 
 HEADS: dict[str, HeadMethod] = {
     "layer-linear": _suited("pooling", each_layer=True),
     "last-token": _suited("last"),
-    "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=0.0),
+    "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=KINDS["muli"].label_smoothing),
     **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
     "multimax-small": _suited("multimax", options={"num_maxima": 1, "num_members": 7}),
     "multimax-half": _suited("multimax", {"num_maxima": 2, "num_members": 7}, every=2, learning_rate=5e-3),
@@ -116,13 +118,13 @@ def check_methods(names: Iterable[str]) -> list[str]:
     return [name for name in method_names() if name in wanted]
 
 
-def downcast_methods(hidden_size: int, values: Sequence[int] = (4, 8, 16, 32, 64)) -> dict[str, HeadMethod]:
+def downcast_methods(hidden_size: int) -> dict[str, HeadMethod]:
     """`mha` with each downcast that divides the hidden size: the paper's ablation (arXiv 2601.13288, table 7)."""
     base = HEADS["mha"]
     found = {}
-    for value in values:
+    for value in paper.DOWNCAST:
         if hidden_size % value == 0:
             heads = next(number for number in (2, 3, 1) if hidden_size // value % number == 0)
             head = {**base.head, "downcast": value, "num_attention_heads": heads}
-            found[str(value)] = HeadMethod(head, base.learning_rate)
+            found[str(value)] = replace(base, head=head)
     return found

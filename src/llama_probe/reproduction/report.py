@@ -17,6 +17,7 @@ from ..markdown import table
 from ..plots import layer_groups_plot, learning_curves_plot, methods_plot, sensitivity_plot
 from .columns import Column, cell, columns, find_orders
 from .learning_curves import summarize_curves
+from .workbench import file_name
 
 
 REPORT_NAME, DATA_NAME = "report.md", "report.json"
@@ -80,7 +81,7 @@ def _markdown(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
         yield ""
     for source, results in report["main"].items():
         yield from _main_table(source, results)
-        yield from _image(f"main-{_file(source)}.png", plots)
+        yield from _image(f"main-{file_name(source)}.png", plots)
     yield from _orders(report["orders"])
     if "ood" in report:
         yield from _out_of_distribution(report["ood"])
@@ -88,13 +89,13 @@ def _markdown(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
         yield from _downcast(report["downcast"])
     for source, heads in report["layers"].items():
         yield from _layers(source, heads)
-        yield from _image(f"layers-{_file(source)}.png", plots)
+        yield from _image(f"layers-{file_name(source)}.png", plots)
     if report["sensitivity"] is not None:
         yield from _sensitivity(report["sensitivity"])
         yield from _image("sensitivity.png", plots)
     for source, heads in report["few_labels"].items():
         yield from _few_labels(source, heads)
-        yield from _image(f"few-labels-{_file(source)}.png", plots)
+        yield from _image(f"few-labels-{file_name(source)}.png", plots)
     yield "## How it was made"
     yield ""
     if report["command"]:
@@ -322,20 +323,16 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
                     own = {**value, "paper": None if figure is None else figure.value}
                     panels.setdefault(f"{source}: {column.title}", {})[name] = own
         if panels:
-            figures[f"main-{_file(source)}.png"] = methods_plot(panels)
+            figures[f"main-{file_name(source)}.png"] = methods_plot(panels)
     for source, heads in report["layers"].items():
         done = {name: found for name, found in heads.items() if found is not None and found["groups"]}
         if done:
-            figures[f"layers-{_file(source)}.png"] = layer_groups_plot(done)
+            figures[f"layers-{file_name(source)}.png"] = layer_groups_plot(done)
     for source, heads in report["few_labels"].items():
         done = [found for found in heads.values() if found is not None]
         if done and all(value for sizes in _curves(done).values() for value in sizes.values()):
             title = f"{source}: {done[0]['metric']}"
-            figures[f"few-labels-{_file(source)}.png"] = learning_curves_plot(_curves(done), title)
+            figures[f"few-labels-{file_name(source)}.png"] = learning_curves_plot(_curves(done), title)
     if report["sensitivity"] is not None:
         figures["sensitivity.png"] = sensitivity_plot(report["sensitivity"])
     return figures
-
-
-def _file(source: str) -> str:
-    return source.replace(":", "-")

@@ -30,7 +30,7 @@ from .learning_curves import SIZES
 from .methods import check_methods, downcast_methods, head_methods, method_names
 from .part_store import differences
 from .report import write_report
-from .workbench import SAFETY, Task, Workbench, known_source
+from .workbench import SAFETY, Task, Workbench, file_name, known_source, metric_of
 
 
 logger = logging.get_logger(__name__)
@@ -293,12 +293,13 @@ class Reproduction:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._sensitivity_settings, indent=2) + "\n"
         write_atomically({folder / _SETTINGS_NAME: lambda path: path.write_text(text, encoding="utf-8")})
-        metric = "auprc" if known_source(self._primary).name in SAFETY else "accuracy"
         run = TrainingRun(
             backbone=bench.backbone,
             output=folder,
             data=bench.sources(self._primary),
-            recipe=Recipe(num_train_epochs=self.epochs, patience=self.patience, metric=metric),
+            recipe=Recipe(
+                num_train_epochs=self.epochs, patience=self.patience, metric=metric_of(known_source(self._primary))
+            ),
             max_length=bench.max_length,
             dtype=bench.dtype,
             seeds=bench.seeds[:1],
@@ -347,13 +348,13 @@ class Reproduction:
             "settings": {**bench.settings, "epochs": self.epochs, "patience": self.patience, "shots": self.shots},
             "only": list(self.only),
             "backbone": backbone,
-            "main": {source: find_all(f"main/{_file(source)}", source, self.methods) for source in self.data},
-            "layers": {source: find_all(f"layers/{_file(source)}", source, self._layered) for source in self.data},
+            "main": {source: find_all(f"main/{file_name(source)}", source, self.methods) for source in self.data},
+            "layers": {source: find_all(f"layers/{file_name(source)}", source, self._layered) for source in self.data},
             "sensitivity": find("sensitivity", lambda: self._sensitivity_settings),
             "few_labels": {
                 source: {
                     name: find(
-                        f"few-labels/{_file(source)}/{name}", partial(comparison.few_labels_settings, source, name)
+                        f"few-labels/{file_name(source)}/{name}", partial(comparison.few_labels_settings, source, name)
                     )
                     for name in self._trained_kinds
                 }
@@ -362,14 +363,14 @@ class Reproduction:
         }
         if safety is not None:
             results = {
-                test: find_all(f"ood/{_file(safety)}/{test}", safety, self._ood_methods, test=test)
+                test: find_all(f"ood/{file_name(safety)}/{test}", safety, self._ood_methods, test=test)
                 for test in TEST_SETS
             }
             found["ood"] = {"trained_on": safety, "results": results}
         if backbone is not None:
             source = self._primary
             results = {
-                name: find(f"downcast/{_file(source)}/{name}", partial(comparison.settings, source, name, method))
+                name: find(f"downcast/{file_name(source)}/{name}", partial(comparison.settings, source, name, method))
                 for name, method in downcast_methods(backbone["hidden_size"]).items()
             }
             found["downcast"] = {"data": source, "results": results}
@@ -398,7 +399,3 @@ def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
             "learning_rate": related,
         }
     return found
-
-
-def _file(source: str) -> str:
-    return source.replace(":", "-")

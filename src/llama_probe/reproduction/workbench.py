@@ -156,7 +156,7 @@ class Task:
         bench: where it lies. source: what it is called there. benchmark: see there.
         parts: rows of `train`, `validation` and `test`.
         slices: columns of the test rows that results are reported by.
-        metric: what is chosen by, on validation rows: AUPRC for safety data, which needs no threshold, else accuracy.
+        metric: what is chosen by, on validation rows; see `metric_of`.
     """
 
     bench: Workbench
@@ -176,13 +176,12 @@ class Task:
         if "test" not in parts:
             raise ProbeError(f"{source} has no test rows")
         slices = {name: parts["test"].columns[name] for name in sources.slice_columns}
-        metric = "auprc" if benchmark.name in SAFETY else "accuracy"
-        return cls(bench, source, benchmark, parts, slices, metric)
+        return cls(bench, source, benchmark, parts, slices, metric_of(benchmark))
 
     @property
     def name(self) -> str:
         """The source as part of a file's name."""
-        return self.source.replace(":", "-")
+        return file_name(self.source)
 
     @cached_property
     def labels(self) -> ProbeConfig:
@@ -200,6 +199,16 @@ class Task:
         if part not in self._datasets:
             self._datasets[part] = self.bench.dataset(self.parts[part], self.config)
         return self._datasets[part]
+
+
+def file_name(source: str) -> str:
+    """`NAME` or `NAME:SPLIT` as a part of a file's name."""
+    return source.replace(":", "-")
+
+
+def metric_of(benchmark: Benchmark) -> str:
+    """What is chosen by on a data set: AUPRC for safety data, which needs no threshold, else accuracy."""
+    return "auprc" if benchmark.name in SAFETY else "accuracy"
 
 
 def known_source(source: str) -> Benchmark:
