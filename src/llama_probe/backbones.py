@@ -88,6 +88,7 @@ def load_backbone(
     name: str,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM in eval mode with its tokenizer.
 
@@ -95,6 +96,7 @@ def load_backbone(
         name: `"demo"`, a folder, or a Hub id.
         dtype: of the weights; `"auto"` takes the checkpoint's.
         device: the accelerator where there is one, else the CPU, where left out.
+        revision: of a Hub id.
 
     Raises:
         ProbeError: it cannot be loaded, or not in that dtype.
@@ -103,8 +105,8 @@ def load_backbone(
         check_dtype(dtype)
     path = resolve_backbone(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        lm = load_causal_lm(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        lm = load_causal_lm(path, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return lm.to(choose_device() if device is None else device).eval(), tokenizer

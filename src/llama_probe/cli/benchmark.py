@@ -35,7 +35,7 @@ def benchmark(
         list[int] | None, typer.Option(help="Prompts at once; may be given again. Left out: 1.")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate; with more than 1, also the time of each.")] = 1,
-    pairs: Annotated[int, typer.Option(help="Timed runs of each system, in turn with the escape model.")] = 9,
+    pairs: Annotated[int, typer.Option(help="Timed runs of each system, in turn with the plain model.")] = 9,
     warmup: Annotated[int, typer.Option(help="Pairs before them that are not timed.")] = 2,
     device: Annotated[
         str, typer.Option(help="auto (an accelerator where there is one), cpu, cuda, cuda:1 ...")
@@ -62,7 +62,7 @@ def benchmark(
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure what heads cost while the model serves: time, memory and operations, beside the escape model."""
+    """Measure what heads cost while the model serves: time, memory and operations, beside the plain model."""
     from transformers.utils import logging
 
     from ..benchmark import report as benchmark_report

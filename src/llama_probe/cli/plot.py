@@ -157,8 +157,8 @@ def _of_text(reading: Reading, number: int) -> Iterator[_Drawing]:
 
 def _file_stem(number: int, text: str) -> str:
     """A name that is safe anywhere: a number, and the text's first words."""
-    escape = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", escape).strip("-")[:40].strip("-")
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-")
     return f"{number:02}-{slug}".strip("-")
 
 

@@ -49,9 +49,9 @@ def demo(
     if as_json:
         print(json.dumps(rows))
         return
-    whole, escape = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
+    whole, plain = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
     console.print(
-        f"All {len(rows)} replies: {whole:.2f} s with both heads, {escape:.2f} s without ({whole / escape:.2f}x). "
+        f"All {len(rows)} replies: {whole:.2f} s with both heads, {plain:.2f} s without ({whole / plain:.2f}x). "
         "The texts are the same with and without heads; the labels cost no further pass of the model."
     )
 
