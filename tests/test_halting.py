@@ -141,6 +141,18 @@ def test_without_a_dict(model, prompts):
     assert isinstance(out, torch.Tensor) and (out[0, 9:] == PAD).all() and not (out[1, 9:] == PAD).all()
 
 
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2)])
+def test_what_the_output_was_asked_to_hold(model, prompts, rows):
+    """Whoever asked for tuples gets them, of no step where all are halted."""
+    asked = ("scores", "logits", "attentions", "hidden_states")
+    out = model.generate(
+        prompts, max_new_tokens=4, halt_on=flag(*rows), eos_token_id=None, **{f"output_{name}": True for name in asked}
+    )
+    assert [len(out[name]) for name in asked] == [out.sequences.shape[1] - prompts.shape[1]] * 4
+    out = model.generate(prompts, max_new_tokens=4, halt_on=flag(*rows), output_scores=True)
+    assert out.logits is None and out.scores is not None
+
+
 @pytest.mark.parametrize("place", ["the call", "the model"])
 def test_a_config_that_would_not_halt_is_refused(model, passes, prompts, place):
     config = GenerationConfig(max_new_tokens=2, halt_on="mood")

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 # How the prompt is given to generate().
 _PROMPT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+# Settings that ask for a tuple in the output, and the field that it is in.
+_TUPLES = {
+    "output_scores": "scores",
+    "output_logits": "logits",
+    "output_attentions": "attentions",
+    "output_hidden_states": "hidden_states",
+}
 
 
 class AllHalted(Exception):
@@ -193,7 +200,8 @@ class HaltingRun:
         sequences = prompt.repeat_interleave(self.copies, dim=0)
         beams = (self._setting("num_beams") or 1) > 1
         output_class = GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput
-        return output_class(sequences=sequences, cache=self.session.cache)
+        none = {field: () for setting, field in _TUPLES.items() if self._setting(setting)}  # of no new token
+        return output_class(sequences=sequences, cache=self.session.cache, **none)
 
     def _reply_tokens(self) -> torch.Tensor:
         """The reply as token ids; one that the model writes is written once."""
