@@ -383,6 +383,25 @@ class TestCompiled:
             model.generate(prompts, max_new_tokens=3)
 
 
+def test_a_head_may_be_deleted_while_an_output_is_made(model, prompts, monkeypatch):
+    """By another thread; `probes` is then another dict from one look to the next."""
+
+    class Disappearing(torch.nn.ModuleDict):
+        def __contains__(self, name):
+            vars(model)["_modules"]["probes"] = torch.nn.ModuleDict()
+            return super().__contains__(name)
+
+    forward = model.forward
+
+    def then_disappear(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        vars(model)["_modules"]["probes"] = Disappearing(model.probes)
+        return output
+
+    monkeypatch.setattr(model, "forward", then_disappear)
+    assert model(prompts).probe_labels.keys() == {"a", "b"}
+
+
 def test_pickles_and_copies(model, prompts, tmp_path):
     clone = copy.deepcopy(model)
     assert torch.equal(clone(prompts).probe_logits["a"], model(prompts).probe_logits["a"])

@@ -88,7 +88,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         output = super().__call__(*args, **kwargs)
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
-            output.remember({name: self.probes[name].config for name in output.probe_logits if name in self.probes})
+            probes = self.probes  # another thread may take a head away
+            output.remember({name: probes[name].config for name in output.probe_logits if name in probes})
         return output
 
     @classmethod
