@@ -13,6 +13,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from .errors_llama_probe import ProbeError
+
+
+# What `generate()` takes for heads, beside what transformers takes.
+HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state")
+
+
+def refuse_in_config(generation_config: GenerationConfig | None) -> None:
+    """Raises `ProbeError` where a config has an argument of heads: it takes any name, and nothing would be halted."""
+    found = [name for name in HEAD_ARGUMENTS if getattr(generation_config, name, None) is not None]
+    if found:
+        raise ProbeError(f"{', '.join(found)} in a generation_config: pass it to generate() itself, {found[0]}=...")
+
 
 def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `generate()` behind its first two, by name.

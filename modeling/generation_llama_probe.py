@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .capture_llama_probe import Capture, Decoder, find_decoder, without_peft
+from .capture_llama_probe import Capture, Decoder, check_seen, find_decoder, without_peft
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generate_arguments_llama_probe import generation_setting, token_ids
@@ -121,11 +121,15 @@ class PrefillSession:
         numbers = rows * columns * decoder.hidden_size
         held = HeldStates(self._group, numbers, decoder.num_hidden_layers + 1, inputs.get(decoder.cache_name))
 
+        seen = set()
+
         def on_state(layer: int, hidden: torch.Tensor) -> None:
+            seen.add(layer)
             held.add(layer, hidden if whole else hidden[::repeats, :width])
 
         with Capture(decoder, on_state, self._group.layers):
             yield decoder.whole(inputs)
+        check_seen(self._group.layers, seen)
         held.read()
         self.seen += width
         if not self.complete:

@@ -208,6 +208,11 @@ class Halter:
             raise ProbeError(
                 "on_probe_token: no active head reads replies; attach one with token_scope='response' or 'all'"
             )
+        if on_token is not None and not callable(on_token):
+            raise ProbeError(
+                f"on_probe_token is a {type(on_token).__name__}; it must be a function that takes the TokenScores of a step. Rules "
+                "go to halt_on="
+            )
         if spec is None:
             return
         if callable(spec):

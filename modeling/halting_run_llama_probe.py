@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
-from .generate_arguments_llama_probe import generation_setting, token_ids
+from .generate_arguments_llama_probe import HEAD_ARGUMENTS, generation_setting, token_ids
 from .generation_llama_probe import outside_sessions
 from .halting_llama_probe import Halt, Halter, HaltReply, Reprompt
 from .streaming_llama_probe import HoldBackStreamer
@@ -29,6 +29,17 @@ from .streaming_llama_probe import HoldBackStreamer
 if TYPE_CHECKING:
     from .generation_llama_probe import PrefillSession
     from .reply_llama_probe import TokenScores
+
+
+# How the prompt is given to generate().
+_PROMPT_ARGUMENTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+# Settings that ask for a tuple in the output, and the field that it is in.
+_TUPLES = {
+    "output_scores": "scores",
+    "output_logits": "logits",
+    "output_attentions": "attentions",
+    "output_hidden_states": "hidden_states",
+}
 
 
 class AllHalted(Exception):
@@ -192,7 +203,8 @@ class HaltingRun:
         sequences = prompt.repeat_interleave(self.copies, dim=0)
         beams = (self._setting("num_beams") or 1) > 1
         output_class = GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput
-        return output_class(sequences=sequences, cache=self.session.cache)
+        none = {field: () for setting, field in _TUPLES.items() if self._setting(setting)}  # of no new token
+        return output_class(sequences=sequences, cache=self.session.cache, **none)
 
     def _reply_tokens(self) -> torch.Tensor:
         """The reply as token ids; one that the model writes is written once."""
@@ -210,14 +222,24 @@ class HaltingRun:
 def _reply(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tensor | Reprompt:
     """Token ids, or a prompt for them."""
     if isinstance(reply, Reprompt):
+        if not isinstance(reply.kwargs, Mapping):
+            raise ProbeError(
+                f"Reprompt.kwargs is a {type(reply.kwargs).__name__}; it must be a dict, such as {{'max_new_tokens': 20}}"
+            )
+        if unknown := sorted(reply.kwargs.keys() & {*_PROMPT_ARGUMENTS, *HEAD_ARGUMENTS}):
+            raise ProbeError(
+                f"Reprompt.kwargs has {', '.join(unknown)}: its prompt is input_ids alone, without padding, and no heads run "
+                "while its reply is written; leave that out"
+            )
         if not isinstance(reply.input_ids, torch.Tensor):
             raise ProbeError(
                 f"Reprompt.input_ids is a {type(reply.input_ids).__name__}; it must be a tensor of shape [1, tokens], such as "
                 'tokenizer(text, return_tensors="pt")["input_ids"]'
             )
-        if reply.input_ids.dim() != 2 or len(reply.input_ids) != 1:
+        if reply.input_ids.dim() != 2 or len(reply.input_ids) != 1 or not reply.input_ids.numel():
             raise ProbeError(
-                f"Reprompt.input_ids has the shape {tuple(reply.input_ids.shape)}; it must be [1, tokens]"
+                f"Reprompt.input_ids has the shape {tuple(reply.input_ids.shape)}; it must be [1, tokens], "
+                "with a token at least"
             )
         _check_ids("Reprompt.input_ids", reply.input_ids, vocab_size)
         return reply

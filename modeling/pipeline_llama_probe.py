@@ -27,7 +27,6 @@ from .decision_llama_probe import reply_outputs, verdict
 from .hub_llama_probe import HubOptions
 from .modeling_llama_probe import ProbedGenerationMixin
 from .outputs_llama_probe import PROBED_FIELDS
-from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import ProbeSpec, Target, read_heads
 
 
@@ -129,7 +128,6 @@ class _Listener:
     def __init__(self, model: PreTrainedModel, defaults: GenerationConfig | None):
         self.model = model
         self.defaults = defaults
-        self.heads: dict[str, ProbeModel] = dict(model.probes.items())
         self.output: Any = None
 
     def __getattr__(self, name: str):
@@ -154,7 +152,7 @@ def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any
     labels, probabilities = output.probe_labels, output.probe_probabilities
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in range(prompts)]
     for name, rows in probabilities.items():
-        config = listener.heads[name].config
+        config = output._config_of(name)
         for found, label, row in zip(verdicts, labels[name], rows.tolist(), strict=True):
             found[name] = verdict(label, row, config)
     return verdicts
@@ -172,7 +170,7 @@ def _of_sequences(listener: _Listener, prompts: int) -> list[tuple[dict[str, Any
     for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
         if name in output.probe_logits:
             continue
-        config = listener.heads[name].config
+        config = output._config_of(name)
         replies = replies or [{} for _ in logits]
         for found, said in zip(replies, reply_outputs(logits, config), strict=True):
             found[name] = None if said is None else verdict(said.labels[0], said.probabilities[0].tolist(), config)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .capture_llama_probe import Capture, Decoder
+from .capture_llama_probe import Capture, Decoder, check_seen
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .probe_llama_probe import ProbeModel
@@ -191,6 +191,7 @@ class ReplySession:
             yield inputs
         finally:
             self._states = None
+        check_seen(self._layers, states)
         with torch.no_grad():
             if self.recorder is not None:
                 self.recorder.start(len(ids), self._ended)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_lm, make_probe, make_prompts, make_tokenizer
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
@@ -140,6 +141,29 @@ def test_without_a_dict(model, prompts):
     assert isinstance(out, torch.Tensor) and (out[0, 9:] == PAD).all() and not (out[1, 9:] == PAD).all()
 
 
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2)])
+def test_what_the_output_was_asked_to_hold(model, prompts, rows):
+    """Whoever asked for tuples gets them, of no step where all are halted."""
+    asked = ("scores", "logits", "attentions", "hidden_states")
+    out = model.generate(
+        prompts, max_new_tokens=4, halt_on=flag(*rows), eos_token_id=None, **{f"output_{name}": True for name in asked}
+    )
+    assert [len(out[name]) for name in asked] == [out.sequences.shape[1] - prompts.shape[1]] * 4
+    out = model.generate(prompts, max_new_tokens=4, halt_on=flag(*rows), output_scores=True)
+    assert out.logits is None and out.scores is not None
+
+
+@pytest.mark.parametrize("place", ["the call", "the model"])
+def test_a_config_that_would_not_halt_is_refused(model, passes, prompts, place):
+    config = GenerationConfig(max_new_tokens=2, halt_on="mood")
+    kwargs = {"generation_config": config} if place == "the call" else {}
+    if not kwargs:
+        model.generation_config = config
+    with pytest.raises(ProbeError, match=r"halt_on in a generation_config: pass it to generate\(\) itself"):
+        model.generate(prompts, **kwargs)
+    assert not passes, "before any work"
+
+
 class TestReplies:
     def test_token_ids(self, model, prompts):
         out = model.generate(prompts, max_new_tokens=4, halt_on=flag(0, 2), halt_reply=[5, 6, 7, 8, 9, 10])
@@ -182,6 +206,13 @@ class TestReplies:
             (Reprompt(torch.tensor([[5, VOCAB]])), r"Reprompt.input_ids holds"),
             (Reprompt([3, 4]), r"Reprompt.input_ids is a list; it must be a tensor of shape \[1, tokens\]"),
             (Reprompt(torch.ones(2, 3, dtype=torch.long)), r"Reprompt.input_ids has the shape \(2, 3\)"),
+            (Reprompt(torch.ones(1, 0, dtype=torch.long)), r"shape \(1, 0\); it must be \[1, tokens\], with a token"),
+            (Reprompt(torch.tensor([[5]]), "max_new_tokens=4"), "Reprompt.kwargs is a str; it must be a dict"),
+            (
+                Reprompt(torch.tensor([[5]]), {"attention_mask": torch.ones(1, 1)}),
+                "Reprompt.kwargs has attention_mask",
+            ),
+            (Reprompt(torch.tensor([[5]]), {"probes": [], "halt_on": "mood"}), "Reprompt.kwargs has halt_on, probes"),
         ],
     )
     def test_what_cannot_be(self, model, passes, prompts, reply, words):

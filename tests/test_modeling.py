@@ -8,7 +8,7 @@ import sys
 import accelerate
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -344,6 +344,62 @@ def test_decoding_steps_compile_as_the_plain_model_does(prompts):
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
     explained = torch._dynamo.explain(lambda ids: model(ids, probe_session=False, use_cache=False).logits)(prompts)
     assert explained.graph_break_count == 0
+
+
+class TestCompiled:
+    """By `torch.compile`, with its stock settings."""
+
+    @pytest.fixture(autouse=True)
+    def anew(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def test_layers_one_by_one(self):
+        """Prompts of a second length are traced with lengths that are no numbers."""
+        model = LlamaForProbedGeneration.from_causal_lm(
+            make_lm(), {"a": make_probe(), "r": make_probe(token_scope="all")}
+        )
+        plain = copy.deepcopy(model)
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        for length in (7, 8, 9):
+            ids = make_prompts(length=length)
+            out, expected = (lm.generate(ids, max_new_tokens=4, do_sample=False) for lm in (model, plain))
+            assert torch.equal(out.sequences, expected.sequences)
+            torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+            torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
+
+    @pytest.mark.parametrize("scope", ["prompt", "response"])
+    def test_a_decoder_that_ran_before_hides_its_states(self, prompts, scope):
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe(token_scope=scope)})
+        model.model.compile(backend="eager")
+        model.generate(prompts, max_new_tokens=3, probes=[])
+        with pytest.raises(ProbeError, match=r"5 of the 5 states .* compile its layers one by one"):
+            model.generate(prompts, max_new_tokens=3)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            torch._dynamo.reset()
+            model.generate(prompts, max_new_tokens=3, probes=[])
+            model.generate(prompts, max_new_tokens=3)
+
+
+def test_a_head_may_be_deleted_while_an_output_is_made(model, prompts, monkeypatch):
+    """By another thread; `probes` is then another dict from one look to the next."""
+
+    class Disappearing(torch.nn.ModuleDict):
+        def __contains__(self, name):
+            vars(model)["_modules"]["probes"] = torch.nn.ModuleDict()
+            return super().__contains__(name)
+
+    forward = model.forward
+
+    def then_disappear(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        vars(model)["_modules"]["probes"] = Disappearing(model.probes)
+        return output
+
+    monkeypatch.setattr(model, "forward", then_disappear)
+    assert model(prompts).probe_labels.keys() == {"a", "b"}
 
 
 def test_pickles_and_copies(model, prompts, tmp_path):

@@ -216,6 +216,19 @@ def test_two_threads_share_a_pipeline():
     assert all(map(close, found, expected * 3))
 
 
+def test_a_head_that_comes_when_a_call_has_begun(monkeypatch):
+    pipe = make_pipe()
+    generate = pipe.model.generate
+
+    def late(*args, **kwargs):
+        pipe.model.add_probe("late", make_probe(4))
+        pipe.model.add_probe("reply", make_probe(5, token_scope="response"))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.model, "generate", late)
+    assert pipe("Hi", **GREEDY)[0]["probes"].keys() == {*heads(), "late", "reply"}
+
+
 def test_the_callers_tokenizer_is_left_as_it_is():
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "right"

@@ -248,6 +248,10 @@ class TestCallback:
         with pytest.raises(ProbeError, match="no active head reads replies"):
             model.generate(prompts, on_probe_token=print)
 
+    def test_what_is_no_function(self, model, prompts):
+        with pytest.raises(ProbeError, match="on_probe_token is a dict; it must be a function"):
+            model.generate(prompts, on_probe_token={"reply": {"threshold": 0.5}})
+
 
 class TestHalting:
     @pytest.mark.parametrize("patience", [1, 2, 3])

@@ -257,6 +257,17 @@ def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
+def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
+    """Raises `ProbeError` where the LM has run, and not all states that are wanted have come by."""
+    if missing := sorted(set(wanted) - set(seen)):
+        raise ProbeError(
+            f"the LM ran, and {len(missing)} of the {len(wanted)} states that are read did not come by, the first of them "
+            f"{missing[0]}. A decoder that torch.compile has compiled notices no hooks that come later: compile its layers one "
+            "by one (for layer in model.model.layers: layer.compile()), or set "
+            "torch._dynamo.config.skip_nnmodule_hook_guards = False before it runs for the first time"
+        )
+
+
 def check_states(lm: nn.Module) -> None:
     """Proves, for a family that is not in the table, that what is captured are the LM's hidden states.
 
@@ -349,6 +360,7 @@ def collect_hidden_states(
     states: dict[int, torch.Tensor] = {}
     with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
+    check_seen(layers, states)
     return [states[layer] for layer in layers]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from .capture import Capture, Decoder, find_decoder, without_peft
+from .capture import Capture, Decoder, check_seen, find_decoder, without_peft
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .generate_arguments import generation_setting, token_ids
@@ -118,11 +118,15 @@ class PrefillSession:
         numbers = rows * columns * decoder.hidden_size
         held = HeldStates(self._group, numbers, decoder.num_hidden_layers + 1, inputs.get(decoder.cache_name))
 
+        seen = set()
+
         def on_state(layer: int, hidden: torch.Tensor) -> None:
+            seen.add(layer)
             held.add(layer, hidden if whole else hidden[::repeats, :width])
 
         with Capture(decoder, on_state, self._group.layers):
             yield decoder.whole(inputs)
+        check_seen(self._group.layers, seen)
         held.read()
         self.seen += width
         if not self.complete:

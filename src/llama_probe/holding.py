@@ -6,7 +6,7 @@ import torch
 from transformers import Cache
 
 from .head_group import HeadGroup
-from .lm_cache import CacheGrowth
+from .lm_cache import CacheGrowth, size_in_bytes
 
 
 # Where a pass has no more numbers a layer than these, states wait: at least this share of all layers, and at most that, as long
@@ -57,5 +57,5 @@ class HeldStates:
 
     def _room(self, hidden: torch.Tensor, more: int = 0) -> float:
         """How many states like this one fit, in the copies that reading them takes, where the cache and `more` states will."""
-        states = self._least + more + self._growth.bytes_to_come() / hidden.nbytes
+        states = self._least + more + self._growth.bytes_to_come() / size_in_bytes(hidden)
         return states / (2 if hidden.dtype == torch.float32 else 1 + 8 / hidden.itemsize)

@@ -38,7 +38,12 @@ class CacheGrowth:
             return 0
         while self._empty and self._empty[0].is_initialized:  # they are filled in their order
             del self._empty[0]
-        return max(0, len(self._empty) - 1) * (self._first.keys.nbytes + self._first.values.nbytes)
+        return max(0, len(self._empty) - 1) * (size_in_bytes(self._first.keys) + size_in_bytes(self._first.values))
+
+
+def size_in_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor's numbers take; `nbytes` cannot be asked while `torch.compile` traces prompts of any length."""
+    return tensor.numel() * tensor.itemsize
 
 
 def copy_cache(cache: Cache) -> Cache:

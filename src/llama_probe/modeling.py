@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, logging
 from .capture import without_peft
 from .decision import ProbeOutput
 from .errors import ProbeError
-from .generate_arguments import generation_arguments, with_setting
+from .generate_arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
 from .generation import (
     PAGED,
     PrefillSession,
@@ -88,7 +88,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         output = super().__call__(*args, **kwargs)
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
-            output.remember({name: self.probes[name].config for name in output.probe_logits if name in self.probes})
+            probes = self.probes  # another thread may take a head away
+            output.remember({name: probes[name].config for name in output.probe_logits if name in probes})
         return output
 
     @classmethod
@@ -308,9 +309,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 allowed; see the message.
         """
         kwargs = generation_arguments(args, kwargs)
-        probe_mask, halt_on = kwargs.pop("probe_mask", None), kwargs.pop("halt_on", None)
-        halt_reply, on_token = kwargs.pop("halt_reply", None), kwargs.pop("on_probe_token", None)
-        probe_state, probes = kwargs.pop("probe_state", None), kwargs.pop("probes", None)
+        probes, probe_mask, halt_on, halt_reply, on_token, probe_state = (
+            kwargs.pop(name, None) for name in HEAD_ARGUMENTS
+        )
+        for config in (generation_config, self.generation_config):
+            refuse_in_config(config)
         inner = is_inner_call(self)
         heads = {} if inner else self._active_heads(probes)
         halter = None

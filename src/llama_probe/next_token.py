@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import nn
 
-from .capture import Capture, find_decoder, without_peft
+from .capture import Capture, check_seen, find_decoder, without_peft
 from .errors import ProbeError
 
 
@@ -113,6 +113,7 @@ class NextToken:
         forward = getattr(type(base), "_causal_lm_class", type(base)).forward
         with Capture(decoder, states.__setitem__, [decoder.num_hidden_layers]):
             expected = forward(base, input_ids=ids, use_cache=False).logits[0, -1].float()
+        check_seen([decoder.num_hidden_layers], states)
         found = self(states[decoder.num_hidden_layers][0, -1:])[0].to(expected.device)
         # 2 % of the largest: above the rounding of bf16, far below any factor that was missed
         if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():

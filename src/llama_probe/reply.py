@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .capture import Capture, Decoder
+from .capture import Capture, Decoder, check_seen
 from .decision import ProbeOutput
 from .errors import ProbeError
 from .probe import ProbeModel
@@ -188,6 +188,7 @@ class ReplySession:
             yield inputs
         finally:
             self._states = None
+        check_seen(self._layers, states)
         with torch.no_grad():
             if self.recorder is not None:
                 self.recorder.start(len(ids), self._ended)
