@@ -152,7 +152,7 @@ def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any
     labels, probabilities = output.probe_labels, output.probe_probabilities
     verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in range(prompts)]
     for name, rows in probabilities.items():
-        config = output._config_of(name)
+        config = output.config_of(name)
         for found, label, row in zip(verdicts, labels[name], rows.tolist(), strict=True):
             found[name] = verdict(label, row, config)
     return verdicts
@@ -170,7 +170,7 @@ def _of_sequences(listener: _Listener, prompts: int) -> list[tuple[dict[str, Any
     for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
         if name in output.probe_logits:
             continue
-        config = output._config_of(name)
+        config = output.config_of(name)
         replies = replies or [{} for _ in logits]
         for found, said in zip(replies, reply_outputs(logits, config), strict=True):
             found[name] = None if said is None else verdict(said.labels[0], said.probabilities[0].tolist(), config)

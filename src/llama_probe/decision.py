@@ -208,7 +208,12 @@ def probe_loss(
 class DecidedMixin:
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
 
-    def _config_of(self, name: str | None = None) -> ProbeConfig:
+    def config_of(self, name: str | None = None) -> ProbeConfig:
+        """The config of a head, by its name where there are several.
+
+        Raises:
+            ProbeError: the output is a copy, which knows none.
+        """
         configs = self.__dict__.get("_probe_configs", {})
         if name not in configs:
             raise ProbeError("this output has lost its head configs (a copy or a gather does that); use its logits")
@@ -251,9 +256,9 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     @property
     def probabilities(self) -> torch.Tensor:
         """`[batch, num_labels]`, with the saved temperature."""
-        return probabilities(self.logits, self._config_of())
+        return probabilities(self.logits, self.config_of())
 
     @property
     def labels(self) -> list[Any]:
         """Label names a row, with the saved temperature and threshold."""
-        return labels(self.probabilities, self._config_of())
+        return labels(self.probabilities, self.config_of())

@@ -48,20 +48,20 @@ class ProbedOutputMixin(DecidedMixin):
         """`[batch, num_labels]` a head, with its saved temperature."""
         if self.probe_logits is None:
             return None
-        return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_logits.items()}
+        return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_logits.items()}
 
     @property
     def probe_labels(self) -> dict[str, list[Any]] | None:
         """Label names a head and row, with its saved temperature and threshold."""
         probs = self.probe_probabilities
-        return None if probs is None else {name: labels(value, self._config_of(name)) for name, value in probs.items()}
+        return None if probs is None else {name: labels(value, self.config_of(name)) for name, value in probs.items()}
 
     @property
     def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
         """As `probe_token_logits`, with the head's saved temperature."""
         if self.probe_token_logits is None:
             return None
-        return {name: probabilities(logits, self._config_of(name)) for name, logits in self.probe_token_logits.items()}
+        return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_token_logits.items()}
 
 
 _LOGITS = "dict[str, torch.Tensor] | None"
