@@ -91,6 +91,11 @@ class AutoModelForProbedGeneration:
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
         """Turns any loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
+        if hasattr(lm, "_orig_mod"):
+            raise ProbeError(
+                "torch.compile wraps this model, and heads attach to the model itself: from_causal_lm(model._orig_mod, ...), and "
+                "compile that when they are attached"
+            )
         base = without_peft(lm)
         if hasattr(type(base), "_causal_lm_class") and not isinstance(base, ProbedGenerationMixin):
             return _take_over(base, probe, strict)

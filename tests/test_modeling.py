@@ -370,6 +370,10 @@ class TestCompiled:
             torch.testing.assert_close(out.probe_logits, expected.probe_logits)
             torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
 
+    def test_what_wraps_a_model_is_none(self):
+        with pytest.raises(ProbeError, match=r"from_causal_lm\(model._orig_mod, ...\), and compile that"):
+            AutoModelForProbedGeneration.from_causal_lm(torch.compile(make_lm(), backend="eager"))
+
     @pytest.mark.parametrize("scope", ["prompt", "response"])
     def test_a_decoder_that_ran_before_hides_its_states(self, prompts, scope):
         model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe(token_scope=scope)})
@@ -402,7 +406,7 @@ def test_a_head_may_be_deleted_while_an_output_is_made(model, prompts, monkeypat
     assert model(prompts).probe_labels.keys() == {"a", "b"}
 
 
-def test_pickles_and_copies(model, prompts, tmp_path):
+def test_copies(model, prompts):
     clone = copy.deepcopy(model)
     assert torch.equal(clone(prompts).probe_logits["a"], model(prompts).probe_logits["a"])
 
