@@ -33,7 +33,7 @@ def main(
 ):
     """Chats until a line is empty."""
     logging.disable_progress_bar()
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     path = resolve_backbone(backbone)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModel.from_pretrained(path, probe={"guard": probe})
