@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -154,19 +154,16 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
         folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
     }
     measured = folder / RESULTS_NAME
-    outdated = (RESULTS_NAME, *PLOT_NAMES)
+    outdated = [folder / name for name in (RESULTS_NAME, *PLOT_NAMES)]
     if probe.results is not None:
         if probe.config.weights_sha256 in (None, digest):
             text = json.dumps(probe.results, indent=2, ensure_ascii=False) + "\n"
             writers[measured] = lambda path: path.write_text(text, encoding="utf-8")
             same = measured.is_file() and measured.read_bytes() == text.encode()
-            outdated = () if same else PLOT_NAMES
+            outdated = [] if same else outdated
         else:
             logger.warning("the head has been trained on since its results were measured: they are not saved with it")
-    replaces = is_head_folder(folder)
-    write_atomically(writers)
-    for name in outdated if replaces else ():
-        (folder / name).unlink(missing_ok=True)
+    write_atomically(writers, outdated if is_head_folder(folder) else ())
     return folder
 
 
@@ -302,8 +299,12 @@ def _check_header(path: Path, file, expected: dict[str, list[int]]) -> None:
             raise ProbeError(f"{path}: {name} is {declared.get_dtype()}; heads are stored as F32")
 
 
-def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
+def write_atomically(writers: dict[Path, Callable[[Path], object]], outdated: Sequence[Path] = ()) -> None:
     """Calls each writer with a temporary path beside its target, then renames all; on an error no target changes.
+
+    Args:
+        outdated: files that tell of what the targets held, and are removed before the first is renamed: whatever stops the
+            process, they do not stand beside the new ones.
 
     Raises:
         ProbeError: the disk is full.
@@ -324,6 +325,8 @@ def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
             mask = os.umask(0)
             os.umask(mask)
             Path(name).chmod(0o666 & ~mask)
+        for path in outdated:
+            path.unlink(missing_ok=True)
         for temporary, target in written:
             temporary.replace(target)
     finally:

@@ -75,6 +75,24 @@ def test_what_was_measured_of_another_head_goes_with_it(folder):
     assert read_head(folder).results is None
 
 
+def test_results_of_another_head_never_stand_beside_new_weights(folder, monkeypatch):
+    """Whatever ends the process between two renames."""
+    measured = read_head(folder)
+    measured.results = {"chosen_seed": 0}
+    save_head(measured, folder)
+    rename = Path.replace
+
+    def killed(self, target):
+        rename(self, target)
+        if target.name == WEIGHTS_NAME:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_head(make_probe(seed=5), folder)
+    assert read_head(folder).results is None
+
+
 def test_saving_twice_gives_the_same_bytes(folder, tmp_path):
     again = save_head(read_head(folder), tmp_path / "again")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
