@@ -269,7 +269,7 @@ class SharedTraining:
             steps |= part
         part_of = [self.folder / f".{CHECKPOINT_NAME}.{number}" for number in range(world_size())]
         if not is_main():
-            save_file(tensors, part_of[rank()])
+            write_atomically({part_of[rank()]: lambda path: save_file(tensors, path)})
         barrier()
         if is_main():
             for path in part_of[1:]:
