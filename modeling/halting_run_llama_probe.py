@@ -201,10 +201,14 @@ class HaltingRun:
         if prompt is None:  # embeddings: the plain output holds new tokens only
             prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.model.device)
         sequences = prompt.repeat_interleave(self.copies, dim=0)
-        beams = (self._setting("num_beams") or 1) > 1
-        output_class = GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput
         none = {field: () for setting, field in _TUPLES.items() if self._setting(setting)}  # of no new token
-        return output_class(sequences=sequences, cache=self.session.cache, **none)
+        if (self._setting("num_beams") or 1) == 1:
+            return GenerateDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
+        rows = len(sequences)
+        if "scores" in none:  # the log probability of nothing
+            none["sequences_scores"] = torch.zeros(rows, device=sequences.device)
+        none["beam_indices"] = sequences.new_zeros(rows, 0)
+        return GenerateBeamDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
 
     def _reply_tokens(self) -> torch.Tensor:
         """The reply as token ids; one that the model writes is written once."""

@@ -153,6 +153,16 @@ def test_what_the_output_was_asked_to_hold(model, prompts, rows):
     assert out.logits is None and out.scores is not None
 
 
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2)])
+def test_what_beams_give_beside_the_tokens(model, prompts, rows):
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    out = model.generate(prompts, halt_on=flag(*rows), output_scores=True, **beams)
+    tokens = out.sequences.shape[1] - prompts.shape[1]
+    assert out.sequences_scores.shape == (6,) and out.beam_indices.shape == (6, tokens)
+    assert out.sequences_scores[0] == 0, "of no token, or of one that nothing else could stand for"
+    assert model.generate(prompts, halt_on=flag(*rows), **beams).sequences_scores is None
+
+
 @pytest.mark.parametrize("place", ["the call", "the model"])
 def test_a_config_that_would_not_halt_is_refused(model, passes, prompts, place):
     config = GenerationConfig(max_new_tokens=2, halt_on="mood")
