@@ -147,3 +147,10 @@ def test_rows_from_the_hub(hub):
     for (source, expected), got in zip(wanted, found, strict=True):
         assert got.startswith(expected) if isinstance(expected, str) else got == expected, source
     assert read([["alice/secret", {}]], hub.env | {"HF_TOKEN": token}) == [[["hush"], ["x"]]]
+
+
+def test_a_file_is_what_its_last_suffix_says(tmp_path):
+    """A copy that an editor leaves, or a list of files that is called after them, is no table."""
+    (tmp_path / "rows.csv.bak").write_text("text,label\na,b\n")
+    with pytest.raises(ProbeError, match=r"is of no known format; allowed: \.json"):
+        read_table(str(tmp_path / "rows.csv.bak"))

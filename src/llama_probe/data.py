@@ -17,10 +17,11 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, train_test
 from transformers.utils import logging
 
 from .errors import ProbeError
+from .input_files import kind_of
 from .known_data import Benchmark, HubSplit, find_benchmark
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
-from .tables import FORMATS, read_table, reason
+from .tables import read_table, reason
 
 
 logger = logging.get_logger(__name__)
@@ -295,7 +296,7 @@ def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = 
             f"{folder} is no folder; local copies lie in DIR/{benchmark.name}/SPLIT.jsonl.gz, and without --data-dir the "
             "rows come from the Hub"
         )
-    return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if set(path.suffixes) & set(FORMATS)}
+    return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if kind_of(path)}
 
 
 def _is_empty(text: Any, label: Any) -> bool:

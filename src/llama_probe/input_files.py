@@ -19,9 +19,15 @@ import pyarrow.parquet as pq
 from .errors import ProbeError
 
 
-_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
+# What a file is, by its suffix.
+KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _SAVE_ANEW = "save the file in UTF-8, or as parquet"
 _LOOKED_AT = 1000  # rows by which the types of the columns of json lines are told
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file of rows is, one of `KINDS`, by its suffix, or by the one before `.gz`; `None` where it is none of them."""
+    return KINDS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
 
 
 @dataclass
@@ -70,11 +76,10 @@ class InputFile:
                 paths.setdefault(path.resolve(), path)
         files = []
         for path in paths.values():
-            packed = path.suffix == ".gz"
-            kind = _KINDS.get(Path(path.stem).suffix if packed else path.suffix)
-            if kind is None or (packed and kind == "parquet"):
+            kind = kind_of(path)
+            if kind is None or (kind == "parquet" and path.suffix != ".parquet"):
                 raise ProbeError(
-                    f"{path} is of no known format; allowed: {', '.join(_KINDS)}, all but parquet also with .gz"
+                    f"{path} is of no known format; allowed: {', '.join(KINDS)}, all but parquet also with .gz"
                 )
             files.append(cls(path, kind))
         return files

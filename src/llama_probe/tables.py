@@ -13,11 +13,12 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 
 from .errors import ProbeError
-from .input_files import InputFile
+from .input_files import KINDS, InputFile, kind_of
 from .known_data import BENCHMARKS
 
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Names of the loaders of `datasets` that are called otherwise than the kind of file.
+_LOADERS = {"tsv": "csv"}
 
 # Else words such as None and NA, which may be labels, are nothing, and the first 10,000 rows alone say what a column holds.
 _CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 2**31 - 1}
@@ -71,17 +72,18 @@ def read_table(
                 raise ProbeError(
                     f"{source}: {path} is a file, all of which is read: leave {source[len(place.id) :]} out"
                 )
-            suffix = next((s for s in reversed(path.suffixes) if s in FORMATS), None)
-            if suffix is None:
-                raise ProbeError(f"{path} is of no known format; allowed: {', '.join(FORMATS)}, each also with .gz")
-            options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
-            if FORMATS[suffix] == "csv":
+            kind = kind_of(path)
+            if kind is None:
+                raise ProbeError(f"{path} is of no known format; allowed: {', '.join(KINDS)}, each also with .gz")
+            options: dict[str, Any] = {"sep": "\t"} if kind == "tsv" else {}
+            loader = _LOADERS.get(kind, kind)
+            if loader == "csv":
                 options |= _csv_options([path], text_columns, needed)
             _check_encoding([path])
             options |= {"data_files": glob.escape(str(path)), "description": _digest([path])}
-            return load_dataset(FORMATS[suffix], split="train", **options)
+            return load_dataset(loader, split="train", **options)
         options = {}
-        if path.suffix in FORMATS and not path.exists():
+        if kind_of(path) and not path.exists():
             raise ProbeError(f"there is no file {path}")
         if path.is_dir():
             if "[" in str(path.resolve()):  # which the loader takes for the beginning of a pattern
@@ -134,15 +136,15 @@ def reason(error: BaseException) -> str:
 
 def _csv_options(files: Sequence[Path], text_columns: Sequence[str], needed: Sequence[str]) -> dict[str, Any]:
     for file in files:  # pandas would call the second of two columns `text.1`, and nobody would know
-        if file.suffix in (".csv", ".tsv", ".gz"):
-            InputFile(file, "tsv" if ".tsv" in file.suffixes else "csv").fields([*text_columns, *needed])
+        if (kind := kind_of(file)) in ("csv", "tsv"):
+            InputFile(file, kind).fields([*text_columns, *needed])
     return {**_CSV, "converters": dict.fromkeys(text_columns, str)}
 
 
 def _check_encoding(files: Sequence[Path]) -> None:
     for file in files:
-        if suffix := next((s for s in reversed(file.suffixes) if s in FORMATS and s != ".parquet"), None):
-            InputFile(file, FORMATS[suffix]).check_encoding()
+        if (kind := kind_of(file)) not in (None, "parquet"):
+            InputFile(file, kind).check_encoding()
 
 
 def _digest(files: Sequence[Path]) -> str:
