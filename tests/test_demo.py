@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from llama_probe import ProbeError, backbones
+from llama_probe import AutoModelForProbedGeneration, ProbeError, backbones
 from llama_probe.backbones import demo_backbone, load_backbone, model_id
 
 
@@ -92,6 +92,34 @@ def test_streamed_equals_whole_on_real_states(model, tokenizer):
         with torch.no_grad():
             whole = head(hidden_states=states, attention_mask=mask).logits
         torch.testing.assert_close(found[name].logits, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
+    """Heads that apply their maps in bf16, against what the LM's own bf16 changes of their logits."""
+    sentences = (
+        "I loved every minute of it.",
+        "What a shame, nobody came.",
+        "You are an idiot.",
+        "Rain fell all day.",
+    )
+    texts = [" ".join(sentences[(first + number) % 4] for number in range(30)) for first in range(4)]
+    half, _ = load_backbone("demo", "bfloat16")
+    half = AutoModelForProbedGeneration.from_causal_lm(half, dict(model.probes.items()))
+    heads, lms = [], []
+    for text in texts:
+        inputs = inputs_for(tokenizer, text)
+        assert inputs["input_ids"].shape[1] > 160
+        found, exact = half.classify(**inputs), model.classify(**inputs)
+        with torch.no_grad():
+            states = half.model(**inputs, output_hidden_states=True).hidden_states
+            for name, head in model.probes.items():
+                mask = inputs["attention_mask"].bool()
+                mask[:, : len(head.config.prefix_ids)] = head.config.token_scope != "content"
+                whole = head(hidden_states=states, attention_mask=mask).logits
+                heads.append((found[name].logits - whole).abs().mean())
+                lms.append((whole - exact[name].logits).abs().mean())
+    assert 0 < torch.stack(heads).mean() < torch.stack(lms).mean() / 4
 
 
 @pytest.mark.slow

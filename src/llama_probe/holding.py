@@ -58,4 +58,5 @@ class HeldStates:
     def _room(self, hidden: torch.Tensor, more: int = 0) -> float:
         """How many states like this one fit, in the copies that reading them takes, where the cache and `more` states will."""
         states = self._least + more + self._growth.bytes_to_come() / size_in_bytes(hidden)
-        return states / (2 if hidden.dtype == torch.float32 else 1 + 8 / hidden.itemsize)
+        # Of half precision: as they are, normalised, and on the way to fp32 and there.
+        return states / (2 if hidden.dtype == torch.float32 else 2 + 8 / hidden.itemsize)

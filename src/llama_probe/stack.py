@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 _WAITING_SHARE = 0.0125
 # What the projections of layers that are read at once may take beside their states, as a part of these.
 _AT_HAND_SHARE = 0.1
-# From so many tokens on it matters which way round their states are multiplied.
+# From so many tokens on it matters which way round their states are multiplied, and in which dtype.
 _MANY = 128
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class HeadStack:
@@ -104,14 +105,15 @@ class HeadStack:
         state: ProbeState,
         layers: Sequence[int],
         hidden: torch.Tensor,
-        shared: dict[tuple[int, int], torch.Tensor] | None = None,
+        shared: dict[tuple[int, int, torch.dtype], torch.Tensor] | None = None,
     ) -> None:
         """See `ProbeModel.step`; to be called without gradients, and to be followed by `settle`.
 
         Args:
             layers: indices of the states: of those that the heads read some that follow each other, and have seen as much.
             hidden (`[S, B, n, hidden_size]`): theirs, of the next n prompt tokens.
-            shared: what stacks that normalise alike have made of these states so far, by the part of `hidden` that they read.
+            shared: what stacks that normalise alike have made of these states so far, by the part of `hidden` that they read
+                and the dtype.
         """
         slot = self._slots.get(layers[0])
         if slot is None:
@@ -125,14 +127,15 @@ class HeadStack:
         low, high = max(begin, state.start), min(end, state.stop)
         if low >= high:
             return
-        x = None if shared is None else shared.get((low, high))
+        part = hidden if high - low == end - begin else hidden[:, :, low - begin : high - begin]
+        dtype = self._dtype(state, part)
+        x = None if shared is None else shared.get((low, high, dtype))
         if x is None:
-            part = hidden if high - low == end - begin else hidden[:, :, low - begin : high - begin]
-            if part.dtype != torch.float32 or part.device != self.device:
-                part = part.to(device=self.device, dtype=torch.float32)
+            if part.dtype != dtype or part.device != self.device:
+                part = part.to(device=self.device, dtype=dtype)
             x = normalize(part, self.config.normalize)  # [S, B, n, D]
             if shared is not None:
-                shared[low, high] = x
+                shared[low, high, dtype] = x
         if state.output_attentions:
             self._keep_weights(state, slots, x, (low, high))
         if self._rank is not None:
@@ -151,8 +154,18 @@ class HeadStack:
                 if not state.keep:
                     del state.partial[slot]
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+    def _dtype(self, state: ProbeState, part: torch.Tensor) -> torch.dtype:
+        """In which the states `[S, B, n, D]` are normalised and mapped: fp32, or that of the LM where the maps cost most.
+
+        In half precision a processor multiplies several times as fast, and what that rounds off is less than what the LM has
+        rounded already. Of few tokens the maps themselves, which would have to be rounded each time, are the larger part.
+        """
+        many = part.shape[1] * part.shape[2] >= _MANY
+        half = many and part.dtype in _HALF and self._rank is not None and not state.output_attentions
+        return part.dtype if half and self.config.normalize != "none" else torch.float32
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _keep_weights(self, state: ProbeState, slots: slice, x: torch.Tensor, columns: tuple[int, int]) -> None:
         if columns != (state.start, state.stop):
@@ -169,14 +182,16 @@ class HeadStack:
             itemsize: bytes of a number as the LM gave it.
         """
         waiting = state.waiting
-        if waiting is not None and (waiting.columns != columns or waiting.stop != slots.start):
+        if waiting is not None and (
+            (waiting.columns, waiting.stop, waiting.places.dtype) != (columns, slots.start, x.dtype)
+        ):
             self._advance(state)
         x = x.flatten(1, 2)  # [S, B n, D]
         slot = slots.start
         while slot < slots.stop:
             self.settle(state)
             if state.waiting is None:
-                state.waiting = self._room(slice(slot, slots.stop), columns, len(state.mask), itemsize)
+                state.waiting = self._room(slice(slot, slots.stop), columns, len(state.mask), itemsize, x.dtype)
             waiting = state.waiting
             stop = min(slots.stop, waiting.end)
             self._project(waiting, slice(slot, stop), x[slot - slots.start : stop - slots.start])
@@ -187,17 +202,19 @@ class HeadStack:
         for stage, places in zip(self.stages, waiting.places.unbind(1), strict=True):
             out = places[slots.start - waiting.start : slots.stop - waiting.start]
             # A product of matrices is faster if its rows are the longer side.
-            if x.shape[1] < _MANY:
+            if x.shape[1] < _MANY:  # and then x is in fp32
                 torch.bmm(x, stage.projection(slots).transpose(1, 2), out=out)
                 continue
             for slot, flat, place in zip(range(slots.start, slots.stop), x, out, strict=True):
-                torch.mm(stage.map_of(slot), flat.t(), out=place)
+                torch.mm(stage.map_of(slot).to(flat.dtype), flat.t(), out=place)
 
-    def _room(self, slots: slice, columns: tuple[int, int], batch: int, itemsize: int) -> WaitingLayers:
-        """For the layers from `slots.start` on, of which those in `slots` are at hand."""
+    def _room(
+        self, slots: slice, columns: tuple[int, int], batch: int, itemsize: int, dtype: torch.dtype
+    ) -> WaitingLayers:
+        """For the projections, in `dtype`, of the layers from `slots.start` on, of which those in `slots` are at hand."""
         items, width = columns[1] - columns[0], self.config.hidden_size
         heads, rank, total = len(self.stages), self._rank, len(self.layer_indices)
-        share = int(_WAITING_SHARE * total * width * itemsize / (4 * heads * rank))
+        share = int(_WAITING_SHARE * total * width * itemsize / (dtype.itemsize * heads * rank))
         # Those at hand go on at once, and what does not wait may take a part of the room that their states take.
         given = slots.stop - slots.start
         at_hand = min(given, int(_AT_HAND_SHARE * given * width / (heads * rank)))
@@ -206,7 +223,7 @@ class HeadStack:
             places = self._empty(count, heads, batch * items, rank)
             projected = places.unflatten(2, (batch, items))
         else:
-            places = self._empty(count, heads, rank, batch * items)
+            places = self._empty(count, heads, rank, batch * items, dtype=dtype)
             projected = places.unflatten(3, (batch, items)).permute(0, 1, 3, 4, 2)
         return WaitingLayers(columns, slots.start, slots.start, projected.flatten(0, 1), places)
 
@@ -228,6 +245,7 @@ class HeadStack:
         projected = waiting.projected
         if len(slots) * count < len(projected):
             projected = projected[: len(slots) * count]
+        projected = projected.float()  # what follows is of small size, and in fp32
         earlier = [state.partial.get(slot) for slot in slots]
         mask = None if state.full else state.mask[:, low:high]
         seen = stage.absorb(None if earlier[0] is None else join_slots(earlier), projected, mask)

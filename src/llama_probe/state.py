@@ -25,7 +25,8 @@ class WaitingLayers:
     Attributes:
         columns: of the prompt, from and to. start, stop: slots.
         projected: `[layers * heads, batch, columns, rank]`; may have room for more.
-        places: the same memory, where the projections go: `[layers, heads, batch * columns, rank]`, or turned.
+        places: the same memory, where the projections go: `[layers, heads, batch * columns, rank]`, or turned; in the dtype
+            that they are made in.
     """
 
     columns: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Hidden states as heads read them: normalised, and in fp32."""
+"""Hidden states as heads read them: normalised, and where nothing else is said in fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _EPS = {"layernorm": 1e-5, "rms": 1e-6}
 
 
 def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
-    """States of any shape `[..., D]` in fp32, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`."""
+    """States of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
+
+    In half precision the result is rounded, and what it is calculated from is not.
+    """
     if kind == "layernorm":
         return torch.layer_norm(x, x.shape[-1:], eps=_EPS[kind])
     if kind == "rms":
@@ -21,7 +24,7 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
 
 
 def full_precision(method: Callable) -> Callable:
-    """Makes a method of something with a `device` compute in fp32, also under a `torch.autocast` that is meant for the LM."""
+    """Keeps a `torch.autocast`, which is meant for the LM, away from a method of something with a `device`."""
 
     @functools.wraps(method)
     def apart(self, *args, **kwargs):
