@@ -23,7 +23,7 @@ from .heads_low_rank_llama_probe import LowRankAggregator
 from .heads_muli_llama_probe import LogOddsClassifier, MuliAggregator
 from .heads_multimax_llama_probe import MultiMaxAggregator
 from .heads_pooling_llama_probe import PoolingAggregator
-from .heads_states_llama_probe import full_precision, normalize
+from .heads_states_llama_probe import normalize, without_autocast
 
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "MultiMaxAggregator",
     "PoolingAggregator",
     "create_stages",
-    "full_precision",
     "get_probe_type",
     "join_slots",
     "normalize",
@@ -48,4 +47,5 @@ __all__ = [
     "repeat_rows",
     "select_rows",
     "take_slots",
+    "without_autocast",
 ]

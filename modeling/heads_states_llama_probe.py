@@ -26,7 +26,7 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     return x
 
 
-def full_precision(method: Callable) -> Callable:
+def without_autocast(method: Callable) -> Callable:
     """Keeps a `torch.autocast`, which is meant for the LM, away from a method of something with a `device`."""
 
     @functools.wraps(method)

@@ -19,7 +19,7 @@ from .configuration_llama_probe import ProbeConfig
 from .decision_llama_probe import ProbeOutput, probe_loss
 from .errors_llama_probe import ProbeError
 from .fingerprint_llama_probe import describe
-from .heads_llama_probe import create_stages, full_precision, get_probe_type, normalize, repeat_rows
+from .heads_llama_probe import create_stages, get_probe_type, normalize, repeat_rows, without_autocast
 from .scope_llama_probe import check_rows, token_mask
 from .stack_llama_probe import HeadStack
 from .state_llama_probe import ProbeState
@@ -32,7 +32,8 @@ class ProbeModel(nn.Module):
     states layer by layer, and chunk by chunk, while the LM runs; `begin_reply` and `extend` go on from there token by
     token. They agree to 1e-5 in fp32.
 
-    Parameters are always fp32; the states are cast where they come in. Casting the module to another dtype moves it to
+    Parameters are always fp32; the states are cast where they come in, but for `step` with states in half precision of 128
+    tokens or more: there kinds of low rank apply their maps in that dtype. Casting the module to another dtype moves it to
     the device and leaves its dtype.
 
     Args:
@@ -335,7 +336,7 @@ class ProbeModel(nn.Module):
         """
         return None if state is None else repeat_rows(HeadStack([self]).running(state, 0), repeats)
 
-    @full_precision
+    @without_autocast
     def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
         """Takes in further tokens as `read` does, and scores all that was taken in so far.
 
@@ -345,7 +346,7 @@ class ProbeModel(nn.Module):
         running = self.read(running, x, mask)
         return running, self.score_summaries(self.token_stage.result(running, slice(None)))
 
-    @full_precision
+    @without_autocast
     def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
         """Takes in further tokens of every layer.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
-from .heads_llama_probe import full_precision, join_slots, normalize, take_slots
+from .heads_llama_probe import join_slots, normalize, take_slots, without_autocast
 from .scope_llama_probe import check_rows, tokens_read
 from .state_llama_probe import ProbeState, WaitingLayers
 
@@ -102,7 +102,7 @@ class HeadStack:
                     state.summaries = stage.pooled(running).unsqueeze(1)
         return state
 
-    @full_precision
+    @without_autocast
     def step(
         self,
         state: ProbeState,
@@ -236,7 +236,7 @@ class HeadStack:
         if waiting is not None and waiting.stop == waiting.end:
             self._advance(state)
 
-    @full_precision
+    @without_autocast
     def _advance(self, state: ProbeState) -> None:
         """Goes on with the layers that wait."""
         waiting, state.waiting = state.waiting, None
@@ -276,7 +276,7 @@ class HeadStack:
                 f"tokens ({len(missing)} layers are incomplete); a part of a prompt is not scored"
             )
 
-    @full_precision
+    @without_autocast
     def finish(self, state: ProbeState) -> list[ProbeOutput]:
         """The scores of each head; see `ProbeModel.finish`."""
         if state.keep:

@@ -16,7 +16,7 @@ from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .errors import ProbeError
 from .fingerprint import describe
-from .heads import create_stages, full_precision, get_probe_type, normalize, repeat_rows
+from .heads import create_stages, get_probe_type, normalize, repeat_rows, without_autocast
 from .scope import check_rows, token_mask
 from .stack import HeadStack
 from .state import ProbeState
@@ -29,7 +29,8 @@ class ProbeModel(nn.Module):
     states layer by layer, and chunk by chunk, while the LM runs; `begin_reply` and `extend` go on from there token by
     token. They agree to 1e-5 in fp32.
 
-    Parameters are always fp32; the states are cast where they come in. Casting the module to another dtype moves it to
+    Parameters are always fp32; the states are cast where they come in, but for `step` with states in half precision of 128
+    tokens or more: there kinds of low rank apply their maps in that dtype. Casting the module to another dtype moves it to
     the device and leaves its dtype.
 
     Args:
@@ -332,7 +333,7 @@ class ProbeModel(nn.Module):
         """
         return None if state is None else repeat_rows(HeadStack([self]).running(state, 0), repeats)
 
-    @full_precision
+    @without_autocast
     def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
         """Takes in further tokens as `read` does, and scores all that was taken in so far.
 
@@ -342,7 +343,7 @@ class ProbeModel(nn.Module):
         running = self.read(running, x, mask)
         return running, self.score_summaries(self.token_stage.result(running, slice(None)))
 
-    @full_precision
+    @without_autocast
     def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
         """Takes in further tokens of every layer.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .decision import ProbeOutput
 from .errors import ProbeError
-from .heads import full_precision, join_slots, normalize, take_slots
+from .heads import join_slots, normalize, take_slots, without_autocast
 from .scope import check_rows, tokens_read
 from .state import ProbeState, WaitingLayers
 
@@ -99,7 +99,7 @@ class HeadStack:
                     state.summaries = stage.pooled(running).unsqueeze(1)
         return state
 
-    @full_precision
+    @without_autocast
     def step(
         self,
         state: ProbeState,
@@ -233,7 +233,7 @@ class HeadStack:
         if waiting is not None and waiting.stop == waiting.end:
             self._advance(state)
 
-    @full_precision
+    @without_autocast
     def _advance(self, state: ProbeState) -> None:
         """Goes on with the layers that wait."""
         waiting, state.waiting = state.waiting, None
@@ -273,7 +273,7 @@ class HeadStack:
                 f"tokens ({len(missing)} layers are incomplete); a part of a prompt is not scored"
             )
 
-    @full_precision
+    @without_autocast
     def finish(self, state: ProbeState) -> list[ProbeOutput]:
         """The scores of each head; see `ProbeModel.finish`."""
         if state.keep:

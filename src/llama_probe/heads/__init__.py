@@ -20,7 +20,7 @@ from .low_rank import LowRankAggregator
 from .muli import LogOddsClassifier, MuliAggregator
 from .multimax import MultiMaxAggregator
 from .pooling import PoolingAggregator
-from .states import full_precision, normalize
+from .states import normalize, without_autocast
 
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "MultiMaxAggregator",
     "PoolingAggregator",
     "create_stages",
-    "full_precision",
     "get_probe_type",
     "join_slots",
     "normalize",
@@ -45,4 +44,5 @@ __all__ = [
     "repeat_rows",
     "select_rows",
     "take_slots",
+    "without_autocast",
 ]
