@@ -191,6 +191,23 @@ def test_the_best_epoch_is_what_comes_back(tmp_path, lm, data, monkeypatch):
     assert not torch.equal(seen[1], seen[3])
 
 
+def test_a_rank_without_room_for_its_part_says_so(tmp_path, lm, data, monkeypatch):
+    import resource
+
+    training = SharedTraining(CANDIDATES, *data, "auprc", 1, tmp_path, lm)
+    training.run()
+    for name, value in (("rank", 1), ("world_size", 2), ("is_main", False), ("barrier", None)):
+        monkeypatch.setattr(shared_training, name, lambda value=value: value)
+    monkeypatch.setattr(shared_training, "gather", lambda part: [part])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**8, limits[1]))
+    try:
+        with pytest.raises(ProbeError, match="there is no room for it"):
+            training._save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_refusals(tmp_path, lm, data):
     for arguments, words in (({"candidates": []}, "nothing to train"), ({"keep": 0.0}, "keep=0.0")):
         with pytest.raises(ProbeError, match=words):
