@@ -181,10 +181,8 @@ class HeadStack:
         Args:
             itemsize: bytes of a number as the LM gave it.
         """
-        waiting = state.waiting
-        if waiting is not None and (
-            (waiting.columns, waiting.stop, waiting.places.dtype) != (columns, slots.start, x.dtype)
-        ):
+        waiting, due = state.waiting, (columns, slots.start, x.dtype)
+        if waiting is not None and (waiting.columns, waiting.stop, waiting.places.dtype) != due:
             self._advance(state)
         x = x.flatten(1, 2)  # [S, B n, D]
         slot = slots.start

@@ -17,9 +17,6 @@ from .input_files import KINDS, InputFile, kind_of
 from .known_data import BENCHMARKS
 
 
-# Names of the loaders of `datasets` that are called otherwise than the kind of file.
-_LOADERS = {"tsv": "csv"}
-
 # Else words such as None and NA, which may be labels, are nothing, and the first 10,000 rows alone say what a column holds.
 _CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 2**31 - 1}
 
@@ -75,13 +72,14 @@ def read_table(
             kind = kind_of(path)
             if kind is None:
                 raise ProbeError(f"{path} is of no known format; allowed: {', '.join(KINDS)}, each also with .gz")
-            options: dict[str, Any] = {"sep": "\t"} if kind == "tsv" else {}
-            loader = _LOADERS.get(kind, kind)
-            if loader == "csv":
-                options |= _csv_options([path], text_columns, needed)
+            options: dict[str, Any] = {}
+            if kind in ("csv", "tsv"):
+                options = _csv_options([path], text_columns, needed)
+            if kind == "tsv":
+                kind, options["sep"] = "csv", "\t"
             _check_encoding([path])
             options |= {"data_files": glob.escape(str(path)), "description": _digest([path])}
-            return load_dataset(loader, split="train", **options)
+            return load_dataset(kind, split="train", **options)
         options = {}
         if kind_of(path) and not path.exists():
             raise ProbeError(f"there is no file {path}")
