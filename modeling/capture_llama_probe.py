@@ -12,8 +12,10 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -258,6 +260,63 @@ def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     if args:
         return args[0]
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+class StateReader(Protocol):
+    """What is handed states."""
+
+    def on_state(self, layer: int, hidden: torch.Tensor) -> None:
+        """Takes a state, `[rows, tokens, hidden_size]`."""
+
+
+class _Listening(threading.local):
+    """Who gets the states of the pass that this thread is in, where `torch.compile` traces that."""
+
+    def __init__(self):
+        self.reader: StateReader | None = None
+
+
+_LISTENING = _Listening()
+
+
+@torch.compiler.assume_constant_result
+def stay_in_layers(lm: nn.Module) -> bool:
+    """For `handing_states_to`: puts hooks into the decoder of `lm` that stay, once. They cannot come and go in what is compiled.
+
+    Called while a pass is traced, and not when the graph runs.
+
+    Returns:
+        Whether they get the states of all tokens, which not every decoder runs all layers over; see `Decoder.whole`.
+    """
+    decoder = find_decoder(lm)
+    if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
+        return False
+    first = decoder.layers[0]
+    if not any(getattr(hook, "func", None) is _hand_over_input for hook in first._forward_pre_hooks.values()):
+        first.register_forward_pre_hook(partial(_hand_over_input, 0), with_kwargs=True)
+        for layer, module in enumerate((*decoder.layers[:-1], decoder.norm), start=1):
+            module.register_forward_hook(partial(_hand_over_output, layer))
+    return True
+
+
+@contextmanager
+def handing_states_to(reader: StateReader):
+    """Inside the block, in this thread, `reader` gets the states of a model with `stay_in_layers`, as a `Capture` would hand them."""
+    _LISTENING.reader = reader
+    try:
+        yield
+    finally:
+        _LISTENING.reader = None
+
+
+def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any]) -> None:
+    if _LISTENING.reader is not None:
+        _LISTENING.reader.on_state(layer, _first_input(args, kwargs))
+
+
+def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
+    if _LISTENING.reader is not None:
+        _LISTENING.reader.on_state(layer, output[0] if isinstance(output, tuple) else output)
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:

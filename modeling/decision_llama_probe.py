@@ -58,8 +58,8 @@ def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 NO_NUMBER_BECAUSE = (
-    "its training ran away (a lower learning rate helps), or states of the backbone are too large for its dtype (float32 and "
-    "bfloat16 hold more than float16)"
+    "its training ran away (a lower learning rate helps), states of the backbone are too large for its dtype (float32 and "
+    "bfloat16 hold more than float16), or in a pass that torch.compile runs no token of the prompt counts"
 )
 
 

@@ -80,6 +80,7 @@ class PrefillSession:
             for mask in masks.values():
                 check_rows(mask)
         self._group = HeadGroup(heads, masks, past, running, output_attentions, keep)
+        self._taken: dict[str, ProbeOutput] | None = None
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: ReplySession | None = None
 
@@ -103,20 +104,7 @@ class PrefillSession:
         Raises:
             ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
         """
-        ids = inputs.get("input_ids")
-        rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
-        # rows: beams and return sequences repeat each prompt; columns: candidate tokens follow the prompt.
-        repeats, rest = divmod(rows, self.prompts)
-        width = min(columns, self.length - self.seen)
-        expected = None if self.input_ids is None else self.input_ids[:, self.seen : self.seen + width]
-        same = ids is None or expected is None or torch.equal(ids[:: repeats or 1, :width], expected.to(ids.device))
-        # Whoever puts embeddings of their own in place of the ids (PEFT's prompt tuning) may have put further ones before them.
-        same &= ids is not None or expected is None or columns == self.length - self.seen
-        if rest or not repeats or not same:
-            raise ProbeError(
-                "the decoding method does not run the LM over the prompt as it was given (a part of it, or other rows): "
-                "a part of a prompt is not scored. set_active_probes([]) generates without heads"
-            )
+        rows, columns, repeats, width = self._expect(inputs)
         whole = repeats == 1 and width == columns
         numbers = rows * columns * decoder.hidden_size
         held = HeldStates(self._group, numbers, decoder.num_hidden_layers + 1, inputs.get(decoder.cache_name))
@@ -138,13 +126,52 @@ class PrefillSession:
         if self.on_complete is not None:
             self.on_complete(self.results())
 
+    def _expect(self, inputs: dict[str, Any]) -> tuple[int, int, int, int]:
+        """Of a forward pass over `inputs`: rows, columns, how many rows each prompt has, and how many columns are of prompts.
+
+        Raises:
+            ProbeError: the pass is not over the next tokens of the prompts.
+        """
+        ids = inputs.get("input_ids")
+        rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
+        # rows: beams and return sequences repeat each prompt; columns: candidate tokens follow the prompt.
+        repeats, rest = divmod(rows, self.prompts)
+        width = min(columns, self.length - self.seen)
+        expected = None if self.input_ids is None else self.input_ids[:, self.seen : self.seen + width]
+        same = ids is None or expected is None or torch.equal(ids[:: repeats or 1, :width], expected.to(ids.device))
+        # Whoever puts embeddings of their own in place of the ids (PEFT's prompt tuning) may have put further ones before them.
+        same &= ids is not None or expected is None or columns == self.length - self.seen
+        if rest or not repeats or not same:
+            raise ProbeError(
+                "the decoding method does not run the LM over the prompt as it was given (a part of it, or other rows): "
+                "a part of a prompt is not scored. set_active_probes([]) generates without heads"
+            )
+        return rows, columns, repeats, width
+
+    def takes_whole(self, rows: int, columns: int) -> bool:
+        """Whether the scores of one pass over so many rows and columns are all that is to be had of it; see `take`."""
+        whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
+        return whole and not self.keep and self.reply is None
+
+    def take(self, logits: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
+        """Takes the logits that a compiled pass over `inputs` gave, in place of `reading` it.
+
+        Raises:
+            ProbeError: it was not over the prompts.
+        """
+        self._expect(inputs)
+        self._taken = {name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in logits.items()}
+        self.seen = self.length
+        if self.on_complete is not None:
+            self.on_complete(self.results())
+
     def results(self) -> dict[str, ProbeOutput]:
         """`ProbeOutput` of each head.
 
         Raises:
             ProbeError: the LM has not run over the whole prompt.
         """
-        return self._group.results()
+        return self._group.results() if self._taken is None else self._taken
 
     def running(self, name: str, repeats: int = 1) -> Any:
         """What a head goes on from behind the prompts; see `ProbeModel.begin_reply`. `None` where it does not read them."""

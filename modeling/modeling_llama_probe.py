@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .capture_llama_probe import without_peft
+from .compiled_pass_llama_probe import compiled_pass
 from .decision_llama_probe import ProbeOutput
 from .errors_llama_probe import ProbeError
 from .generate_arguments_llama_probe import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
@@ -89,10 +91,15 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return output
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
             probes = self.probes  # another thread may take a head away
             output.remember({name: probes[name].config for name in output.probe_logits if name in probes})
+            if isinstance(session := kwargs.get("probe_session"), PrefillSession):  # the pass was a compiled one
+                session.cache = getattr(output, "cache", None)
+                session.take(output.probe_logits, kwargs)
         return output
 
     @classmethod
@@ -174,11 +181,20 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
         if session is False:
             return super().forward(**kwargs)
-        if session is None and (running := session_of(self)) is not None:
+        compiling = torch.compiler.is_compiling()
+        if session is None and not compiling and (running := session_of(self)) is not None:
             # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
             if running.complete:
                 return super().forward(**kwargs)
             session = running
+        if compiling and probe_state in (None, False) and isinstance(session, (PrefillSession, NoneType)):
+            heads = self._active_heads(probes) if session is None else session.heads
+            plan = compiled_pass(self, heads, session, kwargs, probe_mask) if heads else None
+            if plan is not None:
+                with plan.reading():
+                    output = super().forward(**kwargs)
+                configs = {name: head.config for name, head in heads.items()}
+                return _with_scores(output, plan.logits(), configs)
         if session is not None:
             with session.reading(session.decoder or self._decoder, kwargs) as inputs:
                 output = super().forward(**inputs)
@@ -200,9 +216,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 output = super().forward(**inputs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
             state = session.probe_cache() if session.keep else None
-        if isinstance(output, ModelOutput):
-            return with_probe_logits(output, probe_logits, configs, state=state)
-        return (*output, probe_logits) if probe_state is None else (*output, probe_logits, state)
+        if probe_state is not None and not isinstance(output, ModelOutput):
+            return (*output, probe_logits, state)
+        return _with_scores(output, probe_logits, configs, state)
 
     def classify(
         self,
@@ -386,6 +402,15 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def _refuse_paged(self) -> None:
         if self._active_probes:
             raise ProbeError(PAGED)
+
+
+def _with_scores(
+    output: ModelOutput | tuple, logits: dict[str, torch.Tensor] | None, configs: dict, state: ProbeCache | None = None
+) -> ModelOutput | tuple:
+    """What the LM's `forward` gave, with what the heads say."""
+    if isinstance(output, ModelOutput):
+        return with_probe_logits(output, logits, configs, state=state)
+    return (*output, logits)
 
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):

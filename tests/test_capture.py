@@ -7,7 +7,14 @@ import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, holding
-from llama_probe.capture import Capture, collect_hidden_states, find_decoder, prefill
+from llama_probe.capture import (
+    Capture,
+    collect_hidden_states,
+    find_decoder,
+    handing_states_to,
+    prefill,
+    stay_in_layers,
+)
 
 
 @pytest.mark.parametrize("layers", [range(LAYERS + 1), [0], [LAYERS], [3, 1]])
@@ -102,6 +109,32 @@ def test_a_hook_that_is_half_registered_harms_no_other_thread(lm, prompts):
         thread.start()
         thread.join()
     assert errors == []
+
+
+class Recorder:
+    def __init__(self):
+        self.states = {}
+
+    def on_state(self, layer, hidden):
+        assert layer not in self.states
+        self.states[layer] = hidden
+
+
+def test_hooks_that_stay_hear_what_others_do_and_only_when_asked(lm, prompts):
+    expected = collect_hidden_states(lm, range(LAYERS + 1), prompts)
+    assert stay_in_layers(lm) and stay_in_layers(lm)  # once is enough
+    lm(prompts)
+    recorder, elsewhere = Recorder(), threading.Thread(target=lm, args=(prompts,))
+    with handing_states_to(recorder):
+        elsewhere.start()
+        elsewhere.join()
+        assert not recorder.states
+        lm(prompts)
+    assert all(torch.equal(recorder.states[layer], state) for layer, state in enumerate(expected))
+    with pytest.raises(RuntimeError, match="out of memory"), handing_states_to(Recorder()):
+        raise RuntimeError("out of memory")
+    lm(prompts)
+    assert len(recorder.states) == LAYERS + 1
 
 
 def test_match_fills_in_and_refuses():

@@ -62,6 +62,17 @@ def test_capture_equals_output_hidden_states(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_compiled_pass_is_one_graph(family):
+    torch._dynamo.reset()
+    model, inputs = AutoModelForProbedGeneration.from_causal_lm(tiny(family), make_heads()), padded_prompts()
+    expected = model(**inputs).probe_logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(compiled(**inputs).probe_logits, expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_its_lm_head_has_the_same_states(family):
     lm, inputs = tiny(family), padded_prompts()
     assert find_decoder(lm.base_model).origin == "table"

@@ -74,9 +74,14 @@ PROBED_FIELDS = {
 }
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
     """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and what `ProbedOutputMixin` adds."""
+    return _make(base)
+
+
+@functools.cache
+def _make(base: type[ModelOutput]) -> type[ModelOutput]:
     return make_dataclass(
         f"Probed{base.__name__}",
         [(name, kind, None) for name, kind in PROBED_FIELDS.items()],

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 from .decision import ProbeOutput
 from .errors import ProbeError
-from .heads import join_slots, normalize, take_slots, without_autocast
+from .heads import Aggregator, join_slots, normalize, take_slots, without_autocast
 from .scope import check_rows, tokens_read
 from .state import ProbeState, WaitingLayers
 
 
 if TYPE_CHECKING:
+    from .configuration import ProbeConfig
     from .probe import ProbeModel
 
 
@@ -26,6 +27,16 @@ _AT_HAND_SHARE = 0.1
 # From so many tokens on it matters which way round their states are multiplied, and in which dtype.
 _MANY = 128
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def reading_dtype(stage: Aggregator, config: ProbeConfig, hidden: torch.Tensor) -> torch.dtype:
+    """In which states `[..., B, n, D]` are normalised and mapped: fp32, or that of the LM where the maps cost most.
+
+    In half precision a processor multiplies several times as fast, and what that rounds off is less than what the LM has
+    rounded already. Of few tokens the maps themselves, which would have to be rounded each time, are the larger part.
+    """
+    half = hidden.dtype in _HALF and stage.rank is not None and hidden.shape[-3] * hidden.shape[-2] >= _MANY
+    return hidden.dtype if half and config.normalize != "none" else torch.float32
 
 
 class HeadStack:
@@ -128,7 +139,7 @@ class HeadStack:
         if low >= high:
             return
         part = hidden if high - low == end - begin else hidden[:, :, low - begin : high - begin]
-        dtype = self._dtype(state, part)
+        dtype = torch.float32 if state.output_attentions else reading_dtype(self.stages[0], self.config, part)
         x = None if shared is None else shared.get((low, high, dtype))
         if x is None:
             if part.dtype != dtype or part.device != self.device:
@@ -153,16 +164,6 @@ class HeadStack:
                 kind.summarize(self.stages, seen, slot, state.summaries[slot])
                 if not state.keep:
                     del state.partial[slot]
-
-    def _dtype(self, state: ProbeState, part: torch.Tensor) -> torch.dtype:
-        """In which the states `[S, B, n, D]` are normalised and mapped: fp32, or that of the LM where the maps cost most.
-
-        In half precision a processor multiplies several times as fast, and what that rounds off is less than what the LM has
-        rounded already. Of few tokens the maps themselves, which would have to be rounded each time, are the larger part.
-        """
-        many = part.shape[1] * part.shape[2] >= _MANY
-        half = many and part.dtype in _HALF and self._rank is not None and not state.output_attentions
-        return part.dtype if half and self.config.normalize != "none" else torch.float32
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

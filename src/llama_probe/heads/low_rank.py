@@ -42,9 +42,9 @@ class LowRankAggregator(Aggregator):
         return self.projection(slice(slot, slot + 1))[0]
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
-        """`[S, B, n, D]` to `[S, B, n, rank]`."""
-        flat = torch.matmul(x.flatten(1, 2), self.projection(slots).transpose(1, 2))
-        return flat.unflatten(1, x.shape[1:3])
+        """`[S, B, n, D]`, in any float dtype, to `[S, B, n, rank]` in fp32."""
+        flat = torch.matmul(x.flatten(1, 2), self.projection(slots).to(x.dtype).transpose(1, 2))
+        return flat.unflatten(1, x.shape[1:3]).float()
 
     def update(self, state, x, mask, slots):
         return self.absorb(state, self.project(x, slots), mask)

@@ -1,0 +1,118 @@
+"""The pass over whole prompts as `torch.compile` traces it: heads are a part of the LM's graph.
+
+What heads do otherwise while the LM runs - to wait for each other, to look at the values of a mask, to raise an error over them -
+would break it. Here they read each layer when it has run, by operations that the compiler puts together with those of the LM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .capture import check_seen, find_decoder, handing_states_to, stay_in_layers
+from .heads import normalize, without_autocast
+from .scope import prompt_masks, tokens_read
+from .stack import reading_dtype
+from .state import cached_tokens
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .generation import PrefillSession
+    from .probe import ProbeModel
+
+
+class CompiledPass:
+    """Feeds the states of one pass over whole prompts to heads.
+
+    Args:
+        heads, masks: by name; of each head the tokens that count, `[prompts, prompt_tokens]`.
+        rows: that the LM runs over: beams and return sequences repeat each prompt.
+    """
+
+    def __init__(self, heads: Mapping[str, ProbeModel], masks: Mapping[str, torch.Tensor], rows: int):
+        self._repeats = rows // len(next(iter(masks.values())))
+        self._readers = {name: _Reader(head, masks[name]) for name, head in heads.items()}
+
+    def reading(self):
+        """Inside the block the LM runs; once only."""
+        return handing_states_to(self)
+
+    def on_state(self, layer: int, hidden: torch.Tensor) -> None:
+        """Has all heads read the states of one layer, `[rows, prompt_tokens, hidden_size]`."""
+        with torch.no_grad():  # as a decorator it breaks the graph
+            for reader in self._readers.values():
+                reader.take(layer, hidden[:: self._repeats])
+
+    def logits(self) -> dict[str, torch.Tensor]:
+        """`[prompts, num_labels]` a head; NaN for a prompt of which no token counts.
+
+        Raises:
+            ProbeError: not all states came by.
+        """
+        with torch.no_grad():
+            return {name: reader.logits() for name, reader in self._readers.items()}
+
+
+class _Reader:
+    def __init__(self, head: ProbeModel, mask: torch.Tensor):
+        self.head, self.device = head, head.device
+        self._mask = tokens_read(head.config, mask.bool()).to(head.device)
+        self._summaries: dict[int, torch.Tensor] = {}
+
+    @without_autocast
+    def take(self, layer: int, hidden: torch.Tensor) -> None:
+        """The states `[prompts, prompt_tokens, hidden_size]` of one layer."""
+        head = self.head
+        if layer not in head.layer_indices:
+            return
+        slot = head.layer_indices.index(layer)
+        dtype = reading_dtype(head.token_stage, head.config, hidden)
+        x = normalize(hidden.to(device=self.device, dtype=dtype), head.config.normalize)
+        self._summaries[layer] = head.token_stage(x.unsqueeze(0), self._mask, slice(slot, slot + 1))  # [1, B, D]
+
+    @without_autocast
+    def logits(self) -> torch.Tensor:
+        check_seen(self.head.layer_indices, self._summaries)
+        summaries = torch.cat([self._summaries[layer] for layer in self.head.layer_indices])
+        logits = self.head.score_summaries(summaries).logits
+        return logits.masked_fill(~self._mask.any(dim=1, keepdim=True), float("nan"))
+
+
+def compiled_pass(
+    lm: nn.Module,
+    heads: Mapping[str, ProbeModel],
+    session: PrefillSession | None,
+    inputs: dict[str, Any],
+    probe_mask: torch.Tensor | None,
+) -> CompiledPass | None:
+    """How heads read the pass of `lm` over `inputs` that `torch.compile` is tracing.
+
+    Args:
+        heads: of the call. session: of a `generate()`, which has heads and masks of its own.
+        probe_mask: see `prompt_masks`.
+
+    Returns:
+        `None` where this pass is not over whole prompts, or more than their scores is asked for.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if session is None:
+        if (ids is None and embeds is None) or cached_tokens(inputs):
+            return None
+        masks = prompt_masks(
+            heads, ids, embeds, inputs.get("attention_mask"), probe_mask, placeholder_ids=_placeholder_ids(lm)
+        )
+    else:
+        heads, masks = session.heads, session.masks
+    rows, columns = (embeds if ids is None else ids).shape[:2]
+    if session is not None and not session.takes_whole(rows, columns):
+        return None
+    return CompiledPass(heads, masks, rows) if stay_in_layers(lm) else None
+
+
+@torch.compiler.assume_constant_result
+def _placeholder_ids(lm: nn.Module) -> tuple[int, ...]:
+    return find_decoder(lm).placeholder_ids
