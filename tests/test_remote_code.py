@@ -301,12 +301,26 @@ def test_a_repository_in_another_environment(environment, bare_python, hub, tmp_
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in toxic.state_dict().items())
 
 
-def test_a_model_of_a_repository_changes_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
-    # Other tests may have used another folder for code from repositories, which is a module of the same name.
+@pytest.fixture
+def folder_for_code(tmp_path, monkeypatch):
+    """Other tests use another folder for code from repositories, which is a module of the same name."""
+
+    def imported():
+        return {name: sys.modules[name] for name in sys.modules if name.split(".")[0] == "transformers_modules"}
+
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)
+    theirs = imported()
+    for name in theirs:
+        del sys.modules[name]
+    yield
+    for name in imported():
+        del sys.modules[name]
+    sys.modules.update(theirs)
+
+
+@pytest.mark.usefixtures("folder_for_code")
+def test_a_model_of_a_repository_changes_as_a_whole_or_not_at_all(tmp_path):
     heads = {"one": make_probe(), "two": make_probe(1, probe_type="gate")}
     repository = export_repository(make_lm(vocab_size=260), tmp_path / "tiny", heads, tokenizer=make_tokenizer())
     model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
