@@ -34,7 +34,7 @@ def report():
     rows += [make_row("guard x", "guard", 9.0), make_row("naive mha", "naive", 1.08)]
     return {
         "environment": {"device": "cpu", "threads": 2},
-        "settings": {"pairs": 3, "random_weights": False},
+        "settings": {"pairs": 3, "random_weights": False, "compile": False},
         "backbone": {"name": "tiny", "num_parameters": 134_500_000, "dtype": "float32"},
         "rows": [*rows, *({**row, "tokens": 512, "paper_ratio": None} for row in rows)],
     }
@@ -74,11 +74,12 @@ def test_notes_say_what_ran_and_how_far_to_trust_it(report):
         "RTX 3090",
     ):
         assert part in text
-    report["settings"]["random_weights"] = True
+    assert "torch.compile" not in text
+    report["settings"] |= {"random_weights": True, "compile": True}
     for row in report["rows"]:
         row["paper_ratio"] = None
     text = " ".join(notes(report))
-    assert "random weights" in text and "RTX 3090" not in text
+    assert "random weights" in text and "2 threads, compiled by torch.compile" in text and "RTX 3090" not in text
 
 
 def test_markdown(report):

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_lm, make_probe
+from torch._dynamo.testing import CompileCounter
 from transformers import BertConfig
 
 from llama_probe import ProbeError
@@ -83,6 +85,20 @@ def test_the_time_of_further_tokens(folder):
         assert found["latency_ms"]["median"] == 4000 and found["step_ms"]["median"] == 1000
         assert found["tokens_per_second"] == 9 / 4
     assert report["rows"][0]["step_ratio"] is None and report["rows"][1]["step_ratio"]["median"] == 1
+
+
+def test_the_backbone_compiled(folder, monkeypatch):
+    """Each load and system as a graph of its own, and what is counted is of the same operations."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    report = create(folder, tokens=[6, 7], compile=True).execute()
+    # Of each load the plain model, once for itself and once beside heads, and the one with heads.
+    assert counter.frame_count == 2 * (1 + 2)
+    rows = {found["system"]: found for found in report["rows"][:3]}
+    assert rows["gate"]["operations_ratio"] > 1 and rows["gate"]["peak_memory_mb"] is None
+    assert report["settings"]["compile"]
+    plain = create(folder, tokens=[6, 7]).execute()
+    assert [found["operations"] for found in plain["rows"]] == [found["operations"] for found in report["rows"]]
 
 
 def test_ones_own_heads(folder, tmp_path):

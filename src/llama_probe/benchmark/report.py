@@ -88,9 +88,10 @@ def notes(report: dict[str, Any]) -> list[str]:
     settings, backbone = report["settings"], report["backbone"]
     compared = any(row["paper_ratio"] for row in report["rows"])
     weights = "random weights" if settings["random_weights"] else "its own weights"
+    compiled = ", compiled by torch.compile" if settings["compile"] else ""
     found = [
         f"{backbone['name']} ({backbone['num_parameters'] / 1e6:,.0f} million parameters, {backbone['dtype']}, {weights}) on "
-        f"{report['environment']['device']}, {report['environment']['threads']} threads; "
+        f"{report['environment']['device']}, {report['environment']['threads']} threads{compiled}; "
         f"{settings['pairs']} pairs a system, in turn with the plain model.",
         f"Ratio: of the times in a pair, median and quartiles. How far that of `{AGAIN}` is from 1, and how wide its "
         "quartiles are, is noise: a difference of that size says nothing. More --pairs and an idle machine make it smaller.",

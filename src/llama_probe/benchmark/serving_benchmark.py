@@ -59,6 +59,7 @@ class ServingBenchmark:
         naive: also measure each head on the tensors that `output_hidden_states=True` returns.
         guards: models that read the prompt before the plain model does; see `GuardPlan.read`.
         random_weights: make the weights of backbone and guards instead of loading them; the times are the same.
+        compile: the backbone by `torch.compile`, with heads and without. Guards are not.
 
     Raises:
         ProbeError: a value is not allowed, or a config cannot be read.
@@ -78,6 +79,7 @@ class ServingBenchmark:
     naive: bool = True
     guards: Sequence[str] = ()
     random_weights: bool = False
+    compile: bool = False
     watch: Watch = field(init=False, repr=False)
     _device: torch.device = field(init=False, repr=False)
     _config: PreTrainedConfig = field(init=False, repr=False)
@@ -128,6 +130,9 @@ class ServingBenchmark:
         self._check_memory()
         model = self._load(heads)
         plain = model._without_probes()  # its weights, and nothing of this package's code
+        if self.compile:
+            for lm in (model, plain):
+                lm.forward = torch.compile(lm.forward)
         loads = [
             Load.create(batch, tokens, self.new_tokens, self._text_config.vocab_size, self._device)
             for batch, tokens in product(self.batch_sizes, self.tokens)
@@ -191,6 +196,9 @@ class ServingBenchmark:
         return 1 + len(model.probes) + bool(self.many) + naive + len(self._plans)
 
     def _measure(self, base: System, system: System, load: Load, progress: tqdm) -> Measured:
+        if self.compile:
+            torch._dynamo.reset()  # what has run over one load would run over the next for prompts of any length
+            base.serve(load, None), system.serve(load, None)
         timed = time_pairs(partial(base.serve, load), partial(system.serve, load), self.pairs, self.warmup, self.watch)
         measured = Measured(timed, *self._footprint(system, load))
         progress.update()
@@ -198,8 +206,13 @@ class ServingBenchmark:
 
     def _footprint(self, system: System, load: Load) -> tuple[int | None, int]:
         serve = partial(system.serve, load, None)
-        serve()  # what a first call makes and keeps is none of its footprint
-        return peak_memory(serve, self._device), operations(serve)
+        # Tensors that compiled code makes for itself on a CPU are not heard of, nor its operations anywhere.
+        unheard = self.compile and self._device.type == "cpu"
+        with torch.compiler.set_stance("force_eager" if unheard else "default"):
+            serve()  # what a first call makes and keeps is none of its footprint
+            memory = None if unheard else peak_memory(serve, self._device)
+        with torch.compiler.set_stance("force_eager"):
+            return memory, operations(serve)
 
     def _settings(self) -> dict[str, Any]:
         """As they were given, without the folders of this machine that models and heads lie in."""

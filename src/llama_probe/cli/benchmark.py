@@ -58,6 +58,9 @@ def benchmark(
             "be a shape as well, such as llama-3b."
         ),
     ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="The backbone by torch.compile, with heads and without.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json and benchmark.png.")] = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: Json = False,
@@ -88,6 +91,7 @@ def benchmark(
                 naive=naive,
                 guards=guard or (),
                 random_weights=random_weights,
+                compile=compile,
             ).execute()
     finally:
         logging.set_verbosity(verbosity)
