@@ -27,7 +27,7 @@ class HeldStates:
     takes is memory that the LM will need later: its peak comes when its cache is full.
 
     Args:
-        group: the heads.
+        group: the heads: a `HeadGroup`, or what else has its `read`.
         numbers: of a state in this pass: rows x tokens x hidden_size.
         num_states: how many states there are, L+1.
         cache: of the LM, in this pass.
@@ -47,16 +47,16 @@ class HeldStates:
         if len(self._held) > self._least and len(self._held) > min(self._most, self._room(hidden)):
             self.read()
 
-    @torch.no_grad()  # of the LM's gradients, where it is being trained, the copy takes none along
     def read(self) -> None:
         """Has heads read all that waits."""
-        while self._held:
-            at_once = max(1, int(self._room(self._held[0][1], _OF_A_LAYER)))
-            layers, states = zip(*self._held[:at_once], strict=True)
-            del self._held[:at_once]
-            hidden = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
-            del states
-            self._group.read(layers, hidden)
+        with torch.no_grad():  # of the LM's gradients, where it is being trained; as a decorator it cannot be traced
+            while self._held:
+                at_once = max(1, int(self._room(self._held[0][1], _OF_A_LAYER)))
+                layers, states = zip(*self._held[:at_once], strict=True)
+                del self._held[:at_once]
+                hidden = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+                del states
+                self._group.read(layers, hidden)
 
     def _room(self, hidden: torch.Tensor, more: int = 0) -> float:
         """How many states like this one fit, in the copies that reading them takes, where the cache and `more` states will."""

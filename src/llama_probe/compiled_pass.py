@@ -1,18 +1,19 @@
 """The pass over whole prompts as `torch.compile` traces it: heads are a part of the LM's graph.
 
 What heads do otherwise while the LM runs - to wait for each other, to look at the values of a mask, to raise an error over them -
-would break it. Here they read each layer when it has run, by operations that the compiler puts together with those of the LM.
+would break it. Here they read the layers as these run, by operations that the compiler puts together with those of the LM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .capture import check_seen, find_decoder, handing_states_to, stay_in_layers
 from .heads import normalize, without_autocast
+from .holding import HeldStates
 from .scope import prompt_masks, tokens_read
 from .stack import reading_dtype
 from .state import cached_tokens
@@ -20,6 +21,7 @@ from .state import cached_tokens
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import Cache
 
     from .generation import PrefillSession
     from .probe import ProbeModel
@@ -31,21 +33,31 @@ class CompiledPass:
     Args:
         heads, masks: by name; of each head the tokens that count, `[prompts, prompt_tokens]`.
         rows: that the LM runs over: beams and return sequences repeat each prompt.
+        cache: of the LM; see `HeldStates`.
     """
 
-    def __init__(self, heads: Mapping[str, ProbeModel], masks: Mapping[str, torch.Tensor], rows: int):
-        self._repeats = rows // len(next(iter(masks.values())))
+    def __init__(
+        self, heads: Mapping[str, ProbeModel], masks: Mapping[str, torch.Tensor], rows: int, cache: Cache | None
+    ):
+        prompts, tokens = next(iter(masks.values())).shape
+        self._repeats = rows // prompts
         self._readers = {name: _Reader(head, masks[name]) for name, head in heads.items()}
+        config = next(iter(heads.values())).config
+        numbers = rows * tokens * config.hidden_size
+        self._held = HeldStates(self, numbers, config.num_hidden_layers + 1, cache)
 
     def reading(self):
         """Inside the block the LM runs; once only."""
         return handing_states_to(self)
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
-        """Has all heads read the states of one layer, `[rows, prompt_tokens, hidden_size]`."""
-        with torch.no_grad():  # as a decorator it breaks the graph
-            for reader in self._readers.values():
-                reader.take(layer, hidden[:: self._repeats])
+        """Takes the states of one layer, `[rows, prompt_tokens, hidden_size]`."""
+        self._held.add(layer, hidden[:: self._repeats])
+
+    def read(self, layers: Sequence[int], hidden: torch.Tensor) -> None:
+        """Has all heads read the states of some layers, `[S, prompts, prompt_tokens, hidden_size]`."""
+        for reader in self._readers.values():
+            reader.read(layers, hidden)
 
     def logits(self) -> dict[str, torch.Tensor]:
         """`[prompts, num_labels]` a head; NaN for a prompt of which no token counts.
@@ -53,7 +65,8 @@ class CompiledPass:
         Raises:
             ProbeError: not all states came by.
         """
-        with torch.no_grad():
+        with torch.no_grad():  # as a decorator it breaks the graph
+            self._held.read()
             return {name: reader.logits() for name, reader in self._readers.items()}
 
 
@@ -61,24 +74,27 @@ class _Reader:
     def __init__(self, head: ProbeModel, mask: torch.Tensor):
         self.head, self.device = head, head.device
         self._mask = tokens_read(head.config, mask.bool()).to(head.device)
-        self._summaries: dict[int, torch.Tensor] = {}
+        self._seen: list[int] = []
+        self._summaries: list[torch.Tensor] = []
 
     @without_autocast
-    def take(self, layer: int, hidden: torch.Tensor) -> None:
-        """The states `[prompts, prompt_tokens, hidden_size]` of one layer."""
+    def read(self, layers: Sequence[int], hidden: torch.Tensor) -> None:
+        """See `CompiledPass.read`."""
         head = self.head
-        if layer not in head.layer_indices:
+        places = [place for place, layer in enumerate(layers) if layer in head.layer_indices]
+        if not places:
             return
-        slot = head.layer_indices.index(layer)
+        hidden = hidden if len(places) == len(layers) else hidden[places]
         dtype = reading_dtype(head.token_stage, head.config, hidden)
         x = normalize(hidden.to(device=self.device, dtype=dtype), head.config.normalize)
-        self._summaries[layer] = head.token_stage(x.unsqueeze(0), self._mask, slice(slot, slot + 1))  # [1, B, D]
+        slots = slice(len(self._seen), len(self._seen) + len(places))
+        self._summaries.append(head.token_stage(x, self._mask, slots))  # [S, B, D]
+        self._seen += [layers[place] for place in places]
 
     @without_autocast
     def logits(self) -> torch.Tensor:
-        check_seen(self.head.layer_indices, self._summaries)
-        summaries = torch.cat([self._summaries[layer] for layer in self.head.layer_indices])
-        logits = self.head.score_summaries(summaries).logits
+        check_seen(self.head.layer_indices, self._seen)
+        logits = self.head.score_summaries(torch.cat(self._summaries)).logits
         return logits.masked_fill(~self._mask.any(dim=1, keepdim=True), float("nan"))
 
 
@@ -110,7 +126,8 @@ def compiled_pass(
     rows, columns = (embeds if ids is None else ids).shape[:2]
     if session is not None and not session.takes_whole(rows, columns):
         return None
-    return CompiledPass(heads, masks, rows) if stay_in_layers(lm) else None
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    return CompiledPass(heads, masks, rows, cache) if stay_in_layers(lm) else None
 
 
 @torch.compiler.assume_constant_result
