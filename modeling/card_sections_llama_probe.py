@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .configuration_llama_probe import ProbeConfig
 from .files_llama_probe import chosen_run
 from .halting_llama_probe import measured_rules
-from .markdown_llama_probe import cell, code, word
+from .markdown_llama_probe import block, cell, code, line, word
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def introduction(name: str, config: ProbeConfig, results: dict[str, Any] | None,
     """What the head is."""
     base = config.base_model_name_or_path
     link = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else word(base or "a causal LM")
-    trained = f"trained on {facts.dataset_name or facts.dataset or 'labelled data'}" if results else "a probe head"
+    trained = (
+        f"trained on {line(facts.dataset_name or facts.dataset or 'labelled data')}" if results else "a probe head"
+    )
     labels = ", ".join(map(code, config.id2label.values()))
     if config.problem_type == "regression":
         gives = f"scores {labels}"
@@ -133,15 +135,16 @@ def measurements(config: ProbeConfig, results: dict[str, Any], split: str, plots
 def data(results: dict[str, Any], facts: CardFacts) -> str:
     """Origin, licence and numbers of the rows."""
     rows = ", ".join(
-        f"{name} {part['rows']:,} rows ({part['source']}{_counting(part)})" for name, part in results["data"].items()
+        f"{name} {part['rows']:,} rows ({word(part['source'])}{_counting(part)})"
+        for name, part in results["data"].items()
     )
-    return f"{facts.data_note or 'No licence of the data was stated.'} Rows: {rows}."
+    return f"{line(facts.data_note or 'No licence of the data was stated.')} Rows: {rows}."
 
 
 def training(config: ProbeConfig, results: dict[str, Any], facts: CardFacts) -> str:
     """Recipe, environment and command."""
     recipe = results["recipe"]
-    environment = ", ".join(f"{name} {version}" for name, version in results["environment"].items())
+    environment = ", ".join(word(f"{name} {version}") for name, version in results["environment"].items())
     fitted = results["runs"][0]
     if "l1" in fitted:
         how = (
@@ -156,7 +159,7 @@ def training(config: ProbeConfig, results: dict[str, Any], facts: CardFacts) -> 
             f"layer dropout {config.layer_dropout}; states normalised by `{config.normalize}`"
         )
     note = f"{how}. {environment}."
-    return note if facts.command is None else f"{note}\n\n```\n{facts.command}\n```"
+    return note if facts.command is None else f"{note}\n\n{block(facts.command)}"
 
 
 def backbone(config: ProbeConfig) -> str:
@@ -193,7 +196,7 @@ def limits(config: ProbeConfig, results: dict[str, Any] | None, facts: CardFacts
     ]
     if results is None:
         lines.append("Nothing was measured of this head")
-    return "\n".join(f"- {limit.rstrip('.')}." for limit in lines)
+    return "\n".join(f"- {line(limit).rstrip('.')}." for limit in lines)
 
 
 def measured(summary: dict[str, Any]) -> dict[str, dict[str, float]]:

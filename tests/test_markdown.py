@@ -1,4 +1,4 @@
-from llama_probe.markdown import cell, code, line, table, word
+from llama_probe.markdown import block, cell, code, line, table, word
 
 
 def test_a_table():
@@ -16,6 +16,10 @@ def test_a_sentence_goes_on_behind_what_would_begin_something():
 def test_code_is_read_as_it_is():
     assert code("<b>*x*|") == "`<b>*x*|`" and code("a\n```\nb") == "````a ``` b````"
     assert code("a`b") == "``a`b``" and code("`") == "`` ` ``" and code("") == "`  `"
+
+
+def test_a_block_ends_where_its_text_does():
+    assert block("a\nb") == "```\na\nb\n```" and block("```") == "````\n```\n````"
 
 
 def test_a_name_in_a_sentence_is_code_where_it_is_more_than_a_name():

@@ -184,7 +184,21 @@ def test_names_that_would_begin_something_of_their_own_in_a_card(folder):
         base_model_class="<i>",
     )
     (folder / "probe_config.json").write_text(config.to_json_string())
+    results = json.loads((folder / "results.json").read_text())
+    results["card"] |= {
+        "dataset_name": "rain\n\n# Evil",
+        "data_note": "CC0.\n\n<h1>Evil</h1>",
+        "limits": ["English\n```"],
+        "command": "train\n```\n# Evil",
+    }
+    results["environment"] = {"torch": "2.13.0+cpu", "<b>": "1"}
+    results["data"]["train"]["source"] = "50% of <script>"
+    (folder / "results.json").write_text(json.dumps(results))
     text = create_card(folder).content
+    assert ", trained on rain # Evil." in text and "CC0. <h1>Evil</h1> Rows: train" in text
+    assert "````\ntrain\n```\n# Evil\n````" in text and "- English ```." in text
+    assert "torch 2.13.0+cpu, `<b> 1`" in text and "(`50% of <script>`" in text
+    text = text.replace("````\ntrain\n```\n# Evil\n````", "```\n```")
     assert "gives one of ``a`b<script>``, ```` x ## Title ``` ````" in text
     assert text.count("`lm <b># Evil`") == 3 and "class: `<i>`;" in text
     marks = ("#", "```", "<")

@@ -24,9 +24,15 @@ def code(text: str) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
+def block(text: str) -> str:
+    """A text of the user's as a block of code: between more backticks than it has in a row."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
+
+
 def word(text: str) -> str:
     """A name of somebody else's in a sentence: as code where it has more in it than letters, digits and the like, such as HTML."""
-    return line(text) if re.fullmatch(r"[\w.,:/ -]*", text) else code(text)
+    return line(text) if re.fullmatch(r"[\w.,:/+% -]*", text) else code(text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
