@@ -295,28 +295,33 @@ def score_shown(page, head: str, label: str) -> float:
 
 @pytest.mark.slow
 @needs_chromium
-def test_a_prompt_its_scores_and_its_reply_in_a_browser(page, tmp_path):
-    page.evaluate(  # what the reply looks like on the way
-        """() => { window.seen = []; new MutationObserver(() => {
-            const last = [...document.querySelectorAll('[data-testid=bot]')].pop();
-            const text = last ? last.innerText.trim() : '';
-            if (text && text != window.seen.at(-1)) window.seen.push(text);
-        }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
-    )
-    # The reply is drawn at random: the question is one that no model answers in a word.
+def test_a_prompt_its_scores_and_its_reply_in_a_browser(page, address, tmp_path):
+    # The reply is drawn at random. The question is one that no model answers in a word, but one of 135 million parameters may
+    # answer it with a row of globes.
     question = "I am so happy today, everything went well! Which five places should I travel to, and why?"
-    page.locator("#message textarea").fill(question)
-    wait_for_banner(page, "Would pass")  # nothing was sent yet
-    assert score_shown(page, "emotion-mha", "joy") > 0.8
-    assert page.locator("[data-testid=bot]").count() == 0
-    page.locator("#message textarea").press("Enter")
-    assert "toxicchat-mha says toxic 0.0" in wait_for_banner(page, "Passed")
-    picture = page.locator("#heatmap img")  # it is drawn once the reply is complete
-    picture.wait_for()
-    assert picture.evaluate("image => image.naturalWidth") > 1000
-    reply = page.locator("[data-testid=bot]").inner_text().strip()
-    seen = page.evaluate("window.seen")
-    assert reply and seen[-1] == reply
+    for _ in range(4):
+        page.goto(address)
+        page.evaluate(  # what the reply looks like on the way
+            """() => { window.seen = []; new MutationObserver(() => {
+                const last = [...document.querySelectorAll('[data-testid=bot]')].pop();
+                const text = last ? last.innerText.trim() : '';
+                if (text && text != window.seen.at(-1)) window.seen.push(text);
+            }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+        )
+        page.locator("#message textarea").fill(question)
+        wait_for_banner(page, "Would pass")  # nothing was sent yet
+        assert score_shown(page, "emotion-mha", "joy") > 0.8
+        assert page.locator("[data-testid=bot]").count() == 0
+        page.locator("#message textarea").press("Enter")
+        assert "toxicchat-mha says toxic 0.0" in wait_for_banner(page, "Passed")
+        picture = page.locator("#heatmap img")  # it is drawn once the reply is complete
+        picture.wait_for()
+        assert picture.evaluate("image => image.naturalWidth") > 1000
+        reply = page.locator("[data-testid=bot]").inner_text().strip()
+        seen = page.evaluate("window.seen")
+        assert reply and seen[-1] == reply
+        if len(reply.split()) > 3:
+            break
     assert len(seen) > 2 and len(seen[0]) < len(reply) / 2, "the reply is shown as it is written"
     bar = page.locator('[data-head="emotion-mha"][data-label="joy"]')
     shares = bar.evaluate("row => [row.querySelector('.fill'), row.querySelector('.track')].map(e => e.offsetWidth)")
