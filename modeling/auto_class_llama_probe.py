@@ -14,7 +14,8 @@ from .capture_llama_probe import without_peft
 from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
 from .families_llama_probe import load_causal_lm
-from .modeling_llama_probe import LlamaForProbedGeneration, ProbedGenerationMixin, change_class
+from .host_llama_probe import change_class
+from .modeling_llama_probe import LlamaForProbedGeneration, ProbedGenerationMixin
 from .probe_llama_probe import ProbeModel
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
 

@@ -24,10 +24,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .capture_llama_probe import check_states, collect_hidden_states, find_decoder, without_peft
+from .capture_llama_probe import collect_hidden_states, find_decoder, without_peft
 from .configuration_llama_probe import ProbeConfig
 from .errors_llama_probe import ProbeError
 from .prompts_llama_probe import template_hash
+from .state_proof_llama_probe import check_states
 
 
 logger = logging.get_logger(__name__)

@@ -242,3 +242,20 @@ def _each_name(names: str | Iterable[str]) -> list[str]:
         if not isinstance(name, str):
             raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")
     return list(dict.fromkeys(found))
+
+
+def change_class(model: nn.Module, cls: type) -> None:
+    """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew."""
+    hook = model.__dict__.get("_hf_hook")
+    if hook is None:
+        model.__class__ = cls
+        return
+    try:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+    except ImportError:
+        raise
+
+    remove_hook_from_module(model)
+    del model.forward  # what accelerate leaves behind: the old class's method, bound to the instance
+    model.__class__ = cls
+    add_hook_to_module(model, hook)

@@ -13,7 +13,6 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -34,9 +33,9 @@ from .generation_llama_probe import (
 )
 from .halting_llama_probe import Halter
 from .halting_run_llama_probe import HaltingRun
-from .host_llama_probe import ProbeHostMixin
+from .host_llama_probe import ProbeHostMixin, change_class
 from .lm_cache_llama_probe import copy_cache
-from .outputs_llama_probe import ProbedOutputMixin, with_probe_logits
+from .outputs_llama_probe import ProbedOutputMixin, with_probe_logits, with_scores
 from .resolve_llama_probe import ProbeSpec, Target, read_heads, read_heads_beside
 from .state_llama_probe import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
 from .streaming_llama_probe import HoldBackStreamer
@@ -194,7 +193,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 with plan.reading():
                     output = super().forward(**kwargs)
                 configs = {name: head.config for name, head in heads.items()}
-                return _with_scores(output, plan.logits(), configs)
+                return with_scores(output, plan.logits(), configs)
         if session is not None:
             with session.reading(session.decoder or self._decoder, kwargs) as inputs:
                 output = super().forward(**inputs)
@@ -216,9 +215,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 output = super().forward(**inputs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
             state = session.probe_cache() if session.keep else None
-        if probe_state is not None and not isinstance(output, ModelOutput):
-            return (*output, probe_logits, state)
-        return _with_scores(output, probe_logits, configs, state)
+        return with_scores(output, probe_logits, configs, state, probe_state is not None)
 
     def classify(
         self,
@@ -404,31 +401,5 @@ class ProbedGenerationMixin(ProbeHostMixin):
             raise ProbeError(PAGED)
 
 
-def _with_scores(
-    output: ModelOutput | tuple, logits: dict[str, torch.Tensor] | None, configs: dict, state: ProbeCache | None = None
-) -> ModelOutput | tuple:
-    """What the LM's `forward` gave, with what the heads say."""
-    if isinstance(output, ModelOutput):
-        return with_probe_logits(output, logits, configs, state=state)
-    return (*output, logits)
-
-
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
-
-
-def change_class(model: nn.Module, cls: type) -> None:
-    """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew."""
-    hook = model.__dict__.get("_hf_hook")
-    if hook is None:
-        model.__class__ = cls
-        return
-    try:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-    except ImportError:
-        raise
-
-    remove_hook_from_module(model)
-    del model.forward  # what accelerate leaves behind: the old class's method, bound to the instance
-    model.__class__ = cls
-    add_hook_to_module(model, hook)

@@ -120,3 +120,17 @@ def with_probe_logits(
     )
     probed.remember(configs)
     return probed
+
+
+def with_scores(
+    output: ModelOutput | tuple,
+    logits: dict[str, torch.Tensor] | None,
+    configs: dict[str, ProbeConfig],
+    state: ProbeCache | None = None,
+    state_asked: bool = False,
+) -> ModelOutput | tuple:
+    """What the LM's `forward` gave, with what the heads say: a tuple with the logits as its last, and the state behind them where
+    that was asked for."""
+    if isinstance(output, ModelOutput):
+        return with_probe_logits(output, logits, configs, state=state)
+    return (*output, logits, state) if state_asked else (*output, logits)

@@ -32,11 +32,12 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel, families, register_family
-from llama_probe.capture import Capture, check_states, collect_hidden_states, find_decoder
+from llama_probe.capture import Capture, collect_hidden_states, find_decoder
 from llama_probe.families import FAMILIES
 from llama_probe.features import StateCache
 from llama_probe.files import save_head
 from llama_probe.fingerprint import compare, fingerprint
+from llama_probe.state_proof import check_states
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from .capture import without_peft
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .families import load_causal_lm
-from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin, change_class
+from .host import change_class
+from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 from .probe import ProbeModel
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
 

@@ -26,7 +26,6 @@ from .lm_cache import repeat_cache
 
 # Names under which the configs of wrappers keep the ids of tokens that stand for a part of an image, a film or a sound.
 _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index"))
-_PROOF_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Decoder:
         norm: the norm after the last layer.
         hidden_size: size of a state.
         name_or_path, model_type: of the backbone's config.
-        origin: who said where these are: `"table"`, `"registered"` or `"search"`; see `check_states`.
+        origin: who said where these are: `"table"`, `"registered"` or `"search"`; see `state_proof`.
         wrapper: what `model` is a part of, where that takes images or the like and puts them between the embeddings.
         placeholder_ids: ids of the tokens that stand for these in a prompt.
     """
@@ -306,7 +305,9 @@ def handing_states_to(reader: StateReader):
         _LISTENING.reader = None
 
 
-def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any]) -> None:
+def _hand_over_input(
+    layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None
+) -> None:  # without: see `Capture`
     if _LISTENING.reader is not None:
         _LISTENING.reader.on_state(layer, _first_input(args, kwargs))
 
@@ -324,67 +325,6 @@ def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
             f"{missing[0]}. A decoder that torch.compile has compiled notices no hooks that come later: compile its layers one "
             "by one (for layer in model.model.layers: layer.compile()), or set "
             "torch._dynamo.config.skip_nnmodule_hook_guards = False before it runs for the first time"
-        )
-
-
-def check_states(lm: nn.Module) -> None:
-    """Proves, for a family that is not in the table, that what is captured are the LM's hidden states.
-
-    The backbone runs once over a few tokens. Of a registered family only the shapes are checked, and that no layer changes a
-    state in place that an earlier one gave: who reads it at once and who reads it later would see two. Models whose weights
-    are offloaded are taken as they are.
-
-    Raises:
-        ProbeError: they are others than `output_hidden_states`, or do not stay as they are; the message says what to do.
-    """
-    decoder = find_decoder(lm)
-    if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
-        return
-    states: dict[int, torch.Tensor] = {}
-    first_seen: dict[int, torch.Tensor] = {}
-
-    def on_state(layer: int, hidden: torch.Tensor) -> None:
-        states[layer], first_seen[layer] = hidden, hidden.clone()
-
-    input_ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
-    layers = range(decoder.num_hidden_layers + 1)
-    listing = {} if decoder.origin == "registered" else {"output_hidden_states": True, "return_dict": True}
-    with torch.no_grad(), Capture(decoder, on_state, layers):
-        output = decoder.model(input_ids=input_ids, use_cache=False, **listing)
-    base = type(without_peft(lm))
-    kind = f"{getattr(base, '_causal_lm_class', base).__name__} (model_type {decoder.model_type!r})"
-    shape = (1, _PROOF_TOKENS, decoder.hidden_size)
-    odd = [layer for layer in layers if layer not in states or states[layer].shape != shape]
-    if odd:
-        raise ProbeError(
-            f"states {odd} of {kind}, of 0 to {layers[-1]}, are not of the shape [batch, tokens, {decoder.hidden_size}] "
-            "where they were looked for: heads cannot read this family"
-        )
-    if changed := [
-        layer
-        for layer in layers
-        if not torch.allclose(states[layer], first_seen[layer], rtol=0, atol=0, equal_nan=True)
-    ]:
-        raise ProbeError(
-            f"states {changed} of {kind}, of 0 to {layers[-1]}, are changed in place by the layers that run after them, so that "
-            "there are two of each, and which one heads would read depends on when they do: in the code of the model write "
-            "x = x + y in place of x += y"
-        )
-    if not listing:
-        return
-    listed = getattr(output, "hidden_states", None) or ()
-    wrong = [
-        layer
-        for layer in layers
-        if len(listed) != len(layers)
-        or states[layer].shape != listed[layer].shape
-        or not torch.allclose(states[layer].float(), listed[layer].to(states[layer]).float(), equal_nan=True)
-    ]
-    if wrong:
-        raise ProbeError(
-            f"{kind} is of no known family, and what enters and leaves its layers is not what it lists "
-            f"with output_hidden_states=True ({len(listed)} states; others: {wrong} of 0 to {layers[-1]}). Where that "
-            f'is what heads shall read, say so before: llama_probe.register_family("{decoder.model_type}", ...)'
         )
 
 

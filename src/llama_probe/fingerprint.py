@@ -21,10 +21,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .capture import check_states, collect_hidden_states, find_decoder, without_peft
+from .capture import collect_hidden_states, find_decoder, without_peft
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .prompts import template_hash
+from .state_proof import check_states
 
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,6 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -31,9 +30,9 @@ from .generation import (
 )
 from .halting import Halter
 from .halting_run import HaltingRun
-from .host import ProbeHostMixin
+from .host import ProbeHostMixin, change_class
 from .lm_cache import copy_cache
-from .outputs import ProbedOutputMixin, with_probe_logits
+from .outputs import ProbedOutputMixin, with_probe_logits, with_scores
 from .resolve import ProbeSpec, Target, read_heads, read_heads_beside
 from .state import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
 from .streaming import HoldBackStreamer
@@ -191,7 +190,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 with plan.reading():
                     output = super().forward(**kwargs)
                 configs = {name: head.config for name, head in heads.items()}
-                return _with_scores(output, plan.logits(), configs)
+                return with_scores(output, plan.logits(), configs)
         if session is not None:
             with session.reading(session.decoder or self._decoder, kwargs) as inputs:
                 output = super().forward(**inputs)
@@ -213,9 +212,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 output = super().forward(**inputs)
             probe_logits = {name: result.logits for name, result in session.results().items()}
             state = session.probe_cache() if session.keep else None
-        if probe_state is not None and not isinstance(output, ModelOutput):
-            return (*output, probe_logits, state)
-        return _with_scores(output, probe_logits, configs, state)
+        return with_scores(output, probe_logits, configs, state, probe_state is not None)
 
     def classify(
         self,
@@ -401,28 +398,5 @@ class ProbedGenerationMixin(ProbeHostMixin):
             raise ProbeError(PAGED)
 
 
-def _with_scores(
-    output: ModelOutput | tuple, logits: dict[str, torch.Tensor] | None, configs: dict, state: ProbeCache | None = None
-) -> ModelOutput | tuple:
-    """What the LM's `forward` gave, with what the heads say."""
-    if isinstance(output, ModelOutput):
-        return with_probe_logits(output, logits, configs, state=state)
-    return (*output, logits)
-
-
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
-
-
-def change_class(model: nn.Module, cls: type) -> None:
-    """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew."""
-    hook = model.__dict__.get("_hf_hook")
-    if hook is None:
-        model.__class__ = cls
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    remove_hook_from_module(model)
-    del model.forward  # what accelerate leaves behind: the old class's method, bound to the instance
-    model.__class__ = cls
-    add_hook_to_module(model, hook)
