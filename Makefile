@@ -22,7 +22,7 @@ test: $(VENV)/.test
 
 # Tests on the demo backbone, which the first of them prepares.
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
 # Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails.
 test-vllm: $(VLLM_VENV)/.test-vllm

@@ -85,7 +85,7 @@ def test_one_graph_gives_the_scores(form, prompts):
     kind=st.sampled_from(("gate", "mha", "multimax")),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @torch.no_grad()
 def test_any_shape(rows, length, kind, seed):
     torch._dynamo.reset()
@@ -237,9 +237,8 @@ def test_an_lm_that_breaks_the_graph_itself(prompts, monkeypatch):
         return forward(x)
 
     monkeypatch.setattr(mlp, "forward", breaks)
-    run = torch.compile(model, backend="eager")
-    for _ in range(2):
-        torch.testing.assert_close(run(prompts).probe_logits, expected.probe_logits)
+    out = torch.compile(model, backend="eager")(prompts)
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits)
 
 
 @torch.no_grad()

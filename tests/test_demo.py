@@ -12,6 +12,9 @@ from llama_probe import AutoModelForProbedGeneration, ProbeError, backbones
 from llama_probe.backbones import demo_backbone, load_backbone, model_id
 
 
+# One model, with eight heads, serves all of these; see `make test-slow`.
+pytestmark = pytest.mark.xdist_group("demo")
+
 ROOT = Path(__file__).parents[1]
 
 

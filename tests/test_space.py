@@ -25,6 +25,9 @@ from llama_probe.files import save_head
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'llama_probe[space]'")
 
+# One server serves all of these; see `make test-slow`.
+pytestmark = pytest.mark.xdist_group("space")
+
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "examples" / "space"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
