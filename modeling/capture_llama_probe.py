@@ -308,9 +308,8 @@ def handing_states_to(reader: StateReader):
         _LISTENING.reader = None
 
 
-def _hand_over_input(
-    layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None
-) -> None:  # without: see `Capture`
+def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+    # Without keywords it is called where torch has not noted yet that it takes them; see `Capture`.
     if _LISTENING.reader is not None:
         _LISTENING.reader.on_state(layer, _first_input(args, kwargs))
 

@@ -11,6 +11,7 @@ from conftest import HIDDEN, VOCAB, make_lm, make_prompts
 from conftest import make_probe as make_probe_of_any_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from test_probe import KINDS
 from torch._dynamo.testing import CompileCounter
 
@@ -251,6 +252,18 @@ def test_copies_and_pickles_of_a_compiled_model(prompts):
         torch.testing.assert_close(other(prompts).probe_logits, expected)
         torch.testing.assert_close(compiled(other)(prompts).probe_logits, expected)
         assert len(other.model.layers[0]._forward_pre_hooks) == len(other.model.norm._forward_hooks) == 1
+
+
+@torch.no_grad()
+def test_an_adapter_in_the_lm_is_in_the_graph(prompts):
+    lm = make_lm(num_hidden_layers=LAYERS)
+    adapted = get_peft_model(
+        lm, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    model = LlamaForProbedGeneration.from_causal_lm(adapted, {"a": make_probe()})
+    expected = model(prompts).probe_logits
+    assert not torch.allclose(expected["a"], make_model()(prompts).probe_logits["a"])
+    torch.testing.assert_close(compiled(model)(prompts).probe_logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_the_lms_own(prompts):
