@@ -19,7 +19,7 @@ from .heads_llama_probe import normalize, without_autocast
 from .holding_llama_probe import HeldStates
 from .scope_llama_probe import prompt_masks, tokens_read
 from .stack_llama_probe import reading_dtype
-from .state_llama_probe import cached_tokens
+from .state_llama_probe import cached_tokens, given_cache
 
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def compiled_pass(
     """How heads read the pass of `lm` over `inputs` that `torch.compile` is tracing.
 
     Args:
-        heads: of the call. session: of a `generate()`, which has heads and masks of its own.
+        heads: of the call. session: of a `generate()`, which has made their masks.
         probe_mask: see `prompt_masks`.
 
     Returns:
@@ -131,12 +131,11 @@ def compiled_pass(
             heads, ids, embeds, inputs.get("attention_mask"), probe_mask, placeholder_ids=_placeholder_ids(lm)
         )
     else:
-        heads, masks = session.heads, session.masks
+        masks = session.masks
     rows, columns = (embeds if ids is None else ids).shape[:2]
     if session is not None and not session.takes_whole(rows, columns):
         return None
-    cache = inputs.get("cache", inputs.get("past_key_values"))
-    return CompiledPass(heads, masks, rows, cache) if stay_in_layers(lm) else None
+    return CompiledPass(heads, masks, rows, given_cache(inputs)) if stay_in_layers(lm) else None
 
 
 @torch.compiler.assume_constant_result

@@ -9,7 +9,6 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # what follows is for a forward() that somebody has wrapped
             return output
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
@@ -186,7 +185,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if running.complete:
                 return super().forward(**kwargs)
             session = running
-        if compiling and probe_state in (None, False) and isinstance(session, (PrefillSession, NoneType)):
+        prompts = session is None or isinstance(session, PrefillSession)  # and not replies
+        if compiling and prompts and probe_state in (None, False):
             heads = self._active_heads(probes) if session is None else session.heads
             plan = compiled_pass(self, heads, session, kwargs, probe_mask) if heads else None
             if plan is not None:

@@ -266,11 +266,17 @@ def asks_for_state(
     return True
 
 
-def cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Number of tokens in the cache among the arguments of a call, or in an output of the LM; 0 where there is none."""
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, or in an output of the LM; `None` where there is none."""
     cache = kwargs.get("cache")
     if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns where it is asked by the older name
         cache = kwargs.get("past_key_values")
+    return cache
+
+
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Number of tokens in the cache among the arguments of a call, or in an output of the LM; 0 where there is none."""
+    cache = given_cache(kwargs)
     return int(cache.get_seq_length()) if cache is not None else 0
 
 

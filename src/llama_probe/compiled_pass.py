@@ -16,7 +16,7 @@ from .heads import normalize, without_autocast
 from .holding import HeldStates
 from .scope import prompt_masks, tokens_read
 from .stack import reading_dtype
-from .state import cached_tokens
+from .state import cached_tokens, given_cache
 
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def compiled_pass(
     """How heads read the pass of `lm` over `inputs` that `torch.compile` is tracing.
 
     Args:
-        heads: of the call. session: of a `generate()`, which has heads and masks of its own.
+        heads: of the call. session: of a `generate()`, which has made their masks.
         probe_mask: see `prompt_masks`.
 
     Returns:
@@ -122,12 +122,11 @@ def compiled_pass(
             heads, ids, embeds, inputs.get("attention_mask"), probe_mask, placeholder_ids=_placeholder_ids(lm)
         )
     else:
-        heads, masks = session.heads, session.masks
+        masks = session.masks
     rows, columns = (embeds if ids is None else ids).shape[:2]
     if session is not None and not session.takes_whole(rows, columns):
         return None
-    cache = inputs.get("cache", inputs.get("past_key_values"))
-    return CompiledPass(heads, masks, rows, cache) if stay_in_layers(lm) else None
+    return CompiledPass(heads, masks, rows, given_cache(inputs)) if stay_in_layers(lm) else None
 
 
 @torch.compiler.assume_constant_result
