@@ -89,7 +89,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        if torch.compiler.is_compiling():  # what follows is for a forward() that somebody has wrapped
+        if torch.compiler.is_dynamo_compiling():  # what follows is for a forward() that somebody has wrapped
             return output
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
@@ -179,7 +179,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
         if session is False:
             return super().forward(**kwargs)
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_dynamo_compiling()
         if session is None and not compiling and (running := session_of(self)) is not None:
             # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
             if running.complete:

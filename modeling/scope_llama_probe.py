@@ -72,7 +72,7 @@ def token_mask(
         same |= positions >= width
     begins = same.all(dim=1, keepdim=True)
     begins &= begun | (first + count <= width)  # [B, 1]
-    if not torch.compiler.is_compiling() and not bool(begins.all()):
+    if not torch.compiler.is_dynamo_compiling() and not bool(begins.all()):
         logger.warning_once(
             "A prompt does not begin with the constant prefix that a probe head was trained to leave out (another chat "
             "template or system prompt, or raw text). The head reads all of its tokens; its scores may be less reliable."

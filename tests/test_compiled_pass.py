@@ -288,26 +288,44 @@ def test_with_the_compiler_that_torch_takes_by_itself(prompts):
 
 
 def test_threads_with_different_heads(prompts):
+    """Once it is compiled: torch compiles anew for each thread that waits for another to compile the same."""
     model = make_model()
     model.add_probe("b", make_probe(seed=1, probe_type="gate"))
-    expected = model(prompts).probe_logits
-    with_compiled_forward(model)
-    wrong = []
+    expected, counter = model(prompts).probe_logits, CompileCounter()
+    with_compiled_forward(model, counter)
+    found = []
 
     def generate(name):
         for _ in range(3):
             out = model.generate(prompts, max_new_tokens=3, do_sample=False, probes=[name])
-            if out.probe_logits.keys() != {name} or not torch.allclose(
-                out.probe_logits[name], expected[name], atol=1e-5
-            ):
-                wrong.append(name)
+            found.append((name, out.probe_logits))
 
+    for name in "ab":
+        generate(name)
+    graphs = counter.frame_count
     threads = [threading.Thread(target=generate, args=(name,)) for name in "abab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert len(found) == 3 * 6 and counter.frame_count == graphs
+    for name, logits in found:
+        torch.testing.assert_close(logits, {name: expected[name]}, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_beside_a_thread_that_compiles(by_torch, prompts, monkeypatch):
+    """What torch says of compiling in general holds for all threads, also for those that run."""
+    model = make_model()
+    expected = model.generate(prompts, max_new_tokens=3, do_sample=False)
+    if by_torch:
+        with_compiled_forward(model).generate(prompts, max_new_tokens=3, do_sample=False)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    out = model.generate(prompts, max_new_tokens=3, do_sample=False)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+    assert bool(model.model.norm._forward_hooks) == by_torch, "what is not compiled keeps no hooks"
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ class AttentionAggregator(LowRankAggregator):
         qkv, mask = self._joined(state)
         # For few items the fewest calls are fastest, for many the fewest operations.
         many = qkv.shape[2] >= _MANY and qkv.device.type == "cpu"
-        if many and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if many and not (torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling()):
             return self._mixed_mean(qkv, mask)
         return masked_mean(self._mixed(qkv, mask), mask)
 
