@@ -1,8 +1,9 @@
 """How far copies of the demo backbone are from the original by fingerprint: rounded, and trained on. About a minute.
 
-Run it with `python examples/fingerprint_distances.py` (extra `demo`).
+Run it with `python examples/fingerprint_distances.py` (extra `demo`); `--steps 5 20` is how long copies are trained.
 """
 
+import argparse
 import copy
 
 import torch
@@ -34,30 +35,35 @@ def rounded(lm, bits: int, group: int | None = None):
     return lm
 
 
-def trained(lm, tokenizer, steps: int, learning_rate: float):
-    """A copy after some steps of AdamW on eight sentences."""
+def trained(lm, tokenizer, steps: list[int], learning_rate: float):
+    """A copy that learns eight sentences by AdamW, after each of these numbers of steps."""
     lm = copy.deepcopy(lm).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, weight_decay=0)
     batch = tokenizer(SENTENCES, return_tensors="pt", padding=True, padding_side="right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for _ in range(steps):
+    for step in range(1, max(steps) + 1):
         lm(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return lm
+        if step in steps:
+            yield step, lm
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 20], metavar="N")
+    steps = parser.parse_args().steps
     lm, tokenizer = load_backbone("demo", "float32")
     original = fingerprint(lm)
-    for title, make in (
-        ("bfloat16", lambda: copy.deepcopy(lm).bfloat16()),
-        ("float16", lambda: copy.deepcopy(lm).half()),
-        ("8 bits, a scale a row", lambda: rounded(lm, 8)),
-        ("4 bits, a scale for 32 weights", lambda: rounded(lm, 4, 32)),
-        ("4 bits, a scale for 64 weights", lambda: rounded(lm, 4, 64)),
-        ("5 steps at 1e-5", lambda: trained(lm, tokenizer, 5, 1e-5)),
-        ("20 steps at 1e-5", lambda: trained(lm, tokenizer, 20, 1e-5)),
-        ("20 steps at 5e-5", lambda: trained(lm, tokenizer, 20, 5e-5)),
-    ):
-        print(f"{title:32} {distance(original, fingerprint(make())):7.2%}", flush=True)
+
+    def show(title: str, changed) -> None:
+        print(f"{title:32} {distance(original, fingerprint(changed)):7.2%}", flush=True)
+
+    show("bfloat16", copy.deepcopy(lm).bfloat16())
+    show("float16", copy.deepcopy(lm).half())
+    show("8 bits, a scale a row", rounded(lm, 8))
+    show("4 bits, a scale for 32 weights", rounded(lm, 4, 32))
+    show("4 bits, a scale for 64 weights", rounded(lm, 4, 64))
+    for rate in ("1e-5", "5e-5"):
+        for number, changed in trained(lm, tokenizer, steps, float(rate)):
+            show(f"{number} steps at {rate}", changed)

@@ -11,6 +11,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 LOOKED_AT = ("moderation.py", "routing.py", "chat.py")  # whose output has a test of its own below
+BRIEFLY = {"fingerprint_distances.py": ("--steps", "1")}
 REFUSAL = "Sorry, I would rather not reply to that."
 
 
@@ -32,7 +33,7 @@ def test_it_says_how_to_run_it(example):
 def test_it_runs(name):
     if name == "ray_scoring.py":
         pytest.importorskip("ray")
-    assert run(name).strip()
+    assert run(name, *BRIEFLY.get(name, ())).strip()
 
 
 @pytest.mark.slow

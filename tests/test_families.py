@@ -66,7 +66,10 @@ def test_capture_equals_output_hidden_states(family):
 @torch.no_grad()
 def test_a_compiled_pass_is_one_graph(family):
     torch._dynamo.reset()
-    model, inputs = AutoModelForProbedGeneration.from_causal_lm(tiny(family), make_heads()), padded_prompts()
+    model, inputs = (
+        AutoModelForProbedGeneration.from_causal_lm(tiny(family), {"mha": make_heads()["mha"]}),
+        padded_prompts(),
+    )
     expected = model(**inputs).probe_logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same(compiled(**inputs).probe_logits, expected)
