@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .decision_llama_probe import ProbeOutput
+from .short_pass_llama_probe import ShortPass
 from .stack_llama_probe import HeadStack
 from .state_llama_probe import ProbeState
 
@@ -96,26 +96,29 @@ class HeadGroup:
                 found.setdefault(layer, {}).setdefault(key, []).append((stack, state))
         return {layer: list(together.values()) for layer, together in found.items()}
 
-    @torch.no_grad()  # the LM's own gradients, where it is being trained, are none of the heads' business
-    def read(self, layers: Sequence[int], hidden: torch.Tensor) -> None:
-        """Takes in the states of some of `layers`, which follow each other there, for the next chunk of the prompts.
+    def read(self, layer: int, hidden: torch.Tensor) -> None:
+        """Takes in the states of one of `layers`, for the next chunk of the prompts.
 
         Args:
-            layers: indices of the states, 0 (embeddings) to L (after the final norm).
-            hidden (`[S, prompts, n, hidden_size]`): theirs, of the next n tokens.
+            layer: index of the state, 0 (embeddings) to L (after the final norm).
+            hidden (`[prompts, n, hidden_size]`): of the next n tokens.
         """
-        first = 0
-        for readers, run in groupby(layers, self._readers.get):
-            run = list(run)
-            part = hidden[first : first + len(run)]
-            first += len(run)
-            for together in readers:
-                shared = {}
-                for stack, state in together:
-                    stack.step(state, run, part, shared)
-                del shared  # a normalised copy, where there is one
-                for stack, state in together:
-                    stack.settle(state)
+        if (
+            torch.is_grad_enabled()
+        ):  # the LM's own gradients, where it is being trained, are none of the heads' business
+            with torch.no_grad():
+                return self.read(layer, hidden)
+        for together in self._readers[layer]:
+            shared = {}
+            for stack, state in together:
+                stack.step(state, layer, hidden, shared)
+            del shared  # a normalised copy, where there is one
+            for stack, state in together:
+                stack.settle(state)
+
+    def reader(self, prompts: int, columns: int) -> HeadGroup | ShortPass:
+        """What has the `read` for a pass over so many prompts and columns of them, which comes next."""
+        return ShortPass(self._stacks) if ShortPass.fits(self._stacks, prompts, columns) else self
 
     def check_whole(self) -> None:
         """Raises `ProbeError` where a layer has not seen the whole prompt."""

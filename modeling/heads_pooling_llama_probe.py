@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .heads_aggregator_llama_probe import Aggregator, masked_max, register_probe_type, repeat_slots
@@ -44,9 +46,13 @@ class PoolingAggregator(Aggregator):
         out.copy_(stages[0].result(state, slice(slot, slot + 1)))
 
     @classmethod
-    def read_whole(cls, stages, x, mask, slots, out):
-        found = x.mean(dim=2) if mask is None and stages[0].pool == "mean" else stages[0](x, mask, slots)
-        out.copy_(found.unsqueeze(1))
+    def whole_reader(cls, stages, mask, slot, out):
+        stage, slots = stages[0], slice(slot, slot + 1)
+        if mask is not None or stage.pool == "max":
+            return lambda x: out.copy_(stage(x.unsqueeze(0), mask, slots))
+        if len(stages) == 1:
+            return partial(torch.mean, dim=1, out=out[0])
+        return lambda x: out.copy_(x.mean(dim=1))
 
     def weights(self, x, mask, slots):
         """Mean: the same weight for each valid item. Max: the share of dimensions in which the item is the maximum."""

@@ -314,7 +314,7 @@ class ProbeModel(nn.Module):
             hidden (`torch.Tensor` of shape `[batch, n, hidden_size]`): states of the next n prompt tokens.
         """
         stack = HeadStack([self])
-        stack.step(state, [layer], hidden.unsqueeze(0))
+        stack.step(state, layer, hidden)
         stack.settle(state)
 
     def finish(self, state: ProbeState) -> ProbeOutput:

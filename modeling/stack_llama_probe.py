@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
     from .probe_llama_probe import ProbeModel
 
 
-# What layers may keep of their tokens while they wait for each other, as a part of all states of these tokens.
-_WAITING_SHARE = 0.0125
-# What the projections of layers that are read at once may take beside their states, as a part of these.
-_AT_HAND_SHARE = 0.1
-# From so many tokens on it matters which way round their states are multiplied, and in which dtype.
-_MANY = 128
+# Of more tokens than these it matters which way round their states are multiplied, and in which dtype.
+_FEW = 128
+# What layers may keep of their tokens while they wait for each other, as a part of all states of these tokens: of many tokens,
+# and of few, where it is the number of calls that costs.
+_WAITING_SHARE, _FEW_WAITING_SHARE = 0.0125, 0.04
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def is_few(tokens: int) -> bool:
+    """Whether heads that read so many tokens at once, of all prompts, are slowed down by the number of their calls."""
+    return tokens <= _FEW
 
 
 def reading_dtype(stage: Aggregator, config: ProbeConfig, hidden: torch.Tensor) -> torch.dtype:
@@ -38,7 +43,7 @@ def reading_dtype(stage: Aggregator, config: ProbeConfig, hidden: torch.Tensor) 
     In half precision a processor multiplies several times as fast, and what that rounds off is less than what the LM has
     rounded already. Of few tokens the maps themselves, which would have to be rounded each time, are the larger part.
     """
-    half = hidden.dtype in _HALF and stage.rank is not None and hidden.shape[-3] * hidden.shape[-2] >= _MANY
+    half = hidden.dtype in _HALF and stage.rank is not None and hidden.shape[-3] * hidden.shape[-2] > _FEW
     return hidden.dtype if half and config.normalize != "none" else torch.float32
 
 
@@ -46,8 +51,8 @@ class HeadStack:
     """Some heads of one shape; see `llama_probe.head_group.shape_of`.
 
     They share what does not depend on a head, and where their kind is of low rank, layers wait for each other until they have
-    kept `_WAITING_SHARE` of the states, and go through the rest at once: on short prompts it is the number of calls that
-    costs. Nothing is kept of the heads' weights, so that these may be replaced between two prompts.
+    kept `_WAITING_SHARE` of the states, and go through the rest at once. Nothing is kept of the heads' weights, so that these
+    may be replaced between two prompts.
     """
 
     def __init__(self, heads: Sequence[ProbeModel]):
@@ -117,120 +122,153 @@ class HeadStack:
     def step(
         self,
         state: ProbeState,
-        layers: Sequence[int],
+        layer: int,
         hidden: torch.Tensor,
         shared: dict[tuple[int, int, torch.dtype], torch.Tensor] | None = None,
     ) -> None:
         """See `ProbeModel.step`; to be called without gradients, and to be followed by `settle`.
 
         Args:
-            layers: indices of the states: of those that the heads read some that follow each other, and have seen as much.
-            hidden (`[S, B, n, hidden_size]`): theirs, of the next n prompt tokens.
             shared: what stacks that normalise alike have made of these states so far, by the part of `hidden` that they read
                 and the dtype.
         """
-        slot = self._slots.get(layers[0])
+        slot = self._slots.get(layer)
         if slot is None:
             return
-        slots = slice(slot, slot + len(layers))
         begin = state.seen[slot]
-        end = begin + hidden.shape[2]
+        end = begin + hidden.shape[1]
         if end > state.mask.shape[1]:
-            raise ProbeError(f"layer {layers[0]} got {end} tokens of a prompt of {state.mask.shape[1]}")
-        state.seen[slots] = [end] * len(layers)
+            raise ProbeError(f"layer {layer} got {end} tokens of a prompt of {state.mask.shape[1]}")
+        state.seen[slot] = end
         low, high = max(begin, state.start), min(end, state.stop)
         if low >= high:
             return
-        part = hidden if high - low == end - begin else hidden[:, :, low - begin : high - begin]
+        part = hidden if high - low == end - begin else hidden[:, low - begin : high - begin]
         dtype = torch.float32 if state.output_attentions else reading_dtype(self.stages[0], self.config, part)
         x = None if shared is None else shared.get((low, high, dtype))
         if x is None:
             if part.dtype != dtype or part.device != self.device:
                 part = part.to(device=self.device, dtype=dtype)
-            x = normalize(part, self.config.normalize)  # [S, B, n, D]
+            x = normalize(part, self.config.normalize)  # [B, n, D]
             if shared is not None:
                 shared[low, high, dtype] = x
         if state.output_attentions:
-            self._keep_weights(state, slots, x, (low, high))
+            self._keep_weights(state, slot, x, (low, high))
         if self._rank is not None:
-            self._wait(state, slots, x, (low, high), hidden.itemsize)
+            self._wait(state, slot, x, (low, high), hidden.itemsize)
             return
         mask = None if state.full else state.mask[:, low:high]
         kind, done = type(self.stages[0]), high == state.stop
         if done and low == state.start and not state.keep:
-            kind.read_whole(self.stages, x, mask, slots, state.summaries[slots])
+            kind.whole_reader(self.stages, mask, slot, state.summaries[slot])(x)
             return
-        for slot, each in zip(range(slots.start, slots.stop), x.split(1), strict=True):
-            seen = state.partial[slot] = kind.read(self.stages, state.partial.get(slot), each, mask, slot)
-            if done:
-                # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
-                kind.summarize(self.stages, seen, slot, state.summaries[slot])
-                if not state.keep:
-                    del state.partial[slot]
+        seen = state.partial[slot] = kind.read(self.stages, state.partial.get(slot), x.unsqueeze(0), mask, slot)
+        if done:
+            # The layer has seen all that counts: its summary replaces what was kept of the tokens, unless more may follow.
+            kind.summarize(self.stages, seen, slot, state.summaries[slot])
+            if not state.keep:
+                del state.partial[slot]
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _keep_weights(self, state: ProbeState, slots: slice, x: torch.Tensor, columns: tuple[int, int]) -> None:
+    def _keep_weights(self, state: ProbeState, slot: int, x: torch.Tensor, columns: tuple[int, int]) -> None:
         if columns != (state.start, state.stop):
             raise ProbeError("token weights need the prompt in one chunk; leave out prefill_chunk_size")
         mask = None if state.full else state.mask[:, slice(*columns)]
-        weights = torch.stack([stage.weights(x, mask, slots) for stage in self.stages], dim=1)  # [S, H, B, n]
-        weights = F.pad(weights, (columns[0], state.mask.shape[1] - columns[1]))
-        state.token_weights |= zip(range(slots.start, slots.stop), weights, strict=True)
+        slots = slice(slot, slot + 1)
+        weights = torch.cat([stage.weights(x.unsqueeze(0), mask, slots) for stage in self.stages])  # [H, B, n]
+        state.token_weights[slot] = F.pad(weights, (columns[0], state.mask.shape[1] - columns[1]))
 
-    def _wait(self, state: ProbeState, slots: slice, x: torch.Tensor, columns: tuple[int, int], itemsize: int) -> None:
-        """Keeps layers' projections until there are enough layers to go on with at once.
+    def _wait(self, state: ProbeState, slot: int, x: torch.Tensor, columns: tuple[int, int], itemsize: int) -> None:
+        """Keeps the projections of a layer's states `[B, n, D]` until there are enough layers to go on with at once.
 
         Args:
             itemsize: bytes of a number as the LM gave it.
         """
-        waiting, due = state.waiting, (columns, slots.start, x.dtype)
-        if waiting is not None and (waiting.columns, waiting.stop, waiting.places.dtype) != due:
+        waiting = state.waiting
+        if waiting is not None and (waiting.columns, waiting.stop, waiting.places.dtype) != (columns, slot, x.dtype):
             self._advance(state)
-        x = x.flatten(1, 2)  # [S, B n, D]
-        slot = slots.start
-        while slot < slots.stop:
-            self.settle(state)
-            if state.waiting is None:
-                state.waiting = self._room(slice(slot, slots.stop), columns, len(state.mask), itemsize, x.dtype)
-            waiting = state.waiting
-            stop = min(slots.stop, waiting.end)
-            self._project(waiting, slice(slot, stop), x[slot - slots.start : stop - slots.start])
-            waiting.stop = slot = stop
-
-    def _project(self, waiting: WaitingLayers, slots: slice, x: torch.Tensor) -> None:
-        """Projections of the states `[S, B n, D]` of some layers, into their places."""
-        for stage, places in zip(self.stages, waiting.places.unbind(1), strict=True):
-            out = places[slots.start - waiting.start : slots.stop - waiting.start]
+            waiting = None
+        x = x.flatten(0, 1)
+        if waiting is None:
+            waiting = state.waiting = self._room(slot, columns, len(state.mask), itemsize, x.dtype)
+        for stage, place in zip(self.stages, waiting.places[slot - waiting.start].unbind(0), strict=True):
             # A product of matrices is faster if its rows are the longer side.
-            if x.shape[1] < _MANY:  # and then x is in fp32
-                torch.bmm(x, stage.projection(slots).transpose(1, 2), out=out)
-                continue
-            for slot, flat, place in zip(range(slots.start, slots.stop), x, out, strict=True):
-                torch.mm(stage.map_of(slot).to(flat.dtype), flat.t(), out=place)
+            if is_few(len(x)):  # and then x is in fp32
+                stage.mapper(slot)(x, out=place)
+            else:
+                torch.mm(stage.map_of(slot).to(x.dtype), x.t(), out=place)
+        waiting.stop = slot + 1
 
     def _room(
-        self, slots: slice, columns: tuple[int, int], batch: int, itemsize: int, dtype: torch.dtype
+        self, slot: int, columns: tuple[int, int], batch: int, itemsize: int, dtype: torch.dtype
     ) -> WaitingLayers:
-        """For the projections, in `dtype`, of the layers from `slots.start` on, of which those in `slots` are at hand."""
-        items, width = columns[1] - columns[0], self.config.hidden_size
-        heads, rank, total = len(self.stages), self._rank, len(self.layer_indices)
-        share = int(_WAITING_SHARE * total * width * itemsize / (dtype.itemsize * heads * rank))
-        # Those at hand go on at once, and what does not wait may take a part of the room that their states take.
-        given = slots.stop - slots.start
-        at_hand = min(given, int(_AT_HAND_SHARE * given * width / (heads * rank)))
-        count = min(max(1, share, at_hand), total - slots.start)
-        if batch * items < _MANY:
+        """For the projections, in `dtype`, of some layers from `slot` on."""
+        items, heads, rank, total = columns[1] - columns[0], len(self.stages), self._rank, len(self.layer_indices)
+        few = is_few(batch * items)
+        # What few tokens become when layers go on is in fp32, which is twice as much beside an LM in half precision.
+        share = _FEW_WAITING_SHARE * itemsize / 4 if few else _WAITING_SHARE
+        count = int(share * total * self.config.hidden_size * itemsize / (dtype.itemsize * heads * rank))
+        count = min(max(1, count), total - slot)
+        if few:
             places = self._empty(count, heads, batch * items, rank)
             projected = places.unflatten(2, (batch, items))
         else:
             places = self._empty(count, heads, rank, batch * items, dtype=dtype)
             projected = places.unflatten(3, (batch, items)).permute(0, 1, 3, 4, 2)
-        return WaitingLayers(columns, slots.start, slots.start, projected.flatten(0, 1), places)
+        return WaitingLayers(columns, slot, slot, projected.flatten(0, 1), places)
+
+    def readers(self, state: ProbeState, itemsize: int) -> dict[int, Callable[[torch.Tensor], None]]:
+        """By layer, what takes in its states of whole prompts, `[B, T, D]`, in fp32 and normalised; see `ShortPass`.
+
+        Args:
+            itemsize: bytes of a number as the LM gives it.
+        """
+        if self._rank is None:
+            made = [self._summarizer(state, slot) for slot in self._slots.values()]
+        else:
+            made = self._mappers(state, itemsize)
+        if state.stop - state.start < state.mask.shape[1]:
+            made = [partial(_read_columns, read, slice(state.start, state.stop)) for read in made]
+        return dict(zip(self.layer_indices, made, strict=True))
+
+    def _summarizer(self, state: ProbeState, slot: int) -> Callable[[torch.Tensor], None]:
+        mask = None if state.full else state.mask[:, state.start : state.stop]
+        summarize = type(self.stages[0]).whole_reader(self.stages, mask, slot, state.summaries[slot])
+
+        def read(x: torch.Tensor) -> None:
+            summarize(x)
+            state.seen[slot] = state.mask.shape[1]
+
+        return read
+
+    def _mappers(self, state: ProbeState, itemsize: int) -> list[Callable[[torch.Tensor], None]]:
+        waiting = self._room(0, (state.start, state.stop), len(state.mask), itemsize, torch.float32)
+        places = [place.unbind(0) for place in waiting.places.unbind(0)]
+        last = len(self.layer_indices) - 1
+
+        def mapper(slot: int) -> Callable[[torch.Tensor], None]:
+            place = slot % len(places)
+            maps = list(zip((stage.mapper(slot) for stage in self.stages), places[place], strict=True))
+            ends = slot == last or place == len(places) - 1
+
+            def read(x: torch.Tensor) -> None:
+                x = x.flatten(0, 1)
+                for each, out in maps:
+                    each(x, out=out)
+                if ends:
+                    waiting.start, waiting.stop = slot - place, slot + 1
+                    state.seen[waiting.start : waiting.stop] = [state.mask.shape[1]] * (place + 1)
+                    state.waiting = waiting
+                    self._advance(state)
+
+            return read
+
+        return [mapper(slot) for slot in range(last + 1)]
 
     def settle(self, state: ProbeState) -> None:
-        """To be called after each `step`, when the states that it was given are needed no more."""
+        """To be called after each `step`, when the states that it has read are needed no more."""
         waiting = state.waiting
         if waiting is not None and waiting.stop == waiting.end:
             self._advance(state)
@@ -302,3 +340,7 @@ class HeadStack:
             return None
         slots = (state.partial[slot] for slot in range(len(self.layer_indices)))
         return join_slots([take_slots(slot, slice(number, number + 1)) for slot in slots])
+
+
+def _read_columns(read: Callable[[torch.Tensor], None], columns: slice, x: torch.Tensor) -> None:
+    read(x[:, columns])

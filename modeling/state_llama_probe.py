@@ -73,6 +73,11 @@ class ProbeState:
     waiting: WaitingLayers | None = None
     token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing of the prompt has been read, and nothing before it."""
+        return not self.partial and not any(self.seen)
+
 
 class HeadReference(weakref.ref):
     """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it."""

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts
+from conftest import LAYERS, make_lm, make_probe, make_prompts
 from transformers import (
     BatchEncoding,
     DynamicCache,
@@ -18,8 +18,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, SuppressTokensLog
 from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe.head_group import HeadGroup
 from llama_probe.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
-from llama_probe.stack import HeadStack
+from llama_probe.short_pass import ShortPass
 
 
 KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
@@ -258,17 +259,20 @@ class TestArguments:
             probed().generate(**{"inputs": prompts, "max_new_tokens": 2, **arguments})
 
 
-def test_heads_do_not_run_while_tokens_are_decoded(prompts, monkeypatch):
+@pytest.mark.parametrize("tokens", [9, 150])
+def test_heads_do_not_run_while_tokens_are_decoded(tokens, monkeypatch):
     model = probed()
-    steps = []
-    original = HeadStack.step
-    monkeypatch.setattr(
-        HeadStack,
-        "step",
-        lambda self, state, layers, *args: (steps.extend(layers), original(self, state, layers, *args)),
-    )
-    model.generate(prompts, max_new_tokens=6, eos_token_id=None)
-    assert len(steps) == sum(len(probe.layer_indices) for probe in model.probes.values())
+    read = []
+    for reader in (HeadGroup, ShortPass):
+        original = reader.read
+
+        def count(self, layer, hidden, original=original):
+            read.append(layer)
+            return original(self, layer, hidden)
+
+        monkeypatch.setattr(reader, "read", count)
+    model.generate(make_prompts(1, tokens), max_new_tokens=6, eos_token_id=None)
+    assert read == list(range(LAYERS + 1))
 
 
 class Tokens(BaseStreamer):

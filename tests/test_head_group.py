@@ -6,7 +6,7 @@ from conftest import make_lm, make_probe, make_prompts
 from test_probe import KINDS
 from transformers import DynamicCache
 
-from llama_probe import LlamaForProbedGeneration, holding
+from llama_probe import LlamaForProbedGeneration
 from llama_probe.head_group import shape_of
 
 
@@ -29,9 +29,8 @@ def test_who_goes_together():
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_heads_of_a_deep_model(chunk, dtype):
-    """States wait for each other here; some heads read other tokens than the rest, or other layers."""
+    """Layers wait for each other here; some heads read other tokens than the rest, or other layers."""
     depth = 30
-    assert int(holding._LEAST_SHARE * (depth + 1)) > 0
     changes = {"num_hidden_layers": depth, "hidden_size": 64, "downcast": 16, "num_attention_heads": 1}
     heads = {f"{kind}-{i}": make_probe(i, probe_type=kind, **changes) for kind in KINDS for i in range(3)}
     heads |= {f"content-{i}": make_probe(i, token_scope="content", prefix_ids=[5, 6], **changes) for i in range(2)}

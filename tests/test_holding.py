@@ -11,34 +11,36 @@ from llama_probe.holding import HeldStates
 DEEP, ROWS, TOKENS, WIDTH = 20, 2, 3, 8
 
 
-class Readers:
-    """In place of heads: notes what it is given."""
+def run(cache=None, numbers=ROWS * TOKENS * WIDTH, key_width=WIDTH // 2, states=None, together=True):
+    """A pass over a model of `DEEP` layers, each of which fills its part of the cache before its state appears.
 
-    def __init__(self):
-        self.given = []
+    Returns:
+        How many states heads were given, each time that they were given any.
+    """
+    given, runs = [], []
 
-    def read(self, layers, hidden):
-        self.given.append((list(layers), hidden.clone()))
+    def read(layers, hidden):
+        layers, hidden = (list(layers), hidden) if together else ([layers], hidden[None])
+        given.extend((layer, each.clone()) for layer, each in zip(layers, hidden, strict=True))
+        if together:
+            runs.append(len(layers))
 
-    @property
-    def runs(self):
-        return [len(layers) for layers, _ in self.given]
-
-
-def run(cache=None, numbers=ROWS * TOKENS * WIDTH, key_width=WIDTH // 2, states=None):
-    """A pass over a model of `DEEP` layers, each of which fills its part of the cache before its state appears."""
-    readers = Readers()
-    held = HeldStates(readers, numbers, DEEP + 1, cache)
+    held = HeldStates(read, numbers, DEEP + 1, cache, together)
     states = torch.randn(DEEP + 1, ROWS, TOKENS, WIDTH) if states is None else states
     for layer, hidden in enumerate(states):
         if cache is not None and layer:
             cache.update(*torch.zeros(2, ROWS, 1, TOKENS, key_width), layer - 1)
+        before = len(given)
         held.add(layer, hidden)
+        if not together and len(given) > before:
+            runs.append(len(given) - before)
+    left = len(given)
     held.read()
-    assert [layer for layers, _ in readers.given for layer in layers] == list(range(DEEP + 1))
-    for layer, hidden in zip(range(DEEP + 1), (row for _, part in readers.given for row in part), strict=True):
-        assert torch.equal(hidden, states[layer])
-    return readers.runs
+    if not together and len(given) > left:
+        runs.append(len(given) - left)
+    assert [layer for layer, _ in given] == list(range(DEEP + 1))
+    assert all(torch.equal(hidden, states[layer]) for layer, hidden in given)
+    return runs
 
 
 def fresh_cache(**changes):
@@ -50,6 +52,12 @@ def test_many_at_first_and_few_at_the_end():
     assert first == 1, "before the first layer has filled its part nothing is known of the rest"
     assert runs[0] > 3 and runs[-1] <= 2 and runs == sorted(runs, reverse=True)
     assert len(runs) < DEEP / 2
+
+
+def test_in_turn_more_wait_since_no_copy_is_made():
+    in_turn, together = (run(fresh_cache(), together=together) for together in (False, True))
+    assert in_turn[1] > together[1] and len(in_turn) < len(together)
+    assert run(None, together=False) == [1] * (DEEP + 1)
 
 
 def test_never_most_of_them_however_large_the_cache():

@@ -12,34 +12,37 @@ from llama_probe.heads import attention
 from llama_probe.stack import HeadStack
 
 
-def take_in(side_by_side, state, states, at_once):
-    """So many layers at a time; the states of those that are not read are passed over."""
-    layers = list(side_by_side.layer_indices)
-    for first in range(0, len(layers), at_once):
-        some = layers[first : first + at_once]
-        side_by_side.step(state, some, torch.stack([states[layer] for layer in some]))
+def take_in(side_by_side, state, states):
+    """A chunk; the states of layers that are not read are passed over."""
+    for layer, hidden in enumerate(states):
+        side_by_side.step(state, layer, hidden)
         side_by_side.settle(state)
 
 
+def let_wait(patch, share):
+    for name in ("_WAITING_SHARE", "_FEW_WAITING_SHARE"):
+        patch.setattr(stack, name, share)
+
+
 @settings(max_examples=150, deadline=None)
-@given(cases(), st.integers(1, 3), st.integers(1, 4), st.sampled_from([0.0, 0.6, 9.0]), st.booleans(), st.booleans())
-def test_side_by_side_equals_alone(case, count, at_once, share, many, keep):
-    """Also where several layers come at once, or wait for each other, and where attention runs block by block."""
+@given(cases(), st.integers(1, 3), st.sampled_from([0.0, 0.6, 9.0]), st.booleans(), st.booleans())
+def test_side_by_side_equals_alone(case, count, share, many, keep):
+    """Also where layers wait for each other, and where attention runs block by block."""
     config, mask, cuts, seed = case
     heads = [make_probe(seed + number, **config) for number in range(count)]
     states = states_for(config, mask, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stack, "_WAITING_SHARE", share)
+        let_wait(patch, share)
         whole = [head(hidden_states=states, attention_mask=mask).logits.detach() for head in heads]
         if many:
-            patch.setattr(stack, "_MANY", 1)
+            patch.setattr(stack, "_FEW", 0)
             patch.setattr(attention, "_MANY", 1)
             patch.setattr(attention, "_CACHED", 3 * mask.shape[1])
         side_by_side = HeadStack(heads)
         state = side_by_side.init_state(mask, keep=keep)
         with torch.no_grad():
             for low, high in zip([0, *cuts], cuts, strict=False):
-                take_in(side_by_side, state, [hidden[:, low:high] for hidden in states], at_once)
+                take_in(side_by_side, state, [hidden[:, low:high] for hidden in states])
             for number, output in enumerate(side_by_side.finish(state)):
                 torch.testing.assert_close(output.logits, whole[number], atol=1e-5, rtol=1e-5)
             if keep:
@@ -51,15 +54,15 @@ def test_side_by_side_equals_alone(case, count, at_once, share, many, keep):
 
 
 @settings(max_examples=30, deadline=None)
-@given(cases(), st.integers(1, 4))
-def test_weights_side_by_side(case, at_once):
+@given(cases())
+def test_weights_side_by_side(case):
     config, mask, _, seed = case
     heads = [make_probe(seed + number, **config) for number in range(2)]
     states = states_for(config, mask, seed)
     side_by_side = HeadStack(heads)
     state = side_by_side.init_state(mask, output_attentions=True)
     with torch.no_grad():
-        take_in(side_by_side, state, states, at_once)
+        take_in(side_by_side, state, states)
         for head, found in zip(heads, side_by_side.finish(state), strict=True):
             alone = head(hidden_states=states, attention_mask=mask, output_attentions=True)
             torch.testing.assert_close(found.token_weights, alone.token_weights, atol=1e-5, rtol=1e-5)
@@ -71,11 +74,10 @@ def test_weights_side_by_side(case, at_once):
     cases(),
     st.sampled_from([torch.bfloat16, torch.float16]),
     st.integers(0, 6),
-    st.integers(1, 4),
     st.sampled_from([0.0, 0.6, 9.0]),
     st.booleans(),
 )
-def test_states_in_half_precision(case, dtype, halves, at_once, share, many):
+def test_states_in_half_precision(case, dtype, halves, share, many):
     """Close to what a head makes of them in fp32, and equal where maps are not rounded. Norms may compute in fp32: then the states
     from some layer on are of another dtype."""
     config, mask, cuts, seed = case
@@ -87,18 +89,12 @@ def test_states_in_half_precision(case, dtype, halves, at_once, share, many):
     rounded = many and heads[0].token_stage.rank is not None
     side_by_side = HeadStack(heads)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(stack, "_WAITING_SHARE", share)
+        let_wait(patch, share)
         if many:
-            patch.setattr(stack, "_MANY", 1)
+            patch.setattr(stack, "_FEW", 0)
         state = side_by_side.init_state(mask)
         for low, high in zip([0, *cuts], cuts, strict=False):
-            chunk = [hidden[:, low:high] for hidden in states]
-            for first, last in ((0, halves), (halves, len(chunk))):
-                layers = [layer for layer in side_by_side.layer_indices if first <= layer < last]
-                for begin in range(0, len(layers), at_once):
-                    some = layers[begin : begin + at_once]
-                    side_by_side.step(state, some, torch.stack([chunk[layer] for layer in some]))
-                    side_by_side.settle(state)
+            take_in(side_by_side, state, [hidden[:, low:high] for hidden in states])
         for head, output in zip(heads, side_by_side.finish(state), strict=True):
             whole = head(hidden_states=[hidden.float() for hidden in states], attention_mask=mask).logits
             near = 0.03 if rounded else 1e-5
@@ -108,27 +104,27 @@ def test_states_in_half_precision(case, dtype, halves, at_once, share, many):
 @pytest.mark.parametrize(
     "tokens, dtype, changes, asked, expected",
     [
-        (128, torch.bfloat16, {}, {}, torch.bfloat16),
-        (128, torch.float16, {}, {}, torch.float16),
-        (128, torch.float32, {}, {}, torch.float32),
-        (127, torch.bfloat16, {}, {}, torch.float32),
-        (128, torch.bfloat16, {"normalize": "none"}, {}, torch.float32),
-        (128, torch.bfloat16, {}, {"output_attentions": True}, torch.float32),
+        (129, torch.bfloat16, {}, {}, torch.bfloat16),
+        (129, torch.float16, {}, {}, torch.float16),
+        (129, torch.float32, {}, {}, torch.float32),
+        (128, torch.bfloat16, {}, {}, torch.float32),
+        (129, torch.bfloat16, {"normalize": "none"}, {}, torch.float32),
+        (129, torch.bfloat16, {}, {"output_attentions": True}, torch.float32),
     ],
 )
 def test_maps_are_applied_in_the_dtype_of_the_lm(monkeypatch, tokens, dtype, changes, asked, expected):
     """Where that is most of the work, where it cannot overflow, and where nobody asks what was looked at."""
-    seen, original = set(), HeadStack._project
+    seen, original = set(), HeadStack._wait
 
-    def project(self, waiting, slots, x):
+    def wait(self, state, slot, x, *args):
         seen.add(x.dtype)
-        return original(self, waiting, slots, x)
+        return original(self, state, slot, x, *args)
 
-    monkeypatch.setattr(HeadStack, "_project", project)
+    monkeypatch.setattr(HeadStack, "_wait", wait)
     side_by_side = HeadStack([make_probe(**changes)])
     state = side_by_side.init_state(torch.ones(1, tokens), **asked)
     with torch.no_grad():
-        take_in(side_by_side, state, torch.randn(LAYERS + 1, 1, tokens, HIDDEN).to(dtype), 2)
+        take_in(side_by_side, state, torch.randn(LAYERS + 1, 1, tokens, HIDDEN).to(dtype))
     assert seen == {expected}
     assert side_by_side.finish(state)[0].logits.dtype == torch.float32
 
@@ -141,9 +137,7 @@ def test_layers_of_two_dtypes_do_not_wait_for_each_other(monkeypatch):
     side_by_side = HeadStack([head])
     state = side_by_side.init_state(torch.ones(1, 130))
     with torch.no_grad():
-        for layer, hidden in enumerate(states):
-            side_by_side.step(state, [layer], hidden[None])
-            side_by_side.settle(state)
+        take_in(side_by_side, state, states)
         found, whole = (
             side_by_side.finish(state)[0].logits,
             head(hidden_states=[hidden.float() for hidden in states]).logits,

@@ -44,7 +44,7 @@ class CompiledPass:
         self._readers = {name: _Reader(head, masks[name]) for name, head in heads.items()}
         config = next(iter(heads.values())).config
         numbers = rows * tokens * config.hidden_size
-        self._held = HeldStates(self, numbers, config.num_hidden_layers + 1, cache)
+        self._held = HeldStates(self.read, numbers, config.num_hidden_layers + 1, cache, together=True)
 
     def reading(self):
         """Inside the block the LM runs; once only."""

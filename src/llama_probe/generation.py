@@ -104,8 +104,8 @@ class PrefillSession:
         rows, columns, repeats, width = self._expect(inputs)
         whole = repeats == 1 and width == columns
         numbers = rows * columns * decoder.hidden_size
-        held = HeldStates(self._group, numbers, decoder.num_hidden_layers + 1, inputs.get(decoder.cache_name))
-
+        reader, cache = self._group.reader(self.prompts, width), inputs.get(decoder.cache_name)
+        held = HeldStates(reader.read, numbers, decoder.num_hidden_layers + 1, cache)
         seen = set()
 
         def on_state(layer: int, hidden: torch.Tensor) -> None:

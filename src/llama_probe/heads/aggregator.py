@@ -190,12 +190,15 @@ class Aggregator(nn.Module, ABC):
             out[each] = stage.result(take_slots(state, each), slots)
 
     @classmethod
-    def read_whole(
-        cls, stages: Sequence[Self], x: torch.Tensor, mask: torch.Tensor | None, slots: slice, out: torch.Tensor
-    ) -> None:
-        """`read` and `summarize`, of items that come all at once, for some slots: `[S, B, N, D]` into `[S, H, B, D]`."""
-        for slot, items, place in zip(range(slots.start, slots.stop), x.split(1), out, strict=True):
-            cls.summarize(stages, cls.read(stages, None, items, mask, slot), slot, place)
+    def whole_reader(
+        cls, stages: Sequence[Self], mask: torch.Tensor | None, slot: int, out: torch.Tensor
+    ) -> Callable[[torch.Tensor], None]:
+        """What does `read` and `summarize` for one slot, of items that come all at once: `[B, N, D]` into `out`, `[H, B, D]`."""
+
+        def read(x: torch.Tensor) -> None:
+            cls.summarize(stages, cls.read(stages, None, x.unsqueeze(0), mask, slot), slot, out)
+
+        return read
 
 
 _PROBE_TYPES: dict[str, type[Aggregator]] = {}

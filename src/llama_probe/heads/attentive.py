@@ -51,6 +51,10 @@ class AttentivePoolingAggregator(LowRankAggregator):
     def projection(self, slots):
         return torch.cat([self.query[slots] / math.sqrt(self.hidden_size), self.value[slots]], dim=1)
 
+    def mapper(self, slot):
+        # `projection` is a copy, and those of all slots are too many to make before they are needed.
+        return lambda x, out: torch.mm(x, self.map_of(slot).t(), out=out)
+
     def _split(self, projected: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores `[S, B, K, n]`, as low as can be off the mask, and values `[S, B, K, n, R / K]`."""
         scores, values = projected.split([self.num_queries, self.value_rank], dim=-1)

@@ -38,11 +38,12 @@ class GateAggregator(Aggregator):
 
     @classmethod
     def read(cls, stages, state, x, mask, slot):
-        scores = cls._read_scores(stages, x, slice(slot, slot + 1))[0].exp_()  # [H, B, n]
+        x = x[0]  # [B, n, D]
+        scores = torch.matmul(x, cls._columns(stages, slot)).tanh_().exp_()  # [B, n, H]
         if mask is not None:
-            scores.mul_(mask)
-        total = torch.matmul(scores.transpose(0, 1), x[0]).transpose(0, 1)  # [H, B, D]
-        norm = scores.sum(dim=2)
+            scores.mul_(mask.unsqueeze(2))
+        scores = scores.transpose(1, 2)
+        total, norm = torch.bmm(scores, x).transpose(0, 1), scores.sum(dim=2).t()  # [H, B, D], [H, B]
         return (total, norm) if state is None else (state[0] + total, state[1] + norm)
 
     @classmethod
@@ -50,19 +51,23 @@ class GateAggregator(Aggregator):
         out.copy_(stages[0].result(state, slice(slot, slot + 1)))
 
     @classmethod
-    def read_whole(cls, stages, x, mask, slots, out):
-        scores = cls._read_scores(stages, x, slots)  # [S, H, B, n]
-        if mask is not None:
-            scores.masked_fill_(~mask, float("-inf"))
-        out.copy_(torch.matmul(scores.softmax(dim=3).transpose(1, 2), x).transpose(1, 2))
+    def whole_reader(cls, stages, mask, slot, out):
+        columns, out = cls._columns(stages, slot), out.transpose(0, 1)  # [D, H], [B, H, D]
+        off = None if mask is None else ~mask.unsqueeze(2)
+
+        def read(x: torch.Tensor) -> None:
+            scores = torch.matmul(x, columns).tanh_()  # [B, N, H]
+            if off is not None:
+                scores.masked_fill_(off, float("-inf"))
+            torch.bmm(scores.softmax(dim=1).transpose(1, 2), x, out=out)
+
+        return read
 
     @staticmethod
-    def _read_scores(stages, x: torch.Tensor, slots: slice) -> torch.Tensor:
-        """`tanh(...)` of each head, `[S, H, B, n]`."""
-        weights = [stage.weight[slots].unsqueeze(1) for stage in stages]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [S, H, D]
-        scores = torch.bmm(weight, x.flatten(1, 2).transpose(1, 2))
-        return scores.tanh_().view(*weight.shape[:2], *x.shape[1:3])
+    def _columns(stages, slot: int) -> torch.Tensor:
+        """The weights of each head, `[D, H]`."""
+        weights = [stage.weight[slot] for stage in stages]
+        return weights[0].unsqueeze(1) if len(weights) == 1 else torch.stack(weights, dim=1)
 
     def weights(self, x, mask, slots):
         """The softmax itself."""

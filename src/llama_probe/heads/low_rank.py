@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +42,10 @@ class LowRankAggregator(Aggregator):
     def map_of(self, slot: int) -> torch.Tensor:
         """The map of one slot, `[rank, D]`."""
         return self.projection(slice(slot, slot + 1))[0]
+
+    def mapper(self, slot: int) -> Callable[..., torch.Tensor]:
+        """What maps items `[n, D]` to `[n, rank]`, in fp32 and without gradients, into the tensor given as `out=`."""
+        return partial(torch.mm, mat2=self.map_of(slot).t())
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
         """`[S, B, n, D]`, in any float dtype, to `[S, B, n, rank]` in fp32."""

@@ -109,6 +109,7 @@ class Scorer:
         group = HeadGroup(heads, masks) if self.runs else None
         wanted = {layer for head in heads.values() for layer in head.layer_indices}
         step = max(_TOKENS // (len(prompts) * size), 1)
+        reader = None if group is None else group.reader(len(prompts), min(step * size, width))
         places = [place for place, layer in enumerate(self.layers) if layer in wanted]
         whole = -(-width // size) * size  # blocks are read whole
         for states in _neighbours(places, _TOKENS // (len(prompts) * whole)):
@@ -118,8 +119,9 @@ class Scorer:
                 hidden = self.cache.read(states, part)[:, :, : stop - start]  # [S, prompts, tokens, D]
                 if padding is not None:
                     hidden = hidden.masked_fill(padding[:, start:stop, None], 0)
-                if group is not None:
-                    group.read(self.layers[states], hidden)
+                if reader is not None:
+                    for layer, each in zip(self.layers[states], hidden, strict=True):
+                        reader.read(layer, each)
         return {} if group is None else {name: output.logits for name, output in group.results().items()}
 
     def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:
