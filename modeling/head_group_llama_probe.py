@@ -103,9 +103,7 @@ class HeadGroup:
             layer: index of the state, 0 (embeddings) to L (after the final norm).
             hidden (`[prompts, n, hidden_size]`): of the next n tokens.
         """
-        if (
-            torch.is_grad_enabled()
-        ):  # the LM's own gradients, where it is being trained, are none of the heads' business
+        if torch.is_grad_enabled():  # the LM's own gradients, where it is being trained, are not the heads' business
             with torch.no_grad():
                 return self.read(layer, hidden)
         for together in self._readers[layer]:

@@ -62,10 +62,24 @@ def test_what_follows_a_chunk_is_none():
     assert group.reader(2, 4) is group
 
 
-def test_under_autocast_heads_stay_in_fp32():
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_heads_stay_in_fp32(kind):
+    """Whether it is around the pass, or the LM's own."""
+    head, states = make_probe(probe_type=kind), torch.randn(LAYERS + 1, 2, 9, HIDDEN)
+    group = HeadGroup({"a": head}, {"a": torch.ones(2, 9)})
+    reader = group.reader(2, 9)
+    assert isinstance(reader, ShortPass)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        group = group_of()
-        assert group.reader(2, 9) is group
+        for layer in group.layers:
+            reader.read(layer, states[layer])
+        found = group.results()["a"].logits
+    with torch.no_grad():
+        torch.testing.assert_close(found, head(hidden_states=list(states)).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_head_there_is_none():
+    group = HeadGroup({}, {})
+    assert group.reader(2, 9) is group
 
 
 def test_a_layer_that_did_not_come_by_is_noticed():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .errors import ProbeError
-from .heads import normalize
+from .heads import normalize, without_autocast
 from .stack import HeadStack, is_few
 from .state import ProbeState
 
@@ -24,19 +24,23 @@ class ShortPass:
 
     def __init__(self, stacks: Sequence[tuple[HeadStack, ProbeState]]):
         self._stacks = stacks
-        self._columns = stacks[0][1].mask.shape[1] if stacks else 0
+        self.device = stacks[0][0].device
+        self._columns = stacks[0][1].mask.shape[1]
         self._readers: dict[int, list[tuple[str | None, torch.device, list[Callable[[torch.Tensor], None]]]]] = {}
 
     @staticmethod
     def fits(stacks: Sequence[tuple[HeadStack, ProbeState]], prompts: int, columns: int) -> bool:
         """Whether a pass over so many prompts and columns is one, and nothing but scores is wanted of it."""
-        return is_few(prompts * columns) and all(
-            state.is_fresh
-            and columns == state.mask.shape[1]
-            and not (state.keep or state.output_attentions or torch.is_autocast_enabled(stack.device.type))
-            for stack, state in stacks
+        return (
+            bool(stacks)
+            and is_few(prompts * columns)
+            and all(
+                state.is_fresh and columns == state.mask.shape[1] and not (state.keep or state.output_attentions)
+                for _, state in stacks
+            )
         )
 
+    @without_autocast
     def read(self, layer: int, hidden: torch.Tensor) -> None:
         """Takes in the states of one layer, `[prompts, prompt_tokens, hidden_size]`.
 
