@@ -291,9 +291,8 @@ def test_threads_with_different_heads(prompts):
     """Once it is compiled: torch compiles anew for each thread that waits for another to compile the same."""
     model = make_model()
     model.add_probe("b", make_probe(seed=1, probe_type="gate"))
-    expected, counter = model(prompts).probe_logits, CompileCounter()
-    with_compiled_forward(model, counter)
-    found = []
+    expected, found = model(prompts).probe_logits, []
+    with_compiled_forward(model)
 
     def generate(name):
         for _ in range(3):
@@ -302,13 +301,12 @@ def test_threads_with_different_heads(prompts):
 
     for name in "ab":
         generate(name)
-    graphs = counter.frame_count
     threads = [threading.Thread(target=generate, args=(name,)) for name in "abab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 3 * 6 and counter.frame_count == graphs
+    assert len(found) == 3 * 6
     for name, logits in found:
         torch.testing.assert_close(logits, {name: expected[name]}, rtol=1e-5, atol=1e-5)
 
