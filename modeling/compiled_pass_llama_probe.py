@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .capture_llama_probe import check_seen, find_decoder, handing_states_to, stay_in_layers
+from .head_group_llama_probe import alike
 from .heads_llama_probe import normalize, without_autocast
 from .holding_llama_probe import HeldStates
 from .scope_llama_probe import prompt_masks, tokens_read
@@ -50,7 +51,9 @@ class CompiledPass:
     ):
         prompts, tokens = next(iter(masks.values())).shape
         self._repeats = rows // prompts
-        self._readers = {name: _Reader(head, masks[name]) for name, head in heads.items()}
+        self._names = list(heads)
+        together = alike(heads, masks, {})
+        self._readers = [_Reader({name: heads[name] for name in names}, masks[names[0]]) for names in together]
         config = next(iter(heads.values())).config
         numbers = rows * tokens * config.hidden_size
         self._held = HeldStates(self.read, numbers, config.num_hidden_layers + 1, cache, together=True)
@@ -65,7 +68,7 @@ class CompiledPass:
 
     def read(self, layers: Sequence[int], hidden: torch.Tensor) -> None:
         """Has all heads read the states of some layers, `[S, prompts, prompt_tokens, hidden_size]`."""
-        for reader in self._readers.values():
+        for reader in self._readers:
             reader.read(layers, hidden)
 
     def logits(self) -> dict[str, torch.Tensor]:
@@ -76,35 +79,54 @@ class CompiledPass:
         """
         with torch.no_grad():  # as a decorator it breaks the graph
             self._held.read()
-            return {name: reader.logits() for name, reader in self._readers.items()}
+            logits = {}
+            for reader in self._readers:
+                logits |= reader.logits()
+            return {name: logits[name] for name in self._names}
 
 
 class _Reader:
-    def __init__(self, head: ProbeModel, mask: torch.Tensor):
-        self.head, self.device = head, head.device
-        self._mask = tokens_read(head.config, mask.bool()).to(head.device)
+    """Heads that are `alike`, by name, and the tokens that count for them."""
+
+    def __init__(self, heads: Mapping[str, ProbeModel], mask: torch.Tensor):
+        self._heads = heads
+        self._first = first = next(iter(heads.values()))
+        self.device = first.device
+        self._stages = [head.token_stage for head in heads.values()]
+        self._mask = tokens_read(first.config, mask.bool()).to(self.device)
         self._seen: list[int] = []
-        self._summaries: list[torch.Tensor] = []
+        self._summaries: list[torch.Tensor] = []  # [H, S, B, ...] each; of a kind of low rank what `expand` takes
 
     @without_autocast
     def read(self, layers: Sequence[int], hidden: torch.Tensor) -> None:
         """See `CompiledPass.read`."""
-        head = self.head
-        places = [place for place, layer in enumerate(layers) if layer in head.layer_indices]
+        wanted, config, stages = self._first.layer_indices, self._first.config, self._stages
+        places = [place for place, layer in enumerate(layers) if layer in wanted]
         if not places:
             return
         hidden = hidden if len(places) == len(layers) else hidden[places]
-        dtype = reading_dtype(head.token_stage, head.config, hidden)
-        x = normalize(hidden.to(device=self.device, dtype=dtype), head.config.normalize)
+        dtype = reading_dtype(stages[0], config, hidden)
+        x = normalize(hidden.to(device=self.device, dtype=dtype), config.normalize)
         slots = slice(len(self._seen), len(self._seen) + len(places))
-        self._summaries.append(head.token_stage(x, self._mask, slots))  # [S, B, D]
+        if stages[0].rank is None:
+            summaries = torch.stack([stage(x, self._mask, slots) for stage in stages])
+        else:
+            projected = torch.cat([stage.project(x, slots) for stage in stages])  # [H * S, B, n, rank]
+            pooled = stages[0].pooled(stages[0].absorb(None, projected, self._mask))
+            summaries = pooled.unflatten(0, (len(stages), len(places)))
+        self._summaries.append(summaries)
         self._seen += [layers[place] for place in places]
 
     @without_autocast
-    def logits(self) -> torch.Tensor:
-        check_seen(self.head.layer_indices, self._seen)
-        logits = self.head.score_summaries(torch.cat(self._summaries)).logits
-        return logits.masked_fill(~self._mask.any(dim=1, keepdim=True), float("nan"))
+    def logits(self) -> dict[str, torch.Tensor]:
+        """By name; see `CompiledPass.logits`."""
+        check_seen(self._first.layer_indices, self._seen)
+        logits, blank = {}, ~self._mask.any(dim=1, keepdim=True)
+        for (name, head), summaries in zip(self._heads.items(), torch.cat(self._summaries, dim=1), strict=True):
+            if head.token_stage.rank is not None:
+                summaries = head.token_stage.expand(summaries, slice(None))
+            logits[name] = head.score_summaries(summaries).logits.masked_fill(blank, float("nan"))
+        return logits
 
 
 def compiled_pass(

@@ -131,9 +131,9 @@ class AttentionAggregator(LowRankAggregator):
     def pooled(self, state):
         qkv, mask = self._joined(state)
         # For few items the fewest calls are fastest, for many the fewest operations.
-        many = qkv.shape[2] >= _MANY and qkv.device.type == "cpu"
-        if many and not (torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling()):
-            return self._mixed_mean(qkv, mask)
+        if qkv.shape[2] >= _MANY and qkv.device.type == "cpu" and not torch.is_grad_enabled():
+            mixed_mean = _traced_mixed_mean if torch.compiler.is_dynamo_compiling() else _mixed_mean
+            return mixed_mean(qkv, mask, self.num_heads, self.hidden_size)
         return masked_mean(self._mixed(qkv, mask), mask)
 
     def expand(self, pooled, slots):
@@ -148,23 +148,6 @@ class AttentionAggregator(LowRankAggregator):
             attention_mask = mask.repeat(slot_count, 1)[:, None, None, :]  # [S * B, 1, 1, N]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
         return mixed[..., : self.head_size].transpose(1, 2).reshape(slot_count, batch, items, self.inner_size)
-
-    def _mixed_mean(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The mean of `_mixed` over the valid items, `[S, B, d_inner]`, on the CPU and not differentiable.
-
-        The mean commutes with the values: it is enough to know how much attention each item receives from all of them.
-        """
-        slot_count, batch, items, _ = qkv.shape
-        qkv = qkv.transpose(2, 3).unflatten(2, (3, self.num_heads, self.head_size))
-        query, key, value = (part.reshape(-1, self.head_size, items) for part in qkv.unbind(2))  # [S * B * heads, ...]
-        valid = None
-        if mask is not None:
-            valid = mask[None, :, None].expand(slot_count, -1, self.num_heads, -1).reshape(-1, items)
-        # As much memory as the states of one layer, and no more than fits into a core's cache.
-        numbers = min(_CACHED * torch.get_num_threads(), batch * items * self.hidden_size)
-        received = _received_attention(query.transpose(1, 2), key, valid, self.scale, numbers)
-        mixed = torch.bmm(received.unsqueeze(1), value.transpose(1, 2))  # [S * B * heads, 1, d_inner / heads]
-        return mixed.view(slot_count, batch, self.inner_size)
 
     def weights(self, x, mask, slots):
         """Attention that each item receives, averaged over heads and over the valid queries."""
@@ -195,6 +178,41 @@ class AttentionAggregator(LowRankAggregator):
 _MANY = 48
 # Attention scores that are held at once: half a megabyte a thread.
 _CACHED = 1 << 17
+
+
+def _mixed_mean(qkv: torch.Tensor, mask: torch.Tensor | None, num_heads: int, hidden_size: int) -> torch.Tensor:
+    """The mean over the valid items of what each gathers, on the CPU and not differentiable.
+
+    The mean commutes with the values: it is enough to know how much attention each item receives from all of them.
+
+    Args:
+        qkv (`[S, B, N, 3 d_inner]`), mask (`[B, N]`).
+
+    Returns:
+        `[S, B, d_inner]`.
+    """
+    slot_count, batch, items, _ = qkv.shape
+    qkv = qkv.transpose(2, 3).unflatten(2, (3, num_heads, -1))
+    query, key, value = (part.reshape(-1, part.shape[-2], items) for part in qkv.unbind(2))  # [S * B * heads, ...]
+    valid = None
+    if mask is not None and not bool(mask.all()):  # where all count it is faster
+        valid = mask[None, :, None].expand(slot_count, -1, num_heads, -1).reshape(-1, items)
+    # As much memory as the states of one layer, and no more than fits into a core's cache.
+    numbers = min(_CACHED * torch.get_num_threads(), batch * items * hidden_size)
+    scale = 1 / math.sqrt(query.shape[1])
+    received = _received_attention(query.transpose(1, 2), key, valid, scale, numbers)
+    mixed = torch.bmm(received.unsqueeze(1), value.transpose(1, 2))  # [S * B * heads, 1, d_inner / heads]
+    return mixed.view(slot_count, batch, -1)
+
+
+# In a graph of `torch.compile` it is one operation, which the compiler does not look into: what it makes of it is slower. The
+# name is that of this module, of which a process may have several, from repositories of other versions.
+_traced_mixed_mean = torch.library.custom_op(f"{__name__.replace('.', '_')}::mixed_mean", _mixed_mean, mutates_args=())
+
+
+@_traced_mixed_mean.register_fake
+def _(qkv, mask, num_heads, hidden_size):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[3] // 3)
 
 
 def _received_attention(

@@ -216,6 +216,30 @@ def test_heads_come_and_go(prompts):
     assert isinstance(compiled(make_model())(prompts, return_dict=False)[-1]["a"], torch.Tensor)
 
 
+@pytest.mark.parametrize("tokens", [9, 60])
+@torch.no_grad()
+def test_heads_of_one_shape_go_together(tokens):
+    """A further head attends to the layers by itself, but not to the tokens."""
+    prompts, attended = make_prompts(length=tokens), []
+    mask = torch.ones_like(prompts)  # of which bool() makes a copy
+    mask[0, :3] = 0
+
+    def backend(graph, inputs):
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        attended.append(sum("dot_product_attention" in name or "mixed_mean" in name for name in called))
+        return graph.forward
+
+    for names in ("a", "abc"):
+        torch._dynamo.reset()
+        heads = {name: make_probe(seed=seed, probe_type="mha") for seed, name in enumerate(names)}
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=LAYERS), heads)
+        expected, out = model(prompts, attention_mask=mask), compiled(model, backend)(prompts, attention_mask=mask)
+        assert list(out.probe_logits) == list(names)
+        torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+    one, three = attended
+    assert (one, three - one) == (LAYERS + (LAYERS + 1) + 1, 2)
+
+
 @torch.no_grad()
 def test_a_row_without_a_token_that_counts_has_no_score(prompts):
     """An error over values would break the graph."""
@@ -277,8 +301,8 @@ def test_gradients_are_the_lms_own(prompts):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @torch.no_grad()
-def test_with_the_compiler_that_torch_takes_by_itself(prompts):
-    model = make_model(probe_type="mha")
+def test_with_the_compiler_that_torch_takes_by_itself():
+    model, prompts = make_model(probe_type="mha"), make_prompts(length=60)
     model.add_probe("b", make_probe(seed=1, probe_type="multimax"))
     expected = model.generate(prompts, max_new_tokens=1)
     model.compile(fullgraph=True)

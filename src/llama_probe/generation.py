@@ -73,7 +73,7 @@ class PrefillSession:
         if earlier is not None:
             earlier.check_length(past)
             running = earlier.resume(heads, masks, input_ids, self._attended())
-        if not begun:
+        if keep and not begun:  # otherwise the group sees to it
             for mask in masks.values():
                 check_rows(mask)
         self._group = HeadGroup(heads, masks, past, running, output_attentions, keep)

@@ -28,17 +28,18 @@ def shape_of(head: ProbeModel) -> Hashable:
 def alike(
     heads: Mapping[str, ProbeModel], masks: Mapping[str, torch.Tensor], running: Mapping[str, Any]
 ) -> list[list[str]]:
-    """The names of the heads, those together that can go through one `HeadStack`.
+    """The names of the heads, those together that can go through one `HeadStack`, or one reader of a `CompiledPass`.
 
     Args:
         heads, masks, running: by name; the tokens that count, and what heads go on from. See `ProbeModel.init_state`.
     """
+    compiling = torch.compiler.is_dynamo_compiling()
     found: list[tuple[Hashable, torch.Tensor, list[str]]] = []
     for name, head in heads.items():
         # What heads have kept may have come to each in other chunks: those go on alone.
         shape, mask = (shape_of(head), name if running.get(name) is not None else None), masks[name]
         for other, counted, names in found:
-            if other == shape and (counted is mask or torch.equal(counted, mask)):
+            if other == shape and (counted is mask or (not compiling and torch.equal(counted, mask))):
                 names.append(name)
                 break
         else:

@@ -89,6 +89,8 @@ def prompt_masks(
 ) -> dict[str, torch.Tensor]:
     """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`. `begun`: see `token_mask`.
 
+    Heads of one scope have one tensor, by which a compiled pass, which sees no values, knows them.
+
     Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
 
@@ -123,10 +125,17 @@ def prompt_masks(
     if probe_mask is not None:
         chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
         return dict.fromkeys(heads, chosen)
-    masks = {name: token_mask(head.config, input_ids, attention_mask, begun) for name, head in heads.items()}
+    text = None
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-        masks = {name: mask & text.to(mask.device) for name, mask in masks.items()}
+    made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+    masks = {}
+    for name, head in heads.items():
+        scope = head.config.token_scope, tuple(head.config.prefix_ids)
+        if scope not in made:
+            mask = token_mask(head.config, input_ids, attention_mask, begun)
+            made[scope] = mask if text is None else mask & text.to(mask.device)
+        masks[name] = made[scope]
     return masks
 
 
