@@ -176,8 +176,10 @@ def read_config(folder: str | os.PathLike) -> ProbeConfig:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         found = sorted(item.name for item in Path(folder).iterdir()) if Path(folder).is_dir() else []
+        hint = ". A Trainer writes weights alone: probe.save_pretrained(...) makes a head of them"
         raise ProbeError(
             f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'})"
+            + (hint if "training_args.bin" in found else "")
         )
     try:
         config, unknown = ProbeConfig.from_dict(_read_json(path))
@@ -227,8 +229,8 @@ def read_head(folder: str | os.PathLike, backbone: torch.nn.Module | None = None
     before any tensor is read, and the file's digest with the one that was stamped into the config.
 
     Raises:
-        ProbeError: a file is missing or damaged, a tensor is missing, unexpected, or of a wrong shape or dtype, or the
-            weights are those of another head.
+        ProbeError: a file is missing or damaged, a tensor is missing, unexpected, of a wrong shape or dtype, or holds
+            something other than finite numbers, or the weights are those of another head.
     """
     config = read_config(folder)
     if config.hidden_size is None or config.num_hidden_layers is None:
@@ -253,6 +255,11 @@ def read_head(folder: str | os.PathLike, backbone: torch.nn.Module | None = None
         if isinstance(error, ProbeError):
             raise
         raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ProbeError(
+            f"{path}: {wrong[0]} holds values that are no finite numbers, and every score of the head would be none: get "
+            "another head, or train it anew with a lower learning rate"
+        )
     probe = ProbeModel(config)
     probe.load_state_dict(tensors, strict=True)
     probe.results = read_results(folder)

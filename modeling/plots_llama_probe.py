@@ -112,6 +112,7 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
         axes.axhline(1 / len(layers), color="0.7", linestyle="--", linewidth=1)
         axes.set_ylabel("mean weight (dashed: all alike)")
         axes.yaxis.set_major_formatter(percent)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
         # Given by themselves: the label "_x" of a line would be left out of the legend.
         for text in axes.legend(lines, list(by_label), fontsize=8).get_texts():
             text.set_parse_math(False)
@@ -278,6 +279,7 @@ def layer_groups_plot(heads: dict[str, dict[str, Any]]) -> Figure:
         axes.set_ylabel("mean weight")
         axes.legend(fontsize=6)
     panels[-1].set_xlabel("layer (0: embeddings)")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

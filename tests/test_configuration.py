@@ -15,7 +15,8 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
     [
         (
             {"probe_type": "lstm"},
-            "probe_type='lstm' is not known; allowed: attentive, gate, last, mha, muli, multimax, pooling",
+            "probe_type='lstm' is not known; allowed: attentive, gate, last, mha, muli, multimax, pooling, and kinds of one's own, "
+            "once the file that registers them is imported",
         ),
         ({"probe_type": None}, "probe_type=None"),
         ({"pool": "median"}, "pool='median' is not allowed; allowed: mean, max"),

@@ -265,6 +265,13 @@ def test_room_is_taken_before_the_work(tmp_path, prompts, monkeypatch):
     assert not list((tmp_path / "other").iterdir())
 
 
+def test_each_prompt_has_a_label_and_a_mask():
+    with pytest.raises(ProbeError, match="2 labels for 3 prompts: give one for each"):
+        PromptDataset([[1], [2], [3]], np.zeros(2, dtype=int))
+    with pytest.raises(ProbeError, match="1 masks for 2 prompts"):
+        PromptDataset([[1], [2]], np.zeros(2, dtype=int), [[True]])
+
+
 def test_no_prompt_may_be_empty(tmp_path):
     with pytest.raises(ProbeError, match="no token that a head reads"):
         StateCache(tmp_path).dataset(make_lm(), ProbeModel(config(), make_lm()).config, [PREFIX], LABELS[:1])

@@ -227,6 +227,16 @@ def test_wrong_tensors(folder, change, words):
         read_head(folder)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers(tmp_path, wrong):
+    """Such a head fails at each prompt: that is said when it is loaded, before anybody serves with it."""
+    probe = make_probe(probe_type="gate")
+    name, weight = list(probe.named_parameters())[-1]
+    weight.data.flatten()[-1] = wrong
+    with pytest.raises(ProbeError, match=f"{name} holds values that are no finite numbers.*lower learning rate"):
+        read_head(save_head(probe, tmp_path / "head"))
+
+
 def test_weights_of_another_kind(folder, tmp_path):
     other = save_head(make_probe(probe_type="gate"), tmp_path / "gate")
     (folder / WEIGHTS_NAME).write_bytes((other / WEIGHTS_NAME).read_bytes())
@@ -240,6 +250,13 @@ def test_missing_files(folder, tmp_path):
     with pytest.raises(ProbeError, match="only safetensors are read"):
         read_head(folder)
     with pytest.raises(ProbeError, match="is not a head folder"):
+        read_head(tmp_path)
+
+
+def test_what_a_trainer_wrote_is_no_head_folder(tmp_path):
+    for name in ("model.safetensors", "training_args.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(ProbeError, match=r"no probe_config.json \(found: model.safetensors.*probe.save_pretrained"):
         read_head(tmp_path)
 
 

@@ -10,7 +10,14 @@ from conftest import make_probe
 from llama_probe import ProbeError, plots
 from llama_probe.calibration import reliability, threshold_table
 from llama_probe.files import read_head, save_head
-from llama_probe.plots import calibration_plot, confusion_plot, layer_weights_plot, outcomes_plot, write_plots
+from llama_probe.plots import (
+    calibration_plot,
+    confusion_plot,
+    layer_groups_plot,
+    layer_weights_plot,
+    outcomes_plot,
+    write_plots,
+)
 
 
 LOGITS, LABELS = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), np.arange(60) % 2
@@ -50,6 +57,16 @@ def test_what_they_show(inspection):
     (axes,) = layer_weights_plot(inspection).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["no", "yes"]
     assert list(axes.lines[1].get_ydata()) == [0.1, 0.1, 0.8]
+
+
+def test_layers_are_marked_by_whole_numbers(inspection):
+    few = {"layers": [0, 10, 20], "by_label": {"no": [0.5, 0.3, 0.2], "yes": [0.1, 0.1, 0.8]}}
+    groups = [{"label": "yes", "right": True, "rows": 3, "weights": [0.5, 0.3, 0.2]}]
+    for figure in (
+        layer_weights_plot(inspection | {"layer_weights": few}),
+        layer_groups_plot({"head": {"layers": [0, 1, 2], "groups": groups}}),
+    ):
+        assert all(place.is_integer() for place in figure.axes[-1].get_xticks().tolist())
 
 
 def test_layer_weights_of_many_labels_are_a_heat_map(inspection):

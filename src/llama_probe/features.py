@@ -54,11 +54,17 @@ class PromptDataset(Dataset):
     """Token ids and labels, for training with the backbone in the loop. Items: `input_ids`, `labels`.
 
     With `masks`, which say which tokens count where a head's scope cannot tell, `probe_mask` as well.
+
+    Raises:
+        ProbeError: there are not as many labels, or masks, as prompts. A loader would end at the first row without one.
     """
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], labels: np.ndarray, masks: Sequence[Sequence[bool]] | None = None
     ):
+        for what, given in (("labels", labels), ("masks", prompts if masks is None else masks)):
+            if len(given) != len(prompts):
+                raise ProbeError(f"{len(given)} {what} for {len(prompts)} prompts: give one for each")
         self.prompts, self.labels, self.masks = prompts, labels, masks
 
     def __len__(self) -> int:

@@ -229,7 +229,10 @@ def probe_types() -> list[str]:
 def get_probe_type(name: str) -> type[Aggregator]:
     """The class registered under `name`; `ProbeError` lists the known ones."""
     if not isinstance(name, str) or name not in _PROBE_TYPES:
-        raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}")
+        raise ProbeError(
+            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, and kinds of one's own, once the file "
+            "that registers them is imported"
+        )
     return _PROBE_TYPES[name]
 
 
