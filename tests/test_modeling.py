@@ -143,6 +143,16 @@ class TestConversion:
         with pytest.raises(ProbeError, match="neither a folder nor a bundled head"):
             LlamaForProbedGeneration.from_pretrained(tmp_path / "no such model", probe="no-such-head")
 
+    def test_a_forward_that_was_replaced_is_refused(self, lm, prompts):
+        """In the instance it stands before that of any class, and heads would not run."""
+        lm.forward = torch.compile(lm.forward, backend="eager")
+        with pytest.raises(ProbeError, match=r"del model\.forward, attach heads, and then"):
+            AutoModelForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+        assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
+        del lm.forward
+        LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+        torch.testing.assert_close(lm(prompts).probe_logits["a"], whole(make_probe(), prompts))
+
     def test_another_class(self):
         other = MistralForCausalLM(
             MistralConfig(
