@@ -267,6 +267,21 @@ class TestPolicies:
             assert torch.equal(generated.sequences, prompts) and all(generated.probe_halts)
             torch.testing.assert_close(passed.probe_logits["mood"], expected.probe_logits["mood"])
 
+    def test_a_streamer_may_call_the_model_with_a_policy(self, model, prompts):
+        """Such a call is not the decoding method's, and what it is to halt is halted."""
+        inner = []
+
+        class Calling(Recorder):
+            def put(self, value):
+                super().put(value)
+                inner.append(model.generate(prompts, max_new_tokens=3, halt_on=lambda outputs: [True] * 3))
+
+        expected = model.generate(prompts[:1], max_new_tokens=4)
+        out = model.generate(prompts[:1], max_new_tokens=4, streamer=Calling())
+        assert torch.equal(out.sequences, expected.sequences)
+        torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+        assert len(inner) > 1 and all(torch.equal(each.sequences, prompts) for each in inner)
+
     def test_a_slow_one_is_waited_for(self, model, prompts):
         streamer, seen = Recorder(), []
 
