@@ -311,6 +311,10 @@ class TestPolicies:
             (lambda outputs: "yes", "a str"),
             (lambda outputs: outputs["mood"].labels, "a list with '(fine|awful)' in it"),
             (lambda outputs: outputs["mood"].probabilities > 0.5, "a list with tensor"),
+            (lambda outputs: {0, 1, 2}, "a set"),  # numbers of the prompts, of which 0 would not be halted
+            (lambda outputs: torch.ones(3).nonzero().flatten(), r"a list with tensor\(2\)"),
+            (lambda outputs: outputs["mood"].probabilities[:, 1], "a list with tensor"),  # all true
+            (lambda outputs: [0, 1, math.nan], "a list with nan"),
         ],
     )
     def test_what_is_no_decision_is_not_taken_for_one(self, model, passes, prompts, policy, words):
