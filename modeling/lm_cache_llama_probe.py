@@ -66,7 +66,7 @@ def repeat_cache(prefix: Cache, rows: int) -> Cache:
     """
     cache = copy_cache(prefix)
     for layer in cache.layers:
-        if type(layer) in _GROW_BY_COPY:
+        if type(layer) in _GROW_BY_COPY and layer.is_initialized:
             layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
         else:
             layer.batch_repeat_interleave(rows)

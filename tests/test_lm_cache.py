@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SIZES, make_prompts
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from llama_probe.capture import prefill
 from llama_probe.lm_cache import copy_cache, repeat_cache
@@ -26,3 +27,11 @@ def test_rows_share_the_memory_of_a_prefix_until_the_lm_adds_to_them(lm):
     for _ in range(2):  # neither is changed
         torch.testing.assert_close(lm(prompts, cache=copy_cache(repeated)).logits, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(lm(prompts, cache=repeat_cache(prefix, 3)).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_that_holds_nothing_stays_as_it_is():
+    """Where layers share keys and values, not each has its own."""
+    prefix = prefill(LlamaForCausalLM(LlamaConfig(**SIZES)).eval(), [5, 6, 7])
+    prefix.layers.append(DynamicLayer())
+    repeated = repeat_cache(prefix, 3)
+    assert len(repeated.layers[0].keys) == 3 and not repeated.layers[-1].is_initialized
