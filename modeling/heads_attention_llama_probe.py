@@ -256,11 +256,11 @@ def _share_out(query, key, valid, weight, numbers, exponential) -> torch.Tensor:
             part = query[these, begin : begin + rows]
             scores = scratch[: part.shape[0] * part.shape[1] * items].view(*part.shape[:2], items)
             torch.bmm(part, key[these], out=scores)
-            if valid is None:
-                share = weight / exponential(scores, None).sum(dim=2).unsqueeze(1)
-            else:
-                total = exponential(scores, valid[these].unsqueeze(1)).sum(dim=2).unsqueeze(1)  # [P, 1, rows]
-                share = weight[these, :, begin : begin + rows] / total.clamp_min_(torch.finfo(total.dtype).tiny)
+            counted = None if valid is None else valid[these].unsqueeze(1)
+            total = exponential(scores, counted).sum(dim=2).unsqueeze(1)  # [P, 1, rows]
+            # Below that they have lost digits: less than all is then handed out, which is noticed.
+            total.clamp_min_(torch.finfo(total.dtype).tiny)
+            share = (weight if valid is None else weight[these, :, begin : begin + rows]) / total
             received[these].baddbmm_(share, scores)
     return received.squeeze(1)
 

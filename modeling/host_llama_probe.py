@@ -173,7 +173,9 @@ class ProbeHostMixin:
         """A plain causal LM that shares this model's parameters, config and caches, and knows nothing of heads."""
         plain = copy.copy(self)
         plain.__dict__["_modules"] = {key: module for key, module in self._modules.items() if key != "probes"}
-        plain.__class__ = self._causal_lm_class
+        if "_hf_hook" not in plain.__dict__:
+            plain.__dict__.pop("forward", None)  # compiled in place: it runs this model, with its heads
+        change_class(plain, self._causal_lm_class)
         return plain
 
     def _require_probe(self, name: str, heads: nn.ModuleDict | None = None) -> None:
@@ -245,9 +247,18 @@ def _each_name(names: str | Iterable[str]) -> list[str]:
 
 
 def change_class(model: nn.Module, cls: type) -> None:
-    """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew."""
+    """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew.
+
+    Raises:
+        ProbeError: somebody else has put one there, which would go on in place of the new class's.
+    """
     hook = model.__dict__.get("_hf_hook")
     if hook is None:
+        if "forward" in model.__dict__:
+            raise ProbeError(
+                "the forward of this model was replaced (model.forward = torch.compile(model.forward), or the like), and no head "
+                "would run in it: del model.forward, attach heads, and then replace it again"
+            )
         model.__class__ = cls
         return
     try:

@@ -13,6 +13,10 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
+# Layers of a cache that put what they hold and what is new into a new tensor.
+_GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 class _ValuesAlone(TorchFunctionMode):
     """Lets `copy.deepcopy` copy tensors that gradients flow through, which it refuses: as plain numbers."""
 
@@ -30,7 +34,7 @@ class CacheGrowth:
 
     def __init__(self, cache: Cache | None):
         layers = getattr(cache, "layers", None) or []
-        known = layers and type(layers[0]) in (DynamicLayer, DynamicSlidingWindowLayer) and not cache.offloading
+        known = layers and type(layers[0]) in _GROW_BY_COPY and not cache.offloading
         kind = type(layers[0]) if known else None
         self._first = layers[0] if known else None
         self._empty = [layer for layer in layers if type(layer) is kind and not layer.is_initialized]
@@ -56,7 +60,14 @@ def copy_cache(cache: Cache) -> Cache:
 
 
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """A copy, for a batch of rows, of the cache that `prefill` gives for one."""
+    """A copy, for a batch of rows, of the cache that `prefill` gives for one.
+
+    The rows share their memory, in copies of it as well, until the LM adds to them.
+    """
     cache = copy_cache(prefix)
-    cache.batch_repeat_interleave(rows)
+    for layer in cache.layers:
+        if type(layer) in _GROW_BY_COPY and layer.is_initialized:
+            layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
+        else:
+            layer.batch_repeat_interleave(rows)
     return cache

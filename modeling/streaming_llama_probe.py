@@ -71,14 +71,19 @@ class HoldBackStreamer(BaseStreamer):
 
     def abort(self) -> None:
         """Drops what is held, and ends, where the call goes no further. `generate` calls it."""
-        if not self._halted:
-            self.streamer.end()
-        self._reset()
+        self._held.clear()
+        self._end()
 
     def end(self) -> None:
         """Shows what is still held, and ends."""
         if not self._halted:
             for value in self._held:
                 self.streamer.put(value)
-            self.streamer.end()
-        self._reset()
+        self._end()
+
+    def _end(self) -> None:
+        try:
+            if not self._halted:
+                self.streamer.end()
+        finally:  # what is held of this reply must not be shown with the next
+            self._reset()

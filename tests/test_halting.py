@@ -267,6 +267,21 @@ class TestPolicies:
             assert torch.equal(generated.sequences, prompts) and all(generated.probe_halts)
             torch.testing.assert_close(passed.probe_logits["mood"], expected.probe_logits["mood"])
 
+    def test_a_streamer_may_call_the_model_with_a_policy(self, model, prompts):
+        """Such a call is not the decoding method's, and what it is to halt is halted."""
+        inner = []
+
+        class Calling(Recorder):
+            def put(self, value):
+                super().put(value)
+                inner.append(model.generate(prompts, max_new_tokens=3, halt_on=lambda outputs: [True] * 3))
+
+        expected = model.generate(prompts[:1], max_new_tokens=4)
+        out = model.generate(prompts[:1], max_new_tokens=4, streamer=Calling())
+        assert torch.equal(out.sequences, expected.sequences)
+        torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+        assert len(inner) > 1 and all(torch.equal(each.sequences, prompts) for each in inner)
+
     def test_a_slow_one_is_waited_for(self, model, prompts):
         streamer, seen = Recorder(), []
 
@@ -296,6 +311,10 @@ class TestPolicies:
             (lambda outputs: "yes", "a str"),
             (lambda outputs: outputs["mood"].labels, "a list with '(fine|awful)' in it"),
             (lambda outputs: outputs["mood"].probabilities > 0.5, "a list with tensor"),
+            (lambda outputs: {0, 1, 2}, "a set"),  # numbers of the prompts, of which 0 would not be halted
+            (lambda outputs: torch.ones(3).nonzero().flatten(), r"a list with tensor\(2\)"),
+            (lambda outputs: outputs["mood"].probabilities[:, 1], "a list with tensor"),  # all true
+            (lambda outputs: [0, 1, math.nan], "a list with nan"),
         ],
     )
     def test_what_is_no_decision_is_not_taken_for_one(self, model, passes, prompts, policy, words):

@@ -35,6 +35,17 @@ def test_it_is_a_softmax(size, numbers, masked):
     torch.testing.assert_close(found.double(), softmax(query / 2, key, valid), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_exponentials_that_are_numbers_of_few_digits(masked):
+    """Many of them make up a sum that is one."""
+    items = 2000
+    query = torch.ones(1, items, 1)
+    key = torch.linspace(-104, -102, items)[None, None]
+    valid = torch.arange(items)[None] % 3 > 0 if masked else None
+    found = attention._received_attention(query, key, valid, 1.0, 10 * items)
+    torch.testing.assert_close(found.double(), softmax(query, key, valid), atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("largest", [-200.0, 120.0])
 def test_one_query_among_many_is_enough(largest, monkeypatch):
     """All scores of a single query too small, or too large, to take the exponential of."""

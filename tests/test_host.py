@@ -4,10 +4,13 @@ import sys
 import threading
 import time
 
+import accelerate
 import pytest
 import torch
 from conftest import VOCAB, make_lm, make_probe, make_prompts
 from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, host
 from llama_probe.files import save_head
@@ -113,6 +116,22 @@ def test_another_base_model_warns_or_raises(model, folder, caplog):
     model.load_probe(folder)
     model.config._name_or_path = "/somewhere/else/Other"
     model.load_probe(folder, name="copy", strict=True)
+
+
+@pytest.mark.parametrize("change", ["compiled", "offloaded"])
+def test_what_is_without_heads_runs_without_them(folder, prompts, change):
+    """Also where the instance has a forward of its own, which runs the model with its heads."""
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    if change == "offloaded":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    model.load_probe(folder, "a")
+    plain = model._without_probes()
+    out = plain(prompts)
+    assert type(plain) is LlamaForCausalLM and type(out) is CausalLMOutputWithPast
+    torch.testing.assert_close(out.logits, make_lm()(prompts).logits)
+    assert model(prompts).probe_logits.keys() == {"a"}, "and the model is as it was"
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "a b", "../a", "ä", None, 3, "type", "train", "training", "_modules"])

@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeOutput
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeOutput, generation
 from llama_probe.files import save_head
 
 
@@ -61,6 +62,23 @@ class TestForward:
         assert first.probe_logits is not None
         second = model(prompts[:, :1], cache=first.cache)
         assert second.probe_logits is None and second.probe_labels is None
+
+    @torch.no_grad()
+    def test_what_goes_on_from_a_cache_that_no_head_has_read_says_so(self, model, prompts, monkeypatch):
+        """As under PEFT's prefix tuning; a decoding step does not."""
+        said = []
+        monkeypatch.setattr(generation.logger, "warning_once", said.append)
+        first = model(prompts, use_cache=True)
+        model(prompts[:, :1], cache=copy.deepcopy(first.cache))
+        model(prompts, cache=copy.deepcopy(first.cache), probe_state=first.probe_state)
+        model(prompts, cache=copy.deepcopy(first.cache), probes=[])
+        assert not said
+        tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        assert tuned(input_ids=prompts, attention_mask=torch.ones_like(prompts)).probe_logits is None
+        assert len(said) == 1 and "probe_logits is None" in said[0] and "get_base_model().classify" in said[0]
+        torch.testing.assert_close(
+            tuned.get_base_model().classify(prompts)["a"].logits, whole(model.probes["a"], prompts)
+        )
 
     def test_without_heads_it_is_the_plain_output(self, model, prompts):
         model.set_active_probes([])
@@ -142,6 +160,16 @@ class TestConversion:
     def test_a_head_is_read_before_the_backbone(self, tmp_path):
         with pytest.raises(ProbeError, match="neither a folder nor a bundled head"):
             LlamaForProbedGeneration.from_pretrained(tmp_path / "no such model", probe="no-such-head")
+
+    def test_a_forward_that_was_replaced_is_refused(self, lm, prompts):
+        """In the instance it stands before that of any class, and heads would not run."""
+        lm.forward = torch.compile(lm.forward, backend="eager")
+        with pytest.raises(ProbeError, match=r"del model\.forward, attach heads, and then"):
+            AutoModelForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+        assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
+        del lm.forward
+        LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+        torch.testing.assert_close(lm(prompts).probe_logits["a"], whole(make_probe(), prompts))
 
     def test_another_class(self):
         other = MistralForCausalLM(

@@ -98,6 +98,27 @@ def test_an_error_shows_nothing_more(model):
     assert recorder.ended == 2, "and it can be used again"
 
 
+def test_nothing_of_a_reply_is_shown_with_the_next_where_the_stream_breaks(model):
+    """A connection that is gone takes neither tokens nor the end."""
+
+    class Gone(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.tokens) == 3:
+                raise BrokenPipeError
+
+        def end(self):
+            raise BrokenPipeError
+
+    streamer, recorder, ids = HoldBackStreamer(Gone(), 2), Recorder(), make_prompts(1)
+    clear = {"halt_on": {"guard": {"threshold": 1.0}}, "streamer": streamer, "eos_token_id": None}
+    with pytest.raises(BrokenPipeError):
+        model.generate(ids, max_new_tokens=9, **clear)
+    streamer.streamer = recorder
+    out = model.generate(ids, max_new_tokens=9, **clear)
+    assert recorder.tokens[0] == ids[0].tolist() and shown(recorder) == out.sequences[0, 9:].tolist()
+
+
 def test_a_prompt_that_is_halted(model):
     model.add_probe("both", make_probe(token_scope="all"))
     recorder = Recorder()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .capture import Capture, Decoder, check_seen, find_decoder, without_peft
 from .decision import ProbeOutput
@@ -22,6 +23,9 @@ from .probe import ProbeModel
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 from .scope import check_rows, prompt_masks
 from .state import CachedHead, HeadReference, ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
+
+
+logger = logging.get_logger(__name__)
 
 
 class PrefillSession:
@@ -293,6 +297,8 @@ def forward_session(
                 "what the call that filled it returned as probe_state (model(..., use_cache=True))"
             )
         if past:
+            if ids is not None and ids.shape[1] > 1 and not torch.compiler.is_dynamo_compiling():
+                logger.warning_once(_NOT_SCORED)
             return None
         keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
         return prompt_session(heads, kwargs, probe_mask, keep=keep, begun=keep, placeholder_ids=placeholder_ids)
@@ -369,6 +375,12 @@ def generation_session(
     return session
 
 
+_NOT_SCORED = (
+    "A pass over several tokens that goes on from a cache was not scored (probe_logits is None): heads would have to read what the "
+    "cache holds. Pass probe_state= beside it, as the call that filled it returned it, or the whole prompt without a cache. A PEFT "
+    "model that was tuned with a prefix puts such a cache before every prompt: score with the model below, "
+    "get_base_model().classify(...), or tune it with LoRA."
+)
 PAGED = (
     "continuous batching (paged cache, generate_batch) mixes the tokens of many requests in one row, so heads cannot read a "
     "prompt there; use generate(), or set_active_probes([]) to go without heads"

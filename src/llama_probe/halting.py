@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -298,12 +298,14 @@ class Halter:
 def _decisions(who: str, said: Any, count: int, what: str) -> list[Halt | None]:
     """What a function of the user's own has decided: true, false or a `Halt` for each of so many prompts or rows."""
     wanted = f"it must return a list with true, false or a Halt for each of the {what}"
-    if not isinstance(said, Iterable) or isinstance(said, (str, Mapping)):
+    if not isinstance(said, Iterable) or isinstance(said, (str, bytes, Mapping, Set)):
         raise ProbeError(f"{who} returned a {type(said).__name__}; {wanted}")
     found = list(said)
     if len(found) != count:
         raise ProbeError(f"{who} returned {len(found)} decisions for {count} {what}")
-    for item in found:  # names of labels would all be true, and keys of a dict anything
-        if isinstance(item, Sized) and getattr(item, "shape", None) not in ((), (1,)):
+    for item in found:
+        # Names of labels and scores would all be true, and keys of a dict or numbers of prompts anything.
+        number = item.item() if getattr(item, "shape", None) in ((), (1,)) else item
+        if isinstance(number, Sized) or (isinstance(number, Real) and number not in (0, 1)):
             raise ProbeError(f"{who} returned a list with {item!r} in it; {wanted}")
     return [item if isinstance(item, Halt) else Halt() if bool(item) else None for item in found]

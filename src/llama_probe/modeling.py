@@ -322,12 +322,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 allowed; see the message.
         """
         kwargs = generation_arguments(args, kwargs)
-        probes, probe_mask, halt_on, halt_reply, on_token, probe_state = (
-            kwargs.pop(name, None) for name in HEAD_ARGUMENTS
-        )
+        asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
+        probes, probe_mask, halt_on, halt_reply, on_token, probe_state = asked
         for config in (generation_config, self.generation_config):
             refuse_in_config(config)
-        inner = is_inner_call(self)
+        # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
+        inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
@@ -341,8 +341,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
             )
         as_dict = True
         if heads:
-            asked = kwargs.get("return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None))
-            as_dict = asked is None or asked
+            as_dict = kwargs.get(
+                "return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None)
+            )
+            as_dict = as_dict is None or as_dict
             if not as_dict and probe_state not in (None, False):
                 raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
             if as_dict or halter is not None:
