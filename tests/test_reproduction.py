@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 import shutil
+from importlib import import_module
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -168,6 +170,33 @@ def test_a_killed_run_goes_on(reproduction, tmp_path, monkeypatch):
     assert numbers(resumed.execute()) == numbers(whole)
     monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("nothing is left to do")))
     assert numbers(reproduction("cut").execute()) == numbers(whole)
+
+
+@pytest.mark.parametrize(
+    "method, only, work",
+    [
+        ("few-shot", "main", "baselines.draw_examples"),
+        ("gate", "few-labels", "learning_curves.SharedTraining.run_unseen"),
+    ],
+)
+def test_a_seed_that_is_finished_is_not_done_again(reproduction, tmp_path, monkeypatch, method, only, work):
+    setup = {"chosen": [method], "only": [only], "seeds": (0, 1, 2)}
+    whole = reproduction("whole", **setup).execute()
+    module, *names = work.split(".")
+    target = f"llama_probe.reproduction.{work}"
+    original, calls = attrgetter(".".join(names))(import_module(f"llama_probe.reproduction.{module}")), []
+
+    def count(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(target, count)
+    with pytest.raises(KeyboardInterrupt):
+        reproduction("cut", **setup).execute()
+    assert numbers(reproduction("cut", **setup).execute()) == numbers(whole) and len(calls) == 4
+    assert not any((tmp_path / "cut" / "training").iterdir())
 
 
 def test_results_do_not_depend_on_what_is_trained_beside(reproduction):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,14 @@ class PartStore:
         content = {"settings": settings, "result": result, "seconds": round(seconds, 1), "together": together}
         text = json.dumps(content, indent=2) + "\n"
         write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
+
+    def once(self, name: str, settings: dict[str, Any], work: Callable[[], Any]) -> Part:
+        """A finished part; where it is still to be done, what `work` gives becomes it."""
+        if not self.holds(name):
+            start = time.perf_counter()
+            result = work()
+            self.write(name, settings, result, time.perf_counter() - start, [name])
+        return self.find(name, settings)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
