@@ -218,7 +218,8 @@ class Sweep:
         known = study.get_trials(deepcopy=False)
         setup = json.loads(json.dumps(self._setup(prepared)))
         if "setup" in study.user_attrs:  # set when all had been drawn
-            found = json.loads(study.user_attrs["setup"])
+            # Earlier versions did not note the weights.
+            found = {"backbone_weights": prepared.backbone_weights} | json.loads(study.user_attrs["setup"])
             if different := [name for name in setup if setup[name] != found.get(name)]:
                 raise ProbeError(
                     f"{output} holds another sweep: its {', '.join(different)} are not these. Give what was given then, or "
@@ -250,6 +251,7 @@ class Sweep:
             "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
             "backbone": run.backbone,
             "dtype": run.dtype,
+            "backbone_weights": prepared.backbone_weights,
             "prompts": [run.prompt_format, run.system_prompt, run.max_length],
             "head": run.head,
             "seed": run.seeds[0],

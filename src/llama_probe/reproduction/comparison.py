@@ -166,7 +166,7 @@ class Comparison:
         if self.store.find(part, settings) is not None:
             return
         scratch = self._scratch(f"main-{task.name}-{name}", settings)
-        kept, parts = PartStore(scratch), []
+        kept, parts = PartStore(scratch, self.store.weights), []
 
         def run(seed: int) -> dict[str, Any]:
             logger.warning(f"{name} on {task.source}" + (f", seed {seed}" if baseline.seeded else ""))
@@ -266,7 +266,7 @@ class Comparison:
         heads, lm = {name: settings[name]["head"] for name in wanted}, self.bench.lm_in_the_loop
         asked = {name: settings[name] for name in wanted}
         scratch = self._scratch(f"few-labels-{task.name}", asked)
-        kept, draws = PartStore(scratch), []
+        kept, draws = PartStore(scratch, self.store.weights), []
 
         def keep(name: str, work: Callable[[], Any]) -> Any:
             draws.append(kept.once(name, asked, work))
@@ -297,8 +297,8 @@ class Comparison:
         return probe
 
     def _scratch(self, name: str, settings: dict[str, Any]) -> Path:
-        """Folder for what is done of parts that are not finished, with these settings alone."""
-        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        """Folder for what is done of parts that are not finished, with these settings and on this backbone alone."""
+        digest = hashlib.sha256(json.dumps([settings, self.store.weights]).encode()).hexdigest()[:8]
         return self.folder / "training" / f"{name}-{digest}"
 
     def _head_folder(self, group: str, task: Task, name: str, seed: int) -> Path:
