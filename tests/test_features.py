@@ -209,6 +209,23 @@ def test_what_a_killed_run_left_is_removed_and_nothing_of_a_living_one(tmp_path,
             run.stdout.close()
 
 
+def test_what_was_killed_while_it_took_its_room_is_removed(tmp_path, prompts, monkeypatch):
+    """Which takes long on a disk where each byte has to be written for it."""
+    lm, killed = make_lm(), StateCache(tmp_path)
+    head = ProbeModel(config(), lm).config
+
+    def kill(file, size):
+        file.truncate(size)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "_take_room", kill)
+        killed.dataset(lm, head, prompts, LABELS)
+    killed._reserved.close()  # as the end of its process does
+    StateCache(tmp_path).dataset(lm, head, prompts, LABELS)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_runs_may_compute_the_same(tmp_path, prompts):
     lm, other = make_lm(), make_lm()
     head = ProbeModel(config(), lm).config

@@ -225,6 +225,8 @@ class StateCache:
             raise too_small
         scratch = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=self.folder))
         self._reserved = (scratch / _STATES).open("wb")
+        if lock(self._reserved):  # before it has the name by which others find it
+            scratch = scratch.rename(scratch.with_name(scratch.name.replace(_UNLOCKED, _SCRATCH)))
         try:
             _take_room(self._reserved, size)
         except OSError as error:
@@ -233,8 +235,6 @@ class StateCache:
             if is_disk_full(error):
                 raise too_small from error
             raise
-        if lock(self._reserved):  # before it has the name by which others find it
-            scratch = scratch.rename(scratch.with_name(scratch.name.replace(_UNLOCKED, _SCRATCH)))
         return scratch
 
     def _remove_abandoned(self) -> None:
