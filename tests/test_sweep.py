@@ -139,6 +139,12 @@ def test_a_killed_sweep_goes_on(rows, backbone_folder, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_one_that_is_finished_is_not_done_again(rows, backbone_folder, tmp_path, monkeypatch):
+    whole = sweep(rows, backbone_folder, tmp_path, trials=2).execute()
+    monkeypatch.setattr(SharedTraining, "_train_epoch", lambda *args: pytest.fail("nothing is left to train"))
+    assert sweep(rows, backbone_folder, tmp_path, trials=2, resume=True).execute() == whole
+
+
 def test_one_on_another_backbone_of_the_same_name_is_refused(rows, backbone_folder, tmp_path):
     backbone, output = tmp_path / "backbone", tmp_path / "out"
     shutil.copytree(backbone_folder, backbone)

@@ -18,7 +18,7 @@ from .configuration import ProbeConfig
 from .distributed import check_shared, is_main, on_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import predict_logits
-from .files import write_atomically
+from .files import is_head_folder, write_atomically
 from .heads import get_probe_type
 from .learners import Candidate, Learner
 from .locks import claimed
@@ -166,6 +166,8 @@ class Sweep:
 
     def _search(self, output: Path, prepared: Prepared) -> dict[str, Any]:
         params = on_main(lambda: self._draw(output, prepared))
+        if on_main(lambda: self._is_finished(output)):
+            return on_main(lambda: read_sweep(output))
         epochs = int(self.run.recipe.num_train_epochs)
         candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
         training = SharedTraining(
@@ -237,6 +239,12 @@ class Sweep:
             self.space.suggest(trial, prepared.config.hidden_size)
         study.set_user_attr("setup", json.dumps(setup))
         return {trial.number: trial.params for trial in trials}
+
+    def _is_finished(self, output: Path) -> bool:
+        """Whether all that was drawn is trained, and what comes of it is written: the checkpoint goes last."""
+        told = all(trial.state.is_finished() for trial in self._study(output).get_trials(deepcopy=False))
+        written = (output / SWEEP_NAME).is_file() and is_head_folder(output / HEAD_FOLDER)
+        return told and written and not (output / CHECKPOINT_NAME).exists()
 
     def _setup(self, prepared: Prepared) -> dict[str, Any]:
         """What must be the same when a sweep goes on."""
