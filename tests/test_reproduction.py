@@ -4,9 +4,12 @@ import gzip
 import json
 import re
 import shutil
+from importlib import import_module
+from operator import attrgetter
 
 import numpy as np
 import pytest
+from conftest import make_lm
 
 from llama_probe import ProbeError, paper
 from llama_probe.files import read_head
@@ -54,11 +57,10 @@ def reproduction(copies, backbone_folder, tmp_path):
         seeds=(0, 1),
         max_rows=None,
         cache=True,
+        backbone=backbone_folder,
         **changes,
     ):
-        bench = Workbench(
-            str(backbone_folder), tmp_path / output / ".states", copies, list(seeds), max_rows, 64, cache=cache
-        )
+        bench = Workbench(str(backbone), tmp_path / output / ".states", copies, list(seeds), max_rows, 64, cache=cache)
         return Reproduction(bench, tmp_path / output, data, chosen, only, **{"epochs": 2, "shots": 2, **changes})
 
     return create
@@ -166,8 +168,35 @@ def test_a_killed_run_goes_on(reproduction, tmp_path, monkeypatch):
     resumed = reproduction("cut")
     monkeypatch.setattr(SharedTraining, "run", lambda *args, **kwargs: pytest.fail("heads are trained again"))
     assert numbers(resumed.execute()) == numbers(whole)
-    monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("nothing is left to do")))
+    monkeypatch.setattr(Workbench, "dataset", lambda *args: pytest.fail("nothing is left to do"))
     assert numbers(reproduction("cut").execute()) == numbers(whole)
+
+
+@pytest.mark.parametrize(
+    "method, only, work",
+    [
+        ("few-shot", "main", "baselines.draw_examples"),
+        ("gate", "few-labels", "learning_curves.SharedTraining.run_unseen"),
+    ],
+)
+def test_a_seed_that_is_finished_is_not_done_again(reproduction, tmp_path, monkeypatch, method, only, work):
+    setup = {"chosen": [method], "only": [only], "seeds": (0, 1, 2)}
+    whole = reproduction("whole", **setup).execute()
+    module, *names = work.split(".")
+    target = f"llama_probe.reproduction.{work}"
+    original, calls = attrgetter(".".join(names))(import_module(f"llama_probe.reproduction.{module}")), []
+
+    def count(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(target, count)
+    with pytest.raises(KeyboardInterrupt):
+        reproduction("cut", **setup).execute()
+    assert numbers(reproduction("cut", **setup).execute()) == numbers(whole) and len(calls) == 4
+    assert not any((tmp_path / "cut" / "training").iterdir())
 
 
 def test_results_do_not_depend_on_what_is_trained_beside(reproduction):
@@ -204,6 +233,65 @@ def test_other_rows_of_the_same_name_are_refused(reproduction, copies, tmp_path)
         with pytest.raises(ProbeError, match=rf"{part}\w+.json was made with other settings: rows=.*another --output"):
             again.execute()
     reproduction(**chosen, only=["main", "ood"]).execute()
+
+
+@pytest.fixture
+def backbone(backbone_folder, tmp_path):
+    """A copy, and what exchanges its weights for others."""
+    folder = tmp_path / "backbone"
+    shutil.copytree(backbone_folder, folder)
+    return folder, lambda: make_lm(seed=1, vocab_size=260).save_pretrained(folder)
+
+
+def test_another_backbone_of_the_same_name_is_refused(reproduction, backbone, tmp_path):
+    folder, exchange = backbone
+
+    def run(**changes):
+        return reproduction(chosen=["gate"], seeds=[0], trials=1, backbone=folder, **changes).execute()
+
+    first = run(only=["main", "sensitivity"])
+    exchange()
+    for only in ("main", "layers"):
+        with pytest.raises(
+            ProbeError, match=r"backbone.json was made on another backbone .* --output, or remove .*parts"
+        ):
+            run(only=[only])
+    (tmp_path / "out" / "parts" / "backbone.json").unlink()
+    with pytest.raises(ProbeError, match=r"main/toxicchat/gate.json was made on another backbone of this name"):
+        run(only=["main"])
+    shutil.rmtree(tmp_path / "out" / "parts")
+    with pytest.raises(ProbeError, match="out/sweep holds a sweep that was made with other settings: weights="):
+        run(only=["sensitivity"])
+    shutil.rmtree(tmp_path / "out" / "sweep")
+    assert run(only=["main", "sensitivity"])["main"] != first["main"]
+
+
+def test_what_an_earlier_version_has_finished_is_read(reproduction, tmp_path, caplog):
+    """It did not note the weights of the backbone."""
+    first = reproduction(chosen=["gate"], only=["main", "sensitivity"], trials=1).execute()
+    for path in [*(tmp_path / "out" / "parts").rglob("*.json"), tmp_path / "out" / "sweep" / "settings.json"]:
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "weights"}))
+    (tmp_path / "out" / "parts" / "sensitivity.json").unlink()
+    again = reproduction(chosen=["gate"], only=["main", "sensitivity"], trials=1).execute()
+    assert numbers(again) == numbers(first) and "parts are taken to be made on those at hand" in caplog.text
+
+
+def test_a_checkpoint_of_another_backbone_is_not_gone_on_from(reproduction, backbone, tmp_path, monkeypatch):
+    folder, exchange = backbone
+
+    def run():
+        return reproduction(chosen=["gate"], seeds=[0], backbone=folder).execute()
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("llama_probe.reproduction.comparison.predict_together", lambda *args, **kwargs: 1 / 0)
+        run()
+    exchange()
+    shutil.rmtree(tmp_path / "out" / "parts")
+    epochs = []
+    original = SharedTraining._train_epoch
+    monkeypatch.setattr(SharedTraining, "_train_epoch", lambda self: (epochs.append(self.epoch), original(self))[1])
+    run()
+    assert epochs == [0, 1]
 
 
 def test_a_checkpoint_of_other_rows_is_not_gone_on_from(reproduction, copies, tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """The search: ranges, ranking, files, and going on after a kill."""
 
 import json
+import shutil
 from collections import Counter
 
 import optuna
 import pytest
 import torch
-from conftest import HIDDEN
+from conftest import HIDDEN, make_lm
 
 from llama_probe import ProbeConfig, ProbeError, shared_training
 from llama_probe.data_sources import DataSources
@@ -125,7 +126,7 @@ def test_a_killed_sweep_goes_on(rows, backbone_folder, tmp_path, monkeypatch):
         sweep(rows, backbone_folder, tmp_path / "cut").execute()
     with pytest.raises(ProbeError, match="holds another sweep: its trials are not these"):
         sweep(rows, backbone_folder, tmp_path / "cut", trials=7, resume=True).execute()
-    with pytest.raises(ProbeError, match="holds another sweep: its dtype are not these"):
+    with pytest.raises(ProbeError, match="holds another sweep: its dtype, backbone_weights are not these"):
         sweep(rows, backbone_folder, tmp_path / "cut", resume=True, dtype="bfloat16").execute()
     train, before = rows / "train.jsonl", (rows / "train.jsonl").read_text()
     train.write_text(before.replace('"label": 0', '"label": 2').replace("1}", "0}").replace("2}", "1}"))
@@ -136,6 +137,21 @@ def test_a_killed_sweep_goes_on(rows, backbone_folder, tmp_path, monkeypatch):
     assert resumed == whole
     one, other = (read_head(tmp_path / name / "head").state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_that_is_finished_is_not_done_again(rows, backbone_folder, tmp_path, monkeypatch):
+    whole = sweep(rows, backbone_folder, tmp_path, trials=2).execute()
+    monkeypatch.setattr(SharedTraining, "_train_epoch", lambda *args: pytest.fail("nothing is left to train"))
+    assert sweep(rows, backbone_folder, tmp_path, trials=2, resume=True).execute() == whole
+
+
+def test_one_on_another_backbone_of_the_same_name_is_refused(rows, backbone_folder, tmp_path):
+    backbone, output = tmp_path / "backbone", tmp_path / "out"
+    shutil.copytree(backbone_folder, backbone)
+    sweep(rows, backbone, output, trials=1).execute()
+    make_lm(seed=1, vocab_size=260).save_pretrained(backbone)
+    with pytest.raises(ProbeError, match="holds another sweep: its backbone_weights are not these"):
+        sweep(rows, backbone, output, trials=1, resume=True).execute()
 
 
 def test_one_that_was_killed_while_it_drew_begins_anew(rows, backbone_folder, tmp_path):

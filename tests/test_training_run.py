@@ -1,10 +1,12 @@
 """Runs from rows to a head folder: folds, rows of other sources, and going on after a stop."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_lm
 from torch.utils.data import Subset
 
 from llama_probe import ProbeError
@@ -201,13 +203,13 @@ class TestGoingOn:
     @pytest.fixture
     def stopped(self, backbone_folder, tmp_path, monkeypatch):
         """A run that was stopped after its training, and one that goes on with changes."""
+        shutil.copytree(backbone_folder, tmp_path / "backbone")
 
         def run(resume=True, rows=40, **recipe):
             data = DataSources(train=write(tmp_path / f"{rows}.jsonl", rows), label_names=["0", "1"])
             recipe = Recipe(**{"num_train_epochs": 1, **recipe})
-            return TrainingRun(
-                str(backbone_folder), data, tmp_path / "head", {"probe_type": "gate"}, recipe, resume=resume
-            )
+            head = {"probe_type": "gate"}
+            return TrainingRun(str(tmp_path / "backbone"), data, tmp_path / "head", head, recipe, resume=resume)
 
         def stop(*_):
             raise KeyboardInterrupt
@@ -238,6 +240,11 @@ class TestGoingOn:
         assert not (tmp_path / "head" / "probe_config.json").exists()
         stopped(resume=False, **changes).execute()
         assert (tmp_path / "head" / "probe_config.json").exists()
+
+    def test_another_backbone_of_the_same_name(self, stopped, tmp_path):
+        make_lm(seed=1, vocab_size=260).save_pretrained(tmp_path / "backbone")
+        with pytest.raises(ProbeError, match="checkpoints of another training: its backbone_weights are not these"):
+            stopped().execute()
 
     def test_other_folds(self, backbone_folder, tmp_path, monkeypatch):
         """Folds are drawn by the first seed: the heads of another one have learned from rows that are held out now."""

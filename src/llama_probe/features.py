@@ -231,6 +231,8 @@ class StateCache:
             raise too_small
         scratch = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=self.folder))
         self._reserved = (scratch / _STATES).open("wb")
+        if lock(self._reserved):  # before it has the name by which others find it
+            scratch = scratch.rename(scratch.with_name(scratch.name.replace(_UNLOCKED, _SCRATCH)))
         try:
             _take_room(self._reserved, size)
         except OSError as error:
@@ -239,8 +241,6 @@ class StateCache:
             if is_disk_full(error):
                 raise too_small from error
             raise
-        if lock(self._reserved):  # before it has the name by which others find it
-            scratch = scratch.rename(scratch.with_name(scratch.name.replace(_UNLOCKED, _SCRATCH)))
         return scratch
 
     def _remove_abandoned(self) -> None:
@@ -392,11 +392,22 @@ def weights_digest(lm: nn.Module) -> str:
     values = {name: value for name, value in decoder.config.to_dict().items() if name not in _NO_PART_OF_STATES}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for name, tensor in sorted(decoder.state_dict().items()):
-        # all ranks have to be here where the weights are sharded over them
-        flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        for part in _plain_tensors(tensor):
+            flat = part.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a weight is made of: a quantised one, such as torchao's, of several tensors, and it cannot be sliced itself."""
+    if isinstance(tensor, DTensor):
+        yield tensor.full_tensor()  # all ranks have to be here where the weights are sharded over them
+    elif hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _is_whole(entry: Path) -> bool:

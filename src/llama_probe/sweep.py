@@ -18,7 +18,7 @@ from .configuration import ProbeConfig
 from .distributed import check_shared, is_main, on_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import predict_logits
-from .files import write_atomically
+from .files import is_head_folder, write_atomically
 from .heads import get_probe_type
 from .learners import Candidate, Learner
 from .locks import claimed
@@ -166,6 +166,8 @@ class Sweep:
 
     def _search(self, output: Path, prepared: Prepared) -> dict[str, Any]:
         params = on_main(lambda: self._draw(output, prepared))
+        if on_main(lambda: self._is_finished(output)):
+            return on_main(lambda: read_sweep(output))
         epochs = int(self.run.recipe.num_train_epochs)
         candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
         training = SharedTraining(
@@ -218,7 +220,8 @@ class Sweep:
         known = study.get_trials(deepcopy=False)
         setup = json.loads(json.dumps(self._setup(prepared)))
         if "setup" in study.user_attrs:  # set when all had been drawn
-            found = json.loads(study.user_attrs["setup"])
+            # Earlier versions did not note the weights.
+            found = {"backbone_weights": prepared.backbone_weights} | json.loads(study.user_attrs["setup"])
             if different := [name for name in setup if setup[name] != found.get(name)]:
                 raise ProbeError(
                     f"{output} holds another sweep: its {', '.join(different)} are not these. Give what was given then, or "
@@ -237,6 +240,12 @@ class Sweep:
         study.set_user_attr("setup", json.dumps(setup))
         return {trial.number: trial.params for trial in trials}
 
+    def _is_finished(self, output: Path) -> bool:
+        """Whether all that was drawn is trained, and what comes of it is written: the checkpoint goes last."""
+        told = all(trial.state.is_finished() for trial in self._study(output).get_trials(deepcopy=False))
+        written = (output / SWEEP_NAME).is_file() and is_head_folder(output / HEAD_FOLDER)
+        return told and written and not (output / CHECKPOINT_NAME).exists()
+
     def _setup(self, prepared: Prepared) -> dict[str, Any]:
         """What must be the same when a sweep goes on."""
         run = self.run
@@ -250,6 +259,7 @@ class Sweep:
             "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
             "backbone": run.backbone,
             "dtype": run.dtype,
+            "backbone_weights": prepared.backbone_weights,
             "prompts": [run.prompt_format, run.system_prompt, run.max_length],
             "head": run.head,
             "seed": run.seeds[0],

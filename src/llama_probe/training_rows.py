@@ -35,6 +35,7 @@ class Prepared:
         cache: that goes when the run is over.
         folds: rows of train that take turns as validation rows; none where the validation rows are others.
         extra_weights: see `DataSources`.
+        backbone_weights: digest of the backbone, by which a run that goes on knows it: its name may have become another's.
     """
 
     parts: dict[str, LabelledTexts]
@@ -47,6 +48,7 @@ class Prepared:
     cache: StateCache | None
     folds: list[np.ndarray] = field(default_factory=list)
     extra_weights: list[float] = field(default_factory=lambda: [1.0])
+    backbone_weights: str = ""
 
     @property
     def trained(self) -> Dataset:

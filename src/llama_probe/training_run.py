@@ -28,7 +28,7 @@ from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rul
 from .distributed import check_shared, is_main, on_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
-from .features import PromptDataset, StateCache, check_cache
+from .features import PromptDataset, StateCache, check_cache, weights_digest
 from .files import check_output, environment, save_head, write_atomically
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier
@@ -138,6 +138,7 @@ class TrainingRun:
             "recipe": dataclasses.asdict(self.recipe),
             # The fingerprint is measured anew by each run, and says how much alike backbones are, not whether they are the same.
             "head": prepared.config.to_dict() | {"fingerprint": None},
+            "backbone_weights": prepared.backbone_weights,
             "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
             "extra_weights": prepared.extra_weights,
             # Which rows each head has not seen, so that none is validated on rows that it learned from.
@@ -154,7 +155,7 @@ class TrainingRun:
             write_atomically({path: lambda name: name.write_text(json.dumps(setup), encoding="utf-8")})
             return setup
 
-        found = on_main(begin)
+        found = {"backbone_weights": prepared.backbone_weights} | on_main(begin)  # earlier versions did not note them
         if different := [name for name in setup if setup[name] != found.get(name)]:
             raise ProbeError(
                 f"{self.output} holds the checkpoints of another training: its {', '.join(different)} are not these. Give what "
@@ -211,7 +212,8 @@ class TrainingRun:
             )
         passing = cache if self.cache_dir is None else None
         kept = None if cache else lm
-        return Prepared(parts, config, metric, datasets, reply_lengths, kept, head, passing, folds, weights)
+        digest = weights_digest(lm)
+        return Prepared(parts, config, metric, datasets, reply_lengths, kept, head, passing, folds, weights, digest)
 
     def save(
         self,

@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Comparison:
 
     Args:
         bench: backbone and data.
-        folder: for the store (`parts`), the trained heads (`heads`), and the checkpoints of training under way.
+        folder: for the store (`parts`), the trained heads (`heads`), and what is under way (`training`).
         epochs, patience: of every head.
         shots: examples a label of few-shot prompting.
     """
@@ -108,9 +109,7 @@ class Comparison:
             for name in missing
             for seed in seeds
         }
-        asked = json.dumps({name: settings[name] for name in missing})  # a checkpoint is of these alone
-        digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
-        scratch = self.folder / "training" / f"{group}-{task.name}-{digest}"
+        scratch = self._scratch(f"{group}-{task.name}", {name: settings[name] for name in missing})
         logger.warning(f"training {', '.join(missing)} on {task.source}, seeds {', '.join(map(str, seeds))}")
         training = SharedTraining(
             [candidate for several in candidates.values() for candidate in several],
@@ -166,15 +165,21 @@ class Comparison:
         settings, part, baseline = self.settings(task.source, name), f"main/{task.name}/{name}", BASELINES[name]
         if self.store.find(part, settings) is not None:
             return
-        start = time.perf_counter()
-        runs, scored = [], None
-        for seed in self.bench.seeds if baseline.seeded else self.bench.seeds[:1]:
+        scratch = self._scratch(f"main-{task.name}-{name}", settings)
+        kept, parts = PartStore(scratch, self.store.weights), []
+
+        def run(seed: int) -> dict[str, Any]:
             logger.warning(f"{name} on {task.source}" + (f", seed {seed}" if baseline.seeded else ""))
             scored = baseline.run(task, seed, self.shots)
             _, judged = judge(task.labels, scored.validation, scored.test, task)
-            runs.append({"seed": seed if baseline.seeded else None, **scored.chosen, **judged})
-        result = _result(task, runs, scored.num_parameters)
-        self.store.write(part, settings, result, time.perf_counter() - start, [part])
+            run = {"seed": seed if baseline.seeded else None, **scored.chosen, **judged}
+            return {"run": run, "num_parameters": scored.num_parameters}
+
+        for seed in self.bench.seeds if baseline.seeded else self.bench.seeds[:1]:
+            parts.append(kept.once(f"seed-{seed}", settings, partial(run, seed)))
+        result = _result(task, [each.result["run"] for each in parts], parts[-1].result["num_parameters"])
+        self.store.write(part, settings, result, sum(each.seconds for each in parts), [part])
+        shutil.rmtree(scratch, ignore_errors=True)
 
     def out_of_distribution(self, task: Task, names: Sequence[str], test_set: str) -> None:
         """Heads that were trained on one data set, and TF-IDF, on the test rows of another: parts `ood/DATA/SET/METHOD`.
@@ -256,17 +261,25 @@ class Comparison:
         wanted = [name for name in names if self.store.find(parts[name], settings[name]) is None]
         if not wanted:
             return
-        start = time.perf_counter()
         logger.warning(f"learning curves of {', '.join(wanted)} on {task.source}")
         sets = [value for name in ("train", "test") for value in (task.dataset(name), task.parts[name].labels)]
         heads, lm = {name: settings[name]["head"] for name in wanted}, self.bench.lm_in_the_loop
-        curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, lm)
+        asked = {name: settings[name] for name in wanted}
+        scratch = self._scratch(f"few-labels-{task.name}", asked)
+        kept, draws = PartStore(scratch, self.store.weights), []
+
+        def keep(name: str, work: Callable[[], Any]) -> Any:
+            draws.append(kept.once(name, asked, work))
+            return draws[-1].result
+
+        curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, lm, keep)
         rows = {name: len(task.parts[name]) for name in ("train", "test")}
-        seconds, together = time.perf_counter() - start, [parts[name] for name in wanted]
+        seconds, together = sum(draw.seconds for draw in draws), [parts[name] for name in wanted]
         for name in wanted:
             own = [point for point in curves if point["head"] == name]
             result = {"metric": task.metric, "rows": rows, "curve": own}
             self.store.write(parts[name], settings[name], result, seconds, together)
+        shutil.rmtree(scratch, ignore_errors=True)
 
     def head(self, task: Task, name: str, seed: int) -> ProbeModel:
         """A head that `main` has kept.
@@ -282,6 +295,11 @@ class Comparison:
         probe = read_head(folder).to("cpu" if lm is None else lm.device)
         probe.bind(self.bench.lm)
         return probe
+
+    def _scratch(self, name: str, settings: dict[str, Any]) -> Path:
+        """Folder for what is done of parts that are not finished, with these settings and on this backbone alone."""
+        digest = hashlib.sha256(json.dumps([settings, self.store.weights]).encode()).hexdigest()[:8]
+        return self.folder / "training" / f"{name}-{digest}"
 
     def _head_folder(self, group: str, task: Task, name: str, seed: int) -> Path:
         kept = "" if group == "main" else f"{group}-"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def learning_curves(
     sizes: Sequence[int] = SIZES,
     seeds: Sequence[int] = (0, 1, 2),
     lm: nn.Module | None = None,
+    keep: Callable[[str, Callable[[], Any]], Any] = lambda name, work: work(),
 ) -> list[dict[str, Any]]:
     """Trains heads on a few rows, as `llama-probe train` would, and scores it on others.
 
@@ -46,6 +48,7 @@ def learning_curves(
         train, test: both `PromptDataset` (with `lm`) or both `StateDataset`. train_labels, test_labels: see `LabelledTexts`.
         sizes: numbers of rows. Those above the number of training rows are left out.
         lm: the frozen backbone; `None` where the states are cached.
+        keep: takes the name of a draw and what works it out, and gives its entries: worked out, or kept from before.
 
     Returns:
         One entry a size, seed and head, `rows`, `seed` and `head`, with the metrics of `score`.
@@ -58,15 +61,20 @@ def learning_curves(
         raise ProbeError(f"{len(train)} training rows are too few for a learning curve")
     draws = [(size, seed, draw_rows(train_labels, config, size, seed)) for size in sizes for seed in seeds]
     found = []
-    for size, seed, rows in tqdm(draws, desc="learning curves", unit=" draws", leave=False):
+
+    def draw(size: int, seed: int, rows: np.ndarray) -> list[dict[str, Any]]:
         candidates = [_candidate(name, head, config, size, seed) for name, head in heads.items()]
         epochs = int(complete(Recipe(), {}, size)[0].num_train_epochs)
         part = Subset(train, rows.tolist())
         training = SharedTraining(candidates, part, test, "accuracy", epochs, Path(), lm, seed=seed)
         probes = [learner.probe for learner in training.run_unseen()]
-        for name, probe, logits in zip(heads, probes, predict_together(probes, test, lm), strict=True):
-            metrics = score_logits(logits, test_labels, probe.config)
-            found.append({"rows": size, "seed": seed, "head": name, **metrics})
+        return [
+            {"rows": size, "seed": seed, "head": name, **score_logits(logits, test_labels, probe.config)}
+            for name, probe, logits in zip(heads, probes, predict_together(probes, test, lm), strict=True)
+        ]
+
+    for size, seed, rows in tqdm(draws, desc="learning curves", unit=" draws", leave=False):
+        found += keep(f"{size}-rows-seed-{seed}", partial(draw, size, seed, rows))
     return found
 
 

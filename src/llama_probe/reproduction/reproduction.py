@@ -124,7 +124,8 @@ class Reproduction:
             What is also written to `report.json`.
 
         Raises:
-            ProbeError: anything the user can mend, before any work is done; parts made with other settings among it.
+            ProbeError: anything the user can mend, before any work is done; parts made with other settings, or on another
+                backbone of the same name, among it.
         """
         if launched():
             raise ProbeError(
@@ -138,6 +139,7 @@ class Reproduction:
         if set(self.only) - {"sensitivity"}:
             self._check_rows()
         self.report()  # reads all that is finished, and refuses what was made with other settings
+        self._check_backbone()
         if "sensitivity" in self.only and self.sweep is None and not self.comparison.store.holds("sensitivity"):
             self._check_sweep()
         try:
@@ -151,6 +153,16 @@ class Reproduction:
         report = self.report()
         write_report(self.output, report)
         return report
+
+    def _check_backbone(self) -> None:
+        store = self.comparison.store
+        store.weights = self.bench.weights
+        self.report()  # and now what was made on another backbone of the same name
+        if store.holds("backbone") and store.find("backbone", self._backbone_settings).weights is None:
+            logger.warning(
+                f"{store.folder} was begun by a version that did not note which weights the backbone has: its parts are "
+                "taken to be made on those at hand"
+            )
 
     def _check_rows(self) -> None:
         for source in self.data:
@@ -263,6 +275,10 @@ class Reproduction:
         own = {"trials": self.trials, "epochs": self.epochs, "patience": self.patience}
         return {**self.bench.settings, "data": self._primary, "rows": rows, **own}
 
+    @property
+    def _sweep_settings(self) -> dict[str, Any]:
+        return {**self._sensitivity_settings, "weights": self.bench.weights}
+
     def _sensitivity(self) -> None:
         store, settings = self.comparison.store, self._sensitivity_settings
         if store.find("sensitivity", settings) is not None:
@@ -279,7 +295,8 @@ class Reproduction:
             return
         path = folder / _SETTINGS_NAME
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if told := differences(found, self._sensitivity_settings):
+        found.setdefault("weights", self.bench.weights)  # earlier versions did not note them
+        if told := differences(found, self._sweep_settings):
             raise ProbeError(
                 f"{folder} holds a sweep that was made with other settings: {told}. Give those again, or another --output; or "
                 "remove the folder to do the sweep anew"
@@ -291,7 +308,7 @@ class Reproduction:
         if (folder / SWEEP_NAME).is_file():
             return read_sweep(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._sensitivity_settings, indent=2) + "\n"
+        text = json.dumps(self._sweep_settings, indent=2) + "\n"
         write_atomically({folder / _SETTINGS_NAME: lambda path: path.write_text(text, encoding="utf-8")})
         run = TrainingRun(
             backbone=bench.backbone,

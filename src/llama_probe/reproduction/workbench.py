@@ -16,7 +16,7 @@ from ..configuration import ProbeConfig
 from ..data import LabelledTexts, read_labelled
 from ..data_sources import DataSources
 from ..errors import ProbeError
-from ..features import PromptDataset, StateCache, check_cache
+from ..features import PromptDataset, StateCache, check_cache, weights_digest
 from ..fingerprint import describe
 from ..known_data import BENCHMARKS, Benchmark, find_benchmark
 from ..prompts import PromptFormat
@@ -83,6 +83,11 @@ class Workbench:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the LM."""
         return self._loaded[1]
+
+    @cached_property
+    def weights(self) -> str:
+        """What tells the LM from another of its name. Loads the backbone."""
+        return weights_digest(self.lm)[:16]
 
     @cached_property
     def prompts(self) -> PromptFormat:
