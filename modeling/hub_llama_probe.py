@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -132,6 +132,26 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
         if name not in (CONFIG_NAME, WEIGHTS_NAME):
             _fetch_optional(reference, name, commit, options)
     return config.parent
+
+
+def without_waiting(reference: HubReference, options: HubOptions = HubOptions()) -> HubOptions:
+    """The options to look for a head that may not exist: with `local_files_only` where the Hub cannot be reached.
+
+    It is asked once. The client repeats each request for half a minute before it gives a connection up, which is right for a
+    head that somebody has pushed, and too long for a word that is a slip of the pen more often than not.
+    """
+    revision = reference.revision or options.revision
+    path = f"{reference.subfolder}/{CONFIG_NAME}" if reference.subfolder else CONFIG_NAME
+    cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
+    if options.local_files_only or isinstance(cached, str):  # which the client gives back without a connection
+        return options
+    try:
+        HfApi(token=options.token).file_exists(reference.repo_id, path, revision=revision)
+    except HfHubHTTPError:  # it has answered
+        return options
+    except _FAILED:
+        return replace(options, local_files_only=True)
+    return options
 
 
 def list_heads(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:

@@ -6,11 +6,12 @@ import math
 import pytest
 from conftest import make_lm, make_probe
 from hub_server.heads import contents, plain, same_weights
+from huggingface_hub.utils import _http
 from transformers import AutoModel
 
 from llama_probe import ProbeError
 from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, save_head
-from llama_probe.resolve import best_head, bundled_heads, check_name, default_name, read_heads, resolve_head
+from llama_probe.resolve import Target, best_head, bundled_heads, check_name, default_name, read_heads, resolve_head
 
 
 def test_bundled_heads_are_readable_and_fit_one_backbone():
@@ -190,6 +191,21 @@ class TestAliases:
             ProbeError, match=r"; beside the backbone: mine; .*probe_namespace= \(namespace= of load_probe\)"
         ):
             model.load_probe("weather")
+
+    def test_where_the_hub_is_out_of_reach_it_is_asked_once(self, hub, named, monkeypatch, tmp_path):
+        backbone = plain(hub)
+        hub.plant(backbone, {f"mine/{name}": data for name, data in contents(make_probe(), tmp_path / "own").items()})
+        target = Target(backbone, 32, 3)
+        cached = resolve_head("mood", target, namespace="alice")
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("the client repeats its request"))
+        with hub.down():
+            assert resolve_head("mood", target, namespace="alice") == cached
+            for alias in ("moood", "mine"):
+                with pytest.raises(
+                    ProbeError, match="the Hub, where org/tiny may have more, was not asked or not reached"
+                ):
+                    resolve_head(alias, target, namespace="alice")
+        assert resolve_head("mine", target, namespace="alice").name == "mine"
 
     def test_damaged_settings(self, hub, named):
         named.parent.mkdir(parents=True)

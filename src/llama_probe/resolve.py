@@ -18,7 +18,7 @@ from .capture import find_decoder
 from .configuration import ProbeConfig
 from .errors import ProbeError
 from .files import is_head_folder, read_config, read_head, read_results
-from .hub import HubOptions, HubReference, check_subfolder, download_head, list_heads
+from .hub import HubOptions, HubReference, check_subfolder, download_head, list_heads, without_waiting
 from .probe import ProbeModel
 
 
@@ -196,8 +196,10 @@ def resolve_head(
             if chosen is not None:
                 return chosen
             continue
+        reference = HubReference(repository, at, source)
+        options = without_waiting(reference, options)
         try:
-            return download_head(HubReference(repository, at, source), options)
+            return download_head(reference, options)
         except ProbeError as error:
             refused = error
     raise ProbeError(_unknown_alias(source, target, bundled, options, namespace, refused))
@@ -224,6 +226,8 @@ def _unknown_alias(source, target, bundled, options, namespace, refused) -> str:
     for repository, at in _repositories(target, options, namespace=None):  # the backbone's own folder or repository
         local = isinstance(repository, Path)
         found = list(heads_in(repository)) if local else list_heads(repository, replace(options, revision=at))
+        if not local and options.local_files_only:
+            lines.append(f"the Hub, where {repository} may have more, was not asked or not reached")
         if found := [head for head in found if head]:
             lines.append(f"beside the backbone: {', '.join(found)}")
     others = {alias: read_config(folder) for alias, folder in bundled_heads().items() if alias not in bundled}
