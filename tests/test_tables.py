@@ -52,6 +52,15 @@ def test_an_existing_path_is_one(tmp_path, monkeypatch):
     assert read_table("rows:odd@name.csv")["text"][:] == ["a"]
 
 
+def test_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n')
+    monkeypatch.chdir(tmp_path)
+    assert read_table(".", "train", ["text"])["text"][:] == ["a"]
+    for source in ("", " "):
+        with pytest.raises(ProbeError, match="names no rows"):
+            read_table(source)
+
+
 def test_a_folder_with_configurations(tmp_path):
     (tmp_path / "fr").mkdir()
     (tmp_path / "README.md").write_bytes(

@@ -61,9 +61,13 @@ def read_table(
     Raises:
         ProbeError: there is nothing to read, or it is not clear which of two columns is meant.
     """
+    if not source.strip():  # which pathlib takes for the folder that one is in
+        raise ProbeError(f"{source!r} names no rows: give a file, a folder or a Hub data set")
     place = TablePlace.parse(source)
     path, split = Path(place.id), place.split or split
     try:
+        # The loader calls rows by the last part of a folder's path, and `.` has none.
+        location = str(path.resolve()) if path.is_dir() else place.id
         if path.is_file():
             if place.id != source:
                 raise ProbeError(
@@ -84,19 +88,17 @@ def read_table(
         if kind_of(path) and not path.exists():
             raise ProbeError(f"there is no file {path}")
         if path.is_dir():
-            if "[" in str(path.resolve()):  # which the loader takes for the beginning of a pattern
-                raise ProbeError(
-                    f"{path.resolve()}: a folder of rows must have no [ in its path: rename it, or name a file"
-                )
+            if "[" in location:  # which the loader takes for the beginning of a pattern
+                raise ProbeError(f"{location}: a folder of rows must have no [ in its path: rename it, or name a file")
             if place.revision is not None:
                 raise ProbeError(f"{source}: {path} is a folder, and has no revisions: leave @{place.revision} out")
-            config = load_dataset_builder(place.id, place.configuration).config
+            config = load_dataset_builder(location, place.configuration).config
             files = [Path(name) for part in (config.data_files or {}).values() for name in part]
             if hasattr(config, "keep_default_na"):
                 options = _csv_options(files, text_columns, needed)
             _check_encoding(files)
             options["description"] = _digest(files)
-        data = load_dataset(place.id, place.configuration, split=None, revision=place.revision, **options)
+        data = load_dataset(location, place.configuration, split=None, revision=place.revision, **options)
     except ProbeError:
         raise
     except Exception as error:  # the loaders raise dozens of types for bad input
