@@ -399,6 +399,8 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
             for command in (("train", "--train", "{rows}"), ("sweep", "--train", "{rows}"), ("reproduce",))
         ),
         (("train", "--train", "{rows}", "--output", "x", "--text-column", "body"), "has no column 'body'"),
+        (("train", "--train", "{rows}", "--output", "x", "--num-seeds", "9" * 20), "Invalid value for '--num-seeds'"),
+        (("evaluate", "--probe", "toxicchat-gate", "--data", ""), "'' names no rows"),
         (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
         (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),
         (("train", "--train", "{rows}", "--output", "x", "--max-false-positive-rate", "1.5"), "below 1"),

@@ -49,8 +49,8 @@ class Recipe:
                 raise ProbeError(f"{name}={value} must be above 0")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ProbeError(f"{name}={value} must be at least 1")
+            if value is not None and not 1 <= value < 2**31:
+                raise ProbeError(f"{name}={value} must be at least 1 and below 2**31")
         for name in ("weight_decay", "focal_gamma"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:

@@ -35,7 +35,7 @@ def reproduce(
             help="main, ood, downcast, layers, sensitivity or few-labels, with commas; may be given again. Left out: all."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that depends on chance.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each method that depends on chance.")] = 3,
     max_rows: Annotated[
         int | None, typer.Option(help="Use at most so many training, validation and test rows, for a quick look.")
     ] = None,

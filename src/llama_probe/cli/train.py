@@ -145,7 +145,9 @@ def train(
     ] = "expected-f1",
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better metric.")] = 3,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    num_seeds: Annotated[int, typer.Option(min=1, help="Train so many heads and keep the best by validation.")] = 1,
+    num_seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Train so many heads and keep the best by validation.")
+    ] = 1,
     dtype: Dtype = "auto",
     cache: Annotated[
         bool, typer.Option(help="Run the backbone once and keep its states on disk while training.")
