@@ -6,9 +6,9 @@ import shlex
 import sys
 
 import pytest
-from command_line import call
+from command_line import call, write_rows
 
-from llama_probe import ProbeConfig, cli
+from llama_probe import ProbeConfig, ProbeError, cli
 from llama_probe.backbones import DTYPES
 from llama_probe.benchmark.random_weights import SHAPES
 from llama_probe.benchmark.serving_benchmark import KINDS, MANY_KIND, ServingBenchmark
@@ -59,6 +59,35 @@ def test_files_that_the_system_refuses_are_one_line_and_status_2(monkeypatch):
     assert done.returncode == 2 and done.stderr == "llama-probe: /root/head: Permission denied\n"
 
 
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("train", ["--max-rows 0", "--epochs 0", "--batch-size 0", "--patience 0", "--folds 1", "--test-share 2", "--label-names a,a"]),
+        ("train", ["--seed -1", "--extra-weight -1", "--cache-dir c --no-cache", "--focal-gamma -1", "--problem-type foo"]),
+        ("train", ["--probe-type foo", "--pool sum", "--layers -1", "--token-scope foo", "--dropout 2", "--class-weights foo"]),
+        ("train", ["--metric foo", "--threshold-rule foo", "--max-false-positive-rate 2", "--dtype foo", "--slice-column half"]),
+        ("sweep", ["--trials 0", "--keep 0", "--epochs 0", "--probe-type muli", "--max-rows 0", "--seed -1"]),
+        ("reproduce", ["--max-rows 0", "--only foo", "--data foo", "--trials 0", "--epochs 0", "--shots 0"]),
+        ("benchmark", ["--many -1", "--tokens 0", "--kind foo", "--pairs 0", "--device foo", "--guard x --guard x"]),
+        ("classify", ["--chunk-rows 0", "--probe foo"]),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_option_that_was_typed(backbone_folder, tmp_path, command, options):
+    write_rows(tmp_path)
+    given = {
+        "train": ["--train", tmp_path / "train.jsonl", "--output", tmp_path / "out"],
+        "reproduce": ["--output", tmp_path / "out"],
+        "benchmark": ["--tokens", "8"],
+        "classify": ["--input", tmp_path / "train.jsonl", "--output", tmp_path / "out"],
+    }
+    given["sweep"] = given["train"]
+    for words in map(str.split, options):
+        done = call(command, "--backbone", backbone_folder, *given[command], *words)
+        assert done.returncode == 2 and f"llama-probe: {words[0]}=" in done.stderr, (words, done.stderr)
+    with pytest.raises(ProbeError, match=r"^max_rows=0 must"):
+        DataSources("rows.jsonl", max_rows=0)
+
+
 def test_names_of_somebody_elses_write_nothing_to_the_terminal(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0, "k\\u001b[31m": 1}\n')
     done = call("evaluate", "--probe", "toxicchat-gate", "--data", tmp_path / "rows.jsonl", "--text-column", "other")
@@ -67,7 +96,6 @@ def test_names_of_somebody_elses_write_nothing_to_the_terminal(tmp_path):
 
 # Commands repeat what the library owns, so that `--help` need not import torch: here both are laid side by side.
 
-_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 # What a command chooses otherwise, on purpose.
 _OWN = {("train", "probe_type"), ("train", "folds"), ("train", "token_scope"), ("sweep", "epochs"), ("sweep", "cache")}
 
@@ -87,7 +115,7 @@ def test_defaults_are_those_of_the_library(command, owners):
     compared = 0
     for owner in owners:
         for field in dataclasses.fields(owner):
-            name = next((short for short, long in _NAMES.items() if long == field.name), field.name)
+            name = options.RENAMED.get(field.name, field.name)
             plain = field.default is not dataclasses.MISSING and not isinstance(field.default, tuple)
             if name in given and plain and (command.__name__, name) not in _OWN:
                 assert given[name] == field.default, (owner.__name__, name)

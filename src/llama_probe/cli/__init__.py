@@ -14,6 +14,7 @@ from .console import printable
 from .evaluate import evaluate
 from .export import export
 from .heads import inspect
+from .options import option_names
 from .plot import plot
 from .reproduce import reproduce
 from .serve import classify, demo, generate
@@ -101,7 +102,7 @@ def main() -> None:
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="llama-probe", standalone_mode=False) or 0)
     except ProbeError as error:
-        _refuse(str(error))
+        _refuse(_as_typed(str(error)))
     except _UsageError as error:
         command = "llama-probe" if error.ctx is None else error.ctx.command_path
         _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
@@ -118,6 +119,14 @@ def main() -> None:
         _refuse(f"{error.filename}: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+def _as_typed(message: str) -> str:
+    """Errors of the library that begin with one of its arguments, `name=value`, begin with the option that it came from."""
+    name, sign, rest = message.partition("=")
+    command = typer.main.get_command(app).commands.get("".join(sys.argv[1:2]))
+    option = None if command is None else option_names(command).get(name)
+    return message if option is None else f"{option}{sign}{rest}"
 
 
 def _refuse(message: str) -> None:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +37,25 @@ DATA = (
     f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
     "ID@REVISION:CONFIGURATION:SPLIT or less of it"
 )
+
+
+# Arguments of the library that options go by other names for.
+RENAMED = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "seeds": "seed",
+    "resamples": "bootstrap",
+    "probe_type": "kind",
+}
+
+
+def option_names(command: Any) -> dict[str, str]:
+    """The options of a typer command by the arguments that they are passed on as; one that may be given again makes a list."""
+    names = {}
+    for param in command.params:
+        if (option := param.opts[0]).startswith("--"):
+            names |= {param.name: option} | ({f"{param.name}s": option} if param.multiple else {})
+    return {long: names[short] for long, short in RENAMED.items() if short in names} | names
 
 
 def split_of(data: str, split: str | None) -> str:
