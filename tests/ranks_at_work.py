@@ -11,10 +11,11 @@ from conftest import LAYERS, make_lm, make_probe, make_prompts
 from torch.distributed.fsdp import fully_shard
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.backbones import weights_digest
 from llama_probe.data_sources import DataSources
 from llama_probe.distributed import merge_rows, process_group, rank, share, world_size
 from llama_probe.evaluation import inspect_head, predict_logits
-from llama_probe.features import PromptDataset, StateCache, weights_digest
+from llama_probe.features import PromptDataset, StateCache
 from llama_probe.recipe import Recipe
 from llama_probe.sweep import SearchSpace, Sweep
 from llama_probe.training import create_trainer, training_arguments

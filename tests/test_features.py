@@ -174,37 +174,6 @@ def test_the_same_weights_with_another_config_have_states_of_their_own(tmp_path,
     assert len(list(tmp_path.iterdir())) == 2, "a copy in another folder has the same states"
 
 
-class Packed(torch.Tensor):
-    """A weight that is kept as numbers and their scale, as torchao does, and can hardly anything itself."""
-
-    @staticmethod
-    def __new__(cls, numbers, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
-
-    def __init__(self, numbers, scale):
-        self.numbers, self.scale = numbers, scale
-
-    def __tensor_flatten__(self):
-        return ["numbers", "scale"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].numbers, args[0].scale)
-        raise NotImplementedError(func)
-
-
-def test_quantised_weights_are_told_apart():
-    def digest(number, scale):
-        lm = make_lm()
-        packed = Packed(torch.full((4, 4), number, dtype=torch.int8), torch.full((4,), scale))
-        lm.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
-        return features.weights_digest(lm)
-
-    assert digest(3, 0.5) == digest(3, 0.5)
-    assert len({digest(3, 0.5), digest(4, 0.5), digest(3, 0.25)}) == 3
-
-
 def test_what_a_killed_run_left_is_removed_and_nothing_of_a_living_one(tmp_path, prompts):
     lm = make_lm()
     head = ProbeModel(config(), lm).config

