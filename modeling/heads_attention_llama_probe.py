@@ -131,8 +131,10 @@ class AttentionAggregator(LowRankAggregator):
     def pooled(self, state):
         qkv, mask = self._joined(state)
         # For few items the fewest calls are fastest, for many the fewest operations.
-        if qkv.shape[2] >= _MANY and qkv.device.type == "cpu" and not torch.is_grad_enabled():
-            mixed_mean = _traced_mixed_mean if torch.compiler.is_dynamo_compiling() else _mixed_mean
+        traced = torch.compiler.is_dynamo_compiling()
+        many = qkv.shape[2] >= (_MANY_TRACED if traced else _MANY) and qkv.device.type == "cpu"
+        if many and not torch.is_grad_enabled():
+            mixed_mean = _traced_mixed_mean if traced else _mixed_mean
             return mixed_mean(qkv, mask, self.num_heads, self.hidden_size)
         return masked_mean(self._mixed(qkv, mask), mask)
 
@@ -175,9 +177,9 @@ class AttentionAggregator(LowRankAggregator):
         return qkv, torch.cat(masks, dim=1)
 
 
-_MANY = 48
-# Attention scores that are held at once: half a megabyte a thread.
-_CACHED = 1 << 17
+_MANY, _MANY_TRACED = 48, 256
+# Attention scores that are held at once: a megabyte a thread.
+_CACHED = 1 << 18
 
 
 def _mixed_mean(qkv: torch.Tensor, mask: torch.Tensor | None, num_heads: int, hidden_size: int) -> torch.Tensor:

@@ -216,7 +216,7 @@ def test_heads_come_and_go(prompts):
     assert isinstance(compiled(make_model())(prompts, return_dict=False)[-1]["a"], torch.Tensor)
 
 
-@pytest.mark.parametrize("tokens", [9, 60])
+@pytest.mark.parametrize("tokens", [9, 60, 260])
 @torch.no_grad()
 def test_heads_of_one_shape_go_together(tokens):
     """A further head attends to the layers by itself, but not to the tokens."""
@@ -302,7 +302,7 @@ def test_gradients_are_the_lms_own(prompts):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @torch.no_grad()
 def test_with_the_compiler_that_torch_takes_by_itself():
-    model, prompts = make_model(probe_type="mha"), make_prompts(length=60)
+    model, prompts = make_model(probe_type="mha"), make_prompts(length=260)
     model.add_probe("b", make_probe(seed=1, probe_type="multimax"))
     expected = model.generate(prompts, max_new_tokens=1)
     model.compile(fullgraph=True)

@@ -16,7 +16,7 @@ from .head_group import alike
 from .heads import normalize, without_autocast
 from .holding import HeldStates
 from .scope import prompt_masks, tokens_read
-from .stack import reading_dtype
+from .stack import layers_at_once, reading_dtype
 from .state import cached_tokens, given_cache
 
 
@@ -86,6 +86,7 @@ class _Reader:
         self._stages = [head.token_stage for head in heads.values()]
         self._mask = tokens_read(first.config, mask.bool()).to(self.device)
         self._seen: list[int] = []
+        self._waiting: list[torch.Tensor] = []  # [H, S, B, n, rank] each
         self._summaries: list[torch.Tensor] = []  # [H, S, B, ...] each; of a kind of low rank what `expand` takes
 
     @without_autocast
@@ -99,19 +100,29 @@ class _Reader:
         dtype = reading_dtype(stages[0], config, hidden)
         x = normalize(hidden.to(device=self.device, dtype=dtype), config.normalize)
         slots = slice(len(self._seen), len(self._seen) + len(places))
-        if stages[0].rank is None:
-            summaries = torch.stack([stage(x, self._mask, slots) for stage in stages])
-        else:
-            projected = torch.cat([stage.project(x, slots) for stage in stages])  # [H * S, B, n, rank]
-            pooled = stages[0].pooled(stages[0].absorb(None, projected, self._mask))
-            summaries = pooled.unflatten(0, (len(stages), len(places)))
-        self._summaries.append(summaries)
         self._seen += [layers[place] for place in places]
+        if stages[0].rank is None:
+            self._summaries.append(torch.stack([stage(x, self._mask, slots) for stage in stages]))
+            return
+        self._waiting.append(torch.stack([stage.project(x, slots) for stage in stages]))
+        waiting = sum(projected.shape[1] for projected in self._waiting)
+        if waiting >= layers_at_once(list(self._heads.values()), hidden.itemsize, self._waiting[0].itemsize):
+            self._advance()
+
+    def _advance(self) -> None:
+        """Goes on with the layers that wait."""
+        projected = torch.cat(self._waiting, dim=1)
+        stage, sizes = self._stages[0], projected.shape[:2]
+        pooled = stage.pooled(stage.absorb(None, projected.flatten(0, 1), self._mask))
+        self._summaries.append(pooled.unflatten(0, sizes))
+        self._waiting.clear()
 
     @without_autocast
     def logits(self) -> dict[str, torch.Tensor]:
         """By name; see `CompiledPass.logits`."""
         check_seen(self._first.layer_indices, self._seen)
+        if self._waiting:
+            self._advance()
         logits, blank = {}, ~self._mask.any(dim=1, keepdim=True)
         for (name, head), summaries in zip(self._heads.items(), torch.cat(self._summaries, dim=1), strict=True):
             if head.token_stage.rank is not None:

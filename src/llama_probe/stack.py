@@ -44,6 +44,18 @@ def reading_dtype(stage: Aggregator, config: ProbeConfig, hidden: torch.Tensor) 
     return hidden.dtype if half and config.normalize != "none" else torch.float32
 
 
+def layers_at_once(heads: Sequence[ProbeModel], itemsize: int, kept: int, share: float = _WAITING_SHARE) -> int:
+    """How many layers may wait for each other, of heads of one low rank.
+
+    Args:
+        itemsize, kept: bytes of a number as the LM gave it, and of one that waits.
+        share: of all states, that may be kept.
+    """
+    stage, config = heads[0].token_stage, heads[0].config
+    numbers = share * len(heads[0].layer_indices) * config.hidden_size * itemsize / kept
+    return max(1, int(numbers / (len(heads) * stage.rank)))
+
+
 class HeadStack:
     """Some heads of one shape; see `llama_probe.head_group.shape_of`.
 
@@ -202,12 +214,12 @@ class HeadStack:
         self, slot: int, columns: tuple[int, int], batch: int, itemsize: int, dtype: torch.dtype
     ) -> WaitingLayers:
         """For the projections, in `dtype`, of some layers from `slot` on."""
-        items, heads, rank, total = columns[1] - columns[0], len(self.stages), self._rank, len(self.layer_indices)
+        items, heads, rank = columns[1] - columns[0], len(self.stages), self._rank
         few = is_few(batch * items)
         # What few tokens become when layers go on is in fp32, which is twice as much beside an LM in half precision.
         share = _FEW_WAITING_SHARE * itemsize / 4 if few else _WAITING_SHARE
-        count = int(share * total * self.config.hidden_size * itemsize / (dtype.itemsize * heads * rank))
-        count = min(max(1, count), total - slot)
+        count = layers_at_once(self.heads, itemsize, dtype.itemsize, share)
+        count = min(count, len(self.layer_indices) - slot)
         if few:
             places = self._empty(count, heads, batch * items, rank)
             projected = places.unflatten(2, (batch, items))
