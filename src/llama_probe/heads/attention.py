@@ -174,6 +174,7 @@ class AttentionAggregator(LowRankAggregator):
         return qkv, torch.cat(masks, dim=1)
 
 
+# So many items at least; where `torch.compile` traces, the calls of short prompts cost less.
 _MANY, _MANY_TRACED = 48, 256
 # Attention scores that are held at once: a megabyte a thread.
 _CACHED = 1 << 18
