@@ -402,7 +402,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("train", "--train", "{rows}", "--output", "x", "--num-seeds", "9" * 20), "Invalid value for '--num-seeds'"),
         (("evaluate", "--probe", "toxicchat-gate", "--data", ""), "'' names no rows"),
         (("train", "--train", "{rows}", "--output", "x", "--metric", "beauty"), "metric='beauty' cannot choose"),
-        (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "class_weights"),
+        (("train", "--train", "{rows}", "--output", "x", "--class-weights", "a,b"), "--class-weights="),
         (("train", "--train", "{rows}", "--output", "x", "--max-false-positive-rate", "1.5"), "below 1"),
         (
             (
@@ -416,7 +416,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
                 "--problem-type",
                 "regression",
             ),
-            "max_false_positive_rate=0.1 needs a head with two labels or a multi-label head",
+            "--max-false-positive-rate=0.1 needs a head with two labels or a multi-label head",
         ),
     ],
 )

@@ -124,6 +124,10 @@ def main() -> None:
 def _as_typed(message: str) -> str:
     """Errors of the library that begin with one of its arguments, `name=value`, begin with the option that it came from."""
     name, sign, rest = message.partition("=")
+    if (
+        not name.isidentifier()
+    ):  # most: what follows takes a while, in which torchrun may end a process that lost another
+        return message
     command = typer.main.get_command(app).commands.get("".join(sys.argv[1:2]))
     option = None if command is None else option_names(command).get(name)
     return message if option is None else f"{option}{sign}{rest}"
