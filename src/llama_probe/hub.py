@@ -82,6 +82,7 @@ class HubOptions:
         cache_dir: in place of `HF_HOME`'s.
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all.
         force_download: fetch again what is cached.
+        only_config: of a head fetch its config, and leave its weights and what tells of it.
     """
 
     revision: str | None = None
@@ -89,6 +90,7 @@ class HubOptions:
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
     force_download: bool = False
+    only_config: bool = False
 
     @classmethod
     def beside(cls, kwargs: dict[str, Any], revision: str | None = None) -> HubOptions:
@@ -123,6 +125,8 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
             cached while the Hub is out of reach; or a file arrived damaged.
     """
     config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
+    if options.only_config:
+        return config.parent
     commit = extract_commit_hash(str(config), None)
     _fetch(reference, WEIGHTS_NAME, commit, options)
     for name in HEAD_FILES:
