@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import unicodedata
 from dataclasses import dataclass, field
@@ -258,6 +259,43 @@ class ProbeConfig:
     def replace(self, **changes) -> ProbeConfig:
         """A copy with some fields changed, checked as a new one is."""
         return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        namespace: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> ProbeConfig:
+        """Reads the config alone of a head folder, a head on the Hub, or the head that an alias stands for.
+
+        The arguments are those of `load_probe`; an alias is that of any bundled head, as no backbone is there to tell.
+
+        Raises:
+            ProbeError: there is no such head, or its config holds a value that is not allowed.
+        """
+        from .files_llama_probe import read_config
+        from .hub_llama_probe import HubOptions
+        from .resolve_llama_probe import inside, resolve_head
+
+        options = HubOptions(revision, token, cache_dir, local_files_only, force_download, only_config=True)
+        return read_config(resolve_head(inside(source, subfolder), options=options, namespace=namespace))
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `probe_config.json` alone into a folder, such as one with another threshold beside the weights it is of.
+
+        Raises:
+            ProbeError: a field was set to something that is not allowed, or the folder cannot be made or written into.
+        """
+        from .files_llama_probe import save_config
+
+        save_config(self.replace(), save_directory)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same config back."""

@@ -167,6 +167,19 @@ def save_head(probe: ProbeModel, folder: str | os.PathLike) -> Path:
     return folder
 
 
+def save_config(config: ProbeConfig, folder: str | os.PathLike) -> None:
+    """Writes a config, and no weights, into a folder.
+
+    Raises:
+        ProbeError: as for `check_output`.
+    """
+    check_output(folder)
+    make_folder(folder)
+    write_atomically(
+        {Path(folder) / CONFIG_NAME: lambda path: path.write_text(config.to_json_string(), encoding="utf-8")}
+    )
+
+
 def read_config(folder: str | os.PathLike) -> ProbeConfig:
     """Reads and checks the config of a head folder; keys of other versions are left out with a warning.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -85,6 +85,7 @@ class HubOptions:
         cache_dir: in place of `HF_HOME`'s.
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all.
         force_download: fetch again what is cached.
+        only_config: of a head fetch its config, and leave its weights and what tells of it.
     """
 
     revision: str | None = None
@@ -92,6 +93,7 @@ class HubOptions:
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
     force_download: bool = False
+    only_config: bool = False
 
     @classmethod
     def beside(cls, kwargs: dict[str, Any], revision: str | None = None) -> HubOptions:
@@ -126,6 +128,8 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
             cached while the Hub is out of reach; or a file arrived damaged.
     """
     config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
+    if options.only_config:
+        return config.parent
     commit = extract_commit_hash(str(config), None)
     _fetch(reference, WEIGHTS_NAME, commit, options)
     for name in HEAD_FILES:
@@ -193,6 +197,21 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
         raise ProbeError(_OFFLINE_PUSH) from None
     except _FAILED as error:
         raise ProbeError(_push_refused(repo_id, error, token)) from None
+
+
+def check_links(folder: Path, files: Iterable[str]) -> None:
+    """Raises `ProbeError` where a symbolic link among the files of a folder leads out of it: somebody else's folder could so
+    have any file of the user's uploaded. Folders in the Hub's cache are of links into `blobs` beside them, and go."""
+    home = folder.resolve()
+    allowed = [home]
+    allowed += [p.parent / "blobs" for p in home.parents if p.name == "snapshots" and "--" in p.parent.name]
+    for file in files:
+        target = (folder / file).resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise ProbeError(
+                f"{folder / file} is a symbolic link out of the folder, to {target}, and what lies elsewhere is not pushed: put "
+                "a copy in its place, or remove it"
+            )
 
 
 def commit_files(

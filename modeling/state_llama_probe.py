@@ -80,7 +80,19 @@ class ProbeState:
 
 
 class HeadReference(weakref.ref):
-    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it."""
+    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it.
+
+    Attributes:
+        weights: of the head at that time, by what torch counts of their changes in place; no number of theirs is looked at.
+    """
+
+    def __init__(self, head: ProbeModel):
+        super().__init__(head)
+        self.weights = _versions(head)
+
+    def is_of(self, head: ProbeModel) -> bool:
+        """Whether it is the head, with the weights that it had."""
+        return self() is head and self.weights == _versions(head)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
         return self
@@ -231,10 +243,10 @@ class ProbeCache:
             kept = self.heads.get(name)
             if kept is None:
                 continue
-            if kept.head() is not head:
+            if not kept.head.is_of(head):
                 raise ProbeError(
-                    f"probe_state was made by another head called {name!r} than the one that is attached now; start anew "
-                    "without cache and probe_state"
+                    f"probe_state was made by another head called {name!r} than the one that is attached now, or by other weights "
+                    "of it; start anew without cache and probe_state"
                 )
             _same_tokens(f"the tokens that {name!r} reads", masks[name][:, :seen], kept.mask)
             running[name] = kept.running
@@ -283,6 +295,11 @@ def cached_tokens(kwargs: Mapping[str, Any]) -> int:
     """Number of tokens in the cache among the arguments of a call, or in an output of the LM; 0 where there is none."""
     cache = given_cache(kwargs)
     return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _versions(head: ProbeModel) -> list[tuple[int, int]]:
+    # What was made in inference mode is not counted, and not changed outside of it either.
+    return [(id(p), -1 if p.is_inference() else p._version) for p in head.parameters()]
 
 
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:

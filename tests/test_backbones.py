@@ -35,3 +35,17 @@ def test_quantised_weights_are_told_apart():
 
     assert digest(3, 0.5) == digest(3, 0.5)
     assert len({digest(3, 0.5), digest(4, 0.5), digest(3, 0.25)}) == 3
+
+
+def test_the_lm_head_is_a_part_unless_it_is_tied():
+    def digest(tied, factor):
+        lm = make_lm(tie_word_embeddings=tied)
+        with torch.no_grad():
+            lm.lm_head.weight.mul_(factor)
+        return weights_digest(lm)
+
+    assert digest(False, 1) == digest(False, 1) != digest(False, 2)
+    tied = make_lm(tie_word_embeddings=True)
+    before = weights_digest(tied)
+    tied.lm_head = None
+    assert weights_digest(tied) == before, "the embeddings say it all, and digests of earlier versions stay"

@@ -110,6 +110,21 @@ def test_json_round_trip():
     assert ProbeConfig(probe_type="gate", **SIZES).layer_indices == [0, 1, 2, 3, 4]
 
 
+def test_of_a_head_by_name(tmp_path):
+    config = ProbeConfig.from_pretrained("toxicchat-mha")
+    assert (config.probe_type, config.num_hidden_layers) == ("mha", 30)
+    config.threshold = 0.25
+    config.save_pretrained(tmp_path / "a" / "head")
+    assert [path.name for path in (tmp_path / "a" / "head").iterdir()] == ["probe_config.json"]
+    assert ProbeConfig.from_pretrained(tmp_path / "a", subfolder="head") == config
+    config.threshold = 2.0
+    with pytest.raises(ProbeError, match=r"threshold=2\.0 must be"):
+        config.save_pretrained(tmp_path / "a" / "head")
+    assert ProbeConfig.from_pretrained(tmp_path / "a" / "head").threshold == 0.25
+    with pytest.raises(ProbeError, match="'toxicat' is neither a folder nor a bundled head"):
+        ProbeConfig.from_pretrained("toxicat")
+
+
 def test_unknown_keys_are_left_out_and_named():
     config, unknown = ProbeConfig.from_dict({"num_labels": 4, "colour": "red"})
     assert config.num_labels == 4 and unknown == ["colour"]

@@ -364,6 +364,14 @@ def test_pushes_that_fail(hub, token, repository, tmp_path, monkeypatch):
         patch.setattr(HfApi, "model_info", somebody_else_is_faster)
         push_repository(repository, REPO, token=token)
     assert set(hub.files(REPO)) == {".gitattributes", "theirs.txt"}
+    secret, link = tmp_path / "secret", repository / "toxic" / "notes.txt"
+    secret.write_text("mine")
+    link.symlink_to(secret)
+    hub.clear_requests()
+    with pytest.raises(ProbeError, match=r"notes.txt is a symbolic link out of the folder, to .*secret"):
+        push_repository(repository, REPO, token=token)
+    assert not hub.requests
+    link.unlink()
     save_head(toxic(), tmp_path / "head")
     for folder in (tmp_path / "nothing", tmp_path / "head"):
         with pytest.raises(ProbeError, match="is not an exported repository"):

@@ -11,7 +11,7 @@ from conftest import make_probe
 from hub_server.heads import contents, plain, same_weights
 from transformers import AutoModel
 
-from llama_probe import ProbeError, ProbeModel
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME
 from llama_probe.hub import HubOptions, HubReference, download_head, hide_secrets
 
@@ -72,6 +72,13 @@ class TestPull:
         hub.plant(head, contents(make_probe(seed=1), tmp_path / "new"))
         assert same_weights(ProbeModel.from_pretrained(head), make_probe(seed=1))
         assert same_weights(ProbeModel.from_pretrained(f"{head}@{old}"), make_probe())
+
+    def test_a_config_comes_without_its_weights(self, hub, head):
+        config = ProbeConfig.from_pretrained(head)
+        assert {path.rpartition("/")[2] for _, path, _ in hub.requests if "/resolve/" in path} == {CONFIG_NAME}
+        assert config == ProbeModel.from_pretrained(head).config
+        with pytest.raises(ProbeError, match="nowhere"):
+            ProbeConfig.from_pretrained(head, revision="nowhere")
 
     @pytest.mark.parametrize("how", ["down", "local_files_only", "HF_HUB_OFFLINE"])
     def test_offline_after_one_pull(self, hub, head, how, tmp_path):

@@ -64,6 +64,7 @@ def test_values():
     assert read(cents) == ([[0.5], [2.0]], ["value"], "regression")
     assert read([0, 1], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
     assert read([False, True], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
+    assert read([0.5, -1e15])[0][1] == [np.float32(-1e15)]
     assert read([0.5, 2], ["stars"], "regression") == ([[0.5], [2.0]], ["stars"], "regression")
 
 
@@ -78,6 +79,7 @@ def test_values():
         ([["a", "a"]], None, None, "row 0 names a label twice"),
         ([1.5, float("nan")], None, None, "label of row 1 is nan; it must be a finite number"),
         ([1.5, float("inf")], None, None, "label of row 1 is inf"),
+        ([1.5, -1e30], None, None, r"label of row 1 is -1e\+30; values go from -1e\+15 to 1e\+15.*: scale them"),
         ([1.5, "a"], None, "regression", "must be numbers"),
         ([1, "a"], None, None, "all be whole numbers or all be texts"),
         ([[], []], None, None, "no row has a label"),

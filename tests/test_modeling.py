@@ -314,14 +314,19 @@ def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
         assert all(torch.equal(tensor, before[f"{name}.{key}"]) for key, tensor in saved.items())
 
 
-def test_virtual_tokens_before_the_prompt_are_refused(prompts):
-    """PEFT's prompt tuning runs the LM over embeddings, of which the prompt's are not the first."""
+@torch.no_grad()
+def test_virtual_tokens_before_the_prompt(prompts):
+    """PEFT's prompt tuning runs the LM over embeddings, of which the prompt's are not the first: only a mask can tell."""
     from peft import PromptTuningConfig, get_peft_model
 
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(ProbeError, match="does not run the LM over the prompt as it was given"):
+    with pytest.raises(ProbeError, match=r"does not run the LM over the prompt as it was given.*PEFT's prompt tuning"):
         tuned.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=2)
+    mask = torch.cat([torch.zeros(3, 4), torch.ones_like(prompts)], dim=1)
+    out = tuned(input_ids=prompts, probe_mask=mask, output_hidden_states=True)
+    expected = model.probes["a"](hidden_states=out.hidden_states, attention_mask=mask).logits
+    torch.testing.assert_close(out.probe_logits["a"], expected)
 
 
 def test_offloaded_layers(prompts, tmp_path):

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants
 from transformers import AutoModel
 
 from llama_probe import LlamaForProbedGeneration, ProbeError, ProbeModel
-from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, read_head, save_head
+from llama_probe.files import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME, read_head, save_head
 from llama_probe.hub import HubReference, download_head, list_heads
 from llama_probe.publish import pull_head, push_folder
 
@@ -241,6 +241,30 @@ class TestPush:
         with pytest.raises(ProbeError, match=r"damaged"):
             push_folder(folder, REPO)
         assert not hub.requests
+
+    @pytest.mark.parametrize("file", ["README.md", "results.json", "layer_weights.png"])
+    def test_a_link_out_of_the_folder(self, hub, token, tmp_path, file):
+        """What somebody else has put into a folder must not have the user's own files uploaded."""
+        (tmp_path / "id_rsa").write_text("---\n---\nmine")
+        assert file in HEAD_FILES
+        folder = save_head(make_probe(), tmp_path / "snapshots" / "mood")
+        (folder / file).symlink_to("../../id_rsa")
+        with pytest.raises(ProbeError, match=rf"{file} is a symbolic link out of the folder, to .*id_rsa"):
+            push_folder(folder, REPO)
+        assert not hub.requests
+        (folder / file).unlink()
+        (folder / "own").write_text("---\nlicense: mit\n---\nMy own words.\n")
+        (folder / "README.md").symlink_to("own")
+        push_folder(folder, REPO)
+        assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
+
+    def test_a_folder_of_the_cache(self, hub, token, tmp_path):
+        """There files are links to what lies beside the folder."""
+        hub.plant("bob/heads", {f"a/{name}": data for name, data in contents(make_probe(), tmp_path / "mood").items()})
+        folder = download_head(HubReference("bob/heads", None, "a"))
+        assert (folder / WEIGHTS_NAME).is_symlink()
+        push_folder(folder, REPO)
+        assert same_weights(read_head(pull_head(REPO, tmp_path / "pulled")), make_probe())
 
 
 class TestPullIntoAFolder:

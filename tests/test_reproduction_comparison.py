@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
+from llama_probe import ProbeError
 from llama_probe.reproduction.comparison import group_layers
+from llama_probe.reproduction.methods import HEADS, HeadMethod
+
+
+def test_a_method_that_runs_away_is_named(reproduction, monkeypatch):
+    monkeypatch.setitem(HEADS, "gate", HeadMethod({"probe_type": "gate"}, learning_rate=1e30))
+    with pytest.raises(ProbeError, match=r"^gate \(seed 0\) on toxicchat gives no numbers: its training ran away"):
+        reproduction(chosen=["gate", "pooling"], seeds=[0], epochs=4).execute()
 
 
 def test_layer_groups():

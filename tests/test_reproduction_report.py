@@ -1,6 +1,20 @@
-"""What the report says of layer weights."""
+"""What the report says of layer weights, and of a sweep."""
 
-from llama_probe.reproduction.report import _layers
+from llama_probe.reproduction.report import _layers, _sensitivity
+from llama_probe.reproduction.reproduction import summarize_trials
+
+
+def test_configurations_that_failed_are_counted_apart():
+    trials = [
+        {"status": status, "score": score, "params": {"probe_type": "gate", "gate_learning_rate": rate}}
+        for status, score, rate in (("finished", 0.9, 1e-3), ("pruned", 0.5, 1e-4), ("failed", None, 3e-2))
+    ]
+    found = {"metric": "auprc", "trials": trials, "kinds": summarize_trials(trials)}
+    text = "\n".join(_sensitivity(found))
+    assert (
+        "3 configurations of a sweep. Pruned early: 1" in text and "Failed, their training having run away: 1" in text
+    )
+    assert "| `gate` | 2 | 0.900 | 0.700 | 0.500 | 0.400 | - |" in text
 
 
 def test_errors_are_counted_by_what_their_layer_weights_are_near_to():

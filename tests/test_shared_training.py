@@ -177,6 +177,25 @@ def test_patience(tmp_path, lm, data):
     assert learner.history.status == "stopped" and len(learner.history.scores) == learner.history.best_epoch + 2
 
 
+RUNS_AWAY = candidate(7, probe_type="gate", learning_rate=1e6)
+
+
+def test_one_that_runs_away_holds_no_other_up(tmp_path, lm, data, monkeypatch):
+    alone = train(tmp_path / "alone", lm, data)
+    together = train(tmp_path / "all", lm, data, [RUNS_AWAY, *CANDIDATES])
+    assert all(same(together[number], alone[number]) for number in alone)
+    assert list(together)[-1] == 7 and together[7].history.status == "failed", "and comes last"
+    # What it was before counts for nothing, since the same options would not train it again.
+    assert len(together[7].history.scores) < 4 and together[7].history.best == -np.inf
+    again = SharedTraining([RUNS_AWAY, *CANDIDATES], *data, "auprc", 4, tmp_path / "all", lm).run(resume=True)
+    assert again[-1].history == together[7].history and same(again[0], together[again[0].candidate.number])
+
+
+def test_where_all_run_away_it_says_so(tmp_path, lm, data):
+    with pytest.raises(ProbeError, match=r"none of 1 candidates gives numbers: its training ran away \(a lower"):
+        train(tmp_path, lm, data, [RUNS_AWAY])
+
+
 def test_the_best_epoch_is_what_comes_back(tmp_path, lm, data, monkeypatch):
     training = SharedTraining([CANDIDATES[0]], *data, "auprc", 4, tmp_path, lm, keep=1.0, patience=9)
     values, seen = iter([0.3, 0.9, 0.1, 0.5]), []

@@ -84,6 +84,19 @@ class TestRefusals:
         gc.collect()
         self.check(model, first, ids, "made by another head called 'gate'")
 
+    def test_other_weights_of_the_same_head(self, model, first, ids):
+        head, call = model.probes["mha"], {"cache": first.cache, "probe_state": copy.deepcopy(first.probe_state)}
+        head.to(torch.float64).to(torch.float32).requires_grad_(False)  # which changes nothing
+        second = model.generate(ids, max_new_tokens=2, eos_token_id=None, **call)
+        optimizer = torch.optim.SGD(head.requires_grad_().parameters(), lr=1.0)
+        head.classifier.bias.grad = torch.ones_like(head.classifier.bias)
+        optimizer.step()
+        ids = torch.cat([second.sequences, ids[:, -2:]], 1)
+        self.check(model, second, ids, "made by another head called 'mha' .*, or by other weights of it")
+        head.load_state_dict(make_probe(seed=5).state_dict())
+        with pytest.raises(ProbeError, match="or by other weights of it"):
+            model(ids[:, -2:], cache=second.cache, probe_state=second.probe_state)
+
     @pytest.mark.parametrize(
         "kwargs, words",
         [

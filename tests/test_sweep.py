@@ -1,5 +1,6 @@
 """The search: ranges, ranking, files, and going on after a kill."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -14,6 +15,7 @@ from llama_probe.data_sources import DataSources
 from llama_probe.files import read_head, read_results
 from llama_probe.plots import sensitivity_plot
 from llama_probe.recipe import Recipe
+from llama_probe.reproduction.reproduction import summarize_trials
 from llama_probe.shared_training import SharedTraining
 from llama_probe.sweep import STUDY_NAME, SearchSpace, Sweep
 from llama_probe.training_run import TrainingRun
@@ -84,6 +86,26 @@ def test_what_it_leaves(rows, backbone_folder, tmp_path):
     assert {"learning_rate", "batch_size", "dropout"} <= {panel.get_xlabel() for panel in axes}
     shown = sum(len(points.get_offsets()) for points in axes[0].collections)
     assert shown == 6, "every trial has a learning rate"
+
+
+def test_a_configuration_that_runs_away_is_shown_as_failed(rows, backbone_folder, tmp_path, monkeypatch):
+    search = sweep(rows, backbone_folder, tmp_path, 4, ("gate", "pooling"))
+    original = Sweep._candidate
+
+    def candidate(self, number, *args):
+        made = original(self, number, *args)
+        return dataclasses.replace(made, learning_rate=1e6) if number == 0 else made
+
+    monkeypatch.setattr(Sweep, "_candidate", candidate)
+    result = search.execute()
+    *others, last = result["trials"]
+    assert (last["number"], last["status"], last["score"]) == (0, "failed", None)
+    assert all(trial["score"] == max(trial["scores"]) for trial in others) and len(others) == 3
+    study = sweep(rows, backbone_folder, tmp_path)._study(tmp_path)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    shown = sum(len(points.get_offsets()) for points in sensitivity_plot(result).axes[0].collections)
+    assert shown == 3
+    assert summarize_trials(result["trials"])["gate"]["trials"] == 1
 
 
 def test_heads_that_follow_replies_learn_from_cut_ones(backbone_folder, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .capture import find_decoder
+from .capture import find_decoder, without_peft
 from .errors import ProbeError
 from .families import load_causal_lm
 from .hub import HubOptions
@@ -154,12 +154,21 @@ def model_id(name: str) -> str:
 
 
 def weights_digest(lm: nn.Module) -> str:
-    """A digest of a backbone's shapes, dtypes, config and of a sample of each weight: enough to tell two checkpoints apart."""
-    decoder = find_decoder(lm).model
+    """A digest of a backbone's shapes, dtypes, config and of a sample of each weight: enough to tell two checkpoints apart.
+
+    The LM head, which `muli` heads and prompting read, is a part of it unless it is tied to the embeddings.
+    """
+    found = find_decoder(lm)
+    decoder = found.model
     # The same weights give other states with another rope_theta or rms_norm_eps.
     values = {name: value for name, value in decoder.config.to_dict().items() if name not in _NO_PART_OF_STATES}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(decoder.state_dict().items()):
+    weights = decoder.state_dict()
+    if (lm_head := without_peft(lm).get_output_embeddings()) is not None:
+        own = {id(parameter) for parameter in found.embeddings.parameters()}
+        named = lm_head.state_dict(keep_vars=True).items()
+        weights |= {f"lm_head.{name}": tensor for name, tensor in named if id(tensor) not in own}
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         for part in _plain_tensors(tensor):
             flat = part.detach().flatten()

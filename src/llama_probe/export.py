@@ -36,7 +36,7 @@ from .files import (
 )
 from .fingerprint import check_backbone
 from .heads import get_probe_type, probe_types
-from .hub import HubReference, commit_files
+from .hub import HubReference, check_links, commit_files
 from .markdown import cell, code, word
 from .model_card import write_card
 from .pipeline import TASK
@@ -154,12 +154,14 @@ def push_repository(
         private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
 
     Raises:
-        ProbeError: the folder is not an exported repository, or the Hub refused, with its reason.
+        ProbeError: the folder is not an exported repository, or has links to files elsewhere, or the Hub refused, with its
+            reason.
     """
     folder = Path(folder)
     _check_exported(folder)
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     files = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    check_links(folder, files)
     return commit_files(
         repo_id,
         {file: folder / file for file in files},

@@ -144,8 +144,9 @@ class PrefillSession:
         same &= ids is not None or expected is None or columns == self.length - self.seen
         if rest or not repeats or not same:
             raise ProbeError(
-                "the decoding method does not run the LM over the prompt as it was given (a part of it, or other rows): "
-                "a part of a prompt is not scored. set_active_probes([]) generates without heads"
+                "the decoding method does not run the LM over the prompt as it was given (a part of it, other rows, or with the "
+                "virtual tokens of PEFT's prompt tuning): a part of a prompt is not scored. set_active_probes([]) generates "
+                "without heads"
             )
         return rows, columns, repeats, width
 

@@ -13,6 +13,7 @@ import numpy as np
 from .errors import ProbeError
 
 
+_LARGEST_VALUE = 1e15  # float32 holds the sum of the squares of a million of them, as in a loss
 _MOST_LABELS = 10_000  # that are told by the rows; a column with more is an id, a time or a value
 
 _NO_LISTS = "csv files hold no lists: give the rows as json lines or parquet"
@@ -103,6 +104,11 @@ def _values(source: str, values: Sequence[Any]) -> np.ndarray:
         ) from None
     if len(wrong := np.flatnonzero(~np.isfinite(labels))):
         raise ProbeError(f"{source}: the label of row {wrong[0]} is {values[wrong[0]]}; it must be a finite number")
+    if len(wrong := np.flatnonzero(np.abs(labels) > _LARGEST_VALUE)):
+        raise ProbeError(
+            f"{source}: the label of row {wrong[0]} is {values[wrong[0]]}; values go from -{_LARGEST_VALUE:g} to "
+            f"{_LARGEST_VALUE:g}, because a head learns by their squares: scale them, best to a mean of 0 and a spread of 1"
+        )
     return labels
 
 

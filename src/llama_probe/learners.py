@@ -42,7 +42,8 @@ class History:
     Attributes:
         scores: the validation metric after each epoch.
         best_epoch: counted from 1; 0 before the first.
-        status: `"live"`, `"pruned"` (too far behind), `"stopped"` (no longer improving) or `"finished"`.
+        status: `"live"`, `"pruned"` (too far behind), `"stopped"` (no longer improving), `"finished"`, or `"failed"` (its
+            scores were no numbers).
     """
 
     scores: list[float] = field(default_factory=list)
@@ -51,11 +52,14 @@ class History:
 
     @property
     def best(self) -> float:
-        """The best score; minus infinity before the first epoch."""
-        return max(self.scores, default=-math.inf)
+        """The best score; minus infinity before the first epoch, and of one that failed, so that it comes last."""
+        return -math.inf if self.status == "failed" else max(self.scores, default=-math.inf)
 
-    def note(self, value: float) -> bool:
-        """Adds the score of an epoch, and says whether it is the best."""
+    def note(self, value: float | None) -> bool:
+        """Adds the score of an epoch, and says whether it is the best. `None` is that of a training that ran away."""
+        if value is None:
+            self.status = "failed"
+            return False
         better = value > self.best or not self.scores
         self.scores.append(value)
         if better:
@@ -103,7 +107,7 @@ class Learner:
             if self.pending == size:
                 self._update()
 
-    def end_epoch(self, value: float) -> None:
+    def end_epoch(self, value: float | None) -> None:
         """Notes the epoch's validation metric, and keeps the weights where it is the best."""
         if self.history.note(value):
             self.best_weights = {name: tensor.clone() for name, tensor in self.probe.state_dict().items()}

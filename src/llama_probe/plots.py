@@ -232,7 +232,7 @@ def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
             points = [
                 (params[name], trial["score"])
                 for params, trial in zip(merged, trials, strict=True)
-                if params["probe_type"] == kind and name in params
+                if params["probe_type"] == kind and name in params and trial["score"] is not None
             ]
             if points:
                 axes.scatter(*zip(*points, strict=True), s=10, alpha=0.7, label=kind, color=f"C{kinds.index(kind)}")

@@ -24,7 +24,7 @@ from .files import (
     read_head,
     save_head,
 )
-from .hub import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
+from .hub import HubOptions, HubReference, check_links, check_subfolder, commit_files, download_head, full_repo_id
 from .model_card import create_card, has_own_words, write_card, written_with
 from .plots import write_plots
 from .probe import ProbeModel
@@ -89,10 +89,11 @@ def push_folder(
     A card that was edited by hand is kept; one that was generated is written anew, with the repository's name in it.
 
     Raises:
-        ProbeError: the folder is not a sound head, or the Hub refused.
+        ProbeError: the folder is not a sound head, or has links to files elsewhere, or the Hub refused.
     """
     check_subfolder(subfolder)
     source = Path(folder)
+    check_links(source, HEAD_FILES)
     read_head(source)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / source.resolve().name

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .capture import collect_hidden_states, find_decoder, is_tensor_parallel
+from .decision import NO_NUMBER_BECAUSE
 from .distributed import barrier, broadcast, gather, is_main, rank, world_size
 from .errors import ProbeError
 from .features import ProbeCollator, SharedStates, counted_tokens
@@ -38,8 +39,9 @@ class SharedTraining:
     """Trains candidates in lockstep on one pass of the backbone an epoch.
 
     After the epochs 1, 2, 4, ... only the better share of the live candidates goes on (successive halving, Jamieson and
-    Talwalkar, arXiv 1502.07943); one that has not improved for `patience` epochs stops by itself. Every epoch ends with a
-    checkpoint, from which a killed run goes on as if nothing had happened.
+    Talwalkar, arXiv 1502.07943); one that has not improved for `patience` epochs stops by itself, and one whose training ran
+    away has failed, which holds no other up. Every epoch ends with a checkpoint, from which a killed run goes on as if nothing
+    had happened.
 
     In a process group (see `llama_probe.distributed`) the ranks divide the rows, for the passes of the backbone, and the
     candidates, for their training: each rank runs the backbone over batches of its own and sends their states to all, and
@@ -111,10 +113,10 @@ class SharedTraining:
             resume: go on from the checkpoint in `folder`, where there is one.
 
         Returns:
-            All learners, best first, with their best weights loaded.
+            All learners, best first, with their best weights loaded; those that failed last, as they are.
 
         Raises:
-            ProbeError: the checkpoint is one of other candidates.
+            ProbeError: the checkpoint is one of other candidates, or all have failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         barrier()
@@ -134,9 +136,12 @@ class SharedTraining:
                 progress.set_postfix_str(f"{len(self.live)} live, best {self.metric} {leader.history.best:.4f}")
         if world_size() > 1:
             self._restore()  # the weights that other ranks have found
+        if all(learner.history.status == "failed" for learner in self.learners):
+            raise ProbeError(f"none of {len(self.learners)} candidates gives numbers: {NO_NUMBER_BECAUSE}")
         ranked = sorted(self.learners, key=lambda learner: -learner.history.best)
         for learner in ranked:
-            learner.probe.load_state_dict(learner.best_weights)
+            if learner.history.status != "failed":
+                learner.probe.load_state_dict(learner.best_weights)
             learner.probe.eval()
         return ranked
 
@@ -156,7 +161,7 @@ class SharedTraining:
         return self.learners
 
     def _end_epoch(self, own: list[float | None]) -> None:
-        """Notes the epoch's metric of each live candidate, `own` being those of this rank's."""
+        """Notes the epoch's metric of each live candidate, `own` being those of this rank's; `None` where it is no number."""
         values = {learner.candidate.number: value for learner, value in zip(self.own, own, strict=True)}
         for part in gather(values):
             values |= part
@@ -197,8 +202,12 @@ class SharedTraining:
         labels = _labels_of(self.validation, [row for batch in batches for row in batch])
         values = []
         for found, learner in zip(logits, learners, strict=True):
-            config = learner.probe.config
-            values.append(score_logits(torch.cat(found), labels, config)[self.metric])
+            scores = torch.cat(found)
+            value = (
+                score_logits(scores, labels, learner.probe.config)[self.metric] if scores.isfinite().all() else None
+            )
+            # The squares of large numbers are not finite either.
+            values.append(value if value is not None and math.isfinite(value) else None)
         return values
 
     def _batches(self, dataset: Dataset, rows: np.ndarray) -> list[list[int]]:
@@ -310,7 +319,9 @@ class SharedTraining:
                 learner.restore(tensors[number], steps, history)
             else:
                 learner.history = history
-                learner.best_weights = {name.removeprefix("best."): tensor for name, tensor in tensors[number].items()}
+                learner.best_weights = {
+                    name.removeprefix("best."): tensor for name, tensor in tensors.get(number, {}).items()
+                }
 
 
 def _labels_of(dataset: Dataset, rows: Iterable[int]) -> np.ndarray:

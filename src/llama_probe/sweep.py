@@ -132,7 +132,8 @@ class Sweep:
         """Runs it.
 
         Returns:
-            What is also written to `sweep.json`: the ranked configurations with their parameters and scores. Beside it
+            What is also written to `sweep.json`: the ranked configurations with their parameters and scores, those that
+            failed last and without a score. Beside it
             lie the optuna study (`study.log`), `sensitivity.png`, and the best head in the folder `head`.
 
         Raises:
@@ -285,7 +286,9 @@ class Sweep:
         open_trials = {trial.number for trial in study.get_trials(deepcopy=False) if not trial.state.is_finished()}
         for learner in ranked:
             if learner.candidate.number in open_trials:
-                study.tell(learner.candidate.number, learner.history.best, TrialState.COMPLETE)
+                score = _score(learner)
+                state = TrialState.FAIL if score is None else TrialState.COMPLETE
+                study.tell(learner.candidate.number, score, state)
 
     def _result(self, ranked: Sequence[Learner], prepared: Prepared, params: dict[int, dict]) -> dict[str, Any]:
         return {
@@ -295,7 +298,7 @@ class Sweep:
             "trials": [
                 {
                     "number": learner.candidate.number,
-                    "score": learner.history.best,
+                    "score": _score(learner),
                     "scores": learner.history.scores,
                     "best_epoch": learner.history.best_epoch,
                     "status": learner.history.status,
@@ -342,6 +345,11 @@ def read_sweep(folder: Path) -> dict[str, Any]:
             f"{path} is not what a sweep writes ({type(error).__name__}: {error}): do the sweep anew"
         ) from None
     return found
+
+
+def _score(learner: Learner) -> float | None:
+    """What a configuration is ranked by; `None` where its training ran away."""
+    return None if learner.history.status == "failed" else learner.history.best
 
 
 def _train_options(candidate: Candidate) -> str:

@@ -108,7 +108,7 @@ def sweep(
     for place, trial in enumerate(result["trials"][:20], start=1):
         table.add_row(
             str(place),
-            f"{trial['score']:.4f}",
+            "-" if trial["score"] is None else f"{trial['score']:.4f}",
             str(trial["best_epoch"]),
             trial["status"],
             f"{trial['num_parameters']:,}",

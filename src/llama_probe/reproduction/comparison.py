@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..calibration import BEST_F1, calibrate
 from ..configuration import ProbeConfig
 from ..data import LabelledTexts
-from ..decision import predictions, probabilities
+from ..decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ..errors import ProbeError
 from ..evaluation import predict_together, report, score_together
 from ..files import is_head_folder, read_head, save_head
@@ -128,6 +128,10 @@ class Comparison:
             key: max((learners[candidate.number] for candidate in several), key=lambda learner: learner.history.best)
             for key, several in candidates.items()
         }
+        if failed := [
+            f"{name} (seed {seed})" for (name, seed), one in chosen.items() if one.history.status == "failed"
+        ]:
+            raise ProbeError(f"{', '.join(failed)} on {task.source} gives no numbers: {NO_NUMBER_BECAUSE}")
         probes = [learner.probe for learner in chosen.values()]
         lm = self.bench.lm_in_the_loop
         validation = predict_together(probes, task.dataset("validation"), lm, progress=True)

@@ -268,6 +268,8 @@ def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
 def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
     pruned = sum(trial["status"] == "pruned" for trial in found["trials"])
     stopped = f" Pruned early: {pruned}, which stand with the best that they had reached by then." if pruned else ""
+    if failed := sum(trial["status"] == "failed" for trial in found["trials"]):
+        stopped += f" Failed, their training having run away: {failed}, which are left out."
     yield "## Sensitivity to hyper-parameters"
     yield ""
     yield (

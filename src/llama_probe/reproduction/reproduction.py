@@ -396,13 +396,15 @@ class Reproduction:
 
 
 def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How the validation metric of each kind varies over the configurations of a sweep, as in the paper's figure 3.
+    """How the validation metric of each kind varies over the configurations of a sweep, as in the paper's figure 3; those that
+    failed have none.
 
     Returns:
         By kind `trials`, `best`, `median` and `worst` score, and Spearman's rank correlation of the score with the learning
         rate, `learning_rate`: `None` for fewer than three configurations or where all scores are alike.
     """
     found = {}
+    trials = [trial for trial in trials if trial["score"] is not None]
     for kind in sorted({trial["params"]["probe_type"] for trial in trials}):
         own = [trial for trial in trials if trial["params"]["probe_type"] == kind]
         scores = [trial["score"] for trial in own]
