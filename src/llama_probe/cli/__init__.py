@@ -14,7 +14,7 @@ from .console import printable
 from .evaluate import evaluate
 from .export import export
 from .heads import inspect
-from .options import option_names
+from .options import Command, option_names
 from .plot import plot
 from .reproduce import reproduce
 from .serve import classify, demo, generate
@@ -43,7 +43,7 @@ for command in (
     pull,
     export,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 # Those that know how to divide their work among the processes that torchrun starts.

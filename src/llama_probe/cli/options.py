@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import ProbeError
 from ..known_data import BENCHMARKS, find_benchmark
@@ -47,6 +48,19 @@ RENAMED = {
     "resamples": "bootstrap",
     "probe_type": "kind",
 }
+
+
+class Command(TyperCommand):
+    """A command that takes each option once, but for those that may be given again: of two values the first would be lost in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for param in given:
+            if given.count(param) > 1 and not param.multiple and not param.is_eager:
+                name = "/".join([*param.opts, *param.secondary_opts])
+                listed = ", its values with commas" if "with commas" in (param.help or "") else ""
+                ctx.fail(f"{name} is given twice: give it once{listed}")
+        return super().parse_args(ctx, args)
 
 
 def option_names(command: Any) -> dict[str, str]:
