@@ -225,6 +225,10 @@ def _repositories(target: Target | None, options: HubOptions, namespace: str | N
 def _unknown_alias(source, target, bundled, options, namespace, refused) -> str:
     backbone = (target.name_or_path or "this backbone") if target else None
     lines = [f"probe={source!r} is neither a folder nor a bundled head" + (f" for {backbone}" if target else "")]
+    if source in bundled or best_head(source, bundled) is not None:
+        lines = [
+            f"probe={source!r} is a bundled head, and has no revisions such as {options.revision!r}: leave it out"
+        ]
     lines.append(f"bundled heads: {', '.join(bundled) or 'none'}")
     for repository, at in _repositories(target, options, namespace=None):  # the backbone's own folder or repository
         local = isinstance(repository, Path)

@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 from llama_probe import ProbeError
 from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, save_head
+from llama_probe.hub import HubOptions
 from llama_probe.resolve import Target, best_head, bundled_heads, check_name, default_name, read_heads, resolve_head
 
 
@@ -123,6 +124,11 @@ class TestAliasesWithoutAKind:
             rivals = {name: folder for name, folder in bundled_heads().items() if name.startswith(f"{alias}-")}
             assert resolve_head(alias) == best_head(alias, rivals)
             assert list(read_heads(alias)) == [alias], "the head is called as it was asked for"
+
+    @pytest.mark.parametrize("alias", ["toxicchat", "toxicchat-mha"])
+    def test_bundled_ones_have_no_revisions(self, alias):
+        with pytest.raises(ProbeError, match=f"^probe='{alias}' is a bundled head, and has no revisions such as 'v2'"):
+            resolve_head(alias, options=HubOptions("v2"))
 
     def test_beside_the_backbone(self, heads, tmp_path, backbone_folder, monkeypatch):
         heads(("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.6, "f1"))

@@ -90,6 +90,20 @@ def split_of(data: str, split: str | None) -> str:
     return split
 
 
+def hub_options(head: str, revision: str | None) -> Any:
+    """`HubOptions` for one head.
+
+    Raises:
+        ProbeError: what names the head names another revision.
+    """
+    from ..hub import HubOptions, HubReference
+
+    reference = HubReference.parse(head)
+    if revision is not None and reference is not None and reference.revision not in (None, revision):
+        raise ProbeError(f"--revision {revision}: {head} names a revision already; leave one out")
+    return HubOptions(revision)
+
+
 def command_line() -> str:
     """The command as it was typed, as a line for a shell, without folders of this machine, and as if nothing had interrupted it."""
     hidden = {"--output", "--cache-dir", "--data-dir"}
