@@ -371,6 +371,10 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("inspect", "a", "b"), "unexpected extra argument"),
         (("evaluate",), "Missing option '--probe'; see llama-probe evaluate --help"),
         (
+            ("evaluate", "--probe", "toxicchat-mha", "--data", "no.csv", "--bootstrap", "1000000000"),
+            "Invalid value for '--bootstrap'",
+        ),
+        (
             ("evaluate", "--probe", "toxicchat-mha", "--data", "{rows}", "--split", "test"),
             "train.jsonl is a file, all of which is read; leave --split out",
         ),
