@@ -54,6 +54,14 @@ def test_a_file_of_a_head_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, fi
         read_heads(f"{folder}/{file}")
 
 
+def test_heads_of_other_backbones_are_listed_by_backbone():
+    with pytest.raises(
+        ProbeError, match=r"other backbones: beavertails-mha, .*toxicchat-mha.* \(Hug.*=576, num.*=30\)"
+    ) as told:
+        resolve_head("toxicchat-mha", Target("org/tiny", 32, 4))
+    assert str(told.value).count("hidden_size=576") == 1
+
+
 def test_an_unknown_alias_lists_the_known_ones():
     with pytest.raises(ProbeError, match=r"bundled heads: .*toxicchat-mha"):
         resolve_head("toxicchat-lstm")
@@ -183,7 +191,7 @@ class TestAliases:
         with pytest.raises(ProbeError) as raised:
             AutoModel.from_pretrained(plain(hub), probe="weather", probe_namespace="alice")
         message = str(raised.value)
-        assert "on the Hub in alice/tiny-probes: mood, topic" in message and "toxicchat-mha (Hugging" in message
+        assert "on the Hub in alice/tiny-probes: mood, topic" in message and "toxicchat-multimax (Hugging" in message
         with pytest.raises(ProbeError, match=r"LLAMA_PROBE_NAMESPACE.*user/tiny-probes"):
             AutoModel.from_pretrained(plain(hub), probe="weather")
 
