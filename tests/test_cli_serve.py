@@ -53,3 +53,12 @@ def test_what_is_said_of_halting_is_checked_before_the_lm_is_loaded(monkeypatch,
     monkeypatch.setattr(backbones, "load_backbone", lambda *_: pytest.fail("the LM was loaded"))
     done = call("generate", "good one", "--probe", "toxicchat-gate", *words.split())
     assert done.returncode == 2 and told in done.stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_somebody_at_a_terminal_is_asked_for_prompts(monkeypatch, capsys, terminal):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: terminal, raising=False)
+    with pytest.raises(ProbeError, match="there is no prompt"):
+        next(_batches([], ["mood"], "demo", "auto"))
+    assert ("one a line" in capsys.readouterr().err) == terminal

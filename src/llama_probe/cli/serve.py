@@ -198,6 +198,8 @@ def _batches(
     from ..prompts import PromptFormat, check_alike
     from ..resolve import read_heads
 
+    if not prompts and sys.stdin.isatty():
+        print("prompts, one a line, then Ctrl-D:", file=sys.stderr)
     try:
         texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
     except UnicodeDecodeError as error:
