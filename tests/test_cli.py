@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from command_line import call, run, write_rows
-from conftest import make_lm, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer
 
 from llama_probe import __version__
 from llama_probe.files import read_config, read_head, save_head
@@ -441,6 +441,12 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, arg
     assert last.startswith("llama-probe: ") and words in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_the_terminal_has_no_letters_for(tmp_path):
+    folder = save_head(make_probe(id2label={0: "né", 1: "有害"}), tmp_path / "head")
+    done = run("inspect", folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r"n\xe9" in done.stdout and r"\u6709\u5bb3" in done.stdout, done.stderr
 
 
 def test_the_version():

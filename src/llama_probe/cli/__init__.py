@@ -1,5 +1,6 @@
 """The `llama-probe` command."""
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -99,6 +100,8 @@ _UsageError = typer.BadParameter.__base__
 
 def main() -> None:
     """Entry point: errors that the user can mend become one line and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a label that its encoding lacks is no reason to lose the others
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="llama-probe", standalone_mode=False) or 0)
     except ProbeError as error:
