@@ -31,6 +31,11 @@ MAX_SIZE = 2**20
 # As JSON may spell them, and as bytes that are not UTF-8 come from a command line. Tokenizers and UTF-8 take no text with one.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
+# Of Unicode's categories and classes of direction, those that texts of a config have no sign of.
+_LINES = ("Cc", "Zl", "Zp")
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+_NO_CONTROLS = "must have no line breaks and control characters, those that turn the order of a text (U+202E) included"
+
 
 @dataclass
 class ProbeConfig:
@@ -168,7 +173,7 @@ class ProbeConfig:
             if value is not None and not _is_text(value):
                 raise ProbeError(f"{name}={value!r} must be text or None")
             if value is not None and name != "system_prompt" and _has_controls(value):
-                raise ProbeError(f"{name}={value!r} must have no line breaks and control characters")
+                raise ProbeError(f"{name}={value!r} {_NO_CONTROLS}")
         if self.fingerprint is not None:
             if not isinstance(self.fingerprint, list) or not self.fingerprint:
                 raise ProbeError(f"fingerprint={self.fingerprint!r} must be a list of numbers or None")
@@ -199,9 +204,7 @@ class ProbeConfig:
         if not all(map(_is_text, names)) or len(set(names)) != len(names):
             raise ProbeError(f"id2label has the names {names!r}; they must be texts, each once")
         if wrong := [name for name in names if _has_controls(name)]:
-            raise ProbeError(
-                f"id2label has the name {wrong[0]!r}; a name must have no line breaks and control characters"
-            )
+            raise ProbeError(f"id2label has the name {wrong[0]!r}; a name {_NO_CONTROLS}")
         if self.num_labels is not None and self.num_labels != len(names):
             raise ProbeError(
                 f"num_labels={self.num_labels} but id2label names {len(names)} labels; leave num_labels out"
@@ -340,8 +343,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _has_controls(text: str) -> bool:
-    """Whether a head from the Hub could write to the terminal, or begin a line of a log, with a text of its config."""
-    return any(unicodedata.category(sign) == "Cc" for sign in text)
+    """Whether a head from the Hub could write to the terminal, begin a line of a log, or turn the order of what stands around it,
+    with a text of its config. Marks that join letters or emoji, and those of a single letter's direction, do none of it."""
+    return any(unicodedata.category(sign) in _LINES or unicodedata.bidirectional(sign) in _TURNS for sign in text)
 
 
 def _is_int_list(value: Any) -> bool:

@@ -225,6 +225,10 @@ def _repositories(target: Target | None, options: HubOptions, namespace: str | N
 def _unknown_alias(source, target, bundled, options, namespace, refused) -> str:
     backbone = (target.name_or_path or "this backbone") if target else None
     lines = [f"probe={source!r} is neither a folder nor a bundled head" + (f" for {backbone}" if target else "")]
+    if source in bundled or best_head(source, bundled) is not None:
+        lines = [
+            f"probe={source!r} is a bundled head, and has no revisions such as {options.revision!r}: leave it out"
+        ]
     lines.append(f"bundled heads: {', '.join(bundled) or 'none'}")
     for repository, at in _repositories(target, options, namespace=None):  # the backbone's own folder or repository
         local = isinstance(repository, Path)
@@ -233,16 +237,17 @@ def _unknown_alias(source, target, bundled, options, namespace, refused) -> str:
             lines.append(f"the Hub, where {repository} may have more, was not asked or not reached")
         if found := [head for head in found if head]:
             lines.append(f"beside the backbone: {', '.join(found)}")
-    others = {alias: read_config(folder) for alias, folder in bundled_heads().items() if alias not in bundled}
+    others: dict[str, list[str]] = {}
+    for alias, folder in bundled_heads().items():
+        if alias not in bundled:
+            config = read_config(folder)
+            sizes = f"hidden_size={config.hidden_size}, num_hidden_layers={config.num_hidden_layers}"
+            others.setdefault(f"{config.base_model_name_or_path} with {sizes}", []).append(alias)
     if others:
-        names = [
-            f"{alias} ({config.base_model_name_or_path}: hidden_size={config.hidden_size}, "
-            f"num_hidden_layers={config.num_hidden_layers})"
-            for alias, config in others.items()
-        ]
         lines.append(
             f"{backbone} has hidden_size={target.hidden_size}, num_hidden_layers={target.num_hidden_layers}; "
-            f"bundled for other backbones: {', '.join(names)}"
+            "bundled for other backbones: "
+            + "; ".join(f"{', '.join(names)} ({other})" for other, names in others.items())
         )
     if target and namespace:
         repository = alias_repository(target, namespace)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from command_line import call, run, write_rows
-from conftest import make_lm, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer
 
 from llama_probe import __version__
 from llama_probe.files import read_config, read_head, save_head
@@ -371,6 +371,10 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("inspect", "a", "b"), "unexpected extra argument"),
         (("evaluate",), "Missing option '--probe'; see llama-probe evaluate --help"),
         (
+            ("evaluate", "--probe", "toxicchat-mha", "--data", "no.csv", "--bootstrap", "1000000000"),
+            "Invalid value for '--bootstrap'",
+        ),
+        (
             ("evaluate", "--probe", "toxicchat-mha", "--data", "{rows}", "--split", "test"),
             "train.jsonl is a file, all of which is read; leave --split out",
         ),
@@ -379,6 +383,9 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
         (("inspect", "nothing-here"), "neither a folder nor a bundled head"),
         (("inspect", "--backbone", "demo"), "name the head that --backbone or --revision is for"),
         (("inspect", "--revision", "main"), "name the head that --backbone or --revision is for"),
+        (("inspect", ".", "--revision", "v2"), "--revision v2: . is a folder, and has no revisions"),
+        (("inspect", "a/b@v1", "--revision", "v2"), "--revision v2: a/b@v1 names a revision already; leave one out"),
+        (("pull", "a/b@v1:c", "--revision", "v2"), "--revision v2: a/b@v1:c names a revision already; leave one out"),
         (("inspect", "toxicchat-mha", "--markdown"), "--markdown is of all bundled heads: leave out toxicchat-mha"),
         (("inspect", "--markdown", "--json"), "--markdown is of all bundled heads: leave out --json"),
         (("classify", "x", "--probe", "nothing-here"), "neither a folder nor a bundled head"),
@@ -434,6 +441,12 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, arg
     assert last.startswith("llama-probe: ") and words in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_the_terminal_has_no_letters_for(tmp_path):
+    folder = save_head(make_probe(id2label={0: "né", 1: "有害"}), tmp_path / "head")
+    done = run("inspect", folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r"n\xe9" in done.stdout and r"\u6709\u5bb3" in done.stdout, done.stderr
 
 
 def test_the_version():

@@ -27,6 +27,10 @@ def test_a_cell_writes_nothing_to_the_terminal_and_is_no_markup(capsys):
     assert len(printed.splitlines()) == 6, "a line break is one"
 
 
+def test_a_cell_does_not_turn_the_order_of_those_beside_it():
+    assert escape("a\u202eb\u2069 שלום 👩\u200d💻") == r"a\u202eb\u2069 " + "שלום 👩\u200d💻"
+
+
 def test_texts_and_labels_are_printed_as_they_are(capsys):
     table = Table("prompt", ":fire:")
     table.add_row(escape("is [b]it[/b] :smile:"), ":x:")

@@ -88,6 +88,28 @@ def test_an_error_names_the_option_that_was_typed(backbone_folder, tmp_path, com
         DataSources("rows.jsonl", max_rows=0)
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("train --layers 10 --layers=20", "--layers is given twice: give it once, its values with commas; see llama-probe train --help"),
+        ("train --label-names a --train x --label-names b", "--label-names is given twice: give it once, its values with commas"),
+        ("reproduce --methods gate --methods mha", "--methods is given twice: give it once, its values with commas"),
+        ("evaluate --data a --data b", "--data is given twice: give it once; see"),
+        ("train --cache --no-cache", "--cache/--no-cache is given twice: give it once; see"),
+    ],
+)  # fmt: skip
+def test_of_an_option_that_is_given_twice_no_value_is_lost(words, told):
+    done = call(*words.split())
+    assert done.returncode == 2 and f"llama-probe: {told}" in done.stderr
+
+
+def test_options_that_may_be_given_again_and_help_go_through():
+    done = call("train", "--limit", "a", "--limit", "b", "--help", "--help")
+    assert done.returncode == 0 and "--limit" in done.stdout
+    done = call("evaluate", "--where", "a=1", "--where", "a=2", "--probe", "toxicchat-gate", "--data", "no.csv")
+    assert done.returncode == 2 and "there is no file no.csv" in done.stderr
+
+
 def test_names_of_somebody_elses_write_nothing_to_the_terminal(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0, "k\\u001b[31m": 1}\n')
     done = call("evaluate", "--probe", "toxicchat-gate", "--data", tmp_path / "rows.jsonl", "--text-column", "other")

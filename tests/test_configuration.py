@@ -54,6 +54,13 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
             r"the name 'a\\x1b\[31m'; a name must have no line breaks and control",
         ),
         ({"id2label": {0: "a", 1: "b\nc"}}, "must have no line breaks"),
+        (
+            {"id2label": {0: "safe\u202e", 1: "b"}},
+            r"the name 'safe\\u202e'; a name must have no .* \(U\+202E\) included",
+        ),
+        ({"id2label": {0: "a", 1: "\u2067b"}}, r"the name '\\u2067b'"),
+        ({"id2label": {0: "a", 1: "b\u2028c"}}, r"the name 'b\\u2028c'"),
+        ({"base_model_name_or_path": "a\u2066b"}, r"path='a\\u2066b' must have no"),
         ({"id2label": {"zero": "a"}}, "indices"),
         ({"id2label": ["a", "b"]}, "must be a dict"),
         ({"layers": "some"}, "layers='some' must be 'all' or a list"),
@@ -75,6 +82,14 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
 def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
     with pytest.raises(ProbeError, match=words):
         ProbeConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "name", ["غير ضار", "می\u200cخواهم", "שלום\u200f!", "क्\u200dष", "👩\u200d💻", "❤️", "未分類", "né"]
+)
+def test_labels_of_all_languages(name):
+    config, _ = ProbeConfig.from_dict(json.loads(ProbeConfig(id2label={0: name, 1: "b"}).to_json_string()))
+    assert config.id2label == {0: name, 1: "b"}
 
 
 def test_a_system_prompt_has_as_many_lines_as_it_likes():

@@ -93,6 +93,20 @@ def test_a_csv_with_a_column_that_changes_late(write):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "folder/train.csv"])
+def test_whole_numbers_of_more_than_64_bits_are_texts(write, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    rows = [{"id": 10**20 + i, "text": f"t{i}", "label": i % 2, "size": i, "part": i / 2} for i in range(4)]
+    path = write(rows, name)
+    found = read_labelled(path if "/" not in name else str(tmp_path / "folder"))
+    assert found.columns == {
+        "id": [str(10**20 + i) for i in range(4)],
+        "size": [0, 1, 2, 3],
+        "part": [0, 0.5, 1, 1.5],
+    }
+    assert found.labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "folder/train.csv"])
 def test_columns_that_are_there_twice(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)

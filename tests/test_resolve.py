@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 from llama_probe import ProbeError
 from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, save_head
+from llama_probe.hub import HubOptions
 from llama_probe.resolve import Target, best_head, bundled_heads, check_name, default_name, read_heads, resolve_head
 
 
@@ -51,6 +52,14 @@ def test_a_file_of_a_head_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, fi
     folder = "mood" if relative else str(tmp_path / "mood")
     with pytest.raises(ProbeError, match=rf"is a file: give the head's folder, '{folder}'"):
         read_heads(f"{folder}/{file}")
+
+
+def test_heads_of_other_backbones_are_listed_by_backbone():
+    with pytest.raises(
+        ProbeError, match=r"other backbones: beavertails-mha, .*toxicchat-mha.* \(Hug.*=576, num.*=30\)"
+    ) as told:
+        resolve_head("toxicchat-mha", Target("org/tiny", 32, 4))
+    assert str(told.value).count("hidden_size=576") == 1
 
 
 def test_an_unknown_alias_lists_the_known_ones():
@@ -124,6 +133,11 @@ class TestAliasesWithoutAKind:
             assert resolve_head(alias) == best_head(alias, rivals)
             assert list(read_heads(alias)) == [alias], "the head is called as it was asked for"
 
+    @pytest.mark.parametrize("alias", ["toxicchat", "toxicchat-mha"])
+    def test_bundled_ones_have_no_revisions(self, alias):
+        with pytest.raises(ProbeError, match=f"^probe='{alias}' is a bundled head, and has no revisions such as 'v2'"):
+            resolve_head(alias, options=HubOptions("v2"))
+
     def test_beside_the_backbone(self, heads, tmp_path, backbone_folder, monkeypatch):
         heads(("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.6, "f1"))
         make_lm().save_pretrained(tmp_path)
@@ -177,7 +191,7 @@ class TestAliases:
         with pytest.raises(ProbeError) as raised:
             AutoModel.from_pretrained(plain(hub), probe="weather", probe_namespace="alice")
         message = str(raised.value)
-        assert "on the Hub in alice/tiny-probes: mood, topic" in message and "toxicchat-mha (Hugging" in message
+        assert "on the Hub in alice/tiny-probes: mood, topic" in message and "toxicchat-multimax (Hugging" in message
         with pytest.raises(ProbeError, match=r"LLAMA_PROBE_NAMESPACE.*user/tiny-probes"):
             AutoModel.from_pretrained(plain(hub), probe="weather")
 

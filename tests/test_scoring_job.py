@@ -313,6 +313,16 @@ class TestScores:
         with pytest.raises(ProbeError, match=r"must be a text or chat messages, not '[0-9]"):
             job(backbone_folder, heads[:1], [path], tmp_path / "p", text_column="id").execute()
 
+    def test_whole_numbers_of_more_than_64_bits_are_kept_as_texts(self, tmp_path, backbone_folder, heads):
+        ids = [3, None, 10**20, -(2**80)]
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(json.dumps({"text": "a", "id": number}) for number in ids))
+        job(backbone_folder, heads[:1], [path], tmp_path / "out", keep_columns=["id"]).execute()
+        assert [row["id"] for row in read(tmp_path / "out")] == ["3", None, str(10**20), str(-(2**80))]
+        path.write_text("\n".join(json.dumps({"text": "a", "id": number}) for number in [1] * 1000 + ids))
+        with pytest.raises(ProbeError, match=r"rows 1000 to 1003: the column 'id' holds what is no int64"):
+            job(backbone_folder, heads[:1], [path], tmp_path / "o", keep_columns=["id"], chunk_rows=1000).execute()
+
 
 class TestGoingOn:
     def test_what_is_done_stays_and_the_rest_is_done(self, tmp_path, backbone_folder, heads):

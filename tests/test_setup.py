@@ -10,12 +10,13 @@ from llama_probe.vllm.compatibility import TESTED_VLLM
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_package_is_installed():
+def test_every_package_and_module_is_installed():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     named = set(config["options"]["packages"].split())
     found = {".".join(path.parent.relative_to(ROOT / "src").parts) for path in (ROOT / "src").rglob("__init__.py")}
     assert len(found) > 4 and named == found | {"llama_probe.hub_cards"}
+    assert config["options"]["py_modules"].split() == [path.stem for path in (ROOT / "src").glob("*.py")]
 
 
 def test_what_code_says_of_the_extras_is_so():

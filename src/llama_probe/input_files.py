@@ -6,6 +6,7 @@ import csv
 import glob
 import gzip
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .errors import ProbeError
 # What a file is, by its suffix.
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _SAVE_ANEW = "save the file in UTF-8, or as parquet"
+_LONG_NUMBER = re.compile(r"\s*[+-]?\d{20,}\s*")  # as many digits as 64 bits hold, or more
 _LOOKED_AT = 1000  # rows by which the types of the columns of json lines are told
 
 
@@ -113,6 +115,18 @@ class InputFile:
                 header = next(self._records(lines), [])
             self._check_once(header, needed)
             return dict.fromkeys(header, pa.string())
+
+    def long_numbers(self) -> set[str]:
+        """The columns of a csv file that hold whole numbers of more than 64 bits, which no reader of numbers takes.
+
+        Raises:
+            ProbeError: the file cannot be read.
+        """
+        with self._mishaps(), self._open() as lines:
+            records = self._records(lines)
+            header = next(records, [])
+            cells = (pair for record in records for pair in zip(header, record, strict=False))
+            return {name for name, cell in cells if len(cell) > 19 and _LONG_NUMBER.fullmatch(cell)}
 
     def check_encoding(self) -> None:
         """Reads a file of lines to its end, which other readers do in blocks and with other words for what they cannot read.
@@ -231,7 +245,11 @@ class _Mishaps:
 def _told_type(values: list[Any]) -> pa.DataType:
     try:
         kind = pa.array(values).type
-    except (pa.ArrowException, UnicodeError):  # of several types, or no texts that a file could hold
+    except (
+        pa.ArrowException,
+        UnicodeError,
+        OverflowError,
+    ):  # several types, no texts that a file could hold, long numbers
         return pa.string()
     return pa.string() if pa.types.is_null(kind) else kind
 

@@ -333,9 +333,11 @@ def _part_name(index: int, number: int) -> str:
 
 def _array(file: InputFile, chunk: Chunk, name: str, values: list[Any], schema: pa.Schema) -> pa.Array:
     kind = schema.field(name).type
+    if kind == pa.string():  # of json lines: whole numbers of more than 64 bits, which are kept as texts
+        values = [str(value) if type(value) is int else value for value in values]
     try:
         return pa.array(values, kind)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise ProbeError(
             f"{file.path}: rows {chunk.first_row} to {chunk.first_row + len(chunk) - 1}: the column {name!r} holds what is no "
             f"{kind}, as in the first file ({str(error).splitlines()[0]}): mend it, or do not keep it"

@@ -77,11 +77,11 @@ def read_table(
             if kind is None:
                 raise ProbeError(f"{path} is of no known format; allowed: {', '.join(KINDS)}, each also with .gz")
             options: dict[str, Any] = {}
+            _check_encoding([path])
             if kind in ("csv", "tsv"):
                 options = _csv_options([path], text_columns, needed)
             if kind == "tsv":
                 kind, options["sep"] = "csv", "\t"
-            _check_encoding([path])
             options |= {"data_files": glob.escape(str(path)), "description": _digest([path])}
             return load_dataset(kind, split="train", **options)
         options = {}
@@ -94,9 +94,9 @@ def read_table(
                 raise ProbeError(f"{source}: {path} is a folder, and has no revisions: leave @{place.revision} out")
             config = load_dataset_builder(location, place.configuration).config
             files = [Path(name) for part in (config.data_files or {}).values() for name in part]
+            _check_encoding(files)
             if hasattr(config, "keep_default_na"):
                 options = _csv_options(files, text_columns, needed)
-            _check_encoding(files)
             options["description"] = _digest(files)
         data = load_dataset(location, place.configuration, split=None, revision=place.revision, **options)
     except ProbeError:
@@ -135,10 +135,12 @@ def reason(error: BaseException) -> str:
 
 
 def _csv_options(files: Sequence[Path], text_columns: Sequence[str], needed: Sequence[str]) -> dict[str, Any]:
+    texts = set(text_columns)
     for file in files:  # pandas would call the second of two columns `text.1`, and nobody would know
         if (kind := kind_of(file)) in ("csv", "tsv"):
             InputFile(file, kind).fields([*text_columns, *needed])
-    return {**_CSV, "converters": dict.fromkeys(text_columns, str)}
+            texts |= InputFile(file, kind).long_numbers()
+    return {**_CSV, "converters": dict.fromkeys(sorted(texts), str)}
 
 
 def _check_encoding(files: Sequence[Path]) -> None:

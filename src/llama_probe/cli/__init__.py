@@ -1,5 +1,6 @@
 """The `llama-probe` command."""
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -14,7 +15,7 @@ from .console import printable
 from .evaluate import evaluate
 from .export import export
 from .heads import inspect
-from .options import option_names
+from .options import Command, option_names
 from .plot import plot
 from .reproduce import reproduce
 from .serve import classify, demo, generate
@@ -43,7 +44,7 @@ for command in (
     pull,
     export,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 # Those that know how to divide their work among the processes that torchrun starts.
@@ -99,6 +100,8 @@ _UsageError = typer.BadParameter.__base__
 
 def main() -> None:
     """Entry point: errors that the user can mend become one line and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a label that its encoding lacks is no reason to lose the others
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="llama-probe", standalone_mode=False) or 0)
     except ProbeError as error:

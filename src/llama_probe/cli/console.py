@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 
-# Those that Rich passes on: all but line breaks, tabs and what it leaves out by itself.
-_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+# Those that Rich passes on: all but line breaks, tabs and what it leaves out by itself. With the last two ranges a prompt would
+# turn the order of the cells beside it.
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
     """A text with its control characters spelled out: names and rows of somebody else's could write to the terminal with them."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def escape(text: str) -> str:

@@ -38,7 +38,7 @@ def evaluate(
         ),
     ] = None,
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
+        int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
     dtype: Dtype = "auto",

@@ -6,13 +6,14 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from .console import escape, print_table
-from .options import Dtype, Json, Revision
+from .options import Dtype, Json, Revision, hub_options
 
 
 _VERDICTS = {"same": "[green]same[/]", "differs": "[bold red]differs[/]", "explained": "[green]differs, explained[/]"}
@@ -37,7 +38,6 @@ def inspect(
     from ..backbones import backbone_target
     from ..errors import ProbeError
     from ..files import read_head
-    from ..hub import HubOptions
     from ..model_card import results_table
     from ..resolve import bundled_heads, resolve_head
 
@@ -51,8 +51,10 @@ def inspect(
     if probe is None:
         _list_bundled(as_json)
         return
+    if revision and Path(probe).is_dir():
+        raise ProbeError(f"--revision {revision}: {probe} is a folder, and has no revisions; leave --revision out")
     target = None if backbone is None else backbone_target(backbone)
-    head = read_head(resolve_head(probe, target, HubOptions(revision)))
+    head = read_head(resolve_head(probe, target, hub_options(probe, revision)))
     if backbone is not None:
         _compare(probe, head.config, backbone, dtype, as_json)
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import ProbeError
 from ..known_data import BENCHMARKS, find_benchmark
@@ -49,6 +50,19 @@ RENAMED = {
 }
 
 
+class Command(TyperCommand):
+    """A command that takes each option once, but for those that may be given again: of two values the first would be lost in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for param in given:
+            if given.count(param) > 1 and not param.multiple and not param.is_eager:
+                name = "/".join([*param.opts, *param.secondary_opts])
+                listed = ", its values with commas" if "with commas" in (param.help or "") else ""
+                ctx.fail(f"{name} is given twice: give it once{listed}")
+        return super().parse_args(ctx, args)
+
+
 def option_names(command: Any) -> dict[str, str]:
     """The options of a typer command by the arguments that they are passed on as; one that may be given again makes a list."""
     names = {}
@@ -74,6 +88,20 @@ def split_of(data: str, split: str | None) -> str:
     if (TablePlace.parse(data).split if known is None else known[1]) is not None:
         raise ProbeError(f"--split {split}: {data} names a split already; leave one out")
     return split
+
+
+def hub_options(head: str, revision: str | None) -> Any:
+    """`HubOptions` for one head.
+
+    Raises:
+        ProbeError: what names the head names another revision.
+    """
+    from ..hub import HubOptions, HubReference
+
+    reference = HubReference.parse(head)
+    if revision is not None and reference is not None and reference.revision not in (None, revision):
+        raise ProbeError(f"--revision {revision}: {head} names a revision already; leave one out")
+    return HubOptions(revision)
 
 
 def command_line() -> str:

@@ -94,10 +94,10 @@ def generate(
     """Reply to prompts, with the labels of each head from the same pass."""
     rows = []
     rules = read_halting(halt_on or [])
-    for model, inputs, tokenizer, texts in _batches(prompts, probe, backbone, dtype):
-        halting = (
-            {"halt_on": rules or None, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules or halt_reply else {}
-        )
+    if halt_reply is not None and not rules:
+        raise ProbeError("--halt-reply is what halted prompts get, and nothing halts here: give --halt-on as well")
+    for model, inputs, tokenizer, texts in _batches(prompts, probe, backbone, dtype, rules=rules):
+        halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **halting)
         replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         part = _rows(texts, out.probe_labels, out.probe_probabilities, replies)
@@ -184,13 +184,22 @@ def _score_files(
 
 
 def _batches(
-    prompts: list[str] | None, probes: list[str], backbone: str, dtype: str, replies: bool = True, size: int = 8
+    prompts: list[str] | None,
+    probes: list[str],
+    backbone: str,
+    dtype: str,
+    replies: bool = True,
+    rules: dict[str, dict[str, Any]] | None = None,
+    size: int = 8,
 ):
     from ..auto_class import AutoModelForProbedGeneration
     from ..backbones import backbone_target, load_backbone
+    from ..halting import Halter
     from ..prompts import PromptFormat, check_alike
     from ..resolve import read_heads
 
+    if not prompts and sys.stdin.isatty():
+        print("prompts, one a line, then Ctrl-D:", file=sys.stderr)
     try:
         texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
     except UnicodeDecodeError as error:
@@ -205,6 +214,10 @@ def _batches(
             f"{reading[0]!r} reads replies, and here are prompts alone: give files of both (--input with --prompt-column), or "
             "let llama-probe generate write the replies"
         )
+    if rules:
+        Halter(
+            rules, {name: head.config for name, head in heads.items()}
+        )  # raises what generate() would, after minutes
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)

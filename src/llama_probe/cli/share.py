@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Revision
+from .options import Json, Revision, hub_options
 
 
 def push(
@@ -53,8 +53,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
-    from ..hub import HubOptions
     from ..publish import pull_head
 
-    folder = pull_head(head, output, HubOptions(revision))
+    folder = pull_head(head, output, hub_options(head, revision))
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")

@@ -1,0 +1,16 @@
+"""Where the `llama-probe` command begins: outside the package, whose import takes the seconds in which people press Ctrl-C."""
+
+import os
+import signal
+
+
+def main() -> None:
+    """Entry point; see `llama_probe.cli.main`."""
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # it may be ignored, as in the background
+    if heard:  # at once: torch's import ends by another signal where it meets a KeyboardInterrupt
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from llama_probe.cli import main
+
+    if heard:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
