@@ -245,11 +245,8 @@ class _Mishaps:
 def _told_type(values: list[Any]) -> pa.DataType:
     try:
         kind = pa.array(values).type
-    except (
-        pa.ArrowException,
-        UnicodeError,
-        OverflowError,
-    ):  # several types, no texts that a file could hold, long numbers
+    # Of several types, no texts that a file could hold, or numbers of more than 64 bits.
+    except (pa.ArrowException, UnicodeError, OverflowError):
         return pa.string()
     return pa.string() if pa.types.is_null(kind) else kind
 

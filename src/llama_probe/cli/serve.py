@@ -214,10 +214,8 @@ def _batches(
             f"{reading[0]!r} reads replies, and here are prompts alone: give files of both (--input with --prompt-column), or "
             "let llama-probe generate write the replies"
         )
-    if rules:
-        Halter(
-            rules, {name: head.config for name, head in heads.items()}
-        )  # raises what generate() would, after minutes
+    if rules:  # what generate() would raise when the LM is loaded
+        Halter(rules, {name: head.config for name, head in heads.items()})
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
