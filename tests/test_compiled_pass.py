@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import HIDDEN, VOCAB, make_lm, make_prompts
 from conftest import make_probe as make_probe_of_any_size
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_probe import KINDS
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.fx_passes.post_grad import reorder_for_locality
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.capture import _LISTENING
@@ -365,3 +368,38 @@ def test_no_state_of_all_layers_is_kept(prompts):
     ids = make_prompts(rows=1, length=40)
     torch.compile(make_model(probe_type="gate"), backend=backend, fullgraph=True)(ids, logits_to_keep=1)
     assert max(sizes) < (LAYERS + 1) * 40 * HIDDEN
+
+
+def kept_at_once(model, ids):
+    """The most results of operations, as large as a state, that are needed at once in the order in which inductor runs them."""
+    found = []
+
+    def look(module, _):
+        reorder_for_locality(module.graph)
+        nodes = list(module.graph.nodes)
+        last = {used: place for place, node in enumerate(nodes) for used in node.all_input_nodes}
+        spans = [
+            (place, last.get(node, place))
+            for place, node in enumerate(nodes)
+            if node.op == "call_function"
+            and isinstance(value := node.meta["val"], torch.Tensor)
+            and value.numel() >= ids.numel() * HIDDEN
+        ]
+        found.append(max(sum(first <= place <= end for first, end in spans) for place in range(len(nodes))))
+        return make_boxed_func(module.forward)
+
+    torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True)(
+        ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1
+    )
+    return found[0]
+
+
+@torch.no_grad()
+def test_states_are_not_kept_until_the_lm_has_run():
+    deep = 6
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=deep))
+    ids = torch.randint(2, VOCAB, (1, 64))
+    plain = kept_at_once(model, ids)
+    for kind in ("pooling", "gate", "mha", "multimax"):
+        model.add_probe(kind, make_probe_of_any_size(vocab_size=VOCAB, num_hidden_layers=deep, probe_type=kind))
+    assert kept_at_once(model, ids) <= plain + 2

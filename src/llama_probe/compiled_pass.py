@@ -102,9 +102,9 @@ class _Reader:
         slots = slice(len(self._seen), len(self._seen) + len(places))
         self._seen += [layers[place] for place in places]
         if stages[0].rank is None:
-            self._summaries.append(torch.stack([stage(x, self._mask, slots) for stage in stages]))
+            self._summaries.append(_in_place(torch.stack([stage(x, self._mask, slots) for stage in stages])))
             return
-        self._waiting.append(torch.stack([stage.project(x, slots) for stage in stages]))
+        self._waiting.append(_in_place(torch.stack([stage.project(x, slots) for stage in stages])))
         waiting = sum(projected.shape[1] for projected in self._waiting)
         if waiting >= layers_at_once(list(self._heads.values()), hidden.itemsize, self._waiting[0].itemsize):
             self._advance()
@@ -114,7 +114,7 @@ class _Reader:
         projected = torch.cat(self._waiting, dim=1)
         stage, sizes = self._stages[0], projected.shape[:2]
         pooled = stage.pooled(stage.absorb(None, projected.flatten(0, 1), self._mask))
-        self._summaries.append(pooled.unflatten(0, sizes))
+        self._summaries.append(_in_place(pooled.unflatten(0, sizes)))
         self._waiting.clear()
 
     @without_autocast
@@ -129,6 +129,15 @@ class _Reader:
                 summaries = head.token_stage.expand(summaries, slice(None))
             logits[name] = head.score_summaries(summaries).logits.masked_fill(blank, float("nan"))
         return logits
+
+
+def _in_place(made: torch.Tensor) -> torch.Tensor:
+    """What heads have made of some layers, `[H, ...]`, at the place in the graph where they have made it.
+
+    The compiler moves operations to where their results are used (inductor's `reorder_for_locality`): behind the LM, and the
+    states of all layers would be kept until then. It leaves alone what becomes a tuple.
+    """
+    return torch.stack(made.unbind())
 
 
 def compiled_pass(

@@ -21,7 +21,11 @@ class PoolingAggregator(Aggregator):
             total, count = x.sum(dim=2), x.new_full(x.shape[:2], float(x.shape[2]))
         else:
             weight = mask.to(x.dtype)
-            total = torch.matmul(weight[None, :, None, :], x).squeeze(2)  # [S, B, D]
+            rows = weight[None, :, None, :]
+            if torch.compiler.is_dynamo_compiling():
+                # Of a single row inductor makes a sum, and of those of several layers one loop, until which it keeps their states.
+                rows = rows.expand(-1, -1, 2, -1)
+            total = torch.matmul(rows, x)[:, :, 0]  # [S, B, D]
             count = weight.sum(dim=1).expand(len(x), -1)  # [S, B]
         return (total, count) if state is None else (state[0] + total, state[1] + count)
 
