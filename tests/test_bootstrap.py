@@ -54,7 +54,7 @@ def slow(config: ProbeConfig, probs: np.ndarray, labels: np.ndarray, rows: np.nd
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
 def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
     config = CONFIGS[kind]

@@ -237,7 +237,7 @@ def test_heads_of_other_prompts_do_not_share_a_pass(trained, backbone_folder, tm
 @pytest.mark.parametrize("command", ["generate", "classify"])
 def test_generate_and_classify(trained, backbone_folder, command):
     output, _ = trained
-    done = run(command, "--backbone", backbone_folder, "--probe", output, "--json", stdin="good morning\nbad luck\n")
+    done = call(command, "--backbone", backbone_folder, "--probe", output, "--json", stdin="good morning\nbad luck\n")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [row["prompt"] for row in found] == ["good morning", "bad luck"]
@@ -345,22 +345,25 @@ def test_inspect_beside_a_backbone(trained, backbone_folder, tmp_path):
     assert other.returncode == 0 and "cannot run on this backbone" in other.stdout
 
 
-def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path):
+def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path, monkeypatch):
     output, _ = trained
-    online = {**hub.env, "HF_TOKEN": hub.add_user("alice")}
+    token = hub.add_user("alice")
+    online = {**hub.env, "HF_TOKEN": token}
     pushed = run("push", output, "alice/mood", "--private", "--subfolder", "v1", "--tag", "mine", "--json", **online)
     assert pushed.returncode == 0, pushed.stderr
     assert json.loads(pushed.stdout)["commit"] == hub.head("alice/mood") and hub.repositories["alice/mood"].private
     assert set(hub.files("alice/mood")) >= {f"v1/{path.name}" for path in output.iterdir()}
     assert 'probe="alice/mood:v1"' in hub.files("alice/mood")["v1/README.md"].decode()
-    pulled = run("pull", "alice/mood:v1", "--output", tmp_path / "back", **online)
+    monkeypatch.setenv("HF_TOKEN", token)
+    pulled = call("pull", "alice/mood:v1", "--output", tmp_path / "back")
     assert pulled.returncode == 0, pulled.stderr
     for name in ("probe_model.safetensors", "results.json", "layer_weights.png"):
         assert (tmp_path / "back" / name).read_bytes() == (output / name).read_bytes()
-    done = run("classify", "bad luck", "--backbone", backbone_folder, "--probe", "alice/mood:v1", "--json", **online)
+    done = call("classify", "bad luck", "--backbone", backbone_folder, "--probe", "alice/mood:v1", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["labels"]["v1"] in ("fine", "awful")
-    refused = run("push", output, "alice/mood", **{**online, "HF_TOKEN": hub.add_token("alice", role="read")})
+    monkeypatch.setenv("HF_TOKEN", hub.add_token("alice", role="read"))
+    refused = call("push", output, "alice/mood")
     assert refused.returncode == 2 and "may not write" in refused.stderr and "hf_" not in refused.stderr
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import call, run, write_rows
+from command_line import call, write_rows
 
 from llama_probe.files import read_config
 
@@ -35,7 +35,7 @@ def copies(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained_by_name(copies, backbone_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("named") / "tox"
-    done = run(
+    done = call(
         "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", "toxicchat", f"--data-dir={copies}",
         "--output", output, "--epochs", 1, "--folds", 0, "--max-length", 64, "--dataset-name", "My chats", "--json",
     )  # fmt: skip

@@ -147,7 +147,7 @@ class TestGenerate:
     )
     def test_as_without_compiling(self, asked, prompts):
         model = make_model()
-        asked = {"attention_mask": padded(prompts), "max_new_tokens": 4, "do_sample": False, **asked}
+        asked = {"attention_mask": padded(prompts), "max_new_tokens": 2, "do_sample": False, **asked}
         expected = model.generate(prompts, **asked)
         out = with_compiled_forward(model).generate(prompts, **asked)
         if isinstance(expected, torch.Tensor):
@@ -396,7 +396,7 @@ def kept_at_once(model, ids):
 
 @torch.no_grad()
 def test_states_are_not_kept_until_the_lm_has_run():
-    deep = 6
+    deep = 4
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=deep))
     ids = torch.randint(2, VOCAB, (1, 64))
     plain = kept_at_once(model, ids)
