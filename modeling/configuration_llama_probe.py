@@ -263,6 +263,8 @@ class ProbeConfig:
         """A copy with some fields changed, checked as a new one is."""
         return dataclasses.replace(self, **changes)
 
+    # Files; imported where they are used, because they are about heads and import this module.
+
     @classmethod
     def from_pretrained(
         cls,

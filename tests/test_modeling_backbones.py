@@ -1,0 +1,163 @@
+"""Backbones in other states: half precision, quantised, with PEFT, offloaded."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from conftest import LAYERS, make_lm, make_probe
+from peft import get_peft_model
+from safetensors.torch import load_file
+from test_modeling import whole
+from transformers import AutoModelForCausalLM
+
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
+
+
+ALL_KINDS = {
+    "pooling": make_probe(probe_type="pooling", pool="max"),
+    "gate": make_probe(seed=1, probe_type="gate"),
+    "mha": make_probe(seed=2, probe_type="mha", num_labels=3),
+    "attentive": make_probe(seed=3, probe_type="attentive"),
+    "multimax": make_probe(seed=3, probe_type="multimax"),
+    "last": make_probe(seed=4, probe_type="last", layers=[2]),
+    "muli": make_probe(seed=5, probe_type="muli", vocab_size=97),
+    "follows": make_probe(seed=6, probe_type="mha", token_scope="all"),
+}
+
+
+def check_all_kinds(model, prompts):
+    """Every way to a score gives that of the states which the same model returns by `output_hidden_states`."""
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    # as generate() counts positions: others are rounded otherwise in half precision
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    call = {"attention_mask": mask, "max_new_tokens": 4, "eos_token_id": None}
+    with torch.no_grad():
+        plain = model(prompts, **inputs, output_hidden_states=True, probes=[])
+        passed = model(prompts, **inputs)
+        generated = model.generate(prompts, **call, probe_state=True)
+        classified = {name: output.logits for name, output in model.classify(prompts, **inputs).items()}
+        assert torch.equal(passed.logits, plain.logits)
+        assert torch.equal(generated.sequences, model.generate(prompts, **call, probes=[]))
+        for found in (passed.probe_logits, generated.probe_logits, classified):
+            assert list(found) == list(ALL_KINDS)
+            for name, head in model.probes.items():
+                expected = head(hidden_states=plain.hidden_states, attention_mask=mask).logits
+                assert found[name].dtype == torch.float32
+                torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+    assert generated.probe_token_logits["follows"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbones_keep_fp32_heads(dtype, prompts):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm().to(dtype), ALL_KINDS)
+    before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
+    check_all_kinds(model, prompts)
+    model.to(torch.bfloat16 if dtype == torch.float16 else torch.float16)
+    for name, tensor in model.probes.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_backbones(dtype, prompts, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    make_lm().save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=dtype, probe=ALL_KINDS)
+    assert type(model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter, "quantised"
+    check_all_kinds(model, prompts)
+
+
+def test_lora_inside_and_around(prompts):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+
+    def adapt(model):
+        torch.manual_seed(3)
+        return get_peft_model(model, lora)
+
+    adapted = adapt(make_lm())
+    expected = whole(make_probe(), prompts, lm=adapted)
+    assert not torch.allclose(expected, whole(make_probe(), prompts))
+    around = adapt(LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()}))
+    torch.testing.assert_close(around.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
+    inside = AutoModelForProbedGeneration.from_causal_lm(adapted, {"a": make_probe()})
+    assert type(inside) is LlamaForProbedGeneration
+    torch.testing.assert_close(inside.generate(prompts, max_new_tokens=2).probe_logits["a"], expected)
+    torch.testing.assert_close(adapted.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
+
+
+def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
+    from peft import LoraConfig
+
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), ALL_KINDS)
+    before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
+    around = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    around(input_ids=prompts, labels=prompts).loss.backward()
+    assert any(parameter.grad is not None for parameter in around.parameters())
+    check_all_kinds(around.eval().get_base_model(), prompts)
+    for name in ALL_KINDS:
+        saved = load_file(model.save_probe(tmp_path / name, name) / "probe_model.safetensors")
+        assert all(torch.equal(tensor, before[f"{name}.{key}"]) for key, tensor in saved.items())
+
+
+@torch.no_grad()
+def test_virtual_tokens_before_the_prompt(prompts):
+    """PEFT's prompt tuning runs the LM over embeddings, of which the prompt's are not the first: only a mask can tell."""
+    from peft import PromptTuningConfig
+
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ProbeError, match=r"does not run the LM over the prompt as it was given.*PEFT's prompt tuning"):
+        tuned.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=2)
+    mask = torch.cat([torch.zeros(3, 4), torch.ones_like(prompts)], dim=1)
+    out = tuned(input_ids=prompts, probe_mask=mask, output_hidden_states=True)
+    expected = model.probes["a"](hidden_states=out.hidden_states, attention_mask=mask).logits
+    torch.testing.assert_close(out.probe_logits["a"], expected)
+
+
+def test_offloaded_layers(prompts, tmp_path):
+    make_lm().save_pretrained(tmp_path / "lm")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
+    device_map |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=ALL_KINDS
+    )
+    out = model.generate(prompts, max_new_tokens=3)
+    assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=3))
+    torch.testing.assert_close(out.probe_logits["mha"], whole(ALL_KINDS["mha"], prompts))
+    check_all_kinds(model, prompts)
+
+
+def test_heads_that_were_offloaded_with_the_model_are_refused(prompts):
+    """accelerate leaves them no weights, and takes these back for modules that it sees called, which heads are not."""
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for call in (model, model.classify, model.generate):
+        with pytest.raises(ProbeError, match=r"offloaded .* Offload it first, and attach heads then"):
+            call(prompts)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_output_that_accelerate_rebuilds_knows_its_labels(prompts, tmp_path, place):
+    plain = LlamaForProbedGeneration.from_causal_lm(make_lm(), copy.deepcopy(ALL_KINDS))
+    expected = plain(prompts, use_cache=True)
+    make_lm().save_pretrained(tmp_path / "lm")
+    # with one device only for all, accelerate puts no hook around the whole
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
+    device_map |= {f"model.layers.{i}": place if i else "disk" for i in range(LAYERS)}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=ALL_KINDS
+    )
+    out = model(prompts, use_cache=True)
+    assert "_hf_hook" in model.__dict__ and out.probe_labels == expected.probe_labels
+    torch.testing.assert_close(out.probe_probabilities, expected.probe_probabilities)
+    longer = torch.cat([prompts, prompts], dim=1)
+    going_on = {"cache": out.cache, "probe_state": out.probe_state}
+    turn = model(prompts, attention_mask=torch.ones_like(longer), **going_on)
+    assert turn.probe_labels == plain(longer).probe_labels
+    assert list(out.keys()) == list(expected.keys())
