@@ -296,7 +296,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
           `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
           prompt is halted, no token is decoded; else the others go on as they would. A head that reads replies halts
           these at the token that it flags, or at the n-th in a row with `patience` n; the token stays, and the end of the
-          sequence follows. With `token_scope="all"` the score of the prompt comes first, and may halt before the reply.
+          sequence follows. With `token_scope="all"` the score of the prompt comes first, as one of these, and may halt before
+          the reply.
         - `halt_reply`: what halted prompts get in place of a reply, or of the rest of one: token ids, a text (then pass
           `tokenizer=` as well), or a `Reprompt`. Nothing where left out.
         - `on_probe_token`: called with a `TokenScores` after each token of the replies that the LM has read. It may

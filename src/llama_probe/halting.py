@@ -66,7 +66,8 @@ class HaltRule:
     Attributes:
         index: of the label. threshold: probability from which it counts (regression: the value); `None` where the head
             decides as it always does.
-        patience: number of tokens in a row that must have the label; 1 for heads that read the prompt alone.
+        patience: number of tokens in a row that must have the label, where the head reads the prompt the end of that as the first;
+            1 for heads that read the prompt alone.
     """
 
     head: str

@@ -1,0 +1,155 @@
+"""Any call of `generate()`: whatever model, heads, prompts and settings come together, the text is the plain model's, and the scores
+are those of each prompt by itself."""
+
+import pytest
+import torch
+from conftest import make_probe
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_probe import KINDS
+from tiny_families import IMAGE, LAYERS, TINY, tiny
+
+from llama_probe import AutoModelForProbedGeneration
+
+
+FAMILIES = sorted(set(TINY) - {"llama4"})  # the forward of its whole model fails by itself
+PREFIX = [5, 6]  # what all prompts begin with, and heads over the "content" leave out
+WAYS = [
+    {"do_sample": False},
+    {"do_sample": False, "num_beams": 3},
+    {"do_sample": False, "prefill_chunk_size": 3},
+    {"do_sample": False, "cache_implementation": "static"},
+    {"do_sample": True},
+    {"do_sample": True, "num_return_sequences": 2},
+]
+TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
+
+
+@st.composite
+def configs(draw, scopes):
+    """What a head may be, of the tiny models' size."""
+    kind = draw(st.sampled_from(KINDS))
+    config = {
+        "probe_type": kind,
+        "num_labels": draw(st.integers(2, 4)),
+        "num_hidden_layers": LAYERS,
+        "normalize": draw(st.sampled_from(["none", "layernorm", "rms"])),
+        "layers": draw(st.one_of(st.just("all"), st.lists(st.integers(0, LAYERS), min_size=1, unique=True))),
+        "token_scope": draw(st.sampled_from(scopes)),
+    }
+    if kind in ("pooling", "mha"):
+        config["pool"] = draw(st.sampled_from(["mean", "max"]))
+    if config["token_scope"] in ("content", "all"):
+        config["prefix_ids"] = PREFIX
+    return config
+
+
+@st.composite
+def batches(draw):
+    """Prompts of several lengths, with padding on one side."""
+    lengths = draw(st.lists(st.integers(3, 20), min_size=1, max_size=4))
+    left, generator = draw(st.booleans()), torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        place = slice(max(lengths) - length, None) if left else slice(length)
+        ids[row, place] = torch.randint(7, IMAGE, (length,), generator=generator)
+        ids[row, place][: len(PREFIX)] = torch.tensor(PREFIX)
+        mask[row, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def counted(head, prompt_tokens, tokens):
+    """Which of so many tokens, the first of them a prompt's, count for a head."""
+    places, scope = torch.arange(tokens), head.config.token_scope
+    first = {"prompt": 0, "content": len(PREFIX), "all": len(PREFIX), "response": prompt_tokens}[scope]
+    return (places >= first)[None]
+
+
+def score(head, states, prompt_tokens):
+    """`[1, num_labels]`, of the states of one row, `[1, tokens, hidden_size]` each."""
+    with torch.no_grad():
+        return head(hidden_states=states, attention_mask=counted(head, prompt_tokens, states[0].shape[1])).logits
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    drawn=st.lists(configs(("prompt", "content")), min_size=1, max_size=3),
+    alike=st.booleans(),
+    batch=batches(),
+    way=st.sampled_from(WAYS),
+)
+def test_text_and_scores(family, drawn, alike, batch, way):
+    lm, rows = tiny(family), []
+    torch.manual_seed(0)
+    expected = lm.generate(**batch, **way, max_new_tokens=4)
+    with torch.no_grad():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            rows.append(lm(input_ids=ids[mask][None], output_hidden_states=True).hidden_states)
+    heads = {str(seed): make_probe(seed, **config) for seed, config in enumerate(drawn * (1 + alike))}
+    wanted = {
+        name: torch.cat([score(head, states, states[0].shape[1]) for states in rows]) for name, head in heads.items()
+    }
+
+    model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
+    torch.manual_seed(0)
+    out = model.generate(**batch, **way, max_new_tokens=4)
+    assert torch.equal(out.sequences, expected)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        forward = model(**batch, position_ids=positions).probe_logits
+    classified = {name: output.logits for name, output in model.classify(**batch).items()}
+    for found in (out.probe_logits, forward, classified):
+        assert found.keys() == wanted.keys()
+        for name, logits in wanted.items():
+            torch.testing.assert_close(found[name], logits, **TOLERANCE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    config=configs(("response", "all")),
+    batch=batches(),
+    patience=st.integers(1, 3),
+    data=st.data(),
+)
+def test_replies_end_where_a_head_says_so(family, config, batch, patience, data):
+    lm, head, eos = tiny(family), make_probe(**config), 2
+    ways = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [eos]}  # none ends by itself
+    plain = lm.generate(**batch, **ways, return_dict_in_generate=True, output_hidden_states=True)
+    width = batch["input_ids"].shape[1]
+    scores = []  # of each row, that of the prompt first where the head reads it
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        steps = [[state[row] for state in step] for step in plain.hidden_states]
+        steps[0] = [state[mask] for state in steps[0]]
+        prompt, label = len(steps[0][0]), 0
+        lengths = range(1 if config["token_scope"] == "response" else 0, len(steps))
+        whole = [torch.cat(states)[None] for states in zip(*steps, strict=True)]
+        probabilities = [
+            score(head, [state[:, : prompt + more] for state in whole], prompt).softmax(1)[0, label].item()
+            for more in lengths
+            if counted(head, prompt, prompt + more).any()
+        ]
+        assume(len(probabilities) == len(lengths))
+        scores.append(probabilities)
+    steps = sorted({0.0, 1.0, *(value for row in scores for value in row)})
+    place = data.draw(st.integers(1, len(steps) - 1))
+    assume(steps[place] - steps[place - 1] > 1e-3)
+    threshold = (steps[place] + steps[place - 1]) / 2
+
+    model = AutoModelForProbedGeneration.from_causal_lm(lm, {"guard": head})
+    rule = {"label": head.config.id2label[0], "threshold": threshold, "patience": patience}
+    out = model.generate(**batch, **ways, halt_on={"guard": rule})
+    for row, probabilities in enumerate(scores):
+        flagged = [value >= threshold for value in probabilities]
+        ends = [end for end in range(patience, len(flagged) + 1) if all(flagged[end - patience : end])]
+        halt, reply = out.probe_halts[row], out.sequences[row, width:].tolist()
+        kept = plain.sequences[row, width:].tolist()
+        assert (halt is None) == (not ends)
+        if ends:
+            kept = kept[: ends[0] - (config["token_scope"] == "all")]
+            assert halt.token == (len(kept) - 1 if kept else None)
+            assert halt.score == pytest.approx(probabilities[ends[0] - 1], abs=1e-3)
+        assert reply[: len(kept)] == kept
+        assert set(reply[len(kept) :]) <= {0, eos}
