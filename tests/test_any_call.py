@@ -72,7 +72,7 @@ def score(head, states, prompt_tokens):
         return head(hidden_states=states, attention_mask=counted(head, prompt_tokens, states[0].shape[1])).logits
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     drawn=st.lists(configs(("prompt", "content")), min_size=1, max_size=3),
@@ -106,7 +106,7 @@ def test_text_and_scores(family, drawn, alike, batch, way):
             torch.testing.assert_close(found[name], logits, **TOLERANCE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     config=configs(("response", "all")),
