@@ -30,7 +30,7 @@ test-vllm: $(VLLM_VENV)/.test-vllm
 
 # The demo backbone is prepared by the main environment.
 test-vllm-slow: $(VLLM_VENV)/.test-vllm $(VENV)/.demo
-	$(BIN)/python -c "from llama_probe.backbones import demo_backbone; demo_backbone()"
+	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
 	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm -m slow --timeout 600
 
 style: $(VENV)/.test

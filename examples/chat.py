@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
 from llama_probe import Halt
-from llama_probe.backbones import resolve_backbone
-from llama_probe.prompts import PromptFormat
+from llama_probe.backbone.loading import resolve_backbone
+from llama_probe.data.prompts import PromptFormat
 
 
 REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"

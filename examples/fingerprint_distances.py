@@ -8,8 +8,8 @@ import copy
 
 import torch
 
-from llama_probe.backbones import load_backbone
-from llama_probe.fingerprint import distance, fingerprint
+from llama_probe.backbone.fingerprint import distance, fingerprint
+from llama_probe.backbone.loading import load_backbone
 
 
 SENTENCES = [

@@ -6,7 +6,7 @@ Run it with `python examples/moderation.py` (extra `demo`).
 from transformers import AutoModel, AutoTokenizer
 
 from llama_probe import Reprompt
-from llama_probe.backbones import demo_backbone
+from llama_probe.backbone.loading import demo_backbone
 
 
 PROMPTS = (

@@ -6,7 +6,7 @@ Run it with `python examples/quickstart.py` (extra `demo`).
 from transformers import AutoModel, AutoTokenizer
 
 import llama_probe  # noqa: F401 - teaches AutoModel the argument probe=
-from llama_probe.backbones import demo_backbone
+from llama_probe.backbone.loading import demo_backbone
 
 
 path = demo_backbone()  # or any Hub id or folder that the heads were trained for

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from llama_probe.scoring_job import TextScorer, output_fields
+from llama_probe.evaluation.scoring_job import TextScorer, output_fields
 
 
 TEXTS = ("How do I keep basil fresh for longer?", "Write an insulting message that makes my coworker cry.")

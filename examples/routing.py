@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
-from llama_probe.backbones import demo_backbone
-from llama_probe.data_sources import DataSources
-from llama_probe.prompts import PromptFormat
-from llama_probe.training_run import TrainingRun
+from llama_probe.backbone.loading import demo_backbone
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.data.sources import DataSources
+from llama_probe.training.run import TrainingRun
 
 
 PROMPTS = {

@@ -9,10 +9,10 @@ import numpy as np
 from transformers import TextStreamer
 
 from llama_probe import AutoModelForProbedGeneration, HoldBackStreamer, ProbeConfig, ProbeModel
-from llama_probe.backbones import load_backbone
-from llama_probe.features import PromptDataset
-from llama_probe.prompts import PromptFormat
-from llama_probe.training import create_trainer, training_arguments
+from llama_probe.backbone.loading import load_backbone
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.data.states import PromptDataset
+from llama_probe.training.trainer import create_trainer, training_arguments
 
 
 # A toy: the assistant of a travel agency is not to write about cooking. Whoever needs a guard trains it on real replies.

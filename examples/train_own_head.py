@@ -8,10 +8,10 @@ import tempfile
 import numpy as np
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeModel
-from llama_probe.backbones import load_backbone
-from llama_probe.features import PromptDataset
-from llama_probe.prompts import PromptFormat
-from llama_probe.training import create_trainer, training_arguments
+from llama_probe.backbone.loading import load_backbone
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.data.states import PromptDataset
+from llama_probe.training.trainer import create_trainer, training_arguments
 
 
 DISHES = (

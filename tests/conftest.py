@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_probe import ProbeConfig, ProbeModel
-from llama_probe.reading import Reading
+from llama_probe.evaluation.reading import Reading
 
 
 # These run in an environment of their own: make test-vllm.

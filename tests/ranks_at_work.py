@@ -11,15 +11,15 @@ from conftest import LAYERS, make_lm, make_probe, make_prompts
 from torch.distributed.fsdp import fully_shard
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.backbones import weights_digest
-from llama_probe.data_sources import DataSources
+from llama_probe.backbone.loading import weights_digest
+from llama_probe.data.sources import DataSources
+from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.distributed import merge_rows, process_group, rank, share, world_size
-from llama_probe.evaluation import inspect_head, predict_logits
-from llama_probe.features import PromptDataset, StateCache
-from llama_probe.recipe import Recipe
-from llama_probe.sweep import SearchSpace, Sweep
-from llama_probe.training import create_trainer, training_arguments
-from llama_probe.training_run import TrainingRun
+from llama_probe.evaluation.report import inspect_head, predict_logits
+from llama_probe.training.recipe import Recipe
+from llama_probe.training.run import TrainingRun
+from llama_probe.training.sweep import SearchSpace, Sweep
+from llama_probe.training.trainer import create_trainer, training_arguments
 
 
 LABELS = torch.arange(13).numpy() % 2

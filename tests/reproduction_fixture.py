@@ -45,8 +45,10 @@ def reproduction(copies, backbone_folder, tmp_path):
         backbone=backbone_folder,
         **changes,
     ):
-        from llama_probe.reproduction.reproduction import Reproduction  # which needs more than other tests have
-        from llama_probe.reproduction.workbench import Workbench
+        from llama_probe.experiments.reproduction.reproduction import (
+            Reproduction,  # which needs more than other tests have
+        )
+        from llama_probe.experiments.reproduction.workbench import Workbench
 
         bench = Workbench(str(backbone), tmp_path / output / ".states", copies, list(seeds), max_rows, 64, cache=cache)
         return Reproduction(bench, tmp_path / output, data, chosen, only, **{"epochs": 2, "shots": 2, **changes})

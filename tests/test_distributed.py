@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from llama_probe import ProbeError
 from llama_probe.cli import app
+from llama_probe.data.states import PromptDataset
 from llama_probe.distributed import check_shared, gather, launched, merge_rows, on_main, process_group, share
-from llama_probe.evaluation import inspect_head, predict_logits
-from llama_probe.features import PromptDataset
+from llama_probe.evaluation.report import inspect_head, predict_logits
 from llama_probe.files import read_head
-from llama_probe.training_run import CHECKPOINTS
+from llama_probe.training.run import CHECKPOINTS
 
 
 def write_rows(path: Path, count: int) -> Path:

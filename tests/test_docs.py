@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import make_probe
 from launcher import environment, finish, free_port
+from repository import ROOT
 
-from llama_probe import backbones
+from llama_probe.backbone import loading as backbones
 from llama_probe.cli import app
+from llama_probe.data.prompts import PromptFormat
 from llama_probe.files import save_head
-from llama_probe.prompts import PromptFormat
 
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 WRITTEN = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *DOCS.glob("*.md")))

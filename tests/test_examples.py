@@ -3,12 +3,12 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = ROOT / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 LOOKED_AT = ("moderation.py", "routing.py", "chat.py")  # whose output has a test of its own below
 BRIEFLY = {"fingerprint_distances.py": ("--steps", "1")}

@@ -9,14 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_probe
+from repository import ROOT
 
+from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.files import save_head
-from llama_probe.scoring_job import ScoringJob
 
 
 pytest.importorskip("ray.data", reason="ray is not installed: pip install 'ray[data]'")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ray_scoring.py"
+EXAMPLE = ROOT / "examples" / "ray_scoring.py"
 CPUS = os.cpu_count() or 1
 
 

@@ -1,13 +1,11 @@
 """What `pip install` brings along, beyond what an editable installation finds by itself."""
 
 import configparser
-from pathlib import Path
+
+from repository import ROOT
 
 from llama_probe import cli
 from llama_probe.vllm.compatibility import TESTED_VLLM
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_every_package_and_module_is_installed():

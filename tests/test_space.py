@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ import yaml
 from conftest import make_probe
 from packaging.requirements import Requirement
 from packaging.version import Version
+from repository import ROOT
 
 from llama_probe import __version__
 from llama_probe.files import save_head
@@ -28,7 +28,6 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install 'llam
 # One server serves all of these; see `make test-slow`.
 pytestmark = pytest.mark.xdist_group("space")
 
-ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "examples" / "space"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(

@@ -22,10 +22,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer, TextIteratorStreamer
 
 from llama_probe import Halt
-from llama_probe.backbones import DEMO, DEMO_MODEL_ID, model_id, resolve_backbone
-from llama_probe.heatmap import heat_map
-from llama_probe.prompts import PromptFormat
-from llama_probe.reading import Reading, token_texts
+from llama_probe.backbone.loading import DEMO, DEMO_MODEL_ID, model_id, resolve_backbone
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.evaluation.heatmap import heat_map
+from llama_probe.evaluation.reading import Reading, token_texts
 
 
 BACKBONE = os.environ.get("BACKBONE") or (DEMO_MODEL_ID if "SPACE_ID" in os.environ else DEMO)

@@ -4,19 +4,19 @@ Importing the package teaches `transformers.AutoModel.from_pretrained` and `Auto
 argument `probe=`, and `transformers.pipeline` the task "probed-text-generation"; other calls are not changed.
 """
 
-from . import auto, pipeline
-from .auto_class import AutoModelForProbedGeneration
-from .configuration import ProbeConfig
-from .decision import ProbeOutput
+from .backbone.families import register_family
 from .errors import ProbeError
-from .families import register_family
 from .files import package_version
-from .halting import Halt, Reprompt
-from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .probe import ProbeModel
-from .reply import TokenScores
-from .state import ProbeCache
-from .streaming import HoldBackStreamer
+from .heads.configuration import ProbeConfig
+from .heads.decision import ProbeOutput
+from .heads.probe import ProbeModel
+from .serving import auto, pipeline
+from .serving.auto_class import AutoModelForProbedGeneration
+from .serving.cache import ProbeCache
+from .serving.halting import Halt, Reprompt
+from .serving.modeling import LlamaForProbedGeneration, ProbedGenerationMixin
+from .serving.reply import TokenScores
+from .serving.streaming import HoldBackStreamer
 
 
 __version__ = package_version()

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils import logging
 
-from .configuration import ProbeConfig
+from .backbone.fingerprint import check_backbone
 from .errors import ProbeError
-from .fingerprint import check_backbone
-from .probe import ProbeModel
+from .heads.configuration import ProbeConfig
+from .heads.probe import ProbeModel
 
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hub_server import HubServer
 from hub_server.client import point_client_at
 from llama_probe import ProbeConfig, ProbeModel
-from llama_probe.hub import HubReference, download_head
+from llama_probe.hub.transport import HubReference, download_head
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def measure(heads: bool) -> None:
     """Prints the CPU seconds of a prefill and of a decoding step, for one request and for eight."""
     from vllm import LLM, SamplingParams
 
-    from llama_probe.backbones import demo_backbone
+    from llama_probe.backbone.loading import demo_backbone
     from llama_probe.vllm import engine_kwargs
 
     common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}

@@ -6,8 +6,8 @@ from http_server import serving
 from transformers import AutoTokenizer
 
 from llama_probe import LlamaForProbedGeneration
-from llama_probe.backbones import demo_backbone
-from llama_probe.demo import HEADS, PROMPTS
+from llama_probe.backbone.loading import demo_backbone
+from llama_probe.cli.demo import HEADS, PROMPTS
 
 
 openai = pytest.importorskip("openai")

@@ -5,14 +5,13 @@ import re
 import shlex
 import shutil
 import urllib.request
-from pathlib import Path
 
 import pytest
 from http_server import serving
+from repository import ROOT
 from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
 
 
-ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"^ *python -m llama_probe\.vllm \S+ (.*)$", re.MULTILINE)
 
 

@@ -1,6 +1,6 @@
 """`python -m llama_probe.cli`, for `torchrun -m llama_probe.cli`."""
 
-from . import main
+from ..cli import main
 
 
 main()

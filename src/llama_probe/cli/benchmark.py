@@ -68,8 +68,8 @@ def benchmark(
     """Measure what heads cost while the model serves: time, memory and operations, beside the plain model."""
     from transformers.utils import logging
 
-    from ..benchmark import report as benchmark_report
-    from ..benchmark.serving_benchmark import ServingBenchmark
+    from ..experiments.benchmark import report as benchmark_report
+    from ..experiments.benchmark.serving_benchmark import ServingBenchmark
 
     benchmark_report.check_output(output)
     verbosity = logging.get_verbosity()

@@ -47,19 +47,19 @@ def evaluate(
     """Score a head on labelled rows, with its saved temperature and threshold."""
     import torch
 
-    from ..backbones import backbone_target, load_backbone
-    from ..data import read_labelled
-    from ..detection import apply_rules, follow_replies
+    from ..backbone.fingerprint import check_backbone
+    from ..backbone.loading import backbone_target, load_backbone
+    from ..data.known import find_benchmark
+    from ..data.prompts import PromptFormat
+    from ..data.states import PromptDataset
+    from ..data.texts import read_labelled
     from ..distributed import is_main, process_group
     from ..errors import ProbeError
-    from ..evaluation import detailed_report, predict_logits
-    from ..features import PromptDataset
+    from ..evaluation.detection import apply_rules, follow_replies
+    from ..evaluation.report import detailed_report, predict_logits
     from ..files import read_head
-    from ..fingerprint import check_backbone
-    from ..halting import measured_rules
-    from ..known_data import find_benchmark
-    from ..prompts import PromptFormat
-    from ..resolve import resolve_head
+    from ..hub.resolve import resolve_head
+    from ..serving.halting import measured_rules
 
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = read_head(resolve_head(probe, backbone_target(backbone)))

@@ -29,7 +29,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a Hub repository with backbone, tokenizer, heads and the code that runs them without this package."""
-    from ..export import export_repository, push_repository
+    from ..serving.export import export_repository, push_repository
 
     with contextlib.redirect_stdout(sys.stderr):
         folder = export_repository(

@@ -35,11 +35,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a head is, whether it belongs to a backbone, or which heads come with the package."""
-    from ..backbones import backbone_target
+    from ..backbone.loading import backbone_target
     from ..errors import ProbeError
     from ..files import read_head
-    from ..model_card import results_table
-    from ..resolve import bundled_heads, resolve_head
+    from ..hub.card import results_table
+    from ..hub.resolve import bundled_heads, resolve_head
 
     if markdown and (probe or as_json):
         raise ProbeError(f"--markdown is of all bundled heads: leave out {probe or '--json'}")
@@ -70,7 +70,7 @@ def inspect(
 
 def _list_bundled(as_json: bool) -> None:
     from ..files import read_config
-    from ..resolve import bundled_heads
+    from ..hub.resolve import bundled_heads
 
     configs = {alias: read_config(folder) for alias, folder in bundled_heads().items()}
     if as_json:
@@ -84,8 +84,8 @@ def _list_bundled(as_json: bool) -> None:
 
 
 def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> None:
-    from ..backbones import load_backbone, model_id
-    from ..fingerprint import compare
+    from ..backbone.fingerprint import compare
+    from ..backbone.loading import load_backbone, model_id
 
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..data.known import BENCHMARKS, find_benchmark
 from ..errors import ProbeError
-from ..known_data import BENCHMARKS, find_benchmark
 
 
 Backbone = Annotated[str, typer.Option(help="'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id.")]
@@ -82,7 +82,7 @@ def split_of(data: str, split: str | None) -> str:
         return "test"
     if Path(data).is_file():
         raise ProbeError(f"--split {split}: {data} is a file, all of which is read; leave --split out")
-    from ..tables import TablePlace
+    from ..data.tables import TablePlace
 
     known = find_benchmark(data)
     if (TablePlace.parse(data).split if known is None else known[1]) is not None:
@@ -96,7 +96,7 @@ def hub_options(head: str, revision: str | None) -> Any:
     Raises:
         ProbeError: what names the head names another revision.
     """
-    from ..hub import HubOptions, HubReference
+    from ..hub.transport import HubOptions, HubReference
 
     reference = HubReference.parse(head)
     if revision is not None and reference is not None and reference.revision not in (None, revision):

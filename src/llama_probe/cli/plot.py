@@ -21,8 +21,8 @@ from .options import DATA, Backbone, DataDir, Dtype, Json, PromptColumn, Split, 
 
 
 if TYPE_CHECKING:
-    from ..configuration import ProbeConfig
-    from ..reading import Reading
+    from ..evaluation.reading import Reading
+    from ..heads.configuration import ProbeConfig
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def plot(
     For each text a heat map of its tokens and the layers (PNG), and a page with the text coloured (HTML). Of the head its
     layer weights, confusion and reliability: measured on --data, else as they were kept when it was trained.
     """
-    from ..auto_class import AutoModelForProbedGeneration
-    from ..backbones import backbone_target, load_backbone
+    from ..backbone.loading import backbone_target, load_backbone
     from ..errors import ProbeError
-    from ..figure import new_figure
+    from ..evaluation.figure import new_figure
+    from ..evaluation.reading import read_texts
     from ..files import check_writable, make_folder, read_head, write_atomically
-    from ..reading import read_texts
-    from ..resolve import check_name, default_name, resolve_head
+    from ..hub.resolve import check_name, default_name, resolve_head
+    from ..serving.auto_class import AutoModelForProbedGeneration
 
     texts = text or []
     if not all(item.strip() for item in texts):
@@ -85,7 +85,7 @@ def plot(
         head = read_head(resolve_head(probe, backbone_target(backbone)))
         inspection = (head.results or {}).get("inspection")
         if data is not None:
-            from ..data import read_labelled
+            from ..data.texts import read_labelled
 
             names = list(head.config.id2label.values())
             kind = head.config.problem_type
@@ -118,8 +118,8 @@ def plot(
 
 
 def _data_name(data: str, split: str) -> str:
-    from ..known_data import find_benchmark
-    from ..tables import TablePlace
+    from ..data.known import find_benchmark
+    from ..data.tables import TablePlace
 
     if Path(data).exists():
         return Path(data).name
@@ -129,9 +129,9 @@ def _data_name(data: str, split: str) -> str:
 
 
 def _measure(model, tokenizer, name: str, rows) -> dict[str, Any]:
-    from ..evaluation import inspect_head
-    from ..features import PromptDataset
-    from ..prompts import PromptFormat
+    from ..data.prompts import PromptFormat
+    from ..data.states import PromptDataset
+    from ..evaluation.report import inspect_head
 
     head = model.probes[name]
     head.set_backbone(model)
@@ -142,9 +142,9 @@ def _measure(model, tokenizer, name: str, rows) -> dict[str, Any]:
 
 
 def _of_text(reading: Reading, number: int) -> Iterator[_Drawing]:
-    from ..figure import png_writer
-    from ..heatmap import heat_map
-    from ..reading_page import reading_page
+    from ..evaluation.figure import png_writer
+    from ..evaluation.heatmap import heat_map
+    from ..evaluation.page import reading_page
 
     stem = _file_stem(number, reading.text)
     facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
@@ -166,9 +166,9 @@ def _of_head(
     probe: str, config: ProbeConfig, inspection: dict[str, Any] | None, kept: bool
 ) -> tuple[list[_Drawing], list[str]]:
     """The pictures of what was measured, and what there is to say of those that are missing."""
-    from .. import plots
     from ..errors import ProbeError
-    from ..figure import png_writer
+    from ..evaluation import plots
+    from ..evaluation.figure import png_writer
 
     if not inspection:
         return [], [f"{probe} keeps no measurements (layer weights, confusion, reliability); --data measures them."]

@@ -57,8 +57,8 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Write the tables of arXiv 2601.13288 for this backbone; a run that was stopped goes on."""
-    from ..reproduction.reproduction import Reproduction
-    from ..reproduction.workbench import Workbench
+    from ..experiments.reproduction.reproduction import Reproduction
+    from ..experiments.reproduction.workbench import Workbench
 
     bench = Workbench(
         backbone,
@@ -80,8 +80,8 @@ def reproduce(
     if as_json:
         print(json.dumps(report))
         return
-    from ..reproduction.columns import cell, columns
-    from ..reproduction.report import REPORT_NAME
+    from ..experiments.reproduction.columns import cell, columns
+    from ..experiments.reproduction.report import REPORT_NAME
 
     for source, results in report["main"].items():
         if not any(results.values()):

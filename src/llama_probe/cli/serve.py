@@ -16,13 +16,13 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ProbeError
-from ..halting_words import HALTING_FORMS, read_halting
+from ..serving.halting_words import HALTING_FORMS, read_halting
 from .console import create_console, escape, print_table
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
 
 if TYPE_CHECKING:
-    from ..configuration import ProbeConfig
+    from ..heads.configuration import ProbeConfig
 
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; lines of standard input where left out.")]
@@ -33,7 +33,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Text and labels for a handful of prompts, from one pass each, on a small model that runs on any CPU."""
-    from ..demo import HEADS, PROMPTS, run_demo
+    from .demo import HEADS, PROMPTS, run_demo
 
     console = create_console(stderr=as_json)
     console.print(
@@ -169,7 +169,7 @@ def _score_files(
     job: dict[str, Any],
 ) -> None:
     from ..distributed import is_main, process_group
-    from ..scoring_job import MANIFEST_NAME, ScoringJob
+    from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob
 
     if not inputs or output is None:
         raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
@@ -192,11 +192,11 @@ def _batches(
     rules: dict[str, dict[str, Any]] | None = None,
     size: int = 8,
 ):
-    from ..auto_class import AutoModelForProbedGeneration
-    from ..backbones import backbone_target, load_backbone
-    from ..halting import Halter
-    from ..prompts import PromptFormat, check_alike
-    from ..resolve import read_heads
+    from ..backbone.loading import backbone_target, load_backbone
+    from ..data.prompts import PromptFormat, check_alike
+    from ..hub.resolve import read_heads
+    from ..serving.auto_class import AutoModelForProbedGeneration
+    from ..serving.halting import Halter
 
     if not prompts and sys.stdin.isatty():
         print("prompts, one a line, then Ctrl-D:", file=sys.stderr)
@@ -242,7 +242,7 @@ def _rows(
 
 def _add_reply_scores(rows: list[dict], name: str, logits, config) -> None:
     """What a head that reads nothing but replies says of each; nothing where no token of it was read."""
-    from ..decision import reply_outputs
+    from ..heads.decision import reply_outputs
 
     for row, output in zip(rows, reply_outputs(logits, config), strict=True):
         row["labels"][name] = None if output is None else output.labels[0]
@@ -253,7 +253,7 @@ def _print_rows(rows: list[dict], configs: dict[str, ProbeConfig], as_json: bool
     if as_json:
         print(json.dumps(rows))
         return
-    from ..decision import in_words
+    from ..heads.decision import in_words
 
     replies = "reply" in rows[0]
     table = Table("prompt", *(["reply"] if replies else []), *map(escape, configs), show_lines=replies)

@@ -26,8 +26,8 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload a head to the Hub in one commit: config, weights, results, plots and card."""
-    from ..publish import push_folder
-    from ..resolve import resolve_head
+    from ..hub.publish import push_folder
+    from ..hub.resolve import resolve_head
 
     info = push_folder(
         resolve_head(head),
@@ -53,7 +53,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
-    from ..publish import pull_head
+    from ..hub.publish import pull_head
 
     folder = pull_head(head, output, hub_options(head, revision))
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")

@@ -57,13 +57,13 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Search head kinds and hyper-parameters; all configurations share each pass of the backbone."""
-    from ..data_sources import DataSources
+    from ..data.known import find_benchmark
+    from ..data.sources import DataSources
     from ..distributed import is_main, process_group
-    from ..known_data import find_benchmark
-    from ..model_card import CardFacts
-    from ..recipe import Recipe
-    from ..sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
-    from ..training_run import TrainingRun
+    from ..hub.card import CardFacts
+    from ..training.recipe import Recipe
+    from ..training.run import TrainingRun
+    from ..training.sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
 
     facts = CardFacts(license, command=command_line())
     if (known := find_benchmark(train)) is not None:

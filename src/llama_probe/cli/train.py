@@ -166,12 +166,12 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
-    from ..data_sources import DataSources
+    from ..data.known import find_benchmark
+    from ..data.sources import DataSources
     from ..distributed import is_main, process_group
-    from ..known_data import find_benchmark
-    from ..model_card import CardFacts
-    from ..recipe import Recipe
-    from ..training_run import TrainingRun
+    from ..hub.card import CardFacts
+    from ..training.recipe import Recipe
+    from ..training.run import TrainingRun
 
     known = find_benchmark(train)
     if known is not None:

@@ -19,7 +19,7 @@ from ..errors import ProbeError
 
 
 if TYPE_CHECKING:
-    from ..configuration import ProbeConfig
+    from .configuration import ProbeConfig
 
 
 class Classifier(nn.Module):
@@ -90,7 +90,7 @@ class Aggregator(nn.Module, ABC):
             others are then neither captured nor cached.
         normalize: of the config, where that leaves it open.
         convex: whether the classifier is all that is learned, and is fitted as a convex problem; see
-            `llama_probe.fitting`. Others learn by gradient steps.
+            `llama_probe.training.fitting`. Others learn by gradient steps.
         causal: of the instance; whether what is made of an item may depend on that item and earlier ones alone.
         rank: of the instance; see `LowRankAggregator`.
 

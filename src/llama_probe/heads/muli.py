@@ -13,8 +13,8 @@ from .last import LastItemAggregator
 
 
 if TYPE_CHECKING:
-    from ..configuration import ProbeConfig
-    from ..next_token import NextToken
+    from ..backbone.next_token import NextToken
+    from .configuration import ProbeConfig
 
 
 class LogOddsClassifier(Classifier):
@@ -42,7 +42,7 @@ class LogOddsClassifier(Classifier):
         return None if self.next_token is None else self.next_token.lm
 
     def needs(self, lm: nn.Module) -> NextToken:
-        from ..next_token import NextToken
+        from ..backbone.next_token import NextToken
 
         if self.next_token is not None and not self.next_token.is_free_for(lm):
             raise ProbeError(
@@ -89,7 +89,7 @@ class MuliAggregator(LastItemAggregator):
     """The final state of the last token, as it is: the classifier makes next-token logits of it.
 
     `options`: `l1`, the strength of the L1 penalty at fitting: the mean loss + l1 * sum |w| over standardised features is
-    smallest. Chosen by validation rows where left out. Such a head is fitted as a convex problem, in `llama_probe.fitting`.
+    smallest. Chosen by validation rows where left out. Such a head is fitted as a convex problem, in `llama_probe.training.fitting`.
     """
 
     normalize = "none"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..decision import ProbeOutput, check_numbers, verdict
 from ..errors import ProbeError
-from ..halting import Halt
+from ..heads.decision import ProbeOutput, check_numbers, verdict
+from ..serving.halting import Halt
 from .settings import ProbeSettings
 
 

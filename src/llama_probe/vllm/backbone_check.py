@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from ..configuration import ProbeConfig
-from ..fingerprint import check_backbone, fingerprint
+from ..backbone.fingerprint import check_backbone, fingerprint
+from ..heads.configuration import ProbeConfig
 
 
 logger = logging.get_logger(__name__)

@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..backbones import resolve_backbone
+from ..backbone.loading import resolve_backbone
 from ..errors import ProbeError
 from ..files import read_head
-from ..halting import HaltSpec, options_by_head
 from ..heads.aggregator import Classifier
-from ..hub import HubOptions
-from ..probe import ProbeModel
-from ..resolve import ProbeSpec, Target, named_sources, resolve_head
+from ..heads.probe import ProbeModel
+from ..hub.resolve import ProbeSpec, Target, named_sources, resolve_head
+from ..hub.transport import HubOptions
+from ..serving.halting import HaltSpec, options_by_head
 from .backbone_check import check_heads
 from .compatibility import SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
 from .settings import KEY, ProbeSettings

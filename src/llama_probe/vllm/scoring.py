@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ProbeError
-from ..head_group import HeadGroup
-from ..probe import ProbeModel
-from ..scope import check_rows, token_mask
+from ..heads.probe import ProbeModel
+from ..heads.scope import check_rows, token_mask
+from ..serving.head_group import HeadGroup
 from .state_cache import StateCache
 
 

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..configuration import ProbeConfig
 from ..errors import ProbeError
 from ..files import read_config, read_head
-from ..halting import Halter, HaltRule
-from ..probe import ProbeModel
+from ..heads.configuration import ProbeConfig
+from ..heads.probe import ProbeModel
+from ..serving.halting import Halter, HaltRule
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Texts, prompts, and hidden states of a data set."""

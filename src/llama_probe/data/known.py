@@ -1,0 +1,294 @@
+"""Data sets that are known by name: where each lies on the Hub, and how its rows become texts with labels.
+
+The rows are read by `llama_probe.data.texts`, from the Hub or from local copies. A new data set is one entry in `BENCHMARKS`.
+The ids, configurations, splits and columns are as public code used them in 2026; no revision is pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ProbeError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """Where one split lies in a Hub data set: the name of the split there, and of the configuration (`None`: its only one)."""
+
+    split: str
+    configuration: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set that is known by name.
+
+    Attributes:
+        name: what users write. title: its name in a sentence.
+        hub_id, revision: the data set on the Hub.
+        splits: our split -> where it lies there.
+        text, label: a column there, or a function of a row. Labels are indices or names of labels, or lists of them.
+        label_names: by index.
+        license: of the data, as the Hub has them. language: of the texts.
+        note: origin and licence in a sentence, for cards.
+        problem_type: as in `ProbeConfig`.
+        keep: which rows belong to it; all where left out.
+        exchange: columns of the prompts and of the replies to them, where the rows have both; for heads that read replies.
+        columns: further columns to keep. slices: those that results are reported by.
+        question: what a language model is asked of a text, for prompting; derived from the label names where left out.
+        verbalisers: the reply that stands for each label, by index; the label names where left out.
+    """
+
+    name: str
+    title: str
+    hub_id: str
+    splits: Mapping[str, HubSplit]
+    text: str | Callable[[Row], Any]
+    label: str | Callable[[Row], Any]
+    label_names: tuple[str, ...]
+    license: str
+    note: str
+    language: str = "en"
+    problem_type: str = "single_label_classification"
+    keep: Callable[[Row], bool] | None = None
+    exchange: tuple[str, str] | None = None
+    columns: tuple[str, ...] = ()
+    slices: tuple[str, ...] = ()
+    revision: str | None = None
+    question: str | None = None
+    verbalisers: tuple[str, ...] = ()
+
+    def convert(self, table: Dataset) -> dict[str, list[Any]]:
+        """Rows as they are on the Hub -> columns `text` and `label`, and those of `columns` that the rows have.
+
+        Rows that `keep` turns down are left out; a text or a label may be `None`.
+
+        Raises:
+            ProbeError: a column is missing.
+        """
+        further = [name for name in self.columns if name in table.column_names]
+        found: dict[str, list[Any]] = {name: [] for name in ("text", "label", *further)}
+        try:
+            for row in table:
+                if self.keep is None or self.keep(row):
+                    found["text"].append(_value(row, self.text))
+                    found["label"].append(_value(row, self.label))
+                    for name in further:
+                        found[name].append(row[name])
+        except KeyError as error:
+            raise ProbeError(
+                f"the rows of {self.name} have no column {error}; they have: {', '.join(table.column_names)}"
+            ) from None
+        return found
+
+
+def _value(row: Row, source: str | Callable[[Row], Any]) -> Any:
+    return source(row) if callable(source) else row[source]
+
+
+def find_benchmark(source: str) -> tuple[Benchmark, str | None] | None:
+    """The data set that `NAME` or `NAME:SPLIT` means, and the split where one is given.
+
+    `None` for anything else: a file or folder (one that is called as a data set is written `./imdb`), or another Hub data set.
+    """
+    name, _, split = str(source).partition(":")
+    if name not in BENCHMARKS:
+        return None
+    return BENCHMARKS[name], split or None
+
+
+_MODERATION_CATEGORIES = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
+
+
+def _any_category(row: Row) -> int:
+    """1 where an annotator flagged any category; what they left open (null, or no such column) counts as 0."""
+    return int(any(row.get(name) == 1 for name in _MODERATION_CATEGORIES))
+
+
+def _aegis_vote(row: Row) -> int | None:
+    """0 where more than half of the annotators say `Safe`. `Needs Caution` and ties count as harmful."""
+    votes = [row.get(f"labels_{i}") for i in range(5)]
+    votes = [vote for vote in votes if vote not in (None, "", "None")]
+    if not votes:
+        return None
+    return int(2 * sum(vote == "Safe" for vote in votes) <= len(votes))
+
+
+def _dialogue(row: Row) -> str | None:
+    if row["prompt"] is None or row["response"] is None:
+        return None
+    return f"User: {row['prompt']}\n\nAssistant: {row['response']}"
+
+
+_GO_EMOTIONS = (
+    "admiration amusement anger annoyance approval caring confusion curiosity desire disappointment disapproval disgust "
+    "embarrassment excitement fear gratitude grief joy love nervousness optimism pride realization relief remorse sadness "
+    "surprise neutral"
+)
+
+_ALL = (
+    Benchmark(
+        # Half of the rows were judged by people, the others by a filter; the paper tests on the former only.
+        name="toxicchat",
+        title="ToxicChat 0124",
+        hub_id="lmsys/toxic-chat",
+        splits={"train": HubSplit("train", "toxicchat0124"), "test": HubSplit("test", "toxicchat0124")},
+        text="user_input",
+        label="toxicity",
+        label_names=("non-toxic", "toxic"),
+        license="cc-by-nc-4.0",
+        note="ToxicChat 0124 (prompts of real users of a chat service), CC BY-NC 4.0: non-commercial use only.",
+        columns=("conv_id", "human_annotation", "jailbreaking"),
+        slices=("human_annotation",),
+        question="Is this message, which a user sent to an assistant, toxic? A message is toxic if it is rude, hateful, "
+        "sexual or violent, or asks for such content. Answer with Yes or No.",
+        verbalisers=("No", "Yes"),
+    ),
+    Benchmark(
+        # Gated. Some rows have no label of the prompt, or no prompt.
+        name="wildguardmix",
+        title="WildGuardMix",
+        hub_id="allenai/wildguardmix",
+        splits={"train": HubSplit("train", "wildguardtrain"), "test": HubSplit("test", "wildguardtest")},
+        text="prompt",
+        label="prompt_harm_label",
+        label_names=("unharmful", "harmful"),
+        license="odc-by",
+        note="WildGuardMix (synthetic, adversarial and real prompts with a label of their harm), ODC-BY.",
+        columns=("adversarial", "subcategory"),
+        question="Is this request, which a user sent to an assistant, harmful? A request is harmful if a good answer to it "
+        "could hurt people. Answer with Yes or No.",
+        verbalisers=("No", "Yes"),
+    ),
+    Benchmark(
+        name="imdb",
+        title="IMDB",
+        hub_id="stanfordnlp/imdb",
+        splits={"train": HubSplit("train"), "test": HubSplit("test")},
+        text="text",
+        label="label",
+        label_names=("negative", "positive"),
+        license="other",
+        note="IMDB Large Movie Review Dataset v1.0 (Maas et al. 2011); its authors state no licence.",
+        question="Is this film review negative or positive? Answer with one word.",
+        verbalisers=("Negative", "Positive"),
+    ),
+    Benchmark(
+        # GLUE hides the labels of its test split (all are -1), so results, the paper's too, are of its validation split.
+        # Local copies may have more splits: the test sentences, and `train_sentences` without the phrases of `train`.
+        name="sst2",
+        title="SST-2",
+        hub_id="stanfordnlp/sst2",
+        splits={"train": HubSplit("train"), "test": HubSplit("validation")},
+        text="sentence",
+        label="label",
+        label_names=("negative", "positive"),
+        license="unknown",
+        note="SST-2 (Stanford Sentiment Treebank, two classes); its authors state no licence (research use).",
+        question="Is the sentiment of this sentence from a film review negative or positive? Answer with one word.",
+        verbalisers=("Negative", "Positive"),
+    ),
+    Benchmark(
+        name="emotion",
+        title="Emotion",
+        hub_id="dair-ai/emotion",
+        splits={name: HubSplit(name, "split") for name in ("train", "validation", "test")},
+        text="text",
+        label="label",
+        label_names=("sadness", "joy", "love", "anger", "fear", "surprise"),
+        license="other",
+        note="Emotion (dair-ai/emotion, English Twitter posts), for educational and research purposes only.",
+        question="Which emotion does the writer of this text express: sadness, joy, love, anger, fear or surprise? Answer "
+        "with one word.",
+        verbalisers=("Sadness", "Joy", "Love", "Anger", "Fear", "Surprise"),
+    ),
+    Benchmark(
+        name="goemotions",
+        title="GoEmotions",
+        hub_id="google-research-datasets/go_emotions",
+        splits={name: HubSplit(name, "simplified") for name in ("train", "validation", "test")},
+        text="text",
+        label="labels",
+        label_names=tuple(_GO_EMOTIONS.split()),
+        license="apache-2.0",
+        note="GoEmotions (Reddit comments with one or more of 28 labels), Apache-2.0.",
+        problem_type="multi_label_classification",
+        columns=("id",),
+    ),
+    Benchmark(
+        # By an author of the set; `walledai/XSTest` has the same prompts, gated.
+        name="xstest",
+        title="XSTest v2",
+        hub_id="Paul/XSTest",
+        splits={"test": HubSplit("train")},
+        text="prompt",
+        label="label",
+        label_names=("safe", "unsafe"),
+        license="cc-by-4.0",
+        note="XSTest v2 (250 safe prompts that look unsafe, 200 unsafe ones), CC BY 4.0.",
+        columns=("id", "type", "focus", "note"),
+    ),
+    Benchmark(
+        name="openai_moderation",
+        title="OpenAI moderation evaluation set",
+        hub_id="mmathys/openai-moderation-api-evaluation",
+        splits={"test": HubSplit("train")},
+        text="prompt",
+        label=_any_category,
+        label_names=("unflagged", "flagged"),
+        license="mit",
+        note="OpenAI's moderation evaluation set (1,680 texts, flagged in any of 8 categories), MIT.",
+        columns=_MODERATION_CATEGORIES,
+    ),
+    Benchmark(
+        # May be gated. Prompts only: the other rows are whole conversations. Published counts of the 359 test prompts
+        # differ by one row (126 or 127 harmless), by how ties are broken.
+        name="aegis",
+        title="Aegis 1.0",
+        hub_id="nvidia/Aegis-AI-Content-Safety-Dataset-1.0",
+        splits={"train": HubSplit("train"), "test": HubSplit("test")},
+        text="text",
+        label=_aegis_vote,
+        label_names=("unharmful", "harmful"),
+        license="cc-by-4.0",
+        note="Aegis 1.0 (prompts, label by majority of the annotators), CC BY 4.0.",
+        keep=lambda row: row["text_type"] == "user_message",
+        columns=("id",),
+    ),
+    Benchmark(
+        # The label is of question and answer together.
+        name="beavertails",
+        title="BeaverTails-30k",
+        hub_id="PKU-Alignment/BeaverTails",
+        splits={"train": HubSplit("30k_train"), "test": HubSplit("30k_test")},
+        text=_dialogue,
+        label=lambda row: None if row["is_safe"] is None else int(not row["is_safe"]),
+        label_names=("unharmful", "harmful"),
+        license="cc-by-nc-4.0",
+        note="BeaverTails-30k (pairs of question and answer), CC BY-NC 4.0: non-commercial use only.",
+        exchange=("prompt", "response"),
+        columns=("prompt", "response", "category"),
+    ),
+    Benchmark(
+        # Gated.
+        name="advbench",
+        title="AdvBench",
+        hub_id="walledai/AdvBench",
+        splits={"test": HubSplit("train")},
+        text="prompt",
+        label=lambda row: 1,
+        label_names=("unharmful", "harmful"),
+        license="mit",
+        note="AdvBench (520 harmful requests, no harmless ones), MIT.",
+    ),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}

@@ -1,0 +1,1 @@
+"""What a head is worth, and what it looked at."""

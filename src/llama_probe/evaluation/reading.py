@@ -1,0 +1,216 @@
+"""What a head looked at in a text: the weight of every token and layer."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.prompts import PromptFormat, Text
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import in_words
+from ..heads.scope import token_mask
+
+
+# A character may take several tokens: the first one shows it, the others show this.
+CONTINUATION = "◦"
+
+_MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+_JOINERS = "\u200c\u200d"  # part of words and of emoji
+_MAX_TOKENS_A_CHARACTER = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a head said of one text, and what it looked at.
+
+    Attributes:
+        head: name of the head.
+        config: of the head.
+        text: what was read, without the chat template.
+        tokens: text of each prompt token, the template's included; `""` for a token that only continues a character.
+        template: whether a token comes from the chat template rather than from the text, or is a special token.
+        counted: whether the head reads a token. It does not read the constant prefix where its `token_scope` says so.
+        weights (`[layers_read, tokens]`): how much each token counted in a layer; each row sums to 1.
+        layer_weights (`[layers_read]`): how much each layer counted; sums to 1.
+        label: a text; for multi-label heads a list of texts, for regression a list of numbers.
+        probabilities: by label name; for regression the values.
+    """
+
+    head: str
+    config: ProbeConfig
+    text: str
+    tokens: list[str]
+    template: list[bool]
+    counted: list[bool]
+    weights: np.ndarray
+    layer_weights: np.ndarray
+    label: Any
+    probabilities: dict[str, float]
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the states that the head reads, ascending; 0 is the embedding output."""
+        return self.config.layer_indices
+
+    @property
+    def token_weights(self) -> np.ndarray:
+        """`[tokens]`: how much each token counted over all layers, `sum_l layer_weight_l * weight_l`; sums to 1."""
+        return self.layer_weights @ self.weights
+
+    @property
+    def even_share(self) -> float:
+        """The weight of each token that the head reads, if all counted alike."""
+        return 1 / sum(self.counted)
+
+    @property
+    def verdict(self) -> str:
+        """The label in words, with its probability where it has one."""
+        return in_words(self.label, self.probabilities, self.config, ".0%")
+
+    @property
+    def note(self) -> str | None:
+        """Why the weights say less than they seem to, where that is so."""
+        if self.config.probe_type == "pooling" and self.config.pool == "max":
+            return (
+                "This head has learned no weights: it takes the largest value of each dimension, and a weight is the "
+                "share of dimensions in which a token (or a layer) has the largest value."
+            )
+        if self.config.probe_type == "pooling":
+            return "This head has learned no weights: it takes the mean, so all tokens and all layers count alike."
+        if np.allclose(self.weights[:, np.array(self.counted)], self.even_share, rtol=1e-3, atol=0):
+            return "All tokens count alike here: this head has not learned where to look."
+        return None
+
+    def scale_end(self, weights: np.ndarray) -> float:
+        """Where a scale of colours for some of the weights ends, which begins at `even_share`.
+
+        It reaches twice as far at least, lest small differences look large.
+        """
+        return max(float(weights.max()), 2 * self.even_share)
+
+    def top_tokens(self, count: int, slot: int | None = None) -> list[tuple[int, float]]:
+        """Positions and weights of the tokens that counted most, heaviest first.
+
+        Args:
+            count: at most so many.
+            slot: row of `weights`; all layers together where left out.
+        """
+        weights = self.token_weights if slot is None else self.weights[slot]
+        order = np.argsort(-weights, kind="stable")[:count]
+        return [(int(i), float(weights[i])) for i in order if self.counted[i]]
+
+    def shown(self, position: int, width: int | None = None) -> str:
+        """A token on one line: without the spaces around it, cut to `width` characters where that is given."""
+        token = self.tokens[position]
+        shown = visible(token.strip(" ")) or "␣" * len(token) or CONTINUATION
+        return shown if width is None else cut(shown, width)
+
+
+def read_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], head: str | None = None
+) -> list[Reading]:
+    """Runs texts through a model with heads, one at a time, and keeps what one of the heads looked at.
+
+    Args:
+        model: with at least one active head; see `AutoModelForProbedGeneration`.
+        tokenizer: of its backbone.
+        texts: texts, or lists of chat messages. They are rendered as the head was trained.
+        head: name of an active head; may be left out where one is active.
+
+    Raises:
+        ProbeError: no active head has that name, several are active and none is named, or a text cannot be read.
+    """
+    active = model.active_probes
+    if head is None and len(active) != 1:
+        raise ProbeError(f"name the head to read with; active: {', '.join(active) or 'none'}")
+    head = active[0] if head is None else head
+    if head not in active:
+        raise ProbeError(f"no head {head!r} is active; active: {', '.join(active) or 'none'}")
+    config = model.probes[head].config
+    prompt_format = PromptFormat.from_config(config, tokenizer)
+    readings = []
+    for text, ids in zip(texts, prompt_format.encode(texts), strict=True):
+        if not ids:
+            raise ProbeError("an empty text cannot be read: it has no tokens")
+        input_ids = torch.tensor([ids], device=model.device)
+        output = model.classify(input_ids, output_attentions=True)[head]
+        readings.append(
+            Reading(
+                head=head,
+                config=config,
+                text=text if isinstance(text, str) else str(text[-1]["content"]),
+                tokens=token_texts(tokenizer, ids),
+                template=_of_template(prompt_format, ids),
+                counted=token_mask(config, input_ids, None)[0].tolist(),
+                weights=output.token_weights[0].float().cpu().numpy(),
+                layer_weights=output.layer_weights[0].float().cpu().numpy(),
+                label=output.labels[0],
+                probabilities=dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True)),
+            )
+        )
+    return readings
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token, with the spaces that belong to it.
+
+    A character that takes several tokens is the text of the first; the others have `""`. Bytes that make no character
+    are `"\ufffd"`.
+    """
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        start, taken = len(texts), 1
+        text = _decode(tokenizer, ids[start : start + 1])
+        if "\ufffd" in text:
+            for count in range(2, min(_MAX_TOKENS_A_CHARACTER, len(ids) - start) + 1):
+                whole = _decode(tokenizer, ids[start : start + count])
+                if "\ufffd" not in whole:
+                    text, taken = whole, count
+                    break
+        texts += [text, *[""] * (taken - 1)]
+    return texts
+
+
+def _of_template(prompt_format: PromptFormat, ids: Sequence[int]) -> list[bool]:
+    """Which tokens of a prompt the template has put around the text, or between its turns."""
+    tokenizer = prompt_format.tokenizer
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    found = [index in special for index in ids]
+    before, after = len(prompt_format.prefix_ids), len(prompt_format.suffix_ids)
+    if tuple(ids[:before]) == prompt_format.prefix_ids:
+        found[:before] = [True] * before
+    if after and tuple(ids[-after:]) == prompt_format.suffix_ids:
+        found[-after:] = [True] * after
+    return found
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # Decoders of the SentencePiece kind drop the space at the beginning of what they are given.
+    marked = str(tokenizer.convert_ids_to_tokens(int(ids[0]))).startswith("\u2581")
+    return f" {text}" if marked and not text.startswith(" ") else text
+
+
+def visible(text: str) -> str:
+    """A text without characters that are not seen or that move others: a mark for line breaks and tabs, else `\\u202e`."""
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    if character in _MARKS:
+        return _MARKS[character]
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS:
+        return f"\\u{ord(character):04x}"
+    return character
+
+
+def cut(text: str, width: int) -> str:
+    """The beginning of a text, `width` characters at most, with a mark where something is left out."""
+    return text if len(text) <= width else text[: width - 1] + "…"

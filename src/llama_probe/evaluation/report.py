@@ -1,0 +1,226 @@
+"""Scores a head on labelled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..data.states import SharedStates, iterate_states
+from ..distributed import merge_rows
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import ProbeOutput, log_odds, probabilities
+from ..heads.probe import ProbeModel
+from .bootstrap import intervals, score_statistic
+from .calibration import calibration_gaps, reliability, threshold_table
+from .metrics import confusion, label_scores, outcomes, score_logits
+
+
+def predict_logits(
+    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+) -> torch.Tensor:
+    """Logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order.
+
+    Args:
+        batch_tokens: tokens of a batch, padding included; a longer row goes alone. They bound the memory: a head gets the
+            states of all its layers of a batch at once.
+
+    In a process group (see `llama_probe.distributed`) the ranks score a share of the rows each, and all get the whole.
+    """
+    logits, scored = torch.empty(len(dataset), probe.config.num_labels), []
+    for rows, output in _outputs(probe, dataset, batch_tokens, progress):
+        logits[rows] = output.logits.cpu()
+        scored += rows
+    return merge_rows(scored, logits)
+
+
+def score_together(
+    probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False, **kwargs
+) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
+    """Runs many heads over a data set, with one pass of the backbone, or one reading of the cached states, for all.
+
+    Those that normalise alike share the normalised states, too.
+
+    Args:
+        probes: heads of the same backbone that read the same tokens.
+        dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
+        lm: the frozen LM.
+        kwargs: further arguments of `ProbeModel.score`, such as `output_attentions`.
+
+    Yields:
+        Row numbers of a batch, and the output of each head.
+    """
+    for probe in probes:
+        probe.eval()
+    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, progress=progress):
+        with torch.no_grad():
+            shared = SharedStates(states.transpose(0, 1))
+            yield rows, [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
+
+
+def predict_together(
+    probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False
+) -> list[torch.Tensor]:
+    """Logits `[rows, num_labels]` of each head, in the order of the data set; see `score_together`."""
+    logits = [torch.empty(len(dataset), probe.config.num_labels) for probe in probes]
+    for rows, outputs in score_together(probes, dataset, lm, progress):
+        for found, output in zip(logits, outputs, strict=True):
+            found[rows] = output.logits.cpu()
+    return logits
+
+
+def inspect_head(
+    probe: ProbeModel,
+    dataset: Dataset,
+    labels: np.ndarray,
+    batch_tokens: int = 4096,
+    logits: torch.Tensor | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What cards and plots show of a head beyond its metrics.
+
+    Args:
+        dataset, labels: rows. batch_tokens: as for `predict_logits`.
+        logits (`[rows, num_labels]`, *optional*): to judge by in place of the head's own, where it was trained on the rows.
+
+    Returns:
+        `layer_weights`: for each label that occurs the mean weight of each layer over its rows, `[layers_read]`;
+        `calibration`: see `reliability`; `confusion` (single-label) or `outcomes` (multi-label): see there;
+        `thresholds`: see `threshold_table`, by label name. All but the first are left out where they have no meaning
+        (regression; thresholds of more than two labels).
+    """
+    config = probe.config
+    found_logits = torch.empty(len(dataset), config.num_labels)
+    weights, scored = torch.empty(len(dataset), len(probe.layer_indices)), []
+    for rows, output in _outputs(probe, dataset, batch_tokens, progress, output_attentions=True):
+        found_logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
+        scored += rows
+    found_logits, weights = merge_rows(scored, found_logits), merge_rows(scored, weights)
+    logits = found_logits if logits is None else logits
+    by_label = {}
+    for index, name in config.id2label.items():
+        multi_label = config.problem_type == "multi_label_classification"
+        chosen = labels[:, index] > 0 if multi_label else labels == index
+        if config.problem_type == "regression":
+            chosen = np.ones(len(labels), dtype=bool)
+        if chosen.any():
+            by_label[name] = [round(float(value), 5) for value in weights[torch.from_numpy(chosen)].mean(dim=0)]
+    found: dict[str, Any] = {"layer_weights": {"layers": probe.layer_indices, "by_label": by_label}}
+    if config.problem_type != "regression":
+        found["calibration"] = reliability(logits, labels, config)
+        probs = probabilities(logits.float(), config).numpy()
+        if config.problem_type == "single_label_classification":
+            found["confusion"] = confusion(probs, labels, config)
+        else:
+            found["outcomes"] = outcomes(probs, labels, config)
+        thresholds = threshold_table(logits, labels, config)
+        if thresholds:
+            found["thresholds"] = thresholds
+    return found
+
+
+def _outputs(probe: ProbeModel, dataset: Dataset, batch_tokens: int, progress: bool = False, **kwargs):
+    """Row numbers and `ProbeOutput` of each batch of this rank; rows of like length go together."""
+    probe.eval()
+    lm = None if len(dataset) and "hidden_states" in dataset[0] else probe.backbone
+    layers = probe.layer_indices
+    for rows, states, mask in iterate_states(dataset, probe.config, lm, batch_tokens, progress, layers, divided=True):
+        with torch.no_grad():
+            yield rows, probe(hidden_states=states, attention_mask=mask, **kwargs)
+
+
+def report(
+    config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, slices: dict[str, Sequence[Any]] | None = None
+) -> dict[str, Any]:
+    """Metrics of all rows, and of each group of rows with the same value in a column.
+
+    Args:
+        config: with the temperature and threshold to judge by.
+        logits (`[rows, num_labels]`), labels: see `LabelledTexts`.
+        slices: columns by name, one value a row.
+
+    Returns:
+        The metrics of `ProbeMetric` with `rows`, and `slices`: column -> value -> the same.
+    """
+    result: dict[str, Any] = {"rows": len(labels), **score_logits(logits, labels, config)}
+    for column, value, rows in _groups(slices):
+        groups = result.setdefault("slices", {}).setdefault(column, {})
+        groups[value] = {"rows": int(rows.sum()), **score_logits(logits[rows], labels[rows], config)}
+    return result
+
+
+def detailed_report(
+    config: ProbeConfig,
+    logits: torch.Tensor,
+    labels: np.ndarray,
+    slices: dict[str, Sequence[Any]] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`report`, and how far its numbers can be trusted and where they come from.
+
+    Args:
+        config, logits, labels, slices: as for `report`.
+        resamples: of the bootstrap that gives 95 % intervals; 0 for none. seed: of its draws.
+
+    Returns:
+        The keys of `report`, and, but for regression, `labels`: see `label_scores`; `calibration`: see `reliability`;
+        single-label: `confusion`: see there. With resamples, `bootstrap`: `resamples`, `seed` and `level`; and
+        `intervals` by metric beside the metrics of all rows, of each slice and of each label, and beside the calibration
+        errors: `[low, high]`, `None` where the metric is undefined in all resamples.
+
+    Raises:
+        ProbeError: `resamples` is below 0.
+    """
+    if resamples < 0:
+        raise ProbeError(f"resamples={resamples} must be 0 (no intervals) or more")
+    result = report(config, logits, labels, slices)
+    probs, ranked = probabilities(logits.float(), config).numpy(), log_odds(logits.float(), config).numpy()
+    classes = config.problem_type != "regression"
+    if classes:
+        result["labels"] = label_scores(probs, labels, config, ranked)
+        result["calibration"] = reliability(logits, labels, config)
+    if config.problem_type == "single_label_classification":
+        result["confusion"] = confusion(probs, labels, config)
+    if not resamples:
+        return result
+    result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
+    statistics = [score_statistic(probs, labels, config, ranked)]
+    if classes:
+        plain = config.replace(temperature=1.0)
+        gaps = {"error": calibration_gaps(logits, labels, config)}
+        gaps["error_uncalibrated"] = calibration_gaps(logits, labels, plain)
+        statistics.append(lambda weights: {name: _calibration_errors(weights, part) for name, part in gaps.items()})
+    found = intervals(statistics, len(labels), resamples, seed)
+    result["intervals"] = _of(result, found)
+    if classes:
+        result["calibration"]["intervals"] = _of(result["calibration"], found)
+        for index, part in enumerate(result["labels"].values()):
+            part["intervals"] = {name: found[f"label_{name}"][index] for name in part if f"label_{name}" in found}
+    for column, value, rows in _groups(slices):
+        part = result["slices"][column][value]
+        statistic = score_statistic(probs[rows], labels[rows], config, ranked[rows])
+        part["intervals"] = _of(part, intervals([statistic], part["rows"], resamples, seed))
+    return result
+
+
+def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Column, value as text, and which rows have it: booleans `[rows]`."""
+    for column, values in (slices or {}).items():
+        texts = np.array([str(value) for value in values], dtype=object)
+        for value in sorted(set(texts)):
+            yield column, value, texts == value
+
+
+def _calibration_errors(weights: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    return np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1)
+
+
+def _of(part: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The intervals of the metrics in one part of the report."""
+    return {name: found[name] for name in part if name in found}

@@ -1,0 +1,86 @@
+"""What is compared of each data set in `llama-probe reproduce`, and whether the paper's order of the methods holds there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...data.known import find_benchmark
+from ...experiments import paper
+from .workbench import SAFETY
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of the test rows: its title, where it stands in a summary, and the paper's metric that it stands beside."""
+
+    title: str
+    path: tuple[str, ...]
+    paper: str | None = None
+
+    def find(self, result: dict[str, Any]) -> dict[str, Any] | None:
+        """`mean`, `std` (`None` for one run) and `runs` of a result; `None` where the metric is not defined."""
+        value: Any = result["summary"]["test"]
+        for key in self.path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return None
+        runs = len(result["runs"])
+        return {"mean": value["mean"], "std": value["std"] if runs > 1 else None, "runs": runs}
+
+
+def columns(source: str) -> list[Column]:
+    """What is shown of a data set, as in the paper: F1 and AUPRC for safety, accuracy and F1 for the others."""
+    name = find_benchmark(source)[0].name
+    if name == "toxicchat":  # the paper tests on the rows that people judged
+        human = ("slices", "human_annotation", "True")
+        return [
+            Column("F1", ("f1",)),
+            Column("AUPRC", ("auprc",)),
+            Column("F1, human-annotated rows", (*human, "f1"), "f1"),
+            Column("AUPRC, human-annotated rows", (*human, "auprc"), "auprc"),
+        ]
+    if name in SAFETY:
+        return [Column("F1", ("f1",), "f1"), Column("AUPRC", ("auprc",), "auprc")]
+    return [Column("accuracy", ("accuracy",), "accuracy"), Column("F1", ("f1",))]
+
+
+def find_orders(main: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whether what the paper concludes of its kinds holds here, metric by metric.
+
+    Returns:
+        A dict for each order, data set and metric with all its methods: `order`, `data`, `metric`, `values` by method, `holds`
+        (each mean is above the one before), and `clear` (by more than both standard deviations together; `None` for single
+        runs).
+    """
+    found = []
+    for source, results in main.items():
+        for order in paper.ORDERS:
+            if any(results.get(name) is None for name in order):
+                continue
+            for column in columns(source):
+                values = {name: column.find(results[name]) for name in order}
+                if None in values.values():
+                    continue
+                pairs = list(zip(values.values(), list(values.values())[1:], strict=False))
+                spread = all(value["std"] is not None for value in values.values())
+                found.append(
+                    {
+                        "order": list(order),
+                        "data": source,
+                        "metric": column.title,
+                        "values": values,
+                        "holds": all(low["mean"] < high["mean"] for low, high in pairs),
+                        "clear": all(high["mean"] - low["mean"] > low["std"] + high["std"] for low, high in pairs)
+                        if spread
+                        else None,
+                    }
+                )
+    return found
+
+
+def cell(value: dict[str, Any] | None) -> str:
+    """A mean and its spread."""
+    if value is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")

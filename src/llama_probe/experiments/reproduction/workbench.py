@@ -1,0 +1,233 @@
+"""What methods are compared on: one backbone, data sets with their splits, and the hidden states of their rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...backbone.fingerprint import describe
+from ...backbone.loading import load_backbone, model_id, weights_digest
+from ...data.known import BENCHMARKS, Benchmark, find_benchmark
+from ...data.prompts import PromptFormat
+from ...data.sources import DataSources
+from ...data.states import PromptDataset, StateCache, check_cache
+from ...data.texts import LabelledTexts, read_labelled
+from ...errors import ProbeError
+from ...heads.configuration import ProbeConfig
+
+
+# Compared by F1 and AUPRC of label 1, as in the paper; the others by accuracy.
+SAFETY = ("toxicchat", "wildguardmix")
+
+
+@dataclass
+class Workbench:
+    """A backbone and the data sets known by name, each loaded when it is first needed.
+
+    Attributes:
+        backbone: `"demo"`, a folder or a Hub id. dtype: of its weights.
+        scratch: folder for hidden states that go with `close`.
+        data_dir: local copies of the data sets, see `read_benchmark`.
+        seeds: one run a method each. Rows are split, and drawn, by the first.
+        max_rows: use at most so many training, validation and test rows each.
+        max_length: tokens to which prompts are cut.
+        cache: keep hidden states on disk, so that the backbone runs once over each row. cache_dir: keep them for later.
+    """
+
+    backbone: str
+    scratch: Path
+    data_dir: str | os.PathLike | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    max_rows: int | None = None
+    max_length: int = 512
+    dtype: str = "auto"
+    cache: bool = True
+    cache_dir: Path | None = None
+    _tasks: dict[str, Task] = field(default_factory=dict, init=False, repr=False)
+    _test_rows: dict[str, LabelledTexts] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ProbeError(f"seeds={self.seeds} must be numbers, each once, and at least one")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
+        check_cache(self.cache, self.cache_dir)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, beside the rows."""
+        return {
+            "backbone": self.backbone,
+            "dtype": self.dtype,
+            "seeds": list(self.seeds),
+            "max_rows": self.max_rows,
+            "max_length": self.max_length,
+        }
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_backbone(self.backbone, self.dtype)
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The frozen LM."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the LM."""
+        return self._loaded[1]
+
+    @cached_property
+    def weights(self) -> str:
+        """What tells the LM from another of its name. Loads the backbone."""
+        return weights_digest(self.lm)[:16]
+
+    @cached_property
+    def prompts(self) -> PromptFormat:
+        """The LM's chat template; texts as they are where it has none."""
+        kind = "chat" if self.tokenizer.chat_template else "raw"
+        return PromptFormat.create(self.tokenizer, kind, max_length=self.max_length)
+
+    @property
+    def states(self) -> StateCache | None:
+        """Where hidden states are kept; `None` where the backbone runs whenever they are needed."""
+        return StateCache(self.cache_dir or self.scratch) if self.cache else None
+
+    @property
+    def lm_in_the_loop(self) -> PreTrainedModel | None:
+        """The LM where states are not cached, for what takes `lm=` beside a data set."""
+        return None if self.cache else self.lm
+
+    def dataset(self, rows: LabelledTexts, config: ProbeConfig) -> Dataset:
+        """The cached states of rows, or without a cache their prompts."""
+        ids = self.prompts.encode(rows.texts)
+        return (
+            self.states.dataset(self.lm, config, ids, rows.labels) if self.cache else PromptDataset(ids, rows.labels)
+        )
+
+    def task(self, source: str) -> Task:
+        """A data set with its training, validation and test rows.
+
+        Args:
+            source: `NAME` or `NAME:SPLIT` (the split to train on).
+
+        Raises:
+            ProbeError: it is not known by name, is no single-label data set, has no test rows, or cannot be read.
+        """
+        if source not in self._tasks:
+            self._tasks[source] = Task.read(self, source)
+        return self._tasks[source]
+
+    def test_rows(self, name: str) -> LabelledTexts:
+        """The test rows of a data set that is only tested on."""
+        if name not in self._test_rows:
+            rows = read_labelled(name, split="test", data_dir=self.data_dir)
+            self._test_rows[name] = rows.at_most(self.max_rows, self.seeds[0])
+        return self._test_rows[name]
+
+    def digests(self, source: str, test: str | None = None) -> dict[str, str]:
+        """What tells the training, validation and test rows of a data set from others of its name.
+
+        Args:
+            source: see `task`. test: the data set whose test rows are used in place of its own.
+        """
+        parts = self.task(source).parts
+        if test is not None:
+            parts = {**parts, "test": self.test_rows(test)}
+        return {name: rows.digest()[:16] for name, rows in parts.items()}
+
+    def sources(self, source: str) -> DataSources:
+        """Where a data set's rows come from."""
+        return DataSources(source, max_rows=self.max_rows, max_eval_rows=self.max_rows, data_dir=self.data_dir)
+
+    def close(self) -> None:
+        """Removes the states that nobody asked to keep."""
+        if self.cache and self.cache_dir is None:
+            self.states.delete()
+
+
+@dataclass
+class Task:
+    """One data set on the bench.
+
+    Attributes:
+        bench: where it lies. source: what it is called there. benchmark: see there.
+        parts: rows of `train`, `validation` and `test`.
+        slices: columns of the test rows that results are reported by.
+        metric: what is chosen by, on validation rows; see `metric_of`.
+    """
+
+    bench: Workbench
+    source: str
+    benchmark: Benchmark
+    parts: dict[str, LabelledTexts]
+    slices: dict[str, list[Any]]
+    metric: str
+    _datasets: dict[str, Dataset] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def read(cls, bench: Workbench, source: str) -> Task:
+        """See `Workbench.task`."""
+        benchmark = known_source(source)
+        sources = bench.sources(source)
+        parts = sources.read(bench.seeds[0])
+        if "test" not in parts:
+            raise ProbeError(f"{source} has no test rows")
+        slices = {name: parts["test"].columns[name] for name in sources.slice_columns}
+        return cls(bench, source, benchmark, parts, slices, metric_of(benchmark))
+
+    @property
+    def name(self) -> str:
+        """The source as part of a file's name."""
+        return file_name(self.source)
+
+    @cached_property
+    def labels(self) -> ProbeConfig:
+        """A config that knows the labels alone: enough to turn the logits of any method into metrics."""
+        return ProbeConfig(probe_type="pooling", id2label=dict(enumerate(self.parts["train"].label_names)))
+
+    @cached_property
+    def config(self) -> ProbeConfig:
+        """Of a head, with all that it records of prompts and backbone. Loads the backbone."""
+        base = self.labels.replace(token_scope="content", base_model_name_or_path=model_id(self.bench.backbone))
+        return describe(self.bench.lm, base.replace(**self.bench.prompts.config_fields()))
+
+    def dataset(self, part: str) -> Dataset:
+        """The states, or the prompts, of `train`, `validation` or `test`."""
+        if part not in self._datasets:
+            self._datasets[part] = self.bench.dataset(self.parts[part], self.config)
+        return self._datasets[part]
+
+
+def file_name(source: str) -> str:
+    """`NAME` or `NAME:SPLIT` as a part of a file's name."""
+    return source.replace(":", "-")
+
+
+def metric_of(benchmark: Benchmark) -> str:
+    """What is chosen by on a data set: AUPRC for safety data, which needs no threshold, else accuracy."""
+    return "auprc" if benchmark.name in SAFETY else "accuracy"
+
+
+def known_source(source: str) -> Benchmark:
+    """The data set that `NAME` or `NAME:SPLIT` means, where methods can be compared on it.
+
+    Raises:
+        ProbeError: it is not known by name, has no training rows, or its rows have several labels each.
+    """
+    trainable = [
+        name
+        for name, benchmark in BENCHMARKS.items()
+        if "train" in benchmark.splits and benchmark.problem_type == "single_label_classification"
+    ]
+    found = find_benchmark(source)
+    if found is None or found[0].name not in trainable:
+        raise ProbeError(f"data={source!r} is not allowed; allowed: {', '.join(trainable)}, each also as NAME:SPLIT")
+    return found[0]

@@ -1,0 +1,264 @@
+"""From logits to probabilities, labels and losses: the one place that knows what a `problem_type` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import ModelOutput
+
+from ..errors import ProbeError
+
+
+if TYPE_CHECKING:
+    from .configuration import ProbeConfig
+
+
+def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
+    """Applies the saved temperature: softmax for single-label heads, sigmoid for multi-label ones.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
+
+    Returns:
+        `[batch, num_labels]`. Regression heads have no probabilities: their logits come back as they are.
+    """
+    if config.problem_type == "regression":
+        return logits
+    scaled = logits / config.temperature
+    return scaled.sigmoid() if config.problem_type == "multi_label_classification" else scaled.softmax(dim=-1)
+
+
+def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
+    """log p - log(1 - p) of each of `probabilities`, fp64: it ranks rows as p does, also where p is 1 to the precision of a float.
+
+    A head whose validation rows are told apart without an error has a low temperature, and so gives 1 to many rows.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[rows, num_labels]`).
+
+    Returns:
+        `[rows, num_labels]`. Regression heads: their logits.
+    """
+    if config.problem_type == "regression":
+        return logits
+    scaled = logits.double() / config.temperature
+    if config.problem_type == "multi_label_classification":
+        return scaled
+    log_p = scaled.log_softmax(dim=-1)
+    # Only the largest p can be close to 1: 1 - p is what the others make up.
+    best, index = scaled.max(dim=-1, keepdim=True)
+    others = scaled.scatter(-1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    return (log_p - torch.log1p(-log_p.exp().clamp_max(0.75))).scatter(-1, index, best - others)
+
+
+NO_NUMBER_BECAUSE = (
+    "its training ran away (a lower learning rate helps), states of the backbone are too large for its dtype (float32 and "
+    "bfloat16 hold more than float16), or in a pass that torch.compile runs no token of the prompt counts"
+)
+
+
+def check_numbers(scores: torch.Tensor) -> None:
+    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and
+    cannot be measured."""
+    if wrong := int((~scores.isfinite()).any(dim=-1).sum()):
+        raise ProbeError(f"the head gives no number for {wrong} of {len(scores)} rows: {NO_NUMBER_BECAUSE}")
+
+
+def threshold_of(config: ProbeConfig, index: int) -> float | None:
+    """The probability from which a head gives a label, by its index; `None` where it gives the label with the largest one."""
+    if config.problem_type == "multi_label_classification":
+        threshold = 0.5 if config.threshold is None else config.threshold
+        return threshold[index] if isinstance(threshold, list) else threshold
+    return config.threshold if index == 1 else None
+
+
+def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
+    """Applies the saved threshold to `[batch, num_labels]` probabilities.
+
+    Returns:
+        Single-label: class indices `[batch]`. Multi-label: booleans `[batch, num_labels]`. Regression: the values.
+    """
+    if config.problem_type == "regression":
+        return probs
+    if config.problem_type == "multi_label_classification":
+        thresholds = [threshold_of(config, index) for index in range(config.num_labels)]
+        return probs >= torch.as_tensor(thresholds, device=probs.device)
+    if config.threshold is not None:
+        return (probs[:, 1] >= config.threshold).long()
+    return probs.argmax(dim=-1)
+
+
+def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
+    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression).
+
+    Raises:
+        ProbeError: a probability is no number. Compared with a threshold it would pass for the harmless label.
+    """
+    picked = predictions(probs, config).tolist()
+    if config.problem_type == "regression":
+        return picked
+    check_numbers(probs)
+    if config.problem_type == "multi_label_classification":
+        return [[config.id2label[i] for i, on in enumerate(row) if on] for row in picked]
+    return [config.id2label[index] for index in picked]
+
+
+def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
+    """What a head that reads replies says of each, as far as it was read: what it said after the last token that counted.
+
+    Args:
+        token_logits (`[replies, tokens, num_labels]`): see `ProbedOutputMixin`.
+
+    Returns:
+        For each reply an output of one row; `None` where no token of it was read.
+    """
+    read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
+    return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
+
+
+def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
+    """What a head says of one row, as plain JSON types.
+
+    Args:
+        label: its entry of `labels`. probs: its row of probabilities (regression: of values).
+
+    Returns:
+        `{"label": name, "score": its probability, "scores": {label: probability}}`; for multi-label heads the same with a
+        list of labels and a list of their probabilities; for regression heads `{"score": value}`, or
+        `{"scores": {label: value}}` where there are several outputs.
+    """
+    scores = dict(zip(config.id2label.values(), probs, strict=True))
+    if config.problem_type == "regression":
+        return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
+    score = [scores[name] for name in label] if config.problem_type == "multi_label_classification" else scores[label]
+    return {"label": label, "score": score, "scores": scores}
+
+
+def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
+    """What a head says of one row, for people: the label with its own probability, which need not be the largest.
+
+    Args:
+        label: its entry of `labels`. scores: by label name its probabilities (regression: values). style: format of a probability.
+    """
+    if config.problem_type == "regression":
+        return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+    names = label if isinstance(label, list) else [label]
+    return ", ".join(f"{name} ({scores[name]:{style}})" for name in names) or "no label"
+
+
+def probe_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    config: ProbeConfig,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
+
+    Args:
+        logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`). Of several heads in one, which learn from the mean of
+            their losses, `[members, batch, num_labels]`.
+        class_weights (`[num_labels]`, *optional*): weight of each class (single-label) or of its positives
+            (multi-label).
+        label_smoothing: share of the target spread evenly over the classes.
+        focal_gamma: down-weights rows that are already right by `(1 - p)^gamma` (Lin et al., arXiv 1708.02002).
+        reduction: `"mean"` or `"sum"` over rows.
+        row_weights (`[batch, W]`, *optional*): what each row's loss is multiplied by. Of several members the first takes the
+            first column, and so on, and after W of them the first again.
+    """
+    targets = targets.to(logits.device)
+    if logits.dim() == 3:
+        turns = [None] if row_weights is None else row_weights.split(1, dim=1)
+        each = [
+            probe_loss(
+                part, targets, config, class_weights, label_smoothing, focal_gamma, reduction, turns[i % len(turns)]
+            )
+            for i, part in enumerate(logits)
+        ]
+        return torch.stack(each).mean()
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.device, logits.dtype)
+    if config.problem_type == "regression":
+        rows = F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
+    elif config.problem_type == "multi_label_classification":
+        targets = targets.to(logits.dtype)
+        soft = targets * (1 - label_smoothing) + label_smoothing / 2
+        each = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
+        if focal_gamma:
+            each = each * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
+        rows = each.mean(dim=-1)
+    else:
+        rows = F.cross_entropy(
+            logits, targets.long(), weight=class_weights, label_smoothing=label_smoothing, reduction="none"
+        )
+        if focal_gamma:
+            right = logits.softmax(dim=-1).gather(1, targets.long().unsqueeze(1)).squeeze(1)
+            rows = rows * (1 - right) ** focal_gamma
+    if row_weights is not None:
+        rows = rows * row_weights[:, 0].to(rows)
+    return rows.sum() if reduction == "sum" else rows.mean()
+
+
+class DecidedMixin:
+    """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
+
+    def config_of(self, name: str | None = None) -> ProbeConfig:
+        """The config of a head, by its name where there are several.
+
+        Raises:
+            ProbeError: the output is a copy, which knows none.
+        """
+        configs = self.__dict__.get("_probe_configs", {})
+        if name not in configs:
+            raise ProbeError("this output has lost its head configs (a copy or a gather does that); use its logits")
+        return configs[name]
+
+
+@dataclass
+class ProbeOutput(DecidedMixin, ModelOutput):
+    """What one head says of a batch.
+
+    Args:
+        loss (scalar, *optional*): where labels were given.
+        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
+        token_weights (`[batch, layers_read, tokens]`, *optional*): how much each token counted in the summary of each
+            layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
+        layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
+        member_logits (`[members, batch, num_labels]`, *optional*): while a head learns that is several in one.
+        row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
+    layer_weights: torch.Tensor | None = None
+    member_logits: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None
+
+    @classmethod
+    def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
+        """Logits together with the config that turns them into labels."""
+        output = cls(logits=logits)
+        output.__dict__["_probe_configs"] = {None: config}
+        return output
+
+    @property
+    def learned_logits(self) -> torch.Tensor:
+        """What a loss is asked of: the logits of each member where there are several, else `logits`."""
+        return self.logits if self.member_logits is None else self.member_logits
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """`[batch, num_labels]`, with the saved temperature."""
+        return probabilities(self.logits, self.config_of())
+
+    @property
+    def labels(self) -> list[Any]:
+        """Label names a row, with the saved temperature and threshold."""
+        return labels(self.probabilities, self.config_of())

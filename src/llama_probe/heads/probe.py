@@ -1,0 +1,395 @@
+"""`ProbeModel`: a head. Token stage for each layer, layer stage over the summaries, a linear map to the labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import CommitInfo
+from torch import nn
+
+from ..backbone.capture import collect_hidden_states, find_decoder
+from ..backbone.fingerprint import describe
+from ..errors import ProbeError
+from ..heads import create_stages, get_probe_type, normalize, repeat_rows, without_autocast
+from ..serving.cache import ProbeState
+from ..serving.stack import HeadStack
+from .configuration import ProbeConfig
+from .decision import ProbeOutput, probe_loss
+from .scope import check_rows, token_mask
+
+
+class ProbeModel(nn.Module):
+    """A probe head over all hidden states of a frozen causal LM (arXiv 2601.13288, section 3).
+
+    There are three ways in. `forward` takes whole tensors, for training; `init_state`, `step` and `finish` take the
+    states layer by layer, and chunk by chunk, while the LM runs; `begin_reply` and `extend` go on from there token by
+    token. They agree to 1e-5 in fp32.
+
+    Parameters are always fp32; the states are cast where they come in, but for `step` with states in half precision of 128
+    tokens or more: there kinds of low rank apply their maps in that dtype. Casting the module to another dtype moves it to
+    the device and leaves its dtype.
+
+    Args:
+        config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
+        backbone (`PreTrainedModel`, *optional*): the frozen LM that turns `input_ids` into states in `forward`. It is
+            kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set
+            to eval mode and its parameters are frozen.
+
+    Attributes:
+        results: what was measured of the head, as in the `results.json` of its folder; `None` where nothing was.
+
+    Raises:
+        ProbeError: the sizes are missing, or differ from the backbone's.
+    """
+
+    # The Trainer then averages the loss over gradient accumulation steps, as for any model with a mean loss.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ProbeConfig, backbone: nn.Module | None = None):
+        super().__init__()
+        if backbone is not None:
+            # A config that knows its backbone keeps what it knows; a new one learns it here.
+            known = config.fingerprint is not None
+            config = find_decoder(backbone).match(config) if known else describe(backbone, config)
+        if config.hidden_size is None or config.num_hidden_layers is None:
+            raise ProbeError(
+                "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
+            )
+        self.config = config
+        self.results: dict[str, Any] | None = None
+        self.layer_indices = config.layer_indices
+        self.token_stage, self.layer_stage = create_stages(config)
+        self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        # Whatever torch.set_default_dtype says, which is meant for the LM.
+        super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        self.set_backbone(backbone)
+
+    def set_backbone(self, backbone: nn.Module | None) -> None:
+        """Gives the head the frozen LM that turns `input_ids` into states, or takes it away.
+
+        Raises:
+            ProbeError: its sizes are others, or see `bind`.
+        """
+        if backbone is not None:
+            find_decoder(backbone).match(self.config)
+            self.bind(backbone)
+            backbone.requires_grad_(False)
+            backbone.eval()
+        object.__setattr__(self, "backbone", backbone)
+        if backbone is None:
+            self.release()
+
+    def bind(self, lm: nn.Module) -> None:
+        """Gives the head what its kind needs of the frozen LM beside its states, as `set_backbone` and attaching do.
+
+        Most kinds need nothing. What is given stays outside the module tree, and stays when the backbone is taken away. It
+        does not go with a copy or a pickle of the head alone, and neither does the backbone.
+
+        Raises:
+            ProbeError: the LM does not have it, or the head is bound to another one, which it cannot serve at the same time.
+        """
+        self.classifier.bind(self.classifier.needs(lm))
+
+    def release(self) -> None:
+        """Frees the head for another LM, unless the one that it is bound to has it attached or is its backbone."""
+        attached = getattr(self.classifier.lm, "probes", {}).values()
+        if self.backbone is None and not any(head is self for head in attached):
+            self.classifier.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "backbone": None}
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the head's parameters."""
+        return self.classifier.weight.device
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    # Files; imported where they are used, because they are about heads and import this module.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        namespace: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> ProbeModel:
+        """Reads a head folder, a head on the Hub, or the head that an alias stands for, in eval mode.
+
+        The arguments are those of `load_probe`; see `llama_probe.files.read_head` for what is refused.
+        """
+        from ..files import read_head
+        from ..hub.resolve import Target, inside, resolve_head
+        from ..hub.transport import HubOptions
+
+        target = None if backbone is None else Target.of(backbone)
+        options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
+        return read_head(resolve_head(inside(source, subfolder), target, options, namespace), backbone=backbone)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `probe_config.json`, `probe_model.safetensors`, a card, and nothing of the backbone."""
+        from ..hub.card import save_with_card
+
+        save_with_card(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """Uploads the head in one commit, with a card; see `llama_probe.hub.publish.push_head`."""
+        from ..hub.publish import push_head
+
+        return push_head(self, repo_id, **kwargs)
+
+    # Whole tensors
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        output_attentions: bool = False,
+        probe_mask: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> ProbeOutput:
+        """Scores prompts from their ids (with a backbone) or from their hidden states.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): prompts; needs `backbone`.
+            attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 1 for tokens, 0 for padding on
+                either side. With `hidden_states` it is taken as it is: 1 for the tokens that count. With `input_ids`
+                the config's `token_scope` is applied to it.
+            labels (*optional*): class indices `[batch]`; for multi-label heads floats `[batch, num_labels]`; for
+                regression floats `[batch, num_labels]` or `[batch]`.
+            hidden_states (*optional*): `output_hidden_states` of the LM - a tuple of L+1 tensors of shape
+                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers
+                alone that the head reads. Any float dtype.
+            output_attentions: also returns `token_weights` and `layer_weights`.
+            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
+                `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
+            row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`. They are handed on
+                with the output, for a loss that is taken of it.
+
+        Returns:
+            `ProbeOutput` with the logits `[batch, num_labels]`, and the loss where labels are given.
+
+        Raises:
+            ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
+        """
+        if (input_ids is None) == (hidden_states is None):
+            raise ProbeError("give either input_ids (with a backbone) or hidden_states")
+        if input_ids is not None:
+            if self.backbone is None:
+                raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
+            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask.bool()
+            if mask.shape != input_ids.shape:
+                raise ProbeError(f"probe_mask has the shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
+            hidden_states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
+            x = torch.stack(hidden_states)  # [S, B, T, D]
+        else:
+            x = self._stack(hidden_states)  # [S, B, T, D]
+            attention_mask = attention_mask if probe_mask is None else probe_mask
+            mask = None if attention_mask is None else attention_mask.bool()
+            if mask is not None and mask.shape != x.shape[1:3]:
+                raise ProbeError(
+                    f"attention_mask has the shape {tuple(mask.shape)}, the states need {tuple(x.shape[1:3])}"
+                )
+        check_rows(mask)
+        mask = None if mask is None else mask.to(self.device)
+        return self.score(self.normalize(x), mask, labels, output_attentions, row_weights)
+
+    def score(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        row_weights: torch.Tensor | None = None,
+    ) -> ProbeOutput:
+        """What `forward` does once the states are at hand; many heads can share them.
+
+        Args:
+            x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
+                that the head reads, ascending.
+            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count; all where left out.
+            labels, output_attentions, row_weights: see `forward`.
+        """
+        summaries = self.token_stage(x, mask)  # [S, B, D]
+        output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
+        if output_attentions:
+            output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
+        return output
+
+    def pool(
+        self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the classifier gets, without dropout: `[batch, hidden_size]`, unless the kind has a width of its own.
+
+        Args:
+            hidden_states, attention_mask: see `forward`.
+        """
+        mask = None if attention_mask is None else attention_mask.bool().to(self.device)
+        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
+        return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
+
+    def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
+        if isinstance(hidden_states, torch.Tensor):
+            read = len(self.layer_indices)
+            if (
+                hidden_states.dim() != 4
+                or hidden_states.shape[1] not in (layers, read)
+                or hidden_states.shape[3] != width
+            ):
+                alone = "" if read == layers else f", or [batch, {read}, tokens, {width}] of the layers it reads"
+                raise ProbeError(
+                    f"hidden_states has the shape {tuple(hidden_states.shape)}; "
+                    f"it must be [batch, {layers}, tokens, {width}]{alone}"
+                )
+            picked = hidden_states if hidden_states.shape[1] == read else hidden_states[:, self.layer_indices]
+            return picked.transpose(0, 1)
+        if len(hidden_states) != layers:
+            raise ProbeError(
+                f"hidden_states has {len(hidden_states)} tensors; this head needs {layers} (embeddings first)"
+            )
+        if any(state.dim() != 3 or state.shape[-1] != width for state in hidden_states):
+            raise ProbeError(f"each of hidden_states must be [batch, tokens, {width}]")
+        return torch.stack([hidden_states[layer] for layer in self.layer_indices])
+
+    # Layer by layer
+
+    def init_state(
+        self,
+        mask: torch.Tensor,
+        past: int = 0,
+        output_attentions: bool = False,
+        running: Any = None,
+        keep: bool = False,
+    ) -> ProbeState:
+        """Starts on a batch of prompts.
+
+        Args:
+            mask (`torch.Tensor` of shape `[batch, prompt_tokens]`): true for the tokens that count, for the whole
+                prompt even where it arrives in chunks.
+            past: number of leading columns that the LM will not run again, because a cache holds them.
+            output_attentions: keep the token weights of each layer. The prompt must then arrive in one chunk.
+            running: what `begin_reply` and `read` made of the tokens before `past`; see `Aggregator`.
+            keep: keep what `begin_reply` needs. A row may then hold no token that counts so far; only `finish` refuses it.
+
+        Raises:
+            ProbeError: a row has no token that counts, or one that counts lies before `past` and is not in `running`.
+        """
+        return HeadStack([self]).init_state(mask, past, output_attentions, running, keep)
+
+    @torch.no_grad()
+    def step(self, state: ProbeState, layer: int, hidden: torch.Tensor) -> None:
+        """Takes in the states of one layer for the next chunk of the prompt, without gradients.
+
+        Args:
+            state: from `init_state`.
+            layer: index of the state, 0 (embeddings) to L (after the final norm). Layers that the head does not read
+                are ignored.
+            hidden (`torch.Tensor` of shape `[batch, n, hidden_size]`): states of the next n prompt tokens.
+        """
+        stack = HeadStack([self])
+        stack.step(state, layer, hidden)
+        stack.settle(state)
+
+    def finish(self, state: ProbeState) -> ProbeOutput:
+        """Scores a prompt that every layer has seen in full.
+
+        Raises:
+            ProbeError: a layer has seen only a part of the prompt, or a row holds no token that counts.
+        """
+        return HeadStack([self]).finish(state)[0]
+
+    # Token by token, all layers at once
+
+    def begin_reply(self, state: ProbeState | None, repeats: int = 1) -> Any:
+        """What `extend` and `read` start from: the prompt that `step` has taken in, or nothing.
+
+        Args:
+            state: of a finished prompt, of a head that reads replies or with `keep`; `None` where the head does not read it.
+            repeats: number of replies to each prompt; its rows follow one another.
+        """
+        return None if state is None else repeat_rows(HeadStack([self]).running(state, 0), repeats)
+
+    @without_autocast
+    def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
+        """Takes in further tokens as `read` does, and scores all that was taken in so far.
+
+        Returns:
+            What to go on from, and the scores with logits `[rows, num_labels]`.
+        """
+        running = self.read(running, x, mask)
+        return running, self.score_summaries(self.token_stage.result(running, slice(None)))
+
+    @without_autocast
+    def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        """Takes in further tokens of every layer.
+
+        Args:
+            running: from `begin_reply` or an earlier call.
+            x (`torch.Tensor` of shape `[layers_read, rows, n, hidden_size]`): their states, as the LM gives them.
+            mask (`torch.BoolTensor` of shape `[rows, n]`): the tokens that count.
+
+        Returns:
+            What to go on from.
+        """
+        return self.token_stage.update(running, self.normalize(x), mask, slice(None))
+
+    # Shared by all
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """States as the token stage takes them: fp32, on the head's device, normalised as the config says."""
+        return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
+
+    def score_summaries(
+        self,
+        summaries: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        row_weights: torch.Tensor | None = None,
+        learning: bool = False,
+    ) -> ProbeOutput:
+        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`.
+
+        Dropouts act where it is `learning`. Where a head serves they do not, though it is in training mode together with an LM
+        that is being trained.
+        """
+        if learning and self.config.layer_dropout:
+            keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
+            summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
+        if learning:
+            summaries = F.dropout(summaries, self.config.dropout)
+        items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
+        pooled = self.layer_stage(items)[0]  # [B, D]
+        pooled = F.dropout(pooled, self.config.dropout) if learning else pooled
+        output = ProbeOutput.from_logits(self.classifier(pooled), self.config)
+        if learning:
+            output.member_logits = self.classifier.member_logits(pooled)
+        output.row_weights = row_weights
+        if labels is not None:
+            output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
+        if output_attentions:
+            output.layer_weights = self.layer_stage.weights(items, None, slice(None))[0]  # [B, S]
+        return output

@@ -1,0 +1,156 @@
+"""Which tokens of a prompt a head reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import logging
+
+from ..errors import ProbeError
+from ..heads import get_probe_type
+from .aggregator import last_valid
+
+
+if TYPE_CHECKING:
+    from .configuration import ProbeConfig
+    from .probe import ProbeModel
+
+logger = logging.get_logger(__name__)
+
+
+def token_mask(
+    config: ProbeConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, begun: bool = False
+) -> torch.Tensor:
+    """The tokens that count for a head.
+
+    With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
+    after its left padding. A row that begins otherwise - another system prompt, no template - is read whole, and that
+    is warned of once.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
+        attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
+        begun: whether these are prompts that may go on: of a row that ends within the constant prefix nothing counts yet.
+
+    Returns:
+        `torch.BoolTensor` of shape `[batch, tokens]`.
+
+    Raises:
+        ProbeError: the scope needs ids that are not at hand, or is `"response"`: where a reply begins cannot be seen from
+            the ids.
+    """
+    if config.token_scope == "response":
+        raise ProbeError(
+            "token_scope='response' counts the tokens of the reply, and which these are cannot be told from the ids: pass "
+            "probe_mask=[batch, tokens], true for the reply's tokens. While generate() writes the reply, they are known"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ProbeError(
+            f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}; heads need to know the padding"
+        )
+    if input_ids is None and attention_mask is None:
+        raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if config.token_scope == "prompt" or not config.prefix_ids:
+        return mask
+    if input_ids is None:
+        raise ProbeError(
+            f"token_scope={config.token_scope!r} is found from input_ids, which are not here (inputs_embeds?); "
+            "pass probe_mask=[batch, tokens], true for the tokens that count, or attach a head with token_scope='prompt'"
+        )
+    prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
+    count, width = len(config.prefix_ids), input_ids.shape[1]
+    first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
+    positions = first + torch.arange(count, device=input_ids.device)  # [B, prefix]
+    same = input_ids.gather(1, positions.clamp_max(width - 1)) == prefix
+    if begun:
+        same |= positions >= width
+    begins = same.all(dim=1, keepdim=True)
+    begins &= begun | (first + count <= width)  # [B, 1]
+    if not torch.compiler.is_dynamo_compiling() and not bool(begins.all()):
+        logger.warning_once(
+            "A prompt does not begin with the constant prefix that a probe head was trained to leave out (another chat "
+            "template or system prompt, or raw text). The head reads all of its tokens; its scores may be less reliable."
+        )
+    columns = torch.arange(width, device=input_ids.device)
+    return mask & ~(begins & (columns >= first) & (columns < first + count))
+
+
+def prompt_masks(
+    heads: Mapping[str, ProbeModel],
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    probe_mask: torch.Tensor | None,
+    begun: bool = False,
+    placeholder_ids: Sequence[int] = (),
+) -> dict[str, torch.Tensor]:
+    """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`. `begun`: see `token_mask`.
+
+    Heads of one scope have one tensor, by which a compiled pass, which sees no values, knows them.
+
+    Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
+    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
+
+    Raises:
+        ProbeError: no prompt, or the mask and the prompt do not fit each other.
+    """
+    source = input_ids if input_ids is not None else inputs_embeds
+    for name, tensor, shape in (
+        ("input_ids", input_ids, "[batch, tokens]"),
+        ("inputs_embeds", inputs_embeds, "[batch, tokens, hidden_size]"),
+        ("attention_mask", attention_mask, "[batch, tokens]"),
+        ("probe_mask", probe_mask, "[batch, tokens]"),
+    ):
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != shape.count(",") + 1):
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
+            raise ProbeError(f"{name} must be a tensor {shape}, not {found}{entries}")
+    if source is None or 0 in source.shape[:2]:
+        raise ProbeError(
+            "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
+            "or set_active_probes([]) to generate without heads"
+        )
+    shape = source.shape[:2]
+    for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
+        if mask is not None and mask.shape != shape:
+            raise ProbeError(
+                f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: heads must see the whole prompt. "
+                "With a cache, pass all input_ids of the conversation, not only the new ones"
+            )
+    if attention_mask is None:
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
+    if probe_mask is not None:
+        chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
+        return dict.fromkeys(heads, chosen)
+    text = None
+    if placeholder_ids and input_ids is not None:
+        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+    made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+    masks = {}
+    for name, head in heads.items():
+        scope = head.config.token_scope, tuple(head.config.prefix_ids)
+        if scope not in made:
+            mask = token_mask(head.config, input_ids, attention_mask, begun)
+            made[scope] = mask if text is None else mask & text.to(mask.device)
+        masks[name] = made[scope]
+    return masks
+
+
+def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
+    """Those of the tokens that count, `[batch, tokens]`, which matter to the head's kind."""
+    return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
+
+
+def check_rows(mask: torch.Tensor | None) -> None:
+    """Raises `ProbeError` where a row of a `[batch, tokens]` mask holds no token that counts."""
+    if mask is None:
+        return
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ProbeError(
+            f"rows {empty[:8]} hold no token that a head reads (only padding, or only the constant prefix): "
+            "an empty prompt cannot be scored"
+        )

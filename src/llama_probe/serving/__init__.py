@@ -1,0 +1,1 @@
+"""`generate()`, `forward()` and `classify()` with heads."""

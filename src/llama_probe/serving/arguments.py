@@ -1,0 +1,71 @@
+"""The arguments of one call of `generate()`, and what they say together with its config and the model's."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from ..errors import ProbeError
+
+
+# What `generate()` takes for heads, beside what transformers takes.
+HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state")
+
+
+def refuse_in_config(generation_config: GenerationConfig | None) -> None:
+    """Raises `ProbeError` where a config has an argument of heads: it takes any name, and nothing would be halted."""
+    found = [name for name in HEAD_ARGUMENTS if getattr(generation_config, name, None) is not None]
+    if found:
+        raise ProbeError(f"{', '.join(found)} in a generation_config: pass it to generate() itself, {found[0]}=...")
+
+
+def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate()` behind its first two, by name.
+
+    Raises:
+        TypeError: there are too many, or one is given twice.
+    """
+    names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
+    if len(args) > len(names):
+        raise TypeError(
+            f"generate() takes up to {len(names) + 2} positional arguments, and {len(args) + 2} were given"
+        )
+    named = dict(zip(names, args, strict=False))
+    if twice := sorted(set(named) & set(kwargs)):
+        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
+    return {**named, **kwargs}
+
+
+def with_setting(
+    generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
+) -> GenerationConfig | None:
+    """Sets what a call of `generate()` uses for a setting: in a copy of its config, where it has one, else in its arguments.
+
+    transformers means to refuse a config with settings beside it.
+    """
+    if generation_config is None or name in kwargs:
+        kwargs[name] = value
+        return generation_config
+    generation_config = copy.deepcopy(generation_config)
+    setattr(generation_config, name, value)
+    return generation_config
+
+
+def generation_setting(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping, name: str):
+    """What a call of `generate()` uses for a setting: its argument, its config, or the model's; `None` where none says."""
+    if name in kwargs:
+        return kwargs[name]
+    sources = (getattr(generation_config, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in sources if value is not None), None)
+
+
+def token_ids(value) -> list[int]:
+    """The ids that a setting such as `eos_token_id` names: none, one, or several."""
+    if isinstance(value, torch.Tensor):
+        value = value.flatten().tolist()
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,266 @@
+"""Heads on a language model: attached by name, switched on and off, saved and removed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..backbone.capture import Decoder, find_decoder
+from ..backbone.fingerprint import check_backbone, describe
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.probe import ProbeModel
+from ..hub.card import save_with_card
+from ..hub.publish import push_head
+from ..hub.resolve import Target, check_name, default_name, inside, read_heads
+from ..hub.transport import HubOptions
+
+
+# Held while the heads of a model are exchanged; one for all models, which can then be copied and pickled.
+_CHANGING = threading.RLock()
+
+
+class ProbeHostMixin:
+    """Keeps probe heads beside a causal LM. Mixed into a `PreTrainedModel`.
+
+    The heads live in `self.probes`, an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach them.
+    Both it and the tuple of active names are replaced rather than changed, so that a thread that generates keeps the
+    heads that it started with; threads that attach or remove heads take turns.
+    """
+
+    def _install_probes(self) -> None:
+        self.probes = nn.ModuleDict()
+        self._active_probes: tuple[str, ...] = ()
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        for head in self.probes.values():  # which came here without the LM that they were on
+            head.classifier.rebind(self)
+
+    @property
+    def _decoder(self) -> Decoder:
+        return find_decoder(self)
+
+    @property
+    def active_probes(self) -> list[str]:
+        """Names of the heads that run, in the order in which they were attached or activated."""
+        probes = self.probes
+        return [
+            name for name in self._active_probes if name in probes
+        ]  # `del model.probes[name]` leaves it among the active
+
+    def set_active_probes(self, names: str | Iterable[str]) -> None:
+        """Chooses the heads that run. An empty list turns the model into the plain LM until the next call.
+
+        Raises:
+            ProbeError: a name that is not attached; the message lists those that are.
+        """
+        names = _each_name(names)
+        with _CHANGING:
+            for name in names:
+                self._require_probe(name)
+            self._active_probes = tuple(names)
+
+    def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
+        """Attaches a head: of a `ProbeConfig` a new one with fresh weights, or a `ProbeModel` as it is.
+
+        The head moves to the device of the model's last state, becomes active, and is returned.
+
+        Raises:
+            ProbeError: the name is taken or not allowed, or the head was made for another hidden size or layer count.
+        """
+        return self._attach({name: config})[name]
+
+    def load_probe(
+        self,
+        id_or_path: str | os.PathLike,
+        name: str | None = None,
+        revision: str | None = None,
+        *,
+        subfolder: str | None = None,
+        namespace: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        strict: bool = False,
+    ) -> str:
+        """Reads a head and attaches it.
+
+        Args:
+            id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
+            name: the head's name here; see `default_name` where left out.
+            revision, subfolder: of a Hub id, where it does not say so itself.
+            namespace: whose heads an alias stands for; see `probe_namespace`.
+            token, cache_dir, local_files_only, force_download: as in `from_pretrained`.
+            strict: raise, rather than warn, where the head was trained on another backbone; see `check_backbone`.
+
+        Returns:
+            The head's name.
+
+        Raises:
+            ProbeError: the head cannot be read or does not fit; the model is then as it was.
+        """
+        source = inside(id_or_path, subfolder)
+        name = default_name(source) if name is None else name
+        self._require_free(name)
+        options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
+        self._attach(read_heads({name: source}, Target.of(self), options, namespace), strict=strict)
+        return name
+
+    def delete_probe(self, name: str) -> None:
+        """Detaches a head.
+
+        Raises:
+            ProbeError: no head has that name.
+        """
+        with _CHANGING:
+            self._require_probe(name)
+            head = self.probes[name]
+            self._active_probes = tuple(active for active in self._active_probes if active != name)
+            self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
+            head.release()
+
+    def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
+        """Writes one head, with its card, into a folder; `name` may be left out where one head is attached.
+
+        Raises:
+            ProbeError: no head has that name, or several are attached and none is named.
+        """
+        return save_with_card(self.probes[self._single_probe(name, "save")], dir)
+
+    def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
+        """Uploads one head in one commit, with a card; see `llama_probe.hub.publish.push_head` for the arguments.
+
+        Args:
+            repo_id: `user/name`.
+            name: of the head; may be left out where one head is attached.
+            kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`.
+
+        Raises:
+            ProbeError: no head has that name, or the Hub refused, with its reason.
+        """
+        name = self._single_probe(name, "push")
+        return push_head(self.probes[name], repo_id, name=name, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Saves the backbone exactly as the plain class does, of a `state_dict` without what belongs to heads too.
+
+        Heads are saved by `save_probe`. A model whose class came out of a repository (`trust_remote_code=True`) takes that code with it.
+        """
+        if self._auto_class is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(self, save_directory, config=self.config)
+        plain = self._without_probes()
+        named = inspect.signature(plain.save_pretrained).bind(save_directory, *args, **kwargs)
+        if (tensors := named.arguments.get("state_dict")) is not None:
+            named.arguments["state_dict"] = {k: v for k, v in tensors.items() if not k.startswith("probes.")}
+        plain.save_pretrained(*named.args, **named.kwargs)
+
+    def _without_probes(self) -> nn.Module:
+        """A plain causal LM that shares this model's parameters, config and caches, and knows nothing of heads."""
+        plain = copy.copy(self)
+        plain.__dict__["_modules"] = {key: module for key, module in self._modules.items() if key != "probes"}
+        if "_hf_hook" not in plain.__dict__:
+            plain.__dict__.pop("forward", None)  # compiled in place: it runs this model, with its heads
+        change_class(plain, self._causal_lm_class)
+        return plain
+
+    def _require_probe(self, name: str, heads: nn.ModuleDict | None = None) -> None:
+        heads = self.probes if heads is None else heads
+        if name not in heads:
+            raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(heads) or 'none'}")
+
+    def _require_free(self, name: str) -> None:
+        if check_name(name) in self.probes:
+            raise ProbeError(
+                f"a head {name!r} is attached already; choose another name or delete_probe({name!r}) first"
+            )
+
+    def _single_probe(self, name: str | None, what: str) -> str:
+        if name is None and len(self.probes) != 1:
+            raise ProbeError(f"name the head to {what}: {', '.join(self.probes) or 'none is attached'}")
+        name = next(iter(self.probes)) if name is None else name
+        self._require_probe(name)
+        return name
+
+    def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
+        # Everything that can fail comes first: either all heads are attached or none.
+        decoder = self._decoder
+        heads: dict[str, ProbeModel] = {}
+        needed: dict[str, Any] = {}
+        for name, probe in probes.items():
+            self._require_free(name)
+            if isinstance(probe, ProbeModel):
+                check_backbone(name, probe.config, self, strict)
+                heads[name] = probe
+            elif not isinstance(probe, ProbeConfig):
+                raise ProbeError(
+                    f"head {name!r} is a {type(probe).__name__}: add_probe takes a ProbeConfig or a ProbeModel; a folder, a Hub "
+                    "id or an alias goes to load_probe"
+                )
+            else:
+                heads[name] = ProbeModel(describe(self, probe))
+            needed[name] = heads[name].classifier.needs(self)
+        device = decoder.device
+        for head in heads.values():
+            head.to(device).eval()
+        with _CHANGING:
+            for name in heads:
+                self._require_free(name)
+            for name, head in heads.items():
+                head.classifier.bind(needed[name])
+            self.probes = nn.ModuleDict({**self.probes, **heads})
+            self._active_probes = (*self._active_probes, *heads)
+        return heads
+
+    def _active_heads(self, names: str | Iterable[str] | None = None) -> dict[str, ProbeModel]:
+        """The heads of one call, by name: the active ones, or those that the call names."""
+        heads = self.probes
+        if names is None:
+            return {name: heads[name] for name in self._active_probes if name in heads}
+        names = _each_name(names)
+        for name in names:
+            self._require_probe(name, heads)
+        return {name: heads[name] for name in names}
+
+
+def _each_name(names: str | Iterable[str]) -> list[str]:
+    """The names of heads that somebody gave, each once: one, or several."""
+    found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    for name in found:
+        if not isinstance(name, str):
+            raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")
+    return list(dict.fromkeys(found))
+
+
+def change_class(model: nn.Module, cls: type) -> None:
+    """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew.
+
+    Raises:
+        ProbeError: somebody else has put one there, which would go on in place of the new class's.
+    """
+    hook = model.__dict__.get("_hf_hook")
+    if hook is None:
+        if "forward" in model.__dict__:
+            raise ProbeError(
+                "the forward of this model was replaced (model.forward = torch.compile(model.forward), or the like), and no head "
+                "would run in it: del model.forward, attach heads, and then replace it again"
+            )
+        model.__class__ = cls
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(model)
+    del model.forward  # what accelerate leaves behind: the old class's method, bound to the instance
+    model.__class__ = cls
+    add_hook_to_module(model, hook)

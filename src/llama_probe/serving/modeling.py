@@ -1,0 +1,405 @@
+"""Causal LMs that score their prompts with probe heads in the pass that starts generation."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from ..backbone.cache import copy_cache
+from ..backbone.capture import without_peft
+from ..errors import ProbeError
+from ..heads.decision import ProbeOutput
+from ..hub.resolve import ProbeSpec, Target, read_heads, read_heads_beside
+from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
+from .cache import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
+from .compiled_pass import compiled_pass
+from .halting import Halter
+from .halting_run import HaltingRun
+from .host import ProbeHostMixin, change_class
+from .outputs import ProbedOutputMixin, with_probe_logits, with_scores
+from .session import (
+    PAGED,
+    PrefillSession,
+    forward_session,
+    generation_session,
+    is_inner_call,
+    open_session,
+    prompt_session,
+    session_of,
+)
+from .streaming import HoldBackStreamer
+
+
+logger = logging.get_logger(__name__)
+
+
+class ProbedGenerationMixin(ProbeHostMixin):
+    """Adds probe heads to a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`.
+
+    `generate`, `forward` and `classify` score the prompt with every active head. Without active heads the model is the
+    plain LM.
+    """
+
+    # Filled in for each subclass: the plain class, and the names of its forward's positional arguments.
+    _causal_lm_class: type[PreTrainedModel]
+    _forward_names: tuple[str, ...]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        base = next(
+            (c for c in cls.__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, ProbedGenerationMixin)),
+            None,
+        )
+        if base is None:
+            return
+        cls._causal_lm_class = base
+        cls._forward_names = tuple(inspect.signature(base.forward).parameters)[1:]
+
+        # transformers reads the signatures of these two to learn what a model accepts: they must be the plain class's.
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            return self._probed_forward(*args, **kwargs)
+
+        @functools.wraps(base.prepare_inputs_for_generation)
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            inputs = base.prepare_inputs_for_generation(self, *args, **kwargs)
+            session = session_of(self)
+            if session is not None:
+                # The pass learns of its session by argument, and decoding steps that no head follows get a constant, so
+                # that forward() looks nothing up and compiles as the plain one does.
+                inputs["probe_session"] = session.next_reader
+            return inputs
+
+        cls.forward = forward
+        cls.prepare_inputs_for_generation = prepare_inputs_for_generation
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._install_probes()
+
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():  # what follows is for a forward() that somebody has wrapped
+            return output
+        if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
+            # accelerate's hook around forward() moves an output by building it anew from its fields.
+            probes = self.probes  # another thread may take a head away
+            output.remember({name: probes[name].config for name in output.probe_logits if name in probes})
+            if isinstance(session := kwargs.get("probe_session"), PrefillSession):  # the pass was a compiled one
+                session.cache = getattr(output, "cache", None)
+                session.take(output.probe_logits, kwargs)
+        return output
+
+    @classmethod
+    def from_causal_lm(
+        cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
+    ) -> PreTrainedModel:
+        """Turns a loaded causal LM into this class, in place, and attaches heads.
+
+        Nothing is copied: weights, device placement, quantisation and injected LoRA layers stay as they are.
+
+        Args:
+            lm: the model; of the plain class that this one is made from. A PEFT model is unwrapped.
+            probe: heads; see `read_heads`.
+            strict: raise, rather than warn, where a head was trained on another backbone; see `check_backbone`.
+
+        Returns:
+            `lm` itself.
+
+        Raises:
+            ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
+        """
+        lm = without_peft(lm)
+        target = Target.of(lm)
+        heads = read_heads(probe, target) if probe is not None else {}
+        if not isinstance(lm, ProbedGenerationMixin):
+            if type(lm) is not cls._causal_lm_class:
+                raise ProbeError(
+                    f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {type(lm).__name__}; "
+                    "AutoModelForProbedGeneration.from_causal_lm takes any causal LM"
+                )
+            plain = type(lm)
+            change_class(lm, cls)
+            lm._install_probes()
+            try:
+                lm._attach(heads, strict)
+            except BaseException:
+                del lm.probes, lm._active_probes
+                change_class(lm, plain)
+                raise
+        else:
+            lm._attach(heads, strict)
+        return lm
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        probe: ProbeSpec | None = None,
+        probe_revision: str | None = None,
+        probe_namespace: str | None = None,
+        probe_strict: bool = False,
+        **kwargs,
+    ):
+        """`PreTrainedModel.from_pretrained` with heads.
+
+        Args:
+            probe: a head folder, a Hub id (`user/repo`, with `@revision` and `:subfolder` where wanted), an alias, a
+                list of these, or a dict name -> one of these; see `resolve_head`.
+            probe_revision: of heads on the Hub that name none. `revision` is that of the backbone alone.
+            probe_namespace: user or organisation whose heads aliases stand for; see `probe_namespace`.
+            probe_strict: raise, rather than warn, where a head was trained on another backbone.
+            kwargs: those of the plain class. `token`, `cache_dir`, `local_files_only` and `force_download` count for
+                the heads as well.
+
+        Raises:
+            ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
+        """
+        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        model._attach(heads, probe_strict)
+        return loaded
+
+    def _probed_forward(self, *args, **kwargs):
+        kwargs.update(zip(self._forward_names, args, strict=False))
+        session = kwargs.pop("probe_session", None)
+        probes = kwargs.pop("probes", None)
+        probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
+        if session is False:
+            return super().forward(**kwargs)
+        compiling = torch.compiler.is_dynamo_compiling()
+        if session is None and not compiling and (running := session_of(self)) is not None:
+            # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
+            if running.complete:
+                return super().forward(**kwargs)
+            session = running
+        prompts = session is None or isinstance(session, PrefillSession)  # and not replies
+        if compiling and prompts and probe_state in (None, False):
+            heads = self._active_heads(probes) if session is None else session.heads
+            plan = compiled_pass(self, heads, session, kwargs, probe_mask) if heads else None
+            if plan is not None:
+                with plan.reading():
+                    output = super().forward(**kwargs)
+                configs = {name: head.config for name, head in heads.items()}
+                return with_scores(output, plan.logits(), configs)
+        if session is not None:
+            with session.reading(session.decoder or self._decoder, kwargs) as inputs:
+                output = super().forward(**inputs)
+                if isinstance(session, PrefillSession):
+                    session.cache = getattr(output, "cache", inputs.get("cache"))
+            return output
+        heads = self._active_heads(probes)
+        if not heads:
+            refuse_without_heads(probe_state)
+            return super().forward(**kwargs)
+        configs = {name: head.config for name, head in heads.items()}
+        probe_logits = state = None
+        decoder = self._decoder
+        session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
+        if session is None:
+            output = super().forward(**kwargs)
+        else:
+            with session.reading(decoder, kwargs) as inputs:
+                output = super().forward(**inputs)
+            probe_logits = {name: result.logits for name, result in session.results().items()}
+            state = session.probe_cache() if session.keep else None
+        return with_scores(output, probe_logits, configs, state, probe_state is not None)
+
+    def classify(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        probe_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        cache: Cache | None = None,
+        probe_state: ProbeCache | None = None,
+        probes: str | Iterable[str] | None = None,
+        **kwargs,
+    ) -> dict[str, ProbeOutput]:
+        """Scores prompts without generating: the backbone runs once, without its LM head.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
+            attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
+            inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
+            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
+                `token_scope`.
+            output_attentions: also returns `token_weights` and `layer_weights` of each head.
+            cache: of tokens that all of these prompts begin with, row by row; the backbone runs over the others. It stays as it
+                is: a copy is used.
+            probe_state: what was returned beside the cache.
+            probes: names of the heads that run in this call; the active ones where left out.
+            kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
+                stand for these do not count, unless `probe_mask` says so.
+
+        Returns:
+            `ProbeOutput` by head name.
+
+        Raises:
+            ProbeError: no head is active, or a prompt cannot be scored.
+        """
+        heads = self._active_heads(probes)
+        if not heads:
+            raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        cache = kwargs.pop("past_key_values", None) if cache is None else cache
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+        past = cached_tokens({"cache": cache})
+        if asks_for_state(probe_state, input_ids, None) and probe_state is True:
+            raise ProbeError(
+                "classify returns no probe_state; generate(..., probe_state=True) and model(..., use_cache=True) do"
+            )
+        session = prompt_session(
+            heads,
+            inputs,
+            probe_mask,
+            past=past,
+            earlier=probe_state or None,
+            output_attentions=output_attentions,
+            placeholder_ids=self._decoder.placeholder_ids,
+        )
+        inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
+        if past:
+            if "position_ids" not in inputs and attention_mask is not None and not attention_mask[:, :past].all():
+                raise ProbeError(
+                    "the cached part of the prompts has padding, and generate() and forward() count positions differently "
+                    "there: pass position_ids, [batch, new_tokens], that go on from those of the call that filled the cache"
+                )
+            inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
+            inputs |= {"cache": copy_cache(cache), "use_cache": True}
+        decoder = self._decoder
+        with torch.no_grad(), session.reading(decoder, inputs) as inputs:
+            decoder.run(**inputs)
+        return session.results()
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
+        """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
+
+        Takes what the plain `generate` takes, and
+
+        - `probes`: names of the heads that run in this call; the active ones where left out. Each thread may have its own.
+        - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Where left out, it is up to the heads'
+          `token_scope`, and tokens that stand for images, films or sounds do not count;
+        - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
+          `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
+          prompt is halted, no token is decoded; else the others go on as they would. A head that reads replies halts
+          these at the token that it flags, or at the n-th in a row with `patience` n; the token stays, and the end of the
+          sequence follows. With `token_scope="all"` the score of the prompt comes first, as one of these, and may halt before
+          the reply.
+        - `halt_reply`: what halted prompts get in place of a reply, or of the rest of one: token ids, a text (then pass
+          `tokenizer=` as well), or a `Reprompt`. Nothing where left out.
+        - `on_probe_token`: called with a `TokenScores` after each token of the replies that the LM has read. It may
+          return a list with one entry a row, true or a `Halt` where the reply is to end. Where it raises, no further
+          token is written.
+        - `probe_state`: `True` returns what the heads keep beside the cache, as `probe_state`; given to a later call with
+          `cache=`, they score the whole of a prompt that goes on from there - the next turn of a chat - and only its new
+          tokens are run. See `ProbeCache`. For this they read the reply as well, without scoring it, and so it needs greedy
+          search or sampling.
+
+        Heads that read replies score them token by token: see `ProbedOutputMixin`. They need greedy search or sampling,
+        and decode without `torch.compile`.
+
+        `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and heads run
+        only where they may halt.
+
+        Returns:
+            `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
+            `probe_logits`, a dict of `[prompts, num_labels]` by head name - one row a prompt, however many beams or
+            return sequences it has - with `probe_probabilities` and `probe_labels`, with `halt_on` `probe_halts`, and with
+            heads that read replies `probe_token_logits` and `probe_token_probabilities`. Heads with
+            `token_scope="response"` say nothing of the prompt, and are in the latter two only.
+
+        Raises:
+            ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not
+                allowed; see the message.
+        """
+        kwargs = generation_arguments(args, kwargs)
+        asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
+        probes, probe_mask, halt_on, halt_reply, on_token, probe_state = asked
+        for config in (generation_config, self.generation_config):
+            refuse_in_config(config)
+        # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
+        inner = is_inner_call(self) and all(value is None for value in asked)
+        heads = {} if inner else self._active_heads(probes)
+        halter = None
+        if not inner and (halt_on is not None or on_token is not None):
+            halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
+        if halt_reply is not None and halter is None and not inner:
+            raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
+        if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
+            raise ProbeError(
+                "a HoldBackStreamer waits for scores of the reply, and nothing here decides by any: pass halt_on= with a head "
+                "that reads replies (token_scope 'response' or 'all'), or on_probe_token=, or another streamer"
+            )
+        as_dict = True
+        if heads:
+            as_dict = kwargs.get(
+                "return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None)
+            )
+            as_dict = as_dict is None or as_dict
+            if not as_dict and probe_state not in (None, False):
+                raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
+            if as_dict or halter is not None:
+                generation_config = with_setting(generation_config, kwargs, "return_dict_in_generate", True)
+            else:
+                heads = {}
+        session = generation_session(self, heads, inputs, generation_config, kwargs, probe_mask, probe_state)
+        reply = session.reply
+        if reply is not None and "disable_compile" not in kwargs:
+            # hooks and a state that grows would only break its graphs
+            generation_config = with_setting(generation_config, kwargs, "disable_compile", True)
+        with open_session(self, kwargs.get("assistant_model"), session):
+            if halter is None:
+                output = super().generate(inputs, generation_config, **kwargs)
+            else:
+                run = HaltingRun(self, halter, session, halt_reply, generation_config, kwargs)
+                output = run.generate(super().generate, inputs)
+        if not heads:
+            return output
+        results = session.results()
+        if not isinstance(output, ModelOutput):
+            raise ProbeError(
+                f"custom_generate returned a {type(output).__name__}, which cannot carry probe logits; let it return a "
+                "generate output (return_dict_in_generate), or pass return_dict_in_generate=False to go without heads"
+            )
+        if not as_dict:
+            return output.sequences
+        logits = {name: result.logits for name, result in results.items()}
+        configs = {name: head.config for name, head in heads.items()}
+        ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
+        new_tokens = output.sequences.shape[1] - (0 if ids is None else ids.shape[1])  # embeddings are not returned
+        rows, token_logits, state = len(output.sequences), None, None
+        if reply is not None:
+            token_logits = reply.logits(rows, new_tokens) or None
+            if reply.recorder is not None:
+                state = reply.recorder.probe_cache(rows, cached_tokens(output))
+        return with_probe_logits(
+            output, logits, configs, None if halter is None else halter.halts, token_logits, state
+        )
+
+    def generate_batch(self, *args, **kwargs):
+        """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
+        self._refuse_paged()
+        return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """See `generate_batch`."""
+        self._refuse_paged()
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _refuse_paged(self) -> None:
+        if self._active_probes:
+            raise ProbeError(PAGED)
+
+
+class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
+    """`LlamaForCausalLM` with probe heads."""

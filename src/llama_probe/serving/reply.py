@@ -1,0 +1,294 @@
+"""Heads that follow a reply: what is read in the decoding steps of one `generate()` call, and the score of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..backbone.capture import Capture, Decoder, check_seen
+from ..errors import ProbeError
+from ..heads.decision import ProbeOutput
+from ..heads.probe import ProbeModel
+from .cache import ProbeCache
+
+
+if TYPE_CHECKING:
+    from .session import PrefillSession
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the heads say once the LM has read one more token of each reply.
+
+    Attributes:
+        step: the token's place in the reply, from 0.
+        outputs: by head name; logits `[rows, num_labels]`, NaN where the token does not count. Rows are prompts, or the
+            return sequences of each prompt.
+        counted (`torch.BoolTensor` of shape `[rows]`): false for padding, and from the end of a reply on.
+    """
+
+    step: int
+    outputs: dict[str, ProbeOutput]
+    counted: torch.Tensor
+
+
+class ReplyRecorder:
+    """Takes the tokens of the replies into what heads keep of the prompts, so that the next prompt can go on from there.
+
+    All tokens that a later prompt will hold count, as they do for the LM: those that are scored, and the one that ends a reply.
+    Nothing is scored.
+    A few tokens wait for each other, to be taken in at once, and since `generate()` may take the last one back.
+
+    Args:
+        prompt: what reads the prompts; keeps the states of its heads.
+        eos_token_ids: tokens that end a reply.
+    """
+
+    _CHUNK = 16
+
+    def __init__(self, prompt: PrefillSession, eos_token_ids: Sequence[int] = ()):
+        self.prompt = prompt
+        self.layers: Collection[int] = {layer for head in prompt.heads.values() for layer in head.layer_indices}
+        self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
+        self._open: torch.Tensor | None = None
+        self._running: dict[str, Any] = {}
+        self._waiting: list[Mapping[int, torch.Tensor]] = []
+        self._tokens: list[torch.Tensor] = []
+        self._counted: list[torch.Tensor] = []
+
+    def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
+        """Begins, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
+        if self._open is not None:
+            return
+        repeats = rows // self.prompt.prompts
+        for name in self.prompt.heads:
+            self._running[name] = self.prompt.running(name, repeats)
+        is_open = torch.ones(rows, dtype=torch.bool)
+        if closed is not None:
+            is_open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
+        self._open = is_open
+
+    def take(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor, scored: torch.Tensor) -> None:
+        """Takes one more token a row: its states `[rows, 1, hidden_size]` by layer, its id, `[rows]`, and whether it is scored."""
+        self._open = self._open.to(tokens.device)
+        ends = torch.isin(tokens, self._ends.to(tokens.device))
+        self._counted.append(self._open & (scored | ends))
+        self._open = self._open & ~ends
+        self._tokens.append(tokens)
+        self._waiting.append(states)
+        if len(self._waiting) > self._CHUNK:
+            self._read(self._CHUNK)
+
+    def _read(self, tokens: int) -> None:
+        """Takes in the first so many of the tokens that wait."""
+        if not tokens:
+            return
+        first = len(self._tokens) - len(self._waiting)
+        mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
+        chunk, self._waiting = self._waiting[:tokens], self._waiting[tokens:]
+        stacks: dict[tuple[int, ...], torch.Tensor] = {}
+        with torch.no_grad():
+            for name, head in self.prompt.heads.items():
+                layers = tuple(head.layer_indices)
+                if layers not in stacks:
+                    parts = [torch.cat([states[layer].to(head.device) for states in chunk], 1) for layer in layers]
+                    stacks[layers] = torch.stack(parts)  # [S, rows, n, D]
+                self._running[name] = head.read(self._running[name], stacks[layers], mask.to(head.device))
+
+    def probe_cache(self, rows: int, length: int) -> ProbeCache:
+        """What the heads keep of the prompts and of the replies, for a cache of so many rows and tokens of both together."""
+        self.start(rows)
+        taken_back = max(0, self.prompt.length + len(self._tokens) - length)
+        self._read(max(0, len(self._waiting) - taken_back))
+        count = len(self._tokens) - len(self._waiting)
+        none = torch.zeros(rows, 0, dtype=torch.long)
+        tokens = torch.stack(self._tokens[:count], dim=1) if count else none
+        counted = torch.stack(self._counted[:count], dim=1) if count else none.bool()
+        return self.prompt.probe_cache(self._running, tokens, counted)
+
+
+class ReplySession:
+    """Feeds the tokens of the replies to the heads, one a row and pass, as the LM reads them.
+
+    A token is read by the pass after the one that chose it: what this scores is always the text so far. Nothing reads the
+    last token of a reply, which therefore has no score. End-of-sequence tokens and what follows them do not count.
+
+    Args:
+        heads: those that read replies, by name.
+        prompt: what reads the prompts; has the states of the heads that read both.
+        eos_token_ids: tokens that end a reply.
+        pad_token_id: does not count, where replies may end without such a token: nothing else tells then that one has ended.
+            `None` where none may; it is then a token as any other.
+        recorder: takes the tokens in as well, for the prompts that go on from here.
+
+    Attributes:
+        on_token: called at the end of each pass.
+    """
+
+    def __init__(
+        self,
+        heads: dict[str, ProbeModel],
+        prompt: PrefillSession,
+        eos_token_ids: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        recorder: ReplyRecorder | None = None,
+    ):
+        self.heads, self.prompt, self.recorder = heads, prompt, recorder
+        self.on_token: Callable[[TokenScores], Any] | None = None
+        self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
+        self._pad = pad_token_id
+        self._layers: Collection[int] = {layer for head in heads.values() for layer in head.layer_indices}
+        self._layers |= recorder.layers if recorder is not None else set()
+        # There from the first pass that is read to the end of the session; what other passes give is not wanted.
+        self._capture: Capture | None = None
+        self._states: dict[int, torch.Tensor] | None = None
+        self._live: torch.Tensor | None = None
+        self._ended: torch.Tensor | None = None
+        self._running: dict[str, Any] = {}
+        self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
+        self._steps = 0
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """See `PrefillSession`."""
+        return self.prompt.decoder
+
+    def end(self, rows: Sequence[bool]) -> None:
+        """Scores no further token of these rows: one entry a prompt or a row."""
+        self._ended = torch.tensor(list(rows))
+
+    @contextmanager
+    def reading(self, decoder: Decoder, inputs: dict[str, Any]):
+        """Reads the states of one forward pass of the LM, which is about to run over `inputs`, and scores its last token.
+
+        Yields:
+            The arguments with which it must run.
+
+        Raises:
+            ProbeError: the pass is not over one more token of each reply.
+        """
+        ids = inputs.get("input_ids")
+        whole = self.prompt.length + self._steps + 1  # without a cache
+        rows = 0 if ids is None else len(ids)
+        same = rows == len(self._live) if self._live is not None else rows and rows % self.prompt.prompts == 0
+        if ids is None or not same or ids.shape[1] not in (1, whole):
+            raise ProbeError(
+                "the decoding method does not run the LM over one more token of each reply, so heads cannot follow these; "
+                "set_active_probes([...]) with other heads, or [] to generate without"
+            )
+        if self._capture is None:
+            self._capture = Capture(decoder, self._keep, self._layers)
+            self._capture.__enter__()
+        states = self._states = {}
+        try:
+            yield inputs
+        finally:
+            self._states = None
+        check_seen(self._layers, states)
+        with torch.no_grad():
+            if self.recorder is not None:
+                self.recorder.start(len(ids), self._ended)
+            counted = self._count(ids[:, -1])
+            if self.recorder is not None:
+                self.recorder.take(states, ids[:, -1], counted)
+            scores = self._score(states, counted)
+        self._steps += 1
+        if self.on_token is not None:
+            self.on_token(scores)
+
+    def _keep(self, layer: int, hidden: torch.Tensor) -> None:
+        if self._states is not None:
+            # a view of the last token would keep the states of all
+            self._states[layer] = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
+
+    def close(self) -> None:
+        """Takes the hooks off the LM. To be called at the end."""
+        if self._capture is not None:
+            self._capture.__exit__()
+            self._capture = None
+
+    def _count(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of these tokens, one a row, are a part of a reply: `[rows]`."""
+        if self._live is None:
+            self._live = torch.ones_like(tokens, dtype=torch.bool)
+            repeats = len(tokens) // self.prompt.prompts
+            for name in self.heads:
+                self._running[name] = self.prompt.running(name, repeats)
+        if self._ended is not None:
+            ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
+            self._live, self._ended = self._live & ~ended, None
+        self._live = self._live & ~torch.isin(tokens, self._ends.to(tokens.device))
+        if self._pad is None or len(tokens) == 1:  # the end of the only reply is the end of all passes
+            return self._live
+        return self._live & (tokens != self._pad)
+
+    def _score(self, states: Mapping[int, torch.Tensor], counted: torch.Tensor) -> TokenScores:
+        stacks: dict[tuple[int, ...], torch.Tensor] = {}
+        outputs = {}
+        for name, head in self.heads.items():
+            layers = tuple(head.layer_indices)
+            if layers not in stacks:
+                stacks[layers] = torch.stack([states[layer].to(head.device) for layer in layers])  # [S, rows, 1, D]
+            mask = counted.to(head.device)[:, None]
+            self._running[name], output = head.extend(self._running[name], stacks[layers], mask)
+            output.logits = output.logits.masked_fill(~mask, float("nan"))
+            self._logits[name].append(output.logits)
+            outputs[name] = output
+        return TokenScores(self._steps, outputs, counted)
+
+    def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
+        """`[rows, new_tokens - 1, num_labels]` by head name: the score after each token that was read, NaN where none counted.
+
+        Args:
+            rows, new_tokens: of what `generate()` returns.
+        """
+        width = max(0, min(self._steps, new_tokens - 1))
+        return {
+            name: torch.stack(found[:width], dim=1)
+            if width
+            else torch.zeros(rows, 0, self.heads[name].config.num_labels, device=self.heads[name].device)
+            for name, found in self._logits.items()
+        }
+
+
+# Settings of generate() under which its passes are not over one more token of each reply, and what they are called.
+_NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_beams": (lambda value: value > 1, "beam search moves rows from one reply to another"),
+    "num_beam_groups": (lambda value: value > 1, "beam search moves rows from one reply to another"),
+    "constraints": (bool, "constrained beam search moves rows from one reply to another"),
+    "force_words_ids": (bool, "constrained beam search moves rows from one reply to another"),
+    "assistant_model": (lambda value: value is not None, "assisted decoding reads candidates that may be taken back"),
+    "assistant_early_exit": (
+        lambda value: value is not None,
+        "assisted decoding reads candidates that may be taken back",
+    ),
+    "prompt_lookup_num_tokens": (
+        lambda value: value is not None,
+        "prompt look-up reads candidates that may be taken back",
+    ),
+    "use_mtp": (bool, "multi-token prediction reads candidates that may be taken back"),
+    "penalty_alpha": (lambda value: value > 0, "contrastive search reads candidates that may be taken back"),
+    "dola_layers": (lambda value: value is not None, "DoLa decoding is a method of its own"),
+    "custom_generate": (lambda value: value is not None, "a decoding method of one's own may read anything"),
+}
+
+
+def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
+    """Raises `ProbeError` where heads cannot follow the replies that a call of `generate()` writes.
+
+    Args:
+        what: why they are to.
+        setting: what the call uses for a setting, by its name; `None` where nothing says.
+    """
+    for name, (refused, why) in _NOT_FOLLOWED.items():
+        value = setting(name)
+        if value is not None and refused(value):
+            raise ProbeError(
+                f"{name} cannot be used with {what}: {why}, so a reply cannot be read token by token. Allowed: greedy search "
+                f"and sampling, also with num_return_sequences. Leave {name} out, or go without these heads "
+                "(set_active_probes([...])) and without probe_state"
+            )

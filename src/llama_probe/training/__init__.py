@@ -1,0 +1,1 @@
+"""Training with the Trainer, sweeps, and convex fits."""

@@ -1,0 +1,50 @@
+"""Memory that is freed is used again, and not asked for anew."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llama_probe.cli import allocator
+
+
+# Pages that the system hands out for ten large blocks, one after the other. It counts large pages once, so that these are left out.
+COUNT = """
+import ctypes, resource, runpy
+keep_freed_memory = runpy.run_path({path!r})["keep_freed_memory"]  # the module alone: the package takes seconds
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
+asked = {asked}
+if asked:
+    print(keep_freed_memory())
+def use():
+    b"x" * (1 << 26)
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+PAGES = 10 * (1 << 26) // 4096
+
+
+def run(asked: bool, **environment: str) -> list[str]:
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))
+    }
+    command = [sys.executable, "-c", COUNT.format(asked=asked, path=allocator.__file__)]
+    return subprocess.run(command, env=kept | environment, check=True, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "confstr"), reason="glibc")
+def test_freed_memory_is_kept():
+    (pages,) = run(False)
+    assert int(pages) > 0.9 * PAGES
+    kept, pages = run(True)
+    assert kept == "True" and int(pages) < 0.01 * PAGES
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_counts(name):
+    value = {"MALLOC_ARENA_MAX": "2", "GLIBC_TUNABLES": "glibc.malloc.check=0"}[name]
+    assert run(True, **{name: value})[0] == "False"

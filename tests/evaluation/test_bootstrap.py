@@ -1,0 +1,151 @@
+"""Bootstrap intervals beside a slow loop over scikit-learn, and cases known by hand."""
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.evaluation import bootstrap
+from llama_probe.evaluation.bootstrap import Ranking, intervals, score_statistic
+from llama_probe.evaluation.metrics import label_scores, score
+
+
+CONFIGS = {
+    "two": ProbeConfig(probe_type="gate", id2label={0: "no", 1: "yes"}, threshold=0.4),
+    "many": ProbeConfig(probe_type="gate", num_labels=4),
+    "several": ProbeConfig(
+        probe_type="gate", num_labels=3, problem_type="multi_label_classification", threshold=[0.3, 0.5, 0.6]
+    ),
+    "one of several": ProbeConfig(probe_type="gate", num_labels=1, problem_type="multi_label_classification"),
+    "value": ProbeConfig(probe_type="gate", num_labels=1, problem_type="regression"),
+    "values": ProbeConfig(probe_type="gate", num_labels=2, problem_type="regression"),
+}
+
+
+def make_rows(config: ProbeConfig, rows: int, seed: int, steps: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Scores on a coarse grid, so that some are equal, and labels that go along with them."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, config.num_labels)
+    if config.problem_type == "regression":
+        return rng.normal(size=shape).astype(np.float32), rng.integers(0, 3, shape).astype(float)
+    if config.problem_type == "multi_label_classification":
+        labels = (rng.random(shape) < 0.3).astype(float)
+        return ((rng.integers(0, steps, shape) + labels) / steps).clip(0, 1).astype(np.float32), labels
+    labels = rng.integers(0, config.num_labels, rows)
+    raw = rng.integers(1, steps, shape).astype(float)
+    raw[np.arange(rows), labels] += 1
+    return (raw / raw.sum(axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def slow(config: ProbeConfig, probs: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict:
+    """What scikit-learn gives for rows written out, by the names of `score_statistic`; `None` for undefined."""
+    with warnings.catch_warnings(action="ignore"):  # R2 of one row
+        found = dict(score(probs[rows], labels[rows], config))
+    if config.problem_type == "regression":
+        if (labels[rows] == labels[rows[0]]).all(axis=0).any():
+            found["r2"] = None  # scikit-learn says 0 or 1
+        return found
+    by_label = list(label_scores(probs[rows], labels[rows], config).values())
+    for name in ("f1", "precision", "recall", "auprc", "auroc"):
+        found[f"label_{name}"] = [part[name] for part in by_label]
+    return found
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
+def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
+    config = CONFIGS[kind]
+    probs, labels = make_rows(config, rows, seed, steps)
+    drawn = np.random.default_rng(seed).integers(0, rows, (3, rows))
+    weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(float)
+    found = score_statistic(probs, labels, config)(weights)
+    for index, numbers in enumerate(drawn):
+        expected = slow(config, probs, labels, numbers)
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            values = [np.nan if v is None else v for v in (value if isinstance(value, list) else [value])]
+            np.testing.assert_allclose(np.atleast_1d(found[name][index]), values, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_intervals_are_those_of_a_slow_loop(kind):
+    config, rows = CONFIGS[kind], 12
+    probs, labels = make_rows(config, rows, seed=3)
+    found = intervals([score_statistic(probs, labels, config)], rows, resamples=60, seed=5)
+    generator = np.random.default_rng(5)
+    resamples = [slow(config, probs, labels, generator.integers(0, rows, rows)) for _ in range(60)]
+
+    def interval(values):
+        values = [value for value in values if value is not None]
+        return np.quantile(values, [0.025, 0.975]).tolist() if values else None
+
+    for name, value in found.items():
+        values = [resample[name] for resample in resamples]
+        if name.startswith("label_"):
+            for index, part in enumerate(value):
+                assert part == pytest.approx(interval([v[index] for v in values]), rel=1e-5), name
+        else:
+            assert value == pytest.approx(interval(values), rel=1e-5), name
+
+
+def mean_of(values):
+    values = np.asarray(values, dtype=float)
+    return lambda weights: {"mean": weights @ values / len(values)}
+
+
+def test_by_hand():
+    # Two rows, 0 and 1: a resample has the mean 0, 0.5 or 1 in a quarter, a half and a quarter of all draws.
+    assert intervals([mean_of([0, 1])], 2)["mean"] == [0.0, 1.0]
+    assert intervals([mean_of([0, 1])], 2, level=0.4)["mean"] == [0.5, 0.5]
+    assert intervals([mean_of([3])], 1, resamples=1)["mean"] == [3.0, 3.0]
+    # A share of 0.8 of 400 rows has a standard error of 0.02.
+    low, high = intervals([mean_of([1] * 320 + [0] * 80)], 400, resamples=4000)["mean"]
+    assert (low, high) == pytest.approx((0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02), abs=0.006)
+
+
+def test_intervals_cover_what_they_should():
+    rng = np.random.default_rng(0)
+    held = 0
+    for seed in range(200):
+        low, high = intervals([mean_of(rng.normal(size=80))], 80, resamples=200, seed=seed)["mean"]
+        held += low <= 0 <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_a_ranking_by_hand():
+    ranking = Ranking(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 0, 1, 0]))
+    areas = ranking.areas(np.array([[1.0, 1, 1, 1], [0, 2, 2, 0], [2, 0, 0, 0], [0, 3, 0, 1], [0, 1, 1, 2]]))
+    # All rows: precision 1 at recall 1/2, 2/3 at recall 1; of four pairs three and a half are in order.
+    assert areas[:, 0] == pytest.approx([0.5 + 0.5 * 2 / 3, 3.5 / 4])
+    assert areas[:, 1] == pytest.approx([0.5, 0.5]), "one score for all"
+    assert np.isnan(areas[:, 2]).all() and np.isnan(areas[:, 3]).all(), "one class alone"
+    assert areas[:, 4] == pytest.approx([0.5, 2.5 / 3])
+
+
+def test_undefined_resamples_are_left_out():
+    config = CONFIGS["two"]
+    probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.8, 0.2]], dtype=np.float32)
+    found = intervals([score_statistic(probs, np.array([0, 1, 0]), config)], 3, resamples=200)
+    assert found["auprc"] == found["auroc"] == [1.0, 1.0]
+    assert found["label_recall"][1][0] == 0, "without a positive row recall counts as 0, as in score"
+    found = intervals([score_statistic(probs, np.array([0, 0, 0]), config)], 3, resamples=20)
+    assert found["auprc"] is None and found["label_auroc"] == [None, None]
+
+
+def test_the_seed_decides(monkeypatch):
+    statistic = mean_of(np.random.default_rng(0).normal(size=50))
+    first = intervals([statistic], 50, 100, seed=1)
+    assert intervals([statistic], 50, 100, seed=1) == first
+    assert intervals([statistic], 50, 100, seed=2) != first
+    monkeypatch.setattr(bootstrap, "_BLOCK", 150)  # three resamples at a time
+    assert intervals([statistic], 50, 100, seed=1)["mean"] == pytest.approx(first["mean"])
+
+
+@pytest.mark.parametrize("changes", [{"rows": 0}, {"resamples": 0}, {"level": 1.0}])
+def test_nothing_to_draw(changes):
+    with pytest.raises(ProbeError, match="at least 1"):
+        intervals([mean_of([1.0])], **{"rows": 1, **changes})

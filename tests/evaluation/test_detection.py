@@ -1,0 +1,132 @@
+"""How soon heads that follow replies find what they look for."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_lm, make_probe, make_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_probe import LlamaForProbedGeneration
+from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe.evaluation.detection import (
+    apply_rules,
+    detection,
+    follow_replies,
+    halting_rules,
+    halting_scores,
+)
+
+
+KINDS = {
+    "gate": {"probe_type": "gate"},
+    "mean of two layers": {"probe_type": "pooling", "layers": [1, 3]},
+    "attentive": {"probe_type": "attentive"},
+    "multimax": {"probe_type": "multimax"},
+    "mha": {"probe_type": "mha"},
+}
+PROMPT, LENGTHS = 4, [5, 9, 7]
+
+
+def rows():
+    """Ids of three prompts with replies of different lengths, and which tokens are the replies'."""
+    ids = [row[: PROMPT + n].tolist() for row, n in zip(make_prompts(3, PROMPT + max(LENGTHS)), LENGTHS, strict=True)]
+    return ids, [[False] * PROMPT + [True] * n for n in LENGTHS]
+
+
+@pytest.mark.parametrize("scope", ["response", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cached", [True, False])
+def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path):
+    lm, (ids, masks) = make_lm(), rows()
+    probe = make_probe(token_scope=scope, temperature=1.7, **KINDS[kind])
+    masks = masks if scope == "response" else None
+    labels = np.zeros(3, dtype=int)
+    if cached:
+        cache = StateCache(tmp_path, dtype=torch.float32)
+        found = follow_replies(probe, cache.dataset(lm, probe.config, ids, labels, masks=masks), LENGTHS)
+    else:
+        found = follow_replies(probe, PromptDataset(ids, labels, masks), LENGTHS, lm, batch_tokens=24)
+    probe.set_backbone(lm)
+    assert [len(values) for values in found] == LENGTHS
+    for row, values in enumerate(found):
+        for n in range(1, LENGTHS[row] + 1):
+            whole = torch.tensor([ids[row][: PROMPT + n]])
+            mask = None if masks is None else torch.tensor([masks[row][: PROMPT + n]])
+            with torch.no_grad():
+                expected = probe(input_ids=whole, probe_mask=mask).logits[0]
+            assert np.allclose(values[n - 1], expected, atol=1e-5)
+
+
+def test_it_says_what_generate_says(tmp_path):
+    lm = make_lm()
+    probe = make_probe(token_scope="response", probe_type="mha")
+    model = LlamaForProbedGeneration.from_causal_lm(lm, {"guard": probe})
+    out = model.generate(make_prompts(2, PROMPT), max_new_tokens=8, eos_token_id=None, do_sample=False)
+    masks = [[False] * PROMPT + [True] * 8] * 2
+    found = follow_replies(probe, PromptDataset(out.sequences.tolist(), np.zeros(2, dtype=int), masks), [8, 8], lm)
+    for row, values in enumerate(found):
+        assert np.allclose(values[:-1], out.probe_token_logits["guard"][row], atol=1e-5)
+
+
+SCORES = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=12).map(np.array)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=SCORES, threshold=st.floats(0.02, 0.98), patience=st.integers(1, 4))
+def test_a_reply_is_halted_from_its_halting_score_down(values, threshold, patience):
+    (score,) = halting_scores([values], patience)
+    told = detection([values], np.array([1]), threshold, patience)
+    assert told["detected"] == float(score >= threshold)
+
+
+def test_the_delay_is_counted_in_tokens_read():
+    scores = [
+        np.array([0.1, 0.9, 0.2, 0.8, 0.7, 0.1, 0.1, 0.1]),  # with patience 2 halted at the fifth of eight tokens
+        np.array([0.9, 0.1]),  # flagged, never twice in a row
+        np.array([0.6, 0.6]),  # halted in vain
+        np.array([0.1, 0.1]),
+    ]
+    told = detection(scores, np.array([1, 1, 0, 0]), threshold=0.5, patience=2)
+    assert told == {
+        "rows": 4,
+        "detected": 0.5,
+        "false_halts": 0.5,
+        "delay": {"median": 5.0, "p90": 5.0, "share": 5 / 8},
+    }
+    silent = detection(scores, np.array([1, 1, 0, 0]), threshold=0.95, patience=1)
+    assert silent["detected"] == 0 and silent["delay"] == {"median": None, "p90": None, "share": None}
+    assert detection(scores, np.zeros(4), 0.5, 1)["detected"] is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 999), limit=st.sampled_from([0.0, 0.05, 0.3]))
+def test_rules_keep_to_the_false_halts(seed, limit):
+    rng = np.random.default_rng(seed)
+    labels = np.array([0] * 20 + [1] * 10)
+    followed = []
+    for label in labels:
+        positive = rng.beta(1 + label, 2, size=rng.integers(1, 15))
+        followed.append(torch.from_numpy(np.stack([1 - positive, positive], axis=1)).log())
+    config = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}).config
+    rules = halting_rules(config, followed, labels, limit)
+    assert list(rules) == ["awful"] and sum(rule["chosen"] for rule in rules["awful"]) == 1
+    for rule in rules["awful"]:
+        assert rule["validation"]["false_halts"] <= limit
+    again = apply_rules(config, rules, followed, labels)
+    assert all(rule["test"] == rule["validation"] for rule in again["awful"])
+    assert apply_rules(config.replace(id2label={0: "fine", 1: "bad"}), rules, followed, labels) == {}
+
+
+def test_each_of_several_labels_has_rules():
+    labels = np.array([0, 1, 2, 2])
+    followed = [20 * torch.eye(3)[[label] * 3] for label in labels]
+    config = make_probe(token_scope="response", num_labels=3).config
+    rules = halting_rules(config, followed, labels)
+    assert list(rules) == list(config.id2label.values())
+    one_token = [rules[name][0]["validation"] for name in rules]
+    assert all(
+        told["detected"] == 1 and told["false_halts"] == 0 and told["delay"]["median"] == 1 for told in one_token
+    )
+    regression = make_probe(token_scope="response", num_labels=1, problem_type="regression").config
+    assert halting_rules(regression, followed, labels.astype(float)[:, None]) == {}

@@ -1,0 +1,92 @@
+"""Every system gives what it is to give: the same tokens, and the heads' logits."""
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
+from transformers import T5Config
+
+from llama_probe import ProbeError
+from llama_probe.experiments.benchmark.guard_pipeline import GuardPlan
+from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, generate, plain_system, systems
+from llama_probe.serving.auto_class import AutoModelForProbedGeneration
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model():
+    model = AutoModelForProbedGeneration.from_causal_lm(make_lm())
+    for kind in ("gate", "mha"):
+        model.add_probe(kind, make_probe(probe_type=kind))
+    return model
+
+
+@pytest.fixture
+def guards(tmp_path):
+    T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        architectures=["T5ForConditionalGeneration"],
+    ).save_pretrained(tmp_path / "guard")  # fmt: skip
+    return [GuardPlan.read(str(tmp_path / "guard"), random_weights=True)]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_tokens_and_logits_are_the_same(model, guards, new_tokens):
+    load = Load.create(2, 11, new_tokens, VOCAB, CPU)
+    plain = model._without_probes()
+    expected = plain_system(plain).serve(load, None)
+    assert expected.shape == (2, 11 + new_tokens)
+    scores = model.classify(load.input_ids)
+    outputs = {}
+    for system in systems(model, plain, 2, fresh_config("mha", HIDDEN, LAYERS), True, guards):
+        outputs[system.name] = system.serve(load, None)
+        assert (system.weight_bytes > 0) == (system.kind != "base")
+    names = ["base again", "gate", "mha", "2 x mha", "naive gate", "naive mha", "guard guard"]
+    assert list(outputs) == names
+    for name in ("gate", "mha"):
+        assert set(outputs[name].probe_logits) == {name}
+        out, read = outputs[f"naive {name}"]
+        torch.testing.assert_close(outputs[name].probe_logits[name], scores[name].logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(read.logits, scores[name].logits, atol=1e-5, rtol=1e-5)
+        assert torch.equal(out.sequences, expected) and torch.equal(outputs[name].sequences, expected)
+    assert len(outputs["2 x mha"].probe_logits) == 2
+    answer, text = outputs["guard guard"]
+    assert answer.shape == (2, 2) and torch.equal(text, expected), "the guard's token, then the model's text"
+
+
+def test_a_head_of_replies_has_no_naive_way(model):
+    model.add_probe("tone", make_probe(probe_type="gate", token_scope="response"))
+    found = systems(model, model._without_probes(), naive=True)
+    assert [system.name for system in found] == ["base again", "gate", "mha", "tone", "naive gate", "naive mha"]
+
+
+def test_no_more_and_no_fewer_tokens():
+    """Neither an end-of-sequence token nor anything else cuts a reply short, and every token is heard of."""
+    model = make_lm()
+    load = Load.create(1, 5, 6, VOCAB, CPU)
+    first = generate(model, Load.create(1, 5, 1, VOCAB, CPU))[0, -1]
+    model.generation_config.eos_token_id = int(first)
+    heard = []
+    assert generate(model, load, lambda: heard.append(1)).shape == (1, 11)
+    assert len(heard) == 6
+
+
+def test_the_same_prompts_every_time():
+    first, second = (Load.create(2, 7, 1, VOCAB, CPU) for _ in range(2))
+    assert torch.equal(first.input_ids, second.input_ids) and first.attention_mask.all()
+    assert first.input_ids.min() >= 0 and first.input_ids.max() < VOCAB
+
+
+@pytest.mark.parametrize(
+    "kind, hidden_size, downcast, heads",
+    [("mha", 3072, 32, 2), ("mha", 48, 16, 3), ("mha", 37, 1, 1), ("gate", 37, 32, 2)],
+)
+def test_fresh_heads_fit(kind, hidden_size, downcast, heads):
+    config = fresh_config(kind, hidden_size, 3)
+    assert (config.downcast, config.num_attention_heads, config.hidden_size) == (downcast, heads, hidden_size)
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ProbeError, match="'lstm' is not known; allowed: attentive, gate"):
+        fresh_config("lstm", 32, 4)

@@ -1,0 +1,95 @@
+"""Methods without a head: what they compute, and that only training rows are fitted and only validation rows choose."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe.data.texts import LabelledTexts
+from llama_probe.evaluation.report import predict_logits, predict_together
+from llama_probe.experiments.reproduction.baselines import class_logits, fit_prototypes, fit_tfidf, mean_states
+
+
+def labelled(texts, labels, names=("a", "b"), problem_type="single_label_classification"):
+    return LabelledTexts(texts, np.asarray(labels), list(names), problem_type, {})
+
+
+class TestTfidf:
+    def test_reads_words_and_parts_of_words(self):
+        texts = [f"{'good' if i % 2 else 'awful'} day {i}" for i in range(40)]
+        model = fit_tfidf(labelled(texts, [i % 2 for i in range(40)]))
+        logits = class_logits(model, ["a good thing", "awfully bad", "goodness"], 2)
+        assert logits.argmax(dim=1).tolist() == [1, 0, 1], "'goodness' and 'awfully' share characters, no words"
+        assert logits.exp().sum(dim=1).tolist() == pytest.approx([1, 1, 1])
+
+    def test_a_label_without_training_rows(self):
+        model = fit_tfidf(labelled(["x one", "y two"] * 3, [0, 2] * 3, "abc"))
+        logits = class_logits(model, ["x one"], 3)
+        assert logits.shape == (1, 3) and logits.argmax() == 0 and logits[0, 1] < logits[0, 2]
+
+    def test_refusals(self):
+        with pytest.raises(ProbeError, match="single-label data"):
+            fit_tfidf(labelled(["a"], [[1, 0]], problem_type="multi_label_classification"))
+        with pytest.raises(ProbeError, match="not chat messages"):
+            fit_tfidf(labelled([[{"role": "user", "content": "x"}]], [0]))
+
+
+class TestPrototypes:
+    def test_are_distances_to_class_means(self):
+        rng = np.random.default_rng(0)
+        labels = np.array([0] * 50 + [1] * 8 + [2] * 20)
+        states = rng.normal(size=(78, 6)) @ rng.normal(size=(6, 6)) + labels[:, None]
+        model = fit_prototypes(states, labels)
+        inverse = np.linalg.inv(model.covariance_)
+        gaps = states[:, None] - np.stack([states[labels == c].mean(axis=0) for c in range(3)])  # [rows, classes, D]
+        distances = np.einsum("rcd,de,rce->rc", gaps, inverse, gaps)
+        expected = torch.from_numpy(-distances / 2).log_softmax(dim=1).float()
+        torch.testing.assert_close(class_logits(model, states, 3), expected, atol=1e-3, rtol=1e-3)
+
+    def test_rows_of_which_they_are_sure_are_told_apart(self):
+        """Log odds beyond what a float32 probability holds, about 88 below and 17 above, go on."""
+        rng = np.random.default_rng(2)
+        labels = np.arange(60) % 2
+        states = (rng.normal(size=(60, 4)) + 9 * labels[:, None]).astype(np.float32)
+        model = fit_prototypes(states, labels)
+        logits = class_logits(model, states, 2)
+        odds = (logits[:, 1] - logits[:, 0]).numpy()
+        np.testing.assert_allclose(odds, model.decision_function(states), rtol=1e-3)
+        assert np.abs(odds).min() > 20 and len(np.unique(odds)) == 60
+
+    def test_the_covariance_is_shrunk(self):
+        rng = np.random.default_rng(1)
+        states, labels = rng.normal(size=(10, 40)), np.arange(10) % 2  # fewer rows than dimensions
+        assert np.linalg.matrix_rank(fit_prototypes(states, labels).covariance_) == 40
+
+    def test_read_the_mean_of_the_tokens_that_count(self):
+        lm, rows = make_lm(), [make_prompts(1, n, n)[0].tolist() for n in (4, 9, 6)]
+        rows = [[7, 8, *row] for row in rows]
+        config = ProbeConfig(
+            probe_type="gate", hidden_size=HIDDEN, num_hidden_layers=LAYERS, token_scope="content", prefix_ids=[7, 8]
+        )
+        found = mean_states(PromptDataset(rows, np.zeros(3)), config, lm)
+        for row, ids in enumerate(rows):
+            with torch.no_grad():
+                states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            for layer, state in enumerate(states):
+                expected = torch.nn.functional.layer_norm(state[0, 2:], (HIDDEN,)).mean(dim=0)
+                np.testing.assert_allclose(found[row, layer], expected, atol=1e-5)
+
+
+def test_many_heads_in_one_pass(tmp_path, monkeypatch):
+    """As each by itself, from cached states and with the backbone in the loop."""
+    lm, prompts = make_lm(), [make_prompts(1, n, n)[0].tolist() for n in (3, 8, 5, 9, 4)]
+    probes = [make_probe(0, probe_type="gate"), make_probe(1, probe_type="mha", layers=[1, 3])]
+    dataset = PromptDataset(prompts, np.zeros(5))
+    cached = StateCache(tmp_path, torch.float32).dataset(lm, probes[0].config, prompts, np.zeros(5))
+    passes = []
+    lm.model.register_forward_hook(lambda module, args, output: passes.append(1))
+    together = predict_together(probes, dataset, lm)
+    assert len(passes) == 1
+    for probe, logits, from_disk in zip(probes, together, predict_together(probes, cached), strict=True):
+        expected = predict_logits(probe, cached)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(from_disk, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,36 @@
+"""Methods that are compared: which there are, and what is trained for each."""
+
+import pytest
+from conftest import HIDDEN
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.experiments.reproduction import methods
+from llama_probe.experiments.reproduction.methods import HEADS, check_methods, downcast_methods, head_methods
+
+
+class TestMethods:
+    def test_other_registered_kinds_join_by_themselves(self, monkeypatch):
+        monkeypatch.setattr(methods, "probe_types", lambda: ["gate", "mine", "pooling"])
+        found = head_methods()
+        assert set(found) == {"layer-linear", "pooling", "gate", "mine"}, "and kinds that are not there are left out"
+        assert found["mine"].head["probe_type"] == "mine"
+        assert check_methods(["mine", "tfidf"]) == ["tfidf", "mine"]
+        with pytest.raises(ProbeError, match="method 'mha' is not known"):
+            check_methods(["mha"])
+
+    def test_candidates(self):
+        base = ProbeConfig(probe_type="pooling", hidden_size=HIDDEN, num_hidden_layers=3)
+        linear = HEADS["layer-linear"].candidates("layer-linear", base, 5)
+        assert [candidate.config.layers for candidate in linear] == [[0], [1], [2], [3]]
+        gates = [HEADS["gate"].candidates("gate", base, seed)[0] for seed in (0, 1)]
+        assert len({candidate.number for candidate in [*linear, *gates]}) == 6
+        assert [candidate.seed for candidate in gates] == [0, 1] and gates[0].config.layers == "all"
+        (half,) = HEADS["multimax-half"].candidates("multimax-half", base, 0)
+        assert half.config.layers == [0, 2] and half.learning_rate == 5e-3
+
+    def test_downcasts_can_be_built(self):
+        for hidden_size, values in ((576, ["4", "8", "16", "32", "64"]), (48, ["4", "8", "16"])):
+            found = downcast_methods(hidden_size)
+            assert list(found) == values
+            for method in found.values():
+                ProbeConfig(hidden_size=hidden_size, num_hidden_layers=2, **method.head)

@@ -1,0 +1,162 @@
+"""Classification by prompting: likelihoods are those of plain passes, and examples come from the training rows alone."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_lm, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_probe import ProbeError
+from llama_probe.backbone import passes
+from llama_probe.data.known import BENCHMARKS
+from llama_probe.data.texts import LabelledTexts
+from llama_probe.experiments.reproduction.prompting import (
+    Example,
+    Instruction,
+    LabelPrompt,
+    draw_examples,
+    label_log_likelihoods,
+)
+
+
+INSTRUCTION = Instruction("Is it nice?", ("No", "Yes, it is"))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm(vocab_size=260)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def plain(lm, prompt, label) -> float:
+    """One forward pass over one row, without padding, cache or prefix."""
+    with torch.no_grad():
+        log_probs = lm(input_ids=torch.tensor([[*prompt, *label]])).logits[0].log_softmax(dim=-1)
+    return sum(float(log_probs[len(prompt) + i - 1, token]) for i, token in enumerate(label))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(3, 259), min_size=1, max_size=9), min_size=1, max_size=5),
+    st.lists(st.lists(st.integers(3, 259), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(3, 259), max_size=6),
+    st.integers(1, 60),
+)
+def test_as_one_plain_pass_a_row(rests, labels, start, batch_tokens):
+    lm, tokenizer = make_lm(vocab_size=260), make_tokenizer()
+    prompts = [[*start, *rest] for rest in rests]
+    found = label_log_likelihoods(lm, tokenizer, prompts, labels, batch_tokens)
+    expected = [[plain(lm, prompt, label) for label in labels] for prompt in prompts]
+    assert found.tolist() == [pytest.approx(row, abs=1e-4) for row in expected]
+
+
+def test_what_prompts_share_is_run_once(lm, tokenizer, monkeypatch):
+    prompt = LabelPrompt(tokenizer, INSTRUCTION, [Example("a long one " * 5, 1)])
+    prompts = prompt.encode(["abc", "xy", "z"])
+    runs = []
+    original = passes.prefill
+    monkeypatch.setattr(passes, "prefill", lambda lm, ids: (runs.append(len(ids)), original(lm, ids))[1])
+    seen = []
+    hook = lm.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    label_log_likelihoods(lm, tokenizer, prompts, prompt.label_ids)
+    hook.remove()
+    assert runs == [len(prompt.prefix_ids)] and seen.count(runs[0]) == 1
+    assert max(seen[1:]) <= len("abc") + len(prompt.suffix_ids)
+
+
+def test_what_is_kept_for_each_row_is_bounded(lm, tokenizer):
+    """Short rows after a long start: the cache of the start is there once a row, and as large as it is long."""
+    prompts, kept = [[*range(3, 203), 5 + row] for row in range(40)], []
+    hook = lm.model.register_forward_hook(lambda module, args, output: kept.append(output.cache.layers[0].keys.shape))
+    label_log_likelihoods(lm, tokenizer, prompts, [[7]], batch_tokens=100)
+    hook.remove()
+    assert sum(shape[0] for shape in kept[1:]) == len(prompts)
+    assert max(shape[0] * shape[2] for shape in kept) <= 4 * 100 + len(prompts)
+
+
+def test_examples_are_earlier_turns(tokenizer):
+    prompt = LabelPrompt(tokenizer, INSTRUCTION, [Example("rain", 0), Example("sun", 1)])
+    shown = tokenizer.decode(prompt.encode(["snow"])[0])
+    turns = ["user\nIs it nice?\n\nrain", "assistant\nNo", "user\nsun", "assistant\nYes, it is", "user\nsnow"]
+    positions = [shown.index(turn) for turn in turns]
+    assert positions == sorted(positions) and shown.endswith("<bos>assistant\n")
+    assert tokenizer.decode(prompt.label_ids[1]) == "Yes, it is"
+
+
+def test_without_a_chat_template():
+    bare = make_tokenizer()
+    bare.chat_template = None
+    prompt = LabelPrompt(bare, INSTRUCTION, [Example("rain", 0)])
+    assert bare.decode(prompt.encode(["snow"])[0]) == "Is it nice?\n\nrain\nAnswer: No\n\nsnow\nAnswer:"
+    assert bare.decode(prompt.label_ids[0]) == " No"
+
+
+def test_long_texts_are_cut_at_their_end(tokenizer):
+    prompt = LabelPrompt(tokenizer, INSTRUCTION, max_length=20)
+    short, long = prompt.encode(["abc", "abcdefgh" * 9])
+    assert short == LabelPrompt(tokenizer, INSTRUCTION).encode(["abc"])[0]
+    assert len(long) == len(prompt.prefix_ids) + 20 and long[-len(prompt.suffix_ids) :] == prompt.suffix_ids
+    assert long[: len(prompt.prefix_ids) + 3] == short[: len(prompt.prefix_ids) + 3]
+    with pytest.raises(ProbeError, match="max_length=4 leaves no room"):
+        LabelPrompt(tokenizer, INSTRUCTION, max_length=4)
+
+
+class TestExamples:
+    @pytest.fixture
+    def rows(self):
+        texts = [f"text {i}" for i in range(60)]
+        return LabelledTexts(texts, np.arange(60) % 3, ["a", "b", "c"], "single_label_classification", {})
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_come_from_the_training_rows_with_their_labels(self, rows, tokenizer, seed):
+        train, validation = rows.split(0.5, seed)
+        examples = draw_examples(train, 2, seed, tokenizer)
+        label_of = dict(zip(train.texts, train.labels.tolist(), strict=True))
+        assert sorted(example.label for example in examples) == [0, 0, 1, 1, 2, 2]
+        assert len({example.text for example in examples}) == 6
+        assert all(label_of[example.text] == example.label for example in examples)
+        assert not {example.text for example in examples} & set(validation.texts)
+
+    def test_depend_on_the_seed_alone(self, rows, tokenizer):
+        assert draw_examples(rows, 2, 1, tokenizer) == draw_examples(rows, 2, 1, tokenizer)
+        assert draw_examples(rows, 2, 1, tokenizer) != draw_examples(rows, 2, 2, tokenizer)
+
+    def test_are_cut(self, rows, tokenizer):
+        assert {example.text for example in draw_examples(rows, 2, 0, tokenizer, max_tokens=4)} == {"text"}
+
+    def test_too_few(self, rows, tokenizer):
+        with pytest.raises(ProbeError, match="label 'a' has 20 training rows; few-shot prompting wants 21"):
+            draw_examples(rows, 21, 0, tokenizer)
+
+
+def test_instructions():
+    for name in ("toxicchat", "wildguardmix", "imdb", "sst2", "emotion"):
+        benchmark = BENCHMARKS[name]
+        found = Instruction.derive(benchmark.label_names, benchmark)
+        assert found.question == benchmark.question and len(found.verbalisers) == len(benchmark.label_names)
+    derived = Instruction.derive(["good", "bad"])
+    assert "good, bad" in derived.question and derived.verbalisers == ("good", "bad")
+    assert Instruction.derive(["x", "y"], BENCHMARKS["xstest"]).verbalisers == ("x", "y")
+    with pytest.raises(ProbeError, match="toxicchat has 2 verbalisers for 3 labels"):
+        Instruction.derive(["a", "b", "c"], BENCHMARKS["toxicchat"])
+    with pytest.raises(ProbeError, match="each once"):
+        Instruction("?", ("Yes", "Yes"))
+
+
+def test_refusals(lm, tokenizer):
+    with pytest.raises(ProbeError, match="not chat messages"):
+        LabelPrompt(tokenizer, INSTRUCTION).encode([[{"role": "user", "content": "x"}]])
+    for prompts, labels in (([[]], [[3]]), ([[3]], [[]])):
+        with pytest.raises(ProbeError, match="at least one token"):
+            label_log_likelihoods(lm, tokenizer, prompts, labels)
+    several = LabelledTexts(["a"], np.ones((1, 2)), ["a", "b"], "multi_label_classification", {})
+    with pytest.raises(ProbeError, match="single-label data, not for multi_label"):
+        draw_examples(several, 1, 0, tokenizer)

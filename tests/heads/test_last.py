@@ -1,0 +1,65 @@
+"""The last-token probe: which item it takes, and that nothing else is read."""
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
+
+from llama_probe import LlamaForProbedGeneration, ProbeConfig
+from llama_probe.experiments.reproduction.methods import HEADS
+
+
+MASKS = {
+    "none": [[1] * 6, [1] * 6],
+    "left": [[0, 0, 0, 1, 1, 1], [1] * 6],
+    "right": [[1, 1, 0, 0, 0, 0], [1] * 6],
+    "both, with a hole": [[0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1]],
+}
+
+
+@pytest.mark.parametrize("layers", ["all", [2], [0, 1, 3]])
+@pytest.mark.parametrize("padding", MASKS)
+def test_it_is_a_linear_map_of_the_last_token_that_counts(padding, layers):
+    mask = torch.tensor(MASKS[padding])
+    probe = make_probe(probe_type="last", layers=layers, normalize="none")
+    states = [torch.randn(2, 6, HIDDEN) for _ in range(LAYERS + 1)]
+    last = [max(column for column, counts in enumerate(row) if counts) for row in MASKS[padding]]
+    state = states[LAYERS if layers == "all" else layers[-1]]
+    expected = probe.classifier(torch.stack([state[row, column] for row, column in enumerate(last)]))
+    found = probe(hidden_states=states, attention_mask=mask, output_attentions=True)
+    assert torch.equal(found.logits, expected)
+    assert found.layer_weights.tolist() == [[1.0], [1.0]]
+    for row, column in enumerate(last):
+        assert found.token_weights[row, 0].nonzero().flatten().tolist() == [column]
+
+
+def test_only_one_layer_is_read():
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    for layers, read in (("all", [LAYERS]), ([3, 1], [3])):
+        config = ProbeConfig(probe_type="last", layers=layers, **sizes)
+        assert config.layer_indices == read and config.layers == (layers if layers == "all" else sorted(layers))
+    assert make_probe(probe_type="last").num_parameters() == 2 * HIDDEN + 2
+    (candidate,) = HEADS["last-token"].candidates("last-token", ProbeConfig(probe_type="gate", **sizes), 0)
+    assert candidate.config.layer_indices == [LAYERS]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_that_hold_nothing_of_a_row(chunk):
+    prompts, mask = make_prompts(rows=3, length=7), torch.ones(3, 7, dtype=torch.long)
+    mask[0, :5] = 0
+    mask[1, 2:] = 0
+    probe = make_probe(probe_type="last", layers=[2])
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": probe})
+    states = make_lm()(prompts, attention_mask=mask, output_hidden_states=True).hidden_states
+    out = model.generate(prompts, attention_mask=mask, max_new_tokens=1, prefill_chunk_size=chunk)
+    expected = probe(hidden_states=states, attention_mask=mask).logits
+    torch.testing.assert_close(out.probe_logits["a"], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["last", "muli"])
+def test_what_is_kept_is_one_item_and_not_all(kind):
+    probe = make_probe(probe_type=kind, normalize="none", vocab_size=VOCAB)
+    model, prompts = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": probe}), make_prompts(rows=2, length=50)
+    passed, written = model(prompts, use_cache=True), model.generate(prompts, max_new_tokens=2, probe_state=True)
+    for out in (passed, written):
+        running = out.probe_state.heads["a"].running
+        assert running.untyped_storage().nbytes() == 4 * 2 * HIDDEN

@@ -1,0 +1,323 @@
+"""Heads from here to a Hub and back into a folder: the real client against a server on loopback."""
+
+import threading
+
+import pytest
+from conftest import make_lm, make_probe
+from hub_server.heads import contents, plain, same_weights
+from huggingface_hub import HfApi, constants
+from transformers import AutoModel
+
+from llama_probe import LlamaForProbedGeneration, ProbeError, ProbeModel
+from llama_probe.files import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME, read_head, save_head
+from llama_probe.hub.publish import pull_head, push_folder
+from llama_probe.hub.transport import HubReference, download_head, list_heads
+
+
+REPO = "alice/mood"
+
+
+@pytest.fixture
+def token(hub, monkeypatch):
+    """Alice's write token, logged in."""
+    token = hub.add_user("alice")
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
+
+
+@pytest.fixture
+def model():
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    model.add_probe("mood", make_probe(id2label={0: "bad", 1: "good"}, threshold=0.4, temperature=2.0))
+    return model
+
+
+class TestPush:
+    def test_round_trip(self, hub, token, model):
+        info = model.push_probe_to_hub(REPO, "mood", private=True, tags=["mine"], license="mit")
+        assert hub.repositories[REPO].private and len(hub.repositories[REPO].commits) == 2, (
+            "one commit after the first"
+        )
+        assert set(hub.files(REPO)) >= {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
+        assert info.oid == hub.head(REPO)
+        back = ProbeModel.from_pretrained(REPO)
+        assert same_weights(back, model.probes["mood"])
+        assert back.config.id2label == {0: "bad", 1: "good"} and back.config.temperature == 2.0
+        assert model.load_probe(REPO, "again") == "again" and model.load_probe(REPO, token=token, name="b") == "b"
+        card = hub.files(REPO)["README.md"].decode()
+        assert (
+            f'probe="{REPO}"' in card
+            and 'probe_labels["mood"]' in card
+            and "license: mit" in card
+            and "- mine" in card
+        )
+
+    def test_a_head_by_itself(self, hub, token):
+        probe = make_probe()
+        probe.push_to_hub(REPO, commit_message="first", license="mit")
+        assert same_weights(ProbeModel.from_pretrained(REPO), probe)
+
+    @pytest.mark.parametrize("backbone, told", [("/data/models/mine", True), ("org/model", False), (None, False)])
+    def test_a_backbone_that_only_this_machine_has(self, hub, token, caplog, backbone, told):
+        with caplog.at_level("WARNING"):
+            make_probe(base_model_name_or_path=backbone).push_to_hub(REPO, license="mit")
+        words = f"name the backbone '{backbone}', which nobody finds elsewhere: put its Hub id into base_model_name_or_path"
+        assert any(words in message for message in caplog.messages) == told
+
+    def test_several_heads_in_one_repository(self, hub, token, model):
+        model.add_probe("topic", make_probe(seed=1, num_labels=3))
+        for name in ("mood", "topic"):
+            model.push_probe_to_hub(REPO, name, subfolder=name, license="mit")
+        assert list_heads(REPO) == ["mood", "topic"] and "README.md" in hub.files(REPO)
+        lm = AutoModel.from_pretrained(plain(hub), probe=[f"{REPO}:mood", f"{REPO}:topic"])
+        assert lm.active_probes == ["mood", "topic"] and lm.probes["topic"].config.num_labels == 3
+        assert model.load_probe(REPO, "sub", subfolder="topic") == "sub"
+        with pytest.raises(ProbeError, match=rf"{REPO} is not a head: .*heads in it: {REPO}:mood, {REPO}:topic"):
+            model.load_probe(REPO, "root")
+
+    def test_branches_and_pull_requests(self, hub, token, model):
+        model.push_probe_to_hub(REPO, "mood", license="mit")
+        main = hub.head(REPO)
+        model.add_probe("v2", make_probe(seed=2))
+        model.push_probe_to_hub(REPO, "v2", revision="next", license="mit")
+        request = model.push_probe_to_hub(REPO, "v2", create_pr=True, license="mit")
+        assert hub.head(REPO) == main
+        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"])
+        for revision in ("next", request.pr_revision):
+            assert same_weights(ProbeModel.from_pretrained(f"{REPO}@{revision}"), model.probes["v2"])
+            assert same_weights(ProbeModel.from_pretrained(REPO, revision=revision), model.probes["v2"])
+
+    def test_a_push_that_changes_nothing(self, hub, token, model):
+        first = model.push_probe_to_hub(REPO, "mood", license="mit")
+        count = len(hub.repositories[REPO].commits)
+        hub.clear_requests()
+        again = model.push_probe_to_hub(REPO, "mood", license="mit")
+        assert again.oid == first.oid and len(hub.repositories[REPO].commits) == count
+        assert not hub.count("PUT", "/cdn/")
+
+    def test_what_a_new_version_no_longer_has_goes_away(self, hub, token, model):
+        hub.plant(REPO, {"results.json": b"{}", "notes.txt": b"mine"})
+        model.push_probe_to_hub(REPO, "mood", license="mit")
+        assert "results.json" not in hub.files(REPO) and "notes.txt" in hub.files(REPO)
+
+    @pytest.mark.parametrize("fault", ["refuse_upload", "cut_upload", "forbid", "server_error"])
+    def test_an_interrupted_push_leaves_the_branch_where_it_was(self, hub, token, model, fault):
+        model.push_probe_to_hub(REPO, "mood", license="mit")
+        before, files = hub.head(REPO), hub.files(REPO)
+        model.add_probe("other", make_probe(seed=3))
+        arguments = {"server_error": {"status": 500, "path": "/commit/"}}.get(fault, {})
+        injected = getattr(hub.faults, fault)(times=None, **arguments)
+        with pytest.raises(ProbeError) as raised:
+            model.push_probe_to_hub(REPO, "other", license="mit")
+        assert injected.hits and token not in str(raised.value)
+        assert hub.head(REPO) == before and hub.files(REPO) == files
+        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"])
+
+    def test_two_at_once(self, hub, token, model):
+        model.push_probe_to_hub(REPO, "mood", license="mit")
+        hub.faults.run(lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")
+        model.add_probe("other", make_probe(seed=3))
+        with pytest.raises(ProbeError, match=r"somebody else pushed .* push again"):
+            model.push_probe_to_hub(REPO, "other", license="mit")
+        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"]) and "theirs.txt" in hub.files(REPO)
+        model.push_probe_to_hub(REPO, "other", license="mit")
+        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["other"]) and "theirs.txt" in hub.files(
+            REPO
+        )
+
+    def test_two_threads_at_once(self, hub, token, tmp_path):
+        folders = [save_head(make_probe(seed=seed), tmp_path / "mood") for seed in [0]]
+        folders.append(save_head(make_probe(seed=1), tmp_path / "two" / "mood"))
+        make_probe(seed=5).push_to_hub(REPO, license="mit")
+        outcomes = []
+
+        def push(folder):
+            try:
+                outcomes.append(push_folder(folder, REPO, license="mit").oid)
+            except ProbeError as error:
+                outcomes.append(str(error))
+
+        threads = [threading.Thread(target=push, args=(folder,)) for folder in folders]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        read_head(download_head(HubReference(REPO)))  # weights and config are of one push
+        assert all(len(outcome) == 40 or "somebody else pushed" in outcome for outcome in outcomes)
+        assert hub.head(REPO) in outcomes
+
+    @pytest.mark.parametrize(
+        "role, words",
+        [("read", "may not write .* role 'write'"), ("wrong", "does not know this token"), ("bob", "may not write")],
+    )
+    def test_tokens_that_may_not(self, hub, token, model, role, words):
+        model.push_probe_to_hub(REPO, "mood", license="mit")
+        used = {"read": lambda: hub.add_token("alice", role="read"), "wrong": lambda: "hf_" + "x" * 34}.get(
+            role, lambda: hub.add_user("bob")
+        )()
+        with pytest.raises(ProbeError, match=words) as raised:
+            model.push_probe_to_hub(REPO, "mood", token=used, license="apache-2.0")
+        assert used not in str(raised.value) and token not in str(raised.value)
+
+    def test_no_licence_is_warned_of(self, hub, token, model, caplog):
+        model.push_probe_to_hub(REPO, "mood")
+        assert "states no licence" in caplog.text and REPO in hub.repositories
+
+    def test_places_that_could_not_be_asked_for(self, hub, token, model):
+        for place in ({"subfolder": "my mood"}, {"revision": "a b"}, {"revision": "a:b"}):
+            with pytest.raises(
+                ProbeError, match=r"could not be asked for: give a subfolder and a revision without spaces"
+            ):
+                model.push_probe_to_hub(REPO, "mood", **place)
+        assert not hub.repositories
+
+    @pytest.mark.parametrize(
+        "arguments", [{"repo_id": "a/b/c"}, {"repo_id": REPO, "subfolder": "../x"}, {"repo_id": "a b"}]
+    )
+    def test_wrong_names_ask_nobody(self, hub, token, model, arguments):
+        with pytest.raises(ProbeError, match=r"not allowed|relative path|cannot name"):
+            model.push_probe_to_hub(name="mood", **arguments)
+        assert not hub.requests
+
+    def test_a_name_without_a_user_is_the_own_users(self, hub, token, model):
+        model.push_probe_to_hub("mood", license="mit")
+        assert 'probe="alice/mood"' in hub.files(REPO)["README.md"].decode()
+
+    @pytest.mark.parametrize("tags, expected", [("mine", ["mine"]), (None, []), (("a", "b"), ["a", "b"])])
+    def test_tags(self, hub, token, model, tags, expected):
+        model.push_probe_to_hub(REPO, "mood", tags=tags)
+        assert HfApi().model_info(REPO).card_data.tags == ["llama_probe", "probe", "probe-mha", *expected]
+
+    @pytest.mark.parametrize(
+        "results",
+        [
+            {},
+            {"of": "another version"},
+            {"card": "x", "summary": {"test": {}}},
+            {"card": {"new": 1}},
+            {"card": {}, "summary": {"validation": {}}, "runs": [], "chosen_seed": 0},
+        ],
+    )
+    def test_results_that_give_no_card(self, hub, token, tmp_path, results):
+        head = make_probe()
+        head.results = results
+        folder = save_head(head, tmp_path / "mood")
+        for push in (lambda: head.push_to_hub(REPO), lambda: push_folder(folder, REPO)):
+            with pytest.raises(
+                ProbeError, match=r"results\.json holds is nothing that this version can make a card of"
+            ):
+                push()
+        assert REPO not in hub.repositories
+        (folder / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+        push_folder(folder, REPO)
+
+    @pytest.mark.parametrize("card", [b"---\na: b: c\n---\n", b"---\n- a\n---\n", b"caf\xe9"])
+    def test_cards_that_cannot_be_read(self, hub, token, tmp_path, card):
+        folder = save_head(make_probe(), tmp_path / "mood")
+        (folder / "README.md").write_bytes(card)
+        for license in (None, "mit"):
+            with pytest.raises(ProbeError, match=r"README\.md cannot be read as a card: .*Mend it"):
+                push_folder(folder, REPO, license=license)
+        assert REPO not in hub.repositories
+
+    def test_what_the_client_refuses(self, hub, token, tmp_path, model):
+        folder = save_head(make_probe(), tmp_path / "mood")
+        (folder / "README.md").write_text("---\ntags: x\n---\nMy own words.\n")
+        with pytest.raises(ProbeError, match=r"nothing of it was kept: .*\"tags\" must be an array of strings"):
+            push_folder(folder, REPO)
+        with pytest.raises(ProbeError, match=r"nothing of it was kept: .*cannot update files under a '\.git/' folder"):
+            model.push_probe_to_hub(REPO, "mood", subfolder=".git")
+
+    def test_a_folder(self, hub, token, tmp_path):
+        folder = save_head(make_probe(), tmp_path / "mood")
+        (folder / "secret.txt").write_text("not of the head")
+        (folder / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+        push_folder(folder, REPO, subfolder="a")
+        assert hub.files(REPO)["a/README.md"].decode().endswith("My own words.\n")
+        push_folder(folder, REPO, subfolder="a", license="apache-2.0", tags=["b"])
+        card = hub.files(REPO)["a/README.md"].decode()
+        assert card.endswith("My own words.\n") and "license: apache-2.0" in card and "- b" in card
+        assert not any("secret" in name for name in hub.files(REPO))
+        (folder / WEIGHTS_NAME).write_bytes(b"no")
+        hub.clear_requests()
+        with pytest.raises(ProbeError, match=r"damaged"):
+            push_folder(folder, REPO)
+        assert not hub.requests
+
+    @pytest.mark.parametrize("file", ["README.md", "results.json", "layer_weights.png"])
+    def test_a_link_out_of_the_folder(self, hub, token, tmp_path, file):
+        """What somebody else has put into a folder must not have the user's own files uploaded."""
+        (tmp_path / "id_rsa").write_text("---\n---\nmine")
+        assert file in HEAD_FILES
+        folder = save_head(make_probe(), tmp_path / "snapshots" / "mood")
+        (folder / file).symlink_to("../../id_rsa")
+        with pytest.raises(ProbeError, match=rf"{file} is a symbolic link out of the folder, to .*id_rsa"):
+            push_folder(folder, REPO)
+        assert not hub.requests
+        (folder / file).unlink()
+        (folder / "own").write_text("---\nlicense: mit\n---\nMy own words.\n")
+        (folder / "README.md").symlink_to("own")
+        push_folder(folder, REPO)
+        assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
+
+    def test_a_folder_of_the_cache(self, hub, token, tmp_path):
+        """There files are links to what lies beside the folder."""
+        hub.plant("bob/heads", {f"a/{name}": data for name, data in contents(make_probe(), tmp_path / "mood").items()})
+        folder = download_head(HubReference("bob/heads", None, "a"))
+        assert (folder / WEIGHTS_NAME).is_symlink()
+        push_folder(folder, REPO)
+        assert same_weights(read_head(pull_head(REPO, tmp_path / "pulled")), make_probe())
+
+
+class TestPullIntoAFolder:
+    @pytest.fixture
+    def head(self, hub, tmp_path):
+        hub.plant(REPO, contents(make_probe(), tmp_path / "planted"))
+        return REPO
+
+    def test_paths_that_lead_outside(self, hub, head, tmp_path):
+        files = hub.files(head)
+        hub.plant(
+            head, {f"../../{name}": data for name, data in files.items()} | {"a/../../evil/probe_config.json": b"{}"}
+        )
+        assert list_heads(head) == [""]
+        target = pull_head(head, tmp_path / "in" / "here")
+        assert sorted(path.name for path in target.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME])
+        assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["here"]
+
+    def test_what_was_pulled_is_pushed_elsewhere_with_a_card_of_its_new_place(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+        make_probe().push_to_hub(REPO, license="mit", tags=["mine"])
+        folder = pull_head(REPO, tmp_path / "pulled")
+        push_folder(folder, "alice/copy", tags=["copied"])
+        card = hub.files("alice/copy")["README.md"].decode()
+        assert 'probe="alice/copy"' in card and REPO not in card
+        assert "license: mit" in card and "- mine\n- copied" in card
+
+    def test_pulling_into_a_folder(self, hub, head, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert pull_head(head).name == "mood"
+        assert same_weights(read_head("mood"), make_probe())
+        with pytest.raises(ProbeError, match=r"not an empty folder"):
+            pull_head(head)
+        with pytest.raises(ProbeError, match=r"no Hub id"):
+            pull_head("mood")
+        with pytest.raises(ProbeError, match=r"does not exist"):
+            pull_head("alice/nothing")
+        (tmp_path / "file").write_text("x")
+        hub.clear_requests()
+        for taken in ("file", "file/inside"):
+            with pytest.raises(ProbeError, match=r"file is a file; name a folder for the head"):
+                pull_head(head, taken)
+        assert not hub.requests
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name[0] != "h") == [
+            "mood",
+            "planted",
+        ]
+
+
+def test_a_hub_that_is_not_reached(hub, token, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    assert list_heads(REPO) == []
+    with pytest.raises(ProbeError, match=rf"the push to {REPO} failed and nothing of it was kept"):
+        make_probe().push_to_hub(REPO, license="mit")
+    with pytest.raises(ProbeError):
+        make_probe().push_to_hub("mood", license="mit")  # the Hub is asked for the user's name

@@ -1,0 +1,225 @@
+"""Heads on a Hub, fetched: the real client against a server on loopback."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+from conftest import make_probe
+from hub_server.heads import contents, plain, same_weights
+from transformers import AutoModel
+
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME
+from llama_probe.hub.transport import HubOptions, HubReference, download_head, hide_secrets
+
+
+REPO = "alice/mood"
+
+
+@pytest.fixture
+def token(hub, monkeypatch):
+    """Alice's write token, logged in."""
+    token = hub.add_user("alice")
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("user/repo", ("user/repo", None, None)),
+        ("user/repo@v1.0", ("user/repo", "v1.0", None)),
+        ("user/repo:a/b", ("user/repo", None, "a/b")),
+        ("user/re.po@refs/pr/1:toxic-mha", ("user/re.po", "refs/pr/1", "toxic-mha")),
+    ],
+)
+def test_references(text, expected):
+    reference = HubReference.parse(text)
+    assert (reference.repo_id, reference.revision, reference.subfolder) == expected and str(reference) == text
+
+
+@pytest.mark.parametrize("text", ["alias", "./a/b", "/a/b", "a/b/c", "a/b@", "a/b:", "a b/c", "../x"])
+def test_what_is_no_reference(text):
+    assert HubReference.parse(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["a/b:../c", "a/b:/etc", "a/b:c/../../d", "a/b:c\\d", "a/b:c//d", "a/b--c:x", "a/.b.."]
+)
+def test_references_that_lead_outside(text):
+    with pytest.raises(ProbeError, match=r"relative path inside|cannot name a repository"):
+        HubReference.parse(text)
+
+
+class TestPull:
+    @pytest.fixture
+    def head(self, hub, tmp_path):
+        hub.plant(REPO, contents(make_probe(), tmp_path / "planted"))
+        return REPO
+
+    def test_requests_of_a_warm_pull(self, hub, head):
+        download_head(HubReference(head))
+        for reference, expected in ((HubReference(head), 1), (HubReference(head, hub.head(head)), 0)):
+            hub.clear_requests()
+            download_head(reference)
+            assert len(hub.requests) == expected, hub.requests
+
+    def test_a_new_commit_is_seen_and_an_old_one_stays(self, hub, head, tmp_path):
+        old = hub.head(head)
+        hub.plant(head, contents(make_probe(seed=1), tmp_path / "new"))
+        assert same_weights(ProbeModel.from_pretrained(head), make_probe(seed=1))
+        assert same_weights(ProbeModel.from_pretrained(f"{head}@{old}"), make_probe())
+
+    def test_a_config_comes_without_its_weights(self, hub, head):
+        config = ProbeConfig.from_pretrained(head)
+        assert {path.rpartition("/")[2] for _, path, _ in hub.requests if "/resolve/" in path} == {CONFIG_NAME}
+        assert config == ProbeModel.from_pretrained(head).config
+        with pytest.raises(ProbeError, match="nowhere"):
+            ProbeConfig.from_pretrained(head, revision="nowhere")
+
+    @pytest.mark.parametrize("how", ["down", "local_files_only", "HF_HUB_OFFLINE"])
+    def test_offline_after_one_pull(self, hub, head, how, tmp_path):
+        cold = {**hub.env, "HF_HOME": str(tmp_path / "cold")}
+        options = HubOptions(local_files_only=how == "local_files_only")
+        if how == "HF_HUB_OFFLINE":
+            code = f"from llama_probe import ProbeModel; ProbeModel.from_pretrained({head!r})"
+            subprocess.run([sys.executable, "-c", code], env={**os.environ, **hub.env}, check=True)
+            hub.clear_requests()
+            environment = {**os.environ, **hub.env, "HF_HUB_OFFLINE": "1"}
+            subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+            failed = subprocess.run(
+                [sys.executable, "-c", code],
+                env={**environment, **cold, "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+            )
+            assert "not in the cache" in failed.stderr and not hub.requests
+            return
+        with pytest.raises(ProbeError, match=r"not in the cache"):
+            download_head(HubReference(head), HubOptions(local_files_only=True))
+        download_head(HubReference(head))
+        hub.clear_requests()
+        if how == "down":
+            with hub.down():
+                download_head(HubReference(head), options)
+        else:
+            download_head(HubReference(head), options)
+        assert not hub.requests
+
+    def test_cache_dir_and_endpoint(self, hub, head, tmp_path):
+        ProbeModel.from_pretrained(head, cache_dir=tmp_path / "own")
+        assert (tmp_path / "own" / "models--alice--mood").is_dir()
+        with pytest.raises(ProbeError, match=r"not in the cache"):
+            ProbeModel.from_pretrained(head, local_files_only=True)
+
+    def test_private(self, hub, token, head, monkeypatch):
+        hub.repositories[head].private = True
+        assert ProbeModel.from_pretrained(head)
+        wrong, bob = "hf_" + "y" * 34, hub.add_user("bob")
+        monkeypatch.delenv("HF_TOKEN")
+        for used in (None, False, wrong, bob):
+            with pytest.raises(
+                ProbeError, match=r"does not exist on the Hub, or is private|could not be fetched"
+            ) as raised:
+                ProbeModel.from_pretrained(head, token=used, force_download=True)
+            assert wrong not in str(raised.value) and bob not in str(raised.value)
+        assert ProbeModel.from_pretrained(head, token=token, force_download=True)
+
+    @pytest.mark.parametrize(
+        "source, words",
+        [
+            ("alice/nothing", "does not exist on the Hub.*; there is no folder alice/nothing either$"),
+            ("alice/nothing:mood", "does not exist on the Hub.*token=$"),
+            (f"{REPO}@v9", "has no revision 'v9'"),
+            (f"{REPO}:other", f"is not a head: it has no probe_config.json; heads in it: {REPO}"),
+            ("alice/text", "is not a head: it has no probe_config.json$"),
+            ("alice/half", "has no probe_model.safetensors$"),
+        ],
+    )
+    def test_what_is_not_there(self, hub, head, source, words):
+        hub.plant("alice/text", {"notes.txt": b"hello"})
+        hub.plant("alice/half", {CONFIG_NAME: hub.files(head)[CONFIG_NAME]})
+        with pytest.raises(ProbeError, match=words):
+            ProbeModel.from_pretrained(source)
+
+    def test_heads_that_nobody_can_ask_for_are_not_offered(self, hub, tmp_path):
+        files = contents(make_probe(), tmp_path / "planted")
+        hub.plant(
+            REPO, {f"{folder}/{name}": data for folder in ("a:b", "c d", "mood") for name, data in files.items()}
+        )
+        with pytest.raises(
+            ProbeError, match=f"alice/mood is not a head: it has no probe_config.json; heads in it: {REPO}:mood$"
+        ):
+            ProbeModel.from_pretrained(REPO)
+
+    def test_a_truncated_download(self, hub, head):
+        hub.faults.truncate(path=WEIGHTS_NAME, times=None, declared=False)
+        with pytest.raises(ProbeError, match=r"could not be fetched"):
+            ProbeModel.from_pretrained(head)
+        hub.faults.clear()
+        assert ProbeModel.from_pretrained(head), "nothing damaged was kept"
+
+    def test_other_bytes_than_announced(self, hub, head):
+        fault = hub.faults.wrong_sha(path=WEIGHTS_NAME)
+        with pytest.raises(ProbeError, match=r"does not belong to"):
+            ProbeModel.from_pretrained(head)
+        assert fault.hits == 1
+
+    def test_the_weights_of_another_head(self, hub, head, tmp_path):
+        other = contents(make_probe(seed=7), tmp_path / "other")
+        hub.plant(head, {WEIGHTS_NAME: other[WEIGHTS_NAME]})
+        with pytest.raises(ProbeError, match=r"does not belong to the probe_config.json beside it"):
+            ProbeModel.from_pretrained(head)
+
+    def test_a_large_tensor_declared_in_a_small_file(self, hub, head):
+        config = json.loads(hub.files(head)[CONFIG_NAME])
+        header = {
+            name: {"dtype": "F32", "shape": [75_000_000], "data_offsets": [0, 300_000_000]}
+            for name in ["classifier.weight"]
+        }
+        text = json.dumps(header).encode()
+        hub.plant(head, {WEIGHTS_NAME: struct.pack("<Q", len(text)) + text})
+        with pytest.raises(ProbeError, match=r"damaged|does not hold"):
+            ProbeModel.from_pretrained(head)
+        # and a config that asks for one
+        hub.plant(head, {CONFIG_NAME: json.dumps({**config, "hidden_size": 2**20, "weights_sha256": None}).encode()})
+        with pytest.raises(ProbeError, match=r"damaged|has the shape|does not hold|cannot be built"):
+            ProbeModel.from_pretrained(head)
+
+    def test_a_pickle_is_not_read(self, hub, head):
+        hub.plant(head, {"probe_model.bin": b"\x80\x04.", "pytorch_model.bin": b"\x80\x04.", WEIGHTS_NAME: None})
+        with pytest.raises(ProbeError, match=r"has no probe_model.safetensors"):
+            ProbeModel.from_pretrained(head)
+        assert not hub.count("GET", ".bin")
+
+
+class TestRevisions:
+    """A head's revision is never the backbone's, nor the other way round."""
+
+    @pytest.fixture
+    def head(self, hub, tmp_path):
+        hub.plant(REPO, contents(make_probe(), tmp_path / "one"), branch="main")
+        hub.plant(REPO, contents(make_probe(seed=1), tmp_path / "two"), branch="next")
+        return REPO
+
+    def test_of_the_head(self, hub, head):
+        lm = AutoModel.from_pretrained(plain(hub), probe=head, probe_revision="next")
+        assert same_weights(lm.probes["mood"], make_probe(seed=1))
+        lm = AutoModel.from_pretrained(plain(hub), probe={"a": f"{head}@main", "b": head}, probe_revision="next")
+        assert same_weights(lm.probes["a"], make_probe()) and same_weights(lm.probes["b"], make_probe(seed=1))
+        assert not [request for request in hub.requests if "org/tiny" in request[1] and "next" in request[1]]
+
+    def test_of_the_backbone(self, hub, head):
+        backbone = plain(hub)
+        hub.plant(backbone, hub.files(backbone), branch="frozen")
+        lm = AutoModel.from_pretrained(backbone, revision="frozen", probe=head)
+        assert same_weights(lm.probes["mood"], make_probe())
+        assert not [request for request in hub.requests if REPO in request[1] and "frozen" in request[1]]
+
+
+def test_secrets_are_hidden():
+    assert hide_secrets("a secret! hf_abcdefghijk", "secret!") == "a *** ***"
+    assert "secret" not in repr(HubOptions(token="secret!")) and HubOptions(token="secret!").token == "secret!"

@@ -1,0 +1,412 @@
+"""What heads keep beside a cache: prompts that go on from there are scored as a whole, and only their new tokens are run."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LAYERS, make_lm, make_probe, make_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_probe import cases, states_for
+from test_reply import KINDS as REPLY_KINDS
+from tiny_families import make
+from transformers import DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import generic
+
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
+from llama_probe.serving.session import session_of
+
+
+KINDS = {
+    **REPLY_KINDS,
+    "follows": {"probe_type": "mha", "token_scope": "all"},
+    "reply": {"probe_type": "gate", "token_scope": "response"},
+}
+
+
+def heads(*names):
+    return {name: make_probe(seed=i, **KINDS[name]) for i, name in enumerate(names or KINDS)}
+
+
+def probed(*names, **lm_changes):
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads(*names))
+
+
+@pytest.fixture
+def model():
+    return probed("gate", "mha")
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, logits in expected.items():
+        # The LM's own states differ by rounding between a cached pass and a whole one, which these two magnify.
+        tolerance = 1e-4 if name in ("muli", "mha-max") else 1e-5
+        torch.testing.assert_close(found[name], logits, atol=tolerance, rtol=1e-5, equal_nan=True)
+
+
+def tokens_run(model):
+    """A list that gets the number of columns of each pass of the LM."""
+    widths = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
+    return widths
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.data())
+def test_chunks_with_a_state_between_them_equal_the_whole(case, data):
+    config, mask, cuts, seed = case
+    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    running, low = None, 0
+    for high in cuts:
+        if high != cuts[-1] and data.draw(st.booleans()):  # all layers at once, as in decoding
+            x = torch.stack([states[layer][:, low:high] for layer in probe.layer_indices])
+            running = probe.read(running, x, mask[:, low:high])
+        else:
+            state = probe.init_state(mask[:, :high], low, running=running, keep=True)
+            for layer, hidden in enumerate(states):
+                probe.step(state, layer, hidden[:, low:high])
+            running = probe.begin_reply(state)
+        low = high
+    found, whole = probe.finish(state).logits, probe(hidden_states=states, attention_mask=mask).logits
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.8},
+    "chunked prefill": {"prefill_chunk_size": 3},
+    "long replies": {"max_new_tokens": 19},
+    "one token": {"max_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cache_type", ["dynamic", "static"])
+def test_a_conversation_of_ten_turns(mode, cache_type):
+    """Each turn runs its own tokens and nothing else, and is scored as the whole conversation is."""
+    model, fresh = probed(), probed()
+    widths = tokens_run(model)
+    kwargs = {"max_new_tokens": 5, "eos_token_id": None, **MODES[mode]}
+    ids, state = make_prompts(1, 9), True
+    cache = DynamicCache() if cache_type == "dynamic" else StaticCache(config=model.config, max_cache_len=400)
+    for turn in range(10):
+        cached = int(cache.get_seq_length())
+        kwargs["attention_mask"] = torch.ones_like(ids)  # also where this LM writes its padding token
+        torch.manual_seed(turn)
+        out = model.generate(ids, cache=cache, probe_state=state, **kwargs)
+        torch.manual_seed(turn)
+        expected = fresh.generate(ids, **kwargs)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert_same(out.probe_logits, expected.probe_logits)
+        assert_same(out.probe_token_logits, expected.probe_token_logits)
+        assert sum(widths) == out.sequences.shape[1] - 1 - cached, "the new tokens, each once"
+        widths.clear()
+        cache, state = out.cache, out.probe_state
+        assert state.get_seq_length() == int(cache.get_seq_length()) == out.sequences.shape[1] - 1
+        assert torch.equal(state.input_ids, out.sequences[:, :-1])
+        ids = torch.cat([out.sequences, make_prompts(1, 4, seed=turn + 1)], 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    padding=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    more=st.integers(1, 9),
+    behind=st.integers(0, 3),
+    pad=st.sampled_from([0, 2]),
+    repeats=st.sampled_from([1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_batches_with_padding_and_replies_that_end(padding, more, behind, pad, repeats, seed):
+    model = probed(pad_token_id=pad, seed=seed)
+    ids = make_prompts(len(padding), 7, seed=seed)
+    mask = torch.ones_like(ids)
+    for row, width in enumerate(padding):
+        ids[row, :width], mask[row, :width] = pad, 0
+    torch.manual_seed(seed)
+    kwargs = {"do_sample": True, "num_return_sequences": repeats}
+    # the end is likely, so that some replies end early
+    first = model.generate(
+        ids, attention_mask=mask, max_new_tokens=8, probe_state=True, sequence_bias={(2,): 4.0}, **kwargs
+    )
+    replies = first.sequences[:, 7:]
+    ended = (replies == 2).cumsum(1) - (replies == 2).int() > 0
+    rows = len(first.sequences)
+    new = make_prompts(rows, more, seed=seed + 1)
+    ids = torch.cat([first.sequences, new], 1)
+    mask = torch.cat([mask.repeat_interleave(repeats, 0), (~ended).long(), torch.ones_like(new)], 1)
+    if behind:  # padding on the right as well
+        ids, mask = torch.nn.functional.pad(ids, (0, behind), value=pad), torch.nn.functional.pad(mask, (0, behind))
+    call = {"attention_mask": mask, "max_new_tokens": 2}
+    out = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **call)
+    expected = model.generate(ids, **call)
+    assert_same(out.probe_logits, expected.probe_logits)
+    assert torch.equal(out.sequences, expected.sequences)
+
+
+class TestSharedPrefix:
+    @pytest.fixture
+    def prefix(self):
+        return make_prompts(1, 6, seed=9)
+
+    def test_it_is_run_once_for_many_prompts(self, prefix):
+        model = probed(*[name for name in KINDS if name != "reply"])
+        widths = tokens_run(model)
+        shared = model(prefix, use_cache=True)
+        for seed in (1, 2):  # the state stays as it is, the cache is copied
+            new = make_prompts(4, 5, seed=seed)
+            ids = torch.cat([prefix.expand(4, -1), new], 1)
+            expected = model.generate(ids, max_new_tokens=2)
+            widths.clear()
+            cache, state = copy.deepcopy(shared.cache), copy.deepcopy(shared.probe_state)
+            cache.batch_repeat_interleave(4)
+            state.batch_repeat_interleave(4)
+            classified = model.classify(ids, cache=cache, probe_state=state)
+            assert cache.get_seq_length() == 6
+            generated = model.generate(ids, cache=cache, probe_state=state, max_new_tokens=2)
+            assert widths == [5, 5, 1] and torch.equal(generated.sequences, expected.sequences)
+            assert_same(generated.probe_logits, expected.probe_logits)
+            assert_same({name: output.logits for name, output in classified.items()}, expected.probe_logits)
+        assert shared.probe_state.get_seq_length() == 6 and shared.probe_state.batch_size == 1
+
+    def test_a_cache_that_was_made_with_gradients(self, model, prefix):
+        with torch.enable_grad():
+            shared = model(prefix, use_cache=True)
+            ids = torch.cat([prefix, make_prompts(1, 5)], 1)
+            found = model.classify(ids, cache=shared.cache, probe_state=shared.probe_state)
+        expected = model.classify(ids)
+        for name, output in found.items():
+            torch.testing.assert_close(output.logits, expected[name].logits)
+        assert shared.cache.get_seq_length() == 6 and shared.cache.layers[0].keys.requires_grad, "it stays as it is"
+
+    def test_rows_are_selected_as_those_of_the_cache(self, model):
+        ids = make_prompts(3, 6)
+        out = model(ids, use_cache=True)
+        rows = torch.tensor([2, 0])
+        out.cache.batch_select_indices(rows)
+        out.probe_state.batch_select_indices(rows)
+        ids = torch.cat([ids[rows], make_prompts(2, 3, seed=1)], 1)
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=1)
+        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
+
+    @pytest.mark.parametrize("scope", ["content", "all"])
+    @pytest.mark.parametrize("length", [2, 4, 6])
+    def test_around_the_constant_prefix(self, prefix, scope, length):
+        """A part of it, the whole of it, or more: none of it counts."""
+        model = probed("gate")
+        model.add_probe("content", make_probe(token_scope=scope, prefix_ids=prefix[0, :4].tolist()))
+        shared = model(prefix[:, :length], use_cache=True)
+        assert list(shared.probe_logits) == (["gate", "content"] if length > 4 else ["gate"]), "nothing to read yet"
+        ids = torch.cat([prefix, make_prompts(1, 3)], 1)
+        out = model.generate(ids, cache=shared.cache, probe_state=shared.probe_state, max_new_tokens=3)
+        assert_same(out.probe_logits, model.generate(ids, max_new_tokens=3).probe_logits)
+
+    def test_a_prompt_that_leaves_the_constant_prefix(self, prefix):
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+        model.add_probe("content", make_probe(token_scope="content", prefix_ids=prefix[0, :4].tolist()))
+        shared = model(prefix[:, :2], use_cache=True)
+        ids = torch.cat([prefix[:, :2], make_prompts(1, 5)], 1)
+        with pytest.raises(ProbeError, match=r"tokens that 'content' reads: of the 2 tokens .* other ones count now"):
+            model.generate(ids, cache=shared.cache, probe_state=shared.probe_state)
+
+
+class TestForward:
+    def test_ones_own_decoding_loop(self):
+        model = probed(*[name for name in KINDS if name != "reply"])
+        ids = make_prompts(2, 6)
+        out = model(ids, use_cache=True)
+        for step in range(4):
+            new = make_prompts(2, 1 + step, seed=step)
+            ids = torch.cat([ids, new], 1)
+            out = model(new, cache=out.cache, probe_state=out.probe_state)
+            assert_same(out.probe_logits, model(ids).probe_logits)
+            assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == ids.shape[1]
+
+    def test_padding(self, model):
+        ids, mask = make_prompts(2, 6), torch.ones(2, 6, dtype=torch.long)
+        ids[0, :3], mask[0, :3] = 0, 0
+        first = model(ids, attention_mask=mask, use_cache=True)
+        new = make_prompts(2, 3, seed=1)
+        with pytest.raises(ProbeError, match="padding: pass attention_mask"):
+            model(new, cache=first.cache, probe_state=first.probe_state)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+        out = model(new, attention_mask=mask, cache=first.cache, probe_state=first.probe_state)
+        assert_same(out.probe_logits, model(torch.cat([ids, new], 1), attention_mask=mask).probe_logits)
+
+    def test_a_state_is_kept_where_it_is_asked_for(self, model, prompts):
+        assert model(prompts).probe_state is None
+        assert model(prompts, use_cache=False).probe_state is None
+        assert isinstance(model(prompts, probe_state=True).probe_state, ProbeCache)
+        assert isinstance(model(prompts, probe_state=True, return_dict=False)[-1], ProbeCache)
+        first = model(prompts, use_cache=True)
+        assert model(prompts[:, :1], cache=first.cache).probe_state is None
+        embeds = model.get_input_embeddings()(prompts)
+        assert model(inputs_embeds=embeds, use_cache=True).probe_state is None
+
+    def test_generate_goes_on_from_it_and_it_from_generate(self, model, prompts):
+        out = model.generate(prompts, max_new_tokens=3, probe_state=True, eos_token_id=None)
+        new = torch.cat([out.sequences[:, -1:], make_prompts(3, 2, seed=1)], 1)
+        after = model(new, cache=out.cache, probe_state=out.probe_state)
+        assert_same(after.probe_logits, model(torch.cat([out.sequences, new[:, 1:]], 1)).probe_logits)
+
+    def test_nothing_is_said_of_names_that_the_caller_did_not_use(self, model, prompts, monkeypatch):
+        said = []
+        monkeypatch.setattr(generic.logger, "warning_once", said.append)
+        out = model.generate(prompts, max_new_tokens=2, probe_state=True)
+        assert out.probe_state is not None and not said
+
+
+class TestCost:
+    def test_nothing_is_kept_or_read_unless_asked(self, model, prompts):
+        found = []
+
+        def count(*_):
+            modules = [*model.model.layers, model.model.norm]
+            found.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
+
+        model.model.rotary_emb.register_forward_hook(count)
+        out = model.generate(prompts, max_new_tokens=3, eos_token_id=None)
+        assert found == [LAYERS + 1, 0, 0] and out.probe_state is None
+        found.clear()
+        out = model.generate(prompts, max_new_tokens=3, eos_token_id=None, probe_state=True)
+        assert found == [LAYERS + 1] * 3 and out.probe_token_logits is None
+
+    def test_decoding_reads_many_tokens_of_all_layers_at_once_and_scores_none(self, prompts, monkeypatch):
+        model = probed("mha")
+        stage = model.probes["mha"].token_stage
+        shapes, update, results, pooled = [], stage.update, [], stage.pooled
+        monkeypatch.setattr(
+            stage, "update", lambda state, x, *rest: (shapes.append((len(x), x.shape[2])), update(state, x, *rest))[1]
+        )
+        monkeypatch.setattr(stage, "pooled", lambda *args: (results.append(1), pooled(*args))[1])
+        model.generate(prompts, max_new_tokens=40, eos_token_id=None, probe_state=True)
+        assert shapes == [(LAYERS + 1, n) for n in (16, 16, 7)]
+        assert len(results) == LAYERS + 1, "in the prefill, where so small a head's layers do not wait for each other"
+
+    @pytest.mark.parametrize(
+        "kind, growing", [("mean", 0), ("gate", 0), ("attentive", 0), ("multimax", 0), ("last", 0), ("mha", 24)]
+    )
+    def test_what_a_state_holds(self, kind, growing):
+        """Of floats, per token, row and layer: nothing, or the low-rank projections."""
+
+        def floats(state):
+            if isinstance(state, (tuple, list)):
+                return sum(floats(part) for part in state)
+            return state.numel() if state is not None and state.is_floating_point() else 0
+
+        model = probed(kind)
+        sizes = [
+            floats(model(make_prompts(2, length), use_cache=True).probe_state.heads[kind].running)
+            for length in (5, 15)
+        ]
+        assert sizes[1] - sizes[0] == 10 * 2 * (LAYERS + 1) * growing
+
+
+class TestHalting:
+    def test_a_refused_prompt_goes_on_with_the_refusal(self, model, prompts):
+        out = model.generate(prompts[:1], probe_state=True, halt_on=lambda outputs: [True], halt_reply=[5, 6])
+        assert out.probe_halts[0] and out.probe_state.get_seq_length() == out.cache.get_seq_length() == 9
+        ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
+        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
+
+    def test_a_turn_halts_by_the_score_of_the_whole(self, model, prompts):
+        first = model.generate(prompts[:1], max_new_tokens=3, probe_state=True, eos_token_id=None)
+        ids = torch.cat([first.sequences, make_prompts(1, 4, seed=1)], 1)
+        whole = model.generate(ids, max_new_tokens=1).probe_probabilities["gate"][0, 1]
+        for shift, halted in ((-1e-3, True), (1e-3, False)):
+            kwargs = {"cache": copy.deepcopy(first.cache), "probe_state": first.probe_state}
+            rule = {"gate": {"threshold": float(whole) + shift}}
+            assert bool(model.generate(ids, max_new_tokens=2, halt_on=rule, **kwargs).probe_halts[0]) == halted
+
+    def test_one_of_a_batch(self, model, prompts):
+        """Behind a prompt that was halted nothing counts: what the LM was made to write there is no reply."""
+        out = model.generate(
+            prompts, max_new_tokens=5, probe_state=True, halt_on=lambda outputs: [True, False, False], eos_token_id=2
+        )
+        new = make_prompts(3, 3, seed=1)
+        ids = torch.cat([out.sequences, new], 1)
+        mask = torch.cat([torch.ones_like(prompts), (out.sequences[:, 9:] != 0).long(), torch.ones_like(new)], 1)
+        call = {"attention_mask": mask, "max_new_tokens": 2}
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, **call)
+        assert_same(found.probe_logits, model.generate(ids, **call).probe_logits)
+
+    def test_a_reply_that_was_halted_midway(self, prompts):
+        model = probed("mean", "reply")
+        out = model.generate(prompts[:1], max_new_tokens=9, probe_state=True, on_probe_token=lambda s: [s.step == 2])
+        assert out.probe_halts[0].token == 2 and out.probe_state.get_seq_length() == out.cache.get_seq_length()
+        ids = torch.cat([out.sequences, make_prompts(1, 3, seed=1)], 1)
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
+        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
+
+    def test_another_reply_in_its_place_was_never_run(self, prompts):
+        model = probed("mean", "reply")
+        out = model.generate(
+            prompts[:1],
+            max_new_tokens=9,
+            probe_state=True,
+            on_probe_token=lambda s: [s.step == 2],
+            halt_reply=[5, 6, 7],
+        )
+        assert out.sequences[0, 12:].tolist() == [5, 6, 7]
+        ids = torch.cat([out.sequences, make_prompts(1, 3, seed=1)], 1)
+        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == 12
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
+        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
+
+
+def test_tokens_that_generate_takes_back(model):
+    """Where stops are noticed one step late, the last pass is undone, in the cache too."""
+    ids, found = make_prompts(1, 7), []
+
+    class AtTheEnd(BaseStreamer):
+        def put(self, value):
+            pass
+
+        def end(self):
+            found.append(session_of(model).reply.recorder.probe_cache(1, 7 + 4))
+
+    kwargs = {"eos_token_id": None, "probe_state": True}
+    out = model.generate(ids, max_new_tokens=6, streamer=AtTheEnd(), **kwargs)
+    one_less = model.generate(ids, max_new_tokens=5, **kwargs)
+    assert out.probe_state.get_seq_length() == 12
+    assert torch.equal(found[0].input_ids, one_less.probe_state.input_ids)
+    new = make_prompts(1, 3, seed=1)
+    a = model(new, cache=one_less.cache, probe_state=found[0]).probe_logits
+    assert_same(a, model(torch.cat([one_less.sequences[:, :-1], new], 1)).probe_logits)
+
+
+def test_a_cache_that_the_model_makes_itself():
+    """MiniMax takes none that is not its own."""
+    lm = make("minimax", "MiniMaxForCausalLM", {"num_local_experts": 2, "head_dim": 8})
+    model = AutoModelForProbedGeneration.from_causal_lm(
+        lm, {"gate": make_probe(probe_type="gate", num_hidden_layers=3)}
+    )
+    for halted in (False, True):
+        ids = make_prompts(1, 9)
+        out = model.generate(
+            ids, max_new_tokens=4, probe_state=True, eos_token_id=None, halt_on=lambda _, on=halted: [on]
+        )
+        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == (9 if halted else 12)
+        ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
+        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=1)
+        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
+
+
+def test_a_head_that_was_switched_off_is_left_out(model, prompts):
+    first = model.generate(prompts, max_new_tokens=3, probe_state=True, eos_token_id=None)
+    model.set_active_probes("gate")
+    ids = torch.cat([first.sequences, prompts], 1)
+    second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, max_new_tokens=3, eos_token_id=None)
+    assert_same(second.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
+    model.set_active_probes(["gate", "mha"])
+    ids = torch.cat([second.sequences, prompts], 1)
+    with pytest.raises(ProbeError, match="this mha head must read the tokens from 0 on; it has no state of them"):
+        model.generate(ids, cache=second.cache, probe_state=second.probe_state)

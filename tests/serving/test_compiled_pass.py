@@ -1,0 +1,405 @@
+"""What `torch.compile` makes of a pass with heads: one graph, with the scores of the pass that is not compiled."""
+
+import copy
+import pickle
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import HIDDEN, VOCAB, make_lm, make_prompts
+from conftest import make_probe as make_probe_of_any_size
+from functorch.compile import make_boxed_func
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from test_probe import KINDS
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.fx_passes.post_grad import reorder_for_locality
+
+from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe.backbone.capture import _LISTENING
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    assert _LISTENING.reader is None
+
+
+LAYERS = 2  # of an LM that is compiled within a second
+
+
+def make_probe(**changes):
+    return make_probe_of_any_size(vocab_size=VOCAB, num_hidden_layers=LAYERS, **changes)
+
+
+def make_model(dtype=torch.float32, **changes):
+    return LlamaForProbedGeneration.from_causal_lm(
+        make_lm(num_hidden_layers=LAYERS).to(dtype), {"a": make_probe(**changes)}
+    )
+
+
+def compiled(model, backend="eager"):
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def with_compiled_forward(model, backend="eager"):
+    """As the documentation of transformers has it."""
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    return model
+
+
+def padded(prompts):
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    return mask
+
+
+FORMS = [
+    *({"probe_type": kind} for kind in KINDS),
+    {"probe_type": "pooling", "pool": "max"},
+    {"probe_type": "mha", "pool": "max"},
+    {"probe_type": "mha", "token_scope": "all"},
+    {"probe_type": "gate", "layers": [0, 2], "normalize": "rms"},
+    {"probe_type": "multimax", "token_scope": "content", "prefix_ids": make_prompts()[1, :2].tolist()},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@torch.no_grad()
+def test_one_graph_gives_the_scores(form, prompts):
+    model = make_model(**form)
+    mask = padded(prompts)
+    mask[1, -3:] = 0
+    expected = model(prompts, attention_mask=mask)
+    out = compiled(model)(prompts, attention_mask=mask)
+    assert type(out) is type(expected)
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.logits, expected.logits)
+    assert out.probe_labels == expected.probe_labels
+
+
+@given(
+    rows=st.integers(1, 3),
+    length=st.integers(1, 70),
+    kind=st.sampled_from(("gate", "mha", "multimax")),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=4, deadline=None)
+@torch.no_grad()
+def test_any_shape(rows, length, kind, seed):
+    torch._dynamo.reset()
+    model, ids = make_model(probe_type=kind), make_prompts(rows, length, seed)
+    mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.7
+    mask[:, -1] = True
+    expected, out = model(ids, probe_mask=mask), compiled(model)(ids, probe_mask=mask)
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_another_length_is_traced_once_and_its_number_is_none():
+    model, counter = make_model(probe_type="gate"), CompileCounter()
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    for length in (7, 8, 9, 12, 60, 150):
+        ids = make_prompts(length=length)
+        torch.testing.assert_close(run(ids).probe_logits, model(ids).probe_logits, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("kind", ["gate", "mha"])
+@pytest.mark.parametrize("tokens", [20, 140])
+@torch.no_grad()
+def test_half_precision(kind, tokens):
+    model, ids = make_model(torch.bfloat16, probe_type=kind), make_prompts(length=tokens)
+    torch.testing.assert_close(compiled(model)(ids).probe_logits, model(ids).probe_logits, rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+def test_autocast_is_for_the_lm(prompts):
+    model = make_model(probe_type="mha")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, out = model(prompts), compiled(model)(prompts)
+    assert out.probe_logits["a"].dtype == torch.float32
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-4, atol=1e-4)
+
+
+def first_is_halted(outputs):
+    return [True, False, False]
+
+
+class TestGenerate:
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {},
+            {"num_beams": 2},
+            {"num_beams": 2, "num_return_sequences": 2},
+            {"cache_implementation": "static"},
+            {"return_dict_in_generate": False},
+            {"halt_on": first_is_halted},
+            {"halt_on": {"a": {"threshold": 0.0}}, "halt_reply": [5, 6]},
+        ],
+        ids=lambda asked: "-".join(asked) or "greedy",
+    )
+    def test_as_without_compiling(self, asked, prompts):
+        model = make_model()
+        asked = {"attention_mask": padded(prompts), "max_new_tokens": 2, "do_sample": False, **asked}
+        expected = model.generate(prompts, **asked)
+        out = with_compiled_forward(model).generate(prompts, **asked)
+        if isinstance(expected, torch.Tensor):
+            assert torch.equal(out, expected)
+            return
+        assert torch.equal(out.sequences, expected.sequences)
+        torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+        assert [halt and halt.head for halt in out.probe_halts or ()] == [
+            halt and halt.head for halt in expected.probe_halts or ()
+        ]
+
+    def test_graphs_are_those_of_the_plain_model(self):
+        counts = []
+        for heads in (True, False):
+            torch._dynamo.reset()
+            model, counter = make_model(), CompileCounter()
+            if not heads:
+                model.set_active_probes([])
+            with_compiled_forward(model, counter)
+            for length in (7, 8, 12):
+                model.generate(make_prompts(length=length), max_new_tokens=3, do_sample=False)
+            counts.append(counter.frame_count)
+        assert counts[0] == counts[1]
+
+    def test_what_else_than_scores_is_asked_for_breaks_the_graph_and_is_right(self, prompts):
+        """A state to go on from, and heads that follow the reply."""
+        model = make_model(probe_type="gate", token_scope="all")
+        asked = {"max_new_tokens": 4, "do_sample": False, "probe_state": True}
+        expected = model.generate(prompts, **asked)
+        model.forward = torch.compile(model.forward, backend="eager")
+        out = model.generate(prompts, **asked)
+        torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+        torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
+        assert out.probe_state.get_seq_length() == expected.probe_state.get_seq_length()
+
+    def test_another_prompt_than_was_given_is_refused(self, prompts):
+        model = with_compiled_forward(make_model())
+
+        def changes_the_prompt(model, input_ids, **kwargs):
+            inputs = model.prepare_inputs_for_generation(input_ids.flip(0), attention_mask=torch.ones_like(input_ids))
+            return model(**inputs, return_dict=True)
+
+        with pytest.raises(ProbeError, match="does not run the LM over the prompt as it was given"):
+            model.generate(prompts, custom_generate=changes_the_prompt)
+
+
+@torch.no_grad()
+def test_a_pass_that_goes_on_from_a_cache_is_plain(prompts):
+    model = make_model()
+    run = compiled(model)
+    first = run(prompts, use_cache=True)
+    again = run(prompts[:, -1:], cache=first.cache, attention_mask=torch.ones(3, 10, dtype=torch.long))
+    assert again.probe_logits is None
+    assert first.probe_state is None  # it is kept where probe_state asks for it
+
+
+@torch.no_grad()
+def test_heads_come_and_go(prompts):
+    model = make_model()
+    run = compiled(model)
+    run(prompts)
+    model.add_probe("b", make_probe(seed=1, probe_type="multimax"))
+    torch.testing.assert_close(run(prompts).probe_logits, model(prompts).probe_logits)
+    assert run(prompts, probes=["b"]).probe_logits.keys() == {"b"}
+    model.delete_probe("a")
+    assert run(prompts).probe_logits.keys() == {"b"}
+    model.set_active_probes([])
+    assert not hasattr(run(prompts), "probe_logits")
+    assert isinstance(compiled(make_model())(prompts, return_dict=False)[-1]["a"], torch.Tensor)
+
+
+@pytest.mark.parametrize("tokens", [9, 60, 260])
+@torch.no_grad()
+def test_heads_of_one_shape_go_together(tokens):
+    """A further head attends to the layers by itself, but not to the tokens."""
+    prompts, attended = make_prompts(length=tokens), []
+    mask = torch.ones_like(prompts)  # of which bool() makes a copy
+    mask[0, :3] = 0
+
+    def backend(graph, inputs):
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        attended.append(sum("dot_product_attention" in name or "mixed_mean" in name for name in called))
+        return graph.forward
+
+    for names in ("a", "abc"):
+        torch._dynamo.reset()
+        heads = {name: make_probe(seed=seed, probe_type="mha") for seed, name in enumerate(names)}
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=LAYERS), heads)
+        expected, out = model(prompts, attention_mask=mask), compiled(model, backend)(prompts, attention_mask=mask)
+        assert list(out.probe_logits) == list(names)
+        torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+    one, three = attended
+    assert (one, three - one) == (LAYERS + (LAYERS + 1) + 1, 2)
+
+
+@torch.no_grad()
+def test_a_row_without_a_token_that_counts_has_no_score(prompts):
+    """An error over values would break the graph."""
+    mask = torch.ones_like(prompts)
+    mask[1] = 0
+    out = compiled(make_model())(prompts, attention_mask=mask)
+    assert out.probe_logits["a"].isnan().all(dim=1).tolist() == [False, True, False]
+    with pytest.raises(ProbeError, match="no number for 1 of 3 rows"):
+        out.probe_labels  # noqa: B018
+
+
+@torch.no_grad()
+def test_an_lm_that_breaks_the_graph_itself(prompts, monkeypatch):
+    model = make_model()
+    expected, mlp = model(prompts), model.model.layers[1].mlp
+    forward = mlp.forward
+
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return forward(x)
+
+    monkeypatch.setattr(mlp, "forward", breaks)
+    out = torch.compile(model, backend="eager")(prompts)
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_of_a_compiled_model(prompts):
+    """Its layers keep hooks, which are put there once and do nothing in a pass that is not compiled."""
+    model = make_model()
+    expected = compiled(model)(prompts).probe_logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch._dynamo.reset()
+        torch.testing.assert_close(other(prompts).probe_logits, expected)
+        torch.testing.assert_close(compiled(other)(prompts).probe_logits, expected)
+        assert len(other.model.layers[0]._forward_pre_hooks) == len(other.model.norm._forward_hooks) == 1
+
+
+@torch.no_grad()
+def test_an_adapter_in_the_lm_is_in_the_graph(prompts):
+    lm = make_lm(num_hidden_layers=LAYERS)
+    adapted = get_peft_model(
+        lm, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    model = LlamaForProbedGeneration.from_causal_lm(adapted, {"a": make_probe()})
+    expected = model(prompts).probe_logits
+    assert not torch.allclose(expected["a"], make_model()(prompts).probe_logits["a"])
+    torch.testing.assert_close(compiled(model)(prompts).probe_logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_the_lms_own(prompts):
+    model = make_model()
+    out = torch.compile(model, backend="aot_eager")(prompts, labels=prompts)
+    out.loss.backward()
+    assert not out.probe_logits["a"].requires_grad
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    assert all(parameter.grad is None for parameter in model.probes.parameters())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@torch.no_grad()
+def test_with_the_compiler_that_torch_takes_by_itself():
+    model, prompts = make_model(probe_type="mha"), make_prompts(length=260)
+    model.add_probe("b", make_probe(seed=1, probe_type="multimax"))
+    expected = model.generate(prompts, max_new_tokens=1)
+    model.compile(fullgraph=True)
+    out = model.generate(prompts, max_new_tokens=1)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_with_different_heads(prompts):
+    """Once it is compiled: torch compiles anew for each thread that waits for another to compile the same."""
+    model = make_model()
+    model.add_probe("b", make_probe(seed=1, probe_type="gate"))
+    expected, found = model(prompts).probe_logits, []
+    with_compiled_forward(model)
+
+    def generate(name):
+        for _ in range(3):
+            out = model.generate(prompts, max_new_tokens=3, do_sample=False, probes=[name])
+            found.append((name, out.probe_logits))
+
+    for name in "ab":
+        generate(name)
+    threads = [threading.Thread(target=generate, args=(name,)) for name in "abab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 * 6
+    for name, logits in found:
+        torch.testing.assert_close(logits, {name: expected[name]}, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_beside_a_thread_that_compiles(by_torch, prompts, monkeypatch):
+    """What torch says of compiling in general holds for all threads, also for those that run."""
+    model = make_model()
+    expected = model.generate(prompts, max_new_tokens=3, do_sample=False)
+    if by_torch:
+        with_compiled_forward(model).generate(prompts, max_new_tokens=3, do_sample=False)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    out = model.generate(prompts, max_new_tokens=3, do_sample=False)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+    assert bool(model.model.norm._forward_hooks) == by_torch, "what is not compiled keeps no hooks"
+
+
+@torch.no_grad()
+def test_no_state_of_all_layers_is_kept(prompts):
+    """Heads read a layer when it has run: the graph has no tensor of all of them."""
+    sizes = []
+
+    def backend(graph, inputs):
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor) and node.op != "placeholder":
+                sizes.append(value.numel())
+        return graph.forward
+
+    ids = make_prompts(rows=1, length=40)
+    torch.compile(make_model(probe_type="gate"), backend=backend, fullgraph=True)(ids, logits_to_keep=1)
+    assert max(sizes) < (LAYERS + 1) * 40 * HIDDEN
+
+
+def kept_at_once(model, ids):
+    """The most results of operations, as large as a state, that are needed at once in the order in which inductor runs them."""
+    found = []
+
+    def look(module, _):
+        reorder_for_locality(module.graph)
+        nodes = list(module.graph.nodes)
+        last = {used: place for place, node in enumerate(nodes) for used in node.all_input_nodes}
+        spans = [
+            (place, last.get(node, place))
+            for place, node in enumerate(nodes)
+            if node.op == "call_function"
+            and isinstance(value := node.meta["val"], torch.Tensor)
+            and value.numel() >= ids.numel() * HIDDEN
+        ]
+        found.append(max(sum(first <= place <= end for first, end in spans) for place in range(len(nodes))))
+        return make_boxed_func(module.forward)
+
+    torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True)(
+        ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1
+    )
+    return found[0]
+
+
+@torch.no_grad()
+def test_states_are_not_kept_until_the_lm_has_run():
+    deep = 4
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=deep))
+    ids = torch.randint(2, VOCAB, (1, 64))
+    plain = kept_at_once(model, ids)
+    for kind in ("pooling", "gate", "mha", "multimax"):
+        model.add_probe(kind, make_probe_of_any_size(vocab_size=VOCAB, num_hidden_layers=deep, probe_type=kind))
+    assert kept_at_once(model, ids) <= plain + 2

@@ -1,0 +1,329 @@
+"""Heads on a model: attached, switched, saved and removed by name."""
+
+import sys
+import threading
+import time
+
+import accelerate
+import pytest
+import torch
+from conftest import VOCAB, make_lm, make_probe, make_prompts
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
+from llama_probe.files import save_head
+from llama_probe.heads import probe_types
+from llama_probe.serving import host
+
+
+@pytest.fixture
+def model():
+    return LlamaForProbedGeneration.from_causal_lm(make_lm())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_head(make_probe(base_model_name_or_path="org/other"), tmp_path / "toxic")
+
+
+def test_several_heads_with_their_own_labels(model, prompts):
+    model.add_probe("a", make_probe(id2label={0: "no", 1: "yes"}))
+    model.add_probe("b", make_probe(seed=1, num_labels=5))
+    assert model.active_probes == ["a", "b"]
+    out = model(prompts)
+    assert out.probe_logits["a"].shape == (3, 2) and out.probe_logits["b"].shape == (3, 5)
+    assert set(out.probe_labels["a"]) <= {"no", "yes"}
+
+
+def test_switching_and_deleting(model, prompts):
+    model.add_probe("a", make_probe())
+    model.add_probe("b", make_probe(seed=1))
+    model.set_active_probes("b")
+    assert list(model(prompts).probe_logits) == ["b"]
+    model.set_active_probes(["b", "a", "b"])
+    assert model.active_probes == ["b", "a"]
+    model.delete_probe("b")
+    assert model.active_probes == ["a"] and list(model.probes) == ["a"]
+    del model.probes["a"]  # an `nn.ModuleDict` cannot be kept from that
+    assert model.active_probes == []
+
+
+@pytest.mark.parametrize("scope", ["prompt", "all"])
+def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
+    """`model.train()`, as for a LoRA, reaches the heads, whose dropouts are for their own training."""
+    model.add_probe("mood", make_probe(dropout=0.5, layer_dropout=0.5, token_scope=scope))
+
+    def scores():
+        out = model.generate(prompts, max_new_tokens=4, do_sample=False)
+        logits = [
+            model.classify(prompts)["mood"].logits,
+            model(prompts).probe_logits["mood"],
+            out.probe_logits["mood"],
+        ]
+        return [*logits, out.probe_token_logits["mood"]] if scope == "all" else logits
+
+    before = scores()
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, scores(), strict=True))
+
+
+def test_a_fresh_head_takes_the_backbones_sizes(model):
+    head = model.add_probe("new", ProbeConfig(probe_type="gate", num_labels=4))
+    assert head.config.hidden_size == 32 and head.config.num_hidden_layers == 4
+    assert head.config.base_model_type == "llama" and not head.training
+
+
+def test_heads_are_fp32_whatever_the_default_dtype_is(model, folder, prompts):
+    heads = {kind: ProbeConfig(probe_type=kind, downcast=4, vocab_size=VOCAB) for kind in probe_types()}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model.load_probe(folder)
+        for name, config in heads.items():
+            model.add_probe(name, config)
+        out = model.generate(prompts, max_new_tokens=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.probes.parameters()} == {torch.float32}
+    assert {logits.dtype for logits in out.probe_logits.values()} == {torch.float32}
+    torch.testing.assert_close(out.probe_logits["toxic"], model.classify(prompts)["toxic"].logits)
+
+
+def test_load_and_save(model, folder, tmp_path):
+    assert model.load_probe(folder) == "toxic"
+    assert model.load_probe(folder, name="again") == "again"
+    saved = model.save_probe(tmp_path / "saved", "again")
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "README.md",
+        "probe_config.json",
+        "probe_model.safetensors",
+    ]
+    assert (saved / "probe_model.safetensors").read_bytes() == (folder / "probe_model.safetensors").read_bytes()
+
+
+def test_arguments_by_name_and_by_place(model, folder, tmp_path):
+    model.add_probe(name="new", config=ProbeConfig(probe_type="gate"))
+    assert model.load_probe(id_or_path=folder, name="a", revision="main") == "a"
+    assert model.load_probe(folder, "b", None) == "b"
+    assert model.save_probe(dir=tmp_path / "saved", name="a") == model.save_probe(tmp_path / "saved", "b")
+
+
+def test_another_base_model_warns_or_raises(model, folder, caplog):
+    model.config._name_or_path = "org/this"
+    with pytest.raises(ProbeError, match="was trained on org/other, this backbone is org/this"):
+        model.load_probe(folder, strict=True)
+    assert not model.probes
+    model.load_probe(folder)
+    model.config._name_or_path = "/somewhere/else/Other"
+    model.load_probe(folder, name="copy", strict=True)
+
+
+@pytest.mark.parametrize("change", ["compiled", "offloaded"])
+def test_what_is_without_heads_runs_without_them(folder, prompts, change):
+    """Also where the instance has a forward of its own, which runs the model with its heads."""
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    if change == "offloaded":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    model.load_probe(folder, "a")
+    plain = model._without_probes()
+    out = plain(prompts)
+    assert type(plain) is LlamaForCausalLM and type(out) is CausalLMOutputWithPast
+    torch.testing.assert_close(out.logits, make_lm()(prompts).logits)
+    assert model(prompts).probe_logits.keys() == {"a"}, "and the model is as it was"
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "a b", "../a", "ä", None, 3, "type", "train", "training", "_modules"])
+def test_names(model, name):
+    with pytest.raises(ProbeError, match="cannot name a head"):
+        model.add_probe(name, make_probe())
+
+
+def test_a_head_whose_folder_is_called_as_a_method_of_torch_modules(model, prompts, tmp_path):
+    name = model.load_probe(save_head(make_probe(), tmp_path / "train"))
+    assert list(model.classify(prompts)) == [name] == ["train-head"]
+
+
+@pytest.mark.parametrize("config", ["sst2-mha", {"probe_type": "gate"}, None])
+def test_what_is_added_is_a_config_or_a_head(model, config):
+    with pytest.raises(ProbeError, match=r"add_probe takes a ProbeConfig or a ProbeModel; .* goes to load_probe"):
+        model.add_probe("a", config)
+    assert not model.probes
+
+
+def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
+    model.add_probe("a", make_probe())
+    before = model.probes["a"]
+    attempts = [
+        (lambda: model.add_probe("a", make_probe(seed=1)), "attached already"),
+        (lambda: model.load_probe(folder, name="a"), "attached already"),
+        (lambda: model.load_probe(None), "a folder, a Hub id or an alias, not as NoneType"),
+        (lambda: model.add_probe("b", make_probe(hidden_size=64)), "hidden_size=64"),
+        (lambda: model.add_probe("b", make_probe(num_hidden_layers=3)), "num_hidden_layers=3"),
+        (lambda: model.load_probe(tmp_path / "nowhere"), "neither a folder nor a bundled head"),
+        (lambda: model.load_probe(tmp_path), "cannot name a head|not a head folder"),
+        (lambda: model.set_active_probes(["a", "zzz"]), "no head 'zzz' is attached; attached: a"),
+        (lambda: model.delete_probe("zzz"), "no head 'zzz'"),
+        (lambda: model.save_probe(tmp_path / "x", "zzz"), "no head 'zzz'"),
+    ]
+    for attempt, words in attempts:
+        with pytest.raises(ProbeError, match=words):
+            attempt()
+        assert model.active_probes == ["a"] and model.probes["a"] is before and len(model.probes) == 1
+
+
+def test_which_head_to_save(model, tmp_path):
+    with pytest.raises(ProbeError, match="none is attached"):
+        model.save_probe(tmp_path)
+    model.add_probe("a", make_probe())
+    model.save_probe(tmp_path)
+    model.add_probe("b", make_probe())
+    with pytest.raises(ProbeError, match="name the head to save: a, b"):
+        model.save_probe(tmp_path)
+
+
+def test_heads_of_one_call(model, prompts):
+    model.add_probe("a", make_probe())
+    model.add_probe("b", make_probe(seed=1, num_labels=3))
+    both = model.classify(prompts)
+    model.set_active_probes("a")
+    for probes, names in ((None, ["a"]), ("b", ["b"]), (["b", "a"], ["b", "a"])):
+        generated = model.generate(prompts, max_new_tokens=1, probes=probes).probe_logits
+        passed, classified = model(prompts, probes=probes).probe_logits, model.classify(prompts, probes=probes)
+        assert list(generated) == list(passed) == list(classified) == names
+        for name in names:
+            for logits in (generated[name], passed[name], classified[name].logits):
+                torch.testing.assert_close(logits, both[name].logits)
+    assert model.active_probes == ["a"]
+    assert isinstance(model.generate(prompts, max_new_tokens=1, probes=[]), torch.Tensor)
+    assert not hasattr(model(prompts, probes=[]), "probe_logits")
+    model.set_active_probes([])
+    assert list(model.generate(prompts, max_new_tokens=1, probes=["a"]).probe_logits) == ["a"]
+    for call in (model.generate, model, model.classify):
+        with pytest.raises(ProbeError, match="no head 'c' is attached; attached: a, b"):
+            call(prompts, probes=["a", "c"])
+        for odd in (True, 1, ["a", None]):
+            with pytest.raises(ProbeError, match="does not name heads: give a name, a list of names"):
+                call(prompts, probes=odd)
+
+
+@pytest.fixture
+def threads():
+    """Runs functions at the same time, and again and again for two seconds; threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def run(*jobs, seconds=2.0):
+        errors, rounds, end = [], [0] * len(jobs), time.monotonic() + seconds
+
+        def repeat(number, job):
+            try:
+                while rounds[number] < 3 or time.monotonic() < end:
+                    job()
+                    rounds[number] += 1
+            except BaseException as error:
+                errors.append(error)
+
+        running = [threading.Thread(target=repeat, args=pair) for pair in enumerate(jobs)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    yield run
+    sys.setswitchinterval(interval)
+
+
+def a_job(model, name, seed):
+    """A function that uses one head in every way, and compares with what it finds now, in a single thread."""
+    prompts, more = make_prompts(2, 5 + seed, seed=seed), make_prompts(2, 3, seed=seed + 50)
+
+    def use():
+        with torch.no_grad():
+            kwargs = {"max_new_tokens": 3, "probes": [name], "eos_token_id": None}
+            first = model.generate(prompts, probe_state=True, prefill_chunk_size=4, **kwargs)
+            ids = torch.cat([first.sequences, more], 1)
+            second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs)
+            passed = model(prompts, probes=name)
+            found = [
+                first.sequences,
+                second.sequences,
+                passed.logits,
+                model.classify(prompts, probes=name)[name].logits,
+            ]
+            for output in (first, second, passed):
+                assert list(output.probe_logits) == [name]
+                found.append(output.probe_logits[name])
+            return found
+
+    expected = use()
+
+    def compare():
+        for found, wanted in zip(use(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+    return compare
+
+
+KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
+
+
+def test_threads_with_different_heads_do_not_mix(model, threads):
+    for seed, kind in enumerate(KINDS):
+        model.add_probe(kind, make_probe(seed=seed, probe_type=kind, num_labels=2 + seed))
+    threads(*[a_job(model, kind, seed) for seed, kind in enumerate(KINDS)])
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, folder, threads):
+    model.add_probe("gate", make_probe(probe_type="gate"))
+    model.add_probe("mha", make_probe(seed=1, probe_type="mha"))
+    prompts = make_prompts(1)
+    active = model.generate(prompts, max_new_tokens=2)
+
+    def load_and_delete():
+        model.load_probe(folder)
+        model.delete_probe("toxic")
+
+    def swap():
+        for seed in (5, 6):
+            model.add_probe("guard", make_probe(seed=seed, probe_type="gate"))
+            model.set_active_probes(["guard", "gate", "mha"])
+            model.delete_probe("guard")
+
+    def use_the_active_ones():
+        """Whatever is active at the moment: the two that stay are always among them, and are right."""
+        found = model.generate(prompts, max_new_tokens=2)
+        assert torch.equal(found.sequences, active.sequences)
+        for name, logits in active.probe_logits.items():
+            torch.testing.assert_close(found.probe_logits[name], logits, atol=1e-5, rtol=1e-5)
+
+    threads(a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap, seconds=3)
+    assert list(model.probes) == ["gate", "mha"] and set(model.active_probes) == {"gate", "mha"}
+
+
+def test_no_head_is_lost_where_threads_attach_and_delete_at_once(model, monkeypatch):
+    class Slow(nn.ModuleDict):
+        """Gives other threads the time to come in between."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(host.nn, "ModuleDict", Slow)
+    heads = [make_probe(seed=number) for number in range(6)]
+    model.add_probe("old", make_probe())
+    jobs = [lambda number=number: model.add_probe(f"head-{number}", heads[number]) for number in range(6)]
+    jobs.insert(3, lambda: model.delete_probe("old"))
+    running = [threading.Thread(target=job) for job in jobs]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    names = {f"head-{number}" for number in range(6)}
+    assert set(model.probes) == set(model.active_probes) == names

@@ -1,0 +1,305 @@
+"""The probed classes: forward, classify, saving the backbone, other families, compiled layers."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from peft import PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeOutput
+from llama_probe.files import save_head
+from llama_probe.serving import session as generation
+
+
+@pytest.fixture
+def model():
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    model.add_probe("a", make_probe(id2label={0: "no", 1: "yes"}))
+    model.add_probe("b", make_probe(seed=1, probe_type="gate", num_labels=3))
+    return model
+
+
+def whole(probe, ids, mask=None, lm=None):
+    with torch.no_grad():
+        states = (lm or make_lm())(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return probe(hidden_states=states, attention_mask=mask).logits
+
+
+class TestForward:
+    def test_equals_the_plain_output_and_adds_logits(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        mask[0, :3] = 0
+        plain = make_lm()(prompts, attention_mask=mask, labels=prompts)
+        out = model(prompts, attention_mask=mask, labels=prompts)
+        assert torch.equal(out.logits, plain.logits) and torch.equal(out.loss, plain.loss)
+        for name in ("a", "b"):
+            torch.testing.assert_close(out.probe_logits[name], whole(model.probes[name], prompts, mask))
+        assert out.probe_labels["a"] == model.classify(prompts, mask)["a"].labels
+
+    def test_positional_arguments_and_tuples(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        out = model(prompts, mask, return_dict=False)
+        assert torch.equal(out[0], make_lm()(prompts, mask).logits)
+        torch.testing.assert_close(out[-1]["a"], whole(model.probes["a"], prompts))
+
+    def test_a_later_step_of_an_own_loop_is_not_scored(self, model, prompts):
+        first = model(prompts, use_cache=True)
+        assert first.probe_logits is not None
+        second = model(prompts[:, :1], cache=first.cache)
+        assert second.probe_logits is None and second.probe_labels is None
+
+    @torch.no_grad()
+    def test_what_goes_on_from_a_cache_that_no_head_has_read_says_so(self, model, prompts, monkeypatch):
+        """As under PEFT's prefix tuning; a decoding step does not."""
+        said = []
+        monkeypatch.setattr(generation.logger, "warning_once", said.append)
+        first = model(prompts, use_cache=True)
+        model(prompts[:, :1], cache=copy.deepcopy(first.cache))
+        model(prompts, cache=copy.deepcopy(first.cache), probe_state=first.probe_state)
+        model(prompts, cache=copy.deepcopy(first.cache), probes=[])
+        assert not said
+        tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        assert tuned(input_ids=prompts, attention_mask=torch.ones_like(prompts)).probe_logits is None
+        assert len(said) == 1 and "probe_logits is None" in said[0] and "get_base_model().classify" in said[0]
+        torch.testing.assert_close(
+            tuned.get_base_model().classify(prompts)["a"].logits, whole(model.probes["a"], prompts)
+        )
+
+    def test_without_heads_it_is_the_plain_output(self, model, prompts):
+        model.set_active_probes([])
+        assert type(model(prompts)) is type(make_lm()(prompts))
+
+    def test_the_backbone_can_still_be_trained(self, model, prompts):
+        out = model(prompts, labels=prompts)
+        out.loss.backward()
+        assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+        assert all(parameter.grad is None for parameter in model.probes.parameters())
+
+
+class TestClassify:
+    def test_equals_generate_and_skips_the_lm_head(self, model, prompts):
+        calls = []
+        model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
+        found = model.classify(prompts)
+        assert not calls
+        generated = model.generate(prompts, max_new_tokens=1)
+        for name, output in found.items():
+            assert isinstance(output, ProbeOutput)
+            torch.testing.assert_close(output.logits, generated.probe_logits[name])
+            assert output.labels == generated.probe_labels[name]
+
+    def test_weights_on_request(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        mask[1, -2:] = 0
+        out = model.classify(prompts, attention_mask=mask, output_attentions=True)["a"]
+        assert out.token_weights.shape == (len(prompts), LAYERS + 1, prompts.shape[1])
+        assert out.layer_weights.shape == (len(prompts), LAYERS + 1)
+        assert not out.token_weights[1, :, -2:].any()
+
+    def test_needs_a_head(self, model, prompts):
+        model.set_active_probes([])
+        with pytest.raises(ProbeError, match="no head is active"):
+            model.classify(prompts)
+
+
+class TestSavingTheBackbone:
+    def test_writes_what_the_plain_class_writes(self, model, tmp_path):
+        make_lm().save_pretrained(tmp_path / "plain")
+        model.save_pretrained(tmp_path / "probed")
+        files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+        assert sorted(path.name for path in (tmp_path / "probed").iterdir()) == files
+        for name in files:
+            assert (tmp_path / "probed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+        assert json.loads((tmp_path / "probed" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        assert type(model) is LlamaForProbedGeneration and set(model.probes) == {"a", "b"}
+
+    def test_tensors_of_heads_are_left_out_of_a_state_dict(self, model, tmp_path):
+        assert any(name.startswith("probes.") for name in model.state_dict())
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+        assert set(load_file(tmp_path / "model.safetensors")) == set(make_lm().state_dict())
+
+    def test_loads_as_any_class(self, model, prompts, tmp_path):
+        model.save_pretrained(tmp_path)
+        plain = LlamaForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(plain(prompts).logits, make_lm()(prompts).logits)
+        save_head(model.probes["a"], tmp_path / "head")
+        loaded, info = LlamaForProbedGeneration.from_pretrained(
+            tmp_path, probe=tmp_path / "head", output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        torch.testing.assert_close(loaded(prompts).probe_logits["head"], model(prompts).probe_logits["a"])
+
+
+class TestConversion:
+    def test_is_in_place_and_keeps_the_weights(self, lm):
+        weight = lm.lm_head.weight
+        model = LlamaForProbedGeneration.from_causal_lm(lm)
+        assert model is lm and model.lm_head.weight is weight and model.loss_type == "ForCausalLM"
+
+    def test_a_head_that_does_not_fit_leaves_the_model_alone(self, lm):
+        heads = {"good": make_probe(), "bad": make_probe(num_hidden_layers=7)}
+        with pytest.raises(ProbeError, match="num_hidden_layers=7 in the head's config, but this backbone has 4"):
+            LlamaForProbedGeneration.from_causal_lm(lm, heads)
+        assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
+
+    def test_a_head_is_read_before_the_backbone(self, tmp_path):
+        with pytest.raises(ProbeError, match="neither a folder nor a bundled head"):
+            LlamaForProbedGeneration.from_pretrained(tmp_path / "no such model", probe="no-such-head")
+
+    def test_a_forward_that_was_replaced_is_refused(self, lm, prompts):
+        """In the instance it stands before that of any class, and heads would not run."""
+        lm.forward = torch.compile(lm.forward, backend="eager")
+        with pytest.raises(ProbeError, match=r"del model\.forward, attach heads, and then"):
+            AutoModelForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+        assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
+        del lm.forward
+        LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+        torch.testing.assert_close(lm(prompts).probe_logits["a"], whole(make_probe(), prompts))
+
+    def test_another_class(self):
+        other = MistralForCausalLM(
+            MistralConfig(
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                vocab_size=9,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        )
+        with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
+            LlamaForProbedGeneration.from_causal_lm(other)
+
+    def test_no_language_model(self):
+        with pytest.raises(ProbeError, match="no causal LM"):
+            AutoModelForProbedGeneration.from_causal_lm(make_lm().model)
+
+
+TINY = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": 97,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**TINY, num_key_value_heads=2)), "MistralForProbedGeneration"),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, num_key_value_heads=2, head_dim=8)), "Qwen3ForProbedGeneration"),
+        (
+            lambda: GPT2LMHeadModel(GPT2Config(n_embd=HIDDEN, n_layer=LAYERS, n_head=4, vocab_size=97)),
+            "GPT2ForProbedGeneration",
+        ),
+    ],
+)
+def test_other_families(make, name, prompts):
+    torch.manual_seed(0)
+    lm = make().eval()
+    expected = whole(make_probe(), prompts, lm=lm)
+    tokens = lm.generate(prompts, max_new_tokens=3, pad_token_id=0)
+    model = AutoModelForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+    assert type(model).__name__ == name
+    out = model.generate(prompts, max_new_tokens=3, pad_token_id=0)
+    assert torch.equal(out.sequences, tokens)
+    torch.testing.assert_close(out.probe_logits["a"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(prompts).probe_logits["a"], expected, atol=1e-5, rtol=0)
+
+
+def test_decoding_steps_compile_as_the_plain_model_does(prompts):
+    """The pass after the prompt gets `probe_session=False` and must not break the graph."""
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    explained = torch._dynamo.explain(lambda ids: model(ids, probe_session=False, use_cache=False).logits)(prompts)
+    assert explained.graph_break_count == 0
+
+
+class TestCompiled:
+    """By `torch.compile`, with its stock settings."""
+
+    @pytest.fixture(autouse=True)
+    def anew(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def test_layers_one_by_one(self):
+        """Prompts of a second length are traced with lengths that are no numbers."""
+        model = LlamaForProbedGeneration.from_causal_lm(
+            make_lm(), {"a": make_probe(), "r": make_probe(token_scope="all")}
+        )
+        plain = copy.deepcopy(model)
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        for length in (7, 8, 9):
+            ids = make_prompts(length=length)
+            out, expected = (lm.generate(ids, max_new_tokens=4, do_sample=False) for lm in (model, plain))
+            assert torch.equal(out.sequences, expected.sequences)
+            torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+            torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
+
+    def test_what_wraps_a_model_is_none(self):
+        with pytest.raises(ProbeError, match=r"from_causal_lm\(model._orig_mod, ...\), and compile that"):
+            AutoModelForProbedGeneration.from_causal_lm(torch.compile(make_lm(), backend="eager"))
+
+    @pytest.mark.parametrize("scope", ["prompt", "response"])
+    def test_a_decoder_that_ran_before_hides_its_states(self, prompts, scope):
+        model = LlamaForProbedGeneration.from_causal_lm(
+            make_lm(num_hidden_layers=1), {"a": make_probe(token_scope=scope, num_hidden_layers=1)}
+        )
+        model.model.compile(backend="eager")
+        model.generate(prompts, max_new_tokens=3, probes=[])
+        with pytest.raises(ProbeError, match=r"2 of the 2 states .* compile its layers one by one"):
+            model.generate(prompts, max_new_tokens=3)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            torch._dynamo.reset()
+            model.generate(prompts, max_new_tokens=3, probes=[])
+            model.generate(prompts, max_new_tokens=3)
+
+
+def test_a_head_may_be_deleted_while_an_output_is_made(model, prompts, monkeypatch):
+    """By another thread; `probes` is then another dict from one look to the next."""
+
+    class Disappearing(torch.nn.ModuleDict):
+        def __contains__(self, name):
+            vars(model)["_modules"]["probes"] = torch.nn.ModuleDict()
+            return super().__contains__(name)
+
+    forward = model.forward
+
+    def then_disappear(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        vars(model)["_modules"]["probes"] = Disappearing(model.probes)
+        return output
+
+    monkeypatch.setattr(model, "forward", then_disappear)
+    assert model(prompts).probe_labels.keys() == {"a", "b"}
+
+
+def test_copies(model, prompts):
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(prompts).probe_logits["a"], model(prompts).probe_logits["a"])
+
+
+def test_the_import_is_light():
+    """Serving needs neither the training nor the plotting stack."""
+    code = (
+        "import sys, llama_probe; heavy = {'datasets', 'evaluate', 'sklearn', 'peft', 'matplotlib', 'typer'}"
+        " & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

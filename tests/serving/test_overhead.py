@@ -1,0 +1,108 @@
+"""What heads add to a pass, counted rather than timed: passes, memory and operations."""
+
+import pytest
+import torch
+from conftest import HIDDEN, VOCAB, make_lm
+
+from llama_probe.experiments.benchmark.footprint import operations, peak_memory
+from llama_probe.experiments.benchmark.random_weights import held_bytes
+from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, plain_system, systems
+from llama_probe.serving.auto_class import AutoModelForProbedGeneration
+
+
+CPU = torch.device("cpu")
+DEEP, TOKENS = 30, 200  # deep enough for layers to wait for each other
+KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = AutoModelForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=DEEP))
+    for kind in KINDS:
+        # As many directions as suit so narrow a model: the usual 64 are twice its hidden size.
+        options = {"options": {"num_maxima": 2, "num_members": 2}} if kind == "multimax" else {}
+        model.add_probe(kind, fresh_config(kind, HIDDEN, DEEP).replace(**options))
+    return model
+
+
+def each_system(model, many=0, naive=False):
+    plain = model._without_probes()
+    yield plain_system(plain)
+    yield from systems(model, plain, many, fresh_config("mha", HIDDEN, DEEP), naive)
+
+
+@pytest.mark.parametrize(
+    "batch_size, tokens, dtype",
+    [
+        (1, TOKENS, torch.float32),
+        (3, TOKENS, torch.float32),
+        (1, 80, torch.float32),
+        (2, 60, torch.bfloat16),
+        (1, TOKENS, torch.bfloat16),
+    ],
+)
+def test_memory_above_the_plain_models(model, batch_size, tokens, dtype):
+    """Beside its parameters, which are there before the call, a head takes at most 5 % of an [L+1, T, d] tensor."""
+    model.to(dtype)
+    load = Load.create(batch_size, tokens, 1, VOCAB, CPU)
+    whole = (DEEP + 1) * load.input_ids.numel() * HIDDEN * dtype.itemsize
+    peaks = {}
+    for system in each_system(model, many=8, naive=True):
+        system.serve(load, None)
+        peaks[system.name] = peak_memory(lambda system=system: system.serve(load, None), CPU)
+    model.to(torch.float32)
+    above = {name: (peak - peaks["base"]) / whole for name, peak in peaks.items()}
+    assert above["base again"] == 0
+    for kind in KINDS:
+        assert above[kind] <= 0.05, kind
+    # A summary a layer and head, fp32, is what is kept: one token's states for each of the eight heads.
+    assert above["8 x mha"] <= 0.05 + 8 * (4 / dtype.itemsize) / tokens
+    assert all(above[f"naive {kind}"] > 1 for kind in KINDS), "where the tensor is made, it is seen"
+
+
+@pytest.mark.parametrize("new_tokens", [1, 4])
+def test_heads_run_in_passes_that_are_there_anyway(model, new_tokens):
+    load, passes = Load.create(2, 9, new_tokens, VOCAB, CPU), []
+    handle = model.model.register_forward_hook(lambda *_: passes.append(1))
+    counts = {}
+    for system in each_system(model, many=3):
+        passes.clear()
+        system.serve(load, None)
+        counts[system.name] = len(passes)
+    handle.remove()
+    assert set(counts) == {"base", "base again", *KINDS, "3 x mha"}
+    assert set(counts.values()) == {new_tokens}
+
+
+@pytest.mark.parametrize("tokens", [31, 100])
+def test_operations_are_those_of_the_formulas(model, tokens):
+    states = DEEP + 1
+    load = Load.create(1, tokens, 1, VOCAB, CPU)
+    found = {
+        system.name: operations(lambda system=system: system.serve(load, None))
+        for system in each_system(model, many=8)
+    }
+    config = model.config
+    keys = config.num_key_value_heads * HIDDEN // config.num_attention_heads
+    weights = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * keys + 3 * HIDDEN * config.intermediate_size
+    layer = 2 * tokens * weights + 4 * tokens * tokens * HIDDEN
+    assert found["base"] == DEEP * layer + 2 * HIDDEN * VOCAB, "logits of the last token alone"
+    classifier = 2 * HIDDEN * 2
+    heads = {name: count - found["base"] for name, count in found.items()}
+    assert heads["base again"] == 0 and heads["pooling"] == classifier
+    assert heads["gate"] == states * 4 * tokens * HIDDEN + 4 * states * HIDDEN + classifier
+    inner = HIDDEN // 32
+
+    def attention(items):
+        # Of many items the mean of the queries comes before the values: one product with these in all.
+        values = 2 * items * inner * (1 if items >= 48 else items)
+        return 2 * items * HIDDEN * 3 * inner + 2 * items * items * inner + values + 2 * inner * HIDDEN
+
+    assert heads["mha"] == states * attention(tokens) + attention(states) + classifier
+    assert heads["8 x mha"] == 8 * heads["mha"]
+
+
+def test_many_heads_are_gone_afterwards(model):
+    before = held_bytes([model])
+    assert [system.name for system in each_system(model, many=2)][-1] == "2 x mha"
+    assert held_bytes([model]) == before and list(model.probes) == list(KINDS)

@@ -1,0 +1,327 @@
+"""pipeline("probed-text-generation"): text-generation's results, with what each head says of the prompt."""
+
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import make_lm, make_probe, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe.files import save_head
+from llama_probe.serving import pipeline as module
+from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
+
+
+TEXTS = ["Hi", "A much longer text than that one", "Something between", "x"]
+CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    known = TASK in PIPELINE_REGISTRY.supported_tasks
+    module.install()
+    yield
+    if not known:
+        module.uninstall()
+
+
+def heads():
+    return {
+        "toxic": make_probe(id2label={0: "fine", 1: "toxic"}, threshold=0.3, temperature=2.0),
+        "topics": make_probe(1, id2label={0: "a", 1: "b", 2: "c"}, problem_type="multi_label_classification"),
+        "length": make_probe(2, num_labels=1, problem_type="regression"),
+        "sizes": make_probe(3, probe_type="gate", num_labels=2, problem_type="regression"),
+    }
+
+
+def make_pipe(tokenizer=None, **kwargs):
+    return ProbedTextGenerationPipeline(
+        make_lm(vocab_size=260), tokenizer or make_tokenizer(), probe=heads(), device="cpu", **kwargs
+    )
+
+
+def close(found, expected, tolerance=1e-4):
+    """Whether two verdicts are the same but for rounding."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected))
+    return found == (expected if isinstance(expected, str) else pytest.approx(expected, abs=tolerance))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_halted_prompts(batch_size):
+    pipe = make_pipe()
+    halting = {"halt_on": {"toxic": {"threshold": 0.0}}, "halt_reply": [40, 41]}
+    results = pipe(TEXTS, batch_size=batch_size, return_full_text=False, **halting, **GREEDY)
+    said = make_tokenizer().decode([40, 41])
+    assert [result["generated_text"] for (result,) in results] == [said] * 4
+    for (result,) in results:
+        assert result["halted"]["head"] == "toxic" and result["halted"]["score"] == pytest.approx(
+            result["probes"]["toxic"]["scores"]["toxic"], abs=1e-6
+        )
+    halting["halt_reply"] = said
+    results = pipe(TEXTS, batch_size=batch_size, return_full_text=False, **halting, **GREEDY)
+    assert [result["generated_text"] for (result,) in results] == [said] * 4, "the pipeline has a tokenizer for a text"
+    (free,) = pipe(TEXTS[0], halt_on={"toxic": {"threshold": 1.0}}, **GREEDY)
+    assert free["halted"] is None and "halted" not in pipe(TEXTS[0], **GREEDY)[0]
+
+
+@pytest.mark.parametrize("texts, batch_size", [(TEXTS[:2], 2), (TEXTS[:2], 1)])
+def test_a_sequence_that_was_halted_midway_says_so_itself(texts, batch_size):
+    pipe = ProbedTextGenerationPipeline(
+        make_lm(vocab_size=260),
+        make_tokenizer(),
+        probe={"guard": make_probe(probe_type="gate", token_scope="response")},
+        device="cpu",
+    )
+
+    def second_of_three(scores):
+        return [row % 3 == 1 for row in range(len(scores.counted))]
+
+    sampling = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 4}
+    for records in pipe(texts, batch_size=batch_size, on_probe_token=second_of_three, **sampling):
+        assert [record["halted"] is not None for record in records] == [False, True, False]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size):
+    """Their last word on it: the reply as far as the model has read it."""
+    guard = make_probe(probe_type="gate", num_labels=2, token_scope="response")
+    prompt_head = make_probe(1, probe_type="gate", num_labels=2)
+    pipe = ProbedTextGenerationPipeline(
+        make_lm(vocab_size=260), make_tokenizer(), probe={"guard": guard, "prompt": prompt_head}, device="cpu"
+    )
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True, "num_return_sequences": 3}
+    for records in pipe(TEXTS[:2], batch_size=batch_size, **options):
+        assert all(record["probes"].keys() == {"guard", "prompt"} for record in records)
+        assert len({record["probes"]["guard"]["score"] for record in records}) == 3
+        assert len({record["probes"]["prompt"]["score"] for record in records}) == 1
+    (record,) = pipe(TEXTS[0], **GREEDY)
+    ids = make_tokenizer()(TEXTS[0], return_tensors="pt")["input_ids"]
+    out = pipe.model.generate(ids, **GREEDY)
+    (expected,) = out.probe_token_probabilities["guard"][:, -1].tolist()
+    assert list(record["probes"]["guard"]["scores"].values()) == pytest.approx(expected, abs=1e-5)
+    # A reply of one token, which the model never reads, and a prompt that gets none.
+    for unread in ({"max_new_tokens": 1}, {"halt_on": {"prompt": {"threshold": 0.0}}}):
+        (record,) = pipe(TEXTS[0], **GREEDY | unread)
+        assert record["probes"]["guard"] is None and record["probes"]["prompt"]["label"]
+
+
+def test_texts_are_those_of_text_generation_and_verdicts_those_of_generate():
+    pipe, tokenizer = make_pipe(), make_tokenizer()
+    plain = TextGenerationPipeline(make_lm(vocab_size=260), make_tokenizer(), device="cpu")
+    for prompt in (TEXTS[1], CHATS[1]):
+        (result,), (expected,) = pipe(prompt, **GREEDY), plain(prompt, **GREEDY)
+        probes = result.pop("probes")
+        assert result == expected and list(probes) == list(heads())
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
+    inputs = tokenizer.apply_chat_template(CHATS[1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    out = model.generate(**inputs, **GREEDY)
+    probs = {name: values[0].tolist() for name, values in out.probe_probabilities.items()}
+    topics = out.probe_labels["topics"][0]
+    (label,) = out.probe_labels["toxic"]
+    assert close(
+        probes,
+        {
+            "toxic": {
+                "label": label,
+                "score": probs["toxic"][["fine", "toxic"].index(label)],
+                "scores": dict(zip(["fine", "toxic"], probs["toxic"], strict=True)),
+            },
+            "topics": {
+                "label": topics,
+                "score": [probs["topics"]["abc".index(topic)] for topic in topics],
+                "scores": dict(zip("abc", probs["topics"], strict=True)),
+            },
+            "length": {"score": probs["length"][0]},
+            "sizes": {"scores": dict(zip(["LABEL_0", "LABEL_1"], probs["sizes"], strict=True))},
+        },
+    )
+    json.dumps(probes)
+
+
+def test_raw_texts_do_not_go_through_the_template():
+    pipe, model = make_pipe(), LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
+    expected = model.classify(**make_tokenizer()(TEXTS[1], return_tensors="pt"))
+    (result,) = pipe(TEXTS[1], **GREEDY)
+    assert result["probes"]["length"]["score"] == pytest.approx(expected["length"].logits.item(), abs=1e-5)
+    assert result["generated_text"].startswith(TEXTS[1])
+
+
+@pytest.mark.parametrize("prompts", [TEXTS, CHATS], ids=["texts", "chats"])
+@pytest.mark.parametrize("batch_size", [2, 3, 4])
+def test_batches_give_what_single_prompts_give(prompts, batch_size):
+    pipe = make_pipe()
+    single = [pipe(prompt, **GREEDY) for prompt in prompts]
+    assert len({json.dumps(result[0]["probes"]) for result in single}) == len(prompts)
+    batched = pipe(prompts, batch_size=batch_size, **GREEDY)
+    streamed = list(pipe((prompt for prompt in prompts), batch_size=batch_size, **GREEDY))
+    for results in (batched, streamed, pipe(prompts, **GREEDY)):
+        for (found,), (expected,) in zip(results, single, strict=True):
+            assert found["generated_text"] == expected["generated_text"]
+            assert close(found["probes"], expected["probes"])
+
+
+def test_several_sequences_of_a_prompt_have_the_same_verdicts():
+    pipe = make_pipe()
+    torch.manual_seed(0)
+    results = pipe(TEXTS, batch_size=2, num_return_sequences=3, do_sample=True, max_new_tokens=8)
+    for prompt, records in zip(TEXTS, results, strict=True):
+        (expected,) = pipe(prompt, **GREEDY)
+        assert len({record["generated_text"] for record in records}) > 1
+        assert len(records) == 3 and all(close(record["probes"], expected["probes"]) for record in records)
+        records[0]["probes"].clear()
+        assert records[1]["probes"]
+
+
+@pytest.mark.parametrize(
+    "options, key",
+    [({"return_full_text": False}, "generated_text"), ({"return_tensors": True}, "generated_token_ids")],
+)
+def test_other_forms_of_results(options, key):
+    plain = TextGenerationPipeline(make_lm(vocab_size=260), make_tokenizer(), device="cpu")
+    (result,), (expected,) = (pipe(CHATS[0], **GREEDY, **options) for pipe in (make_pipe(), plain))
+    assert result.pop("probes") and result == expected and key in result
+
+
+def test_beams_scores_and_options_given_early():
+    pipe = make_pipe(num_beams=2, output_scores=True, return_full_text=False, batch_size=2, **GREEDY)
+    plain = make_pipe()
+    for (found,), prompt in zip(pipe(TEXTS), TEXTS, strict=True):
+        assert close(found["probes"], plain(prompt, **GREEDY)[0]["probes"])
+        assert not found["generated_text"].startswith(prompt)
+
+
+def test_without_a_dict_from_generate_heads_do_not_run():
+    (result,) = make_pipe()(TEXTS[0], return_dict_in_generate=False, **GREEDY)
+    assert result["probes"] == {} and result["generated_text"]
+    pipe = make_pipe()
+    pipe.model.set_active_probes([])
+    assert [result["probes"] for (result,) in pipe(TEXTS, batch_size=2, **GREEDY)] == [{}] * 4
+    pipe.model.set_active_probes("length")
+    assert [list(result["probes"]) for (result,) in pipe(TEXTS, **GREEDY)] == [["length"]] * 4
+
+
+def test_two_threads_share_a_pipeline():
+    pipe = make_pipe()
+    expected = [pipe(text, **GREEDY)[0]["probes"] for text in TEXTS]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: pipe(text, **GREEDY)[0]["probes"], TEXTS * 3))
+    assert all(map(close, found, expected * 3))
+
+
+def test_a_head_that_comes_when_a_call_has_begun(monkeypatch):
+    pipe = make_pipe()
+    generate = pipe.model.generate
+
+    def late(*args, **kwargs):
+        pipe.model.add_probe("late", make_probe(4))
+        pipe.model.add_probe("reply", make_probe(5, token_scope="response"))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.model, "generate", late)
+    assert pipe("Hi", **GREEDY)[0]["probes"].keys() == {*heads(), "late", "reply"}
+
+
+def test_the_callers_tokenizer_is_left_as_it_is():
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = None
+    before = copy.deepcopy(tokenizer.init_kwargs)
+    pipe = make_pipe(tokenizer)
+    assert (pipe.tokenizer.padding_side, pipe.tokenizer.pad_token) == ("left", "<eos>")
+    results = pipe(TEXTS, batch_size=4, **GREEDY)
+    assert all(close(r["probes"], pipe(t, **GREEDY)[0]["probes"]) for (r,), t in zip(results, TEXTS, strict=True))
+    assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.init_kwargs) == ("right", None, before)
+    assert tokenizer(TEXTS, padding=False)["input_ids"][0] == make_tokenizer()(TEXTS[0])["input_ids"]
+    right = make_tokenizer()
+    right.padding_side = "right"
+    assert make_pipe(right).tokenizer.padding_side == "left" and right.padding_side == "right"
+    ready = make_tokenizer()
+    ready.padding_side = "left"
+    assert make_pipe(ready).tokenizer is ready
+
+
+# What `model` and `probe` may be.
+
+
+@pytest.fixture
+def repository(backbone_folder, tmp_path):
+    """A backbone with a head in a folder of its own."""
+    folder = tmp_path / "repository"
+    AutoModelForCausalLM.from_pretrained(backbone_folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone_folder).save_pretrained(folder)
+    save_head(heads()["toxic"], folder / "toxic")
+    return folder
+
+
+def test_a_path_with_an_alias_or_a_folder(repository):
+    for probe, name in (("toxic", "toxic"), (repository / "toxic", "toxic"), ({"x": repository / "toxic"}, "x")):
+        pipe = pipeline(TASK, model=str(repository), probe=probe)
+        assert type(pipe) is ProbedTextGenerationPipeline and pipe.task == TASK
+        assert type(pipe.model) is LlamaForProbedGeneration and pipe.model.active_probes == [name]
+        assert close(
+            pipe(TEXTS[0], **GREEDY)[0]["probes"][name], make_pipe()(TEXTS[0], **GREEDY)[0]["probes"]["toxic"]
+        )
+
+
+def test_loaded_models(repository):
+    lm = AutoModelForCausalLM.from_pretrained(repository)
+    pipe = pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe="toxic")
+    assert pipe.model is lm and type(lm) is LlamaForProbedGeneration
+    pipe = pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe={"again": repository / "toxic"})
+    assert pipe.model is lm and lm.active_probes == ["toxic", "again"]
+    (result,) = pipeline(TASK, model=lm, tokenizer=make_tokenizer())(TEXTS[0], **GREEDY)
+    assert result["probes"]["toxic"] == result["probes"]["again"]
+    (result,) = pipeline(TASK, model=make_lm(vocab_size=260), tokenizer=make_tokenizer())(TEXTS[0], **GREEDY)
+    assert result["probes"] == {}
+
+
+def test_device_map(repository):
+    pipe = pipeline(TASK, model=str(repository), probe="toxic", device_map={"": "cpu"}, dtype=torch.bfloat16)
+    assert pipe.model.dtype == torch.bfloat16 and pipe.model.probes["toxic"].classifier.weight.dtype == torch.float32
+    results = pipe(CHATS, batch_size=2, **GREEDY)
+    assert [set(result["probes"]) for (result,) in results] == [{"toxic"}] * 4
+
+
+def test_wrong_heads_and_models(repository):
+    lm = AutoModelForCausalLM.from_pretrained(repository)
+    with pytest.raises(ProbeError, match="missing"):
+        pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe=["toxic", "missing"])
+    assert type(lm).__name__ == "LlamaForCausalLM"
+    with pytest.raises(ProbeError, match="was trained on org/other"):
+        other = make_probe(base_model_name_or_path="org/other")
+        pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe={"x": other}, probe_strict=True)
+    with pytest.raises(ProbeError, match="is no causal LM"):
+        pipeline(TASK, model=lm.model, tokenizer=make_tokenizer(), probe="toxic")
+
+
+def test_saving(repository, tmp_path):
+    pipe = pipeline(TASK, model=str(repository), probe="toxic")
+    # What pipeline() leaves in the config of a repository with a pipeline of its own.
+    pipe.model.config.custom_pipelines = {TASK: {"impl": "x.Y", "pt": (AutoModelForCausalLM,)}}
+    pipe = pipeline(TASK, model=pipe.model, tokenizer=pipe.tokenizer)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.py"))
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["custom_pipelines"][TASK]["pt"] == ["AutoModelForCausalLM"]
+    assert saved["architectures"] == ["LlamaForCausalLM"]
+    again = pipeline("text-generation", model=str(tmp_path / "saved"))
+    assert again(TEXTS[0], **GREEDY)[0]["generated_text"] == pipe(TEXTS[0], **GREEDY)[0]["generated_text"]
+
+
+def test_installing_twice_and_undoing(caplog):
+    known = PIPELINE_REGISTRY.supported_tasks[TASK]
+    module.install()
+    assert PIPELINE_REGISTRY.supported_tasks[TASK] is known and not caplog.records
+    module.uninstall()
+    module.uninstall()
+    assert TASK not in PIPELINE_REGISTRY.supported_tasks
+    module.install()
+    assert PIPELINE_REGISTRY.supported_tasks[TASK] == known

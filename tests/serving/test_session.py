@@ -1,0 +1,447 @@
+"""generate() with heads: the same tokens as the plain model, and the logits of a plain pass over the prompt."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import LAYERS, make_lm, make_probe, make_prompts
+from transformers import (
+    BatchEncoding,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, SuppressTokensLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe.serving.head_group import HeadGroup
+from llama_probe.serving.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
+from llama_probe.serving.short_pass import ShortPass
+
+
+KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
+TOLERANCE = 1e-5
+
+
+def heads(**changes):
+    return {kind: make_probe(seed=i, probe_type=kind, num_labels=2 + i, **changes) for i, kind in enumerate(KINDS)}
+
+
+def probed(**lm_changes):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes))
+    for name, head in heads().items():
+        model.add_probe(name, head)
+    return model
+
+
+def reference(prompt_ids, attention_mask=None, **lm_changes):
+    """Logits from a plain `output_hidden_states` pass and the heads' whole-tensor path."""
+    with torch.no_grad():
+        states = make_lm(**lm_changes)(
+            prompt_ids, attention_mask=attention_mask, output_hidden_states=True
+        ).hidden_states
+        return {
+            name: head(hidden_states=states, attention_mask=attention_mask).logits for name, head in heads().items()
+        }
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, logits in expected.items():
+        torch.testing.assert_close(found[name], logits, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def left_padded(prompts):
+    ids, mask = prompts.clone(), torch.ones_like(prompts)
+    ids[0, :4], mask[0, :4] = 0, 0
+    ids[2, :1], mask[2, :1] = 0, 0
+    return ids, mask
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "beams x return sequences": {"num_beams": 4, "num_return_sequences": 2},
+    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 3},
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "chunks of one": {"prefill_chunk_size": 1},
+    "no cache": {"use_cache": False},
+    "one token": {"max_new_tokens": 1},
+    "guidance": {"guidance_scale": 1.5},
+    "all scores": {"output_scores": True, "output_logits": True},
+    "states as well": {"output_hidden_states": True, "output_attentions": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_equals_the_plain_model(mode, padding, prompts):
+    kwargs = {"max_new_tokens": 6, **MODES[mode]}
+    ids, mask = prompts, torch.ones_like(prompts)
+    if padding != "none":
+        ids, mask = left_padded(prompts)
+    if padding == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    plain_model, model = make_lm(), probed()
+    torch.manual_seed(5)
+    plain = plain_model.generate(ids, attention_mask=mask, **kwargs)
+    torch.manual_seed(5)
+    out = model.generate(ids, attention_mask=mask, **kwargs)
+    assert torch.equal(out.sequences, plain if isinstance(plain, torch.Tensor) else plain.sequences)
+    assert_same(out.probe_logits, reference(ids, mask))
+
+
+@pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"assistant_early_exit": 2}])
+def test_speculative_decoding(kwargs):
+    ids = make_prompts(rows=1, length=6).repeat(1, 2)  # a repeated prompt, so that the look-up finds candidates
+    kwargs = {"max_new_tokens": 8, "do_sample": False, **kwargs}
+    models = {}
+    for name, model in (("plain", make_lm()), ("probed", probed())):
+        call = dict(kwargs)
+        if call.pop("assistant", False):
+            call["assistant_model"] = make_lm(seed=1)
+        models[name] = model.generate(ids, **call)
+    assert torch.equal(models["probed"].sequences, models["plain"])
+    assert_same(models["probed"].probe_logits, reference(ids))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_probed_assistant_runs_without_its_heads(wrapped):
+    ids = make_prompts(rows=1)
+    assistant = LlamaForProbedGeneration.from_causal_lm(make_lm(seed=1))
+    assistant.add_probe("own", make_probe())
+    if wrapped:
+        from peft import LoraConfig, get_peft_model
+
+        assistant = get_peft_model(assistant, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    out = probed().generate(ids, assistant_model=assistant, max_new_tokens=8, do_sample=False)
+    assert_same(out.probe_logits, reference(ids))
+
+
+def test_inputs_embeds(prompts):
+    model = probed()
+    embeds = model.get_input_embeddings()(prompts)
+    out = model.generate(inputs_embeds=embeds, max_new_tokens=4)
+    assert torch.equal(out.sequences, make_lm().generate(inputs_embeds=embeds, max_new_tokens=4))
+    assert_same(out.probe_logits, reference(prompts))
+
+
+def test_batch_equals_single_rows(prompts):
+    ids, mask = left_padded(prompts)
+    batch = probed().generate(ids, attention_mask=mask, max_new_tokens=2).probe_logits
+    for row in range(len(ids)):
+        alone = ids[row : row + 1, mask[row].bool()]
+        single = probed().generate(alone, max_new_tokens=2).probe_logits
+        assert_same({name: logits[row : row + 1] for name, logits in batch.items()}, single)
+
+
+@pytest.mark.parametrize("eos", [2, [2, 3], torch.tensor(2), torch.tensor([2, 3])])
+def test_padding_is_found_without_a_mask(prompts, eos):
+    ids, mask = left_padded(prompts)
+    for pad, expected in ((0, mask), (torch.tensor(0), mask), (2, None)):
+        out = probed().generate(ids, max_new_tokens=2, eos_token_id=eos, pad_token_id=pad)
+        assert_same(out.probe_logits, reference(ids, expected))
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, "static"])
+def test_an_empty_cache_may_be_passed(prompts, cache):
+    model = probed()
+    cache = StaticCache(config=model.config, max_cache_len=32) if cache == "static" else cache(config=model.config)
+    assert_same(model.generate(prompts, cache=cache, max_new_tokens=3).probe_logits, reference(prompts))
+
+
+def test_custom_generate_callable(prompts):
+    def once(model, input_ids, generation_config, **kwargs):
+        return model._sample(input_ids=input_ids, generation_config=generation_config, **kwargs)
+
+    out = probed().generate(prompts, custom_generate=once, max_new_tokens=3)
+    assert_same(out.probe_logits, reference(prompts))
+
+
+def test_custom_generate_that_calls_the_model_itself(prompts):
+    def greedy(model, input_ids, generation_config, **kwargs):
+        out = model(input_ids, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        assert type(model(token, cache=out.cache)) is type(make_lm()(token)), "the prompt has been read"
+        return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, token], 1))
+
+    out = probed().generate(prompts, custom_generate=greedy, max_new_tokens=1)
+    assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=1))
+    assert_same(out.probe_logits, reference(prompts))
+
+
+def test_no_forward_pass_is_added(prompts):
+    def passes(model, **kwargs):
+        calls = []
+        handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.generate(prompts, max_new_tokens=5, eos_token_id=None, **kwargs)
+        handle.remove()
+        return len(calls)
+
+    for kwargs in ({}, {"num_beams": 2}, {"prefill_chunk_size": 3}):
+        assert passes(probed(), **kwargs) == passes(make_lm(), **kwargs)
+    assert passes(probed()) == 5
+
+
+def test_no_hook_is_left_behind(prompts):
+    model = probed()
+    model.generate(prompts, max_new_tokens=2)
+    with pytest.raises(RuntimeError):
+        model.generate(prompts, max_new_tokens=2, stopping_criteria=[_raise])
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _raise(*_, **__):
+    raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_heads_stay_in_fp32_under_autocast(prompts, together):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    for name, head in heads().items():
+        for number in range(together):
+            model.add_probe(f"{name}-{number}", copy.deepcopy(head))
+    model.add_probe("reply", make_probe(probe_type="mha", token_scope="all"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = make_lm()(prompts, output_hidden_states=True).hidden_states
+        out = model.generate(prompts, max_new_tokens=4, eos_token_id=None)
+        found = {name: result.logits for name, result in model.classify(prompts).items()}
+    for name, head in heads().items():
+        expected = head(hidden_states=states).logits
+        for logits in (out.probe_logits[f"{name}-0"], found[f"{name}-{together - 1}"]):
+            assert logits.dtype == torch.float32
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert out.probe_token_logits["reply"].dtype == torch.float32
+
+
+class TestArguments:
+    """Those of the plain `generate`, as it takes them."""
+
+    def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(self, prompts, caplog):
+        model, config = probed(), GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2)
+        model.add_probe("reply", make_probe(token_scope="all"))
+        before = config.to_dict()
+        with caplog.at_level("WARNING"):
+            out = model.generate(prompts, config, on_probe_token=lambda scores: None)
+        assert "deprecated" not in caplog.text and config.to_dict() == before
+        assert out.probe_logits and out.probe_token_logits["reply"].shape[1] == 2
+
+    def test_by_their_place(self, prompts):
+        model = probed()
+        config, streamer = GenerationConfig(max_new_tokens=2, pad_token_id=0), Tokens()
+        processors = LogitsProcessorList([SuppressTokensLogitsProcessor([5], "cpu")])
+        criteria = StoppingCriteriaList([])
+        out = model.generate(
+            prompts[:1], config, processors, criteria, None, None, None, streamer, halt_on=lambda outputs: [False]
+        )
+        assert out.probe_halts == [None] and streamer.seen == [*out.sequences[0].tolist(), "end"]
+        with pytest.raises(TypeError, match="multiple values for argument 'logits_processor'"):
+            model.generate(prompts, config, processors, logits_processor=processors)
+        with pytest.raises(TypeError, match="positional arguments, and 22 were given"):
+            model.generate(prompts, config, *[None] * 20)
+
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            ({"inputs": torch.arange(1, 5)}, r"input_ids must be a tensor \[batch, tokens\], not \(4,\)"),
+            ({"probe_mask": [[1] * 9] * 3}, r"probe_mask must be a tensor \[batch, tokens\], not list"),
+        ],
+    )
+    def test_shapes_that_cannot_be(self, prompts, arguments, words):
+        with pytest.raises(ProbeError, match=words):
+            probed().generate(**{"inputs": prompts, "max_new_tokens": 2, **arguments})
+
+
+@pytest.mark.parametrize("tokens", [9, 150])
+def test_heads_do_not_run_while_tokens_are_decoded(tokens, monkeypatch):
+    model = probed()
+    read = []
+    for reader in (HeadGroup, ShortPass):
+        original = reader.read
+
+        def count(self, layer, hidden, original=original):
+            read.append(layer)
+            return original(self, layer, hidden)
+
+        monkeypatch.setattr(reader, "read", count)
+    model.generate(make_prompts(1, tokens), max_new_tokens=6, eos_token_id=None)
+    assert read == list(range(LAYERS + 1))
+
+
+class Tokens(BaseStreamer):
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen.extend(value.flatten().tolist())
+
+    def end(self):
+        self.seen.append("end")
+
+
+def test_streamers_see_what_the_plain_model_streams():
+    ids = make_prompts(rows=1)
+    plain, ours = Tokens(), Tokens()
+    make_lm().generate(ids, streamer=plain, max_new_tokens=5)
+    out = probed().generate(ids, streamer=ours, max_new_tokens=5)
+    assert ours.seen == plain.seen
+    assert_same(out.probe_logits, reference(ids))
+
+
+def test_output_types(prompts):
+    model = probed()
+    out = model.generate(prompts, max_new_tokens=2)
+    assert isinstance(out, ProbedGenerateDecoderOnlyOutput)
+    assert isinstance(model.generate(prompts, max_new_tokens=2, num_beams=2), ProbedGenerateBeamDecoderOnlyOutput)
+    assert out.probe_labels["gate"] == model.classify(prompts)["gate"].labels
+    for name, probs in out.probe_probabilities.items():
+        torch.testing.assert_close(probs, out.probe_logits[name].softmax(-1))
+
+
+def test_a_tensor_on_request(prompts):
+    model = probed()
+    plain = make_lm().generate(prompts, max_new_tokens=3)
+    assert torch.equal(model.generate(prompts, max_new_tokens=3, return_dict_in_generate=False), plain)
+    config = GenerationConfig(max_new_tokens=3, return_dict_in_generate=False, eos_token_id=2, pad_token_id=0)
+    assert torch.equal(model.generate(prompts, config), plain)
+
+
+def test_without_active_heads_it_is_the_plain_model(prompts):
+    model = probed()
+    model.set_active_probes([])
+    assert torch.equal(model.generate(prompts, max_new_tokens=3), make_lm().generate(prompts, max_new_tokens=3))
+
+
+def test_only_active_heads_run(prompts):
+    model = probed()
+    model.set_active_probes("mha")
+    assert list(model.generate(prompts, max_new_tokens=1).probe_logits) == ["mha"]
+
+
+class TestRefusals:
+    def test_a_prefix_in_the_cache(self, prompts):
+        model = probed()
+        cache = make_lm()(prompts[:, :5], use_cache=True).cache
+        with pytest.raises(ProbeError, match="cache already holds 5 tokens"):
+            model.generate(prompts, cache=cache, max_new_tokens=2)
+
+    def test_only_the_new_tokens_beside_a_cache(self, prompts):
+        cache = make_lm()(prompts[:, :5], use_cache=True).cache
+        with pytest.raises(ProbeError, match="must see the whole prompt"):
+            probed().generate(prompts[:, 5:], attention_mask=torch.ones_like(prompts), cache=cache, max_new_tokens=2)
+
+    def test_a_cached_prefix_that_does_not_matter_to_the_kind_is_fine(self, prompts):
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe(probe_type="last")})
+        cache = make_lm()(prompts[:, :5], use_cache=True).cache
+        reused = model.generate(prompts, cache=cache, max_new_tokens=3)
+        assert_same(reused.probe_logits, model.generate(prompts, max_new_tokens=3).probe_logits)
+
+    def test_a_cached_prefix_that_does_not_count_is_fine(self, prompts):
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+        ids = prompts.clone()
+        ids[:, :3] = torch.tensor([7, 8, 9])
+        model.add_probe("a", make_probe(token_scope="content", prefix_ids=[7, 8, 9]))
+        whole = model.generate(ids, max_new_tokens=3)
+        cache = make_lm()(ids[:, :3], use_cache=True).cache
+        reused = model.generate(ids, cache=cache, max_new_tokens=3)
+        assert torch.equal(whole.sequences, reused.sequences)
+        assert_same(reused.probe_logits, whole.probe_logits)
+
+    def test_paged_cache(self, prompts):
+        with pytest.raises(ProbeError, match="continuous batching"):
+            probed().generate(prompts, cache_implementation="paged", max_new_tokens=2)
+        with pytest.raises(ProbeError, match="continuous batching"):
+            probed().generate_batch(prompts.tolist())
+
+    def test_no_prompt(self, prompts):
+        model = probed()
+        for call in (
+            lambda: model.generate(max_new_tokens=2),
+            lambda: model.generate(prompts[:0], max_new_tokens=2),
+            lambda: model(prompts[:0]),
+            lambda: model.classify(prompts[:, :0]),
+        ):
+            with pytest.raises(ProbeError, match="no prompt"):
+                call()
+
+    def test_prompts_that_are_no_tensor(self, prompts):
+        """What `**` was forgotten before, and plain lists."""
+        model, inputs = probed(), BatchEncoding({"input_ids": prompts})
+        for call in (lambda: model.generate(inputs, max_new_tokens=2), lambda: model(inputs)):
+            with pytest.raises(ProbeError, match=r"not BatchEncoding: pass its entries, with \*\* before it"):
+                call()
+        with pytest.raises(ProbeError, match=r"input_ids must be a tensor \[batch, tokens\], not list"):
+            model.generate(prompts.tolist(), max_new_tokens=2)
+
+    def test_token_healing(self, prompts):
+        with pytest.raises(ProbeError, match="token_healing"):
+            probed().generate(prompts, token_healing=True, max_new_tokens=2)
+
+    def test_an_empty_row(self, prompts):
+        mask = torch.ones_like(prompts)
+        mask[1] = 0
+        with pytest.raises(ProbeError, match=r"rows \[1\]"):
+            probed().generate(prompts, attention_mask=mask, max_new_tokens=2)
+
+    def test_a_pass_over_a_part_of_the_prompt(self, prompts):
+        def half(model, input_ids, generation_config, **kwargs):
+            kwargs["attention_mask"] = None
+            kwargs["position_ids"] = None
+            return model._sample(input_ids=input_ids[:, :4], generation_config=generation_config, **kwargs)
+
+        with pytest.raises(ProbeError, match="part of a prompt"):
+            probed().generate(prompts, custom_generate=half, max_new_tokens=1)
+
+    def test_a_layer_that_does_not_run_over_the_whole_prompt(self, prompts):
+        """It is found out before anything is written."""
+        model, streamer = probed(), Tokens()
+        model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, -1:])
+        with pytest.raises(ProbeError, match="layer 4 has seen 1 of 9 prompt tokens"):
+            model.generate(prompts[:1], streamer=streamer, max_new_tokens=4)
+        assert len(streamer.seen) == 9
+
+    def test_content_scope_needs_ids_or_a_mask(self, prompts):
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+        head = make_probe(token_scope="content", prefix_ids=prompts[0, :3].tolist())
+        model.add_probe("a", head)
+        embeds = model.get_input_embeddings()(prompts[:1])
+        with pytest.raises(ProbeError, match="probe_mask"):
+            model.generate(inputs_embeds=embeds, max_new_tokens=2)
+        mask = torch.ones(1, prompts.shape[1])
+        mask[:, :3] = 0
+        out = model.generate(inputs_embeds=embeds, probe_mask=mask, max_new_tokens=2)
+        assert_same(out.probe_logits, model.generate(prompts[:1], max_new_tokens=2).probe_logits)
+
+
+def test_two_threads_with_different_heads_do_not_mix():
+    model = probed()
+    other = LlamaForProbedGeneration.from_causal_lm(make_lm(seed=3))
+    other.add_probe("gate", make_probe(seed=9, probe_type="gate"))
+    jobs = [(model, make_prompts(2, 12, seed=i), i) for i in range(6)]
+    jobs += [(other, make_prompts(1, 5, seed=i), 10 + i) for i in range(6)]
+    expected = {i: m.generate(ids, max_new_tokens=4).probe_logits for m, ids, i in jobs}
+    found, errors = {}, []
+
+    def work(mine):
+        try:
+            for _ in range(3):
+                for m, ids, i in mine:
+                    found[i] = m.generate(ids, max_new_tokens=4).probe_logits
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(jobs[i::3],)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for i, logits in expected.items():
+        assert_same(found[i], logits)

@@ -1,0 +1,173 @@
+"""Heads that are fitted: what is found, how the strength is chosen, and runs from rows to a folder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm
+from torch.utils.data import Dataset
+
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.data.sources import FOLDS, DataSources
+from llama_probe.evaluation.metrics import score
+from llama_probe.evaluation.report import predict_logits
+from llama_probe.files import read_head
+from llama_probe.training.fitting import fit_classifier
+from llama_probe.training.recipe import Recipe
+from llama_probe.training.run import TrainingRun
+from llama_probe.training.trainer import ProbeLoss
+
+
+LM = make_lm()
+
+
+class States(Dataset):
+    """Final states of one token a row, as a `StateDataset` of a muli head has them."""
+
+    def __init__(self, states: torch.Tensor, labels: np.ndarray):
+        self.states, self.labels = states, labels
+
+    def __len__(self):
+        return len(self.states)
+
+    def __getitem__(self, row):
+        return {"input_ids": [0], "hidden_states": self.states[row][None, None], "labels": self.labels[row]}
+
+
+def fresh(**changes):
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
+    probe = ProbeModel(ProbeConfig(probe_type="muli", **{**sizes, **changes}))
+    probe.bind(LM)
+    return probe
+
+
+def rows(count, seed, label_of):
+    """States whose label `label_of` tells from their log odds `[rows, vocabulary]`."""
+    states = torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    return States(states, label_of(fresh().classifier.inputs(states)).numpy())
+
+
+def fit(probe, label_of, loss=None, metric="accuracy", folds=(), count=300):
+    parts = [rows(count, 0, label_of), rows(100, 1, label_of)]
+    return fit_classifier(probe, *parts, loss or ProbeLoss(probe.config), metric, None, folds), parts
+
+
+def likely(token):
+    return lambda odds: (odds[:, token] > -4.5).long()
+
+
+def test_a_token_that_tells_is_found():
+    probe = fresh()
+    fitted, (train, validation) = fit(probe, likely(41), metric="auprc")
+    scale = probe.classifier.inputs(train.states).std(dim=0)
+    assert int((probe.classifier.weight[1].abs() * scale).argmax()) == 41
+    assert not probe.classifier.weight[0].any(), "of two labels one has weights"
+    assert 0 < fitted.facts["nonzero_weights"] < VOCAB / 2
+    assert fitted.facts["nonzero_weights"] == int((probe.classifier.weight != 0).sum())
+    assert probe.config.options == {"l1": fitted.facts["l1"]}
+    found = predict_logits(probe, validation)
+    torch.testing.assert_close(found, fitted.logits, atol=1e-3, rtol=1e-3)
+    assert score(found.softmax(-1).numpy(), validation.labels, probe.config)["auprc"] > 0.95
+
+
+def test_a_strong_penalty_leaves_nothing_but_the_frequencies():
+    probe = fresh(options={"l1": 5})
+    fitted, (train, _) = fit(probe, likely(41))
+    assert fitted.facts == {"l1": 5.0, "nonzero_weights": 0} and not probe.classifier.weight.any()
+    share = fitted.logits.softmax(-1)[0, 1]
+    assert float(share) == pytest.approx(train.labels.mean(), abs=0.01)
+
+
+def test_several_labels_at_once_and_classes():
+    def three(odds):
+        return odds[:, [3, 50, 77]].argmax(dim=1)
+
+    probe = fresh(num_labels=3)
+    _, (_, validation) = fit(probe, three)
+    assert (predict_logits(probe, validation).argmax(-1).numpy() == validation.labels).mean() > 0.9
+
+    def each(odds):
+        return (odds[:, [3, 50, 77]] > -4.5).float()
+
+    probe = fresh(num_labels=3, problem_type="multi_label_classification")
+    fitted, (_, validation) = fit(probe, each, metric="auprc")
+    found = predict_logits(probe, validation)
+    torch.testing.assert_close(found, fitted.logits, atol=1e-3, rtol=1e-3)
+    assert score(found.sigmoid().numpy(), validation.labels, probe.config)["auprc"] > 0.9
+
+
+def test_folds_judge_each_row_by_a_model_that_did_not_see_it():
+    noise = torch.randint(0, 2, (32,), generator=torch.Generator().manual_seed(3))
+    data = States(torch.randn(32, HIDDEN, generator=torch.Generator().manual_seed(0)), noise.numpy())
+    folds = np.array_split(np.random.default_rng(0).permutation(32), 4)
+    probe = fresh(options={"l1": 0.005})
+    fitted = fit_classifier(probe, data, data, ProbeLoss(probe.config), "accuracy", None, folds)
+    held_out, own = fitted.logits.argmax(-1), predict_logits(probe, data).argmax(-1)
+    assert (own == noise).float().mean() > 0.95 and (held_out == noise).float().mean() < 0.75
+    part = fresh(options={"l1": 0.005})
+    rest = np.setdiff1d(np.arange(32), folds[0])
+    one = [States(data.states[chosen], data.labels[chosen]) for chosen in (rest, folds[0])]
+    by_hand = fit_classifier(part, *one, ProbeLoss(part.config), "accuracy")
+    torch.testing.assert_close(fitted.logits[folds[0]], by_hand.logits, atol=1e-3, rtol=1e-3)
+
+
+def test_the_loss_of_the_recipe_counts():
+    plain, weighted = fresh(options={"l1": 5}), fresh(options={"l1": 5})
+    rare = lambda odds: (torch.arange(len(odds)) % 10 == 0).long()  # noqa: E731
+    shares = []
+    for probe, weights in ((plain, None), (weighted, [1.0, 9.0])):
+        fitted, _ = fit(probe, rare, ProbeLoss(probe.config, weights))
+        shares.append(float(fitted.logits.softmax(-1)[0, 1]))
+    assert shares == pytest.approx([0.1, 0.5], abs=0.01)
+    with pytest.raises(ProbeError, match=r"focal_gamma=2\.0: .* a convex problem"):
+        fit(fresh(), likely(41), ProbeLoss(plain.config, focal_gamma=2.0))
+
+
+def test_a_metric_without_meaning(monkeypatch):
+    with pytest.raises(ProbeError, match=r"auprc is not defined on the \d+ validation rows"):
+        fit(
+            fresh(),
+            lambda odds: torch.cat([torch.ones(1), torch.zeros(len(odds) - 1)]).long() * (len(odds) > 200),
+            None,
+            "auprc",
+        )
+
+
+def write(path, count):
+    words = ("so bad", "good")
+    path.write_text("\n".join(json.dumps({"text": f"{words[i % 2]} no {i}", "label": i % 2}) for i in range(count)))
+    return str(path)
+
+
+@pytest.mark.parametrize("folds, cache", [(None, True), (0, False)])
+def test_runs(tmp_path, backbone_folder, cache, folds, monkeypatch):
+    monkeypatch.setattr("llama_probe.training.run.create_trainer", lambda *args: pytest.fail("nothing is trained"))
+    run = TrainingRun(
+        backbone=str(backbone_folder),
+        output=tmp_path / "head",
+        data=DataSources(
+            train=write(tmp_path / "a.jsonl", 60),
+            test=write(tmp_path / "b.jsonl", 20),
+            folds=folds,
+            validation_share=None if folds is None else 0.3,
+        ),
+        head={"probe_type": "muli"},
+        seeds=[4, 5],
+        cache=cache,
+    )
+    results = run.execute()
+    (only,) = results["runs"]
+    assert only["seed"] == 4 and only["l1"] > 0 and "epochs" not in only and results["recipe"]["label_smoothing"] == 0
+    head = read_head(tmp_path / "head")
+    assert head.config.options == {"l1": only["l1"]} and head.config.temperature == only["temperature"]
+    assert int((head.classifier.weight != 0).sum()) == only["nonzero_weights"]
+    assert results["num_parameters"] == 2 * 261 and results["inspection"]["layer_weights"]["layers"] == [LAYERS]
+    assert results["data"]["validation"]["source"] == (f"{FOLDS} folds of train" if folds is None else "30% of train")
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert f"leaves {only['nonzero_weights']} weights that are not zero" in card and "AdamW" not in card
+    if cache:
+        monkeypatch.setattr("llama_probe.training.run.fit_classifier", lambda *args: pytest.fail("refused too late"))
+        run.recipe = Recipe(focal_gamma=1.0)
+        with pytest.raises(ProbeError, match=r"focal_gamma=1\.0"):
+            run.execute()

@@ -1,0 +1,96 @@
+"""Rows that are cut short, and rows that count for less."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS
+from torch.utils.data import ConcatDataset
+
+from llama_probe import ProbeConfig, ProbeModel
+from llama_probe.data.states import ProbeCollator, PromptDataset
+from llama_probe.training.rows import CutReplies, WeightedRows
+from llama_probe.training.trainer import ProbeLoss, create_trainer, training_arguments
+
+
+def test_replies_are_cut_and_prompts_are_not():
+    ids, masks = [[1, 2, 3, 4, 5], [6, 7, 8]], [[False, False, True, True, True], [False, True, True]]
+    rows = CutReplies(PromptDataset(ids, np.array([0, 1]), masks), [3, 2])
+    torch.manual_seed(0)
+    seen = [rows[row] for row in (0, 1) * 60]
+    for row, most in ((0, 5), (1, 3)):
+        lengths = [len(item["input_ids"]) for item in seen[row::2]]
+        least = most - len([flag for flag in masks[row] if flag]) + 1
+        assert set(lengths) == set(range(least, most + 1)) and 20 < lengths.count(most) < 60
+    assert all(len(item["probe_mask"]) == len(item["input_ids"]) and any(item["probe_mask"]) for item in seen)
+    assert len(rows) == 2 and ids[0] == [1, 2, 3, 4, 5], "the rows themselves stay whole"
+
+
+class StateRows(torch.utils.data.Dataset):
+    """Random states; the label is said by whoever makes them."""
+
+    def __init__(self, labels, seed=0):
+        self.labels = labels
+        self.states = torch.randn(len(labels), 4, LAYERS + 1, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return {"input_ids": [1, 2, 3, 4], "hidden_states": self.states[row], "labels": self.labels[row]}
+
+
+OWN = np.arange(24) % 2
+EXTRA = np.arange(16) % 2
+
+
+def mixed(extra_labels, weights):
+    return ConcatDataset([StateRows(OWN), WeightedRows(StateRows(extra_labels, seed=1), weights)])
+
+
+def test_rows_without_a_weight_count_for_one():
+    rows = mixed(EXTRA, [0.0, 0.25])
+    batch = ProbeCollator()([rows[0], rows[24], rows[1]])
+    assert batch["row_weights"].tolist() == [[1, 1], [0, 0.25], [1, 1]]
+    assert "row_weights" not in ProbeCollator()([rows[0], rows[1]])
+
+
+def config(probe_type: str, **options) -> ProbeConfig:
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    return ProbeConfig(probe_type=probe_type, dropout=0.0, options=options, **sizes)
+
+
+def trained(head: ProbeConfig, rows, folder) -> ProbeModel:
+    torch.manual_seed(0)
+    probe = ProbeModel(head)
+    args = training_arguments(
+        folder, "accuracy", num_train_epochs=2, learning_rate=0.01, eval_strategy="no", load_best_model_at_end=False
+    )
+    create_trainer(probe, args, rows, loss=ProbeLoss(head)).train()
+    return probe
+
+
+@pytest.mark.parametrize("weight, alike", [(0.0, True), (0.5, False)])
+def test_rows_that_count_for_nothing_teach_nothing(tmp_path, weight, alike):
+    heads = [trained(config("gate"), mixed(labels, [weight]), tmp_path) for labels in (EXTRA, 1 - EXTRA)]
+    pairs = zip(*(head.state_dict().values() for head in heads), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs) == alike
+
+
+def test_members_take_turns():
+    """With the weights 0 and 2 the members 0, 2, 4 learn from the other rows alone."""
+    head = config("multimax", num_maxima=2, num_members=5)
+    torch.manual_seed(0)
+    probe, loss = ProbeModel(head).train(), ProbeLoss(head)
+
+    def gradient(rows) -> torch.Tensor:
+        """Of the classifier's weights, `[members, ...]`, summed over the rows and not averaged."""
+        probe.zero_grad()
+        batch = ProbeCollator()([rows[row] for row in range(len(rows))])
+        labels = batch.pop("labels")
+        loss(probe(**batch), labels, num_items_in_batch=1).backward()
+        return probe.classifier.weight.grad.unflatten(1, (5, -1)).transpose(0, 1).clone()
+
+    both, own = gradient(mixed(EXTRA, [0.0, 2.0])), gradient(StateRows(OWN))
+    extra = gradient(StateRows(EXTRA, seed=1))
+    torch.testing.assert_close(both[::2], own[::2])
+    torch.testing.assert_close(both[1::2], own[1::2] + 2 * extra[1::2])
