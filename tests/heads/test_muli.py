@@ -86,12 +86,12 @@ def test_streamed_equals_whole(data):
     states = [torch.randn(batch, tokens, HIDDEN, generator=generator) for _ in range(LAYERS + 1)]
     probe = muli()
     cuts = sorted(data.draw(st.sets(st.integers(1, tokens), max_size=3)) | {tokens})
-    state = probe.init_state(mask)
+    state = probe.init_state()
     with torch.no_grad():
         whole = probe(hidden_states=states, attention_mask=mask).logits
         for low, high in zip([0, *cuts], cuts, strict=False):
-            for layer, hidden in enumerate(states):
-                probe.step(state, layer, hidden[:, low:high])
+            x = probe.prepare(torch.stack(states)[:, :, low:high])
+            probe.step(state, range(LAYERS + 1), x, mask[:, low:high], last=high == tokens)
         torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
         for row in range(batch):
             alone = [hidden[row : row + 1, mask[row]] for hidden in states]

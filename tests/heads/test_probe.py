@@ -53,23 +53,41 @@ def states_for(config, mask, seed):
     return tuple(torch.randn(shape, generator=generator) * growth**i for i in range(config["num_hidden_layers"] + 1))
 
 
+def groups_of(layers, sizes):
+    """Cut `layers` into consecutive groups; sizes are used in turn."""
+    first, turn = 0, 0
+    while first < len(layers):
+        size = sizes[turn % len(sizes)]
+        yield layers[first : first + size]
+        first, turn = first + size, turn + 1
+
+
+def read(probe, state, states, columns, mask, sizes=(1,), last=True):
+    """Have a head read some columns of all states, in groups of layers."""
+    for layers in groups_of(list(range(len(states))), sizes):
+        x = probe.prepare(torch.stack([states[layer][:, columns] for layer in layers]))
+        probe.step(state, layers, x, None if mask is None else mask[:, columns], last)
+
+
+SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
+
+
 @settings(max_examples=150, deadline=None)
-@given(cases())
-def test_streamed_equals_whole(case):
+@given(cases(), SIZES, st.booleans())
+def test_streamed_equals_whole(case, sizes, keep):
     config, mask, cuts, seed = case
     probe, states = make_probe(seed, **config), states_for(config, mask, seed)
-    state = probe.init_state(mask)
+    state = probe.init_state(keep=keep)
     with torch.no_grad():
         whole = probe(hidden_states=states, attention_mask=mask).logits
-        for low, high in zip([0, *cuts], cuts, strict=False):
-            for layer, hidden in enumerate(states):
-                probe.step(state, layer, hidden[:, low:high])
+        for turn, (low, high) in enumerate(zip([0, *cuts], cuts, strict=False)):
+            read(probe, state, states, slice(low, high), mask, sizes[turn:] + sizes[:turn], last=high == cuts[-1])
         torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=100, deadline=None)
-@given(cases(), st.integers(1, 2))
-def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats):
+@given(cases(), st.integers(1, 2), SIZES)
+def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats, sizes):
     """Token by token from the first cut on, each score is that of all tokens so far, read at once."""
     config, mask, cuts, seed = case
     config |= {"token_scope": "all", "causal": True}
@@ -77,20 +95,18 @@ def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats):
     cut, length = cuts[0], mask.shape[1]
     mask[:, 0] = True  # of the prompt something counts
     with torch.no_grad():
-        prompt = probe.init_state(mask[:, :cut])
-        for layer, hidden in enumerate(states):
-            probe.step(prompt, layer, hidden[:, :cut])
+        prompt = probe.init_state(keep=True)
+        read(probe, prompt, states, slice(0, cut), mask, sizes)
         whole = probe(hidden_states=[state[:, :cut] for state in states], attention_mask=mask[:, :cut]).logits
         torch.testing.assert_close(probe.finish(prompt).logits, whole, atol=1e-4, rtol=1e-4)
-        running = probe.begin_reply(prompt, repeats)
+        reply = prompt.repeated(repeats)
+        repeated = [state.repeat_interleave(repeats, 0) for state in states]
         for column in range(cut, length):
-            x = torch.stack([states[layer][:, column : column + 1] for layer in probe.layer_indices])
-            new = mask[:, column : column + 1].repeat_interleave(repeats, 0)
-            running, output = probe.extend(running, x.repeat_interleave(repeats, 1), new)
+            read(probe, reply, repeated, slice(column, column + 1), mask.repeat_interleave(repeats, 0), (len(states),))
             seen = [state[:, : column + 1] for state in states]
             whole = probe(hidden_states=seen, attention_mask=mask[:, : column + 1]).logits
             expected = whole.repeat_interleave(repeats, 0)
-            torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(probe.finish(reply).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,18 +131,17 @@ def test_padding_and_batching_change_nothing(case):
 def test_weights_are_distributions(case):
     config, mask, _, seed = case
     probe, states = make_probe(seed, **config), states_for(config, mask, seed)
-    read = len(probe.layer_indices)
+    layers = len(probe.layer_indices)
     with torch.no_grad():
         whole = probe(hidden_states=states, attention_mask=mask, output_attentions=True)
-        state = probe.init_state(mask, output_attentions=True)
-        for layer, hidden in enumerate(states):
-            probe.step(state, layer, hidden)
+        state = probe.init_state(output_attentions=True)
+        read(probe, state, states, slice(None), mask, (2,))
         streamed = probe.finish(state)
-    assert whole.token_weights.shape == (len(mask), read, mask.shape[1])
-    assert whole.layer_weights.shape == (len(mask), read)
+    assert whole.token_weights.shape == (len(mask), layers, mask.shape[1])
+    assert whole.layer_weights.shape == (len(mask), layers)
     for output in (whole, streamed):
         assert (output.token_weights >= 0).all() and (output.layer_weights >= 0).all()
-        torch.testing.assert_close(output.token_weights.sum(-1), torch.ones(len(mask), read), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.token_weights.sum(-1), torch.ones(len(mask), layers), atol=1e-5, rtol=0)
         torch.testing.assert_close(output.layer_weights.sum(-1), torch.ones(len(mask)), atol=1e-5, rtol=0)
         assert not output.token_weights.transpose(1, 2)[~mask].any()
     torch.testing.assert_close(streamed.token_weights, whole.token_weights, atol=1e-5, rtol=1e-5)
@@ -246,12 +261,11 @@ def test_an_untrained_head_attends_to_all_tokens_alike(kind):
 def test_scores_of_any_size_stay_finite():
     probe = make_probe(probe_type="attentive", normalize="none")
     states = [torch.randn(1, 7, HIDDEN) * 1e4 for _ in range(LAYERS + 1)]
-    state = probe.init_state(torch.ones(1, 7, dtype=torch.bool))
+    state = probe.init_state()
     with torch.no_grad():
         whole = probe(hidden_states=states).logits
-        for low, high in ((0, 3), (3, 7)):
-            for layer, hidden in enumerate(states):
-                probe.step(state, layer, hidden[:, low:high])
+        read(probe, state, states, slice(0, 3), None, last=False)
+        read(probe, state, states, slice(3, 7), None)
         assert whole.isfinite().all()
         torch.testing.assert_close(probe.finish(state).logits, whole, rtol=1e-4, atol=1e-2)
 
@@ -354,35 +368,23 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="hidden_size=64 in the head's config, but this backbone has 32"):
             ProbeModel(ProbeConfig(hidden_size=64), backbone=make_lm())
 
-    def test_a_part_of_a_prompt(self):
+    def test_a_part_of_the_layers(self):
         probe = make_probe()
-        state = probe.init_state(torch.ones(2, 5))
-        for layer, hidden in enumerate(self.states):
-            probe.step(state, layer, hidden[:, :4] if layer == 2 else hidden)
-        with pytest.raises(ProbeError, match="layer 2 has seen 4 of 5 prompt tokens"):
+        state = probe.init_state()
+        probe.step(state, [0, 1], probe.prepare(torch.stack(self.states[:2])))
+        with pytest.raises(ProbeError):
             probe.finish(state)
-
-    def test_more_than_the_prompt(self):
-        probe = make_probe()
-        state = probe.init_state(torch.ones(2, 4))
-        with pytest.raises(ProbeError, match="layer 0 got 5 tokens of a prompt of 4"):
-            probe.step(state, 0, self.states[0])
 
     def test_weights_of_a_chunked_prompt(self):
         probe = make_probe()
-        state = probe.init_state(torch.ones(2, 5), output_attentions=True)
-        with pytest.raises(ProbeError, match="one chunk"):
-            probe.step(state, 0, self.states[0][:, :3])
+        state = probe.init_state(output_attentions=True)
+        with pytest.raises(ProbeError, match="output_attentions"):
+            probe.step(state, [0], probe.prepare(self.states[0][None, :, :3]), last=False)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_heads_compile_without_a_graph_break(name):
-    """A head as a whole, and its steps over one more token, are one graph each."""
     probe = make_probe(probe_type=name)
     x = torch.randn(len(probe.layer_indices), 2, 6, HIDDEN)
     mask = torch.ones(2, 6, dtype=torch.bool)
     assert torch._dynamo.explain(probe.score)(x, mask).graph_break_count == 0
-    follower = make_probe(probe_type=name, token_scope="response")
-    running, _ = follower.extend(None, x[:, :, :5], mask[:, :5])
-    found = torch._dynamo.explain(follower.extend)(running, x[:, :, 5:], mask[:, 5:])
-    assert found.graph_break_count == 0

@@ -2,6 +2,7 @@
 are those of each prompt by itself."""
 
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_probe import KINDS
 from tiny_families import IMAGE, LAYERS, TINY, tiny
 
 from llama_probe import AutoModelForProbedGeneration
+from llama_probe.serving import reader
 
 
 FAMILIES = sorted(set(TINY) - {"llama4"})  # the forward of its whole model fails by itself
@@ -24,6 +26,7 @@ WAYS = [
     {"do_sample": True},
     {"do_sample": True, "num_return_sequences": 2},
 ]
+BUDGETS = [1, 10_000, 100_000, 1 << 30]  # bytes: of one layer each, of a few, of all at once
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 
 
@@ -81,8 +84,14 @@ def score(head, states, prompt_tokens):
     alike=st.booleans(),
     batch=batches(),
     way=st.sampled_from(WAYS),
+    budget=st.sampled_from(BUDGETS),
 )
-def test_text_and_scores(family, drawn, alike, batch, way):
+def test_text_and_scores(family, drawn, alike, batch, way, budget):
+    with patch.object(reader, "state_budget", return_value=budget):
+        check_text_and_scores(family, drawn, alike, batch, way)
+
+
+def check_text_and_scores(family, drawn, alike, batch, way):
     lm, rows = tiny(family), []
     torch.manual_seed(0)
     expected = lm.generate(**batch, **way, max_new_tokens=4)
@@ -114,9 +123,15 @@ def test_text_and_scores(family, drawn, alike, batch, way):
     config=configs(("response", "all")),
     batch=batches(),
     patience=st.integers(1, 3),
+    budget=st.sampled_from(BUDGETS),
     data=st.data(),
 )
-def test_replies_end_where_a_head_says_so(family, config, batch, patience, data):
+def test_replies_end_where_a_head_says_so(family, config, batch, patience, budget, data):
+    with patch.object(reader, "state_budget", return_value=budget):
+        check_replies(family, config, batch, patience, data)
+
+
+def check_replies(family, config, batch, patience, data):
     lm, head, eos = tiny(family), make_probe(**config), 2
     ways = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [eos]}  # none ends by itself
     plain = lm.generate(**batch, **ways, return_dict_in_generate=True, output_hidden_states=True)

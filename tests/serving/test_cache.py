@@ -7,7 +7,7 @@ import torch
 from conftest import LAYERS, make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_probe import cases, states_for
+from test_probe import SIZES, cases, read, states_for
 from test_reply import KINDS as REPLY_KINDS
 from tiny_families import make
 from transformers import DynamicCache, StaticCache
@@ -64,17 +64,11 @@ def tokens_run(model):
 def test_chunks_with_a_state_between_them_equal_the_whole(case, data):
     config, mask, cuts, seed = case
     probe, states = make_probe(seed, **config), states_for(config, mask, seed)
-    running, low = None, 0
+    joined, low = None, 0
     for high in cuts:
-        if high != cuts[-1] and data.draw(st.booleans()):  # all layers at once, as in decoding
-            x = torch.stack([states[layer][:, low:high] for layer in probe.layer_indices])
-            running = probe.read(running, x, mask[:, low:high])
-        else:
-            state = probe.init_state(mask[:, :high], low, running=running, keep=True)
-            for layer, hidden in enumerate(states):
-                probe.step(state, layer, hidden[:, low:high])
-            running = probe.begin_reply(state)
-        low = high
+        state = probe.init_state(joined, keep=True)
+        read(probe, state, states, slice(low, high), mask, data.draw(SIZES))
+        joined, low = state.joined(), high
     found, whole = probe.finish(state).logits, probe(hidden_states=states, attention_mask=mask).logits
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
@@ -281,14 +275,14 @@ class TestCost:
     def test_decoding_reads_many_tokens_of_all_layers_at_once_and_scores_none(self, prompts, monkeypatch):
         model = probed("mha")
         stage = model.probes["mha"].token_stage
-        shapes, update, results, pooled = [], stage.update, [], stage.pooled
+        shapes, update, results, result = [], stage.update, [], stage.result
         monkeypatch.setattr(
             stage, "update", lambda state, x, *rest: (shapes.append((len(x), x.shape[2])), update(state, x, *rest))[1]
         )
-        monkeypatch.setattr(stage, "pooled", lambda *args: (results.append(1), pooled(*args))[1])
+        monkeypatch.setattr(stage, "result", lambda *args: (results.append(1), result(*args))[1])
         model.generate(prompts, max_new_tokens=40, eos_token_id=None, probe_state=True)
-        assert shapes == [(LAYERS + 1, n) for n in (16, 16, 7)]
-        assert len(results) == LAYERS + 1, "in the prefill, where so small a head's layers do not wait for each other"
+        assert shapes == [(LAYERS + 1, n) for n in (prompts.shape[1], 16, 16, 7)]
+        assert len(results) == 1, "of the prompt"
 
     @pytest.mark.parametrize(
         "kind, growing", [("mean", 0), ("gate", 0), ("attentive", 0), ("multimax", 0), ("last", 0), ("mha", 24)]
@@ -408,5 +402,5 @@ def test_a_head_that_was_switched_off_is_left_out(model, prompts):
     assert_same(second.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
     model.set_active_probes(["gate", "mha"])
     ids = torch.cat([second.sequences, prompts], 1)
-    with pytest.raises(ProbeError, match="this mha head must read the tokens from 0 on; it has no state of them"):
+    with pytest.raises(ProbeError, match="head 'mha' has not read them"):
         model.generate(ids, cache=second.cache, probe_state=second.probe_state)

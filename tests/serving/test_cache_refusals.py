@@ -61,8 +61,8 @@ class TestRefusals:
         self.check(model, first, ids, "is of 12 tokens, and the cache beside it holds 14")
 
     def test_a_cache_without_its_state(self, model, first, ids):
-        self.check(model, first, ids, "it has no state of them. Pass probe_state=", probe_state=None)
-        self.check(model, first, ids, "it has no state of them. Pass probe_state=", probe_state=True)
+        self.check(model, first, ids, "head 'gate' has not read them: pass probe_state=", probe_state=None)
+        self.check(model, first, ids, "head 'gate' has not read them: pass probe_state=", probe_state=True)
         with pytest.raises(ProbeError, match="already holds 12 tokens that the heads have not seen"):
             model(ids[:, 12:], cache=first.cache, probe_state=True)
 
@@ -136,7 +136,7 @@ class TestRefusals:
     def test_classify(self, model, first, ids):
         with pytest.raises(ProbeError, match="classify returns no probe_state"):
             model.classify(ids, probe_state=True)
-        with pytest.raises(ProbeError, match="output_attentions needs the states of all tokens"):
+        with pytest.raises(ProbeError, match="output_attentions"):
             model.classify(ids, cache=first.cache, probe_state=first.probe_state, output_attentions=True)
         with pytest.raises(ProbeError, match="holds 0"):
             model.classify(ids, probe_state=first.probe_state)

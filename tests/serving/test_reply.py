@@ -180,7 +180,7 @@ def test_layers_are_handled_together(prompts, monkeypatch):
     slots, update = [], stage.update
     monkeypatch.setattr(stage, "update", lambda state, x, *rest: (slots.append(len(x)), update(state, x, *rest))[1])
     model.generate(prompts, max_new_tokens=4, eos_token_id=None)
-    assert slots == [1] * (LAYERS + 1) + [LAYERS + 1] * 3
+    assert slots == [LAYERS + 1] * 4
 
 
 def test_a_cached_prompt_is_no_matter_to_a_head_of_the_reply(prompts):

@@ -18,9 +18,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, SuppressTokensLog
 from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
-from llama_probe.serving.head_group import HeadGroup
 from llama_probe.serving.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
-from llama_probe.serving.short_pass import ShortPass
+from llama_probe.serving.reader import StateReader
 
 
 KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
@@ -262,15 +261,13 @@ class TestArguments:
 @pytest.mark.parametrize("tokens", [9, 150])
 def test_heads_do_not_run_while_tokens_are_decoded(tokens, monkeypatch):
     model = probed()
-    read = []
-    for reader in (HeadGroup, ShortPass):
-        original = reader.read
+    read, original = [], StateReader.on_state
 
-        def count(self, layer, hidden, original=original):
-            read.append(layer)
-            return original(self, layer, hidden)
+    def count(self, layer, hidden):
+        read.append(layer)
+        return original(self, layer, hidden)
 
-        monkeypatch.setattr(reader, "read", count)
+    monkeypatch.setattr(StateReader, "on_state", count)
     model.generate(make_prompts(1, tokens), max_new_tokens=6, eos_token_id=None)
     assert read == list(range(LAYERS + 1))
 
@@ -329,7 +326,7 @@ class TestRefusals:
     def test_a_prefix_in_the_cache(self, prompts):
         model = probed()
         cache = make_lm()(prompts[:, :5], use_cache=True).cache
-        with pytest.raises(ProbeError, match="cache already holds 5 tokens"):
+        with pytest.raises(ProbeError, match="cache holds 5 tokens"):
             model.generate(prompts, cache=cache, max_new_tokens=2)
 
     def test_only_the_new_tokens_beside_a_cache(self, prompts):
@@ -403,7 +400,7 @@ class TestRefusals:
         """It is found out before anything is written."""
         model, streamer = probed(), Tokens()
         model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, -1:])
-        with pytest.raises(ProbeError, match="layer 4 has seen 1 of 9 prompt tokens"):
+        with pytest.raises(ProbeError, match="state 4 has 1 tokens of 9"):
             model.generate(prompts[:1], streamer=streamer, max_new_tokens=4)
         assert len(streamer.seen) == 9
 

@@ -67,16 +67,19 @@ def _stream(
     probe: ProbeModel, x: torch.Tensor, before: list[torch.Tensor], replies: list[torch.Tensor]
 ) -> torch.Tensor:
     """Logits after each token of the replies `[B, R, num_labels]`; `before` and `replies` are columns of `x`."""
-    running = None
+    state = probe.init_state(keep=True)
+
+    def read(columns: torch.Tensor, mask: torch.Tensor) -> None:
+        states = probe.prepare(_columns(x, columns))
+        probe.step(state, probe.layer_indices, states, mask.to(probe.device))
+
     if any(len(columns) for columns in before):
-        columns, mask = _aligned(before)
-        running, _ = probe.extend(running, _columns(x, columns), mask.to(probe.device))
+        read(*_aligned(before))
     columns, mask = _aligned(replies)
     steps = []
     for t in range(columns.shape[1]):
-        part = slice(t, t + 1)
-        running, output = probe.extend(running, _columns(x, columns[:, part]), mask[:, part].to(probe.device))
-        steps.append(output.logits.float().cpu())
+        read(columns[:, t : t + 1], mask[:, t : t + 1])
+        steps.append(probe.finish(state).logits.float().cpu())
     return torch.stack(steps, dim=1)
 
 

@@ -27,7 +27,7 @@ from ..errors import ProbeError
 from ..files import write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
-from ..heads.scope import prompt_masks, tokens_read
+from ..heads.scope import prompt_masks, read_masks
 from ..hub.resolve import read_heads
 from ..locks import claimed
 from ..serving.auto_class import AutoModelForProbedGeneration
@@ -109,9 +109,9 @@ class TextScorer:
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_mask: torch.Tensor | None = None
     ) -> list[int]:
         """How many of each prompt's first tokens no head reads."""
-        masks = prompt_masks(self.heads, input_ids, None, attention_mask, probe_mask)
-        read = [tokens_read(head.config, masks[name]) for name, head in self.heads.items()]
-        return torch.stack(read).any(dim=0).int().argmax(dim=1).tolist()
+        configs = {name: head.config for name, head in self.heads.items()}
+        masks = read_masks(configs, prompt_masks(configs, input_ids, None, attention_mask, probe_mask))
+        return torch.stack(list(masks.values())).any(dim=0).int().argmax(dim=1).tolist()
 
 
 @dataclass

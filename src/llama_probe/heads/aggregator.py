@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -73,36 +73,36 @@ class Classifier(nn.Module):
 
 
 class Aggregator(nn.Module, ABC):
-    """Summarises N vectors into one, for several slots side by side.
+    """Summarise N items into one vector, for several slots side by side.
 
     The same kind serves both stages, unless `create_layer_stage` says otherwise: the token stage has one slot a layer, with
-    its parameters stacked in tensors of shape `[slots, ...]`, and the layer stage has a single slot.
+    its parameters stacked in tensors of shape `[slots, ...]`; the layer stage has a single slot.
 
-    A kind implements `update`, `result` and `weights`. Because the whole-tensor path is one `update` followed by `result`, and
-    the serving path is one `update` a layer and chunk of tokens, the two cannot drift apart.
+    A kind implements `update` and `result`, and `weights` if plots shall show it. Training calls `update` once with all slots
+    and tokens. Serving calls it with groups of layers and chunks of tokens. Both run the same code.
+
+    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows`
+    and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may go on
+    from it. No code of a kind may branch on the values of a tensor while `torch.compile` traces it.
 
     Args:
         num_slots (`int`): number of independent summaries.
         config (`ProbeConfig`): the head's configuration, with `hidden_size` set.
 
     Attributes:
-        reads: `"all"`, or `"last"` where only the last of the tokens that count and the last of the layers matter: the
-            others are then neither captured nor cached.
-        normalize: of the config, where that leaves it open.
-        convex: whether the classifier is all that is learned, and is fitted as a convex problem; see
-            `llama_probe.training.fitting`. Others learn by gradient steps.
-        causal: of the instance; whether what is made of an item may depend on that item and earlier ones alone.
-        rank: of the instance; see `LowRankAggregator`.
-
-    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows` and
-    `select_rows` can handle it. `update` makes a new one and leaves the old one as it is: many prompts may go on from it.
+        reads: `"all"`, or `"last"` if only the last token that counts and the last layer matter. Other states are then
+            neither captured nor cached.
+        normalize: default of `ProbeConfig.normalize`.
+        half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.
+        convex: if True, the classifier alone is learned, as a convex problem (`llama_probe.training.fitting`).
+        causal: of an instance; if True, an item may only depend on itself and earlier items.
     """
 
     reads: ClassVar[str] = "all"
     normalize: ClassVar[str] = "layernorm"
+    half: ClassVar[bool] = False
     convex: ClassVar[bool] = False
     causal: bool = False
-    rank: int | None = None
 
     def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__()
@@ -112,33 +112,37 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Raises `ProbeError` where `config` holds a value that this kind cannot be built from; of options none are known here."""
+        """Check the values of `config` that this kind uses. The base class knows no options.
+
+        Raises:
+            ProbeError: the kind cannot be built from `config`.
+        """
         if config.options:
             raise ProbeError(f"options has {sorted(config.options)}; probe_type={config.probe_type!r} has none")
 
     @classmethod
     def members(cls, config: ProbeConfig) -> int:
-        """How many heads a head of `config` is the mean of, which learn apart."""
+        """Return the number of heads, trained apart, that a head of `config` averages."""
         return 1
 
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
-        """The map from what the layer stage gives, `[B, D]` in most kinds, to the logits, for a head of `config`."""
+        """Build the map from the layer stage's result (`[B, D]` in most kinds) to the logits."""
         return Classifier(config.hidden_size, config.num_labels)
 
     @classmethod
     def create_layer_stage(cls, config: ProbeConfig) -> Aggregator:
-        """What summarises the layers' summaries, for a head of `config`: an aggregator with a single slot, without a mask."""
+        """Build the aggregator, with a single slot, that summarises the layers' summaries."""
         return cls(1, config)
 
     @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
-        """Takes in further items.
+        """Take in further items.
 
         Args:
-            state: what an earlier `update` returned for the same slots, or `None` at the start.
+            state: result of an earlier `update` of the same slots, or `None` at the start.
             x (`torch.FloatTensor` of shape `[S, B, n, D]`): the next n items of the slots in `slots`.
-            mask (`torch.BoolTensor` of shape `[B, n]`, *optional*): which items count; `None` where all do.
+            mask (`torch.BoolTensor` of shape `[B, n]`, *optional*): the items that count; `None` if all do.
             slots (`slice`): the slots that `x` belongs to.
 
         Returns:
@@ -147,58 +151,18 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def result(self, state: Any, slots: slice) -> torch.Tensor:
-        """The summary of everything taken in so far: a tensor of shape `[S, B, D]`."""
+        """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
-    @abstractmethod
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        """How much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N."""
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
+        """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
+
+        `None` if the kind has no such weights: plots then leave it out.
+        """
+        return None
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
-        """`[S, B, N, D]` and an optional `[B, N]` mask to `[S, B, D]`."""
+        """Summarise `[S, B, N, D]` with an optional `[B, N]` mask: `[S, B, D]`."""
         return self.result(self.update(None, x, mask, slots), slots)
-
-    # Several heads side by side, while the LM runs. A kind may have a cheaper way to the same.
-
-    @classmethod
-    def read(cls, stages: Sequence[Self], state: Any, x: torch.Tensor, mask: torch.Tensor | None, slot: int) -> Any:
-        """`update` for one slot of several aggregators that differ in their parameters alone.
-
-        Args:
-            stages: the aggregators, H of them.
-            state: what an earlier `read` returned for the slot, or `None`: of shape `[H, B, ...]`.
-            x (`[1, B, n, D]`): the next n items, for all of them.
-            mask: see `update`. slot: which one.
-
-        Returns:
-            The new state.
-        """
-        slots = slice(slot, slot + 1)
-        if len(stages) == 1:
-            return stages[0].update(state, x, mask, slots)
-        parts = [None if state is None else take_slots(state, slice(i, i + 1)) for i in range(len(stages))]
-        return join_slots([stage.update(part, x, mask, slots) for stage, part in zip(stages, parts, strict=True)])
-
-    @classmethod
-    def summarize(cls, stages: Sequence[Self], state: Any, slot: int, out: torch.Tensor) -> None:
-        """`result` of what `read` gave, into `out`, `[H, B, D]`."""
-        slots = slice(slot, slot + 1)
-        if len(stages) == 1:
-            out.copy_(stages[0].result(state, slots))
-            return
-        for number, stage in enumerate(stages):
-            each = slice(number, number + 1)
-            out[each] = stage.result(take_slots(state, each), slots)
-
-    @classmethod
-    def whole_reader(
-        cls, stages: Sequence[Self], mask: torch.Tensor | None, slot: int, out: torch.Tensor
-    ) -> Callable[[torch.Tensor], None]:
-        """What does `read` and `summarize` for one slot, of items that come all at once: `[B, N, D]` into `out`, `[H, B, D]`."""
-
-        def read(x: torch.Tensor) -> None:
-            cls.summarize(stages, cls.read(stages, None, x.unsqueeze(0), mask, slot), slot, out)
-
-        return read
 
 
 _PROBE_TYPES: dict[str, type[Aggregator]] = {}
@@ -245,7 +209,7 @@ def create_stages(config: ProbeConfig) -> tuple[Aggregator, Aggregator]:
 
 
 def join_slots(states: Sequence[Any]) -> Any:
-    """One state of all slots, from the states of consecutive slots."""
+    """Join the states of consecutive slots."""
     if len(states) == 1:
         return states[0]
     if isinstance(states[0], (tuple, list)):
@@ -254,22 +218,17 @@ def join_slots(states: Sequence[Any]) -> Any:
 
 
 def take_slots(state: Any, slots: slice) -> Any:
-    """The state of some slots, from one of all slots."""
+    """Return the state of some slots. It shares memory with `state`."""
     return _each_tensor(state, lambda tensor: tensor[slots])
 
 
-def repeat_slots(state: Any, slots: int) -> Any:
-    """A state of so many slots that are alike, from that of one; they share its memory."""
-    return _each_tensor(state, lambda tensor: tensor.expand(slots, *tensor.shape[1:]))
-
-
 def repeat_rows(state: Any, repeats: int) -> Any:
-    """A state in which each row stands `repeats` times, one after the other."""
+    """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
     return state if repeats == 1 else _each_tensor(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
 
 
 def select_rows(state: Any, rows: torch.Tensor) -> Any:
-    """A state of the rows whose indices are given: `rows` is `[new_rows]`, on any device."""
+    """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
     return _each_tensor(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
 
 
@@ -280,12 +239,12 @@ def _each_tensor(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 def last_valid(mask: torch.Tensor) -> torch.Tensor:
-    """Where the last true of each row of a `[B, N]` mask is: booleans `[B, N]`, one true a row that has any."""
+    """Mark the last true entry of each row of a `[B, N]` mask. Rows without one stay false."""
     return mask & (mask.int().cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean of `[S, B, N, D]` over the items where the `[B, N]` mask is true: `[S, B, D]`."""
+    """Average `[S, B, N, D]` over the items where the `[B, N]` mask is true: `[S, B, D]`."""
     if mask is None:
         return x.mean(dim=2)
     weight = mask.to(x.dtype)
@@ -294,7 +253,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def masked_max(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Maximum, per dimension, of `[S, B, N, D]` over the items where the mask is true: `[S, B, D]`."""
+    """Take the maximum per dimension of `[S, B, N, D]` over the items where the mask is true: `[S, B, D]`."""
     if mask is not None:
         x = x.masked_fill(~mask[None, :, :, None], float("-inf"))
     return x.amax(dim=2)

@@ -28,7 +28,6 @@ class AttentivePoolingAggregator(LowRankAggregator):
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
         self.num_queries, self.value_rank = _sizes(config)
-        self.rank = self.num_queries + self.value_rank
         self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
         self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
         self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.value_rank))
@@ -51,12 +50,8 @@ class AttentivePoolingAggregator(LowRankAggregator):
     def projection(self, slots):
         return torch.cat([self.query[slots] / math.sqrt(self.hidden_size), self.value[slots]], dim=1)
 
-    def mapper(self, slot):
-        # `projection` is a copy, and those of all slots are too many to make before they are needed.
-        return lambda x, out: torch.mm(x, self.map_of(slot).t(), out=out)
-
     def _split(self, projected: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores `[S, B, K, n]`, as low as can be off the mask, and values `[S, B, K, n, R / K]`."""
+        """Return scores `[S, B, K, n]`, lowest off the mask, and values `[S, B, K, n, R / K]`."""
         scores, values = projected.split([self.num_queries, self.value_rank], dim=-1)
         scores = scores.transpose(2, 3)
         if mask is not None:
@@ -70,7 +65,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
             top = torch.maximum(top, state[0])
         weights = (scores - top.unsqueeze(-1)).exp()
         if mask is not None:  # a chunk may hold nothing that counts for a row
-            weights = weights * mask[None, :, None, :].to(weights.dtype)
+            weights = weights * mask[None, :, None, :]
         norm = weights.sum(dim=-1)  # [S, B, K]
         total = torch.matmul(weights.unsqueeze(-2), values).squeeze(-2)  # [S, B, K, R / K]
         if state is not None:
@@ -79,19 +74,17 @@ class AttentivePoolingAggregator(LowRankAggregator):
             total = total + state[2] * shrink.unsqueeze(-1)
         return top, norm, total
 
-    def pooled(self, state):
+    def result(self, state, slots):
         _, norm, total = state
-        return (total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).flatten(2)  # [S, B, R]
-
-    def expand(self, pooled, slots):
+        pooled = (total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).flatten(2)  # [S, B, R]
         return torch.matmul(pooled, self.out[slots].transpose(1, 2))
 
     def weights(self, x, mask, slots):
-        """The softmax of each query, averaged over queries."""
+        """Return the softmax of each query, averaged over queries."""
         scores, _ = self._split(self.project(x, slots), mask)
         return scores.softmax(dim=-1).mean(dim=2)
 
 
 def _sizes(config) -> tuple[int, int]:
-    """Queries, and rank of all values together."""
+    """Return the number of queries and the rank of all values together."""
     return config.options.get("num_queries", 4), config.options.get("value_rank", 8)

@@ -31,7 +31,7 @@ class LastItemAggregator(Aggregator):
         return state
 
     def weights(self, x, mask, slots):
-        """1 for the last valid item, 0 for all others."""
+        """Return 1 for the last valid item, 0 for all others."""
         slot_count, batch, items, _ = x.shape
         valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
         return last_valid(valid).to(x.dtype).expand(slot_count, batch, items)

@@ -27,10 +27,8 @@ class MultiMaxAggregator(LowRankAggregator):
 
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
-        self.rank = self.members(config) * _maxima(config)
-        self.value = nn.Parameter(
-            torch.randn(num_slots, self.rank, config.hidden_size) / math.sqrt(config.hidden_size)
-        )
+        rank = self.members(config) * _maxima(config)
+        self.value = nn.Parameter(torch.randn(num_slots, rank, config.hidden_size) / math.sqrt(config.hidden_size))
 
     @classmethod
     def check(cls, config):
@@ -57,32 +55,29 @@ class MultiMaxAggregator(LowRankAggregator):
         return self.value[slots]
 
     @staticmethod
-    def _counted(projected: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """`[S, B, n, M R]`, as low as can be off the mask."""
+    def _masked(projected: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Put -inf where the mask is false: `[S, B, n, M R]`."""
         return projected if mask is None else projected.masked_fill(~mask[None, :, :, None], float("-inf"))
 
     def absorb(self, state, projected, mask):
-        top = self._counted(projected, mask).amax(dim=2)  # [S, B, M R]
+        top = self._masked(projected, mask).amax(dim=2)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 
-    def pooled(self, state):
-        # Of a row of which nothing has counted so far; NaN stays, so that a score of it is none.
+    def result(self, state, slots):
+        # A row without a token that counts has -inf. NaN stays: such a row gets no score.
         return state.masked_fill(state == float("-inf"), 0.0)
 
-    def expand(self, pooled, slots):
-        return pooled
-
     def weights(self, x, mask, slots):
-        """The share of the directions whose largest value is the item's."""
-        projected = self._counted(self.project(x, slots), mask)  # [S, B, N, M R]
+        """Return the share of the directions that have their largest value at the item."""
+        projected = self._masked(self.project(x, slots), mask)  # [S, B, N, M R]
         best = projected.argmax(dim=2, keepdim=True)
         return torch.zeros_like(projected).scatter_(2, best, 1.0).mean(dim=-1)
 
 
 class WeightedLayers(Aggregator):
-    """The layer stage: a_l = softmax_l(g_l . m_l + b_l), v = [L' a_1 m_1; ...; L' a_L' m_L'] of L' layers, for each member.
+    """Layer stage of `multimax`: a_l = softmax_l(g_l . m_l + b_l), v = [L' a_1 m_1; ...; L' a_L' m_L'], for each member.
 
-    It starts with equal weights, and keeps the layers apart, because each has directions of its own.
+    L' is the number of layers read. Weights start equal. The layers stay apart, because each has directions of its own.
     """
 
     def __init__(self, config):
@@ -97,22 +92,22 @@ class WeightedLayers(Aggregator):
         return x if state is None else torch.cat([state, x], dim=2)
 
     def _shares(self, items: torch.Tensor) -> torch.Tensor:
-        """`[S, B, L', M, R]` to the softmax over the layers, `[S, B, L', M]`."""
+        """Return the softmax over the layers of `[S, B, L', M, R]`: `[S, B, L', M]`."""
         return ((items * self.gate).sum(dim=-1) + self.bias).softmax(dim=2)
 
     def result(self, state, slots):
-        """`[S, B, L', M R]` to `[S, B, M L' R]`."""
+        """Weigh and join the layers: `[S, B, L', M R]` to `[S, B, M L' R]`."""
         items = state.unflatten(-1, (self.num_members, -1))
         weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
 
     def weights(self, x, mask, slots):
-        """The softmax, averaged over members."""
+        """Return the softmax, averaged over members."""
         return self._shares(x.unflatten(-1, (self.num_members, -1))).mean(dim=-1)
 
 
 class AveragedClassifier(Classifier):
-    """The mean of several linear maps, each of a part of the pooled vector."""
+    """Average several linear maps, each of a part of the pooled vector."""
 
     def __init__(self, num_members: int, width: int, num_labels: int):
         super().__init__(num_members * width, num_labels)

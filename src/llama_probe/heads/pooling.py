@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
-from .aggregator import Aggregator, masked_max, register_probe_type, repeat_slots
+from .aggregator import Aggregator, masked_max, register_probe_type
 
 
 @register_probe_type("pooling")
@@ -21,11 +19,7 @@ class PoolingAggregator(Aggregator):
             total, count = x.sum(dim=2), x.new_full(x.shape[:2], float(x.shape[2]))
         else:
             weight = mask.to(x.dtype)
-            rows = weight[None, :, None, :]
-            if torch.compiler.is_dynamo_compiling():
-                # Of a single row inductor makes a sum, and of those of several layers one loop, until which it keeps their states.
-                rows = rows.expand(-1, -1, 2, -1)
-            total = torch.matmul(rows, x)[:, :, 0]  # [S, B, D]
+            total = torch.matmul(weight[None, :, None, :], x).squeeze(2)  # [S, B, D]
             count = weight.sum(dim=1).expand(len(x), -1)  # [S, B]
         return (total, count) if state is None else (state[0] + total, state[1] + count)
 
@@ -35,28 +29,8 @@ class PoolingAggregator(Aggregator):
         total, count = state
         return total / count.clamp_min(1.0).unsqueeze(-1)
 
-    @classmethod
-    def read(cls, stages, state, x, mask, slot):
-        if state is not None:
-            return stages[0].update(state, x, mask, slice(slot, slot + 1))
-        # without parameters all heads say the same
-        return repeat_slots(stages[0].update(None, x, mask, slice(slot, slot + 1)), len(stages))
-
-    @classmethod
-    def summarize(cls, stages, state, slot, out):
-        out.copy_(stages[0].result(state, slice(slot, slot + 1)))
-
-    @classmethod
-    def whole_reader(cls, stages, mask, slot, out):
-        stage, slots = stages[0], slice(slot, slot + 1)
-        if mask is not None or stage.pool == "max":
-            return lambda x: out.copy_(stage(x.unsqueeze(0), mask, slots))
-        if len(stages) == 1:
-            return partial(torch.mean, dim=1, out=out[0])
-        return lambda x: out.copy_(x.mean(dim=1))
-
     def weights(self, x, mask, slots):
-        """Mean: the same weight for each valid item. Max: the share of dimensions in which the item is the maximum."""
+        """Return equal weights (mean), or the share of dimensions in which the item is the maximum (max)."""
         slot_count, batch, items, _ = x.shape
         if self.pool == "mean":
             valid = x.new_ones(batch, items) if mask is None else mask.to(x.dtype)

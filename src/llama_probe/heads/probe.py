@@ -14,20 +14,24 @@ from torch import nn
 from ..backbone.capture import collect_hidden_states, find_decoder
 from ..backbone.fingerprint import describe
 from ..errors import ProbeError
-from ..heads import create_stages, get_probe_type, normalize, repeat_rows, without_autocast
-from ..serving.cache import ProbeState
-from ..serving.stack import HeadStack
+from .aggregator import create_stages, get_probe_type
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
 from .scope import check_rows, token_mask
+from .states import normalize, without_autocast
+from .stream import ProbeState
+
+
+_HALF = (torch.bfloat16, torch.float16)
+# For so few tokens, casting the weights of a head costs more than its products in fp32.
+_FEW_TOKENS = 128
 
 
 class ProbeModel(nn.Module):
     """A probe head over all hidden states of a frozen causal LM (arXiv 2601.13288, section 3).
 
-    There are three ways in. `forward` takes whole tensors, for training; `init_state`, `step` and `finish` take the
-    states layer by layer, and chunk by chunk, while the LM runs; `begin_reply` and `extend` go on from there token by
-    token. They agree to 1e-5 in fp32.
+    There are two ways in. `forward` takes whole tensors, for training. `init_state`, `step` and `finish` take groups of
+    layers and chunks of tokens while the LM runs. They agree to 1e-5 in fp32.
 
     Parameters are always fp32; the states are cast where they come in, but for `step` with states in half precision of 128
     tokens or more: there kinds of low rank apply their maps in that dtype. Casting the module to another dtype moves it to
@@ -62,6 +66,7 @@ class ProbeModel(nn.Module):
         self.config = config
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
+        self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage, self.layer_stage = create_stages(config)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
@@ -236,7 +241,8 @@ class ProbeModel(nn.Module):
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
         if output_attentions:
-            output.token_weights = self.token_stage.weights(x, mask, slice(None)).transpose(0, 1)  # [B, S, T]
+            weights = self.token_stage.weights(x, mask, slice(None))
+            output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
         return output
 
     def pool(
@@ -275,87 +281,94 @@ class ProbeModel(nn.Module):
             raise ProbeError(f"each of hidden_states must be [batch, tokens, {width}]")
         return torch.stack([hidden_states[layer] for layer in self.layer_indices])
 
-    # Layer by layer
+    # Groups of layers, while the LM runs
 
-    def init_state(
-        self,
-        mask: torch.Tensor,
-        past: int = 0,
-        output_attentions: bool = False,
-        running: Any = None,
-        keep: bool = False,
-    ) -> ProbeState:
-        """Starts on a batch of prompts.
+    def init_state(self, state: Any = None, keep: bool = False, output_attentions: bool = False) -> ProbeState:
+        """Start on a batch of prompts.
 
         Args:
-            mask (`torch.Tensor` of shape `[batch, prompt_tokens]`): true for the tokens that count, for the whole
-                prompt even where it arrives in chunks.
-            past: number of leading columns that the LM will not run again, because a cache holds them.
-            output_attentions: keep the token weights of each layer. The prompt must then arrive in one chunk.
-            running: what `begin_reply` and `read` made of the tokens before `past`; see `Aggregator`.
-            keep: keep what `begin_reply` needs. A row may then hold no token that counts so far; only `finish` refuses it.
-
-        Raises:
-            ProbeError: a row has no token that counts, or one that counts lies before `past` and is not in `running`.
+            state: token-stage state of earlier tokens, from `ProbeState.joined`.
+            keep: keep what is needed to go on after the last token.
+            output_attentions: also keep the token weights. The prompt must then come in one chunk.
         """
-        return HeadStack([self]).init_state(mask, past, output_attentions, running, keep)
+        return ProbeState(len(self.layer_indices), state, keep, output_attentions)
 
-    @torch.no_grad()
-    def step(self, state: ProbeState, layer: int, hidden: torch.Tensor) -> None:
-        """Takes in the states of one layer for the next chunk of the prompt, without gradients.
+    def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
+        """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
+
+        It is fp32, or half precision where that is the LM's, the kind reads it and there are many tokens: the head's products
+        are then several times as fast, and round less than the LM itself.
+        """
+        half = x.dtype in _HALF and self.token_stage.half and self.config.normalize != "none"
+        half = half and x.shape[1] * x.shape[2] > _FEW_TOKENS
+        return self.config.normalize, x.dtype if half else torch.float32, self.device
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """Move, cast and normalise states `[S, batch, n, hidden_size]` of an LM, as `step` takes them."""
+        kind, dtype, device = self.input_format(x)
+        return normalize(x.to(device, dtype), kind)
+
+    @without_autocast
+    def step(
+        self,
+        state: ProbeState,
+        layers: Sequence[int],
+        x: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        last: bool = True,
+    ) -> None:
+        """Read the next tokens of some layers, without gradients.
 
         Args:
             state: from `init_state`.
-            layer: index of the state, 0 (embeddings) to L (after the final norm). Layers that the head does not read
-                are ignored.
-            hidden (`torch.Tensor` of shape `[batch, n, hidden_size]`): states of the next n prompt tokens.
-        """
-        stack = HeadStack([self])
-        stack.step(state, layer, hidden)
-        stack.settle(state)
-
-    def finish(self, state: ProbeState) -> ProbeOutput:
-        """Scores a prompt that every layer has seen in full.
+            layers: indices of the states, ascending, 0 (embeddings) to L (after the final norm). Between the first and the
+                last of them no layer that the head reads is left out; others are ignored.
+            x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
+            token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count; all if left out.
+            last: no token that counts follows.
 
         Raises:
-            ProbeError: a layer has seen only a part of the prompt, or a row holds no token that counts.
+            ProbeError: token weights are asked for, and the prompt comes in several chunks.
         """
-        return HeadStack([self]).finish(state)[0]
-
-    # Token by token, all layers at once
-
-    def begin_reply(self, state: ProbeState | None, repeats: int = 1) -> Any:
-        """What `extend` and `read` start from: the prompt that `step` has taken in, or nothing.
-
-        Args:
-            state: of a finished prompt, of a head that reads replies or with `keep`; `None` where the head does not read it.
-            repeats: number of replies to each prompt; its rows follow one another.
-        """
-        return None if state is None else repeat_rows(HeadStack([self]).running(state, 0), repeats)
+        places = [place for place, layer in enumerate(layers) if layer in self._slots]
+        if not places:
+            return
+        if len(places) < len(layers):
+            x = x[_as_slice(places)]
+        first = self._slots[layers[places[0]]]
+        slots = slice(first, first + len(places))
+        earlier = state.pop(slots)
+        with torch.no_grad():  # a decorator would break the graph of torch.compile
+            if state.output_attentions:
+                if earlier is not None or not last:
+                    raise ProbeError(
+                        "output_attentions needs the prompt in one pass: leave out prefill_chunk_size and cache"
+                    )
+                state.put_weights(slots, self.token_stage.weights(x, token_mask, slots))
+            seen = self.token_stage.update(earlier, x, token_mask, slots)
+            if state.keep or not last:
+                state.put(slots, seen)
+            else:  # of the tokens nothing is kept
+                state.put_summary(slots, self.token_stage.result(seen, slots))
 
     @without_autocast
-    def extend(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ProbeOutput]:
-        """Takes in further tokens as `read` does, and scores all that was taken in so far.
+    def finish(self, state: ProbeState) -> ProbeOutput:
+        """Score what `step` has read so far: logits `[batch, num_labels]`.
 
-        Returns:
-            What to go on from, and the scores with logits `[rows, num_labels]`.
+        Raises:
+            ProbeError: not every layer has been read.
         """
-        running = self.read(running, x, mask)
-        return running, self.score_summaries(self.token_stage.result(running, slice(None)))
-
-    @without_autocast
-    def read(self, running: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
-        """Takes in further tokens of every layer.
-
-        Args:
-            running: from `begin_reply` or an earlier call.
-            x (`torch.Tensor` of shape `[layers_read, rows, n, hidden_size]`): their states, as the LM gives them.
-            mask (`torch.BoolTensor` of shape `[rows, n]`): the tokens that count.
-
-        Returns:
-            What to go on from.
-        """
-        return self.token_stage.update(running, self.normalize(x), mask, slice(None))
+        with torch.no_grad():
+            summaries = state.summaries()
+            if summaries is None and (seen := state.joined()) is not None:
+                summaries = self.token_stage.result(seen, slice(None))
+            if summaries is None or len(summaries) != state.num_slots:
+                raise ProbeError(
+                    f"{0 if summaries is None else len(summaries)} of {state.num_slots} layers have been read"
+                )
+            output = self.score_summaries(summaries, output_attentions=state.output_attentions)
+            output.token_weights = state.weights()
+        return output
 
     # Shared by all
 
@@ -391,5 +404,13 @@ class ProbeModel(nn.Module):
         if labels is not None:
             output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
         if output_attentions:
-            output.layer_weights = self.layer_stage.weights(items, None, slice(None))[0]  # [B, S]
+            weights = self.layer_stage.weights(items, None, slice(None))
+            output.layer_weights = None if weights is None else weights[0]  # [B, S]
         return output
+
+
+def _as_slice(places: Sequence[int]) -> slice | list[int]:
+    """Return ascending indices as a slice if they are evenly spaced: it takes no copy."""
+    step = places[1] - places[0] if len(places) > 1 else 1
+    even = list(range(places[0], places[-1] + 1, step)) == list(places)
+    return slice(places[0], places[-1] + 1, step) if even else list(places)

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..heads import get_probe_type
-from .aggregator import last_valid
+from .aggregator import get_probe_type, last_valid
+from .configuration import ProbeConfig
 
-
-if TYPE_CHECKING:
-    from .configuration import ProbeConfig
-    from .probe import ProbeModel
 
 logger = logging.get_logger(__name__)
 
 
 def token_mask(
-    config: ProbeConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, begun: bool = False
+    config: ProbeConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    partial_prompt: bool = False,
 ) -> torch.Tensor:
-    """The tokens that count for a head.
+    """Return which tokens count for a head.
 
     With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
-    after its left padding. A row that begins otherwise - another system prompt, no template - is read whole, and that
-    is warned of once.
+    after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
+    so once.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
-        begun: whether these are prompts that may go on: of a row that ends within the constant prefix nothing counts yet.
+        partial_prompt: the prompts may go on. Nothing counts yet of a row that ends within the constant prefix.
 
     Returns:
         `torch.BoolTensor` of shape `[batch, tokens]`.
 
     Raises:
-        ProbeError: the scope needs ids that are not at hand, or is `"response"`: where a reply begins cannot be seen from
-            the ids.
+        ProbeError: the scope needs ids and there are none, or is `"response"`: ids do not show where a reply begins.
     """
     if config.token_scope == "response":
         raise ProbeError(
@@ -65,10 +62,10 @@ def token_mask(
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
     positions = first + torch.arange(count, device=input_ids.device)  # [B, prefix]
     same = input_ids.gather(1, positions.clamp_max(width - 1)) == prefix
-    if begun:
+    if partial_prompt:
         same |= positions >= width
     begins = same.all(dim=1, keepdim=True)
-    begins &= begun | (first + count <= width)  # [B, 1]
+    begins &= partial_prompt | (first + count <= width)  # [B, 1]
     if not torch.compiler.is_dynamo_compiling() and not bool(begins.all()):
         logger.warning_once(
             "A prompt does not begin with the constant prefix that a probe head was trained to leave out (another chat "
@@ -79,23 +76,26 @@ def token_mask(
 
 
 def prompt_masks(
-    heads: Mapping[str, ProbeModel],
+    configs: Mapping[str, ProbeConfig],
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     probe_mask: torch.Tensor | None,
-    begun: bool = False,
+    partial_prompt: bool = False,
     placeholder_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """For each head the tokens of the prompt that count, `[prompts, prompt_tokens]`. `begun`: see `token_mask`.
+    """Return for each head, by the name of its config, the prompt tokens that count: `[prompts, prompt_tokens]`.
 
-    Heads of one scope have one tensor, by which a compiled pass, which sees no values, knows them.
+    Heads of one scope share one tensor.
 
-    Heads are trained on texts: tokens with `placeholder_ids`, which stand for images or the like, only count where
+    Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
 
+    Args:
+        partial_prompt: see `token_mask`.
+
     Raises:
-        ProbeError: no prompt, or the mask and the prompt do not fit each other.
+        ProbeError: there is no prompt, or mask and prompt have different shapes.
     """
     source = input_ids if input_ids is not None else inputs_embeds
     for name, tensor, shape in (
@@ -124,28 +124,33 @@ def prompt_masks(
         attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
     if probe_mask is not None:
         chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
-        return dict.fromkeys(heads, chosen)
+        return dict.fromkeys(configs, chosen)
     text = None
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
     made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
     masks = {}
-    for name, head in heads.items():
-        scope = head.config.token_scope, tuple(head.config.prefix_ids)
+    for name, config in configs.items():
+        scope = config.token_scope, tuple(config.prefix_ids)
         if scope not in made:
-            mask = token_mask(head.config, input_ids, attention_mask, begun)
+            mask = token_mask(config, input_ids, attention_mask, partial_prompt)
             made[scope] = mask if text is None else mask & text.to(mask.device)
         masks[name] = made[scope]
     return masks
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
-    """Those of the tokens that count, `[batch, tokens]`, which matter to the head's kind."""
+    """Return, of the tokens that count, `[batch, tokens]`, those that the head's kind looks at: all, or the last of each row."""
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
+def read_masks(configs: Mapping[str, ProbeConfig], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Apply `tokens_read` to the mask of each head. Heads that share a tensor, and read all tokens, share the result."""
+    return {name: tokens_read(config, masks[name]) for name, config in configs.items()}
+
+
 def check_rows(mask: torch.Tensor | None) -> None:
-    """Raises `ProbeError` where a row of a `[batch, tokens]` mask holds no token that counts."""
+    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts."""
     if mask is None:
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()

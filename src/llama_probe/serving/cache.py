@@ -1,79 +1,18 @@
-"""What heads hold between two calls: of a prompt that the LM is in the middle of, and of all that an LM's cache holds."""
+"""`ProbeCache`: what heads keep of the tokens in an LM's KV cache, so that a later call can go on from there."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
 from ..heads import select_rows
-
-
-if TYPE_CHECKING:
-    from ..heads.probe import ProbeModel
-
-
-@dataclass
-class WaitingLayers:
-    """Consecutive layers that heads of low rank have seen a chunk of, and have not gone on with.
-
-    Attributes:
-        columns: of the prompt, from and to. start, stop: slots.
-        projected: `[layers * heads, batch, columns, rank]`; may have room for more.
-        places: the same memory, where the projections go: `[layers, heads, batch * columns, rank]`, or turned; in the dtype
-            that they are made in.
-    """
-
-    columns: tuple[int, int]
-    start: int
-    stop: int
-    projected: torch.Tensor
-    places: torch.Tensor
-
-    @property
-    def end(self) -> int:
-        """The slot before which there is room."""
-        return self.start + len(self.places)
-
-
-@dataclass
-class ProbeState:
-    """What H heads side by side - a `HeadStack`; one in most cases - hold of a prompt between two calls of `step`.
-
-    Attributes:
-        mask (`torch.BoolTensor` of shape `[batch, prompt_tokens]`): tokens that count.
-        start, stop: columns before `start` and from `stop` on hold no token that counts, and are never read.
-        full: whether all tokens between them count that are still to be read.
-        keep: whether `partial` stays when a layer has seen the whole prompt.
-        seen: a layer's number of prompt tokens so far, by slot.
-        summaries: `[layers_read, H, batch, hidden_size]`, of the layers that have seen the whole prompt; of heads of low rank
-            what `expand` needs of them, `[layers_read, H, batch, ...]`, from the first pooled layer on.
-        partial: token-stage state, `[H, batch, ...]`, of the layers that have not, by slot.
-        waiting: layers whose state is not in `partial` yet.
-        token_weights: `[H, batch, prompt_tokens]` by slot, where they were asked for.
-    """
-
-    mask: torch.Tensor
-    start: int
-    stop: int
-    full: bool
-    keep: bool
-    output_attentions: bool
-    seen: list[int]
-    summaries: torch.Tensor | None = None
-    partial: dict[int, Any] = field(default_factory=dict)
-    waiting: WaitingLayers | None = None
-    token_weights: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether nothing of the prompt has been read, and nothing before it."""
-        return not self.partial and not any(self.seen)
+from ..heads.probe import ProbeModel
 
 
 class HeadReference(weakref.ref):

@@ -13,13 +13,12 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import copy_cache
-from ..backbone.capture import without_peft
+from ..backbone.capture import handing_states_to, without_peft
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..hub.resolve import ProbeSpec, Target, read_heads, read_heads_beside
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
-from .compiled_pass import compiled_pass
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class
@@ -33,6 +32,7 @@ from .session import (
     open_session,
     prompt_session,
     session_of,
+    traced_reader,
 )
 from .streaming import HoldBackStreamer
 
@@ -182,37 +182,33 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if running.complete:
                 return super().forward(**kwargs)
             session = running
-        prompts = session is None or isinstance(session, PrefillSession)  # and not replies
-        if compiling and prompts and probe_state in (None, False):
-            heads = self._active_heads(probes) if session is None else session.heads
-            plan = compiled_pass(self, heads, session, kwargs, probe_mask) if heads else None
-            if plan is not None:
-                with plan.reading():
-                    output = super().forward(**kwargs)
-                configs = {name: head.config for name, head in heads.items()}
-                return with_scores(output, plan.logits(), configs)
-        if session is not None:
-            with session.reading(session.decoder or self._decoder, kwargs) as inputs:
-                output = super().forward(**inputs)
-                if isinstance(session, PrefillSession):
-                    session.cache = getattr(output, "cache", inputs.get("cache"))
-            return output
-        heads = self._active_heads(probes)
-        if not heads:
-            refuse_without_heads(probe_state)
-            return super().forward(**kwargs)
+        generating = session is not None
+        heads = session.heads if generating else self._active_heads(probes)
         configs = {name: head.config for name, head in heads.items()}
-        probe_logits = state = None
-        decoder = self._decoder
-        session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
-        if session is None:
-            output = super().forward(**kwargs)
-        else:
-            with session.reading(decoder, kwargs) as inputs:
-                output = super().forward(**inputs)
-            probe_logits = {name: result.logits for name, result in session.results().items()}
-            state = session.probe_cache() if session.keep else None
-        return with_scores(output, probe_logits, configs, state, probe_state is not None)
+        if compiling and heads and isinstance(session, PrefillSession | None) and probe_state in (None, False):
+            reader = traced_reader(self, heads, session, kwargs, probe_mask)
+            if reader is not None:
+                with handing_states_to(reader):
+                    output = super().forward(**kwargs)
+                reader.end()
+                return with_scores(output, reader.traced_logits(), configs)
+        decoder = (session.decoder if generating else None) or self._decoder
+        if not generating:
+            if not heads:
+                refuse_without_heads(probe_state)
+                return super().forward(**kwargs)
+            session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
+            if session is None:  # a later step of somebody's own decoding loop
+                return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
+        with session.reading(decoder, kwargs) as inputs:
+            output = super().forward(**inputs)
+            if isinstance(session, PrefillSession):
+                session.cache = getattr(output, "cache", inputs.get("cache"))
+        if generating:
+            return output
+        logits = {name: result.logits for name, result in session.results().items()}
+        state = session.probe_cache() if session.return_state else None
+        return with_scores(output, logits, configs, state, probe_state is not None)
 
     def classify(
         self,

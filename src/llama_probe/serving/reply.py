@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backbone.capture import Capture, Decoder, check_seen
+from ..backbone.capture import Capture, Decoder
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
 from .cache import ProbeCache
+from .reader import StateReader
 
 
 if TYPE_CHECKING:
@@ -37,14 +38,13 @@ class TokenScores:
 
 
 class ReplyRecorder:
-    """Takes the tokens of the replies into what heads keep of the prompts, so that the next prompt can go on from there.
+    """Read the tokens of the replies into what heads keep of the prompts, so that the next prompt can go on from there.
 
-    All tokens that a later prompt will hold count, as they do for the LM: those that are scored, and the one that ends a reply.
-    Nothing is scored.
-    A few tokens wait for each other, to be taken in at once, and since `generate()` may take the last one back.
+    All tokens that a later prompt will hold count: those that are scored, and the one that ends a reply. Nothing is scored.
+    Tokens wait until a chunk is full, and since `generate()` may take the last one back.
 
     Args:
-        prompt: what reads the prompts; keeps the states of its heads.
+        prompt: the session of the prompts; it has the states of its heads.
         eos_token_ids: tokens that end a reply.
     """
 
@@ -55,52 +55,52 @@ class ReplyRecorder:
         self.layers: Collection[int] = {layer for head in prompt.heads.values() for layer in head.layer_indices}
         self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
         self._open: torch.Tensor | None = None
-        self._running: dict[str, Any] = {}
-        self._waiting: list[Mapping[int, torch.Tensor]] = []
+        self._reader: StateReader | None = None
+        self._waiting: list[dict[int, torch.Tensor]] = []
         self._tokens: list[torch.Tensor] = []
         self._counted: list[torch.Tensor] = []
 
     def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
-        """Begins, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
+        """Begin, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
         if self._open is not None:
             return
-        repeats = rows // self.prompt.prompts
-        for name in self.prompt.heads:
-            self._running[name] = self.prompt.running(name, repeats)
-        is_open = torch.ones(rows, dtype=torch.bool)
+        repeats, names = rows // self.prompt.prompts, self.prompt.heads
+        states = {name: self.prompt.state(name, repeats) for name in names}
+        self._reader = StateReader(self.prompt.heads, states, keep=names)
+        self._open = torch.ones(rows, dtype=torch.bool)
         if closed is not None:
-            is_open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
-        self._open = is_open
+            self._open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
 
-    def take(self, states: Mapping[int, torch.Tensor], tokens: torch.Tensor, scored: torch.Tensor) -> None:
-        """Takes one more token a row: its states `[rows, 1, hidden_size]` by layer, its id, `[rows]`, and whether it is scored."""
+    def begin(self, tokens: torch.Tensor, scored: torch.Tensor) -> None:
+        """Announce one more token a row: its id, `[rows]`, and whether it is scored."""
         self._open = self._open.to(tokens.device)
         ends = torch.isin(tokens, self._ends.to(tokens.device))
+        if len(self._waiting) > self._CHUNK:
+            self._read(self._CHUNK)
         self._counted.append(self._open & (scored | ends))
         self._open = self._open & ~ends
         self._tokens.append(tokens)
-        self._waiting.append(states)
-        if len(self._waiting) > self._CHUNK:
-            self._read(self._CHUNK)
+        self._waiting.append({})
+
+    def on_state(self, layer: int, hidden: torch.Tensor) -> None:
+        """Take a state `[rows, 1, hidden_size]` of the announced token."""
+        if layer in self.layers:
+            self._waiting[-1][layer] = hidden
 
     def _read(self, tokens: int) -> None:
-        """Takes in the first so many of the tokens that wait."""
+        """Read the first of the tokens that wait."""
         if not tokens:
             return
         first = len(self._tokens) - len(self._waiting)
-        mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
         chunk, self._waiting = self._waiting[:tokens], self._waiting[tokens:]
-        stacks: dict[tuple[int, ...], torch.Tensor] = {}
-        with torch.no_grad():
-            for name, head in self.prompt.heads.items():
-                layers = tuple(head.layer_indices)
-                if layers not in stacks:
-                    parts = [torch.cat([states[layer].to(head.device) for states in chunk], 1) for layer in layers]
-                    stacks[layers] = torch.stack(parts)  # [S, rows, n, D]
-                self._running[name] = head.read(self._running[name], stacks[layers], mask.to(head.device))
+        mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
+        self._reader.begin(dict.fromkeys(self.prompt.heads, mask), last=False)
+        for layer in sorted(self.layers):
+            self._reader.on_state(layer, torch.cat([states[layer] for states in chunk], dim=1))  # [rows, n, D]
+        self._reader.end()
 
     def probe_cache(self, rows: int, length: int) -> ProbeCache:
-        """What the heads keep of the prompts and of the replies, for a cache of so many rows and tokens of both together."""
+        """Return what the heads keep of prompts and replies, for a KV cache of so many rows and tokens of both together."""
         self.start(rows)
         taken_back = max(0, self.prompt.length + len(self._tokens) - length)
         self._read(max(0, len(self._waiting) - taken_back))
@@ -108,22 +108,23 @@ class ReplyRecorder:
         none = torch.zeros(rows, 0, dtype=torch.long)
         tokens = torch.stack(self._tokens[:count], dim=1) if count else none
         counted = torch.stack(self._counted[:count], dim=1) if count else none.bool()
-        return self.prompt.probe_cache(self._running, tokens, counted)
+        states = {name: state.joined() for name, state in self._reader.states.items()}
+        return self.prompt.probe_cache(states, tokens, counted)
 
 
 class ReplySession:
-    """Feeds the tokens of the replies to the heads, one a row and pass, as the LM reads them.
+    """Read the tokens of the replies with the heads, one a row and pass, as the LM reads them.
 
-    A token is read by the pass after the one that chose it: what this scores is always the text so far. Nothing reads the
-    last token of a reply, which therefore has no score. End-of-sequence tokens and what follows them do not count.
+    A pass reads the token that the pass before it chose: scores are always of the text so far. The last token of a reply is
+    read by no pass, and has no score. End-of-sequence tokens and what follows them do not count.
 
     Args:
         heads: those that read replies, by name.
-        prompt: what reads the prompts; has the states of the heads that read both.
+        prompt: the session of the prompts; it has the states of the heads that read both.
         eos_token_ids: tokens that end a reply.
-        pad_token_id: does not count, where replies may end without such a token: nothing else tells then that one has ended.
-            `None` where none may; it is then a token as any other.
-        recorder: takes the tokens in as well, for the prompts that go on from here.
+        pad_token_id: does not count, if replies may end without such a token: nothing else shows then that one has ended.
+            `None` if none may; it is then a token like any other.
+        recorder: reads the tokens as well, for the prompts that go on from here.
 
     Attributes:
         on_token: called at the end of each pass.
@@ -141,29 +142,27 @@ class ReplySession:
         self.on_token: Callable[[TokenScores], Any] | None = None
         self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
         self._pad = pad_token_id
-        self._layers: Collection[int] = {layer for head in heads.values() for layer in head.layer_indices}
-        self._layers |= recorder.layers if recorder is not None else set()
-        # There from the first pass that is read to the end of the session; what other passes give is not wanted.
+        self._reader: StateReader | None = None
+        # Open from the first pass that is read to the end of the session; what other passes give is not wanted.
         self._capture: Capture | None = None
-        self._states: dict[int, torch.Tensor] | None = None
+        self._reading = False
         self._live: torch.Tensor | None = None
         self._ended: torch.Tensor | None = None
-        self._running: dict[str, Any] = {}
         self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
         self._steps = 0
 
     @property
     def decoder(self) -> Decoder | None:
-        """See `PrefillSession`."""
+        """The LM's decoder; see `PrefillSession`."""
         return self.prompt.decoder
 
     def end(self, rows: Sequence[bool]) -> None:
-        """Scores no further token of these rows: one entry a prompt or a row."""
+        """Score no further token of these rows: one entry a prompt or a row."""
         self._ended = torch.tensor(list(rows))
 
     @contextmanager
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
-        """Reads the states of one forward pass of the LM, which is about to run over `inputs`, and scores its last token.
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`, and score its last token.
 
         Yields:
             The arguments with which it must run.
@@ -180,44 +179,51 @@ class ReplySession:
                 "the decoding method does not run the LM over one more token of each reply, so heads cannot follow these; "
                 "set_active_probes([...]) with other heads, or [] to generate without"
             )
+        if self._reader is None:
+            repeats = rows // self.prompt.prompts
+            states = {name: self.prompt.state(name, repeats) for name in self.heads}
+            self._reader = StateReader(self.heads, states, keep=self.heads)
         if self._capture is None:
-            self._capture = Capture(decoder, self._keep, self._layers)
+            layers = self._reader.layers | (set() if self.recorder is None else set(self.recorder.layers))
+            self._capture = Capture(decoder, self._on_state, layers)
             self._capture.__enter__()
-        states = self._states = {}
+        if self.recorder is not None:
+            self.recorder.start(rows, self._ended)
+        tokens = ids[:, -1]
+        counted = self._count(tokens)
+        if self.recorder is not None:
+            self.recorder.begin(tokens, counted)
+        mask = counted[:, None]
+        self._reader.begin(dict.fromkeys(self.heads, mask))
+        self._reading = True
         try:
             yield inputs
         finally:
-            self._states = None
-        check_seen(self._layers, states)
-        with torch.no_grad():
-            if self.recorder is not None:
-                self.recorder.start(len(ids), self._ended)
-            counted = self._count(ids[:, -1])
-            if self.recorder is not None:
-                self.recorder.take(states, ids[:, -1], counted)
-            scores = self._score(states, counted)
+            self._reading = False
+        self._reader.end()
+        scores = self._score(counted)
         self._steps += 1
         if self.on_token is not None:
             self.on_token(scores)
 
-    def _keep(self, layer: int, hidden: torch.Tensor) -> None:
-        if self._states is not None:
-            # a view of the last token would keep the states of all
-            self._states[layer] = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
+    def _on_state(self, layer: int, hidden: torch.Tensor) -> None:
+        if self._reading:
+            # A view of the last token would keep the states of all.
+            last = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
+            self._reader.on_state(layer, last)
+            if self.recorder is not None:
+                self.recorder.on_state(layer, last)
 
     def close(self) -> None:
-        """Takes the hooks off the LM. To be called at the end."""
+        """Remove the hooks from the LM. Call it at the end."""
         if self._capture is not None:
             self._capture.__exit__()
             self._capture = None
 
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which of these tokens, one a row, are a part of a reply: `[rows]`."""
+        """Return which of these tokens, one a row, belong to a reply: `[rows]`."""
         if self._live is None:
             self._live = torch.ones_like(tokens, dtype=torch.bool)
-            repeats = len(tokens) // self.prompt.prompts
-            for name in self.heads:
-                self._running[name] = self.prompt.running(name, repeats)
         if self._ended is not None:
             ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
             self._live, self._ended = self._live & ~ended, None
@@ -226,22 +232,16 @@ class ReplySession:
             return self._live
         return self._live & (tokens != self._pad)
 
-    def _score(self, states: Mapping[int, torch.Tensor], counted: torch.Tensor) -> TokenScores:
-        stacks: dict[tuple[int, ...], torch.Tensor] = {}
-        outputs = {}
-        for name, head in self.heads.items():
-            layers = tuple(head.layer_indices)
-            if layers not in stacks:
-                stacks[layers] = torch.stack([states[layer].to(head.device) for layer in layers])  # [S, rows, 1, D]
-            mask = counted.to(head.device)[:, None]
-            self._running[name], output = head.extend(self._running[name], stacks[layers], mask)
-            output.logits = output.logits.masked_fill(~mask, float("nan"))
+    def _score(self, counted: torch.Tensor) -> TokenScores:
+        outputs = self._reader.results()
+        for name, output in outputs.items():
+            uncounted = ~counted.to(output.logits.device)[:, None]
+            output.logits = output.logits.masked_fill(uncounted, float("nan"))
             self._logits[name].append(output.logits)
-            outputs[name] = output
         return TokenScores(self._steps, outputs, counted)
 
     def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
-        """`[rows, new_tokens - 1, num_labels]` by head name: the score after each token that was read, NaN where none counted.
+        """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted.
 
         Args:
             rows, new_tokens: of what `generate()` returns.

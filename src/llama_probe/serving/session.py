@@ -12,16 +12,15 @@ from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..backbone.capture import Capture, Decoder, check_seen, find_decoder, without_peft
+from ..backbone.capture import Capture, Decoder, find_decoder, stay_in_layers, without_peft
 from ..errors import ProbeError
 from ..heads import repeat_rows
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, prompt_masks
+from ..heads.scope import check_rows, prompt_masks, read_masks
 from .arguments import generation_setting, token_ids
 from .cache import CachedHead, HeadReference, ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
-from .head_group import HeadGroup
-from .holding import HeldStates
+from .reader import StateReader
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 
 
@@ -29,28 +28,28 @@ logger = logging.get_logger(__name__)
 
 
 class PrefillSession:
-    """Feeds the states of one batch of prompts to the heads while the LM runs over it, in one or more forward passes.
+    """Read one batch of prompts with the heads while the LM runs over it, in one or more forward passes.
 
     Args:
         heads: the heads that read along, by name.
         masks: for each head the tokens that count, `[prompts, prompt_tokens]`.
-        input_ids: the prompts, `[prompts, prompt_tokens]`; `None` where they are given as embeddings.
-        attention_mask: of the prompts, `[prompts, prompt_tokens]`; `None` where all tokens count.
-        past: leading prompt tokens that a cache holds already.
-        earlier: what heads keep of these tokens.
-        keep: make such a state of the prompts.
-        begun: the prompts may go on: heads that have nothing to read yet, in some row, give no result.
-        output_attentions: keep token and layer weights.
-        shape: `(prompts, prompt_tokens)`, where no head reads the prompts.
+        input_ids: the prompts, `[prompts, prompt_tokens]`; `None` if they are given as embeddings.
+        attention_mask: of the prompts, `[prompts, prompt_tokens]`; `None` if no token is padding.
+        past: leading prompt tokens that the KV cache holds already.
+        earlier: what the heads keep of these tokens.
+        return_state: keep the heads' states, for `probe_cache`.
+        partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
+        output_attentions: also give token and layer weights.
+        shape: `(prompts, prompt_tokens)`; needed if no head reads the prompts.
 
     Attributes:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
-        reply: reads the passes after that; `None` where no head does.
-        cache: of the LM, once it has run; whoever runs it says so.
-        decoder: of the LM, where it stays the same for all passes of the session.
+        reply: reads the passes after that; `None` if no head does.
+        cache: the LM's KV cache. Set after each forward pass.
+        decoder: the LM's decoder, if it stays the same for all passes.
 
     Raises:
-        ProbeError: a prompt that cannot be scored; see `ProbeModel.init_state`.
+        ProbeError: a prompt cannot be scored.
     """
 
     def __init__(
@@ -61,8 +60,8 @@ class PrefillSession:
         attention_mask: torch.Tensor | None = None,
         past: int = 0,
         earlier: ProbeCache | None = None,
-        keep: bool = False,
-        begun: bool = False,
+        return_state: bool = False,
+        partial_prompt: bool = False,
         output_attentions: bool = False,
         shape: tuple[int, int] = (0, 0),
     ):
@@ -70,34 +69,42 @@ class PrefillSession:
         self.input_ids, self.attention_mask = input_ids, attention_mask
         self.seen = past
         self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
-        self.keep = keep
+        self.return_state = return_state
         self.cache: Cache | None = None
         self.decoder: Decoder | None = None
-        running = {}
+        states = {}
         if earlier is not None:
             earlier.check_length(past)
-            running = earlier.resume(heads, masks, input_ids, self._attended())
-        if keep and not begun:  # otherwise the group sees to it
-            for mask in masks.values():
+            states = earlier.resume(heads, masks, input_ids, self._attended())
+        if not partial_prompt:
+            for mask in {id(mask): mask for mask in masks.values()}.values():
                 check_rows(mask)
-        self._group = HeadGroup(heads, masks, past, running, output_attentions, keep)
+        self._read_masks = read_masks({name: head.config for name, head in heads.items()}, masks)
+        for name in heads.keys() - states.keys():
+            if past and bool(self._read_masks[name][:, :past].any()):
+                raise ProbeError(
+                    f"the cache holds {past} tokens of the prompt, and head {name!r} has not read them: pass probe_state= as the "
+                    "call that filled the cache returned it, or the whole prompt without a cache"
+                )
+        keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
+        self._reader = StateReader(heads, states, keep, output_attentions)
         self._taken: dict[str, ProbeOutput] | None = None
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: ReplySession | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether the LM has run over the whole prompt; later passes are plain ones, or those of `reply`."""
+        """True if the LM has run over the whole prompt. Later passes are plain ones, or those of `reply`."""
         return self.seen >= self.length
 
     @property
     def next_reader(self) -> PrefillSession | ReplySession | bool:
-        """What reads the next pass; `False` where nothing does."""
+        """What reads the next pass; `False` if nothing does."""
         return (self.reply or False) if self.complete else self
 
     @contextmanager
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
-        """Reads the states of one forward pass of the LM, which is about to run over `inputs`.
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`.
 
         Yields:
             The arguments with which it must run.
@@ -105,30 +112,20 @@ class PrefillSession:
         Raises:
             ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
         """
-        rows, columns, repeats, width = self._expect(inputs)
-        whole = repeats == 1 and width == columns
-        numbers = rows * columns * decoder.hidden_size
-        reader, cache = self._group.reader(self.prompts, width), inputs.get(decoder.cache_name)
-        held = HeldStates(reader.read, numbers, decoder.num_hidden_layers + 1, cache)
-        seen = set()
-
-        def on_state(layer: int, hidden: torch.Tensor) -> None:
-            seen.add(layer)
-            held.add(layer, hidden if whole else hidden[::repeats, :width])
-
-        with Capture(decoder, on_state, self._group.layers):
+        repeats, width = self._expect(inputs)
+        stop = self.seen + width
+        cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
+        masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
+        self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
+        with Capture(decoder, self._reader.on_state, self._reader.layers):
             yield decoder.whole(inputs)
-        check_seen(self._group.layers, seen)
-        held.read()
-        self.seen += width
-        if not self.complete:
-            return
-        self._group.check_whole()
-        if self.on_complete is not None:
+        self._reader.end()
+        self.seen = stop
+        if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
-    def _expect(self, inputs: dict[str, Any]) -> tuple[int, int, int, int]:
-        """Of a forward pass over `inputs`: rows, columns, how many rows each prompt has, and how many columns are of prompts.
+    def _expect(self, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'.
 
         Raises:
             ProbeError: the pass is not over the next tokens of the prompts.
@@ -140,7 +137,7 @@ class PrefillSession:
         width = min(columns, self.length - self.seen)
         expected = None if self.input_ids is None else self.input_ids[:, self.seen : self.seen + width]
         same = ids is None or expected is None or torch.equal(ids[:: repeats or 1, :width], expected.to(ids.device))
-        # Whoever puts embeddings of their own in place of the ids (PEFT's prompt tuning) may have put further ones before them.
+        # Embeddings in place of the ids may have virtual tokens before them (PEFT's prompt tuning).
         same &= ids is not None or expected is None or columns == self.length - self.seen
         if rest or not repeats or not same:
             raise ProbeError(
@@ -148,15 +145,15 @@ class PrefillSession:
                 "virtual tokens of PEFT's prompt tuning): a part of a prompt is not scored. set_active_probes([]) generates "
                 "without heads"
             )
-        return rows, columns, repeats, width
+        return repeats, width
 
-    def takes_whole(self, rows: int, columns: int) -> bool:
-        """Whether the scores of one pass over so many rows and columns are all that is to be had of it; see `take`."""
+    def scores_alone(self, rows: int, columns: int) -> bool:
+        """Return True if scores are all that is asked of one pass over so many rows and columns; see `take`."""
         whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
-        return whole and not self.keep and self.reply is None
+        return whole and not self.return_state and self.reply is None
 
     def take(self, logits: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
-        """Takes the logits that a compiled pass over `inputs` gave, in place of `reading` it.
+        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it.
 
         Raises:
             ProbeError: it was not over the prompts.
@@ -168,49 +165,98 @@ class PrefillSession:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:
-        """`ProbeOutput` of each head.
+        """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row.
 
         Raises:
             ProbeError: the LM has not run over the whole prompt.
         """
-        return self._group.results() if self._taken is None else self._taken
+        if self._taken is None:
+            if not self.complete:
+                raise ProbeError(
+                    f"the LM has run over {self.seen} of {self.length} tokens: a part of a prompt is not scored"
+                )
+            ready = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
+            self._taken = self._reader.results(ready)
+        return self._taken
 
-    def running(self, name: str, repeats: int = 1) -> Any:
-        """What a head goes on from behind the prompts; see `ProbeModel.begin_reply`. `None` where it does not read them."""
-        return repeat_rows(self._group.running(name), repeats)
+    def state(self, name: str, repeats: int = 1) -> Any:
+        """Return a head's token-stage state behind the prompts, each row repeated; `None` if it does not read them."""
+        return repeat_rows(self._reader.states[name].joined(), repeats) if name in self.heads else None
 
     def probe_cache(
         self,
-        running: dict[str, Any] | None = None,
+        states: dict[str, Any] | None = None,
         tokens: torch.Tensor | None = None,
-        counted: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> ProbeCache:
-        """What the heads keep of the prompts, once the LM has run over them. Needs `keep`, and ids.
+        """Return what the heads keep of the prompts, once the LM has run over them. Needs `return_state`, and ids.
 
         Args:
-            running: what they made of the prompts and of replies to them, by name.
-            tokens, counted (`[rows, reply_tokens]`): ids of these replies, and which of them count.
+            states: token-stage states of the prompts and of replies to them, by name.
+            tokens, token_mask (`[rows, reply_tokens]`): ids of these replies, and which of them count.
         """
-        if running is None:
-            running = {name: self.running(name) for name in self.heads}
+        if states is None:
+            states = {name: self.state(name) for name in self.heads}
             tokens = self.input_ids[:, :0]
-            counted = tokens.bool()
+            token_mask = tokens.bool()
 
         def behind(prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
-            return torch.cat(
-                [prompts.repeat_interleave(len(replies) // self.prompts, 0), replies.to(prompts.device)], 1
-            )
+            rows = prompts.repeat_interleave(len(replies) // self.prompts, 0)
+            return torch.cat([rows, replies.to(prompts.device)], 1)
 
         heads = {
-            name: CachedHead(HeadReference(head), behind(self.masks[name], counted), running[name])
+            name: CachedHead(HeadReference(head), behind(self.masks[name], token_mask), states[name])
             for name, head in self.heads.items()
         }
-        return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), counted), heads)
+        return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), token_mask), heads)
 
     def _attended(self) -> torch.Tensor:
         if self.attention_mask is None:
             return torch.ones_like(self.input_ids, dtype=torch.bool)
         return self.attention_mask.bool()
+
+
+def traced_reader(
+    lm: nn.Module,
+    heads: Mapping[str, ProbeModel],
+    session: PrefillSession | None,
+    inputs: dict[str, Any],
+    probe_mask: torch.Tensor | None,
+) -> StateReader | None:
+    """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing.
+
+    Values cannot be looked at there: no row is refused, and `traced_logits` gives NaN for a row without a token that counts.
+
+    Args:
+        heads: the heads of the call.
+        session: of the `generate()` call, which has made their masks.
+        probe_mask: see `prompt_masks`.
+
+    Returns:
+        `None` if the pass is not over whole prompts, or more than their scores is asked for.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if session is None and ((ids is None and embeds is None) or cached_tokens(inputs)):
+        return None
+    rows, columns = (embeds if ids is None else ids).shape[:2]
+    if session is not None and not session.scores_alone(rows, columns):
+        return None
+    configs = {name: head.config for name, head in heads.items()}
+    masks = session.masks if session is not None else None
+    if masks is None:
+        attention_mask = inputs.get("attention_mask")
+        placeholder_ids = _placeholder_ids(lm)
+        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholder_ids)
+    if not stay_in_layers(lm):
+        return None
+    reader = StateReader(heads)
+    reader.begin(read_masks(configs, masks), repeats=rows // len(next(iter(masks.values()))))
+    return reader
+
+
+@torch.compiler.assume_constant_result
+def _placeholder_ids(lm: nn.Module) -> tuple[int, ...]:
+    return find_decoder(lm).placeholder_ids
 
 
 # The generate() call that this thread is in: (model, its assistant, session). Heads are decided once, by the outermost
@@ -230,7 +276,7 @@ def open_session(model: nn.Module, assistant: nn.Module | None, session: Prefill
         _CURRENT.reset(token)
         if session.reply is not None:
             session.reply.close()
-        # Both know the session: the cycle would keep the LM's cache until Python looks for such.
+        # Break the reference cycle, so that the KV cache is freed at once.
         session.on_complete = session.reply = None
 
 
@@ -261,20 +307,22 @@ def prompt_session(
     inputs: Mapping[str, Any],
     probe_mask: torch.Tensor | None = None,
     *,
-    begun: bool = False,
+    partial_prompt: bool = False,
     placeholder_ids: Sequence[int] = (),
     **kwargs,
 ) -> PrefillSession:
-    """The session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`.
+    """Open the session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`.
 
     Args:
         probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
-        placeholder_ids: see `prompt_masks`. begun, kwargs: see `PrefillSession`.
+        placeholder_ids: see `prompt_masks`.
+        partial_prompt, kwargs: see `PrefillSession`.
     """
     ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    masks = prompt_masks(heads, ids, embeds, attention_mask, probe_mask, begun, placeholder_ids)
+    configs = {name: head.config for name, head in heads.items()}
+    masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids)
     shape = (embeds if ids is None else ids).shape[:2]
-    return PrefillSession(heads, masks, ids, attention_mask, begun=begun, shape=shape, **kwargs)
+    return PrefillSession(heads, masks, ids, attention_mask, partial_prompt=partial_prompt, shape=shape, **kwargs)
 
 
 def forward_session(
@@ -302,7 +350,9 @@ def forward_session(
                 logger.warning_once(_NOT_SCORED)
             return None
         keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
-        return prompt_session(heads, kwargs, probe_mask, keep=keep, begun=keep, placeholder_ids=placeholder_ids)
+        return prompt_session(
+            heads, kwargs, probe_mask, return_state=keep, partial_prompt=keep, placeholder_ids=placeholder_ids
+        )
     probe_state.check_length(past)
     ids, attention_mask = probe_state.followed_by(ids, kwargs.get("attention_mask"))
     whole = {"input_ids": ids, "attention_mask": attention_mask}
@@ -312,8 +362,8 @@ def forward_session(
         probe_mask,
         past=past,
         earlier=probe_state,
-        keep=True,
-        begun=True,
+        return_state=True,
+        partial_prompt=True,
         placeholder_ids=placeholder_ids,
     )
 
@@ -363,7 +413,7 @@ def generation_session(
         probe_mask,
         past=cached_tokens(kwargs),
         earlier=probe_state if isinstance(probe_state, ProbeCache) else None,
-        keep=keep,
+        return_state=keep,
         placeholder_ids=decoder.placeholder_ids,
     )
     session.decoder = decoder

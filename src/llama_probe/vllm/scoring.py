@@ -10,7 +10,7 @@ import torch
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
-from ..serving.head_group import HeadGroup
+from ..serving.reader import StateReader
 from .state_cache import StateCache
 
 
@@ -106,23 +106,25 @@ class Scorer:
         splits = self.block_size // size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1).to(self.device)
         heads = {name: self.heads[name] for name in names}
-        group = HeadGroup(heads, masks) if self.runs else None
+        reader = StateReader(heads) if self.runs else None
         wanted = {layer for head in heads.values() for layer in head.layer_indices}
-        step = max(_TOKENS // (len(prompts) * size), 1)
-        reader = None if group is None else group.reader(len(prompts), min(step * size, width))
+        step = max(_TOKENS // (len(prompts) * size), 1) * size
         places = [place for place, layer in enumerate(self.layers) if layer in wanted]
-        whole = -(-width // size) * size  # blocks are read whole
-        for states in _neighbours(places, _TOKENS // (len(prompts) * whole)):
-            for start in range(0, width, step * size):
-                stop = min(start + step * size, width)
-                part = blocks[:, start // size : -(-stop // size)]
+        for start in range(0, width, step):
+            stop = min(start + step, width)
+            part = blocks[:, start // size : -(-stop // size)]  # blocks are read whole
+            if reader is not None:
+                reader.begin({name: mask[:, start:stop] for name, mask in masks.items()}, last=stop == width)
+            for states in _neighbours(places, _TOKENS // (part.numel() * size)):
                 hidden = self.cache.read(states, part)[:, :, : stop - start]  # [S, prompts, tokens, D]
                 if padding is not None:
                     hidden = hidden.masked_fill(padding[:, start:stop, None], 0)
                 if reader is not None:
                     for layer, each in zip(self.layers[states], hidden, strict=True):
-                        reader.read(layer, each)
-        return {} if group is None else {name: output.logits for name, output in group.results().items()}
+                        reader.on_state(layer, each)
+            if reader is not None:
+                reader.end()
+        return {} if reader is None else {name: output.logits for name, output in reader.results().items()}
 
     def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:
         ids = None if job.token_ids is None else torch.tensor([job.token_ids])

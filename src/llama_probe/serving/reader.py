@@ -1,0 +1,162 @@
+"""The one way of a hidden state from the LM to a head: held until a group of layers is full, then read at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from ..backbone.capture import check_seen
+from ..errors import ProbeError
+from ..heads.decision import ProbeOutput
+from ..heads.device import device_type
+from ..heads.probe import ProbeModel
+from ..heads.stream import ProbeState
+
+
+_MIB = 1 << 20
+# Powers of two: while torch.compile traces prompts of any length, each size of a group is another graph.
+_GROUPS = (64, 32, 16, 8, 4, 2)
+
+
+def state_budget(device: torch.device) -> int:
+    """Return the bytes that a reader may hold of an LM's states on a device, copies included.
+
+    On an accelerator each operation is a kernel launch: few large groups are fastest. On a CPU a group must fit the cache.
+    """
+    return 4 * _MIB if device_type(device) == "cpu" else 128 * _MIB
+
+
+class StateReader:
+    """Feed the hidden states of a running LM to its heads, a group of layers at a time.
+
+    A forward pass over n further tokens is: `begin(token_masks)`, `on_state(layer, hidden)` for each state by a hook, in the
+    order of the layers, and `end()`.
+
+    Args:
+        heads: the heads, by name.
+        states: token-stage states that heads go on from, by name; see `ProbeState.joined`. Others start anew.
+        keep: names of the heads whose state is kept after the last token.
+        output_attentions: also give token and layer weights.
+        budget: bytes; see `state_budget`, which is asked where it is left out.
+
+    Attributes:
+        layers: indices of the states that are read.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[str, ProbeModel],
+        states: Mapping[str, Any] | None = None,
+        keep: Collection[str] = (),
+        output_attentions: bool = False,
+        budget: int | None = None,
+    ):
+        self.heads = dict(heads)
+        self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
+        for name, head in self.heads.items():
+            if head.device.type == "meta":
+                raise ProbeError(
+                    f"head {name!r} has no weights: offload the LM (accelerate) before heads are attached"
+                )
+        self.states: dict[str, ProbeState] = {
+            name: head.init_state((states or {}).get(name), name in keep, output_attentions)
+            for name, head in self.heads.items()
+        }
+        self._whole, self._budget = output_attentions, budget
+        self._masks: dict[str, torch.Tensor | None] = {}
+        self._rows, self._columns = slice(None), slice(None)
+        self._last = True
+        self._seen: set[int] = set()
+        self._held: list[tuple[int, torch.Tensor]] = []
+        self._group = 1
+
+    def begin(self, token_masks: Mapping[str, torch.Tensor], last: bool = True, repeats: int = 1) -> None:
+        """Announce a forward pass over n further tokens.
+
+        Args:
+            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns.
+            last: no token that counts follows.
+            repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
+        """
+        self._seen, self._held, self._last = set(), [], last
+        width = next(iter(token_masks.values())).shape[1] if token_masks else 0
+        self._rows, self._columns = slice(None, None, repeats), slice(0, width)
+        self._masks = {name: mask.to(self.heads[name].device) for name, mask in token_masks.items()}
+        if width > 1 and not self._whole and not torch.compiler.is_dynamo_compiling():
+            self._trim()
+
+    def _trim(self) -> None:
+        """Leave out the tokens before the first, and behind the last, that counts for any head."""
+        distinct = {id(mask): mask for mask in self._masks.values()}  # heads of one scope share a tensor
+        counted = [column for mask in distinct.values() for column in mask.any(dim=0).nonzero().flatten().tolist()]
+        self._columns = slice(min(counted), max(counted) + 1) if counted else slice(0, 0)
+        cut = {key: mask[:, self._columns] for key, mask in distinct.items()}
+        cut = {key: None if bool(mask.all()) else mask for key, mask in cut.items()}
+        self._masks = {name: cut[id(mask)] for name, mask in self._masks.items()}
+
+    def on_state(self, layer: int, hidden: torch.Tensor) -> None:
+        """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards.
+
+        Raises:
+            ProbeError: the layer did not run over all tokens.
+        """
+        if layer not in self.layers:
+            return
+        if hidden.shape[1] < self._columns.stop:
+            raise ProbeError(
+                f"state {layer} has {hidden.shape[1]} tokens of {self._columns.stop}: a part is not scored"
+            )
+        self._seen.add(layer)
+        hidden = hidden[self._rows, self._columns]
+        if self._held and (hidden.device, hidden.dtype) != (self._held[0][1].device, self._held[0][1].dtype):
+            self._flush()  # the next layers are on another device
+        if not self._held:
+            # At most two of these are there at once, in fp32: the states and their stack, or the stack and its normalised copy.
+            size = 2 * 4 * hidden.numel()
+            budget = state_budget(hidden.device) if self._budget is None else self._budget
+            self._group = next((group for group in _GROUPS if group * size <= budget), 1)
+        self._held.append((layer, hidden))
+        if len(self._held) >= self._group:
+            self._flush()
+
+    def end(self) -> None:
+        """Read what is held at the end of a pass.
+
+        Raises:
+            ProbeError: not all states came.
+        """
+        check_seen(self.layers, self._seen)
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        layers, states = zip(*self._held, strict=True)
+        self._held = []
+        x = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)  # [S, B, n, D]
+        del states
+        if not x.shape[2]:
+            return
+        with torch.no_grad():  # the LM's own gradients, where it is trained, are none of the heads'
+            prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
+            inputs = {}
+            for name, head in self.heads.items():
+                key = head.input_format(x)
+                if key not in prepared:
+                    prepared[key] = head.prepare(x)
+                inputs[name] = prepared[key]
+            del x
+            for name, head in self.heads.items():
+                head.step(self.states[name], layers, inputs[name], self._masks[name], self._last)
+
+    def results(self, names: Collection[str] | None = None) -> dict[str, ProbeOutput]:
+        """Score what was read: a `ProbeOutput` of each head, or of those in `names`."""
+        names = self.heads if names is None else names
+        return {name: head.finish(self.states[name]) for name, head in self.heads.items() if name in names}
+
+    def traced_logits(self) -> dict[str, torch.Tensor]:
+        """Return `[batch, num_labels]` a head, NaN for a row without a token that counts. Looks at no value."""
+        blank = {name: ~mask.any(dim=1, keepdim=True) for name, mask in self._masks.items()}
+        return {name: each.logits.masked_fill(blank[name], float("nan")) for name, each in self.results().items()}
