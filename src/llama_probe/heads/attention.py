@@ -113,29 +113,34 @@ class AttentionAggregator(LowRankAggregator):
         else:
             qkv, mask = self._joined(state)
             if self.pool == "max":
-                return masked_max(self._project_back(self._mixed(qkv, mask), slots), mask)
+                mixed = self._attend(qkv, mask).transpose(1, 2).reshape(*qkv.shape[:3], -1)  # [S, B, N, d_inner]
+                return masked_max(self._project_back(mixed, slots), mask)
             pooled = self._mixed_mean(qkv, mask)
         return torch.matmul(pooled, self.out[slots].transpose(1, 2))  # [S, B, D]
 
     def _mixed_mean(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Average what the items gather: `[S, B, N, 3 d_inner]` to `[S, B, d_inner]`."""
+        slots, (batch, items) = len(qkv), qkv.shape[1:3]
         query, key, value = self._split(qkv)
-        if not suits(query):
-            return masked_mean(self._mixed(qkv, mask), mask)
-        valid = None if mask is None else mask.repeat(len(qkv), 1)  # [S * B, N]
-        return mean_attention(query, key, value, valid, self.scale).view(*qkv.shape[:2], -1)
+        if suits(query):
+            valid = None if mask is None else mask.repeat(slots, 1)  # [S * B, N]
+            return mean_attention(query, key, value, valid, self.scale).view(slots, batch, -1)
+        mixed = self._attend(qkv, mask).unflatten(0, (slots, batch))  # [S, B, heads, N, d_inner / heads]
+        if mask is None:
+            return mixed.mean(dim=3).flatten(2)
+        weight = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)  # [B, N]
+        return torch.matmul(weight[:, None, None], mixed).flatten(2)
 
-    def _mixed(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attend: `[S, B, N, 3 d_inner]` to what each item gathers, `[S, B, N, d_inner]`."""
-        slot_count, batch, items, _ = qkv.shape
+    def _attend(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return what each item gathers: `[S, B, N, 3 d_inner]` to `[S * B, heads, N, d_inner / heads]`."""
         # An accelerator's kernels, and those with gradients, have fast paths for multiples of eight dimensions alone.
         fast = torch.is_grad_enabled() or device_type(qkv.device) != "cpu"
         query, key, value = self._split(qkv, padding=-self.head_size % 8 if fast else 0)
         attention_mask = None
         if mask is not None:  # every query of a row sees that row's valid keys
-            attention_mask = mask.repeat(slot_count, 1)[:, None, None, :]  # [S * B, 1, 1, N]
+            attention_mask = mask.repeat(len(qkv), 1)[:, None, None, :]  # [S * B, 1, 1, N]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
-        return mixed[..., : self.head_size].transpose(1, 2).reshape(slot_count, batch, items, self.inner_size)
+        return mixed[..., : self.head_size]
 
     def weights(self, x, mask, slots):
         """Return the attention that each item receives, averaged over heads and over the valid queries."""

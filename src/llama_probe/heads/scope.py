@@ -151,11 +151,10 @@ def read_masks(configs: Mapping[str, ProbeConfig], masks: Mapping[str, torch.Ten
 
 def check_rows(mask: torch.Tensor | None) -> None:
     """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts."""
-    if mask is None:
+    if mask is None or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        raise ProbeError(
-            f"rows {empty[:8]} hold no token that a head reads (only padding, or only the constant prefix): "
-            "an empty prompt cannot be scored"
-        )
+    raise ProbeError(
+        f"rows {empty[:8]} hold no token that a head reads (only padding, or only the constant prefix): "
+        "an empty prompt cannot be scored"
+    )

@@ -16,8 +16,8 @@ from ..heads.stream import ProbeState
 
 
 _MIB = 1 << 20
-# Powers of two: while torch.compile traces prompts of any length, each size of a group is another graph.
-_GROUPS = (64, 32, 16, 8, 4, 2)
+# Layers of a group, if not all go together. Few sizes: each is another graph of torch.compile for prompts of any length.
+_GROUPS = (16, 8, 4, 2)
 
 
 def state_budget(device: torch.device) -> int:
@@ -90,6 +90,9 @@ class StateReader:
     def _trim(self) -> None:
         """Leave out the tokens before the first, and behind the last, that counts for any head."""
         distinct = {id(mask): mask for mask in self._masks.values()}  # heads of one scope share a tensor
+        if all(bool(mask.all()) for mask in distinct.values()):
+            self._masks = dict.fromkeys(self._masks)
+            return
         counted = [column for mask in distinct.values() for column in mask.any(dim=0).nonzero().flatten().tolist()]
         self._columns = slice(min(counted), max(counted) + 1) if counted else slice(0, 0)
         cut = {key: mask[:, self._columns] for key, mask in distinct.items()}
@@ -116,7 +119,7 @@ class StateReader:
             # At most two of these are there at once, in fp32: the states and their stack, or the stack and its normalised copy.
             size = 2 * 4 * hidden.numel()
             budget = state_budget(hidden.device) if self._budget is None else self._budget
-            self._group = next((group for group in _GROUPS if group * size <= budget), 1)
+            self._group = next((group for group in (len(self.layers), *_GROUPS) if group * size <= budget), 1)
         self._held.append((layer, hidden))
         if len(self._held) >= self._group:
             self._flush()

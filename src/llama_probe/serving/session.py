@@ -69,7 +69,7 @@ class PrefillSession:
         self.input_ids, self.attention_mask = input_ids, attention_mask
         self.seen = past
         self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
-        self.return_state = return_state
+        self.return_state, self._partial_prompt = return_state, partial_prompt
         self.cache: Cache | None = None
         self.decoder: Decoder | None = None
         states = {}
@@ -80,8 +80,8 @@ class PrefillSession:
             for mask in {id(mask): mask for mask in masks.values()}.values():
                 check_rows(mask)
         self._read_masks = read_masks({name: head.config for name, head in heads.items()}, masks)
-        for name in heads.keys() - states.keys():
-            if past and bool(self._read_masks[name][:, :past].any()):
+        for name, mask in self._read_masks.items():
+            if name not in states and past and bool(mask[:, :past].any()):
                 raise ProbeError(
                     f"the cache holds {past} tokens of the prompt, and head {name!r} has not read them: pass probe_state= as the "
                     "call that filled the cache returned it, or the whole prompt without a cache"
@@ -175,8 +175,10 @@ class PrefillSession:
                 raise ProbeError(
                     f"the LM has run over {self.seen} of {self.length} tokens: a part of a prompt is not scored"
                 )
-            ready = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
-            self._taken = self._reader.results(ready)
+            names = list(self.heads)
+            if self._partial_prompt:
+                names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
+            self._taken = self._reader.results(names)
         return self._taken
 
     def state(self, name: str, repeats: int = 1) -> Any:
