@@ -120,7 +120,7 @@ class AttentionAggregator(LowRankAggregator):
 
     def _mixed_mean(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Average what the items gather: `[S, B, N, 3 d_inner]` to `[S, B, d_inner]`."""
-        slots, (batch, items) = len(qkv), qkv.shape[1:3]
+        slots, batch = qkv.shape[:2]
         query, key, value = self._split(qkv)
         if suits(query):
             valid = None if mask is None else mask.repeat(slots, 1)  # [S * B, N]
