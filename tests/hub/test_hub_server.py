@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_lm, make_probe
+from conftest import make_lm, make_probe, read_head, save_head
 from hub_server.steps import FILES, REPO, WEIGHTS, add, failed_with, push, read, refused_upload, sha256
 from huggingface_hub import (
     CommitOperationAdd,
@@ -27,7 +27,7 @@ from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, read_head, save_head
+from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
 
 
 @pytest.fixture

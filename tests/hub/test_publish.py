@@ -3,13 +3,13 @@
 import threading
 
 import pytest
-from conftest import make_lm, make_probe
+from conftest import make_lm, make_probe, read_head, save_head
 from hub_server.heads import contents, plain, same_weights
 from huggingface_hub import HfApi, constants
 from transformers import AutoModel
 
 from llama_probe import LlamaForProbedGeneration, ProbeError, ProbeModel
-from llama_probe.files import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME, read_head, save_head
+from llama_probe.hub.folder import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 from llama_probe.hub.publish import pull_head, push_folder
 from llama_probe.hub.transport import HubReference, download_head, list_heads
 

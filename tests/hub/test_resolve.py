@@ -4,13 +4,13 @@ import json
 import math
 
 import pytest
-from conftest import make_lm, make_probe
+from conftest import make_lm, make_probe, save_head
 from hub_server.heads import contents, plain, same_weights
 from huggingface_hub.utils import _http
 from transformers import AutoModel
 
 from llama_probe import ProbeError
-from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, save_head
+from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
 from llama_probe.hub.resolve import (
     Target,
     best_head,

@@ -12,7 +12,7 @@ from hub_server.heads import contents, plain, same_weights
 from transformers import AutoModel
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME
+from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
 from llama_probe.hub.transport import HubOptions, HubReference, download_head, hide_secrets
 
 

@@ -4,10 +4,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import make_lm
+from conftest import make_lm, save_head
 
 from llama_probe import ProbeModel
-from llama_probe.files import save_head
 
 
 def same_weights(one: ProbeModel, other: ProbeModel) -> bool:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import (
@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
-from llama_probe.files import HEAD_FILES, read_config, read_head, read_results, save_head
 from llama_probe.heads import aggregator
+from llama_probe.heads.configuration import read_config
+from llama_probe.hub.folder import HEAD_FILES, read_results
 from llama_probe.hub.resolve import bundled_heads
 from llama_probe.serving.export import export_repository, push_repository
 from llama_probe.serving.remote_code import AUTO_MAP, CUSTOM_PIPELINES, flat_files
