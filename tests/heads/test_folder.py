@@ -197,5 +197,5 @@ def test_only_safetensors_are_read(folder, tmp_path):
     with pytest.raises(ProbeError, match="only safetensors are read"):
         read_head(folder)
     (tmp_path / "training_args.bin").touch()
-    with pytest.raises(ProbeError, match="is not a head folder.*save_pretrained"):
+    with pytest.raises(ProbeError, match=r"is not a head folder.*save_pretrained"):
         read_head(tmp_path)

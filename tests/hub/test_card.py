@@ -73,7 +73,7 @@ def test_a_head_without_results(tmp_path, values):
     assert "Nothing was measured" in card.content and 'probe="me/fresh"' in card.content
     assert ("`LABEL_2`" in card.content) == ("num_labels" in values)
     assert card.data.license == "mit" and "mine" in card.data.tags and not card.data.eval_results
-    with pytest.raises(ProbeError, match="no results.json"):
+    with pytest.raises(ProbeError, match=r"no results\.json"):
         results_table([folder])
 
 
@@ -112,7 +112,7 @@ def test_results_of_another_version_give_no_card(tmp_path, results):
     probe.results = results
     folder = save_head(probe, tmp_path / "head")
     assert not (folder / "README.md").exists() and read_head(folder).results == results
-    with pytest.raises(ProbeError, match="results.json"):
+    with pytest.raises(ProbeError, match=r"results\.json"):
         write_card(folder)
 
 

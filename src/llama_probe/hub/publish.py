@@ -131,7 +131,9 @@ def check_links(folder: Path, files: Iterable[str]) -> None:
     for file in files:
         target = (folder / file).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
-            raise ProbeError(f"{folder / file} is a link out of the folder, to {target}; replace it by a copy")
+            raise ProbeError(
+                f"{folder / file} is a symbolic link out of the folder, to {target}; replace it by a copy"
+            )
 
 
 def _copy_head(source: Path, target: Path) -> None:

@@ -258,9 +258,11 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
     no_folder = f"; there is no folder {reference} either" if plain and not Path(reference.repo_id).is_dir() else ""
     try:
         return _download(reference, name, revision, options)
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
         at = f" at {revision}" if revision else ""
-        problem = f"{name} of {reference} is not in the cache{at}, and the Hub was not asked or not reached{no_folder}"
+        refused = isinstance(error.__cause__, HfHubHTTPError)
+        why = f"the Hub refused: {_first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
+        problem = f"{name} of {reference} is not in the cache{at}, and {hide_secrets(why, options.token)}{no_folder}"
     except EntryNotFoundError:
         at = replace(options, revision=reference.revision or options.revision)
         heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(reference.repo_id, at)]
