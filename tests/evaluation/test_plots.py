@@ -154,4 +154,4 @@ def test_results_travel_with_the_head_until_it_is_trained_on(folder, tmp_path, c
     with torch.no_grad():
         head.classifier.weight.add_(1)
     assert not (save_head(head, tmp_path / "changed") / "results.json").exists()
-    assert "trained on since its results were measured" in caplog.text
+    assert "after its results were measured" in caplog.text

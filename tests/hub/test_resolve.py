@@ -73,7 +73,7 @@ def test_specs(tmp_path):
         ({"a.b": folder}, "'a.b' cannot name"),
         ({"type": folder}, "'type' cannot name"),
         ([head], "None cannot name"),
-        ("a/b/c", "'a/b/c' is not a folder"),
+        ("a/b/c", "'a/b/c' is neither a folder"),
     ):
         with pytest.raises(ProbeError, match=words):
             read_heads(spec)

@@ -163,7 +163,7 @@ def resolve_head(
         reference = HubReference.parse(str(source))
         if reference is None:
             raise ProbeError(
-                f"probe={str(source)!r} is not a folder, a Hub id (user/repo@revision:subfolder) or an alias; "
+                f"probe={str(source)!r} is neither a folder nor a bundled head nor a Hub id (user/repo@revision:subfolder); "
                 + _known(None, bundled_heads(target))[0]
             )
         return download_head(reference, options)

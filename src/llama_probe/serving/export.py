@@ -213,7 +213,11 @@ def _check_names(heads: Iterable[str], code: Iterable[str]) -> None:
 
 def _check_kinds(heads: Mapping[str, ProbeModel]) -> None:
     """Raises `ProbeError` where the code that goes along does not know the kind of a head."""
-    own = [kind for kind in probe_types() if get_probe_type(kind).__module__.startswith(f"{__package__}.")]
+    own = [
+        kind
+        for kind in probe_types()
+        if get_probe_type(kind).__module__.startswith(f"{__package__.partition('.')[0]}.")
+    ]
     for name, head in heads.items():
         if head.config.probe_type not in own:
             raise ProbeError(
