@@ -58,6 +58,9 @@ def make_probe(seed: int = 0, **changes) -> ProbeModel:
     return probe.eval()
 
 
+save_head, read_head = ProbeModel.save_pretrained, ProbeModel.from_pretrained
+
+
 def make_prompts(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
     """Prompt ids without special tokens."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ranks_at_work
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts
+from conftest import LAYERS, make_lm, make_probe, make_prompts, read_head
 from launcher import finish, free_port, torchrun
 from ranks_at_work import LABELS, prompts
 from safetensors.torch import load_file
@@ -21,7 +21,6 @@ from llama_probe.cli import app
 from llama_probe.data.states import PromptDataset
 from llama_probe.distributed import check_shared, gather, launched, merge_rows, on_main, process_group, share
 from llama_probe.evaluation.report import inspect_head, predict_logits
-from llama_probe.files import read_head
 from llama_probe.training.run import CHECKPOINTS
 
 

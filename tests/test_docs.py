@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_probe
+from conftest import make_probe, save_head
 from launcher import environment, finish, free_port
 from repository import ROOT
 
 from llama_probe.backbone import loading as backbones
 from llama_probe.cli import app
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.files import save_head
 
 
 DOCS = ROOT / "docs"

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import make_lm
+from conftest import make_lm, save_head
 from repository import ROOT
 from tiny_families import (
     EXPERT_FAMILIES,
@@ -38,7 +38,6 @@ from llama_probe.backbone.families import FAMILIES
 from llama_probe.backbone.fingerprint import compare, fingerprint
 from llama_probe.backbone.state_proof import check_states
 from llama_probe.data.states import StateCache
-from llama_probe.files import save_head
 
 
 @pytest.fixture(autouse=True)

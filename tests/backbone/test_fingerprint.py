@@ -5,14 +5,13 @@ import logging
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, read_head, save_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.fingerprint import check_backbone, compare, describe, distance, fingerprint, tolerance
-from llama_probe.files import read_head, save_head
 
 
 def described(lm, **changes) -> ProbeConfig:

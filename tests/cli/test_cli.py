@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 from command_line import call, run, write_rows
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
 
 from llama_probe import __version__
-from llama_probe.files import read_config, read_head, save_head
+from llama_probe.heads.configuration import read_config
 from llama_probe.hub.card import create_card
 
 

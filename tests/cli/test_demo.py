@@ -152,7 +152,8 @@ def test_an_installed_wheel_brings_its_heads(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", ROOT], check=True)
     code = (
-        "import llama_probe, sys; from llama_probe.hub.resolve import bundled_heads, read_heads; "
+        "import llama_probe, sys; from llama_probe.hub.resolve import bundled_heads; "
+        "from llama_probe.serving.sources import read_heads; "
         f"assert llama_probe.__file__.startswith({str(tmp_path)!r}); "
         "assert set(read_heads(list(bundled_heads()))) >= {'toxicchat-mha', 'sst2-mha'}; print('ok')"
     )

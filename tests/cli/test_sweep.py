@@ -4,7 +4,7 @@ import json
 
 from command_line import call, run, write_rows
 
-from llama_probe.files import read_config
+from llama_probe.heads.configuration import read_config
 
 
 def test_sweep(backbone_folder, tmp_path):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 from command_line import call, write_rows
+from conftest import read_head
 
-from llama_probe.files import read_config, read_head
+from llama_probe.heads.configuration import read_config
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from llama_probe.evaluation.calibration import (
     threshold_table,
 )
 from llama_probe.heads.decision import predictions, probabilities
-from llama_probe.hub.card_sections import measurements
 
 
 CONFIG = make_probe(id2label={0: "no", 1: "yes"}, threshold=0.35, temperature=2.0).config
@@ -242,26 +241,3 @@ def test_a_rate_that_cannot_be(changes, rate, words):
     config = ProbeConfig(probe_type="gate", **changes)
     with pytest.raises(ProbeError, match=words):
         calibrate(config, torch.zeros(2, config.num_labels), torch.zeros(2), rate)
-
-
-@pytest.mark.parametrize(
-    "recipe, words",
-    [
-        ({}, "Threshold 0.350 and temperature 2.000 were fitted"),  # of results before there was a choice
-        ({"max_false_positive_rate": None}, "Threshold 0.350 (best F1) and temperature 2.000 were fitted"),
-        (
-            {"max_false_positive_rate": None, "threshold_rule": "expected-f1"},
-            "Threshold 0.350 (best expected F1) and temperature 2.000 were fitted",
-        ),
-        (
-            {"max_false_positive_rate": 0.01},
-            "Threshold 0.350 (highest recall with a false-positive rate of at most 0.01) and temperature 2.000 were",
-        ),
-    ],
-)
-def test_the_card_says_how_the_threshold_was_chosen(recipe, words):
-    run = {"seed": 0, "test": {"rows": 1, "f1": 1.0}}
-    summary = {"test": {"rows": 1, "f1": {"mean": 1.0, "std": 0.0}}}
-    results = {"data": {}, "recipe": {"metric": "f1", **recipe}, "runs": [run], "chosen_seed": 0, "summary": summary}
-    sentence = next(part for part in measurements(CONFIG, results, "test", []) if part.startswith("Threshold"))
-    assert sentence.startswith(words) and sentence.endswith("on the validation rows and are saved with the head.")

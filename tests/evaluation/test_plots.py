@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_probe
+from conftest import make_probe, read_head, save_head
 
 from llama_probe import ProbeError
 from llama_probe.evaluation import plots
@@ -18,7 +18,6 @@ from llama_probe.evaluation.plots import (
     outcomes_plot,
     write_plots,
 )
-from llama_probe.files import read_head, save_head
 
 
 LOGITS, LABELS = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), np.arange(60) % 2
@@ -155,4 +154,4 @@ def test_results_travel_with_the_head_until_it_is_trained_on(folder, tmp_path, c
     with torch.no_grad():
         head.classifier.weight.add_(1)
     assert not (save_head(head, tmp_path / "changed") / "results.json").exists()
-    assert "trained on since its results were measured" in caplog.text
+    assert "after its results were measured" in caplog.text

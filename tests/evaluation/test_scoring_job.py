@@ -15,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_probe
+from conftest import make_probe, save_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launcher import environment, finish, torchrun
@@ -25,7 +25,6 @@ from llama_probe import ProbeError
 from llama_probe.data.files import InputFile
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.scoring_job import MANIFEST_NAME, ScoringJob, TextScorer
-from llama_probe.files import save_head
 from llama_probe.serving.modeling import ProbedGenerationMixin
 
 

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_lm, make_prompts
+from conftest import make_lm, make_prompts, read_head, save_head
 from torch import nn
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
-from llama_probe.files import read_head, save_head
-from llama_probe.heads import Aggregator, get_probe_type, probe_types, register_probe_type
-from llama_probe.heads import aggregator as registry
+from llama_probe.heads import Aggregator, get_probe_type, probe_types, register_probe_type, registry
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts, read_head, save_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
-from llama_probe.files import read_head, save_head
 from llama_probe.heads.muli import log_odds
 
 

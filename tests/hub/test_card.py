@@ -1,22 +1,15 @@
-"""Cards: written from a folder's config and results alone, and equal to what lies in hub_cards."""
+"""Cards: made from a folder's config and results alone, and equal to those in hub_cards."""
 
 import json
 
 import pytest
-from conftest import make_probe
+from conftest import make_probe, read_head, save_head
 from repository import ROOT
 
 from llama_probe import ProbeError
 from llama_probe.evaluation.metrics import summarize
-from llama_probe.files import read_config, read_head, save_head
-from llama_probe.hub.card import (
-    create_card,
-    has_own_words,
-    results_table,
-    save_with_card,
-    write_card,
-    written_with,
-)
+from llama_probe.heads.configuration import read_config
+from llama_probe.hub.card import block, cell, code, create_card, line, results_table, table, word, write_card
 from llama_probe.hub.resolve import bundled_heads
 
 
@@ -48,6 +41,20 @@ def folder(tmp_path):
     return folder
 
 
+def change(folder, file, edit):
+    values = json.loads((folder / file).read_text())
+    edit(values)
+    (folder / file).write_text(json.dumps(values))
+
+
+def card_of(folder) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def code_of(folder) -> str:
+    return create_card(folder).content.split("```python\n")[1].split("```")[0]
+
+
 def test_the_chosen_seed_and_the_spread(folder):
     text = write_card(folder).read_text()
     assert "0.600 (0.550 ± 0.071)" in text and "seed 1, the best of 2 by auprc" in text
@@ -58,95 +65,113 @@ def test_the_chosen_seed_and_the_spread(folder):
     assert {result.metric_type: result.metric_value for result in data.eval_results}["f1"] == 0.6
 
 
-def test_a_head_without_results_says_so(tmp_path):
-    folder = save_head(make_probe(prompt_format="raw"), tmp_path / "fresh")
+@pytest.mark.parametrize("values", [{}, {"prompt_format": "raw", "num_labels": 3}])
+def test_a_head_without_results(tmp_path, values):
+    folder = save_head(make_probe(), tmp_path / "fresh")
+    (folder / "probe_config.json").write_text(json.dumps({"hidden_size": 32, "num_hidden_layers": 4, **values}))
     card = create_card(folder, source="me/fresh", license="mit", tags=["mine"])
-    assert "Nothing was measured of this head." in card.content and 'probe="me/fresh"' in card.content
+    assert "Nothing was measured" in card.content and 'probe="me/fresh"' in card.content
+    assert ("`LABEL_2`" in card.content) == ("num_labels" in values)
     assert card.data.license == "mit" and "mine" in card.data.tags and not card.data.eval_results
-    with pytest.raises(ProbeError, match=r"no results.json"):
+    with pytest.raises(ProbeError, match=r"no results\.json"):
         results_table([folder])
 
 
-def test_a_head_is_saved_with_its_card_unless_somebody_wrote_another(folder, tmp_path):
+def test_a_saved_head_gets_a_card_that_a_person_may_edit(folder):
+    write_card(folder, source="me/heads@v1:weather", license="mit", tags=["mine"])
     probe = read_head(folder)
-    saved = save_with_card(probe, tmp_path / "again")
-    card = (saved / "README.md").read_text(encoding="utf-8")
-    assert card == str(create_card(saved)) and "## Results" in card
-    save_with_card(make_probe(id2label={0: "dry", 1: "wet"}), saved)
-    card = (saved / "README.md").read_text(encoding="utf-8")
-    assert "`dry`" in card and "## Results" not in card, "generated, and so written anew"
-    (saved / "README.md").write_text(card + "My own words.\n")
-    save_with_card(probe, saved)
-    assert (saved / "README.md").read_text(encoding="utf-8") == card + "My own words.\n"
-    (tmp_path / "README.md").write_text("# A project\n")
-    save_with_card(probe, tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# A project\n"
-    probe.results = {"of": "another version"}
-    assert not (save_with_card(probe, tmp_path / "new") / "README.md").exists()
-
-
-def test_a_card_that_was_written_for_another_place_is_still_a_generated_one(folder):
-    """As of a head that was pushed, with a licence and tags, and pulled."""
-    given = {"source": "me/heads@v1:weather", "license": "mit", "tags": ["mine"]}
-    write_card(folder, **given)
-    assert written_with(folder) == given and not has_own_words(folder)
-    assert written_with(write_card(folder).parent) == {"source": "weather", "license": None, "tags": []}
-    write_card(folder, **given)
-    probe = read_head(folder)
+    save_head(probe, folder)
+    assert "## Results" in card_of(folder) and "license: cc0-1.0" in card_of(folder)
     probe.classifier.weight.data += 1
-    save_with_card(probe, folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "0.600" not in card and "Nothing was measured" in card, "the results were those of other weights"
-    assert "license: mit" in card and "- mine" in card and 'probe="weather"' in card
-    for own in (card.replace("mine", "mine: yours: ["), card + "\n", "\ufeff" + card, "", "---\n- a\n---\n"):
+    save_head(probe, folder)
+    generated = card_of(folder)
+    assert "## Results" not in generated and "Nothing was measured" in generated, "the results were of other weights"
+    assert "- mine" in generated and "license: cc0-1.0" in generated and 'probe="weather"' in generated
+    marker = next(line for line in generated.splitlines() if line.startswith("<!--"))
+    for own in (generated.replace(marker, "My own words."), "", "---\n- a\n---\n"):
         (folder / "README.md").write_text(own, encoding="utf-8")
-        assert has_own_words(folder) and written_with(folder) is None
+        save_head(probe, folder)
+        write_card(folder)
+        assert card_of(folder) == own
     (folder / "README.md").write_bytes(b"caf\xe9")
-    assert has_own_words(folder)
+    save_head(probe, folder)
+    assert (folder / "README.md").read_bytes() == b"caf\xe9"
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"of": "another version"},
+        {"card": "x", "summary": {"test": {}}},
+        {"card": {"new": 1}},
+        {"card": {}, "summary": {"validation": {}}, "runs": [], "chosen_seed": 0},
+    ],
+)
+def test_results_of_another_version_give_no_card(tmp_path, results):
+    probe = make_probe()
+    probe.results = results
+    folder = save_head(probe, tmp_path / "head")
+    assert not (folder / "README.md").exists() and read_head(folder).results == results
+    with pytest.raises(ProbeError, match=r"results\.json"):
+        write_card(folder)
 
 
 def test_thresholds_plots_and_backbone(folder):
-    results = json.loads((folder / "results.json").read_text())
     row = {"threshold": 0.4, "precision": None, "recall": 0.0, "flagged": 0.25, "saved": True}
-    results["inspection"] = {
+    inspection = {
         "split": "test",
         "thresholds": {"yes": [{**row, "threshold": 0.1, "precision": 0.5, "saved": False}, row]},
         "calibration": {"error": 0.0123, "error_uncalibrated": 0.4},
     }
-    (folder / "results.json").write_text(json.dumps(results))
+    change(folder, "results.json", lambda results: results.update(inspection=inspection))
     (folder / "calibration.png").write_bytes(b"")
+    config = read_config(folder).replace(base_model_class="Llama", base_model_dtype="bfloat16", fingerprint=[1.0])
+    (folder / "probe_config.json").write_text(config.to_json_string())
     text = create_card(folder).content
     assert "| 0.100 | 0.500 | 0.000 | 25.0% |" in text and "| **0.400** | - | 0.000 | 25.0% |" in text
     assert "error on the test rows: 0.012 (0.400 without" in text
     assert "](calibration.png)" in text and "layer_weights.png" not in text
-    config = read_config(folder).replace(
-        base_model_class="LlamaForCausalLM", base_model_dtype="bfloat16", fingerprint=[1.0]
-    )
-    (folder / "probe_config.json").write_text(config.to_json_string())
-    text = create_card(folder).content
-    assert "class: LlamaForCausalLM" in text and "weights at training: bfloat16" in text and "fingerprint" in text
+    assert "class: Llama;" in text and "weights at training: bfloat16" in text and "fingerprint" in text
 
 
-@pytest.mark.parametrize("kind", ["chat", "system", "raw", "response"])
+@pytest.mark.parametrize(
+    "recipe, words",
+    [
+        ({}, "Threshold 0.400 and temperature 1.000 were"),  # results of the first version
+        ({"max_false_positive_rate": None}, "Threshold 0.400 (best F1) and"),
+        ({"max_false_positive_rate": None, "threshold_rule": "expected-f1"}, "(best expected F1) and"),
+        ({"max_false_positive_rate": 0.01}, "(highest recall with a false-positive rate of at most 0.01) and"),
+    ],
+)
+def test_the_rule_of_the_threshold(folder, recipe, words):
+    change(folder, "results.json", lambda results: results["recipe"].update(recipe))
+    assert words in create_card(folder).content
+
+
+@pytest.mark.parametrize("kind", ["system", "raw", "response"])
 def test_the_usage_block_works_when_pasted(kind, tmp_path, backbone_folder, monkeypatch, capsys):
-    system = 'You\'re "kind".' if kind == "system" else None
     probe = make_probe(
         prompt_format="raw" if kind == "raw" else "chat",
-        system_prompt=system,
+        system_prompt='You\'re "kind".' if kind == "system" else None,
         base_model_name_or_path=str(backbone_folder),
         token_scope="response" if kind == "response" else "content",
     )
-    folder = save_head(probe, tmp_path / "weather")
-    block = create_card(folder).content.split("```python\n")[1].split("```")[0]
+    block = code_of(save_head(probe, tmp_path / "weather"))
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     assert ("Halt(" if kind == "response" else "LABEL_") in capsys.readouterr().out
 
 
+def test_the_usage_block_of_a_folder_with_an_odd_name(tmp_path):
+    block = code_of(save_head(make_probe(), tmp_path / 'my "good" head'))
+    compile(block, "card", "exec")
+    assert r'probe="my \"good\" head")' in block and 'out.probe_labels["my-good-head"]' in block
+
+
 @pytest.mark.parametrize("alias", bundled_heads())
 def test_bundled_cards_are_what_their_folders_give(alias):
     folder = bundled_heads()[alias]
-    assert (folder / "README.md").read_text(encoding="utf-8") == str(create_card(folder))
+    assert card_of(folder) == str(create_card(folder))
     results = json.loads((folder / "results.json").read_text())
     assert len(results["runs"]) >= 3 and results["card"]["license"] and results["card"]["command"]
     best = max(results["runs"], key=lambda run: run["validation"][results["recipe"]["metric"]])
@@ -155,67 +180,66 @@ def test_bundled_cards_are_what_their_folders_give(alias):
 
 def test_the_readme_shows_the_bundled_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0] == results_table(
-        bundled_heads().values()
-    )
+    shown = text.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0]
+    assert shown == results_table(bundled_heads().values())
 
 
-def test_values_that_would_break_a_table(folder):
-    results = json.loads((folder / "results.json").read_text())
-    for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
-        part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
-    (folder / "results.json").write_text(json.dumps(results))
-    (line,) = [line for line in create_card(folder).content.splitlines() if "who =" in line]
-    assert line.startswith(r"| test, who = a\|b c | 10 |")
-    config = read_config(folder).replace(id2label={0: "n|o", 1: "yes"})
-    (folder / "probe_config.json").write_text(config.to_json_string())
-    assert r"| n\|o, yes |" in results_table([folder])
+def test_texts_stay_where_they_are_put():
+    assert cell("a | b\n c") == r"a \| b c"
+    assert line("lm\n\n# <b>\n") == "lm # &lt;b>" and line("# Title") == r"\# Title"
+    assert code("<b>*x*|") == "`<b>*x*|`" and code("a\n```\nb") == "````a ``` b````"
+    assert code("a`b") == "``a`b``" and code("`") == "`` ` ``" and code("") == "`  `"
+    assert block("a\nb") == "```\na\nb\n```" and block("```") == "````\n```\n````"
+    assert word("me/lm-1.5_b") == "me/lm-1.5_b" and word("<b>lm") == "`<b>lm`" and word("[lm](x)") == "`[lm](x)`"
+    assert list(table(["system", "ms"], [["base", "1.5"]])) == ["| system | ms |", "|---|---:|", "| base | 1.5 |", ""]
 
 
-def test_names_that_would_begin_something_of_their_own_in_a_card(folder):
+def test_hostile_texts_begin_nothing_of_their_own(folder):
     """A card is shown as HTML on the Hub, and a head may come from anybody."""
     plain = create_card(folder).content
     config = read_config(folder).replace(
-        id2label={0: "a`b<script>", 1: "x ## Title ```"},
+        id2label={0: "a`b<script>", 1: "x ## Title ``` | y"},
         base_model_name_or_path="lm <b># Evil",
         base_model_class="<i>",
+        system_prompt="{{ 7 * 7 }}\n```\n# Evil",
     )
     (folder / "probe_config.json").write_text(config.to_json_string())
-    results = json.loads((folder / "results.json").read_text())
-    results["card"] |= {
-        "dataset_name": "rain\n\n# Evil",
-        "data_note": "CC0.\n\n<h1>Evil</h1>",
-        "limits": ["English\n```"],
-        "command": "train\n```\n# Evil",
-    }
-    results["environment"] = {"torch": "2.13.0+cpu", "<b>": "1"}
-    results["data"]["train"]["source"] = "50% of <script>"
-    (folder / "results.json").write_text(json.dumps(results))
-    text = create_card(folder).content
-    assert ", trained on rain # Evil." in text and "CC0. <h1>Evil</h1> Rows: train" in text
+
+    def edit(results):
+        results["card"] |= {
+            "dataset_name": "rain\n\n# Evil: [",
+            "data_note": "# CC0.\n\n<h1>Evil</h1>",
+            "language": "en\nevil: true",
+            "limits": ["English\n```", "```"],
+            "command": "train\n```\n# Evil",
+        }
+        results["environment"] = {"torch": "2.13.0+cpu", "<b>": "1"}
+        results["data"]["train"]["source"] = "50% of <script>"
+        for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
+            part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
+
+    change(folder, "results.json", edit)
+    card = create_card(folder)
+    text, data = card.content, card.data.to_dict()
+    assert "evil" not in data and data["license"] == "cc0-1.0" and "49" not in text.split("## Results")[0]
+    assert ", trained on rain # Evil: [." in text and r"\# CC0. &lt;h1>Evil&lt;/h1> Rows: train" in text
+    assert "gives one of ``a`b<script>``, ````x ## Title ``` | y````" in text
+    assert "torch 2.13.0+cpu, `<b> 1`" in text and "(`50% of <script>`" in text and "class: `<i>`;" in text
+    assert r"| test, who = a\|b c | 10 |" in text
     assert "````\ntrain\n```\n# Evil\n````" in text and "- English ```." in text
-    assert "torch 2.13.0+cpu, `<b> 1`" in text and "(`50% of <script>`" in text
     text = text.replace("````\ntrain\n```\n# Evil\n````", "```\n```")
-    assert "gives one of ``a`b<script>``, ```` x ## Title ``` ````" in text
-    assert text.count("`lm <b># Evil`") == 3 and "class: `<i>`;" in text
-    marks = ("#", "```", "<")
+    marks = ("#", "```", "<", "---")
     assert [line for line in text.splitlines() if line.startswith(marks)] == [
         line for line in plain.splitlines() if line.startswith(marks)
     ]
+    assert r"\| y" in results_table([folder])
 
 
 @pytest.mark.parametrize(
     "base_model, shown", [("me/lm", "me/lm"), ("/home/me/lm", None), ("./me/lm", None), ("../lm", None), ("lm", None)]
 )
-def test_a_folder_is_no_base_model_that_the_hub_knows(tmp_path, base_model, shown):
-    folder = save_head(make_probe(base_model_name_or_path=base_model), tmp_path / "weather")
-    data = create_card(folder).data.to_dict()
+def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base_model, shown):
+    card = create_card(save_head(make_probe(base_model_name_or_path=base_model), tmp_path / "weather"))
+    data = card.data.to_dict()
     assert data.get("base_model") == shown and ("base_model_relation" in data) == (shown is not None)
-    assert ("](https://huggingface.co/" in create_card(folder).content) == (shown is not None)
-
-
-def test_the_usage_block_of_a_folder_with_an_odd_name(tmp_path):
-    folder = save_head(make_probe(), tmp_path / 'my "good" head')
-    block = create_card(folder).content.split("```python\n")[1].split("```")[0]
-    compile(block, "card", "exec")
-    assert r'probe="my \"good\" head")' in block and 'out.probe_labels["my-good-head"]' in block
+    assert ("](https://huggingface.co/" in card.content) == (shown is not None)

@@ -1,37 +1,28 @@
-"""Names of heads: folders, bundled aliases, lists and dicts."""
+"""Names of heads: folders, Hub ids, aliases, lists and dicts."""
 
 import json
 import math
 
 import pytest
-from conftest import make_lm, make_probe
+from conftest import make_lm, make_probe, save_head
 from hub_server.heads import contents, plain, same_weights
 from huggingface_hub.utils import _http
 from transformers import AutoModel
 
 from llama_probe import ProbeError
-from llama_probe.files import CONFIG_NAME, WEIGHTS_NAME, save_head
-from llama_probe.hub.resolve import (
-    Target,
-    best_head,
-    bundled_heads,
-    check_name,
-    default_name,
-    read_heads,
-    resolve_head,
-)
+from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
+from llama_probe.hub.resolve import Target, best_head, bundled_heads, check_name, default_name, resolve_head
 from llama_probe.hub.transport import HubOptions
+from llama_probe.serving.sources import read_heads
 
 
 def test_bundled_heads_are_readable_and_fit_one_backbone():
-    heads = bundled_heads()
-    assert {"toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha"} <= set(heads)
-    for alias, folder in heads.items():
-        head = read_heads(alias)[alias]
+    heads = bundled_heads(Target("HuggingFaceTB/SmolLM2-135M-Instruct", 576, 30))
+    assert heads == bundled_heads() and {"toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha"} <= set(heads)
+    for alias, head in read_heads(list(heads)).items():
         assert head.config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
-        assert (head.config.hidden_size, head.config.num_hidden_layers) == (576, 30)
         assert not any(name.startswith("LABEL_") for name in head.config.id2label.values())
-        assert (folder / "README.md").is_file()
+        assert (heads[alias] / "README.md").is_file()
 
 
 def test_a_folder_comes_before_an_alias(tmp_path, monkeypatch):
@@ -41,13 +32,13 @@ def test_a_folder_comes_before_an_alias(tmp_path, monkeypatch):
     assert read_heads("toxicchat-mha")["toxicchat-mha"].config.hidden_size == 32
 
 
-def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
+@pytest.mark.parametrize("spec", ["", [""], {"head": ""}])
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, spec):
     """`--probe "$HEAD"` with nothing in HEAD."""
     save_head(make_probe(), tmp_path)
     monkeypatch.chdir(tmp_path)
-    for spec in ("", [""], {"head": ""}):
-        with pytest.raises(ProbeError, match="names no head"):
-            read_heads(spec)
+    with pytest.raises(ProbeError, match="names no head"):
+        read_heads(spec)
     assert read_heads({"head": "."})
 
 
@@ -58,29 +49,45 @@ def test_a_file_of_a_head_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, fi
     save_head(make_probe(), tmp_path / "mood")
     monkeypatch.chdir(tmp_path)
     folder = "mood" if relative else str(tmp_path / "mood")
-    with pytest.raises(ProbeError, match=rf"is a file: give the head's folder, '{folder}'"):
+    with pytest.raises(ProbeError, match=f"is a file: give the head's folder, '{folder}'"):
         read_heads(f"{folder}/{file}")
 
 
-def test_heads_of_other_backbones_are_listed_by_backbone():
-    with pytest.raises(
-        ProbeError, match=r"other backbones: beavertails-mha, .*toxicchat-mha.* \(Hug.*=576, num.*=30\)"
-    ) as told:
-        resolve_head("toxicchat-mha", Target("org/tiny", 32, 4))
-    assert str(told.value).count("hidden_size=576") == 1
+@pytest.mark.parametrize("target", [None, Target("org/tiny", 32, 4)])
+def test_an_unknown_alias_lists_the_known_ones(target):
+    with pytest.raises(ProbeError, match=r"'toxicchat-lstm'.*toxicchat-mha"):
+        resolve_head("toxicchat-lstm", target)
+    if target:
+        with pytest.raises(ProbeError, match=r"bundled heads: none for hidden_size=32.*LLAMA_PROBE_NAMESPACE"):
+            resolve_head("toxicchat-mha", target)
 
 
-def test_an_unknown_alias_lists_the_known_ones():
-    with pytest.raises(ProbeError, match=r"bundled heads: .*toxicchat-mha"):
-        resolve_head("toxicchat-lstm")
-
-
-def test_one_head_may_serve_under_two_names(tmp_path):
-    folder = save_head(make_probe(), tmp_path / "h")
+def test_specs(tmp_path):
+    folder, head = save_head(make_probe(), tmp_path / "h"), make_probe()
     assert list(read_heads({"a": folder, "b": str(folder)})) == ["a", "b"]
-    assert read_heads(None) == {}
-    head = make_probe()
-    assert read_heads({"mine": head})["mine"] is head
+    assert read_heads(None) == {} and read_heads({"mine": head})["mine"] is head
+    for spec, words in (
+        (7, "int"),
+        ([7], "int"),
+        ([folder, folder], "two heads are called 'h'"),
+        ({"a.b": folder}, "'a.b' cannot name"),
+        ({"type": folder}, "'type' cannot name"),
+        ([head], "None cannot name"),
+        ("a/b/c", "'a/b/c' is neither a folder"),
+    ):
+        with pytest.raises(ProbeError, match=words):
+            read_heads(spec)
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [
+        *[("mood v1.2", "mood-v1-2"), ("größe", "gr-e"), ("感情", "-"), ('"a"', "-a-"), ("a-b_c", "a-b_c")],
+        *[("type", "type-head"), ("train", "train-head"), ("training", "training-head"), ("items", "items-head")],
+    ],
+)
+def test_any_folder_has_a_name_that_a_head_may_have(tmp_path, folder, name):
+    assert default_name(tmp_path / folder) == check_name(name)
 
 
 class TestAliasesWithoutAKind:
@@ -94,10 +101,7 @@ class TestAliasesWithoutAKind:
             for alias, kind, score, metric in rows:
                 folder = save_head(make_probe(probe_type=kind), tmp_path / alias)
                 if score is not None:
-                    summary = {
-                        "validation": {metric: {"mean": score, "std": 0.0}},
-                        "test": {metric: {"mean": 1 - score}},
-                    }
+                    summary = {"validation": {metric: {"mean": score}}, "test": {metric: {"mean": 1 - score}}}
                     results = {"recipe": {"metric": metric}, "summary": summary, "num_parameters": 10 + len(kind)}
                     (folder / "results.json").write_text(json.dumps(results))
             return {alias: tmp_path / alias for alias, *_ in rows}
@@ -108,8 +112,7 @@ class TestAliasesWithoutAKind:
         found = heads(
             ("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.8, "f1"), ("other-mha", "mha", 0.9, "f1")
         )
-        assert best_head("mood", found).name == "mood-mha"
-        assert best_head("other", found).name == "other-mha"
+        assert best_head("mood", found).name == "mood-mha" and best_head("other", found).name == "other-mha"
         assert best_head("mo", found) is None and best_head("mood-mha", found) is None
 
     def test_of_equal_ones_the_smaller(self, heads):
@@ -135,73 +138,52 @@ class TestAliasesWithoutAKind:
         for order in (found, dict(reversed(found.items()))):
             assert best_head("mood", order).name == "mood-gate"
 
-    def test_bundled_ones(self):
-        for alias in ("toxicchat", "sst2", "emotion"):
-            rivals = {name: folder for name, folder in bundled_heads().items() if name.startswith(f"{alias}-")}
-            assert resolve_head(alias) == best_head(alias, rivals)
-            assert list(read_heads(alias)) == [alias], "the head is called as it was asked for"
+    @pytest.mark.parametrize("alias", ["toxicchat", "sst2", "emotion"])
+    def test_bundled_ones(self, alias):
+        rivals = {name: folder for name, folder in bundled_heads().items() if name.startswith(f"{alias}-")}
+        assert resolve_head(alias) == best_head(alias, rivals)
+        assert list(read_heads(alias)) == [alias], "the head is called as it was asked for"
+        for name in (alias, f"{alias}-mha"):
+            with pytest.raises(ProbeError, match=f"^probe='{name}' is a bundled head and has no revision 'v2'"):
+                resolve_head(name, options=HubOptions("v2"))
 
-    @pytest.mark.parametrize("alias", ["toxicchat", "toxicchat-mha"])
-    def test_bundled_ones_have_no_revisions(self, alias):
-        with pytest.raises(ProbeError, match=f"^probe='{alias}' is a bundled head, and has no revisions such as 'v2'"):
-            resolve_head(alias, options=HubOptions("v2"))
-
-    def test_beside_the_backbone(self, heads, tmp_path, backbone_folder, monkeypatch):
+    def test_beside_the_backbone(self, heads, tmp_path):
         heads(("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.6, "f1"))
         make_lm().save_pretrained(tmp_path)
         model = AutoModel.from_pretrained(tmp_path, probe="mood")
         assert model.probes["mood"].config.probe_type == "gate"
-        with pytest.raises(ProbeError, match="; beside the backbone: mood-gate, mood-mha"):
+        with pytest.raises(ProbeError, match=r"in .*: mood-gate, mood-mha"):
             model.load_probe("weather")
 
 
 class TestAliases:
     @pytest.fixture
-    def named(self, hub, monkeypatch, tmp_path):
+    def named(self, hub, tmp_path):
         """Alice's heads for org/tiny."""
         files = contents(make_probe(seed=4), tmp_path / "planted")
-        hub.plant(
-            "alice/tiny-probes",
-            {f"{alias}/{name}": data for alias in ("mood", "topic") for name, data in files.items()},
-        )
-        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-        return tmp_path / "config" / "llama_probe" / "config.json"
+        for alias in ("mood", "toxicchat-mha"):  # the second is bundled for another backbone
+            hub.plant("alice/tiny-probes", {f"{alias}/{name}": data for name, data in files.items()})
+        return "alice"
 
-    @pytest.mark.parametrize("how", ["argument", "variable", "file"])
+    @pytest.mark.parametrize("how", ["argument", "variable"])
     def test_a_namespace(self, hub, named, how, monkeypatch):
-        arguments = {}
-        if how == "argument":
-            arguments = {"probe_namespace": "alice"}
-        elif how == "variable":
-            monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", "alice")
-        else:
-            named.parent.mkdir(parents=True)
-            named.write_text('{"namespace": "alice"}')
-        lm = AutoModel.from_pretrained(plain(hub), probe=["mood", "topic"], **arguments)
-        assert lm.active_probes == ["mood", "topic"] and same_weights(lm.probes["mood"], make_probe(seed=4))
+        arguments = {"probe_namespace": named} if how == "argument" else {}
+        if how == "variable":
+            monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", named)
+        lm = AutoModel.from_pretrained(plain(hub), probe=["mood", "toxicchat-mha"], **arguments)
+        assert lm.active_probes == ["mood", "toxicchat-mha"]
+        assert same_weights(lm.probes["toxicchat-mha"], make_probe(seed=4))
+        for namespace in ("a/b", 3):
+            with pytest.raises(ProbeError, match="namespace="):
+                AutoModel.from_pretrained(plain(hub), probe="mood", probe_namespace=namespace)
 
     def test_one_alias_is_another_head_on_another_backbone(self, hub, named, monkeypatch, tmp_path):
-        monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", "alice")
-        folder = tmp_path / "small"
-        make_lm(hidden_size=16).save_pretrained(folder)
+        monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", named)
+        make_lm(hidden_size=16).save_pretrained(tmp_path / "small")
         files = contents(make_probe(hidden_size=16), tmp_path / "planted-small")
         hub.plant("alice/small-probes", {f"mood/{name}": data for name, data in files.items()})
-        assert AutoModel.from_pretrained(folder, probe="mood").probes["mood"].config.hidden_size == 16
+        assert AutoModel.from_pretrained(tmp_path / "small", probe="mood").probes["mood"].config.hidden_size == 16
         assert AutoModel.from_pretrained(plain(hub), probe="mood").probes["mood"].config.hidden_size == 32
-
-    def test_the_bundled_name_serves_other_backbones_through_the_hub(self, hub, named, monkeypatch, tmp_path):
-        files = contents(make_probe(seed=5), tmp_path / "t")
-        hub.plant("alice/tiny-probes", {f"toxicchat-mha/{name}": data for name, data in files.items()})
-        lm = AutoModel.from_pretrained(plain(hub), probe="toxicchat-mha", probe_namespace="alice")
-        assert same_weights(lm.probes["toxicchat-mha"], make_probe(seed=5))
-
-    def test_without_one_the_error_lists_what_exists(self, hub, named):
-        with pytest.raises(ProbeError) as raised:
-            AutoModel.from_pretrained(plain(hub), probe="weather", probe_namespace="alice")
-        message = str(raised.value)
-        assert "on the Hub in alice/tiny-probes: mood, topic" in message and "toxicchat-multimax (Hugging" in message
-        with pytest.raises(ProbeError, match=r"LLAMA_PROBE_NAMESPACE.*user/tiny-probes"):
-            AutoModel.from_pretrained(plain(hub), probe="weather")
 
     def test_a_head_in_the_backbones_own_repository(self, hub, named, tmp_path):
         backbone = plain(hub)
@@ -209,41 +191,20 @@ class TestAliases:
         hub.plant(backbone, {f"mine/{name}": data for name, data in files.items()})
         model = AutoModel.from_pretrained(backbone, probe="mine")
         assert same_weights(model.probes["mine"], make_probe(seed=6))
-        with pytest.raises(
-            ProbeError, match=r"; beside the backbone: mine; .*probe_namespace= \(namespace= of load_probe\)"
-        ):
+        with pytest.raises(ProbeError, match="in org/tiny: mine"):
             model.load_probe("weather")
+        with pytest.raises(ProbeError, match="in alice/tiny-probes: mood, toxicchat-mha; in org/tiny: mine"):
+            model.load_probe("weather", namespace=named)
 
-    def test_where_the_hub_is_out_of_reach_it_is_asked_once(self, hub, named, monkeypatch, tmp_path):
+    def test_a_hub_out_of_reach_is_asked_once(self, hub, named, monkeypatch, tmp_path):
         backbone = plain(hub)
         hub.plant(backbone, {f"mine/{name}": data for name, data in contents(make_probe(), tmp_path / "own").items()})
-        target = Target(backbone, 32, 3)
-        cached = resolve_head("mood", target, namespace="alice")
+        target = Target(backbone, 32, 4)
+        cached = resolve_head("mood", target, namespace=named)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("the client repeats its request"))
         with hub.down():
-            assert resolve_head("mood", target, namespace="alice") == cached
+            assert resolve_head("mood", target, namespace=named) == cached
             for alias in ("moood", "mine"):
-                with pytest.raises(
-                    ProbeError, match="the Hub, where org/tiny may have more, was not asked or not reached"
-                ):
-                    resolve_head(alias, target, namespace="alice")
-        assert resolve_head("mine", target, namespace="alice").name == "mine"
-
-    def test_damaged_settings(self, hub, named):
-        named.parent.mkdir(parents=True)
-        for text in ("[", '"x"', '{"namespace": "a/b"}', '{"namespace": 3}'):
-            named.write_text(text)
-            with pytest.raises(ProbeError, match=r"namespace"):
-                AutoModel.from_pretrained(plain(hub), probe="mood")
-
-
-@pytest.mark.parametrize(
-    "folder, name",
-    [
-        *[("mood v1.2", "mood-v1-2"), ("größe", "gr-e"), ("感情", "-"), ('"a"', "-a-"), ("a-b_c", "a-b_c")],
-        *[("type", "type-head"), ("train", "train-head"), ("training", "training-head"), ("items", "items-head")],
-    ],
-)
-def test_any_folder_has_a_name_that_a_head_may_have(tmp_path, folder, name):
-    save_head(make_probe(), tmp_path / folder)
-    assert default_name(tmp_path / folder) == check_name(name)
+                with pytest.raises(ProbeError, match=r"org/tiny:mine is not in the cache|org/tiny:moood is not in"):
+                    resolve_head(alias, target, namespace=named)
+        assert resolve_head("mine", target, namespace=named).name == "mine"

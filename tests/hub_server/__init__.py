@@ -1,7 +1,7 @@
 """A small Hub on loopback: the real `huggingface_hub` client pushes to it and pulls from it in the tests.
 
-It keeps everything in memory and speaks the client's protocol: caching, revisions, error classes, atomic commits. It
-says nothing about the public Hub's own policies, such as quotas, scans or the rules for cards.
+It keeps everything in memory and answers the requests that the client makes in these tests: who am I, create, branches,
+model info, trees, uploads (preupload, LFS, commit) and downloads. Rules of the public Hub (quotas, scans) are left out.
 """
 
 from .server import HubServer

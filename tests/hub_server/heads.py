@@ -1,4 +1,4 @@
-"""Heads and a backbone on the tests' own Hub."""
+"""Heads and a backbone for the tests' own Hub."""
 
 import tempfile
 from pathlib import Path
@@ -7,17 +7,16 @@ import torch
 from conftest import make_lm
 
 from llama_probe import ProbeModel
-from llama_probe.files import save_head
 
 
 def same_weights(one: ProbeModel, other: ProbeModel) -> bool:
-    """Whether two heads have bit-identical weights."""
+    """Return True if two heads have bit-identical weights."""
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def contents(probe: ProbeModel, folder) -> dict[str, bytes]:
     """The files of a head."""
-    return {path.name: path.read_bytes() for path in save_head(probe, folder).iterdir()}
+    return {path.name: path.read_bytes() for path in probe.save_pretrained(folder).iterdir()}
 
 
 def plain(hub) -> str:

@@ -1,159 +1,113 @@
-"""A repository in memory: blobs named by their content, commits, and the refs that point at commits."""
+"""A repository in memory: commits, and the branches and pull requests that point at them."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import cached_property
 
-from .refusal import Refusal, entry_not_found, revision_not_found
+import yaml
 
 
 LFS_SUFFIXES = (".safetensors", ".png")
-FIRST_FILES = {
-    ".gitattributes": "".join(f"*{end} filter=lfs diff=lfs merge=lfs -text\n" for end in LFS_SUFFIXES).encode()
-}
+FIRST_FILES = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
 
 
-def git_hash(data: bytes) -> str:
-    """SHA-1 by which git names a blob of these bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+class Refusal(Exception):
+    """Ends a request with a status, a message, and the `X-Error-Code` from which the client picks its exception."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.body = status, {"error": message}
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One version of a file; with `lfs` git holds a pointer to it and not the bytes."""
+    """One version of a file; with `lfs` the client downloads it from another origin."""
 
     data: bytes
     lfs: bool = False
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
 
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
 
-    @property
-    def pointer(self) -> bytes:
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
-
     @cached_property
     def oid(self) -> str:
-        """The name in git: of the bytes, or of the pointer."""
-        return git_hash(self.pointer if self.lfs else self.data)
+        """The name under which the client caches the file."""
+        git = hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+        return self.sha256 if self.lfs else git
 
-    @property
-    def content_oid(self) -> str:
-        """The name by which the client sees that a file has not changed, and under which it caches it."""
-        return self.sha256 if self.lfs else self.oid
+    def entry(self, name: str, path: str) -> dict:
+        """The file as the API lists it; `name` is the key of its path."""
+        lfs = {"lfs": {"oid": self.sha256, "sha256": self.sha256, "size": len(self.data), "pointerSize": 1}}
+        return {"type": "file", name: path, "size": len(self.data), "oid": self.oid, **(lfs if self.lfs else {})}
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A whole tree with its history; `oid` follows from all of it."""
+    """A whole tree, after another one."""
 
     files: Mapping[str, Blob]
-    title: str
-    description: str
-    author: str
-    date: datetime
-    parent: "Commit | None" = field(default=None, repr=False, compare=False)
+    parent: str = ""
 
     @cached_property
     def oid(self) -> str:
-        lines = [self.parent.oid if self.parent else "", self.title, self.description, self.author]
-        lines += [self.date.isoformat(), *(f"{path}\0{self.files[path].oid}" for path in sorted(self.files))]
+        lines = [self.parent, *(f"{path}\0{self.files[path].oid}" for path in sorted(self.files))]
         return hashlib.sha1("\n".join(lines).encode()).hexdigest()
-
-    def history(self) -> list["Commit"]:
-        """This commit and its ancestors, newest first."""
-        commits = [self]
-        while commits[-1].parent is not None:
-            commits.append(commits[-1].parent)
-        return commits
 
 
 class Repository:
-    """A model repository with its refs; it starts with one commit, so that every ref has a commit to point at."""
+    """A model or a data set; it starts with one commit."""
 
     def __init__(self, repo_id: str, files: Mapping[str, Blob], private: bool = False):
         self.id, self.owner, self.private = repo_id, repo_id.split("/")[-2], private
-        self.gated: bool | str = False
-        self.granted: set[str] = set()
-        first = Commit(dict(files), "initial commit", "", self.owner, datetime.now(UTC))
-        self.created = first.date
+        first = Commit(dict(files))
         self.commits = {first.oid: first}
-        self.branches, self.tags, self.pulls = {"main": first}, {}, {}
-        # LFS objects by sha256: those of the commits, and those that were uploaded and not committed (yet).
+        self.refs = {"main": first}  # branches by name, pull requests as refs/pr/N
         self.objects = {blob.sha256: blob.data for blob in files.values() if blob.lfs}
 
     def find(self, revision: str) -> Commit:
-        """The commit of a branch, tag, pull request or full sha; a `Refusal` where there is none."""
-        for refs, prefix in ((self.branches, "refs/heads/"), (self.tags, "refs/tags/"), (self.pulls, "refs/pr/")):
-            for name, commit in refs.items():
-                if revision == f"{prefix}{name}" or (revision == name and refs is not self.pulls):
-                    return commit
-        if revision in self.commits:
-            return self.commits[revision]
-        raise revision_not_found(revision)
+        """The commit of a branch, pull request or full sha; a `Refusal` if there is none."""
+        found = self.refs.get(revision.removeprefix("refs/heads/")) or self.commits.get(revision)
+        if found is None:
+            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return found
 
-    def head(self, revision: str) -> Commit:
-        """The commit of a revision that can be committed to; a `Refusal` for a tag or a sha."""
-        commit = self.find(revision)
-        if revision not in self.branches and not revision.startswith("refs/pr/"):
-            raise Refusal(400, f"Commits go to a branch, not to {revision}")
-        return commit
-
-    def file(self, commit: Commit, path: str) -> Blob:
-        """The file at a path; a `Refusal` where there is none."""
-        if path not in commit.files:
-            raise entry_not_found(path, commit.oid)
-        return commit.files[path]
-
-    def commit(
-        self,
-        revision: str,
-        files: Mapping[str, Blob],
-        title: str,
-        description: str = "",
-        author: str | None = None,
-        as_pull: bool = False,
-    ) -> Commit:
-        """Makes `files` the tree of a branch or pull request, in one step; the same tree again makes no commit.
-
-        With `as_pull` the branch stays where it is, and a new pull request points at the commit.
-        """
-        parent = self.head(revision)
-        commit = Commit(dict(files), title, description, author or self.owner, datetime.now(UTC), parent)
-        if dict(files) == dict(parent.files):
-            commit = parent
+    def commit(self, revision: str, files: Mapping[str, Blob], as_pull: bool = False) -> Commit:
+        """Make `files` the tree of a revision; the same tree again makes no commit."""
+        parent = self.find(revision)
+        commit = parent if dict(files) == dict(parent.files) else Commit(dict(files), parent.oid)
         self.commits[commit.oid] = commit
         self.objects.update({blob.sha256: blob.data for blob in files.values() if blob.lfs})
         if as_pull:
-            self.pulls[str(len(self.pulls) + 1)] = commit
-        elif revision.startswith("refs/pr/"):
-            self.pulls[revision.removeprefix("refs/pr/")] = commit
-        else:
-            self.branches[revision] = commit
+            revision = f"refs/pr/{sum(ref.startswith('refs/pr/') for ref in self.refs) + 1}"
+        self.refs[revision] = commit
         return commit
 
 
+def card_data(files: Mapping[str, Blob]) -> dict:
+    """The metadata of a tree's README; a `Refusal` if the Hub does not take it."""
+    return check_card(files["README.md"].data.decode("utf-8", "replace")) if "README.md" in files else {}
+
+
+def check_card(text: str) -> dict:
+    match = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r?\n|$)", text, re.DOTALL)
+    try:
+        data = (yaml.safe_load(match.group(1)) if match else None) or {}
+        tags = data.get("tags", [])
+    except (yaml.YAMLError, AttributeError) as error:
+        raise Refusal(400, f"the metadata is not valid YAML: {error}".replace("\n", " ")) from None
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise Refusal(400, '"tags" must be an array of strings')
+    return json.loads(json.dumps(data, default=str))
+
+
 def check_path(path: object) -> str:
-    """Returns a path that may be committed; a `Refusal` for one that leaves the tree or that git would not hold."""
+    """Return a path that may be committed; a `Refusal` if it leaves the tree."""
     parts = path.split("/") if isinstance(path, str) else [""]
-    if any(part in ("", ".", "..") or part.lower() == ".git" for part in parts) or re.search(
-        r"[\0-\x1f\\]", str(path)
-    ):
+    if any(part in ("", ".", "..", ".git") for part in parts) or "\\" in str(path):
         raise Refusal(400, f"Invalid path in commit: {path!r}")
     return str(path)
-
-
-def check_tree(files: Mapping[str, Blob]) -> None:
-    """A `Refusal` where one name is both a file and a folder."""
-    for path in files:
-        folders = [path[: match.start()] for match in re.finditer("/", path)]
-        if clash := next((folder for folder in folders if folder in files), None):
-            raise Refusal(400, f"{clash} cannot be both a file and a folder")

@@ -1,53 +1,68 @@
-"""The server: its state, and the thread of the test process in which it runs."""
+"""The server: its state, the requests it answers, and the threads of the test process in which it runs."""
 
-import asyncio
+import base64
 import hashlib
-import hmac
+import json
 import os
+import re
 import secrets
 import socket
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-import uvicorn
-
-from .accounts import Accounts
-from .app import make_app
 from .faults import Faults
-from .repository import LFS_SUFFIXES, Blob, Repository
+from .repository import FIRST_FILES, LFS_SUFFIXES, Blob, Refusal, Repository, card_data, check_card, check_path
+
+
+_ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
+_API = rf"/api/(?P<kind>models|datasets)/{_ID}"
+_REVISION = r"(?P<revision>[^/]+)"
+ROUTES = {
+    "whoami": r"GET /api/whoami-v2",
+    "create": r"POST /api/repos/create",
+    "validate": r"POST /api/validate-yaml",
+    "preupload": rf"POST {_API}/preupload/{_REVISION}",
+    "commit": rf"POST {_API}/commit/{_REVISION}",
+    "branch": rf"POST {_API}/branch/{_REVISION}",
+    "paths": rf"POST {_API}/paths-info/{_REVISION}",
+    "tree": rf"GET {_API}/tree/{_REVISION}(?:/(?P<path>.*))?",
+    "refs": rf"GET {_API}/refs",
+    "info": rf"GET {_API}(?:/revision/{_REVISION})?",
+    "batch": rf"POST /{_ID}\.git/info/lfs/objects/batch",
+    "verify": rf"POST /{_ID}\.git/info/lfs/verify",
+    "put": rf"PUT /cdn/{_ID}/(?P<oid>\w{{64}})",
+    "get": r"GET /cdn/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/(?P<oid>\w{64})/.*",
+    "resolve": rf"GET /(?P<kind>datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.*)",
+}
 
 
 class HubServer:
-    """A Hub on 127.0.0.1 whose LFS objects are on another origin, the same port of localhost.
+    """A Hub on 127.0.0.1 whose large files are on another origin, the same port of localhost.
 
     Attributes:
-        url: what `HF_ENDPOINT` is set to.
-        requests: `(method, path, status)` of every request in order; paths are quoted as they came, without queries, and
-            the status is `None` where a fault cut the connection. No header is kept.
-        faults: what goes wrong, see `Faults`.
-        repositories: by id.
-        errors: tracebacks of the server's own errors, of which there should be none.
-        lfs_bytes: files of this size or more go up as LFS objects; `.safetensors` and `.png` always do.
-        part_bytes: LFS objects of more bytes go up in parts.
-        env: environment of a subprocess whose client is to use this server; set by the fixture.
+        url: value for `HF_ENDPOINT`.
+        requests: `(method, path, status)` of each request; no query, no header; the status is None if it was cut.
+        faults: see `Faults`.
+        repositories: by id; that of a data set begins with `datasets/`.
+        errors: tracebacks of the server's own errors.
+        env: environment for a subprocess whose client uses this server; set by the fixture.
     """
 
     def __init__(self) -> None:
-        self._server: uvicorn.Server | None = None
-        self._secret, self.port = secrets.token_bytes(), 0
+        self.port = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all users, repositories, faults and requests."""
-        self.accounts, self.faults = Accounts(), Faults()
+        self.tokens: dict[str, tuple[str, str]] = {}  # (user, role) by token
+        self.faults = Faults()
         self.repositories: dict[str, Repository] = {}
-        self.parts: dict[tuple[str, str, int], bytes] = {}
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
-        self.lfs_bytes, self.part_bytes = 2**20, 5 * 2**20
         self.env: dict[str, str] = {}
 
     @property
@@ -58,119 +73,350 @@ class HubServer:
     def cdn_url(self) -> str:
         return f"http://localhost:{self.port}"
 
-    def __enter__(self) -> "HubServer":
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
+    # What tests call
 
     def start(self) -> "HubServer":
-        """Starts the thread, on the port of the last time if there was one; returns once requests are taken."""
-        # asyncio turns Nagle's delay of 40 ms off only for sockets that name their protocol.
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port))
-        self.port = listener.getsockname()[1]
-        # A client that waits for longer than the keep-alive between two requests would meet a closed connection.
-        options = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off", "timeout_keep_alive": 600}
-        config = uvicorn.Config(make_app(self), log_config=None, log_level="critical", access_log=False, **options)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listener],), name="hub", daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            if not self._thread.is_alive():
-                raise RuntimeError("the Hub server did not start")
-            time.sleep(0.002)
+        """Listen, on the port of the last time if there was one."""
+        handler = type("Handler", (Handler,), {"hub": self})
+        self._lock, self._connections = threading.Lock(), set()
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        # shutdown() waits for the next poll.
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), name="hub", daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """Ends the thread and closes all connections."""
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join(timeout=10)
-        if self._thread.is_alive():
-            raise RuntimeError("the Hub server did not stop")
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def down(self) -> Iterator[None]:
-        """Nothing listens at the server's address for the time of a `with` block; its state is kept."""
+        """Nothing listens at the server's address inside the block; its state is kept."""
         self.stop()
         try:
             yield
         finally:
             self.start()
 
-    async def abort(self, scope: Mapping) -> None:
-        """Closes the connection of a request without an answer."""
-        for connection in list(self._server.server_state.connections):
-            if connection.scope is scope:
-                connection.transport.abort()
-        await asyncio.sleep(0)
-
     def add_user(self, name: str) -> str:
-        """Adds a user; returns a token that may write to the user's repositories."""
-        return self.accounts.add_user(name)
+        """Return a token of a new user that may write."""
+        return self.add_token(name, "write")
 
-    def add_token(self, user: str, role: str = "read", repos: Iterable[str] = ()) -> str:
-        """Adds a token of the role `read`, `write` or `fine` (which reaches `repos` only) for a user."""
-        return self.accounts.add_token(user, role, repos)
+    def add_token(self, user: str, role: str = "read") -> str:
+        """Return a token of the role `read` or `write`."""
+        token = "hf_" + secrets.token_hex(17)
+        self.tokens[token] = (user, role)
+        return token
 
     def plant(
         self, repo_id: str, files: Mapping[str, bytes | None], *, branch: str = "main", private: bool = False
     ) -> str:
-        """Commits files, unchecked, to a repository that is made if need be; returns the sha.
-
-        Paths and ids may be what no Hub would take; that of a data set begins with `datasets/`. `None` deletes a file; `branch`
-        may be new.
-        """
-        blobs = {
-            path: Blob(data, lfs=path.endswith(LFS_SUFFIXES) or len(data) >= self.lfs_bytes)
-            for path, data in files.items()
-            if data is not None
-        }
+        """Commit files, unchecked, to a repository and branch that may be new; None deletes. Return the sha."""
+        blobs = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items() if data is not None}
         if repo_id not in self.repositories:
             self.repositories[repo_id] = Repository(repo_id, blobs if branch == "main" else {}, private)
         repo = self.repositories[repo_id]
-        head = repo.branches.setdefault(branch, repo.branches["main"])
+        head = repo.refs.setdefault(branch, repo.refs["main"])
         kept = {path: blob for path, blob in head.files.items() if path not in files}
-        return repo.commit(branch, {**kept, **blobs}, "Plant files").oid
+        return repo.commit(branch, {**kept, **blobs}).oid
 
     def head(self, repo_id: str, revision: str = "main") -> str:
-        """The sha of a revision."""
         return self.repositories[repo_id].find(revision).oid
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """What a repository holds at a revision."""
         return {path: blob.data for path, blob in self.repositories[repo_id].find(revision).files.items()}
 
     def clear_requests(self) -> None:
-        """Empties the log."""
         self.requests.clear()
 
     def count(self, method: str | None = None, path: str = "") -> int:
-        """How many requests the log holds, of a method and with `path` in their path."""
+        """Count requests of a method with `path` in their path."""
         return sum(method in (None, verb) and path in where for verb, where, _ in self.requests)
 
-    def signature(self, method: str, path: str) -> str:
-        """What a URL must carry to be taken without a token."""
-        return hmac.new(self._secret, f"{method} {path}".encode(), hashlib.sha256).hexdigest()
-
-    def signed(self, origin: str, method: str, path: str) -> str:
-        """A URL that may be used without a token, for one method."""
-        return f"{origin}{path}?key={self.signature(method, path)}"
-
     def environment(self, home: Path) -> dict[str, str]:
-        """The environment of this process, changed so that a client started in it knows this server and no other."""
-        kept = {
-            key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+        """The environment of this process, changed so that a client started in it knows this server only."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+        no_proxy = "127.0.0.1,localhost"
+        switches = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS")
+        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": no_proxy, "no_proxy": no_proxy}
+        return {**kept, **own, **dict.fromkeys((*switches, "DISABLE_SAFETENSORS_CONVERSION"), "1")}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one connection. A route returns a JSON value, or (status, headers, bytes)."""
+
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def setup(self):
+        super().setup()
+        self.hub._connections.add(self.connection)
+
+    def finish(self):
+        with suppress(OSError):
+            super().finish()
+        self.hub._connections.discard(self.connection)
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        hub, self.where = self.hub, urlsplit(self.path).path
+        self.query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+        fault = hub.faults.take(("answer", "cut", "run"), self.command, self.where)
+        if fault is not None and fault.kind == "cut":
+            self.rfile.read(1)
+            hub.requests.append((self.command, self.where, None))
+            self.close_connection = True
+            return
+        self.body = self._read_body()
+        try:
+            if fault is not None and fault.kind == "answer":
+                raise Refusal(fault.status, "a fault that was asked for", fault.code)
+            if fault is not None:
+                fault.action()
+            with hub._lock:
+                answer = self._route()
+        except Refusal as refusal:
+            answer = refusal.status, refusal.headers, json.dumps(refusal.body).encode()
+        except Exception:
+            hub.errors.append(traceback.format_exc())
+            answer = 501, {}, b""  # the client does not repeat a request after it
+        self._send(*(answer if isinstance(answer, tuple) else (200, {}, json.dumps(answer).encode())))
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.hub.requests.append((self.command, self.where, status))
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+        if int(headers.get("Content-Length", len(data))) != len(data):
+            self.close_connection = True
+
+    def _route(self):
+        at_cdn = self.headers["Host"] == urlsplit(self.hub.cdn_url).netloc
+        if at_cdn != self.where.startswith("/cdn/") or (at_cdn and self.headers.get("Authorization")):
+            raise Refusal(400, "the wrong origin, or a token was sent to the CDN")
+        line = f"{self.command.replace('HEAD', 'GET')} {self.where}"
+        for name, route in ROUTES.items():
+            if match := re.fullmatch(route, line):
+                self.part = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                return getattr(self, f"on_{name}")()
+        raise AssertionError(f"no route for {line}")
+
+    # Who may do what
+
+    @property
+    def visitor(self) -> tuple[str, str] | None:
+        """(user, role) of the request's token."""
+        given = self.headers.get("Authorization")
+        if given is None:
+            return None
+        if given.removeprefix("Bearer ") not in self.hub.tokens:
+            # The client tells a wrong token from a hidden repository by these words.
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        return self.hub.tokens[given.removeprefix("Bearer ")]
+
+    def readable(self) -> Repository:
+        visitor = self.visitor
+        kind = "datasets/" if self.part.get("kind", "").startswith("datasets") else ""
+        repo = self.hub.repositories.get(kind + self.part["id"])
+        if repo is None or (repo.private and (visitor is None or visitor[0] != repo.owner)):
+            raise Refusal(401 if visitor is None else 404, "Repository not found", "RepoNotFound")
+        return repo
+
+    def writable(self) -> Repository:
+        repo = self.readable()
+        if self.visitor != (repo.owner, "write"):
+            raise Refusal(403, "Forbidden: this token has no write access to the repository")
+        return repo
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    # Routes
+
+    def on_whoami(self):
+        if self.visitor is None:
+            raise Refusal(401, "Invalid username or password.")
+        return {"type": "user", "name": self.visitor[0], "orgs": [], "auth": {}}
+
+    def on_create(self):
+        if self.visitor is None:
+            raise Refusal(401, "Invalid username or password.")
+        (user, role), body = self.visitor, self.json
+        self.part = {"id": f"{body.get('organization') or user}/{body['name']}"}
+        answer = {"url": f"{self.hub.url}/{self.part['id']}", "name": self.part["id"], "id": self.part["id"]}
+        if role != "write" or not self.part["id"].startswith(f"{user}/"):
+            raise Refusal(403, "You don't have the rights to create this model")
+        if self.part["id"] in self.hub.repositories:
+            return 409, {}, json.dumps({"error": "You already created this model repo", **answer}).encode()
+        private = body.get("visibility") == "private" or body.get("private", False)
+        first = {path: Blob(data) for path, data in FIRST_FILES.items()}
+        self.hub.repositories[self.part["id"]] = Repository(self.part["id"], first, private)
+        return answer
+
+    def on_validate(self):
+        try:
+            check_card(self.json["content"])
+        except Refusal as refusal:
+            errors = [{"message": refusal.body["error"]}]
+            return 400, {}, json.dumps({"errors": errors, "warnings": []}).encode()
+        return {"errors": [], "warnings": []}
+
+    def on_info(self):
+        repo = self.readable()
+        commit = repo.find(self.part.get("revision", "main"))
+        card = card_data(commit.files)
+        named = {
+            "id": repo.id.removeprefix("datasets/"),
+            "author": repo.owner,
+            "sha": commit.oid,
+            "private": repo.private,
         }
-        return {
-            **kept,
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "DISABLE_SAFETENSORS_CONVERSION": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1,localhost",
+        siblings = [{"rfilename": path, "size": len(blob.data)} for path, blob in sorted(commit.files.items())]
+        more = {"cardData": card, "tags": card.get("tags", []), "downloads": 0, "likes": 0, "gated": False}
+        return {"_id": repo.id, **named, **more, "siblings": siblings}
+
+    def on_tree(self):
+        commit, folder = self.readable().find(self.part["revision"]), self.part.get("path", "")
+        start = f"{folder}/" if folder else ""
+        entries = {}
+        for path, blob in sorted(commit.files.items()):
+            if path.startswith(start):
+                first, _, rest = path.removeprefix(start).partition("/")
+                if rest:
+                    entries[start + first] = {"type": "directory", "path": start + first, "size": 0, "oid": "0" * 40}
+                if not rest or "recursive" in self.query:
+                    entries[path] = blob.entry("path", path)
+        if folder and not entries:
+            raise Refusal(404, f"Entry not found: {folder}", "EntryNotFound")
+        return list(entries.values())
+
+    def on_paths(self):
+        files = self.readable().find(self.part["revision"]).files
+        form = self.json["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode()).get("paths", [])
+        folders = {path: {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in form}
+        found = {path: files[path].entry("path", path) for path in form if path in files}
+        return list(found.values()) + [
+            folders[path] for path in form if any(name.startswith(f"{path}/") for name in files)
+        ]
+
+    def on_refs(self):
+        refs = self.readable().refs.items()
+        listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": at.oid} for name, at in refs]
+        return {"branches": listed, "tags": [], "converts": []}
+
+    def on_branch(self):
+        repo = self.writable()
+        if self.part["revision"] in repo.refs:
+            raise Refusal(409, "Reference already exists")
+        repo.refs[self.part["revision"]] = repo.refs["main"]
+        return {}
+
+    def on_preupload(self):
+        commit = self.writable().find(self.part["revision"])
+        answer = []
+        for file in self.json["files"]:
+            mode = "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"
+            old = commit.files.get(file["path"])
+            known = {} if old is None else {"oid": old.oid}
+            answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+        return {"files": answer, "commitOid": commit.oid}
+
+    def on_batch(self):
+        repo, objects = self.writable(), []
+        verify = {"href": f"{self.hub.url}/{repo.id}.git/info/lfs/verify"}
+        for item in self.json["objects"]:
+            upload = {"href": f"{self.hub.cdn_url}/cdn/{repo.id}/{item['oid']}"}
+            actions = {} if item["oid"] in repo.objects else {"actions": {"upload": upload, "verify": verify}}
+            objects.append({"oid": item["oid"], "size": item["size"], **actions})
+        return {"transfer": "basic", "objects": objects}
+
+    def on_put(self):
+        if hashlib.sha256(self.body).hexdigest() != self.part["oid"]:
+            raise Refusal(400, "The uploaded bytes do not have the declared sha256")
+        self.hub.repositories[self.part["id"]].objects[self.part["oid"]] = self.body
+        return {}
+
+    def on_verify(self):
+        assert len(self.writable().objects[self.json["oid"]]) == self.json["size"]
+        return {}
+
+    def on_commit(self):
+        """Apply all lines of a commit to a copy of the tree, and only then make it the branch's."""
+        repo, as_pull = self.writable(), "create_pr" in self.query
+        header, *lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
+        head = repo.find(self.part["revision"])
+        if header["value"].get("parentCommit", head.oid) != head.oid:
+            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(head.files)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "deletedFile":
+                del files[value["path"]]
+            elif line["key"] == "lfsFile":
+                files[check_path(value["path"])] = Blob(repo.objects[value["oid"]], lfs=True)
+            else:
+                files[check_path(value["path"])] = Blob(base64.b64decode(value["content"]))
+        card_data(files)
+        commit = repo.commit(self.part["revision"], files, as_pull)
+        answer = {
+            "success": True,
+            "commitOid": commit.oid,
+            "commitUrl": f"{self.hub.url}/{repo.id}/commit/{commit.oid}",
         }
+        number = sum(ref.startswith("refs/pr/") for ref in repo.refs)
+        return answer | ({"pullRequestUrl": f"{self.hub.url}/{repo.id}/discussions/{number}"} if as_pull else {})
+
+    def on_resolve(self):
+        repo, path = self.readable(), self.part["path"]
+        commit = repo.find(self.part["revision"])
+        if path not in commit.files:
+            raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", {"X-Repo-Commit": commit.oid})
+        blob = commit.files[path]
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"'}
+        if not blob.lfs:
+            return self._file(blob.data, headers)
+        # The file's name is in the URL so that faults find it.
+        location = f"{self.hub.cdn_url}/cdn/{repo.id}/{blob.sha256}/{quote(path)}"
+        linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(blob.data)), "Location": location}
+        return 302, headers | linked, b""
+
+    def on_get(self):
+        repo = self.hub.repositories[self.part.get("kind", "") + self.part["id"]]
+        return self._file(repo.objects[self.part["oid"]], {"ETag": f'"{self.part["oid"]}"'})
+
+    def _file(self, data: bytes, headers: dict[str, str]):
+        status = 200
+        if self.hub.faults.take(("wrong sha",), self.command, self.where):
+            data = data[:-1] + bytes([data[-1] ^ 0xFF])
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            headers["Content-Range"], status = f"bytes {first}-{last}/{len(data)}", 206
+            data = data[first : last + 1]
+        if fault := self.hub.faults.take(("truncate",), self.command, self.where):
+            headers |= {"Content-Length": str(len(data))} if fault.declared else {}
+            data = data[: len(data) // 2]
+        return status, {"Accept-Ranges": "bytes", **headers}, data

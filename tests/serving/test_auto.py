@@ -5,11 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import make_lm, make_probe
+from conftest import make_lm, make_probe, save_head
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
-from llama_probe.files import save_head
 from llama_probe.serving import auto
 
 

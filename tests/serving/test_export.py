@@ -6,11 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import (
@@ -22,8 +21,9 @@ from transformers import (
 )
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
-from llama_probe.files import HEAD_FILES, read_config, read_head, read_results, save_head
-from llama_probe.heads import aggregator
+from llama_probe.heads import registry
+from llama_probe.heads.configuration import read_config
+from llama_probe.hub.folder import HEAD_FILES, read_results
 from llama_probe.hub.resolve import bundled_heads
 from llama_probe.serving.export import export_repository, push_repository
 from llama_probe.serving.remote_code import AUTO_MAP, CUSTOM_PIPELINES, flat_files
@@ -100,8 +100,6 @@ def test_results_of_a_head_go_along(lm, tmp_path):
     head.results = measured
     folder = export(lm, tmp_path / "x", {"toxic": head}, tokenizer=make_tokenizer())
     assert read_results(folder / "toxic") == measured
-    plots = {path.name for path in (folder / "toxic").glob("*.png")}
-    assert bool(plots) == ("inspection" in measured and find_spec("matplotlib") is not None)
     card = (folder / "README.md").read_text()
     assert f"{measured['card']['dataset_name']} | {measured['card']['license']} |" in card
 
@@ -177,9 +175,9 @@ def test_an_empty_folder_is_empty_again_where_it_fails(lm, tmp_path, monkeypatch
 
 
 def test_kinds_that_the_repository_has_no_code_for_are_refused(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(aggregator, "_PROBE_TYPES", dict(aggregator._PROBE_TYPES))
-    own = type("Own", (aggregator.get_probe_type("gate"),), {"__module__": "my_kinds"})
-    aggregator.register_probe_type("own")(own)
+    monkeypatch.setattr(registry, "_PROBE_TYPES", dict(registry._PROBE_TYPES))
+    own = type("Own", (registry.get_probe_type("gate"),), {"__module__": "my_kinds"})
+    registry.register_probe_type("own")(own)
     with pytest.raises(ProbeError, match=r"'toxic' is of the kind 'own', .* it has attentive, gate"):
         export(lm, tmp_path / "x", {"toxic": make_probe(probe_type="own")}, tokenizer=make_tokenizer())
     assert not list(tmp_path.iterdir())

@@ -7,13 +7,12 @@ import time
 import accelerate
 import pytest
 import torch
-from conftest import VOCAB, make_lm, make_probe, make_prompts
+from conftest import VOCAB, make_lm, make_probe, make_prompts, save_head
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
-from llama_probe.files import save_head
 from llama_probe.heads import probe_types
 from llama_probe.serving import host
 

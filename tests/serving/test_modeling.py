@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, save_head
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeOutput
-from llama_probe.files import save_head
 from llama_probe.serving import session as generation
 
 

@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer, save_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
-from llama_probe.files import save_head
 from llama_probe.serving import pipeline as module
 from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
 

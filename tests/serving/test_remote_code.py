@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer, read_head
 from packaging.requirements import Requirement
 from repository import ROOT
 from safetensors.torch import load_file
@@ -22,7 +22,6 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import llama_probe
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
-from llama_probe.files import read_head
 from llama_probe.serving import remote_code
 from llama_probe.serving.export import export_repository, push_repository
 from llama_probe.serving.pipeline import ProbedTextGenerationPipeline

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, read_head
 from torch.utils.data import Dataset
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.data.sources import FOLDS, DataSources
 from llama_probe.evaluation.metrics import score
 from llama_probe.evaluation.report import predict_logits
-from llama_probe.files import read_head
 from llama_probe.training.fitting import fit_classifier
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm
+from conftest import make_lm, read_head
 from torch.utils.data import Subset
 
 from llama_probe import ProbeError
@@ -14,7 +14,6 @@ from llama_probe.data.sources import FOLDS, DataSources
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score
 from llama_probe.evaluation.report import predict_logits
-from llama_probe.files import read_head
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import CHECKPOINTS, TrainingRun, _last_checkpoint

@@ -8,13 +8,13 @@ from collections import Counter
 import optuna
 import pytest
 import torch
-from conftest import HIDDEN, make_lm
+from conftest import HIDDEN, make_lm, read_head
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.data.sources import DataSources
 from llama_probe.evaluation.plots import sensitivity_plot
 from llama_probe.experiments.reproduction.reproduction import summarize_trials
-from llama_probe.files import read_head, read_results
+from llama_probe.hub.folder import read_results
 from llama_probe.training import shared as shared_training
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun

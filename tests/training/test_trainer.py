@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm, make_prompts, make_tokenizer
+from conftest import make_lm, make_prompts, make_tokenizer, read_head
 from safetensors.torch import load_file
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -11,7 +11,6 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.evaluation.report import predict_logits
-from llama_probe.files import read_head
 from llama_probe.heads.decision import ProbeOutput, probe_loss
 from llama_probe.training.trainer import ProbeLoss, balanced_weights, create_trainer, training_arguments
 

@@ -57,12 +57,12 @@ def evaluate(
     from ..errors import ProbeError
     from ..evaluation.detection import apply_rules, follow_replies
     from ..evaluation.report import detailed_report, predict_logits
-    from ..files import read_head
+    from ..heads.probe import ProbeModel
+    from ..hub.folder import measured_rules
     from ..hub.resolve import resolve_head
-    from ..serving.halting import measured_rules
 
     with process_group(), contextlib.redirect_stdout(sys.stderr):
-        head = read_head(resolve_head(probe, backbone_target(backbone)))
+        head = ProbeModel.from_pretrained(resolve_head(probe, backbone_target(backbone)))
         config = head.config
         rules = measured_rules(head.results) if config.reads_reply else {}
         names = list(config.id2label.values())

@@ -29,12 +29,18 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a Hub repository with backbone, tokenizer, heads and the code that runs them without this package."""
+    from ..evaluation.plots import write_plots
+    from ..hub.card import write_card
+    from ..hub.folder import list_heads
     from ..serving.export import export_repository, push_repository
 
     with contextlib.redirect_stdout(sys.stderr):
         folder = export_repository(
             backbone, output, probe, dtype=dtype, base_model=base_model, license=license, repo_id=push
         )
+        for name, head in list_heads(folder).items():
+            if write_plots(head):
+                write_card(head, source=f"{push}:{name}" if push else None)
         info = None
         if push is not None:
             info = push_repository(folder, push, private=private, revision=revision, create_pr=create_pr)

@@ -37,7 +37,7 @@ def inspect(
     """Show what a head is, whether it belongs to a backbone, or which heads come with the package."""
     from ..backbone.loading import backbone_target
     from ..errors import ProbeError
-    from ..files import read_head
+    from ..heads.probe import ProbeModel
     from ..hub.card import results_table
     from ..hub.resolve import bundled_heads, resolve_head
 
@@ -54,7 +54,7 @@ def inspect(
     if revision and Path(probe).is_dir():
         raise ProbeError(f"--revision {revision}: {probe} is a folder, and has no revisions; leave --revision out")
     target = None if backbone is None else backbone_target(backbone)
-    head = read_head(resolve_head(probe, target, hub_options(probe, revision)))
+    head = ProbeModel.from_pretrained(resolve_head(probe, target, hub_options(probe, revision)))
     if backbone is not None:
         _compare(probe, head.config, backbone, dtype, as_json)
         return
@@ -69,7 +69,7 @@ def inspect(
 
 
 def _list_bundled(as_json: bool) -> None:
-    from ..files import read_config
+    from ..heads.configuration import read_config
     from ..hub.resolve import bundled_heads
 
     configs = {alias: read_config(folder) for alias, folder in bundled_heads().items()}

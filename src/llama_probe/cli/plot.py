@@ -58,7 +58,8 @@ def plot(
     from ..errors import ProbeError
     from ..evaluation.figure import new_figure
     from ..evaluation.reading import read_texts
-    from ..files import check_writable, make_folder, read_head, write_atomically
+    from ..files import check_writable, make_folder, write_atomically
+    from ..heads.probe import ProbeModel
     from ..hub.resolve import check_name, default_name, resolve_head
     from ..serving.auto_class import AutoModelForProbedGeneration
 
@@ -82,7 +83,7 @@ def plot(
     readings, rows = [], None
     with contextlib.redirect_stdout(sys.stderr):
         name = check_name(default_name(probe))
-        head = read_head(resolve_head(probe, backbone_target(backbone)))
+        head = ProbeModel.from_pretrained(resolve_head(probe, backbone_target(backbone)))
         inspection = (head.results or {}).get("inspection")
         if data is not None:
             from ..data.texts import read_labelled

@@ -194,9 +194,9 @@ def _batches(
 ):
     from ..backbone.loading import backbone_target, load_backbone
     from ..data.prompts import PromptFormat, check_alike
-    from ..hub.resolve import read_heads
     from ..serving.auto_class import AutoModelForProbedGeneration
     from ..serving.halting import Halter
+    from ..serving.sources import read_heads
 
     if not prompts and sys.stdin.isatty():
         print("prompts, one a line, then Ctrl-D:", file=sys.stderr)

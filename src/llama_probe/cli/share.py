@@ -26,11 +26,14 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload a head to the Hub in one commit: config, weights, results, plots and card."""
+    from ..heads.probe import ProbeModel
     from ..hub.publish import push_folder
     from ..hub.resolve import resolve_head
 
+    folder = resolve_head(head)
+    ProbeModel.from_pretrained(folder)  # raises if the head is damaged
     info = push_folder(
-        resolve_head(head),
+        folder,
         repo_id,
         subfolder=subfolder,
         private=private,
@@ -53,7 +56,8 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
+    from ..heads.probe import ProbeModel
     from ..hub.publish import pull_head
 
-    folder = pull_head(head, output, hub_options(head, revision))
+    folder = pull_head(head, output, hub_options(head, revision), check=ProbeModel.from_pretrained)
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ProbeError
-from ..files import PLOT_NAMES, read_results, write_atomically
+from ..files import write_atomically
+from ..hub.folder import PLOT_NAMES, read_results
 from .figure import SIZE, explain, new_figure, percent, png_writer
 
 

@@ -28,9 +28,9 @@ from ..files import write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..heads.scope import prompt_masks, read_masks
-from ..hub.resolve import read_heads
 from ..locks import claimed
 from ..serving.auto_class import AutoModelForProbedGeneration
+from ..serving.sources import read_heads
 
 
 logger = logging.get_logger(__name__)

@@ -4,10 +4,7 @@ from .aggregator import (
     Aggregator,
     Classifier,
     create_stages,
-    get_probe_type,
     join_slots,
-    probe_types,
-    register_probe_type,
     repeat_rows,
     select_rows,
     take_slots,
@@ -20,6 +17,7 @@ from .low_rank import LowRankAggregator
 from .muli import LogOddsClassifier, MuliAggregator
 from .multimax import MultiMaxAggregator
 from .pooling import PoolingAggregator
+from .registry import get_probe_type, probe_types, register_probe_type
 from .states import normalize, without_autocast
 
 

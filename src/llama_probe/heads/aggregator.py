@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ProbeError
+from .registry import get_probe_type, register_probe_type  # noqa: F401 - for the kinds
 
 
 if TYPE_CHECKING:
@@ -163,41 +164,6 @@ class Aggregator(nn.Module, ABC):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
         """Summarise `[S, B, N, D]` with an optional `[B, N]` mask: `[S, B, D]`."""
         return self.result(self.update(None, x, mask, slots), slots)
-
-
-_PROBE_TYPES: dict[str, type[Aggregator]] = {}
-
-
-def register_probe_type(name: str):
-    """Class decorator that makes an `Aggregator` available as `ProbeConfig(probe_type=name)`.
-
-    Raises:
-        ValueError: the name already belongs to another class.
-    """
-
-    def register(cls: type[Aggregator]) -> type[Aggregator]:
-        known = _PROBE_TYPES.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"probe_type {name!r} is taken by {known.__name__}; register under another name")
-        _PROBE_TYPES[name] = cls
-        return cls
-
-    return register
-
-
-def probe_types() -> list[str]:
-    """Names of all registered kinds."""
-    return sorted(_PROBE_TYPES)
-
-
-def get_probe_type(name: str) -> type[Aggregator]:
-    """The class registered under `name`; `ProbeError` lists the known ones."""
-    if not isinstance(name, str) or name not in _PROBE_TYPES:
-        raise ProbeError(
-            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, and kinds of one's own, once the file "
-            "that registers them is imported"
-        )
-    return _PROBE_TYPES[name]
 
 
 def create_stages(config: ProbeConfig) -> tuple[Aggregator, Aggregator]:

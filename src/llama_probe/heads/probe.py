@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +15,19 @@ from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..backbone.capture import collect_hidden_states, find_decoder
-from ..backbone.fingerprint import describe
+from ..backbone.fingerprint import check_backbone, describe
+from ..backbone.target import target_of
 from ..errors import ProbeError
-from .aggregator import create_stages, get_probe_type
-from .configuration import ProbeConfig
+from ..hub.card import write_card
+from ..hub.folder import CONFIG_NAME, read_results
+from ..hub.publish import push_folder
+from ..hub.resolve import resolve_head, with_subfolder
+from ..hub.transport import HubOptions
+from .aggregator import create_stages
+from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
+from .folder import read_tensors, save_head
+from .registry import get_probe_type
 from .scope import check_rows, token_mask
 from .states import normalize, without_autocast
 from .stream import ProbeState
@@ -124,7 +135,7 @@ class ProbeModel(nn.Module):
         """Number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
-    # Files; imported where they are used, because they are about heads and import this module.
+    # Files and the Hub
 
     @classmethod
     def from_pretrained(
@@ -140,29 +151,66 @@ class ProbeModel(nn.Module):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> ProbeModel:
-        """Reads a head folder, a head on the Hub, or the head that an alias stands for, in eval mode.
+        """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode.
 
-        The arguments are those of `load_probe`; see `llama_probe.files.read_head` for what is refused.
+        Args:
+            source: a head folder, a Hub id or an alias; see `resolve_head`.
+            backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
+            revision, subfolder, namespace, token, cache_dir, local_files_only, force_download: as in `load_probe`.
+
+        Raises:
+            ProbeError: there is no such head, its config or weights are damaged, or it was made for another backbone.
         """
-        from ..files import read_head
-        from ..hub.resolve import Target, inside, resolve_head
-        from ..hub.transport import HubOptions
-
-        target = None if backbone is None else Target.of(backbone)
+        target = None if backbone is None else target_of(backbone)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
-        return read_head(resolve_head(inside(source, subfolder), target, options, namespace), backbone=backbone)
+        folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
+        config = read_config(folder)
+        try:
+            with torch.device("meta"):
+                shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        except (ProbeError, RuntimeError, MemoryError, OverflowError) as error:
+            raise ProbeError(f"{folder / CONFIG_NAME} describes a head that cannot be built: {error}") from None
+        tensors = read_tensors(folder, config, shapes)
+        probe = cls(config)
+        probe.load_state_dict(tensors)
+        probe.results = read_results(folder)
+        if backbone is not None:
+            check_backbone(folder.name, config, backbone)
+            probe.set_backbone(backbone)
+        return probe.eval()
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes `probe_config.json`, `probe_model.safetensors`, a card, and nothing of the backbone."""
-        from ..hub.card import save_with_card
+    def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
+        """Write config, weights, results and a card into a folder, and nothing of the backbone.
 
-        save_with_card(self, save_directory)
+        A card that a person wrote or edited is kept. Results of another version give no card.
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
-        """Uploads the head in one commit, with a card; see `llama_probe.hub.publish.push_head`."""
-        from ..hub.publish import push_head
+        Returns:
+            The folder.
 
-        return push_head(self, repo_id, **kwargs)
+        Raises:
+            ProbeError: the folder cannot be made or written into.
+        """
+        folder = save_head(save_directory, self.config, self.state_dict(), self.results)
+        with contextlib.suppress(ProbeError):
+            write_card(folder)
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, name: str | None = None, **kwargs) -> CommitInfo:
+        """Upload the head in one commit: config, weights, results and a card.
+
+        Args:
+            repo_id: `user/name`; created if it does not exist.
+            name: of the head, for the commit message.
+            kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`; see
+                `push_folder`.
+
+        Raises:
+            ProbeError: the Hub refused, with its reason. Nothing is uploaded then.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / (name or "head")
+            save_head(folder, self.config, self.state_dict(), self.results)
+            return push_folder(folder, repo_id, **kwargs)
 
     # Whole tensors
 

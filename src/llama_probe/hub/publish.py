@@ -1,82 +1,25 @@
-"""From a head to a repository on the Hub: files, plots and card, checked before anything is sent."""
+"""Push a head folder to the Hub, and pull one into a folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..evaluation.plots import write_plots
-from ..files import (
-    CARD_NAME,
-    CONFIG_NAME,
-    HEAD_FILES,
-    check_new_folder,
-    check_writable,
-    new_folder,
-    read_config,
-    read_head,
-    save_head,
-)
-from ..heads.probe import ProbeModel
-from .card import create_card, has_own_words, write_card, written_with
-from .card_sections import on_the_hub
+from ..files import check_new_folder, check_writable, new_folder
+from .card import has_own_card, is_hub_id, read_card, write_card
+from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, read_config_values
 from .resolve import default_name
-from .transport import (
-    HubOptions,
-    HubReference,
-    check_links,
-    check_subfolder,
-    commit_files,
-    download_head,
-    full_repo_id,
-)
+from .transport import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
 
 
 logger = logging.get_logger(__name__)
-
-
-def push_head(
-    probe: ProbeModel,
-    repo_id: str,
-    *,
-    name: str | None = None,
-    subfolder: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    tags: str | Sequence[str] | None = None,
-    license: str | None = None,
-) -> CommitInfo:
-    """Uploads a head in one commit: config, weights, a card, and results and plots where it has been measured.
-
-    Args:
-        repo_id: `user/name`; created where it does not exist.
-        name: of the head, for the commit message.
-        subfolder: where to put it in the repository, so that one holds several; the root where left out.
-        private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
-        tags: further tags for the card.
-        license: of the head: the stricter of the backbone's and the data's. Warned of where neither this nor the
-            results say it.
-
-    Raises:
-        ProbeError: the Hub refused, with its reason. Nothing of the push is then kept.
-    """
-    check_subfolder(subfolder)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = save_head(probe, Path(scratch) / (name or "head"))
-        create_card(folder)  # results that give no card give no plots either
-        write_plots(folder)
-        message = commit_message or f"Upload {name or subfolder or 'probe head'} with llama_probe"
-        return _push(folder, repo_id, subfolder, private, token, revision, create_pr, message, tags, license)
 
 
 def push_folder(
@@ -92,121 +35,130 @@ def push_folder(
     tags: str | Sequence[str] | None = None,
     license: str | None = None,
 ) -> CommitInfo:
-    """Uploads a head folder as it is; the arguments are those of `push_head`.
+    """Upload a head folder in one commit: config, weights and card, with the results and plots that it holds.
 
-    A card that was edited by hand is kept; one that was generated is written anew, with the repository's name in it.
-
-    Raises:
-        ProbeError: the folder is not a sound head, or has links to files elsewhere, or the Hub refused.
-    """
-    check_subfolder(subfolder)
-    source = Path(folder)
-    check_links(source, HEAD_FILES)
-    read_head(source)
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / source.resolve().name
-        copy.mkdir()
-        for file in HEAD_FILES:
-            if (source / file).is_file():
-                shutil.copy(source / file, copy / file)
-        message = commit_message or f"Upload {source.resolve().name} with llama_probe"
-        return _push(copy, repo_id, subfolder, private, token, revision, create_pr, message, tags, license)
-
-
-def pull_head(source: str, folder: str | os.PathLike | None = None, options: HubOptions = HubOptions()) -> Path:  # noqa: B008 - frozen
-    """Copies a head from the Hub into a folder of one's own.
+    The uploaded card names the repository. A card that a person edited is uploaded as it is, with `tags` and `license`.
+    The folder is not changed. Its weights are not read: load it first if it comes from somebody else.
 
     Args:
-        source: `user/repo`, with `@revision` and `:subfolder` where wanted.
-        folder: must not exist, or be empty; a folder of the head's name where left out.
+        folder: a head folder.
+        repo_id: `user/name`; created if it does not exist.
+        subfolder: folder in the repository, so that it can hold several heads. Defaults to the root.
+        private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
+        tags: further tags for the card.
+        license: SPDX id for the head: the stricter one of the backbone's and the data's. A warning is logged if
+            neither this nor the results give one.
+
+    Raises:
+        ProbeError: the folder is not a head, its card cannot be made, a file is a link out of the folder, or the Hub
+            refused. Nothing is uploaded then.
+    """
+    check_subfolder(subfolder)
+    folder = Path(folder)
+    check_links(folder, HEAD_FILES)
+    base_model = read_config_values(folder).get("base_model_name_or_path")
+    repo_id = full_repo_id(repo_id, token)
+    reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
+    if HubReference.parse(str(reference)) != reference:
+        raise ProbeError(
+            f"{str(reference)!r} cannot be asked for: no spaces in subfolder and revision, no : in revision"
+        )
+    if base_model is not None and not is_hub_id(base_model):
+        logger.warning(f"the card of {reference} names the backbone {base_model!r}: put its Hub id into {CONFIG_NAME}")
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / folder.resolve().name
+        copy.mkdir()
+        _copy_head(folder, copy)
+        _finish_card(copy, str(reference), [tags] if isinstance(tags, str) else tags or [], license)
+        names = {name: reference.path(name) for name in HEAD_FILES}
+        files: dict[str, Path | bytes] = {path: copy / name for name, path in names.items() if (copy / name).is_file()}
+        if subfolder is not None:
+            files[CARD_NAME] = _root_card(base_model).encode()
+        return commit_files(
+            repo_id,
+            files,
+            lambda path: path in names.values(),
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"Upload {folder.resolve().name} with llama_probe",
+            only_if_missing=[CARD_NAME] if subfolder else [],
+        )
+
+
+def pull_head(
+    source: str,
+    folder: str | os.PathLike | None = None,
+    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    check: Callable[[Path], object] = read_config_values,
+) -> Path:
+    """Copy a head from the Hub into a folder.
+
+    Args:
+        source: `user/repo`, with `@revision` and `:subfolder` if needed.
+        folder: a missing or empty folder. Defaults to the head's name.
         options: for the Hub.
+        check: called with the fetched folder before anything is copied; raises if the head is damaged.
 
     Returns:
         The folder.
 
     Raises:
-        ProbeError: the head cannot be fetched or is damaged, or the folder holds something or cannot be made.
+        ProbeError: the head cannot be fetched or is damaged, or the folder is not empty or cannot be made.
     """
-    reference = HubReference.parse(source)
-    if reference is None:
-        raise ProbeError(f"{source!r} is no Hub id: write user/repo, with @revision and :subfolder where wanted")
+    if HubReference.parse(source) is None:
+        raise ProbeError(f"{source!r} is not a Hub id: write user/repo, with @revision and :subfolder if needed")
     target = Path(folder) if folder is not None else Path(default_name(source))
     check_writable(target, "the head")
     check_new_folder(target)
-    cached = download_head(reference, options)
-    read_head(cached)
+    cached = download_head(HubReference.parse(source), options)
+    check(cached)
     with new_folder(target) as copy:
-        for file in HEAD_FILES:
-            if (cached / file).is_file():
-                shutil.copyfile(cached / file, copy / file)
+        _copy_head(cached, copy)
     return target
 
 
-def _push(folder, repo_id, subfolder, private, token, revision, create_pr, message, tags, license) -> CommitInfo:
-    repo_id = full_repo_id(repo_id, token)
-    branch = None if revision is None or revision.startswith("refs/") else revision
-    reference = HubReference(repo_id, branch, subfolder)
-    source = str(reference)
-    if HubReference.parse(source) != reference:
-        raise ProbeError(
-            f"{source!r} could not be asked for: give a subfolder and a revision without spaces, and no : in a revision"
-        )
-    base_model = read_config(folder).base_model_name_or_path
-    if base_model is not None and not on_the_hub(base_model):
-        logger.warning(
-            f"the config and card of {source} name the backbone {base_model!r}, which nobody finds elsewhere: put its Hub id into "
-            f"base_model_name_or_path of {CONFIG_NAME}"
-        )
-    _finish_card(folder, source, tags, license)
-    prefix = f"{subfolder}/" if subfolder else ""
-    files: dict[str, Path | bytes] = {
-        f"{prefix}{name}": folder / name for name in HEAD_FILES if (folder / name).is_file()
-    }
-    if subfolder is not None:
-        files[CARD_NAME] = _root_card(base_model).encode()
-    return commit_files(
-        repo_id,
-        files,
-        lambda path: path in {f"{prefix}{name}" for name in HEAD_FILES},
-        private=private,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=message,
-        only_if_missing=[CARD_NAME] if subfolder else [],
-    )
+def check_links(folder: Path, files: Iterable[str]) -> None:
+    """Raise `ProbeError` if a file is a symbolic link out of its folder.
+
+    A link in a stranger's folder could have any of the user's files uploaded. Links from a snapshot in the Hub's cache
+    into its `blobs` are allowed.
+    """
+    home = folder.resolve()
+    allowed = [home]
+    allowed += [p.parent / "blobs" for p in home.parents if p.name == "snapshots" and "--" in p.parent.name]
+    for file in files:
+        target = (folder / file).resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise ProbeError(
+                f"{folder / file} is a symbolic link out of the folder, to {target}; replace it by a copy"
+            )
 
 
-def _finish_card(folder: Path, source: str, tags: str | Sequence[str] | None, license: str | None) -> None:
+def _copy_head(source: Path, target: Path) -> None:
+    for file in HEAD_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)
+
+
+def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:
     path = folder / CARD_NAME
-    tags = [tags] if isinstance(tags, str) else tags or []
-    if not has_own_words(folder):
-        given = written_with(folder) or {"license": None, "tags": []}
-        write_card(folder, source=source, license=license or given["license"], tags=[*given["tags"], *tags])
-    elif tags or license is not None:  # a card with words of the user's own
-        card = _read_card(path)
-        card.data.license = license or card.data.license
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
-        path.write_text(str(card), encoding="utf-8")
-    if _read_card(path).data.license is None:
-        logger.warning(
-            f"the card of {source} states no licence: pass license=, the stricter of the backbone's and the data's"
-        )
-
-
-def _read_card(path: Path) -> ModelCard:
-    try:
-        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except Exception as error:  # whatever its author has written between the dashes
-        raise ProbeError(
-            f"{path.name} cannot be read as a card: {' '.join(str(error).split())}. Mend it - text in UTF-8, with YAML of the "
-            "form 'key: value' between two lines of --- at its top - or remove it, and one is generated"
-        ) from None
+    if has_own_card(folder):
+        card = read_card(folder)
+        if tags or license is not None:
+            card.data.license = license or card.data.license
+            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
+            path.write_text(str(card), encoding="utf-8")
+    else:
+        write_card(folder, source, license or (read_card(folder).data.license if path.is_file() else None), tags)
+    if read_card(folder).data.license is None:
+        logger.warning(f"the card of {source} gives no license: pass license=, the stricter of backbone and data")
 
 
 def _root_card(base_model: str | None) -> str:
-    metadata = f"base_model: {base_model}\nbase_model_relation: adapter\n" if on_the_hub(base_model) else ""
+    metadata = f"base_model: {base_model}\nbase_model_relation: adapter\n" if is_hub_id(base_model) else ""
     return (
         f"---\n{metadata}library_name: llama_probe\npipeline_tag: text-classification\ntags:\n- llama_probe\n- probe\n---\n\n"
-        f"Probe heads for {base_model if on_the_hub(base_model) else 'a causal LM'}, one a folder. Each has its own card."
+        f"Probe heads for {base_model if is_hub_id(base_model) else 'a causal LM'}, one a folder. Each has its own card."
     )

@@ -9,12 +9,13 @@ from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
 from ..backbone.capture import without_peft
 from ..backbone.families import load_causal_lm
+from ..backbone.target import target_of
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
-from ..hub.resolve import ProbeSpec, Target, read_heads, read_heads_beside
 from .host import change_class
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
+from .sources import ProbeSpec, load_heads_for, read_heads
 
 
 _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
@@ -78,7 +79,7 @@ class AutoModelForProbedGeneration:
 
         Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
         """
-        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
+        heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
         loaded = load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs)
         lm = loaded[0] if isinstance(loaded, tuple) else loaded
         cls.from_causal_lm(lm, heads, probe_strict)
@@ -102,7 +103,7 @@ class AutoModelForProbedGeneration:
 
 def _take_over(lm: PreTrainedModel, probe: ProbeSpec | None, strict: bool) -> PreTrainedModel:
     """`from_causal_lm` of a model whose class comes from a repository with its own copy of this code (trust_remote_code=True)."""
-    heads = read_heads(probe, Target.of(lm))
+    heads = read_heads(probe, target_of(lm))
     own = {name: _copy_head(head) for name, head in lm.probes.items()}
     theirs, plain, probes, active = type(lm), type(lm)._causal_lm_class, lm.probes, lm._active_probes
     change_class(lm, plain)

@@ -21,29 +21,19 @@ from transformers.utils import logging
 
 from ..backbone.fingerprint import check_backbone
 from ..backbone.loading import backbone_target, load_backbone, model_id, resolve_backbone
+from ..backbone.target import target_of
 from ..errors import ProbeError
-from ..evaluation.plots import write_plots
-from ..files import (
-    CARD_NAME,
-    HEAD_FILES,
-    check_new_folder,
-    is_head_folder,
-    new_folder,
-    package_version,
-    read_config,
-    read_results,
-    save_head,
-    write_atomically,
-)
+from ..files import check_new_folder, new_folder, package_version, write_atomically
 from ..heads import get_probe_type, probe_types
+from ..heads.configuration import read_config
 from ..heads.probe import ProbeModel
-from ..hub.card import write_card
-from ..hub.card_sections import example_chat
-from ..hub.markdown import cell, code, word
-from ..hub.resolve import ProbeSpec, Target, read_heads
-from ..hub.transport import HubReference, check_links, commit_files
+from ..hub.card import cell, code, example_chat, word, write_card
+from ..hub.folder import CARD_NAME, HEAD_FILES, is_head_folder, read_results
+from ..hub.publish import check_links
+from ..hub.transport import HubReference, commit_files
 from .pipeline import TASK
 from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, flat_files, write_flat_files
+from .sources import ProbeSpec, read_heads
 
 
 logger = logging.get_logger(__name__)
@@ -106,7 +96,7 @@ def export_repository(
     else:
         lm = backbone
         _check_class(lm)
-        heads = _with_attached(lm, read_heads(probe, Target.of(lm)))
+        heads = _with_attached(lm, read_heads(probe, target_of(lm)))
         _check_names(heads, code)
         _check_kinds(heads)
         tokenizer = tokenizer or _tokenizer_of(lm)
@@ -223,7 +213,11 @@ def _check_names(heads: Iterable[str], code: Iterable[str]) -> None:
 
 def _check_kinds(heads: Mapping[str, ProbeModel]) -> None:
     """Raises `ProbeError` where the code that goes along does not know the kind of a head."""
-    own = [kind for kind in probe_types() if get_probe_type(kind).__module__.startswith(f"{__package__}.")]
+    own = [
+        kind
+        for kind in probe_types()
+        if get_probe_type(kind).__module__.startswith(f"{__package__.partition('.')[0]}.")
+    ]
     for name, head in heads.items():
         if head.config.probe_type not in own:
             raise ProbeError(
@@ -263,8 +257,7 @@ def _complete_config(path: Path, base_model: str | None) -> None:
 
 
 def _write_head(head: ProbeModel, folder: Path, repo_id: str | None) -> None:
-    save_head(head, folder)
-    write_plots(folder)
+    head.save_pretrained(folder)
     write_card(folder, source=f"{repo_id}:{folder.name}" if repo_id else None)
 
 
@@ -289,7 +282,7 @@ def _card(
         lines.append(f"| {' | '.join(map(cell, row))} |")
     first = read_config(repository / heads[0])
     plain = code(f"AutoModelForCausalLM.from_pretrained({_quoted(name)})")
-    prompt = example_chat(first) if chat and first.prompt_format == "chat" else None
+    prompt = example_chat(first.system_prompt) if chat and first.prompt_format == "chat" else None
     body = [
         f"# {word(name.split('/')[-1])}",
         f"{base} with probe heads. They read the hidden states of the frozen model while it reads the prompt, and label the "

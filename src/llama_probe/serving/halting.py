@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ProbeError
-from ..files import chosen_run
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, predictions, threshold_of
 
@@ -133,17 +132,6 @@ class HaltRule:
             Halt(self.head, label, score, self.threshold) if hit else None
             for hit, score in zip(found.tolist(), scores.tolist(), strict=True)
         ]
-
-
-def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """The rules that a head's `results.json` holds, by label; none where it was not measured so.
-
-    Raises:
-        ProbeError: they are none that this version can read; see `chosen_run`.
-    """
-    if results is None:
-        return {}
-    return chosen_run(results).get("halting", {}).get("labels", {})
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:

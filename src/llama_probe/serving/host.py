@@ -16,13 +16,13 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..backbone.capture import Decoder, find_decoder
 from ..backbone.fingerprint import check_backbone, describe
+from ..backbone.target import target_of
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
-from ..hub.card import save_with_card
-from ..hub.publish import push_head
-from ..hub.resolve import Target, check_name, default_name, inside, read_heads
+from ..hub.resolve import check_name, default_name, with_subfolder
 from ..hub.transport import HubOptions
+from .sources import read_heads
 
 
 # Held while the heads of a model are exchanged; one for all models, which can then be copied and pickled.
@@ -110,11 +110,11 @@ class ProbeHostMixin:
         Raises:
             ProbeError: the head cannot be read or does not fit; the model is then as it was.
         """
-        source = inside(id_or_path, subfolder)
+        source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
-        self._attach(read_heads({name: source}, Target.of(self), options, namespace), strict=strict)
+        self._attach(read_heads({name: source}, target_of(self), options, namespace), strict=strict)
         return name
 
     def delete_probe(self, name: str) -> None:
@@ -136,10 +136,10 @@ class ProbeHostMixin:
         Raises:
             ProbeError: no head has that name, or several are attached and none is named.
         """
-        return save_with_card(self.probes[self._single_probe(name, "save")], dir)
+        return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
-        """Uploads one head in one commit, with a card; see `llama_probe.hub.publish.push_head` for the arguments.
+        """Uploads one head in one commit, with a card; see `llama_probe.hub.publish.push_folder` for the arguments.
 
         Args:
             repo_id: `user/name`.
@@ -150,7 +150,7 @@ class ProbeHostMixin:
             ProbeError: no head has that name, or the Hub refused, with its reason.
         """
         name = self._single_probe(name, "push")
-        return push_head(self.probes[name], repo_id, name=name, **kwargs)
+        return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves the backbone exactly as the plain class does, of a `state_dict` without what belongs to heads too.

@@ -14,9 +14,9 @@ from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import copy_cache
 from ..backbone.capture import handing_states_to, without_peft
+from ..backbone.target import target_of
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
-from ..hub.resolve import ProbeSpec, Target, read_heads, read_heads_beside
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
 from .halting import Halter
@@ -34,6 +34,7 @@ from .session import (
     session_of,
     traced_reader,
 )
+from .sources import ProbeSpec, load_heads_for, read_heads
 from .streaming import HoldBackStreamer
 
 
@@ -117,7 +118,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
         """
         lm = without_peft(lm)
-        target = Target.of(lm)
+        target = target_of(lm)
         heads = read_heads(probe, target) if probe is not None else {}
         if not isinstance(lm, ProbedGenerationMixin):
             if type(lm) is not cls._causal_lm_class:
@@ -163,7 +164,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
-        heads = read_heads_beside(probe, pretrained_model_name_or_path, kwargs, probe_revision, probe_namespace)
+        heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         model._attach(heads, probe_strict)

@@ -19,12 +19,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
 from ..backbone.capture import without_peft
+from ..backbone.target import target_of
 from ..heads.decision import reply_outputs, verdict
-from ..hub.resolve import ProbeSpec, Target, read_heads
 from ..hub.transport import HubOptions
 from .auto_class import AutoModelForProbedGeneration
 from .modeling import ProbedGenerationMixin
 from .outputs import PROBED_FIELDS
+from .sources import ProbeSpec, read_heads
 
 
 TASK = "probed-text-generation"
@@ -193,7 +194,7 @@ def _with_heads(model, probe, revision, namespace, strict) -> PreTrainedModel:
     if probe is not None:
         base = without_peft(model)
         # One repository may hold both: a head is then taken from the commit that the backbone was taken from.
-        target = replace(Target.of(base), revision=getattr(base.config, "_commit_hash", None))
+        target = replace(target_of(base), revision=getattr(base.config, "_commit_hash", None))
         heads = read_heads(probe, target, HubOptions(revision), namespace)
     return AutoModelForProbedGeneration.from_causal_lm(model, heads, strict)
 

@@ -32,11 +32,12 @@ from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies,
 from ..evaluation.metrics import check_metric, default_metric, summarize
 from ..evaluation.plots import write_plots
 from ..evaluation.report import inspect_head, predict_logits, report
-from ..files import check_output, environment, save_head, write_atomically
+from ..files import environment, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
+from ..hub.folder import check_output
 from ..locks import claimed
 from .fitting import check_convex, fit_classifier
 from .recipe import Recipe, complete
@@ -235,7 +236,7 @@ class TrainingRun:
         results["inspection"] = {"split": shown, **found}
         probe.results = results
         if is_main():
-            save_head(probe, self.output)
+            probe.save_pretrained(self.output)
             write_plots(self.output)
             write_card(self.output)
         return results

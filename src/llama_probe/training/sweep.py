@@ -18,9 +18,10 @@ from ..distributed import check_shared, is_main, on_main, process_group, world_s
 from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
 from ..evaluation.report import predict_logits
-from ..files import is_head_folder, write_atomically
+from ..files import write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..hub.folder import is_head_folder
 from ..locks import claimed
 from .learners import Candidate, Learner
 from .rows import Prepared

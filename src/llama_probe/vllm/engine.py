@@ -10,12 +10,12 @@ from transformers import AutoConfig
 
 from ..backbone.loading import resolve_backbone
 from ..errors import ProbeError
-from ..files import read_head
 from ..heads.aggregator import Classifier
 from ..heads.probe import ProbeModel
-from ..hub.resolve import ProbeSpec, Target, named_sources, resolve_head
+from ..hub.resolve import Target, resolve_head
 from ..hub.transport import HubOptions
 from ..serving.halting import HaltSpec, options_by_head
+from ..serving.sources import ProbeSpec, named_sources
 from .backbone_check import check_heads
 from .compatibility import SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
 from .settings import KEY, ProbeSettings
@@ -77,7 +77,7 @@ def engine_kwargs(
                 f"head {name!r} is a ProbeModel, and the engine's processes read folders: save_pretrained it first"
             )
         folder = resolve_head(source, target, options, probe_namespace).resolve()
-        _check_head(name, read_head(folder), target)
+        _check_head(name, ProbeModel.from_pretrained(folder), target)
         heads[name] = str(folder)
     if not heads:
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
@@ -104,7 +104,7 @@ def engine_kwargs(
 
 def _check_head(name: str, head: ProbeModel, target: Target) -> None:
     config = head.config
-    if not target.fits(config):
+    if not target.fits(config.hidden_size, config.num_hidden_layers):
         raise ProbeError(
             f"head {name!r} has hidden_size={config.hidden_size}, num_hidden_layers={config.num_hidden_layers}; "
             f"{target.name_or_path} has {target.hidden_size} and {target.num_hidden_layers}: it was made for another model"

@@ -7,8 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
-from ..files import read_config, read_head
-from ..heads.configuration import ProbeConfig
+from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
 from ..serving.halting import Halter, HaltRule
 
@@ -73,4 +72,4 @@ class ProbeSettings:
 
     def read_heads(self) -> dict[str, ProbeModel]:
         """The heads by name, on the CPU, in eval mode."""
-        return {name: read_head(folder) for name, folder in self.heads.items()}
+        return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_lm, make_probe
+from conftest import make_lm, make_probe, save_head
 from torch._dynamo.testing import CompileCounter
 from transformers import BertConfig
 
@@ -15,7 +15,6 @@ from llama_probe.experiments.benchmark import serving_benchmark
 from llama_probe.experiments.benchmark.serving_benchmark import Measured, ServingBenchmark, row
 from llama_probe.experiments.benchmark.serving_systems import BASE, Load, System
 from llama_probe.experiments.benchmark.timing import Timing, Watch
-from llama_probe.files import save_head
 
 
 CPU = torch.device("cpu")

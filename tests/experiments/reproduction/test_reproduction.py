@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import read_head
 from reproduction_fixture import FAST
 
 from llama_probe import ProbeError
@@ -15,7 +16,6 @@ from llama_probe.experiments.reproduction.columns import columns
 from llama_probe.experiments.reproduction.methods import HEADS, HeadMethod
 from llama_probe.experiments.reproduction.reproduction import TEST_SETS, summarize_trials
 from llama_probe.experiments.reproduction.workbench import Task, Workbench
-from llama_probe.files import read_head
 from llama_probe.locks import claimed
 from llama_probe.training.shared import SharedTraining
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...evaluation.figure import explain, new_figure, png_writer
 from ...experiments import paper
 from ...files import check_writable, write_atomically
-from ...hub.markdown import table
+from ...hub.card import table
 from .serving_systems import AGAIN
 
 

@@ -23,8 +23,9 @@ from ...errors import ProbeError
 from ...files import environment
 from ...heads.configuration import ProbeConfig
 from ...heads.probe import ProbeModel
-from ...hub.resolve import Target, read_heads
+from ...hub.resolve import Target
 from ...serving.auto_class import AutoModelForProbedGeneration
+from ...serving.sources import read_heads
 from ..paper import serving_ratio
 from .footprint import operations, peak_memory
 from .guard_pipeline import GuardPlan

@@ -20,10 +20,10 @@ from ...errors import ProbeError
 from ...evaluation.calibration import BEST_F1, calibrate
 from ...evaluation.metrics import summarize
 from ...evaluation.report import predict_together, report, score_together
-from ...files import is_head_folder, read_head, save_head
 from ...heads.configuration import ProbeConfig
 from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
+from ...hub.folder import is_head_folder
 from ...training.fitting import fit_classifier
 from ...training.shared import SharedTraining
 from ...training.trainer import ProbeLoss
@@ -142,7 +142,7 @@ class Comparison:
             probe.config, judged = judge(probe.config, *logits, task)
             layer = {"layer": probe.layer_indices[0]} if methods[name].each_layer else {}
             runs[name].append({"seed": seed, "best_epoch": learner.history.best_epoch, **layer, **judged})
-            save_head(probe, self._head_folder(group, task, name, seed))
+            probe.save_pretrained(self._head_folder(group, task, name, seed))
         seconds = time.perf_counter() - start
         for name in missing:
             probe = chosen[name, seeds[0]].probe
@@ -161,7 +161,7 @@ class Comparison:
         fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric, lm)
         (test,) = predict_together([probe], task.dataset("test"), lm, progress=True)
         probe.config, judged = judge(probe.config, fitted.logits, test, task)
-        save_head(probe, self._head_folder(group, task, name, seed))
+        probe.save_pretrained(self._head_folder(group, task, name, seed))
         result = _result(task, [{"seed": None, **fitted.facts, **judged}], probe.num_parameters())
         self.store.write(part, settings, result, time.perf_counter() - start, [part])
 
@@ -296,7 +296,7 @@ class Comparison:
             part = self.store.folder / "main" / task.name / f"{name}.json"
             raise ProbeError(f"{folder} is gone, though {part} is there: remove that file to train the head again")
         lm = self.bench.lm_in_the_loop
-        probe = read_head(folder).to("cpu" if lm is None else lm.device)
+        probe = ProbeModel.from_pretrained(folder).to("cpu" if lm is None else lm.device)
         probe.bind(self.bench.lm)
         return probe
 

@@ -14,7 +14,7 @@ from ...evaluation.figure import png_writer
 from ...evaluation.plots import layer_groups_plot, learning_curves_plot, methods_plot, sensitivity_plot
 from ...experiments import paper
 from ...files import write_atomically
-from ...hub.markdown import table
+from ...hub.card import table
 from .columns import Column, cell, columns, find_orders
 from .learning_curves import summarize_curves
 from .workbench import file_name

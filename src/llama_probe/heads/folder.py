@@ -1,0 +1,129 @@
+"""A head folder: tensors in, tensors out; written atomically and read with distrust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers.utils import logging
+
+from ..errors import ProbeError
+from ..files import check_writable, make_folder, package_version, write_atomically
+from ..hub.folder import CONFIG_NAME, PLOT_NAMES, RESULTS_NAME, WEIGHTS_NAME, is_head_folder
+from .configuration import ProbeConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def save_head(
+    folder: str | os.PathLike,
+    config: ProbeConfig,
+    tensors: Mapping[str, torch.Tensor],
+    results: dict[str, Any] | None = None,
+) -> Path:
+    """Write config, weights and results into a folder; a reader never sees half of a file.
+
+    Results are left out, with a warning, if the weights have changed since they were measured. Results and plots of
+    another head in the folder are removed.
+
+    Args:
+        folder: made if it is missing.
+        config: of the head; the weights' digest and the versions are stamped into the saved copy.
+        tensors: the head's state dict, fp32.
+        results: contents of results.json, or None if the head was never evaluated.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ProbeError: `folder` cannot be made or written into.
+    """
+    folder = Path(folder)
+    check_writable(folder, "the head")
+    make_folder(folder)
+    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    digest = hashlib.sha256(weights).hexdigest()
+    saved = config.replace(
+        weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
+    )
+    # The config first: if a kill leaves one file without the other, the config tells whose folder it is.
+    writers: dict[Path, Callable[[Path], object]] = {
+        folder / CONFIG_NAME: lambda path: path.write_text(saved.to_json_string(), encoding="utf-8"),
+        folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
+    }
+    outdated = [folder / name for name in (RESULTS_NAME, *PLOT_NAMES)]
+    if results is not None and config.weights_sha256 not in (None, digest):
+        logger.warning("the head was trained after its results were measured: they are not saved with it")
+    elif results is not None:
+        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        path = folder / RESULTS_NAME
+        if path.is_file() and path.read_bytes() == text.encode():
+            outdated = []
+        writers[path] = lambda path: path.write_text(text, encoding="utf-8")
+    write_atomically(writers, outdated if is_head_folder(folder) else ())
+    return folder
+
+
+def read_tensors(
+    folder: str | os.PathLike, config: ProbeConfig, shapes: Mapping[str, torch.Size]
+) -> dict[str, torch.Tensor]:
+    """Read the weights of a head folder, on the CPU.
+
+    The header of the file is compared with `shapes` before any tensor is read, and its digest with the config's.
+
+    Args:
+        folder: a head folder.
+        config: the config of the folder.
+        shapes: shape of each tensor that the config asks for, by name.
+
+    Raises:
+        ProbeError: the file is missing or damaged, belongs to another head, or a tensor is missing, unexpected, of a
+            wrong shape or dtype, or not finite.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        raise ProbeError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            _check_header(path, file, shapes)
+            _check_digest(path, config)
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")
+    return tensors
+
+
+def _check_header(path: Path, file, shapes: Mapping[str, torch.Size]) -> None:
+    missing, unexpected = sorted(set(shapes) - set(file.keys())), sorted(set(file.keys()) - set(shapes))
+    if missing or unexpected:
+        raise ProbeError(
+            f"{path} has other tensors than its config: missing {missing[:4]}, unexpected {unexpected[:4]}"
+        )
+    for name, shape in shapes.items():
+        found = file.get_slice(name)
+        if list(found.get_shape()) != list(shape):
+            raise ProbeError(f"{path}: {name} has the shape {found.get_shape()}, its config asks for {list(shape)}")
+        if found.get_dtype() != "F32":
+            raise ProbeError(f"{path}: {name} is {found.get_dtype()}; heads are stored as F32")
+
+
+def _check_digest(path: Path, config: ProbeConfig) -> None:
+    if config.weights_sha256 is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != config.weights_sha256:
+        raise ProbeError(
+            f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch the head again"
+        )

@@ -1,0 +1,111 @@
+"""The files of a head folder: their names, and its JSON, read with distrust."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import ProbeError
+from ..files import check_writable
+
+
+CONFIG_NAME = "probe_config.json"
+WEIGHTS_NAME = "probe_model.safetensors"
+RESULTS_NAME = "results.json"
+CARD_NAME = "README.md"
+PLOT_NAMES = ("calibration.png", "layer_weights.png")
+
+# All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
+HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, *PLOT_NAMES)
+
+MAX_JSON_BYTES = 4 * 2**20  # far above any config or results file
+
+
+def is_head_folder(folder: str | os.PathLike) -> bool:
+    """Return True if a folder holds a head."""
+    return (Path(folder) / CONFIG_NAME).is_file()
+
+
+def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
+    """Return the head folders inside a folder, by name."""
+    return {item.name: item for item in sorted(Path(folder).iterdir()) if is_head_folder(item)}
+
+
+def check_output(folder: str | os.PathLike) -> None:
+    """Check that a head can be written into a folder without the loss of anything but a head.
+
+    Raises:
+        ProbeError: the folder cannot be written, or holds a card or results without a head.
+    """
+    folder = Path(folder)
+    check_writable(folder, "the head")
+    if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
+        raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ProbeError: the file is too large, or does not hold a JSON object.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ProbeError(f"{path} is larger than {MAX_JSON_BYTES} bytes and is not read")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ProbeError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ProbeError(f"{path} must be a JSON object, not {type(values).__name__}")
+    return values
+
+
+def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them.
+
+    Raises:
+        ProbeError: the folder holds no head, or see `read_json`.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        found = sorted(item.name for item in Path(folder).iterdir()) if Path(folder).is_dir() else []
+        hint = "; the Trainer wrote weights only, call probe.save_pretrained" if "training_args.bin" in found else ""
+        raise ProbeError(
+            f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'}){hint}"
+        )
+    return read_json(path)
+
+
+def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """Read the `results.json` of a head folder; None if the head was never evaluated.
+
+    Raises:
+        ProbeError: see `read_json`.
+    """
+    path = Path(folder) / RESULTS_NAME
+    return read_json(path) if path.is_file() else None
+
+
+def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the run of the seed whose head was kept.
+
+    Raises:
+        ProbeError: no run has the chosen seed.
+    """
+    try:
+        return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
+    except (LookupError, TypeError, StopIteration) as error:
+        raise ProbeError(
+            f"{RESULTS_NAME} has no run for chosen_seed; delete it to load the head without results"
+        ) from error
+
+
+def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the halting rules in a head's results, by label; empty if none were measured.
+
+    Raises:
+        ProbeError: see `chosen_run`.
+    """
+    return {} if results is None else chosen_run(results).get("halting", {}).get("labels", {})
