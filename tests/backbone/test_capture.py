@@ -10,11 +10,11 @@ from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError
 from llama_probe.backbone.capture import (
     Capture,
     collect_hidden_states,
-    find_decoder,
     handing_states_to,
     prefill,
     stay_in_layers,
 )
+from llama_probe.backbone.decoder import find_decoder
 
 
 @pytest.mark.parametrize("layers", [range(LAYERS + 1), [0], [LAYERS], [3, 1]])

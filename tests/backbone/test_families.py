@@ -33,7 +33,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel, register_family
 from llama_probe.backbone import families
-from llama_probe.backbone.capture import Capture, collect_hidden_states, find_decoder
+from llama_probe.backbone.capture import Capture, collect_hidden_states
+from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.families import FAMILIES
 from llama_probe.backbone.fingerprint import compare, fingerprint
 from llama_probe.backbone.state_proof import check_states

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
-from llama_probe.backbone.capture import find_decoder
+from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.next_token import NextToken
 
 

@@ -24,7 +24,8 @@ from transformers.utils import logging
 from ..data.prompts import template_hash
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
-from .capture import collect_hidden_states, find_decoder, without_peft
+from .capture import collect_hidden_states
+from .decoder import find_decoder, without_peft
 from .state_proof import check_states
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..errors import ProbeError
 from ..hub.resolve import Target
 from ..hub.transport import HubOptions
-from .capture import find_decoder, without_peft
+from .decoder import find_decoder, without_peft
 from .families import load_causal_lm
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..errors import ProbeError
-from .capture import Capture, check_seen, find_decoder, without_peft
+from .capture import Capture, check_seen
+from .decoder import find_decoder, without_peft
 
 
 # Names under which the configs of known families keep a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..errors import ProbeError
-from .capture import Capture, find_decoder, without_peft
+from .capture import Capture
+from .decoder import find_decoder, without_peft
 
 
 _PROOF_TOKENS = 8

@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..backbone.capture import collect_hidden_states, find_decoder, is_tensor_parallel
+from ..backbone.capture import collect_hidden_states
+from ..backbone.decoder import find_decoder, is_tensor_parallel
 from ..backbone.loading import weights_digest
 from ..backbone.passes import Pass, length_batches, plan_passes
 from ..distributed import barrier, is_main, on_main, share, world_size

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from torch import nn
 
-from ..backbone.capture import collect_hidden_states, find_decoder
+from ..backbone.capture import collect_hidden_states
+from ..backbone.decoder import find_decoder
 from ..backbone.fingerprint import describe
 from ..errors import ProbeError
 from .aggregator import create_stages, get_probe_type

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig
 
-from ..backbone.capture import find_decoder
+from ..backbone.decoder import find_decoder
 from ..errors import ProbeError
 from ..files import is_head_folder, read_config, read_head, read_results
 from ..heads.configuration import ProbeConfig

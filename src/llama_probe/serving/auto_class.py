@@ -7,7 +7,7 @@ import os
 from torch import nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
-from ..backbone.capture import without_peft
+from ..backbone.decoder import without_peft
 from ..backbone.families import load_causal_lm
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig

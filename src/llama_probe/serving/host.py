@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..backbone.capture import Decoder, find_decoder
+from ..backbone.decoder import Decoder, find_decoder
 from ..backbone.fingerprint import check_backbone, describe
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig

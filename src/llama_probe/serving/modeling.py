@@ -13,7 +13,8 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import copy_cache
-from ..backbone.capture import handing_states_to, without_peft
+from ..backbone.capture import handing_states_to
+from ..backbone.decoder import without_peft
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..hub.resolve import ProbeSpec, Target, read_heads, read_heads_beside

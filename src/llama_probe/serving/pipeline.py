@@ -18,7 +18,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
-from ..backbone.capture import without_peft
+from ..backbone.decoder import without_peft
 from ..heads.decision import reply_outputs, verdict
 from ..hub.resolve import ProbeSpec, Target, read_heads
 from ..hub.transport import HubOptions

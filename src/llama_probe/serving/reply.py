@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backbone.capture import Capture, Decoder
+from ..backbone.capture import Capture
+from ..backbone.decoder import Decoder
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel

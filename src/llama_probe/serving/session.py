@@ -12,7 +12,8 @@ from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..backbone.capture import Capture, Decoder, find_decoder, stay_in_layers, without_peft
+from ..backbone.capture import Capture, stay_in_layers
+from ..backbone.decoder import Decoder, find_decoder, without_peft
 from ..errors import ProbeError
 from ..heads import repeat_rows
 from ..heads.decision import ProbeOutput

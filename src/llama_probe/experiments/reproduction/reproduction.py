@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
-from ...backbone.capture import find_decoder
+from ...backbone.decoder import find_decoder
 from ...backbone.loading import model_id
 from ...distributed import launched
 from ...errors import ProbeError
