@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils import logging
 
-from .backbone.fingerprint import check_backbone
 from .errors import ProbeError
 from .heads.configuration import ProbeConfig
+from .heads.match import check_backbone
 from .heads.probe import ProbeModel
 
 

@@ -33,13 +33,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel, register_family
 from llama_probe.backbone import families
-from llama_probe.backbone.capture import Capture, collect_hidden_states
+from llama_probe.backbone.capture import Capture, check_states, collect_hidden_states
 from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.families import FAMILIES
-from llama_probe.backbone.fingerprint import compare, fingerprint
-from llama_probe.backbone.state_proof import check_states
+from llama_probe.backbone.fingerprint import fingerprint
 from llama_probe.data.states import StateCache
 from llama_probe.files import save_head
+from llama_probe.heads.match import compare
 
 
 @pytest.fixture(autouse=True)
@@ -318,9 +318,7 @@ class TestUnknownFamilies:
             lambda: AutoModelForProbedGeneration.from_causal_lm(lm, make_heads()),
             lambda: ProbeModel(ProbeConfig(probe_type="gate"), backbone=lm),
         ):
-            with pytest.raises(
-                ProbeError, match=r"MambaForCausalLM \(model_type 'mamba'\).*register_family\(\"mamba\""
-            ):
+            with pytest.raises(ProbeError, match=r"register_family\('mamba'"):
                 attach()
         assert type(lm) is transformers.MambaForCausalLM and not hasattr(lm, "probes")
 
@@ -352,7 +350,7 @@ class TestUnknownFamilies:
             layer.__class__ = InPlace
         if registered:
             register_family("in place", embeddings="model.embed_tokens", layers="model.layers", norm="model.norm")
-        with pytest.raises(ProbeError, match=r"states \[0, 1, 2, 3\] .*'in place'.* changed in place by the layers"):
+        with pytest.raises(ProbeError, match=r"'in place'.* changed in place"):
             check_states(lm)
 
     def test_two_places_are_not_chosen_between(self, monkeypatch):
@@ -360,18 +358,13 @@ class TestUnknownFamilies:
         lm = make("opt", *UNKNOWN["opt"])
         lm.model.decoder.other = copy.deepcopy(lm.model.decoder.layers)
         families._FOUND.clear()
-        places = r"model.decoder.layers with \S*final_layer_norm, model.decoder.other with \S*final_layer_norm"
-        with pytest.raises(
-            ProbeError, match=rf"not found: wanted is one ModuleList of 3 .*{places}.*register_family\("
-        ):
+        with pytest.raises(ProbeError, match=r"model.decoder.layers .*, model.decoder.other .*register_family\('opt'"):
             find_decoder(lm)
         paths = {"embeddings": "model.decoder.embed_tokens", "norm": "model.decoder.final_layer_norm"}
-        with pytest.raises(ProbeError, match=r"layers='model\.\.layers' is no path"):
+        with pytest.raises(ProbeError, match=r"layers='model\.\.layers'"):
             register_family("opt", layers="model..layers", **paths)
         register_family("opt", layers="model.decoder.stack", **paths)
-        with pytest.raises(
-            ProbeError, match=r"has not what register_family\('opt', .*model.decoder.stack must be a Mod"
-        ):
+        with pytest.raises(ProbeError, match=r"register_family\('opt', .*model.decoder.stack"):
             find_decoder(lm)
         register_family("opt", layers="model.decoder.layers", **paths)
         assert find_decoder(lm).layers is lm.model.decoder.layers
@@ -382,7 +375,7 @@ class TestUnknownFamilies:
         lm = make_lm()
         lm.config.model_type = "of one's own"
         register_family("of one's own", embeddings="model.embed_tokens", layers="model.layers", norm="lm_head")
-        with pytest.raises(ProbeError, match=r"states \[4\] .* not of the shape \[batch, tokens, 32\]"):
+        with pytest.raises(ProbeError, match=r"state 4 .* not \[batch, tokens, 32\]"):
             check_states(lm)
 
 
@@ -400,5 +393,5 @@ class TestRefused:
 
     def test_no_final_norm(self):
         lm = make("openai-gpt", "OpenAIGPTLMHeadModel", {"n_head": 4})
-        with pytest.raises(ProbeError, match=r"'openai-gpt'\) were not found.*found: none"):
+        with pytest.raises(ProbeError, match=r"found: none.*'openai-gpt'"):
             AutoModelForProbedGeneration.from_causal_lm(lm)

@@ -1,4 +1,4 @@
-"""Reads the hidden states of a language model's layers while it runs."""
+"""Captures the hidden states of an LM's layers while it runs. Only this file registers hooks on the LM."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from transformers import Cache
 
 from ..errors import ProbeError
 from .cache import repeat_cache
-from .decoder import Decoder, find_decoder
+from .decoder import Decoder, find_decoder, without_peft
+
+
+# Tokens of the forward pass of `check_states`.
+_PROOF_TOKENS = 8
 
 
 class Capture:
-    """Hands each state to a callback as it appears, and keeps none.
+    """A context manager that calls a function with each hidden state when it appears.
 
-    State 0 is what enters the first layer (right for `inputs_embeds` and for models that scale or add positions to
-    their embeddings), state i the output of layer i, and state L the output of the final norm: equal to
-    `output_hidden_states`. The hooks exist only inside the `with` block, and only listen to the thread that opened it,
-    so that two threads can run one model.
-
-    What is handed over stays as it is. A layer may be the user's to hook, and hooks that steer it change in place what enters
-    it, which is the state before: then that is a copy.
+    Hidden state 0 is the input of the first layer (right for `inputs_embeds` and for models that scale their embeddings or
+    add positions to them), hidden state i the output of layer i, and hidden state L the output of the final norm: equal to
+    `output_hidden_states`. The hooks exist only inside the `with` block, and only for the thread that opened it, so that two
+    threads can run one model.
 
     Args:
         decoder: from `find_decoder`.
-        on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[rows, tokens, hidden_size]`.
-        layers: the state indices wanted.
+        on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
+        layers: indices of the hidden states.
     """
 
     def __init__(self, decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]):
@@ -44,17 +45,18 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._thread = threading.get_ident()
-        last = self.decoder.num_hidden_layers
+        layers, last = self.decoder.layers, self.decoder.num_hidden_layers
         try:
             for layer in sorted(self.layers):
                 if layer == 0:
-                    module, register = self.decoder.layers[0], "pre"
-                elif layer == last:
-                    module, register = self.decoder.norm, "post"
+                    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
+                    hook = layers[0].register_forward_pre_hook(partial(self._before, layer), with_kwargs=True)
                 else:
-                    module, register = self.decoder.layers[layer - 1], "post"
-                hooked = layer < last and bool(self.decoder.layers[layer]._forward_pre_hooks)
-                self._handles.append(self._listen(module, register, layer, hooked))
+                    # A user's hook on the next layer may change the state in place: then on_state gets a copy.
+                    copied = layer < last and bool(layers[layer]._forward_pre_hooks)
+                    module = self.decoder.norm if layer == last else layers[layer - 1]
+                    hook = module.register_forward_hook(partial(self._after, layer, copied))
+                self._handles.append(hook)
         except BaseException:
             self.__exit__()
             raise
@@ -65,25 +67,17 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _listen(self, module: nn.Module, where: str, layer: int, copied: bool):
-        if where == "pre":
-            # Torch notes a hook first and its with_kwargs a moment later: another thread that runs the module in between calls
-            # it without them.
-            def before(_, args, kwargs=None):
-                if threading.get_ident() == self._thread:
-                    self.on_state(layer, _first_input(args, kwargs))
+    def _before(self, layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        if threading.get_ident() == self._thread:
+            self.on_state(layer, _first_input(args, kwargs))
 
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-
-        def after(_, args, output):
-            if threading.get_ident() == self._thread:
-                hidden = output[0] if isinstance(output, tuple) else output
-                self.on_state(layer, hidden.clone() if copied else hidden)
-
-        return module.register_forward_hook(after)
+    def _after(self, layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+        if threading.get_ident() == self._thread:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.on_state(layer, hidden.clone() if copied else hidden)
 
 
-def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
     if args:
         return args[0]
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
@@ -148,13 +142,15 @@ def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
-    """Raises `ProbeError` where the LM has run, and not all states that are wanted have come by."""
+    """Raise `ProbeError` if the LM has run and hidden states are missing.
+
+    Args:
+        wanted, seen: layer indices.
+    """
     if missing := sorted(set(wanted) - set(seen)):
         raise ProbeError(
-            f"the LM ran, and {len(missing)} of the {len(wanted)} states that are read did not come by, the first of them "
-            f"{missing[0]}. A decoder that torch.compile has compiled notices no hooks that come later: compile its layers one "
-            "by one (for layer in model.model.layers: layer.compile()), or set "
-            "torch._dynamo.config.skip_nnmodule_hook_guards = False before it runs for the first time"
+            f"the LM ran without giving hidden states {missing}. A decoder compiled as a whole ignores new hooks: compile its "
+            "layers one by one, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run"
         )
 
 
@@ -165,16 +161,17 @@ def collect_hidden_states(
     attention_mask: torch.Tensor | None = None,
     prefix: Cache | None = None,
 ) -> list[torch.Tensor]:
-    """Runs the backbone without its LM head, without gradients, and returns the states asked for, in that order.
+    """Run the backbone without its LM head and without gradients, and return hidden states.
 
     Args:
         lm: a causal LM, or a PEFT model around one.
-        layers: state indices.
-        input_ids (`[batch, tokens]`), attention_mask (`[batch, tokens]`, *optional*): moved to the backbone's device.
-        prefix: from `prefill`; the tokens that it holds then come before every row, and their states are not returned.
+        layers: indices of the hidden states.
+        input_ids (`[B, T]`): token ids, on any device.
+        attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device.
+        prefix: a KV cache from `prefill`, of tokens that come before every row.
 
     Returns:
-        One tensor `[batch, tokens, hidden_size]` a layer, in the backbone's dtype.
+        One tensor `[B, T, D]` for each of `layers`, in their order and in the backbone's dtype.
     """
     decoder = find_decoder(lm)
     device = decoder.input_device
@@ -194,13 +191,60 @@ def collect_hidden_states(
 
 
 def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
-    """Runs the backbone over tokens that many prompts begin with, and returns its cache, for one row.
+    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row.
 
-    `None` where the cache holds states of linear attention, which transformers does not repeat for several rows: prompts
-    are then run whole.
+    Returns:
+        The cache, or None if it holds states of linear attention, which transformers cannot repeat for several rows.
     """
     decoder = find_decoder(lm)
     input_ids = torch.tensor([list(ids)], device=decoder.input_device)
     with torch.no_grad():
         cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
+
+
+def check_states(lm: nn.Module) -> None:
+    """Prove, for a family that is not in the table, that the captured states are the LM's hidden states.
+
+    The backbone runs once over a few tokens. For a registered family, only the shapes are checked, and that no layer changes
+    an earlier hidden state in place. Models with offloaded weights are not checked.
+
+    Raises:
+        ProbeError: a state is missing, has another shape, is changed in place, or differs from `output_hidden_states`.
+    """
+    decoder = find_decoder(lm)
+    if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
+        return
+    layers = range(decoder.num_hidden_layers + 1)
+    listing = {} if decoder.origin == "registered" else {"output_hidden_states": True, "return_dict": True}
+    states: dict[int, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
+
+    def on_state(layer: int, hidden: torch.Tensor) -> None:
+        states[layer], copies[layer] = hidden, hidden.clone()
+
+    ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
+    with torch.no_grad(), Capture(decoder, on_state, layers):
+        output = decoder.model(input_ids=ids, use_cache=False, **listing)
+    listed = dict(enumerate(getattr(output, "hidden_states", None) or ())) if listing else copies
+    if listing and len(listed) != len(layers):
+        listed = {}
+    shape = (1, _PROOF_TOKENS, decoder.hidden_size)
+    problem = None
+    for layer in layers:
+        if layer not in states or states[layer].shape != shape:
+            problem = f"is not [batch, tokens, {decoder.hidden_size}]"
+        elif not torch.allclose(states[layer], copies[layer], rtol=0, atol=0, equal_nan=True):
+            problem = "is changed in place by a later layer; write x = x + y for x += y in the model's code"
+        elif layer not in listed or not _close(listed[layer], states[layer]):
+            problem = (
+                f"is not in output_hidden_states; llama_probe.register_family({decoder.model_type!r}, ...) accepts it"
+            )
+        if problem is not None:
+            raise ProbeError(
+                f"hidden state {layer} of {type(without_peft(lm)).__name__} (model_type {decoder.model_type!r}) {problem}"
+            )
+
+
+def _close(listed: torch.Tensor, state: torch.Tensor) -> bool:
+    return listed.shape == state.shape and torch.allclose(state.float(), listed.to(state).float(), equal_nan=True)

@@ -47,7 +47,6 @@ def evaluate(
     """Score a head on labelled rows, with its saved temperature and threshold."""
     import torch
 
-    from ..backbone.fingerprint import check_backbone
     from ..backbone.loading import backbone_target, load_backbone
     from ..data.known import find_benchmark
     from ..data.prompts import PromptFormat
@@ -58,6 +57,7 @@ def evaluate(
     from ..evaluation.detection import apply_rules, follow_replies
     from ..evaluation.report import detailed_report, predict_logits
     from ..files import read_head
+    from ..heads.match import check_backbone
     from ..hub.resolve import resolve_head
     from ..serving.halting import measured_rules
 

@@ -12,12 +12,11 @@ from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..backbone.capture import collect_hidden_states
-from ..backbone.decoder import find_decoder
-from ..backbone.fingerprint import describe
 from ..errors import ProbeError
 from .aggregator import create_stages, get_probe_type
 from .configuration import ProbeConfig
 from .decision import ProbeOutput, probe_loss
+from .match import describe, match
 from .scope import check_rows, token_mask
 from .states import normalize, without_autocast
 from .stream import ProbeState
@@ -59,7 +58,7 @@ class ProbeModel(nn.Module):
         if backbone is not None:
             # A config that knows its backbone keeps what it knows; a new one learns it here.
             known = config.fingerprint is not None
-            config = find_decoder(backbone).match(config) if known else describe(backbone, config)
+            config = match(backbone, config) if known else describe(backbone, config)
         if config.hidden_size is None or config.num_hidden_layers is None:
             raise ProbeError(
                 "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
@@ -81,7 +80,7 @@ class ProbeModel(nn.Module):
             ProbeError: its sizes are others, or see `bind`.
         """
         if backbone is not None:
-            find_decoder(backbone).match(self.config)
+            match(backbone, self.config)
             self.bind(backbone)
             backbone.requires_grad_(False)
             backbone.eval()

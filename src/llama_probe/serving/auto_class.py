@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
 from ..backbone.decoder import without_peft
-from ..backbone.families import load_causal_lm
+from ..backbone.loading import load_causal_lm
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel

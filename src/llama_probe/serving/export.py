@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..backbone.fingerprint import check_backbone
 from ..backbone.loading import backbone_target, load_backbone, model_id, resolve_backbone
 from ..errors import ProbeError
 from ..evaluation.plots import write_plots
@@ -36,6 +35,7 @@ from ..files import (
     write_atomically,
 )
 from ..heads import get_probe_type, probe_types
+from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import write_card
 from ..hub.card_sections import example_chat

@@ -15,9 +15,9 @@ from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..backbone.decoder import Decoder, find_decoder
-from ..backbone.fingerprint import check_backbone, describe
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
+from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.card import save_with_card
 from ..hub.publish import push_head

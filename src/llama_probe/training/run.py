@@ -19,7 +19,6 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..backbone.fingerprint import describe
 from ..backbone.loading import DEMO, DEMO_NOTE, load_backbone, model_id, weights_digest
 from ..data.prompts import PromptFormat, split_reply
 from ..data.sources import FOLDS, DataSources
@@ -35,6 +34,7 @@ from ..evaluation.report import inspect_head, predict_logits, report
 from ..files import check_output, environment, save_head, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
 from ..locks import claimed
