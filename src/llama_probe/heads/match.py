@@ -35,8 +35,8 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     for name in ("hidden_size", "num_hidden_layers"):
         wanted, found = getattr(config, name), getattr(decoder, name)
         if wanted not in (None, found):
-            base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
-            raise ProbeError(f"the head needs {name}={wanted}{base}, this backbone has {name}={found}")
+            base = f"; the head is for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
+            raise ProbeError(f"{name}={wanted} in the head's config, but this backbone has {found}{base}")
     return config.replace(
         hidden_size=decoder.hidden_size,
         num_hidden_layers=decoder.num_hidden_layers,
