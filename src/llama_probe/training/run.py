@@ -24,7 +24,7 @@ from ..data.prompts import PromptFormat, split_reply
 from ..data.sources import FOLDS, DataSources
 from ..data.states import PromptDataset, StateCache, check_cache
 from ..data.texts import LabelledTexts
-from ..distributed import check_shared, is_main, on_main, process_group, world_size
+from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import calibrate, check_threshold_rule
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
@@ -37,7 +37,6 @@ from ..heads.configuration import ProbeConfig
 from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
-from ..locks import claimed
 from .fitting import check_convex, fit_classifier
 from .recipe import Recipe, complete
 from .rows import Prepared
