@@ -84,14 +84,14 @@ def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
 
 
 class StateReader(Protocol):
-    """What is handed states."""
+    """An object that takes hidden states."""
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
-        """Takes a state, `[rows, tokens, hidden_size]`."""
+        """Take hidden state `layer`, `[B, n, D]`."""
 
 
 class _Listening(threading.local):
-    """Who gets the states of the pass that this thread is in, where `torch.compile` traces that."""
+    """The reader of the forward pass that this thread runs, if permanent hooks feed it."""
 
     def __init__(self):
         self.reader: StateReader | None = None
@@ -102,12 +102,12 @@ _LISTENING = _Listening()
 
 @torch.compiler.assume_constant_result
 def stay_in_layers(lm: nn.Module) -> bool:
-    """For `handing_states_to`: puts hooks into the decoder of `lm` that stay, once. They cannot come and go in what is compiled.
+    """Register permanent hooks for `handing_states_to` on an LM, once. A compiled forward pass cannot add or remove hooks.
 
-    Called while a pass is traced, and not when the graph runs.
+    This is called while a pass is traced, not when the graph runs.
 
     Returns:
-        Whether they get the states of all tokens, which not every decoder runs all layers over; see `Decoder.whole`.
+        False if the decoder may run layers over some tokens only; see `Decoder.whole`.
     """
     decoder = find_decoder(lm)
     if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
@@ -122,7 +122,7 @@ def stay_in_layers(lm: nn.Module) -> bool:
 
 @contextmanager
 def handing_states_to(reader: StateReader):
-    """Inside the block, in this thread, `reader` gets the states of a model with `stay_in_layers`, as a `Capture` would hand them."""
+    """Inside the block, in this thread, feed `reader` the hidden states of an LM with permanent hooks, as `Capture` would."""
     _LISTENING.reader = reader
     try:
         yield
@@ -131,7 +131,7 @@ def handing_states_to(reader: StateReader):
 
 
 def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-    # Without keywords it is called where torch has not noted yet that it takes them; see `Capture`.
+    # Torch may call it without kwargs; see `Capture.__enter__`.
     if _LISTENING.reader is not None:
         _LISTENING.reader.on_state(layer, _first_input(args, kwargs))
 

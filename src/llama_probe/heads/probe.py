@@ -90,8 +90,8 @@ class ProbeModel(nn.Module):
     def bind(self, lm: nn.Module, check: bool = True) -> None:
         """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this.
 
-        Most kinds need nothing. What is given stays outside the module tree, and when the backbone is taken away. It is not
-        copied or pickled with the head, and neither is the backbone.
+        Most kinds need nothing. It stays outside the module tree, and remains if the backbone is taken away. It is not copied
+        or pickled with the head, and neither is the backbone.
 
         Args:
             lm: a causal LM, or a PEFT model around one.
