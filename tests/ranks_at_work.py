@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from conftest import LAYERS, make_lm, make_probe, make_prompts
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.loading import weights_digest
 from llama_probe.data.sources import DataSources
 from llama_probe.data.states import PromptDataset, StateCache
-from llama_probe.distributed import merge_rows, process_group, rank, share, world_size
+from llama_probe.distributed import gather, merge_rows, process_group, rank, share, world_size
 from llama_probe.evaluation.report import inspect_head, predict_logits
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
@@ -41,8 +41,8 @@ def run(folder: Path, name: str, **changes) -> TrainingRun:
     return TrainingRun(**{**values, **changes})
 
 
-def sweep(folder: Path, name: str, resume: bool = False) -> Sweep:
-    return Sweep(run(folder, name, recipe=Recipe(num_train_epochs=3), cache=False), SearchSpace(), 5, 0.5, resume)
+def sweep(folder: Path, name: str) -> Sweep:
+    return Sweep(run(folder, name, cache=False), SearchSpace(), 4, 0.5)
 
 
 def folded(folder: Path, name: str) -> dict:
@@ -54,8 +54,7 @@ def sparse(folder: Path, name: str) -> dict:
 
 
 def check_helpers() -> None:
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, share(range(5)))
+    shares = gather(share(range(5)))
     assert len({len(part) for part in shares}) == 1 and set().union(*shares) == set(range(5))
     rows = share(range(5))
     values = torch.full((5, 2), -1.0)
@@ -99,8 +98,6 @@ def sharded(folder: Path) -> dict:
 
 def in_parts(folder: Path) -> dict:
     """Layers split between the ranks by transformers' own plan: all ranks read the same rows."""
-    from transformers import AutoModelForCausalLM
-
     lm = AutoModelForCausalLM.from_pretrained(folder / "backbone", tp_plan="auto")
     head = make_probe(probe_type="mha")
     head.set_backbone(lm)

@@ -14,27 +14,33 @@ from conftest import LAYERS, make_lm, make_probe, make_prompts, read_head
 from launcher import finish, free_port, torchrun
 from ranks_at_work import LABELS, prompts
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llama_probe import ProbeError
 from llama_probe.cli import app
 from llama_probe.data.states import PromptDataset
-from llama_probe.distributed import check_shared, gather, launched, merge_rows, on_main, process_group, share
+from llama_probe.distributed import (
+    check_shared,
+    claimed,
+    gather,
+    launched,
+    merge_rows,
+    on_main,
+    process_group,
+    share,
+)
 from llama_probe.evaluation.report import inspect_head, predict_logits
 from llama_probe.training.run import CHECKPOINTS
 
 
-def write_rows(path: Path, count: int) -> Path:
-    lines = [
-        json.dumps({"text": f"{'good' if i % 3 else 'bad'} number {i}{'!' * (i % 7)}", "label": int(i % 3 == 0)})
-        for i in range(count)
-    ]
-    path.write_text("\n".join(lines))
-    return path
+def write_rows(path: Path, count: int) -> None:
+    rows = ((f"{'good' if i % 3 else 'bad'} number {i}{'!' * (i % 7)}", int(i % 3 == 0)) for i in range(count))
+    path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
 
 
 class TestOneProcess:
-    def test_nothing_is_divided(self, tmp_path, monkeypatch):
+    def test_nothing_is_divided(self, tmp_path):
         with process_group():
             assert share([1, 2, 3]) == [1, 2, 3] and gather("a") == ["a"] and on_main(lambda: 5) == 5
             values = torch.ones(2)
@@ -42,15 +48,42 @@ class TestOneProcess:
             check_shared(tmp_path / "new")
         assert list((tmp_path / "new").iterdir()) == [] and not launched()
 
-    def test_commands_that_cannot_divide_refuse(self, monkeypatch):
-        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
-            monkeypatch.setenv(name, value)
-        for words, told in (
+    @pytest.mark.parametrize(
+        "words, told",
+        [
             (["inspect", "x"], "inspect runs in one process"),
             (["reproduce", "--output", "x"], "reproduce runs in one process"),
             (["classify", "x"], "give files with"),
-        ):
-            assert told in str(CliRunner().invoke(app, words).exception)
+        ],
+    )
+    def test_commands_that_cannot_divide_refuse(self, monkeypatch, words, told):
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+            monkeypatch.setenv(name, value)
+        assert told in str(CliRunner().invoke(app, words).exception)
+
+
+class TestClaimed:
+    def test_a_folder_has_one_run_at_a_time(self, tmp_path):
+        folder = tmp_path / "head"
+        with claimed(folder):
+            with pytest.raises(ProbeError, match="another run"), claimed(folder):
+                pass
+            with claimed(tmp_path / "other"):
+                (folder / "weights").touch()
+        with claimed(folder):
+            assert [path.name for path in folder.iterdir()] == ["weights"], "and no lock file"
+
+    def test_a_run_that_wrote_nothing_leaves_no_folder(self, tmp_path):
+        (tmp_path / "old").mkdir()
+        for name in ("old", "new"):
+            with pytest.raises(ValueError), claimed(tmp_path / name):
+                raise ValueError
+        assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(ProbeError, match="file"), claimed(tmp_path / "file"):
+            pass
 
 
 class TestTwoNodes:
@@ -112,8 +145,6 @@ class TestTwoNodes:
             assert sharded["difference"] < 1e-5 and sharded["frozen"] and sharded["digest"]
 
     def test_a_backbone_with_a_tensor_parallel_plan(self, found, folder):
-        from transformers import AutoModelForCausalLM
-
         head = make_probe(probe_type="mha")
         head.set_backbone(AutoModelForCausalLM.from_pretrained(folder / "backbone"))
         with torch.no_grad():
@@ -126,77 +157,52 @@ class TestTwoNodes:
         assert found[0]["in_parts"]["split"] == [weight.shape[0], weight.shape[1] // 2]
 
 
-class TestTrain:
-    """`llama-probe train` with two processes on one node."""
+def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, backbone_folder):
+    write_rows(tmp_path / "rows.jsonl", 41)
+    output = tmp_path / "head"
+    arguments = [
+        "-m", "llama_probe.cli", "train", "--backbone", backbone_folder, "--probe-type", "gate",
+        "--train", tmp_path / "rows.jsonl", "--folds", 0, "--batch-size", 8, "--learning-rate", 0.03, "--max-length", 64,
+        "--epochs", 10, "--patience", 10, "--output", output, "--cache-dir", tmp_path / "two", "--resume", "--json",
+    ]  # fmt: skip
+    process = torchrun(*arguments)
+    saved = output / CHECKPOINTS / "seed-0"
+    deadline = time.monotonic() + 200
+    while not list(saved.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children()
+    (victim,) = [child for child in ranks if child.environ().get("RANK") == "1"]
+    victim.send_signal(signal.SIGKILL)
+    done = finish(process, 60)
+    assert done.returncode != 0 and "llama-probe: " in done.stderr and "--resume" in done.stderr
+    assert "SIGKILL" in done.stderr, "torchrun says which process it was"
+    assert not any(child.is_running() for child in ranks), "none is left"
+    assert not (output / "probe_model.safetensors").exists()
+    weights = list(saved.glob("checkpoint-*/model*.safetensors"))
+    assert weights and all(path.name == "model.safetensors" for path in weights), "each was written once"
+    last = max(int(path.parent.name.split("-")[1]) for path in saved.glob("checkpoint-*/trainer_state.json"))
 
-    def arguments(self, folder: Path, backbone: Path, *more) -> list:
-        return [
-            "-m", "llama_probe.cli", "train", "--backbone", backbone, "--probe-type", "gate", "--train", folder / "rows.jsonl",
-            "--folds", 0, "--batch-size", 8, "--learning-rate", 0.03, "--max-length", 64, "--json", *more,
-        ]  # fmt: skip
-
-    def test_one_result_and_one_folder(self, tmp_path, backbone_folder):
-        write_rows(tmp_path / "rows.jsonl", 41)
-        write_rows(tmp_path / "test.jsonl", 15)
-        more = ["--test", tmp_path / "test.jsonl", "--epochs", 2, "--output", tmp_path / "head"]
-        cached = ["--cache-dir", tmp_path / "two"]
-        done = finish(torchrun(*self.arguments(tmp_path, backbone_folder, *more, *cached)))
-        assert done.returncode == 0, done.stderr
-        results = json.loads(done.stdout)  # the first rank alone prints
-        assert results["environment"]["processes"] == 2
-        assert not (tmp_path / "head" / CHECKPOINTS).exists()
-        # The states on disk are those of one process, and so are the scores of the head on them.
-        alone = ranks_at_work.run(tmp_path, "alone", backbone=str(backbone_folder), max_length=64)
-        alone.data.test, alone.data.test_share = str(tmp_path / "test.jsonl"), None
-        alone.cache_dir = tmp_path / "one"
-        prepared = alone.prepare()
-        for entry in (tmp_path / "one").iterdir():
-            for name in ("states.bin", "meta.json"):
-                assert (entry / name).read_bytes() == (tmp_path / "two" / entry.name / name).read_bytes()
-        head = read_head(tmp_path / "head")
-        logits = predict_logits(head, prepared.datasets["validation"])
-        judged = alone.judge(head, prepared, logits)
-        (run,) = results["runs"]
-        assert {name: run[name] for name in judged} == json.loads(json.dumps(judged))
-
-    def test_a_killed_rank_ends_the_run_which_then_goes_on(self, tmp_path, backbone_folder):
-        write_rows(tmp_path / "rows.jsonl", 41)
-        output = tmp_path / "head"
-        arguments = self.arguments(
-            tmp_path, backbone_folder, "--epochs", 10, "--patience", 10, "--output", output, "--resume"
-        )
-        process = torchrun(*arguments)
-        saved = output / CHECKPOINTS / "seed-0"
-        deadline = time.monotonic() + 200
-        while not list(saved.glob("checkpoint-*/trainer_state.json")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        ranks = psutil.Process(process.pid).children()
-        (victim,) = [child for child in ranks if child.environ().get("RANK") == "1"]
-        victim.send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        done = finish(process, 60)
-        assert time.monotonic() - killed < 60 and done.returncode != 0
-        assert "llama-probe: " in done.stderr and "give the same command with --resume to go on" in done.stderr
-        assert "SIGKILL" in done.stderr, "torchrun says which process it was"
-        assert not any(child.is_running() for child in ranks), "none is left"
-        assert not (output / "probe_model.safetensors").exists()
-        weights = list(saved.glob("checkpoint-*/model*.safetensors"))
-        assert weights and all(path.name == "model.safetensors" for path in weights), "each was written once"
-        last = max(int(path.parent.name.split("-")[1]) for path in saved.glob("checkpoint-*/trainer_state.json"))
-        begun = finish(torchrun(*arguments))
-        assert begun.returncode == 0, begun.stderr
-        results = json.loads(begun.stdout)
-        assert results["runs"][0]["epochs"] == 10.0 and results["environment"]["processes"] == 2
-        epochs = begun.stderr.count("'loss'")
-        assert 0 < epochs == 10 - last // 5 < 10, "it did only what was left"
-
-    def test_a_mistake_is_told_before_the_work(self, tmp_path, backbone_folder):
-        done = finish(torchrun(*self.arguments(tmp_path, backbone_folder, "--output", tmp_path / "head")))
-        assert done.returncode != 0 and f"there is no file {tmp_path / 'rows.jsonl'}" in done.stderr
-        assert "training_run.py" not in done.stderr, "torchrun alone shows a traceback: its own"
+    done = finish(torchrun(*arguments))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)  # the main rank alone prints
+    (run,) = results["runs"]
+    assert run["epochs"] == 10.0 and results["environment"]["processes"] == 2
+    assert 0 < done.stderr.count("'loss'") == 10 - last // 5 < 10, "it did only what was left"
+    assert not (output / CHECKPOINTS).exists()
+    # The states on disk are those of one process, and so are the scores of the head on them.
+    alone = ranks_at_work.run(tmp_path, "alone", backbone=str(backbone_folder), max_length=64)
+    alone.cache_dir = tmp_path / "one"
+    alone.data.test_share = None
+    prepared = alone.prepare()
+    for entry in (tmp_path / "one").iterdir():
+        for name in ("states.bin", "meta.json"):
+            assert (entry / name).read_bytes() == (tmp_path / "two" / entry.name / name).read_bytes()
+    head = read_head(output)
+    judged = alone.judge(head, prepared, predict_logits(head, prepared.datasets["validation"]))
+    assert {name: run[name] for name in judged} == json.loads(json.dumps(judged))
 
 
-def test_errors_of_the_first_rank_reach_all():
+def test_errors_of_the_main_rank_reach_all():
     with pytest.raises(ProbeError, match="no"):
         on_main(lambda: (_ for _ in ()).throw(ProbeError("no")))

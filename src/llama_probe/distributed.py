@@ -1,7 +1,7 @@
-"""Several processes on one run, as `torchrun` starts them: who does what, and how they hand each other what they found.
+"""Divides the work of one run among the processes that `torchrun` starts, and keeps a folder to one run at a time.
 
-Work is divided only inside `process_group()`, which the commands and runs that know how enter by themselves. Elsewhere, and
-in a process that was started alone, there is one rank, and nothing here does anything.
+Work is divided only inside `process_group()`. Elsewhere, and in a single process, there is one rank, and the functions return
+at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,20 @@ from .errors import ProbeError
 from .files import make_folder
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 T = TypeVar("T")
 
-# A process that dies closes its connections, which the others notice at once. The limits are for machines that vanish: in
-# training all do the same at the same time, but elsewhere one may work for long while the others wait.
-TIMEOUT, PATIENCE = timedelta(minutes=10), timedelta(days=7)
+# A process that dies closes its connections, which the others notice at once. The timeouts are for machines that vanish. In
+# training all ranks do the same at the same time; elsewhere one may work for long while the others wait.
+_TRAINING_TIMEOUT, _TIMEOUT = timedelta(minutes=10), timedelta(days=7)
 
-_GO_ON = "what was finished is kept: give the same command with --resume to go on"
+_RESUME = "what was finished is kept: give the same command with --resume to go on"
 
-# What the back ends say where the other side is gone.
+# Parts of the back ends' messages when the connection to another process is lost.
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -45,77 +50,75 @@ _LOST = (
     "connection refused",
 )
 
-# For all that is not a step of the training; there is one while the work is divided.
+# For all communication but training steps; None unless the work is divided.
 _group: dist.ProcessGroup | None = None
 
 
 def launched() -> bool:
-    """Whether this process is one of several that `torchrun` has started."""
+    """Return True if this process is one of several that `torchrun` has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Lets the processes that `torchrun` has started divide the work inside among them; may be entered again inside.
+    """Let the processes that `torchrun` has started divide the work inside; may be nested.
 
-    A group that exists already is used. Else one is made: NCCL (or what the accelerator has) between accelerators, gloo
-    between CPUs, and each process gets the accelerator of its local rank.
+    An existing group is used. Else the group has gloo between CPUs and the accelerator's back end (NCCL) between
+    accelerators, and each process gets the accelerator of its local rank.
 
     Raises:
-        ProbeError: another process of the run has ended, so that this one cannot go on.
+        ProbeError: another process of the run has ended.
     """
     global _group
     if _group is not None or not (launched() or (dist.is_available() and dist.is_initialized())):
         yield
         return
-    made = not dist.is_initialized()
+    is_own = not dist.is_initialized()
     try:
-        if made:
+        if is_own:
             _create_group()
-        _group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         if not is_main():
             logging.set_verbosity_error()
             logging.disable_progress_bar()
-        with _told_to_end():
+        with _explained_sigterm():
             yield
-        if made:
+        if is_own:
             dist.destroy_process_group()
     except (RuntimeError, OSError) as error:
-        if not _lost(error):
+        text = str(error).strip()
+        if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in _LOST):
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise ProbeError(
-            f"another process of this run has ended ({reason}), so this one ends too; {_GO_ON}"
-        ) from error
+        raise ProbeError(f"another process of this run has ended ({text.splitlines()[0]}); {_RESUME}") from error
     finally:
         _group = None
 
 
 def rank() -> int:
-    """This process among those that divide the work: 0 is the first, and the only one that writes and prints."""
+    """Return the number of this process: 0 is the main one, the only one that writes and prints."""
     return 0 if _group is None else dist.get_rank()
 
 
 def world_size() -> int:
-    """Number of processes that divide the work; 1 where it is not divided."""
+    """Return the number of processes that divide the work, 1 if it is not divided."""
     return 1 if _group is None else dist.get_world_size()
 
 
 def is_main() -> bool:
-    """Whether this is the rank that writes and prints."""
+    """Return True on the rank that writes and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Waits until all ranks are here."""
+    """Wait until all ranks are here."""
     gather(None)
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """The items that are this rank's to do: every `world_size()`-th.
+    """Return every `world_size()`-th item, those of this rank.
 
-    All ranks get equally many, because a backbone that is sharded over them runs on all or on none; where there are too few
-    the first are done twice. Results therefore must be put where they belong, and not be counted: see `merge_rows`.
+    All ranks get equally many, because a backbone that is sharded over them must run on all: some items are done twice if
+    they do not divide evenly. `merge_rows` puts results in their places.
     """
     world = world_size()
     if world == 1 or not items:
@@ -125,14 +128,11 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def merge_rows(rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
-    """Fills in what other ranks have found.
+    """Write the rows that the other ranks have computed into `values`, and return it.
 
     Args:
-        rows: which rows of `values` this rank has found.
-        values (`[all_rows, ...]`): on the CPU; the same shape on all ranks. The other rows are written.
-
-    Returns:
-        `values`.
+        rows: indices of the rows that this rank has computed.
+        values (`[all_rows, ...]`): on the CPU, with the same shape on all ranks.
     """
     if world_size() > 1:
         rows = torch.tensor(sorted(set(rows)), dtype=torch.long)
@@ -142,7 +142,7 @@ def merge_rows(rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all ranks, by rank, on each of them."""
+    """Return the values of all ranks, by rank, on each of them."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -151,17 +151,17 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
-    """Writes the tensor of one rank into those of the others, which have its shape, dtype and kind of device."""
+    """Copy the tensor of rank `source` into those of the others, of the same shape, dtype and kind of device."""
     if world_size() > 1:
         dist.broadcast(tensor, source)
     return tensor
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Calls a function on the first rank alone, while the others wait; all get what it returns.
+    """Call a function on the main rank while the others wait, and return its result on all.
 
     Raises:
-        ProbeError: on all ranks, where the function raises one.
+        ProbeError: on all ranks, if the function raises one.
     """
     if world_size() == 1:
         return function()
@@ -178,13 +178,12 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def check_shared(folder: Path) -> None:
-    """Makes a folder, and makes sure that all ranks see the same one.
+    """Make a folder, and check that all ranks see the same one.
 
     Raises:
-        ProbeError: it cannot be made or written, or they do not, as on machines that share no file system.
+        ProbeError: it cannot be made or written, or machines share no file system.
     """
-    name = on_main(lambda: uuid.uuid4().hex)
-    mark = folder / f".ranks.{name}"
+    mark = folder / f".ranks.{on_main(lambda: uuid.uuid4().hex)}"
 
     def write() -> None:
         make_folder(folder)
@@ -192,7 +191,7 @@ def check_shared(folder: Path) -> None:
             if world_size() > 1:
                 mark.touch()
         except OSError as error:
-            raise ProbeError(f"nothing can be written into {folder}: {error.strerror}") from error
+            raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
 
     on_main(write)
     seen = gather(world_size() == 1 or mark.exists())
@@ -200,10 +199,61 @@ def check_shared(folder: Path) -> None:
         mark.unlink(missing_ok=True)
     if not all(seen):
         blind = ", ".join(str(number) for number, sees in enumerate(seen) if not sees)
-        raise ProbeError(
-            f"{folder} is not the same folder for all processes: what the first one writes there, rank {blind} does not see. "
-            "Name a folder on a file system that all machines share"
-        )
+        raise ProbeError(f"{folder} must be on a file system that all machines share; rank {blind} does not see it")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a folder to one run at a time. It is made if missing, and removed again if nothing was written.
+
+    In a process group the main rank claims it for all. The claim ends with the process, however that ends.
+
+    Raises:
+        ProbeError: another run has it, or it cannot be made.
+    """
+    is_new = not folder.exists()
+    held: list[int] = []
+    on_main(lambda: held.extend(_claim(folder)))
+    try:
+        yield
+    finally:
+        for handle in held:
+            os.close(handle)
+            if is_new and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _claim(folder: Path) -> list[int]:
+    make_folder(folder)
+    if fcntl is None:
+        return []
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle)
+    except BlockingIOError:
+        os.close(handle)
+        raise ProbeError(f"another run is at work in {folder}: wait for its end, or name another folder") from None
+    return [handle]
+
+
+def lock(file: BinaryIO | int) -> bool:
+    """Lock a file or a folder until it is closed or the process ends.
+
+    Returns:
+        False if the system or the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _create_group() -> None:
@@ -212,23 +262,19 @@ def _create_group() -> None:
     if accelerator is not None:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
         backend = f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator.type)}"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=_TRAINING_TIMEOUT)
 
 
 @contextmanager
-def _told_to_end() -> Iterator[None]:
-    """Says why, where `torchrun` ends this process because another one has failed."""
+def _explained_sigterm() -> Iterator[None]:
+    """Print why this process ends when `torchrun` sends SIGTERM because another one has failed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(*_) -> None:
-        print(
-            f"llama-probe: rank {rank()} of {world_size()} was told to end (SIGTERM), as torchrun does where another process of "
-            f"the run has failed: see there for the cause; {_GO_ON}",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"rank {rank()} of {world_size()} got SIGTERM, as torchrun sends it if another process has failed; {_RESUME}"
+        print(f"llama-probe: {text}", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -236,8 +282,3 @@ def _told_to_end() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _lost(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)

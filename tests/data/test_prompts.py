@@ -7,7 +7,8 @@ import torch
 from conftest import make_tokenizer
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.data.prompts import PromptFormat, is_text, template_hash
+from llama_probe.backbone.fingerprint import template_hash
+from llama_probe.data.prompts import PromptFormat, is_text
 
 
 @pytest.fixture

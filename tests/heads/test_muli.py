@@ -149,10 +149,10 @@ class TestWhichLM:
             lambda: probe.bind(other),
             lambda: probe.set_backbone(other),
         ):
-            with pytest.raises(ProbeError, match=r"another LlamaForProbedGeneration, .* use copy.deepcopy\(head\)"):
+            with pytest.raises(ProbeError, match="another LlamaForProbedGeneration"):
                 bind()
         probe.set_backbone(None)  # it is attached all the same
-        with pytest.raises(ProbeError, match="cannot serve two"):
+        with pytest.raises(ProbeError, match="another LlamaForProbedGeneration"):
             probe.bind(other)
         assert probe.backbone is None and all(parameter.requires_grad for parameter in other.parameters())
         assert torch.equal(model.classify(ids)["a"].logits, expected)
@@ -165,7 +165,6 @@ class TestWhichLM:
         probe, other = muli(lm=None), make_lm(1)
         with pytest.raises(ProbeError, match="hidden_size=64"):
             LlamaForProbedGeneration.from_causal_lm(other, {"a": probe, "b": make_probe(hidden_size=64)})
-        assert probe.classifier.lm is None
         attached(probe)
 
     def test_it_is_free_once_it_is_taken_away(self):
@@ -173,7 +172,7 @@ class TestWhichLM:
         kept.append(attached(probe))
         kept[0].add_probe("again", probe)
         kept[0].delete_probe("a")
-        with pytest.raises(ProbeError, match="cannot serve two"):
+        with pytest.raises(ProbeError, match="another LlamaForProbedGeneration"):
             attached(probe, seed=1)
         kept[0].delete_probe("again")
         kept.append(attached(probe, seed=1))

@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
-from llama_probe.backbone.fingerprint import describe
+from llama_probe.heads.match import describe
 from llama_probe.vllm import __main__ as command_line
 from llama_probe.vllm import compatibility, engine_kwargs
 from llama_probe.vllm.__main__ import server_arguments

@@ -1,21 +1,24 @@
-"""A language model's cache of keys and values: copies of it, and how much it will grow."""
+"""An LM's KV cache: find it in arguments and outputs, copy it, repeat it for a batch."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import ModelOutput
 
 
-# Layers of a cache that put what they hold and what is new into a new tensor.
+# Cache layers that put old and new tokens into a new tensor.
 _GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-class _ValuesAlone(TorchFunctionMode):
-    """Lets `copy.deepcopy` copy tensors that gradients flow through, which it refuses: as plain numbers."""
+class _DetachedCopies(TorchFunctionMode):
+    """Let `copy.deepcopy` copy tensors that require gradients, which it refuses, as detached tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -50,16 +53,30 @@ def size_in_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """Return the KV cache in the arguments of a forward pass, or in an output of the LM, or None."""
+    cache = kwargs.get("cache")
+    if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns about the older name
+        cache = kwargs.get("past_key_values")
+    return cache
+
+
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Return the number of tokens in the cache that `given_cache` finds, 0 without a cache."""
+    cache = given_cache(kwargs)
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
 def copy_cache(cache: Cache) -> Cache:
-    """A copy of an LM's cache, without what gradients would need, which it has where it was not made under `torch.no_grad()`."""
-    with _ValuesAlone():
+    """Return a copy of a KV cache, without gradients."""
+    with _DetachedCopies():
         return copy.deepcopy(cache)
 
 
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """A copy, for a batch of rows, of the cache that `prefill` gives for one.
+    """Return a copy of a KV cache of one row, from `prefill`, for a batch.
 
-    The rows share their memory, in copies of it as well, until the LM adds to them.
+    The rows share their memory until the LM adds tokens to them; so do the rows of copies.
     """
     cache = copy_cache(prefix)
     for layer in cache.layers:

@@ -1,8 +1,4 @@
-"""The only code that touches a language model's internals: taps the states of its layers while it runs.
-
-Where these are is said in `llama_probe.backbone.families`; its output embeddings are the business of `llama_probe.backbone.next_token`, its cache
-that of `llama_probe.backbone.cache`.
-"""
+"""Captures the hidden states of an LM's layers while it runs. Only this file registers hooks on the LM."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,189 +14,26 @@ from torch import nn
 from transformers import Cache
 
 from ..errors import ProbeError
-from ..heads.configuration import ProbeConfig
 from .cache import repeat_cache
-from .families import find_parts
+from .decoder import Decoder, find_decoder, without_peft
 
 
-# Names under which the configs of wrappers keep the ids of tokens that stand for a part of an image, a film or a sound.
-_PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index"))
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The parts of a causal LM that heads read.
-
-    Attributes:
-        model: the decoder without its LM head.
-        embeddings: its input embeddings.
-        layers: the decoder layers, in order.
-        norm: the norm after the last layer.
-        hidden_size: size of a state.
-        name_or_path, model_type: of the backbone's config.
-        origin: who said where these are: `"table"`, `"registered"` or `"search"`; see `state_proof`.
-        wrapper: what `model` is a part of, where that takes images or the like and puts them between the embeddings.
-        placeholder_ids: ids of the tokens that stand for these in a prompt.
-    """
-
-    model: nn.Module
-    embeddings: nn.Module
-    layers: nn.ModuleList
-    norm: nn.Module
-    hidden_size: int
-    name_or_path: str | None
-    model_type: str | None
-    origin: str = "table"
-    wrapper: nn.Module | None = None
-    placeholder_ids: tuple[int, ...] = ()
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Number of decoder layers L; there are L+1 states."""
-        return len(self.layers)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the last state appears, and so where heads belong. Right for offloaded weights as well."""
-        hook = getattr(self.norm, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        if device is None:
-            # OLMo's norm has no parameters
-            parameters = (p for module in (self.norm, self.layers[-1]) for p in module.parameters())
-            device = next((p.device for p in parameters), torch.device("cpu"))
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        return torch.device("cpu") if device.type == "meta" else device
-
-    @property
-    def input_device(self) -> torch.device:
-        """Where token ids belong."""
-        device = next(self.embeddings.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
-
-    @property
-    def cache_name(self) -> str:
-        """What the decoder calls its cache, as an argument and in its output: older versions of transformers otherwise."""
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-
-    def run(self, **inputs: Any) -> Any:
-        """Runs the backbone without its LM head.
-
-        Positions are counted as `generate()` counts them, from the first token that is not padding, where none are given:
-        models with learned positions (GPT-2) would else see other prompts behind left padding.
-
-        Args:
-            inputs: of the decoder, or of the wrapper around it (`pixel_values`); what is `None` is left out.
-        """
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        names = inspect.signature(self.model.forward).parameters
-        if self.wrapper is not None and not inputs.keys() <= names.keys():
-            return self._run_wrapper(inputs)
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and "position_ids" in names and "position_ids" not in inputs:
-            counted = mask.bool()
-            if bool((counted[:, 1:] & ~counted[:, :-1]).any()):
-                width = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
-                positions = (counted.long().cumsum(dim=1) - 1).masked_fill(~counted, 0)  # [B, past + T]
-                inputs["position_ids"] = positions[:, -width:]
-        return self.model(**inputs)
-
-    def whole(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a pass of the LM, so that each layer runs over all tokens.
-
-        A decoder that takes `logits_to_keep` itself (Gemma 4 with shared keys and values) may leave out the others from some
-        layer on, where that is a number; where it names the same tokens one by one, it does not.
-        """
-        keep = inputs.get("logits_to_keep")
-        if (
-            not isinstance(keep, int)
-            or keep <= 0
-            or "logits_to_keep" not in inspect.signature(self.model.forward).parameters
-        ):
-            return inputs
-        tokens = inputs.get("input_ids")
-        tokens = inputs["inputs_embeds"] if tokens is None else tokens
-        return {**inputs, "logits_to_keep": torch.arange(-min(keep, tokens.shape[1]), 0, device=tokens.device)}
-
-    def _run_wrapper(self, inputs: dict[str, Any]) -> Any:
-        inner = self.wrapper.base_model
-        if inner is not self.wrapper:
-            return inner(**inputs)
-        # There is none without the LM head (Llama 4). The plain class's forward: heads that are attached do not run twice.
-        plain = getattr(type(self.wrapper), "_causal_lm_class", type(self.wrapper))
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
-        return plain.forward(self.wrapper, **inputs, **keep)
-
-    def match(self, config: ProbeConfig) -> ProbeConfig:
-        """`config` with the backbone's sizes and name where it has none; `fingerprint.describe` adds the rest.
-
-        Raises:
-            ProbeError: it was made for another hidden size or number of layers.
-        """
-        for name in ("hidden_size", "num_hidden_layers"):
-            wanted, found = getattr(config, name), getattr(self, name)
-            if wanted is not None and wanted != found:
-                made_for = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
-                raise ProbeError(
-                    f"{name}={wanted} in the head's config, but this backbone has {found}: "
-                    f"the head was made for another model{made_for}"
-                )
-        return config.replace(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            base_model_name_or_path=config.base_model_name_or_path or self.name_or_path,
-            base_model_type=config.base_model_type or self.model_type,
-        )
-
-
-def without_peft(lm: nn.Module) -> nn.Module:
-    """The causal LM inside a PEFT model, with its adapters in it; any other comes back as it is."""
-    return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
-
-
-def is_tensor_parallel(lm: nn.Module | None) -> bool:
-    """Whether each of several processes has a part of every layer (`tp_plan`), so that all must run it on the same rows."""
-    return lm is not None and (getattr(without_peft(lm), "_tp_size", None) or 1) > 1
-
-
-def find_decoder(lm: nn.Module) -> Decoder:
-    """Finds the decoder of a causal LM, also inside a PEFT model.
-
-    Raises:
-        ProbeError: it is none, or its parts are not found; see `find_parts`.
-    """
-    base = without_peft(lm)
-    text_config = base.config.get_text_config(decoder=True)
-    parts = find_parts(base, text_config.num_hidden_layers)
-    ids = map(vars(base.config).get, _PLACEHOLDERS)
-    return Decoder(
-        model=parts.model,
-        embeddings=parts.embeddings,
-        layers=parts.layers,
-        norm=parts.norm,
-        hidden_size=text_config.hidden_size,
-        name_or_path=getattr(base.config, "_name_or_path", None) or None,
-        model_type=base.config.model_type,
-        origin=parts.origin,
-        wrapper=None if parts.model in (base, base.base_model) else base,
-        placeholder_ids=tuple(value for value in ids if isinstance(value, int)),
-    )
+# Tokens of the forward pass of `check_states`.
+_PROOF_TOKENS = 8
 
 
 class Capture:
-    """Hands each state to a callback as it appears, and keeps none.
+    """A context manager that calls a function with each hidden state when it appears.
 
-    State 0 is what enters the first layer (right for `inputs_embeds` and for models that scale or add positions to
-    their embeddings), state i the output of layer i, and state L the output of the final norm: equal to
-    `output_hidden_states`. The hooks exist only inside the `with` block, and only listen to the thread that opened it,
-    so that two threads can run one model.
-
-    What is handed over stays as it is. A layer may be the user's to hook, and hooks that steer it change in place what enters
-    it, which is the state before: then that is a copy.
+    Hidden state 0 is the input of the first layer (right for `inputs_embeds` and for models that scale their embeddings or
+    add positions to them), hidden state i the output of layer i, and hidden state L the output of the final norm: equal to
+    `output_hidden_states`. The hooks exist only inside the `with` block, and only for the thread that opened it, so that two
+    threads can run one model.
 
     Args:
         decoder: from `find_decoder`.
-        on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[rows, tokens, hidden_size]`.
-        layers: the state indices wanted.
+        on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
+        layers: indices of the hidden states.
     """
 
     def __init__(self, decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]):
@@ -213,17 +45,18 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._thread = threading.get_ident()
-        last = self.decoder.num_hidden_layers
+        layers, last = self.decoder.layers, self.decoder.num_hidden_layers
         try:
             for layer in sorted(self.layers):
                 if layer == 0:
-                    module, register = self.decoder.layers[0], "pre"
-                elif layer == last:
-                    module, register = self.decoder.norm, "post"
+                    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
+                    hook = layers[0].register_forward_pre_hook(partial(self._before, layer), with_kwargs=True)
                 else:
-                    module, register = self.decoder.layers[layer - 1], "post"
-                hooked = layer < last and bool(self.decoder.layers[layer]._forward_pre_hooks)
-                self._handles.append(self._listen(module, register, layer, hooked))
+                    # A user's hook on the next layer may change the state in place: then on_state gets a copy.
+                    copied = layer < last and bool(layers[layer]._forward_pre_hooks)
+                    module = self.decoder.norm if layer == last else layers[layer - 1]
+                    hook = module.register_forward_hook(partial(self._after, layer, copied))
+                self._handles.append(hook)
         except BaseException:
             self.__exit__()
             raise
@@ -234,39 +67,31 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _listen(self, module: nn.Module, where: str, layer: int, copied: bool):
-        if where == "pre":
-            # Torch notes a hook first and its with_kwargs a moment later: another thread that runs the module in between calls
-            # it without them.
-            def before(_, args, kwargs=None):
-                if threading.get_ident() == self._thread:
-                    self.on_state(layer, _first_input(args, kwargs))
+    def _before(self, layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        if threading.get_ident() == self._thread:
+            self.on_state(layer, _first_input(args, kwargs))
 
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-
-        def after(_, args, output):
-            if threading.get_ident() == self._thread:
-                hidden = output[0] if isinstance(output, tuple) else output
-                self.on_state(layer, hidden.clone() if copied else hidden)
-
-        return module.register_forward_hook(after)
+    def _after(self, layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+        if threading.get_ident() == self._thread:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.on_state(layer, hidden.clone() if copied else hidden)
 
 
-def _first_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
     if args:
         return args[0]
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
 class StateReader(Protocol):
-    """What is handed states."""
+    """An object that takes hidden states."""
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
-        """Takes a state, `[rows, tokens, hidden_size]`."""
+        """Take hidden state `layer`, `[B, n, D]`."""
 
 
 class _Listening(threading.local):
-    """Who gets the states of the pass that this thread is in, where `torch.compile` traces that."""
+    """The reader of the forward pass that this thread runs, if permanent hooks feed it."""
 
     def __init__(self):
         self.reader: StateReader | None = None
@@ -277,12 +102,12 @@ _LISTENING = _Listening()
 
 @torch.compiler.assume_constant_result
 def stay_in_layers(lm: nn.Module) -> bool:
-    """For `handing_states_to`: puts hooks into the decoder of `lm` that stay, once. They cannot come and go in what is compiled.
+    """Register permanent hooks for `handing_states_to` on an LM, once. A compiled forward pass cannot add or remove hooks.
 
-    Called while a pass is traced, and not when the graph runs.
+    This is called while a pass is traced, not when the graph runs.
 
     Returns:
-        Whether they get the states of all tokens, which not every decoder runs all layers over; see `Decoder.whole`.
+        False if the decoder may run layers over some tokens only; see `Decoder.whole`.
     """
     decoder = find_decoder(lm)
     if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
@@ -297,7 +122,7 @@ def stay_in_layers(lm: nn.Module) -> bool:
 
 @contextmanager
 def handing_states_to(reader: StateReader):
-    """Inside the block, in this thread, `reader` gets the states of a model with `stay_in_layers`, as a `Capture` would hand them."""
+    """Inside the block, in this thread, feed `reader` the hidden states of an LM with permanent hooks, as `Capture` would."""
     _LISTENING.reader = reader
     try:
         yield
@@ -306,7 +131,7 @@ def handing_states_to(reader: StateReader):
 
 
 def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-    # Without keywords it is called where torch has not noted yet that it takes them; see `Capture`.
+    # Torch may call it without kwargs; see `Capture.__enter__`.
     if _LISTENING.reader is not None:
         _LISTENING.reader.on_state(layer, _first_input(args, kwargs))
 
@@ -317,13 +142,15 @@ def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
-    """Raises `ProbeError` where the LM has run, and not all states that are wanted have come by."""
+    """Raise `ProbeError` if the LM has run and hidden states are missing.
+
+    Args:
+        wanted, seen: layer indices.
+    """
     if missing := sorted(set(wanted) - set(seen)):
         raise ProbeError(
-            f"the LM ran, and {len(missing)} of the {len(wanted)} states that are read did not come by, the first of them "
-            f"{missing[0]}. A decoder that torch.compile has compiled notices no hooks that come later: compile its layers one "
-            "by one (for layer in model.model.layers: layer.compile()), or set "
-            "torch._dynamo.config.skip_nnmodule_hook_guards = False before it runs for the first time"
+            f"the LM ran without giving hidden states {missing}. A decoder compiled as a whole ignores new hooks: compile its "
+            "layers one by one, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run"
         )
 
 
@@ -334,16 +161,17 @@ def collect_hidden_states(
     attention_mask: torch.Tensor | None = None,
     prefix: Cache | None = None,
 ) -> list[torch.Tensor]:
-    """Runs the backbone without its LM head, without gradients, and returns the states asked for, in that order.
+    """Run the backbone without its LM head and without gradients, and return hidden states.
 
     Args:
         lm: a causal LM, or a PEFT model around one.
-        layers: state indices.
-        input_ids (`[batch, tokens]`), attention_mask (`[batch, tokens]`, *optional*): moved to the backbone's device.
-        prefix: from `prefill`; the tokens that it holds then come before every row, and their states are not returned.
+        layers: indices of the hidden states.
+        input_ids (`[B, T]`): token ids, on any device.
+        attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device.
+        prefix: a KV cache from `prefill`, of tokens that come before every row.
 
     Returns:
-        One tensor `[batch, tokens, hidden_size]` a layer, in the backbone's dtype.
+        One tensor `[B, T, D]` for each of `layers`, in their order and in the backbone's dtype.
     """
     decoder = find_decoder(lm)
     device = decoder.input_device
@@ -363,13 +191,60 @@ def collect_hidden_states(
 
 
 def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
-    """Runs the backbone over tokens that many prompts begin with, and returns its cache, for one row.
+    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row.
 
-    `None` where the cache holds states of linear attention, which transformers does not repeat for several rows: prompts
-    are then run whole.
+    Returns:
+        The cache, or None if it holds states of linear attention, which transformers cannot repeat for several rows.
     """
     decoder = find_decoder(lm)
     input_ids = torch.tensor([list(ids)], device=decoder.input_device)
     with torch.no_grad():
         cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
+
+
+def check_states(lm: nn.Module) -> None:
+    """Prove, for a family that is not in the table, that the captured states are the LM's hidden states.
+
+    The backbone runs once over a few tokens. For a registered family, only the shapes are checked, and that no layer changes
+    an earlier hidden state in place. Models with offloaded weights are not checked.
+
+    Raises:
+        ProbeError: a state is missing, has another shape, is changed in place, or differs from `output_hidden_states`.
+    """
+    decoder = find_decoder(lm)
+    if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
+        return
+    layers = range(decoder.num_hidden_layers + 1)
+    listing = {} if decoder.origin == "registered" else {"output_hidden_states": True, "return_dict": True}
+    states: dict[int, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
+
+    def on_state(layer: int, hidden: torch.Tensor) -> None:
+        states[layer], copies[layer] = hidden, hidden.clone()
+
+    ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
+    with torch.no_grad(), Capture(decoder, on_state, layers):
+        output = decoder.model(input_ids=ids, use_cache=False, **listing)
+    listed = dict(enumerate(getattr(output, "hidden_states", None) or ())) if listing else copies
+    if listing and len(listed) != len(layers):
+        listed = {}
+    shape = (1, _PROOF_TOKENS, decoder.hidden_size)
+    problem = None
+    for layer in layers:
+        if layer not in states or states[layer].shape != shape:
+            problem = f"is not [batch, tokens, {decoder.hidden_size}]"
+        elif not torch.allclose(states[layer], copies[layer], rtol=0, atol=0, equal_nan=True):
+            problem = "is changed in place by a later layer; write x = x + y for x += y in the model's code"
+        elif layer not in listed or not _close(listed[layer], states[layer]):
+            problem = (
+                f"is not in output_hidden_states; llama_probe.register_family({decoder.model_type!r}, ...) accepts it"
+            )
+        if problem is not None:
+            raise ProbeError(
+                f"hidden state {layer} of {type(without_peft(lm)).__name__} (model_type {decoder.model_type!r}) {problem}"
+            )
+
+
+def _close(listed: torch.Tensor, state: torch.Tensor) -> bool:
+    return listed.shape == state.shape and torch.allclose(state.float(), listed.to(state).float(), equal_nan=True)

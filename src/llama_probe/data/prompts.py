@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..backbone.fingerprint import template_hash
 from ..errors import ProbeError
 from ..heads.configuration import HALF_PAIR, PROMPT_FORMATS, ProbeConfig
 
@@ -249,12 +249,6 @@ def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
             f"there is {str(text)[:60]!r}"
         )
     return messages[:-1], messages[-1]["content"]
-
-
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """sha256 of the tokenizer's chat template."""
-    template = tokenizer.chat_template
-    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
 
 def is_text(value: Any) -> bool:

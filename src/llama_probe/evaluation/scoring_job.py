@@ -22,13 +22,12 @@ from ..backbone.loading import backbone_target, load_backbone
 from ..backbone.passes import plan_passes
 from ..data.files import Chunk, InputFile
 from ..data.prompts import PromptFormat, Text, check_alike, exchange, is_text, pad_prompts
-from ..distributed import barrier, check_shared, is_main, on_main, process_group, rank, world_size
+from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
 from ..errors import ProbeError
 from ..files import write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..heads.scope import prompt_masks, read_masks
-from ..locks import claimed
 from ..serving.auto_class import AutoModelForProbedGeneration
 from ..serving.sources import read_heads
 

@@ -27,7 +27,12 @@ class Classifier(nn.Module):
     """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it.
 
     It is no `nn.Linear`: what adapts or quantises all linear layers of an LM leaves the heads on it alone.
+
+    Attributes:
+        lm: the LM that was last given to `attach`, if the map needs it and it still exists; else None.
     """
+
+    lm: nn.Module | None = None
 
     def __init__(self, in_features: int, num_labels: int):
         super().__init__()
@@ -38,27 +43,18 @@ class Classifier(nn.Module):
 
     reset_parameters = nn.Linear.reset_parameters
 
-    @property
-    def lm(self) -> nn.Module | None:
-        """The LM that the map is bound to, where it needs something of it beside its states; most need nothing."""
-        return None
+    def attach(self, lm: nn.Module, check: bool = True) -> None:
+        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing.
 
-    def needs(self, lm: nn.Module) -> Any:
-        """What the map needs of the frozen LM, for `bind`. Nothing is changed yet.
+        It is not saved, copied or pickled with the head.
+
+        Args:
+            lm: a causal LM, or a PEFT model around one.
+            check: if False, the LM is a copy of one that was checked.
 
         Raises:
-            ProbeError: the LM does not have it, or the map is bound to another one.
+            ProbeError: the LM does not have it.
         """
-        return None
-
-    def bind(self, needed: Any) -> None:
-        """Takes what `needs` found. It is no part of the module, and does not go with a copy or a pickle of it."""
-
-    def rebind(self, lm: nn.Module) -> None:
-        """After a copy, or a pickle, of an LM with the head on it: takes from the copy what was taken from the LM."""
-
-    def release(self) -> None:
-        """Frees the map for another LM. What it has it keeps until then."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""

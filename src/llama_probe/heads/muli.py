@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..backbone.next_token import NextToken
 from ..errors import ProbeError
 from .aggregator import Classifier, register_probe_type
 from .last import LastItemAggregator
 
 
 if TYPE_CHECKING:
-    from ..backbone.next_token import NextToken
     from .configuration import ProbeConfig
 
 
@@ -31,42 +31,28 @@ class LogOddsClassifier(Classifier):
                 "pass backbone="
             )
         super().__init__(config.vocab_size, config.num_labels)
-        self.next_token = None
+        self.next_token: NextToken | None = None
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "next_token": None}
+
     @property
-    def lm(self):
+    def lm(self) -> nn.Module | None:
         return None if self.next_token is None else self.next_token.lm
 
-    def needs(self, lm: nn.Module) -> NextToken:
-        from ..backbone.next_token import NextToken
-
-        if self.next_token is not None and not self.next_token.is_free_for(lm):
-            raise ProbeError(
-                f"this muli head reads the next-token logits of another {type(self.lm).__name__}, and cannot serve two: use "
-                "copy.deepcopy(head), or load it anew; or take it from the other first, with delete_probe(name) where it is "
-                "attached and set_backbone(None) where not"
-            )
-        found = NextToken.of(lm)
+    def attach(self, lm: nn.Module, check: bool = True) -> None:
+        found = NextToken(lm)
         self._check_width(getattr(found.embeddings, "out_features", self.in_features))
-        return found
-
-    def bind(self, needed: NextToken) -> None:
-        self.next_token = needed
-
-    def rebind(self, lm: nn.Module) -> None:
-        if self.next_token is not None and self.next_token.embeddings is None:
-            self.next_token.follow(lm)
-
-    def release(self) -> None:
-        if self.next_token is not None:
-            self.next_token.release()
+        if check:
+            found.check()
+        self.next_token = found
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        if self.next_token is None or self.next_token.embeddings is None:
+        if self.next_token is None:
             raise ProbeError(
                 "a muli head reads the LM's next-token logits and has no LM: attach it to one (add_probe, load_probe), "
                 "pass backbone=, or call bind(lm)"

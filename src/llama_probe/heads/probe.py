@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from torch import nn
 
-from ..backbone.capture import collect_hidden_states, find_decoder
-from ..backbone.fingerprint import check_backbone, describe
-from ..backbone.target import target_of
+from ..backbone.capture import collect_hidden_states
+from ..backbone.decoder import target_of, without_peft
 from ..errors import ProbeError
 from ..hub.card import write_card
 from ..hub.folder import CONFIG_NAME, read_results
@@ -27,6 +26,7 @@ from .aggregator import create_stages
 from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
 from .folder import read_tensors, save_head
+from .match import check_backbone, describe, match
 from .registry import get_probe_type
 from .scope import check_rows, token_mask
 from .states import normalize, without_autocast
@@ -69,7 +69,7 @@ class ProbeModel(nn.Module):
         if backbone is not None:
             # A config that knows its backbone keeps what it knows; a new one learns it here.
             known = config.fingerprint is not None
-            config = find_decoder(backbone).match(config) if known else describe(backbone, config)
+            config = match(backbone, config) if known else describe(backbone, config)
         if config.hidden_size is None or config.num_hidden_layers is None:
             raise ProbeError(
                 "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
@@ -85,36 +85,41 @@ class ProbeModel(nn.Module):
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
-        """Gives the head the frozen LM that turns `input_ids` into states, or takes it away.
+        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None.
 
         Raises:
-            ProbeError: its sizes are others, or see `bind`.
+            ProbeError: its sizes differ from the head's, or see `bind`.
         """
         if backbone is not None:
-            find_decoder(backbone).match(self.config)
+            match(backbone, self.config)
             self.bind(backbone)
             backbone.requires_grad_(False)
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
-        if backbone is None:
-            self.release()
 
-    def bind(self, lm: nn.Module) -> None:
-        """Gives the head what its kind needs of the frozen LM beside its states, as `set_backbone` and attaching do.
+    def bind(self, lm: nn.Module, check: bool = True) -> None:
+        """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this.
 
-        Most kinds need nothing. What is given stays outside the module tree, and stays when the backbone is taken away. It
-        does not go with a copy or a pickle of the head alone, and neither does the backbone.
+        Most kinds need nothing. It stays outside the module tree, and remains if the backbone is taken away. It is not copied
+        or pickled with the head, and neither is the backbone.
+
+        Args:
+            lm: a causal LM, or a PEFT model around one.
+            check: see `Classifier.attach`.
 
         Raises:
-            ProbeError: the LM does not have it, or the head is bound to another one, which it cannot serve at the same time.
+            ProbeError: the LM does not have it, or the head needs it of another LM that it is attached to, or that is its
+                backbone.
         """
-        self.classifier.bind(self.classifier.needs(lm))
-
-    def release(self) -> None:
-        """Frees the head for another LM, unless the one that it is bound to has it attached or is its backbone."""
-        attached = getattr(self.classifier.lm, "probes", {}).values()
-        if self.backbone is None and not any(head is self for head in attached):
-            self.classifier.release()
+        other = self.classifier.lm
+        if other is not None and other is not without_peft(lm):
+            attached = any(head is self for head in getattr(other, "probes", {}).values())
+            if attached or self.backbone is not None:
+                raise ProbeError(
+                    f"this {self.config.probe_type} head serves another {type(other).__name__}: use copy.deepcopy(head), or "
+                    "take it away first (delete_probe(name), set_backbone(None))"
+                )
+        self.classifier.attach(lm, check)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "backbone": None}

@@ -7,9 +7,8 @@ import os
 from torch import nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
-from ..backbone.capture import without_peft
-from ..backbone.families import load_causal_lm
-from ..backbone.target import target_of
+from ..backbone.decoder import target_of, without_peft
+from ..backbone.loading import load_causal_lm
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel

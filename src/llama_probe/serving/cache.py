@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
 
+from ..backbone.cache import cached_tokens, given_cache  # noqa: F401 - used from here by modeling and session
 from ..errors import ProbeError
 from ..heads import select_rows
 from ..heads.probe import ProbeModel
@@ -217,20 +217,6 @@ def asks_for_state(
     if input_ids is None:
         raise ProbeError("probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)")
     return True
-
-
-def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, or in an output of the LM; `None` where there is none."""
-    cache = kwargs.get("cache")
-    if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns where it is asked by the older name
-        cache = kwargs.get("past_key_values")
-    return cache
-
-
-def cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Number of tokens in the cache among the arguments of a call, or in an output of the LM; 0 where there is none."""
-    cache = given_cache(kwargs)
-    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def _versions(head: ProbeModel) -> list[tuple[int, int]]:

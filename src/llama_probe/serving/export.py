@@ -19,13 +19,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..backbone.fingerprint import check_backbone
+from ..backbone.decoder import target_of
 from ..backbone.loading import backbone_target, load_backbone, model_id, resolve_backbone
-from ..backbone.target import target_of
 from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version, write_atomically
 from ..heads import get_probe_type, probe_types
 from ..heads.configuration import read_config
+from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import cell, code, example_chat, word, write_card
 from ..hub.folder import CARD_NAME, HEAD_FILES, is_head_folder, read_results

@@ -8,17 +8,15 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..backbone.capture import Decoder, find_decoder
-from ..backbone.fingerprint import check_backbone, describe
-from ..backbone.target import target_of
+from ..backbone.decoder import Decoder, find_decoder, target_of
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
+from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.resolve import check_name, default_name, with_subfolder
 from ..hub.transport import HubOptions
@@ -43,8 +41,9 @@ class ProbeHostMixin:
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        for head in self.probes.values():  # which came here without the LM that they were on
-            head.classifier.rebind(self)
+        for head in self.probes.values():  # a copied or unpickled head has no LM; one of a shallow copy keeps its LM
+            if head.classifier.lm is None:
+                head.bind(self, check=False)
 
     @property
     def _decoder(self) -> Decoder:
@@ -125,10 +124,8 @@ class ProbeHostMixin:
         """
         with _CHANGING:
             self._require_probe(name)
-            head = self.probes[name]
             self._active_probes = tuple(active for active in self._active_probes if active != name)
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
-            head.release()
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
         """Writes one head, with its card, into a folder; `name` may be left out where one head is attached.
@@ -197,7 +194,6 @@ class ProbeHostMixin:
         # Everything that can fail comes first: either all heads are attached or none.
         decoder = self._decoder
         heads: dict[str, ProbeModel] = {}
-        needed: dict[str, Any] = {}
         for name, probe in probes.items():
             self._require_free(name)
             if isinstance(probe, ProbeModel):
@@ -210,15 +206,13 @@ class ProbeHostMixin:
                 )
             else:
                 heads[name] = ProbeModel(describe(self, probe))
-            needed[name] = heads[name].classifier.needs(self)
         device = decoder.device
         for head in heads.values():
+            head.bind(self)
             head.to(device).eval()
         with _CHANGING:
             for name in heads:
                 self._require_free(name)
-            for name, head in heads.items():
-                head.classifier.bind(needed[name])
             self.probes = nn.ModuleDict({**self.probes, **heads})
             self._active_probes = (*self._active_probes, *heads)
         return heads

@@ -12,27 +12,26 @@ import torch
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from ..backbone.cache import copy_cache
-from ..backbone.capture import handing_states_to, without_peft
-from ..backbone.target import target_of
+from ..backbone.cache import cached_tokens, copy_cache
+from ..backbone.capture import handing_states_to
+from ..backbone.decoder import target_of, without_peft
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
-from .cache import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
+from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class
 from .outputs import ProbedOutputMixin, with_probe_logits, with_scores
+from .prefill import PrefillSession, traced_reader
 from .session import (
     PAGED,
-    PrefillSession,
     forward_session,
     generation_session,
     is_inner_call,
     open_session,
     prompt_session,
     session_of,
-    traced_reader,
 )
 from .sources import ProbeSpec, load_heads_for, read_heads
 from .streaming import HoldBackStreamer

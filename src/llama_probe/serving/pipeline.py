@@ -18,8 +18,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
-from ..backbone.capture import without_peft
-from ..backbone.target import target_of
+from ..backbone.decoder import target_of, without_peft
 from ..heads.decision import reply_outputs, verdict
 from ..hub.transport import HubOptions
 from .auto_class import AutoModelForProbedGeneration

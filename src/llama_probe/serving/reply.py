@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..backbone.capture import Capture, Decoder
+from ..backbone.capture import Capture
+from ..backbone.decoder import Decoder
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
 from .cache import ProbeCache
+from .prefill import PrefillSession
 from .reader import StateReader
-
-
-if TYPE_CHECKING:
-    from .session import PrefillSession
 
 
 @dataclass(frozen=True)

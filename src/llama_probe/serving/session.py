@@ -2,263 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..backbone.capture import Capture, Decoder, find_decoder, stay_in_layers, without_peft
+from ..backbone.cache import cached_tokens
+from ..backbone.decoder import find_decoder, without_peft
 from ..errors import ProbeError
-from ..heads import repeat_rows
-from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, prompt_masks, read_masks
+from ..heads.scope import prompt_masks
 from .arguments import generation_setting, token_ids
-from .cache import CachedHead, HeadReference, ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
-from .reader import StateReader
+from .cache import ProbeCache, asks_for_state, refuse_without_heads
+from .prefill import PrefillSession
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 
 
 logger = logging.get_logger(__name__)
-
-
-class PrefillSession:
-    """Read one batch of prompts with the heads while the LM runs over it, in one or more forward passes.
-
-    Args:
-        heads: the heads that read along, by name.
-        masks: for each head the tokens that count, `[prompts, prompt_tokens]`.
-        input_ids: the prompts, `[prompts, prompt_tokens]`; `None` if they are given as embeddings.
-        attention_mask: of the prompts, `[prompts, prompt_tokens]`; `None` if no token is padding.
-        past: leading prompt tokens that the KV cache holds already.
-        earlier: what the heads keep of these tokens.
-        return_state: keep the heads' states, for `probe_cache`.
-        partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
-        output_attentions: also give token and layer weights.
-        shape: `(prompts, prompt_tokens)`; needed if no head reads the prompts.
-
-    Attributes:
-        on_complete: called with the results, once, at the end of the pass that completes the prompt.
-        reply: reads the passes after that; `None` if no head does.
-        cache: the LM's KV cache. Set after each forward pass.
-        decoder: the LM's decoder, if it stays the same for all passes.
-
-    Raises:
-        ProbeError: a prompt cannot be scored.
-    """
-
-    def __init__(
-        self,
-        heads: dict[str, ProbeModel],
-        masks: dict[str, torch.Tensor],
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past: int = 0,
-        earlier: ProbeCache | None = None,
-        return_state: bool = False,
-        partial_prompt: bool = False,
-        output_attentions: bool = False,
-        shape: tuple[int, int] = (0, 0),
-    ):
-        self.heads, self.masks = heads, masks
-        self.input_ids, self.attention_mask = input_ids, attention_mask
-        self.seen = past
-        self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
-        self.return_state, self._partial_prompt = return_state, partial_prompt
-        self.cache: Cache | None = None
-        self.decoder: Decoder | None = None
-        states = {}
-        if earlier is not None:
-            earlier.check_length(past)
-            states = earlier.resume(heads, masks, input_ids, self._attended())
-        if not partial_prompt:
-            for mask in {id(mask): mask for mask in masks.values()}.values():
-                check_rows(mask)
-        self._read_masks = read_masks({name: head.config for name, head in heads.items()}, masks)
-        for name, mask in self._read_masks.items():
-            if name not in states and past and bool(mask[:, :past].any()):
-                raise ProbeError(
-                    f"the cache holds {past} tokens of the prompt, and head {name!r} has not read them: pass probe_state= as the "
-                    "call that filled the cache returned it, or the whole prompt without a cache"
-                )
-        keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
-        self._reader = StateReader(heads, states, keep, output_attentions)
-        self._taken: dict[str, ProbeOutput] | None = None
-        self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
-        self.reply: ReplySession | None = None
-
-    @property
-    def complete(self) -> bool:
-        """True if the LM has run over the whole prompt. Later passes are plain ones, or those of `reply`."""
-        return self.seen >= self.length
-
-    @property
-    def next_reader(self) -> PrefillSession | ReplySession | bool:
-        """What reads the next pass; `False` if nothing does."""
-        return (self.reply or False) if self.complete else self
-
-    @contextmanager
-    def reading(self, decoder: Decoder, inputs: dict[str, Any]):
-        """Read the states of one forward pass of the LM, which is about to run over `inputs`.
-
-        Yields:
-            The arguments with which it must run.
-
-        Raises:
-            ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
-        """
-        repeats, width = self._expect(inputs)
-        stop = self.seen + width
-        cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
-        masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
-        self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
-        with Capture(decoder, self._reader.on_state, self._reader.layers):
-            yield decoder.whole(inputs)
-        self._reader.end()
-        self.seen = stop
-        if self.complete and self.on_complete is not None:
-            self.on_complete(self.results())
-
-    def _expect(self, inputs: dict[str, Any]) -> tuple[int, int]:
-        """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'.
-
-        Raises:
-            ProbeError: the pass is not over the next tokens of the prompts.
-        """
-        ids = inputs.get("input_ids")
-        rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
-        # rows: beams and return sequences repeat each prompt; columns: candidate tokens follow the prompt.
-        repeats, rest = divmod(rows, self.prompts)
-        width = min(columns, self.length - self.seen)
-        expected = None if self.input_ids is None else self.input_ids[:, self.seen : self.seen + width]
-        same = ids is None or expected is None or torch.equal(ids[:: repeats or 1, :width], expected.to(ids.device))
-        # Embeddings in place of the ids may have virtual tokens before them (PEFT's prompt tuning).
-        same &= ids is not None or expected is None or columns == self.length - self.seen
-        if rest or not repeats or not same:
-            raise ProbeError(
-                "the decoding method does not run the LM over the prompt as it was given (a part of it, other rows, or with the "
-                "virtual tokens of PEFT's prompt tuning): a part of a prompt is not scored. set_active_probes([]) generates "
-                "without heads"
-            )
-        return repeats, width
-
-    def scores_alone(self, rows: int, columns: int) -> bool:
-        """Return True if scores are all that is asked of one pass over so many rows and columns; see `take`."""
-        whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
-        return whole and not self.return_state and self.reply is None
-
-    def take(self, logits: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
-        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it.
-
-        Raises:
-            ProbeError: it was not over the prompts.
-        """
-        self._expect(inputs)
-        self._taken = {name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in logits.items()}
-        self.seen = self.length
-        if self.on_complete is not None:
-            self.on_complete(self.results())
-
-    def results(self) -> dict[str, ProbeOutput]:
-        """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row.
-
-        Raises:
-            ProbeError: the LM has not run over the whole prompt.
-        """
-        if self._taken is None:
-            if not self.complete:
-                raise ProbeError(
-                    f"the LM has run over {self.seen} of {self.length} tokens: a part of a prompt is not scored"
-                )
-            names = list(self.heads)
-            if self._partial_prompt:
-                names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
-            self._taken = self._reader.results(names)
-        return self._taken
-
-    def state(self, name: str, repeats: int = 1) -> Any:
-        """Return a head's token-stage state behind the prompts, each row repeated; `None` if it does not read them."""
-        return repeat_rows(self._reader.states[name].joined(), repeats) if name in self.heads else None
-
-    def probe_cache(
-        self,
-        states: dict[str, Any] | None = None,
-        tokens: torch.Tensor | None = None,
-        token_mask: torch.Tensor | None = None,
-    ) -> ProbeCache:
-        """Return what the heads keep of the prompts, once the LM has run over them. Needs `return_state`, and ids.
-
-        Args:
-            states: token-stage states of the prompts and of replies to them, by name.
-            tokens, token_mask (`[rows, reply_tokens]`): ids of these replies, and which of them count.
-        """
-        if states is None:
-            states = {name: self.state(name) for name in self.heads}
-            tokens = self.input_ids[:, :0]
-            token_mask = tokens.bool()
-
-        def behind(prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
-            rows = prompts.repeat_interleave(len(replies) // self.prompts, 0)
-            return torch.cat([rows, replies.to(prompts.device)], 1)
-
-        heads = {
-            name: CachedHead(HeadReference(head), behind(self.masks[name], token_mask), states[name])
-            for name, head in self.heads.items()
-        }
-        return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), token_mask), heads)
-
-    def _attended(self) -> torch.Tensor:
-        if self.attention_mask is None:
-            return torch.ones_like(self.input_ids, dtype=torch.bool)
-        return self.attention_mask.bool()
-
-
-def traced_reader(
-    lm: nn.Module,
-    heads: Mapping[str, ProbeModel],
-    session: PrefillSession | None,
-    inputs: dict[str, Any],
-    probe_mask: torch.Tensor | None,
-) -> StateReader | None:
-    """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing.
-
-    Values cannot be looked at there: no row is refused, and `traced_logits` gives NaN for a row without a token that counts.
-
-    Args:
-        heads: the heads of the call.
-        session: of the `generate()` call, which has made their masks.
-        probe_mask: see `prompt_masks`.
-
-    Returns:
-        `None` if the pass is not over whole prompts, or more than their scores is asked for.
-    """
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if session is None and ((ids is None and embeds is None) or cached_tokens(inputs)):
-        return None
-    rows, columns = (embeds if ids is None else ids).shape[:2]
-    if session is not None and not session.scores_alone(rows, columns):
-        return None
-    configs = {name: head.config for name, head in heads.items()}
-    masks = session.masks if session is not None else None
-    if masks is None:
-        attention_mask = inputs.get("attention_mask")
-        placeholder_ids = _placeholder_ids(lm)
-        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholder_ids)
-    if not stay_in_layers(lm):
-        return None
-    reader = StateReader(heads)
-    reader.begin(read_masks(configs, masks), repeats=rows // len(next(iter(masks.values()))))
-    return reader
-
-
-@torch.compiler.assume_constant_result
-def _placeholder_ids(lm: nn.Module) -> tuple[int, ...]:
-    return find_decoder(lm).placeholder_ids
 
 
 # The generate() call that this thread is in: (model, its assistant, session). Heads are decided once, by the outermost

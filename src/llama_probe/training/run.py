@@ -19,13 +19,12 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..backbone.fingerprint import describe
 from ..backbone.loading import DEMO, DEMO_NOTE, load_backbone, model_id, weights_digest
 from ..data.prompts import PromptFormat, split_reply
 from ..data.sources import FOLDS, DataSources
 from ..data.states import PromptDataset, StateCache, check_cache
 from ..data.texts import LabelledTexts
-from ..distributed import check_shared, is_main, on_main, process_group, world_size
+from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import calibrate, check_threshold_rule
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
@@ -35,10 +34,10 @@ from ..evaluation.report import inspect_head, predict_logits, report
 from ..files import environment, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
 from ..hub.folder import check_output
-from ..locks import claimed
 from .fitting import check_convex, fit_classifier
 from .recipe import Recipe, complete
 from .rows import Prepared

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..backbone.capture import collect_hidden_states, find_decoder, is_tensor_parallel
+from ..backbone.capture import collect_hidden_states
+from ..backbone.decoder import find_decoder, is_tensor_parallel
 from ..data.states import ProbeCollator, SharedStates, counted_tokens
 from ..distributed import barrier, broadcast, gather, is_main, rank, world_size
 from ..errors import ProbeError

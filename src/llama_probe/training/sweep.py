@@ -14,7 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from ..distributed import check_shared, is_main, on_main, process_group, world_size
+from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
 from ..evaluation.report import predict_logits
@@ -22,7 +22,6 @@ from ..files import write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
-from ..locks import claimed
 from .learners import Candidate, Learner
 from .rows import Prepared
 from .run import TrainingRun

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..backbone.capture import is_tensor_parallel
+from ..backbone.decoder import is_tensor_parallel
 from ..data.states import ProbeCollator
 from ..errors import ProbeError
 from ..evaluation.metrics import compute_metrics

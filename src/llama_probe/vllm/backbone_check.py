@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from ..backbone.fingerprint import check_backbone, fingerprint
+from ..backbone.fingerprint import fingerprint
 from ..heads.configuration import ProbeConfig
+from ..heads.match import check_backbone
 
 
 logger = logging.get_logger(__name__)

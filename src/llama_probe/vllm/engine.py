@@ -114,7 +114,7 @@ def _check_head(name: str, head: ProbeModel, target: Target) -> None:
             f"head {name!r} follows replies (token_scope={config.token_scope!r}), and on vLLM heads read prompts alone; "
             "generate() of transformers runs it"
         )
-    if type(head.classifier).bind is not Classifier.bind:
+    if type(head.classifier).attach is not Classifier.attach:
         raise ProbeError(
             f"head {name!r} ({config.probe_type}) needs more of the LM than its states, which vLLM does not give it; "
             "generate() of transformers runs it"

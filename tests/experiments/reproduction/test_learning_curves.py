@@ -6,9 +6,9 @@ import torch
 from conftest import make_lm, make_prompts
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.backbone.fingerprint import describe
 from llama_probe.data.states import PromptDataset
 from llama_probe.experiments.reproduction.learning_curves import draw_rows, learning_curves, summarize_curves
+from llama_probe.heads.match import describe
 
 
 KINDS = {"gate": {"probe_type": "gate"}, "attentive": {"probe_type": "attentive"}}

@@ -11,12 +11,12 @@ from conftest import read_head
 from reproduction_fixture import FAST
 
 from llama_probe import ProbeError
+from llama_probe.distributed import claimed
 from llama_probe.experiments import paper
 from llama_probe.experiments.reproduction.columns import columns
 from llama_probe.experiments.reproduction.methods import HEADS, HeadMethod
 from llama_probe.experiments.reproduction.reproduction import TEST_SETS, summarize_trials
 from llama_probe.experiments.reproduction.workbench import Task, Workbench
-from llama_probe.locks import claimed
 from llama_probe.training.shared import SharedTraining
 
 

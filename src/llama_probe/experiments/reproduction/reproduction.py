@@ -15,13 +15,12 @@ import numpy as np
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
-from ...backbone.capture import find_decoder
+from ...backbone.decoder import find_decoder
 from ...backbone.loading import model_id
-from ...distributed import launched
+from ...distributed import claimed, launched
 from ...errors import ProbeError
 from ...files import environment, write_atomically
 from ...heads import get_probe_type
-from ...locks import claimed
 from ...training.recipe import Recipe
 from ...training.run import TrainingRun
 from ...training.sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep

@@ -11,7 +11,6 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...backbone.fingerprint import describe
 from ...backbone.loading import load_backbone, model_id, weights_digest
 from ...data.known import BENCHMARKS, Benchmark, find_benchmark
 from ...data.prompts import PromptFormat
@@ -20,6 +19,7 @@ from ...data.states import PromptDataset, StateCache, check_cache
 from ...data.texts import LabelledTexts, read_labelled
 from ...errors import ProbeError
 from ...heads.configuration import ProbeConfig
+from ...heads.match import describe
 
 
 # Compared by F1 and AUPRC of label 1, as in the paper; the others by accuracy.

@@ -1,0 +1,184 @@
+"""Compares what a head records of its backbone with the backbone at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..backbone.capture import check_states
+from ..backbone.decoder import find_decoder
+from ..backbone.fingerprint import backbone_facts, distance, fingerprint, template_hash, tolerance
+from ..errors import ProbeError
+from .configuration import ProbeConfig
+
+
+logger = logging.get_logger(__name__)
+
+# Copies of one backbone may differ in these. Equal fingerprints explain the difference.
+_DIFFERS_IN_COPIES = ("base_model_revision", "base_model_dtype", "base_model_quantization")
+
+
+def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
+    """Return `config` with the backbone's sizes, name and type where it has none.
+
+    Raises:
+        ProbeError: the config is for another `hidden_size` or `num_hidden_layers`.
+    """
+    decoder = find_decoder(lm)
+    for name in ("hidden_size", "num_hidden_layers"):
+        wanted, found = getattr(config, name), getattr(decoder, name)
+        if wanted not in (None, found):
+            base = f"; the head is for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
+            raise ProbeError(f"{name}={wanted} in the head's config, but this backbone has {found}{base}")
+    return config.replace(
+        hidden_size=decoder.hidden_size,
+        num_hidden_layers=decoder.num_hidden_layers,
+        base_model_name_or_path=config.base_model_name_or_path or decoder.name_or_path,
+        base_model_type=config.base_model_type or decoder.model_type,
+    )
+
+
+def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
+    """Return `config` with all that a new head records of its backbone, the fingerprint included.
+
+    Raises:
+        ProbeError: the config is for other sizes, `check_states` refuses the backbone, or its hidden states are not finite.
+    """
+    config = match(lm, config)
+    check_states(lm)
+    facts = backbone_facts(lm)
+    facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
+    found = fingerprint(lm)
+    if not np.isfinite(found).all():
+        raise ProbeError(
+            f"the hidden states of this backbone are not finite in {facts['base_model_dtype']}; "
+            "load it in float32 or bfloat16"
+        )
+    return config.replace(**facts, fingerprint=found)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a comparison.
+
+    Attributes:
+        field: the config field that is compared.
+        recorded, found: its value in the head and in the backbone; `None` if not known.
+        verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if it differs but the fingerprints agree.
+        fatal: if True, a head cannot run on a backbone where the field differs.
+    """
+
+    field: str
+    recorded: Any
+    found: Any
+    verdict: str
+    fatal: bool = False
+
+
+def compare(
+    config: ProbeConfig,
+    lm: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    behaviour: bool | Callable[[int | None], list[float]] = True,
+) -> list[Check]:
+    """Compare a head's record of its backbone with a backbone, the most decisive fields first.
+
+    Args:
+        config: the head's config.
+        lm: the backbone.
+        tokenizer: if given, the chat template is compared too.
+        behaviour: if True, compare fingerprints, which runs the backbone over 32 tokens. A function from a vocabulary
+            size to a fingerprint is called instead of `fingerprint`.
+    """
+    decoder, facts = find_decoder(lm), backbone_facts(lm)
+    checks = []
+    for name in ("hidden_size", "num_hidden_layers"):
+        recorded, found = getattr(config, name), getattr(decoder, name)
+        checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
+    same_behaviour = False
+    if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
+        checks.append(_compare_fingerprints(config, lm, facts, behaviour))
+        same_behaviour = checks[-1].verdict == "same"
+    for name, found in facts.items():
+        recorded = getattr(config, name)
+        verdict = _verdict(recorded, found, name)
+        local_copy = name == "base_model_name_or_path" and found is not None and Path(found).is_dir()
+        if verdict == "differs" and same_behaviour and (name in _DIFFERS_IN_COPIES or local_copy):
+            verdict = "explained"
+        checks.append(Check(name, recorded, found, verdict))
+    if config.prompt_format == "chat" and tokenizer is not None:
+        recorded, found = config.chat_template_hash, template_hash(tokenizer)
+        checks.append(Check("chat_template_hash", recorded, found, _verdict(recorded, found)))
+    return checks
+
+
+def check_backbone(
+    name: str,
+    config: ProbeConfig,
+    lm: nn.Module,
+    strict: bool = False,
+    behaviour: bool | Callable[[int | None], list[float]] | None = None,
+) -> None:
+    """Log one warning with all that tells this backbone from the one that a head was trained on.
+
+    Args:
+        name: the head's name in the message.
+        config: the head's config.
+        lm: the backbone.
+        strict: raise instead of the warning.
+        behaviour: see `compare`. Defaults to True unless weights are offloaded.
+
+    Raises:
+        ProbeError: the sizes differ, `check_states` refuses the backbone, or with `strict` anything else differs.
+    """
+    match(lm, config)
+    check_states(lm)
+    if behaviour is None:
+        behaviour = not any(parameter.is_meta for parameter in lm.parameters())
+    differing = [check for check in compare(config, lm, behaviour=behaviour) if check.verdict == "differs"]
+    # A head is often trained in one dtype and served in another: by itself this means nothing.
+    telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
+    if not telling:
+        return
+    message = f"head {name!r} {', '.join(map(_explain, telling))}: its scores may mean nothing here"
+    if strict:
+        raise ProbeError(f"{message}; strict=False turns this into a warning")
+    logger.warning(message)
+
+
+def _explain(check: Check) -> str:
+    if check.field == "base_model_name_or_path":
+        return f"was trained on {check.recorded}, this backbone is {check.found}"
+    if check.field == "fingerprint":
+        return f"has a fingerprint {check.found} away from this backbone's (fine-tuned since, or another model?)"
+    return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
+
+
+def _compare_fingerprints(
+    config: ProbeConfig, lm: nn.Module, facts: dict[str, Any], behaviour: bool | Callable[[int | None], list[float]]
+) -> Check:
+    precision = ("base_model_dtype", "base_model_quantization")
+    allowed = tolerance(tuple(getattr(config, name) for name in precision), tuple(facts[name] for name in precision))
+    wanted = f"within {allowed:.1%}"
+    # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
+    if not behaviour or (config.vocab_size or 0) > facts["vocab_size"]:
+        return Check("fingerprint", wanted, None, "unknown")
+    found = fingerprint(lm, config.vocab_size) if behaviour is True else behaviour(config.vocab_size)
+    apart = distance(config.fingerprint, found)
+    return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
+
+
+def _verdict(recorded: Any, found: Any, name: str = "") -> str:
+    # For the quantization, None means "not quantized". For all other fields, it means "not known".
+    if name != "base_model_quantization" and (recorded is None or found is None):
+        return "unknown"
+    if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
+        recorded, found = Path(recorded).name.lower(), Path(found).name.lower()
+    return "same" if recorded == found else "differs"

@@ -1,0 +1,137 @@
+"""What a head records of its backbone, compared with other backbones."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, read_head, save_head
+
+from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
+from llama_probe.backbone.fingerprint import fingerprint
+from llama_probe.heads.match import check_backbone, compare, describe, match
+
+
+def described(lm) -> ProbeConfig:
+    return describe(lm, ProbeConfig(probe_type="gate", base_model_name_or_path="org/tiny"))
+
+
+def verdicts(config, lm, **kwargs) -> dict[str, str]:
+    return {check.field: check.verdict for check in compare(config, lm, **kwargs)}
+
+
+def rounded_to_8_bits(lm):
+    lm = copy.deepcopy(lm)
+    for parameter in lm.parameters():
+        if parameter.dim() == 2:
+            scale = parameter.data.abs().amax(dim=1, keepdim=True) / 127
+            parameter.data = (parameter.data / scale).round() * scale
+    lm.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return lm
+
+
+def fine_tuned(lm):
+    lm = copy.deepcopy(lm).train()
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3)
+    ids = torch.randint(3, VOCAB, (4, 16), generator=torch.Generator().manual_seed(1))
+    for _ in range(5):
+        lm(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return lm.eval()
+
+
+def test_a_new_head_learns_its_backbone(lm):
+    config = described(lm)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (HIDDEN, LAYERS, VOCAB)
+    assert (config.base_model_type, config.base_model_class) == ("llama", "LlamaForCausalLM")
+    assert (config.base_model_dtype, config.base_model_quantization) == ("float32", None)
+    assert config.fingerprint == fingerprint(lm) and config.base_model_name_or_path == "org/tiny"
+    for head in (
+        ProbeModel(ProbeConfig(probe_type="gate"), backbone=lm),
+        LlamaForProbedGeneration.from_causal_lm(lm).add_probe("new", ProbeConfig(downcast=4)),
+    ):
+        assert head.config.fingerprint == config.fingerprint and head.config.base_model_class == "LlamaForCausalLM"
+
+
+def test_a_backbone_whose_states_are_not_finite_takes_no_new_head(lm):
+    lm.model.layers[1].mlp.down_proj.weight.data *= 1e5
+    described(lm)
+    with pytest.raises(ProbeError, match="float16"):
+        described(lm.half())
+
+
+def test_a_head_keeps_its_record_on_another_backbone(lm, tmp_path):
+    folder = save_head(ProbeModel(described(lm)), tmp_path / "head")
+    other = fine_tuned(lm)
+    assert read_head(folder, backbone=other).config.fingerprint == fingerprint(lm) != fingerprint(other)
+    assert ProbeModel(described(lm), backbone=other).config.fingerprint == fingerprint(lm)
+
+
+@pytest.mark.parametrize("copied", ["bfloat16", "float16", "8bit"])
+def test_a_copy_in_another_precision_is_the_same_backbone(lm, copied):
+    config = described(lm)
+    other = rounded_to_8_bits(lm) if copied == "8bit" else copy.deepcopy(lm).to(getattr(torch, copied))
+    other.config._name_or_path = "/somewhere/tiny"
+    assert fingerprint(other) != config.fingerprint
+    found = verdicts(config, other)
+    assert found["fingerprint"] == "same" and "differs" not in found.values()
+    check_backbone("head", config, other, strict=True)
+
+
+def test_a_fine_tuned_copy_is_another_backbone(lm):
+    config, other = described(lm), fine_tuned(lm)
+    other.config._name_or_path = "org/tiny"
+    assert verdicts(config, other)["fingerprint"] == "differs"
+    with pytest.raises(ProbeError, match="'head' has a fingerprint"):
+        check_backbone("head", config, other, strict=True)
+    assert verdicts(config, other.to(torch.bfloat16))["fingerprint"] == "differs"
+
+
+def test_all_that_differs_is_one_warning(lm, caplog):
+    config = described(lm)
+    other = make_lm(seed=1, vocab_size=VOCAB + 3)
+    other.config._name_or_path = "org/other"
+    with caplog.at_level(logging.WARNING):
+        model = LlamaForProbedGeneration.from_causal_lm(other, {"a": ProbeModel(config)})
+    assert model.active_probes == ["a"] and len(caplog.records) == 1
+    with pytest.raises(ProbeError) as raised:
+        check_backbone("a", config, other, strict=True)
+    for text in (caplog.text, str(raised.value)):
+        assert all(word in text for word in ("org/tiny", "org/other", "fingerprint", "vocab_size"))
+
+
+def test_the_fingerprint_explains_another_commit(lm):
+    config = described(lm).replace(base_model_revision="a" * 40)
+    lm.config._commit_hash = "b" * 40
+    assert verdicts(config, lm)["base_model_revision"] == "explained"
+    assert verdicts(config.replace(fingerprint=None), lm)["base_model_revision"] == "differs"
+    assert verdicts(config, lm, behaviour=False)["base_model_revision"] == "differs"
+
+
+def test_the_fingerprint_explains_a_local_folder_but_not_another_name(lm, tmp_path):
+    config = described(lm)
+    lm.config._name_or_path = str(tmp_path)
+    assert verdicts(config, lm)["base_model_name_or_path"] == "explained"
+    assert verdicts(config.replace(fingerprint=None), lm)["base_model_name_or_path"] == "differs"
+    lm.config._name_or_path = "org/other"
+    assert verdicts(config, lm)["base_model_name_or_path"] == "differs"
+    lm.config.base_model_name_or_path = "org/tiny"  # as in the config of an exported repository
+    assert verdicts(config, lm)["base_model_name_or_path"] == "same"
+
+
+def test_sizes(lm):
+    config = match(lm, ProbeConfig(probe_type="gate"))
+    assert (config.hidden_size, config.num_hidden_layers, config.base_model_type) == (HIDDEN, LAYERS, "llama")
+    other = described(make_lm(num_hidden_layers=3))
+    assert verdicts(other, lm)["num_hidden_layers"] == "differs"
+    for refuses in (lambda: match(lm, other), lambda: check_backbone("head", other, lm)):
+        with pytest.raises(ProbeError, match="num_hidden_layers=3"):
+            refuses()
+
+
+def test_tokens_added_to_the_vocabulary_leave_the_fingerprint(lm):
+    config = described(lm)
+    lm.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    found = verdicts(config, lm)
+    assert found["vocab_size"] == "differs" and found["fingerprint"] == "same"
