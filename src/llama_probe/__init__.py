@@ -11,11 +11,11 @@ from .heads.configuration import ProbeConfig
 from .heads.decision import ProbeOutput
 from .heads.probe import ProbeModel
 from .serving import auto, pipeline
-from .serving.auto_class import AutoModelForProbedGeneration
+from .serving.auto import AutoModelForProbedGeneration
 from .serving.cache import ProbeCache
-from .serving.halting import Halt, Reprompt
+from .serving.halting import Reprompt
 from .serving.modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .serving.reply import TokenScores
+from .serving.outputs import Halt, TokenScores
 from .serving.streaming import HoldBackStreamer
 
 
@@ -39,4 +39,4 @@ __all__ = [
 ]
 
 auto.install()
-pipeline.install()
+pipeline.register()

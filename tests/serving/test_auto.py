@@ -1,8 +1,5 @@
 """AutoModel.from_pretrained(..., probe=...): new with the argument, untouched without it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import make_lm, make_probe, save_head
@@ -49,11 +46,11 @@ def test_usual_arguments_work_beside_it(backbone_folder, head):
 @pytest.mark.parametrize(
     "spec, words",
     [
-        ("no-such-alias", "bundled heads: "),
-        (["toxic", "toxic"], "two heads are called 'toxic'"),
-        ({"a b": "toxic"}, "cannot name a head"),
-        (3, "not int"),
-        ([None], "not as NoneType"),
+        ("no-such-alias", "no-such-alias"),
+        (["toxic", "toxic"], "'toxic'"),
+        ({"a b": "toxic"}, "'a b'"),
+        (3, "int"),
+        ([None], "NoneType"),
     ],
 )
 def test_wrong_arguments(backbone_folder, head, monkeypatch, spec, words):
@@ -65,21 +62,8 @@ def test_wrong_arguments(backbone_folder, head, monkeypatch, spec, words):
 def test_another_base_model(backbone_folder, tmp_path):
     head = save_head(make_probe(base_model_name_or_path="org/other"), tmp_path / "other")
     AutoModel.from_pretrained(backbone_folder, probe=head)
-    with pytest.raises(ProbeError, match="was trained on org/other"):
+    with pytest.raises(ProbeError, match="org/other"):
         AutoModel.from_pretrained(backbone_folder, probe=head, probe_strict=True)
-
-
-def test_calls_without_it_return_what_they_returned_before(backbone_folder):
-    code = f"""
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-classes = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
-def types():
-    return [type(c.from_pretrained({str(backbone_folder)!r})).__qualname__ for c in classes]
-before = types()
-import llama_probe
-assert types() == before == ["LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification"], (before, types())
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_other_auto_classes_still_refuse_it(backbone_folder, head):
@@ -87,14 +71,19 @@ def test_other_auto_classes_still_refuse_it(backbone_folder, head):
         AutoModelForSequenceClassification.from_pretrained(backbone_folder, probe=str(head))
 
 
-def test_installing_twice_and_undoing():
-    installed = vars(AutoModel)["from_pretrained"]
+def test_calls_without_it_are_those_of_transformers(backbone_folder):
+    """Installed twice, and not at all."""
+    installed, types = vars(AutoModel)["from_pretrained"], []
     auto.install()
     assert vars(AutoModel)["from_pretrained"] is installed
     try:
-        auto.uninstall()
-        assert not hasattr(AutoModel.from_pretrained, "__without_probe__")
-        auto.uninstall()
+        for _ in range(2):
+            types.append(
+                [type(c.from_pretrained(backbone_folder)).__name__ for c in (AutoModel, AutoModelForCausalLM)]
+            )
+            auto.uninstall()
+            assert not hasattr(AutoModel.from_pretrained, "__without_probe__")
     finally:
         auto.install()
+    assert types == [["LlamaModel", "LlamaForCausalLM"]] * 2
     assert AutoModel.from_pretrained.__name__ == "from_pretrained" and AutoModel.from_pretrained.__doc__

@@ -101,16 +101,9 @@ def test_load_and_save(model, folder, tmp_path):
     assert (saved / "probe_model.safetensors").read_bytes() == (folder / "probe_model.safetensors").read_bytes()
 
 
-def test_arguments_by_name_and_by_place(model, folder, tmp_path):
-    model.add_probe(name="new", config=ProbeConfig(probe_type="gate"))
-    assert model.load_probe(id_or_path=folder, name="a", revision="main") == "a"
-    assert model.load_probe(folder, "b", None) == "b"
-    assert model.save_probe(dir=tmp_path / "saved", name="a") == model.save_probe(tmp_path / "saved", "b")
-
-
 def test_another_base_model_warns_or_raises(model, folder, caplog):
     model.config._name_or_path = "org/this"
-    with pytest.raises(ProbeError, match="was trained on org/other, this backbone is org/this"):
+    with pytest.raises(ProbeError, match=r"org/other.*org/this"):
         model.load_probe(folder, strict=True)
     assert not model.probes
     model.load_probe(folder)
@@ -145,27 +138,21 @@ def test_a_head_whose_folder_is_called_as_a_method_of_torch_modules(model, promp
     assert list(model.classify(prompts)) == [name] == ["train-head"]
 
 
-@pytest.mark.parametrize("config", ["sst2-mha", {"probe_type": "gate"}, None])
-def test_what_is_added_is_a_config_or_a_head(model, config):
-    with pytest.raises(ProbeError, match=r"add_probe takes a ProbeConfig or a ProbeModel; .* goes to load_probe"):
-        model.add_probe("a", config)
-    assert not model.probes
-
-
 def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
     model.add_probe("a", make_probe())
     before = model.probes["a"]
     attempts = [
-        (lambda: model.add_probe("a", make_probe(seed=1)), "attached already"),
-        (lambda: model.load_probe(folder, name="a"), "attached already"),
-        (lambda: model.load_probe(None), "a folder, a Hub id or an alias, not as NoneType"),
+        (lambda: model.add_probe("a", make_probe(seed=1)), "'a'"),
+        (lambda: model.load_probe(folder, name="a"), "'a'"),
+        (lambda: model.load_probe(None), "NoneType"),
+        (lambda: model.add_probe("b", "sst2-mha"), "add_probe"),
         (lambda: model.add_probe("b", make_probe(hidden_size=64)), "hidden_size=64"),
         (lambda: model.add_probe("b", make_probe(num_hidden_layers=3)), "num_hidden_layers=3"),
-        (lambda: model.load_probe(tmp_path / "nowhere"), "neither a folder nor a bundled head"),
-        (lambda: model.load_probe(tmp_path), "cannot name a head|not a head folder"),
-        (lambda: model.set_active_probes(["a", "zzz"]), "no head 'zzz' is attached; attached: a"),
-        (lambda: model.delete_probe("zzz"), "no head 'zzz'"),
-        (lambda: model.save_probe(tmp_path / "x", "zzz"), "no head 'zzz'"),
+        (lambda: model.load_probe(tmp_path / "nowhere"), "nowhere"),
+        (lambda: model.load_probe(tmp_path), "head"),
+        (lambda: model.set_active_probes(["a", "zzz"]), "'zzz'.* a$"),
+        (lambda: model.delete_probe("zzz"), "'zzz'"),
+        (lambda: model.save_probe(tmp_path / "x", "zzz"), "'zzz'"),
     ]
     for attempt, words in attempts:
         with pytest.raises(ProbeError, match=words):
@@ -179,7 +166,7 @@ def test_which_head_to_save(model, tmp_path):
     model.add_probe("a", make_probe())
     model.save_probe(tmp_path)
     model.add_probe("b", make_probe())
-    with pytest.raises(ProbeError, match="name the head to save: a, b"):
+    with pytest.raises(ProbeError, match="a, b"):
         model.save_probe(tmp_path)
 
 
@@ -201,20 +188,20 @@ def test_heads_of_one_call(model, prompts):
     model.set_active_probes([])
     assert list(model.generate(prompts, max_new_tokens=1, probes=["a"]).probe_logits) == ["a"]
     for call in (model.generate, model, model.classify):
-        with pytest.raises(ProbeError, match="no head 'c' is attached; attached: a, b"):
+        with pytest.raises(ProbeError, match=r"'c'.* a, b"):
             call(prompts, probes=["a", "c"])
         for odd in (True, 1, ["a", None]):
-            with pytest.raises(ProbeError, match="does not name heads: give a name, a list of names"):
+            with pytest.raises(ProbeError, match="does not name heads"):
                 call(prompts, probes=odd)
 
 
 @pytest.fixture
 def threads():
-    """Runs functions at the same time, and again and again for two seconds; threads take turns as often as they can."""
+    """Runs functions at the same time, again and again for a second; threads take turns as often as they can."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
 
-    def run(*jobs, seconds=2.0):
+    def run(*jobs, seconds=1.0):
         errors, rounds, end = [], [0] * len(jobs), time.monotonic() + seconds
 
         def repeat(number, job):
@@ -302,7 +289,7 @@ def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, fo
         for name, logits in active.probe_logits.items():
             torch.testing.assert_close(found.probe_logits[name], logits, atol=1e-5, rtol=1e-5)
 
-    threads(a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap, seconds=3)
+    threads(a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap, seconds=1.5)
     assert list(model.probes) == ["gate", "mha"] and set(model.active_probes) == {"gate", "mha"}
 
 

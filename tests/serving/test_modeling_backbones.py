@@ -138,7 +138,7 @@ def test_heads_that_were_offloaded_with_the_model_are_refused(prompts):
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
     accelerate.cpu_offload(model, execution_device="cpu")
     for call in (model, model.classify, model.generate):
-        with pytest.raises(ProbeError, match=r"offloaded .* Offload it first, and attach heads then"):
+        with pytest.raises(ProbeError, match="offload"):
             call(prompts)
 
 

@@ -9,7 +9,7 @@ from llama_probe.experiments.benchmark.random_weights import held_bytes
 from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, plain_system, systems
 from llama_probe.heads import mean_attention
 from llama_probe.serving import reader
-from llama_probe.serving.auto_class import AutoModelForProbedGeneration
+from llama_probe.serving.auto import AutoModelForProbedGeneration
 
 
 CPU = torch.device("cpu")

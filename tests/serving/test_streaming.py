@@ -22,7 +22,7 @@ def shown(recorder):
     return [token for part in recorder.tokens[1:] for token in part]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.booleans(), max_size=20), st.integers(0, 5), st.booleans())
 def test_a_token_is_shown_once_it_and_what_follows_is_clear(flags, tokens, ends):
     recorder = Recorder()
@@ -178,9 +178,9 @@ def test_with_an_iterator_in_another_thread():
 
 
 def test_refusals(model, prompts):
-    with pytest.raises(ProbeError, match="tokens=-1 must be a whole number from 0"):
+    with pytest.raises(ProbeError, match="tokens=-1"):
         HoldBackStreamer(Recorder(), -1)
-    with pytest.raises(ProbeError, match="serves one row, and this call has 3"):
+    with pytest.raises(ProbeError, match="one row"):
         model.generate(prompts, streamer=HoldBackStreamer(Recorder()), halt_on="guard")
-    with pytest.raises(ProbeError, match="nothing here decides by any"):
+    with pytest.raises(ProbeError, match="HoldBackStreamer"):
         model.generate(prompts[:1], streamer=HoldBackStreamer(Recorder()))

@@ -61,7 +61,7 @@ def plot(
     from ..files import check_writable, make_folder, write_atomically
     from ..heads.probe import ProbeModel
     from ..hub.resolve import check_name, default_name, resolve_head
-    from ..serving.auto_class import AutoModelForProbedGeneration
+    from ..serving.auto import AutoModelForProbedGeneration
 
     texts = text or []
     if not all(item.strip() for item in texts):

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ProbeError
-from ..serving.halting_words import HALTING_FORMS, read_halting
+from ..serving.halting import HALTING_FORMS, read_halting
 from .console import create_console, escape, print_table
 from .options import Backbone, Dtype, Json, Probes, PromptColumn
 
@@ -194,7 +194,7 @@ def _batches(
 ):
     from ..backbone.loading import backbone_target, load_backbone
     from ..data.prompts import PromptFormat, check_alike
-    from ..serving.auto_class import AutoModelForProbedGeneration
+    from ..serving.auto import AutoModelForProbedGeneration
     from ..serving.halting import Halter
     from ..serving.sources import read_heads
 

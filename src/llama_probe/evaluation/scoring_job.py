@@ -28,7 +28,7 @@ from ..files import write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..heads.scope import prompt_masks, read_masks
-from ..serving.auto_class import AutoModelForProbedGeneration
+from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.sources import read_heads
 
 

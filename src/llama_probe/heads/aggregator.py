@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ProbeError
+from .configuration import ProbeConfig
 from .registry import get_probe_type, register_probe_type  # noqa: F401 - for the kinds
-
-
-if TYPE_CHECKING:
-    from .configuration import ProbeConfig
 
 
 class Classifier(nn.Module):

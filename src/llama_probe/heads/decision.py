@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
-
-
-if TYPE_CHECKING:
-    from .configuration import ProbeConfig
+from .configuration import ProbeConfig
 
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The arguments of one call of `generate()`, and what they say together with its config and the model's."""
+"""Arguments of one call of `generate()`, and the settings that they give with its config and the model's."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from ..errors import ProbeError
 
 
-# What `generate()` takes for heads, beside what transformers takes.
+# Arguments of `generate()` that transformers does not have.
 HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state")
 
 
 def refuse_in_config(generation_config: GenerationConfig | None) -> None:
-    """Raises `ProbeError` where a config has an argument of heads: it takes any name, and nothing would be halted."""
+    """Raise `ProbeError` if a config has an argument of heads: it takes any name, and nothing would be halted."""
     found = [name for name in HEAD_ARGUMENTS if getattr(generation_config, name, None) is not None]
     if found:
         raise ProbeError(f"{', '.join(found)} in a generation_config: pass it to generate() itself, {found[0]}=...")
 
 
 def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `generate()` behind its first two, by name.
+    """Return the arguments of `generate()` after its first two, by name.
 
     Raises:
-        TypeError: there are too many, or one is given twice.
+        TypeError: too many arguments, or one that is given twice.
     """
     names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
     if len(args) > len(names):
@@ -44,9 +44,12 @@ def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
 def with_setting(
     generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
 ) -> GenerationConfig | None:
-    """Sets what a call of `generate()` uses for a setting: in a copy of its config, where it has one, else in its arguments.
+    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`.
 
-    transformers means to refuse a config with settings beside it.
+    transformers deprecates settings beside a config.
+
+    Returns:
+        The config of the call.
     """
     if generation_config is None or name in kwargs:
         kwargs[name] = value
@@ -57,7 +60,7 @@ def with_setting(
 
 
 def generation_setting(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping, name: str):
-    """What a call of `generate()` uses for a setting: its argument, its config, or the model's; `None` where none says."""
+    """Return the value of a setting from the arguments, their config or the model's config, else `None`."""
     if name in kwargs:
         return kwargs[name]
     sources = (getattr(generation_config, name, None), getattr(model.generation_config, name, None))
@@ -65,7 +68,7 @@ def generation_setting(model: PreTrainedModel, generation_config: GenerationConf
 
 
 def token_ids(value) -> list[int]:
-    """The ids that a setting such as `eos_token_id` names: none, one, or several."""
+    """Return the token ids in a setting such as `eos_token_id`: none, one or several."""
     if isinstance(value, torch.Tensor):
         value = value.flatten().tolist()
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,72 +1,75 @@
-"""What is halted: prompts that a head flags get no reply from the model, and replies that one flags end there."""
+"""Halting rules: which prompts get no reply from the LM, and which replies end early."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, predictions, threshold_of
+from .arguments import HEAD_ARGUMENTS
+from .outputs import Halt, TokenScores
 
 
-if TYPE_CHECKING:
-    from .reply import TokenScores
+# One entry a prompt or a row: true, a `Halt` with the reason, or false or None to go on.
+Decisions = Sequence[Any]
+HaltPolicy = Callable[[dict[str, ProbeOutput]], Decisions]
+TokenCallback = Callable[[TokenScores], Decisions | None]
+HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
-
-@dataclass(frozen=True)
-class Halt:
-    """Why a prompt got no reply, or why its reply ends where it does.
-
-    Attributes:
-        head: name of the head that flagged it; `None` where a policy of the user's did.
-        label: the label that was found. score: its probability (regression: the value). threshold: from which it halts.
-        token: the place in the reply, from 0, of the token that was one too many, and is the last; `None` where the
-            reply was not begun.
-    """
-
-    head: str | None = None
-    label: str | None = None
-    score: float | None = None
-    threshold: float | None = None
-    token: int | None = None
+# A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
+HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
+_WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]*)(?::([^:]*))?)?", re.DOTALL)
+_NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", *HEAD_ARGUMENTS}
 
 
 @dataclass(frozen=True)
 class Reprompt:
-    """A prompt whose reply is given in place of a halted one; the same model writes it, once a call, without heads.
+    """A prompt whose reply replaces a halted one. The same LM answers it, without heads, at most once a call.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `[1, tokens]`): the prompt, with the chat template applied.
-        kwargs: of `generate`, such as `max_new_tokens`.
+        kwargs: further arguments of `generate`, such as `max_new_tokens`.
+
+    Raises:
+        ProbeError: `input_ids` has another type or shape, or `kwargs` has another prompt or arguments of heads.
     """
 
     input_ids: torch.Tensor
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        shape = tuple(getattr(self.input_ids, "shape", ()))
+        if not isinstance(self.input_ids, torch.Tensor) or len(shape) != 2 or shape[0] != 1 or not shape[1]:
+            found = f"the shape {list(shape)}" if shape else f"the type {type(self.input_ids).__name__}"
+            raise ProbeError(f"Reprompt.input_ids has {found}; it must be a tensor of shape [1, tokens]")
+        if not isinstance(self.kwargs, Mapping):
+            raise ProbeError(f"Reprompt.kwargs is a {type(self.kwargs).__name__}; it must be a dict")
+        if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
+            raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
 
-# Outputs of all active heads -> for each prompt whether it is halted, or a `Halt` that says why.
-HaltPolicy = Callable[[dict[str, ProbeOutput]], Sequence[Any]]
-# What was read of each reply so far -> nothing, or for each row whether its reply ends here, or a `Halt` that says why.
-TokenCallback = Callable[["TokenScores"], "Sequence[Any] | None"]
-HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
+
 HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
 
 
 @dataclass(frozen=True)
 class HaltRule:
-    """Halts where a head finds a label.
+    """Halts if a head finds a label.
 
     Attributes:
-        index: of the label. threshold: probability from which it counts (regression: the value); `None` where the head
-            decides as it always does.
-        patience: number of tokens in a row that must have the label, where the head reads the prompt the end of that as the first;
-            1 for heads that read the prompt alone.
+        index: index of the label.
+        threshold: halts from this probability on; for regression heads from this value. `None` halts if the label is the
+            head's decision.
+        patience: number of tokens in a row that must have the label. For heads that read the prompt as well, the score of
+            the prompt is the first. 1 for heads that read the prompt alone.
     """
 
     head: str
@@ -84,26 +87,24 @@ class HaltRule:
         threshold: float | None = None,
         patience: int = 1,
     ) -> HaltRule:
-        """Checks what the user said.
+        """Return the rule for the options of one head in `halt_on`.
 
         Raises:
-            ProbeError: the head has no such label, needs one, or the threshold or patience is not allowed.
+            ProbeError: the head has no such label, a label or threshold is missing, or a value is not allowed.
         """
-        names = list(config.id2label.values())
-        regression = config.problem_type == "regression"
-        if label is None:
-            if config.num_labels > 2 or (config.num_labels == 2 and regression):
-                raise ProbeError(
-                    f"halt_on: say by which label of {head!r}: {{{head!r}: {{'label': ...}}}}; it has {names}"
-                )
-            label = names[-1]
+        names, regression = list(config.id2label.values()), config.problem_type == "regression"
+        if label is None and len(names) > (1 if regression else 2):
+            raise ProbeError(f"halt_on: {head!r} needs a label, such as {{{head!r}: {{'label': {names[-1]!r}}}}}")
+        label = names[-1] if label is None else label
         if label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
         if threshold is None and regression:
-            raise ProbeError(f"halt_on: {head!r} gives values: say from which on, {{{head!r}: {{'threshold': ...}}}}")
+            raise ProbeError(
+                f"halt_on: {head!r} gives values and needs a threshold: {{{head!r}: {{'threshold': ...}}}}"
+            )
         if threshold is not None:
-            number = isinstance(threshold, Real) and not isinstance(threshold, bool)  # NumPy's too
-            if not number or math.isnan(threshold) or not (regression or 0 <= threshold <= 1):
+            low, high = (-math.inf, math.inf) if regression else (0, 1)
+            if isinstance(threshold, bool) or not isinstance(threshold, Real) or not low <= threshold <= high:
                 allowed = "a number" if regression else "a number from 0 to 1"
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
             threshold = float(threshold)
@@ -111,22 +112,18 @@ class HaltRule:
             raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
         if patience > 1 and not config.reads_reply:
             raise ProbeError(
-                f"halt_on: patience={patience} counts tokens of a reply, and {head!r} reads the prompt alone "
-                f"(token_scope={config.token_scope!r}): leave patience out"
+                f"halt_on: patience={patience} counts tokens of a reply, and {head!r} reads the prompt alone"
             )
         index = names.index(label)
-        threshold = threshold_of(config, index) if threshold is None else threshold
-        return cls(head, config, index, threshold, patience)
+        return cls(head, config, index, threshold_of(config, index) if threshold is None else threshold, patience)
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
-        """For each row why it is halted, or `None`, with no regard to patience."""
+        """Return the reason to halt each row, or `None`, without regard to patience."""
         probs = output.probabilities
         scores = probs[:, self.index]
-        found = (
-            scores >= self.threshold if self.threshold is not None else predictions(probs, self.config) == self.index
-        )
-        # What is no number says nothing, and a guard that says nothing has not let the prompt pass.
-        found = found | scores.isnan()
+        decided = self.threshold is None
+        found = predictions(probs, self.config) == self.index if decided else scores >= self.threshold
+        found = found | scores.isnan()  # a guard that cannot read its input halts
         label = self.config.id2label[self.index]
         return [
             Halt(self.head, label, score, self.threshold) if hit else None
@@ -135,166 +132,166 @@ class HaltRule:
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
-    """What `halt_on` says of each head that it names; a function is no such thing.
+    """Return the options of each head in `halt_on`, which is not a function here.
 
     Raises:
-        ProbeError: it is in none of the forms that are allowed, or names no head.
+        ProbeError: `halt_on` has another form, or names no head.
     """
     named = [spec] if isinstance(spec, str) else spec
     if not isinstance(named, Mapping):
-        named = list(named) if isinstance(named, Iterable) else [named]
-        if not all(isinstance(name, str) for name in named):
-            raise ProbeError(
-                f"halt_on={spec!r} must be the name of a head, a list of names, a dict of names with label, threshold and "
-                "patience, or a function"
-            )
+        if not isinstance(named, Iterable) or not all(isinstance(name, str) for name in named):
+            raise ProbeError(f"halt_on={spec!r} must be a head's name, a list or dict of names, or a function")
         named = dict.fromkeys(named)
     if not named:
         raise ProbeError("halt_on names no head; leave it out to halt nothing")
     for name, options in named.items():
         if options is not None and not isinstance(options, Mapping):
-            raise ProbeError(
-                f"halt_on: what is said of {name!r} is {options!r}; it must be a dict, such as {{{name!r}: "
-                "{'label': ..., 'threshold': 0.6}}"
-            )
+            raise ProbeError(f"halt_on: the options of {name!r} are {options!r}; they must be a dict")
+        if unknown := sorted(set(options or ()) - {"label", "threshold", "patience"}):
+            raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold, patience")
     return {name: dict(options or {}) for name, options in named.items()}
 
 
-class Halter:
-    """What one call of `generate()` halts by.
-
-    Args:
-        spec: the name of a head, or several: its last label of two, decided as the head decides. A dict of names with
-            `label`, `threshold` and, for heads that read replies, `patience`, each of which may be left out. Or a function
-            of the user's own, which sees the prompt's scores; see `HaltPolicy`. `None` halts nothing.
-        configs: of the active heads, by name.
-        on_token: called after each token of the replies; see `TokenCallback`.
-
-    Attributes:
-        halts: one entry a prompt, and from the first token of the replies on one a row; `None` before the prompt was read.
-        follows: whether something is decided token by token.
+def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`.
 
     Raises:
-        ProbeError: a head is not active, or what was said of it is not allowed.
+        ProbeError: a word has another form, or two words name one head.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        match = _WORD.fullmatch(word)
+        head, text, label, threshold = (None,) * 4 if match is None else match.groups()
+        try:
+            options = json.loads(text) if text is not None else {}
+            if threshold is not None:
+                options["threshold"] = float(threshold)
+        except ValueError:
+            options = None
+        if head is None or not isinstance(options, dict) or "" in (label, threshold):
+            raise ProbeError(f"--halt-on {word!r} must be {HALTING_FORMS}")
+        if head in found:
+            raise ProbeError(f"--halt-on names {head} more than once: give each head once")
+        found[head] = options if label is None else {"label": label, **options}
+    return found
+
+
+class Halter:
+    """The halting decisions of one call of `generate()`.
+
+    Args:
+        spec: a head's name or several names: the last of at most two labels halts, as the head decides. Or a dict of names
+            with `label`, `threshold` and, for heads that read replies, `patience`, all optional. Or a function of the
+            scores of the prompts. `None` halts nothing.
+        configs: configs of the active heads, by name.
+        on_token: called with the `TokenScores` after each token of the replies.
+
+    Attributes:
+        halts: a `Halt` or `None` for each prompt; for each row from the first token on. `None` before the prefill ends.
+
+    Raises:
+        ProbeError: a head is not active, or its options are not allowed.
     """
 
     def __init__(
         self, spec: HaltSpec | None, configs: Mapping[str, ProbeConfig], on_token: TokenCallback | None = None
     ):
-        self.policy: HaltPolicy | None = None
+        self.policy = spec if callable(spec) else None
         self.on_token = on_token
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] | None = None
         self._streaks: dict[str, list[int]] = {}
         if not configs:
-            raise ProbeError(
-                "halt_on: no head is active to halt by; load_probe(...) or set_active_probes([...]) first"
-            )
-        if on_token is not None and not any(config.reads_reply for config in configs.values()):
-            raise ProbeError(
-                "on_probe_token: no active head reads replies; attach one with token_scope='response' or 'all'"
-            )
+            raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
         if on_token is not None and not callable(on_token):
-            raise ProbeError(
-                f"on_probe_token is a {type(on_token).__name__}; it must be a function that takes the TokenScores of a step. Rules "
-                "go to halt_on="
-            )
-        if spec is None:
-            return
-        if callable(spec):
-            if all(config.token_scope == "response" for config in configs.values()):
-                raise ProbeError(
-                    "halt_on: a function decides by what heads say of the prompt, and no active head reads it; "
-                    "on_probe_token= takes a function that sees each token of the reply"
-                )
-            self.policy = spec
+            raise ProbeError(f"on_probe_token is a {type(on_token).__name__}; it must be a function of TokenScores")
+        if on_token is not None and not any(config.reads_reply for config in configs.values()):
+            raise ProbeError("on_probe_token: no active head reads replies (token_scope='response' or 'all')")
+        if self.policy is not None and all(config.token_scope == "response" for config in configs.values()):
+            raise ProbeError("halt_on: a function needs a head that reads the prompt; on_probe_token= sees replies")
+        if spec is None or self.policy is not None:
             return
         for name, options in options_by_head(spec).items():
             if name not in configs:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
-            if unknown := sorted(set(options) - {"label", "threshold", "patience"}):
-                raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold, patience")
             self.rules.append(HaltRule.create(name, configs[name], **options))
 
+    @property
+    def follows(self) -> bool:
+        """True if tokens of the replies are decided on."""
+        return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
+
+    @property
+    def all_halted(self) -> bool:
+        """True if no prompt is left to reply to."""
+        return self.halts is not None and None not in self.halts
+
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
-        """For each prompt why it is halted, or `None`; the first rule that flags it counts.
+        """Decide on the prompts; the first rule that flags one counts.
 
         Raises:
-            ProbeError: the policy returned something else. What the policy raises goes through: no reply is begun.
+            ProbeError: the policy returned something else. Errors of the policy are not caught: no reply is begun.
         """
         if self.policy is not None:
-            self.halts = _decisions("the halting policy", self.policy(outputs), prompts, "prompts")
+            self.halts = _decisions("the halting policy", self.policy(outputs), prompts)
             return self.halts
         self.halts = [None] * prompts
         for rule in self.rules:
             if rule.head in outputs:
-                found = self._patient(rule, rule.halts(outputs[rule.head]))
+                found = self._patient(rule, rule.halts(outputs[rule.head]), [True] * prompts)
                 self.halts = [old or new for old, new in zip(self.halts, found, strict=True)]
         return self.halts
 
-    @property
-    def follows(self) -> bool:
-        return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
-
     def follow(self, scores: TokenScores) -> list[bool]:
-        """Decides after one more token of each reply; `halts` then has one entry a row.
+        """Decide on one more token of each reply; `halts` then has one entry a row.
 
         Returns:
-            For each row whether a rule flags the token, which halts it where patience is at its end.
+            For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
 
         Raises:
-            ProbeError: the callback returned something else. What it raises goes through: no further token is written.
+            ProbeError: the callback returned something else. Its errors are not caught: no further token is written.
         """
         counted = scores.counted.tolist()
         self.expand(len(counted))
-        flagged = [False] * len(counted)
-        found: list[list[Halt | None]] = []
+        found = []  # pairs (flags, halts), each with one entry a row
         if self.on_token is not None and (said := self.on_token(scores)) is not None:
-            found.append(_decisions("on_probe_token", said, len(counted), "rows"))
+            found.append((_decisions("on_probe_token", said, len(counted)),) * 2)
         for rule in self.rules:
             if rule.config.reads_reply:
-                hits = rule.halts(scores.outputs[rule.head])
-                flagged = [
-                    old or (hit is not None and on) for old, hit, on in zip(flagged, hits, counted, strict=True)
-                ]
-                found.append(self._patient(rule, hits, counted))
-        for halts in found:
-            for row, halt in enumerate(halts):
-                if halt is not None and counted[row] and self.halts[row] is None:
-                    self.halts[row], flagged[row] = replace(halt, token=scores.step), True
+                flags = rule.halts(scores.outputs[rule.head])
+                found.append((flags, self._patient(rule, flags, counted)))
+        flagged = [False] * len(counted)
+        for flags, halts in found:
+            for row in range(len(counted)):
+                if counted[row]:
+                    flagged[row] |= flags[row] is not None
+                    if halts[row] is not None and self.halts[row] is None:
+                        self.halts[row] = replace(halts[row], token=scores.step)
         return flagged
 
     def expand(self, rows: int) -> None:
-        """One entry of `halts` a row, where each prompt has several."""
+        """Repeat the entries of `halts` for the return sequences of each prompt."""
         repeats = rows // len(self.halts)
         self.halts = [halt for halt in self.halts for _ in range(repeats)]
         self._streaks = {head: [n for n in counts for _ in range(repeats)] for head, counts in self._streaks.items()}
 
-    def _patient(self, rule: HaltRule, found: list[Halt | None], counted: Sequence[bool] | None = None):
-        """`found` without what does not yet last as long as the rule's patience. What does not count changes nothing."""
-        streaks = self._streaks.setdefault(rule.head, [0] * len(found))
-        for row, halt in enumerate(found):
-            if counted is None or counted[row]:
-                streaks[row] = 0 if halt is None else streaks[row] + 1
-        return [halt if streak >= rule.patience else None for halt, streak in zip(found, streaks, strict=True)]
-
-    @property
-    def all_halted(self) -> bool:
-        """Whether no prompt is left to reply to."""
-        return self.halts is not None and None not in self.halts
+    def _patient(self, rule: HaltRule, flags: list[Halt | None], counted: list[bool]) -> list[Halt | None]:
+        """Return the flags that last as long as the rule's patience. Tokens that do not count change nothing."""
+        streaks = self._streaks.setdefault(rule.head, [0] * len(flags))
+        for row, flag in enumerate(flags):
+            if counted[row]:
+                streaks[row] = 0 if flag is None else streaks[row] + 1
+        return [flag if streak >= rule.patience else None for flag, streak in zip(flags, streaks, strict=True)]
 
 
-def _decisions(who: str, said: Any, count: int, what: str) -> list[Halt | None]:
-    """What a function of the user's own has decided: true, false or a `Halt` for each of so many prompts or rows."""
-    wanted = f"it must return a list with true, false or a Halt for each of the {what}"
-    if not isinstance(said, Iterable) or isinstance(said, (str, bytes, Mapping, Set)):
-        raise ProbeError(f"{who} returned a {type(said).__name__}; {wanted}")
-    found = list(said)
-    if len(found) != count:
-        raise ProbeError(f"{who} returned {len(found)} decisions for {count} {what}")
+def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | None]:
+    """Return what a function of the user decided, as one `Halt` or `None` a row."""
+    found = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(found, (list, tuple)) or len(found) != rows:
+        size = f" of length {len(found)}" if isinstance(found, (list, tuple)) else ""
+        wanted = f"it must return a list of {rows}: true, false or a Halt"
+        raise ProbeError(f"{function} returned a {type(returned).__name__}{size}; {wanted}")
     for item in found:
-        # Names of labels and scores would all be true, and keys of a dict or numbers of prompts anything.
-        number = item.item() if getattr(item, "shape", None) in ((), (1,)) else item
-        if isinstance(number, Sized) or (isinstance(number, Real) and number not in (0, 1)):
-            raise ProbeError(f"{who} returned a list with {item!r} in it; {wanted}")
-    return [item if isinstance(item, Halt) else Halt() if bool(item) else None for item in found]
+        if not isinstance(item, Halt) and item not in (None, False, True):
+            raise ProbeError(f"{function} returned {item!r} in its list; allowed: true, false, None or a Halt")
+    return [item if isinstance(item, Halt) else Halt() if item else None for item in found]

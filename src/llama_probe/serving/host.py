@@ -1,9 +1,8 @@
-"""Heads on a language model: attached by name, switched on and off, saved and removed."""
+"""Heads on an LM: attach, switch, save and remove them by name."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import threading
 from collections.abc import Iterable
@@ -23,16 +22,15 @@ from ..hub.transport import HubOptions
 from .sources import read_heads
 
 
-# Held while the heads of a model are exchanged; one for all models, which can then be copied and pickled.
+# Held while the heads of any model are replaced. A lock in the model could not be copied or pickled.
 _CHANGING = threading.RLock()
 
 
 class ProbeHostMixin:
-    """Keeps probe heads beside a causal LM. Mixed into a `PreTrainedModel`.
+    """Probe heads beside a causal LM. Mixed into a `PreTrainedModel`.
 
-    The heads live in `self.probes`, an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach them.
-    Both it and the tuple of active names are replaced rather than changed, so that a thread that generates keeps the
-    heads that it started with; threads that attach or remove heads take turns.
+    `self.probes` is an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach the heads. It and the tuple of
+    active names are replaced, never changed: a thread that generates keeps the heads that it started with.
     """
 
     def _install_probes(self) -> None:
@@ -52,16 +50,14 @@ class ProbeHostMixin:
     @property
     def active_probes(self) -> list[str]:
         """Names of the heads that run, in the order in which they were attached or activated."""
-        probes = self.probes
-        return [
-            name for name in self._active_probes if name in probes
-        ]  # `del model.probes[name]` leaves it among the active
+        probes = self.probes  # `del model.probes[name]` leaves the name among the active ones
+        return [name for name in self._active_probes if name in probes]
 
     def set_active_probes(self, names: str | Iterable[str]) -> None:
-        """Chooses the heads that run. An empty list turns the model into the plain LM until the next call.
+        """Choose the heads that run. With an empty list the model is the plain LM.
 
         Raises:
-            ProbeError: a name that is not attached; the message lists those that are.
+            ProbeError: no head has one of the names.
         """
         names = _each_name(names)
         with _CHANGING:
@@ -70,12 +66,15 @@ class ProbeHostMixin:
             self._active_probes = tuple(names)
 
     def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
-        """Attaches a head: of a `ProbeConfig` a new one with fresh weights, or a `ProbeModel` as it is.
+        """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`.
 
-        The head moves to the device of the model's last state, becomes active, and is returned.
+        The head moves to the device of the model's last layer and becomes active.
+
+        Returns:
+            The head.
 
         Raises:
-            ProbeError: the name is taken or not allowed, or the head was made for another hidden size or layer count.
+            ProbeError: the name is taken or not allowed, or the head has another hidden size or layer count.
         """
         return self._attach({name: config})[name]
 
@@ -93,21 +92,21 @@ class ProbeHostMixin:
         force_download: bool = False,
         strict: bool = False,
     ) -> str:
-        """Reads a head and attaches it.
+        """Load a head and attach it.
 
         Args:
             id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
-            name: the head's name here; see `default_name` where left out.
-            revision, subfolder: of a Hub id, where it does not say so itself.
-            namespace: whose heads an alias stands for; see `probe_namespace`.
+            name: the head's name on the model. Defaults to the folder, subfolder or repository; see `default_name`.
+            revision, subfolder: those of a Hub id that names none itself.
+            namespace: user or organisation whose heads an alias stands for; see `probe_namespace`.
             token, cache_dir, local_files_only, force_download: as in `from_pretrained`.
-            strict: raise, rather than warn, where the head was trained on another backbone; see `check_backbone`.
+            strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
 
         Returns:
             The head's name.
 
         Raises:
-            ProbeError: the head cannot be read or does not fit; the model is then as it was.
+            ProbeError: the head cannot be read or does not fit. The model is not changed.
         """
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
@@ -117,7 +116,7 @@ class ProbeHostMixin:
         return name
 
     def delete_probe(self, name: str) -> None:
-        """Detaches a head.
+        """Detach a head.
 
         Raises:
             ProbeError: no head has that name.
@@ -128,47 +127,54 @@ class ProbeHostMixin:
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
-        """Writes one head, with its card, into a folder; `name` may be left out where one head is attached.
+        """Write one head with its card into a folder.
+
+        Args:
+            dir: the folder.
+            name: name of the head. Defaults to the only one.
+
+        Returns:
+            The folder.
 
         Raises:
-            ProbeError: no head has that name, or several are attached and none is named.
+            ProbeError: no head has that name, or none is named and several are attached.
         """
         return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
-        """Uploads one head in one commit, with a card; see `llama_probe.hub.publish.push_folder` for the arguments.
+        """Upload one head with a card in one commit; see `llama_probe.hub.publish.push_folder`.
 
         Args:
             repo_id: `user/name`.
-            name: of the head; may be left out where one head is attached.
+            name: name of the head. Defaults to the only one.
             kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`.
 
         Raises:
-            ProbeError: no head has that name, or the Hub refused, with its reason.
+            ProbeError: no head has that name, or the Hub refused the upload.
         """
         name = self._single_probe(name, "push")
         return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves the backbone exactly as the plain class does, of a `state_dict` without what belongs to heads too.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict=None, *args, **kwargs
+    ) -> None:
+        """Save the backbone as the plain class does, without the heads, which `save_probe` saves.
 
-        Heads are saved by `save_probe`. A model whose class came out of a repository (`trust_remote_code=True`) takes that code with it.
+        A model whose class comes from the code of a repository takes that code along.
         """
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(self, save_directory, config=self.config)
-        plain = self._without_probes()
-        named = inspect.signature(plain.save_pretrained).bind(save_directory, *args, **kwargs)
-        if (tensors := named.arguments.get("state_dict")) is not None:
-            named.arguments["state_dict"] = {k: v for k, v in tensors.items() if not k.startswith("probes.")}
-        plain.save_pretrained(*named.args, **named.kwargs)
+        if state_dict is not None:
+            state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith("probes.")}
+        self._without_probes().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def _without_probes(self) -> nn.Module:
-        """A plain causal LM that shares this model's parameters, config and caches, and knows nothing of heads."""
+        """Return a plain causal LM that shares this model's parameters, config and caches."""
         plain = copy.copy(self)
         plain.__dict__["_modules"] = {key: module for key, module in self._modules.items() if key != "probes"}
         if "_hf_hook" not in plain.__dict__:
-            plain.__dict__.pop("forward", None)  # compiled in place: it runs this model, with its heads
+            plain.__dict__.pop("forward", None)  # a compiled forward would run this model with its heads
         change_class(plain, self._causal_lm_class)
         return plain
 
@@ -179,9 +185,7 @@ class ProbeHostMixin:
 
     def _require_free(self, name: str) -> None:
         if check_name(name) in self.probes:
-            raise ProbeError(
-                f"a head {name!r} is attached already; choose another name or delete_probe({name!r}) first"
-            )
+            raise ProbeError(f"a head {name!r} is attached already: choose another name or delete_probe({name!r})")
 
     def _single_probe(self, name: str | None, what: str) -> str:
         if name is None and len(self.probes) != 1:
@@ -191,7 +195,7 @@ class ProbeHostMixin:
         return name
 
     def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
-        # Everything that can fail comes first: either all heads are attached or none.
+        # Everything that can fail comes first, so that all heads are attached or none.
         decoder = self._decoder
         heads: dict[str, ProbeModel] = {}
         for name, probe in probes.items():
@@ -200,10 +204,8 @@ class ProbeHostMixin:
                 check_backbone(name, probe.config, self, strict)
                 heads[name] = probe
             elif not isinstance(probe, ProbeConfig):
-                raise ProbeError(
-                    f"head {name!r} is a {type(probe).__name__}: add_probe takes a ProbeConfig or a ProbeModel; a folder, a Hub "
-                    "id or an alias goes to load_probe"
-                )
+                found = type(probe).__name__
+                raise ProbeError(f"head {name!r} is a {found}; add_probe takes a ProbeConfig or a ProbeModel")
             else:
                 heads[name] = ProbeModel(describe(self, probe))
         device = decoder.device
@@ -218,7 +220,7 @@ class ProbeHostMixin:
         return heads
 
     def _active_heads(self, names: str | Iterable[str] | None = None) -> dict[str, ProbeModel]:
-        """The heads of one call, by name: the active ones, or those that the call names."""
+        """Return the heads of one call by name: the given ones, or the active ones."""
         heads = self.probes
         if names is None:
             return {name: heads[name] for name in self._active_probes if name in heads}
@@ -229,32 +231,30 @@ class ProbeHostMixin:
 
 
 def _each_name(names: str | Iterable[str]) -> list[str]:
-    """The names of heads that somebody gave, each once: one, or several."""
+    """Return each name once."""
     found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
-    for name in found:
-        if not isinstance(name, str):
-            raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")
+    if not all(isinstance(name, str) for name in found):
+        raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")
     return list(dict.fromkeys(found))
 
 
 def change_class(model: nn.Module, cls: type) -> None:
-    """Gives a loaded model another class. accelerate keeps the old class's forward in the instance; it is put there anew.
+    """Give a loaded model another class, also if accelerate keeps the old class's forward in the instance.
 
     Raises:
-        ProbeError: somebody else has put one there, which would go on in place of the new class's.
+        ProbeError: the instance has another forward, which would run instead of the new class's.
     """
     hook = model.__dict__.get("_hf_hook")
     if hook is None:
         if "forward" in model.__dict__:
             raise ProbeError(
-                "the forward of this model was replaced (model.forward = torch.compile(model.forward), or the like), and no head "
-                "would run in it: del model.forward, attach heads, and then replace it again"
+                "model.forward was replaced, and no head would run in it: del model.forward, attach heads, replace it again"
             )
         model.__class__ = cls
         return
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
     remove_hook_from_module(model)
-    del model.forward  # what accelerate leaves behind: the old class's method, bound to the instance
+    del model.forward  # accelerate leaves the old class's method, bound to the instance
     model.__class__ = cls
     add_hook_to_module(model, hook)

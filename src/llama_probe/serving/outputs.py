@@ -1,10 +1,10 @@
-"""Outputs of the LM that carry what heads say."""
+"""Outputs of the LM with the results of its heads, and the records in them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import make_dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,22 +13,56 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import DecidedMixin, labels, probabilities
+from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
 from .cache import ProbeCache
-from .halting import Halt
+
+
+@dataclass(frozen=True)
+class Halt:
+    """The reason why a prompt got no reply, or why its reply ended early.
+
+    Attributes:
+        head: name of the head that flagged it. `None` if a function of the user decided.
+        label: the label that was found.
+        score: the label's probability; for regression heads the value.
+        threshold: the score from which the rule halts.
+        token: index of the reply's last token, from 0. `None` if the reply was not begun.
+    """
+
+    head: str | None = None
+    label: str | None = None
+    score: float | None = None
+    threshold: float | None = None
+    token: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The scores of one token of each reply.
+
+    Attributes:
+        step: index of the token in the reply, from 0.
+        outputs: by head name; logits `[rows, num_labels]`, NaN if the token does not count. A row is a prompt, or one of
+            its return sequences.
+        counted (`torch.BoolTensor` of shape `[rows]`): false for padding and after the end of a reply.
+    """
+
+    step: int
+    outputs: dict[str, ProbeOutput]
+    counted: torch.Tensor
 
 
 class ProbedOutputMixin(DecidedMixin):
-    """Adds what the heads say to an output of the LM.
+    """An output of the LM with the results of its heads.
 
-    `probe_logits` is `None` where no head ran. `probe_halts` has one entry a prompt, the `Halt` that kept it from a reply
-    or `None`; it is `None` where nothing was to be halted. Where replies could be halted, it has one entry a row.
-
-    `probe_token_logits` has the heads that read replies, and is `None` where there is none: `[rows, new_tokens - 1,
-    num_labels]` a head, column t the score of all that counts up to the t-th token of the reply, from 0. The last token is
-    read by nobody and has none. From the end of a reply on, and at its padding, there is NaN.
-
-    `probe_state` is what the heads keep of the tokens that `cache` holds, a `ProbeCache`, where it was asked for; else `None`.
+    Attributes:
+        probe_logits: `[prompts, num_labels]` by head name. `None` if no head ran.
+        probe_halts: a `Halt` or `None` for each prompt, or for each row if replies could be halted. `None` if the call
+            halts nothing.
+        probe_token_logits: `[rows, new_tokens - 1, num_labels]` by name, for heads that read replies. Column t scores the
+            reply up to its token t, from 0. The LM never reads the last token, which has no score. NaN at padding and from
+            the end of a reply. `None` without such heads.
+        probe_state: the `ProbeCache` that goes with the LM's KV cache. `None` unless the call asked for it.
     """
 
     _plain_class: ClassVar[type[ModelOutput]]
@@ -40,32 +74,32 @@ class ProbedOutputMixin(DecidedMixin):
         return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
     def remember(self, configs: dict[str, ProbeConfig]) -> None:
-        """Says of which heads the logits are, by name, unless that is known."""
+        """Store the configs of the heads by name, if the output has none."""
         self.__dict__.setdefault("_probe_configs", configs)
 
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
-        """`[batch, num_labels]` a head, with its saved temperature."""
+        """Probabilities `[prompts, num_labels]` by head name, with the saved temperature."""
         if self.probe_logits is None:
             return None
         return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_logits.items()}
 
     @property
     def probe_labels(self) -> dict[str, list[Any]] | None:
-        """Label names a head and row, with its saved temperature and threshold."""
+        """Labels of each prompt by head name, with the saved temperature and threshold."""
         probs = self.probe_probabilities
         return None if probs is None else {name: labels(value, self.config_of(name)) for name, value in probs.items()}
 
     @property
     def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
-        """As `probe_token_logits`, with the head's saved temperature."""
+        """Probabilities in the shape of `probe_token_logits`, with the saved temperature."""
         if self.probe_token_logits is None:
             return None
         return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_token_logits.items()}
 
 
 _LOGITS = "dict[str, torch.Tensor] | None"
-# What an output of the LM gets, and the types.
+# Fields that an output of the LM gets, with their types.
 PROBED_FIELDS = {
     "probe_logits": _LOGITS,
     "probe_halts": "list[Halt | None] | None",
@@ -76,7 +110,7 @@ PROBED_FIELDS = {
 
 @torch.compiler.assume_constant_result
 def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
-    """`base` with `probe_logits`, a dict of `[batch, num_labels]` tensors by head name, and what `ProbedOutputMixin` adds."""
+    """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
     return _make(base)
 
 
@@ -111,7 +145,7 @@ def with_probe_logits(
     token_logits: dict[str, torch.Tensor] | None = None,
     state: ProbeCache | None = None,
 ) -> ModelOutput:
-    """A copy of an LM's output that carries the heads' logits and state, knows their labels, and says what was halted."""
+    """Return a copy of an LM's output with the results of its heads."""
     probed = probed_output_class(type(output))(
         **output, probe_logits=probe_logits, probe_halts=halts, probe_token_logits=token_logits, probe_state=state
     )
@@ -126,8 +160,10 @@ def with_scores(
     state: ProbeCache | None = None,
     state_asked: bool = False,
 ) -> ModelOutput | tuple:
-    """What the LM's `forward` gave, with what the heads say: a tuple with the logits as its last, and the state behind them where
-    that was asked for."""
+    """Return the output of `forward` with the results of its heads.
+
+    A tuple gets the logits as its last entry, and after them the state if `state_asked`.
+    """
     if isinstance(output, ModelOutput):
         return with_probe_logits(output, logits, configs, state=state)
     return (*output, logits, state) if state_asked else (*output, logits)

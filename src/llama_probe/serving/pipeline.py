@@ -1,10 +1,8 @@
-"""`pipeline("probed-text-generation", model=..., probe=...)`: text generation, with what each head says of the prompt."""
+"""`pipeline("probed-text-generation", model=..., probe=...)`: text generation with the verdicts of heads."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,8 +19,7 @@ from transformers.utils import ModelOutput
 from ..backbone.decoder import target_of, without_peft
 from ..heads.decision import reply_outputs, verdict
 from ..hub.transport import HubOptions
-from .auto_class import AutoModelForProbedGeneration
-from .modeling import ProbedGenerationMixin
+from .auto import AutoModelForProbedGeneration
 from .outputs import PROBED_FIELDS
 from .sources import ProbeSpec, read_heads
 
@@ -33,27 +30,26 @@ TASK = "probed-text-generation"
 class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
 
-    Takes what `TextGenerationPipeline` takes - texts, which go to the model as they are, or chats, which go through the
-    chat template; one or a list of them; `batch_size` and parameters of `generate` - and returns the same dicts with one
-    more key, `"probes"`: for each head by name
+    Takes the arguments of `TextGenerationPipeline` - raw texts, or chats for the chat template; one or a list of them;
+    `batch_size` and arguments of `generate` - and returns the same dicts with one more key, `"probes"`, by head name:
 
     - `{"label": name, "score": its probability, "scores": {label: probability}}`,
     - for multi-label heads the same, with a list of labels and a list of their probabilities,
-    - for regression heads `{"score": value}`, or `{"scores": {label: value}}` where there are several outputs.
+    - for regression heads `{"score": value}`, or `{"scores": {label: value}}` for several outputs.
 
-    With `halt_on=`, which `generate` takes, there is `"halted"` as well: a dict of why the prompt got no reply, or `None`. A text
-    as `halt_reply=` needs no `tokenizer=` here.
+    With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no
+    `tokenizer=` here.
 
-    Heads that read replies alone (`token_scope="response"`) are there too, with what they say of the sequence as far as it was
-    read, or `None` where no token of it was; what the others say is the same for every sequence of a prompt. With
-    `return_dict_in_generate=False` heads do not run, and `"probes"` is empty.
+    Heads that read replies alone (`token_scope="response"`) give their score of the sequence as far as the LM has read it,
+    or `None` if no token of it was read. The scores of other heads are the same for every sequence of a prompt. With
+    `return_dict_in_generate=False` no head runs, and `"probes"` is empty.
 
     Args:
-        model: a causal LM that is loaded already; it gets the heads in place. `pipeline(...)` takes a path or a Hub id.
-        tokenizer: left as it is; the pipeline works on a copy that pads on the left.
-        probe: heads; see `LlamaForProbedGeneration.from_pretrained`. Those that the model has already run as well.
+        model: a loaded causal LM, which gets the heads in place. `pipeline(...)` takes a path or a Hub id.
+        tokenizer: not changed; the pipeline uses a copy that pads on the left.
+        probe: heads; see `LlamaForProbedGeneration.from_pretrained`. Heads that the model already has run as well.
         probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
-        probe_strict: raise, rather than warn, where a head was trained on another backbone.
+        probe_strict: raise instead of warn if a head was trained on another backbone.
         kwargs: those of `TextGenerationPipeline`.
 
     Raises:
@@ -71,12 +67,17 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         probe_strict: bool = False,
         **kwargs,
     ):
-        model = _with_heads(model, probe, probe_revision, probe_namespace, probe_strict)
+        if probe is not None:
+            base = without_peft(model)
+            # If one repository has both, the head is taken from the backbone's commit.
+            target = replace(target_of(base), revision=getattr(base.config, "_commit_hash", None))
+            probe = read_heads(probe, target, HubOptions(probe_revision), probe_namespace)
+        model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
         _name_classes(model.config)
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
 
     def check_model_type(self, supported_models) -> None:
-        """Accepts every probed class; the plain ones have been turned into them."""
+        """Accept the probed classes, which transformers does not list."""
 
     def _forward(self, model_inputs, **generate_kwargs):
         # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
@@ -86,120 +87,62 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         twin = copy.copy(self)
         twin.model = listener
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
-        prompts = len(outputs["generated_sequence"])
-        outputs["probes"] = _verdicts(listener, prompts)
-        outputs["further"] = _of_sequences(listener, prompts)
+        outputs["probed"] = _keys_of_records(listener.output, *outputs["generated_sequence"].shape[:2])
         return outputs
 
     def postprocess(self, model_outputs, *args, **kwargs):
-        # A batch of several prompts has been taken apart by now; one of a single prompt has not.
-        probes, further = (
-            part[0] if isinstance(part, list) else part for part in map(model_outputs.pop, ("probes", "further"))
-        )
+        probed = model_outputs.pop("probed")
+        # A batch of several prompts was split before; a batch of one was not.
+        keys = probed[0] if isinstance(probed, list) else probed
         records = super().postprocess(model_outputs, *args, **kwargs)
-        for record, more in zip(records, itertools.cycle(further)):
-            found = copy.deepcopy(more)
-            record["probes"] = copy.deepcopy(probes) | found.pop("probes", {})
-            record.update(found)
-        return records
-
-
-def install() -> None:
-    """Makes the task known to `transformers.pipeline`. Calling this twice changes nothing; `uninstall` undoes it."""
-    known = PIPELINE_REGISTRY.supported_tasks.get(TASK)
-    if known is not None and known["impl"] is ProbedTextGenerationPipeline:
-        return
-    PIPELINE_REGISTRY.register_pipeline(TASK, ProbedTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text")
-    # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
-    del ProbedTextGenerationPipeline._registered_impl
-
-
-def uninstall() -> None:
-    """Takes the task out of transformers' list again."""
-    PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)
+        return [record | more for record, more in zip(records, keys, strict=True)]
 
 
 class _Listener:
-    """Stands in for the model during one call, and keeps what `generate` returned."""
+    """Stands in for the model during one call, and keeps the output of `generate`."""
 
     def __init__(self, model: PreTrainedModel, defaults: GenerationConfig | None):
-        self.model = model
-        self.defaults = defaults
+        self.model, self.defaults = model, defaults
         self.output: Any = None
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
     def generate(self, *args, **kwargs):
-        # Older versions of transformers pass a config of the pipeline's, full of defaults that nobody asked for.
+        # Older versions of transformers pass a config of the pipeline that is full of defaults.
         if self.defaults is not None and kwargs.get("generation_config") is self.defaults:
             kwargs.setdefault("return_dict_in_generate", True)
         self.output = output = self.model.generate(*args, **kwargs)
         if not isinstance(output, ModelOutput):
             return output
-        # Some versions take every output apart by rows, which a dict has not.
+        # Some versions split every field of an output by rows, which fails for a dict.
         return ModelOutput({name: value for name, value in output.items() if name not in PROBED_FIELDS})
 
 
-def _verdicts(listener: _Listener, prompts: int) -> list[dict[str, dict[str, Any]]]:
-    """What each head says, by name, of each prompt."""
-    output = listener.output
-    if getattr(output, "probe_logits", None) is None:
-        return [{} for _ in range(prompts)]
-    labels, probabilities = output.probe_labels, output.probe_probabilities
-    verdicts: list[dict[str, dict[str, Any]]] = [{} for _ in range(prompts)]
-    for name, rows in probabilities.items():
-        config = output.config_of(name)
-        for found, label, row in zip(verdicts, labels[name], rows.tolist(), strict=True):
-            found[name] = verdict(label, row, config)
-    return verdicts
-
-
-def _of_sequences(listener: _Listener, prompts: int) -> list[tuple[dict[str, Any], ...]]:
-    """For each prompt what is said of its sequences: why they were halted, and by heads that read replies alone.
-
-    One entry is for all sequences of the prompt.
-    """
-    output = listener.output
-    halts = getattr(output, "probe_halts", None) or []
-    parts: list[list[dict[str, Any]]] = [[{"halted": halt and asdict(halt)} for halt in halts]]
-    replies: list[dict[str, Any]] = []
+def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[str, Any], ...]]:
+    """Return the keys that heads add to the record of each sequence, as a tuple for each prompt."""
+    rows: list[dict[str, Any]] = [{"probes": {}} for _ in range(prompts * copies)]
+    if getattr(output, "probe_logits", None) is not None:
+        labels = output.probe_labels
+        for name, probabilities in output.probe_probabilities.items():
+            for i, row in enumerate(rows):
+                probs = probabilities[i // copies].tolist()
+                row["probes"][name] = verdict(labels[name][i // copies], probs, output.config_of(name))
     for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
-        if name in output.probe_logits:
-            continue
-        config = output.config_of(name)
-        replies = replies or [{} for _ in logits]
-        for found, said in zip(replies, reply_outputs(logits, config), strict=True):
-            found[name] = None if said is None else verdict(said.labels[0], said.probabilities[0].tolist(), config)
-    parts.append([{"probes": found} for found in replies])
-    each = max(1, *(len(part) // prompts for part in parts))
-    rows: list[dict[str, Any]] = [{} for _ in range(prompts * each)]
-    for part in filter(None, parts):
-        for i, row in enumerate(rows):
-            row.update(part[i * len(part) // len(rows)])
-    return [tuple(rows[i * each : (i + 1) * each]) for i in range(prompts)]
-
-
-def _with_heads(model, probe, revision, namespace, strict) -> PreTrainedModel:
-    if hasattr(type(model), "_causal_lm_class") and not isinstance(model, ProbedGenerationMixin):
-        # The class comes from a repository that carries its own copy of this code (trust_remote_code=True), and may
-        # have heads already. It keeps both, and reads further heads itself.
-        sources = probe if isinstance(probe, (Mapping, list, tuple)) else [] if probe is None else [probe]
-        pairs = sources.items() if isinstance(sources, Mapping) else [(None, source) for source in sources]
-        for name, source in pairs:
-            model.load_probe(source, name, revision=revision, namespace=namespace, strict=strict)
-        return model
-    heads = None
-    if probe is not None:
-        base = without_peft(model)
-        # One repository may hold both: a head is then taken from the commit that the backbone was taken from.
-        target = replace(target_of(base), revision=getattr(base.config, "_commit_hash", None))
-        heads = read_heads(probe, target, HubOptions(revision), namespace)
-    return AutoModelForProbedGeneration.from_causal_lm(model, heads, strict)
+        if name not in output.probe_logits:
+            config = output.config_of(name)
+            for row, said in zip(rows, reply_outputs(logits, config), strict=True):
+                found = None if said is None else verdict(said.labels[0], said.probabilities[0].tolist(), config)
+                row["probes"][name] = found
+    halts = getattr(output, "probe_halts", None) or []  # one a prompt or a row
+    for i, row in enumerate(rows if halts else []):
+        halt = halts[i * len(halts) // len(rows)]
+        row["halted"] = halt and asdict(halt)
+    return [tuple(rows[i : i + copies]) for i in range(0, len(rows), copies)]
 
 
 def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer, or a copy where something has to be changed for batches: the side, or a missing pad token."""
+    """Return the tokenizer, or a copy of it with the padding side and pad token that batches need."""
     if tokenizer is None:
         return None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -212,7 +155,22 @@ def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokeni
 
 
 def _name_classes(config) -> None:
-    """Undoes what `pipeline()` does to a config with custom pipelines: with classes in it, it could not be saved."""
+    """Replace the classes that `pipeline()` puts into a config by their names, so that it can be saved."""
     for task in (getattr(config, "custom_pipelines", None) or {}).values():
         if isinstance(task.get("pt"), (list, tuple)):
             task["pt"] = [item if isinstance(item, str) else item.__name__ for item in task["pt"]]
+
+
+def register() -> None:
+    """Register the task with `transformers.pipeline`. A second call changes nothing; `unregister` undoes it."""
+    known = PIPELINE_REGISTRY.supported_tasks.get(TASK)
+    if known is not None and known["impl"] is ProbedTextGenerationPipeline:
+        return
+    PIPELINE_REGISTRY.register_pipeline(TASK, ProbedTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text")
+    # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
+    del ProbedTextGenerationPipeline._registered_impl
+
+
+def unregister() -> None:
+    """Remove the task from the registry of transformers."""
+    PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,27 +11,10 @@ import torch
 from ..backbone.capture import Capture
 from ..backbone.decoder import Decoder
 from ..errors import ProbeError
-from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
 from .cache import ProbeCache
-from .prefill import PrefillSession
+from .outputs import TokenScores
 from .reader import StateReader
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What the heads say once the LM has read one more token of each reply.
-
-    Attributes:
-        step: the token's place in the reply, from 0.
-        outputs: by head name; logits `[rows, num_labels]`, NaN where the token does not count. Rows are prompts, or the
-            return sequences of each prompt.
-        counted (`torch.BoolTensor` of shape `[rows]`): false for padding, and from the end of a reply on.
-    """
-
-    step: int
-    outputs: dict[str, ProbeOutput]
-    counted: torch.Tensor
 
 
 class ReplyRecorder:
@@ -48,7 +30,7 @@ class ReplyRecorder:
 
     _CHUNK = 16
 
-    def __init__(self, prompt: PrefillSession, eos_token_ids: Sequence[int] = ()):
+    def __init__(self, prompt: Any, eos_token_ids: Sequence[int] = ()):
         self.prompt = prompt
         self.layers: Collection[int] = {layer for head in prompt.heads.values() for layer in head.layer_indices}
         self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
@@ -131,7 +113,7 @@ class ReplySession:
     def __init__(
         self,
         heads: dict[str, ProbeModel],
-        prompt: PrefillSession,
+        prompt: Any,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int | None = None,
         recorder: ReplyRecorder | None = None,

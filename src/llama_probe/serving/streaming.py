@@ -1,4 +1,4 @@
-"""A streamer that shows a reply only as far as heads have passed it."""
+"""A streamer that shows a reply only as far as the heads have cleared it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from ..errors import ProbeError
 
 
 class HoldBackStreamer(BaseStreamer):
-    """Holds a reply's tokens back from another streamer until heads have scored them, and what follows, without a flag.
+    """Holds back the tokens of a reply until heads have scored them, and the tokens after them, without a flag.
 
         streamer = HoldBackStreamer(TextStreamer(tokenizer, skip_prompt=True), tokens=8)
         model.generate(**inputs, streamer=streamer, halt_on={"guard": {"threshold": 0.5}})
 
-    A token is shown once it and the `tokens` after it have been scored, and `halt_on` flagged none of them. Where a flag
-    was not followed by a halt, because `patience` did not come to its end, the tokens before it are shown once as many
-    later ones are clear. A halt drops what is held: nothing that a flag stood on was shown, nor the `tokens` before it.
-    Then comes the `halt_reply` of the call, if it has one, and the end. A reply that comes to its own end is shown whole; its
-    last token is the only one that no head has scored.
+    A token is shown once it and the next `tokens` are scored and `halt_on` flagged none of them. A flag whose `patience`
+    did not run out holds the tokens before it until as many later ones are clear. A halt drops the held tokens: neither a
+    flagged token nor the `tokens` before it were shown. Then follow the `halt_reply` of the call and the end. A reply that
+    ends by itself is shown whole; its last token is the only one without a score.
 
-    It serves one row at a time, as transformers' streamers do, and may be used again for the next call.
+    It serves one row at a time, as the streamers of transformers do, and one call after another.
 
     Args:
         streamer: any streamer of transformers, such as `TextStreamer` or `TextIteratorStreamer`.
-        tokens: how many further tokens must be clear; with 0 a token is shown as soon as it is.
+        tokens: number of further tokens that must be clear. With 0 a token is shown as soon as it is clear.
 
     Raises:
-        ProbeError: `tokens` is no such number.
+        ProbeError: `tokens` is not a whole number from 0.
     """
 
     def __init__(self, streamer: BaseStreamer, tokens: int = 8):
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ProbeError(f"tokens={tokens!r} must be a whole number from 0: how many clear tokens must follow")
+            raise ProbeError(f"tokens={tokens!r} must be a whole number from 0")
         self.streamer, self.tokens = streamer, tokens
         self._reset()
 
@@ -44,7 +43,7 @@ class HoldBackStreamer(BaseStreamer):
         self._prompt_seen = self._halted = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt, which goes on at once, and then the tokens of the reply."""
+        """Show the prompt at once, and hold the tokens of the reply."""
         if self._prompt_seen and not self._halted:
             self._held.append(value)
         elif not self._prompt_seen:
@@ -52,14 +51,14 @@ class HoldBackStreamer(BaseStreamer):
             self.streamer.put(value)
 
     def scored(self, flagged: bool) -> None:
-        """Says that the token that was put last has been scored, and whether it was flagged. `generate` calls it."""
+        """Record the flag of the token that was put last. Called by `generate`."""
         self._clear = 0 if flagged else self._clear + 1
         if self._clear > self.tokens:
             while len(self._held) > self.tokens:
                 self.streamer.put(self._held.popleft())
 
     def halt(self, reply: torch.Tensor) -> None:
-        """Drops what is held, and ends with these token ids in its place. `generate` calls it; what it puts later is dropped."""
+        """Drop the held tokens, show `reply` and end; later tokens are dropped. Called by `generate`."""
         self._held.clear()
         for token in reply.cpu():
             self.streamer.put(token[None])
@@ -67,12 +66,12 @@ class HoldBackStreamer(BaseStreamer):
         self._halted = True
 
     def abort(self) -> None:
-        """Drops what is held, and ends, where the call goes no further. `generate` calls it."""
+        """Drop the held tokens and end after an error. Called by `generate`."""
         self._held.clear()
         self._end()
 
     def end(self) -> None:
-        """Shows what is still held, and ends."""
+        """Show the held tokens and end."""
         if not self._halted:
             for value in self._held:
                 self.streamer.put(value)
@@ -82,5 +81,5 @@ class HoldBackStreamer(BaseStreamer):
         try:
             if not self._halted:
                 self.streamer.end()
-        finally:  # what is held of this reply must not be shown with the next
+        finally:  # held tokens of this reply must not be shown with the next
             self._reset()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ProbeError
-from ..serving.halting_words import HALTING_FORMS, read_halting
+from ..serving.halting import HALTING_FORMS, read_halting
 from .compatibility import TRANSFER
 from .engine import engine_kwargs
 

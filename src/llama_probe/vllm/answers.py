@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, check_numbers, verdict
-from ..serving.halting import Halt
+from ..serving.outputs import Halt
 from .settings import ProbeSettings
 
 

@@ -8,7 +8,7 @@ from transformers import T5Config
 from llama_probe import ProbeError
 from llama_probe.experiments.benchmark.guard_pipeline import GuardPlan
 from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, generate, plain_system, systems
-from llama_probe.serving.auto_class import AutoModelForProbedGeneration
+from llama_probe.serving.auto import AutoModelForProbedGeneration
 
 
 CPU = torch.device("cpu")

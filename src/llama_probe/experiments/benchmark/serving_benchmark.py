@@ -24,7 +24,7 @@ from ...files import environment
 from ...heads.configuration import ProbeConfig
 from ...heads.probe import ProbeModel
 from ...hub.resolve import Target
-from ...serving.auto_class import AutoModelForProbedGeneration
+from ...serving.auto import AutoModelForProbedGeneration
 from ...serving.sources import read_heads
 from ..paper import serving_ratio
 from .footprint import operations, peak_memory
