@@ -9,8 +9,8 @@ import pytest
 from conftest import make_reading
 
 from llama_probe import ProbeError
-from llama_probe.evaluation.figure import png_writer
 from llama_probe.evaluation.heatmap import heat_map
+from llama_probe.evaluation.plots import png_writer
 
 
 TOKENS = ["<bos>", "system", "\n", "good", " mor", "ning", "日", "", "\t", "<eos>"]
@@ -79,7 +79,7 @@ def test_a_long_text_keeps_to_a_width_and_names_the_heaviest():
     figure.draw_without_rendering()
     edges = [(box.x0, box.x1) for box in (label.get_window_extent() for label in center.get_xticklabels())]
     assert all(right <= left for (_, right), (left, _) in itertools.pairwise(edges)), "names do not overlap"
-    assert 50 < len(edges) < 3000 and "the heaviest tokens are named" in figure.get_supxlabel()
+    assert 50 < len(edges) < 3000 and "the heaviest tokens have room" in figure.get_supxlabel()
     title = figure.get_suptitle().splitlines()[1]
     assert title.endswith("…") and len(title) <= 22 * 12
     assert heat_map(make_reading(["a", "b"])).get_figwidth() < 8

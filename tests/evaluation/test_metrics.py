@@ -207,8 +207,6 @@ def test_values_that_are_all_the_same_choose_no_head(labels):
     value = ProbeConfig(probe_type="gate", num_labels=1, problem_type="regression")
     labels = np.array(labels, dtype=np.float32)
     assert score(labels + 1, labels, value)["r2"] is None
-    with pytest.raises(
-        ProbeError, match=rf"r2 is not defined on the {len(labels)} validation rows: .* the same value"
-    ):
+    with pytest.raises(ProbeError, match=rf"'r2' is not defined on the {len(labels)} validation rows"):
         check_metric("r2", labels, value)
     check_metric("r2", np.array([[2.0], [3.0]]), value)

@@ -106,7 +106,7 @@ def test_the_heaviest_tokens_of_a_layer():
     reading = make_reading(TOKENS, layers=[2])
     shown = [code["text"] for code in Parsed(reading_page(reading)).all("code")]
     order = np.argsort(-reading.weights[0])[:5]
-    assert shown == [reading.shown(int(position)) for position in order]
+    assert shown == [reading.shown(int(position), 24) for position in order]
 
 
 def test_hostile_texts_and_names_stay_text():

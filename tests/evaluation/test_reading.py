@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.evaluation.reading import read_texts, token_texts, visible
+from llama_probe.evaluation.reading import read_texts, token_texts, printable
 
 
 TEXTS = ["good morning", "日本語 🎉 é\n\tbye"]
@@ -118,9 +118,9 @@ def test_a_scale_does_not_blow_up_small_differences(model, tokenizer):
 
 
 def test_errors(model, tokenizer):
-    with pytest.raises(ProbeError, match="name the head to read with; active: mood, all, several, value"):
+    with pytest.raises(ProbeError, match=r"head=None.*mood, all, several, value"):
         read_texts(model, tokenizer, ["x"])
-    with pytest.raises(ProbeError, match="no head 'other' is active"):
+    with pytest.raises(ProbeError, match="head='other'"):
         read_texts(model, tokenizer, ["x"], "other")
     model.add_probe("raw", make_probe(prompt_format="raw"))
     with pytest.raises(ProbeError, match="an empty text"):
@@ -144,6 +144,6 @@ def test_spaces_of_sentencepiece_are_kept():
 
 
 def test_visible():
-    assert visible("a\nb\tc") == "a⏎b⇥c"
-    assert visible("x\u202eabc\u200b\x07") == "x\\u202eabc\\u200b\\u0007", "what moves or hides text is spelled out"
-    assert visible("日本 é 👩\u200d👧 שלום") == "日本 é 👩\u200d👧 שלום"
+    assert printable("a\nb\tc") == "a⏎b⇥c"
+    assert printable("x\u202eabc\u200b\x07") == "x\\u202eabc\\u200b\\u0007", "what moves or hides text is spelled out"
+    assert printable("日本 é 👩\u200d👧 שלום") == "日本 é 👩\u200d👧 שלום"
