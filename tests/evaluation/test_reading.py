@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.evaluation.reading import read_texts, token_texts, printable
+from llama_probe.evaluation.reading import printable, read_texts, token_texts
 
 
 TEXTS = ["good morning", "日本語 🎉 é\n\tbye"]
