@@ -19,6 +19,7 @@ from llama_probe.evaluation.plots import (
     outcomes_plot,
     write_plots,
 )
+from llama_probe.files import read_head, save_head
 
 
 LOGITS, LABELS = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), np.arange(60) % 2
@@ -128,3 +129,14 @@ def test_without_matplotlib(inspection, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ProbeError, match="pip install"):
         layer_weights_plot(inspection)
+
+
+def test_results_travel_with_the_head_until_it_is_trained_on(tmp_path, caplog):
+    folder = save_head(make_probe(), tmp_path / "head")
+    (folder / "results.json").write_text("{}")
+    head = read_head(folder)
+    assert (save_head(head, tmp_path / "copy") / "results.json").is_file()
+    with torch.no_grad():
+        head.classifier.weight.add_(1)
+    assert not (save_head(head, tmp_path / "changed") / "results.json").exists()
+    assert "results" in caplog.text
