@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import check_numbers, probabilities, probe_loss, threshold_of
-from .metrics import is_binary
+from .metrics import has_label, is_binary
 
 
 logger = logging.get_logger(__name__)
@@ -231,11 +231,12 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     """
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
-        columns = [(i, labels[:, i] > 0) for i in range(config.num_labels)]
+        indices = list(range(config.num_labels))
     else:
-        columns = [(1, labels == 1)] if is_binary(config) else []
+        indices = [1] if is_binary(config) else []
     tables = {}
-    for index, positive in columns:
+    for index in indices:
+        positive = has_label(labels, index, config)
         if not positive.any():
             continue
         saved = threshold_of(config, index)

@@ -16,7 +16,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import probabilities
 from ..heads.probe import ProbeModel
 from .calibration import highest_recall_threshold
-from .metrics import is_binary
+from .metrics import has_label, is_binary
 
 
 PATIENCES = (1, 2, 4, 8)
@@ -171,7 +171,7 @@ def halting_rules(
     for index, name in config.id2label.items():
         if config.problem_type == "regression" or (is_binary(config) and index != 1):
             continue
-        positives = _positive_rows(config, labels, index)
+        positives = has_label(labels, index, config)
         if not 0 < positives.sum() < len(positives):
             continue
         scores = _scores(config, validation, index)
@@ -197,7 +197,7 @@ def apply_rules(
     for name, ruled in rules.items():
         if name in config.label2id:
             index = config.label2id[name]
-            positives, scores = _positive_rows(config, labels, index), _scores(config, followed, index)
+            positives, scores = has_label(labels, index, config), _scores(config, followed, index)
             tests = (detection(scores, positives, rule["threshold"], rule["patience"]) for rule in ruled)
             found[name] = [{**rule, "test": test} for rule, test in zip(ruled, tests, strict=True)]
     return found
@@ -206,8 +206,3 @@ def apply_rules(
 def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:
     """Return for each reply the probability of a label after each token."""
     return [probabilities(logits, config)[:, index].numpy() for logits in followed]
-
-
-def _positive_rows(config: ProbeConfig, labels: np.ndarray, index: int) -> np.ndarray:
-    """Return a mask `[rows]` of the rows with a label."""
-    return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index

@@ -102,6 +102,11 @@ def is_binary(config: ProbeConfig) -> bool:
     return config.problem_type == "single_label_classification" and config.num_labels == 2
 
 
+def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
+    """Return a mask `[rows]` of the rows with a label, for labels as in `LabelledTexts` of a head of classes."""
+    return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index
+
+
 def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`.
 
@@ -193,8 +198,9 @@ def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
     if metric not in allowed:
         raise ProbeError(f"metric={metric!r} for {config.problem_type} must be one of: {', '.join(allowed)}")
     if score(np.zeros((len(labels), config.num_labels)), labels, config)[metric] is None:
-        reason = "all have the same value" if metric == "r2" else "no label is in some rows and not in others"
-        raise ProbeError(f"metric={metric!r} is not defined on the {len(labels)} validation rows: {reason}")
+        defined = ", ".join(name for name in allowed if name not in ("auprc", "auroc"))
+        reason = "all have the same value" if metric == "r2" else f"no label is in some but not all ({defined} work)"
+        raise ProbeError(f"{metric} is not defined on the {len(labels)} validation rows: {reason}")
 
 
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:

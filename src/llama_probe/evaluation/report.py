@@ -18,7 +18,7 @@ from ..heads.decision import ProbeOutput, log_odds, probabilities
 from ..heads.probe import ProbeModel
 from .bootstrap import intervals, score_statistic
 from .calibration import calibration_gaps, reliability, threshold_table
-from .metrics import confusion, label_scores, outcomes, score_logits
+from .metrics import confusion, has_label, label_scores, outcomes, score_logits
 
 
 def predict_logits(
@@ -104,10 +104,8 @@ def inspect_head(
     logits = found_logits if logits is None else logits
     by_label = {}
     for index, name in config.id2label.items():
-        if config.problem_type == "regression":
-            chosen = np.ones(len(labels), dtype=bool)
-        else:
-            chosen = labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index
+        everything = np.ones(len(labels), dtype=bool)
+        chosen = everything if config.problem_type == "regression" else has_label(labels, index, config)
         if chosen.any():
             by_label[name] = [round(float(value), 5) for value in weights[torch.from_numpy(chosen)].mean(dim=0)]
     found: dict[str, Any] = {"layer_weights": {"layers": probe.layer_indices, "by_label": by_label}}
