@@ -6,12 +6,14 @@ import torch
 from conftest import make_probe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.evaluation.calibration import (
     best_f1_threshold,
     calibrate,
     expected_f1_threshold,
+    fit_temperature,
     highest_recall_threshold,
     reliability,
     threshold_table,
@@ -20,33 +22,42 @@ from llama_probe.heads.decision import predictions, probabilities
 
 
 CONFIG = make_probe(id2label={0: "no", 1: "yes"}, threshold=0.35, temperature=2.0).config
+SEVERAL = make_probe(problem_type="multi_label_classification").config
+THREE = make_probe(num_labels=3).config
+VALUE = make_probe(num_labels=1, problem_type="regression").config
 
 
 def logits_of(probs, temperature: float = 2.0) -> torch.Tensor:
-    """Logits whose calibrated probabilities of label 1 are `probs`."""
+    """Return logits whose calibrated probabilities of label 1 are `probs`."""
     p = torch.tensor(probs, dtype=torch.float64)
     return torch.stack([torch.zeros_like(p), temperature * (p / (1 - p)).log()], dim=1).float()
 
 
-def test_thresholds_by_hand():
-    table = threshold_table(logits_of([0.05, 0.36, 0.55, 0.92]), np.array([0, 1, 0, 1]), CONFIG)["yes"]
-    rows = {row["threshold"]: row for row in table}
-    assert list(rows) == [0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    assert [row["threshold"] for row in table if row["saved"]] == [0.35]
-    assert (rows[0.35]["precision"], rows[0.35]["recall"], rows[0.35]["flagged"]) == (0.6667, 1.0, 0.75)
-    assert (rows[0.4]["precision"], rows[0.4]["recall"]) == (0.5, 0.5)
-    assert (rows[0.6]["precision"], rows[0.6]["recall"]) == (1.0, 0.5)
-    nothing = threshold_table(logits_of([0.05, 0.1]), np.array([1, 0]), CONFIG)["yes"][-1]
-    assert nothing["precision"] is None and nothing["recall"] == 0
+def test_temperature_undoes_a_scale():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator) * 2
+    truth = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    for scale in (1, 5):
+        assert fit_temperature(logits * scale, truth, THREE) == pytest.approx(scale, rel=0.1)
 
 
 def f1_at(threshold, scores, positives):
-    flagged = scores >= threshold
-    return 2 * (flagged & (positives == 1)).sum() / (flagged.sum() + positives.sum())
+    return f1_score(positives, scores >= threshold, zero_division=0.0)
+
+
+def test_the_threshold_has_the_best_f1():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 100)
+    scores = np.clip(truth * 0.3 + rng.random(100) * 0.7, 0, 1)
+    best = f1_at(best_f1_threshold(scores, truth), scores, truth)
+    assert best == pytest.approx(max(f1_at(t, scores, truth) for t in scores))
+    assert best_f1_threshold(np.array([0.2, 0.8]), np.array([0, 1])) == pytest.approx(0.5)
+    apart = (scores > 0.5).astype(int)
+    assert f1_at(expected_f1_threshold(scores, apart), scores, apart) == 1
 
 
 def test_the_expected_f1_is_steadier():
-    """Of rows that are positive as often as their score says, a tenth of them: the best threshold is half the best F1."""
+    """If scores are true probabilities, the best threshold is half the best F1. A tenth of the rows are positive."""
     rng = np.random.default_rng(0)
 
     def draw(rows):
@@ -54,12 +65,17 @@ def test_the_expected_f1_is_steadier():
         scores = odds / (1 + odds)
         return scores, (rng.random(rows) < scores).astype(int)
 
-    many = draw(200_000)
-    best = max(f1_at(threshold, *many) for threshold in np.linspace(0.05, 0.95, 91))
+    def f1(threshold):
+        flagged = many[0] >= threshold
+        return 2 * many[1][flagged].sum() / (flagged.sum() + many[1].sum())
+
+    many = draw(100_000)
+    best = max(f1(threshold) for threshold in np.linspace(0.05, 0.95, 91))
     assert expected_f1_threshold(*draw(20_000)) == pytest.approx(best / 2, abs=0.02)
-    rules = (expected_f1_threshold, best_f1_threshold)
-    found = [[rule(*rows) for rule in rules] for rows in (draw(300) for _ in range(40))]
-    expected, raw = (np.array([f1_at(threshold, *many) for threshold in part]) for part in zip(*found, strict=True))
+    found = [
+        [rule(*rows) for rule in (expected_f1_threshold, best_f1_threshold)] for rows in (draw(300) for _ in range(40))
+    ]
+    expected, raw = (np.array([f1(threshold) for threshold in part]) for part in zip(*found, strict=True))
     assert expected.mean() > raw.mean() + 0.003 and expected.min() > raw.min()
     assert np.std([row[0] for row in found]) < 0.7 * np.std([row[1] for row in found])
 
@@ -75,118 +91,45 @@ def test_the_expected_f1_at_the_ends(rows):
         assert (scores >= threshold).any()
 
 
-def test_scores_that_tell_all():
-    scores = np.linspace(0.01, 0.99, 20)
-    positives = (scores > 0.5).astype(int)
-    assert f1_at(expected_f1_threshold(scores, positives), scores, positives) == 1
-
-
-def test_a_rule_that_is_none():
-    with pytest.raises(ProbeError, match="threshold_rule='f2' is not known; allowed: expected-f1, best-f1"):
-        calibrate(CONFIG, torch.zeros(2, 2), torch.tensor([0, 1]), threshold_rule="f2")
-
-
-def test_the_rule_is_followed():
-    rng = np.random.default_rng(0)
-    probs = rng.uniform(0.01, 0.99, 60)
-    labels = torch.from_numpy((rng.random(60) < probs).astype(int))
-    found = {
-        rule: calibrate(CONFIG, logits_of(probs), labels, threshold_rule=rule) for rule in ("expected-f1", "best-f1")
-    }
-    scores = probabilities(logits_of(probs), found["best-f1"]).numpy()[:, 1]
-    assert found["best-f1"].threshold == best_f1_threshold(scores, labels.numpy())
-    assert found["expected-f1"].threshold == expected_f1_threshold(scores, labels.numpy())
-    assert calibrate(CONFIG, logits_of(probs), labels).threshold == found["expected-f1"].threshold
-
-
 @pytest.mark.parametrize("place", range(1, 6))
 def test_a_threshold_between_neighbours_keeps_them_apart(place):
-    """Heads compare in float32, in which there may be no number between two scores."""
+    """Heads compare in float32, where there may be no number between two scores."""
     scores = [np.float32(1)]
     for _ in range(place):
         scores.append(np.nextafter(scores[-1], np.float32(0)))
     scores = np.array([*scores[-2:], 0.2, 0.1], dtype=np.float32)
     probs = torch.from_numpy(np.stack([1 - scores, scores], axis=1))
-    threshold = best_f1_threshold(scores, np.array([1, 0, 0, 0]))
-    assert predictions(probs, CONFIG.replace(threshold=threshold)).tolist() == [1, 0, 0, 0]
+    for threshold in (
+        best_f1_threshold(scores, np.array([1, 0, 0, 0])),
+        highest_recall_threshold(scores, np.array([1, 0, 0, 0]), 0.0),
+    ):
+        assert predictions(probs, CONFIG.replace(threshold=threshold)).tolist() == [1, 0, 0, 0]
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.floats(0.01, 0.99), st.booleans()), min_size=1, max_size=40))
-def test_the_saved_threshold_is_what_the_head_does(rows):
-    logits, labels = logits_of([p for p, _ in rows]), np.array([int(label) for _, label in rows])
-    table = threshold_table(logits, labels, CONFIG)
-    if not labels.any():
-        assert table == {}
-        return
-    saved = next(row for row in table["yes"] if row["saved"])
-    flagged = predictions(probabilities(logits, CONFIG), CONFIG).numpy() == 1
-    assert saved["flagged"] == pytest.approx(flagged.mean(), abs=1e-4)
-    assert saved["recall"] == pytest.approx(flagged[labels == 1].mean(), abs=1e-4)
-    recalls = [row["recall"] for row in table["yes"]]
-    assert recalls == sorted(recalls, reverse=True)
-
-
-def test_reliability_by_hand():
-    found = reliability(logits_of([0.12, 0.18, 0.95, 0.95]), np.array([0, 1, 1, 1]), CONFIG)
-    low, high = found["bins"]
-    assert (low["low"], low["rows"], low["confidence"], low["frequency"]) == (0.1, 2, pytest.approx(0.15), 0.5)
-    assert (high["low"], high["rows"], high["frequency"]) == (0.9, 2, 1.0)
-    assert found["error"] == pytest.approx((2 * 0.35 + 2 * 0.05) / 4, abs=1e-3)
-    assert found["error_uncalibrated"] != found["error"]
-
-
-def test_the_calibration_error_is_that_of_the_rows():
-    """Rounded once, at the end, and not put together from what the bins show."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        probs, labels = rng.uniform(0.01, 0.99, 40), rng.integers(0, 2, 40)
-        places = np.floor(probs * 10)
-        gaps = [abs((probs - labels)[places == place].sum()) for place in range(10)]
-        error = reliability(logits_of(probs), labels, CONFIG)["error"]
-        assert error == pytest.approx(sum(gaps) / 40, abs=5.1e-5)
-
-
-def test_reliability_of_several_labels_and_of_many():
-    many = make_probe(num_labels=3).config
-    logits = torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])
-    found = reliability(logits, np.array([0, 2]), many)
-    assert found["bins"] == [{"low": 0.9, "high": 1.0, "rows": 2, "confidence": 0.9998, "frequency": 0.5}]
-    several = make_probe(problem_type="multi_label_classification").config
-    assert sum(part["rows"] for part in reliability(logits[:, :2], np.array([[1, 0], [0, 1]]), several)["bins"]) == 4
-
-
-SCORES, POSITIVES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]), np.array([0, 0, 1, 0, 1, 0, 1, 1])
+SCORES, POSITIVES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], [0, 0, 1, 0, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    "rate, threshold",
+    "scores, positives, rate, threshold",
     [
-        (0.0, 0.65),  # of the four negative rows none: two of four positive ones
-        (0.24, 0.65),
-        (0.25, 0.45),  # the row at 0.6: three
-        (0.5, 0.25),  # and the one at 0.4: all four
-        (0.99, 0.25),  # a lower one would flag more negative rows and no further positive one
+        (SCORES, POSITIVES, 0.0, 0.65),  # no negative row: two of four positive ones
+        (SCORES, POSITIVES, 0.24, 0.65),
+        (SCORES, POSITIVES, 0.25, 0.45),  # the row at 0.6: three
+        (SCORES, POSITIVES, 0.5, 0.25),  # and the row at 0.4: all four
+        (SCORES, POSITIVES, 0.99, 0.25),  # a lower one flags no further positive row
+        ([0.2, 0.6], [1, 0], 0.0, 0.8),  # nothing can be flagged
+        ([0.6, 0.6], [1, 0], 0.5, 0.8),  # both or none
+        ([0.2, 0.6], [0, 1], 0.0, 0.4),
     ],
 )
-def test_the_highest_recall_by_hand(rate, threshold):
-    assert highest_recall_threshold(SCORES, POSITIVES, rate) == pytest.approx(threshold)
+def test_the_highest_recall_by_hand(scores, positives, rate, threshold):
+    assert highest_recall_threshold(np.array(scores), np.array(positives), rate) == pytest.approx(threshold)
 
 
-def test_the_highest_recall_at_the_ends():
-    assert highest_recall_threshold(np.array([0.2, 0.6]), np.array([1, 0]), 0.0) == 0.8, "nothing can be flagged"
-    assert highest_recall_threshold(np.array([0.6, 0.6]), np.array([1, 0]), 0.5) == 0.8, "both or none"
-    assert highest_recall_threshold(np.array([0.2, 0.6]), np.array([0, 1]), 0.0) == pytest.approx(0.4)
-    high, low = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(0))
-    chosen = highest_recall_threshold(np.array([high, low]), np.array([1, 0]), 0.0)
-    assert torch.tensor([high, low]).ge(chosen).tolist() == [True, False], "also in float32"
-
-
-def test_a_probability_of_one_cannot_be_kept_out(monkeypatch):
-    said = []
-    monkeypatch.setattr("llama_probe.evaluation.calibration.logger.warning", said.append)
-    assert highest_recall_threshold(np.array([1.0, 0.3]), np.array([0, 1]), 0.0) == 1.0
-    assert len(said) == 1 and "no threshold keeps to max_false_positive_rate" in said[0]
+def test_a_probability_of_one_cannot_be_kept_out(caplog):
+    with caplog.at_level("WARNING"):
+        assert highest_recall_threshold(np.array([1.0, 0.3]), np.array([0, 1]), 0.0) == 1.0
+    assert "max_false_positive_rate" in caplog.text
 
 
 @settings(max_examples=60, deadline=None)
@@ -209,35 +152,105 @@ def test_no_threshold_has_a_higher_recall(rows, rate):
     assert all(f >= false_positives for f, r in map(rates, scores) if r == recall)
 
 
+def test_calibrate_follows_the_rule():
+    rng = np.random.default_rng(0)
+    probs = rng.uniform(0.01, 0.99, 60)
+    labels = torch.from_numpy((rng.random(60) < probs).astype(int))
+    rules = {"expected-f1": expected_f1_threshold, "best-f1": best_f1_threshold}
+    found = {name: calibrate(CONFIG, logits_of(probs), labels, threshold_rule=name) for name in rules}
+    for name, rule in rules.items():
+        scores = probabilities(logits_of(probs), found[name]).numpy()[:, 1]
+        assert found[name].threshold == rule(scores, labels.numpy())
+    assert calibrate(CONFIG, logits_of(probs), labels) == found["expected-f1"]
+
+
+def test_calibrate_sets_what_the_problem_has():
+    generator = torch.Generator().manual_seed(0)
+    logits, on = torch.randn(60, 2, generator=generator), torch.randint(0, 2, (60, 2), generator=generator)
+    on[:, 1] = 0
+    assert calibrate(SEVERAL, logits, on).threshold[1] == 0.5
+    assert calibrate(CONFIG, logits, on[:, 1]).threshold is None
+    three = calibrate(THREE, torch.randn(60, 3, generator=generator), torch.arange(60) % 3)
+    assert three.threshold is None and three.temperature != 1.0
+    assert calibrate(VALUE, torch.randn(5, 1), torch.randn(5, 1)) == VALUE
+
+
 def test_calibrate_keeps_to_the_rate():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(0, 2, (400,), generator=generator)
     logits = torch.randn(400, 2, generator=generator)
     logits[:, 1] += truth * 1.5
-    heads = [calibrate(CONFIG, logits, truth, rate) for rate in (0.02, 0.2)]
-    for head, rate in zip(heads, (0.02, 0.2), strict=True):
-        given = predictions(probabilities(logits, head), head)
-        assert rate - 0.01 <= given[truth == 0].float().mean() <= rate
-    assert heads[0].temperature == heads[1].temperature == calibrate(CONFIG, logits, truth).temperature
-    several = make_probe(problem_type="multi_label_classification").config
+    for rate in (0.02, 0.2):
+        head = calibrate(CONFIG, logits, truth, rate)
+        assert rate - 0.01 <= predictions(probabilities(logits, head), head)[truth == 0].float().mean() <= rate
+        assert head.temperature == calibrate(CONFIG, logits, truth).temperature
     on = torch.stack([truth, 1 - truth], dim=1)
-    head = calibrate(several, logits, on, 0.1)
-    given = predictions(probabilities(logits, head), head)
-    assert all(given[on[:, i] == 0, i].float().mean() <= 0.1 for i in range(2))
+    head = calibrate(SEVERAL, logits, on, 0.1)
+    flagged = predictions(probabilities(logits, head), head)
+    assert all(flagged[on[:, i] == 0, i].float().mean() <= 0.1 for i in range(2))
     assert len(set(head.threshold)) == 2
 
 
 @pytest.mark.parametrize(
-    "changes, rate, words",
+    "changes, options, words",
     [
-        ({}, 1.0, "at least 0 and below 1"),
-        ({}, -0.1, "at least 0 and below 1"),
-        ({}, float("nan"), "at least 0 and below 1"),
-        ({"num_labels": 3}, 0.1, "needs a head with two labels or a multi-label head; this one has num_labels=3"),
-        ({"num_labels": 1, "problem_type": "regression"}, 0.1, "problem_type='regression': leave it out"),
+        ({}, {"threshold_rule": "f2"}, "threshold_rule='f2'"),
+        ({}, {"max_false_positive_rate": 1.0}, "max_false_positive_rate=1.0"),
+        ({}, {"max_false_positive_rate": -0.1}, "max_false_positive_rate=-0.1"),
+        ({}, {"max_false_positive_rate": float("nan")}, "max_false_positive_rate=nan"),
+        ({"num_labels": 3}, {"max_false_positive_rate": 0.1}, "num_labels=3"),
+        ({"num_labels": 1, "problem_type": "regression"}, {"max_false_positive_rate": 0.1}, "'regression'"),
     ],
 )
-def test_a_rate_that_cannot_be(changes, rate, words):
+def test_a_rule_that_cannot_be(changes, options, words):
     config = ProbeConfig(probe_type="gate", **changes)
     with pytest.raises(ProbeError, match=words):
-        calibrate(config, torch.zeros(2, config.num_labels), torch.zeros(2), rate)
+        calibrate(config, torch.zeros(2, config.num_labels), torch.zeros(2), **options)
+
+
+def test_thresholds_by_hand():
+    table = threshold_table(logits_of([0.05, 0.36, 0.55, 0.92]), np.array([0, 1, 0, 1]), CONFIG)["yes"]
+    rows = {row.pop("threshold"): row for row in table}
+    assert list(rows) == [0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert rows[0.35] == {"precision": 0.6667, "recall": 1.0, "flagged": 0.75, "saved": True}
+    assert rows[0.6] == {"precision": 1.0, "recall": 0.5, "flagged": 0.25, "saved": False}
+    nothing = threshold_table(logits_of([0.05, 0.1]), np.array([1, 0]), CONFIG)["yes"][-1]
+    assert nothing["precision"] is None and nothing["recall"] == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 0.99), st.booleans()), min_size=1, max_size=40))
+def test_the_saved_threshold_is_what_the_head_does(rows):
+    logits, labels = logits_of([p for p, _ in rows]), np.array([int(label) for _, label in rows])
+    table = threshold_table(logits, labels, CONFIG)
+    if not labels.any():
+        assert table == {}
+        return
+    saved = next(row for row in table["yes"] if row["saved"])
+    flagged = predictions(probabilities(logits, CONFIG), CONFIG).numpy() == 1
+    assert saved["flagged"] == pytest.approx(flagged.mean(), abs=1e-4)
+    assert saved["recall"] == pytest.approx(flagged[labels == 1].mean(), abs=1e-4)
+    recalls = [row["recall"] for row in table["yes"]]
+    assert recalls == sorted(recalls, reverse=True)
+
+
+def test_reliability_by_hand():
+    low, high = reliability(logits_of([0.12, 0.18, 0.95, 0.95]), np.array([0, 1, 1, 1]), CONFIG)["bins"]
+    assert low == {"low": 0.1, "high": 0.2, "rows": 2, "confidence": pytest.approx(0.15), "frequency": 0.5}
+    assert (high["low"], high["rows"], high["frequency"]) == (0.9, 2, 1.0)
+    logits = torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])
+    many = reliability(logits, np.array([0, 2]), THREE)
+    assert many["bins"] == [{"low": 0.9, "high": 1.0, "rows": 2, "confidence": 0.9998, "frequency": 0.5}]
+    several = reliability(logits[:, :2], np.array([[1, 0], [0, 1]]), SEVERAL)
+    assert sum(part["rows"] for part in several["bins"]) == 4
+
+
+def test_the_calibration_error_is_that_of_the_rows():
+    """It is rounded once, at the end, not summed over rounded bins."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        probs, labels = rng.uniform(0.01, 0.99, 40), rng.integers(0, 2, 40)
+        places = np.floor(probs * 10)
+        gaps = [abs((probs - labels)[places == place].sum()) for place in range(10)]
+        error = reliability(logits_of(probs), labels, CONFIG)["error"]
+        assert error == pytest.approx(sum(gaps) / 40, abs=5.1e-5)

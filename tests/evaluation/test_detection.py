@@ -1,4 +1,4 @@
-"""How soon heads that follow replies find what they look for."""
+"""How soon heads that follow replies find a label."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,7 @@ from hypothesis import strategies as st
 
 from llama_probe import LlamaForProbedGeneration
 from llama_probe.data.states import PromptDataset, StateCache
-from llama_probe.evaluation.detection import (
-    apply_rules,
-    detection,
-    follow_replies,
-    halting_rules,
-    halting_scores,
-)
+from llama_probe.evaluation.detection import apply_rules, detection, follow_replies, halting_rules, halting_scores
 
 
 KINDS = {
@@ -28,19 +22,14 @@ KINDS = {
 PROMPT, LENGTHS = 4, [5, 9, 7]
 
 
-def rows():
-    """Ids of three prompts with replies of different lengths, and which tokens are the replies'."""
-    ids = [row[: PROMPT + n].tolist() for row, n in zip(make_prompts(3, PROMPT + max(LENGTHS)), LENGTHS, strict=True)]
-    return ids, [[False] * PROMPT + [True] * n for n in LENGTHS]
-
-
 @pytest.mark.parametrize("scope", ["response", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path):
-    lm, (ids, masks) = make_lm(), rows()
-    probe = make_probe(token_scope=scope, temperature=1.7, **KINDS[kind])
-    masks = masks if scope == "response" else None
+    lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, **KINDS[kind])
+    prompts = make_prompts(3, PROMPT + max(LENGTHS)).tolist()
+    ids = [row[: PROMPT + n] for row, n in zip(prompts, LENGTHS, strict=True)]
+    masks = [[False] * PROMPT + [True] * n for n in LENGTHS] if scope == "response" else None
     labels = np.zeros(3, dtype=int)
     if cached:
         cache = StateCache(tmp_path, dtype=torch.float32)
@@ -48,25 +37,24 @@ def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cach
     else:
         found = follow_replies(probe, PromptDataset(ids, labels, masks), LENGTHS, lm, batch_tokens=24)
     probe.set_backbone(lm)
-    assert [len(values) for values in found] == LENGTHS
-    for row, values in enumerate(found):
+    assert [len(logits) for logits in found] == LENGTHS
+    for row, logits in enumerate(found):
         for n in range(1, LENGTHS[row] + 1):
             whole = torch.tensor([ids[row][: PROMPT + n]])
             mask = None if masks is None else torch.tensor([masks[row][: PROMPT + n]])
             with torch.no_grad():
                 expected = probe(input_ids=whole, probe_mask=mask).logits[0]
-            assert np.allclose(values[n - 1], expected, atol=1e-5)
+            torch.testing.assert_close(logits[n - 1], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_says_what_generate_says(tmp_path):
-    lm = make_lm()
-    probe = make_probe(token_scope="response", probe_type="mha")
+def test_the_scores_are_those_of_generate():
+    lm, probe = make_lm(), make_probe(token_scope="response", probe_type="mha")
     model = LlamaForProbedGeneration.from_causal_lm(lm, {"guard": probe})
     out = model.generate(make_prompts(2, PROMPT), max_new_tokens=8, eos_token_id=None, do_sample=False)
     masks = [[False] * PROMPT + [True] * 8] * 2
     found = follow_replies(probe, PromptDataset(out.sequences.tolist(), np.zeros(2, dtype=int), masks), [8, 8], lm)
-    for row, values in enumerate(found):
-        assert np.allclose(values[:-1], out.probe_token_logits["guard"][row], atol=1e-5)
+    for row, logits in enumerate(found):
+        assert np.allclose(logits[:-1], out.probe_token_logits["guard"][row], atol=1e-5)
 
 
 SCORES = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=12).map(np.array)
@@ -88,14 +76,10 @@ def test_the_delay_is_counted_in_tokens_read():
         np.array([0.1, 0.1]),
     ]
     told = detection(scores, np.array([1, 1, 0, 0]), threshold=0.5, patience=2)
-    assert told == {
-        "rows": 4,
-        "detected": 0.5,
-        "false_halts": 0.5,
-        "delay": {"median": 5.0, "p90": 5.0, "share": 5 / 8},
-    }
+    delay = {"median": 5.0, "p90": 5.0, "share": 5 / 8}
+    assert told == {"rows": 4, "detected": 0.5, "false_halts": 0.5, "delay": delay}
     silent = detection(scores, np.array([1, 1, 0, 0]), threshold=0.95, patience=1)
-    assert silent["detected"] == 0 and silent["delay"] == {"median": None, "p90": None, "share": None}
+    assert silent["detected"] == 0 and silent["delay"] == dict.fromkeys(delay)
     assert detection(scores, np.zeros(4), 0.5, 1)["detected"] is None
 
 
@@ -103,16 +87,14 @@ def test_the_delay_is_counted_in_tokens_read():
 @given(seed=st.integers(0, 999), limit=st.sampled_from([0.0, 0.05, 0.3]))
 def test_rules_keep_to_the_false_halts(seed, limit):
     rng = np.random.default_rng(seed)
-    labels = np.array([0] * 20 + [1] * 10)
-    followed = []
+    labels, followed = np.array([0] * 20 + [1] * 10), []
     for label in labels:
         positive = rng.beta(1 + label, 2, size=rng.integers(1, 15))
         followed.append(torch.from_numpy(np.stack([1 - positive, positive], axis=1)).log())
     config = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}).config
     rules = halting_rules(config, followed, labels, limit)
     assert list(rules) == ["awful"] and sum(rule["chosen"] for rule in rules["awful"]) == 1
-    for rule in rules["awful"]:
-        assert rule["validation"]["false_halts"] <= limit
+    assert all(rule["validation"]["false_halts"] <= limit for rule in rules["awful"])
     again = apply_rules(config, rules, followed, labels)
     assert all(rule["test"] == rule["validation"] for rule in again["awful"])
     assert apply_rules(config.replace(id2label={0: "fine", 1: "bad"}), rules, followed, labels) == {}
@@ -124,9 +106,8 @@ def test_each_of_several_labels_has_rules():
     config = make_probe(token_scope="response", num_labels=3).config
     rules = halting_rules(config, followed, labels)
     assert list(rules) == list(config.id2label.values())
-    one_token = [rules[name][0]["validation"] for name in rules]
-    assert all(
-        told["detected"] == 1 and told["false_halts"] == 0 and told["delay"]["median"] == 1 for told in one_token
-    )
+    for first, *_ in rules.values():
+        told = first["validation"]
+        assert (told["detected"], told["false_halts"], told["delay"]["median"]) == (1, 0, 1)
     regression = make_probe(token_scope="response", num_labels=1, problem_type="regression").config
     assert halting_rules(regression, followed, labels.astype(float)[:, None]) == {}

@@ -1,23 +1,21 @@
-"""The heat map: a column a token, a row a layer, and a sentence that says so."""
+"""The heat map: a column a token, a row a layer, and a text that says so."""
 
 import dataclasses
 import itertools
-import sys
 
 import numpy as np
 import pytest
 from conftest import make_reading
 
-from llama_probe import ProbeError
-from llama_probe.evaluation.figure import png_writer
 from llama_probe.evaluation.heatmap import heat_map
+from llama_probe.evaluation.plots import png_writer
 
 
 TOKENS = ["<bos>", "system", "\n", "good", " mor", "ning", "日", "", "\t", "<eos>"]
 
 
 def panels(figure):
-    """Bars above, the map, layer weights, the scale."""
+    """Return the bars above, the map, the layer weights and the scale."""
     above, _, center, side, scale = figure.axes
     return above, center, side, scale
 
@@ -40,27 +38,24 @@ def test_what_it_shows():
     assert [label.get_color() for label in center.get_xticklabels()] == ["black"] * 6 + ["0.55"]
     assert [label.get_text() for label in center.get_yticklabels()] == ["0", "2", "4"]
     assert figure.get_suptitle() == "mood: yes (75%)\ngood morning日⇥"
-    assert scale.get_yticklabels()[0].get_text() == f"{1 / 7:.1%}"
-    assert scale.get_yticklabels()[-1].get_text() == f"{reading.weights.max():.1%}"
+    ends = [label.get_text() for label in scale.get_yticklabels()][:: len(scale.get_yticklabels()) - 1]
+    assert ends == [f"{1 / 7:.1%}", f"{reading.weights.max():.1%}"]
 
 
-def test_the_beginning_that_is_not_read_is_one_block():
-    figure = heat_map(make_reading(TOKENS, unread=3))
+@pytest.mark.parametrize("unread", [0, 3])
+def test_the_beginning_that_is_not_read_is_one_block(unread):
+    figure = heat_map(make_reading(TOKENS, unread=unread))
     _, center, *_ = panels(figure)
-    assert [text.get_text() for text in center.texts] == ["3 tokens, not read"]
-    (block,) = center.patches
-    assert block.get_x() + block.get_width() == 2.5 and center.get_xlim()[0] == block.get_x() > -1
-    assert "the head does not read it" in figure.get_supxlabel()
-    whole = heat_map(make_reading(TOKENS))
-    assert not panels(whole)[1].texts and not panels(whole)[1].patches
-    assert "does not read it" not in whole.get_supxlabel()
+    assert [text.get_text() for text in center.texts] == ["3 tokens, not read"][: unread > 0]
+    assert ("does not read it" in figure.get_supxlabel()) == (unread > 0)
+    for block in center.patches:
+        assert block.get_x() + block.get_width() == 2.5 and center.get_xlim()[0] == block.get_x() > -1
 
 
 def test_a_color_means_more_than_an_even_share():
     reading = make_reading(["a", "b", "c", "d"])
     weights = np.tile([0.1, 0.25, 0.05, 0.6], (5, 1))
-    _, center, *_ = panels(heat_map(dataclasses.replace(reading, weights=weights)))
-    image = center.images[0]
+    image = panels(heat_map(dataclasses.replace(reading, weights=weights)))[1].images[0]
     white, *_, darkest = image.cmap(image.norm(weights[0]))
     assert image.norm(weights[0]).tolist() == [0, 0, 0, 1] and white.tolist() == [1, 1, 1, 1]
     assert darkest[:3].sum() < 1
@@ -71,7 +66,7 @@ def test_a_color_means_more_than_an_even_share():
 
 
 def test_a_long_text_keeps_to_a_width_and_names_the_heaviest():
-    reading = make_reading([f" w{i}" for i in range(3000)], unread=24)
+    reading = make_reading([f" w{i}" for i in range(600)], unread=24)
     figure = heat_map(reading)
     _, center, *_ = panels(figure)
     assert figure.get_figwidth() <= 22
@@ -79,37 +74,22 @@ def test_a_long_text_keeps_to_a_width_and_names_the_heaviest():
     figure.draw_without_rendering()
     edges = [(box.x0, box.x1) for box in (label.get_window_extent() for label in center.get_xticklabels())]
     assert all(right <= left for (_, right), (left, _) in itertools.pairwise(edges)), "names do not overlap"
-    assert 50 < len(edges) < 3000 and "the heaviest tokens are named" in figure.get_supxlabel()
+    assert 50 < len(edges) < 500 and "heaviest tokens" in figure.get_supxlabel()
     title = figure.get_suptitle().splitlines()[1]
     assert title.endswith("…") and len(title) <= 22 * 12
     assert heat_map(make_reading(["a", "b"])).get_figwidth() < 8
 
 
-@pytest.mark.parametrize("tokens", [["a"], ["a"] * 40])
-@pytest.mark.parametrize("layers", [1, 100])
-def test_all_sizes_can_be_drawn(tokens, layers, tmp_path):
-    reading = make_reading(tokens, num_hidden_layers=100, layers=list(range(layers)))
-    png_writer(lambda: heat_map(reading))(tmp_path / "map.png")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_same_reading_gives_the_same_file(tmp_path):
-    for name in ("a", "b"):
-        png_writer(lambda: heat_map(make_reading(TOKENS, unread=3)))(tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+@pytest.mark.parametrize("tokens, layers", [(1, 1), (40, 1), (1, 100), (40, 100)])
+def test_all_sizes_can_be_drawn(tokens, layers):
+    heat_map(make_reading(["a"] * tokens, num_hidden_layers=100, layers=list(range(layers)))).draw_without_rendering()
 
 
 def test_a_text_is_never_a_formula_and_moves_nothing(tmp_path, recwarn):
-    reading = make_reading(
-        ["$\\frac{$", " \u202eabc", "\n", "🎉語", "<eos>"], label="$^{$", probabilities={"$^{$": 0.5}
-    )
-    figure = heat_map(reading)
-    assert figure.get_suptitle() == "mood: $^{$ (50%)\n$\\frac{$ \\u202eabc⏎🎉語"
-    png_writer(lambda: figure)(tmp_path / "map.png")
+    tokens = ["$\\frac{$", " \u202eabc", "\n", "🎉語", "<eos>"]
+    reading = make_reading(tokens, label="$^{$", probabilities={"$^{$": 0.5})
+    assert heat_map(reading).get_suptitle() == "mood: $^{$ (50%)\n$\\frac{$ \\u202eabc⏎🎉語"
+    for name in ("a.png", "b.png"):
+        png_writer(lambda: heat_map(reading))(tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
-
-
-def test_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ProbeError, match=r"pip install 'llama_probe\[plots\]'"):
-        heat_map(make_reading(["a", "b"]))

@@ -1,6 +1,7 @@
 """Plots: files that the results alone decide."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -34,18 +35,23 @@ def inspection():
     }
 
 
-@pytest.fixture
-def folder(tmp_path, inspection):
-    folder = save_head(make_probe(), tmp_path / "head")
-    (folder / "results.json").write_text(json.dumps({"inspection": inspection}))
-    return folder
+def texts(labels):
+    return [label.get_text() for label in labels]
 
 
-def test_the_same_results_give_the_same_files(folder):
-    first = {path.name: path.read_bytes() for path in write_plots(folder)}
+def test_files_follow_the_results(tmp_path, inspection, monkeypatch):
+    results = tmp_path / "results.json"
+    assert write_plots(tmp_path) == []
+    results.write_text(json.dumps({"inspection": inspection}))
+    first = {path.name: path.read_bytes() for path in write_plots(tmp_path)}
     assert set(first) == {"calibration.png", "layer_weights.png"}
     assert all(data.startswith(b"\x89PNG") and b"Software" not in data for data in first.values())
-    assert {path.name: path.read_bytes() for path in write_plots(folder)} == first
+    assert {path.name: path.read_bytes() for path in write_plots(tmp_path)} == first
+    del inspection["calibration"]  # regression heads have none
+    results.write_text(json.dumps({"inspection": inspection}))
+    assert write_plots(tmp_path) == [tmp_path / "layer_weights.png"] == list(tmp_path.glob("*.png"))
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    assert write_plots(tmp_path) == [] == list(tmp_path.glob("*.png"))
 
 
 def test_what_they_show(inspection):
@@ -55,26 +61,24 @@ def test_what_they_show(inspection):
     assert [bar.get_height() for bar in counts.patches] == [part["rows"] for part in bins]
     assert f"{inspection['calibration']['error']:.3f}" in upper.get_title()
     (axes,) = layer_weights_plot(inspection).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["no", "yes"]
+    assert texts(axes.get_legend().get_texts()) == ["no", "yes"]
     assert list(axes.lines[1].get_ydata()) == [0.1, 0.1, 0.8]
 
 
 def test_layers_are_marked_by_whole_numbers(inspection):
-    few = {"layers": [0, 10, 20], "by_label": {"no": [0.5, 0.3, 0.2], "yes": [0.1, 0.1, 0.8]}}
+    inspection["layer_weights"]["layers"] = [0, 10, 20]
     groups = [{"label": "yes", "right": True, "rows": 3, "weights": [0.5, 0.3, 0.2]}]
-    for figure in (
-        layer_weights_plot(inspection | {"layer_weights": few}),
-        layer_groups_plot({"head": {"layers": [0, 1, 2], "groups": groups}}),
-    ):
+    two = layer_groups_plot({name: {"layers": [0, 1, 2], "groups": groups} for name in ("a", "b")})
+    for figure in (layer_weights_plot(inspection), two):
         assert all(place.is_integer() for place in figure.axes[-1].get_xticks().tolist())
+    assert [axes.get_xlabel() for axes in two.axes] == ["", "layer (0: embeddings)"]
 
 
 def test_layer_weights_of_many_labels_are_a_heat_map(inspection):
     by_label = {f"label {i}": [i / 100, 0.2, 0.8 - i / 100] for i in range(28)}
     axes, _ = layer_weights_plot(inspection | {"layer_weights": {"layers": [0, 4, 8], "by_label": by_label}}).axes
     assert axes.images[0].get_array().tolist() == list(by_label.values())
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(by_label)
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "4", "8"]
+    assert texts(axes.get_yticklabels()) == list(by_label) and texts(axes.get_xticklabels()) == ["0", "4", "8"]
 
 
 @pytest.mark.parametrize("count", [2, 6, 28])
@@ -88,70 +92,50 @@ def test_confusion(count):
     expected = {(column, line): str(rows) for (line, column), rows in np.ndenumerate(matrix) if rows}
     assert shown == expected, "columns are what the head gives"
     assert f"{matrix.trace():,} of {matrix.sum():,} right" in axes.get_title()
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        f"{name} ({rows:,})" for name, rows in zip(names, matrix.sum(axis=1), strict=True)
-    ]
+    totals = matrix.sum(axis=1)
+    assert texts(axes.get_yticklabels()) == [f"{name} ({n:,})" for name, n in zip(names, totals, strict=True)]
     right, wrong = (image.get_array() for image in axes.images)
-    assert right.mask[1].sum() == count - 1 and right[1, 1] == pytest.approx(matrix[1, 1] / matrix[1].sum())
+    assert right.mask[1].sum() == count - 1 and right[1, 1] == pytest.approx(matrix[1, 1] / totals[1])
     assert wrong.mask[1, 1]
     figure.draw_without_rendering()
-    box = axes.texts[-1].get_window_extent()
-    assert box.width < axes.get_window_extent().width / count, "a number fits into its cell"
+    width = axes.texts[-1].get_window_extent().width
+    assert width < axes.get_window_extent().width / count, "a number fits into its cell"
+    with pytest.raises(ProbeError, match="confusion"):
+        confusion_plot({"split": "test", "confusion": matrix.tolist()}, names[1:])
 
 
 def test_outcomes_of_several_labels():
     outcomes = {"rare": {"found": 1, "missed": 2, "wrong": 3}, "common": {"found": 10, "missed": 5, "wrong": 0}}
-    figure = outcomes_plot({"split": "test", "outcomes": outcomes})
-    (axes,) = figure.axes
+    (axes,) = outcomes_plot({"split": "test", "outcomes": outcomes}).axes
     found, missed, wrong = ([bar.get_width() for bar in bars] for bars in axes.containers)
     assert (found, missed, wrong) == ([1, 10], [2, 5], [-3, 0]), "the label with the most rows on top"
     assert [bar.get_x() for bar in axes.containers[1]] == [1, 10], "what is missed begins where what is found ends"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["rare", "common"]
-    figure.draw_without_rendering()
+    assert texts(axes.get_yticklabels()) == ["rare", "common"]
 
 
-def test_names_are_never_formulas(inspection, tmp_path):
+def test_names_are_never_formulas(inspection):
     by_label = {"_hidden": [0.5, 0.3, 0.2], "$\\frac{$": [0.1, 0.1, 0.8]}
     odd = inspection | {"split": "$\\frac{$", "layer_weights": {"layers": [0, 1, 2], "by_label": by_label}}
-    figure = layer_weights_plot(odd)
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(by_label)
     outcomes = {"$\\frac{$": {"found": 1, "missed": 2, "wrong": 3}}
-    for drawn in (
-        figure,
-        calibration_plot(odd),
-        outcomes_plot(odd | {"outcomes": outcomes}),
-        confusion_plot(odd | {"confusion": [[1, 0], [0, 1]]}, list(by_label)),
-    ):
-        drawn.draw_without_rendering()
-
-
-def test_nothing_measured_nothing_drawn(tmp_path, folder, monkeypatch):
-    assert write_plots(save_head(make_probe(), tmp_path / "fresh")) == []
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert write_plots(folder) == [] and not (folder / "calibration.png").exists()
-
-
-def test_plots_of_an_earlier_head_go(folder, inspection, monkeypatch):
-    write_plots(folder)
-    del inspection["calibration"]  # a head of values has none
-    (folder / "results.json").write_text(json.dumps({"inspection": inspection}))
-    assert (
-        [path.name for path in write_plots(folder)] == ["layer_weights.png"] == [p.name for p in folder.glob("*.png")]
-    )
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert write_plots(folder) == [] == list(folder.glob("*.png"))
+    layers = layer_weights_plot(odd)
+    assert texts(layers.axes[0].get_legend().get_texts()) == list(by_label)
+    confusion = confusion_plot(odd | {"confusion": [[1, 0], [0, 1]]}, list(by_label))
+    for figure in (layers, calibration_plot(odd), outcomes_plot(odd | {"outcomes": outcomes}), confusion):
+        figure.draw_without_rendering()
 
 
 def test_without_matplotlib(inspection, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ProbeError, match=r"pip install 'llama_probe\[plots\]'"):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ProbeError, match="pip install"):
         layer_weights_plot(inspection)
 
 
-def test_results_travel_with_the_head_until_it_is_trained_on(folder, tmp_path, caplog):
+def test_results_travel_with_the_head_until_it_is_trained_on(tmp_path, caplog):
+    folder = save_head(make_probe(), tmp_path / "head")
+    (folder / "results.json").write_text("{}")
     head = read_head(folder)
     assert (save_head(head, tmp_path / "copy") / "results.json").is_file()
     with torch.no_grad():
         head.classifier.weight.add_(1)
     assert not (save_head(head, tmp_path / "changed") / "results.json").exists()
-    assert "after its results were measured" in caplog.text
+    assert "results" in caplog.text

@@ -56,7 +56,7 @@ def plot(
     """
     from ..backbone.loading import backbone_target, load_backbone
     from ..errors import ProbeError
-    from ..evaluation.figure import new_figure
+    from ..evaluation.plots import new_figure
     from ..evaluation.reading import read_texts
     from ..files import check_writable, make_folder, write_atomically
     from ..heads.probe import ProbeModel
@@ -143,9 +143,9 @@ def _measure(model, tokenizer, name: str, rows) -> dict[str, Any]:
 
 
 def _of_text(reading: Reading, number: int) -> Iterator[_Drawing]:
-    from ..evaluation.figure import png_writer
     from ..evaluation.heatmap import heat_map
     from ..evaluation.page import reading_page
+    from ..evaluation.plots import png_writer
 
     stem = _file_stem(number, reading.text)
     facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
@@ -169,7 +169,7 @@ def _of_head(
     """The pictures of what was measured, and what there is to say of those that are missing."""
     from ..errors import ProbeError
     from ..evaluation import plots
-    from ..evaluation.figure import png_writer
+    from ..evaluation.plots import png_writer
 
     if not inspection:
         return [], [f"{probe} keeps no measurements (layer weights, confusion, reliability); --data measures them."]

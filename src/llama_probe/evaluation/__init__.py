@@ -1,1 +1,6 @@
-"""What a head is worth, and what it looked at."""
+"""What a head is worth, and what it looked at.
+
+- `report`: metrics with confidence intervals, from `metrics`, `bootstrap` and `calibration`. `detection` is for replies.
+- `scoring_job`: scores files of any size. `resume`: lets only a run with the same settings resume another.
+- `reading`: weights of the tokens and layers of a text, drawn by `heatmap` and `page`. `plots`: all other figures.
+"""

@@ -13,17 +13,18 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import check_numbers, probabilities, probe_loss, threshold_of
+from .metrics import has_label, is_binary
 
 
 logger = logging.get_logger(__name__)
 
 EXPECTED_F1, BEST_F1 = "expected-f1", "best-f1"
 
-_BINS = 10  # of equal width, in which confidence is compared with what holds
+_BINS = 10  # bins of equal width that compare confidence with frequency
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeConfig) -> float:
-    """The temperature with the lowest cross-entropy (Guo et al., arXiv 1706.04599), between 0.05 and 20.
+    """Return the temperature with the lowest cross-entropy (Guo et al., arXiv 1706.04599), between 0.05 and 20.
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, num_labels]`), labels: of validation rows.
@@ -43,10 +44,11 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeCon
 
 
 def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
-    """The threshold with the highest F1, halfway to the next lower score so that it is not tied to one row.
+    """Return the threshold with the highest F1, halfway to the next lower score.
 
     Args:
-        scores (`[rows]`): probabilities of the positive label. positives (`[rows]`): 0 or 1.
+        scores (`[rows]`): probabilities of the positive label.
+        positives (`[rows]`): 0 or 1.
     """
     precision, recall, thresholds = precision_recall_curve(positives, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
@@ -55,14 +57,15 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 
 
 def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
-    """The threshold with the highest expected F1, halfway to the next lower score.
+    """Return the threshold with the highest expected F1, halfway to the next lower score.
 
-    The F1 of the rows themselves jumps from one to the next, and where few are positive its best threshold is one of chance.
-    Here a logistic map of the scores' log odds (Platt, 1999) says how likely each row is to be positive, and the threshold is
-    the best for rows that are (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
+    The F1 of the rows themselves jumps from row to row; with few positives its best threshold is chance. Here a logistic
+    map of the log odds (Platt, 1999) gives each row a probability of being positive. The threshold is the best for these
+    probabilities (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
 
     Args:
-        scores (`[rows]`): probabilities of the positive label. positives (`[rows]`): 0 or 1; both occur.
+        scores (`[rows]`): probabilities of the positive label.
+        positives (`[rows]`): 0 or 1; both occur.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order].astype(np.float64)
@@ -71,39 +74,39 @@ def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     fit = LogisticRegression(C=100.0, max_iter=1000).fit(log_odds, positives[order])
     likely = fit.predict_proba(log_odds)[:, 1]
     f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
-    f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold lies between rows that score alike
+    f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold separates equal scores
     best = int(np.argmax(f1))
     return _halfway(ranked[best], ranked[best + 1] if best + 1 < len(ranked) else 0.0)
 
 
 def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:
-    """The threshold with the highest recall among those that flag at most a share of the negative rows.
+    """Return the threshold with the highest recall that flags at most a share of the negative rows.
 
-    Of several such thresholds it is the highest, halfway to the next lower score. Where none flags a positive row it lies
-    above every score. Only scores of exactly 1 cannot be kept out: where these are too many, the threshold is 1, and a
-    warning says so.
+    Several thresholds with this recall: the highest, halfway to the next lower score. No positive row can be flagged: a
+    threshold above every score. Too many negative rows with a score of 1: the threshold 1, with a warning.
 
     Args:
-        scores (`[rows]`): probabilities of the positive label. positives (`[rows]`): 0 or 1; both occur.
+        scores (`[rows]`): probabilities of the positive label.
+        positives (`[rows]`): 0 or 1; both occur.
         max_false_positive_rate: 0 or more, below 1.
     """
     rates, recalls, thresholds = roc_curve(positives, scores, drop_intermediate=False)
     best = int(np.argmax(np.where(rates <= max_false_positive_rate, recalls, -1.0)))
-    upper = float(thresholds[best]) if best else 1.0  # the first of roc_curve flags nothing and has no score
+    upper = float(thresholds[best]) if best else 1.0  # the first threshold of roc_curve is infinite
     lower = float(thresholds[best + 1]) if best + 1 < len(thresholds) else 0.0
     if lower >= upper:
         logger.warning(
-            f"The label has a probability of 1 in more than {max_false_positive_rate:g} of the rows without it: no "
-            "threshold keeps to max_false_positive_rate."
+            f"More than {max_false_positive_rate:g} of the rows without the label have a probability of 1: no threshold "
+            "keeps to max_false_positive_rate."
         )
         return upper
     return _halfway(upper, lower)
 
 
 def _halfway(upper: float, lower: float) -> float:
-    """Between two scores, so that the upper one is flagged and the lower one is not."""
+    """Return a threshold that flags the upper of two scores and not the lower one."""
     middle = (float(upper) + float(lower)) / 2
-    # Heads compare in float32, in which the middle of two neighbours may be the lower one.
+    # Heads compare in float32, where the middle of two neighbours may equal the lower one.
     return float(upper) if np.float32(middle) <= np.float32(lower) else middle
 
 
@@ -111,25 +114,20 @@ _THRESHOLD_RULES = {EXPECTED_F1: expected_f1_threshold, BEST_F1: best_f1_thresho
 
 
 def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | None, threshold_rule: str) -> None:
-    """Whether a head's threshold can be chosen so.
+    """Check that a head's threshold can be chosen this way.
 
     Raises:
         ProbeError: the rule or the rate is not allowed, or the head has no threshold.
     """
     if threshold_rule not in _THRESHOLD_RULES:
-        raise ProbeError(f"threshold_rule={threshold_rule!r} is not known; allowed: {', '.join(_THRESHOLD_RULES)}")
-    if max_false_positive_rate is None:
-        return
-    if not 0 <= max_false_positive_rate < 1:
+        raise ProbeError(f"threshold_rule={threshold_rule!r} must be one of: {', '.join(_THRESHOLD_RULES)}")
+    rate = max_false_positive_rate
+    if rate is not None and not 0 <= rate < 1:
+        raise ProbeError(f"max_false_positive_rate={rate!r} must be at least 0 and below 1")
+    if rate is not None and not is_binary(config) and config.problem_type != "multi_label_classification":
         raise ProbeError(
-            f"max_false_positive_rate={max_false_positive_rate!r} must be a share of rows, at least 0 and below 1"
-        )
-    if config.problem_type != "multi_label_classification" and (
-        config.problem_type == "regression" or config.num_labels != 2
-    ):
-        raise ProbeError(
-            f"max_false_positive_rate={max_false_positive_rate!r} needs a head with two labels or a multi-label head; "
-            f"this one has num_labels={config.num_labels}, problem_type={config.problem_type!r}: leave it out"
+            f"max_false_positive_rate={rate!r} needs a head with two labels or a multi-label head, not "
+            f"num_labels={config.num_labels}, problem_type={config.problem_type!r}"
         )
 
 
@@ -140,68 +138,67 @@ def calibrate(
     max_false_positive_rate: float | None = None,
     threshold_rule: str = EXPECTED_F1,
 ) -> ProbeConfig:
-    """`config` with the temperature, and where it has two labels or several at once the thresholds, that suit the rows.
+    """Return `config` with the temperature and the thresholds that suit validation rows.
 
-    Regression heads come back as they are; so does a threshold whose label occurs in no row or in all.
+    Heads of two labels and multi-label heads get thresholds. Regression heads are returned unchanged. A label that no row
+    or each row has keeps the default threshold.
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, num_labels]`), labels: of validation rows.
-        max_false_positive_rate: thresholds have the highest recall with at most this share of the negative rows flagged,
-            for each label of a multi-label head by itself. `None` for the `threshold_rule`.
-        threshold_rule: `"expected-f1"`, see `expected_f1_threshold`, or `"best-f1"`, see `best_f1_threshold`.
+        max_false_positive_rate: choose the highest recall with at most this share of the negative rows flagged, for each
+            label by itself. Defaults to the `threshold_rule`.
+        threshold_rule: `"expected-f1"` (`expected_f1_threshold`) or `"best-f1"` (`best_f1_threshold`).
 
     Raises:
-        ProbeError: see `check_threshold_rule`; or a logit is not a number.
+        ProbeError: as for `check_threshold_rule`, or a logit is not a number.
     """
     check_threshold_rule(config, max_false_positive_rate, threshold_rule)
     check_numbers(logits)
     if config.problem_type == "regression":
         return config
     config = config.replace(temperature=fit_temperature(logits, labels, config), threshold=None)
-    probs = probabilities(logits.float(), config).numpy()
-    truth = labels.numpy()
+    probs, truth = probabilities(logits.float(), config).numpy(), labels.numpy()
 
-    def choose(scores: np.ndarray, positives: np.ndarray) -> float:
+    def choose(scores: np.ndarray, positives: np.ndarray, default: float | None) -> float | None:
+        if not 0 < positives.sum() < len(positives):
+            return default
         if max_false_positive_rate is None:
             return _THRESHOLD_RULES[threshold_rule](scores, positives)
         return highest_recall_threshold(scores, positives, max_false_positive_rate)
 
     if config.problem_type == "multi_label_classification":
-        thresholds = [
-            choose(probs[:, i], truth[:, i]) if 0 < truth[:, i].sum() < len(truth) else 0.5
-            for i in range(config.num_labels)
-        ]
-        return config.replace(threshold=thresholds)
-    if config.num_labels == 2 and 0 < truth.sum() < len(truth):
-        return config.replace(threshold=choose(probs[:, 1], truth))
-    return config
+        return config.replace(threshold=[choose(probs[:, i], truth[:, i], 0.5) for i in range(config.num_labels)])
+    return config.replace(threshold=choose(probs[:, 1], truth, None)) if is_binary(config) else config
 
 
 def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, Any]:
-    """How often the head is right when it says how sure it is (Guo et al., arXiv 1706.04599).
+    """Compare the confidence of a head with how often it is right (Guo et al., arXiv 1706.04599).
 
     Two labels and multi-label heads: the probability of each (positive) label against how often it holds. More labels:
-    the probability of the largest against how often it is right.
+    the largest probability against how often its label is right.
 
     Returns:
-        `error`: expected calibration error with the saved temperature, `error_uncalibrated`: the same at temperature 1,
-        `bins`: for each that holds any, `low`, `high`, `rows`, mean `confidence` and `frequency`.
+        `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
+        `bins`: for each that is not empty, `low`, `high`, `rows`, mean `confidence` and `frequency`.
     """
-    saved = _confidence(logits, labels, config)
-    plain = _confidence(logits, labels, config.replace(temperature=1.0))
-    return {
-        "error": _calibration_error(*saved),
-        "error_uncalibrated": _calibration_error(*plain),
-        "bins": _bins(*saved),
-    }
+    confidence, holds = _confidence(logits, labels, config)
+    bins, table = _bin_of(confidence), []
+    for i in np.unique(bins).tolist():
+        rows = bins == i
+        edges = {"low": round(i / _BINS, 4), "high": round((i + 1) / _BINS, 4), "rows": int(rows.sum())}
+        means = {"confidence": confidence[rows].mean(), "frequency": holds[rows].mean()}
+        table.append(edges | {name: round(float(value), 4) for name, value in means.items()})
+    gaps = calibration_gaps(logits, labels, config), calibration_gaps(logits, labels, config.replace(temperature=1.0))
+    errors = (round(float(np.abs(part.mean(axis=0)).sum()), 4) for part in gaps)
+    return dict(zip(("error", "error_uncalibrated"), errors, strict=True)) | {"bins": table}
 
 
 def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> np.ndarray:
-    """What each row adds to the expected calibration error of `reliability`.
+    """Return what each row adds to the expected calibration error of `reliability`.
 
     Returns:
-        `[rows, bins]`: confidence less what holds, in the bin of the confidence; the mean over the labels for multi-label
-        heads. With weights `[rows]` that sum to n the error is the sum of `|weights @ gaps| / n`.
+        `[rows, bins]`: confidence minus truth, in the bin of the confidence; for multi-label heads the mean over the
+        labels. With weights `[rows]` that sum to n, the error is the sum of `|weights @ gaps| / n`.
     """
     confidence, holds = _confidence(logits, labels, config)
     each = len(confidence) // max(len(labels), 1)
@@ -212,10 +209,11 @@ def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConf
 
 
 def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return confidence and truth (0 or 1) of each decision: one a row, or one a row and label for multi-label heads."""
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
         return probs.ravel(), labels.ravel().astype(float)
-    if config.num_labels == 2:
+    if is_binary(config):
         return probs[:, 1], (labels == 1).astype(float)
     return probs.max(axis=1), (probs.argmax(axis=1) == labels).astype(float)
 
@@ -224,46 +222,21 @@ def _bin_of(confidence: np.ndarray) -> np.ndarray:
     return np.minimum((confidence * _BINS).astype(int), _BINS - 1)
 
 
-def _bins(confidence: np.ndarray, holds: np.ndarray) -> list[dict[str, Any]]:
-    index = _bin_of(confidence)
-    table = []
-    for i in range(_BINS):
-        rows = index == i
-        if rows.any():
-            table.append(
-                {
-                    "low": round(i / _BINS, 4),
-                    "high": round((i + 1) / _BINS, 4),
-                    "rows": int(rows.sum()),
-                    "confidence": round(float(confidence[rows].mean()), 4),
-                    "frequency": round(float(holds[rows].mean()), 4),
-                }
-            )
-    return table
-
-
-def _calibration_error(confidence: np.ndarray, holds: np.ndarray) -> float:
-    # Of the numbers as they are: what the bins show is rounded, and so would be off in the last digit.
-    gaps = np.bincount(_bin_of(confidence), confidence.astype(np.float64) - holds)
-    return round(float(np.abs(gaps).sum() / len(confidence)), 4)
-
-
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[dict[str, Any]]]:
-    """What each threshold would give: 0.1 to 0.9, and the saved one.
+    """Return what each threshold would give: 0.1 to 0.9, and the saved one.
 
     Returns:
-        For label 1 of two, or each label of a multi-label head, that occurs: rows with `threshold`, `precision` (`None`
-        where nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for heads of another kind.
+        By name, for label 1 of two or each label of a multi-label head that occurs: rows with `threshold`, `precision`
+        (None if nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for other heads.
     """
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
-        columns = [(i, labels[:, i] > 0) for i in range(config.num_labels)]
-    elif config.problem_type == "single_label_classification" and config.num_labels == 2:
-        columns = [(1, labels == 1)]
+        indices = list(range(config.num_labels))
     else:
-        return {}
+        indices = [1] if is_binary(config) else []
     tables = {}
-    for index, positive in columns:
+    for index in indices:
+        positive = has_label(labels, index, config)
         if not positive.any():
             continue
         saved = threshold_of(config, index)

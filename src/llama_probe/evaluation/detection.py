@@ -1,4 +1,4 @@
-"""How soon a head that follows replies finds what it looks for, and how often it ends one in vain."""
+"""How soon a head that follows replies finds a label, and how often it ends a reply in vain."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import probabilities
 from ..heads.probe import ProbeModel
 from .calibration import highest_recall_threshold
+from .metrics import has_label, is_binary
 
 
 PATIENCES = (1, 2, 4, 8)
@@ -30,35 +31,30 @@ def follow_replies(
     batch_tokens: int = 4096,
     progress: bool = False,
 ) -> list[torch.Tensor]:
-    """What a head says after each token of replies that exist already, as if the LM were writing them.
+    """Return the logits of a head after each token of finished replies, as if the LM were writing them.
 
     Args:
         probe: a head that reads replies.
-        dataset: a `StateDataset`, or with `lm` a `PromptDataset`; its rows end with the replies.
+        dataset: a `StateDataset`, or with `lm` a `PromptDataset`. Its rows end with the replies.
         lengths: tokens of each reply.
         lm, batch_tokens, progress: see `iterate_states`.
 
     Returns:
         For each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group the ranks
-        score a share of the rows each, and all get the whole.
+        divide the rows, and each rank gets all results.
     """
     probe.eval()
     found: dict[int, torch.Tensor] = {}
     batches = iterate_states(dataset, probe.config, lm, batch_tokens, progress, probe.layer_indices, divided=True)
     for rows, states, mask in batches:
-        if states.shape[1] != len(probe.layer_indices):  # a cache with more layers than this head reads
+        if states.shape[1] != len(probe.layer_indices):  # the cache has layers that this head does not read
             states = states[:, probe.layer_indices]
-        x = states.transpose(0, 1)  # [S, B, T, D]
-        counted = [row.nonzero().flatten() for row in mask]
-        before, replies = [], []
-        for row, columns in zip(rows, counted, strict=True):
-            begin = len(columns) - lengths[row]
-            before.append(columns[:begin])
-            replies.append(columns[begin:])
-        logits = _stream(probe, x, before, replies)  # [B, R, num_labels]
-        for i, row in enumerate(rows):
-            found[row] = logits[i, : lengths[row]]
-    found = {row: scores for part in gather(found) for row, scores in part.items()}
+        read = [row.nonzero().flatten() for row in mask]
+        before = [columns[: len(columns) - lengths[row]] for row, columns in zip(rows, read, strict=True)]
+        replies = [columns[len(columns) - lengths[row] :] for row, columns in zip(rows, read, strict=True)]
+        logits = _stream(probe, states.transpose(0, 1), before, replies)
+        found |= {row: logits[i, : lengths[row]] for i, row in enumerate(rows)}
+    found = {row: logits for part in gather(found) for row, logits in part.items()}
     return [found[row] for row in range(len(dataset))]
 
 
@@ -66,60 +62,63 @@ def follow_replies(
 def _stream(
     probe: ProbeModel, x: torch.Tensor, before: list[torch.Tensor], replies: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Logits after each token of the replies `[B, R, num_labels]`; `before` and `replies` are columns of `x`."""
+    """Return logits after each token of the replies `[B, R, num_labels]`.
+
+    Args:
+        x (`[S, B, T, D]`): hidden states of the layers that the head reads.
+        before, replies: columns of `x` of each row.
+    """
     state = probe.init_state(keep=True)
 
-    def read(columns: torch.Tensor, mask: torch.Tensor) -> None:
+    def step(columns: torch.Tensor, mask: torch.Tensor) -> None:
         states = probe.prepare(_columns(x, columns))
         probe.step(state, probe.layer_indices, states, mask.to(probe.device))
 
     if any(len(columns) for columns in before):
-        read(*_aligned(before))
-    columns, mask = _aligned(replies)
+        step(*_align(before))
+    columns, mask = _align(replies)
     steps = []
     for t in range(columns.shape[1]):
-        read(columns[:, t : t + 1], mask[:, t : t + 1])
+        step(columns[:, t : t + 1], mask[:, t : t + 1])
         steps.append(probe.finish(state).logits.float().cpu())
     return torch.stack(steps, dim=1)
 
 
-def _aligned(columns: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column numbers `[B, n]`, filled up with 0, and which of them count."""
+def _align(columns: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad column numbers to `[B, n]`. Return them and their mask."""
     index = nn.utils.rnn.pad_sequence(columns, batch_first=True)
     lengths = torch.tensor([len(row) for row in columns])
     return index, torch.arange(index.shape[1]) < lengths[:, None]
 
 
 def _columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`[S, B, n, D]`: of each row its own columns `[B, n]`."""
+    """Pick the columns `[B, n]` of each row: `[S, B, n, D]`."""
     return x[:, torch.arange(x.shape[1])[:, None], columns]
 
 
 def halting_scores(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:
-    """For each reply the highest threshold that halts it, `[rows]`; 0 where it is shorter than the patience.
+    """Return the highest threshold that halts each reply, `[rows]`; 0 if it is shorter than the patience.
 
     Args:
-        scores: of each reply the probability of the label after each token, `[reply_tokens]`.
-        patience: tokens in a row that must reach the threshold.
+        scores: for each reply the probability of the label after each token, `[reply_tokens]`.
+        patience: consecutive tokens that must reach the threshold.
     """
-    found = np.zeros(len(scores))
-    for row, values in enumerate(scores):
-        if len(values) >= patience:
-            found[row] = np.lib.stride_tricks.sliding_window_view(values, patience).min(axis=1).max()
-    return found
+    windows = (np.lib.stride_tricks.sliding_window_view(s, patience) if len(s) >= patience else None for s in scores)
+    return np.array([0.0 if part is None else part.min(axis=1).max() for part in windows])
 
 
 def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int) -> dict[str, Any]:
-    """What a halting rule does to replies.
+    """Return what a halting rule does to replies.
 
     Args:
-        scores: see `halting_scores`. positives (`[rows]`): whether the reply has the label.
-        threshold: probability from which a token is flagged. patience: tokens in a row that must be.
+        scores, patience: see `halting_scores`.
+        positives (`[rows]`): True if the reply has the label.
+        threshold: probability from which a token is flagged.
 
     Returns:
         `rows`; `detected`: share of the replies with the label that are halted; `false_halts`: share of the others that
-        are; `delay`: of the detected replies the median and 90th percentile of the tokens read when they are halted, and
-        the median share of the reply that these are (`None` where none is detected).
+        are halted; `delay`: over detected replies the `median` and the 90th percentile (`p90`) of the tokens read when
+        they are halted, and the median `share` of the reply (each None if none is detected).
     """
     tokens = np.array([_halting_token(np.asarray(values) >= threshold, patience) for values in scores], dtype=float)
     halted, positives = ~np.isnan(tokens), positives.astype(bool)
@@ -128,8 +127,8 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
     shares = read / np.array([len(values) for values in scores])[hits]
     return {
         "rows": len(scores),
-        "detected": float(hits.sum() / positives.sum()) if positives.any() else None,
-        "false_halts": float((halted & ~positives).sum() / (~positives).sum()) if not positives.all() else None,
+        "detected": float(halted[positives].mean()) if positives.any() else None,
+        "false_halts": float(halted[~positives].mean()) if not positives.all() else None,
         "delay": {
             "median": float(np.median(read)) if len(read) else None,
             "p90": float(np.percentile(read, 90)) if len(read) else None,
@@ -139,7 +138,7 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
 
 
 def _halting_token(flagged: np.ndarray, patience: int) -> float:
-    """Number of tokens read when a reply is halted; NaN where it is not."""
+    """Return the number of tokens read when a reply is halted; NaN if it is not."""
     streak = 0
     for count, flag in enumerate(flagged.tolist(), start=1):
         streak = streak + 1 if flag else 0
@@ -148,35 +147,31 @@ def _halting_token(flagged: np.ndarray, patience: int) -> float:
     return float("nan")
 
 
-def guarded_labels(config: ProbeConfig) -> list[int]:
-    """Labels that a reply may be halted by: the second of two, else each; none for regression."""
-    if config.problem_type == "regression":
-        return []
-    two = config.num_labels == 2 and config.problem_type == "single_label_classification"
-    return [1] if two else list(range(config.num_labels))
-
-
 def halting_rules(
     config: ProbeConfig,
     validation: Sequence[torch.Tensor],
     labels: np.ndarray,
     max_false_halts: float = MAX_FALSE_HALTS,
 ) -> dict[str, list[dict[str, Any]]]:
-    """For each label, and each patience of `PATIENCES`, the threshold that detects most replies, with few halts in vain.
+    """Return, for each label and each patience of `PATIENCES`, the threshold that detects most replies.
+
+    Labels are the second of two, else all. Regression heads have none. Labels of no row or of each row are left out.
 
     Args:
         config: of the head.
-        validation: of validation rows, see `follow_replies`. labels: of the same rows, see `LabelledTexts`.
+        validation: from `follow_replies`, of validation rows.
+        labels: of the same rows, see `LabelledTexts`.
         max_false_halts: share of the replies without the label that may be halted.
 
     Returns:
-        By label name a list of rules with `patience`, `threshold`, what `detection` says of the validation rows as
-        `validation`, and `chosen`: the one that detects most, and of several the one that does so soonest. Labels that
-        occur in no row, or in all, are left out.
+        By label name a list of rules with `patience`, `threshold`, `validation` (see `detection`) and `chosen`: True for
+        the rule that detects most replies, and of several such rules the soonest.
     """
-    found = {}
-    for index in guarded_labels(config):
-        positives = positive_rows(config, labels, index)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for index, name in config.id2label.items():
+        if config.problem_type == "regression" or (is_binary(config) and index != 1):
+            continue
+        positives = has_label(labels, index, config)
         if not 0 < positives.sum() < len(positives):
             continue
         scores = _scores(config, validation, index)
@@ -185,37 +180,29 @@ def halting_rules(
             threshold = highest_recall_threshold(halting_scores(scores, patience), positives, max_false_halts)
             told = detection(scores, positives, threshold, patience)
             rules.append({"patience": patience, "threshold": threshold, "validation": told})
-        best = max(
-            rules, key=lambda rule: (rule["validation"]["detected"], -(rule["validation"]["delay"]["median"] or 0))
-        )
-        found[config.id2label[index]] = [{**rule, "chosen": rule is best} for rule in rules]
+        told = [rule["validation"] for rule in rules]
+        best = max(told, key=lambda item: (item["detected"], -(item["delay"]["median"] or 0)))
+        found[name] = [{**rule, "chosen": rule["validation"] is best} for rule in rules]
     return found
 
 
 def apply_rules(
     config: ProbeConfig, rules: dict[str, list[dict[str, Any]]], followed: Sequence[torch.Tensor], labels: np.ndarray
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rules of `halting_rules`, each with what `detection` says of further rows as `test`.
+    """Return the rules of `halting_rules`, each with `test`: what it does to further rows, see `detection`.
 
-    Left out are those of labels that the head has not, because somebody has renamed them since.
+    Labels that the head no longer has, because they were renamed, are left out.
     """
     found = {}
     for name, ruled in rules.items():
-        index = config.label2id.get(name)
-        if index is None:
-            continue
-        positives, scores = positive_rows(config, labels, index), _scores(config, followed, index)
-        found[name] = [
-            {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in ruled
-        ]
+        if name in config.label2id:
+            index = config.label2id[name]
+            positives, scores = has_label(labels, index, config), _scores(config, followed, index)
+            tests = (detection(scores, positives, rule["threshold"], rule["patience"]) for rule in ruled)
+            found[name] = [{**rule, "test": test} for rule, test in zip(ruled, tests, strict=True)]
     return found
 
 
 def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:
-    """Of each reply the probability of a label after each token."""
+    """Return for each reply the probability of a label after each token."""
     return [probabilities(logits, config)[:, index].numpy() for logits in followed]
-
-
-def positive_rows(config: ProbeConfig, labels: np.ndarray, index: int) -> np.ndarray:
-    """Which rows have a label, `[rows]`, for labels as in `LabelledTexts`."""
-    return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .figure import explain, new_figure, percent
-from .reading import Reading, cut, visible
+from .plots import explain, new_figure, percent
+from .reading import Reading, cut, printable
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # In inches.
 _MAP_WIDTHS = (5.0, 19.5)
 _TOKEN, _LABEL, _LAYER = 0.2, 0.125, 0.13
-_BLOCK = 0.35  # what stands for the tokens that are not read
+_BLOCK = 0.35  # the block in place of the tokens that are not read
 _BESIDE = 2.5  # layer weights, scale and labels
 
 _COLORS = ("#ffffff", "#fdba74", "#ea580c", "#7c2d12")
@@ -24,10 +24,10 @@ _GREY = "0.88"
 
 
 def heat_map(reading: Reading) -> Figure:
-    """Token x layer heat map, with the weight of each token over all layers above it and that of each layer beside it.
+    """Draw a token x layer heat map, with the weight of each token above it and of each layer beside it.
 
-    The beginning that the head does not read is one grey block. The map grows with the tokens up to a width; where there
-    is no room to name all of them, the heaviest are named.
+    The beginning that the head does not read is one grey block. The map grows with the tokens up to a width. If there
+    is no room for all names, the heaviest tokens are named.
 
     Raises:
         ProbeError: matplotlib is not installed.
@@ -38,33 +38,31 @@ def heat_map(reading: Reading) -> Figure:
     map_width = float(np.clip(_TOKEN * (token_count - unread) + block, *_MAP_WIDTHS))
     inches_a_token = (map_width - block) / (token_count - unread)
     width = map_width + _BESIDE
-    # At least as high as the words on the block of what is not read.
+    # The words on the block need 1.3 inches.
     height = float(np.clip(_LAYER * layer_count, 1.3 if unread else 0.6, 8.0))
     figure = new_figure((width, 3.6 + height))
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # after new_figure, which says what to install
 
-    # In inches, so that the bars and the scale keep their widths however long the text is.
-    panels = figure.subplots(
-        2, 2, sharex="col", sharey="row", width_ratios=(map_width, 1.0), height_ratios=(0.8, height)
-    )
+    # Ratios in inches keep the bars and the scale as wide as they are for any length of text.
+    sizes = {"width_ratios": (map_width, 1.0), "height_ratios": (0.8, height)}
+    panels = figure.subplots(2, 2, sharex="col", sharey="row", **sizes)
     (above, corner), (center, side) = panels
     corner.set_axis_off()
     ends = reading.even_share, reading.scale_end(reading.weights)
     image = center.imshow(
         reading.weights[:, unread:],
         cmap=LinearSegmentedColormap.from_list("weights", _COLORS),
-        # Most weights are a small part of the largest one: the root keeps them apart.
+        # Most weights are a small part of the largest. The root keeps them apart.
         norm=PowerNorm(0.5, *ends, clip=True),
         extent=(unread - 0.5, token_count - 0.5, -0.5, layer_count - 0.5),
         aspect="auto",
         origin="lower",
     )
     if unread:
-        left = unread - 0.5 - block / inches_a_token
-        center.axvspan(left, unread - 0.5, color=_GREY, linewidth=0)
-        middle = ((left + unread - 0.5) / 2, (layer_count - 1) / 2)
-        note = f"{unread} tokens, not read"
-        center.text(*middle, note, rotation=90, ha="center", va="center", fontsize=8, color="0.4")
+        left, right = unread - 0.5 - block / inches_a_token, unread - 0.5
+        center.axvspan(left, right, color=_GREY, linewidth=0)
+        style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 8, "color": "0.4"}
+        center.text((left + right) / 2, (layer_count - 1) / 2, f"{unread} tokens, not read", **style)
         center.set_xlim(left, token_count - 0.5)
     above.bar(range(unread, token_count), reading.token_weights[unread:], width=0.9, color=_COLORS[2])
     above.set_ylabel("all layers", fontsize=8)
@@ -81,34 +79,30 @@ def heat_map(reading: Reading) -> Figure:
     above.yaxis.set_major_formatter(percent)
     side.xaxis.set_major_formatter(percent)
     ticks = [ends[0] + (ends[1] - ends[0]) * share**2 for share in (0, 0.25, 0.5, 0.75, 1)]
-    scale = figure.colorbar(
-        image, ax=panels, shrink=0.6, pad=0.01, ticks=ticks, format=lambda value, _: f"{value:.1%}"
-    )
+    style = {"shrink": 0.6, "pad": 0.01, "format": lambda value, _: f"{value:.1%}"}
+    scale = figure.colorbar(image, ax=panels, ticks=ticks, **style)
     scale.set_label("weight of a token in its layer", fontsize=8)
     for axes in (above, center, side, scale.ax):
         axes.tick_params(labelsize=7)
     title = (f"{reading.head}: {reading.verdict}", reading.text)
-    figure.suptitle("\n".join(cut(visible(line), int(12 * width)) for line in title), fontsize=10, parse_math=False)
+    figure.suptitle("\n".join(cut(printable(line), int(12 * width)) for line in title), fontsize=10, parse_math=False)
     return explain(figure, _explanation(reading, unread, named))
 
 
 def _explanation(reading: Reading, unread: int, named: list[int]) -> str:
-    sentences = [
+    sentences = {
         "What the head looked at. A column is a token (a word or a piece of one), a row a layer of the language model. "
-        "White: the token counted no more than if all counted alike; the darker, the more it counted in that layer."
-    ]
-    if unread:
-        sentences.append("The grey block is the beginning that is the same for every text; the head does not read it.")
-    if any(reading.template[unread:]):
-        sentences.append("Grey names: tokens that the chat template puts around the text.")
-    if len(named) < len(reading.tokens) - unread:
-        sentences.append("Where there is no room for all names, the heaviest tokens are named.")
-    sentences.append(reading.note or "A large weight tells where the head looked, not for which label it spoke.")
-    return " ".join(sentences)
+        "White: the token counted no more than if all counted alike; the darker, the more it counted in that layer.": True,
+        "The grey block is the beginning that is the same for every text; the head does not read it.": unread > 0,
+        "Grey names: tokens that the chat template puts around the text.": any(reading.template[unread:]),
+        "Only the heaviest tokens have room for their names.": len(named) < len(reading.tokens) - unread,
+        reading.note or "A large weight tells where the head looked, not for which label it spoke.": True,
+    }
+    return " ".join(sentence for sentence, applies in sentences.items() if applies)
 
 
 def _named_tokens(reading: Reading, unread: int, inches_a_token: float) -> list[int]:
-    """Positions of the tokens that have room for their names, ascending; the heaviest come first."""
+    """Return positions of the tokens to name, ascending. Heavy tokens get their place first."""
     distance = int(np.ceil(_LABEL / inches_a_token))
     free = np.ones(len(reading.tokens), dtype=bool)
     free[:unread] = False

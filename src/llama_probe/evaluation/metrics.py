@@ -1,8 +1,8 @@
-"""Metrics of a head: an `evaluate.Metric` over scikit-learn that loads without the Hub, and what the Trainer calls."""
+"""Metrics of a head: an `evaluate.Metric` over scikit-learn that loads without the Hub, and the Trainer's callback."""
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..heads.decision import check_numbers, log_odds, predictions, probabilities
 
 _CLASS_METRICS = ("accuracy", "f1", "precision", "recall", "auprc", "auroc")
 
-# What a head can be chosen by, for each problem type: larger is better.
+# Metrics that can choose a head, for each problem type. Larger is better.
 METRICS = {
     "single_label_classification": _CLASS_METRICS,
     "multi_label_classification": _CLASS_METRICS,
@@ -28,10 +28,7 @@ METRICS = {
 
 
 class ProbeMetric(evaluate.Metric):
-    """Accuracy, F1, precision, recall, AUPRC (average precision) and AUROC of a head's logits: `score_logits`.
-
-    Two labels: F1, precision, recall, AUPRC and AUROC of label 1. More, or several at once: macro averages; a label
-    that does not occur is left out of AUPRC and AUROC. Regression: mean squared error, mean absolute error and R2.
+    """The metrics of `score_logits` as an `evaluate.Metric`.
 
     Args:
         config (`ProbeConfig`): its problem type, labels, temperature and threshold.
@@ -56,7 +53,7 @@ class ProbeMetric(evaluate.Metric):
 
 
 def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
-    """`score` of the probabilities that a head gives with `[rows, num_labels]` logits, ranked by their log odds."""
+    """Return `score` of the probabilities for `[rows, num_labels]` logits, ranked by their log odds."""
     logits = logits.float()
     return score(probabilities(logits, config).numpy(), labels, config, log_odds(logits, config).numpy())
 
@@ -64,58 +61,54 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
 def score(
     probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """The metrics of `ProbeMetric` for `[rows, num_labels]` probabilities and labels as in `LabelledTexts`.
+    """Return the metrics of a head.
 
-    AUPRC and AUROC rank the rows by `ranked`, such as `log_odds`, or where it is left out by the probabilities.
+    Args:
+        probs (`[rows, num_labels]`): probabilities, or values of a regression head.
+        labels: as in `LabelledTexts`.
+        ranked (`[rows, num_labels]`): scores that rank the rows for AUPRC and AUROC, such as `log_odds`. Defaults to
+            `probs`.
 
-    F1, precision and recall are those of label 1 of two, else the mean over the labels that some row has or is given. AUPRC and
-    AUROC are `None` where no label both occurs and does not, and R2 where all rows have the same value.
+    Returns:
+        Classes: `accuracy`, `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`. Of two labels they are
+        those of label 1, else means over the labels: the first three over labels that some row has or is given, the last
+        two over labels that some rows have and others do not (None if there are none).
+        Regression: `mse`, `mae` and `r2` (None if all rows have the same value).
 
     Raises:
         ProbeError: a probability is not a number.
     """
     check_numbers(torch.from_numpy(np.asarray(probs)))
-    ranked = probs if ranked is None else ranked
     if config.problem_type == "regression":
         return {
             "mse": float(sk.mean_squared_error(labels, probs)),
             "mae": float(sk.mean_absolute_error(labels, probs)),
             "r2": float(sk.r2_score(labels, probs)) if np.ptp(labels, axis=0).any() else None,
         }
-    predicted = predictions(torch.from_numpy(np.asarray(probs)), config).numpy()
-    if config.problem_type == "multi_label_classification":
-        truth, average, columns = labels.astype(int), "macro", range(config.num_labels)
-        one_hot = truth
-        if config.num_labels == 1:  # scikit-learn takes one column for two classes
-            truth, predicted, average = truth[:, 0], predicted[:, 0].astype(int), "binary"
-    else:
-        truth, average = labels.astype(int), "binary" if config.num_labels == 2 else "macro"
-        one_hot = np.eye(config.num_labels, dtype=int)[truth]
-        columns = [1] if config.num_labels == 2 else range(config.num_labels)
-    names = {}
-    if average == "macro":  # a label that no row has or is given has no F1, and is no part of a mean
-        met = np.logical_or(*truth_and_predictions(probs, labels, config)).any(axis=0)
-        names = {"labels": np.flatnonzero(met) if met.any() else [0]}
-    precision, recall, f1, _ = sk.precision_recall_fscore_support(
-        truth, predicted, average=average, zero_division=0.0, **names
-    )
-    occurring = [c for c in columns if 0 < one_hot[:, c].sum() < len(one_hot)]
-    return {
-        "accuracy": float(sk.accuracy_score(truth, predicted)),
-        "f1": float(f1),
-        "precision": float(precision),
-        "recall": float(recall),
-        "auprc": float(np.mean([sk.average_precision_score(one_hot[:, c], ranked[:, c]) for c in occurring]))
-        if occurring
-        else None,
-        "auroc": float(np.mean([sk.roc_auc_score(one_hot[:, c], ranked[:, c]) for c in occurring]))
-        if occurring
-        else None,
-    }
+    truth, predicted = truth_and_predictions(probs, labels, config)
+    ranked = probs if ranked is None else ranked
+    met = [1] if is_binary(config) else np.flatnonzero((truth | predicted).any(axis=0))
+    parts = _score_columns(truth[:, met], predicted[:, met], ranked[:, met])
+    found: dict[str, float | None] = {"accuracy": float((truth == predicted).all(axis=1).mean())}
+    for name in _CLASS_METRICS[1:]:
+        values = [part[name] for part in parts if part[name] is not None]
+        undefined = None if name in ("auprc", "auroc") else 0.0
+        found[name] = float(np.mean(values)) if values else undefined
+    return found
+
+
+def is_binary(config: ProbeConfig) -> bool:
+    """Return True for a head of two labels, of which label 1 is the one to find."""
+    return config.problem_type == "single_label_classification" and config.num_labels == 2
+
+
+def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
+    """Return a mask `[rows]` of the rows with a label, for labels as in `LabelledTexts` of a head of classes."""
+    return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index
 
 
 def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Which labels hold, and which the head gives: booleans `[rows, num_labels]` for a head of classes.
+    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`.
 
     Args:
         probs (`[rows, num_labels]`), labels: as for `score`.
@@ -130,55 +123,53 @@ def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeCo
 def label_scores(
     probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Each label against all others, by name, for a head of classes.
+    """Score each label of a head of classes against all others.
 
     Args:
         probs, labels, ranked: as for `score`.
 
     Returns:
-        `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are `None` where the label
-        holds in no row or in all.
+        By label name: `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are None if
+        no row or each row has the label.
     """
-    truth, predicted = (x.astype(int) for x in truth_and_predictions(probs, labels, config))
-    ranked, scores = probs if ranked is None else ranked, {}
-    for index, name in config.id2label.items():
-        holds, scored = truth[:, index], ranked[:, index]
-        precision, recall, f1, _ = sk.precision_recall_fscore_support(
-            holds, predicted[:, index], average="binary", zero_division=0.0
-        )
-        defined = 0 < holds.sum() < len(holds)
-        scores[name] = {
-            "rows": int(holds.sum()),
-            "f1": float(f1),
-            "precision": float(precision),
-            "recall": float(recall),
-            "auprc": float(sk.average_precision_score(holds, scored)) if defined else None,
-            "auroc": float(sk.roc_auc_score(holds, scored)) if defined else None,
-        }
-    return scores
+    truth, predicted = truth_and_predictions(probs, labels, config)
+    parts = _score_columns(truth, predicted, probs if ranked is None else ranked)
+    return dict(zip(config.id2label.values(), parts, strict=True))
+
+
+def _score_columns(truth: np.ndarray, predicted: np.ndarray, ranked: np.ndarray) -> list[dict[str, Any]]:
+    count = truth.shape[1]
+    # scikit-learn takes one column for classes 0 and 1, several for labels.
+    options = {"average": None, "zero_division": 0.0, "labels": [1] if count == 1 else None}
+    each = sk.precision_recall_fscore_support(truth.astype(int), predicted.astype(int), **options) if count else ()
+    parts = []
+    for index, (precision, recall, f1, rows) in enumerate(zip(*each, strict=True)):
+        column, part = truth[:, index], {"rows": int(rows), "f1": f1, "precision": precision, "recall": recall}
+        defined = 0 < rows < len(truth)
+        part["auprc"] = sk.average_precision_score(column, ranked[:, index]) if defined else None
+        part["auroc"] = sk.roc_auc_score(column, ranked[:, index]) if defined else None
+        parts.append({key: value if value is None or key == "rows" else float(value) for key, value in part.items()})
+    return parts
 
 
 def confusion(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> list[list[int]]:
-    """Rows of each label by the label that a single-label head gives: `[num_labels (true), num_labels (given)]`."""
+    """Count rows of a single-label head, `[num_labels (true), num_labels (given)]`."""
     truth, predicted = truth_and_predictions(probs, labels, config)
     return (truth.astype(int).T @ predicted.astype(int)).tolist()
 
 
 def outcomes(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, int]]:
-    """In how many rows a head of classes finds a label, misses it, or gives it wrongly, by label name."""
+    """Count rows in which a head of classes finds a label, misses it, or gives it wrongly, by label name."""
     truth, predicted = truth_and_predictions(probs, labels, config)
+    counts = {"found": truth & predicted, "missed": truth & ~predicted, "wrong": ~truth & predicted}
     return {
-        name: {
-            "found": int((truth & predicted)[:, index].sum()),
-            "missed": int((truth & ~predicted)[:, index].sum()),
-            "wrong": int((~truth & predicted)[:, index].sum()),
-        }
-        for index, name in config.id2label.items()
+        label: {name: int(rows[:, index].sum()) for name, rows in counts.items()}
+        for index, label in config.id2label.items()
     }
 
 
 def compute_metrics(config: ProbeConfig) -> Callable:
-    """The Trainer's `compute_metrics=` for a head with this config: an epoch is chosen by the number that is reported of it."""
+    """Return the Trainer's `compute_metrics=` for a head with this config. It gives the numbers of a report."""
     metric = ProbeMetric(config)
 
     def compute(evaluated) -> dict[str, float | None]:
@@ -191,36 +182,29 @@ def compute_metrics(config: ProbeConfig) -> Callable:
 
 
 def default_metric(config: ProbeConfig) -> str:
-    """What a head is chosen by: AUPRC for two labels, which needs no threshold; else accuracy, macro F1 or R2."""
+    """Return the metric that chooses a head by default. AUPRC needs no threshold."""
     if config.problem_type == "regression":
         return "r2"
-    if config.problem_type == "multi_label_classification":
-        return "auprc"
-    return "auprc" if config.num_labels == 2 else "accuracy"
+    return "auprc" if is_binary(config) or config.problem_type == "multi_label_classification" else "accuracy"
 
 
 def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
-    """Raises `ProbeError` for a metric by which heads cannot be chosen: not one of the problem's, or without a value on these
-    labels."""
+    """Check that a metric can choose a head by these validation labels.
+
+    Raises:
+        ProbeError: the metric is not one of the problem type, or is undefined for these labels.
+    """
     allowed = METRICS[config.problem_type]
     if metric not in allowed:
-        raise ProbeError(
-            f"metric={metric!r} cannot choose a {config.problem_type} head; allowed: {', '.join(allowed)}"
-        )
-    anything = np.zeros((len(labels), config.num_labels))
-    if score(anything, labels, config)[metric] is None:
-        if metric == "r2":
-            raise ProbeError(
-                f"r2 is not defined on the {len(labels)} validation rows: all have the same value. Give rows with others as well"
-            )
-        raise ProbeError(
-            f"{metric} is not defined on the {len(labels)} validation rows: no label both occurs and does not. Give rows of "
-            f"each label, or another metric ({', '.join(name for name in allowed if name not in ('auprc', 'auroc'))})"
-        )
+        raise ProbeError(f"metric={metric!r} for {config.problem_type} must be one of: {', '.join(allowed)}")
+    if score(np.zeros((len(labels), config.num_labels)), labels, config)[metric] is None:
+        defined = ", ".join(name for name in allowed if name not in ("auprc", "auroc"))
+        reason = "all have the same value" if metric == "r2" else f"no label is in some but not all ({defined} work)"
+        raise ProbeError(f"{metric} is not defined on the {len(labels)} validation rows: {reason}")
 
 
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) of each metric over runs, in the shape of one report."""
+    """Return mean and standard deviation (n - 1) of each metric over runs, in the shape of one report."""
     summary: dict[str, Any] = {}
     for key, value in reports[0].items():
         values = [item[key] for item in reports]
@@ -229,7 +213,6 @@ def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
         elif key == "rows" or None in values:
             summary[key] = value
         else:
-            mean = sum(values) / len(values)
-            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
-            summary[key] = {"mean": mean, "std": spread}
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            summary[key] = {"mean": statistics.fmean(values), "std": spread}
     return summary

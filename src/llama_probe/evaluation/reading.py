@@ -1,4 +1,4 @@
-"""What a head looked at in a text: the weight of every token and layer."""
+"""What a head looked at in a text: the weight of each token and layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..heads.decision import in_words
 from ..heads.scope import token_mask
 
 
-# A character may take several tokens: the first one shows it, the others show this.
+# Shown in place of a token that only continues the character before it.
 CONTINUATION = "◦"
 
 _MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
@@ -28,19 +28,19 @@ _MAX_TOKENS_A_CHARACTER = 8
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a head said of one text, and what it looked at.
+    """The result of a head for one text, and what it looked at.
 
     Attributes:
         head: name of the head.
         config: of the head.
-        text: what was read, without the chat template.
-        tokens: text of each prompt token, the template's included; `""` for a token that only continues a character.
-        template: whether a token comes from the chat template rather than from the text, or is a special token.
-        counted: whether the head reads a token. It does not read the constant prefix where its `token_scope` says so.
-        weights (`[layers_read, tokens]`): how much each token counted in a layer; each row sums to 1.
-        layer_weights (`[layers_read]`): how much each layer counted; sums to 1.
-        label: a text; for multi-label heads a list of texts, for regression a list of numbers.
-        probabilities: by label name; for regression the values.
+        text: the text without the chat template.
+        tokens: text of each prompt token, the template's included; `""` if it only continues a character.
+        template: True for a special token, and for one that the chat template adds.
+        counted: True for a token that the head reads. Its `token_scope` may leave out the constant prefix.
+        weights (`[layers_read, tokens]`): weight of each token in a layer; each row sums to 1.
+        layer_weights (`[layers_read]`): weight of each layer; sums to 1.
+        label: a str; a list of str for multi-label heads, a list of floats for regression.
+        probabilities: by label name; the values for regression.
     """
 
     head: str
@@ -56,27 +56,27 @@ class Reading:
 
     @property
     def layers(self) -> list[int]:
-        """Indices of the states that the head reads, ascending; 0 is the embedding output."""
+        """Layers that the head reads, ascending; 0 is the embedding output."""
         return self.config.layer_indices
 
     @property
     def token_weights(self) -> np.ndarray:
-        """`[tokens]`: how much each token counted over all layers, `sum_l layer_weight_l * weight_l`; sums to 1."""
+        """Weight of each token over all layers, `[tokens]`: `sum_l layer_weight_l * weight_l`; sums to 1."""
         return self.layer_weights @ self.weights
 
     @property
     def even_share(self) -> float:
-        """The weight of each token that the head reads, if all counted alike."""
+        """Weight of each token that the head reads, if all counted alike."""
         return 1 / sum(self.counted)
 
     @property
     def verdict(self) -> str:
-        """The label in words, with its probability where it has one."""
+        """The label in words, with its probability if it has one."""
         return in_words(self.label, self.probabilities, self.config, ".0%")
 
     @property
     def note(self) -> str | None:
-        """Why the weights say less than they seem to, where that is so."""
+        """Reason why the weights say less than they seem to; None if there is none."""
         if self.config.probe_type == "pooling" and self.config.pool == "max":
             return (
                 "This head has learned no weights: it takes the largest value of each dimension, and a weight is the "
@@ -84,55 +84,53 @@ class Reading:
             )
         if self.config.probe_type == "pooling":
             return "This head has learned no weights: it takes the mean, so all tokens and all layers count alike."
-        if np.allclose(self.weights[:, np.array(self.counted)], self.even_share, rtol=1e-3, atol=0):
+        if np.allclose(self.weights[:, self.counted], self.even_share, rtol=1e-3, atol=0):
             return "All tokens count alike here: this head has not learned where to look."
         return None
 
     def scale_end(self, weights: np.ndarray) -> float:
-        """Where a scale of colours for some of the weights ends, which begins at `even_share`.
+        """Return the upper end of a color scale for some of the weights. The scale begins at `even_share`.
 
-        It reaches twice as far at least, lest small differences look large.
+        It is twice `even_share` at least, so that small differences do not look large.
         """
         return max(float(weights.max()), 2 * self.even_share)
 
     def top_tokens(self, count: int, slot: int | None = None) -> list[tuple[int, float]]:
-        """Positions and weights of the tokens that counted most, heaviest first.
+        """Return positions and weights of the heaviest tokens, heaviest first.
 
         Args:
             count: at most so many.
-            slot: row of `weights`; all layers together where left out.
+            slot: row of `weights`. Defaults to all layers together.
         """
         weights = self.token_weights if slot is None else self.weights[slot]
         order = np.argsort(-weights, kind="stable")[:count]
         return [(int(i), float(weights[i])) for i in order if self.counted[i]]
 
-    def shown(self, position: int, width: int | None = None) -> str:
-        """A token on one line: without the spaces around it, cut to `width` characters where that is given."""
+    def shown(self, position: int, width: int) -> str:
+        """Return a token on one line, without the spaces around it, in at most `width` characters."""
         token = self.tokens[position]
-        shown = visible(token.strip(" ")) or "␣" * len(token) or CONTINUATION
-        return shown if width is None else cut(shown, width)
+        return cut(printable(token.strip(" ")) or "␣" * len(token) or CONTINUATION, width)
 
 
 def read_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], head: str | None = None
 ) -> list[Reading]:
-    """Runs texts through a model with heads, one at a time, and keeps what one of the heads looked at.
+    """Run texts through a model with heads, one at a time, and return what one of the heads looked at.
 
     Args:
         model: with at least one active head; see `AutoModelForProbedGeneration`.
         tokenizer: of its backbone.
         texts: texts, or lists of chat messages. They are rendered as the head was trained.
-        head: name of an active head; may be left out where one is active.
+        head: name of an active head. Defaults to the only one.
 
     Raises:
-        ProbeError: no active head has that name, several are active and none is named, or a text cannot be read.
+        ProbeError: no active head has that name, several are active and none is named, or a text is empty.
     """
     active = model.active_probes
-    if head is None and len(active) != 1:
-        raise ProbeError(f"name the head to read with; active: {', '.join(active) or 'none'}")
-    head = active[0] if head is None else head
+    if head is None and len(active) == 1:
+        head = active[0]
     if head not in active:
-        raise ProbeError(f"no head {head!r} is active; active: {', '.join(active) or 'none'}")
+        raise ProbeError(f"head={head!r} must be one of the active heads: {', '.join(active) or 'none'}")
     config = model.probes[head].config
     prompt_format = PromptFormat.from_config(config, tokenizer)
     readings = []
@@ -147,7 +145,7 @@ def read_texts(
                 config=config,
                 text=text if isinstance(text, str) else str(text[-1]["content"]),
                 tokens=token_texts(tokenizer, ids),
-                template=_of_template(prompt_format, ids),
+                template=_template_mask(prompt_format, ids),
                 counted=token_mask(config, input_ids, None)[0].tolist(),
                 weights=output.token_weights[0].float().cpu().numpy(),
                 layer_weights=output.layer_weights[0].float().cpu().numpy(),
@@ -159,9 +157,9 @@ def read_texts(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token, with the spaces that belong to it.
+    r"""Return the text of each token, with its spaces.
 
-    A character that takes several tokens is the text of the first; the others have `""`. Bytes that make no character
+    If a character takes several tokens, the first has its text and the others have `""`. Bytes that make no character
     are `"\ufffd"`.
     """
     texts: list[str] = []
@@ -178,8 +176,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return texts
 
 
-def _of_template(prompt_format: PromptFormat, ids: Sequence[int]) -> list[bool]:
-    """Which tokens of a prompt the template has put around the text, or between its turns."""
+def _template_mask(prompt_format: PromptFormat, ids: Sequence[int]) -> list[bool]:
+    """Mark the tokens that the template puts around the text or between its turns."""
     tokenizer = prompt_format.tokenizer
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     found = [index in special for index in ids]
@@ -193,24 +191,21 @@ def _of_template(prompt_format: PromptFormat, ids: Sequence[int]) -> list[bool]:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # Decoders of the SentencePiece kind drop the space at the beginning of what they are given.
+    # SentencePiece decoders drop the first space.
     marked = str(tokenizer.convert_ids_to_tokens(int(ids[0]))).startswith("\u2581")
     return f" {text}" if marked and not text.startswith(" ") else text
 
 
-def visible(text: str) -> str:
-    """A text without characters that are not seen or that move others: a mark for line breaks and tabs, else `\\u202e`."""
-    return "".join(_visible(character) for character in text)
+def printable(text: str) -> str:
+    r"""Replace characters that hide or move text: a mark for line breaks and tabs, an escape such as `\u202e` for others."""
 
+    def shown(character: str) -> str:
+        hides = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
+        return _MARKS.get(character) or (f"\\u{ord(character):04x}" if hides else character)
 
-def _visible(character: str) -> str:
-    if character in _MARKS:
-        return _MARKS[character]
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS:
-        return f"\\u{ord(character):04x}"
-    return character
+    return "".join(map(shown, text))
 
 
 def cut(text: str, width: int) -> str:
-    """The beginning of a text, `width` characters at most, with a mark where something is left out."""
+    """Return at most `width` characters of a text. The last is a mark if some are left out."""
     return text if len(text) <= width else text[: width - 1] + "…"

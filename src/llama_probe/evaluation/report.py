@@ -1,4 +1,4 @@
-"""Scores a head on labelled rows."""
+"""Scores of a head on labelled rows."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from ..heads.decision import ProbeOutput, log_odds, probabilities
 from ..heads.probe import ProbeModel
 from .bootstrap import intervals, score_statistic
 from .calibration import calibration_gaps, reliability, threshold_table
-from .metrics import confusion, label_scores, outcomes, score_logits
+from .metrics import confusion, has_label, label_scores, outcomes, score_logits
 
 
 def predict_logits(
     probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
 ) -> torch.Tensor:
-    """Logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order.
+    """Return logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order.
+
+    In a process group (see `llama_probe.distributed`) the ranks divide the rows, and each rank gets all logits.
 
     Args:
-        batch_tokens: tokens of a batch, padding included; a longer row goes alone. They bound the memory: a head gets the
-            states of all its layers of a batch at once.
-
-    In a process group (see `llama_probe.distributed`) the ranks score a share of the rows each, and all get the whole.
+        probe: a head, bound to its backbone unless the data set holds hidden states.
+        batch_tokens: tokens of a batch, padding included. They bound the memory: a head gets the hidden states of all its
+            layers for a batch. A longer row is a batch of its own.
     """
     logits, scored = torch.empty(len(dataset), probe.config.num_labels), []
     for rows, output in _outputs(probe, dataset, batch_tokens, progress):
@@ -42,9 +43,7 @@ def predict_logits(
 def score_together(
     probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False, **kwargs
 ) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
-    """Runs many heads over a data set, with one pass of the backbone, or one reading of the cached states, for all.
-
-    Those that normalise alike share the normalised states, too.
+    """Run many heads over a data set with one pass of the backbone, or one reading of the cached states, for all.
 
     Args:
         probes: heads of the same backbone that read the same tokens.
@@ -66,7 +65,7 @@ def score_together(
 def predict_together(
     probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False
 ) -> list[torch.Tensor]:
-    """Logits `[rows, num_labels]` of each head, in the order of the data set; see `score_together`."""
+    """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_together`."""
     logits = [torch.empty(len(dataset), probe.config.num_labels) for probe in probes]
     for rows, outputs in score_together(probes, dataset, lm, progress):
         for found, output in zip(logits, outputs, strict=True):
@@ -82,17 +81,18 @@ def inspect_head(
     logits: torch.Tensor | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """What cards and plots show of a head beyond its metrics.
+    """Return what cards and plots show of a head beyond its metrics.
 
     Args:
-        dataset, labels: rows. batch_tokens: as for `predict_logits`.
-        logits (`[rows, num_labels]`, *optional*): to judge by in place of the head's own, where it was trained on the rows.
+        dataset, labels: rows.
+        batch_tokens: as for `predict_logits`.
+        logits (`[rows, num_labels]`, *optional*): logits to judge by if the head was trained on these rows. Defaults to the
+            head's own.
 
     Returns:
-        `layer_weights`: for each label that occurs the mean weight of each layer over its rows, `[layers_read]`;
-        `calibration`: see `reliability`; `confusion` (single-label) or `outcomes` (multi-label): see there;
-        `thresholds`: see `threshold_table`, by label name. All but the first are left out where they have no meaning
-        (regression; thresholds of more than two labels).
+        `layer_weights`: `layers`, and `by_label`: for each label that occurs the mean weight of each layer over its rows,
+        `[layers_read]`. But for regression `calibration` (see `reliability`), `confusion` (single-label) or `outcomes`
+        (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
     """
     config = probe.config
     found_logits = torch.empty(len(dataset), config.num_labels)
@@ -104,28 +104,26 @@ def inspect_head(
     logits = found_logits if logits is None else logits
     by_label = {}
     for index, name in config.id2label.items():
-        multi_label = config.problem_type == "multi_label_classification"
-        chosen = labels[:, index] > 0 if multi_label else labels == index
-        if config.problem_type == "regression":
-            chosen = np.ones(len(labels), dtype=bool)
+        everything = np.ones(len(labels), dtype=bool)
+        chosen = everything if config.problem_type == "regression" else has_label(labels, index, config)
         if chosen.any():
             by_label[name] = [round(float(value), 5) for value in weights[torch.from_numpy(chosen)].mean(dim=0)]
     found: dict[str, Any] = {"layer_weights": {"layers": probe.layer_indices, "by_label": by_label}}
-    if config.problem_type != "regression":
-        found["calibration"] = reliability(logits, labels, config)
-        probs = probabilities(logits.float(), config).numpy()
-        if config.problem_type == "single_label_classification":
-            found["confusion"] = confusion(probs, labels, config)
-        else:
-            found["outcomes"] = outcomes(probs, labels, config)
-        thresholds = threshold_table(logits, labels, config)
-        if thresholds:
-            found["thresholds"] = thresholds
+    if config.problem_type == "regression":
+        return found
+    probs = probabilities(logits.float(), config).numpy()
+    found["calibration"] = reliability(logits, labels, config)
+    if config.problem_type == "single_label_classification":
+        found["confusion"] = confusion(probs, labels, config)
+    else:
+        found["outcomes"] = outcomes(probs, labels, config)
+    if thresholds := threshold_table(logits, labels, config):
+        found["thresholds"] = thresholds
     return found
 
 
 def _outputs(probe: ProbeModel, dataset: Dataset, batch_tokens: int, progress: bool = False, **kwargs):
-    """Row numbers and `ProbeOutput` of each batch of this rank; rows of like length go together."""
+    """Yield row numbers and the `ProbeOutput` of each batch of this rank. Rows of similar length share a batch."""
     probe.eval()
     lm = None if len(dataset) and "hidden_states" in dataset[0] else probe.backbone
     layers = probe.layer_indices
@@ -137,7 +135,7 @@ def _outputs(probe: ProbeModel, dataset: Dataset, batch_tokens: int, progress: b
 def report(
     config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, slices: dict[str, Sequence[Any]] | None = None
 ) -> dict[str, Any]:
-    """Metrics of all rows, and of each group of rows with the same value in a column.
+    """Return metrics of all rows, and of each group of rows with the same value in a column.
 
     Args:
         config: with the temperature and threshold to judge by.
@@ -145,7 +143,7 @@ def report(
         slices: columns by name, one value a row.
 
     Returns:
-        The metrics of `ProbeMetric` with `rows`, and `slices`: column -> value -> the same.
+        `rows`, the metrics of `score`, and `slices`: column -> value -> the same.
     """
     result: dict[str, Any] = {"rows": len(labels), **score_logits(logits, labels, config)}
     for column, value, rows in _groups(slices):
@@ -162,17 +160,18 @@ def detailed_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`report`, and how far its numbers can be trusted and where they come from.
+    """Return `report` with confidence intervals, and the numbers of each label.
 
     Args:
         config, logits, labels, slices: as for `report`.
-        resamples: of the bootstrap that gives 95 % intervals; 0 for none. seed: of its draws.
+        resamples: of the bootstrap that gives 95 % intervals; 0 for none.
+        seed: of the bootstrap.
 
     Returns:
-        The keys of `report`, and, but for regression, `labels`: see `label_scores`; `calibration`: see `reliability`;
-        single-label: `confusion`: see there. With resamples, `bootstrap`: `resamples`, `seed` and `level`; and
-        `intervals` by metric beside the metrics of all rows, of each slice and of each label, and beside the calibration
-        errors: `[low, high]`, `None` where the metric is undefined in all resamples.
+        The keys of `report`. But for regression `labels` (see `label_scores`), `calibration` (see `reliability`) and, for
+        single-label heads, `confusion`. With resamples `bootstrap`: `resamples`, `seed` and `level`; and `intervals`
+        beside the metrics of all rows, of each slice and of each label, and beside the calibration errors: by metric
+        `[low, high]`, or None if the metric is undefined in all resamples.
 
     Raises:
         ProbeError: `resamples` is below 0.
@@ -192,25 +191,24 @@ def detailed_report(
     result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
     statistics = [score_statistic(probs, labels, config, ranked)]
     if classes:
-        plain = config.replace(temperature=1.0)
         gaps = {"error": calibration_gaps(logits, labels, config)}
-        gaps["error_uncalibrated"] = calibration_gaps(logits, labels, plain)
+        gaps["error_uncalibrated"] = calibration_gaps(logits, labels, config.replace(temperature=1.0))
         statistics.append(lambda weights: {name: _calibration_errors(weights, part) for name, part in gaps.items()})
     found = intervals(statistics, len(labels), resamples, seed)
-    result["intervals"] = _of(result, found)
+    result["intervals"] = _select(result, found)
     if classes:
-        result["calibration"]["intervals"] = _of(result["calibration"], found)
+        result["calibration"]["intervals"] = _select(result["calibration"], found)
         for index, part in enumerate(result["labels"].values()):
             part["intervals"] = {name: found[f"label_{name}"][index] for name in part if f"label_{name}" in found}
     for column, value, rows in _groups(slices):
         part = result["slices"][column][value]
         statistic = score_statistic(probs[rows], labels[rows], config, ranked[rows])
-        part["intervals"] = _of(part, intervals([statistic], part["rows"], resamples, seed))
+        part["intervals"] = _select(part, intervals([statistic], part["rows"], resamples, seed))
     return result
 
 
 def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Column, value as text, and which rows have it: booleans `[rows]`."""
+    """Yield column, value as text, and the mask `[rows]` of the rows with this value."""
     for column, values in (slices or {}).items():
         texts = np.array([str(value) for value in values], dtype=object)
         for value in sorted(set(texts)):
@@ -221,6 +219,6 @@ def _calibration_errors(weights: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     return np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1)
 
 
-def _of(part: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The intervals of the metrics in one part of the report."""
+def _select(part: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the intervals of the metrics in one part of the report."""
     return {name: found[name] for name in part if name in found}

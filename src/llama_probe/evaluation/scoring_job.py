@@ -1,4 +1,4 @@
-"""Scores any number of rows with several heads in one pass of the backbone: `llama-probe classify --input`."""
+"""Score any number of rows with several heads in one pass of the backbone: `llama-probe classify --input`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from ..heads.probe import ProbeModel
 from ..heads.scope import prompt_masks, read_masks
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.sources import read_heads
+from .resume import check_settings
 
 
 logger = logging.get_logger(__name__)
 
-# Readers of a folder of parquet files leave out what begins with an underscore.
+# Readers of parquet folders ignore names that begin with an underscore.
 MANIFEST_NAME = "_manifest.json"
 _FORMAT = 1
 
@@ -43,8 +44,9 @@ class TextScorer:
     """A backbone with heads, as a function from texts to columns.
 
     Args:
-        probes: heads, as for `probe=`; all must read prompts that are rendered alike.
-        backbone: `"demo"`, a folder or a Hub id. dtype: of its weights.
+        probes: heads, as for `probe=`. All must read prompts in the same format.
+        backbone: `"demo"`, a folder or a Hub id.
+        dtype: of the backbone's weights.
         batch_tokens: tokens of a forward pass, padding included.
 
     Raises:
@@ -61,53 +63,52 @@ class TextScorer:
         self.prompt_format = PromptFormat.from_config(self.config, self.tokenizer)
 
     def __call__(self, texts: Sequence[Text | None]) -> dict[str, list[Any]]:
-        """Scores texts.
+        """Score texts.
 
         Args:
-            texts: texts or lists of chat messages, as for `PromptFormat.encode_for`; `None` and blank ones are not scored.
+            texts: texts or lists of chat messages, as for `PromptFormat.encode_for`. None and blank ones are not scored.
 
         Returns:
-            For each head `NAME_label` - a label, a list of labels (multi-label) or `None` - and `NAME_probabilities`, by
-            label; for regression `NAME_values`, by label. `None` where a text was not scored, or where what the head gives is
-            no number: one such text among millions is no reason to score none.
+            For each head `NAME_label` - a label, or a list of labels (multi-label) - and `NAME_probabilities`, by label;
+            for regression `NAME_values`, by label. None if a text is not scored, or if the head gives no number: one such
+            text must not stop a job over millions.
         """
         rows = [row for row, text in enumerate(texts) if not _is_blank(text)]
-        encoded = self.prompt_format.encode_for(self.config, [texts[row] for row in rows])
         columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
         if not rows:
             return columns
+        encoded = self.prompt_format.encode_for(self.config, [texts[row] for row in rows])
         inputs = pad_prompts(encoded.ids, self.tokenizer)
         if encoded.masks is not None:
             inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
             for i, mask in enumerate(encoded.masks):
                 inputs["probe_mask"][i, : len(mask)] = torch.tensor(mask)
-        for each in plan_passes(self.model, encoded.ids, self._unread(**inputs), self.batch_tokens):
+        for each in plan_passes(self.model, encoded.ids, self._count_unread(**inputs), self.batch_tokens):
             batch, width = each.rows, max(len(encoded.ids[i]) for i in each.rows)
             part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
             cache = None if each.prefix is None else repeat_cache(each.prefix, len(batch))
-            outputs = self.model.classify(**part, cache=cache)
-            for name, output in outputs.items():
-                config = self.heads[name].config
-                sound = output.logits.isfinite().all(dim=-1)
-                output = ProbeOutput.from_logits(output.logits[sound], config)
-                for i, label, values in zip(
-                    itertools.compress(batch, sound.tolist()),
-                    output.labels,
-                    output.probabilities.tolist(),
-                    strict=True,
-                ):
-                    by_label = dict(zip(config.id2label.values(), values, strict=True))
-                    if config.problem_type == "regression":
-                        columns[f"{name}_values"][rows[i]] = by_label
-                    else:
-                        columns[f"{name}_label"][rows[i]] = label
-                        columns[f"{name}_probabilities"][rows[i]] = by_label
+            for name, output in self.model.classify(**part, cache=cache).items():
+                self._fill(columns, name, output.logits, [rows[i] for i in batch])
         return columns
 
-    def _unread(
+    def _fill(self, columns: dict[str, list[Any]], name: str, logits: torch.Tensor, rows: list[int]) -> None:
+        """Write the finite results of a head into its columns."""
+        config = self.heads[name].config
+        finite = logits.isfinite().all(dim=-1)
+        output = ProbeOutput.from_logits(logits[finite], config)
+        values = output.probabilities.tolist()
+        for row, label, scores in zip(itertools.compress(rows, finite.tolist()), output.labels, values, strict=True):
+            by_label = dict(zip(config.id2label.values(), scores, strict=True))
+            if config.problem_type == "regression":
+                columns[f"{name}_values"][row] = by_label
+            else:
+                columns[f"{name}_label"][row] = label
+                columns[f"{name}_probabilities"][row] = by_label
+
+    def _count_unread(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_mask: torch.Tensor | None = None
     ) -> list[int]:
-        """How many of each prompt's first tokens no head reads."""
+        """Count the first tokens of each prompt that no head reads."""
         configs = {name: head.config for name, head in self.heads.items()}
         masks = read_masks(configs, prompt_masks(configs, input_ids, None, attention_mask, probe_mask))
         return torch.stack(list(masks.values())).any(dim=0).int().argmax(dim=1).tolist()
@@ -115,24 +116,24 @@ class TextScorer:
 
 @dataclass
 class ScoringJob:
-    """Scores the rows of files, chunk by chunk, into a folder of parquet files: one for each chunk.
+    """A job that scores the rows of files, chunk by chunk, into a folder of parquet files, one a chunk.
 
-    Only one chunk is in memory at a time. A chunk's file appears under its name when it is complete; what is there when a
-    job goes on is not done again, and nothing is in two files. Processes that `torchrun` has started divide the chunks, and
-    a job may go on with another number of them. All must see the same `output`.
+    Only one chunk is in memory at a time. A chunk's file gets its name when it is complete. A resumed job skips finished
+    chunks. The processes of `torchrun` divide the chunks and must see the same `output`; a job may resume with another
+    number of them.
 
-    Columns of the output: `file` and `row`, which say where a row comes from (rows count from 0 in each file),
-    `keep_columns`, and those of `TextScorer`. Beside the parquet files lies `_manifest.json`.
+    Columns of the output: `file` and `row`, the place of a row (rows count from 0 in each file), `keep_columns`, and those
+    of `TextScorer`. `_manifest.json` lies beside the parquet files.
 
     Attributes:
-        inputs: paths or patterns of parquet, jsonl, json (an object a line), csv or tsv files; but for parquet also `.gz`.
+        inputs: paths or patterns of parquet, jsonl, json (an object a line), csv or tsv files; all but parquet also `.gz`.
         output: folder.
         probes, backbone, dtype, batch_tokens: see `TextScorer`.
-        text_column: of the texts, or of chat messages.
-        prompt_column: for heads that read replies, the column of what the texts reply to.
-        keep_columns: of the input, to be found in the output again.
+        text_column: column of the texts, or of chat messages.
+        prompt_column: for heads that read replies, the column of the prompts that the texts reply to.
+        keep_columns: columns of the input that the output keeps.
         chunk_rows: rows of a chunk.
-        resume: go on with a job that was stopped.
+        resume: resume a job that was stopped.
     """
 
     inputs: Sequence[str]
@@ -148,110 +149,54 @@ class ScoringJob:
     resume: bool = False
 
     def execute(self) -> dict[str, Any]:
-        """Runs it.
+        """Run the job.
 
         Returns:
-            What `_manifest.json` says of a complete job: `inputs`, `settings`, `rows`, `parts` and `complete`.
+            The contents of `_manifest.json`: `format`, `inputs`, `settings`, `complete`, `rows` and `parts`.
 
         Raises:
-            ProbeError: anything the user can mend: before a row is scored, but for rows that turn out to be damaged. A job
-                goes on only with the inputs, heads and settings that it was begun with.
+            ProbeError: an argument, an input or a head is wrong, or the job was begun with other inputs, heads or
+                settings. Raised before a row is scored, except for damaged rows.
         """
-        with process_group(), claimed(Path(self.output)):
-            return self._execute()
-
-    def _execute(self) -> dict[str, Any]:
+        self.output = Path(self.output)
         if self.chunk_rows < 1:
             raise ProbeError(f"chunk_rows={self.chunk_rows} must be at least 1")
-        self.output = Path(self.output)
-        check_shared(self.output)
-        files, kept = on_main(self._survey)
-        heads = read_heads(self.probes, backbone_target(self.backbone))
-        check_alike({name: head.config for name, head in heads.items()}, replies=True)
-        plan, done = on_main(lambda: self._begin(files, heads))
-        fields = {"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)}
-        if not plan["complete"]:
-            scorer = TextScorer(heads, self.backbone, self.dtype, self.batch_tokens)
-            self._score(files, scorer, kept, pa.schema(list(fields.items())), done)
-            barrier()
-            plan = on_main(lambda: self._complete(plan))
-        return plan
+        with process_group(), claimed(self.output):
+            check_shared(self.output)
+            files, kept = on_main(self._survey)
+            heads = read_heads(self.probes, backbone_target(self.backbone))
+            check_alike({name: head.config for name, head in heads.items()}, replies=True)
+            plan, done = on_main(lambda: self._begin(files, heads))
+            if not plan["complete"]:
+                schema = pa.schema({"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)})
+                self._score(files, heads, schema, done)
+                barrier()
+                plan = on_main(lambda: self._complete(plan))
+            return plan
 
-    def _score(
-        self,
-        files: list[InputFile],
-        scorer: TextScorer,
-        kept: dict[str, pa.DataType],
-        schema: pa.Schema,
-        done: set[str],
-    ) -> None:
-        needed = [self.text_column, *([] if self.prompt_column is None else [self.prompt_column]), *kept]
-        counts = [file.rows() for file in files]
-        total = None if None in counts else sum(counts) // world_size()
-        with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
-            for index, file in enumerate(files):
-
-                def wanted(number: int, index: int = index) -> bool:
-                    return (index + number) % world_size() == rank() and _part_name(index, number) not in done
-
-                for chunk in file.chunks(list(dict.fromkeys(needed)), self.chunk_rows, wanted):
-                    given = self._texts(file, chunk)
-                    columns = scorer(given)
-                    _warn_of_gaps(file, chunk, given, columns)
-                    columns |= {
-                        "file": [str(file.path)] * len(chunk),
-                        "row": list(range(chunk.first_row, chunk.first_row + len(chunk))),
-                        **{name: chunk.columns[name] for name in kept},
-                    }
-                    table = pa.table(
-                        [_array(file, chunk, name, columns[name], schema) for name in schema.names], schema
-                    )
-                    path = self.output / _part_name(index, chunk.number)
-                    write_atomically({path: lambda target, table=table: _write(table, target)})
-                    bar.update(len(chunk))
-
-    def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
-        def check(name: str, allowed: Callable[[Any], bool], words: str) -> list[Any]:
-            for place, value in enumerate(chunk.columns[name]):
-                if value is not None and not allowed(value):
-                    raise ProbeError(
-                        f"{file.path}: row {chunk.first_row + place}: {name} must be {words}, not {str(value)[:60]!r}"
-                    )
-            return chunk.columns[name]
-
-        if self.prompt_column is None:
-            return check(self.text_column, is_text, "a text or chat messages")
-        replies = check(self.text_column, lambda value: isinstance(value, str), "a text, as the reply to a prompt")
-        prompts = check(self.prompt_column, lambda value: value == [] or is_text(value), "a text or chat messages")
-        pairs = zip(prompts, replies, strict=True)
-        return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
+    @property
+    def _needed(self) -> list[str]:
+        """Columns to read."""
+        prompts = [] if self.prompt_column is None else [self.prompt_column]
+        return list(dict.fromkeys([self.text_column, *prompts, *self.keep_columns]))
 
     def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
-        """The files, and the types of the columns that are kept: those of the first file."""
+        """Return the files, and the types of the columns to keep: those of the first file that has them."""
         files = InputFile.find(self.inputs)
         kept: dict[str, pa.DataType] = {}
-        needed = [
-            self.text_column,
-            *([] if self.prompt_column is None else [self.prompt_column]),
-            *self.keep_columns,
-        ]
         for file in files:
-            fields = file.fields(needed)
-            for name in needed:
-                if name not in fields and (fields or file.kind != "json"):
-                    raise ProbeError(f"{file.path} has no column {name!r}; it has: {', '.join(fields) or 'none'}")
-            for name in self.keep_columns:
-                if name in ("file", "row"):
-                    raise ProbeError(f"the output has a column {name!r} of its own: it cannot be kept")
-                if name in fields:
-                    kept.setdefault(name, fields[name])
+            fields = file.fields(self._needed)
+            # An empty file of json lines has no columns to check.
+            missing = [name for name in self._needed if name not in fields] if fields or file.kind != "json" else []
+            if missing:
+                raise ProbeError(f"{file.path} has no column {missing[0]!r}; it has: {', '.join(fields) or 'none'}")
+            kept = {name: fields[name] for name in self.keep_columns if name in fields} | kept
         return files, {name: kept.get(name, pa.string()) for name in self.keep_columns}
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> tuple[dict[str, Any], set[str]]:
-        """The manifest, written where the job is new, and the names of the parts that are done."""
-        clash = set(output_fields(heads)) & {*self.keep_columns, "file", "row"}
-        if clash:
-            raise ProbeError(f"{', '.join(sorted(clash))}: the output has columns of that name from two sources")
+        """Return the manifest, written if the job is new, and the names of the finished parts."""
+        if clash := {"file", "row", *output_fields(heads)} & set(self.keep_columns):
+            raise ProbeError(f"keep_columns: the output has its own {', '.join(sorted(clash))}")
         settings = {
             "heads": {name: _digest(head) for name, head in heads.items()},
             "backbone": self.backbone,
@@ -261,59 +206,79 @@ class ScoringJob:
             "keep_columns": list(self.keep_columns),
             "chunk_rows": self.chunk_rows,
         }
-        wanted = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
+        plan = {"format": _FORMAT, "inputs": [f.identity() for f in files], "settings": settings, "complete": False}
         path = self.output / MANIFEST_NAME
-        parts = sorted(self.output.glob("part-*.parquet"))
+        parts = {part.name for part in self.output.glob("part-*.parquet")}
         if not path.is_file():
             if parts:
-                raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
-            plan = {**wanted, "complete": False}
+                raise ProbeError(f"{self.output} holds {min(parts)} of something else: give another folder")
             _write_manifest(path, plan)
             return plan, set()
         if not self.resume:
             raise ProbeError(f"{self.output} holds a scoring job already: go on with --resume, or give another folder")
         try:
-            plan = json.loads(path.read_text(encoding="utf-8"))
-            told = _differences(plan, wanted)
+            found = json.loads(path.read_text(encoding="utf-8"))
+            before, complete = _comparable(found), found["complete"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ProbeError(f"{path} is damaged: {error}; give another folder") from None
-        if told:
-            raise ProbeError(
-                f"{self.output} was begun otherwise: {'; '.join(told)}. Give the same again, or another folder"
-            )
+            raise ProbeError(f"{path} is damaged ({error}): give another folder") from None
+        check_settings(path, before, _comparable(plan))
         for scratch in self.output.glob(".part-*.tmp"):  # of processes that were killed
             scratch.unlink(missing_ok=True)
-        return plan, {part.name for part in parts}
+        return (found if complete else plan), parts
+
+    def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema, done: set[str]) -> None:
+        """Score the chunks of this rank that are not done."""
+        scorer = TextScorer(heads, self.backbone, self.dtype, self.batch_tokens)
+        counts = [file.rows() for file in files]
+        total = None if None in counts else sum(counts) // world_size()
+        with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
+            for index, file in enumerate(files):
+
+                def wanted(number: int, index: int = index) -> bool:
+                    return (index + number) % world_size() == rank() and _part_name(index, number) not in done
+
+                for chunk in file.chunks(self._needed, self.chunk_rows, wanted):
+                    texts = self._texts(file, chunk)
+                    scores = scorer(texts)
+                    _warn_of_gaps(file, chunk, texts, scores)
+                    place = {
+                        "file": [str(file.path)] * len(chunk),
+                        "row": range(chunk.first_row, chunk.first_row + len(chunk)),
+                    }
+                    columns = {**chunk.columns, **scores, **place}
+                    arrays = [_array(file, chunk, each, columns[each.name]) for each in schema]
+                    table = pa.table(arrays, schema)
+                    path = self.output / _part_name(index, chunk.number)
+                    write_atomically({path: lambda target, table=table: _write(table, target)})
+                    bar.update(len(chunk))
+
+    def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
+        """Return the texts of a chunk, with their prompts as chat messages if there is a column of prompts."""
+
+        def check(name: str, is_allowed: Callable[[Any], bool], allowed: str) -> list[Any]:
+            for row, value in enumerate(chunk.columns[name], start=chunk.first_row):
+                if value is not None and not is_allowed(value):
+                    raise ProbeError(f"{file.path}: row {row}: {name} must be {allowed}, not {str(value)[:60]!r}")
+            return chunk.columns[name]
+
+        if self.prompt_column is None:
+            return check(self.text_column, is_text, "a text or chat messages")
+        replies = check(self.text_column, lambda value: isinstance(value, str), "a text")
+        prompts = check(self.prompt_column, lambda value: value == [] or is_text(value), "a text or chat messages")
+        pairs = zip(prompts, replies, strict=True)
+        return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
 
     def _complete(self, plan: dict[str, Any]) -> dict[str, Any]:
-        parts = [
-            {"name": path.name, "rows": pq.read_metadata(path).num_rows}
-            for path in sorted(self.output.glob("part-*.parquet"))
-        ]
+        """Write the manifest of the complete job, and return it."""
+        paths = sorted(self.output.glob("part-*.parquet"))
+        parts = [{"name": path.name, "rows": pq.read_metadata(path).num_rows} for path in paths]
         plan = {**plan, "complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
         _write_manifest(self.output / MANIFEST_NAME, plan)
         return plan
 
 
-def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], columns: dict[str, list[Any]]) -> None:
-    """Says which rows have a text and no score: in the output they look like those without a text."""
-    scored = [i for i, text in enumerate(texts) if not _is_blank(text)]
-    gaps = [i for i in scored if any(values[i] is None for values in columns.values())]
-    if gaps:
-        shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
-        empty = sorted(name for name, values in columns.items() if any(values[i] is None for i in gaps))
-        logger.warning(
-            f"{file.path}: {', '.join(empty)} left empty for {len(gaps)} rows ({shown}): the head gives no number there: "
-            f"{NO_NUMBER_BECAUSE}"
-        )
-
-
-def _is_blank(text: Text | None) -> bool:
-    return not (text.strip() if isinstance(text, str) else text)
-
-
 def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
-    """Names and types of the columns of `TextScorer`."""
+    """Return names and types of the columns of `TextScorer`."""
     fields: dict[str, pa.DataType] = {}
     for name, head in heads.items():
         by_label = pa.struct([(label, pa.float32()) for label in head.config.id2label.values()])
@@ -326,20 +291,37 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     return fields
 
 
+def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], scores: dict[str, list[Any]]) -> None:
+    """Name rows that have a text and no score. In the output they look like rows without a text."""
+    scored = [i for i, text in enumerate(texts) if not _is_blank(text)]
+    empty = {name: [i for i in scored if values[i] is None] for name, values in scores.items()}
+    if gaps := sorted(set(itertools.chain(*empty.values()))):
+        names = ", ".join(sorted(name for name, rows in empty.items() if rows))
+        shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
+        logger.warning(
+            f"{file.path}: {names} left empty for {len(gaps)} rows ({shown}): the head gives no number: {NO_NUMBER_BECAUSE}"
+        )
+
+
+def _is_blank(text: Text | None) -> bool:
+    return not (text.strip() if isinstance(text, str) else text)
+
+
 def _part_name(index: int, number: int) -> str:
     return f"part-{index:05d}-{number:07d}.parquet"
 
 
-def _array(file: InputFile, chunk: Chunk, name: str, values: list[Any], schema: pa.Schema) -> pa.Array:
-    kind = schema.field(name).type
-    if kind == pa.string():  # of json lines: whole numbers of more than 64 bits, which are kept as texts
+def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[Any]) -> pa.Array:
+    if column.type == pa.string():
+        # Whole numbers of more than 64 bits in json lines are kept as texts.
         values = [str(value) if type(value) is int else value for value in values]
     try:
-        return pa.array(values, kind)
+        return pa.array(values, column.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        rows = f"rows {chunk.first_row} to {chunk.first_row + len(chunk) - 1}"
+        reason = str(error).splitlines()[0]
         raise ProbeError(
-            f"{file.path}: rows {chunk.first_row} to {chunk.first_row + len(chunk) - 1}: the column {name!r} holds what is no "
-            f"{kind}, as in the first file ({str(error).splitlines()[0]}): mend it, or do not keep it"
+            f"{file.path}: {rows}: column {column.name!r} must be {column.type} as in the first file: {reason}"
         ) from None
 
 
@@ -347,7 +329,7 @@ def _write(table: pa.Table, path: Path) -> None:
     with path.open("wb") as file:
         pq.write_table(table, file)
         file.flush()
-        os.fsync(file.fileno())  # the name that it gets says that all of it is there
+        os.fsync(file.fileno())  # a part with its name must be complete, even after a power cut
 
 
 def _write_manifest(path: Path, content: dict[str, Any]) -> None:
@@ -356,31 +338,15 @@ def _write_manifest(path: Path, content: dict[str, Any]) -> None:
 
 
 def _digest(head: ProbeModel) -> str:
-    """Of weights and config, the threshold and temperature in it included."""
+    """Return a digest of weights and config, which holds threshold and temperature."""
     digest = hashlib.sha256(head.config.to_json_string().encode())
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _differences(plan: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What a job was begun with and is not the same now, in words."""
-    if plan["format"] != wanted["format"]:
-        return [f"format {plan['format']}, now {wanted['format']}"]
-    before = {item["path"]: item for item in plan["inputs"]}
-    now = {item["path"]: item for item in wanted["inputs"]}
-    told = [f"input {path} was not there" for path in now if path not in before]
-    told += [f"input {path} is missing" for path in before if path not in now]
-    told += [f"input {path} has changed" for path in now if path in before and now[path] != before[path]]
-    if not told and list(before) != list(now):
-        told.append("the inputs come in another order")
-    old, new = plan["settings"], json.loads(json.dumps(wanted["settings"]))
-    for name in new:
-        if old[name] == new[name]:
-            continue
-        if name == "heads":
-            changed = sorted(head for head in {*old[name], *new[name]} if old[name].get(head) != new[name].get(head))
-            told.append(f"other heads ({', '.join(changed)})" if changed else "the heads come in another order")
-        else:
-            told.append(f"{name}={old[name]!r}, now {new[name]!r}")
-    return told
+def _comparable(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what a resumed job must share with a manifest. The order of files and heads decides names of parts and columns."""
+    inputs = {item["path"]: item for item in plan["inputs"]}
+    order = {"order of inputs": list(inputs), "order of heads": list(plan["settings"]["heads"])}
+    return {"format": plan["format"], "inputs": inputs, **plan["settings"], **order}

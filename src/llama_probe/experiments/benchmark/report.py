@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...evaluation.figure import explain, new_figure, png_writer
+from ...evaluation.plots import explain, new_figure, png_writer
 from ...experiments import paper
 from ...files import check_writable, write_atomically
 from ...hub.card import table

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.known import find_benchmark
-from ...evaluation.figure import png_writer
-from ...evaluation.plots import layer_groups_plot, learning_curves_plot, methods_plot, sensitivity_plot
+from ...evaluation.plots import layer_groups_plot, learning_curves_plot, methods_plot, png_writer, sensitivity_plot
 from ...experiments import paper
 from ...files import write_atomically
 from ...hub.card import table

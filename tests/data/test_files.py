@@ -1,0 +1,121 @@
+"""Files of rows, read in chunks."""
+
+import csv
+import gzip
+import json
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_probe import ProbeError
+from llama_probe.data.files import InputFile
+
+
+def write(path, count: int, group: int = 7):
+    """Write `id` and `text` in the format of the name."""
+    columns = {"id": list(range(count)), "text": [f"number {i}" for i in range(count)]}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path, row_group_size=group)
+    elif ".jsonl" in path.name:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.write("\n\n".join(map(json.dumps, rows)))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv"])
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 40), size=st.integers(1, 45), group=st.integers(1, 45), world=st.integers(1, 4))
+def test_chunks_are_the_rows_each_once(tmp_path_factory, name, count, size, group, world):
+    path = write(tmp_path_factory.mktemp("rows") / name, count, group)
+    (file,) = InputFile.find([str(path)])
+    parts = []
+    for rank in range(world):
+        parts += file.chunks(["text", "id"], size, lambda number, rank=rank: number % world == rank)
+    parts.sort(key=lambda part: part.number)
+    assert [part.number for part in parts] == list(range(-(-count // size)))
+    assert all(part.first_row == part.number * size and len(part) <= size for part in parts)
+    assert [text for part in parts for text in part.columns["text"]] == [f"number {i}" for i in range(count)]
+    assert [int(value) for part in parts for value in part.columns["id"]] == list(range(count))
+
+
+def test_groups_without_a_row(tmp_path):
+    table = pa.table({"text": list("abcde")})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for start, stop in ((0, 0), (0, 3), (3, 3), (3, 5), (5, 5)):
+            writer.write_table(table.slice(start, stop - start))
+    (file,) = InputFile.find([str(tmp_path / "a.parquet")])
+    chunks = [chunk.columns["text"] for chunk in file.chunks(["text"], 2, lambda _: True)]
+    assert chunks == [["a", "b"], ["c", "d"], ["e"]]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_columns_that_are_there_twice(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.csv":
+        path.write_text("text,id,text\na,1,b\n")
+    else:
+        pq.write_table(pa.Table.from_arrays([["a"], [1], ["b"]], ["text", "id", "text"]), path)
+    (file,) = InputFile.find([str(path)])
+    assert list(file.fields(["id"])) == ["text", "id"]
+    with pytest.raises(ProbeError, match="'text'"):
+        file.fields(["id", "text"])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
+def test_a_large_file_is_never_held(tmp_path, name):
+    path, text, rows = tmp_path / name, "x" * 2000, 20_000
+    if name == "a.parquet":
+        schema = pa.schema([("text", pa.string())])
+        with pq.ParquetWriter(path, schema, use_dictionary=False, compression="none") as writer:
+            for _ in range(20):
+                writer.write_table(pa.table({"text": [text] * (rows // 20)}, schema))
+    else:
+        line = json.dumps({"text": text}) if name == "a.jsonl" else text
+        with path.open("w") as file:
+            file.write("text\n" if name == "a.csv" else "")
+            file.writelines(f"{line}\n" for _ in range(rows))
+    assert path.stat().st_size > 40e6
+    (file,) = InputFile.find([str(path)])
+    tracemalloc.start()
+    seen, arrow = 0, 0
+    for chunk in file.chunks(["text"], 500, lambda number: number % 2 == 0):
+        seen += len(chunk)
+        arrow = max(arrow, pa.total_allocated_bytes())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == rows // 2 and peak < 8e6 and arrow < 10e6
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", b"x", r"a\.txt"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "row 1"),
+        ("b.parquet", b"PAR1 and nothing else", r"b\.parquet"),
+        ("b.jsonl.gz", b"PAR1 and nothing else", r"b\.jsonl\.gz"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ProbeError, match=words):
+        list(InputFile.find([str(tmp_path / name)])[0].chunks(["text"], 5, lambda _: True))
+    with pytest.raises(ProbeError, match="nothing-here"):
+        InputFile.find(["nothing-here*.parquet"])
+
+
+def test_patterns_and_files_named_twice(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path / name, 2)
+    found = InputFile.find([f"{tmp_path}/*.jsonl", str(tmp_path / "a.jsonl")])
+    assert [file.path.name for file in found] == ["a.jsonl", "b.jsonl"]
