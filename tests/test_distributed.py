@@ -22,6 +22,7 @@ from llama_probe.data.states import PromptDataset
 from llama_probe.distributed import check_shared, gather, launched, merge_rows, on_main, process_group, share
 from llama_probe.evaluation.report import inspect_head, predict_logits
 from llama_probe.files import read_head
+from llama_probe.training.results import judge
 from llama_probe.training.run import CHECKPOINTS
 
 
@@ -88,7 +89,7 @@ class TestTwoNodes:
         assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS, batch_tokens=14)))
 
     def test_a_sweep_finds_what_one_process_finds(self, found, folder):
-        alone = ranks_at_work.sweep(folder, "alone").execute()
+        alone = ranks_at_work.sweep(folder, "alone").run()
         together = found[0]["sweep"]
         assert together["processes"] == 2 and alone["processes"] == 1
         for name in ("number", "scores", "status", "best_epoch", "options"):
@@ -156,7 +157,7 @@ class TestTrain:
                 assert (entry / name).read_bytes() == (tmp_path / "two" / entry.name / name).read_bytes()
         head = read_head(tmp_path / "head")
         logits = predict_logits(head, prepared.datasets["validation"])
-        judged = alone.judge(head, prepared, logits)
+        judged = judge(head, prepared, logits)
         (run,) = results["runs"]
         assert {name: run[name] for name in judged} == json.loads(json.dumps(judged))
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llama_probe.cli import allocator
+from llama_probe.training import allocator
 
 
 # Pages that the system hands out for ten large blocks, one after the other. It counts large pages once, so that these are left out.
