@@ -1,7 +1,5 @@
 """Many heads on one pass of the backbone: each as if it were alone, and resumable."""
 
-import resource
-
 import numpy as np
 import pytest
 import torch
@@ -203,21 +201,6 @@ def test_the_best_epoch_is_what_comes_back(tmp_path, lm, data, monkeypatch):
     (learner,) = training.run()
     assert learner.history.best_epoch == 2 and torch.equal(learner.probe.classifier.weight, seen[1])
     assert not torch.equal(seen[1], seen[3])
-
-
-def test_a_rank_without_room_for_its_part_says_so(tmp_path, lm, data, monkeypatch):
-    training = SharedTraining(CANDIDATES, *data, "auprc", 1, tmp_path, lm)
-    training.run()
-    for name, value in (("rank", 1), ("world_size", 2), ("is_main", False), ("barrier", None)):
-        monkeypatch.setattr(shared_training, name, lambda value=value: value)
-    monkeypatch.setattr(shared_training, "gather", lambda part: [part])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**8, limits[1]))
-    try:
-        with pytest.raises(ProbeError, match="there is no room for it"):
-            training._save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_refusals(tmp_path, lm, data):

@@ -74,7 +74,7 @@ def describe_run(probe: ProbeModel, data: TrainingData, runs: list[dict[str, Any
         "probe_type": data.config.probe_type,
         "num_parameters": probe.num_parameters(),
         "data": rows,
-        "recipe": asdict(data.recipe) | {"metric": data.metric},
+        "recipe": asdict(data.recipe),
         "runs": runs,
         "chosen_seed": chosen,
         "summary": {name: summarize([run[name] for run in runs]) for name in splits},

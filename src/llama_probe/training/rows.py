@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +34,7 @@ class TrainingData:
         reply_lengths: tokens of each reply of each part, for a head that reads replies.
         labels: labels of the rows of `train` and `extra`.
         config: config of the head, with prompts and backbone filled in.
-        recipe: recipe without open fields.
-        metric: validation metric to choose by.
+        recipe: recipe without open fields; its `metric` is set.
         lm: the frozen backbone; None if the states are cached.
         head: an untrained head, bound to the backbone.
         cache: states to delete after the run.
@@ -47,7 +49,6 @@ class TrainingData:
     labels: np.ndarray
     config: ProbeConfig
     recipe: Recipe
-    metric: str
     lm: PreTrainedModel | None
     head: ProbeModel
     cache: StateCache | None
@@ -61,6 +62,20 @@ class TrainingData:
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self.cache is not None and (kind is None or issubclass(kind, Exception)):
             self.cache.delete()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same if a run is resumed, as JSON values."""
+        folds = json.dumps([held.tolist() for held in self.folds])
+        return {
+            "recipe": asdict(self.recipe),
+            # Measured anew by each run; `backbone_weights` tells whether the backbone is the same.
+            "head": self.config.to_dict() | {"fingerprint": None},
+            "backbone_weights": self.backbone_weights,
+            "rows": {name: rows.digest() for name, rows in self.parts.items() if name != "test"},
+            "extra_weights": self.sources.extra_weights,
+            # No head may be validated on rows that it has learned from.
+            "folds": hashlib.sha256(folds.encode()).hexdigest(),
+        }
 
     @property
     def trained(self) -> Dataset:

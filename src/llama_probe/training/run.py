@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +121,7 @@ class TrainingRun:
             trained = [self._fit_classifier(self.seeds[0], data)]
         else:
             trained = [self._train(seed, data, checkpoints / f"seed-{seed}") for seed in self.seeds]
-        best = max(trained, key=lambda one: one.result["validation"][data.metric])
+        best = max(trained, key=lambda one: one.result["validation"][data.recipe.metric])
         held_out = best.logits if data.folds else None
         results = self.save(best.probe, data, [one.result for one in trained], best.result["seed"], held_out)
         if is_main():
@@ -135,17 +133,7 @@ class TrainingRun:
         path = folder / _SETUP_NAME
         if not (self.resume and path.is_file()):
             shutil.rmtree(folder, ignore_errors=True)
-        settings = {
-            "recipe": asdict(data.recipe),
-            # Measured anew by each run; `backbone_weights` tells whether the backbone is the same.
-            "head": data.config.to_dict() | {"fingerprint": None},
-            "backbone_weights": data.backbone_weights,
-            "rows": {name: rows.digest() for name, rows in data.parts.items() if name != "test"},
-            "extra_weights": data.sources.extra_weights,
-            # No head may be validated on rows that it has learned from.
-            "folds": hashlib.sha256(json.dumps([held.tolist() for held in data.folds]).encode()).hexdigest(),
-        }
-        same_settings(path, settings, optional=["backbone_weights"])
+        same_settings(path, data.settings(), optional=["backbone_weights"])
 
     def prepare(self) -> TrainingData:
         """Read the rows, load the backbone, render the prompts and, with a cache, compute their states.
@@ -166,8 +154,8 @@ class TrainingRun:
             problem_type=parts["train"].problem_type,
             base_model_name_or_path=model_id(self.backbone),
         )
-        metric = recipe.metric or default_metric(config)
-        self._check(parts, recipe, config, metric, labels)
+        recipe = replace(recipe, metric=recipe.metric or default_metric(config))
+        self._check(parts, recipe, config, labels)
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
         config = describe(lm, config.replace(**prompts.config_fields()))
@@ -190,7 +178,6 @@ class TrainingRun:
             labels=labels,
             config=config,
             recipe=recipe,
-            metric=metric,
             lm=lm if cache is None else None,
             head=untrained,
             cache=cache if self.cache_dir is None else None,
@@ -199,16 +186,9 @@ class TrainingRun:
             backbone_weights=weights_digest(lm),
         )
 
-    def _check(
-        self,
-        parts: dict[str, LabelledTexts],
-        recipe: Recipe,
-        config: ProbeConfig,
-        metric: str,
-        labels: np.ndarray,
-    ) -> None:
+    def _check(self, parts: dict[str, LabelledTexts], recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> None:
         """Raise `ProbeError` for settings that do not fit the rows, before the backbone is loaded."""
-        check_metric(metric, parts["validation"].labels, config)
+        check_metric(recipe.metric, parts["validation"].labels, config)
         check_threshold_rule(config, recipe.max_false_positive_rate, recipe.threshold_rule)
         ProbeLoss.create(recipe, config, labels)
         kind, weights = get_probe_type(config.probe_type), self.data.extra_weights
@@ -247,7 +227,7 @@ class TrainingRun:
             probe.to(data.lm.device).set_backbone(data.lm)
         loss = ProbeLoss.create(data.recipe, data.config, data.labels)
         found = fit_classifier(
-            probe, datasets["train"], datasets["validation"], loss, data.metric, data.lm, data.folds
+            probe, datasets["train"], datasets["validation"], loss, data.recipe.metric, data.lm, data.folds
         )
         result = {"seed": seed, **found.facts, **judge(probe, data, found.logits)}
         return _Trained(probe, result, found.logits)
@@ -261,7 +241,7 @@ class TrainingRun:
         probe = ProbeModel(data.config, backbone=data.lm)
         args = training_arguments(
             checkpoints,
-            data.metric,
+            data.recipe.metric,
             seed=seed,
             learning_rate=recipe.learning_rate,
             num_train_epochs=recipe.num_train_epochs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,8 @@ class Sweep:
     def _search(self, output: Path, data: TrainingData) -> dict[str, Any]:
         seed = self.training.seeds[0]
         drawn = [self.space.draw(data.config, number, seed) for number in range(self.trials)]
-        on_main(lambda: same_settings(output / SETUP_NAME, self._settings(data, drawn), optional=["backbone_weights"]))
+        settings = {"trials": self.trials, "keep": self.keep, "seed": seed, **data.settings(), "drawn": drawn}
+        on_main(lambda: same_settings(output / SETUP_NAME, settings))
         if on_main(lambda: self._is_finished(output)):
             return on_main(lambda: read_sweep(output))
         epochs = int(data.recipe.num_train_epochs)
@@ -186,7 +187,7 @@ class Sweep:
             [self._candidate(number, values, data) for number, values in enumerate(drawn)],
             data.trained,
             data.datasets["validation"],
-            data.metric,
+            data.recipe.metric,
             epochs,
             output,
             data.lm,
@@ -196,7 +197,7 @@ class Sweep:
         )
         ranked = training.run(self.resume)
         result = {
-            "metric": data.metric,
+            "metric": data.recipe.metric,
             "processes": world_size(),
             "rows": {name: len(part) for name, part in data.parts.items() if name != "test"},
             "trials": [_describe_trial(learner, drawn[learner.candidate.number]) for learner in ranked],
@@ -213,24 +214,6 @@ class Sweep:
             write_sensitivity_plot(output / SWEEP_NAME)
             (output / CHECKPOINT_NAME).unlink(missing_ok=True)
         return result
-
-    def _settings(self, data: TrainingData, drawn: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what must be the same if the sweep is resumed."""
-        run = self.training
-        return {
-            "trials": self.trials,
-            "keep": self.keep,
-            "recipe": asdict(data.recipe),
-            "data": {name: value for name, value in vars(run.data).items() if name not in ("data_dir", "test")},
-            "rows": {name: rows.digest() for name, rows in data.parts.items() if name != "test"},
-            "backbone": run.backbone,
-            "dtype": run.dtype,
-            "backbone_weights": data.backbone_weights,
-            "prompts": [run.prompt_format, run.system_prompt, run.max_length],
-            "head": run.head,
-            "seed": run.seeds[0],
-            "drawn": drawn,
-        }
 
     def _is_finished(self, output: Path) -> bool:
         """Return True if all is trained and written: the checkpoint is removed last."""
@@ -281,17 +264,14 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     path = folder / SWEEP_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        kinds = [trial["params"]["probe_type"] for trial in found["trials"] if {"score", "status"} <= trial.keys()]
-        if not found["metric"] or not kinds:
+        trials = [(trial["params"]["probe_type"], trial["score"], trial["status"]) for trial in found["trials"]]
+        if not found["metric"] or not trials:
             raise ValueError("it has no configurations")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ProbeError(f"{path} is damaged ({type(error).__name__}: {error}): do the sweep again") from None
+        raise ProbeError(
+            f"{path} is not what a sweep writes ({type(error).__name__}: {error}): do the sweep anew"
+        ) from None
     return found
-
-
-def _score(learner: Learner) -> float | None:
-    """Return the score that ranks a configuration; None if its training diverged."""
-    return None if learner.history.status == "failed" else learner.history.best
 
 
 def _distribution(name: str, values: tuple[float, float] | list) -> BaseDistribution:
@@ -303,7 +283,7 @@ def _distribution(name: str, values: tuple[float, float] | list) -> BaseDistribu
 def _describe_trial(learner: Learner, drawn: dict[str, Any]) -> dict[str, Any]:
     return {
         "number": learner.candidate.number,
-        "score": _score(learner),
+        "score": None if learner.history.status == "failed" else learner.history.best,
         "scores": learner.history.scores,
         "best_epoch": learner.history.best_epoch,
         "status": learner.history.status,
