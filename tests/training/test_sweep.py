@@ -132,7 +132,8 @@ def test_a_killed_sweep_resumes(rows, backbone_folder, tmp_path, monkeypatch):
     shutil.copytree(rows, tmp_path / "rows")
 
     def search(name, **changes):
-        return sweep(tmp_path / "rows", tmp_path / "backbone", tmp_path / name, **changes)
+        values = {"trials": 4, "kinds": ("gate", "mha"), **changes}
+        return sweep(tmp_path / "rows", tmp_path / "backbone", tmp_path / name, **values)
 
     whole = search("whole").run()
     original = SharedTraining._train_epoch
@@ -148,9 +149,8 @@ def test_a_killed_sweep_resumes(rows, backbone_folder, tmp_path, monkeypatch):
     assert (tmp_path / "cut" / CHECKPOINT_NAME).exists()
     with pytest.raises(ProbeError, match="--resume"):
         search("cut").run()
-    for changes, name in (({"trials": 7}, "trials"), ({"dtype": "bfloat16"}, "dtype"), ({"seeds": [1]}, "rows|seed")):
-        with pytest.raises(ProbeError, match=f"{SETUP_NAME}.*({name})"):
-            search("cut", resume=True, **changes).run()
+    with pytest.raises(ProbeError, match=f"{SETUP_NAME}.*trials"):
+        search("cut", resume=True, trials=7).run()
     train = tmp_path / "rows" / "train.jsonl"
     before = train.read_text()
     train.write_text(before.replace("no 7", "no 77"))

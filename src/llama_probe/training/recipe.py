@@ -33,20 +33,22 @@ class Recipe:
         ProbeError: a number is not allowed.
     """
 
-    learning_rate: float | None = _setting(None, "Peak learning rate.")
-    num_train_epochs: float | None = _setting(None, "Epochs at most.", "epochs")
-    per_device_train_batch_size: int | None = _setting(None, "Rows a step, over all processes.", "batch_size")
+    learning_rate: float | None = _setting(None, "Peak learning rate. Default: by kind.")
+    num_train_epochs: float | None = _setting(None, "Epochs at most. Default: by number of rows.", "epochs")
+    per_device_train_batch_size: int | None = _setting(
+        None, "Rows a step, over all processes. Default: by number of rows.", "batch_size"
+    )
     gradient_accumulation_steps: int = _setting(1, "Steps to accumulate before each update.")
     weight_decay: float = _setting(0.05, "Weight decay.")
-    label_smoothing: float | None = _setting(None, "Label smoothing; 0.05 by default, 0 for a head that is fitted.")
+    label_smoothing: float | None = _setting(None, "Label smoothing. Default: by kind (0.05; 0 for a fitted head).")
     focal_gamma: float = _setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
     class_weights: str | None = _setting(None, "'balanced', or one weight a label with commas.")
     patience: int | None = _setting(3, "Stop after so many epochs without a better metric.")
-    metric: str | None = _setting(None, "Validation metric to choose by.")
+    metric: str | None = _setting(None, "Validation metric to choose by. Default: by problem type.")
     max_false_positive_rate: float | None = _setting(
         None,
         "Choose the threshold of the highest recall that flags at most this share of the negative validation rows, "
-        "such as 0.01. By default --threshold-rule chooses it.",
+        "such as 0.01. Default: --threshold-rule.",
     )
     threshold_rule: str = _setting(
         "expected-f1",
