@@ -46,11 +46,11 @@ def sweep(folder: Path, name: str) -> Sweep:
 
 
 def folded(folder: Path, name: str) -> dict:
-    return run(folder, name, folds=2, cache=False).execute()
+    return run(folder, name, folds=2, cache=False).run()
 
 
 def sparse(folder: Path, name: str) -> dict:
-    return run(folder, name, head={"probe_type": "muli", "options": {"l1": 0.01}}).execute()
+    return run(folder, name, head={"probe_type": "muli", "options": {"l1": 0.01}}).run()
 
 
 def check_helpers() -> None:
@@ -128,7 +128,7 @@ def main(folder: Path) -> None:
             "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
             "folded": folded(folder, "folded"),
             "sparse": sparse(folder, "sparse"),
-            "sweep": sweep(folder, "sweep").execute(),
+            "sweep": sweep(folder, "sweep").run(),
             "sharded": sharded(folder),
             "in_parts": in_parts(folder),
         }

@@ -31,6 +31,7 @@ from llama_probe.distributed import (
     share,
 )
 from llama_probe.evaluation.report import inspect_head, predict_logits
+from llama_probe.training.results import judge
 from llama_probe.training.run import CHECKPOINTS
 
 
@@ -120,7 +121,7 @@ class TestTwoNodes:
         assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS, batch_tokens=14)))
 
     def test_a_sweep_finds_what_one_process_finds(self, found, folder):
-        alone = ranks_at_work.sweep(folder, "alone").execute()
+        alone = ranks_at_work.sweep(folder, "alone").run()
         together = found[0]["sweep"]
         assert together["processes"] == 2 and alone["processes"] == 1
         for name in ("number", "scores", "status", "best_epoch", "options"):
@@ -199,7 +200,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
         for name in ("states.bin", "meta.json"):
             assert (entry / name).read_bytes() == (tmp_path / "two" / entry.name / name).read_bytes()
     head = read_head(output)
-    judged = alone.judge(head, prepared, predict_logits(head, prepared.datasets["validation"]))
+    judged = judge(head, prepared, predict_logits(head, prepared.datasets["validation"]))
     assert {name: run[name] for name in judged} == json.loads(json.dumps(judged))
 
 

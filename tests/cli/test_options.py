@@ -23,7 +23,6 @@ from llama_probe.experiments.reproduction.workbench import Workbench
 from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.heads.configuration import NORMALIZATIONS, POOLS, PROBLEM_TYPES, PROMPT_FORMATS, TOKEN_SCOPES
 from llama_probe.hub.resolve import bundled_heads
-from llama_probe.training.recipe import KINDS as SUITED
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
 from llama_probe.training.sweep import SearchSpace, Sweep
@@ -162,7 +161,7 @@ def _help(command, name: str) -> str:
         (cli.train, "threshold_rule", [EXPECTED_F1, BEST_F1]),
         (cli.train, "folds", [f"{FOLDS} for fewer than {FEW_ROWS} rows"]),
         (cli.train, "validation_share", [f"{VALIDATION_SHARE} where"]),
-        (cli.train, "label_smoothing", [f"{SUITED['mha'].label_smoothing} if left out, {SUITED['muli'].label_smoothing:g} for muli"]),
+        (cli.train, "label_smoothing", [f"{get_probe_type('mha').recipe['label_smoothing']} if left out, {get_probe_type('muli').recipe['label_smoothing']:g} for muli"]),
         (cli.train, "dtype", DTYPES),
         (cli.sweep, "probe_type", SearchSpace().probe_types),
         (cli.sweep, "validation_share", [f"{VALIDATION_SHARE} where"]),

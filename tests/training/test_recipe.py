@@ -1,49 +1,34 @@
-"""What is chosen where the user leaves it open."""
+"""Defaults for what the user leaves open."""
 
-import dataclasses
+from dataclasses import fields
 
 import pytest
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.heads import get_probe_type
-from llama_probe.training.recipe import KINDS, SCHEDULES, Recipe, complete
-
-
-@pytest.mark.parametrize("rows", [1, 32, 33, 100, 512, 513, 10**7])
-def test_nothing_stays_open(rows):
-    recipe, head = complete(Recipe(), {}, rows)
-    assert None not in (recipe.learning_rate, recipe.num_train_epochs, recipe.per_device_train_batch_size)
-    config = ProbeConfig(hidden_size=576, num_hidden_layers=30, **head)
-    assert config.dropout == KINDS[config.probe_type].dropout
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_that_is_given_stays(kind):
-    recipe, head = complete(Recipe(), {"probe_type": kind}, 50)
-    assert head["probe_type"] == kind and recipe.learning_rate == KINDS[kind].learning_rate
-    get_probe_type(kind)
+from llama_probe.evaluation.calibration import EXPECTED_F1
+from llama_probe.heads import Aggregator, get_probe_type, probe_types
+from llama_probe.training.recipe import SCHEDULES, Recipe, complete
 
 
 @pytest.mark.parametrize(
-    "name, value, words",
-    [
-        ("learning_rate", 0.0, "must be above 0"),
-        ("learning_rate", float("nan"), "must be above 0"),
-        ("num_train_epochs", -1, "must be above 0"),
-        ("per_device_train_batch_size", 0, r"must be at least 1 and below 2\*\*31"),
-        ("gradient_accumulation_steps", 0, r"must be at least 1 and below 2\*\*31"),
-        ("patience", 0, r"must be at least 1 and below 2\*\*31"),
-        ("per_device_train_batch_size", 2**31, r"must be at least 1 and below 2\*\*31"),
-        ("weight_decay", -0.1, "must be at least 0"),
-        ("focal_gamma", float("inf"), "must be at least 0"),
-    ],
+    "rows, kind",
+    [(1, "pooling"), (128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax"), (10**7, "multimax")],
 )
-def test_numbers_that_cannot_be(name, value, words):
-    with pytest.raises(ProbeError, match=f"^{name}={value} {words}$"):
-        Recipe(**{name: value})
+def test_nothing_stays_open(rows, kind):
+    recipe, head = complete(Recipe(), {}, rows)
+    assert None not in (recipe.learning_rate, recipe.num_train_epochs, recipe.per_device_train_batch_size)
+    config = ProbeConfig(hidden_size=576, num_hidden_layers=30, **head)
+    assert config.probe_type == kind and config.dropout == get_probe_type(kind).recipe["dropout"]
 
 
-def test_whatever_is_given_stays():
+@pytest.mark.parametrize("kind", probe_types())
+def test_a_given_kind_stays(kind):
+    recipe, head = complete(Recipe(), {"probe_type": kind}, 50)
+    assert head["probe_type"] == kind and recipe.learning_rate == get_probe_type(kind).recipe["learning_rate"]
+    assert get_probe_type(kind).recipe.keys() == Aggregator.recipe.keys()
+
+
+def test_given_values_stay():
     given = Recipe(learning_rate=5.0, num_train_epochs=1, per_device_train_batch_size=2, label_smoothing=0.0)
     wanted = {"probe_type": "mha", "dropout": 0.0, "layer_dropout": 0.0, "downcast": 4}
     recipe, head = complete(given, wanted, 20)
@@ -52,13 +37,28 @@ def test_whatever_is_given_stays():
 
 
 def test_fewer_rows_are_read_more_often():
-    found = [complete(Recipe(), {}, rows)[0] for rows in (20, 100, 400, 10_000)]
-    epochs = [recipe.num_train_epochs for recipe in found]
-    assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1]
-    assert [entry.up_to for entry in SCHEDULES] == sorted(entry.up_to for entry in SCHEDULES)
+    limits, epochs, _ = zip(*SCHEDULES, strict=True)
+    assert list(limits) == sorted(limits) and list(epochs) == sorted(epochs, reverse=True)
 
 
-def test_kinds_that_others_registered_train_too():
-    recipe, head = complete(Recipe(), {"probe_type": "of-somebody"}, 1000)
-    assert 1e-4 < recipe.learning_rate < 1e-1 and head["dropout"] is not None
-    assert dataclasses.asdict(recipe)["learning_rate"] == recipe.learning_rate
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("num_train_epochs", -1),
+        ("per_device_train_batch_size", 0),
+        ("per_device_train_batch_size", 2**31),
+        ("gradient_accumulation_steps", 0),
+        ("patience", 0),
+        ("weight_decay", -0.1),
+        ("focal_gamma", float("inf")),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ProbeError, match=f"^{name}={value}"):
+        Recipe(**{name: value})
+
+
+def test_fields_have_help_and_defaults_of_the_library():
+    assert all(item.metadata["help"] for item in fields(Recipe)) and Recipe().threshold_rule == EXPECTED_F1

@@ -1,7 +1,6 @@
 """Rows that are cut short, and rows that count for less."""
 
 import numpy as np
-import pytest
 import torch
 from conftest import HIDDEN, LAYERS
 from torch.utils.data import ConcatDataset
@@ -9,7 +8,7 @@ from torch.utils.data import ConcatDataset
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.data.states import ProbeCollator, PromptDataset
 from llama_probe.training.rows import CutReplies, WeightedRows
-from llama_probe.training.trainer import ProbeLoss, create_trainer, training_arguments
+from llama_probe.training.trainer import ProbeLoss
 
 
 def test_replies_are_cut_and_prompts_are_not():
@@ -54,31 +53,10 @@ def test_rows_without_a_weight_count_for_one():
     assert "row_weights" not in ProbeCollator()([rows[0], rows[1]])
 
 
-def config(probe_type: str, **options) -> ProbeConfig:
-    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
-    return ProbeConfig(probe_type=probe_type, dropout=0.0, options=options, **sizes)
-
-
-def trained(head: ProbeConfig, rows, folder) -> ProbeModel:
-    torch.manual_seed(0)
-    probe = ProbeModel(head)
-    args = training_arguments(
-        folder, "accuracy", num_train_epochs=2, learning_rate=0.01, eval_strategy="no", load_best_model_at_end=False
-    )
-    create_trainer(probe, args, rows, loss=ProbeLoss(head)).train()
-    return probe
-
-
-@pytest.mark.parametrize("weight, alike", [(0.0, True), (0.5, False)])
-def test_rows_that_count_for_nothing_teach_nothing(tmp_path, weight, alike):
-    heads = [trained(config("gate"), mixed(labels, [weight]), tmp_path) for labels in (EXTRA, 1 - EXTRA)]
-    pairs = zip(*(head.state_dict().values() for head in heads), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs) == alike
-
-
 def test_members_take_turns():
     """With the weights 0 and 2 the members 0, 2, 4 learn from the other rows alone."""
-    head = config("multimax", num_maxima=2, num_members=5)
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    head = ProbeConfig(probe_type="multimax", dropout=0.0, options={"num_maxima": 2, "num_members": 5}, **sizes)
     torch.manual_seed(0)
     probe, loss = ProbeModel(head).train(), ProbeLoss(head)
 

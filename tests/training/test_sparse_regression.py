@@ -29,7 +29,7 @@ def softmax(y):
     return lambda z: F.cross_entropy(z, y)
 
 
-@pytest.mark.parametrize("l1", [0.1, 0.02, 0.003])
+@pytest.mark.parametrize("l1", [0.1, 0.003])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_it_agrees_with_scikit_learn(classes, l1):
     x, y = problem(classes=classes)
@@ -50,7 +50,7 @@ def test_it_agrees_with_scikit_learn(classes, l1):
         np.testing.assert_allclose(ours.bias, theirs.intercept_, atol=3e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(5, 60), st.integers(1, 200), st.integers(1, 4), st.integers(0, 1000))
 def test_every_model_of_a_path_is_a_minimum(rows, features, outputs, seed):
     generator = torch.Generator().manual_seed(seed)

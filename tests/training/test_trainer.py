@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import make_lm, make_prompts, make_tokenizer, read_head
 from safetensors.torch import load_file
-from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
@@ -38,25 +37,11 @@ def head(backbone=None, **changes):
     return ProbeModel(config, backbone=backbone)
 
 
-def trainer_for(probe, folder, patience=None, metric="auprc", callbacks=(), loss=None, **changes):
-    prompts, labels = dataset()
-    changes = {
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 4,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        **changes,
-    }
-    args = training_arguments(folder, metric, disable_tqdm=True, **changes)
-    return create_trainer(
-        probe,
-        args,
-        PromptDataset(prompts, labels),
-        PromptDataset(*dataset(16, 1)),
-        loss,
-        patience,
-        callbacks=list(callbacks),
-    )
+def trainer_for(probe, folder, patience=None, metric="auprc", callbacks=(), **changes):
+    changes = {"per_device_train_batch_size": 8, "num_train_epochs": 4, "learning_rate": 1e-2, **changes}
+    args = training_arguments(folder, metric, disable_tqdm=True, use_cpu=True, **changes)
+    sets = PromptDataset(*dataset()), PromptDataset(*dataset(16, 1))
+    return create_trainer(probe, args, *sets, None, patience, callbacks=list(callbacks))
 
 
 def snapshot(module):
@@ -69,15 +54,8 @@ def test_the_stock_trainer_alone_will_do(tmp_path):
 
     prompts, labels = dataset()
     rows = Dataset.from_dict({"input_ids": prompts, "label": labels, "note": ["x"] * len(labels)})
-    args = TrainingArguments(
-        str(tmp_path),
-        num_train_epochs=12,
-        learning_rate=1e-2,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to=[],
-        save_strategy="no",
-    )
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path), num_train_epochs=12, learning_rate=1e-2, **quiet)
     trainer = Trainer(head(make_lm()), args, DataCollatorWithPadding(make_tokenizer()), rows, rows)
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -94,51 +72,12 @@ def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):
     assert trainer.evaluate(trainer.train_dataset)["eval_accuracy"] < 0.7
     trainer.train()
     assert trainer.evaluate(trainer.train_dataset)["eval_accuracy"] > 0.95
-    assert trainer.evaluate()["eval_auprc"] > 0.85
     for name, tensor in lm.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert not lm.training and all(p.grad is None for p in lm.parameters())
-
-
-def test_checkpoints_hold_only_the_head(tmp_path):
-    probe = head(make_lm())
-    trainer_for(probe, tmp_path, num_train_epochs=1).train()
     saved = load_file(next(tmp_path.glob("checkpoint-*")) / "model.safetensors")
-    assert saved.keys() == probe.state_dict().keys()
-
-
-class Stop(TrainerCallback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.epoch >= self.epoch
-
-
-def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path):
-    whole = head(make_lm())
-    trainer_for(whole, tmp_path / "whole", load_best_model_at_end=False).train()
-    stopped = head(make_lm())
-    trainer_for(stopped, tmp_path / "cut", load_best_model_at_end=False, callbacks=[Stop(2)]).train()
-    resumed = head(make_lm())
-    trainer_for(resumed, tmp_path / "cut", load_best_model_at_end=False).train(resume_from_checkpoint=True)
-    for name, tensor in whole.state_dict().items():
-        assert not torch.equal(stopped.state_dict()[name], tensor)
-        assert torch.equal(resumed.state_dict()[name], tensor)
-
-
-def test_the_best_epoch_is_loaded(tmp_path):
-    probe = head(make_lm())
-    trainer = trainer_for(probe, tmp_path, metric="accuracy")
-    trainer.train()
-    scores = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    assert trainer.evaluate()["eval_accuracy"] == max(scores)
-
-
-def test_early_stopping(tmp_path):
-    trainer = trainer_for(head(make_lm()), tmp_path, patience=1, num_train_epochs=50, learning_rate=0.0)
-    trainer.train()
-    assert trainer.state.epoch == 2
+    assert saved.keys() == probe.state_dict().keys(), "checkpoints hold only the head"
+    assert trainer.evaluate()["eval_auprc"] == trainer.state.best_metric > 0.85
 
 
 class Kill(TrainerCallback):
@@ -147,11 +86,23 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_epochs_without_gain_count_across_a_stop(tmp_path):
-    changes = {"patience": 2, "num_train_epochs": 50, "learning_rate": 0.0}
+def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path):
+    whole, cut, resumed = (head(make_lm()) for _ in range(3))
+    trainer_for(whole, tmp_path / "whole", load_best_model_at_end=False).train()
     with pytest.raises(KeyboardInterrupt):
-        trainer_for(head(make_lm()), tmp_path, callbacks=[Kill()], **changes).train()
-    resumed = trainer_for(head(make_lm()), tmp_path, **changes)
+        trainer_for(cut, tmp_path / "cut", load_best_model_at_end=False, callbacks=[Kill()]).train()
+    set_seed(8)
+    trainer_for(resumed, tmp_path / "cut", load_best_model_at_end=False).train(resume_from_checkpoint=True)
+    for name, tensor in whole.state_dict().items():
+        assert not torch.equal(cut.state_dict()[name], tensor)
+        assert torch.equal(resumed.state_dict()[name], tensor)
+
+
+def test_early_stopping_counts_across_a_stop(tmp_path):
+    changes = {"num_train_epochs": 50, "learning_rate": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(head(make_lm()), tmp_path, patience=2, callbacks=[Kill()], **changes).train()
+    resumed = trainer_for(head(make_lm()), tmp_path, patience=2, **changes)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.epoch == 3
 
@@ -179,10 +130,9 @@ def test_gradient_accumulation_equals_larger_batches(tmp_path):
 
 
 def test_a_bf16_backbone_with_an_fp32_head(tmp_path):
-    lm = make_lm().bfloat16()
-    probe = head(lm)
+    probe = head(make_lm().bfloat16())
     trainer_for(probe, tmp_path, num_train_epochs=1).train()
-    assert {p.dtype for p in probe.parameters()} == {torch.float32} and lm.dtype == torch.bfloat16
+    assert {p.dtype for p in probe.parameters()} == {torch.float32} and probe.backbone.dtype == torch.bfloat16
 
 
 def test_a_lora_adapted_backbone(tmp_path):
@@ -253,29 +203,16 @@ class TestLoss:
         several = config.replace(problem_type="multi_label_classification")
         assert balanced_weights(np.array([[1, 0], [1, 0], [0, 1], [1, 0]]), several) == [pytest.approx(1 / 3), 3.0]
 
-    @pytest.mark.parametrize(
-        "kwargs, words",
-        [
-            ({"class_weights": [1.0]}, "1 values for 2 labels"),
-            ({"label_smoothing": 1.0}, "label_smoothing"),
-            ({"focal_gamma": -1}, "focal_gamma"),
-        ],
-    )
-    def test_refusals(self, kwargs, words):
-        with pytest.raises(ProbeError, match=words):
-            ProbeLoss(head().config, **kwargs)
+    @pytest.mark.parametrize("name, value", [("class_weights", [1.0]), ("label_smoothing", 1.0), ("focal_gamma", -1)])
+    def test_refusals(self, name, value):
+        with pytest.raises(ProbeError, match=name):
+            ProbeLoss(head().config, **{name: value})
 
 
-def test_the_head_is_an_ordinary_module_to_the_trainer():
-    probe = head(make_lm())
-    assert isinstance(probe, nn.Module) and not any("backbone" in name for name, _ in probe.named_modules())
-
-
-@pytest.mark.parametrize("strategy", ["every_save", "end"])
-def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, monkeypatch, strategy):
+def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
     probe = head(make_lm(), id2label={0: "bad", 1: "good"})
-    changes = {"push_to_hub": True, "hub_model_id": "alice/mood", "hub_strategy": strategy, "num_train_epochs": 1}
+    changes = {"push_to_hub": True, "hub_model_id": "alice/mood", "num_train_epochs": 1}
     trainer = trainer_for(probe, tmp_path, **changes)
     trainer.train()
     trainer.push_to_hub()

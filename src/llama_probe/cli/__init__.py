@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ProbeError
 from ..files import DISK_FULL, is_disk_full, package_version
-from .allocator import keep_freed_memory
+from ..training.allocator import keep_freed_memory
 from .benchmark import benchmark
 from .console import printable
 from .evaluate import evaluate

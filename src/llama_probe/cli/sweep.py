@@ -96,7 +96,7 @@ def sweep(
     )
     space = SearchSpace(probe_type or SearchSpace.probe_types)
     with process_group(), contextlib.redirect_stdout(sys.stderr):
-        result = Sweep(run, space, trials, keep, resume).execute()
+        result = Sweep(run, space, trials, keep, resume).run()
         if not is_main():
             return
     if as_json:

@@ -242,7 +242,7 @@ def train(
     with process_group():
         # The Trainer writes its log to standard output, which belongs to the results here.
         with contextlib.redirect_stdout(sys.stderr):
-            results = run.execute()
+            results = run.run()
         if not is_main():
             return
         if as_json:

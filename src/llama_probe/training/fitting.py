@@ -1,4 +1,4 @@
-"""Heads of which only the classifier is learned, fitted as sparse logistic regression: no epochs, no seed, one minimum."""
+"""Fitting of heads that learn only their classifier, as sparse logistic regression: no epochs, no seed, one minimum."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .sparse_regression import SparseModel, fit_path, largest_strength, standard
 from .trainer import ProbeLoss
 
 
-# The path of strengths, as shares of the one at which all weights are zero.
+# Strengths of the penalty to choose from, as shares of the one at which all weights are zero.
 PATH = np.geomspace(0.7, 0.01, 16)
-_ROWS = 256  # whose features are at hand at a time, where not all have to be
+_ROWS = 256  # rows whose features are computed at a time
 
 
 @dataclass
 class Fitted:
-    """What a fit says of itself.
+    """Results of a fit.
 
     Attributes:
-        logits (`torch.FloatTensor` of shape `[rows, num_labels]`): of the validation rows, each by a model that did not learn
-            from it.
-        facts: `l1`, the strength, and `nonzero_weights`.
+        logits (`torch.FloatTensor` of shape `[rows, num_labels]`): logits of the validation rows, each by a model that has not
+            learned from the row.
+        facts: `l1`, the strength of the penalty, and `nonzero_weights`.
     """
 
     logits: torch.Tensor
@@ -52,29 +52,31 @@ def fit_classifier(
     lm: nn.Module | None = None,
     folds: Sequence[np.ndarray] = (),
 ) -> Fitted:
-    """Fits a head's classifier: the loss plus `l1 * sum |weight|` over standardised features is smallest.
+    """Fit a head's classifier: minimise the loss plus `l1 * sum |weight|` over standardised features.
 
-    The features of the training rows are in memory at once: 4 bytes a row and feature. In a process group all ranks run over
-    the rows, the first one fits, and all get the result.
+    The features of all training rows are in memory at once: 4 bytes a row and feature. In a process group all ranks run the
+    backbone, the first one fits, and all get the result.
 
     Args:
-        probe: a head whose kind is `convex`, with whatever it needs of the LM (`bind`). Its classifier, and in its config
-            `options["l1"]`, are written. An `l1` that is there already is used; else the best of a path is.
-        train, validation: `StateDataset`s, or with `lm` `PromptDataset`s.
-        loss: see `ProbeLoss`; without focal weights, which are not convex.
-        metric: of the validation rows, to choose the strength by; larger is better.
-        lm: the frozen backbone; `None` where the states are cached.
-        folds: rows of `train` that take turns as validation rows; the classifier is then fitted to all rows.
+        probe: a head of a `convex` kind, bound to its LM. Its classifier and `options["l1"]` of its config are written. An
+            `l1` in the config is used; otherwise the best of a path.
+        train, validation: two `StateDataset`, or two `PromptDataset` with `lm`.
+        loss: a loss without focal weights.
+        metric: metric of the validation rows that chooses the strength; larger is better.
+        lm: the frozen backbone; None if the states are cached.
+        folds: row indices of `train` that take turns as validation rows. The classifier is then fitted to all rows.
 
     Raises:
         ProbeError: the loss is not convex, or the metric is not defined on the validation rows.
     """
     check_convex(loss.focal_gamma)
     probe.eval()
-    pooled = pooled_vectors(probe, train, lm)
-    validated = None if folds else pooled_vectors(probe, validation, lm)
-    labels = {"train": train.labels, "validation": train.labels if folds else validation.labels}
-    weight, bias, strength, logits = on_main(lambda: _fit(probe, pooled, validated, labels, loss, metric, folds))
+    pooled = _pooled_vectors(probe, train, lm)
+    validated = None if folds else _pooled_vectors(probe, validation, lm)
+    truth = train.labels if folds else validation.labels
+    weight, bias, strength, logits = on_main(
+        lambda: _fit(probe, pooled, train.labels, validated, truth, loss, metric, folds)
+    )
     with torch.no_grad():
         probe.classifier.weight.copy_(weight)
         probe.classifier.bias.copy_(bias)
@@ -82,55 +84,47 @@ def fit_classifier(
     return Fitted(logits, {"l1": strength, "nonzero_weights": int((weight != 0).sum())})
 
 
+def check_convex(focal_gamma: float) -> None:
+    """Raise `ProbeError` for focal weights, which are not convex."""
+    if focal_gamma:
+        raise ProbeError(f"focal_gamma={focal_gamma} must be 0: this kind of head is fitted as a convex problem")
+
+
 def _fit(
     probe: ProbeModel,
     pooled: torch.Tensor,
+    labels: np.ndarray,
     validated: torch.Tensor | None,
-    truth: dict[str, np.ndarray],
+    truth: np.ndarray,
     loss: ProbeLoss,
     metric: str,
     folds: Sequence[np.ndarray],
 ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
-    """Weight and bias of the classifier, the strength of its penalty, and logits of the validation rows."""
-    labels = torch.as_tensor(truth["train"])
+    """Return weight and bias of the classifier, the strength of its penalty, and logits of the validation rows."""
+    config, labels = probe.config, torch.as_tensor(labels)
     features = torch.empty(len(labels), probe.classifier.in_features)
     for place, part in zip(features.split(_ROWS), _features(probe, pooled), strict=True):
         place.copy_(part)
-    whole = _Problem(probe.config, features, labels, loss)
+    kept = features.clone() if folds else None  # standardised in place below
+    whole = _Problem(config, features, labels, loss)
     strengths = whole.strengths
     if folds:
-        kept = features.clone()
-        held_out = torch.empty(len(strengths), len(labels), probe.config.num_labels)
+        logits = torch.empty(len(strengths), len(labels), config.num_labels)
         for held in tqdm(folds, desc="folds", unit=" folds", leave=False):
             rest = np.setdiff1d(np.arange(len(labels)), held)
-            part = _Problem(probe.config, kept[rest], labels[rest], loss)
-            held_out[:, held] = part.logits(part.fit(strengths), [kept[held]])
-        best = _best(held_out, truth["validation"], probe.config, metric)
+            part = _Problem(config, kept[rest], labels[rest], loss)
+            logits[:, held] = part.logits(part.fit(strengths), [kept[held]])
+        best = _best(logits, truth, config, metric)
         models = whole.fit(strengths[: best + 1])
     else:
         models = whole.fit(strengths)
-        held_out = whole.logits(models, _features(probe, validated))
-        best = _best(held_out, truth["validation"], probe.config, metric)
-    return *whole.classifier(models[best]), strengths[best], held_out[best]
+        logits = whole.logits(models, _features(probe, validated))
+        best = _best(logits, truth, config, metric)
+    return *whole.classifier(models[best]), strengths[best], logits[best]
 
 
-def check_convex(focal_gamma: float) -> None:
-    """Raises `ProbeError` for a loss that has more than one minimum."""
-    if focal_gamma:
-        raise ProbeError(
-            f"focal_gamma={focal_gamma}: heads of this kind are fitted as a convex problem, which focal weights are not; "
-            "leave it 0"
-        )
-
-
-def pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None = None) -> torch.Tensor:
-    """What the classifier of a head gets for each row, in their order: `[rows, hidden_size]`, fp32.
-
-    In a process group the ranks run over a share of the rows each, and all get the whole.
-
-    Args:
-        dataset, lm: see `iterate_states`.
-    """
+def _pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None) -> torch.Tensor:
+    """Return what the layer stage gives for each row: `[rows, hidden_size]`."""
     found, read = torch.empty(len(dataset), probe.config.hidden_size), []
     states_of = iterate_states(dataset, probe.config, lm, progress=True, layers=probe.layer_indices, divided=True)
     for rows, states, mask in states_of:
@@ -141,7 +135,7 @@ def pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None = N
 
 
 def _features(probe: ProbeModel, pooled: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What the linear map of the classifier gets, some rows at a time: `[rows, features]`."""
+    """Yield the inputs of the classifier's linear map, `[rows, features]`, some rows at a time."""
     for part in pooled.split(_ROWS):
         with torch.no_grad():
             yield probe.classifier.inputs(part.to(probe.device)).float().cpu()
@@ -152,7 +146,7 @@ class _Problem:
 
     def __init__(self, config: ProbeConfig, features: torch.Tensor, labels: torch.Tensor, loss: ProbeLoss):
         self.config, self.x = config, features
-        self.mean, self.scale = standardize(features)  # in place: there may be no memory for a copy
+        self.mean, self.scale = standardize(features)  # in place: a copy may not fit into memory
         self.one = config.problem_type == "single_label_classification" and config.num_labels == 2
         self.outputs = 1 if self.one else config.num_labels
         self.loss = lambda z: loss(ProbeOutput(logits=self._widen(z)), labels)
@@ -163,18 +157,18 @@ class _Problem:
 
     @property
     def strengths(self) -> list[float]:
-        """To choose from, descending; the one that the user gave, where there is one."""
+        """Strengths to choose from, descending; only that of the config if it has one."""
         if "l1" in self.config.options:
             return [float(self.config.options["l1"])]
         top = max(largest_strength(self.x, self.loss, self.outputs), 1e-12)
         return [float(top * share) for share in PATH]
 
     def fit(self, strengths: Sequence[float]) -> list[SparseModel]:
-        """A model a strength."""
+        """Fit a model for each strength."""
         return fit_path(self.x, self.loss, self.outputs, tqdm(strengths, desc="L1 path", leave=False))
 
     def logits(self, models: Sequence[SparseModel], features) -> torch.Tensor:
-        """Logits `[models, rows, num_labels]` of rows with these features, as they are."""
+        """Return logits `[models, rows, num_labels]` of rows with these raw features."""
         used = torch.stack([(model.weight != 0).any(dim=0) for model in models]).any(dim=0)
         weights, biases = zip(*(model.unstandardized(self.mean, self.scale) for model in models), strict=True)
         weight = torch.stack(weights)[:, :, used].flatten(0, 1).T  # [used, models * outputs]
@@ -183,15 +177,14 @@ class _Problem:
         return self._widen(found)
 
     def classifier(self, model: SparseModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight `[num_labels, features]` and bias `[num_labels]` for features as they are."""
+        """Return weight `[num_labels, features]` and bias `[num_labels]` for raw features."""
         weight, bias = model.unstandardized(self.mean, self.scale)
         return (F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0))) if self.one else (weight, bias)
 
 
 def _best(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, metric: str) -> int:
-    """Of models `[models, rows, num_labels]` the first that scores best."""
+    """Return the first best of models with logits `[models, rows, num_labels]`."""
     if len(logits) == 1:
         return 0
     check_metric(metric, labels, config)
-    values = [score_logits(one, labels, config)[metric] for one in logits]
-    return int(np.argmax(values))
+    return int(np.argmax([score_logits(one, labels, config)[metric] for one in logits]))

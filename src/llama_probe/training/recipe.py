@@ -1,127 +1,100 @@
-"""How a head is trained, and what is chosen where the user leaves it open."""
+"""Hyper-parameters of training, and defaults for those that the user does not set."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import ProbeError
-from ..evaluation.calibration import EXPECTED_F1
+from ..heads import get_probe_type, probe_types
 
 
 AUTO = "auto"
 
 
+def _setting(default: Any, help: str, option: str | None = None) -> Any:
+    """Declare a field of `Recipe` with what the command line shows of it: a help text, and its option's own name."""
+    return field(default=default, metadata={"help": help} | ({"option": option} if option else {}))
+
+
 @dataclass
 class Recipe:
-    """How a head is trained; the fields of `TrainingArguments` have their names there.
+    """Hyper-parameters of training. Fields of `TrainingArguments` have their names there.
+
+    `complete` fills in the fields that default to None, except `patience`, `metric`, `class_weights` and
+    `max_false_positive_rate`.
 
     Attributes:
-        learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing: `None` for what suits the kind and the
-            number of rows; see `complete`. The batch is that of a single process; several share it (rounded up to a number
-            that they can divide), so that a recipe means the same whatever it runs on.
-        patience: epochs without a better metric after which a training stops. With folds no head is stopped.
-        max_false_positive_rate, threshold_rule: how the threshold is chosen, see `calibrate`.
+        per_device_train_batch_size: rows of a step over all processes: each process gets an equal share, rounded up.
+        patience: epochs. None, or training with folds: no head stops early.
 
     Raises:
         ProbeError: a number is not allowed.
     """
 
-    learning_rate: float | None = None
-    num_train_epochs: float | None = None
-    per_device_train_batch_size: int | None = None
-    gradient_accumulation_steps: int = 1
-    weight_decay: float = 0.05
-    label_smoothing: float | None = None
-    focal_gamma: float = 0.0
-    class_weights: str | None = None
-    patience: int | None = 3
-    metric: str | None = None
-    max_false_positive_rate: float | None = None
-    threshold_rule: str = EXPECTED_F1
+    learning_rate: float | None = _setting(None, "Peak learning rate. Default: by kind.")
+    num_train_epochs: float | None = _setting(None, "Epochs at most. Default: by number of rows.", "epochs")
+    per_device_train_batch_size: int | None = _setting(
+        None, "Rows a step, over all processes. Default: by number of rows.", "batch_size"
+    )
+    gradient_accumulation_steps: int = _setting(1, "Steps to accumulate before each update.")
+    weight_decay: float = _setting(0.05, "Weight decay.")
+    label_smoothing: float | None = _setting(None, "Label smoothing. Default: by kind (0.05; 0 for a fitted head).")
+    focal_gamma: float = _setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
+    class_weights: str | None = _setting(None, "'balanced', or one weight a label with commas.")
+    patience: int | None = _setting(3, "Stop after so many epochs without a better metric.")
+    metric: str | None = _setting(None, "Validation metric to choose by. Default: by problem type.")
+    max_false_positive_rate: float | None = _setting(
+        None,
+        "Choose the threshold of the highest recall that flags at most this share of the negative validation rows, "
+        "such as 0.01. Default: --threshold-rule.",
+    )
+    threshold_rule: str = _setting(
+        "expected-f1",
+        "expected-f1: the threshold of the best F1 that a logistic fit to the validation rows expects. best-f1: that of "
+        "the rows themselves, which depends more on chance.",
+    )
 
     def __post_init__(self):
         for name in ("learning_rate", "num_train_epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ProbeError(f"{name}={value} must be above 0")
+            self._check(name, lambda value: 0 < value < math.inf, "above 0")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "patience"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 2**31:
-                raise ProbeError(f"{name}={value} must be at least 1 and below 2**31")
+            self._check(name, lambda value: 1 <= value < 2**31, "at least 1 and below 2**31")
         for name in ("weight_decay", "focal_gamma"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ProbeError(f"{name}={value} must be at least 0")
+            self._check(name, lambda value: 0 <= value < math.inf, "at least 0")
+
+    def _check(self, name: str, is_allowed, allowed: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not is_allowed(value):
+            raise ProbeError(f"{name}={value} must be {allowed}")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Epochs and batch size that suit a number of training rows, and the kind that does best with so many."""
-
-    up_to: float
-    num_train_epochs: int
-    per_device_train_batch_size: int
-    probe_type: str
-
-
-@dataclass(frozen=True)
-class Regularization:
-    """What suits a kind."""
-
-    learning_rate: float
-    dropout: float
-    layer_dropout: float
-    label_smoothing: float = 0.05
-
-
-# Chosen by validation rows on the demo backbone: with few rows (`learning_curves` of SST-2 and ToxicChat, 3 draws) the kinds
-# with few parameters do as well as any, and fewer rows need more passes over them. With thousands (4 folds of ToxicChat,
-# validation rows of SST-2 and Emotion) `multimax` leads.
-SCHEDULES = (
-    Schedule(32, 40, 8, "pooling"),
-    Schedule(128, 20, 16, "pooling"),
-    Schedule(512, 12, 16, "gate"),
-    Schedule(float("inf"), 8, 32, "multimax"),
-)
-KINDS = {
-    "pooling": Regularization(1e-2, 0.1, 0.0),
-    "gate": Regularization(1e-2, 0.1, 0.0),
-    "last": Regularization(1e-2, 0.1, 0.0),
-    "mha": Regularization(1e-3, 0.2, 0.1),
-    "attentive": Regularization(1e-2, 0.2, 0.1),
-    "multimax": Regularization(3e-3, 0.1, 0.1),
-    "muli": Regularization(1e-3, 0.0, 0.0, label_smoothing=0.0),  # fitted: only its L1 penalty regularises
-}
-OTHER = KINDS["mha"]
+# Rows at most, epochs, batch size. Chosen on validation rows of the demo backbone: fewer rows need more passes over them.
+SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
 
 
 def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, dict[str, Any]]:
-    """Fills in what was left open.
+    """Fill in what is left open, from the kind of the head and the number of rows.
 
     Args:
-        recipe: fields that are `None` are chosen.
-        head: fields of `ProbeConfig`. `probe_type="auto"`, `dropout=None` and `layer_dropout=None` are chosen.
+        recipe: fields that are None are filled in if the kind or the schedule has a default.
+        head: fields of `ProbeConfig`. `probe_type="auto"`, or none, is chosen; so are dropouts that are None.
         rows: number of training rows.
 
     Returns:
-        Copies without anything open.
+        Copies of both.
+
+    Raises:
+        ProbeError: the kind is not known.
     """
-    schedule = next(entry for entry in SCHEDULES if rows <= entry.up_to)
-    kind = head.get("probe_type", AUTO)
-    kind = schedule.probe_type if kind == AUTO else kind
-    suited = KINDS.get(kind, OTHER)
-    chosen = {
-        "learning_rate": suited.learning_rate,
-        "label_smoothing": suited.label_smoothing,
-        "num_train_epochs": schedule.num_train_epochs,
-        "per_device_train_batch_size": schedule.per_device_train_batch_size,
-    }
-    open_fields = {name: value for name, value in chosen.items() if getattr(recipe, name) is None}
-    full = {**head, "probe_type": kind}
-    for name in ("dropout", "layer_dropout"):
-        if full.get(name) is None:
-            full[name] = getattr(suited, name)
-    return dataclasses.replace(recipe, **open_fields), full
+    name = head.get("probe_type", AUTO)
+    if name == AUTO:
+        suited = {name: get_probe_type(name).auto_up_to for name in probe_types()}
+        name = min((name for name, up_to in suited.items() if rows <= up_to), key=suited.get)
+    _, epochs, batch_size = next(entry for entry in SCHEDULES if rows <= entry[0])
+    defaults = {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, **get_probe_type(name).recipe}
+    own = {item.name for item in fields(Recipe)}
+    found = {key: value for key, value in defaults.items() if key in own and getattr(recipe, key) is None}
+    further = {key: value for key, value in defaults.items() if key not in own and head.get(key) is None}
+    return replace(recipe, **found), {**head, "probe_type": name, **further}

@@ -1,77 +1,98 @@
-"""Rows as a training sees them: all that a run has before it trains, some of them cut short, some that count for less."""
+"""Rows as training sees them: prompts or states with labels, some cut short, some with weights."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
+from transformers import PreTrainedModel
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..data.states import StateCache
-    from ..data.texts import LabelledTexts
-    from ..heads.configuration import ProbeConfig
-    from ..heads.probe import ProbeModel
+from ..data.sources import DataSources
+from ..data.states import StateCache
+from ..data.texts import LabelledTexts
+from ..heads.configuration import ProbeConfig
+from ..heads.probe import ProbeModel
+from .recipe import Recipe
 
 
 @dataclass
-class Prepared:
-    """What a run has before it trains.
+class TrainingData:
+    """Rows with their prompts or states, and the settings that follow from them.
+
+    A context manager: leaving it deletes `cache`, unless the run was interrupted and may resume.
 
     Attributes:
-        parts: rows of `train`, `validation` and, where given, `test` and `extra`. datasets: their prompts or states.
-        reply_lengths: the tokens of their replies, for a head that reads these.
-        config: of a head, with all that it records of prompts and backbone.
-        metric: the validation metric to choose by.
-        lm: the frozen backbone; `None` where the states are cached.
-        head: untrained, with what its kind needs of the backbone beside states.
-        cache: that goes when the run is over.
-        folds: rows of train that take turns as validation rows; none where the validation rows are others.
-        extra_weights: see `DataSources`.
-        backbone_weights: digest of the backbone, by which a run that goes on knows it: its name may have become another's.
+        parts: rows of `train` and `validation`, and of `test` and `extra` if given.
+        datasets: prompts or states of each part.
+        reply_lengths: tokens of each reply of each part, for a head that reads replies.
+        labels: labels of the rows of `train` and `extra`.
+        config: config of the head, with prompts and backbone filled in.
+        recipe: recipe without open fields; its `metric` is set.
+        lm: the frozen backbone; None if the states are cached.
+        head: an untrained head, bound to the backbone.
+        cache: states to delete after the run.
+        folds: row indices of `train`, a fold each; empty if the validation rows are not those of `train`.
+        sources: where the rows come from.
+        backbone_weights: digest of the backbone's weights.
     """
 
     parts: dict[str, LabelledTexts]
-    config: ProbeConfig
-    metric: str
     datasets: dict[str, Dataset]
     reply_lengths: dict[str, list[int] | None]
+    labels: np.ndarray
+    config: ProbeConfig
+    recipe: Recipe
     lm: PreTrainedModel | None
     head: ProbeModel
     cache: StateCache | None
-    folds: list[np.ndarray] = field(default_factory=list)
-    extra_weights: list[float] = field(default_factory=lambda: [1.0])
-    backbone_weights: str = ""
+    folds: list[np.ndarray]
+    sources: DataSources
+    backbone_weights: str
+
+    def __enter__(self) -> TrainingData:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if self.cache is not None and (kind is None or issubclass(kind, Exception)):
+            self.cache.delete()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same if a run is resumed, as JSON values."""
+        folds = json.dumps([held.tolist() for held in self.folds])
+        return {
+            "recipe": asdict(self.recipe),
+            # Measured anew by each run; `backbone_weights` tells whether the backbone is the same.
+            "head": self.config.to_dict() | {"fingerprint": None},
+            "backbone_weights": self.backbone_weights,
+            "rows": {name: rows.digest() for name, rows in self.parts.items() if name != "test"},
+            "extra_weights": self.sources.extra_weights,
+            # No head may be validated on rows that it has learned from.
+            "folds": hashlib.sha256(folds.encode()).hexdigest(),
+        }
 
     @property
     def trained(self) -> Dataset:
-        """The rows of train, then the extra ones; for a head that follows replies, some of these cut short."""
-        names = [name for name in ("train", "extra") if name in self.datasets]
-        parts = {name: self.datasets[name] for name in names}
-        if "extra" in parts and self.extra_weights != [1.0]:
-            parts["extra"] = WeightedRows(parts["extra"], self.extra_weights)
+        """The rows of `train`, then those of `extra`. Replies are cut short at random if the head follows them."""
+        parts = {name: self.datasets[name] for name in ("train", "extra") if name in self.datasets}
+        if "extra" in parts and self.sources.extra_weights != [1.0]:
+            parts["extra"] = WeightedRows(parts["extra"], self.sources.extra_weights)
         rows = ConcatDataset(parts.values())
         if not self.config.reads_reply:
             return rows
-        return CutReplies(rows, list(chain.from_iterable(self.reply_lengths[name] for name in names)))
-
-    def close(self) -> None:
-        """Removes cached states that nobody asked to keep."""
-        if self.cache is not None:
-            self.cache.delete()
+        return CutReplies(rows, list(chain.from_iterable(self.reply_lengths[name] for name in parts)))
 
 
 class CutReplies(Dataset):
-    """Rows that end with replies, of which every other one, by chance, is seen cut short: for heads that follow a reply.
+    """Rows that end with replies; each time, half of them at random are cut within the reply.
 
-    Such a head is asked after every token; trained on whole replies alone, it is sure of itself after the first few.
+    A head that follows a reply scores every prefix of it. Trained on whole replies alone it is sure too early.
 
     Args:
         dataset: a `PromptDataset` or a `StateDataset`.
@@ -89,18 +110,17 @@ class CutReplies(Dataset):
         if torch.rand(()) < 0.5:
             left = int(torch.randint(1, self.lengths[row] + 1, ()))
             stop = len(item["input_ids"]) - self.lengths[row] + left
-            for name in ("input_ids", "hidden_states", "probe_mask"):
-                if name in item:
-                    item[name] = item[name][:stop]
+            cut = {"input_ids", "hidden_states", "probe_mask"} & item.keys()
+            item |= {name: item[name][:stop] for name in cut}
         return item
 
 
 class WeightedRows(Dataset):
-    """Rows that count for more or less than others in a loss: as items, with `row_weights`; see `probe_loss`.
+    """Rows with weights in the loss, as `row_weights` of each item. Rows without have weight 1.
 
     Args:
         dataset: a `PromptDataset` or a `StateDataset`.
-        weights: what each row counts for, where others count for 1; of several, the members of a head take turns.
+        weights: weights of every row; the members of a head use them in turn. See `probe_loss`.
     """
 
     def __init__(self, dataset: Dataset, weights: Sequence[float]):

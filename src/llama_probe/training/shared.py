@@ -1,10 +1,10 @@
-"""Many heads trained side by side: the backbone runs over a batch once, and every live head learns from its states."""
+"""Training of many heads side by side: the backbone runs once on a batch, and every live head learns from its states."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,36 +31,36 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 
 
 def check_keep(keep: float) -> None:
-    """Raises `ProbeError` where it is no share of candidates that can go on."""
+    """Raise `ProbeError` if `keep` is not a share of the candidates."""
     if not 0 < keep <= 1:
         raise ProbeError(f"keep={keep} must be above 0 and at most 1")
 
 
 class SharedTraining:
-    """Trains candidates in lockstep on one pass of the backbone an epoch.
+    """Training of candidates in lockstep, with one pass of the backbone an epoch.
 
-    After the epochs 1, 2, 4, ... only the better share of the live candidates goes on (successive halving, Jamieson and
-    Talwalkar, arXiv 1502.07943); one that has not improved for `patience` epochs stops by itself, and one whose training ran
-    away has failed, which holds no other up. Every epoch ends with a checkpoint, from which a killed run goes on as if nothing
-    had happened.
+    After the epochs 1, 2, 4, ... only the better share of the live candidates continues (successive halving, Jamieson and
+    Talwalkar, arXiv 1502.07943). A candidate stops without a better metric for `patience` epochs, and fails if its scores are
+    not finite. Every epoch ends with a checkpoint; a resumed run gives what an uninterrupted one gives.
 
-    In a process group (see `llama_probe.distributed`) the ranks divide the rows, for the passes of the backbone, and the
-    candidates, for their training: each rank runs the backbone over batches of its own and sends their states to all, and
-    trains its candidates on all of them. Dividing the rows of a candidate's own batches, as DDP does, would ask for an
-    exchange of gradients for every step of every candidate, each with another batch size; this way all learn exactly what
-    they learn in one process, and the checkpoint is the same, so that a run may go on with another number of processes.
+    In a process group (see `llama_probe.distributed`) the ranks divide the rows for the backbone and the candidates for
+    training: each rank sends the states of its batches to all, and trains its candidates on all batches. DDP would exchange
+    gradients for every step of every candidate. The results and the checkpoint are those of one process.
 
     Args:
-        candidates: all for the same backbone and labels. They may differ in everything else.
-        train, validation: both `PromptDataset` (with `lm`) or both `StateDataset`.
-        metric: what candidates are compared by; larger is better.
-        epochs: at most.
-        folder: for the checkpoint, which holds heads and no states.
-        lm: the frozen backbone; `None` where the states are cached.
-        keep: share that goes on, 0 < keep <= 1; 1 prunes nothing.
+        candidates: for the same backbone and labels.
+        train, validation: two `PromptDataset` (with `lm`) or two `StateDataset`.
+        metric: metric to compare candidates by; larger is better.
+        epochs: epochs at most.
+        folder: folder of the checkpoint.
+        lm: the frozen backbone; None if the states are cached.
+        keep: share that continues; 1 prunes nothing.
         patience: epochs.
-        seed: of the order of the rows.
-        batch_tokens: tokens, padding included, of a pass of the backbone.
+        seed: seed of the order of the rows.
+        batch_tokens: tokens of a pass of the backbone, padding included.
+
+    Raises:
+        ProbeError: there are no candidates, one is fitted, or a setting is not allowed.
     """
 
     def __init__(
@@ -78,18 +78,16 @@ class SharedTraining:
         batch_tokens: int = 4096,
     ):
         if not candidates:
-            raise ProbeError("there is nothing to train: no candidates")
+            raise ProbeError("candidates=[] must hold at least one")
         for candidate in candidates:
             if get_probe_type(candidate.config.probe_type).convex:
-                raise ProbeError(
-                    f"probe_type={candidate.config.probe_type!r} is fitted as a convex problem, and cannot be trained beside "
-                    "others: use llama-probe train"
-                )
+                raise ProbeError(f"probe_type={candidate.config.probe_type!r} is fitted: use llama-probe train")
         if is_tensor_parallel(lm):
-            raise ProbeError("a backbone with a tp_plan reads the same rows in all processes: cache the states first")
+            raise ProbeError("a backbone with a tp_plan needs the same rows in all processes: cache the states first")
         check_keep(keep)
-        check_metric(metric, _labels_of(validation, range(len(validation))), candidates[0].config)
         self.train, self.validation, self.metric = train, validation, metric
+        self.labels = np.stack([validation[row]["labels"] for row in range(len(validation))])
+        check_metric(metric, self.labels, candidates[0].config)
         self.epochs, self.folder, self.lm = epochs, Path(folder), lm
         self.keep, self.patience, self.seed, self.batch_tokens = keep, patience, seed, batch_tokens
         device = torch.device("cpu") if lm is None else find_decoder(lm).device
@@ -97,27 +95,27 @@ class SharedTraining:
         self.epoch = 0
 
     @property
+    def live(self) -> list[Learner]:
+        """Learners that still train."""
+        return [learner for learner in self.learners if learner.history.status == "live"]
+
+    @property
     def own(self) -> list[Learner]:
-        """Those that still learn and are this rank's to train."""
+        """Live learners of this rank."""
         mine = self.learners[rank() :: world_size()]
         return [learner for learner in mine if learner.history.status == "live"]
 
-    @property
-    def live(self) -> list[Learner]:
-        """Those that still learn."""
-        return [learner for learner in self.learners if learner.history.status == "live"]
-
     def run(self, resume: bool = False) -> list[Learner]:
-        """Trains until no candidate is live.
+        """Train until no candidate is live.
 
         Args:
-            resume: go on from the checkpoint in `folder`, where there is one.
+            resume: continue from the checkpoint in `folder`, if there is one.
 
         Returns:
-            All learners, best first, with their best weights loaded; those that failed last, as they are.
+            All learners, best first, with their best weights loaded. Failed ones come last, as they are.
 
         Raises:
-            ProbeError: the checkpoint is one of other candidates, or all have failed.
+            ProbeError: the checkpoint has other candidates, or all have failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         barrier()
@@ -136,7 +134,7 @@ class SharedTraining:
                 progress.update()
                 progress.set_postfix_str(f"{len(self.live)} live, best {self.metric} {leader.history.best:.4f}")
         if world_size() > 1:
-            self._restore()  # the weights that other ranks have found
+            self._restore()  # weights of other ranks
         if all(learner.history.status == "failed" for learner in self.learners):
             raise ProbeError(f"none of {len(self.learners)} candidates gives numbers: {NO_NUMBER_BECAUSE}")
         ranked = sorted(self.learners, key=lambda learner: -learner.history.best)
@@ -147,9 +145,7 @@ class SharedTraining:
         return ranked
 
     def run_unseen(self) -> list[Learner]:
-        """Trains all candidates for all epochs without a look at the validation rows: for rows too few to hold any back.
-
-        One process trains all of them; nothing is divided.
+        """Train all candidates for all epochs in one process, without validation.
 
         Returns:
             The learners in the order of the candidates, with their last weights.
@@ -161,24 +157,10 @@ class SharedTraining:
             learner.probe.eval()
         return self.learners
 
-    def _end_epoch(self, own: list[float | None]) -> None:
-        """Notes the epoch's metric of each live candidate, `own` being those of this rank's; `None` where it is no number."""
-        values = {learner.candidate.number: value for learner, value in zip(self.own, own, strict=True)}
-        for part in gather(values):
-            values |= part
-        mine = self.own
-        for learner in self.live:
-            value = values[learner.candidate.number]
-            if learner in mine:
-                learner.end_epoch(value)
-            else:
-                learner.history.note(value)
-
     def _train_epoch(self) -> None:
         learners = self.own
         rng = np.random.default_rng((self.seed, self.epoch))
-        rows = rng.permutation(len(self.train))
-        batches = self._batches(self.train, rows)
+        batches = self._batches(self.train, rng.permutation(len(self.train)))
         rng.shuffle(batches)
         bar = tqdm(
             total=len(self.train), desc=f"epoch {self.epoch + 1}", unit=" rows", leave=False, disable=not is_main()
@@ -192,6 +174,7 @@ class SharedTraining:
             learner.flush()
 
     def _validate(self) -> list[float | None]:
+        """Return the metric of each of this rank's live candidates; None if it is not finite."""
         learners = self.own
         batches = self._batches(self.validation, np.arange(len(self.validation)))
         logits: list[list[torch.Tensor]] = [[] for _ in learners]
@@ -200,37 +183,42 @@ class SharedTraining:
                 learner.probe.eval()
                 with torch.no_grad():
                     found.append(learner.probe.score(shared(learner.probe), mask).logits.cpu())
-        labels = _labels_of(self.validation, [row for batch in batches for row in batch])
-        values = []
-        for found, learner in zip(logits, learners, strict=True):
-            scores = torch.cat(found)
-            value = (
-                score_logits(scores, labels, learner.probe.config)[self.metric] if scores.isfinite().all() else None
-            )
-            # The squares of large numbers are not finite either.
+        labels = self.labels[[row for batch in batches for row in batch]]
+        values: list[float | None] = []
+        for found, learner in zip(map(torch.cat, logits), learners, strict=True):
+            value = score_logits(found, labels, learner.probe.config)[self.metric] if found.isfinite().all() else None
+            # A square of a large number can overflow.
             values.append(value if value is not None and math.isfinite(value) else None)
         return values
 
+    def _end_epoch(self, own: list[float | None]) -> None:
+        """Note the metric of each live candidate; `own` are the values of this rank's."""
+        mine = self.own
+        values = {learner.candidate.number: value for learner, value in zip(mine, own, strict=True)}
+        for part in gather(values):
+            values |= part
+        for learner in self.live:
+            note = learner.end_epoch if learner in mine else learner.history.note
+            note(values[learner.candidate.number])
+
     def _batches(self, dataset: Dataset, rows: np.ndarray) -> list[list[int]]:
-        """Rows of like length together, so that little of a pass is padding."""
+        """Group rows of similar length, so that a pass has little padding."""
         lengths = [len(self._row(dataset, int(row))["input_ids"]) for row in rows]
         batches: list[list[int]] = []
-        width = 0
         for index in np.argsort(lengths, kind="stable"):
-            width = max(width, lengths[index])
-            if not batches or (len(batches[-1]) + 1) * width > self.batch_tokens:
+            # Ascending, so this row is the longest of its batch.
+            if not batches or (len(batches[-1]) + 1) * lengths[index] > self.batch_tokens:
                 batches.append([])
-                width = lengths[index]
             batches[-1].append(int(rows[index]))
         return batches
 
     def _row(self, dataset: Dataset, row: int) -> dict:
-        """A row, whose chance - see `CutReplies` - depends on the seed and the epoch alone: on no rank, batch or learner."""
+        """Return a row. How `CutReplies` cuts it depends only on seed and epoch, not on rank, batch or learner."""
         torch.manual_seed(hash((self.seed, self.epoch, row)) % 2**63)
         return dataset[row]
 
     def _states(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple]:
-        """Each batch, with a function from a head to the states that it reads, and the mask."""
+        """Yield each batch, a function from a head to the states that it reads, and the mask `[rows, tokens]`."""
         collate = ProbeCollator()
         config, device = self.learners[0].probe.config, self.learners[0].probe.device
         if self.lm is None:
@@ -243,18 +231,14 @@ class SharedTraining:
             turn = [
                 collate([self._row(dataset, row) for row in rows]) for rows in batches[start : start + world_size()]
             ]
-            # All ranks run the backbone, also where there are too few batches: it may be sharded over them.
+            # All ranks run the backbone, even with too few batches: it may be sharded over them.
             own = turn[min(rank(), len(turn) - 1)]
-            states = self._run_backbone(own)
+            layers = range(config.num_hidden_layers + 1)
+            states = torch.stack(collect_hidden_states(self.lm, layers, own["input_ids"], own["attention_mask"]))
             for source, batch in enumerate(turn):
                 mask = counted_tokens(config, batch)
                 x = states if source == rank() else states.new_empty(len(states), *mask.shape, states.shape[-1])
                 yield batch, SharedStates(broadcast(x, source)), mask.to(device)
-
-    def _run_backbone(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """States `[L+1, rows, tokens, hidden_size]`."""
-        layers = range(self.learners[0].probe.config.num_hidden_layers + 1)
-        return torch.stack(collect_hidden_states(self.lm, layers, batch["input_ids"], batch["attention_mask"]))
 
     def _thin_out(self) -> None:
         for learner in self.live:
@@ -268,39 +252,32 @@ class SharedTraining:
                 learner.history.status = "pruned"
 
     def _save(self) -> None:
-        tensors = {}
-        for learner in self.learners[rank() :: world_size()]:
-            kept = learner.tensors()
-            if learner.history.status != "live":
-                kept = {name: tensor for name, tensor in kept.items() if name.startswith("best.")}
-            tensors |= {f"{learner.candidate.number}.{name}": tensor for name, tensor in kept.items()}
-        steps = {learner.candidate.number: learner.steps for learner in self.learners[rank() :: world_size()]}
-        for part in gather(steps):
-            steps |= part
-        part_of = [self.folder / f".{CHECKPOINT_NAME}.{number}" for number in range(world_size())]
+        tensors = {
+            f"{learner.candidate.number}.{name}": tensor
+            for learner in self.learners[rank() :: world_size()]
+            for name, tensor in learner.tensors().items()
+        }
+        parts = [self.folder / f".{CHECKPOINT_NAME}.{number}" for number in range(world_size())]
         if not is_main():
-            write_atomically({part_of[rank()]: lambda path: save_file(tensors, path)})
+            write_atomically({parts[rank()]: lambda path: save_file(tensors, path)})
         barrier()
         if is_main():
-            for path in part_of[1:]:
+            for path in parts[1:]:
                 tensors |= load_file(path)
-            numbers = {
-                learner.candidate.number: {"steps": steps[learner.candidate.number], **vars(learner.history)}
-                for learner in self.learners
-            }
-            # One file, so that a process that dies leaves either this epoch or the one before.
-            state = json.dumps({"epoch": self.epoch, "learners": numbers})
+            histories = {learner.candidate.number: vars(learner.history) for learner in self.learners}
+            state = json.dumps({"epoch": self.epoch, "learners": histories})
+            # One file, so that a kill leaves either this epoch or the one before.
             write_atomically(
                 {self.folder / CHECKPOINT_NAME: lambda path: save_file(tensors, path, metadata={"state": state})}
             )
-            for path in self.folder.glob(f".{CHECKPOINT_NAME}.*"):  # those of a killed run, too
+            for path in self.folder.glob(f".{CHECKPOINT_NAME}.*"):  # also those of a killed run
                 path.unlink(missing_ok=True)
         barrier()
 
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT_NAME
         by_number = {str(learner.candidate.number): learner for learner in self.learners}
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        tensors: dict[str, dict[str, torch.Tensor]] = {number: {} for number in by_number}
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads((file.metadata() or {})["state"])
@@ -308,23 +285,9 @@ class SharedTraining:
                     raise ProbeError(f"{path} is of other candidates: give another folder, or remove it")
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     number, name = key.split(".", 1)
-                    tensors.setdefault(number, {})[name] = file.get_tensor(key)
+                    tensors[number][name] = file.get_tensor(key)
         except (SafetensorError, KeyError, OSError) as error:
-            raise ProbeError(f"{path} is damaged or no checkpoint: {error}; remove it to begin anew") from None
+            raise ProbeError(f"{path} is damaged: {error}; remove it to start again") from None
         self.epoch = state["epoch"]
         for number, learner in by_number.items():
-            values = state["learners"][number]
-            steps = values.pop("steps")
-            history = History(**values)
-            if history.status == "live":
-                learner.restore(tensors[number], steps, history)
-            else:
-                learner.history = history
-                learner.best_weights = {
-                    name.removeprefix("best."): tensor for name, tensor in tensors.get(number, {}).items()
-                }
-
-
-def _labels_of(dataset: Dataset, rows: Iterable[int]) -> np.ndarray:
-    """The labels of some rows."""
-    return np.stack([dataset[row]["labels"] for row in rows])
+            learner.restore(tensors[number], self.epoch, History(**state["learners"][number]))

@@ -1,8 +1,8 @@
 """Linear models with few nonzero weights: a smooth convex loss plus an L1 penalty, for a path of strengths.
 
-Accelerated proximal gradient (FISTA: Beck and Teboulle, 2009) with restarts (O'Donoghue and Candes, arXiv 1204.3982), on the
-few features alone that matter, a working set that grows (as in Massias et al., arXiv 1802.07481): far more features than
-rows cost little.
+The solver is accelerated proximal gradient (FISTA: Beck and Teboulle, 2009) with restarts (O'Donoghue and Candes, arXiv
+1204.3982) on a growing working set of features (Massias et al., arXiv 1802.07481). Features far outnumber rows here.
+scikit-learn has no such solver for a loss with class weights, label smoothing or several labels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 
-_GROWTH = 64
+_GROWTH = 64  # features that join the working set at least
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -32,21 +32,21 @@ class SparseModel:
     bias: torch.Tensor
 
     def unstandardized(self, mean: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias for features as they were before `standardize`."""
+        """Return weight and bias for features before `standardize`."""
         weight = self.weight / scale
         return weight, (self.bias.double() - weight.double() @ mean.double()).float()
 
 
 def standardize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives the columns of `[rows, features]` mean 0 and standard deviation 1, in place; constant ones become 0.
+    """Give the columns of `[rows, features]` mean 0 and standard deviation 1, in place. Constant columns become 0.
 
     Returns:
-        Mean and standard deviation of each, `[features]`; 1 for constant ones.
+        Mean and standard deviation `[features]`; the latter is 1 for constant columns.
     """
     mean = x.mean(dim=0)
     x -= mean
     scale = x.square().mean(dim=0).sqrt()
-    # what rounding leaves of a constant is no feature
+    # Rounding makes a constant column look as if it varied.
     constant = scale <= 1e-6 * mean.abs().clamp_min(1.0)
     scale[constant] = 1.0
     x[:, constant] = 0.0
@@ -62,15 +62,15 @@ def fit_path(
     tolerance: float = 1e-3,
     max_iterations: int = 2000,
 ) -> list[SparseModel]:
-    """The minima of `loss(x weight^T + bias) + l1 * sum |weight|`, the biases free of the penalty.
+    """Minimise `loss(x weight^T + bias) + l1 * sum |weight|` for each strength. Biases have no penalty.
 
     Args:
-        x (`torch.FloatTensor` of shape `[rows, features]`): standardised.
+        x (`torch.FloatTensor` of shape `[rows, features]`): standardised features.
         loss: mean loss over the rows of fp64 outputs `[rows, outputs]`; smooth and convex.
-        strengths: of the penalty, descending: each starts from the one before.
-        tolerance: the gradient of every weight meets the conditions of a minimum to this share of the strength, where
-            `max_iterations` suffice: of features that hardly differ they may not.
-        max_iterations: of each strength and set of features.
+        strengths: strengths of the penalty, descending: each fit starts from the one before.
+        tolerance: allowed error of the conditions of a minimum, as a share of the strength. Nearly equal features may need
+            more than `max_iterations`.
+        max_iterations: iterations for each strength and working set.
 
     Returns:
         One model a strength.
@@ -83,7 +83,7 @@ def fit_path(
         active = (weight != 0).any(dim=0)
         solved = False
         while True:
-            # Of the features that would lower the loss by more than they cost, the steepest are taken in.
+            # Add the steepest of the features that would lower the loss by more than their penalty.
             missed = torch.where(active, 0.0, steepest)
             count = int((missed > l1 * (1 + tolerance)).sum())
             if solved and not count:
@@ -100,14 +100,14 @@ def fit_path(
 
 
 def largest_strength(x: torch.Tensor, loss: Loss, outputs: int) -> float:
-    """The smallest strength at which all weights are zero, for `fit_path`'s arguments."""
+    """Return the smallest strength at which all weights are zero. The arguments are those of `fit_path`."""
     weight, bias = x.new_zeros(outputs, x.shape[1]), x.new_zeros(outputs)
     _, bias = _minimize(x[:, :0], loss, weight[:, :0], bias, 0.0, 1e-4, 1000)
     return float(_slope(x, loss, weight, bias).abs().max())
 
 
 def _value_and_gradient(loss: Loss, z: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Of the loss in the outputs `[rows, outputs]`."""
+    """Return the loss of outputs `[rows, outputs]` and its gradient."""
     z = z.double().requires_grad_()
     with torch.enable_grad():
         value = loss(z)
@@ -116,7 +116,7 @@ def _value_and_gradient(loss: Loss, z: torch.Tensor) -> tuple[float, torch.Tenso
 
 
 def _slope(x: torch.Tensor, loss: Loss, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Gradient of the loss in each weight: `[outputs, features]`."""
+    """Return the gradient of the loss in each weight: `[outputs, features]`."""
     used = (weight != 0).any(dim=0)
     _, gradient = _value_and_gradient(loss, x[:, used] @ weight[:, used].T + bias)
     return gradient.T.to(x.dtype) @ x
@@ -131,16 +131,16 @@ def _minimize(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FISTA from a starting point, over all columns of `x`.
+    """Run FISTA over all columns of `x`, from a starting point.
 
-    In fp64: in fp32 the steps are lost in rounding where the features are alike and the penalty is weak, far from a minimum.
+    It runs in fp64: with similar features and a weak penalty, steps in fp32 vanish in rounding far from a minimum.
     """
     dtype = x.dtype
     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1).double()  # the last weight is the bias
     current = torch.cat([weight, bias[:, None]], dim=1).double()
     limit = torch.full((x.shape[1],), l1, dtype=x.dtype)
     limit[-1] = 0.0
-    # Logistic losses curve by at most 1/4 an output and 1/2 a softmax. Where that is too little, steps get shorter.
+    # The curvature of a logistic loss is at most 1/4, of a softmax 1/2. Backtracking below raises it.
     curvature = 0.25 * _largest_eigenvalue(x) / len(x)
     enough = tolerance * (l1 or 1e-2)
     z = x @ current.T
@@ -154,13 +154,13 @@ def _minimize(
             step = new - point
             z_new = x @ new.T
             bound = value + float((slope * step).sum() + curvature / 2 * step.square().sum())
-            still = not float(step.abs().max()) > 1e-12 * (1 + float(point.abs().max()))  # or not a number
+            still = not float(step.abs().max()) > 1e-12 * (1 + float(point.abs().max()))  # or NaN
             if still or float(loss(z_new)) <= bound + 1e-6 * abs(value):
                 break
             curvature *= 2
-        # at a minimum, or as close as fp64 goes
+        # A minimum, or as close as fp64 gets.
         done = still or float(step.abs().max()) * curvature <= enough
-        if float((step * (new - current)).sum()) < 0:  # the momentum leads away from the minimum
+        if float((step * (new - current)).sum()) < 0:  # the momentum points away from the minimum
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         ahead = (momentum - 1) / following
@@ -173,7 +173,7 @@ def _minimize(
 
 
 def _largest_eigenvalue(x: torch.Tensor, iterations: int = 15) -> float:
-    """Of `x^T x`, by power iteration from a fixed start: close from below."""
+    """Estimate the largest eigenvalue of `x^T x` from below, by power iteration from a fixed start."""
     vector = torch.randn(x.shape[1], dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     value = 1.0
     for _ in range(iterations):

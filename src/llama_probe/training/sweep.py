@@ -1,15 +1,17 @@
-"""`llama-probe sweep`: a search over head kinds and their hyper-parameters, on shared passes of the backbone."""
+"""A search over head kinds and their hyper-parameters on shared passes of the backbone: `llama-probe sweep`."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -18,328 +20,253 @@ from ..distributed import check_shared, claimed, is_main, on_main, process_group
 from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
 from ..evaluation.report import predict_logits
+from ..evaluation.resume import same_settings
 from ..files import write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
 from .learners import Candidate, Learner
-from .rows import Prepared
+from .recipe import AUTO, Recipe
+from .results import judge
+from .rows import TrainingData
 from .run import TrainingRun
 from .shared import CHECKPOINT_NAME, SharedTraining, check_keep
+from .trainer import ProbeLoss
 
 
-STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "study.log", "sweep.json", "head"
+SETUP_NAME, STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "setup.json", "study.log", "sweep.json", "head"
 
-# Kinds that learn few numbers from normalised states want larger steps than those that learn projections.
-_LEARNING_RATES = {"pooling": (1e-4, 3e-2), "gate": (1e-4, 3e-2)}
+# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
+COMMON = {
+    "learning_rate": (1e-5, 3e-3),
+    "batch_size": [8, 16, 32, 64],
+    "weight_decay": (0.0, 0.05),
+    "label_smoothing": (0.0, 0.1),
+    "dropout": (0.0, 0.4),
+    "layer_dropout": (0.0, 0.3),
+}
+_ON_LOG_SCALE = ("learning_rate",)
+_RECIPE_FIELDS = {item.metadata.get("option", item.name): item.name for item in fields(Recipe)}
 
 
 @dataclass
 class SearchSpace:
-    """What is searched: the ranges of arXiv 2601.13288, and regularisation.
+    """Kinds to search, each over `COMMON` and its own `Aggregator.search_space`.
 
     Attributes:
-        probe_types: kinds.
-        learning_rate: range, on a log scale; `pooling` and `gate` have one of their own.
-        batch_sizes, weight_decay, pools, downcasts, num_attention_heads: as in the paper. Numbers of attention heads that
-            do not divide `hidden_size / downcast` are left out, and 1 to 3 added for those that no larger one divides.
-        dropout, layer_dropout, label_smoothing: ranges.
+        probe_types: kinds, by default those of arXiv 2601.13288.
+
+    Raises:
+        ProbeError: there is no kind, or one that is unknown or fitted.
     """
 
     probe_types: Sequence[str] = ("pooling", "gate", "mha")
-    learning_rate: tuple[float, float] = (1e-5, 3e-3)
-    batch_sizes: Sequence[int] = (8, 16, 32, 64)
-    weight_decay: tuple[float, float] = (0.0, 0.05)
-    pools: Sequence[str] = ("mean", "max")
-    downcasts: Sequence[int] = (4, 8, 16, 32, 64)
-    num_attention_heads: Sequence[int] = (1, 2, 3, 4, 8, 16)
-    dropout: tuple[float, float] = (0.0, 0.4)
-    layer_dropout: tuple[float, float] = (0.0, 0.3)
-    label_smoothing: tuple[float, float] = (0.0, 0.1)
 
     def __post_init__(self):
         if not self.probe_types:
-            raise ProbeError("there is no kind of head to search: name some with probe_types")
-        for kind in self.probe_types:
-            if get_probe_type(kind).convex:
-                raise ProbeError(
-                    f"probe_type={kind!r} has nothing to search: it is fitted, and llama-probe train chooses the strength of "
-                    "its penalty by validation rows"
-                )
+            raise ProbeError("probe_types=[] must name at least one kind of head")
+        for name in self.probe_types:
+            if get_probe_type(name).convex:
+                raise ProbeError(f"probe_type={name!r} is fitted and cannot be searched: use llama-probe train")
 
-    def suggest(self, trial: optuna.Trial, hidden_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A configuration: fields of `ProbeConfig`, and of `Recipe`."""
-        kind = trial.suggest_categorical("probe_type", list(self.probe_types))
-        head: dict[str, Any] = {"probe_type": kind}
-        low, high = _LEARNING_RATES.get(kind, self.learning_rate)
-        # A name for each range: optuna wants one range a name.
-        name = f"{kind}_learning_rate" if kind in _LEARNING_RATES else "learning_rate"
-        recipe: dict[str, Any] = {
-            "learning_rate": trial.suggest_float(name, low, high, log=True),
-            "per_device_train_batch_size": trial.suggest_categorical("batch_size", list(self.batch_sizes)),
-            "weight_decay": trial.suggest_float("weight_decay", *self.weight_decay),
-            "label_smoothing": trial.suggest_float("label_smoothing", *self.label_smoothing),
-        }
-        head["dropout"] = trial.suggest_float("dropout", *self.dropout)
-        head["layer_dropout"] = trial.suggest_float("layer_dropout", *self.layer_dropout)
-        if kind in ("pooling", "mha"):
-            head["pool"] = trial.suggest_categorical("pool", list(self.pools))
-        if kind == "mha":
-            fitting = [downcast for downcast in self.downcasts if hidden_size % downcast == 0]
-            if not fitting:
-                raise ProbeError(f"none of downcasts={list(self.downcasts)} divides hidden_size={hidden_size}")
-            head["downcast"] = trial.suggest_categorical("downcast", fitting)
-            inner = hidden_size // head["downcast"]
-            numbers = [number for number in self.num_attention_heads if inner % number == 0] or [1]
-            head["num_attention_heads"] = trial.suggest_categorical(f"num_attention_heads_of_{inner}", numbers)
-        if kind == "attentive":
-            queries = trial.suggest_categorical("num_queries", [1, 2, 4, 8])
-            head["options"] = {
-                "num_queries": queries,
-                "value_rank": queries * trial.suggest_categorical("ranks_a_query", [1, 2, 4]),
-            }
-        if kind == "multimax":
-            head["options"] = {
-                "num_maxima": trial.suggest_categorical("num_maxima", [1, 2, 4, 8]),
-                "num_members": trial.suggest_categorical("num_members", [1, 4, 8, 16]),
-            }
-        return head, recipe
+    def values(self, kind: str) -> dict[str, tuple[float, float] | list]:
+        """Return the ranges and choices of a kind by name, `probe_type` included."""
+        return {"probe_type": list(self.probe_types), **COMMON, **get_probe_type(kind).search_space}
+
+    def draw(self, base: ProbeConfig, number: int, seed: int) -> dict[str, Any]:
+        """Draw a configuration at random. Kinds take turns.
+
+        Args:
+            base: config that the choices must fit.
+            number, seed: of the draw. It does not depend on other draws.
+
+        Returns:
+            `probe_type` and the hyper-parameters by name: fields of `ProbeConfig`, options of the kind, and options of
+            `llama-probe train`.
+
+        Raises:
+            ProbeError: no combination of choices fits.
+        """
+        rng = np.random.default_rng((seed, number))
+        kind = self.probe_types[number % len(self.probe_types)]
+        space = self.values(kind) | {"probe_type": [kind]}
+        choices = {name: values for name, values in space.items() if isinstance(values, list)}
+        combined = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        rng.shuffle(combined)
+        fitting = next((drawn for drawn in combined if _fits(base, drawn)), None)
+        if fitting is None:
+            raise ProbeError(f"probe_type={kind!r} has no choices that fit hidden_size={base.hidden_size}: {choices}")
+        return {name: fitting[name] if name in fitting else _draw_from(rng, name, space[name]) for name in space}
+
+
+def _draw_from(rng: np.random.Generator, name: str, limits: tuple[float, float]) -> float:
+    if name in _ON_LOG_SCALE:
+        return float(np.exp(rng.uniform(*np.log(limits))))
+    return float(rng.uniform(*limits))
+
+
+def _fits(base: ProbeConfig, drawn: dict[str, Any]) -> bool:
+    try:
+        base.replace(**split_drawn(drawn)[0])
+    except ProbeError:
+        return False
+    return True
+
+
+def split_drawn(drawn: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a configuration of `SearchSpace.draw` into fields of `ProbeConfig` and fields of `Recipe`."""
+    known = get_probe_type(drawn["probe_type"]).options
+    recipe = {_RECIPE_FIELDS[name]: value for name, value in drawn.items() if name in _RECIPE_FIELDS}
+    options = {name: value for name, value in drawn.items() if name in known}
+    head = {name: value for name, value in drawn.items() if name not in options and name not in _RECIPE_FIELDS}
+    return head | {"options": options}, recipe
 
 
 @dataclass
 class Sweep:
-    """Draws configurations, trains them side by side, and keeps the best by validation.
+    """A search that draws configurations, trains them side by side, and keeps the best by validation.
 
-    Processes that `torchrun` has started divide rows and configurations, see `SharedTraining`; what is found is what one
-    process finds.
+    The processes of `torchrun` divide rows and configurations, and find what one process finds; see `SharedTraining`.
 
     Attributes:
-        run: backbone, data, prompts and output; its `recipe` says how many epochs, which metric and what patience, and its
-            `head` what all candidates share.
-        space: what is searched.
+        training: backbone, data, prompts and output. Its `recipe` gives epochs, metric and patience, its `head` the fields that
+            all configurations share.
+        space: kinds to search.
         trials: number of configurations.
-        keep: share that goes on after the epochs 1, 2, 4, ...; see `SharedTraining`.
-        resume: go on with a sweep that was stopped.
+        keep: share that continues after the epochs 1, 2, 4, ...; see `SharedTraining`.
+        resume: resume a sweep that was stopped.
     """
 
-    run: TrainingRun
+    training: TrainingRun
     space: SearchSpace = field(default_factory=SearchSpace)
     trials: int = 100
     keep: float = 0.5
     resume: bool = False
 
-    def execute(self) -> dict[str, Any]:
-        """Runs it.
+    def run(self) -> dict[str, Any]:
+        """Draw, train, rank and save.
+
+        The folder gets the optuna study (`study.log`), `sensitivity.png`, the best head in `head`, and `sweep.json`.
 
         Returns:
-            What is also written to `sweep.json`: the ranked configurations with their parameters and scores, those that
-            failed last and without a score. Beside it
-            lie the optuna study (`study.log`), `sensitivity.png`, and the best head in the folder `head`.
+            The contents of `sweep.json`: the ranked configurations with their parameters and scores. Those that failed come
+            last, with score None.
 
         Raises:
-            ProbeError: anything the user can mend, before the training starts.
+            ProbeError: a setting or a row is wrong, raised before training.
         """
-        with process_group(), claimed(Path(self.run.output)):
-            return self._execute()
+        with process_group(), claimed(Path(self.training.output)):
+            self._check()
+            # A config of the default kind; each draw replaces its kind.
+            head = {**self.training.head, "probe_type": AUTO}
+            output = Path(self.training.output)
+            with replace(self.training, output=output / HEAD_FOLDER, head=head).prepare() as data:
+                return self._search(output, data)
 
-    def _execute(self) -> dict[str, Any]:
+    def _check(self) -> None:
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
-        check_keep(self.keep)  # before anything is written that a sweep with another one would be refused for
-        epochs = self.run.recipe.num_train_epochs
+        check_keep(self.keep)  # before files are written that a sweep with another `keep` would be refused for
+        epochs = self.training.recipe.num_train_epochs
         if epochs is not None and epochs < 1:
             raise ProbeError(f"num_train_epochs={epochs} must be at least 1: a sweep trains whole epochs")
-        output = Path(self.run.output)
-        if not self.resume and on_main(lambda: any((output / name).exists() for name in (STUDY_NAME, SWEEP_NAME))):
+        output = Path(self.training.output)
+        if not self.resume and on_main(lambda: any((output / name).exists() for name in (SETUP_NAME, SWEEP_NAME))):
             raise ProbeError(f"{output} holds a sweep already: go on with --resume, or give another folder")
         check_shared(output)
-        self.run.output = output / HEAD_FOLDER
-        # What a kind needs of the config is decided by each draw; pooling needs nothing.
-        self.run.head = {**self.run.head, "probe_type": "pooling"}
-        prepared = self.run.prepare()
-        try:
-            result = self._search(output, prepared)
-        except Exception:
-            prepared.close()  # a run that is stopped, and may go on, keeps its states
-            raise
-        prepared.close()
-        return result
 
-    def _search(self, output: Path, prepared: Prepared) -> dict[str, Any]:
-        params = on_main(lambda: self._draw(output, prepared))
+    def _search(self, output: Path, data: TrainingData) -> dict[str, Any]:
+        seed = self.training.seeds[0]
+        drawn = [self.space.draw(data.config, number, seed) for number in range(self.trials)]
+        settings = {"trials": self.trials, "keep": self.keep, "seed": seed, **data.settings(), "drawn": drawn}
+        on_main(lambda: same_settings(output / SETUP_NAME, settings))
         if on_main(lambda: self._is_finished(output)):
             return on_main(lambda: read_sweep(output))
-        epochs = int(self.run.recipe.num_train_epochs)
-        candidates = [self._candidate(number, drawn, prepared) for number, drawn in params.items()]
+        epochs = int(data.recipe.num_train_epochs)
         training = SharedTraining(
-            candidates,
-            prepared.trained,
-            prepared.datasets["validation"],
-            prepared.metric,
+            [self._candidate(number, values, data) for number, values in enumerate(drawn)],
+            data.trained,
+            data.datasets["validation"],
+            data.recipe.metric,
             epochs,
             output,
-            prepared.lm,
+            data.lm,
             self.keep,
-            self.run.recipe.patience or epochs,
-            self.run.seeds[0],
+            data.recipe.patience or epochs,
+            seed,
         )
         ranked = training.run(self.resume)
-        result = self._result(ranked, prepared, params)
-        self._save_best(ranked[0], prepared)
+        result = {
+            "metric": data.recipe.metric,
+            "processes": world_size(),
+            "rows": {name: len(part) for name, part in data.parts.items() if name != "test"},
+            "trials": [_describe_trial(learner, drawn[learner.candidate.number]) for learner in ranked],
+        }
+        self._save_best(output / HEAD_FOLDER, ranked[0], drawn[ranked[0].candidate.number], data)
         if is_main():
-            self._tell(output, ranked)
             text = json.dumps(result, indent=2) + "\n"
-            write_atomically({output / SWEEP_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+            write_atomically(
+                {
+                    output / STUDY_NAME: lambda path: self._write_study(path, result["trials"]),
+                    output / SWEEP_NAME: lambda path: path.write_text(text, encoding="utf-8"),
+                }
+            )
             write_sensitivity_plot(output / SWEEP_NAME)
             (output / CHECKPOINT_NAME).unlink(missing_ok=True)
         return result
 
-    def _study(self, output: Path) -> optuna.Study:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / STUDY_NAME
-        try:
-            for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-                if not line.endswith(b"\n"):  # optuna would write on in the same line
-                    raise ValueError("its last line is not complete")
-                json.loads(line)
-            return optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(path))),
-                study_name="sweep",
-                sampler=optuna.samplers.RandomSampler(seed=self.run.seeds[0]),
-                direction="maximize",
-                load_if_exists=True,
-            )
-        except (ValueError, LookupError, TypeError) as error:
-            raise ProbeError(
-                f"{path} is damaged: {error}. Remove it: the same options draw the same configurations again"
-            ) from None
-
-    def _draw(self, output: Path, prepared: Prepared) -> dict[int, dict[str, Any]]:
-        """Parameters by the number of the trial, from the study where a sweep goes on. All are drawn before any is trained."""
-        study = self._study(output)
-        known = study.get_trials(deepcopy=False)
-        setup = json.loads(json.dumps(self._setup(prepared)))
-        if "setup" in study.user_attrs:  # set when all had been drawn
-            # Earlier versions did not note the weights.
-            found = {"backbone_weights": prepared.backbone_weights} | json.loads(study.user_attrs["setup"])
-            if different := [name for name in setup if setup[name] != found.get(name)]:
-                raise ProbeError(
-                    f"{output} holds another sweep: its {', '.join(different)} are not these. Give what was given then, or "
-                    "another folder"
-                )
-            return {trial.number: trial.params for trial in known}
-        if known:  # stopped while it drew: nothing is lost by drawing anew
-            (output / STUDY_NAME).unlink()
-            study = self._study(output)
-        # Kinds in turn: of a few draws at random one kind may get none.
-        for number in range(self.trials):
-            study.enqueue_trial({"probe_type": self.space.probe_types[number % len(self.space.probe_types)]})
-        trials = [study.ask() for _ in range(self.trials)]
-        for trial in trials:
-            self.space.suggest(trial, prepared.config.hidden_size)
-        study.set_user_attr("setup", json.dumps(setup))
-        return {trial.number: trial.params for trial in trials}
-
     def _is_finished(self, output: Path) -> bool:
-        """Whether all that was drawn is trained, and what comes of it is written: the checkpoint goes last."""
-        told = all(trial.state.is_finished() for trial in self._study(output).get_trials(deepcopy=False))
+        """Return True if all is trained and written: the checkpoint is removed last."""
         written = (output / SWEEP_NAME).is_file() and is_head_folder(output / HEAD_FOLDER)
-        return told and written and not (output / CHECKPOINT_NAME).exists()
+        return written and not (output / CHECKPOINT_NAME).exists()
 
-    def _setup(self, prepared: Prepared) -> dict[str, Any]:
-        """What must be the same when a sweep goes on."""
-        run = self.run
-        data = {key: value for key, value in vars(run.data).items() if key != "data_dir"}
-        return {
-            "space": dataclasses.asdict(self.space),
-            "trials": self.trials,
-            "keep": self.keep,
-            "recipe": dataclasses.asdict(run.recipe),
-            "data": {key: value for key, value in data.items() if key != "test"},
-            "rows": {name: rows.digest() for name, rows in prepared.parts.items() if name != "test"},
-            "backbone": run.backbone,
-            "dtype": run.dtype,
-            "backbone_weights": prepared.backbone_weights,
-            "prompts": [run.prompt_format, run.system_prompt, run.max_length],
-            "head": run.head,
-            "seed": run.seeds[0],
-        }
+    def _write_study(self, path: Path, trials: list[dict[str, Any]]) -> None:
+        """Write an optuna study of the finished trials, for optuna's own tools."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize")
+        for trial in sorted(trials, key=lambda trial: trial["number"]):
+            space = self.space.values(trial["params"]["probe_type"])
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.FAIL if trial["score"] is None else TrialState.COMPLETE,
+                    value=trial["score"],
+                    params=trial["params"],
+                    distributions={name: _distribution(name, values) for name, values in space.items()},
+                )
+            )
 
-    def _candidate(self, number: int, params: dict[str, Any], prepared: Prepared) -> Candidate:
-        head, recipe = self.space.suggest(optuna.trial.FixedTrial(params), prepared.config.hidden_size)
-        config = prepared.config.replace(**head)
-        full = dataclasses.replace(self.run.recipe, **recipe)
-        loss = dataclasses.replace(self.run, recipe=full).loss(config, prepared.parts)
-        return Candidate(
-            number,
-            config,
-            loss,
-            full.learning_rate,
-            full.weight_decay,
-            full.per_device_train_batch_size,
-            seed=self.run.seeds[0],
-        )
+    def _candidate(self, number: int, drawn: dict[str, Any], data: TrainingData) -> Candidate:
+        head, own = split_drawn(drawn)
+        config, recipe = data.config.replace(**head), replace(data.recipe, **own)
+        loss = ProbeLoss.create(recipe, config, data.labels)
+        rates = recipe.learning_rate, recipe.weight_decay, recipe.per_device_train_batch_size
+        return Candidate(number, config, loss, *rates, seed=self.training.seeds[0])
 
-    def _tell(self, output: Path, ranked: Sequence[Learner]) -> None:
-        study = self._study(output)
-        open_trials = {trial.number for trial in study.get_trials(deepcopy=False) if not trial.state.is_finished()}
-        for learner in ranked:
-            if learner.candidate.number in open_trials:
-                score = _score(learner)
-                state = TrialState.FAIL if score is None else TrialState.COMPLETE
-                study.tell(learner.candidate.number, score, state)
-
-    def _result(self, ranked: Sequence[Learner], prepared: Prepared, params: dict[int, dict]) -> dict[str, Any]:
-        return {
-            "metric": prepared.metric,
-            "processes": world_size(),
-            "rows": {name: len(part) for name, part in prepared.parts.items() if name != "test"},
-            "trials": [
-                {
-                    "number": learner.candidate.number,
-                    "score": _score(learner),
-                    "scores": learner.history.scores,
-                    "best_epoch": learner.history.best_epoch,
-                    "status": learner.history.status,
-                    "num_parameters": learner.probe.num_parameters(),
-                    "params": params[learner.candidate.number],
-                    "options": _train_options(learner.candidate),
-                }
-                for learner in ranked
-            ],
-        }
-
-    def _save_best(self, learner: Learner, prepared: Prepared) -> None:
-        """The best head as a folder, with its card. Its test rows are scored here for the first time."""
-        candidate, run = learner.candidate, self.run
-        run.recipe = dataclasses.replace(
-            run.recipe,
-            learning_rate=candidate.learning_rate,
-            weight_decay=candidate.weight_decay,
-            per_device_train_batch_size=candidate.batch_size,
-            label_smoothing=candidate.loss.label_smoothing,
-        )
-        if prepared.lm is not None:
-            learner.probe.set_backbone(prepared.lm)
-        result = run.judge(learner.probe, prepared, predict_logits(learner.probe, prepared.datasets["validation"]))
+    def _save_best(self, folder: Path, learner: Learner, drawn: dict[str, Any], data: TrainingData) -> None:
+        """Write the best head as a folder with its card. Only now are the test rows scored."""
+        candidate, probe = learner.candidate, learner.probe
+        recipe = replace(data.recipe, **split_drawn(drawn)[1])
+        data = replace(data, recipe=recipe, config=probe.config)
+        if data.lm is not None:
+            probe.set_backbone(data.lm)
+        result = judge(probe, data, predict_logits(probe, data.datasets["validation"]))
         single = {"seed": candidate.seed, "epochs": learner.history.best_epoch, **result}
-        prepared.config = learner.probe.config
-        run.save(learner.probe, prepared, [single], candidate.seed)
+        replace(self.training, output=folder).save(probe, data, [single], candidate.seed)
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """What a finished sweep has found.
+    """Read the `sweep.json` of a finished sweep.
 
     Raises:
-        ProbeError: its file is not what a sweep writes.
+        ProbeError: the file is damaged.
     """
     path = folder / SWEEP_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        kinds = [trial["params"]["probe_type"] for trial in found["trials"] if {"score", "status"} <= trial.keys()]
-        if not found["metric"] or not kinds:
-            raise ValueError("it holds no configurations")
+        trials = [(trial["params"]["probe_type"], trial["score"], trial["status"]) for trial in found["trials"]]
+        if not found["metric"] or not trials:
+            raise ValueError("it has no configurations")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ProbeError(
             f"{path} is not what a sweep writes ({type(error).__name__}: {error}): do the sweep anew"
@@ -347,26 +274,29 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _score(learner: Learner) -> float | None:
-    """What a configuration is ranked by; `None` where its training ran away."""
-    return None if learner.history.status == "failed" else learner.history.best
+def _distribution(name: str, values: tuple[float, float] | list) -> BaseDistribution:
+    if isinstance(values, list):
+        return CategoricalDistribution(values)
+    return FloatDistribution(*values, log=name in _ON_LOG_SCALE)
 
 
-def _train_options(candidate: Candidate) -> str:
-    """The options of `llama-probe train` that train this configuration by itself."""
-    config: ProbeConfig = candidate.config
-    values: dict[str, Any] = {
-        "probe-type": config.probe_type,
-        "learning-rate": f"{candidate.learning_rate:.3g}",
-        "batch-size": candidate.batch_size,
-        "weight-decay": f"{candidate.weight_decay:.3g}",
-        "label-smoothing": f"{candidate.loss.label_smoothing:.3g}",
-        "dropout": f"{config.dropout:.3g}",
-        "layer-dropout": f"{config.layer_dropout:.3g}",
+def _describe_trial(learner: Learner, drawn: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "number": learner.candidate.number,
+        "score": None if learner.history.status == "failed" else learner.history.best,
+        "scores": learner.history.scores,
+        "best_epoch": learner.history.best_epoch,
+        "status": learner.history.status,
+        "num_parameters": learner.probe.num_parameters(),
+        "params": drawn,
+        "options": _train_options(drawn),
     }
-    if config.probe_type in ("pooling", "mha"):
-        values["pool"] = config.pool
-    if config.probe_type == "mha":
-        values |= {"downcast": config.downcast, "num-attention-heads": config.num_attention_heads}
-    words = [f"--{name} {value}" for name, value in values.items()]
-    return " ".join([*words, *(f"--option {name}={value}" for name, value in config.options.items())])
+
+
+def _train_options(drawn: dict[str, Any]) -> str:
+    """Return the options of `llama-probe train` for one configuration."""
+    known, words = get_probe_type(drawn["probe_type"]).options, []
+    for name, value in drawn.items():
+        text = f"{value:.3g}" if isinstance(value, float) else value
+        words.append(f"--option {name}={text}" if name in known else f"--{name.replace('_', '-')} {text}")
+    return " ".join(words)

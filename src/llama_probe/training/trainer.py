@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..evaluation.metrics import compute_metrics
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, probe_loss
 from ..heads.probe import ProbeModel
+from .recipe import Recipe
 
 
 WARMUP = 0.1  # share of all steps
@@ -28,11 +30,13 @@ class ProbeLoss:
     """The Trainer's `compute_loss_func=` for heads: cross-entropy with class weights, label smoothing or focal weights.
 
     Args:
-        config: of the head.
-        class_weights: one weight a label (multi-label: of its positives), or `"balanced"` is resolved by
-            `balanced_weights`; `None` for none.
+        config: config of the head.
+        class_weights: one weight a label; for a multi-label head that of its positives. None: all 1.
         label_smoothing: 0 to below 1.
-        focal_gamma: 0 for none.
+        focal_gamma: 0 for plain cross-entropy.
+
+    Raises:
+        ProbeError: a value is not allowed.
     """
 
     config: ProbeConfig
@@ -48,8 +52,30 @@ class ProbeLoss:
         if self.focal_gamma < 0:
             raise ProbeError(f"focal_gamma={self.focal_gamma} must be at least 0")
 
+    @classmethod
+    def create(cls, recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> ProbeLoss:
+        """Build the loss of a recipe. Balanced class weights are those of `labels`.
+
+        Raises:
+            ProbeError: the recipe's class weights are not allowed.
+        """
+        weights = recipe.class_weights
+        if weights == "balanced":
+            weights = balanced_weights(labels, config)
+        elif weights is not None:
+            try:
+                weights = [float(value) for value in weights.split(",")]
+            except ValueError:
+                weights = []
+            if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
+                raise ProbeError(
+                    f"class_weights={recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas, "
+                    "not all 0"
+                )
+        return cls(config, weights, recipe.label_smoothing, recipe.focal_gamma)
+
     def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """Mean loss over the rows of all accumulated batches, which the Trainer counts in `num_items_in_batch` labels."""
+        """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""
         weights = None if self.class_weights is None else torch.tensor(self.class_weights)
         total = probe_loss(
             outputs.learned_logits,
@@ -66,22 +92,22 @@ class ProbeLoss:
 
 
 def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
-    """Weights that let every class count alike, with mean 1 over the rows; for multi-label heads negatives / positives."""
+    """Return class weights with mean 1 over the rows; for a multi-label head negatives / positives of each label."""
     if config.problem_type == "multi_label_classification":
         positives = labels.sum(axis=0)
         return ((len(labels) - positives) / np.maximum(positives, 1)).tolist()
     if config.problem_type == "regression":
-        raise ProbeError("class weights have no meaning for regression")
+        raise ProbeError("class_weights must be None for regression")
     counts = np.bincount(labels, minlength=config.num_labels)
     return (len(labels) / (config.num_labels * np.maximum(counts, 1))).tolist()
 
 
 def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) -> TrainingArguments:
-    """`TrainingArguments` that suit heads: cosine schedule, rows grouped by length, the best epoch kept.
+    """Return `TrainingArguments` for heads: cosine schedule, rows grouped by length, the best epoch kept.
 
     Args:
-        output_dir: for checkpoints, which hold only the head.
-        metric: the validation metric to choose by; larger is better.
+        output_dir: folder for checkpoints, which hold only the head.
+        metric: validation metric to choose by; larger is better.
         changes: any other argument of `TrainingArguments`.
     """
     values = {
@@ -96,7 +122,7 @@ def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) ->
         "save_strategy": "epoch",
         "save_total_limit": 1,
         "load_best_model_at_end": True,
-        "restore_callback_states_from_checkpoint": True,  # for how many epochs the metric has not risen
+        "restore_callback_states_from_checkpoint": True,  # the count of early stopping
         "metric_for_best_model": metric,
         "greater_is_better": True,
         "train_sampling_strategy": "group_by_length",
@@ -105,7 +131,7 @@ def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) ->
         "logging_strategy": "epoch",
         "report_to": [],
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Said outright: processes that `torchrun` starts on a machine without an accelerator else train apart.
+        # Without it, processes of torchrun on a machine without an accelerator train apart.
         "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
         "log_on_each_node": False,
     }
@@ -113,10 +139,10 @@ def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) ->
 
 
 class HeadOnPush(TrainerCallback):
-    """Puts a head folder among what a Trainer pushes (`push_to_hub`), which by itself has the weights without their config."""
+    """Adds the head's folder to what `push_to_hub` of a Trainer uploads; by itself it uploads weights without a config."""
 
     def on_push_begin(self, args, state, control, model: ProbeModel, **kwargs) -> None:
-        """Writes it where the Trainer pushes from."""
+        """Write the head into the folder that the Trainer uploads."""
         if args.should_save:
             model.save_pretrained(args.output_dir)
 
@@ -130,28 +156,26 @@ def create_trainer(
     patience: int | None = None,
     **kwargs,
 ) -> Trainer:
-    """A stock `Trainer` for a head.
+    """Return a stock `Trainer` for a head.
 
-    Under `torchrun` it trains with DDP, as for any model, and only the head is kept in step. The frozen backbone may be
-    sharded: with FSDP (`fully_shard` of each layer and of the decoder, as in `fully_shard(lm.model)`, which is what heads
-    run) every process reads rows of its own. With a `tp_plan` the processes run it together, on the same rows, which the
-    Trainer does not give them: cache the states first (`StateCache`), and train a head without a backbone on these.
+    Under `torchrun` it trains with DDP, which synchronises only the head. The frozen backbone may be sharded with FSDP:
+    apply `fully_shard` to each layer and to the decoder (`lm.model`), which is what heads run.
 
     Args:
-        probe: the head; with a backbone where the rows are token ids, without where they are cached states.
+        probe: a head; with a backbone if the rows are token ids, without one if they are cached states.
         args: see `training_arguments`.
         train_dataset, eval_dataset: a `PromptDataset` or a `StateDataset`.
-        loss: plain cross-entropy where left out.
-        patience: stop after so many evaluations without a better metric.
+        loss: defaults to plain cross-entropy.
+        patience: stop after so many evaluations without a better metric. None: never.
         kwargs: further arguments of `Trainer`.
 
     Raises:
-        ProbeError: the head has a backbone with a `tp_plan`.
+        ProbeError: the head's backbone has a `tp_plan`.
     """
     if is_tensor_parallel(probe.backbone):
         raise ProbeError(
-            "the backbone has a tp_plan, so all processes must run it on the same rows, and the Trainer gives each its own: cache "
-            "the states first (StateCache), and train a head without a backbone on these"
+            "a backbone with a tp_plan needs the same rows in all processes, and a Trainer divides them: "
+            "cache the states first (StateCache)"
         )
     callbacks = [HeadOnPush(), *kwargs.pop("callbacks", [])]
     if patience is not None:

@@ -12,7 +12,6 @@ from ...experiments import paper
 from ...heads import get_probe_type, probe_types
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
-from ...training.recipe import KINDS, OTHER
 from ...training.trainer import ProbeLoss
 from .baselines import BASELINES
 
@@ -68,18 +67,18 @@ class HeadMethod:
 
 def _suited(kind: str, options: dict[str, Any] | None = None, **further) -> HeadMethod:
     """A kind with what suits it, but for what is said; see `llama_probe.training.recipe`."""
-    suited = KINDS.get(kind, OTHER)
-    head: dict[str, Any] = {"probe_type": kind, "dropout": suited.dropout, "layer_dropout": suited.layer_dropout}
+    suited = get_probe_type(kind).recipe
+    head: dict[str, Any] = {"probe_type": kind, **{name: suited[name] for name in ("dropout", "layer_dropout")}}
     if options:
         head["options"] = options
-    own = {"learning_rate": suited.learning_rate, "label_smoothing": suited.label_smoothing}
+    own = {name: suited[name] for name in ("learning_rate", "label_smoothing")}
     return HeadMethod(head, **own | further)
 
 
 HEADS: dict[str, HeadMethod] = {
     "layer-linear": _suited("pooling", each_layer=True),
     "last-token": _suited("last"),
-    "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=KINDS["muli"].label_smoothing),
+    "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=0.0),
     **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
     "multimax-small": _suited("multimax", options={"num_maxima": 1, "num_members": 7}),
     "multimax-half": _suited("multimax", {"num_maxima": 2, "num_members": 7}, every=2, learning_rate=5e-3),

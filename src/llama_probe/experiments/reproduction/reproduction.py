@@ -23,7 +23,7 @@ from ...files import environment, write_atomically
 from ...heads import get_probe_type
 from ...training.recipe import Recipe
 from ...training.run import TrainingRun
-from ...training.sweep import STUDY_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep
+from ...training.sweep import SETUP_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep
 from .comparison import Comparison
 from .learning_curves import SIZES
 from .methods import check_methods, downcast_methods, head_methods, method_names
@@ -290,7 +290,7 @@ class Reproduction:
     def _check_sweep(self) -> None:
         """Raises `ProbeError` for a sweep in the output folder, finished or not, that was made with other settings."""
         folder = self.output / "sweep"
-        if not any((folder / name).exists() for name in (STUDY_NAME, SWEEP_NAME)):
+        if not any((folder / name).exists() for name in (SETUP_NAME, SWEEP_NAME)):
             return
         path = folder / _SETTINGS_NAME
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -323,7 +323,7 @@ class Reproduction:
             cache_dir=(bench.cache_dir or bench.scratch) if bench.cache else None,
         )
         # Nothing is pruned: a score after one epoch says more of the learning rate than of what the configuration is good for.
-        return Sweep(run, SearchSpace(), self.trials, keep=1.0, resume=True).execute()
+        return Sweep(run, SearchSpace(), self.trials, keep=1.0, resume=True).run()
 
     def report(self) -> dict[str, Any]:
         """All that is finished, also of parts that are not asked for now.

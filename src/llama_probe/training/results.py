@@ -1,0 +1,94 @@
+"""Results of a training run: what is written to `results.json` of a head folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distributed import world_size
+from ..evaluation.calibration import calibrate
+from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
+from ..evaluation.metrics import summarize
+from ..evaluation.report import predict_logits, report
+from ..files import environment
+from ..heads.probe import ProbeModel
+from .rows import TrainingData
+
+
+def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[str, Any]:
+    """Fit the head's temperature and threshold on the validation rows, and measure it on these and the test rows.
+
+    Args:
+        probe: a trained head. Its config is replaced.
+        logits (`[rows, num_labels]`): logits of the validation rows.
+
+    Returns:
+        `temperature`, `threshold`, `validation` and, if there are test rows, `test`: see `report`. For a head that follows
+        replies also `halting`: its rules, see `halting_rules`.
+    """
+    parts, recipe = data.parts, data.recipe
+    labels = torch.from_numpy(parts["validation"].labels)
+    probe.config = calibrate(probe.config, logits, labels, recipe.max_false_positive_rate, recipe.threshold_rule)
+    result = {
+        "temperature": probe.config.temperature,
+        "threshold": probe.config.threshold,
+        "validation": report(probe.config, logits, parts["validation"].labels),
+    }
+    if "test" in parts:
+        slices = {column: parts["test"].columns[column] for column in data.sources.slice_columns}
+        logits = predict_logits(probe, data.datasets["test"])
+        result["test"] = report(probe.config, logits, parts["test"].labels, slices)
+    if probe.config.reads_reply and not data.folds:  # with folds the head has learned from the validation rows
+        result["halting"] = _halting(probe, data)
+    return result
+
+
+def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:
+    """Choose halting rules on the validation rows, and measure them on the test rows; see `halting_rules`."""
+    rate = data.recipe.max_false_positive_rate
+    limit = MAX_FALSE_HALTS if rate is None else rate
+    labels = {name: data.parts[name].labels for name in ("validation", "test") if name in data.parts}
+    followed = {name: follow_replies(probe, data.datasets[name], data.reply_lengths[name], data.lm) for name in labels}
+    rules = halting_rules(probe.config, followed["validation"], labels["validation"], limit)
+    if "test" in followed:
+        rules = apply_rules(probe.config, rules, followed["test"], labels["test"])
+    return {"max_false_halts": limit, "labels": rules}
+
+
+def describe_run(probe: ProbeModel, data: TrainingData, runs: list[dict[str, Any]], chosen: int) -> dict[str, Any]:
+    """Return the contents of `results.json`, except dtype, card and inspection.
+
+    Args:
+        probe: the head of the chosen seed.
+        runs: results of each seed.
+    """
+    rows = {name: {"source": _source(name, data), "rows": len(part)} for name, part in data.parts.items()}
+    if "extra" in rows and data.sources.extra_weights != [1.0]:
+        rows["extra"]["weights"] = data.sources.extra_weights
+    splits = [name for name in ("validation", "test") if name in runs[0]]
+    return {
+        "backbone": data.config.base_model_name_or_path,
+        "probe_type": data.config.probe_type,
+        "num_parameters": probe.num_parameters(),
+        "data": rows,
+        "recipe": asdict(data.recipe),
+        "runs": runs,
+        "chosen_seed": chosen,
+        "summary": {name: summarize([run[name] for run in runs]) for name in splits},
+        "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
+    }
+
+
+def _source(name: str, data: TrainingData) -> str:
+    given = data.sources
+    found = {"train": [given.train], "validation": [given.eval], "test": [given.test], "extra": given.extra}[name]
+    if found == [None]:
+        if name == "validation" and data.folds:
+            return f"{len(data.folds)} folds of train"
+        share = given.validation_share if name == "validation" else given.test_share
+        return f"{share or 0:.0%} of train"
+    # Paths differ between machines; the last two parts identify the file.
+    return ", ".join("/".join(Path(source).parts[-2:]) for source in found)
