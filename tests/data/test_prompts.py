@@ -1,4 +1,4 @@
-"""Prompts: the same at training and at serving, one BOS, cut where it is said."""
+"""Prompts are the same in training and in serving, have one BOS token and are cut to a length."""
 
 import logging
 
@@ -48,34 +48,33 @@ def test_there_is_never_a_second_bos():
 
 
 @pytest.mark.parametrize("kind", ["chat", "raw"])
-def test_one_prompt_is_not_taken_for_a_list_of_its_characters_or_turns(tokenizer, kind):
+def test_one_prompt_is_not_a_list_of_prompts(tokenizer, kind):
     prompts = PromptFormat.create(tokenizer, kind)
     for single in ("Hello", TestReplies.chat, TestReplies.chat[0], {"text": "Hello"}):
         for take in (prompts.encode, prompts.encode_replies, prompts.batch):
-            with pytest.raises(ProbeError, match="put it in brackets"):
+            with pytest.raises(ProbeError, match="must be a list of prompts"):
                 take(single)
 
 
 @pytest.mark.parametrize("kind", ["chat", "raw"])
 @pytest.mark.parametrize("wrong", [None, [], 5, ["Hello"], [{"content": "Hello"}], float("nan")])
-def test_what_is_no_prompt(tokenizer, kind, wrong):
+def test_values_that_are_not_prompts(tokenizer, kind, wrong):
     prompts = PromptFormat.create(tokenizer, kind, **({"system_prompt": "Be brief."} if kind == "chat" else {}))
     for take in (prompts.encode, prompts.encode_replies, prompts.batch):
-        with pytest.raises(ProbeError, match=r"a prompt is a text, or a list of chat messages, .*; there is"):
+        with pytest.raises(ProbeError, match="must be a text, or chat messages"):
             take(["Hello", wrong] if take != prompts.encode_replies else [wrong])
 
 
-def test_a_batch_of_nothing(tokenizer):
-    with pytest.raises(ProbeError, match="no prompt to make a batch of"):
+def test_an_empty_batch(tokenizer):
+    with pytest.raises(ProbeError, match="texts="):
         PromptFormat.create(tokenizer).batch([])
     assert PromptFormat.create(tokenizer).encode([]) == []
 
 
-def test_a_system_prompt_of_ones_own(tokenizer):
+def test_own_system_prompt(tokenizer):
     prompts = PromptFormat.create(tokenizer, system_prompt="Be brief.")
-    assert "Be brief." in tokenizer.decode(prompts.prefix_ids) and "Be kind." not in tokenizer.decode(
-        prompts.prefix_ids
-    )
+    prefix = tokenizer.decode(prompts.prefix_ids)
+    assert "Be brief." in prefix and "Be kind." not in prefix
     chat = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
     assert "Be brief." not in tokenizer.decode(prompts.encode([chat])[0])
 
@@ -149,8 +148,8 @@ def test_batches_are_ready_for_generate(tokenizer):
 
 
 @pytest.mark.parametrize("side", ["middle", None, "LEFT"])
-def test_what_is_no_side_is_not_taken_for_right(tokenizer, side):
-    with pytest.raises(ProbeError, match=r"padding_side=.* is not allowed; allowed: left, right"):
+def test_wrong_padding_side(tokenizer, side):
+    with pytest.raises(ProbeError, match="padding_side="):
         PromptFormat.create(tokenizer).batch(["Hello"], padding_side=side)
 
 
@@ -162,7 +161,7 @@ def test_the_config_brings_the_format_back(tokenizer):
     assert back == prompts
 
 
-def test_what_is_a_text():
+def test_is_text():
     turn = {"role": "user", "content": "x"}
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     assert all(
@@ -174,26 +173,27 @@ def test_what_is_a_text():
 
 
 @pytest.mark.parametrize("kind", ["chat", "raw"])
-def test_half_of_a_character(tokenizer, kind):
-    with pytest.raises(ProbeError, match=r"is no text: '\\ud83d' is half of a character"):
+def test_lone_surrogates(tokenizer, kind):
+    with pytest.raises(ProbeError, match=r"'\\ud83d'"):
         PromptFormat.create(tokenizer, kind).encode(["whole", "half \ud83d"])
 
 
-def test_turns_that_the_template_cannot_write(tokenizer):
+def test_turns_that_the_template_cannot_render(tokenizer):
     tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
     for chat in ([{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "text", "text": "x"}]}]):
-        with pytest.raises(ProbeError, match=r"the chat template of the tokenizer cannot write .*'role': 'user'"):
+        with pytest.raises(ProbeError, match="chat template"):
             PromptFormat.create(tokenizer).encode([chat])
 
 
 def test_refusals(tokenizer):
-    with pytest.raises(ProbeError, match="allowed: chat, raw"):
-        PromptFormat.create(tokenizer, "xml")
-    with pytest.raises(ProbeError, match="leaves no room"):
-        PromptFormat.create(tokenizer, max_length=10)
-    with pytest.raises(ProbeError, match="needs prompt_format='chat'"):
-        PromptFormat.create(tokenizer, "raw", system_prompt="x")
-    with pytest.raises(ProbeError, match="takes texts"):
+    for values, field in (
+        ({"kind": "xml"}, "prompt_format"),
+        ({"max_length": 10}, "max_length"),
+        ({"kind": "raw", "system_prompt": "x"}, "system_prompt"),
+    ):
+        with pytest.raises(ProbeError, match=field):
+            PromptFormat.create(tokenizer, **values)
+    with pytest.raises(ProbeError, match="prompt_format"):
         PromptFormat.create(tokenizer, "raw").encode([[{"role": "user", "content": "x"}]])
     tokenizer.chat_template = None
     with pytest.raises(ProbeError, match="no chat template"):

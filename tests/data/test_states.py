@@ -41,7 +41,7 @@ def test_cached_equals_live(tmp_path, lm, scope):
     probe, collate = make_head(lm, token_scope=scope), ProbeCollator()
     live = PromptDataset(PROMPTS, LABELS)
     cached = StateCache(tmp_path, torch.float32).dataset(lm, probe.config, PROMPTS, LABELS, batch_tokens=20)
-    assert len(cached) == len(live)
+    assert len(cached) == len(list(cached)) == len(live)
     batches = [collate([data[row] for row in range(5)]) for data in (live, cached)]
     assert torch.equal(batches[0]["labels"], batches[1]["labels"])
     with torch.no_grad():

@@ -104,7 +104,7 @@ class StateDataset(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, row: int) -> dict:
-        start, stop = (offset * self.num_states for offset in self.offsets[row : row + 2])
+        start, stop = self.offsets[row] * self.num_states, self.offsets[row + 1] * self.num_states
         states = self.states[start:stop].view(self.num_states, -1, self.hidden_size)
         return {"input_ids": self.tokens[row], "hidden_states": states, "labels": self.labels[row]}
 
@@ -112,7 +112,7 @@ class StateDataset(Dataset):
 def check_cache(cache: bool, cache_dir: str | os.PathLike | None) -> None:
     """Raise `ProbeError` if `cache_dir` is given and `cache` is False."""
     if cache_dir is not None and not cache:
-        raise ProbeError(f"cache_dir={str(cache_dir)!r} needs a cache, not cache=False (--no-cache)")
+        raise ProbeError(f"cache_dir={str(cache_dir)!r} and cache=False (--no-cache) exclude each other")
 
 
 class StateCache:
