@@ -154,17 +154,8 @@ class StateCache:
         Raises:
             ProbeError: the disk is too small, a state does not fit the dtype, or a row has no counted token.
         """
-        key = hashlib.sha256()
-        for part in (
-            _FORMAT,
-            str(self.dtype),
-            config.token_scope,
-            config.prefix_ids,
-            prompts,
-            masks,
-            weights_digest(lm),
-        ):
-            key.update(json.dumps(part).encode())
+        parts = [_FORMAT, str(self.dtype), config.token_scope, config.prefix_ids, prompts, masks, weights_digest(lm)]
+        key = hashlib.sha256(json.dumps(parts).encode())
         shared = self.folder / key.hexdigest()[:32]
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
         own = shared
@@ -183,14 +174,13 @@ class StateCache:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _compute(self, entry: Path, lm, config, prompts, batch_tokens, masks) -> None:
-        if masks is None:
-            masks = [token_mask(config, torch.tensor([ids]), None) for ids in prompts]
-        else:
-            masks = [torch.tensor([mask]) for mask in masks]
-        for mask in masks:
+        read, tokens = [], []
+        for ids, mask in zip(prompts, masks or [None] * len(prompts), strict=True):
+            ids = torch.tensor([ids])
+            mask = token_mask(config, ids, None) if mask is None else torch.tensor([mask])
             check_rows(mask)
-        masks = [tokens_read(config, mask)[0] for mask in masks]
-        tokens = [torch.tensor(ids)[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
+            read.append(tokens_read(config, mask)[0])
+            tokens.append(ids[0, read[-1]].tolist())
         offsets, shape = _offsets(map(len, tokens)), (len(config.layer_indices), find_decoder(lm).hidden_size)
         token_bytes = math.prod(shape) * self.dtype.itemsize
         size = offsets[-1] * token_bytes
@@ -203,7 +193,7 @@ class StateCache:
         )
         scratch = on_main(lambda: self._make_scratch(size, too_small))
         try:
-            rows_of = PromptDataset(prompts, np.zeros(len(prompts)), masks)
+            rows_of = PromptDataset(prompts, np.zeros(len(prompts)), read)
             passes = iterate_states(rows_of, config, lm, batch_tokens, True, config.layer_indices, divided=True)
             # Not mapped: ranks on other machines may share the file over a network.
             with (scratch / _STATES).open("r+b") as file:
@@ -218,13 +208,10 @@ class StateCache:
             if is_main():
                 meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
                 (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
-                if not _is_whole(entry):  # else another run was faster
+                if not _is_whole(entry):
                     shutil.rmtree(entry, ignore_errors=True)
-                    try:
+                    with contextlib.suppress(OSError):  # another run was faster
                         scratch.replace(entry)
-                    except OSError:
-                        if not _is_whole(entry):
-                            raise
             barrier()
         except OSError as error:
             if is_disk_full(error):
@@ -334,23 +321,23 @@ def iterate_states(
         ProbeError: the rows have no hidden states and `lm` is None.
     """
     collate = ProbeCollator()
-    items = [dataset[row] for row in range(len(dataset))]
-    prompts = [item["input_ids"] for item in items]
-    if lm is not None:
-        unread = []
-        for first in range(0, len(items), 512):
-            mask = counted_tokens(config, collate(items[first : first + 512]))
-            unread += mask.int().argmax(dim=1).tolist()
+    if lm is None and len(dataset) and "hidden_states" not in dataset[0]:
+        raise ProbeError("these rows have no hidden states: pass a backbone, ProbeModel(config, backbone=...)")
+    prompts, unread = [], []
+    for first in range(0, len(dataset), 512):
+        part = [dataset[row] for row in range(first, min(first + 512, len(dataset)))]
+        prompts += [row["input_ids"] for row in part]
+        if lm is not None:
+            unread += counted_tokens(config, collate(part)).int().argmax(dim=1).tolist()
+    if lm is None:
+        passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)), batch_tokens)]
+    else:
         passes = plan_passes(lm, prompts, unread, batch_tokens)
         layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
-    elif items and "hidden_states" not in items[0]:
-        raise ProbeError("these rows have no hidden states: pass a backbone, ProbeModel(config, backbone=...)")
-    else:
-        passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)), batch_tokens)]
     title = "scoring" if lm is None else "hidden states"
-    with tqdm(total=len(items), desc=title, unit=" rows", disable=not (progress and is_main()), leave=False) as bar:
+    with tqdm(total=len(prompts), desc=title, unit=" rows", disable=not (progress and is_main()), leave=False) as bar:
         for each in share(passes) if divided and not is_tensor_parallel(lm) else passes:
-            batch = collate([items[row] for row in each.rows])
+            batch = collate([dataset[row] for row in each.rows])
             if lm is None:
                 states, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
             else:
