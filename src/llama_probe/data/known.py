@@ -1,7 +1,7 @@
 """Data sets known by name: their place on the Hub, and how their rows become labelled texts.
 
-`llama_probe.data.texts` reads the rows from the Hub or from local copies. A new data set is one entry in `BENCHMARKS`. The
-ids, configurations, splits and columns are those of public code in 2026. No revision is pinned.
+`llama_probe.data.texts` reads the rows from the Hub or from local copies. A new data set is one entry in `BENCHMARKS`.
+The ids, configurations, splits and columns are those of public code in 2026. No revision is pinned.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ def read_labels(
 ) -> tuple[np.ndarray, list[str], str]:
     """Return the labels as in `LabelledTexts`, their names and the problem type.
 
-    Texts and truth values are names. Lists are several labels of one row. Whole numbers are class indices. They are names if
-    one of them is among `label_names`, or without `label_names` if they are negative or leave an index out (1 to 5). Other
-    numbers are values.
+    Texts and truth values are names. Lists are several labels of one row. Whole numbers are class indices. They are
+    names if one of them is among `label_names`, or without `label_names` if they are negative or leave an index out (1
+    to 5). Other numbers are values.
 
     Args:
         source: name of the rows, for messages.
@@ -71,7 +71,7 @@ def _read_values(source: str, values: list[Any]) -> np.ndarray:
     wrong = np.flatnonzero(~(np.abs(numbers) <= _MAX_VALUE))
     if len(wrong):
         raise ProbeError(
-            f"{source}: the label of row {wrong[0]} is {values[wrong[0]]!r}; a regression needs finite numbers up to {_MAX_VALUE:g}"
+            f"{source}: the label of row {wrong[0]} is {values[wrong[0]]!r}, not a finite number up to {_MAX_VALUE:g}"
         )
     return numbers.astype(np.float32).reshape(-1, 1)
 
@@ -96,7 +96,7 @@ def _read_names(
         numbers = None
     if numbers != flat:
         raise ProbeError(
-            f"{source}: labels must be all whole numbers or all texts; pass problem_type='regression' for other numbers"
+            f"{source}: labels must be all whole numbers or all texts; other numbers need problem_type='regression'"
         )
     written = list(map(str, flat if truths else numbers))
     if label_names:
@@ -118,6 +118,6 @@ def _read_names(
 def _check_count(source: str, names: Sequence[Any]) -> Sequence[Any]:
     if not 1 <= len(names) <= _MAX_LABELS:
         raise ProbeError(
-            f"{source}: the label column makes {len(names):,} labels; allowed: 1 to {_MAX_LABELS:,}. Pass label_names or another column"
+            f"{source}: the label column makes {len(names):,} labels; without label_names 1 to {_MAX_LABELS:,} are allowed"
         )
     return names

@@ -69,7 +69,8 @@ class PromptFormat:
         """Create a format and find its constant prefix and suffix.
 
         Raises:
-            ProbeError: the kind is unknown, the tokenizer has no chat template, or `max_length` leaves no room for a text.
+            ProbeError: the kind is unknown, the tokenizer has no chat template, or `max_length` leaves no room for a
+                text.
         """
         if kind not in PROMPT_FORMATS:
             raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
@@ -123,12 +124,12 @@ class PromptFormat:
     def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
         """Return the token ids of prompts with replies as `generate()` has read them, and the masks of the replies.
 
-        A prompt ends with the generation prompt and a reply has no end of turn. If `max_length` is too short, the prompt's
-        text is cut to no less than half of the room, then the reply.
+        A prompt ends with the generation prompt and a reply has no end of turn. If `max_length` is too short, the
+        prompt's text is cut to no less than half of the room, then the reply.
 
         Args:
-            texts: lists of chat messages that end with the assistant's. With `kind="raw"` these are one message of the user
-                and one of the assistant, whose contents are joined.
+            texts: lists of chat messages that end with the assistant's. With `kind="raw"` these are one message of the
+                user and one of the assistant, whose contents are joined.
 
         Raises:
             ProbeError: `texts` is not a list of chats, or one of them does not end with a reply.

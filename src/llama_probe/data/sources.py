@@ -28,8 +28,8 @@ ROWS_HELP = (
 class DataSources:
     """Sources of the training, validation, test and extra rows. The metadata of each field has its help.
 
-    If `train` is known by name, `eval` and `test` default to its validation and test splits, and `slice_columns` to those of
-    the table if `test` is known by name.
+    If `train` is known by name, `eval` and `test` default to its validation and test splits, and `slice_columns` to
+    those of the table if `test` is known by name.
 
     Raises:
         ProbeError: a value is not allowed, or two of them exclude each other.
@@ -137,7 +137,7 @@ class DataSources:
         if own and all(named):
             allowed = f" (allowed: prompt_column={', '.join(sorted(prompts))})" if prompts else ""
             raise ProbeError(
-                f"{', '.join(sources)} have their own columns: text_column, label_column and prompt_column are for files{allowed}"
+                f"{', '.join(sources)} have their own columns: text_column, label_column, prompt_column are for files{allowed}"
             )
 
     def _check(self) -> None:
@@ -176,7 +176,8 @@ class DataSources:
             seed: seed of the splits and of the rows that are drawn.
 
         Raises:
-            ProbeError: a source cannot be read, the parts do not have the same labels, or there is one label alone to learn.
+            ProbeError: a source cannot be read, the parts do not have the same labels, or there is one label alone to
+                learn.
         """
         train = self._read(self.train, "train")
         parts: dict[str, LabelledTexts] = {}
@@ -218,9 +219,7 @@ class DataSources:
         for name in ("validation", "test"):
             rows = parts.get(name, train)
             if rows is not train and (seen := sum(str(text) in texts for text in rows.texts)):
-                logger.warning(
-                    f"{seen} of {len(rows)} {name} rows have a text that is among the training rows: scores are too good"
-                )
+                logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
         if train.problem_type == "regression":
             return
         names = train.label_names

@@ -78,8 +78,8 @@ class PromptDataset(Dataset):
 class StateDataset(Dataset):
     """Hidden states and labels, mapped from disk.
 
-    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`. S is the number of
-    states L+1, or of the layers that the head reads.
+    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`. S is the number
+    of states L+1, or of the layers that the head reads.
 
     Args:
         folder: an entry of a `StateCache`.
@@ -118,11 +118,11 @@ def check_cache(cache: bool, cache_dir: str | os.PathLike | None) -> None:
 class StateCache:
     """A folder of cached hidden states with one entry, a subfolder, for each set of prompts.
 
-    An entry holds the tokens and layers that a head reads. It is found by the prompts, the scope, the dtype, the backbone's
-    weights and config, and by what is read. An entry with all states of all counted tokens serves every head. A missing or
-    damaged entry is computed in a scratch folder and then renamed, so that several runs can share a cache. The scratch folder
-    of a killed run is removed by a later run, a day after the last write. In a process group each rank computes a share of
-    the rows; all ranks must see the same folder.
+    An entry holds the tokens and layers that a head reads. It is found by the prompts, the scope, the dtype, the
+    backbone's weights and config, and by what is read. An entry with all states of all counted tokens serves every
+    head. A missing or damaged entry is computed in a scratch folder and then renamed, so that several runs can share a
+    cache. The scratch folder of a killed run is removed by a later run, a day after the last write. In a process group
+    each rank computes a share of the rows; all ranks must see the same folder.
 
     Args:
         folder: folder of the cache, which is created.
@@ -189,7 +189,7 @@ class StateCache:
             "(they can reveal the texts: protect them alike)"
         )
         too_small = ProbeError(
-            f"the hidden states need {size / 1e9:.1f} GB, more than {self.folder} has free: use another folder or no cache"
+            f"the hidden states need {size / 1e9:.1f} GB, more than {self.folder} has free; use another folder"
         )
         scratch = on_main(lambda: self._make_scratch(size, too_small))
         try:
@@ -254,8 +254,8 @@ class ProbeCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return `labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`.
 
-        The batch also has `probe_mask` `[B, T]` if the rows have one, and `row_weights` `[B, W]` if one of them has. The
-        other rows then weigh 1. The memory of `hidden_states` is `[S, B, T, D]`, as heads compute.
+        The batch also has `probe_mask` `[B, T]` if the rows have one, and `row_weights` `[B, W]` if one of them has.
+        The other rows then weigh 1. The memory of `hidden_states` is `[S, B, T, D]`, as heads compute.
         """
         lengths = [len(row["input_ids"]) for row in rows]
         labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
@@ -314,8 +314,8 @@ def iterate_states(
         divided: in a process group, yield only this rank's share of the batches.
 
     Yields:
-        Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens. Leading tokens that no row
-        counts may be missing.
+        Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens. Leading tokens that no
+        row counts may be missing.
 
     Raises:
         ProbeError: the rows have no hidden states and `lm` is None.

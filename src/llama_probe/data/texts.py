@@ -167,8 +167,8 @@ def read_labelled(
     """Read labelled rows; see `read_labels` for the meaning of labels.
 
     Args:
-        source: a data set of `BENCHMARKS` as `NAME` or `NAME:SPLIT`, else a file, a folder or a Hub id (see `read_table`).
-            A file or folder with the name of a benchmark is written `./imdb`.
+        source: a data set of `BENCHMARKS` as `NAME` or `NAME:SPLIT`, else a file, a folder or a Hub id (see
+            `read_table`). A file or folder with the name of a benchmark is written `./imdb`.
         text_column, label_column: columns of rows that are not known by name.
         label_names: names by index. Names of the data set itself are matched with them; see `LabelledTexts.renamed`.
         problem_type: as in `ProbeConfig`. Defaults to the one that the labels imply.
@@ -178,7 +178,8 @@ def read_labelled(
             messages.
 
     Raises:
-        ProbeError: the source cannot be read, a column is missing, a text or label is empty, or labels and names do not fit.
+        ProbeError: the source cannot be read, a column is missing, a text or label is empty, or labels and names do
+            not fit.
     """
     known = find_benchmark(source)
     if known is not None:
@@ -236,8 +237,8 @@ def read_benchmark(
     Args:
         benchmark: the data set.
         split: one of `benchmark_splits`.
-        data_dir: read `data_dir/NAME/SPLIT.jsonl.gz` (or another format of `read_table`) instead of the Hub. Its rows have
-            the columns `text` and `label`, or those of the Hub.
+        data_dir: read `data_dir/NAME/SPLIT.jsonl.gz` (or another format of `read_table`) instead of the Hub. Its rows
+            have the columns `text` and `label`, or those of the Hub.
 
     Raises:
         ProbeError: there is no such split or local copy, or the Hub does not give the data.
