@@ -140,8 +140,8 @@ def assert_a_shared_start_runs_once(lm, folder):
     )
     kept = StateCache(folder, torch.float32).dataset(lm, config, prompts, [0, 0, 0], batch_tokens=40)
     for row, ids in enumerate(prompts):
-        states = torch.stack(collect_hidden_states(lm, range(LAYERS + 1), torch.tensor([ids])), dim=2)[0]
-        torch.testing.assert_close(kept[row]["hidden_states"], states[len(start) :], **TOLERANCE)
+        states = torch.stack(collect_hidden_states(lm, range(LAYERS + 1), torch.tensor([ids])))[:, 0]
+        torch.testing.assert_close(kept[row]["hidden_states"], states[:, len(start) :], **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -70,7 +70,7 @@ def test_states_are_those_of_rows_run_whole_and_alone(rows, unread, batch_tokens
     seen = set()
     dataset = PromptDataset(prompts, torch.zeros(len(rows)).numpy(), masks)
     for numbers, states, counted in iterate_states(dataset, head.config, lm, batch_tokens):
-        for row, found, mask in zip(numbers, states, counted, strict=True):
+        for row, found, mask in zip(numbers, states.transpose(0, 1), counted, strict=True):
             with torch.no_grad():
                 expected = lm(torch.tensor([prompts[row]]), output_hidden_states=True).hidden_states
             expected = torch.cat(expected)[:, torch.tensor(masks[row])]  # [L+1, tokens that count, D]

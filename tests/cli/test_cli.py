@@ -323,7 +323,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path, monkeypatch)
         *(
             (
                 (*command, "--output", "x", "--no-cache", "--cache-dir", "kept"),
-                "cache=False (--no-cache) none are: leave one out",
+                "cache=False (--no-cache)",
             )
             for command in (("train", "--train", "{rows}"), ("sweep", "--train", "{rows}"), ("reproduce",))
         ),

@@ -1,4 +1,4 @@
-"""What the labels of rows mean."""
+"""Labels of rows as indices, names, several a row, or values."""
 
 from decimal import Decimal
 
@@ -30,10 +30,7 @@ def read(values, names=None, kind=None):
         ([Decimal("2.00"), Decimal("1.00")], None, [1, 0], ["1", "2"]),
         ([3, 1], ["1", "3", "5"], [1, 0], ["1", "3", "5"]),
         ([0, 1], ["10", "20"], [0, 1], ["10", "20"]),
-        (["bad", "bad "], ["bad", "bad "], [0, 1], ["bad", "bad "]),
-        (["[a]", "[b]"], None, [0, 1], ["[a]", "[b]"]),
         (["1.5", "v2"], None, [0, 1], ["1.5", "v2"]),
-        (["[1]", "[2]"], ["[1]", "[2]"], [0, 1], ["[1]", "[2]"]),
         ([True, False], None, [1, 0], ["False", "True"]),
         ([True, True], None, [1, 1], ["False", "True"]),
         ([True, False], ["no", "yes"], [1, 0], ["no", "yes"]),
@@ -69,59 +66,36 @@ def test_values():
 
 
 @pytest.mark.parametrize(
-    "values, names, kind, words",
+    "values, names, kind, named",
     [
-        ([0.93, 0.07], ["no", "yes"], None, "0.93 is no label of a .*problem_type='regression'"),
-        ([0.5, 2.5], ["no", "yes"], "regression", r"one value, and label_names=\['no', 'yes'\] are 2 names"),
-        ([0.5], None, "single_label_classification", "0.5 is no label"),
-        ([[0.5]], None, None, "0.5 is no label of a multi_label_classification"),
-        ([[1, 0, 1], [0, 1, 0]], None, None, "row 0 names a label twice.*no vector of zeros and ones"),
-        ([["a", "a"]], None, None, "row 0 names a label twice"),
-        ([1.5, float("nan")], None, None, "label of row 1 is nan; it must be a finite number"),
-        ([1.5, float("inf")], None, None, "label of row 1 is inf"),
-        ([1.5, -1e30], None, None, r"label of row 1 is -1e\+30; values go from -1e\+15 to 1e\+15.*: scale them"),
-        ([1.5, "a"], None, "regression", "must be numbers"),
-        ([1, "a"], None, None, "all be whole numbers or all be texts"),
-        ([[], []], None, None, "no row has a label"),
-        ([3], ["no", "yes"], None, "labels go from 3 to 3, but there are 2 names"),
-        (
-            [0, 1],
-            ["-1", "1"],
-            None,
-            r"labels without a name: \[0\]; names: -1, 1\. Where some of the labels are names",
-        ),
-        ([0, 1, 2], ["1", "2", "3"], None, r"labels without a name: \[0\]; names: 1, 2, 3"),
-        (["bad", "good", "bad "], None, None, "'bad' and 'bad ' differ in nothing but spaces"),
-        ([-1, 1], ["no", "yes"], None, "labels go from -1 to 1"),
-        ([[-1, 1]], None, None, "labels go from -1 to 1"),
-        ([Decimal("0.7")], None, "single_label_classification", "0.7 is no label"),
-        (range(1, 10_003), None, None, "labels up to '10002' would make 10,002 labels, and at most 10,000 are"),
-        (list(map(str, range(10_001))), None, None, "labels up to '9999' would make 10,001 labels"),
-        ([[10**18]], None, None, "at most 10,000 are told by the rows"),
-        ([[True, False]], None, None, "lists of truth values.*no vector of zeros and ones"),
-        ([[1, 0], [0, 1]], None, None, "all 2 labels hold in every row.*no vector of zeros and ones"),
-        ([[1.0, 0.0], [0.0, 1.0]], ["a", "b"], None, "all 2 labels hold in every row.*give their names"),
-        (["c"], ["a", "b"], None, r"labels without a name: \['c'\]"),
-        ([[1]], None, "regression", "labels are lists, which is not regression"),
-        (
-            ["[0, 2]", "[1]", "[]"],
-            None,
-            None,
-            r"such as '\[\]' are texts, and look like lists\. csv files hold no lists",
-        ),
-        (["['a']", "['a', 'b']"], None, None, "look like lists"),
-        (["[0, 2]"], None, "multi_label_classification", "single values, which is not .*; csv files hold no lists"),
-        (
-            ["1.5", "3", "0.25"],
-            None,
-            None,
-            "such as '3' are texts, and look like numbers: pass problem_type='regression'",
-        ),
-        ([0.5, "1,5"], None, "regression", "with a point before their fractions, and '1,5' is none"),
+        ([0.93, 0.07], ["no", "yes"], None, "problem_type"),
+        ([0.5], None, "single_label_classification", "problem_type"),
+        ([Decimal("0.7")], None, "single_label_classification", "problem_type"),
+        ([[0.5]], None, None, "whole numbers"),
+        ([1, "a"], None, None, "whole numbers"),
+        ([0.5, 2.5], ["no", "yes"], "regression", "label_names"),
+        ([[1]], None, "regression", "lists"),
+        (["[0, 2]"], None, "multi_label_classification", "single values"),
+        ([[1, 0, 1], [0, 1, 0]], None, None, "row 0"),
+        ([["b"], ["a", "a"]], None, None, "row 1"),
+        ([1.5, float("nan")], None, None, "row 1"),
+        ([1.5, float("inf")], None, None, "row 1"),
+        ([1.5, -1e30], None, None, "row 1"),
+        ([0.5, "1,5"], None, "regression", "row 1"),
+        ([3], ["no", "yes"], None, "'3'"),
+        ([-1, 1], ["no", "yes"], None, "'-1'"),
+        ([[-1, 1]], None, None, "'-1'"),
+        ([0, 1], ["-1", "1"], None, "'0'"),
+        ([0, 1, 2], ["1", "2", "3"], None, "'0'"),
+        (["c"], ["a", "b"], None, "'c'"),
+        ([[], []], None, None, "0 labels"),
+        (range(1, 10_003), None, None, "10,002 labels"),
+        (list(map(str, range(10_001))), None, None, "10,001 labels"),
+        ([[10**18]], None, None, "label_names"),
     ],
 )
-def test_what_cannot_be(values, names, kind, words):
-    with pytest.raises(ProbeError, match=words):
+def test_refusals(values, names, kind, named):
+    with pytest.raises(ProbeError, match=f"^rows.csv: .*{named}"):
         read(values, names, kind)
 
 

@@ -1,4 +1,4 @@
-"""Prompts: the same at training and at serving, one BOS, cut where it is said."""
+"""Prompts are the same in training and in serving, have one BOS token and are cut to a length."""
 
 import logging
 
@@ -7,8 +7,10 @@ import torch
 from conftest import make_tokenizer
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.backbone.fingerprint import template_hash
 from llama_probe.data.prompts import PromptFormat, is_text
+
+
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
 
 
 @pytest.fixture
@@ -16,10 +18,10 @@ def tokenizer():
     return make_tokenizer()
 
 
-def served(tokenizer, text, **kwargs):
-    """What a user of transformers sends to generate()."""
+def served(tokenizer, text):
+    """Return the ids that a user of transformers sends to generate()."""
     chat = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["Hello", " spaced ", "<bos>", "naïve 你好", "x" * 300])
@@ -48,50 +50,74 @@ def test_there_is_never_a_second_bos():
 
 
 @pytest.mark.parametrize("kind", ["chat", "raw"])
-def test_one_prompt_is_not_taken_for_a_list_of_its_characters_or_turns(tokenizer, kind):
-    prompts = PromptFormat.create(tokenizer, kind)
-    for single in ("Hello", TestReplies.chat, TestReplies.chat[0], {"text": "Hello"}):
-        for take in (prompts.encode, prompts.encode_replies, prompts.batch):
-            with pytest.raises(ProbeError, match="put it in brackets"):
-                take(single)
+@pytest.mark.parametrize("take", ["encode", "encode_replies", "batch"])
+def test_values_that_are_not_prompts(tokenizer, kind, take):
+    take = getattr(PromptFormat.create(tokenizer, kind), take)
+    for single in ("Hello", CHAT, CHAT[0], {"text": "Hello"}):
+        with pytest.raises(ProbeError, match="must be a list of prompts"):
+            take(single)
+    for wrong in (None, [], 5, ["Hello"], [{"content": "Hello"}], float("nan")):
+        with pytest.raises(ProbeError, match="must be a text, or chat messages"):
+            take([wrong])
 
 
-@pytest.mark.parametrize("kind", ["chat", "raw"])
-@pytest.mark.parametrize("wrong", [None, [], 5, ["Hello"], [{"content": "Hello"}], float("nan")])
-def test_what_is_no_prompt(tokenizer, kind, wrong):
-    prompts = PromptFormat.create(tokenizer, kind, **({"system_prompt": "Be brief."} if kind == "chat" else {}))
-    for take in (prompts.encode, prompts.encode_replies, prompts.batch):
-        with pytest.raises(ProbeError, match=r"a prompt is a text, or a list of chat messages, .*; there is"):
-            take(["Hello", wrong] if take != prompts.encode_replies else [wrong])
+def test_prompts_that_cannot_be_encoded(tokenizer):
+    prompts, raw = PromptFormat.create(tokenizer), PromptFormat.create(tokenizer, "raw")
+    assert prompts.encode([]) == []
+    for call, named in (
+        (lambda: prompts.batch([]), "texts="),
+        (lambda: prompts.batch(["Hello"], padding_side="LEFT"), "padding_side="),
+        (lambda: raw.encode([CHAT]), "prompt_format"),
+        (lambda: prompts.encode(["whole", "half \ud83d"]), r"'\\ud83d'"),
+        (lambda: raw.encode(["whole", "half \ud83d"]), r"'\\ud83d'"),
+        *((lambda text=text: prompts.encode_replies([text]), "prompt and a reply") for text in NO_REPLIES),
+    ):
+        with pytest.raises(ProbeError, match=named):
+            call()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
+    for content in (None, [{"type": "text", "text": "x"}]):
+        with pytest.raises(ProbeError, match="chat template"):
+            PromptFormat.create(tokenizer).encode([[{"role": "user", "content": content}]])
 
 
-def test_a_batch_of_nothing(tokenizer):
-    with pytest.raises(ProbeError, match="no prompt to make a batch of"):
-        PromptFormat.create(tokenizer).batch([])
-    assert PromptFormat.create(tokenizer).encode([]) == []
+NO_REPLIES = ["Hello", CHAT[:1], CHAT[1:], [*CHAT, CHAT[0]], [CHAT[0], {**CHAT[1], "content": " "}]]
 
 
-def test_a_system_prompt_of_ones_own(tokenizer):
+def test_wrong_formats(tokenizer):
+    for values, field in (
+        ({"kind": "xml"}, "prompt_format"),
+        ({"max_length": 10}, "max_length"),
+        ({"kind": "raw", "system_prompt": "x"}, "system_prompt"),
+    ):
+        with pytest.raises(ProbeError, match=field):
+            PromptFormat.create(tokenizer, **values)
+    tokenizer.chat_template = None
+    with pytest.raises(ProbeError, match="no chat template"):
+        PromptFormat.create(tokenizer)
+
+
+def test_own_system_prompt(tokenizer):
     prompts = PromptFormat.create(tokenizer, system_prompt="Be brief.")
-    assert "Be brief." in tokenizer.decode(prompts.prefix_ids) and "Be kind." not in tokenizer.decode(
-        prompts.prefix_ids
-    )
+    prefix = tokenizer.decode(prompts.prefix_ids)
+    assert "Be brief." in prefix and "Be kind." not in prefix
     chat = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
     assert "Be brief." not in tokenizer.decode(prompts.encode([chat])[0])
 
 
 class TestReplies:
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
-
     def test_they_follow_the_prompt_as_it_is_served(self, tokenizer):
-        ids, masks = PromptFormat.create(tokenizer).encode_replies([self.chat])
+        prompts = PromptFormat.create(tokenizer)
+        ids, masks = prompts.encode_replies([CHAT])
         prompt = served(tokenizer, "Hello")
         assert ids == [[*prompt, *tokenizer("Good day")["input_ids"]]], "what generate() had read when it was complete"
         assert masks == [[False] * len(prompt) + [True] * 8]
+        assert prompts.encode_for(ProbeConfig(token_scope="response"), [CHAT]) == (ids, masks, [8])
+        assert prompts.encode_for(ProbeConfig(token_scope="all"), [CHAT]) == (ids, None, [8])
+        assert prompts.encode_for(ProbeConfig(), ["Hello"]) == (prompts.encode(["Hello"]), None, None)
 
     def test_raw(self):
         tokenizer = make_tokenizer(adds_bos=True)
-        ids, masks = PromptFormat.create(tokenizer, "raw").encode_replies([self.chat])
+        ids, masks = PromptFormat.create(tokenizer, "raw").encode_replies([CHAT])
         assert tokenizer.decode(ids[0]) == "<bos>HelloGood day" and sum(masks[0]) == 8
 
     @pytest.mark.parametrize(
@@ -106,20 +132,6 @@ class TestReplies:
         text = tokenizer.decode(ids)
         assert (text.count("x"), sum(mask)) == kept and len(ids) == constant + 35
         assert text.rstrip("y").endswith("<eos>\n<bos>assistant\n")
-
-    def test_what_a_head_reads(self, tokenizer):
-        prompts = PromptFormat.create(tokenizer)
-        ids, masks = prompts.encode_replies([self.chat])
-        assert prompts.encode_for(ProbeConfig(token_scope="response"), [self.chat]) == (ids, masks, [sum(masks[0])])
-        assert prompts.encode_for(ProbeConfig(token_scope="all"), [self.chat]) == (ids, None, [sum(masks[0])])
-        assert prompts.encode_for(ProbeConfig(), ["Hello"]) == (prompts.encode(["Hello"]), None, None)
-
-    @pytest.mark.parametrize(
-        "text", ["Hello", chat[:1], chat[1:], [*chat, chat[0]], [chat[0], {**chat[1], "content": " "}]]
-    )
-    def test_a_row_without_one(self, tokenizer, text):
-        with pytest.raises(ProbeError, match="needs rows with a prompt and a reply"):
-            PromptFormat.create(tokenizer).encode_replies([text])
 
 
 def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
@@ -138,63 +150,26 @@ def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
 
 def test_batches_are_ready_for_generate(tokenizer):
     prompts = PromptFormat.create(tokenizer)
-    batch = prompts.batch(["Hi", "Hello there"])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape
-    assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"][:, -1].all()
-    row = batch["input_ids"][0][batch["attention_mask"][0].bool()]
-    assert row.tolist() == served(tokenizer, "Hi")
-    assert torch.equal(
-        prompts.batch(["Hi", "Hello there"], "right")["attention_mask"], batch["attention_mask"].flip(1)
-    )
-
-
-@pytest.mark.parametrize("side", ["middle", None, "LEFT"])
-def test_what_is_no_side_is_not_taken_for_right(tokenizer, side):
-    with pytest.raises(ProbeError, match=r"padding_side=.* is not allowed; allowed: left, right"):
-        PromptFormat.create(tokenizer).batch(["Hello"], padding_side=side)
+    left, right = (prompts.batch(["Hi", "Hello there"], side) for side in ("left", "right"))
+    assert left["input_ids"].shape == left["attention_mask"].shape
+    assert left["attention_mask"][0, 0] == 0 and left["attention_mask"][:, -1].all()
+    assert torch.equal(right["attention_mask"], left["attention_mask"].flip(1))
+    for batch in (left, right):
+        assert batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist() == served(tokenizer, "Hi")
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
 
 
 def test_the_config_brings_the_format_back(tokenizer):
     prompts = PromptFormat.create(tokenizer, max_length=99, system_prompt="Be brief.")
     config = ProbeConfig(probe_type="gate", **prompts.config_fields())
-    assert config.chat_template_hash == template_hash(tokenizer)
-    back = PromptFormat.from_config(config, tokenizer)
-    assert back == prompts
+    assert config.chat_template_hash is not None and PromptFormat.from_config(config, tokenizer) == prompts
 
 
-def test_what_is_a_text():
+def test_is_text():
     turn = {"role": "user", "content": "x"}
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    assert all(
-        map(is_text, ["", [turn], [turn, call], [{"role": "user", "content": [{"type": "text", "text": "x"}]}]])
-    )
+    parts = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+    assert all(map(is_text, ["", [turn], [turn, call], [parts]]))
     wrong = [None, 1, [], ["x"], [{"role": "user"}], [turn, {"role": "user", "content": None, "tool_calls": None}]]
     wrong += [[{"role": None, "content": "x"}], "half \ud83d", [{"role": "user", "content": "\udcff"}]]
     assert not any(map(is_text, wrong))
-
-
-@pytest.mark.parametrize("kind", ["chat", "raw"])
-def test_half_of_a_character(tokenizer, kind):
-    with pytest.raises(ProbeError, match=r"is no text: '\\ud83d' is half of a character"):
-        PromptFormat.create(tokenizer, kind).encode(["whole", "half \ud83d"])
-
-
-def test_turns_that_the_template_cannot_write(tokenizer):
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
-    for chat in ([{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "text", "text": "x"}]}]):
-        with pytest.raises(ProbeError, match=r"the chat template of the tokenizer cannot write .*'role': 'user'"):
-            PromptFormat.create(tokenizer).encode([chat])
-
-
-def test_refusals(tokenizer):
-    with pytest.raises(ProbeError, match="allowed: chat, raw"):
-        PromptFormat.create(tokenizer, "xml")
-    with pytest.raises(ProbeError, match="leaves no room"):
-        PromptFormat.create(tokenizer, max_length=10)
-    with pytest.raises(ProbeError, match="needs prompt_format='chat'"):
-        PromptFormat.create(tokenizer, "raw", system_prompt="x")
-    with pytest.raises(ProbeError, match="takes texts"):
-        PromptFormat.create(tokenizer, "raw").encode([[{"role": "user", "content": "x"}]])
-    tokenizer.chat_template = None
-    with pytest.raises(ProbeError, match="no chat template"):
-        PromptFormat.create(tokenizer)

@@ -29,7 +29,7 @@ class StateRows(torch.utils.data.Dataset):
 
     def __init__(self, labels, seed=0):
         self.labels = labels
-        self.states = torch.randn(len(labels), 4, LAYERS + 1, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        self.states = torch.randn(len(labels), LAYERS + 1, 4, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
     def __len__(self):
         return len(self.labels)

@@ -1,7 +1,7 @@
-"""Data sets that are known by name: where each lies on the Hub, and how its rows become texts with labels.
+"""Data sets known by name: their place on the Hub, and how their rows become labelled texts.
 
-The rows are read by `llama_probe.data.texts`, from the Hub or from local copies. A new data set is one entry in `BENCHMARKS`.
-The ids, configurations, splits and columns are as public code used them in 2026; no revision is pinned.
+`llama_probe.data.texts` reads the rows from the Hub or from local copies. A new data set is one entry in `BENCHMARKS`.
+The ids, configurations, splits and columns are those of public code in 2026. No revision is pinned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubSplit:
-    """Where one split lies in a Hub data set: the name of the split there, and of the configuration (`None`: its only one)."""
+    """A split of a Hub data set, and its configuration. None is the default one."""
 
     split: str
     configuration: str | None = None
@@ -29,22 +29,25 @@ class HubSplit:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set that is known by name.
+    """A data set known by name.
 
     Attributes:
-        name: what users write. title: its name in a sentence.
+        name: name on the command line.
+        title: name in a sentence.
         hub_id, revision: the data set on the Hub.
-        splits: our split -> where it lies there.
-        text, label: a column there, or a function of a row. Labels are indices or names of labels, or lists of them.
-        label_names: by index.
-        license: of the data, as the Hub has them. language: of the texts.
+        splits: split -> split on the Hub.
+        text, label: a column, or a function of a row. A label is an index, a name, or a list of either.
+        label_names: names by index.
+        license: licence of the data, as the Hub spells it.
         note: origin and licence in a sentence, for cards.
+        language: language of the texts.
         problem_type: as in `ProbeConfig`.
-        keep: which rows belong to it; all where left out.
-        exchange: columns of the prompts and of the replies to them, where the rows have both; for heads that read replies.
-        columns: further columns to keep. slices: those that results are reported by.
-        question: what a language model is asked of a text, for prompting; derived from the label names where left out.
-        verbalisers: the reply that stands for each label, by index; the label names where left out.
+        keep: tells if a row belongs to the data set. Defaults to all.
+        exchange: columns of the prompts and the replies, for heads that read replies.
+        columns: further columns to keep.
+        slices: columns to report results by.
+        question: question to a language model about a text, for prompting. Derived from the label names by default.
+        verbalisers: reply that means each label, by index. Defaults to the label names.
     """
 
     name: str
@@ -67,37 +70,31 @@ class Benchmark:
     verbalisers: tuple[str, ...] = ()
 
     def convert(self, table: Dataset) -> dict[str, list[Any]]:
-        """Rows as they are on the Hub -> columns `text` and `label`, and those of `columns` that the rows have.
+        """Convert rows of the Hub into the columns `text`, `label` and those of `columns` that the rows have.
 
-        Rows that `keep` turns down are left out; a text or a label may be `None`.
+        A text or a label may be None.
 
         Raises:
             ProbeError: a column is missing.
         """
-        further = [name for name in self.columns if name in table.column_names]
-        found: dict[str, list[Any]] = {name: [] for name in ("text", "label", *further)}
+        sources = {"text": self.text, "label": self.label}
+        sources |= {name: name for name in self.columns if name in table.column_names}
         try:
-            for row in table:
-                if self.keep is None or self.keep(row):
-                    found["text"].append(_value(row, self.text))
-                    found["label"].append(_value(row, self.label))
-                    for name in further:
-                        found[name].append(row[name])
+            rows = [row for row in table if self.keep is None or self.keep(row)]
+            return {
+                name: [source(row) if callable(source) else row[source] for row in rows]
+                for name, source in sources.items()
+            }
         except KeyError as error:
             raise ProbeError(
                 f"the rows of {self.name} have no column {error}; they have: {', '.join(table.column_names)}"
             ) from None
-        return found
-
-
-def _value(row: Row, source: str | Callable[[Row], Any]) -> Any:
-    return source(row) if callable(source) else row[source]
 
 
 def find_benchmark(source: str) -> tuple[Benchmark, str | None] | None:
-    """The data set that `NAME` or `NAME:SPLIT` means, and the split where one is given.
+    """Return the data set that `NAME` or `NAME:SPLIT` means, and the split or None.
 
-    `None` for anything else: a file or folder (one that is called as a data set is written `./imdb`), or another Hub data set.
+    Return None for anything else: a file, a folder (`./imdb`) or another Hub data set.
     """
     name, _, split = str(source).partition(":")
     if name not in BENCHMARKS:
@@ -109,12 +106,12 @@ _MODERATION_CATEGORIES = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
 
 
 def _any_category(row: Row) -> int:
-    """1 where an annotator flagged any category; what they left open (null, or no such column) counts as 0."""
+    """Return 1 if an annotator flagged any category. A missing value counts as 0."""
     return int(any(row.get(name) == 1 for name in _MODERATION_CATEGORIES))
 
 
 def _aegis_vote(row: Row) -> int | None:
-    """0 where more than half of the annotators say `Safe`. `Needs Caution` and ties count as harmful."""
+    """Return 0 if more than half of the annotators say `Safe`, else 1. `Needs Caution` and ties count as harmful."""
     votes = [row.get(f"labels_{i}") for i in range(5)]
     votes = [vote for vote in votes if vote not in (None, "", "None")]
     if not votes:
@@ -123,9 +120,9 @@ def _aegis_vote(row: Row) -> int | None:
 
 
 def _dialogue(row: Row) -> str | None:
-    if row["prompt"] is None or row["response"] is None:
-        return None
-    return f"User: {row['prompt']}\n\nAssistant: {row['response']}"
+    return (
+        None if None in (row["prompt"], row["response"]) else f"User: {row['prompt']}\n\nAssistant: {row['response']}"
+    )
 
 
 _GO_EMOTIONS = (

@@ -1,4 +1,4 @@
-"""Labelled rows: reads them by name, from files or from the Hub, finds their labels, and splits off a validation part."""
+"""Labelled texts: read by name, from files or from the Hub, and split into parts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, load_dataset
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, train_test_split
 from transformers.utils import logging
 
 from ..errors import ProbeError
@@ -32,9 +30,10 @@ class LabelledTexts:
     """Texts with their labels.
 
     Attributes:
-        texts: prompts.
-        labels: `[rows]` class indices, `[rows, num_labels]` of 0 and 1 (multi-label), or `[rows, 1]` values (regression).
-        label_names: by index.
+        texts: texts or chat messages.
+        labels: class indices `[rows]` int64, zeros and ones `[rows, num_labels]` float32 (multi-label), or values
+            `[rows, 1]` float32 (regression).
+        label_names: names by index.
         problem_type: as in `ProbeConfig`.
         columns: further columns of the data, to slice results by.
     """
@@ -49,19 +48,18 @@ class LabelledTexts:
         return len(self.texts)
 
     def select(self, rows: Sequence[int]) -> LabelledTexts:
-        """Some of the rows."""
+        """Return some of the rows."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        texts = [self.texts[row] for row in rows]
-        return LabelledTexts(texts, self.labels[list(rows)], self.label_names, self.problem_type, columns)
+        return replace(self, texts=[self.texts[row] for row in rows], labels=self.labels[list(rows)], columns=columns)
 
     def digest(self) -> str:
-        """sha256 of the texts and labels."""
+        """Return the sha256 of the texts and labels."""
         found = hashlib.sha256(json.dumps([self.texts, self.label_names], default=str).encode())
         found.update(self.labels.tobytes())
         return found.hexdigest()
 
     def where(self, column: str, value: str) -> LabelledTexts:
-        """The rows that have a value, written as text, in a column.
+        """Return the rows with a value, written as text, in a column.
 
         Raises:
             ProbeError: there is no such column, or no such row.
@@ -75,63 +73,64 @@ class LabelledTexts:
         return self.select(found)
 
     def at_most(self, limit: int | None, seed: int) -> LabelledTexts:
-        """`limit` rows drawn at random, in their order; all where there are no more, or `limit` is `None`."""
+        """Return `limit` random rows in their order, or all rows if there are fewer or `limit` is None."""
         if limit is None or limit >= len(self):
             return self
         return self.select(sorted(np.random.default_rng(seed).permutation(len(self))[:limit].tolist()))
 
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
-        """A larger and a smaller part. Rows with the same text, or replies to the same prompt, stay together; classes are
-        spread evenly.
+        """Return the rows without a random share of them, and the share, with classes spread evenly.
+
+        Rows with the same text, or with replies to the same prompt, stay together.
 
         Raises:
             ProbeError: there are too few rows for the share.
         """
-        if not 0 < share < 1:
-            raise ProbeError(f"a share of {share} rows held back must lie between 0 and 1")
-        group = self._first_rows()
+        from sklearn.model_selection import train_test_split
+
+        group = self._groups()
         unique = np.unique(group)
         strata = None
         if self.problem_type == "single_label_classification":
             strata = self.labels[unique]
-            several = np.bincount(strata)[strata] > 1  # the only text of a label can be in one part alone: the larger
+            several = np.bincount(strata)[strata] > 1  # The only text of a label stays in the larger part.
             unique, strata = unique[several], strata[several]
         try:
             _, held_back = train_test_split(unique, test_size=share, random_state=seed, stratify=strata)
         except ValueError as error:
             raise ProbeError(f"{len(self)} rows cannot be split with a share of {share} held back: {error}") from None
-        held_back = set(held_back.tolist())
-        inside = [row for row in range(len(self)) if group[row] not in held_back]
-        outside = [row for row in range(len(self)) if group[row] in held_back]
-        return self.select(inside), self.select(outside)
+        held = np.isin(group, held_back)
+        return self.select(np.flatnonzero(~held).tolist()), self.select(np.flatnonzero(held).tolist())
 
     def folds(self, count: int, seed: int) -> list[np.ndarray]:
-        """The rows of each of `count` folds, ascending; they stay together as in `split`, and classes are spread evenly.
+        """Return the rows of each fold, ascending. Rows stay together and classes are spread as in `split`.
 
         Raises:
             ProbeError: there are fewer texts than folds.
         """
-        group = self._first_rows()
-        different = len(set(group))
-        if different < count:
+        from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+        group = self._groups()
+        if (different := len(set(group))) < count:
             raise ProbeError(f"{different} different texts are too few for {count} folds")
         single = self.problem_type == "single_label_classification"
         spread = single and np.bincount(self.labels).max() >= count
         splitter = (StratifiedGroupKFold if spread else GroupKFold)(count, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The least populated class")  # it is in some folds only
+            warnings.filterwarnings("ignore", message="The least populated class")
             return [held for _, held in splitter.split(group, self.labels, group)]
 
-    def _first_rows(self) -> list[int]:
-        """For each row the first one with its text, or with the prompt that its reply is to."""
+    def _groups(self) -> list[int]:
+        """Return for each row the first row with the same text, or with a reply to the same prompt."""
         first_of: dict[str, int] = {}
-        return [first_of.setdefault(str(_asked(text)), row) for row, text in enumerate(self.texts)]
+        asked = (text[:-1] if _ends_with_reply(text) else text for text in self.texts)
+        return [first_of.setdefault(str(text), row) for row, text in enumerate(asked)]
 
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
-        """The same rows with other label names: matched by name where all names are among them, else by index.
+        """Return the rows with other label names, matched by name if all old names are among them, else by index.
 
         Raises:
-            ProbeError: there are more or fewer names, and they do not hold the old ones.
+            ProbeError: the names are neither as many as the old ones, nor do they contain them.
         """
         old, new = self.label_names, list(label_names)
         if old == new:
@@ -148,13 +147,11 @@ class LabelledTexts:
         else:
             labels = np.zeros((len(self), len(new)), dtype=self.labels.dtype)
             labels[:, index] = self.labels
-        return LabelledTexts(self.texts, labels, new, self.problem_type, self.columns)
+        return replace(self, labels=labels, label_names=new)
 
 
-def _asked(text: Text) -> Text:
-    """The messages before the reply that a text ends with, where it ends with one."""
-    replied = not isinstance(text, str) and len(text) > 1 and text[-1]["role"] == "assistant"
-    return text[:-1] if replied else text
+def _ends_with_reply(text: Text) -> bool:
+    return not isinstance(text, str) and len(text) > 1 and text[-1]["role"] == "assistant"
 
 
 def read_labelled(
@@ -167,91 +164,87 @@ def read_labelled(
     data_dir: str | os.PathLike | None = None,
     prompt_column: str | None = None,
 ) -> LabelledTexts:
-    """Reads rows and makes sense of their labels.
-
-    Whole numbers are class indices, texts class names, lists several labels of one row (multi-label), and other numbers
-    values (regression). Names come from `label_names`, from the data set's features, or from the labels themselves.
+    """Read labelled rows; see `read_labels` for the meaning of labels.
 
     Args:
-        source: the name of a data set in `BENCHMARKS`, or `NAME:SPLIT`; else a file, a folder or a Hub id (see
-            `read_table`). A file or folder that is called as one of them is written `./imdb`.
-        text_column, label_column: of rows that are not known by name.
-        label_names: where the data set has names of its own (it is known by name, or its labels are a `ClassLabel`) see
-            `LabelledTexts.renamed`.
-        problem_type: as in `ProbeConfig`; told by the labels where left out.
-        split: which part to read, where `source` does not say.
-        data_dir: local copies of the data sets known by name (see `read_benchmark`), to be read instead of the Hub.
-        prompt_column: where the texts are replies, the column of what they reply to: a text, or chat messages. The texts
-            that come out are chat messages. A data set that is known by name and has replies gives them so with its own.
+        source: a data set of `BENCHMARKS` as `NAME` or `NAME:SPLIT`, else a file, a folder or a Hub id (see
+            `read_table`). A file or folder with the name of a benchmark is written `./imdb`.
+        text_column, label_column: columns of rows that are not known by name.
+        label_names: names by index. Names of the data set itself are matched with them; see `LabelledTexts.renamed`.
+        problem_type: as in `ProbeConfig`. Defaults to the one that the labels imply.
+        split: the split to read, if `source` names none.
+        data_dir: local copies of the data sets known by name; see `read_benchmark`.
+        prompt_column: column of the prompts, texts or chat messages, if the texts are replies. The texts are then chat
+            messages.
 
     Raises:
-        ProbeError: there is nothing to read, a column is missing, a text or label is empty, or labels and names do not
-            fit each other.
+        ProbeError: the source cannot be read, a column is missing, a text or label is empty, or labels and names do
+            not fit.
     """
     known = find_benchmark(source)
     if known is not None:
         benchmark, own_split = known
-        if Path(source).exists():  # the folder of an earlier run, most often
-            logger.warning(
-                f"{source} is the data set known by that name, not the path here, which is written ./{source}"
-            )
-        own = (None,) if benchmark.exchange is None else (None, benchmark.exchange[0])
-        if (text_column, label_column) != ("text", "label") or prompt_column not in own:
-            allowed = "" if benchmark.exchange is None else f" (allowed: prompt_column={benchmark.exchange[0]!r})"
+        if Path(source).exists():
+            logger.warning(f"{source} is the data set known by that name; write ./{source} for the path")
+        prompts, replies = benchmark.exchange or (None, None)
+        if (text_column, label_column) != ("text", "label") or prompt_column not in (None, prompts):
+            allowed = "" if prompts is None else f" (allowed: prompt_column={prompts!r})"
             raise ProbeError(
-                f"{source} is known by name and has its own columns; text_column, label_column, prompt_column are for "
-                f"files{allowed}"
+                f"{source} has its own columns: text_column, label_column and prompt_column are for files{allowed}"
             )
         if problem_type not in (None, benchmark.problem_type):
-            raise ProbeError(f"{source} is for {benchmark.problem_type}, not for {problem_type}")
+            raise ProbeError(f"problem_type={problem_type} does not fit {source}, which is {benchmark.problem_type}")
         columns = read_benchmark(benchmark, own_split or split, data_dir)
-        texts, values = columns.pop("text"), columns.pop("label")
+        own_names, problem_type = benchmark.label_names, benchmark.problem_type
         if prompt_column is not None:
-            if missing := [name for name in benchmark.exchange if name not in columns]:
-                raise ProbeError(
-                    f"the copy of {source} has no column {missing[0]!r}; it has: {', '.join(['text', 'label', *columns])}"
-                )
-            pairs = list(zip(*(columns.pop(name) for name in benchmark.exchange), strict=True))
-            texts = [_exchange(source, row, *pair) for row, pair in enumerate(pairs)]
-        rows = _labelled(source, texts, values, columns, benchmark.label_names, benchmark.problem_type)
-        return rows if label_names is None else rows.renamed(label_names)
-    written = [text_column, *([] if prompt_column is None else [prompt_column])]
-    if len({*written, label_column}) < len(written) + 1:
-        raise ProbeError(
-            f"{', '.join(written)} and {label_column}: texts, prompts and labels stand in columns of their own; name each once"
-        )
-    table = read_table(source, split, written, [label_column])
-    for name in (*written, label_column):
-        if name not in table.column_names:
-            raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(table.column_names)}")
-    feature = table.features[label_column]
-    feature = getattr(feature, "feature", feature)
-    named = isinstance(feature, ClassLabel) and problem_type != "regression"
-    columns = {name: table[name][:] for name in table.column_names}
+            text_column = replies
+    else:
+        from datasets import ClassLabel
+
+        needed = [text_column, *([] if prompt_column is None else [prompt_column]), label_column]
+        if len(set(needed)) < len(needed):
+            raise ProbeError(f"columns {', '.join(needed)}: texts, prompts and labels need columns of their own")
+        table = read_table(source, split, needed[:-1], [label_column])
+        columns = {name: table[name][:] for name in table.column_names}
+        feature = table.features.get(label_column)
+        feature = getattr(feature, "feature", feature)
+        own_names = feature.names if isinstance(feature, ClassLabel) and problem_type != "regression" else None
+    for name in (text_column, label_column, prompt_column):
+        if name is not None and name not in columns:
+            raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
     texts, values = columns.pop(text_column), columns.pop(label_column)
+    if known is not None:
+        columns.pop("text", None)  # of a benchmark whose replies are read in place of its texts
+    if not texts:
+        raise ProbeError(f"{source} holds no rows")
+    for row, (text, value) in enumerate(zip(texts, values, strict=True)):
+        if _is_empty(text, value):
+            raise ProbeError(f"{source}: row {row} has no text or no label")
+        texts[row] = _read_text(source, row, text)
     if prompt_column is not None:
-        texts = [
-            _exchange(source, row, *pair)
-            for row, pair in enumerate(zip(columns.pop(prompt_column), texts, strict=True))
-        ]
-    rows = _labelled(source, texts, values, columns, feature.names if named else label_names, problem_type)
-    return rows.renamed(label_names) if named and label_names is not None else rows
+        pairs = zip(columns.pop(prompt_column), texts, strict=True)
+        texts = [_read_exchange(source, row, prompt, reply) for row, (prompt, reply) in enumerate(pairs)]
+    labels, names, problem_type = read_labels(source, values, own_names or label_names, problem_type)
+    rows = LabelledTexts(texts, labels, names, problem_type, columns)
+    return rows.renamed(label_names) if own_names and label_names else rows
 
 
 def read_benchmark(
     benchmark: Benchmark, split: str, data_dir: str | os.PathLike | None = None
 ) -> dict[str, list[Any]]:
-    """Columns `text`, `label` and further ones of a data set that is known by name. Says how many rows had no text or label.
+    """Return the columns `text`, `label` and further ones of a data set known by name, without rows that lack either.
 
     Args:
         benchmark: the data set.
         split: one of `benchmark_splits`.
         data_dir: read `data_dir/NAME/SPLIT.jsonl.gz` (or another format of `read_table`) instead of the Hub. Its rows
-            have columns `text` and `label`, or those of the Hub.
+            have the columns `text` and `label`, or those of the Hub.
 
     Raises:
         ProbeError: there is no such split or local copy, or the Hub does not give the data.
     """
+    import datasets
+
     splits = benchmark_splits(benchmark, data_dir)
     if split not in splits:
         raise ProbeError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(splits)}")
@@ -260,30 +253,30 @@ def read_benchmark(
     else:
         place = benchmark.splits[split]
         try:
-            table = load_dataset(benchmark.hub_id, place.configuration, split=place.split, revision=benchmark.revision)
-        except Exception as error:  # the loaders raise dozens of types
+            table = datasets.load_dataset(
+                benchmark.hub_id, place.configuration, split=place.split, revision=benchmark.revision
+            )
+        except Exception as error:  # The loaders raise dozens of types.
             raise ProbeError(
-                f"{benchmark.name} cannot be loaded as {benchmark.hub_id} from the Hub: {reason(error)} (a gated data set "
-                "wants its terms accepted there, and a login; --data-dir reads local copies)"
+                f"{benchmark.name} cannot be loaded as {benchmark.hub_id} from the Hub: {reason(error)} (accept the terms of a "
+                "gated data set there and log in, or pass --data-dir with local copies)"
             ) from error
     if data_dir is not None and {"text", "label"} <= set(table.column_names):
         columns = {name: table[name][:] for name in table.column_names}
     else:
         columns = benchmark.convert(table)
-    full = [
-        row for row, pair in enumerate(zip(columns["text"], columns["label"], strict=True)) if not _is_empty(*pair)
-    ]
-    if len(full) < len(columns["text"]):
+    count = len(columns["text"])
+    full = [row for row in range(count) if not _is_empty(columns["text"][row], columns["label"][row])]
+    if len(full) < count:
         logger.warning(
-            f"{len(columns['text']) - len(full)} of {len(columns['text'])} rows of {benchmark.name}:{split} have no text "
-            "or no label and are left out."
+            f"{count - len(full)} of {count} rows of {benchmark.name}:{split} have no text or no label and are left out."
         )
         columns = {name: [values[row] for row in full] for name, values in columns.items()}
     return columns
 
 
 def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = None) -> dict[str, Path | HubSplit]:
-    """The splits that there are: on the Hub, or with `data_dir` the files in `data_dir/NAME`.
+    """Return the splits on the Hub, or with `data_dir` the files in `data_dir/NAME`, by name.
 
     Raises:
         ProbeError: `data_dir` has no such folder.
@@ -293,8 +286,7 @@ def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = 
     folder = Path(data_dir) / benchmark.name
     if not folder.is_dir():
         raise ProbeError(
-            f"{folder} is no folder; local copies lie in DIR/{benchmark.name}/SPLIT.jsonl.gz, and without --data-dir the "
-            "rows come from the Hub"
+            f"{folder} is not a folder; --data-dir needs local copies, DIR/{benchmark.name}/SPLIT.jsonl.gz"
         )
     return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if kind_of(path)}
 
@@ -303,31 +295,15 @@ def _is_empty(text: Any, label: Any) -> bool:
     return text is None or label is None or (isinstance(text, str) and not text.strip())
 
 
-def _as_text(source: str, row: int, text: Any, what: str = "text") -> Text:
-    """A text, or chat messages; what a csv file took for a number is a text."""
+def _read_text(source: str, row: int, text: Any) -> Text:
     if isinstance(text, (int, float)):
         return str(text)
     if is_text(text):
         return text
-    raise ProbeError(
-        f"{source}: the {what} of row {row} is {str(text)[:60]!r}; it must be a text, or a list of chat messages with role and content"
-    )
+    raise ProbeError(f"{source}: {str(text)[:60]!r} in row {row} must be a text, or a list of chat messages")
 
 
-def _exchange(source: str, row: int, prompt: Any, reply: Any) -> list[dict[str, str]]:
-    if prompt in (None, "", []) or not isinstance(reply, str) or not reply.strip():
-        raise ProbeError(f"{source}: row {row} has no prompt, or no text as its reply")
-    return exchange(_as_text(source, row, prompt, "prompt"), reply)
-
-
-def _labelled(
-    source: str, texts: list, values: list, columns: dict[str, list], label_names, problem_type: str | None
-) -> LabelledTexts:
-    if not texts:
-        raise ProbeError(f"{source} holds no rows")
-    for row, (text, value) in enumerate(zip(texts, values, strict=True)):
-        if _is_empty(text, value):
-            raise ProbeError(f"{source}: row {row} has no text or no label")
-    texts = [_as_text(source, row, text) for row, text in enumerate(texts)]
-    labels, names, found_type = read_labels(source, values, label_names, problem_type)
-    return LabelledTexts(texts, labels, names, found_type, columns)
+def _read_exchange(source: str, row: int, prompt: Any, reply: Text) -> list[dict[str, str]]:
+    if prompt in (None, "", []) or not isinstance(reply, str):
+        raise ProbeError(f"{source}: row {row} has no prompt, or its reply is not a text")
+    return exchange(_read_text(source, row, prompt), reply)

@@ -47,12 +47,12 @@ def follow_replies(
     found: dict[int, torch.Tensor] = {}
     batches = iterate_states(dataset, probe.config, lm, batch_tokens, progress, probe.layer_indices, divided=True)
     for rows, states, mask in batches:
-        if states.shape[1] != len(probe.layer_indices):  # the cache has layers that this head does not read
-            states = states[:, probe.layer_indices]
+        if len(states) != len(probe.layer_indices):  # the cache has layers that this head does not read
+            states = states[probe.layer_indices]
         read = [row.nonzero().flatten() for row in mask]
         before = [columns[: len(columns) - lengths[row]] for row, columns in zip(rows, read, strict=True)]
         replies = [columns[len(columns) - lengths[row] :] for row, columns in zip(rows, read, strict=True)]
-        logits = _stream(probe, states.transpose(0, 1), before, replies)
+        logits = _stream(probe, states, before, replies)
         found |= {row: logits[i, : lengths[row]] for i, row in enumerate(rows)}
     found = {row: logits for part in gather(found) for row, logits in part.items()}
     return [found[row] for row in range(len(dataset))]

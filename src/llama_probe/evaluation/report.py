@@ -58,7 +58,7 @@ def score_together(
         probe.eval()
     for rows, states, mask in iterate_states(dataset, probes[0].config, lm, progress=progress):
         with torch.no_grad():
-            shared = SharedStates(states.transpose(0, 1))
+            shared = SharedStates(states)
             yield rows, [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
 
 
@@ -129,7 +129,7 @@ def _outputs(probe: ProbeModel, dataset: Dataset, batch_tokens: int, progress: b
     layers = probe.layer_indices
     for rows, states, mask in iterate_states(dataset, probe.config, lm, batch_tokens, progress, layers, divided=True):
         with torch.no_grad():
-            yield rows, probe(hidden_states=states, attention_mask=mask, **kwargs)
+            yield rows, probe(hidden_states=states.transpose(0, 1), attention_mask=mask, **kwargs)
 
 
 def report(

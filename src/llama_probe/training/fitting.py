@@ -129,7 +129,7 @@ def _pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None) -
     states_of = iterate_states(dataset, probe.config, lm, progress=True, layers=probe.layer_indices, divided=True)
     for rows, states, mask in states_of:
         with torch.no_grad():
-            found[rows] = probe.pool(states, mask).cpu()
+            found[rows] = probe.pool(states.transpose(0, 1), mask).cpu()
         read += rows
     return merge_rows(read, found)
 

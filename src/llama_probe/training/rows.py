@@ -110,8 +110,11 @@ class CutReplies(Dataset):
         if torch.rand(()) < 0.5:
             left = int(torch.randint(1, self.lengths[row] + 1, ()))
             stop = len(item["input_ids"]) - self.lengths[row] + left
-            cut = {"input_ids", "hidden_states", "probe_mask"} & item.keys()
-            item |= {name: item[name][:stop] for name in cut}
+            for name in ("input_ids", "probe_mask"):
+                if name in item:
+                    item[name] = item[name][:stop]
+            if "hidden_states" in item:
+                item["hidden_states"] = item["hidden_states"][:, :stop]
         return item
 
 

@@ -107,7 +107,7 @@ def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = No
     """
     found = np.empty((len(dataset), config.num_hidden_layers + 1, config.hidden_size), dtype=np.float32)
     for rows, states, mask in iterate_states(dataset, config, lm, progress=True):
-        x = F.layer_norm(states.transpose(0, 1).float(), states.shape[-1:])  # [L+1, B, T, D]
+        x = F.layer_norm(states.float(), states.shape[-1:])  # [L+1, B, T, D]
         found[rows] = masked_mean(x, mask.to(x.device)).transpose(0, 1).cpu().numpy()
     return found
 
