@@ -1,0 +1,54 @@
+"""A run resumes only with the settings that it was begun with."""
+
+import pytest
+
+from llama_probe import ProbeError
+from llama_probe.evaluation.resume import first_difference, same_settings
+
+
+SETTINGS = {"data": "a", "recipe": {"epochs": 3, "rates": (0.1, 0.2)}, "rows": None}
+
+
+def test_settings_are_written_once_and_found_again(tmp_path):
+    path = tmp_path / "new" / "settings.json"
+    assert not same_settings(path, SETTINGS)
+    written = path.read_bytes()
+    assert same_settings(path, SETTINGS) and path.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data": "b"}, r"data='a' \(now 'b'\)"),
+        ({"recipe": {"epochs": 4, "rates": (0.1, 0.2)}}, r"recipe\.epochs=3 \(now 4\)"),
+        ({"weights": 1}, r"weights=absent \(now 1\)"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, changes, words):
+    path = tmp_path / "settings.json"
+    same_settings(path, SETTINGS)
+    with pytest.raises(ProbeError, match=words):
+        same_settings(path, SETTINGS | changes)
+    assert same_settings(path, SETTINGS), "a refused run writes nothing"
+
+
+def test_optional_settings_may_lack_in_an_older_file(tmp_path):
+    path = tmp_path / "settings.json"
+    same_settings(path, SETTINGS)
+    assert same_settings(path, SETTINGS | {"weights": 1}, optional=["weights"])
+    same_settings(tmp_path / "later.json", SETTINGS | {"weights": 1})
+    with pytest.raises(ProbeError, match="weights=1"):
+        same_settings(tmp_path / "later.json", SETTINGS | {"weights": 2}, optional=["weights"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_files_are_refused(tmp_path, text):
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    with pytest.raises(ProbeError, match=r"settings\.json"):
+        same_settings(path, SETTINGS)
+
+
+def test_values_that_are_null_are_not_those_that_are_absent():
+    assert first_difference({"a": None}, {}) == "a=None (now absent)"
+    assert first_difference({"a": {"settings": 1}}, {"a": {"settings": 1}}) is None
