@@ -94,6 +94,12 @@ class Aggregator(nn.Module, ABC):
         reads: `"all"`, or `"last"` if only the last token that counts and the last layer matter. Other states are then
             neither captured nor cached.
         normalize: default of `ProbeConfig.normalize`.
+        recipe: default hyper-parameters of training: fields of `Recipe` and of `ProbeConfig`.
+        auto_up_to: `probe_type="auto"` takes, of all kinds, the smallest value that is at least the number of training rows.
+            0: never.
+        search_space: further hyper-parameters of a sweep, by field or option: a tuple (low, high) is a range, a list has
+            choices. Combinations that `check` refuses are left out.
+        options: names of `ProbeConfig.options`, each with its default and a help text.
         half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.
         convex: if True, the classifier alone is learned, as a convex problem (`llama_probe.training.fitting`).
         causal: of an instance; if True, an item may only depend on itself and earlier items.
@@ -101,6 +107,15 @@ class Aggregator(nn.Module, ABC):
 
     reads: ClassVar[str] = "all"
     normalize: ClassVar[str] = "layernorm"
+    recipe: ClassVar[dict[str, float]] = {
+        "learning_rate": 1e-3,
+        "label_smoothing": 0.05,
+        "dropout": 0.2,
+        "layer_dropout": 0.1,
+    }
+    auto_up_to: ClassVar[float] = 0
+    search_space: ClassVar[dict[str, tuple[float, float] | list]] = {}
+    options: ClassVar[dict[str, tuple[float | None, str]]] = {}
     half: ClassVar[bool] = False
     convex: ClassVar[bool] = False
     causal: bool = False

@@ -27,6 +27,12 @@ class AttentionAggregator(LowRankAggregator):
     keys and values, `2 d_inner` numbers an item, and the running sum or maximum of what the items gave.
     """
 
+    search_space = {
+        "pool": ["mean", "max"],
+        "downcast": [4, 8, 16, 32, 64],
+        "num_attention_heads": [1, 2, 3, 4, 8, 16],
+    }
+
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
         self.num_heads = config.num_attention_heads

@@ -25,6 +25,13 @@ class AttentivePoolingAggregator(LowRankAggregator):
     a low-rank map. State: the running maximum, denominator and numerator of each softmax, `2 K + R` numbers.
     """
 
+    recipe = LowRankAggregator.recipe | {"learning_rate": 1e-2}
+    search_space = {"num_queries": [1, 2, 4, 8], "value_rank": [1, 2, 4, 8, 16, 32]}
+    options = {
+        "num_queries": (4, "queries, each with a softmax of its own over the items"),
+        "value_rank": (8, "numbers kept of each item, over all queries; a multiple of num_queries"),
+    }
+
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
         self.num_queries, self.value_rank = _sizes(config)

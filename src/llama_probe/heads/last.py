@@ -15,6 +15,7 @@ class LastItemAggregator(Aggregator):
     and `"all"` one of the final state.
     """
 
+    recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     reads = "last"
 
     def update(self, state, x, mask, slots):

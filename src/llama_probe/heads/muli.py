@@ -92,6 +92,9 @@ class MuliAggregator(LastItemAggregator):
     smallest. Chosen by validation rows where left out. Such a head is fitted as a convex problem, in `llama_probe.training.fitting`.
     """
 
+    # Only the L1 penalty regularises the fit.
+    recipe = {"learning_rate": 1e-3, "label_smoothing": 0.0, "dropout": 0.0, "layer_dropout": 0.0}
+    options = {"l1": (None, "strength of the L1 penalty; chosen by validation rows if not given")}
     normalize = "none"
     convex = True
 

@@ -25,6 +25,14 @@ class MultiMaxAggregator(LowRankAggregator):
     labels: `(L+1) M R (D + C + 1)`, and a few biases. State: the largest value so far of each direction, `M R` numbers.
     """
 
+    recipe = LowRankAggregator.recipe | {"learning_rate": 3e-3, "dropout": 0.1}
+    auto_up_to = math.inf
+    search_space = {"num_maxima": [1, 2, 4, 8], "num_members": [1, 4, 8, 16]}
+    options = {
+        "num_maxima": (4, "directions of each member, of which each layer gives the maximum"),
+        "num_members": (16, "heads in one; each learns from its own loss, and their logits are averaged"),
+    }
+
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
         rank = self.members(config) * _maxima(config)
