@@ -27,6 +27,7 @@ from ...serving.sources import read_heads
 from ..paper import serving_ratio
 from .footprint import flops, peak_memory
 from .guard_pipeline import read_guard
+from .operations import count_operations
 from .random_weights import ModelPlan, check_fits, held_bytes
 from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
 from .timing import Timing, Watch, latency, spread, time_pairs
@@ -138,6 +139,28 @@ class ServingBenchmark:
             for system, own in ((base, base_measured), *((system, measured[i]) for system, measured in found)):
                 rows.append(row(system, load, own, base_measured, held_bytes([plain])))
         return {**self._facts(plain), "rows": rows}
+
+    def count_operations(self, as_device: str | None = None) -> dict[str, Any]:
+        """Count the dispatched operations of the plain model and of each system with heads.
+
+        Each kind is counted twice: as a head of the prompt, and as a head that follows the reply.
+
+        Args:
+            as_device: `"cuda"` or `"cpu"`, whose choices are taken. Defaults to the device that the model runs on.
+
+        Returns:
+            A JSON dict: `environment`, `settings`, `backbone`, `as_device` and `rows`, see
+            `operations.count_operations`.
+
+        Raises:
+            ProbeError: `as_device` is not allowed; and as `execute`.
+        """
+        model, as_device, text = self._load(), as_device or self._device.type, self._lm.text_config
+        for kind in self.kinds:
+            config = fresh_config(kind, text.hidden_size, text.num_hidden_layers, token_scope="response")
+            model.add_probe(f"{kind}-reply", config)
+        rows = count_operations(model, self.tokens, self.many, self._fresh.get(MANY_KIND), as_device)
+        return {**self._facts(model._without_probes()), "as_device": as_device, "rows": rows}
 
     def _load(self) -> PreTrainedModel:
         """Load the backbone with its heads, after all that may be refused."""
