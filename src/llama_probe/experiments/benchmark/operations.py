@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ProbeError
 from ...heads.configuration import ProbeConfig
-from .serving_systems import AGAIN, Load, System, plain_system, systems
+from .serving_systems import AGAIN, BASE, Load, System, plain_system, systems
 
 
 DEVICES = ("cuda", "cpu")
@@ -68,40 +69,40 @@ def count_operations(
 
     Returns:
         One dict a length and system: `system`, `tokens`; `prefill`: operations of `generate(max_new_tokens=1)`; `step`:
-        operations of one decoding step; `prefill_ratio` and `step_ratio`: these over the plain model's.
+        operations of one decoding step, whatever the length; `prefill_ratio` and `step_ratio`: these over the plain model's.
 
     Raises:
         ProbeError: `as_device` is not allowed.
     """
     plain = model._without_probes()
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    # The last of three tokens is a step of a reply that is under way.
-    loads = [[Load.create(1, length, new, vocab_size, model.device) for new in (1, 3)] for length in tokens]
-    rows: list[dict[str, Any]] = []
+    prompts = [Load.create(1, length, 1, vocab_size, model.device) for length in tokens]
+    reply = Load.create(1, min(tokens), 3, vocab_size, model.device)
+    found: dict[str, tuple[list[int], int]] = {}
     with reader_choices(as_device):
-        base = plain_system(plain)
-        counts = [_count(base, *pair) for pair in loads]
-        found = [(base.name, counts)]
-        for system in systems(model, plain, many, many_config):
+        for system in chain([plain_system(plain)], systems(model, plain, many, many_config)):
             if system.name != AGAIN:
-                found.append((system.name, [_count(system, *pair) for pair in loads]))
+                found[system.name] = [_count_prefill(system, prompt) for prompt in prompts], _count_step(system, reply)
+    rows, (base, base_step) = [], found[BASE]
     for i, length in enumerate(tokens):
-        for name, own in found:
-            row = {"system": name, "tokens": length}
-            for phase, value, plain_value in zip(("prefill", "step"), own[i], counts[i], strict=True):
-                row |= {phase: value, f"{phase}_ratio": value / plain_value}
-            rows.append(row)
+        for name, (prefill, step) in found.items():
+            row = {"system": name, "tokens": length, "prefill": prefill[i], "prefill_ratio": prefill[i] / base[i]}
+            rows.append({**row, "step": step, "step_ratio": step / base_step})
     return rows
 
 
-def _count(system: System, prefill: Load, reply: Load) -> tuple[int, int]:
-    """Return the operations of the pass over the prompt, and of the last step of the reply."""
+def _count_prefill(system: System, prompt: Load) -> int:
+    with OperationCounter() as counter:
+        system.serve(prompt, None)
+    return counter.operations
+
+
+def _count_step(system: System, reply: Load) -> int:
+    """Return the operations between the last two tokens of a reply."""
     marks: list[int] = []
-    with OperationCounter() as whole:
-        system.serve(prefill, None)
     with OperationCounter() as counter:
         system.serve(reply, lambda: marks.append(counter.operations))
-    return whole.operations, marks[-1] - marks[-2]
+    return marks[-1] - marks[-2]
 
 
 def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
