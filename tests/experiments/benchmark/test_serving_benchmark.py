@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounter
 from transformers import BertConfig
 
 from llama_probe import ProbeError
-from llama_probe.experiments.benchmark import random_weights, serving_benchmark
+from llama_probe.experiments.benchmark import random_weights
 from llama_probe.experiments.benchmark.random_weights import ModelPlan
 from llama_probe.experiments.benchmark.serving_benchmark import Measured, ServingBenchmark, row
-from llama_probe.experiments.benchmark.serving_systems import BASE, Load, System
+from llama_probe.experiments.benchmark.serving_systems import Load, System
 from llama_probe.experiments.benchmark.timing import Timing, Watch
 
 
@@ -114,48 +114,47 @@ def test_ones_own_heads(folder, tmp_path):
         create(folder, probes=[str(tmp_path / "mha")], kinds=["mha"]).execute()
 
 
-class TestRow:
-    base = Measured([(Timing(2.0, 0.5), Timing(2.0, 0.5))], 1_000_000, 400)
+PLAIN = Measured([(Timing(2.0, 0.5), Timing(2.0, 0.5))], 1_000_000, 400)
 
-    def row(self, own, batch=1, tokens=8, new_tokens=1, paper=None, weights=500_000):
-        load = Load.create(batch, tokens, new_tokens, 50, CPU)
-        return row(System("mine", "heads", None, weights, paper), load, own, self.base, 10_000_000)
 
-    def test_ratios_are_of_pairs(self):
-        """The median of the paired ratios, which is not the ratio of the medians."""
-        pairs = [(1.0, 3.0), (4.0, 4.0), (5.0, 10.0)]
-        own = Measured([(Timing(a, a / 2), Timing(b, 2 * b)) for a, b in pairs], 1_250_000, 500)
-        found = self.row(own, batch=2, new_tokens=2)
-        assert found["ratio"] == {"median": 2.0, "quartiles": [1.5, 2.5], "runs": 3}
-        assert found["step_ratio"]["median"] == 8.0
-        assert found["latency_ms"]["median"] == 4000 and found["step_ms"]["median"] == 8000
-        assert found["prompts_per_second"] == 0.5 and found["tokens_per_second"] == 5.0
-        assert found["operations_ratio"] == 1.25
-        assert (found["weights_mb"], found["peak_memory_mb"], found["above_base_mb"]) == (0.5, 11.75, 0.75)
+def make_row(own, batch=1, tokens=8, new_tokens=1, paper=None):
+    load = Load.create(batch, tokens, new_tokens, 50, CPU)
+    return row(System("mine", "heads", None, 500_000, paper), load, own, PLAIN, 10_000_000)
 
-    def test_the_plain_model_is_compared_with_nothing(self):
-        found = self.row(self.base)
-        assert found["ratio"] is None and found["step_ratio"] is None and found["operations_ratio"] == 1
 
-    def test_memory_may_be_unknown(self):
-        found = self.row(Measured(self.base.pairs, None, 400))
-        assert found["peak_memory_mb"] is None and found["above_base_mb"] is None
+def test_ratios_are_medians_of_pairs():
+    """The median of the paired ratios is not the ratio of the medians."""
+    pairs = [(1.0, 3.0), (4.0, 4.0), (5.0, 10.0)]
+    own = Measured([(Timing(a, a / 2), Timing(b, 2 * b)) for a, b in pairs], 1_250_000, 500)
+    found = make_row(own, batch=2, new_tokens=2)
+    assert found["ratio"] == {"median": 2.0, "quartiles": [1.5, 2.5], "runs": 3}
+    assert found["step_ratio"]["median"] == 8.0
+    assert found["latency_ms"]["median"] == 4000 and found["step_ms"]["median"] == 8000
+    assert found["prompts_per_second"] == 0.5 and found["tokens_per_second"] == 5.0
+    assert found["operations_ratio"] == 1.25
+    assert (found["weights_mb"], found["peak_memory_mb"], found["above_base_mb"]) == (0.5, 11.75, 0.75)
 
-    @pytest.mark.parametrize(
-        "changes, expected",
-        [
-            ({"paper": "mha"}, 40.27 / 26.43),
-            ({"paper": "T5-large", "tokens": 512}, 88.33 / 26.43),
-            ({"paper": "mha", "tokens": 513}, None),
-            ({"paper": "mha", "batch": 2}, None),
-            ({"paper": "mha", "new_tokens": 2}, None),
-            ({"paper": "attentive"}, None),
-            ({}, None),
-        ],
-    )
-    def test_the_paper_is_shown_where_the_load_is_its_own(self, changes, expected):
-        own = Measured([(Timing(1.0, 1.0), Timing(1.0, 1.0))], 0, 400)
-        assert self.row(own, **changes)["paper_ratio"] == (None if expected is None else pytest.approx(expected))
+
+def test_values_that_are_not_defined_or_not_known():
+    found = make_row(PLAIN)
+    assert found["ratio"] is None and found["step_ratio"] is None and found["operations_ratio"] == 1
+    found = make_row(Measured(PLAIN.pairs, None, 400))
+    assert found["peak_memory_mb"] is None and found["above_base_mb"] is None
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"paper": "mha"}, 40.27 / 26.43),
+        ({"paper": "T5-large", "tokens": 512}, 88.33 / 26.43),
+        ({"paper": "mha", "tokens": 513}, None),
+        ({"paper": "mha", "batch": 2}, None),
+        ({"paper": "mha", "new_tokens": 2}, None),
+        ({"paper": "attentive"}, None),
+    ],
+)
+def test_the_papers_ratio_is_for_the_papers_load(changes, expected):
+    assert make_row(PLAIN, **changes)["paper_ratio"] == (expected and pytest.approx(expected))
 
 
 @pytest.mark.parametrize(
@@ -204,16 +203,3 @@ def test_one_guard_at_a_time(folder, guard, tmp_path, monkeypatch):
     monkeypatch.setattr(ModelPlan, "load", load)
     create(folder, pairs=1, kinds=[], guards=[guard, str(tmp_path / "other")], random_weights=True).execute()
     assert len(alive) == 2
-
-
-def test_the_plain_model_is_the_plain_class(folder, monkeypatch):
-    seen = []
-    original = serving_benchmark.plain_system
-
-    def spy(plain, *args):
-        seen.append(type(plain).__name__)
-        return original(plain, *args)
-
-    monkeypatch.setattr(serving_benchmark, "plain_system", spy)
-    report = create(folder, pairs=1).execute()
-    assert seen == ["LlamaForCausalLM"] and report["rows"][0]["system"] == BASE

@@ -12,7 +12,7 @@ from llama_probe.experiments.reproduction.learning_curves import draw_rows, lear
 
 
 def prompts(rows, seed):
-    """Whether token 11 occurs."""
+    """Prompts with a label that says if token 11 occurs."""
     found, labels = [], []
     for row in range(rows):
         ids = make_prompts(1, 4 + row % 5, seed=1000 * seed + row)[0].tolist()

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeError
-from llama_probe.backbone import passes
 from llama_probe.data.known import BENCHMARKS
 from llama_probe.data.texts import LabelledTexts
 from llama_probe.experiments.reproduction.prompting import (
@@ -20,11 +19,6 @@ from llama_probe.experiments.reproduction.prompting import (
 
 
 INSTRUCTION = Instruction("Is it nice?", ("No", "Yes, it is"))
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return make_lm(vocab_size=260)
 
 
 @pytest.fixture(scope="module")
@@ -52,33 +46,6 @@ def test_as_one_plain_pass_a_row(rests, labels, start, batch_tokens):
     found = label_log_likelihoods(lm, tokenizer, prompts, labels, batch_tokens)
     expected = [[plain(lm, prompt, label) for label in labels] for prompt in prompts]
     assert found.tolist() == [pytest.approx(row, abs=1e-4) for row in expected]
-
-
-def test_what_prompts_share_is_run_once(lm, tokenizer, monkeypatch):
-    prompt = LabelPrompt(tokenizer, INSTRUCTION, [("a long one " * 5, 1)])
-    prompts = prompt.encode(["abc", "xy", "z"])
-    runs = []
-    original = passes.prefill
-    monkeypatch.setattr(passes, "prefill", lambda lm, ids: (runs.append(len(ids)), original(lm, ids))[1])
-    seen = []
-    hook = lm.model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
-        with_kwargs=True,
-    )
-    label_log_likelihoods(lm, tokenizer, prompts, prompt.label_ids)
-    hook.remove()
-    assert runs == [len(prompt.prefix_ids)] and seen.count(runs[0]) == 1
-    assert max(seen[1:]) <= len("abc") + len(prompt.suffix_ids)
-
-
-def test_what_is_kept_for_each_row_is_bounded(lm, tokenizer):
-    """Short rows after a long start: the cache of the start is there once a row, and as large as it is long."""
-    prompts, kept = [[*range(3, 203), 5 + row] for row in range(40)], []
-    hook = lm.model.register_forward_hook(lambda module, args, output: kept.append(output.cache.layers[0].keys.shape))
-    label_log_likelihoods(lm, tokenizer, prompts, [[7]], batch_tokens=100)
-    hook.remove()
-    assert sum(shape[0] for shape in kept[1:]) == len(prompts)
-    assert max(shape[0] * shape[2] for shape in kept) <= 4 * 100 + len(prompts)
 
 
 def test_examples_are_earlier_turns(tokenizer):

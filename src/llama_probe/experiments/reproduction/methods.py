@@ -57,7 +57,7 @@ class HeadMethod:
 
     @property
     def convex(self) -> bool:
-        """Whether the head is fitted as a convex problem, without a seed."""
+        """True if the head is fitted as a convex problem, without a seed."""
         return get_probe_type(self.head["probe_type"]).convex
 
     def candidates(self, name: str, base: ProbeConfig, seed: int) -> list[Candidate]:

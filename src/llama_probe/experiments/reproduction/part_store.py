@@ -62,7 +62,7 @@ class PartStore:
         return part
 
     def holds(self, name: str) -> bool:
-        """Return whether there is a part of this name, with any settings."""
+        """Return True if there is a part of this name, with any settings."""
         return self._path(name).is_file()
 
     def write(self, name: str, settings: dict[str, Any], result: Any, seconds: float, together: list[str]) -> None:
