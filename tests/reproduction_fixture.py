@@ -1,15 +1,17 @@
-"""Reproductions of the paper's tables with a few rows, as a fixture for all tests."""
+"""Reproductions of the paper's tables with a few rows, as fixtures for all tests."""
 
 import gzip
 import json
+import shutil
 
 import pytest
 
 
 FAST = ["tfidf", "prototypes", "layer-linear", "pooling", "gate"]
+ALL = [*FAST, "zero-shot", "few-shot", "last-token", "mha"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def copies(tmp_path_factory):
     """Local copies of the data sets, a few rows each."""
     folder = tmp_path_factory.mktemp("copies")
@@ -32,25 +34,48 @@ def copies(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def reproduction(copies, backbone_folder, tmp_path):
-    def create(
-        output="out",
-        data=("toxicchat",),
-        chosen=FAST,
-        only=("main",),
-        seeds=(0, 1),
-        max_rows=None,
-        cache=True,
-        backbone=backbone_folder,
-        **changes,
-    ):
-        from llama_probe.experiments.reproduction.reproduction import (
-            Reproduction,  # which needs more than other tests have
-        )
-        from llama_probe.experiments.reproduction.workbench import Workbench
+def create_reproduction(
+    output, copies, backbone, data=("toxicchat",), chosen=FAST, only=("main",), max_rows=None, cache=True, **changes
+):
+    """A reproduction of two seeds and two epochs."""
+    # Imported here, as it needs more packages than other tests have.
+    from llama_probe.experiments.reproduction.reproduction import Reproduction
+    from llama_probe.experiments.reproduction.workbench import Workbench
 
-        bench = Workbench(str(backbone), tmp_path / output / ".states", copies, list(seeds), max_rows, 64, cache=cache)
-        return Reproduction(bench, tmp_path / output, data, chosen, only, **{"epochs": 2, "shots": 2, **changes})
+    seeds = list(changes.pop("seeds", (0, 1)))
+    bench = Workbench(str(backbone), output / ".states", copies, seeds, max_rows, 64, cache=cache)
+    return Reproduction(bench, output, data, chosen, only, **{"epochs": 2, "shots": 2, **changes})
+
+
+@pytest.fixture
+def reproduction(copies, backbone_folder, tmp_path, monkeypatch):
+    """A function that creates a reproduction without plots, which take longer than the rest."""
+    from llama_probe.experiments.reproduction import report
+
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+
+    def create(output="out", copies=copies, **changes):
+        return create_reproduction(tmp_path / output, copies, backbone_folder, **changes)
 
     return create
+
+
+@pytest.fixture(scope="session")
+def everything(copies, backbone_folder, tmp_path_factory):
+    """A finished reproduction of all parts, few-labels of one data set alone: its report and its folder."""
+    from llama_probe.experiments.reproduction.methods import HEADS, HeadMethod
+
+    output = tmp_path_factory.mktemp("reproduction") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(HEADS, "mha", HeadMethod({"probe_type": "mha", "downcast": 8, "num_attention_heads": 2}))
+        create_reproduction(output, copies, backbone_folder, chosen=["pooling", "gate"], only=["few-labels"]).execute()
+        parts = ["main", "ood", "downcast", "layers", "sensitivity"]
+        data = ("toxicchat", "emotion")
+        return create_reproduction(output, copies, backbone_folder, data, ALL, parts, trials=2).execute(), output
+
+
+@pytest.fixture
+def finished(everything, tmp_path):
+    """A copy of the finished reproduction, as the output `out` of `reproduction`: its report."""
+    shutil.copytree(everything[1], tmp_path / "out")
+    return everything[0]

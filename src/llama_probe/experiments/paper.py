@@ -1,6 +1,6 @@
-"""The figures of arXiv 2601.13288 (v2, 27 April 2026), to stand beside one's own. The only place that holds them.
+"""The figures of arXiv 2601.13288 (v2, 27 April 2026), for Llama-3.2-3B-Instruct.
 
-They are of Llama-3.2-3B-Instruct, and shares, not percent. On ToxicChat the paper tests on the human-annotated rows only.
+They are shares, not percent. On ToxicChat the paper tests on the human-annotated rows only.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ BACKBONE_SIZE = "3.2 billion parameters, 28 layers of 3,072"
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of the paper, and its spread where the paper gives one."""
+    """A number of the paper, and its standard deviation if the paper gives one."""
 
     value: float
     std: float | None = None
 
 
-# Tables 1, 3 and 4: method -> data set -> metric. Methods that have no counterpart here keep the paper's names.
+# Tables 1, 3 and 4: method -> data set -> metric. Methods without a counterpart here keep the paper's names.
 MAIN: dict[str, dict[str, dict[str, Figure]]] = {
     "pooling": {
         "toxicchat": {"f1": Figure(0.7353, 0.0068), "auprc": Figure(0.812)},
@@ -79,13 +79,13 @@ DOWNCAST = {4: Figure(0.841), 8: Figure(0.829), 16: Figure(0.830), 32: Figure(0.
 
 @dataclass(frozen=True)
 class Serving:
-    """Time of a prompt in milliseconds, and peak memory in MB, both of all that is served."""
+    """Time of a prompt in milliseconds, and peak memory in MB, of the whole system."""
 
     latency: float
     peak_memory: float
 
 
-# Table 5. The language models are asked before the base model is; their times and memory include its own.
+# Table 5. Times and memory of the guard models include the base model's.
 SERVING_SETTING = "one RTX 3090, batch size 1, prompts of up to 512 tokens, one new token"
 SERVING = {
     "base": Serving(26.43, 6498),
@@ -97,16 +97,16 @@ SERVING = {
     "Llama Guard 3 8B": Serving(123.21, 22769),
 }
 
-# What the paper concludes of its kinds: each is better than the one before.
+# The paper's conclusion: each kind is better than the one before.
 ORDERS = (("pooling", "gate", "mha"), ("muli", "gate"))
 
 
 def figure(method: str, data: str, metric: str) -> Figure | None:
-    """The paper's number for a method on a data set; `None` where it has none."""
+    """Return the paper's number for a method on a data set, or `None`."""
     return MAIN.get(method, {}).get(data, {}).get(metric)
 
 
 def serving_ratio(system: str) -> float | None:
-    """The paper's time of a system over that of the base model alone; `None` where it has none."""
+    """Return the paper's time of a system over that of the base model alone, or `None`."""
     found = SERVING.get(system)
     return None if found is None else found.latency / SERVING["base"].latency

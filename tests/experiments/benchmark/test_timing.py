@@ -7,7 +7,7 @@ from llama_probe.experiments.benchmark.timing import Timing, Watch, latency, spr
 
 
 class Machine:
-    """Calls that take so many seconds each, on a clock of its own; `log` has them in order."""
+    """Calls that take given seconds each, on a clock of its own. `log` has their order."""
 
     def __init__(self):
         self.time, self.log = 100.0, []
@@ -31,37 +31,27 @@ def machine():
     return Machine()
 
 
-def test_a_call(machine):
-    assert time_call(machine.call("a", [3.0]), machine.watch) == Timing(3.0)
-
-
-def test_steps_after_the_first_token(machine):
-    # The first token comes after 3 seconds, the second 1 and the third 2 later, and 4 go by after that.
-    assert time_call(machine.call("a", [3.0], [1.0, 2.0, 4.0]), machine.watch) == Timing(10.0, 1.5)
-    assert time_call(machine.call("a", [3.0], [1.0]), machine.watch) == Timing(4.0), "one token has no step"
+@pytest.mark.parametrize(
+    "steps, expected", [([], Timing(3.0)), ([1.0], Timing(4.0)), ([1.0, 2.0, 4.0], Timing(10.0, 1.5))]
+)
+def test_steps_are_those_after_the_first_token(machine, steps, expected):
+    assert time_call(machine.call("a", [3.0], steps), machine.watch) == expected
 
 
 def test_the_order_of_pairs_alternates(machine):
     first, second = machine.call("a", [9.0, 1.0, 2.0, 3.0]), machine.call("b", [9.0, 10.0, 20.0, 30.0])
     timed = time_pairs(first, second, pairs=3, warmup=1, watch=machine.watch)
     assert machine.log == ["a", "b", "a", "b", "b", "a", "a", "b"]
-    assert timed == [(Timing(a), Timing(10 * a)) for a in (1.0, 2.0, 3.0)], (
-        "first stays first, and warm-up is left out"
-    )
+    assert timed == [(Timing(a), Timing(10 * a)) for a in (1.0, 2.0, 3.0)], "first comes first, without warm-up"
 
 
 def test_a_drift_hits_both(machine):
     """On a machine that gets slower call by call, two equal calls are equal in the median."""
-    drift = (1.1**i for i in range(100))
-    call = machine.call("a", drift)
+    call = machine.call("a", (1.1**i for i in range(100)))
     ratios = [b.seconds / a.seconds for a, b in time_pairs(call, call, 8, 0, machine.watch)]
     assert spread(ratios)["median"] == pytest.approx(1.0, abs=0.01) and max(ratios) > 1.09
 
 
-def test_spread():
+def test_summaries():
     assert spread([1.0, 5.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "runs": 5}
-    assert spread([1.5]) == {"median": 1.5, "quartiles": [1.5, 1.5], "runs": 1}
-
-
-def test_latency_is_in_milliseconds():
-    assert latency(i / 100 for i in range(101)) == {"median": 500.0, "p95": 950.0}
+    assert latency(i / 100 for i in range(101)) == {"median": 500.0, "p95": 950.0}, "milliseconds"

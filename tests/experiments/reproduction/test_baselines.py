@@ -1,4 +1,4 @@
-"""Methods without a head: what they compute, and that only training rows are fitted and only validation rows choose."""
+"""Methods without a head: TF-IDF and prototypes compute what they say."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from llama_probe.evaluation.report import predict_logits, predict_together
 from llama_probe.experiments.reproduction.baselines import class_logits, fit_prototypes, fit_tfidf, mean_states
 
 
-def labelled(texts, labels, names=("a", "b"), problem_type="single_label_classification"):
-    return LabelledTexts(texts, np.asarray(labels), list(names), problem_type, {})
+def labelled(texts, labels, names=("a", "b")):
+    return LabelledTexts(texts, np.asarray(labels), list(names), "single_label_classification", {})
 
 
 class TestTfidf:
@@ -29,10 +29,8 @@ class TestTfidf:
         logits = class_logits(model, ["x one"], 3)
         assert logits.shape == (1, 3) and logits.argmax() == 0 and logits[0, 1] < logits[0, 2]
 
-    def test_refusals(self):
-        with pytest.raises(ProbeError, match="single-label data"):
-            fit_tfidf(labelled(["a"], [[1, 0]], problem_type="multi_label_classification"))
-        with pytest.raises(ProbeError, match="not chat messages"):
+    def test_chats_are_refused(self):
+        with pytest.raises(ProbeError, match="chat messages"):
             fit_tfidf(labelled([[{"role": "user", "content": "x"}]], [0]))
 
 
@@ -48,8 +46,8 @@ class TestPrototypes:
         expected = torch.from_numpy(-distances / 2).log_softmax(dim=1).float()
         torch.testing.assert_close(class_logits(model, states, 3), expected, atol=1e-3, rtol=1e-3)
 
-    def test_rows_of_which_they_are_sure_are_told_apart(self):
-        """Log odds beyond what a float32 probability holds, about 88 below and 17 above, go on."""
+    def test_sure_rows_have_different_scores(self):
+        """Log odds exceed the range of a float32 probability, about 88 below and 17 above."""
         rng = np.random.default_rng(2)
         labels = np.arange(60) % 2
         states = (rng.normal(size=(60, 4)) + 9 * labels[:, None]).astype(np.float32)

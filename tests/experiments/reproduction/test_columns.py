@@ -1,4 +1,4 @@
-"""Whether the paper's order of the methods holds in the numbers of a report."""
+"""The paper's order of the methods, compared with the numbers of a report."""
 
 from llama_probe.experiments.reproduction.columns import find_orders
 

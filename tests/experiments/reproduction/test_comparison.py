@@ -1,4 +1,4 @@
-"""What is worked out of the scores of a method."""
+"""Runs that fail, and layer weights by label."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from llama_probe.experiments.reproduction.methods import HEADS, HeadMethod
 
 def test_a_method_that_runs_away_is_named(reproduction, monkeypatch):
     monkeypatch.setitem(HEADS, "gate", HeadMethod({"probe_type": "gate"}, learning_rate=1e30))
-    with pytest.raises(ProbeError, match=r"^gate \(seed 0\) on toxicchat gives no numbers: its training ran away"):
+    with pytest.raises(ProbeError, match=r"gate \(seed 0\) on toxicchat"):
         reproduction(chosen=["gate", "pooling"], seeds=[0], epochs=4).execute()
 
 

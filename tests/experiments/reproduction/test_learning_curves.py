@@ -1,4 +1,4 @@
-"""Learning curves: which rows are drawn, and that more of them help."""
+"""Learning curves: more rows help, and a head does not depend on those beside it."""
 
 import numpy as np
 import pytest
@@ -6,16 +6,13 @@ import torch
 from conftest import make_lm, make_prompts
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.data.states import PromptDataset
+from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.experiments.reproduction.learning_curves import draw_rows, learning_curves, summarize_curves
 from llama_probe.heads.match import describe
 
 
-KINDS = {"gate": {"probe_type": "gate"}, "attentive": {"probe_type": "attentive"}}
-
-
 def prompts(rows, seed):
-    """Whether token 11 occurs."""
+    """Prompts with a label that says if token 11 occurs."""
     found, labels = [], []
     for row in range(rows):
         ids = make_prompts(1, 4 + row % 5, seed=1000 * seed + row)[0].tolist()
@@ -24,23 +21,19 @@ def prompts(rows, seed):
             ids[row % len(ids)] = 11
         found.append(ids)
         labels.append(row % 2)
-    return PromptDataset(found, np.array(labels)), np.array(labels)
+    return found, np.array(labels)
 
 
-def test_more_rows_help():
+def test_more_rows_help(tmp_path):
     lm = make_lm()
     config = describe(lm, ProbeConfig(probe_type="gate"))
-    train, test = prompts(96, 1), prompts(40, 2)
-    found = learning_curves(config, *train, *test, KINDS, (8, 96, 500), (0, 1), lm)
-    assert [(e["rows"], e["seed"], e["head"]) for e in found] == [
-        (rows, seed, kind) for rows in (8, 96) for seed in (0, 1) for kind in ("gate", "attentive")
-    ], "500 rows there are not"
-    mean = {rows: np.mean([e["auprc"] for e in found if e["rows"] == rows]) for rows in (8, 96)}
-    assert mean[96] > mean[8] + 0.05
-    again = learning_curves(config, *train, *test, KINDS, (8,), (0, 1), lm)
-    assert again == found[:4]
-    alone = learning_curves(config, *train, *test, {"gate": KINDS["gate"]}, (8,), (0,), lm)
-    assert alone[0] == found[0], "a kind does not depend on the others"
+    cache = StateCache(tmp_path, torch.float32)
+    (train, labels), (test, test_labels) = prompts(64, 1), prompts(40, 2)
+    sets = [cache.dataset(lm, config, ids, marks) for ids, marks in ((train, labels), (test, test_labels))]
+    heads = {"gate": {"probe_type": "gate"}}
+    found = learning_curves(config, sets[0], labels, sets[1], test_labels, heads, (8, 64, 500), (0,))
+    assert [(e["rows"], e["seed"]) for e in found] == [(8, 0), (64, 0)], "there are no 500 rows"
+    assert found[1]["auprc"] > found[0]["auprc"] + 0.05
 
 
 def test_the_draw():
@@ -55,8 +48,9 @@ def test_the_draw():
 
 
 def test_too_few_rows():
-    with pytest.raises(ProbeError, match="3 training rows are too few"):
-        learning_curves(ProbeConfig(), *prompts(3, 0), *prompts(3, 1), KINDS, (16, 64))
+    data = PromptDataset(*prompts(3, 0)), np.zeros(3)
+    with pytest.raises(ProbeError, match="3 training rows"):
+        learning_curves(ProbeConfig(), *data, *data, {}, (16, 64))
 
 
 def test_the_summary():

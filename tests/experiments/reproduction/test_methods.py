@@ -1,4 +1,4 @@
-"""Methods that are compared: which there are, and what is trained for each."""
+"""Methods that are compared, and the heads that are trained for each."""
 
 import pytest
 from conftest import HIDDEN
@@ -6,16 +6,18 @@ from conftest import HIDDEN
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.experiments.reproduction import methods
 from llama_probe.experiments.reproduction.methods import HEADS, check_methods, downcast_methods, head_methods
+from llama_probe.heads import get_probe_type
 
 
 class TestMethods:
     def test_other_registered_kinds_join_by_themselves(self, monkeypatch):
         monkeypatch.setattr(methods, "probe_types", lambda: ["gate", "mine", "pooling"])
+        monkeypatch.setattr(methods, "get_probe_type", lambda kind: get_probe_type("gate" if kind == "mine" else kind))
         found = head_methods()
-        assert set(found) == {"layer-linear", "pooling", "gate", "mine"}, "and kinds that are not there are left out"
+        assert set(found) == {"layer-linear", "pooling", "gate", "mine"}, "kinds that are not there are left out"
         assert found["mine"].head["probe_type"] == "mine"
         assert check_methods(["mine", "tfidf"]) == ["tfidf", "mine"]
-        with pytest.raises(ProbeError, match="method 'mha' is not known"):
+        with pytest.raises(ProbeError, match="'mha'"):
             check_methods(["mha"])
 
     def test_candidates(self):

@@ -1,31 +1,56 @@
-"""What the report says of layer weights, and of a sweep."""
+"""Sentences and gaps of the report, from results made by hand or changed."""
 
-from llama_probe.experiments.reproduction.report import _layers, _sensitivity
+import copy
+
+from llama_probe.experiments.reproduction.report import write_report
 from llama_probe.experiments.reproduction.reproduction import summarize_trials
 
 
-def test_configurations_that_failed_are_counted_apart():
+def written(everything, tmp_path, **changes):
+    """The text of a finished reproduction's report with changes."""
+    report = copy.deepcopy(everything[0]) | changes
+    write_report(tmp_path, report, plots=False)
+    return (tmp_path / "report.md").read_text()
+
+
+def test_failed_configurations_are_counted_apart(everything, tmp_path):
     trials = [
         {"status": status, "score": score, "params": {"probe_type": "gate", "gate_learning_rate": rate}}
         for status, score, rate in (("finished", 0.9, 1e-3), ("pruned", 0.5, 1e-4), ("failed", None, 3e-2))
     ]
     found = {"metric": "auprc", "trials": trials, "kinds": summarize_trials(trials)}
-    text = "\n".join(_sensitivity(found))
-    assert (
-        "3 configurations of a sweep. Pruned early: 1" in text and "Failed, their training having run away: 1" in text
-    )
-    assert "| `gate` | 2 | 0.900 | 0.700 | 0.500 | 0.400 | - |" in text
+    text = written(everything, tmp_path, sensitivity=found)
+    assert "Validation auprc of 3 configurations" in text and "Pruned early: 1" in text and "ran away: 1" in text
+    assert "| `gate` | 2 | 0.900 | 0.700 | 0.500 | 0.400 | - |" in text, "two scores have no correlation"
 
 
-def test_errors_are_counted_by_what_their_layer_weights_are_near_to():
+def test_errors_are_counted_by_the_nearer_layer_weights(everything, tmp_path):
     groups = [{"label": "a", "right": True, "rows": 9, "weights": [0.2, 0.8]}]
     errors = [
         {"label": "a", "given": "b", "rows": 5, "to_given": 0.1, "to_true": 0.2},
         {"label": "b", "given": "a", "rows": 1, "to_given": 0.2, "to_true": 0.2},
     ]
-    text = "\n".join(_layers("emotion", {"gate": {"layers": [0, 1], "groups": groups, "errors": errors}}))
+    layers = {"emotion": {"gate": {"layers": [0, 1], "groups": groups, "errors": errors}}}
+    text = written(everything, tmp_path, layers=layers)
     assert "| `gate` | a | right | 9 | 1 (0.800), 0 (0.200) |" in text
-    assert (
-        "`gate`: nearer to the given label for 1 of 2 pairs of a true and a given label, which is 5 of 6 wrong rows"
-        in text
-    )
+    assert "1 of 2 pairs" in text and "5 of 6 wrong rows" in text
+
+
+def test_a_metric_that_is_not_defined_is_a_gap(everything, tmp_path):
+    """Test rows of one label have no AUPRC."""
+    report = copy.deepcopy(everything[0])
+    report["main"]["toxicchat"]["gate"]["summary"]["test"]["auprc"] = None
+    for point in report["few_labels"]["toxicchat"]["gate"]["curve"]:
+        point["auprc"] = None
+    write_report(tmp_path, report)
+    text = (tmp_path / "report.md").read_text()
+    assert "| `gate` | - |" in text.split("## Few labels: toxicchat")[1]
+    assert not (tmp_path / "few-labels-toxicchat.png").exists() and (tmp_path / "main-toxicchat.png").is_file()
+
+
+def test_parts_that_are_not_finished_are_named(everything, tmp_path):
+    report = copy.deepcopy(everything[0])
+    report["main"]["emotion"]["gate"] = report["layers"]["emotion"]["mha"] = report["sensitivity"] = None
+    write_report(tmp_path, report, plots=False)
+    text = (tmp_path / "report.md").read_text()
+    assert "**Not finished:** gate on emotion, layers on emotion, sensitivity." in text

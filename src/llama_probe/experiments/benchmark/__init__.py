@@ -1,1 +1,1 @@
-"""`llama-probe benchmark`: what heads cost while a model serves, beside other ways to the same labels."""
+"""`llama-probe benchmark`: the cost of heads while a model serves, beside other ways to the same labels."""

@@ -1,4 +1,4 @@
-"""What a call costs beside its time: memory and operations, each measured in a pass of its own that is not timed."""
+"""The cost of a call beside its time: memory and floating-point operations, each counted in an untimed run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call holds at its peak, above what was held when it began.
+    """Return the bytes that a call holds at its peak, above those held at its start.
 
-    On CUDA as the allocator counts them; on the CPU those of all tensors that come and go, without what a kernel takes for
-    itself. `None` on other devices.
+    On CUDA the allocator counts them. On the CPU all tensors are counted, without a kernel's own scratch memory. Other devices
+    give `None`.
     """
     if device.type == "cpu":
         with TensorMemory() as memory:
@@ -34,11 +34,11 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside the block. Views share the memory of what they are views of.
+    """A counter of the bytes of tensors that are made inside the block. A view shares the memory of its base.
 
     Attributes:
-        held: bytes of those that are still alive.
-        peak: the most that were alive at once.
+        held: bytes of the tensors that are alive.
+        peak: most bytes alive at once.
     """
 
     def __init__(self):
@@ -51,15 +51,15 @@ class TensorMemory(TorchDispatchMode):
         given = {id(storage) for storage in _storages((args, kwargs))}
         output = func(*args, **kwargs)
         for storage in _storages(output):
-            # What comes in and goes out again is a view, or was changed in place: nothing new.
+            # An input that is also an output is a view, or was changed in place.
             if id(storage) not in given and id(storage) not in self._alive:
                 self._alive.add(id(storage))
                 self.held += storage.nbytes()
                 self.peak = max(self.peak, self.held)
-                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+                weakref.finalize(storage, self._free, id(storage), storage.nbytes())
         return output
 
-    def _gone(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.held -= size
 
@@ -68,9 +68,11 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def operations(call: Callable[[], Any]) -> int:
-    """Floating-point operations of a call's matrix products, convolutions and attention, two for a multiplication with its
-    addition. Norms, activations and sums are not counted. Attention counts as if every token saw all others.
+def flops(call: Callable[[], Any]) -> int:
+    """Return the floating-point operations of a call's matrix products, convolutions and attention.
+
+    A multiplication and its addition count as two. Norms, activations and sums are not counted. Attention counts as if every
+    token saw all others.
     """
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         call()
@@ -82,11 +84,11 @@ def _matrix_vector(matrix, vector, *_, **__) -> int:
 
 
 def _attention(query, key, value, *_, **__) -> int:
-    """Shapes `[batch, heads, tokens, size]`; heads of the query share those of key and value where these are fewer."""
+    # [B, heads, T, size]; key and value may have fewer heads than the query.
     return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
-# What torch's own table lacks.
+# Operations that torch's own table lacks.
 _FORMULAS = {
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,

@@ -1,9 +1,8 @@
-"""The table and the picture of `llama-probe benchmark`."""
+"""The table and the plot of `llama-probe benchmark`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,20 +23,21 @@ _COLORS = {"base": "0.4", "heads": "tab:blue", "naive": "tab:orange", "guard": "
 
 
 def check_output(output: Path | None) -> None:
-    """Refuses, before anything is measured, a folder that cannot be written.
+    """Check that the output folder can be written, before anything is measured.
 
     Raises:
-        ProbeError: it is a file or lies in one, or nothing may be written into it.
+        ProbeError: it is a file or lies in one, or is not writable.
     """
     if output is not None:
         check_writable(output, f"{DATA_NAME} and {PLOT_NAME}")
 
 
 def write_benchmark(output: Path, report: dict[str, Any]) -> list[Path]:
-    """Writes `benchmark.json` and, where matplotlib is installed, `benchmark.png` into a folder, and gives their paths.
+    """Write `benchmark.json` and, if matplotlib is installed, `benchmark.png` into a folder. Return their paths.
 
     Args:
-        output: is made where it is not there. report: from `ServingBenchmark.execute`.
+        output: a folder, created if needed.
+        report: the result of `ServingBenchmark.execute`.
     """
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"
@@ -49,7 +49,7 @@ def write_benchmark(output: Path, report: dict[str, Any]) -> list[Path]:
 
 
 def by_load(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows by what was served, such as `"batch 1, 512 tokens, 1 new"`."""
+    """Group the rows by load, such as `"batch 1, 512 tokens, 1 new"`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         title = f"batch {row['batch_size']}, {row['tokens']} tokens, {row['new_tokens']} new"
@@ -58,7 +58,7 @@ def by_load(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells of the table of one load; columns that would be empty are left out."""
+    """Return titles and cells of the table of one load, without columns that would be empty."""
     stepped = any(row["step_ms"] for row in rows)
     compared = any(row["paper_ratio"] for row in rows)
     header = ["system", "ms", "p95", "prompts/s", "tokens/s", "ratio [quartiles]"]
@@ -84,7 +84,7 @@ def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What a reader of the table must know."""
+    """Return the notes below the table: what ran, and how far to trust it."""
     settings, backbone = report["settings"], report["backbone"]
     compared = any(row["paper_ratio"] for row in report["rows"])
     weights = "random weights" if settings["random_weights"] else "its own weights"
@@ -93,10 +93,10 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"{backbone['name']} ({backbone['num_parameters'] / 1e6:,.0f} million parameters, {backbone['dtype']}, {weights}) on "
         f"{report['environment']['device']}, {report['environment']['threads']} threads{compiled}; "
         f"{settings['pairs']} pairs a system, in turn with the plain model.",
-        f"Ratio: of the times in a pair, median and quartiles. How far that of `{AGAIN}` is from 1, and how wide its "
-        "quartiles are, is noise: a difference of that size says nothing. More --pairs and an idle machine make it smaller.",
-        "Peak MB: all weights, and what a call holds beside them. Operations: of matrix products and attention, over the "
-        "plain model's. Guards get prompts of as many tokens, and say one token or class.",
+        f"Ratio: of the times in a pair, median and quartiles. The ratio of `{AGAIN}` shows the noise: a difference of its "
+        "size says nothing. More --pairs and an idle machine make it smaller.",
+        "Peak MB: all weights, and the memory of a call. Operations: floating-point operations of matrix products and "
+        "attention, over the plain model's. Guards get prompts of as many tokens, and give one token or class.",
     ]
     if compared:
         found.append(f"Paper: {paper.BACKBONE} ({paper.SOURCE}, table 5), {paper.SERVING_SETTING}.")
@@ -104,7 +104,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The tables with their notes."""
+    """Return the tables and their notes as Markdown."""
     lines: list[str] = []
     for title, rows in by_load(report).items():
         lines += [f"**{title}**", "", *table(*columns(rows))]
@@ -112,7 +112,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def benchmark_plot(report: dict[str, Any]) -> Figure:
-    """The ratio of each system, a panel a load: the median as a point, the quartiles as a line, the noise as a band."""
+    """Plot the ratio of each system, a panel a load: median as a point, quartiles as a line, noise as a band."""
     loads = {title: [row for row in rows if row["ratio"]] for title, rows in by_load(report).items()}
     lines = max(len(rows) for rows in loads.values())
     figure = new_figure((1.6 + 3.4 * len(loads), 1.6 + 0.28 * lines))
@@ -125,8 +125,9 @@ def benchmark_plot(report: dict[str, Any]) -> Figure:
             axes.plot(row["ratio"]["median"], place, "o", color=color)
             if row["paper_ratio"]:
                 axes.plot(row["paper_ratio"], place, "x", color="0.5", label="paper, another backbone and device")
-        for low, high in _noise(rows):
-            axes.axvspan(low, high, color="0.9", zorder=0)
+        for row in rows:
+            if row["system"] == AGAIN:
+                axes.axvspan(*row["ratio"]["quartiles"], color="0.9", zorder=0)
         axes.axvline(1, color="0.6", linewidth=1, zorder=0)
         if max(row["ratio"]["median"] for row in rows) > 4:
             axes.set_xscale("log")
@@ -139,13 +140,9 @@ def benchmark_plot(report: dict[str, Any]) -> Figure:
             axes.legend(handles.values(), handles.keys(), fontsize=6)
     return explain(
         figure,
-        "A point is how many times as long a system takes as the plain model, median of pairs run in turn; its line spans "
-        "the quartiles. The band is that of the plain model against itself: differences within it are noise.",
+        "A point is the time of a system over the plain model's, median of pairs run in turn; its line spans the "
+        "quartiles. The band is the plain model against itself: differences within it are noise.",
     )
-
-
-def _noise(rows: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
-    yield from (tuple(row["ratio"]["quartiles"]) for row in rows if row["system"] == AGAIN)
 
 
 def _ratio(found: dict[str, Any] | None) -> str:

@@ -1,7 +1,6 @@
-"""`llama-probe benchmark`: what heads cost while a model serves, beside other ways to the same labels.
+"""The paper's table 5 (arXiv 2601.13288) for the backbone, heads and device at hand.
 
-The paper's table 5 (arXiv 2601.13288) for the backbone, heads and device at hand. Every system is timed in turn with the
-plain model, so that what is compared ran under the same load of the machine.
+Every system is timed in turn with the plain model, so that both run under the same load of the machine.
 """
 
 from __future__ import annotations
@@ -16,51 +15,45 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ...backbone.loading import choose_device, load_backbone, model_id
+from ...backbone.loading import choose_device, model_id
 from ...errors import ProbeError
 from ...files import environment
 from ...heads.configuration import ProbeConfig
-from ...heads.probe import ProbeModel
 from ...hub.resolve import Target
 from ...serving.auto import AutoModelForProbedGeneration
 from ...serving.sources import read_heads
 from ..paper import serving_ratio
-from .footprint import operations, peak_memory
-from .guard_pipeline import GuardPlan
-from .random_weights import (
-    check_fits,
-    check_length,
-    held_bytes,
-    model_dtype,
-    random_model,
-    read_model_config,
-    weight_bytes,
-)
+from .footprint import flops, peak_memory
+from .guard_pipeline import read_guard
+from .operations import count_operations
+from .random_weights import ModelPlan, check_fits, held_bytes
 from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
 from .timing import Timing, Watch, latency, spread, time_pairs
 
 
 KINDS = ("pooling", "gate", "mha")
-_PAPER_TOKENS = 512  # at most so many are in a prompt of the paper's table
+_PAPER_TOKENS = 512  # longest prompt of the paper's table
 
 
 @dataclass
 class ServingBenchmark:
-    """What is to be measured.
+    """Options of a benchmark.
 
     Attributes:
-        backbone: `"demo"`, a folder or a Hub id; with `random_weights` also a built-in shape.
-        probes: heads. kinds: of heads with fresh weights; `KINDS` where left out and there are no probes.
-        many: so many heads of `MANY_KIND` at once; 0 leaves them out.
-        tokens, batch_sizes: every combination is measured. new_tokens: that are generated.
-        pairs: timed runs of each system, and as many of the plain model in turn with them. warmup: untimed pairs before.
+        backbone: `"demo"`, a folder or a Hub id; with `random_weights` also one of `SHAPES`.
+        probes: head folders, Hub ids or aliases.
+        kinds: kinds of heads with fresh weights; `KINDS` if there are neither kinds nor probes.
+        many: number of heads of `MANY_KIND` that run at once; 0 leaves them out.
+        tokens, batch_sizes: every combination is measured.
+        new_tokens: tokens to generate.
+        pairs: timed runs of each system, in turn with the plain model. warmup: untimed pairs before them.
         device: see `choose_device`. dtype: of backbone and guards.
-        naive: also measure each head on the tensors that `output_hidden_states=True` returns.
-        guards: models that read the prompt before the plain model does; see `GuardPlan.read`.
-        random_weights: make the weights of backbone and guards instead of loading them; the times are the same.
-        compile: the backbone by `torch.compile`, with heads and without. Guards are not.
+        naive: also run each head on the tensors that `output_hidden_states=True` returns.
+        guards: models that read the prompt before the plain model does, see `read_guard`.
+        random_weights: make the weights of backbone and guards instead of loading them. The times are the same.
+        compile: compile the backbone with `torch.compile`, with heads and without. Guards are not compiled.
 
     Raises:
         ProbeError: a value is not allowed, or a config cannot be read.
@@ -83,9 +76,9 @@ class ServingBenchmark:
     compile: bool = False
     watch: Watch = field(init=False, repr=False)
     _device: torch.device = field(init=False, repr=False)
-    _config: PreTrainedConfig = field(init=False, repr=False)
+    _lm: ModelPlan = field(init=False, repr=False)
+    _guards: list[ModelPlan] = field(init=False, repr=False)
     _fresh: dict[str, ProbeConfig] = field(init=False, repr=False)
-    _plans: list[GuardPlan] = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.kinds is None:
@@ -95,47 +88,38 @@ class ServingBenchmark:
                 raise ProbeError(f"{name}={getattr(self, name)} must be at least {least}")
         for name in ("tokens", "batch_sizes"):
             values = getattr(self, name)
-            if not values or min(values) < 1 or len(set(values)) < len(values):
-                raise ProbeError(f"{name}={list(values)} must be numbers from 1 on, each once, and at least one")
-        for name in ("kinds", "guards"):
+            if not values or min(values) < 1:
+                raise ProbeError(f"{name}={list(values)} must hold numbers of at least 1")
+        for name in ("tokens", "batch_sizes", "kinds", "guards"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ProbeError(f"{name}={', '.join(values)} must name each once")
+                raise ProbeError(f"{name}={list(values)} must name each value once")
         self._device = choose_device(self.device)
         self.watch = Watch(self._device)
-        self._config = read_model_config(self.backbone, self.random_weights)
-        model_dtype(self._config, self.dtype)
-        check_length(self.backbone, self._config, max(self.tokens) + self.new_tokens)
-        kinds = dict.fromkeys([*self.kinds, *([MANY_KIND] if self.many else [])])
-        text = self._text_config
+        self._lm = ModelPlan.read(self.backbone, self.dtype, self.random_weights)
+        self._lm.check_length(max(self.tokens) + self.new_tokens)
+        text, kinds = self._lm.text_config, {*self.kinds, *([MANY_KIND] if self.many else [])}
         self._fresh = {kind: fresh_config(kind, text.hidden_size, text.num_hidden_layers) for kind in kinds}
-        self._plans = [GuardPlan.read(name, self.dtype, self.random_weights) for name in self.guards]
-        for plan in self._plans:
-            check_length(plan.name, plan.config, max(self.tokens))
-
-    @property
-    def _text_config(self) -> PreTrainedConfig:
-        return self._config.get_text_config(decoder=True)
+        self._guards = [read_guard(name, self.dtype, self.random_weights) for name in self.guards]
+        for guard in self._guards:
+            guard.check_length(max(self.tokens))
 
     def execute(self) -> dict[str, Any]:
-        """Measures everything.
+        """Measure time, memory and floating-point operations of every system under every load.
 
         Returns:
-            A dict that JSON takes: `environment`, `settings`, `backbone` and `rows`; see `row`.
+            A JSON dict: `environment`, `settings`, `backbone` and `rows`, see `row`.
 
         Raises:
-            ProbeError: a head or a guard cannot be read, or heads or memory do not fit. Nothing is measured then, unless
-                it is the weights of a guard that cannot be read.
+            ProbeError: a head or a guard cannot be read, or heads or memory do not fit.
         """
-        heads = self._read_heads()
-        self._check_memory()
-        model = self._load(heads)
-        plain = model._without_probes()  # its weights, and nothing of this package's code
+        model = self._load()
+        plain = model._without_probes()  # the same weights in the plain class
         if self.compile:
             for lm in (model, plain):
                 lm.forward = torch.compile(lm.forward)
         loads = [
-            Load.create(batch, tokens, self.new_tokens, self._text_config.vocab_size, self._device)
+            Load.create(batch, tokens, self.new_tokens, self._lm.text_config.vocab_size, self._device)
             for batch, tokens in product(self.batch_sizes, self.tokens)
         ]
         base = plain_system(plain)
@@ -143,62 +127,64 @@ class ServingBenchmark:
         found: list[tuple[System, list[Measured]]] = []
         with tqdm(total=self._count(model) * len(loads), desc="systems x loads", unit="run") as progress:
             many = self._fresh.get(MANY_KIND)
-            for system in systems(model, plain, self.many, many, self.naive, self._plans):
+            for system in systems(model, plain, self.many, many, self.naive, self._guards):
                 progress.set_postfix_str(system.name)
                 measured = [self._measure(base, system, load, progress) for load in loads]
                 found.append((dataclasses.replace(system, serve=None), measured))
-                del system  # and with it a guard, whose memory the next one wants
+                del system  # frees the memory of a guard
         rows = []
         for i, (load, footprint) in enumerate(zip(loads, alone, strict=True)):
             times = [(first, first) for _, measured in found for first, _ in measured[i].pairs]
             base_measured = Measured(times, *footprint)
             for system, own in ((base, base_measured), *((system, measured[i]) for system, measured in found)):
                 rows.append(row(system, load, own, base_measured, held_bytes([plain])))
-        return {
-            "environment": {**environment(), "device": self._device_name(), "threads": torch.get_num_threads()},
-            "settings": self._settings(),
-            "backbone": self._describe(plain),
-            "rows": rows,
-        }
+        return {**self._facts(plain), "rows": rows}
 
-    def _read_heads(self) -> dict[str, ProbeModel]:
-        if not self.probes:
-            return {}
-        text = self._text_config
-        target = Target(model_id(self.backbone), text.hidden_size, text.num_hidden_layers)
-        heads = read_heads(list(self.probes), target)
+    def count_operations(self, as_device: str | None = None) -> dict[str, Any]:
+        """Count the dispatched operations of the plain model and of each system with heads.
+
+        Each kind is counted twice: as a head of the prompt, and as a head that follows the reply.
+
+        Args:
+            as_device: `"cuda"` or `"cpu"`, whose choices are taken. Defaults to the device that the model runs on.
+
+        Returns:
+            A JSON dict: `environment`, `settings`, `backbone`, `as_device` and `rows`, see
+            `operations.count_operations`.
+
+        Raises:
+            ProbeError: `as_device` is not allowed; and as `execute`.
+        """
+        model, as_device, text = self._load(), as_device or self._device.type, self._lm.text_config
+        for kind in self.kinds:
+            config = fresh_config(kind, text.hidden_size, text.num_hidden_layers, token_scope="response")
+            model.add_probe(f"{kind}-reply", config)
+        rows = count_operations(model, self.tokens, self.many, self._fresh.get(MANY_KIND), as_device)
+        return {**self._facts(model._without_probes()), "as_device": as_device, "rows": rows}
+
+    def _load(self) -> PreTrainedModel:
+        """Load the backbone with its heads, after all that may be refused."""
+        heads, text = {}, self._lm.text_config
+        if self.probes:
+            target = Target(model_id(self.backbone), text.hidden_size, text.num_hidden_layers)
+            heads = read_heads(list(self.probes), target)
         if taken := sorted(set(heads) & set(self.kinds)):
-            raise ProbeError(
-                f"a head is called {taken[0]!r}, as the kind is: rename its folder, or leave out the kind"
-            )
-        return heads
-
-    def _check_memory(self) -> None:
-        dtype = model_dtype(self._config, self.dtype)
-        weights = {self.backbone: weight_bytes(AutoModelForCausalLM, self._config, dtype)}
-        if self._plans:  # one at a time is loaded
-            largest = max(self._plans, key=lambda plan: plan.weight_bytes)
-            weights[f"the guard {largest.name}"] = largest.weight_bytes
-        check_fits(weights, self._device)
-
-    def _load(self, heads: dict[str, ProbeModel]) -> PreTrainedModel:
-        if self.random_weights:
-            dtype = model_dtype(self._config, self.dtype)
-            lm = random_model(AutoModelForCausalLM, self._config, dtype, self._device)
-        else:
-            lm, _ = load_backbone(self.backbone, self.dtype, self._device)
-        model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
+            raise ProbeError(f"both a head and a kind are called {taken[0]!r}: rename the head's folder")
+        # One guard is loaded at a time.
+        largest = sorted(self._guards, key=lambda guard: guard.weight_bytes)[-1:]
+        check_fits([self._lm, *largest], self._device)
+        model = AutoModelForProbedGeneration.from_causal_lm(self._lm.load(self._device), heads)
         for kind in self.kinds:
             model.add_probe(kind, self._fresh[kind])
         return model
 
     def _count(self, model: PreTrainedModel) -> int:
         naive = sum(not head.config.reads_reply for head in model.probes.values()) if self.naive else 0
-        return 1 + len(model.probes) + bool(self.many) + naive + len(self._plans)
+        return 1 + len(model.probes) + bool(self.many) + naive + len(self._guards)
 
     def _measure(self, base: System, system: System, load: Load, progress: tqdm) -> Measured:
         if self.compile:
-            torch._dynamo.reset()  # what has run over one load would run over the next for prompts of any length
+            torch._dynamo.reset()  # else a second length would be compiled for any length
             base.serve(load, None), system.serve(load, None)
         timed = time_pairs(partial(base.serve, load), partial(system.serve, load), self.pairs, self.warmup, self.watch)
         measured = Measured(timed, *self._footprint(system, load))
@@ -207,45 +193,47 @@ class ServingBenchmark:
 
     def _footprint(self, system: System, load: Load) -> tuple[int | None, int]:
         serve = partial(system.serve, load, None)
-        # Tensors that compiled code makes for itself on a CPU are not heard of, nor its operations anywhere.
-        unheard = self.compile and self._device.type == "cpu"
-        with torch.compiler.set_stance("force_eager" if unheard else "default"):
-            serve()  # what a first call makes and keeps is none of its footprint
-            memory = None if unheard else peak_memory(serve, self._device)
+        # Compiled code hides its tensors on a CPU, and its operations everywhere.
+        hidden = self.compile and self._device.type == "cpu"
+        with torch.compiler.set_stance("force_eager" if hidden else "default"):
+            serve()  # a first call may allocate what later calls keep
+            memory = None if hidden else peak_memory(serve, self._device)
         with torch.compiler.set_stance("force_eager"):
-            return memory, operations(serve)
+            return memory, flops(serve)
 
-    def _settings(self) -> dict[str, Any]:
-        """As they were given, without the folders of this machine that models and heads lie in."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-
-        def shown(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return [shown(part) for part in value]
-            return Path(value).name if isinstance(value, str) and Path(value).is_dir() else value
-
-        return {name: shown(value) for name, value in values.items()}
-
-    def _describe(self, plain: PreTrainedModel) -> dict[str, Any]:
+    def _facts(self, plain: PreTrainedModel) -> dict[str, Any]:
+        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
+        text = self._lm.text_config
         return {
-            "name": model_id(self.backbone).rstrip("/").split("/")[-1],
-            "num_parameters": sum(parameter.numel() for parameter in plain.parameters()),
-            "num_hidden_layers": self._text_config.num_hidden_layers,
-            "hidden_size": self._text_config.hidden_size,
-            "dtype": str(plain.dtype).removeprefix("torch."),
+            "environment": {**environment(), "device": device, "threads": torch.get_num_threads()},
+            "settings": {
+                item.name: _shown(getattr(self, item.name)) for item in dataclasses.fields(self) if item.init
+            },
+            "backbone": {
+                "name": model_id(self.backbone).rstrip("/").split("/")[-1],
+                "num_parameters": sum(parameter.numel() for parameter in plain.parameters()),
+                "num_hidden_layers": text.num_hidden_layers,
+                "hidden_size": text.hidden_size,
+                "dtype": str(plain.dtype).removeprefix("torch."),
+            },
         }
 
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
+
+def _shown(value: Any) -> Any:
+    """Return a setting without the folders of this machine."""
+    if isinstance(value, (tuple, list)):
+        return [_shown(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_dir() else value
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A system under one load.
+    """Measurements of a system under one load.
 
     Attributes:
         pairs: timings of the plain model and of the system.
-        memory: bytes at the peak of a call, without weights; `None` where it is not known. operations: of a call.
+        memory: bytes at the peak of a call, without weights; `None` if not known.
+        operations: floating-point operations of a call.
     """
 
     pairs: list[tuple[Timing, Timing]]
@@ -254,18 +242,20 @@ class Measured:
 
 
 def row(system: System, load: Load, own: Measured, base: Measured, model_bytes: int) -> dict[str, Any]:
-    """A line of the table.
+    """Return a line of the table as JSON values.
 
     Args:
-        system: what was measured under the load. own: what came out. base: the plain model alone, under the same load.
-        model_bytes: of the plain model's weights.
+        own: measurements of the system under the load. base: of the plain model alone.
+        model_bytes: bytes of the plain model's weights.
 
     Returns:
-        `latency_ms` of the whole call and `step_ms` of each new token after the first (median and 95th percentile);
-        `prompts_per_second` and `tokens_per_second` (prompt and new ones), from the median; `ratio` and `step_ratio`:
-        median and quartiles of system over plain model, pair by pair; `operations` and `operations_ratio`; `weights_mb`
-        beside the plain model's, `peak_memory_mb` with all weights, and how much of it is above the plain model's,
-        `above_base_mb` (1 MB is 1e6 bytes); and `paper_ratio`. What is not known, or not defined, is `None`.
+        `latency_ms` of the whole call and `step_ms` of each new token after the first: median and 95th percentile.
+        `prompts_per_second` and `tokens_per_second` (of prompt and reply): from the median.
+        `ratio` and `step_ratio`: median and quartiles of system over plain model, pair by pair.
+        `operations` and `operations_ratio`: floating-point operations, and over the plain model's.
+        `weights_mb`: weights above the plain model's. `peak_memory_mb`: with all weights. `above_base_mb`: its part above the
+        plain model's. 1 MB is 1e6 bytes.
+        `paper_ratio`: the paper's ratio. Values that are not known or not defined are `None`.
     """
     batch, tokens = load.input_ids.shape
     found = latency(second.seconds for _, second in own.pairs)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +18,24 @@ from ...heads import get_probe_type
 from ...heads.configuration import ProbeConfig
 from ...heads.probe import ProbeModel
 from ...heads.scope import token_mask
-from .guard_pipeline import Guard, GuardPlan
-from .random_weights import held_bytes
+from .guard_pipeline import ask_guard
+from .random_weights import ModelPlan, held_bytes
 
 
 BASE, AGAIN = "base", "base again"
 MANY_KIND = "mha"
 
+# Called after each new token.
+Token = Callable[[], None]
+
 
 @dataclass(frozen=True)
 class Load:
-    """What is served at once: prompts of random tokens, each of the same length.
+    """Prompts of random tokens that are served as one batch, all of the same length.
 
     Attributes:
-        input_ids, attention_mask (`[batch, tokens]`): on the device.
-        new_tokens: that each prompt gets, no more and no fewer.
+        input_ids, attention_mask (`[B, T]`): on the device.
+        new_tokens: exact number of tokens that each prompt gets.
     """
 
     input_ids: torch.Tensor
@@ -40,14 +44,10 @@ class Load:
 
     @classmethod
     def create(cls, batch_size: int, tokens: int, new_tokens: int, vocab_size: int, device: torch.device) -> Load:
-        """The same prompts in every run."""
+        """Draw prompts, the same ones in every run."""
         generator = torch.Generator().manual_seed(1000 * batch_size + tokens)
         ids = torch.randint(vocab_size, (batch_size, tokens), generator=generator).to(device)
         return cls(ids, torch.ones_like(ids), new_tokens)
-
-
-# Is called after each new token.
-Token = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class System:
     """A way to serve.
 
     Attributes:
-        name: in the table. kind: `"base"`, `"heads"`, `"naive"` or `"guard"`.
-        serve: takes a `Load`, and a `Token` or `None`.
-        weight_bytes: of the weights that it has beside the plain model's.
-        paper: what stands beside it in the paper.
+        name: its name in the table.
+        kind: `"base"`, `"heads"`, `"naive"` or `"guard"`.
+        serve: a function of a `Load` and of a `Token` or `None`.
+        weight_bytes: bytes of the weights that it adds to the plain model.
+        paper: its row in the paper's table.
     """
 
     name: str
@@ -69,7 +70,7 @@ class System:
 
 
 def plain_system(plain: PreTrainedModel, name: str = BASE) -> System:
-    """The language model alone."""
+    """Return the language model alone."""
     return System(name, "base", partial(generate, plain, return_dict_in_generate=False))
 
 
@@ -79,22 +80,22 @@ def systems(
     many: int = 0,
     many_config: ProbeConfig | None = None,
     naive: bool = False,
-    guards: Sequence[GuardPlan] = (),
+    guards: Sequence[ModelPlan] = (),
 ) -> Iterator[System]:
-    """The plain model once more, each attached head, many heads at once, each head naively, and guards.
+    """Yield the plain model once more, each attached head, many heads at once, each head naively, and the guards.
 
-    A guard is loaded when its turn comes, and given up when the next system is asked for; keep no system longer.
+    A guard is loaded when its turn comes and freed when the next system is asked for: keep no system longer.
 
     Args:
-        model: with its heads. plain: the same model without them, `model._without_probes()`.
-        many: so many heads of `many_config` at once; 0 leaves them out. naive: leaves the naive ones out where false;
-            heads that read replies have no such way, since it scores the prompt alone.
+        model: the model with its heads.
+        plain: the same model without them.
+        many: number of heads of `many_config` that run at once; 0 leaves them out.
+        naive: also run each head on all hidden states after the pass. Heads that read replies have no such way.
     """
     yield plain_system(plain, AGAIN)
     heads = dict(model.probes.items())
     for name, head in heads.items():
-        kind = head.config.probe_type
-        yield System(name, "heads", partial(_serve_with, model, [name]), held_bytes([head]), kind)
+        yield System(name, "heads", partial(_serve_with, model, [name]), held_bytes([head]), head.config.probe_type)
     if many:
         kind = many_config.probe_type
         names = [f"{kind}-{number}-of-{many}" for number in range(1, many + 1)]
@@ -102,14 +103,13 @@ def systems(
         yield System(f"{many} x {kind}", "heads", partial(_serve_with, model, names), weights)
         for name in names:
             model.delete_probe(name)
-    if naive:
-        for name, head in heads.items():
-            if not head.config.reads_reply:
-                yield System(f"naive {name}", "naive", partial(_serve_naively, plain, head), held_bytes([head]))
+    for name, head in heads.items() if naive else ():
+        if not head.config.reads_reply:
+            yield System(f"naive {name}", "naive", partial(_serve_naively, plain, head), held_bytes([head]))
     for plan in guards:
         guard = plan.load(plain.device)
         serve = partial(_serve_guarded, plain, guard)
-        yield System(f"guard {plan.title}", "guard", serve, held_bytes([guard.model]), plan.paper)
+        yield System(f"guard {Path(plan.name).name}", "guard", serve, held_bytes([guard]), plan.paper)
         del guard, serve
         gc.collect()
         if plain.device.type == "cuda":
@@ -117,7 +117,7 @@ def systems(
 
 
 def generate(model: PreTrainedModel, load: Load, token: Token | None = None, **kwargs) -> Any:
-    """Greedy generation of just the new tokens that the load asks for."""
+    """Generate greedily, exactly as many tokens as the load asks for."""
     if load.new_tokens > 1:
         kwargs["min_new_tokens"] = load.new_tokens
         if token is not None:
@@ -133,7 +133,7 @@ def generate(model: PreTrainedModel, load: Load, token: Token | None = None, **k
 
 
 class _TokenMarks(StoppingCriteria):
-    """Stops nothing, but hears of every new token."""
+    """A criterion that never stops and reports every new token."""
 
     def __init__(self, token: Token):
         self.token = token
@@ -144,42 +144,37 @@ class _TokenMarks(StoppingCriteria):
 
 
 def _serve_with(model: PreTrainedModel, names: list[str], load: Load, token: Token | None = None) -> Any:
-    """Heads in the pass that starts generation."""
     model.set_active_probes(names)
     return generate(model, load, token)
 
 
 def _serve_naively(plain: PreTrainedModel, head: ProbeModel, load: Load, token: Token | None = None) -> Any:
-    """The plain model returns all states, and the head reads them afterwards."""
     out = generate(plain, load, token, output_hidden_states=True, return_dict_in_generate=True)
     with torch.no_grad():
         mask = token_mask(head.config, load.input_ids, load.attention_mask)
         return out, head(hidden_states=out.hidden_states[0], attention_mask=mask)
 
 
-def _serve_guarded(plain: PreTrainedModel, guard: Guard, load: Load, token: Token | None = None) -> Any:
-    """The guard first, then the plain model."""
-    answer = guard.ask(load.input_ids, load.attention_mask)
+def _serve_guarded(plain: PreTrainedModel, guard: PreTrainedModel, load: Load, token: Token | None = None) -> Any:
+    answer = ask_guard(guard, load.input_ids, load.attention_mask)
     return answer, generate(plain, load, token, return_dict_in_generate=False)
 
 
-def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int) -> ProbeConfig:
-    """A head of a kind that fits a backbone, with a downcast of 32 as in the paper, or the next smaller one that divides.
+def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int, **fields) -> ProbeConfig:
+    """Return the config of a new head, with the paper's downcast of 32 or the next smaller one that fits the backbone.
+
+    Args:
+        fields: further fields of `ProbeConfig`.
 
     Raises:
-        ProbeError: there is no such kind.
+        ProbeError: there is no such kind, or `fields` do not fit it.
     """
     get_probe_type(kind)
+    sizes = {"probe_type": kind, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     refused = None
     for downcast, heads in product((32, 16, 8, 4, 2, 1), (2, 3, 1)):
         try:
-            return ProbeConfig(
-                probe_type=kind,
-                downcast=downcast,
-                num_attention_heads=heads,
-                hidden_size=hidden_size,
-                num_hidden_layers=num_hidden_layers,
-            )
+            return ProbeConfig(**{**sizes, "downcast": downcast, "num_attention_heads": heads, **fields})
         except ProbeError as error:
             refused = error
     raise refused

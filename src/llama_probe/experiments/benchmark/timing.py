@@ -1,4 +1,4 @@
-"""Times of two calls in turn, and what they say: ratios rather than seconds, which drift with a machine's load."""
+"""Times of two calls in turn, compared as ratios: seconds drift with the load of a machine."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import numpy as np
 import torch
 
 
-# A call that is timed gets a function that it calls after each new token.
+# A timed call gets a function that it calls after each new token.
 Timed = Callable[[Callable[[], None]], Any]
 
 
 class Watch:
-    """Seconds, read when the device has done all that it was given.
+    """A clock that is read after the device has finished its work.
 
     Args:
-        device: where the work is done. clock: seconds since any point in time.
+        device: device that does the work.
+        clock: returns seconds since any point in time.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
-        self._wait = device.type not in ("cpu", "meta")
         self._device = device
         self._clock = clock
 
     def now(self) -> float:
-        """Seconds."""
-        if self._wait:
+        """Return the time in seconds."""
+        if self._device.type not in ("cpu", "meta"):
             torch.accelerator.synchronize(self._device)
         return self._clock()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one call: `seconds` in all, and `seconds_a_step` for each new token after the first, `None` where there is none."""
+    """Seconds of one call, and of each new token after the first. `None` if there is none."""
 
     seconds: float
     seconds_a_step: float | None = None
 
 
 def time_call(call: Timed, watch: Watch) -> Timing:
-    """Runs a call once."""
+    """Run a call once and time it."""
     marks: list[float] = []
     start = watch.now()
     call(lambda: marks.append(watch.now()))
@@ -53,34 +53,31 @@ def time_call(call: Timed, watch: Watch) -> Timing:
 
 
 def time_pairs(first: Timed, second: Timed, pairs: int, warmup: int, watch: Watch) -> list[tuple[Timing, Timing]]:
-    """Runs two calls in turn. Which of the two comes first alternates pair by pair, so that a drift hits both.
+    """Time two calls in turn. The order alternates from pair to pair, so that a drift hits both.
 
     Args:
-        pairs: pairs that are timed. warmup: pairs before them that are not.
+        pairs: timed pairs.
+        warmup: untimed pairs before them.
 
     Returns:
         The timings of first and second, a tuple a pair.
     """
-    for _ in range(warmup):
-        time_call(first, watch), time_call(second, watch)
     timed = []
-    for pair in range(pairs):
-        if pair % 2:
-            later = time_call(second, watch)
-            timed.append((time_call(first, watch), later))
-        else:
-            timed.append((time_call(first, watch), time_call(second, watch)))
-    return timed
+    for pair in range(-warmup, pairs):
+        swap = pair > 0 and pair % 2
+        timings = [time_call(call, watch) for call in ((second, first) if swap else (first, second))]
+        timed.append(tuple(reversed(timings) if swap else timings))
+    return timed[warmup:]
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
-    """`median`, `quartiles` (first and third) and `runs` of some numbers."""
+    """Return `median`, `quartiles` (first and third) and `runs` of some numbers."""
     values = list(values)
     low, middle, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
     return {"median": middle, "quartiles": [low, high], "runs": len(values)}
 
 
 def latency(seconds: Iterable[float]) -> dict[str, float]:
-    """`median` and `p95` of some seconds, in milliseconds; the 95th percentile between the two values next to it."""
+    """Return `median` and `p95` of some seconds, in milliseconds."""
     middle, late = (1000 * float(value) for value in np.percentile(list(seconds), (50, 95)))
     return {"median": middle, "p95": late}

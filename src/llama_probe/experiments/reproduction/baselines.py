@@ -1,13 +1,13 @@
-"""Methods that heads are compared with: TF-IDF without an LM, latent prototypes, and prompting of the same LM.
+"""Methods beside heads: TF-IDF without an LM, latent prototypes, and prompting of the same LM.
 
-Each gives logits `[rows, num_labels]`, which are judged as a head's are: temperature and threshold by validation rows.
+Each gives logits `[rows, num_labels]`, which are calibrated and judged like a head's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +25,17 @@ from ...errors import ProbeError
 from ...evaluation.metrics import score_logits
 from ...heads.aggregator import masked_mean
 from ...heads.configuration import ProbeConfig
-from .prompting import Instruction, LabelPrompt, draw_examples, label_log_likelihoods
-
-
-if TYPE_CHECKING:
-    from .workbench import Task
+from .prompting import Example, Instruction, LabelPrompt, draw_examples, label_log_likelihoods
+from .workbench import Task
 
 
 @dataclass
 class Scored:
-    """What a baseline says of a data set.
+    """The logits of a baseline.
 
     Attributes:
         validation, test: logits `[rows, num_labels]`.
-        chosen: what was chosen by the validation rows.
+        chosen: choices by validation rows, for the report.
         num_parameters: fitted numbers; 0 for prompting.
     """
 
@@ -50,12 +47,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method that is no head.
+    """A method that is not a head.
 
     Attributes:
-        run: takes the task, a seed and a number of few-shot examples a label.
-        seeded: whether it depends on the seed; the others run once.
-        shots: whether it depends on the number of examples.
+        run: a function of the task, a seed and the number of few-shot examples a label.
+        seeded: run once a seed. The others run once.
+        shots: the result depends on the number of examples.
     """
 
     run: Callable[[Task, int, int], Scored]
@@ -64,19 +61,16 @@ class Baseline:
 
 
 def fit_tfidf(train: LabelledTexts) -> Pipeline:
-    """Logistic regression on TF-IDF of words (1-2-grams) and of characters within words (2-5-grams).
+    """Fit logistic regression on TF-IDF of words (1-2-grams) and of characters within words (2-5-grams).
 
-    The character range, the sublinear counts, the balanced classes and C were found on validation rows of ToxicChat and
-    Emotion.
+    The character range, sublinear counts, balanced classes and C were chosen by validation rows of ToxicChat and Emotion.
 
     Args:
         train: rows with texts, and one label each.
 
     Raises:
-        ProbeError: the rows are chats, or have no single label each.
+        ProbeError: the rows are chats.
     """
-    if train.problem_type != "single_label_classification":
-        raise ProbeError(f"tfidf is for single-label data, not for {train.problem_type}")
     if not all(isinstance(text, str) for text in train.texts):
         raise ProbeError("tfidf takes texts, not chat messages")
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
@@ -86,12 +80,12 @@ def fit_tfidf(train: LabelledTexts) -> Pipeline:
 
 
 def class_logits(classifier: Any, inputs: Any, num_labels: int) -> torch.Tensor:
-    """Log-probabilities `[rows, num_labels]` of a linear scikit-learn classifier; labels that it never saw are as low as can be.
+    """Return log-probabilities `[rows, num_labels]` of a linear scikit-learn classifier, -1e4 for labels without training rows.
 
-    They come from its decision function: its own probabilities are 0 or 1 where it is sure, and such rows would be all alike.
+    They come from its decision function: its probabilities saturate at 0 and 1, so that sure rows would all be alike.
     """
     decided = torch.as_tensor(classifier.decision_function(inputs), dtype=torch.float64)
-    if decided.dim() == 1:  # of two classes: the log odds of the second
+    if decided.dim() == 1:  # two classes: the log odds of the second
         decided = torch.stack([torch.zeros_like(decided), decided], dim=1)
     logits = torch.full((len(decided), num_labels), -1e4)
     logits[:, torch.as_tensor(classifier.classes_)] = decided.log_softmax(dim=-1).clamp_min(-1e4).float()
@@ -99,11 +93,11 @@ def class_logits(classifier: Any, inputs: Any, num_labels: int) -> torch.Tensor:
 
 
 def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = None) -> np.ndarray:
-    """The mean of the normalised states of each row's tokens: `[rows, L+1, hidden_size]`, fp32.
+    """Return the mean of the normalised states of each row's counted tokens: `[rows, L+1, hidden_size]`, fp32.
 
     Args:
         dataset, lm: see `iterate_states`.
-        config: of a head with the token scope to read.
+        config: config of a head, for its token scope.
     """
     found = np.empty((len(dataset), config.num_hidden_layers + 1, config.hidden_size), dtype=np.float32)
     for rows, states, mask in iterate_states(dataset, config, lm, progress=True):
@@ -113,13 +107,14 @@ def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = No
 
 
 def fit_prototypes(states: np.ndarray, labels: np.ndarray) -> LinearDiscriminantAnalysis:
-    """Class means, and a Mahalanobis distance with one covariance for all classes.
+    """Fit class means, and a Mahalanobis distance with one covariance for all classes.
 
     The covariance is shrunk (Ledoit and Wolf 2004). With equal priors, the log-probabilities of linear discriminant analysis
-    are minus half the squared distances to the means, normalised, in closed form; that is what is fitted.
+    are minus half the squared distances to the means, normalised.
 
     Args:
-        states (`[rows, hidden_size]`): of one layer. labels (`[rows]`): class indices.
+        states (`[rows, hidden_size]`): states of one layer.
+        labels (`[rows]`): class indices.
     """
     classes = len(np.unique(labels))
     priors = np.full(classes, 1 / classes)
@@ -135,18 +130,17 @@ def _tfidf(task: Task, seed: int, shots: int) -> Scored:
 def _prototypes(task: Task, seed: int, shots: int) -> Scored:
     config, labels, count = task.config, task.parts["train"].labels, task.labels.num_labels
     states = {part: mean_states(task.dataset(part), config, task.bench.lm_in_the_loop) for part in task.parts}
-    best: tuple[float, int, LinearDiscriminantAnalysis] | None = None
-    for layer in range(config.num_hidden_layers + 1):
+    layers, validation = range(config.num_hidden_layers + 1), []
+    for layer in layers:
         model = fit_prototypes(states["train"][:, layer], labels)
-        value = _validation_score(task, class_logits(model, states["validation"][:, layer], count))
-        if best is None or value > best[0]:
-            best = (value, layer, model)
-    _, layer, model = best
-    logits = [class_logits(model, states[part][:, layer], count) for part in ("validation", "test")]
-    return Scored(*logits, {"layer": layer}, model.coef_.size + model.intercept_.size)
+        validation.append(class_logits(model, states["validation"][:, layer], count))
+    layer = max(layers, key=lambda layer: _validation_score(task, validation[layer]))
+    model = fit_prototypes(states["train"][:, layer], labels)  # again, as the models of all layers need much memory
+    test = class_logits(model, states["test"][:, layer], count)
+    return Scored(validation[layer], test, {"layer": layer}, model.coef_.size + model.intercept_.size)
 
 
-def _prompting(task: Task, examples: list) -> Scored:
+def _prompting(task: Task, examples: list[Example]) -> Scored:
     bench = task.bench
     instruction = Instruction.derive(task.parts["train"].label_names, task.benchmark)
     prompt = LabelPrompt(bench.tokenizer, instruction, examples, bench.max_length)

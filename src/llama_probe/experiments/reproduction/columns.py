@@ -1,25 +1,26 @@
-"""What is compared of each data set in `llama-probe reproduce`, and whether the paper's order of the methods holds there."""
+"""Metrics that `llama-probe reproduce` shows of each data set, and the paper's order of the methods."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ...data.known import find_benchmark
-from ...experiments import paper
+from .. import paper
 from .workbench import SAFETY
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of the test rows: its title, where it stands in a summary, and the paper's metric that it stands beside."""
+    """A metric of the test rows: its title, its path in a summary, and the paper's metric beside it."""
 
     title: str
     path: tuple[str, ...]
     paper: str | None = None
 
     def find(self, result: dict[str, Any]) -> dict[str, Any] | None:
-        """`mean`, `std` (`None` for one run) and `runs` of a result; `None` where the metric is not defined."""
+        """Return `mean`, `std` (`None` for one run) and `runs`, or `None` if the metric is not defined."""
         value: Any = result["summary"]["test"]
         for key in self.path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -30,9 +31,9 @@ class Column:
 
 
 def columns(source: str) -> list[Column]:
-    """What is shown of a data set, as in the paper: F1 and AUPRC for safety, accuracy and F1 for the others."""
+    """Return the columns of a data set, as in the paper: F1 and AUPRC for safety, accuracy and F1 for the others."""
     name = find_benchmark(source)[0].name
-    if name == "toxicchat":  # the paper tests on the rows that people judged
+    if name == "toxicchat":  # the paper tests on the human-annotated rows
         human = ("slices", "human_annotation", "True")
         return [
             Column("F1", ("f1",)),
@@ -46,12 +47,12 @@ def columns(source: str) -> list[Column]:
 
 
 def find_orders(main: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whether what the paper concludes of its kinds holds here, metric by metric.
+    """Compare the paper's orders of its kinds with the results, metric by metric.
 
     Returns:
-        A dict for each order, data set and metric with all its methods: `order`, `data`, `metric`, `values` by method, `holds`
-        (each mean is above the one before), and `clear` (by more than both standard deviations together; `None` for single
-        runs).
+        One dict for each order, data set and metric with results of all its methods: `order`, `data`, `metric`, `values` by
+        method, `holds` (each mean is above the one before), and `clear` (by more than both standard deviations together;
+        `None` for single runs).
     """
     found = []
     for source, results in main.items():
@@ -62,25 +63,17 @@ def find_orders(main: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 values = {name: column.find(results[name]) for name in order}
                 if None in values.values():
                     continue
-                pairs = list(zip(values.values(), list(values.values())[1:], strict=False))
-                spread = all(value["std"] is not None for value in values.values())
-                found.append(
-                    {
-                        "order": list(order),
-                        "data": source,
-                        "metric": column.title,
-                        "values": values,
-                        "holds": all(low["mean"] < high["mean"] for low, high in pairs),
-                        "clear": all(high["mean"] - low["mean"] > low["std"] + high["std"] for low, high in pairs)
-                        if spread
-                        else None,
-                    }
-                )
+                pairs, clear = list(pairwise(values.values())), None
+                if all(value["std"] is not None for value in values.values()):
+                    clear = all(high["mean"] - low["mean"] > low["std"] + high["std"] for low, high in pairs)
+                entry = {"order": list(order), "data": source, "metric": column.title, "values": values}
+                holds = all(low["mean"] < high["mean"] for low, high in pairs)
+                found.append({**entry, "holds": holds, "clear": clear})
     return found
 
 
 def cell(value: dict[str, Any] | None) -> str:
-    """A mean and its spread."""
+    """Format a mean and its standard deviation."""
     if value is None:
         return "-"
     return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")

@@ -1,4 +1,4 @@
-"""Trains and judges methods side by side on a bench; each finished result is a part in a store."""
+"""Trains and judges methods side by side on a bench. Each finished result is a part in a store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,10 @@ logger = logging.get_logger(__name__)
 
 
 class Comparison:
-    """Fills a store with results of methods.
+    """Methods on a bench, with a store of their results. Each step does what the store lacks.
 
     Args:
-        bench: backbone and data.
-        folder: for the store (`parts`), the trained heads (`heads`), and what is under way (`training`).
+        folder: holds the store (`parts`), the trained heads (`heads`) and unfinished work (`training`).
         epochs, patience: of every head.
         shots: examples a label of few-shot prompting.
     """
@@ -58,11 +57,12 @@ class Comparison:
     def settings(
         self, source: str, name: str, method: HeadMethod | None = None, test: str | None = None
     ) -> dict[str, Any]:
-        """What a result of a method on a data set depends on.
+        """Return all that a result of a method on a data set depends on.
 
         Args:
-            source, name: data set and method. method: of a head that is not in the table.
-            test: the data set that it is tested on, where that is another.
+            source, name: data set and method.
+            method: a head that is not in the table.
+            test: the data set of the test rows, if it is another one.
 
         Raises:
             ProbeError: the rows cannot be read.
@@ -75,10 +75,18 @@ class Comparison:
             return {**found, "epochs": self.epochs, "patience": self.patience, **method.settings}
         return {**found, "shots": self.shots} if BASELINES[name].shots else found
 
-    # Each step works out what the store does not hold yet.
+    def few_labels_settings(self, source: str, name: str) -> dict[str, Any]:
+        """Return all that the learning curve of a head on a data set depends on."""
+        head, rows = head_methods()[name].head, self.bench.digests(source)
+        return {**self.bench.settings, "data": source, "rows": rows, "head": head, "sizes": list(SIZES)}
+
+    def _missing(self, prefix: str, settings: dict[str, dict[str, Any]]) -> dict[str, str]:
+        """Return the names whose parts are not finished, with their parts."""
+        parts = {name: f"{prefix}/{name}" for name in settings}
+        return {name: part for name, part in parts.items() if self.store.find(part, settings[name]) is None}
 
     def main(self, task: Task, names: Sequence[str]) -> None:
-        """Every method on the validation and test rows of a data set: parts `main/DATA/METHOD`."""
+        """Score every method on the validation and test rows of a data set: parts `main/DATA/METHOD`."""
         heads = head_methods()
         self.train(task, {name: heads[name] for name in names if name in heads})
         for name in names:
@@ -86,31 +94,25 @@ class Comparison:
                 self._baseline(task, name)
 
     def train(self, task: Task, methods: dict[str, HeadMethod], group: str = "main") -> None:
-        """Trains heads, all methods and seeds on each pass of the backbone, and keeps them: parts `GROUP/DATA/METHOD`.
+        """Train heads, all methods and seeds on each pass of the backbone: parts `GROUP/DATA/METHOD`.
 
-        Those that are fitted come first, one by one.
-
-        The best epoch, the layer of methods with one head a layer, temperature and threshold are chosen by validation
-        rows; the test rows are scored once, at the end.
+        Validation rows choose the best epoch, the layer of methods with one head a layer, temperature and threshold. The test
+        rows are scored once, at the end. The heads are saved.
         """
         settings = {name: self.settings(task.source, name, method) for name, method in methods.items()}
-        parts = {name: f"{group}/{task.name}/{name}" for name in methods}
-        missing = [name for name in methods if self.store.find(parts[name], settings[name]) is None]
-        for name in missing:
-            if methods[name].convex:
-                self._fit(task, name, methods[name], group, parts[name], settings[name])
-        missing = [name for name in missing if not methods[name].convex]
-        if not missing:
+        parts = self._missing(f"{group}/{task.name}", settings)
+        for name in [name for name in parts if methods[name].convex]:
+            self._fit(task, name, methods[name], group, parts.pop(name), settings[name])
+        if not parts:
             return
-        start = time.perf_counter()
-        seeds = self.bench.seeds
+        start, seeds, lm = time.perf_counter(), self.bench.seeds, self.bench.lm_in_the_loop
         candidates = {
             (name, seed): methods[name].candidates(f"{group}/{name}", task.config, seed)
-            for name in missing
+            for name in parts
             for seed in seeds
         }
-        scratch = self._scratch(f"{group}-{task.name}", {name: settings[name] for name in missing})
-        logger.warning(f"training {', '.join(missing)} on {task.source}, seeds {', '.join(map(str, seeds))}")
+        scratch = self._scratch(f"{group}-{task.name}", {name: settings[name] for name in parts})
+        logger.warning(f"training {', '.join(parts)} on {task.source}, seeds {', '.join(map(str, seeds))}")
         training = SharedTraining(
             [candidate for several in candidates.values() for candidate in several],
             task.dataset("train"),
@@ -118,7 +120,7 @@ class Comparison:
             task.metric,
             self.epochs,
             scratch,
-            self.bench.lm_in_the_loop,
+            lm,
             keep=1.0,
             patience=self.patience,
             seed=seeds[0],
@@ -128,35 +130,29 @@ class Comparison:
             key: max((learners[candidate.number] for candidate in several), key=lambda learner: learner.history.best)
             for key, several in candidates.items()
         }
-        if failed := [
-            f"{name} (seed {seed})" for (name, seed), one in chosen.items() if one.history.status == "failed"
-        ]:
+        failed = [f"{name} (seed {seed})" for (name, seed), one in chosen.items() if one.history.status == "failed"]
+        if failed:
             raise ProbeError(f"{', '.join(failed)} on {task.source} gives no numbers: {NO_NUMBER_BECAUSE}")
         probes = [learner.probe for learner in chosen.values()]
-        lm = self.bench.lm_in_the_loop
-        validation = predict_together(probes, task.dataset("validation"), lm, progress=True)
-        test = predict_together(probes, task.dataset("test"), lm, progress=True)
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in missing}
-        for (name, seed), learner, *logits in zip(chosen, chosen.values(), validation, test, strict=True):
+        logits = [predict_together(probes, task.dataset(part), lm, progress=True) for part in ("validation", "test")]
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
+        for (name, seed), learner, *both in zip(chosen, chosen.values(), *logits, strict=True):
             probe = learner.probe
-            probe.config, judged = judge(probe.config, *logits, task)
+            probe.config, judged = judge(probe.config, *both, task)
             layer = {"layer": probe.layer_indices[0]} if methods[name].each_layer else {}
             runs[name].append({"seed": seed, "best_epoch": learner.history.best_epoch, **layer, **judged})
             probe.save_pretrained(self._head_folder(group, task, name, seed))
         seconds = time.perf_counter() - start
-        for name in missing:
-            probe = chosen[name, seeds[0]].probe
-            result = _result(task, runs[name], probe.num_parameters())
-            self.store.write(parts[name], settings[name], result, seconds, [parts[other] for other in missing])
+        for name, part in parts.items():
+            result = _result(task, runs[name], chosen[name, seeds[0]].probe.num_parameters())
+            self.store.write(part, settings[name], result, seconds, list(parts.values()))
         shutil.rmtree(scratch, ignore_errors=True)
 
     def _fit(self, task: Task, name: str, method: HeadMethod, group: str, part: str, settings: dict[str, Any]) -> None:
-        """A head whose classifier is fitted; its one run is kept under the first seed."""
+        """Fit a convex head. Its one run is saved under the first seed."""
         start, lm, seed = time.perf_counter(), self.bench.lm_in_the_loop, self.bench.seeds[0]
         logger.warning(f"fitting {name} on {task.source}")
-        probe = ProbeModel(task.config.replace(**method.head))
-        probe.bind(self.bench.lm)
-        probe.to("cpu" if lm is None else lm.device)
+        probe = self._place(ProbeModel(task.config.replace(**method.head)))
         loss = ProbeLoss(probe.config, label_smoothing=method.label_smoothing)
         fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric, lm)
         (test,) = predict_together([probe], task.dataset("test"), lm, progress=True)
@@ -170,7 +166,7 @@ class Comparison:
         if self.store.find(part, settings) is not None:
             return
         scratch = self._scratch(f"main-{task.name}-{name}", settings)
-        kept, parts = PartStore(scratch, self.store.weights), []
+        kept, runs = PartStore(scratch, self.store.weights), []
 
         def run(seed: int) -> dict[str, Any]:
             logger.warning(f"{name} on {task.source}" + (f", seed {seed}" if baseline.seeded else ""))
@@ -180,47 +176,40 @@ class Comparison:
             return {"run": run, "num_parameters": scored.num_parameters}
 
         for seed in self.bench.seeds if baseline.seeded else self.bench.seeds[:1]:
-            parts.append(kept.once(f"seed-{seed}", settings, partial(run, seed)))
-        result = _result(task, [each.result["run"] for each in parts], parts[-1].result["num_parameters"])
-        self.store.write(part, settings, result, sum(each.seconds for each in parts), [part])
+            runs.append(kept.once(f"seed-{seed}", settings, partial(run, seed)))
+        result = _result(task, [each.result["run"] for each in runs], runs[-1].result["num_parameters"])
+        self.store.write(part, settings, result, sum(each.seconds for each in runs), [part])
         shutil.rmtree(scratch, ignore_errors=True)
 
     def out_of_distribution(self, task: Task, names: Sequence[str], test_set: str) -> None:
-        """Heads that were trained on one data set, and TF-IDF, on the test rows of another: parts `ood/DATA/SET/METHOD`.
+        """Score heads and TF-IDF, trained on one data set, on the test rows of another: parts `ood/DATA/SET/METHOD`.
 
-        Label 1 of both is the harmful one. Nothing is fitted on the other set, thresholds included.
+        Label 1 of both is the harmful one. Nothing is fitted on the other set, not even the threshold.
         """
-        prefix = f"ood/{task.name}/{test_set}"
         settings = {name: self.settings(task.source, name, test=test_set) for name in names}
-        missing = [name for name in names if self.store.find(f"{prefix}/{name}", settings[name]) is None]
-        if not missing:
+        parts = self._missing(f"ood/{task.name}/{test_set}", settings)
+        if not parts:
             return
-        start = time.perf_counter()
-        rows = self.bench.test_rows(test_set)
-        logger.warning(f"{', '.join(missing)}, trained on {task.source}, on {test_set}")
-        heads = head_methods()
-        keys = [
-            (name, seed)
-            for name in missing
-            if name in heads
-            for seed in (self.bench.seeds[:1] if heads[name].convex else self.bench.seeds)
-        ]
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in missing}
+        start, rows, heads = time.perf_counter(), self.bench.test_rows(test_set), head_methods()
+        logger.warning(f"{', '.join(parts)}, trained on {task.source}, on {test_set}")
+        seeds = {name: self.bench.seeds[: 1 if heads[name].convex else None] for name in parts if name in heads}
+        keys = [(name, seed) for name, several in seeds.items() for seed in several]
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
         if keys:
             probes = [self.head(task, *key) for key in keys]
             dataset = self.bench.dataset(rows, task.config)
             found = predict_together(probes, dataset, self.bench.lm_in_the_loop, progress=True)
             for (name, seed), probe, logits in zip(keys, probes, found, strict=True):
                 runs[name].append({"seed": seed, "test": report(probe.config, logits, rows.labels)})
-        if "tfidf" in missing:
+        if "tfidf" in parts:
             runs["tfidf"].append({"seed": None, "test": _tfidf_elsewhere(task, rows)})
-        seconds, parts = time.perf_counter() - start, [f"{prefix}/{name}" for name in missing]
-        for name, part in zip(missing, parts, strict=True):
+        seconds = time.perf_counter() - start
+        for name, part in parts.items():
             result = {"runs": runs[name], "summary": {"test": summarize([run["test"] for run in runs[name]])}}
-            self.store.write(part, settings[name], result, seconds, parts)
+            self.store.write(part, settings[name], result, seconds, list(parts.values()))
 
     def layer_groups(self, task: Task, name: str) -> None:
-        """Layer weights of a head on test rows, by label and by whether it is right: part `layers/DATA/METHOD`.
+        """Average a head's layer weights on test rows, by label and correctness: part `layers/DATA/METHOD`.
 
         A head that reads one layer, or has no weights to show, has no groups.
         """
@@ -249,26 +238,19 @@ class Comparison:
         given = predictions(probabilities(logits, config), config).numpy()
         return group_layers(weights.numpy(), task.parts["test"].labels, given, list(config.id2label.values()))
 
-    def few_labels_settings(self, source: str, name: str) -> dict[str, Any]:
-        """What the learning curve of a head on a data set depends on."""
-        head, rows = head_methods()[name].head, self.bench.digests(source)
-        return {**self.bench.settings, "data": source, "rows": rows, "head": head, "sizes": list(SIZES)}
+    def few_labels(self, task: Task, names: Iterable[str]) -> None:
+        """Train heads on few rows, as `llama-probe train` would, and score them: parts `few-labels/DATA/NAME`.
 
-    def few_labels(self, task: Task, names: Sequence[str]) -> None:
-        """Heads on few training rows, scored on the test rows: parts `few-labels/DATA/NAME`.
-
-        They are trained as `llama-probe train` would; nothing is chosen, so neither validation nor test rows are looked at
-        on the way.
+        Nothing is chosen, so neither validation nor test rows are looked at during training.
         """
         settings = {name: self.few_labels_settings(task.source, name) for name in names}
-        parts = {name: f"few-labels/{task.name}/{name}" for name in names}
-        wanted = [name for name in names if self.store.find(parts[name], settings[name]) is None]
-        if not wanted:
+        parts = self._missing(f"few-labels/{task.name}", settings)
+        if not parts:
             return
-        logger.warning(f"learning curves of {', '.join(wanted)} on {task.source}")
+        logger.warning(f"learning curves of {', '.join(parts)} on {task.source}")
         sets = [value for name in ("train", "test") for value in (task.dataset(name), task.parts[name].labels)]
-        heads, lm = {name: settings[name]["head"] for name in wanted}, self.bench.lm_in_the_loop
-        asked = {name: settings[name] for name in wanted}
+        asked = {name: settings[name] for name in parts}
+        heads = {name: value["head"] for name, value in asked.items()}
         scratch = self._scratch(f"few-labels-{task.name}", asked)
         kept, draws = PartStore(scratch, self.store.weights), []
 
@@ -276,17 +258,19 @@ class Comparison:
             draws.append(kept.once(name, asked, work))
             return draws[-1].result
 
-        curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, lm, keep)
-        rows = {name: len(task.parts[name]) for name in ("train", "test")}
-        seconds, together = sum(draw.seconds for draw in draws), [parts[name] for name in wanted]
-        for name in wanted:
-            own = [point for point in curves if point["head"] == name]
-            result = {"metric": task.metric, "rows": rows, "curve": own}
-            self.store.write(parts[name], settings[name], result, seconds, together)
+        curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, self.bench.lm_in_the_loop, keep)
+        rows, seconds = (
+            {name: len(task.parts[name]) for name in ("train", "test")},
+            sum(draw.seconds for draw in draws),
+        )
+        for name, part in parts.items():
+            curve = [point for point in curves if point["head"] == name]
+            result = {"metric": task.metric, "rows": rows, "curve": curve}
+            self.store.write(part, settings[name], result, seconds, list(parts.values()))
         shutil.rmtree(scratch, ignore_errors=True)
 
     def head(self, task: Task, name: str, seed: int) -> ProbeModel:
-        """A head that `main` has kept.
+        """Load a head that `main` has saved.
 
         Raises:
             ProbeError: its folder is gone.
@@ -295,13 +279,16 @@ class Comparison:
         if not is_head_folder(folder):
             part = self.store.folder / "main" / task.name / f"{name}.json"
             raise ProbeError(f"{folder} is gone, though {part} is there: remove that file to train the head again")
+        return self._place(ProbeModel.from_pretrained(folder))
+
+    def _place(self, probe: ProbeModel) -> ProbeModel:
+        """Bring a head to the device of its states."""
         lm = self.bench.lm_in_the_loop
-        probe = ProbeModel.from_pretrained(folder).to("cpu" if lm is None else lm.device)
         probe.bind(self.bench.lm)
-        return probe
+        return probe.to("cpu" if lm is None else lm.device)
 
     def _scratch(self, name: str, settings: dict[str, Any]) -> Path:
-        """Folder for what is done of parts that are not finished, with these settings and on this backbone alone."""
+        """Return the folder for unfinished work with these settings on this backbone."""
         digest = hashlib.sha256(json.dumps([settings, self.store.weights]).encode()).hexdigest()[:8]
         return self.folder / "training" / f"{name}-{digest}"
 
@@ -313,12 +300,13 @@ class Comparison:
 def judge(
     config: ProbeConfig, validation: torch.Tensor, test: torch.Tensor, task: Task
 ) -> tuple[ProbeConfig, dict[str, Any]]:
-    """Fits temperature and threshold on the validation rows, and measures both parts.
+    """Fit temperature and threshold on the validation rows, and measure validation and test rows.
 
-    The threshold is that of their best F1, as is usual where methods are compared; `llama-probe train` has a steadier one.
+    The threshold is that of the best F1, as usual in comparisons. `llama-probe train` has a steadier one.
 
     Args:
-        config: that knows the labels. validation, test: logits `[rows, num_labels]`. task: where they are from.
+        config: a config with the labels.
+        validation, test: logits `[rows, num_labels]`.
     """
     labels = task.parts["validation"].labels
     config = calibrate(config, validation, torch.from_numpy(labels), threshold_rule=BEST_F1)
@@ -333,15 +321,17 @@ def judge(
 def group_layers(
     weights: np.ndarray, labels: np.ndarray, given: np.ndarray, names: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Mean layer weights of the rows with each label, apart for those that the head gets right and wrong.
+    """Average layer weights by label, apart for right and wrong rows.
 
     Args:
-        weights (`[rows, layers_read]`): of each row. labels, given (`[rows]`): true and given class. names: of the classes.
+        weights (`[rows, layers_read]`): layer weights of each row.
+        labels, given (`[rows]`): true and given class.
+        names: names of the classes.
 
     Returns:
-        `groups`: for each label that occurs `label`, `right`, `rows` and mean `weights`; `errors`: for each pair of a true
-        and a given label with right rows of both, `rows`, and how far the mean weights of these errors are from those of
-        the right rows of the given (`to_given`) and of the true label (`to_true`), in total variation, 0 to 1.
+        `groups`: for each label that occurs `label`, `right`, `rows` and mean `weights`.
+        `errors`: for each pair of a true and a given label with right rows of both, `rows`, and the distances of their mean
+        weights to those of the right rows of the given (`to_given`) and of the true label (`to_true`): total variation, 0 to 1.
     """
     right = {label: weights[(labels == label) & (given == label)] for label in range(len(names))}
     groups, errors = [], []

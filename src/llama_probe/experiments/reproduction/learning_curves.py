@@ -1,4 +1,4 @@
-"""How good heads get with few labelled rows."""
+"""Quality of heads that learn from few labelled rows."""
 
 from __future__ import annotations
 
@@ -38,31 +38,32 @@ def learning_curves(
     lm: nn.Module | None = None,
     keep: Callable[[str, Callable[[], Any]], Any] = lambda name, work: work(),
 ) -> list[dict[str, Any]]:
-    """Trains heads on a few rows, as `llama-probe train` would, and scores it on others.
+    """Train heads on a few rows, as `llama-probe train` would, and score them on others.
 
-    A seed draws the rows, the weights and the order. All heads learn from the same rows, side by side; nothing is held
-    back, so no epoch and no threshold is chosen.
+    A seed draws the rows, the weights and the order. All heads learn from the same rows. No row is held back, so neither epoch
+    nor threshold is chosen.
 
     Args:
-        config: with labels, prompts and backbone. heads: by name, fields of `ProbeConfig` that are put into it.
-        train, test: both `PromptDataset` (with `lm`) or both `StateDataset`. train_labels, test_labels: see `LabelledTexts`.
+        config: config with labels, prompts and backbone.
+        heads: fields of `ProbeConfig` that replace the config's, by name.
+        train, test: both `PromptDataset` (with `lm`) or both `StateDataset`, with their labels.
         sizes: numbers of rows. Those above the number of training rows are left out.
-        lm: the frozen backbone; `None` where the states are cached.
-        keep: takes the name of a draw and what works it out, and gives its entries: worked out, or kept from before.
+        lm: the frozen backbone; `None` for cached states.
+        keep: called with the name of a draw and the work. It returns the work's entries, or those it kept before.
 
     Returns:
-        One entry a size, seed and head, `rows`, `seed` and `head`, with the metrics of `score`.
+        One entry a size, seed and head: `rows`, `seed` and `head`, and the metrics of `score_logits`.
 
     Raises:
-        ProbeError: there are fewer rows than the smallest size, or too few of some label.
+        ProbeError: there are fewer rows than the smallest size.
     """
     sizes = [size for size in sizes if size <= len(train)]
     if not sizes:
         raise ProbeError(f"{len(train)} training rows are too few for a learning curve")
-    draws = [(size, seed, draw_rows(train_labels, config, size, seed)) for size in sizes for seed in seeds]
     found = []
 
-    def draw(size: int, seed: int, rows: np.ndarray) -> list[dict[str, Any]]:
+    def draw(size: int, seed: int) -> list[dict[str, Any]]:
+        rows = draw_rows(train_labels, config, size, seed)
         candidates = [_candidate(name, head, config, size, seed) for name, head in heads.items()]
         epochs = int(complete(Recipe(), {}, size)[0].num_train_epochs)
         part = Subset(train, rows.tolist())
@@ -73,19 +74,22 @@ def learning_curves(
             for name, probe, logits in zip(heads, probes, predict_together(probes, test, lm), strict=True)
         ]
 
-    for size, seed, rows in tqdm(draws, desc="learning curves", unit=" draws", leave=False):
-        found += keep(f"{size}-rows-seed-{seed}", partial(draw, size, seed, rows))
+    draws = [(size, seed) for size in sizes for seed in seeds]
+    for size, seed in tqdm(draws, desc="learning curves", unit=" draws", leave=False):
+        found += keep(f"{size}-rows-seed-{seed}", partial(draw, size, seed))
     return found
 
 
 def summarize_curves(curves: Sequence[dict[str, Any]], metric: str) -> dict[str, dict[int, dict[str, Any] | None]]:
-    """By head and number of rows `mean`, `std` (n - 1; `None` for one seed) and `runs` of a metric over the seeds; `None` in
-    their place where the test rows do not define it."""
+    """Return `mean`, `std` (n - 1; `None` for one seed) and `runs` of a metric, by head and number of rows.
+
+    A metric that the test rows do not define gives `None`.
+    """
     found: dict[str, dict[int, dict[str, Any] | None]] = {}
     for name in dict.fromkeys(entry["head"] for entry in curves):
+        sizes = found[name] = {}
         for size in sorted({entry["rows"] for entry in curves}):
-            values = [e[metric] for e in curves if e["head"] == name and e["rows"] == size]
-            sizes = found.setdefault(name, {})
+            values = [entry[metric] for entry in curves if entry["head"] == name and entry["rows"] == size]
             if None in values:
                 sizes[size] = None
                 continue
@@ -95,9 +99,9 @@ def summarize_curves(curves: Sequence[dict[str, Any]], metric: str) -> dict[str,
 
 
 def draw_rows(labels: np.ndarray, config: ProbeConfig, size: int, seed: int) -> np.ndarray:
-    """`size` rows at random, ascending, among them one of each label that occurs where `size` allows it.
+    """Draw `size` rows, ascending, among them one of each label if `size` allows it.
 
-    Rows of a smaller size are a part of those of a larger one with the same seed.
+    The rows of a smaller size are part of those of a larger one with the same seed.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     if config.problem_type == "single_label_classification":
@@ -109,12 +113,7 @@ def draw_rows(labels: np.ndarray, config: ProbeConfig, size: int, seed: int) -> 
 def _candidate(name: str, head: dict[str, Any], config: ProbeConfig, rows: int, seed: int) -> Candidate:
     recipe, head = complete(Recipe(), head, rows)
     config = config.replace(**head)
-    return Candidate(
-        zlib.crc32(name.encode()),  # of its dropout: not the place among those that are trained beside it
-        config,
-        ProbeLoss(config, None, recipe.label_smoothing),
-        recipe.learning_rate,
-        recipe.weight_decay,
-        recipe.per_device_train_batch_size,
-        seed,
-    )
+    rates = recipe.learning_rate, recipe.weight_decay, recipe.per_device_train_batch_size
+    # The number gives the dropout. It must not depend on the heads beside this one.
+    number = zlib.crc32(name.encode())
+    return Candidate(number, config, ProbeLoss(config, None, recipe.label_smoothing), *rates, seed)

@@ -1,4 +1,4 @@
-"""The methods that are compared, in one table: heads with their recipes, and the baselines."""
+"""The methods that are compared: heads with their recipes, and the baselines."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...errors import ProbeError
-from ...experiments import paper
 from ...heads import get_probe_type, probe_types
+from ...heads.aggregator import Aggregator
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
 from ...training.trainer import ProbeLoss
+from .. import paper
 from .baselines import BASELINES
 
 
 @dataclass(frozen=True)
 class HeadMethod:
-    """A head and how it is trained.
+    """A head and its training.
 
     Attributes:
         head: fields of `ProbeConfig`.
         learning_rate, weight_decay, label_smoothing, batch_size: as in `Recipe`.
-        each_layer: one head a layer is trained, and the layer chosen by validation rows.
-        every: the head reads the states 0, `every`, 2 `every`, ...
+        each_layer: train one head a layer, and choose the layer by validation rows.
+        every: read the states 0, `every`, 2 `every`, ...
     """
 
     head: dict[str, Any] = field(default_factory=dict)
@@ -35,21 +36,34 @@ class HeadMethod:
     each_layer: bool = False
     every: int = 1
 
+    @classmethod
+    def create(cls, kind: str, options: dict[str, Any] | None = None, **changes) -> HeadMethod:
+        """Return a kind with its own recipe. `changes` replace attributes."""
+        aggregator = get_probe_type(kind)
+        recipe, head = aggregator.recipe, {"probe_type": kind}
+        if aggregator.normalize != Aggregator.normalize:
+            head["normalize"] = aggregator.normalize
+        if not aggregator.convex:
+            head |= {name: recipe[name] for name in ("dropout", "layer_dropout")}
+        if options:
+            head["options"] = options
+        rates = {name: recipe[name] for name in ("learning_rate", "label_smoothing")}
+        return cls(head, **rates | changes)
+
     @property
     def settings(self) -> dict[str, Any]:
-        """What its results depend on."""
+        """All that its results depend on."""
         return asdict(self)
 
     @property
     def convex(self) -> bool:
-        """Whether the head is fitted, and not trained: it then has no seed."""
+        """True if the head is fitted as a convex problem, without a seed."""
         return get_probe_type(self.head["probe_type"]).convex
 
     def candidates(self, name: str, base: ProbeConfig, seed: int) -> list[Candidate]:
-        """What to train for a seed: one candidate, or one a layer.
+        """Return the candidates to train for a seed: one, or one a layer.
 
-        A candidate's number, on which its dropout depends, follows from its name and seed: results do not depend on which
-        other methods are trained beside it.
+        Name and seed give a candidate's number, and with it its dropout. Results do not depend on other methods beside it.
         """
         config = base.replace(**self.head)
         states = range(0, config.num_hidden_layers + 1, self.every)
@@ -65,65 +79,48 @@ class HeadMethod:
         return found
 
 
-def _suited(kind: str, options: dict[str, Any] | None = None, **further) -> HeadMethod:
-    """A kind with what suits it, but for what is said; see `llama_probe.training.recipe`."""
-    suited = get_probe_type(kind).recipe
-    head: dict[str, Any] = {"probe_type": kind, **{name: suited[name] for name in ("dropout", "layer_dropout")}}
-    if options:
-        head["options"] = options
-    own = {name: suited[name] for name in ("learning_rate", "label_smoothing")}
-    return HeadMethod(head, **own | further)
-
-
+# In the order of the tables. Other registered kinds follow.
 HEADS: dict[str, HeadMethod] = {
-    "layer-linear": _suited("pooling", each_layer=True),
-    "last-token": _suited("last"),
-    "muli": HeadMethod({"probe_type": "muli", "normalize": "none"}, label_smoothing=0.0),
-    **{kind: _suited(kind) for kind in ("pooling", "gate", "attentive", "mha")},
-    "multimax-small": _suited("multimax", options={"num_maxima": 1, "num_members": 7}),
-    "multimax-half": _suited("multimax", {"num_maxima": 2, "num_members": 7}, every=2, learning_rate=5e-3),
-    "multimax": _suited("multimax"),
+    "layer-linear": HeadMethod.create("pooling", each_layer=True),
+    "last-token": HeadMethod.create("last"),
+    **{kind: HeadMethod.create(kind) for kind in ("muli", "pooling", "gate", "attentive", "mha")},
+    "multimax-small": HeadMethod.create("multimax", {"num_maxima": 1, "num_members": 7}),
+    "multimax-half": HeadMethod.create("multimax", {"num_maxima": 2, "num_members": 7}, every=2, learning_rate=5e-3),
+    "multimax": HeadMethod.create("multimax"),
 }
 
 
 def head_methods() -> dict[str, HeadMethod]:
-    """Those of `HEADS` whose kind is registered, and every other registered kind."""
+    """Return the methods of `HEADS` whose kind is registered, and every other registered kind."""
     kinds = probe_types()
     found = {name: method for name, method in HEADS.items() if method.head["probe_type"] in kinds}
     covered = {method.head["probe_type"] for method in found.values()}
-    for kind in kinds:
-        if kind not in covered:
-            found[kind] = _suited(kind)
-    return found
+    return found | {kind: HeadMethod.create(kind) for kind in kinds if kind not in covered}
 
 
 def method_names() -> list[str]:
-    """All methods: baselines, then heads."""
+    """Return the names of all methods: baselines, then heads."""
     return [*BASELINES, *head_methods()]
 
 
 def check_methods(names: Iterable[str]) -> list[str]:
-    """The names, in the order of the table.
+    """Return the names in the order of the tables.
 
     Raises:
-        ProbeError: there is none, or one is not known.
+        ProbeError: there is none, or one is unknown.
     """
-    wanted = list(names)
-    for name in wanted:
-        if name not in method_names():
-            raise ProbeError(f"method {name!r} is not known; allowed: {', '.join(method_names())}")
-    if not wanted:
-        raise ProbeError(f"there is no method to compare; allowed: {', '.join(method_names())}")
-    return [name for name in method_names() if name in wanted]
+    wanted, known = list(names), method_names()
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ProbeError(f"methods={','.join(unknown or wanted)!r} must name some of: {', '.join(known)}")
+    return [name for name in known if name in wanted]
 
 
 def downcast_methods(hidden_size: int) -> dict[str, HeadMethod]:
-    """`mha` with each downcast that divides the hidden size: the paper's ablation (arXiv 2601.13288, table 7)."""
-    base = HEADS["mha"]
-    found = {}
+    """Return `mha` with each downcast that divides the hidden size: the paper's ablation (arXiv 2601.13288, table 7)."""
+    base, found = HEADS["mha"], {}
     for value in paper.DOWNCAST:
         if hidden_size % value == 0:
             heads = next(number for number in (2, 3, 1) if hidden_size // value % number == 0)
-            head = {**base.head, "downcast": value, "num_attention_heads": heads}
-            found[str(value)] = replace(base, head=head)
+            found[str(value)] = replace(base, head={**base.head, "downcast": value, "num_attention_heads": heads})
     return found

@@ -1,4 +1,4 @@
-"""What methods are compared on: one backbone, data sets with their splits, and the hidden states of their rows."""
+"""One backbone, the data sets on which methods are compared, and the hidden states of their rows."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from ...heads.configuration import ProbeConfig
 from ...heads.match import describe
 
 
-# Compared by F1 and AUPRC of label 1, as in the paper; the others by accuracy.
+# Data sets that are compared by F1 and AUPRC of label 1, as in the paper. The others are compared by accuracy.
 SAFETY = ("toxicchat", "wildguardmix")
 
 
 @dataclass
 class Workbench:
-    """A backbone and the data sets known by name, each loaded when it is first needed.
+    """A backbone and the data sets known by name, loaded on first use.
 
     Attributes:
-        backbone: `"demo"`, a folder or a Hub id. dtype: of its weights.
-        scratch: folder for hidden states that go with `close`.
+        backbone: `"demo"`, a folder or a Hub id. dtype: dtype of its weights.
+        scratch: folder for hidden states that `close` deletes.
         data_dir: local copies of the data sets, see `read_benchmark`.
-        seeds: one run a method each. Rows are split, and drawn, by the first.
-        max_rows: use at most so many training, validation and test rows each.
-        max_length: tokens to which prompts are cut.
-        cache: keep hidden states on disk, so that the backbone runs once over each row. cache_dir: keep them for later.
+        seeds: one run of each method a seed. The first one also splits and draws the rows.
+        max_rows: most training, validation and test rows each.
+        max_length: prompts are cut to so many tokens.
+        cache: keep hidden states on disk, so that the backbone runs once over each row.
+        cache_dir: folder for hidden states that stay, in place of `scratch`.
     """
 
     backbone: str
@@ -61,7 +62,7 @@ class Workbench:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on, beside the rows."""
+        """All that results depend on, beside the rows and the weights."""
         return {
             "backbone": self.backbone,
             "dtype": self.dtype,
@@ -81,62 +82,62 @@ class Workbench:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the LM."""
+        """The LM's tokenizer."""
         return self._loaded[1]
 
     @cached_property
     def weights(self) -> str:
-        """What tells the LM from another of its name. Loads the backbone."""
+        """A digest of the LM's weights and config. Loads the backbone."""
         return weights_digest(self.lm)[:16]
 
     @cached_property
     def prompts(self) -> PromptFormat:
-        """The LM's chat template; texts as they are where it has none."""
+        """The LM's chat template, or raw texts if it has none."""
         kind = "chat" if self.tokenizer.chat_template else "raw"
         return PromptFormat.create(self.tokenizer, kind, max_length=self.max_length)
 
     @property
     def states(self) -> StateCache | None:
-        """Where hidden states are kept; `None` where the backbone runs whenever they are needed."""
+        """The cache of hidden states, or `None` if the backbone runs again each time."""
         return StateCache(self.cache_dir or self.scratch) if self.cache else None
 
     @property
     def lm_in_the_loop(self) -> PreTrainedModel | None:
-        """The LM where states are not cached, for what takes `lm=` beside a data set."""
+        """The LM if states are not cached, for functions with `lm=` beside a data set."""
         return None if self.cache else self.lm
 
     def dataset(self, rows: LabelledTexts, config: ProbeConfig) -> Dataset:
-        """The cached states of rows, or without a cache their prompts."""
+        """Return the cached states of rows, or their prompts if there is no cache."""
         ids = self.prompts.encode(rows.texts)
         return (
             self.states.dataset(self.lm, config, ids, rows.labels) if self.cache else PromptDataset(ids, rows.labels)
         )
 
     def task(self, source: str) -> Task:
-        """A data set with its training, validation and test rows.
+        """Return a data set with its training, validation and test rows.
 
         Args:
             source: `NAME` or `NAME:SPLIT` (the split to train on).
 
         Raises:
-            ProbeError: it is not known by name, is no single-label data set, has no test rows, or cannot be read.
+            ProbeError: see `known_source`; or there are no test rows, or rows cannot be read.
         """
         if source not in self._tasks:
             self._tasks[source] = Task.read(self, source)
         return self._tasks[source]
 
     def test_rows(self, name: str) -> LabelledTexts:
-        """The test rows of a data set that is only tested on."""
+        """Return the test rows of a data set that is only tested on."""
         if name not in self._test_rows:
             rows = read_labelled(name, split="test", data_dir=self.data_dir)
             self._test_rows[name] = rows.at_most(self.max_rows, self.seeds[0])
         return self._test_rows[name]
 
     def digests(self, source: str, test: str | None = None) -> dict[str, str]:
-        """What tells the training, validation and test rows of a data set from others of its name.
+        """Return digests of the training, validation and test rows of a data set.
 
         Args:
-            source: see `task`. test: the data set whose test rows are used in place of its own.
+            test: name of a data set whose test rows replace its own.
         """
         parts = self.task(source).parts
         if test is not None:
@@ -144,11 +145,11 @@ class Workbench:
         return {name: rows.digest()[:16] for name, rows in parts.items()}
 
     def sources(self, source: str) -> DataSources:
-        """Where a data set's rows come from."""
+        """Return the sources of a data set's rows."""
         return DataSources(source, max_rows=self.max_rows, max_eval_rows=self.max_rows, data_dir=self.data_dir)
 
     def close(self) -> None:
-        """Removes the states that nobody asked to keep."""
+        """Delete the states in `scratch`."""
         if self.cache and self.cache_dir is None:
             self.states.delete()
 
@@ -158,10 +159,9 @@ class Task:
     """One data set on the bench.
 
     Attributes:
-        bench: where it lies. source: what it is called there. benchmark: see there.
         parts: rows of `train`, `validation` and `test`.
-        slices: columns of the test rows that results are reported by.
-        metric: what is chosen by, on validation rows; see `metric_of`.
+        slices: columns of the test rows by whose values results are reported.
+        metric: metric for choices by validation rows, see `metric_of`.
     """
 
     bench: Workbench
@@ -174,7 +174,7 @@ class Task:
 
     @classmethod
     def read(cls, bench: Workbench, source: str) -> Task:
-        """See `Workbench.task`."""
+        """Read a data set, see `Workbench.task`."""
         benchmark = known_source(source)
         sources = bench.sources(source)
         parts = sources.read(bench.seeds[0])
@@ -185,42 +185,42 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The source as part of a file's name."""
+        """The source as a part of a file name."""
         return file_name(self.source)
 
     @cached_property
     def labels(self) -> ProbeConfig:
-        """A config that knows the labels alone: enough to turn the logits of any method into metrics."""
+        """A config with the labels alone: enough to turn the logits of any method into metrics."""
         return ProbeConfig(probe_type="pooling", id2label=dict(enumerate(self.parts["train"].label_names)))
 
     @cached_property
     def config(self) -> ProbeConfig:
-        """Of a head, with all that it records of prompts and backbone. Loads the backbone."""
+        """The config of a head, with prompts and backbone. Loads the backbone."""
         base = self.labels.replace(token_scope="content", base_model_name_or_path=model_id(self.bench.backbone))
         return describe(self.bench.lm, base.replace(**self.bench.prompts.config_fields()))
 
     def dataset(self, part: str) -> Dataset:
-        """The states, or the prompts, of `train`, `validation` or `test`."""
+        """Return the states, or the prompts, of `train`, `validation` or `test`."""
         if part not in self._datasets:
             self._datasets[part] = self.bench.dataset(self.parts[part], self.config)
         return self._datasets[part]
 
 
 def file_name(source: str) -> str:
-    """`NAME` or `NAME:SPLIT` as a part of a file's name."""
+    """Return `NAME` or `NAME:SPLIT` as a part of a file name."""
     return source.replace(":", "-")
 
 
 def metric_of(benchmark: Benchmark) -> str:
-    """What is chosen by on a data set: AUPRC for safety data, which needs no threshold, else accuracy."""
+    """Return the metric for choices: AUPRC for safety data, as it needs no threshold, else accuracy."""
     return "auprc" if benchmark.name in SAFETY else "accuracy"
 
 
 def known_source(source: str) -> Benchmark:
-    """The data set that `NAME` or `NAME:SPLIT` means, where methods can be compared on it.
+    """Return the data set that `NAME` or `NAME:SPLIT` means.
 
     Raises:
-        ProbeError: it is not known by name, has no training rows, or its rows have several labels each.
+        ProbeError: it is unknown, has no training rows, or has several labels a row.
     """
     trainable = [
         name

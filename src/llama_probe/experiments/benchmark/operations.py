@@ -1,0 +1,120 @@
+"""Operations that heads add to a pass of the language model. On a GPU each operation is a kernel launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from ...errors import ProbeError
+from ...heads.configuration import ProbeConfig
+from .serving_systems import AGAIN, BASE, Load, System, plain_system, systems
+
+
+DEVICES = ("cuda", "cpu")
+
+_aten = torch.ops.aten
+# Operations that touch no data, beside views.
+_METADATA = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
+
+
+class OperationCounter(TorchDispatchMode):
+    """A counter of the operations that are dispatched inside the block, without views and allocations.
+
+    Attributes:
+        operations: operations so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_metadata = getattr(func, "is_view", False) or getattr(func, "overloadpacket", func) in _METADATA
+        self.operations += not is_metadata
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def reader_choices(as_device: str) -> Iterator[None]:
+    """Take the choices that the reader makes for a kind of device, without needing the device.
+
+    Raises:
+        ProbeError: `as_device` is not one of `DEVICES`.
+    """
+    if as_device not in DEVICES:
+        raise ProbeError(f"as_device={as_device!r} is not allowed; allowed: {', '.join(DEVICES)}")
+    yield
+
+
+def count_operations(
+    model: PreTrainedModel,
+    tokens: Sequence[int] = (16, 512),
+    many: int = 0,
+    many_config: ProbeConfig | None = None,
+    as_device: str = "cuda",
+) -> list[dict[str, Any]]:
+    """Count the operations of the plain model, of each attached head, and of many heads at once.
+
+    Args:
+        model: the model with its heads.
+        tokens: lengths of the prompt. The batch is one prompt.
+        many: number of heads of `many_config` that run at once; 0 leaves them out.
+        as_device: `"cuda"` or `"cpu"`. The choices for such a device are taken, whatever the model is on.
+
+    Returns:
+        One dict a length and system: `system`, `tokens`; `prefill`: operations of `generate(max_new_tokens=1)`; `step`:
+        operations of one decoding step, whatever the length; `prefill_ratio` and `step_ratio`: these over the plain model's.
+
+    Raises:
+        ProbeError: `as_device` is not allowed.
+    """
+    plain = model._without_probes()
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    prompts = [Load.create(1, length, 1, vocab_size, model.device) for length in tokens]
+    reply = Load.create(1, min(tokens), 3, vocab_size, model.device)
+    found: dict[str, tuple[list[int], int]] = {}
+    with reader_choices(as_device):
+        for system in chain([plain_system(plain)], systems(model, plain, many, many_config)):
+            if system.name != AGAIN:
+                found[system.name] = [_count_prefill(system, prompt) for prompt in prompts], _count_step(system, reply)
+    rows, (base, base_step) = [], found[BASE]
+    for i, length in enumerate(tokens):
+        for name, (prefill, step) in found.items():
+            row = {"system": name, "tokens": length, "prefill": prefill[i], "prefill_ratio": prefill[i] / base[i]}
+            rows.append({**row, "step": step, "step_ratio": step / base_step})
+    return rows
+
+
+def _count_prefill(system: System, prompt: Load) -> int:
+    with OperationCounter() as counter:
+        system.serve(prompt, None)
+    return counter.operations
+
+
+def _count_step(system: System, reply: Load) -> int:
+    """Return the operations between the last two tokens of a reply."""
+    marks: list[int] = []
+    with OperationCounter() as counter:
+        system.serve(reply, lambda: marks.append(counter.operations))
+    return marks[-1] - marks[-2]
+
+
+def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and cells of the table of operations."""
+    header = ["system", "tokens", "prefill", "its ratio", "a further token", "its ratio"]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{row['prefill']:,}",
+            f"{row['prefill_ratio']:.3f}x",
+            f"{row['step']:,}",
+            f"{row['step_ratio']:.3f}x",
+        ]
+        lines.append([row["system"], f"{row['tokens']:,}", *cells])
+    return header, lines
