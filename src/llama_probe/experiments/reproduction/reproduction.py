@@ -167,7 +167,7 @@ class Reproduction:
     def _check_sweep(self) -> None:
         """Refuse a sweep in the output folder that has other settings."""
         folder = self.output / "sweep"
-        if (folder / STUDY_NAME).exists() or (folder / SWEEP_NAME).exists():
+        if (folder / SETUP_NAME).exists() or (folder / SWEEP_NAME).exists():
             self._claim_sweep()
 
     def _claim_sweep(self) -> None:
