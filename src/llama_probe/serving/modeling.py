@@ -12,14 +12,14 @@ import torch
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from ..backbone.cache import copy_cache
+from ..backbone.cache import cached_tokens, copy_cache
 from ..backbone.capture import handing_states_to
 from ..backbone.decoder import without_peft
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..hub.resolve import ProbeSpec, Target, read_heads, read_heads_beside
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
-from .cache import ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
+from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class

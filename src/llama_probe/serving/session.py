@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..backbone.cache import cached_tokens
 from ..backbone.capture import Capture, stay_in_layers
 from ..backbone.decoder import Decoder, find_decoder, without_peft
 from ..errors import ProbeError
@@ -20,7 +21,7 @@ from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, prompt_masks, read_masks
 from .arguments import generation_setting, token_ids
-from .cache import CachedHead, HeadReference, ProbeCache, asks_for_state, cached_tokens, refuse_without_heads
+from .cache import CachedHead, HeadReference, ProbeCache, asks_for_state, refuse_without_heads
 from .reader import StateReader
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 
