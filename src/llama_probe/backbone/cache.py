@@ -26,33 +26,6 @@ class _DetachedCopies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class CacheGrowth:
-    """By how much an LM's cache still grows in a pass.
-
-    Layers that hold nothing so far will hold as much as the first does, where they are of its kind.
-    """
-
-    def __init__(self, cache: Cache | None):
-        layers = getattr(cache, "layers", None) or []
-        known = layers and type(layers[0]) in _GROW_BY_COPY and not cache.offloading
-        kind = type(layers[0]) if known else None
-        self._first = layers[0] if known else None
-        self._empty = [layer for layer in layers if type(layer) is kind and not layer.is_initialized]
-
-    def bytes_to_come(self) -> int:
-        """After the next layer of the LM; 0 where it is not known, as in a later pass."""
-        if self._first is None or not self._first.is_initialized:
-            return 0
-        while self._empty and self._empty[0].is_initialized:  # they are filled in their order
-            del self._empty[0]
-        return max(0, len(self._empty) - 1) * (size_in_bytes(self._first.keys) + size_in_bytes(self._first.values))
-
-
-def size_in_bytes(tensor: torch.Tensor) -> int:
-    """What a tensor's numbers take; `nbytes` cannot be asked while `torch.compile` traces prompts of any length."""
-    return tensor.numel() * tensor.itemsize
-
-
 def given_cache(kwargs: Mapping[str, Any]) -> Any:
     """Return the KV cache in the arguments of a forward pass, or in an output of the LM, or None."""
     cache = kwargs.get("cache")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..backbone.cache import cached_tokens, given_cache  # noqa: F401 - used from here by modeling and session
 from ..errors import ProbeError
 from ..heads import select_rows
 from ..heads.probe import ProbeModel
