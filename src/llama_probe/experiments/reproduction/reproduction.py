@@ -23,7 +23,7 @@ from ...files import environment
 from ...heads import get_probe_type
 from ...training.recipe import Recipe
 from ...training.run import TrainingRun
-from ...training.sweep import SWEEP_NAME, SearchSpace, Sweep, read_sweep
+from ...training.sweep import SETUP_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep
 from .comparison import Comparison
 from .learning_curves import SIZES
 from .methods import check_methods, downcast_methods, head_methods, method_names
