@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
-from llama_probe.heads.muli import log_odds
+from llama_probe.heads.muli import token_log_odds
 
 
 LM = make_lm()
@@ -38,9 +38,9 @@ def expected_of(probe, ids, mask=None, lm=LM):
 
 def test_log_odds_at_all_probabilities():
     p = torch.tensor([1e-30, 1e-8, 1e-3, 0.25, 0.499, 0.5, 0.501, 0.9, 1 - 1e-6], dtype=torch.float64)
-    found = log_odds(p.log().float())
+    found = token_log_odds(p.log().float())
     torch.testing.assert_close(found.double(), p.log() - torch.log1p(-p), rtol=1e-4, atol=0.05)
-    extreme = log_odds(torch.tensor([0.0, -500.0]))
+    extreme = token_log_odds(torch.tensor([0.0, -500.0]))
     assert extreme.isfinite().all() and extreme[0] > 16 and extreme[1] == -500
 
 

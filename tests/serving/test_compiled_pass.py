@@ -28,7 +28,7 @@ def anew():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    assert _LISTENING.reader is None
+    assert _LISTENING.on_state is None
 
 
 LAYERS = 2  # of an LM that is compiled within a second

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,18 +83,11 @@ def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
-class StateReader(Protocol):
-    """An object that takes hidden states."""
-
-    def on_state(self, layer: int, hidden: torch.Tensor) -> None:
-        """Take hidden state `layer`, `[B, n, D]`."""
-
-
 class _Listening(threading.local):
     """The reader of the forward pass that this thread runs, if permanent hooks feed it."""
 
     def __init__(self):
-        self.reader: StateReader | None = None
+        self.on_state: Callable[[int, torch.Tensor], None] | None = None
 
 
 _LISTENING = _Listening()
@@ -121,24 +114,24 @@ def stay_in_layers(lm: nn.Module) -> bool:
 
 
 @contextmanager
-def handing_states_to(reader: StateReader):
+def handing_states_to(on_state: Callable[[int, torch.Tensor], None]):
     """Inside the block, in this thread, feed `reader` the hidden states of an LM with permanent hooks, as `Capture` would."""
-    _LISTENING.reader = reader
+    _LISTENING.on_state = on_state
     try:
         yield
     finally:
-        _LISTENING.reader = None
+        _LISTENING.on_state = None
 
 
 def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
     # Torch may call it without kwargs; see `Capture.__enter__`.
-    if _LISTENING.reader is not None:
-        _LISTENING.reader.on_state(layer, _first_input(args, kwargs))
+    if _LISTENING.on_state is not None:
+        _LISTENING.on_state(layer, _first_input(args, kwargs))
 
 
 def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
-    if _LISTENING.reader is not None:
-        _LISTENING.reader.on_state(layer, output[0] if isinstance(output, tuple) else output)
+    if _LISTENING.on_state is not None:
+        _LISTENING.on_state(layer, output[0] if isinstance(output, tuple) else output)
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,11 +10,8 @@ from torch import nn
 from ..backbone.next_token import NextToken
 from ..errors import ProbeError
 from .aggregator import Classifier, register_probe_type
+from .configuration import ProbeConfig
 from .last import LastItemAggregator
-
-
-if TYPE_CHECKING:
-    from .configuration import ProbeConfig
 
 
 class LogOddsClassifier(Classifier):
@@ -60,7 +57,7 @@ class LogOddsClassifier(Classifier):
         with torch.no_grad():  # there is nothing to train before the linear map
             logits = self.next_token(pooled)
             self._check_width(logits.shape[-1])
-            return log_odds(logits.log_softmax(dim=-1)).to(self.weight.device)
+            return token_log_odds(logits.log_softmax(dim=-1)).to(self.weight.device)
 
     def _check_width(self, width: int) -> None:
         if width != self.in_features:
@@ -111,7 +108,7 @@ class MuliAggregator(LastItemAggregator):
         return LogOddsClassifier(config)
 
 
-def log_odds(log_p: torch.Tensor) -> torch.Tensor:
+def token_log_odds(log_p: torch.Tensor) -> torch.Tensor:
     """log p - log(1 - p) of log-probabilities of any shape, fp32. Bounded where p is 1 to fp32's precision."""
     # Each form of log(1 - p) is exact where the other is not (Maechler 2012, "Accurately computing log(1 - exp(-|a|))").
     near_one = (-torch.expm1(log_p)).clamp_min(2.0**-24).log()

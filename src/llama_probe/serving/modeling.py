@@ -188,7 +188,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if compiling and heads and isinstance(session, PrefillSession | None) and probe_state in (None, False):
             reader = traced_reader(self, heads, session, kwargs, probe_mask)
             if reader is not None:
-                with handing_states_to(reader):
+                with handing_states_to(reader.on_state):
                     output = super().forward(**kwargs)
                 reader.end()
                 return with_scores(output, reader.traced_logits(), configs)
