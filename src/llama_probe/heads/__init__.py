@@ -5,6 +5,8 @@ from .aggregator import (
     Classifier,
     create_stages,
     join_slots,
+    masked_max,
+    masked_mean,
     repeat_rows,
     select_rows,
     take_slots,
@@ -17,7 +19,7 @@ from .low_rank import LowRankAggregator
 from .muli import LogOddsClassifier, MuliAggregator
 from .multimax import MultiMaxAggregator
 from .pooling import PoolingAggregator
-from .registry import get_probe_type, probe_types, register_probe_type
+from .registry import get_probe_type, import_kinds, probe_types, register_probe_type
 from .states import normalize, without_autocast
 
 
@@ -35,7 +37,10 @@ __all__ = [
     "PoolingAggregator",
     "create_stages",
     "get_probe_type",
+    "import_kinds",
     "join_slots",
+    "masked_max",
+    "masked_mean",
     "normalize",
     "probe_types",
     "register_probe_type",

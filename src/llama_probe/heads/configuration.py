@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import make_folder, write_atomically
-from ..hub.folder import CONFIG_NAME, check_output, read_config_values
+from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_values
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .registry import get_probe_type
+from .registry import get_probe_type, import_kinds, probe_types
 
 
 logger = logging.get_logger(__name__)
@@ -354,14 +354,24 @@ class ProbeConfig:
         return config, sorted(key for key in values if key not in names and key != "label2id")
 
 
-def read_config(folder: str | os.PathLike) -> ProbeConfig:
+def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> ProbeConfig:
     """Read and check the config of a head folder; unknown keys are ignored with a warning.
 
+    Args:
+        trust_remote_code: run the code file of the folder if the head's kind is not registered.
+
     Raises:
-        ProbeError: the folder holds no config, or one with a value that is not allowed.
+        ProbeError: the folder holds no config, or one with a value that is not allowed, or its kind needs code.
     """
-    path = Path(folder) / CONFIG_NAME
+    path, code = Path(folder) / CONFIG_NAME, Path(folder) / CODE_NAME
     values = read_config_values(folder)
+    kind = values.get("probe_type")
+    if kind not in probe_types() and code.is_file():
+        if not trust_remote_code:
+            raise ProbeError(
+                f"probe_type={kind!r} needs the code in {code}: read it, then pass trust_remote_code=True"
+            )
+        import_kinds(code)
     try:
         config, unknown = ProbeConfig.from_dict(values)
     except ProbeError as error:

@@ -17,8 +17,9 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import check_writable, make_folder, package_version, write_atomically
-from ..hub.folder import CONFIG_NAME, PLOT_NAMES, RESULTS_NAME, WEIGHTS_NAME, is_head_folder
+from ..hub.folder import CODE_NAME, CONFIG_NAME, PLOT_NAMES, RESULTS_NAME, WEIGHTS_NAME, is_head_folder
 from .configuration import ProbeConfig
+from .registry import kind_code
 
 
 logger = logging.get_logger(__name__)
@@ -60,6 +61,9 @@ def save_head(
         folder / CONFIG_NAME: lambda path: path.write_text(saved.to_json_string(), encoding="utf-8"),
         folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
     }
+    code = kind_code(config.probe_type)
+    if code is not None:
+        writers[folder / CODE_NAME] = lambda path: path.write_bytes(code)
     outdated = [folder / name for name in (RESULTS_NAME, *PLOT_NAMES)]
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
@@ -69,6 +73,8 @@ def save_head(
         if path.is_file() and path.read_bytes() == text.encode():
             outdated = []
         writers[path] = lambda path: path.write_text(text, encoding="utf-8")
+    if code is None:
+        outdated.append(folder / CODE_NAME)
     write_atomically(writers, outdated if is_head_folder(folder) else ())
     return folder
 

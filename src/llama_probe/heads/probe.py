@@ -155,13 +155,15 @@ class ProbeModel(nn.Module):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        trust_remote_code: bool = False,
     ) -> ProbeModel:
         """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode.
 
         Args:
             source: a head folder, a Hub id or an alias; see `resolve_head`.
             backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
-            revision, subfolder, namespace, token, cache_dir, local_files_only, force_download: as in `load_probe`.
+            revision, subfolder, namespace, token, cache_dir, local_files_only, force_download, trust_remote_code: as in
+                `load_probe`.
 
         Raises:
             ProbeError: there is no such head, its config or weights are damaged, or it was made for another backbone.
@@ -169,7 +171,7 @@ class ProbeModel(nn.Module):
         target = None if backbone is None else target_of(backbone)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
         folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
-        config = read_config(folder)
+        config = read_config(folder, trust_remote_code)
         try:
             with torch.device("meta"):
                 shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}

@@ -15,10 +15,11 @@ CONFIG_NAME = "probe_config.json"
 WEIGHTS_NAME = "probe_model.safetensors"
 RESULTS_NAME = "results.json"
 CARD_NAME = "README.md"
+CODE_NAME = "probe_kind.py"  # of a kind that the package does not have
 PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
-HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, *PLOT_NAMES)
+HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
 MAX_JSON_BYTES = 4 * 2**20  # far above any config or results file
 

@@ -88,6 +88,7 @@ class HubOptions:
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all calls.
         force_download: fetch cached files again.
         only_config: fetch a head's config, but not its weights, results, card and plots.
+        trust_remote_code: run the code file of a head whose kind the package does not have.
     """
 
     revision: str | None = None
@@ -96,11 +97,12 @@ class HubOptions:
     local_files_only: bool = False
     force_download: bool = False
     only_config: bool = False
+    trust_remote_code: bool = False
 
     @classmethod
     def beside(cls, kwargs: Mapping[str, Any], revision: str | None = None) -> HubOptions:
         """Return the options for heads that are loaded with a backbone: its keyword arguments but its revision."""
-        names = ("token", "cache_dir", "local_files_only", "force_download")
+        names = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
         return cls(revision, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
 
 

@@ -55,7 +55,9 @@ def read_heads(
     return {
         name: source
         if isinstance(source, ProbeModel)
-        else ProbeModel.from_pretrained(resolve_head(source, target, options, namespace))
+        else ProbeModel.from_pretrained(
+            resolve_head(source, target, options, namespace), trust_remote_code=options.trust_remote_code
+        )
         for name, source in named_sources(spec).items()
     }
 
