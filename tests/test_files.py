@@ -21,7 +21,7 @@ def test_a_full_disk_changes_nothing_and_is_named(tmp_path, write):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
     try:
-        with pytest.raises(ProbeError, match=r"kept cannot be written: the disk is full"):
+        with pytest.raises(ProbeError, match=r"kept cannot be written: there is no room"):
             write_atomically({kept: write})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

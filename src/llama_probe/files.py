@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from .errors import ProbeError
 
 
-DISK_FULL = "the disk is full; free some space, or name a folder on another disk"
+DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -85,7 +85,7 @@ _RATE = ("a number at least 0 and below 1", lambda value: _is_number(value) and 
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
-# What a field must be, and the function that tells.
+# The rule of each field: a description and a check.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "problem_type": _one_of(PROBLEM_TYPES),
     "pool": _one_of(POOLS),

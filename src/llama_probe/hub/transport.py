@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,7 +38,6 @@ from .folder import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 
 
 _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
-_OFFLINE_PUSH = "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -190,13 +190,10 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
     """
     try:
         validate_repo_id(repo_id)
-        return repo_id if "/" in repo_id else HfApi(token=token).get_full_repo_name(repo_id)
     except HFValidationError as error:
         raise ProbeError(f"repo_id={repo_id!r} is not allowed: {error}") from None
-    except OfflineModeIsEnabled:
-        raise ProbeError(_OFFLINE_PUSH) from None
-    except _FAILED as error:
-        raise ProbeError(_push_refused(repo_id, error, token)) from None
+    with _push_errors(repo_id, token):
+        return repo_id if "/" in repo_id else HfApi(token=token).get_full_repo_name(repo_id)
 
 
 def commit_files(
@@ -228,30 +225,23 @@ def commit_files(
     """
     repo_id = full_repo_id(repo_id, token)
     api = HfApi(token=token, library_name="llama_probe", library_version=package_version())
-    try:
+    with _push_errors(repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
         there = {item.rfilename for item in info.siblings or []}
         wanted = {path: data for path, data in files.items() if path not in only_if_missing or path not in there}
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(path, data) for path, data in wanted.items()
-        ]
-        operations += [CommitOperationDelete(path) for path in sorted(there - set(files)) if stale(path)]
+        added = [CommitOperationAdd(path, data) for path, data in wanted.items()]
+        deleted = [CommitOperationDelete(path) for path in sorted(there - set(files)) if stale(path)]
         return api.create_commit(
             repo_id,
-            operations,
+            [*added, *deleted],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
             parent_commit=info.sha,
         )
-    except OfflineModeIsEnabled:
-        raise ProbeError(_OFFLINE_PUSH) from None
-    except (*_FAILED, RuntimeError, ValueError) as error:
-        # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
-        raise ProbeError(_push_refused(repo_id, error, token)) from None
 
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
@@ -315,6 +305,17 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
             raise error.__cause__ from None
         raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
     return Path(path)
+
+
+@contextmanager
+def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
+    except (*_FAILED, RuntimeError, ValueError) as error:
+        # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
+        raise ProbeError(_push_refused(repo_id, error, token)) from None
 
 
 def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> str:
