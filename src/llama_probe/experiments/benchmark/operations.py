@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ProbeError
 from ...heads.configuration import ProbeConfig
+from ...heads.device import acting_as
 from .serving_systems import AGAIN, BASE, Load, System, plain_system, systems
 
 
@@ -40,18 +40,6 @@ class OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def reader_choices(as_device: str) -> Iterator[None]:
-    """Take the choices that the reader makes for a kind of device, without needing the device.
-
-    Raises:
-        ProbeError: `as_device` is not one of `DEVICES`.
-    """
-    if as_device not in DEVICES:
-        raise ProbeError(f"as_device={as_device!r} is not allowed; allowed: {', '.join(DEVICES)}")
-    yield
-
-
 def count_operations(
     model: PreTrainedModel,
     tokens: Sequence[int] = (16, 512),
@@ -74,12 +62,14 @@ def count_operations(
     Raises:
         ProbeError: `as_device` is not allowed.
     """
+    if as_device not in DEVICES:
+        raise ProbeError(f"as_device={as_device!r} is not allowed; allowed: {', '.join(DEVICES)}")
     plain = model._without_probes()
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     prompts = [Load.create(1, length, 1, vocab_size, model.device) for length in tokens]
     reply = Load.create(1, min(tokens), 3, vocab_size, model.device)
     found: dict[str, tuple[list[int], int]] = {}
-    with reader_choices(as_device):
+    with acting_as(as_device):
         for system in chain([plain_system(plain)], systems(model, plain, many, many_config)):
             if system.name != AGAIN:
                 found[system.name] = [_count_prefill(system, prompt) for prompt in prompts], _count_step(system, reply)

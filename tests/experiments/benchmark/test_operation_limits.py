@@ -1,0 +1,42 @@
+"""Heads add few operations to a pass of a model of the demo backbone's sizes, with the choices for an accelerator."""
+
+import pytest
+from conftest import make_lm
+
+from llama_probe.experiments.benchmark.operations import count_operations
+from llama_probe.experiments.benchmark.serving_systems import fresh_config
+from llama_probe.heads import probe_types
+from llama_probe.serving.auto_class import AutoModelForProbedGeneration
+
+
+LAYERS, HIDDEN = 30, 576
+# Operations over those of the plain model: one head, eight heads, and a decoding step with a head that follows the reply.
+ONE, EIGHT, STEP = 1.03, 1.10, 1.05
+
+
+@pytest.fixture(scope="module")
+def rows():
+    lm = make_lm(
+        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536
+    )  # fmt: skip
+    model = AutoModelForProbedGeneration.from_causal_lm(lm)
+    for kind in probe_types():
+        model.add_probe(kind, fresh_config(kind, HIDDEN, LAYERS))
+    found = count_operations(model, (16, 512), 8, fresh_config("mha", HIDDEN, LAYERS), as_device="cuda")
+    for kind in probe_types():
+        model.delete_probe(kind)
+        model.add_probe(f"{kind}-reply", fresh_config(kind, HIDDEN, LAYERS, token_scope="response"))
+    found += count_operations(model, (16,), as_device="cuda")
+    return {(row["system"], row["tokens"]): row for row in found}
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+@pytest.mark.parametrize("kind, limit", [*((kind, ONE) for kind in probe_types()), ("8 x mha", EIGHT)])
+def test_operations_of_the_pass_over_the_prompt(rows, kind, limit, tokens):
+    assert 1 < rows[kind, tokens]["prefill_ratio"] <= limit
+    assert rows[kind, tokens]["step_ratio"] == 1, "a head of the prompt costs nothing in a reply"
+
+
+@pytest.mark.parametrize("kind", probe_types())
+def test_operations_of_a_step_that_a_head_follows(rows, kind):
+    assert 1 < rows[f"{kind}-reply", 16]["step_ratio"] <= STEP
