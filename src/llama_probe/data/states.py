@@ -28,7 +28,7 @@ from ..backbone.capture import collect_hidden_states
 from ..backbone.decoder import find_decoder, is_tensor_parallel
 from ..backbone.loading import weights_digest
 from ..backbone.passes import Pass, length_batches, plan_passes
-from ..distributed import barrier, is_main, lock, on_main, share, world_size
+from ..distributed import barrier, is_main, on_main, share, world_size
 from ..errors import ProbeError
 from ..files import is_disk_full, make_folder
 from ..heads import get_probe_type
