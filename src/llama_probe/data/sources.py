@@ -48,24 +48,77 @@ class DataSources:
             given, or `extra_weights` are no weights or given without `extra`.
     """
 
-    train: str
-    eval: str | None = None
-    test: str | None = None
-    extra: list[str] = field(default_factory=list)
-    extra_weights: list[float] = field(default_factory=lambda: [1.0])
-    text_column: str = "text"
-    label_column: str = "label"
-    label_names: list[str] | None = None
-    problem_type: str | None = None
-    validation_share: float | None = None
-    test_share: float | None = None
-    folds: int | None = 0
-    slice_columns: list[str] = field(default_factory=list)
-    max_rows: int | None = None
-    max_extra_rows: int | None = None
+    train: str = field(metadata={"help": "Training rows."})
+    eval: str | None = field(
+        default=None,
+        metadata={"help": "Validation rows. Default: those of a named --train, else a part of the training rows."},
+    )
+    test: str | None = field(
+        default=None,
+        metadata={
+            "help": "Test rows, scored once at the end and never used to choose. Default: those of a named --train."
+        },
+    )
+    extra: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further training rows from another source, never used to choose or measure. Repeatable."},
+    )
+    extra_weights: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "Loss weight of the --extra rows. If repeated, the members of a multimax head take turns: with 0 and 0.3 every other one learns without them.",
+            "option": "extra-weight",
+        },
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the labels 0, 1, ..., with commas."}
+    )
+    problem_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "single_label_classification, multi_label_classification or regression. Default: inferred from the labels."
+        },
+    )
+    validation_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training rows held back instead of --eval or --folds. Default: 0.15 if rows are held back."
+        },
+    )
+    test_share: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training rows held back as test rows, before anything else, without --test."},
+    )
+    folds: int | None = field(
+        default=0,
+        metadata={
+            "help": "Without --eval: train on all rows and validate each fold with a head trained on the others; 0 holds a share back. Default: 5 for fewer than 400 rows, else 0."
+        },
+    )
+    slice_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Report test rows also by this column. Named data sets have their own. Repeatable.",
+            "option": "slice-column",
+        },
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
+    max_extra_rows: int | None = field(
+        default=None, metadata={"help": "Use at most this many rows of each --extra, drawn at random."}
+    )
     max_eval_rows: int | None = None
-    data_dir: str | os.PathLike | None = None
-    prompt_column: str | None = None
+    data_dir: str | os.PathLike | None = field(
+        default=None,
+        metadata={
+            "help": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
+        },
+    )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the prompts, if the texts are replies to them; for heads that read replies."},
+    )
 
     def __post_init__(self) -> None:
         if self.folds is not None and (self.folds < 0 or self.folds == 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ProbeError
@@ -29,18 +29,39 @@ class Recipe:
         ProbeError: a number is not allowed.
     """
 
-    learning_rate: float | None = None
-    num_train_epochs: float | None = None
-    per_device_train_batch_size: int | None = None
-    gradient_accumulation_steps: int = 1
-    weight_decay: float = 0.05
-    label_smoothing: float | None = None
-    focal_gamma: float = 0.0
-    class_weights: str | None = None
-    patience: int | None = 3
-    metric: str | None = None
-    max_false_positive_rate: float | None = None
-    threshold_rule: str = EXPECTED_F1
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: by kind."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Maximum number of epochs. Default: by number of rows.", "option": "epochs"}
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows a step, over all processes. Default: by number of rows.", "option": "batch-size"},
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Steps to accumulate before each update."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay."})
+    label_smoothing: float | None = field(
+        default=None, metadata={"help": "Label smoothing. Default: by kind (0.05, for muli 0)."}
+    )
+    focal_gamma: float = field(default=0.0, metadata={"help": "Gamma of the focal loss; 0 for none."})
+    class_weights: str | None = field(
+        default=None, metadata={"help": "'balanced', or one weight a label with commas."}
+    )
+    patience: int | None = field(default=3, metadata={"help": "Stop after this many epochs without a better metric."})
+    metric: str | None = field(
+        default=None, metadata={"help": "Validation metric to choose by. Default: by problem type."}
+    )
+    max_false_positive_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Choose the threshold with the highest recall that flags at most this share of the negative validation rows, such as 0.01. Default: --threshold-rule."
+        },
+    )
+    threshold_rule: str = field(
+        default=EXPECTED_F1,
+        metadata={
+            "help": "expected-f1: threshold of the best F1 that a logistic fit to the validation rows expects; best-f1: threshold of the best F1 on these rows, which depends more on chance."
+        },
+    )
 
     def __post_init__(self):
         for name in ("learning_rate", "num_train_epochs"):
