@@ -49,7 +49,7 @@ def benchmark(
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure what heads cost while the model serves: time, memory and operations, next to the plain model."""
+    """Measure what heads cost while the model serves, next to the plain model."""
     benchmark_report.check_output(output)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts

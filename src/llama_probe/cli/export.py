@@ -29,7 +29,7 @@ def export(
     create_pr: CreatePr = False,
     as_json: Json = False,
 ) -> None:
-    """Write a Hub repository with backbone, tokenizer, heads and the code that runs them without this package."""
+    """Write a Hub repository that runs backbone and heads without this package."""
     info = None
     with contextlib.redirect_stdout(sys.stderr):
         folder = export_repository(

@@ -115,7 +115,7 @@ class Fields:
             kind = _option_type(hints[item.name])
             if parse := self.parse.get(item.name):
                 (kind,) = (part.annotation for part in inspect.signature(parse, eval_str=True).parameters.values())
-                default = default or None
+                default = [] if default == {} else default
             option = typer.Option(self._option(item), help=text, rich_help_panel=self.panel)
             if default is MISSING:
                 default = inspect.Parameter.empty
@@ -145,7 +145,7 @@ def _option_type(hint: Any) -> Any:
     parts = [part for part in (typing.get_args(hint) if union else [hint]) if part is not types.NoneType]
     if {os.PathLike, Path} & set(parts):
         return Path
-    if typing.get_origin(parts[0]) in (list, collections.abc.Sequence):
+    if typing.get_origin(parts[0]) in (list, tuple, collections.abc.Sequence):
         return list[typing.get_args(parts[0])[0]]
     return parts[0]
 

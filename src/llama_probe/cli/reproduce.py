@@ -70,7 +70,7 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each method that depends on chance.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Write the tables of arXiv 2601.13288 for this backbone; a run that was stopped resumes."""
+    """Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes."""
     output: Path = report["output"]
     workbench = Workbench(scratch=output / ".states", seeds=list(range(seeds)), **bench)
     with contextlib.redirect_stdout(sys.stderr):

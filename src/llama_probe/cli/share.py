@@ -25,7 +25,7 @@ def push(
     license: Annotated[str | None, typer.Option(help="Licence of the head, if its results do not state it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Upload a head to the Hub in one commit: config, weights, results, plots and card."""
+    """Upload a head folder to the Hub in one commit."""
     info = push_folder(
         resolve_head(head),
         repo_id,

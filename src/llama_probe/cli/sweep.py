@@ -82,7 +82,7 @@ def sweep(
     license: Annotated[str | None, typer.Option(help="Licence of the best head, for its card.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Search kinds of head and hyper-parameters; all configurations share each pass of the backbone."""
+    """Search kinds and hyper-parameters; all configurations share each pass of the backbone."""
     if run["cache"] is None:
         run["cache"] = run["cache_dir"] is not None
     card = describe_data(CardFacts(license=license), data)
