@@ -70,6 +70,15 @@ def test_benchmark(served, backbone_folder, tmp_path):
     assert [line[1].strip() for line in lines if len(line) > 2][2:] == [*systems[:5], systems[7]]
 
 
+def test_benchmark_counts_operations(served):
+    args = ("benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8, "--operations", "--as", "cuda")
+    report = succeed(*args, "--json")
+    assert report["as_device"] == "cuda" and report["rows"][0]["system"] == "base"
+    assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
+    shown = succeed(*args)
+    assert "2 x mha" in shown and "1.000x" in shown
+
+
 def test_evaluate(trained, served, rows):
     args = ("evaluate", *served, "--data", rows / "test.jsonl")
     found = succeed(*args, "--slice-column", "half", "--bootstrap", 50, "--seed", 3, "--json")
@@ -198,6 +207,9 @@ TRAIN = "train --train {rows} --output {out} "
         ("classify --input {rows} --output {out} --chunk-rows 0", "--chunk-rows"),
         ("benchmark --backbone no/such", "no/such"),
         ("benchmark --many -1", "--many=-1"),
+        ("benchmark --as cuda", "--operations"),
+        ("benchmark --operations --as tpu", "tpu"),
+        ("benchmark --operations --markdown", "--markdown"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
         ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:rude", "rude"),
         ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:toxic:high", "--halt-on"),

@@ -13,7 +13,9 @@ from rich import box
 from rich.table import Table
 from transformers.utils import logging
 
+from ..errors import ProbeError
 from ..experiments.benchmark import report as benchmark_report
+from ..experiments.benchmark.operations import columns as operation_columns
 from ..experiments.benchmark.serving_benchmark import ServingBenchmark
 from .console import create_console, escape, print_table
 from .options import BACKBONE, DTYPE, Fields, Json
@@ -45,17 +47,34 @@ _BENCHMARK = Fields(
 
 def benchmark(
     settings: Annotated[ServingBenchmark, _BENCHMARK],
+    operations: Annotated[
+        bool,
+        typer.Option(
+            "--operations",
+            help="Count the operations that heads add to a pass, instead of time and memory. On a GPU each is a kernel launch.",
+        ),
+    ] = False,
+    as_device: Annotated[
+        str | None,
+        typer.Option(
+            "--as", metavar="DEVICE", help="With --operations: choose as on cuda or cpu. Default: as on --device."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json and benchmark.png.")] = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what heads cost while the model serves, next to the plain model."""
+    if as_device is not None and not operations:
+        raise ProbeError(f"--as {as_device} needs --operations")
+    if operations and (markdown or output is not None):
+        raise ProbeError("--operations prints a table or --json: leave out --markdown and --output")
     benchmark_report.check_output(output)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            report = settings.execute()
+            report = settings.count_operations(as_device) if operations else settings.execute()
     finally:
         logging.set_verbosity(verbosity)
     written = [] if output is None else benchmark_report.write_benchmark(output, report)
@@ -65,15 +84,21 @@ def benchmark(
     if markdown:
         print(benchmark_report.markdown(report))
         return
+    if operations:
+        _print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]))
+        return
     for title, rows in benchmark_report.by_load(report).items():
-        header, lines = benchmark_report.columns(rows)
-        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for name in header:
-            table.add_column(escape(name), justify="left" if name == "system" else "right")
-        for line in lines:
-            table.add_row(*map(escape, line))
-        print_table(table)
+        _print_table(title, *benchmark_report.columns(rows))
     for note in benchmark_report.notes(report):
         create_console().print(escape(note))
     for path in written:
         print(f"written: {path}")
+
+
+def _print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in header:
+        table.add_column(escape(name), justify="left" if name == "system" else "right")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    print_table(table)
