@@ -88,7 +88,7 @@ with tempfile.TemporaryDirectory() as folder:
     data = DataSources(str(rows), label_names=list(PROMPTS), folds=None)
     run = TrainingRun("demo", data, output=Path(folder) / "topic")
     with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints a line an epoch
-        results = run.execute()
+        results = run.run()
     model = AutoModel.from_pretrained(demo_backbone(), probe={"topic": run.output})
 
 validation = results["summary"]["validation"]["accuracy"]["mean"]

@@ -7,11 +7,10 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_probe
+from conftest import make_probe, save_head
 from repository import ROOT
 
 from llama_probe.evaluation.scoring_job import ScoringJob
-from llama_probe.files import save_head
 
 
 pytest.importorskip("ray.data", reason="ray is not installed: pip install 'ray[data]'")

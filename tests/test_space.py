@@ -14,13 +14,12 @@ import urllib.request
 import pytest
 import torch
 import yaml
-from conftest import make_probe
+from conftest import make_probe, save_head
 from packaging.requirements import Requirement
 from packaging.version import Version
 from repository import ROOT
 
 from llama_probe import __version__
-from llama_probe.files import save_head
 
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'llama_probe[space]'")

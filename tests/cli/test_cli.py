@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 from command_line import call, refuse, run, succeed, write_rows
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer, save_head
 
-from llama_probe import __version__, cli
-from llama_probe.files import read_config, read_head, save_head
+from llama_probe import ProbeModel, __version__, cli
+from llama_probe.heads.configuration import read_config
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
     assert ("reply" in found[0]) == (command == "generate")
     shown = succeed(command, "good evening", *served)
     assert "good evening" in shown and "mood" in shown
-    head = read_head(trained[0])
+    head = ProbeModel.from_pretrained(trained[0])
     head.config = head.config.replace(prompt_format="raw")
     save_head(head, tmp_path / "raw")
     assert "prompt_format" in refuse(command, "bad luck", *served, "--probe", tmp_path / "raw")

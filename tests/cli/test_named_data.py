@@ -5,7 +5,7 @@ import json
 import pytest
 from command_line import call, refuse, succeed
 
-from llama_probe.files import read_config
+from llama_probe.heads.configuration import read_config
 
 
 @pytest.fixture(scope="module")

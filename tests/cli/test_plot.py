@@ -6,12 +6,11 @@ import sys
 import numpy as np
 import pytest
 from command_line import call, refuse, succeed
-from conftest import make_probe, make_tokenizer
+from conftest import make_probe, make_tokenizer, save_head
 
 from llama_probe.cli import plot as command
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation import plots
-from llama_probe.files import save_head
 
 
 INSPECTION = {

@@ -5,7 +5,8 @@ import json
 import pytest
 from command_line import refuse, succeed, write_rows
 
-from llama_probe.files import read_config, read_head
+from llama_probe import ProbeModel
+from llama_probe.heads.configuration import read_config
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def test_a_stopped_run_resumes(train, tmp_path):
     args = (*train, "--probe-type", "pooling", "--output", tmp_path / "a")
     succeed(*args, "--no-cache")
     succeed(*args, "--resume")
-    assert read_head(tmp_path / "a").config.probe_type == "pooling"
+    assert ProbeModel.from_pretrained(tmp_path / "a").config.probe_type == "pooling"
 
 
 def test_a_head_of_one_layer(train, backbone_folder, tmp_path):
@@ -42,7 +43,7 @@ def test_a_fitted_head(train, rows, backbone_folder, tmp_path):
     assert found["auprc"] == pytest.approx(fitted["test"]["auprc"], abs=0.02)
     assert len(succeed("generate", "good morning", *head)[0]["probabilities"]["a"]) == 2
     succeed(*args, "--option", "l1=9", "--output", tmp_path / "b")
-    assert not read_head(tmp_path / "b").classifier.weight.any()
+    assert not ProbeModel.from_pretrained(tmp_path / "b").classifier.weight.any()
     assert "normalize" in refuse(*args, "--normalize", "rms", "--output", tmp_path / "c")
 
 

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from ..distributed import launched
 from ..errors import ProbeError
 from ..files import DISK_FULL, is_disk_full, package_version
-from .allocator import keep_freed_memory
+from ..training.allocator import keep_freed_memory
 from .console import printable
 from .options import Command, as_command
 

@@ -12,7 +12,6 @@ import torch
 import typer
 from rich.table import Table
 
-from ..backbone.fingerprint import check_backbone
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.known import find_benchmark
 from ..data.prompts import PromptFormat
@@ -21,9 +20,10 @@ from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.detection import apply_rules, follow_replies
 from ..evaluation.report import detailed_report, predict_logits
-from ..files import read_head
+from ..heads.match import check_backbone
+from ..heads.probe import ProbeModel
+from ..hub.folder import measured_rules
 from ..hub.resolve import resolve_head
-from ..serving.halting import measured_rules
 from .console import create_console, escape, print_table
 from .options import Backbone, Dtype, Fields, Json, Probe
 from .rows import ROWS_HELP, LabelledRows
@@ -53,7 +53,7 @@ def evaluate(
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
     with process_group(), contextlib.redirect_stdout(sys.stderr):
-        head = read_head(resolve_head(probe, backbone_target(backbone)))
+        head = ProbeModel.from_pretrained(resolve_head(probe, backbone_target(backbone)))
         rules = measured_rules(head.results) if head.config.reads_reply else {}
         labelled, slices = _select(rows, head.config, where or [], slice_column or [])
         lm, tokenizer = load_backbone(backbone, dtype)

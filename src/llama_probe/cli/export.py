@@ -10,6 +10,9 @@ from typing import Annotated
 
 import typer
 
+from ..evaluation.plots import write_plots
+from ..hub.card import write_card
+from ..hub.folder import list_heads
 from ..serving.export import export_repository, push_repository
 from .options import Backbone, CreatePr, Dtype, Json, Private, Probes, PushRevision
 
@@ -35,6 +38,9 @@ def export(
         folder = export_repository(
             backbone, output, probe, dtype=dtype, base_model=base_model, license=license, repo_id=push
         )
+        for name, head in list_heads(folder).items():
+            if write_plots(head):
+                write_card(head, source=f"{push}:{name}" if push else None)  # shows the plots
         if push is not None:
             info = push_repository(folder, push, private=private, revision=revision, create_pr=create_pr)
     if as_json:

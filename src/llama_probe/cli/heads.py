@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..backbone.fingerprint import compare
 from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..errors import ProbeError
-from ..files import read_config, read_head
+from ..heads.configuration import read_config
+from ..heads.match import compare
+from ..heads.probe import ProbeModel
 from ..hub.card import results_table
 from ..hub.resolve import bundled_heads, resolve_head
 from .console import escape, print_table
@@ -50,7 +51,9 @@ def inspect(
         _list_bundled(as_json)
         return
     options = hub_options(probe, revision)
-    head = read_head(resolve_head(probe, None if backbone is None else backbone_target(backbone), options))
+    head = ProbeModel.from_pretrained(
+        resolve_head(probe, None if backbone is None else backbone_target(backbone), options)
+    )
     if backbone is not None:
         _compare(probe, head.config, backbone, dtype, as_json)
         return

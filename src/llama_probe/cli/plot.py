@@ -20,14 +20,15 @@ from ..backbone.loading import backbone_target, load_backbone
 from ..data.prompts import PromptFormat
 from ..errors import ProbeError
 from ..evaluation import plots
-from ..evaluation.figure import new_figure, png_writer
 from ..evaluation.heatmap import heat_map
 from ..evaluation.page import reading_page
+from ..evaluation.plots import new_figure, png_writer
 from ..evaluation.reading import Reading, read_texts
-from ..files import check_writable, make_folder, read_head, write_atomically
+from ..files import check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
+from ..heads.probe import ProbeModel
 from ..hub.resolve import check_name, default_name, resolve_head
-from ..serving.auto_class import AutoModelForProbedGeneration
+from ..serving.auto import AutoModelForProbedGeneration
 from .console import create_console, escape, print_table
 from .options import Backbone, Dtype, Fields, Json
 from .rows import ROWS_HELP, LabelledRows
@@ -71,7 +72,7 @@ def plot(
     readings, labelled = [], None
     with contextlib.redirect_stdout(sys.stderr):
         name = check_name(default_name(probe))
-        head = read_head(resolve_head(probe, backbone_target(backbone)))
+        head = ProbeModel.from_pretrained(resolve_head(probe, backbone_target(backbone)))
         inspection = (head.results or {}).get("inspection")
         if rows.data is not None:
             labelled = rows.read(head.config)

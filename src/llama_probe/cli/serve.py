@@ -18,10 +18,9 @@ from ..data.prompts import PromptFormat, check_alike
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
 from ..heads.decision import in_words, reply_outputs
-from ..hub.resolve import read_heads
-from ..serving.auto_class import AutoModelForProbedGeneration
-from ..serving.halting import Halter
-from ..serving.halting_words import HALTING_FORMS, read_halting
+from ..serving.auto import AutoModelForProbedGeneration
+from ..serving.halting import HALTING_FORMS, Halter, read_halting
+from ..serving.sources import read_heads
 from .console import escape, print_table
 from .options import Backbone, Dtype, Json, Probes
 from .rows import PromptColumn, TextColumn

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..heads.probe import ProbeModel
 from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from .options import CreatePr, Json, Private, PushRevision, Revision, hub_options
@@ -26,8 +27,10 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload a head folder to the Hub in one commit."""
+    folder = resolve_head(head)
+    ProbeModel.from_pretrained(folder)  # raises if the head is damaged
     info = push_folder(
-        resolve_head(head),
+        folder,
         repo_id,
         subfolder=subfolder,
         private=private,
@@ -50,5 +53,5 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
-    folder = pull_head(head, output, hub_options(head, revision))
+    folder = pull_head(head, output, hub_options(head, revision), check=ProbeModel.from_pretrained)
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")

@@ -88,7 +88,7 @@ def sweep(
     card = describe_data(CardFacts(license=license), data)
     job = TrainingRun(data=data, recipe=recipe, seeds=[seed], card=card, **run)
     with process_group(), contextlib.redirect_stdout(sys.stderr):
-        result = Sweep(job, space, **search).execute()
+        result = Sweep(job, space, **search).run()
         if not is_main():
             return
     if as_json:

@@ -121,7 +121,7 @@ def train(
     with process_group():
         # The Trainer logs to standard output, which is for the results.
         with contextlib.redirect_stdout(sys.stderr):
-            results = job.execute()
+            results = job.run()
         if not is_main():
             return
         if as_json:
