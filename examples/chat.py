@@ -1,7 +1,7 @@
 """A chat in the terminal with a guard: each message is scored in the pass that begins the reply, before a word is shown.
 
-Run it with `python examples/chat.py` (extra `demo`), type, and leave with an empty line; `--help` names the options. It also
-reads a message a line from a pipe: `echo "Hello!" | python examples/chat.py`.
+Run it with `python examples/chat.py` (extra `demo`). An empty line ends it; `--help` lists the options. It also reads lines
+from a pipe: `echo "Hello!" | python examples/chat.py`.
 """
 
 import sys
@@ -20,18 +20,16 @@ from llama_probe.data.prompts import PromptFormat
 
 
 REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"
-MESSAGES = 10  # of the chat so far that the model still sees
+MESSAGES = 10  # earlier messages that the model sees
 
 
 def main(
     backbone: Annotated[str, typer.Option(help="'demo', a folder or a Hub id.")] = "demo",
-    probe: Annotated[
-        str, typer.Option(help="The head that guards; it halts at the last of its labels.")
-    ] = "toxicchat-mha",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="The probability from which it halts.")] = 0.5,
+    probe: Annotated[str, typer.Option(help="The guard. It halts at the last of its labels.")] = "toxicchat-mha",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Halt from this probability on.")] = 0.5,
     max_new_tokens: int = 80,
 ):
-    """Chats until a line is empty."""
+    """Chat until a line is empty."""
     logging.disable_progress_bar()
     console = Console(highlight=False, emoji=False)
     path = resolve_backbone(backbone)
@@ -39,12 +37,12 @@ def main(
     model = AutoModel.from_pretrained(path, probe={"guard": probe})
     config = model.probes["guard"].config
     label = list(config.id2label.values())[-1]
-    # Not cut to a length: what the guard is to read stands at the end of the chat.
+    # No maximum length: the guard reads the end of the chat.
     prompts = replace(PromptFormat.from_config(config, tokenizer), max_length=None)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def guard(outputs):
-        """Called once the prompt is read. A score that is no number halts, as one from the threshold on does."""
+        """Decide after the prompt, before the first token. A NaN score halts."""
         score = outputs["guard"].probabilities[0, -1].item()
         passed = score < threshold
         colour = "green" if passed else "red"
@@ -56,7 +54,7 @@ def main(
     while text := read_line(console):
         chat = [*history[-MESSAGES:], {"role": "user", "content": text}]
         inputs = prompts.batch([chat])
-        # The model sees the whole chat, the guard its newest message, as in the single prompts that it was trained on.
+        # The model sees the chat. The guard was trained on single prompts, so it reads only the newest message.
         newest = len(prompts.encode([text])[0]) - len(prompts.prefix_ids)
         mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         mask[:, -newest:] = True
@@ -72,13 +70,13 @@ def main(
             halt_reply=REFUSAL,
             tokenizer=tokenizer,
         )
-        if out.probe_halts[0] is None:  # what was halted is forgotten
+        if out.probe_halts[0] is None:  # a halted message is forgotten
             reply = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             history = [*chat, {"role": "assistant", "content": reply}]
 
 
 def read_line(console: Console) -> str:
-    """What the user types, without spaces around it; empty at the end of the input."""
+    """Return a line of the user; empty at the end of the input."""
     try:
         text = console.input("\n[bold]> [/bold]").strip()
     except EOFError:

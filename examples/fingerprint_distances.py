@@ -1,6 +1,6 @@
-"""How far copies of the demo backbone are from the original by fingerprint: rounded, and trained on. About a minute.
+"""Distances by fingerprint between the demo backbone and its quantised or trained copies. Takes about a minute.
 
-Run it with `python examples/fingerprint_distances.py` (extra `demo`); `--steps 5 20` is how long copies are trained.
+Run it with `python examples/fingerprint_distances.py` (extra `demo`); `--steps 5 20` sets the training steps.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SENTENCES = [
 
 
 def rounded(lm, bits: int, group: int | None = None):
-    """A copy whose layers' matrices are rounded to whole multiples of a scale a row, or a group of `group` weights."""
+    """Return a copy with rounded matrices, with one scale a row, or one for each `group` weights."""
     lm = copy.deepcopy(lm)
     for parameter in lm.model.layers.parameters():
         if parameter.dim() == 2:
@@ -36,7 +36,7 @@ def rounded(lm, bits: int, group: int | None = None):
 
 
 def trained(lm, tokenizer, steps: list[int], learning_rate: float):
-    """A copy that learns eight sentences by AdamW, after each of these numbers of steps."""
+    """Train a copy on eight sentences with AdamW; yield it after each of these numbers of steps."""
     lm = copy.deepcopy(lm).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, weight_decay=0)
     batch = tokenizer(SENTENCES, return_tensors="pt", padding=True, padding_side="right")

@@ -1,4 +1,4 @@
-"""Moderation in the same pass: prompts that a head flags are refused by the model itself, before a reply begins.
+"""Moderation in the same pass: the model itself declines prompts that a head flags, before a reply begins.
 
 Run it with `python examples/moderation.py` (extra `demo`).
 """
@@ -24,26 +24,24 @@ tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
 model = AutoModel.from_pretrained(path, probe="toxicchat-mha")
 
 
-def chats(*texts):
-    """Prompts as the model is served, as a batch."""
-    turns = [[{"role": "user", "content": text}] for text in texts]
-    return tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-    )
+def render(*texts):
+    """Return a batch of prompts in the chat template."""
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    return tokenizer.apply_chat_template(chats, **options)
 
 
-inputs = chats(*PROMPTS)
-refusal = Reprompt(chats(REFUSE)["input_ids"], {"max_new_tokens": 40, "do_sample": False})
+inputs = render(*PROMPTS)
 out = model.generate(
     **inputs,
     max_new_tokens=40,
     do_sample=False,
-    halt_on={"toxicchat-mha": {"label": "toxic"}},  # at the threshold that was saved with the head
-    halt_reply=refusal,
+    halt_on={"toxicchat-mha": {"label": "toxic"}},  # at the head's saved threshold
+    halt_reply=Reprompt(render(REFUSE)["input_ids"], {"max_new_tokens": 40, "do_sample": False}),
 )
 replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 for prompt, reply, halt in zip(PROMPTS, replies, out.probe_halts, strict=True):
     print(f"> {prompt}")
     if halt is not None:
-        print(f"  [halted: {halt.label} {halt.score:.2f}, from {halt.threshold:.2f} on]")
+        print(f"  [halted: {halt.label} {halt.score:.2f}, threshold {halt.threshold:.2f}]")
     print(f"  {reply.strip()}\n")

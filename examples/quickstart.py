@@ -1,15 +1,15 @@
-"""Text and labels from one pass: the five lines of the README, on the demo backbone.
+"""Text and labels from one forward pass, on the demo backbone.
 
 Run it with `python examples/quickstart.py` (extra `demo`).
 """
 
 from transformers import AutoModel, AutoTokenizer
 
-import llama_probe  # noqa: F401 - teaches AutoModel the argument probe=
+import llama_probe  # noqa: F401 - adds the argument probe= to AutoModel
 from llama_probe.backbone.loading import demo_backbone
 
 
-path = demo_backbone()  # or any Hub id or folder that the heads were trained for
+path = demo_backbone()  # or a Hub id or folder that the heads were trained for
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModel.from_pretrained(path, probe=["toxicchat-mha", "sst2-mha"])
 

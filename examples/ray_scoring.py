@@ -1,11 +1,11 @@
-"""Scores very many rows on a Ray cluster: actors hold the backbone with its heads, and the rows stream past them.
+"""Score many rows on a Ray cluster: actors hold the backbone with its heads and map batches of rows.
 
-It gives the columns that `llama-probe classify --input ... --output ...` gives, beside those of the input.
+It adds the columns of `llama-probe classify --input ... --output ...` to those of the input.
 
     pip install 'ray[data]'
     python examples/ray_scoring.py 'rows/*.parquet' scored --probe toxicchat-mha --probe sst2-mha --actors 4 --gpus 1
 
-It runs on the cluster that RAY_ADDRESS names, or else on one that it starts on this machine.
+It runs on the cluster of RAY_ADDRESS, or starts one on this machine.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TEXTS = ("How do I keep basil fresh for longer?", "Write an insulting message th
 
 
 class Scorer:
-    """What an actor runs: it loads the backbone once, and then sees one batch of rows after another."""
+    """An actor: it loads the backbone once and scores batches of rows."""
 
     def __init__(self, probes: list[str], backbone: str, text_column: str):
         self.score, self.text_column = TextScorer(probes, backbone), text_column
@@ -38,25 +38,25 @@ class Scorer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("input", nargs="?", help="parquet files, or a pattern; two rows of its own if left out")
+    parser.add_argument("input", nargs="?", help="parquet files or a pattern; default: two rows")
     parser.add_argument("output", nargs="?", help="folder")
-    parser.add_argument("--probe", action="append", help="a head; may be given again")
+    parser.add_argument("--probe", action="append", help="a head; repeatable")
     parser.add_argument("--backbone", default="demo")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--batch-rows", type=int, default=1024)
     parser.add_argument("--actors", type=int, default=1)
-    parser.add_argument("--cpus", type=float, default=1, help="of an actor")
-    parser.add_argument("--gpus", type=float, default=0, help="of an actor")
+    parser.add_argument("--cpus", type=float, default=1, help="for each actor")
+    parser.add_argument("--gpus", type=float, default=0, help="for each actor")
     arguments = parser.parse_args()
     if arguments.output and Path(arguments.output).exists() and any(Path(arguments.output).iterdir()):
-        parser.error(f"{arguments.output} holds something, to which rows would be added: name a new folder")
+        parser.error(f"{arguments.output} must be a new or empty folder")
     ray.init()
-    # Reading and writing take a CPU as well: where the actors hold all of them, the rows wait for ever.
+    # Reading and writing need a CPU too: without a free one the job hangs.
     available = ray.cluster_resources().get("CPU", 0)
     if arguments.actors * arguments.cpus > available - 1:
         parser.error(
-            f"{arguments.actors} actors with --cpus {arguments.cpus:g} leave none of the cluster's {available:g} CPUs to read "
-            "and write rows, which takes one: use fewer actors, or a smaller --cpus"
+            f"{arguments.actors} actors with --cpus {arguments.cpus:g} leave none of the cluster's {available:g} CPUs for "
+            "reading and writing: use fewer actors or a smaller --cpus"
         )
     scratch = Path(tempfile.mkdtemp())
     if arguments.input is None:
@@ -64,7 +64,7 @@ def main() -> None:
         pq.write_table(pa.table({"text": list(TEXTS)}), arguments.input)
     output = arguments.output or str(scratch / "scored")
 
-    # Paths must be absolute: actors may run in other folders.
+    # Absolute paths, because actors run in other folders.
     rows = ray.data.read_parquet(sorted(str(Path(path).absolute()) for path in glob.glob(arguments.input)))
     rows.map_batches(
         Scorer,

@@ -1,7 +1,7 @@
-"""Routing by topic: a head trained on forty prompts says where a request belongs, in the pass that begins its reply.
+"""Routing by topic: a head trained on forty prompts names the topic of a request in the pass that begins its reply.
 
-Run it with `python examples/routing.py` (extras `train` and `demo`). The training takes seconds: the frozen model reads each
-prompt once, and what is trained are some 2,000 numbers on top of it.
+Run it with `python examples/routing.py` (extras `train` and `demo`). Training takes seconds: the frozen model reads each
+prompt once, and the head has about 2,000 parameters.
 """
 
 import contextlib
@@ -82,27 +82,24 @@ REQUESTS = (
 
 with tempfile.TemporaryDirectory() as folder:
     rows = Path(folder) / "prompts.jsonl"
-    rows.write_text(
-        "\n".join(json.dumps({"text": text, "label": topic}) for topic, texts in PROMPTS.items() for text in texts)
-    )
-    # What `llama-probe train` does. The kind of head, the learning rate and the epochs suit the number of rows, and folds
-    # of the rows take turns to validate: `folds=None`.
-    run = TrainingRun(
-        "demo", DataSources(str(rows), label_names=list(PROMPTS), folds=None), output=Path(folder) / "topic"
-    )
+    lines = [json.dumps({"text": text, "label": topic}) for topic, texts in PROMPTS.items() for text in texts]
+    rows.write_text("\n".join(lines))
+    # As `llama-probe train` does: kind, learning rate and epochs follow from the number of rows, and folds validate.
+    data = DataSources(str(rows), label_names=list(PROMPTS), folds=None)
+    run = TrainingRun("demo", data, output=Path(folder) / "topic")
     with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints a line an epoch
         results = run.run()
     model = AutoModel.from_pretrained(demo_backbone(), probe={"topic": run.output})
 
 validation = results["summary"]["validation"]["accuracy"]["mean"]
 print(
-    f"a {results['probe_type']} head of {results['num_parameters']:,} numbers, right on {validation:.0%} of the "
-    f"{results['data']['validation']['rows']} prompts, each judged by a head that was trained without it"
+    f"a {results['probe_type']} head of {results['num_parameters']:,} parameters, cross-validation accuracy "
+    f"{validation:.0%} on {results['data']['validation']['rows']} prompts"
 )
 
 tokenizer = AutoTokenizer.from_pretrained(demo_backbone())
 inputs = PromptFormat.from_config(model.probes["topic"].config, tokenizer).batch(REQUESTS)
-out = model.generate(**inputs, max_new_tokens=12, do_sample=False)  # one pass: the topics, and the first token
+out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
 replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 table = Table("request", "topic", "probability", "the reply begins")

@@ -1,4 +1,4 @@
-"""A guard over the reply: a head scores every token as it is written, and a reply that goes astray is stopped before it shows.
+"""A guard over the reply: a head scores each token, and a reply that leaves the topic is halted before it is shown.
 
 Run it with `python examples/streaming_guard.py` (extras `train` and `demo`).
 """
@@ -15,25 +15,18 @@ from llama_probe.data.states import PromptDataset
 from llama_probe.training.trainer import create_trainer, training_arguments
 
 
-# A toy: the assistant of a travel agency is not to write about cooking. Whoever needs a guard trains it on real replies.
+# A toy: the assistant of a travel agency must not write about cooking. Train a real guard on real replies.
 DISHES = ("pancakes", "lentil soup", "bread", "pasta", "apple pie", "fried rice", "potato salad", "pizza dough")
 PLACES = ("Lisbon", "the Alps", "Kyoto", "Iceland", "the coast", "Peru", "Vienna", "the islands")
-COOKING = [
-    text.format(dish)
-    for dish in DISHES
-    for text in ("To make {}, mix the ingredients in a bowl and heat the pan.", "For {} you need salt, oil and time.")
-]
-TRAVEL = [
-    text.format(place)
-    for place in PLACES
-    for text in ("To get to {}, take the train and book a room early.", "In {} you can walk along the old streets.")
-]
+COOKING = ("To make {}, mix the ingredients in a bowl and heat the pan.", "For {} you need salt, oil and time.")
+TRAVEL = ("To get to {}, take the train and book a room early.", "In {} you can walk along the old streets.")
 
-replies = TRAVEL + COOKING
-labels = np.array([0] * len(TRAVEL) + [1] * len(COOKING))
-chats = [
-    [{"role": "user", "content": "Can you help me?"}, {"role": "assistant", "content": reply}] for reply in replies
-]
+replies = [text.format(place) for place in PLACES for text in TRAVEL]
+labels = [0] * len(replies)
+replies += [text.format(dish) for dish in DISHES for text in COOKING]
+labels = np.array(labels + [1] * (len(replies) - len(labels)))
+question = {"role": "user", "content": "Can you help me?"}
+chats = [[question, {"role": "assistant", "content": reply}] for reply in replies]
 
 lm, tokenizer = load_backbone("demo")
 prompts = PromptFormat.create(tokenizer)
@@ -43,15 +36,8 @@ config = ProbeConfig(
 probe = ProbeModel(config, backbone=lm)
 ids, masks, _ = prompts.encode_for(config, chats)
 with tempfile.TemporaryDirectory() as folder:
-    args = training_arguments(
-        folder,
-        "accuracy",
-        num_train_epochs=4,
-        learning_rate=1e-2,
-        per_device_train_batch_size=8,
-        eval_strategy="no",
-        load_best_model_at_end=False,
-    )
+    settings = {"num_train_epochs": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    args = training_arguments(folder, "accuracy", **settings, eval_strategy="no", load_best_model_at_end=False)
     create_trainer(probe, args, PromptDataset(ids, labels, masks)).train()
 
 model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": probe})
@@ -62,11 +48,11 @@ for question in ("What should I see in Rome?", "How do I bake a chocolate cake?"
         max_new_tokens=40,
         do_sample=False,
         tokenizer=tokenizer,
-        # a token is shown once eight more have passed; three in a row about cooking end the reply
+        # A token is shown after eight more; three in a row about cooking end the reply.
         streamer=HoldBackStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), tokens=8),
         halt_on={"topic": {"label": "cooking", "threshold": 0.9, "patience": 3}},
         halt_reply=" [Sorry, I can only help with travelling.]",
     )
     (halt,) = out.probe_halts
     if halt is not None:
-        print(f"  [halted at token {halt.token}: {halt.label} {halt.score:.2f}, from {halt.threshold:.2f} on]")
+        print(f"  [halted at token {halt.token}: {halt.label} {halt.score:.2f}, threshold {halt.threshold:.2f}]")

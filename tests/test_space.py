@@ -24,7 +24,7 @@ from llama_probe import __version__
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'llama_probe[space]'")
 
-# One server serves all of these; see `make test-slow`.
+# One server for all of these; see `make test-slow`.
 pytestmark = pytest.mark.xdist_group("space")
 
 SPACE = ROOT / "examples" / "space"
@@ -39,13 +39,12 @@ def app(backbone_folder, tmp_path_factory):
     """The module, on a tiny model with a guard and another head; no server is started."""
     heads = tmp_path_factory.mktemp("heads")
     shared = {"token_scope": "content", "prefix_ids": []}
-    save_head(
-        make_probe(1, probe_type="gate", id2label={0: "good", 1: "<bad>"}, max_length=40, **shared), heads / "guard"
-    )
+    guard = make_probe(1, probe_type="gate", id2label={0: "good", 1: "<bad>"}, max_length=40, **shared)
+    save_head(guard, heads / "guard")
     save_head(make_probe(2, probe_type="mha", id2label={0: "a", 1: "b", 2: "c"}, **shared), heads / "mood")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BACKBONE", str(backbone_folder))
-        patch.setenv("HEADS", f"{heads / 'guard'}, {heads / 'mood'}")  # as one writes a list
+        patch.setenv("HEADS", f"{heads / 'guard'}, {heads / 'mood'}")
         patch.setenv("MAX_NEW_TOKENS", "8")
         spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
         module = importlib.util.module_from_spec(spec)
@@ -53,66 +52,56 @@ def app(backbone_folder, tmp_path_factory):
     return module
 
 
-def collect(app, steps) -> dict:
-    """What the components hold in the end, with what each of them was given on the way under its id."""
-    held, told = {}, []
-    for step in steps:
-        held |= step
-        told.append(step)
-    return {**held, "steps": told}
+def user(text):
+    return {"role": "user", "content": text}
 
 
-def alone(app, text):
-    """What the heads say of a prompt by itself."""
+def respond(app, text, page=None, halting=True, threshold=1.0):
+    """Return all steps of a reply, and what the components hold in the end."""
+    steps = list(app.respond(text, page or app.Page(), halting, threshold))
+    return steps, functools.reduce(lambda held, step: held | step, steps, {})
+
+
+def assert_scores_of_the_prompt(app, text, found):
     inputs = app.PROMPTS.batch([text])
     mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     mask[:, len(app.PROMPTS.prefix_ids) :] = True
-    return app.scores_of(app.model.classify(**inputs, probe_mask=mask))
+    for name, labels in app.scores_of(app.model.classify(**inputs, probe_mask=mask)).items():
+        assert found[name] == pytest.approx(labels, abs=1e-5)
 
 
 def test_scores_come_before_the_reply_and_are_those_of_the_prompt(app):
-    torch.manual_seed(0)
     page = app.Page()
-    found = collect(app, app.respond("Hello there", page, True, 1.0))
+    torch.manual_seed(0)
+    steps, found = respond(app, "Hello there", page)
     torch.manual_seed(0)
     inputs = app.PROMPTS.batch(["Hello there"])
-    plain = app.model.generate(
-        **inputs, max_new_tokens=8, do_sample=True, temperature=0.6, top_p=0.9, return_dict_in_generate=False
-    )
+    plain = app.model.generate(**inputs, max_new_tokens=8, do_sample=True, temperature=0.6, top_p=0.9).sequences
     reply = app.tokenizer.decode(plain[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [message["content"] for message in found[app.chatbot]] == ["Hello there", reply]
     assert page.chat.turns == page.chat.shown == found[app.chatbot]
-    scored = next(i for i, step in enumerate(found["steps"]) if app.scores in step)
-    written = next(i for i, step in enumerate(found["steps"]) if step.get(app.chatbot, [])[1:])
-    assert scored < written, "the bars are there before the reply is"
-    for name, labels in alone(app, "Hello there").items():
-        assert found[app.scores][name] == pytest.approx(labels, abs=1e-5)
+    scored = next(i for i, step in enumerate(steps) if app.scores in step)
+    assert scored < next(i for i, step in enumerate(steps) if step.get(app.chatbot, [])[1:])
+    assert_scores_of_the_prompt(app, "Hello there", found[app.scores])
 
 
-def test_what_is_flagged_is_halted_shown_and_forgotten(app):
-    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm"}]
-    score = alone(app, "Hello there")["guard"]["<bad>"]
+def test_a_flagged_message_is_halted_shown_and_forgotten(app):
+    before = [user("Hi"), {"role": "assistant", "content": "Hm"}]
     page = app.Page(app.Chat(shown=list(before), turns=list(before)))
-    found = collect(app, app.respond("Hello there", page, True, 0.0))
+    _, found = respond(app, "Hello there", page, threshold=0.0)
     assert found[app.chatbot][:2] == before and found[app.chatbot][-1]["content"] == app.REFUSAL
     assert page.chat.shown == found[app.chatbot] and page.chat.turns == before
-    assert "halted" in found[app.banner] and "Halted before the first token" in found[app.banner]
-    assert "fill flagged" in found[app.bars] and 0 < score < 1
-    off = collect(app, app.respond("Hello there", app.Page(), False, 0.0))
+    assert "Halted before the first token" in found[app.banner] and "fill flagged" in found[app.bars]
+    _, off = respond(app, "Hello there", halting=False, threshold=0.0)
     assert off[app.chatbot][-1]["content"] != app.REFUSAL and "halting is off" in off[app.banner]
     assert "flagged" not in off[app.bars] and "threshold" not in off[app.bars]
-
-
-def test_a_score_that_is_no_number_halts(app):
-    assert app.halts({"guard": {"<bad>": float("nan")}}, True, 0.5)
-    assert not app.halts({"guard": {"<bad>": float("nan")}}, False, 0.5)
+    assert app.halts({"guard": {"<bad>": float("nan")}}, True, 0.5), "a score that is no number"
 
 
 @pytest.mark.parametrize("words", [1, 60])
 def test_heads_read_the_newest_message_however_long_the_chat(app, words):
     newest = "abc " * words
-    chat = [{"role": "user", "content": "x" * 90}, {"role": "assistant", "content": "y" * 90}]
-    inputs = app.inputs_of([*chat, {"role": "user", "content": newest}])
+    inputs = app.inputs_of([user("x" * 90), {"role": "assistant", "content": "y" * 90}, user(newest)])
     read = app.tokenizer.decode(inputs["input_ids"][0, inputs["probe_mask"][0]])
     assert read == f"{newest}<eos>\n<bos>assistant\n"
     whole = app.tokenizer.decode(inputs["input_ids"][0])
@@ -122,73 +111,50 @@ def test_heads_read_the_newest_message_however_long_the_chat(app, words):
 def test_the_model_sees_the_last_messages_of_a_chat(app):
     turns = [{"role": ("user", "assistant")[i % 2], "content": str(i)} for i in range(20)]
     page = app.Page(app.Chat(turns=turns))
-    collect(app, app.respond("Hello", page, True, 1.0))
+    respond(app, "Hello", page)
     assert [turn["content"] for turn in page.chat.asked] == ["14", "15", "16", "17", "18", "19", "Hello"]
 
 
-def test_nothing_is_asked_of_an_empty_message(app):
+def test_an_empty_message_and_a_cleared_chat(app):
     page = app.Page()
-    assert list(app.respond("  ", page, True, 0.5)) == [{app.message: ""}] and page == app.Page()
-    assert set(app.preview("", page, True, 0.5)) == {app.banner}
-
-
-def test_a_reply_that_fails_is_not_waited_for(app, monkeypatch):
-    monkeypatch.setattr(app, "MAX_NEW_TOKENS", -1)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        collect(app, app.respond("Hello", app.Page(), True, 0.5))
-
-
-def test_a_cleared_chat_is_forgotten(app):
-    page = app.Page(app.Chat(*[[{"role": "user", "content": "Hi"}]] * 3))
+    assert respond(app, "  ", page)[0] == [{app.message: ""}] and page == app.Page()
+    assert set(app.preview("", page, True, 0.5)) == {app.banner} and app.look(page, "mood") is None
+    page = app.Page(app.Chat(*[[user("Hi")]] * 3))
     held = app.forget(page, True, 0.5)
     assert page.chat == app.Chat() and held[app.chatbot] == []
     assert held[app.scores] == {"guard": {"good": 0.0, "<bad>": 0.0}, "mood": {"a": 0.0, "b": 0.0, "c": 0.0}}
 
 
-@pytest.fixture
-def forwards(app, monkeypatch) -> list:
-    """Grows with each pass of a model whose replies are 400 tokens long."""
+def test_a_reply_that_fails_is_not_waited_for(app, monkeypatch):
+    monkeypatch.setattr(app, "MAX_NEW_TOKENS", -1)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        respond(app, "Hello")
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_a_reply_that_nobody_waits_for_ends(app, monkeypatch, cleared):
     monkeypatch.setattr(app, "MAX_NEW_TOKENS", 400)
     monkeypatch.setattr(app.model.generation_config, "eos_token_id", None)
     passes, plain = [], app.model.forward
-
-    def forward(*args, **kwargs):
-        passes.append(1)
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(app.model, "forward", functools.wraps(plain)(forward))
-    return passes
-
-
-def until_the_reply_begins(app, steps) -> None:
-    while not next(steps).get(app.chatbot, [])[1:]:
-        pass
-
-
-def test_a_reply_that_nobody_waits_for_is_not_written_to_its_end(app, forwards):
-    steps = app.respond("Hello", app.Page(), True, 1.0)
-    until_the_reply_begins(app, steps)
-    steps.close()
-    app.THREAD.submit(int).result()  # the thread is free again
-    assert 0 < len(forwards) < 400
-
-
-def test_a_reply_that_is_cleared_away_ends_and_leaves_nothing(app, forwards):
+    count = functools.wraps(plain)(lambda *args, **kwargs: passes.append(1) or plain(*args, **kwargs))
+    monkeypatch.setattr(app.model, "forward", count)
     page = app.Page()
     steps = app.respond("Hello", page, True, 1.0)
-    until_the_reply_begins(app, steps)
-    app.forget(page, True, 1.0)
-    *_, last = steps
-    assert 0 < len(forwards) < 400
-    assert last == app.nothing_said(True, 1.0) and page.chat == app.Chat()
-    found = collect(app, app.respond("Again", page, True, 0.0))
-    assert [message["content"] for message in found[app.chatbot]] == ["Again", app.REFUSAL]
+    while not next(steps).get(app.chatbot, [])[1:]:
+        pass
+    if cleared:
+        app.forget(page, True, 1.0)
+        *_, last = steps
+        assert last == app.nothing_said(True, 1.0) and page.chat == app.Chat()
+    else:
+        steps.close()
+        app.THREAD.submit(int).result()  # the thread is free again
+    assert 0 < len(passes) < 400
 
 
-def test_while_one_types_the_same_is_said(app):
+def test_the_preview_says_the_same(app):
     shown = app.preview("Hello there", app.Page(), True, 0.0)
-    for name, labels in alone(app, "Hello there").items():
-        assert shown[app.scores][name] == pytest.approx(labels, abs=1e-5)
+    assert_scores_of_the_prompt(app, "Hello there", shown[app.scores])
     assert "Would be halted" in shown[app.banner]
     assert "Would pass" in app.preview("Hello there", app.Page(), True, 1.0)[app.banner]
 
@@ -200,19 +166,12 @@ def test_bars_show_each_score_and_escape_names(app):
 
 
 def test_the_heat_map_is_of_the_newest_message(app):
-    assert app.look(app.Page(), "mood") is None
-    chat = [
-        {"role": "user", "content": "old"},
-        {"role": "assistant", "content": "x"},
-        {"role": "user", "content": "new"},
-    ]
+    chat = [user("old"), {"role": "assistant", "content": "x"}, user("new")]
     figure = app.look(app.Page(app.Chat(asked=chat)), "mood")
     names = [tick.get_text() for tick in figure.axes[2].get_xticklabels()]
     assert names[:3] == ["n", "e", "w"] and "mood" in figure.get_suptitle()
     (image,) = figure.axes[2].get_images()
-    weights = image.get_array()
-    assert weights.shape == (5, 16)  # layers; three letters, and what the template puts after them
-    torch.testing.assert_close(torch.as_tensor(weights.sum(axis=1)), torch.ones(5), atol=1e-4, rtol=0)
+    assert image.get_array().shape == (5, 16)  # layers; three letters and the end of the template
 
 
 def test_the_folder_can_be_pushed():
@@ -236,13 +195,12 @@ def address(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "MAX_NEW_TOKENS": "24"}
-    log = tmp_path_factory.mktemp("space") / "log"
-    with log.open("w") as told:
+    log, url = tmp_path_factory.mktemp("space") / "log", f"http://127.0.0.1:{port}/"
+    with log.open("w") as out:
         server = subprocess.Popen(
-            [sys.executable, SPACE / "app.py"], env=os.environ | settings, stdout=told, stderr=subprocess.STDOUT
+            [sys.executable, SPACE / "app.py"], env=os.environ | settings, stdout=out, stderr=out
         )
         try:
-            url = f"http://127.0.0.1:{port}/"
             for _ in range(1200):
                 assert server.poll() is None, log.read_text()
                 try:
@@ -250,8 +208,6 @@ def address(tmp_path_factory):
                     break
                 except OSError:
                     time.sleep(0.5)
-            else:
-                raise AssertionError(f"the page does not come up: {log.read_text()}")
             yield url
         finally:
             server.terminate()
@@ -260,7 +216,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(address):
-    """The page in a browser. In the end nothing may have been asked of another host, nor an error been told."""
+    """The page in a browser. In the end no other host was asked, and no error was raised."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -278,105 +234,58 @@ def page(address):
 
 
 def send(page, text: str) -> None:
-    """Types a message and sends it."""
     page.locator("#message textarea").fill(text)
     page.locator("#message textarea").press("Enter")
 
 
-def wait_for_banner(page, title: str) -> str:
-    """The banner, once it has this title."""
+def banner(page, title: str) -> str:
+    """Return the banner, once it has this title."""
     page.locator("#banner b", has_text=title).wait_for()
     return page.inner_text("#banner")
 
 
 def score_shown(page, head: str, label: str) -> float:
-    """The score behind a bar."""
     return float(page.locator(f'[data-head="{head}"][data-label="{label}"]').get_attribute("data-score"))
 
 
 @pytest.mark.slow
 @needs_chromium
-def test_a_prompt_its_scores_and_its_reply_in_a_browser(page, address, tmp_path):
-    # The reply is drawn at random. The question is one that no model answers in a word, but one of 135 million parameters may
-    # answer it with a row of globes.
-    question = "I am so happy today, everything went well! Which five places should I travel to, and why?"
-    for _ in range(4):
-        page.goto(address)
-        page.evaluate(  # what the reply looks like on the way
-            """() => { window.seen = []; new MutationObserver(() => {
-                const last = [...document.querySelectorAll('[data-testid=bot]')].pop();
-                const text = last ? last.innerText.trim() : '';
-                if (text && text != window.seen.at(-1)) window.seen.push(text);
-            }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
-        )
-        page.locator("#message textarea").fill(question)
-        wait_for_banner(page, "Would pass")  # nothing was sent yet
-        assert score_shown(page, "emotion-mha", "joy") > 0.8
-        assert page.locator("[data-testid=bot]").count() == 0
-        page.locator("#message textarea").press("Enter")
-        assert "toxicchat-mha says toxic 0.0" in wait_for_banner(page, "Passed")
-        picture = page.locator("#heatmap img")  # it is drawn once the reply is complete
-        picture.wait_for()
-        assert picture.evaluate("image => image.naturalWidth") > 1000
-        reply = page.locator("[data-testid=bot]").inner_text().strip()
-        seen = page.evaluate("window.seen")
-        assert reply and seen[-1] == reply
-        if len(reply.split()) > 3:
-            break
-    assert len(seen) > 2 and len(seen[0]) < len(reply) / 2, "the reply is shown as it is written"
-    bar = page.locator('[data-head="emotion-mha"][data-label="joy"]')
-    shares = bar.evaluate("row => [row.querySelector('.fill'), row.querySelector('.track')].map(e => e.offsetWidth)")
-    assert shares[0] / shares[1] == pytest.approx(score_shown(page, "emotion-mha", "joy"), abs=0.02)
+def test_a_prompt_its_scores_and_its_reply_in_a_browser(page):
+    page.locator("#message textarea").fill("I am so happy today! Which five places should I travel to?")
+    banner(page, "Would pass")
+    assert score_shown(page, "emotion-mha", "joy") > 0.8 and page.locator("[data-testid=bot]").count() == 0
+    page.locator("#message textarea").press("Enter")
+    assert "toxicchat-mha says toxic 0.0" in banner(page, "Passed")
+    picture = page.locator("#heatmap img")  # drawn after the reply
+    picture.wait_for()
+    assert picture.evaluate("image => image.naturalWidth") > 1000
+    assert page.locator("[data-testid=bot]").inner_text().strip()
     before = picture.get_attribute("src")
     page.get_by_label("emotion-mha").check()
     page.wait_for_function("before => document.querySelector('#heatmap img').src != before", arg=before)
-    page.screenshot(path=tmp_path / "passed.png", full_page=True)
-    assert (tmp_path / "passed.png").stat().st_size > 50_000
 
 
 @pytest.mark.slow
 @needs_chromium
-def test_halting_is_seen_and_follows_the_threshold(page, tmp_path):
+def test_halting_is_seen_and_follows_the_threshold(page):
     insult = "Write an insulting message that makes my coworker cry."
     send(page, insult)
-    assert "it halts from 0.50 on" in wait_for_banner(page, "Halted before the first token")
+    assert "it halts from 0.50 on" in banner(page, "Halted before the first token")
     page.get_by_text("Sorry, I would rather not reply to that.").wait_for()
-    assert score_shown(page, "toxicchat-mha", "toxic") > 0.5
-    assert page.locator(".fill.flagged").count() == 1
-    page.screenshot(path=tmp_path / "halted.png", full_page=True)
+    assert score_shown(page, "toxicchat-mha", "toxic") > 0.5 and page.locator(".fill.flagged").count() == 1
     number = page.locator("#threshold input[type=number]")
     number.fill("1")
     number.press("Enter")
     page.wait_for_function("document.querySelector('.bars i').style.left == '100%'")
-    assert page.locator(".fill.flagged").count() == 0, "the bars follow the threshold without a further pass"
+    assert page.locator(".fill.flagged").count() == 0, "without a further pass"
     send(page, insult)
-    assert "it halts from 1.00 on" in wait_for_banner(page, "Passed")
+    assert "it halts from 1.00 on" in banner(page, "Passed")
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 2")
-    page.get_by_label("Clear").click()  # while the reply is written
-    wait_for_banner(page, "Type a message")
-    page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 0")
-    assert page.locator("[data-testid=user]").count() == 0
-
-
-@pytest.mark.slow
-@needs_chromium
-def test_what_is_sent_right_after_a_reply_was_cleared_away_is_answered(page):
-    send(page, "Tell me a long story about a lighthouse.")
-    for message in (
-        "Hello!",
-        "Which river is the longest, and through which countries does it flow?",
-        "Good morning!",
-    ):
-        page.locator("[data-testid=bot]").wait_for()  # the reply is being written
+    for text in ("Hello!", "Good morning!"):  # sent right after a reply was cleared away
         page.get_by_label("Clear").click()
-        send(page, message)
+        send(page, text)
         page.wait_for_function(
-            "message => JSON.stringify([...document.querySelectorAll('[data-testid=user]')].map(e => e.innerText.trim()))"
-            " == JSON.stringify([message]) && document.querySelectorAll('[data-testid=bot]').length == 1",
-            arg=message,
+            "text => JSON.stringify([...document.querySelectorAll('[data-testid=user]')].map(e => e.innerText.trim()))"
+            " == JSON.stringify([text]) && document.querySelectorAll('[data-testid=bot]').length == 1",
+            arg=text,
         )
-        wait_for_banner(page, "Passed")
-    page.locator("#heatmap img").wait_for()  # drawn once the reply is complete
-    assert page.locator("[data-testid=user]").all_inner_texts() == [message]
-    assert page.locator("[data-testid=bot]").count() == 1
-    assert page.locator("#message textarea").input_value() == ""

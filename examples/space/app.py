@@ -1,8 +1,8 @@
-"""A Gradio Space: a chat in which probe heads are seen reading along.
+"""A Gradio Space: a chat that shows the scores of probe heads.
 
-Run it with `python examples/space/app.py` (extras `space` and `demo`), and open the address that it prints. As a Space on the
-Hub it takes the model from there. Environment variables change what is shown: BACKBONE (`demo`, a folder or a Hub id), HEADS
-(names with commas; the first one guards) and MAX_NEW_TOKENS.
+Run it with `python examples/space/app.py` (extras `space` and `demo`) and open the address that it prints. On the Hub it
+loads the model from there. Environment variables: BACKBONE (`demo`, a folder or a Hub id), HEADS (names with commas; the
+first one guards) and MAX_NEW_TOKENS.
 """
 
 import os
@@ -39,7 +39,7 @@ EXAMPLES = (
     "Write an insult that makes my coworker cry.",
 )
 WELCOME = ("Type a message", "the heads read along")
-MESSAGES = 6  # of the chat so far that the model still sees
+MESSAGES = 6  # earlier messages that the model sees
 
 tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(BACKBONE))
 model = AutoModel.from_pretrained(resolve_backbone(BACKBONE), probe=HEADS, dtype="float32")
@@ -47,18 +47,19 @@ CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
 FLAG = list(CONFIGS[GUARD].id2label.values())[-1]
 NOTHING = {name: dict.fromkeys(config.id2label.values(), 0.0) for name, config in CONFIGS.items()}
-# Not cut to a length: what a guard is to read stands at the end of the chat.
+# No maximum length: the guard reads the end of the chat.
 PROMPTS = replace(PromptFormat.from_config(CONFIGS[GUARD], tokenizer), max_length=None)
 THREAD = ThreadPoolExecutor(1)  # one reply at a time
 
 
 @dataclass
 class Chat:
-    """What was said since the page was opened or cleared.
+    """A chat since the page was opened or cleared.
 
     Attributes:
-        shown: as the user sees it. turns: as the model does, without what was halted.
-        asked: what the model was asked last; it ends with the newest message.
+        shown: messages that the user sees.
+        turns: messages that the model sees, without halted ones.
+        asked: the last input of the model; it ends with the newest message.
     """
 
     shown: list = field(default_factory=list)
@@ -68,13 +69,13 @@ class Chat:
 
 @dataclass
 class Page:
-    """One user's page. A chat that is cleared is replaced: its reply still belongs to the old one, and so knows of it."""
+    """A user's page. Clearing replaces the chat, so that a reply that is being written notices."""
 
     chat: Chat = field(default_factory=Chat)
 
 
 def inputs_of(chat):
-    """The chat for the model, of which heads read the newest message: they were trained on single prompts."""
+    """Return the model's inputs. Heads were trained on single prompts, so they read only the newest message."""
     inputs = PROMPTS.batch([chat])
     newest = len(PROMPTS.encode([chat[-1:]])[0]) - len(PROMPTS.prefix_ids)
     mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
@@ -83,7 +84,7 @@ def inputs_of(chat):
 
 
 def scores_of(outputs):
-    """`{head: {label: probability}}`, for a batch of one prompt."""
+    """Return `{head: {label: probability}}` of a batch of one prompt."""
     return {
         name: dict(zip(CONFIGS[name].id2label.values(), output.probabilities[0].tolist(), strict=True))
         for name, output in outputs.items()
@@ -91,16 +92,18 @@ def scores_of(outputs):
 
 
 def halts(read, halting, threshold):
-    """Whether the guard keeps the model from replying. A score that is no number halts, as a high one does."""
+    """Return True if the guard halts the reply. A NaN score halts."""
     return halting and not read[GUARD][FLAG] < threshold
 
 
 def respond(text, page, halting, threshold):
-    """One exchange: the scores as soon as the prompt is read, then the reply as it is written.
+    """Reply to a message: yield the scores after the prompt, then the reply as it is written.
 
     Args:
-        text: what was typed. page: whose chat it is added to.
-        halting, threshold: whether, and from which probability on, the guard halts.
+        text: the message.
+        page: the page whose chat it is added to.
+        halting: True if the guard may halt.
+        threshold: probability from which the guard halts.
     """
     if not text.strip():
         yield {message: ""}
@@ -113,11 +116,11 @@ def respond(text, page, halting, threshold):
     said, closed = SimpleQueue(), Event()
 
     def left():
-        """Whether the page is closed or the chat cleared: nobody waits for more of the reply."""
+        """Return True if the page was closed or the chat cleared."""
         return closed.is_set() or page.chat is not chat
 
     def decide(outputs):
-        """`generate` calls it when the prompt is read, before the first token."""
+        """Publish the scores, before the first token."""
         read = scores_of(outputs)
         said.put(read)
         return [Halt(GUARD, FLAG, read[GUARD][FLAG], threshold) if halts(read, halting, threshold) else None]
@@ -136,7 +139,7 @@ def respond(text, page, halting, threshold):
         tokenizer=tokenizer,
         stopping_criteria=[lambda ids, *_: torch.full((len(ids),), left())],
     )
-    run.add_done_callback(lambda _: (said.put(None), streamer.end()))  # lest the page waits for a run that failed
+    run.add_done_callback(lambda _: (said.put(None), streamer.end()))  # a failed run must not block the page
     try:
         if (read := said.get()) is not None:
             yield {scores: read, bars: bars_of(read, halting, threshold), banner: verdict(read, halting, threshold)}
@@ -148,14 +151,14 @@ def respond(text, page, halting, threshold):
         closed.set()
     halted = run.result().probe_halts[0] is not None
     chat.shown = [*chat.shown, {"role": "assistant", "content": reply}]
-    if not halted:  # what is halted is forgotten
+    if not halted:  # a halted message is forgotten
         chat.turns = [*chat.asked, chat.shown[-1]]
-    if page.chat is not chat:  # what came above may have been shown after it was cleared
+    if page.chat is not chat:  # a step above may have been shown after the chat was cleared
         yield nothing_said(halting, threshold)
 
 
 def preview(text, page, halting, threshold):
-    """What the heads say of what is typed so far: a pass that writes nothing."""
+    """Score the text in the box while the user types; a pass without a reply."""
     if not text.strip():
         return {banner: gr.skip()}
     asked = [*page.chat.turns[-MESSAGES:], {"role": "user", "content": text}]
@@ -165,18 +168,18 @@ def preview(text, page, halting, threshold):
 
 
 def forget(page, halting, threshold):
-    """A new chat. A reply that is being written notices, and ends."""
+    """Start a new chat. A reply that is being written ends."""
     page.chat = Chat()
     return nothing_said(halting, threshold)
 
 
 def nothing_said(halting, threshold):
-    """The page as it is at first, but for what is typed."""
+    """Return the components of an empty chat."""
     return {chatbot: [], scores: NOTHING, bars: bars_of(NOTHING, halting, threshold), banner: note(*WELCOME)}
 
 
 def look(page, head):
-    """The heat map of what a head looked at in the newest message; one more pass, after the reply."""
+    """Draw what a head looked at in the newest message, with one more pass."""
     asked = page.chat.asked
     if not asked:
         return None
@@ -202,7 +205,7 @@ def look(page, head):
 
 
 def verdict(read, halting, threshold, words=("Halted before the first token", "Passed")):
-    """The banner: which head decided, its score, and the threshold."""
+    """Return the banner: guard, score and threshold."""
     halted = halts(read, halting, threshold)
     limit = f"it halts from {threshold:.2f} on" if halting else "halting is off"
     told = f"{GUARD} says {FLAG} {read[GUARD][FLAG]:.2f}; {limit}"
@@ -210,12 +213,12 @@ def verdict(read, halting, threshold, words=("Halted before the first token", "P
 
 
 def note(title, text, kind="idle"):
-    """A coloured box."""
+    """Return a coloured box."""
     return f'<div class="note {kind}" role="status"><b>{escape(title)}</b><br>{escape(text)}</div>'
 
 
 def bars_of(read, halting, threshold):
-    """A bar for each label of each head, with a line at the threshold where one halts."""
+    """Return a bar for each label of each head, with a line at the guard's threshold."""
     parts = []
     for head, labels in read.items():
         parts.append(f"<h4>{escape(head)}</h4>")
@@ -262,14 +265,13 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
 
     chat_inputs, readings = [message, page, halting, threshold], [scores, bars, banner]
     model_queue = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    # What is sent while a reply is written, or still ends, waits for it in the browser: the default there is to drop it.
+    # A message sent during a reply waits in the browser; by default it would be dropped.
     exchange = message.submit(
         respond, chat_inputs, [message, chatbot, *readings], trigger_mode="always_last", **model_queue
     )
     exchange.success(look, [page, head], plot, **model_queue)
     message.change(preview, chat_inputs, readings, trigger_mode="always_last", **model_queue)
-    # Not in the queue, where it would wait for the reply that it ends. Gradio's own `cancels` is of no use: what is sent
-    # before the browser has an answer to it is lost.
+    # Outside the queue, where it would wait for the reply that it ends. Gradio's `cancels` loses messages.
     chatbot.clear(forget, chat_inputs[1:], [chatbot, *readings], concurrency_limit=None, show_progress="hidden")
     head.change(look, [page, head], plot, **model_queue)
     limits = [halting.change, threshold.change]
@@ -277,6 +279,6 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
 
 
 if __name__ == "__main__":
-    # Fonts of the reader's own system: a page that fetches none.
+    # System fonts, so that the page fetches none.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     demo.launch(share=False, theme=theme, css_paths=Path(__file__).with_name("style.css"), footer_links=[])

@@ -1,4 +1,4 @@
-"""Where the command begins, as the script that pip writes calls it."""
+"""The entry point of the console script."""
 
 import configparser
 import subprocess
@@ -33,7 +33,7 @@ def interrupted(name: str, handler: str = "default_int_handler") -> subprocess.C
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["llama_probe", "torch", "transformers"])
+@pytest.mark.parametrize("name", ["llama_probe", "torch"])
 def test_ctrl_c_during_the_imports_ends_in_silence(name):
     done = interrupted(name)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

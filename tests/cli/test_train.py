@@ -1,11 +1,11 @@
-"""`llama-probe train`, beside what tests of the head that it writes say of it."""
+"""`llama-probe train` and `llama-probe sweep`, apart from what test_cli.py says of them."""
 
 import json
 
 import pytest
-from command_line import call, write_rows
-from conftest import read_head
+from command_line import refuse, succeed, write_rows
 
+from llama_probe import ProbeModel
 from llama_probe.heads.configuration import read_config
 
 
@@ -14,82 +14,76 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows"))
 
 
-def test_train_with_few_false_alarms(rows, backbone_folder, tmp_path):
-    done = call(
-        "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", rows / "train.jsonl", "--test",
-        rows / "test.jsonl", "--output", tmp_path / "head", "--epochs", 1, "--max-false-positive-rate", 0.1, "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    assert results["recipe"]["max_false_positive_rate"] == 0.1
-    # Of six negative validation rows none may be flagged.
-    assert results["runs"][0]["validation"]["precision"] in (0.0, 1.0)
-    card = (tmp_path / "head" / "README.md").read_text()
-    assert "(highest recall with a false-positive rate of at most 0.1) and temperature" in card
+@pytest.fixture
+def train(rows, backbone_folder):
+    return ("train", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--epochs", 1, "--folds", 0)
 
 
-def test_a_stopped_run_goes_on(rows, backbone_folder, tmp_path):
-    args = (
-        "train",
-        "--backbone",
-        backbone_folder,
-        "--probe-type",
-        "pooling",
-        "--train",
-        rows / "train.jsonl",
-        "--output",
-        tmp_path / "a",
-    )
-    assert call(*args, "--epochs", 1, "--no-cache").returncode == 0
-    assert call(*args, "--epochs", 1, "--resume").returncode == 0
-    assert read_head(tmp_path / "a").config.probe_type == "pooling"
+def test_a_stopped_run_resumes(train, tmp_path):
+    args = (*train, "--probe-type", "pooling", "--output", tmp_path / "a")
+    succeed(*args, "--no-cache")
+    succeed(*args, "--resume")
+    assert ProbeModel.from_pretrained(tmp_path / "a").config.probe_type == "pooling"
 
 
-def test_a_probe_of_one_layer(rows, backbone_folder, tmp_path):
-    args = (
-        "train",
-        "--backbone",
-        backbone_folder,
-        "--probe-type",
-        "last",
-        "--train",
-        rows / "train.jsonl",
-        "--epochs",
-        1,
-    )
-    done = call(*args, "--layers", "1,3", "--output", tmp_path / "a")
-    assert done.returncode == 0, done.stderr
+def test_a_head_of_one_layer(train, backbone_folder, tmp_path):
+    succeed(*train, "--probe-type", "last", "--layers", "1,3", "--output", tmp_path / "a")
     config = read_config(tmp_path / "a")
     assert config.layers == [1, 3] and config.layer_indices == [3]
-    served = call("classify", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
-    assert served.returncode == 0 and json.loads(served.stdout)[0]["labels"]["a"].startswith("LABEL_"), served.stderr
-    for layers, words in (("top", "must be all, or state indices"), ("9", "the states are 0 to 4")):
-        refused = call(*args, "--layers", layers, "--output", tmp_path / "b")
-        assert refused.returncode == 2 and words in refused.stderr
+    served = ("--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
+    assert succeed("classify", "good morning", *served)[0]["labels"]["a"].startswith("LABEL_")
 
 
-def test_a_fitted_head(rows, backbone_folder, tmp_path):
-    args = (
-        "train",
-        "--backbone",
-        backbone_folder,
-        "--probe-type",
-        "muli",
-        "--train",
-        rows / "train.jsonl",
-        "--folds",
-        0,
-    )
-    done = call(*args, "--test", rows / "test.jsonl", "--output", tmp_path / "a", "--json")
-    assert done.returncode == 0, done.stderr
-    (fitted,) = json.loads(done.stdout)["runs"]
+def test_a_fitted_head(train, rows, backbone_folder, tmp_path):
+    args = (*train, "--probe-type", "muli")
+    (fitted,) = succeed(*args, "--test", rows / "test.jsonl", "--output", tmp_path / "a", "--json")["runs"]
     assert read_config(tmp_path / "a").options == {"l1": fitted["l1"]}
-    data = ("--data", rows / "test.jsonl", "--json", "--bootstrap", 0)
-    found = call("evaluate", "--probe", tmp_path / "a", "--backbone", backbone_folder, *data)
-    assert json.loads(found.stdout)["auprc"] == pytest.approx(fitted["test"]["auprc"], abs=0.02), found.stderr
-    served = call("generate", "good morning", "--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
-    assert len(json.loads(served.stdout)[0]["probabilities"]["a"]) == 2, served.stderr
-    given = call(*args, "--option", "l1=9", "--output", tmp_path / "b")
-    assert given.returncode == 0 and not read_head(tmp_path / "b").classifier.weight.any(), given.stderr
-    refused = call(*args, "--normalize", "rms", "--output", tmp_path / "c")
-    assert refused.returncode == 2 and "leave normalize out" in refused.stderr
+    head = ("--probe", tmp_path / "a", "--backbone", backbone_folder, "--json")
+    found = succeed("evaluate", *head, "--data", rows / "test.jsonl", "--bootstrap", 0)
+    assert found["auprc"] == pytest.approx(fitted["test"]["auprc"], abs=0.02)
+    assert len(succeed("generate", "good morning", *head)[0]["probabilities"]["a"]) == 2
+    succeed(*args, "--option", "l1=9", "--output", tmp_path / "b")
+    assert not ProbeModel.from_pretrained(tmp_path / "b").classifier.weight.any()
+    assert "normalize" in refuse(*args, "--normalize", "rms", "--output", tmp_path / "c")
+
+
+def test_values_instead_of_labels(train, tmp_path):
+    words = ("--problem-type", "regression", "--validation-share", 0.5, "--output", tmp_path / "value")
+    succeed(*train, "--probe-type", "pooling", *words)
+    assert read_config(tmp_path / "value").problem_type == "regression"
+
+
+KIND = """
+from llama_probe.heads import get_probe_type, register_probe_type
+
+@register_probe_type("mean_of_mine")
+class Mine(get_probe_type("pooling")):
+    pass
+"""
+
+
+def test_a_kind_of_ones_own(train, backbone_folder, tmp_path):
+    (tmp_path / "kind.py").write_text(KIND)
+    words = (*train, "--probe-type", "mean_of_mine", "--output", tmp_path / "mine")
+    assert "mean_of_mine" in refuse(*words)
+    given = ("--import", tmp_path / "kind.py")
+    succeed(*words, *given)
+    head = ("--probe", tmp_path / "mine", "--backbone", backbone_folder, "--json")
+    assert "mine" in succeed("classify", "good morning", *head, *given)[0]["labels"]
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for name in ("broken.py", "nowhere.py"):
+        assert name in refuse("inspect", tmp_path / "mine", "--import", tmp_path / name)
+
+
+def test_sweep(rows, backbone_folder, tmp_path):
+    arguments = (
+        "sweep", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--probe-type", "gate", "--probe-type",
+        "attentive", "--trials", 3, "--epochs", 2, "--output", tmp_path / "sweep",
+    )  # fmt: skip
+    shown = succeed(*arguments)
+    assert "3 configurations by validation auprc" in shown and "--probe-type" in shown
+    best = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"][0]
+    words = ("--backbone", backbone_folder, "--train", rows / "train.jsonl", "--output", tmp_path / "head")
+    succeed("train", *words, *best["options"].split(), "--epochs=1")
+    assert read_config(tmp_path / "head").probe_type == best["params"]["probe_type"]
+    assert "--resume" in refuse(*arguments)

@@ -1,16 +1,23 @@
-"""The main job on the demo backbone: replies and labels for real prompts, beside the same replies without heads."""
+"""`llama-probe demo`."""
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
+from rich.console import Console
+from rich.panel import Panel
 from transformers import AutoModel, AutoTokenizer
 
 from ..backbone.loading import demo_backbone
 from ..errors import ProbeError
+from .console import create_console, escape
+from .options import Json
 
 
 HEADS = ("toxicchat-mha", "emotion-mha")
@@ -26,10 +33,10 @@ PROMPTS = (
 
 
 def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
-    """Replies to each prompt with and without heads.
+    """Reply to each prompt with and without heads.
 
     Yields:
-        A dict a prompt, as soon as it is done: `prompt`, `reply`, `labels` and `probabilities` by head, `seconds`, `seconds_without_heads`.
+        A dict a prompt: `prompt`, `reply`, `labels` and `probabilities` by head, `seconds`, `seconds_without_heads`.
 
     Raises:
         ProbeError: the demo backbone is not installed, or a reply differs from the one without heads.
@@ -37,7 +44,7 @@ def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
     path = demo_backbone()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModel.from_pretrained(path, probe=list(HEADS))
-    for turn, prompt in enumerate((PROMPTS[0], *PROMPTS)):  # the first one twice: the first time is a warm-up
+    for turn, prompt in enumerate((PROMPTS[0], *PROMPTS)):  # turn 0 is a warm-up
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
@@ -48,7 +55,7 @@ def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             return out, time.perf_counter() - start
 
-        # Which of the two comes first alternates, so that neither has the warmer cache throughout.
+        # The order alternates, so that neither run always has the warmer cache.
         runs = {heads: timed(heads) for heads in (((), HEADS) if turn % 2 else (HEADS, ()))}
         (plain, seconds_without), (out, seconds) = runs[()], runs[HEADS]
         if not torch.equal(out.sequences, plain):
@@ -67,3 +74,42 @@ def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
             "seconds": seconds,
             "seconds_without_heads": seconds_without,
         }
+
+
+def demo(
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."""
+    console = create_console(stderr=as_json)
+    console.print(
+        f"[bold]llama_probe demo[/bold]: one small chat model replies to {len(PROMPTS)} prompts. While it reads a prompt, "
+        f"two probe heads ({', '.join(HEADS)}) read its hidden states and label the prompt.\n"
+    )
+    if not as_json:
+        console.print("Preparing the model (the first time it is converted, which takes about half a minute) ...\n")
+    rows = []
+    for row in run_demo(max_new_tokens):
+        rows.append(row)
+        if not as_json:
+            _print_reply(console, row)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    whole, plain = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
+    # The median of the pairs: one pause of the machine would dominate the sums.
+    ratio = statistics.median(row["seconds"] / row["seconds_without_heads"] for row in rows)
+    console.print(
+        f"All {len(rows)} replies: {whole:.2f} s with both heads, {plain:.2f} s without; a reply takes {ratio:.2f}x in the "
+        "median. The texts are the same with and without heads; the labels cost no further pass of the model."
+    )
+
+
+def _print_reply(console: Console, row: dict[str, Any]) -> None:
+    verdict = "   ".join(
+        f"{name}: {label} ({row['probabilities'][name][label]:.0%})" for name, label in row["labels"].items()
+    )
+    title = f"[bold]{escape(row['prompt'])}[/bold]"
+    reply = escape(row["reply"]) or "(empty)"
+    console.print(Panel(reply, title=title, title_align="left", subtitle=escape(verdict), subtitle_align="left"))
+    console.print(f"  {row['seconds']:.2f} s with both heads, {row['seconds_without_heads']:.2f} s without\n")

@@ -6,12 +6,18 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..backbone.loading import backbone_target, load_backbone, model_id
+from ..errors import ProbeError
+from ..heads.configuration import read_config
+from ..heads.match import compare
+from ..heads.probe import ProbeModel
+from ..hub.card import results_table
+from ..hub.resolve import bundled_heads, resolve_head
 from .console import escape, print_table
 from .options import Dtype, Json, Revision, hub_options
 
@@ -21,8 +27,7 @@ _VERDICTS = {"same": "[green]same[/]", "differs": "[bold red]differs[/]", "expla
 
 def inspect(
     probe: Annotated[
-        str | None,
-        typer.Argument(help="A head folder, a Hub id or an alias; all bundled heads where left out."),
+        str | None, typer.Argument(help="A head folder, a Hub id or an alias. Default: all bundled heads.")
     ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="Compare with this model: 'demo', a folder, or a Hub id.")
@@ -34,27 +39,21 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a head is, whether it belongs to a backbone, or which heads come with the package."""
-    from ..backbone.loading import backbone_target
-    from ..errors import ProbeError
-    from ..heads.probe import ProbeModel
-    from ..hub.card import results_table
-    from ..hub.resolve import bundled_heads, resolve_head
-
+    """Show a head, check it against a backbone, or list the bundled heads."""
     if markdown and (probe or as_json):
-        raise ProbeError(f"--markdown is of all bundled heads: leave out {probe or '--json'}")
+        raise ProbeError(f"--markdown lists all bundled heads: leave out {probe or '--json'}")
     if probe is None and (backbone or revision):
-        raise ProbeError("name the head that --backbone or --revision is for")
+        raise ProbeError("--backbone and --revision need a head: name it first")
     if markdown:
         print(results_table(bundled_heads().values()))
         return
     if probe is None:
         _list_bundled(as_json)
         return
-    if revision and Path(probe).is_dir():
-        raise ProbeError(f"--revision {revision}: {probe} is a folder, and has no revisions; leave --revision out")
-    target = None if backbone is None else backbone_target(backbone)
-    head = ProbeModel.from_pretrained(resolve_head(probe, target, hub_options(probe, revision)))
+    options = hub_options(probe, revision)
+    head = ProbeModel.from_pretrained(
+        resolve_head(probe, None if backbone is None else backbone_target(backbone), options)
+    )
     if backbone is not None:
         _compare(probe, head.config, backbone, dtype, as_json)
         return
@@ -69,9 +68,6 @@ def inspect(
 
 
 def _list_bundled(as_json: bool) -> None:
-    from ..heads.configuration import read_config
-    from ..hub.resolve import bundled_heads
-
     configs = {alias: read_config(folder) for alias, folder in bundled_heads().items()}
     if as_json:
         print(json.dumps({alias: config.to_dict() for alias, config in configs.items()}))
@@ -83,10 +79,7 @@ def _list_bundled(as_json: bool) -> None:
     print_table(table)
 
 
-def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> None:
-    from ..backbone.loading import load_backbone, model_id
-    from ..heads.match import compare
-
+def _compare(probe: str, config: Any, backbone: str, dtype: str, as_json: bool) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
     lm.config._name_or_path = model_id(backbone)
@@ -99,9 +92,10 @@ def _compare(probe: str, config, backbone: str, dtype: str, as_json: bool) -> No
         cells = ("-" if value is None else escape(str(value)) for value in (check.recorded, check.found))
         table.add_row(check.field, *cells, _VERDICTS.get(check.verdict, check.verdict))
     print_table(table)
-    if any(check.fatal and check.verdict == "differs" for check in checks):
+    differing = [check for check in checks if check.verdict == "differs"]
+    if any(check.fatal for check in differing):
         print("The head cannot run on this backbone: it was made for a model of another size.")
-    elif any(check.verdict == "differs" for check in checks):
-        print("The head runs on this backbone, but its scores may mean nothing there.")
+    elif differing:
+        print("The head runs on this backbone, but its scores may be meaningless.")
     else:
-        print("The head belongs to this backbone, as far as is known.")
+        print("The head belongs to this backbone: nothing that was recorded differs.")

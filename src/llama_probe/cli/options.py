@@ -1,121 +1,230 @@
-"""Options that several commands share."""
+"""Options of the commands: shared ones, and those made from the fields of a dataclass.
 
+A command takes a dataclass like any other argument. Every field with a `help` in its metadata becomes an option:
+
+    def train(data: Annotated[DataSources, Fields("Data", defaults={"folds": None})], ...): ...
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import os
+import re
 import shlex
 import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from ..data.known import BENCHMARKS, find_benchmark
 from ..errors import ProbeError
+from ..hub.transport import HubOptions, HubReference
 
 
-Backbone = Annotated[str, typer.Option(help="'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="dtype of the backbone: auto, float32, bfloat16 or float16.")]
+BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id."
+DTYPE = "dtype of the backbone: auto, float32, bfloat16 or float16."
+
+Backbone = Annotated[str, typer.Option(help=BACKBONE)]
+Dtype = Annotated[str, typer.Option(help=DTYPE)]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
+Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")]
 Probe = Annotated[str, typer.Option(help="A head folder, a Hub id (user/repo@revision:subfolder) or an alias.")]
-Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias; may be given again.")]
-PromptColumn = Annotated[
-    str | None,
-    typer.Option(help="Column of the prompts, where the texts are the replies to them; for heads that read replies."),
-]
-Split = Annotated[
-    str | None,
-    typer.Option(help="Split of a named or Hub data set, or of a folder.", show_default="test"),
-]
+Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias. Repeatable.")]
+PushRevision = Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
 
-# What a data argument may be, for its help.
-DATA = (
-    f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
-    "ID@REVISION:CONFIGURATION:SPLIT or less of it"
-)
+
+def import_files(paths: Sequence[Path] | None) -> None:
+    """Import the Python files of `--import`, which register kinds of heads.
+
+    Raises:
+        ProbeError: a file does not exist, raises an error or registers no kind.
+    """
+    for path in paths or ():
+        from ..heads.registry import import_kinds
+
+        try:
+            import_kinds(path)
+        except ProbeError:
+            raise
+        except Exception as error:
+            raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
 
 
-# Arguments of the library that options go by other names for.
-RENAMED = {
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "seeds": "seed",
-    "resamples": "bootstrap",
-    "probe_type": "kind",
-}
+Import = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--import",
+        metavar="FILE.py",
+        callback=import_files,
+        help="A Python file that registers a kind of head of your own. Repeatable.",
+    ),
+]
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The options that a dataclass becomes, as metadata of a parameter: `Annotated[Recipe, Fields("Training")]`.
+
+    A field becomes an option if it has a help text: `help` in its metadata, or in `help` here. If the option is not called
+    like the field, `option` in the metadata, or `names` here, names it. A list becomes a repeatable option.
+
+    Attributes:
+        panel: title of the options in `--help`.
+        of: a dataclass. The parameter then gets a dict of its fields instead of an instance.
+        only: names of fields. Defaults to every field with a help text.
+        help, names, defaults: by field, help text, option and default that are not in the dataclass, or differ from it.
+        parse: by field, a function that makes its value from what was typed. Its argument's type is the option's.
+    """
+
+    panel: str
+    of: type | None = None
+    only: Sequence[str] | None = None
+    help: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    parse: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+    def parameters(self, owner: type) -> dict[str, inspect.Parameter]:
+        """Return a parameter for typer by the name of each field of `owner`."""
+        hints = typing.get_type_hints(owner)
+        found = {}
+        for item in dataclasses.fields(owner):
+            text = self.help.get(item.name, item.metadata.get("help"))
+            if text is None or (self.only is not None and item.name not in self.only):
+                continue
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            default = self.defaults.get(item.name, default)
+            kind = _option_type(hints[item.name])
+            if parse := self.parse.get(item.name):
+                (kind,) = (part.annotation for part in inspect.signature(parse, eval_str=True).parameters.values())
+                default = [] if default == {} else default
+            option = typer.Option(self._option(item), help=text, rich_help_panel=self.panel)
+            if default is MISSING:
+                default = inspect.Parameter.empty
+            elif isinstance(default, (tuple, list)):
+                default = list(default)
+            found[item.name] = _parameter(item.name, Annotated[kind | None, option], default)
+        return found
+
+    def _option(self, item: dataclasses.Field) -> str:
+        if name := self.names.get(item.name, item.metadata.get("option")):
+            return f"--{name.lstrip('-').replace('_', '-')}"
+        name = item.name.replace("_", "-")
+        return f"--{name}/--no-{name}" if isinstance(item.default, bool) else f"--{name}"
+
+    def build(self, owner: type, given: dict[str, Any]) -> Any:
+        """Return the dataclass, or the dict of its fields, from the values of its options."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        for name, parse in self.parse.items():
+            if values.get(name) is not None:
+                values[name] = parse(values[name])
+        return values if self.of is not None else owner(**values)
+
+
+def _option_type(hint: Any) -> Any:
+    """Return the type that typer parses for a type hint, without `None`."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts = [part for part in (typing.get_args(hint) if union else [hint]) if part is not types.NoneType]
+    if {os.PathLike, Path} & set(parts):
+        return Path
+    if typing.get_origin(parts[0]) in (list, tuple, collections.abc.Sequence):
+        return list[typing.get_args(parts[0])[0]]
+    return parts[0]
+
+
+def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callable[..., None]:
+    """Return `function` for typer: a parameter that is annotated with `Fields` becomes one option a field.
+
+    An error of the library that begins with a field, `max_rows=0 must be ...`, names the option instead.
+
+    Args:
+        own_kinds: add the option `--import`.
+    """
+    parameters, groups = [], {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        found = [item for item in getattr(parameter.annotation, "__metadata__", ()) if isinstance(item, Fields)]
+        if found:
+            owner = found[0].of or parameter.annotation.__origin__
+            options = found[0].parameters(owner)
+            groups[parameter.name] = (found[0], owner, options)
+            parameters += options.values()
+        else:
+            parameters.append(_parameter(parameter.name, parameter.annotation, parameter.default))
+    if own_kinds:
+        parameters.append(_parameter("imports", Import))
+
+    options = {
+        name: option.annotation.__metadata__[0].default.partition("/")[0]
+        for _, _, members in groups.values()
+        for name, option in members.items()
+    }
+    typed = re.compile(rf"(?<![-\w])({'|'.join(options)})=")
+
+    def run(imports: Any = None, **given: Any) -> None:
+        try:
+            for name, (fields, owner, members) in groups.items():
+                given[name] = fields.build(owner, {member: given.pop(member) for member in members})
+            function(**given)
+        except ProbeError as error:
+            raise ProbeError(typed.sub(lambda found: f"{options[found[1]]}=", str(error))) from error
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature(parameters)
+    return run
 
 
 class Command(TyperCommand):
-    """A command that takes each option once, but for those that may be given again: of two values the first would be lost in silence."""
+    """A command that refuses an option that is given twice, unless the option is repeatable."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for param in given:
             if given.count(param) > 1 and not param.multiple and not param.is_eager:
-                name = "/".join([*param.opts, *param.secondary_opts])
-                listed = ", its values with commas" if "with commas" in (param.help or "") else ""
-                ctx.fail(f"{name} is given twice: give it once{listed}")
+                ctx.fail(f"{'/'.join([*param.opts, *param.secondary_opts])} is given twice: give it once")
         return super().parse_args(ctx, args)
 
 
-def option_names(command: Any) -> dict[str, str]:
-    """The options of a typer command by the arguments that they are passed on as; one that may be given again makes a list."""
-    names = {}
-    for param in command.params:
-        if (option := param.opts[0]).startswith("--"):
-            names |= {param.name: option} | ({f"{param.name}s": option} if param.multiple else {})
-    return {long: names[short] for long, short in RENAMED.items() if short in names} | names
-
-
-def split_of(data: str, split: str | None) -> str:
-    """The split to read of a data argument: `test` where `split` is left out.
+def hub_options(head: str, revision: str | None) -> HubOptions:
+    """Return the `HubOptions` of one head.
 
     Raises:
-        ProbeError: the argument has no splits to choose from, or names one itself.
+        ProbeError: the head is a folder, or names another revision itself.
     """
-    if split is None:
-        return "test"
-    if Path(data).is_file():
-        raise ProbeError(f"--split {split}: {data} is a file, all of which is read; leave --split out")
-    from ..data.tables import TablePlace
-
-    known = find_benchmark(data)
-    if (TablePlace.parse(data).split if known is None else known[1]) is not None:
-        raise ProbeError(f"--split {split}: {data} names a split already; leave one out")
-    return split
-
-
-def hub_options(head: str, revision: str | None) -> Any:
-    """`HubOptions` for one head.
-
-    Raises:
-        ProbeError: what names the head names another revision.
-    """
-    from ..hub.transport import HubOptions, HubReference
-
+    if revision is not None and Path(head).is_dir():
+        raise ProbeError(f"--revision {revision}: {head} is a folder, which has no revisions")
     reference = HubReference.parse(head)
     if revision is not None and reference is not None and reference.revision not in (None, revision):
         raise ProbeError(f"--revision {revision}: {head} names a revision already; leave one out")
     return HubOptions(revision)
 
 
+def split_names(text: str) -> list[str]:
+    """Return the names in a text with commas."""
+    return [name.strip() for name in text.split(",")]
+
+
 def command_line() -> str:
-    """The command as it was typed, as a line for a shell, without folders of this machine, and as if nothing had interrupted it."""
+    """Return the command as a line for a shell, without folders of this machine and without `--resume`."""
     hidden = {"--output", "--cache-dir", "--data-dir"}
     words, skip = ["llama-probe"], False
     for word in sys.argv[1:]:
-        if skip:
+        if skip or word == "--resume":
             skip = False
-        elif word == "--resume":
-            continue
         elif word.partition("=")[0] in hidden:
             skip = "=" not in word
         else:
-            shown = "/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word
-            words.append(shown)
+            words.append("/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word)
     return shlex.join(words)

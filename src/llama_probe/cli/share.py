@@ -8,28 +8,25 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Revision, hub_options
+from ..heads.probe import ProbeModel
+from ..hub.publish import pull_head, push_folder
+from ..hub.resolve import resolve_head
+from .options import CreatePr, Json, Private, PushRevision, Revision, hub_options
 
 
 def push(
     head: Annotated[str, typer.Argument(help="A head folder, or the alias of a bundled head.")],
-    repo_id: Annotated[str, typer.Argument(help="user/name; created where it does not exist.")],
-    subfolder: Annotated[str | None, typer.Option(help="Folder in the repository, so that it holds several.")] = None,
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; created where it does not exist.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    commit_message: Annotated[str | None, typer.Option(help="Of the one commit.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A further tag for the card; may be given again.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Licence of the head, where its results do not state it.")
-    ] = None,
+    repo_id: Annotated[str, typer.Argument(help="user/name; created if it does not exist.")],
+    subfolder: Annotated[str | None, typer.Option(help="Folder in the repository, for several heads in one.")] = None,
+    private: Private = None,
+    revision: PushRevision = None,
+    create_pr: CreatePr = False,
+    commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A further tag for the card. Repeatable.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the head, if its results do not state it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Upload a head to the Hub in one commit: config, weights, results, plots and card."""
-    from ..heads.probe import ProbeModel
-    from ..hub.publish import push_folder
-    from ..hub.resolve import resolve_head
-
+    """Upload a head folder to the Hub in one commit."""
     folder = resolve_head(head)
     ProbeModel.from_pretrained(folder)  # raises if the head is damaged
     info = push_folder(
@@ -50,14 +47,11 @@ def push(
 
 
 def pull(
-    head: Annotated[str, typer.Argument(help="user/repo, with @revision and :subfolder where wanted.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for it; one of the head's name where left out.")] = None,
+    head: Annotated[str, typer.Argument(help="user/repo, with @revision and :subfolder if needed.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for it. Default: one of the head's name.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
-    from ..heads.probe import ProbeModel
-    from ..hub.publish import pull_head
-
     folder = pull_head(head, output, hub_options(head, revision), check=ProbeModel.from_pretrained)
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")

@@ -1,0 +1,94 @@
+"""Labelled rows, as `evaluate` and `plot` read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data.known import BENCHMARKS, find_benchmark
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+
+
+# The forms of a data argument, for its help.
+DATA = (
+    f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data "
+    "set (ID@REVISION:CONFIGURATION:SPLIT or a part of it)"
+)
+ROWS_HELP = {
+    "data": f"Labelled rows to measure the head on: {DATA}.",
+    "text_column": "Column of the texts.",
+    "label_column": "Column of the labels.",
+    "prompt_column": "Column of the prompts, if the texts are replies to them; for heads that read replies.",
+    "split": "Split of a named or Hub data set, or of a folder. Default: test.",
+    "data_dir": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
+}
+
+TextColumn = Annotated[str, typer.Option(help=ROWS_HELP["text_column"])]
+PromptColumn = Annotated[str | None, typer.Option(help=ROWS_HELP["prompt_column"])]
+
+
+@dataclass
+class LabelledRows:
+    """Labelled rows to measure a head on.
+
+    Attributes:
+        data: name of a data set, file, folder or Hub data set. The other attributes are those of `read_labelled`.
+
+    Raises:
+        ProbeError: an option has no effect: there is no data, or the data has no splits to choose from.
+    """
+
+    data: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    prompt_column: str | None = None
+    split: str | None = None
+    data_dir: Path | None = None
+
+    def __post_init__(self):
+        if self.data is None:
+            fields = dataclasses.fields(self)
+            given = [item.name.replace("_", "-") for item in fields if getattr(self, item.name) != item.default]
+            if given:
+                raise ProbeError(f"--{', --'.join(given)} without rows: name them with --data")
+        elif self.split is not None and Path(self.data).is_file():
+            raise ProbeError(f"--split {self.split}: {self.data} is a file without splits; leave --split out")
+        elif self.split is not None and self._own_split is not None:
+            raise ProbeError(f"--split {self.split}: {self.data} names a split already; leave one out")
+
+    @property
+    def _own_split(self) -> str | None:
+        from ..data.tables import TablePlace  # needs datasets
+
+        known = find_benchmark(self.data)
+        return TablePlace.parse(self.data).split if known is None else known[1]
+
+    @property
+    def name(self) -> str:
+        """The data and its split, for titles."""
+        if Path(self.data).exists():
+            return Path(self.data).name
+        if self._own_split is not None:
+            return self.data
+        split = self.split or "test"
+        return f"{self.data} ({split})" if find_benchmark(self.data) is None else f"{self.data}:{split}"
+
+    def read(self, config: ProbeConfig) -> Any:
+        """Return the rows as `LabelledTexts`, with the labels of a head."""
+        from ..data.texts import read_labelled  # needs datasets
+
+        return read_labelled(
+            self.data,
+            self.text_column,
+            self.label_column,
+            list(config.id2label.values()),
+            config.problem_type,
+            self.split or "test",
+            self.data_dir,
+            self.prompt_column,
+        )
