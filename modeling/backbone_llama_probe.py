@@ -486,7 +486,7 @@ def stay_in_layers(lm: nn.Module) -> bool:
 
 @contextmanager
 def handing_states_to(on_state: Callable[[int, torch.Tensor], None]):
-    """Inside the block, in this thread, feed `reader` the hidden states of an LM with permanent hooks, as `Capture` would."""
+    """Hand the states of an LM with permanent hooks to `on_state` inside the block, in this thread, as `Capture` would."""
     _LISTENING.on_state = on_state
     try:
         yield

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
 import platform
 import re
+import sys
 import tempfile
 import torch
 import transformers
@@ -49,6 +53,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
+from types import ModuleType
 from typing import Any
 
 
@@ -64,7 +69,7 @@ class ProbeError(ValueError):
 
 # From files.py
 
-DISK_FULL = "the disk is full; free some space, or name a folder on another disk"
+DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -196,10 +201,11 @@ CONFIG_NAME = "probe_config.json"
 WEIGHTS_NAME = "probe_model.safetensors"
 RESULTS_NAME = "results.json"
 CARD_NAME = "README.md"
+CODE_NAME = "probe_kind.py"  # of a kind that the package does not have
 PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
-HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, *PLOT_NAMES)
+HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
 MAX_JSON_BYTES = 4 * 2**20  # far above any config or results file
 
@@ -295,7 +301,6 @@ def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, A
 # From hub/transport.py
 
 _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
-_OFFLINE_PUSH = "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -346,6 +351,7 @@ class HubOptions:
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all calls.
         force_download: fetch cached files again.
         only_config: fetch a head's config, but not its weights, results, card and plots.
+        trust_remote_code: run the code file of a head whose kind the package does not have.
     """
 
     revision: str | None = None
@@ -354,11 +360,12 @@ class HubOptions:
     local_files_only: bool = False
     force_download: bool = False
     only_config: bool = False
+    trust_remote_code: bool = False
 
     @classmethod
     def beside(cls, kwargs: Mapping[str, Any], revision: str | None = None) -> HubOptions:
         """Return the options for heads that are loaded with a backbone: its keyword arguments but its revision."""
-        names = ("token", "cache_dir", "local_files_only", "force_download")
+        names = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
         return cls(revision, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
 
 
@@ -446,13 +453,10 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
     """
     try:
         validate_repo_id(repo_id)
-        return repo_id if "/" in repo_id else HfApi(token=token).get_full_repo_name(repo_id)
     except HFValidationError as error:
         raise ProbeError(f"repo_id={repo_id!r} is not allowed: {error}") from None
-    except OfflineModeIsEnabled:
-        raise ProbeError(_OFFLINE_PUSH) from None
-    except _FAILED as error:
-        raise ProbeError(_push_refused(repo_id, error, token)) from None
+    with _push_errors(repo_id, token):
+        return repo_id if "/" in repo_id else HfApi(token=token).get_full_repo_name(repo_id)
 
 
 def commit_files(
@@ -484,30 +488,23 @@ def commit_files(
     """
     repo_id = full_repo_id(repo_id, token)
     api = HfApi(token=token, library_name="llama_probe", library_version=package_version())
-    try:
+    with _push_errors(repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
         there = {item.rfilename for item in info.siblings or []}
         wanted = {path: data for path, data in files.items() if path not in only_if_missing or path not in there}
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(path, data) for path, data in wanted.items()
-        ]
-        operations += [CommitOperationDelete(path) for path in sorted(there - set(files)) if stale(path)]
+        added = [CommitOperationAdd(path, data) for path, data in wanted.items()]
+        deleted = [CommitOperationDelete(path) for path in sorted(there - set(files)) if stale(path)]
         return api.create_commit(
             repo_id,
-            operations,
+            [*added, *deleted],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
             parent_commit=info.sha,
         )
-    except OfflineModeIsEnabled:
-        raise ProbeError(_OFFLINE_PUSH) from None
-    except (*_FAILED, RuntimeError, ValueError) as error:
-        # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
-        raise ProbeError(_push_refused(repo_id, error, token)) from None
 
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
@@ -571,6 +568,17 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
             raise error.__cause__ from None
         raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
     return Path(path)
+
+
+@contextmanager
+def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
+    except (*_FAILED, RuntimeError, ValueError) as error:
+        # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
+        raise ProbeError(_push_refused(repo_id, error, token)) from None
 
 
 def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> str:
@@ -889,6 +897,47 @@ def get_probe_type(name: str) -> type[Any]:
     return _PROBE_TYPES[name]
 
 
+def import_kinds(path: str | os.PathLike) -> ModuleType:
+    """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust.
+
+    Raises:
+        ProbeError: there is no such file, or it registers no kind.
+    """
+    path, before = Path(path), set(_PROBE_TYPES.values())
+    if not path.is_file():
+        raise ProbeError(f"{path} is not a file; give a Python file that registers a kind with register_probe_type")
+    name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _lend_package()
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    if set(_PROBE_TYPES.values()) == before:
+        raise ProbeError(f"{path} registers no kind of head: decorate its class with register_probe_type")
+    return module
+
+
+def kind_code(probe_type: str) -> bytes | None:
+    """Return the source file of a kind from outside the package; None for the package's own and those typed into a session."""
+    kind = get_probe_type(probe_type)
+    own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    file = None if own or kind.__module__ == "__main__" else inspect.getsourcefile(kind)
+    return None if file is None else Path(file).read_bytes()
+
+
+def _lend_package() -> None:
+    """Let `from llama_probe.heads import ...` find this code if it runs out of a Hub repository, without the package."""
+    if "llama_probe" in sys.modules or importlib.util.find_spec("llama_probe") is not None:
+        return
+    for name in ("llama_probe", "llama_probe.heads"):
+        sys.modules[name] = sys.modules[get_probe_type("gate").__module__]
+
+
 # From heads/configuration.py
 
 logger = logging.get_logger(__name__)
@@ -953,7 +1002,7 @@ _RATE = ("a number at least 0 and below 1", lambda value: _is_number(value) and 
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
-# What a field must be, and the function that tells.
+# The rule of each field: a description and a check.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "problem_type": _one_of(PROBLEM_TYPES),
     "pool": _one_of(POOLS),
@@ -1222,14 +1271,24 @@ class ProbeConfig:
         return config, sorted(key for key in values if key not in names and key != "label2id")
 
 
-def read_config(folder: str | os.PathLike) -> ProbeConfig:
+def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> ProbeConfig:
     """Read and check the config of a head folder; unknown keys are ignored with a warning.
 
+    Args:
+        trust_remote_code: run the code file of the folder if the head's kind is not registered.
+
     Raises:
-        ProbeError: the folder holds no config, or one with a value that is not allowed.
+        ProbeError: the folder holds no config, or one with a value that is not allowed, or its kind needs code.
     """
-    path = Path(folder) / CONFIG_NAME
+    path, code = Path(folder) / CONFIG_NAME, Path(folder) / CODE_NAME
     values = read_config_values(folder)
+    kind = values.get("probe_type")
+    if kind not in probe_types() and code.is_file():
+        if not trust_remote_code:
+            raise ProbeError(
+                f"probe_type={kind!r} needs the code in {code}: read it, then pass trust_remote_code=True"
+            )
+        import_kinds(code)
     try:
         config, unknown = ProbeConfig.from_dict(values)
     except ProbeError as error:

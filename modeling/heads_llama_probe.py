@@ -40,6 +40,7 @@ from .backbone_llama_probe import collect_hidden_states
 from .backbone_llama_probe import find_decoder
 from .backbone_llama_probe import target_of
 from .backbone_llama_probe import without_peft
+from .configuration_llama_probe import CODE_NAME
 from .configuration_llama_probe import CONFIG_NAME
 from .configuration_llama_probe import HubOptions
 from .configuration_llama_probe import PLOT_NAMES
@@ -50,6 +51,7 @@ from .configuration_llama_probe import WEIGHTS_NAME
 from .configuration_llama_probe import check_writable
 from .configuration_llama_probe import get_probe_type
 from .configuration_llama_probe import is_head_folder
+from .configuration_llama_probe import kind_code
 from .configuration_llama_probe import make_folder
 from .configuration_llama_probe import package_version
 from .configuration_llama_probe import read_config
@@ -1703,6 +1705,9 @@ def save_head(
         folder / CONFIG_NAME: lambda path: path.write_text(saved.to_json_string(), encoding="utf-8"),
         folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
     }
+    code = kind_code(config.probe_type)
+    if code is not None:
+        writers[folder / CODE_NAME] = lambda path: path.write_bytes(code)
     outdated = [folder / name for name in (RESULTS_NAME, *PLOT_NAMES)]
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
@@ -1712,6 +1717,8 @@ def save_head(
         if path.is_file() and path.read_bytes() == text.encode():
             outdated = []
         writers[path] = lambda path: path.write_text(text, encoding="utf-8")
+    if code is None:
+        outdated.append(folder / CODE_NAME)
     write_atomically(writers, outdated if is_head_folder(folder) else ())
     return folder
 
@@ -1896,13 +1903,15 @@ class ProbeModel(nn.Module):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        trust_remote_code: bool = False,
     ) -> ProbeModel:
         """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode.
 
         Args:
             source: a head folder, a Hub id or an alias; see `resolve_head`.
             backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
-            revision, subfolder, namespace, token, cache_dir, local_files_only, force_download: as in `load_probe`.
+            revision, subfolder, namespace, token, cache_dir, local_files_only, force_download, trust_remote_code: as in
+                `load_probe`.
 
         Raises:
             ProbeError: there is no such head, its config or weights are damaged, or it was made for another backbone.
@@ -1910,7 +1919,7 @@ class ProbeModel(nn.Module):
         target = None if backbone is None else target_of(backbone)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
         folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
-        config = read_config(folder)
+        config = read_config(folder, trust_remote_code)
         try:
             with torch.device("meta"):
                 shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}

@@ -133,7 +133,9 @@ def read_heads(
     return {
         name: source
         if isinstance(source, ProbeModel)
-        else ProbeModel.from_pretrained(resolve_head(source, target, options, namespace))
+        else ProbeModel.from_pretrained(
+            resolve_head(source, target, options, namespace), trust_remote_code=options.trust_remote_code
+        )
         for name, source in named_sources(spec).items()
     }
 
@@ -2087,6 +2089,7 @@ class ProbeHostMixin:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        trust_remote_code: bool = False,
         strict: bool = False,
     ) -> str:
         """Load a head and attach it.
@@ -2097,6 +2100,7 @@ class ProbeHostMixin:
             revision, subfolder: those of a Hub id that names none itself.
             namespace: user or organisation whose heads an alias stands for; see `probe_namespace`.
             token, cache_dir, local_files_only, force_download: as in `from_pretrained`.
+            trust_remote_code: run the code file of a head whose kind the package does not have.
             strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
 
         Returns:
@@ -2108,7 +2112,9 @@ class ProbeHostMixin:
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
-        options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
+        options = HubOptions(
+            revision, token, cache_dir, local_files_only, force_download, trust_remote_code=trust_remote_code
+        )
         self._attach(read_heads({name: source}, target_of(self), options, namespace), strict=strict)
         return name
 
