@@ -193,7 +193,7 @@ def read_labelled(
                 f"{source} has its own columns: text_column, label_column and prompt_column are for files{allowed}"
             )
         if problem_type not in (None, benchmark.problem_type):
-            raise ProbeError(f"problem_type={problem_type} does not fit {source}, which is {benchmark.problem_type}")
+            raise ProbeError(f"problem_type: {source} is for {benchmark.problem_type}, not for {problem_type}")
         columns = read_benchmark(benchmark, own_split or split, data_dir)
         own_names, problem_type = benchmark.label_names, benchmark.problem_type
         if prompt_column is not None:
