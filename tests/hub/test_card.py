@@ -217,6 +217,8 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
         results["data"]["train"]["source"] = "50% of <script>"
         for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
             part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
+            for rows in (part, part["slices"]["who"]["a|b\nc"]):
+                rows["a | b\n# Evil"] = rows["f1"]
 
     change(folder, "results.json", edit)
     card = create_card(folder)
