@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import numpy as np
 import threading
 import torch
+import torch.nn.functional as F
 import weakref
 from collections.abc import Callable
 from collections.abc import Collection
@@ -23,6 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
@@ -614,12 +618,121 @@ def _close(listed: torch.Tensor, state: torch.Tensor) -> bool:
     return listed.shape == state.shape and torch.allclose(state.float(), listed.to(state).float(), equal_nan=True)
 
 
+# From backbone/fingerprint.py
+
+_TOKENS, _DEPTHS, _DIRECTIONS = 32, 4, 8
+
+# Largest relative distance that rounding explains, by bits a weight of the coarser side.
+_TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.06, 4: 0.4}
+
+
+def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
+    """Return 32 numbers that summarize a backbone, comparable between machines, dtypes and devices.
+
+    The backbone runs once over 32 fixed tokens. The hidden states at a quarter, a half, three quarters and the whole of its
+    depth are layer-normalized, averaged over the tokens, and projected on 8 fixed random directions.
+
+    Args:
+        lm: a causal LM, or a PEFT model around one. It runs in eval mode.
+        vocab_size: the tokens are below it. Defaults to the backbone's.
+    """
+    decoder = find_decoder(lm)
+    vocab_size = vocab_size or _vocab_size(lm)
+    # Multiplicative hashing spreads the ids, and gives the same ones everywhere.
+    ids = torch.tensor([[(i * 2654435761 + 17) % vocab_size for i in range(1, _TOKENS + 1)]])
+    layers = [max(1, round(decoder.num_hidden_layers * k / _DEPTHS)) for k in range(1, _DEPTHS + 1)]
+    training = [module for module in lm.modules() if module.training]
+    try:
+        lm.eval()
+        states = collect_hidden_states(lm, layers, ids)
+    finally:
+        for module in training:
+            module.training = True
+    # NumPy keeps the stream of RandomState fixed; torch does not promise this.
+    directions = np.random.RandomState(0).standard_normal((decoder.hidden_size, _DIRECTIONS))
+    summary = []
+    for hidden in states:
+        # First token is skipped: many models park outliers there.
+        hidden = hidden[0, 1:].float().cpu()  # [n, D]
+        mean = F.layer_norm(hidden, hidden.shape[-1:]).mean(dim=0).numpy()  # [D]
+        summary.append(mean @ directions / np.sqrt(decoder.hidden_size))
+    return [round(float(value), 6) for value in np.concatenate(summary)]
+
+
+def distance(recorded: list[float], found: list[float]) -> float:
+    """Return the relative distance of two fingerprints: 0 for equal ones, about 1.4 for unrelated models."""
+    if len(recorded) != len(found):
+        return float("inf")
+    a, b = np.asarray(recorded), np.asarray(found)
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))
+
+
+def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, str | None]) -> float:
+    """Return the distance that rounding explains between two copies of one model.
+
+    Args:
+        recorded, found: dtype and quantization of each side, as in `ProbeConfig.base_model_dtype` and
+            `ProbeConfig.base_model_quantization`. Equal quantization on both sides adds no distance.
+    """
+    if recorded[1] == found[1]:
+        recorded, found = (recorded[0], None), (found[0], None)
+    return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the sha256 of a tokenizer's chat template, or None if it has no template."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+
+
+def backbone_facts(lm: nn.Module) -> dict[str, Any]:
+    """Return what a head records of its backbone beside sizes and fingerprint, by `ProbeConfig` field."""
+    base = without_peft(lm)
+    config = base.config
+    return {
+        # An exported repository has another name, and gives the name of its backbone in the config.
+        "base_model_name_or_path": getattr(config, "base_model_name_or_path", None) or config._name_or_path or None,
+        "base_model_revision": getattr(config, "_commit_hash", None),
+        "base_model_type": config.model_type,
+        # A probed class adds heads to a plain class, and the plain one is recorded.
+        "base_model_class": getattr(base, "_causal_lm_class", type(base)).__name__,
+        "vocab_size": _vocab_size(base),
+        "base_model_dtype": str(base.dtype).removeprefix("torch."),
+        "base_model_quantization": _quantization(config),
+    }
+
+
+def _vocab_size(lm: nn.Module) -> int:
+    return without_peft(lm).config.get_text_config(decoder=True).vocab_size
+
+
+def _quantization(config) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return getattr(config, "dequantized_from", None)  # set by `demo_backbone` in `loading.py`
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "quantized"
+    bits = settings.get("bits") or settings.get("nbits")
+    for name, value in (("load_in_4bit", 4), ("load_in_8bit", 8)):
+        if settings.get(name) or settings.get(f"_{name}"):
+            bits = value
+    return f"{method}-{bits}bit" if bits else str(method)  # such as `bitsandbytes-4bit`
+
+
+def _bits(dtype: str | None, quantization: str | None) -> int:
+    if quantization is not None:
+        return 8 if any(name in quantization for name in ("8bit", "fp8", "int8")) else 4
+    if dtype is not None and "float8" in dtype:
+        return 8
+    return 32 if dtype in ("float32", "float64") else 16
+
+
 # From backbone/next_token.py
 
 # Config fields with a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 # Tokens of the forward pass of `check`.
-_TOKENS = 8
+_CHECK_TOKENS = 8
 
 
 class NextToken:
@@ -685,7 +798,7 @@ class NextToken:
         decoder = find_decoder(lm)
         last = decoder.num_hidden_layers
         vocab_size = lm.config.get_text_config(decoder=True).vocab_size
-        ids = torch.arange(1, _TOKENS + 1, device=decoder.input_device)[None] % vocab_size
+        ids = torch.arange(1, _CHECK_TOKENS + 1, device=decoder.input_device)[None] % vocab_size
         states: dict[int, torch.Tensor] = {}
         # The plain class's forward does not run attached heads.
         forward = getattr(type(lm), "_causal_lm_class", type(lm)).forward

@@ -35,10 +35,15 @@ from transformers.utils import logging
 from typing import Any
 from typing import ClassVar
 from .backbone_llama_probe import NextToken
+from .backbone_llama_probe import backbone_facts
 from .backbone_llama_probe import check_states
 from .backbone_llama_probe import collect_hidden_states
+from .backbone_llama_probe import distance
 from .backbone_llama_probe import find_decoder
+from .backbone_llama_probe import fingerprint
 from .backbone_llama_probe import target_of
+from .backbone_llama_probe import template_hash
+from .backbone_llama_probe import tolerance
 from .backbone_llama_probe import without_peft
 from .configuration_llama_probe import CODE_NAME
 from .configuration_llama_probe import CONFIG_NAME
@@ -69,12 +74,7 @@ def _needs_package(name):
     return missing
 
 
-backbone_facts = _needs_package("backbone_facts")
-distance = _needs_package("distance")
-fingerprint = _needs_package("fingerprint")
 push_folder = _needs_package("push_folder")
-template_hash = _needs_package("template_hash")
-tolerance = _needs_package("tolerance")
 write_card = _needs_package("write_card")
 
 

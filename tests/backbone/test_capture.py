@@ -107,12 +107,12 @@ def test_permanent_hooks_hear_one_thread_and_only_when_asked(lm, prompts):
     assert stay_in_layers(lm) and stay_in_layers(lm)  # once is enough
     lm(prompts)
     recorder = Recorder()
-    with handing_states_to(recorder):
+    with handing_states_to(recorder.on_state):
         in_another_thread(lm, prompts)
         assert not recorder.states
         lm(prompts)
     assert all(torch.equal(recorder.states[layer], state) for layer, state in enumerate(expected))
-    with pytest.raises(RuntimeError, match="inside"), handing_states_to(Recorder()):
+    with pytest.raises(RuntimeError, match="inside"), handing_states_to(Recorder().on_state):
         raise RuntimeError("inside")
     lm(prompts)
     assert len(recorder.states) == LAYERS + 1

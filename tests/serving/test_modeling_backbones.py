@@ -125,7 +125,7 @@ def test_offloaded_layers(prompts, tmp_path):
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
     device_map |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=ALL_KINDS
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=copy.deepcopy(ALL_KINDS)
     )
     out = model.generate(prompts, max_new_tokens=3)
     assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=3))

@@ -51,7 +51,7 @@ def test_memory_above_the_plain_models(model, batch_size, tokens, dtype, monkeyp
     layer = load.input_ids.numel() * HIDDEN * 4
     budget = 2 * 4 * layer  # of four layers in fp32
     monkeypatch.setattr(reader, "state_budget", lambda device: budget)
-    monkeypatch.setattr(mean_attention, "_SCORES", load.input_ids.numel())
+    monkeypatch.setattr(mean_attention, "_SCORES", load.input_ids.numel() * HIDDEN // 4)
     peaks = {}
     for system in each_system(model, many=8, naive=True):
         system.serve(load, None)

@@ -100,7 +100,9 @@ class DataSources:
     max_extra_rows: int | None = field(
         default=None, metadata={"help": "And at most so many of each --extra, drawn at random."}
     )
-    max_eval_rows: int | None = None
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Use at most this many validation and this many test rows."}
+    )
     data_dir: str | os.PathLike | None = field(
         default=None,
         metadata={

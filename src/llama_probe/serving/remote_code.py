@@ -18,7 +18,7 @@ from .pipeline import TASK
 # Modules by file, in the order of their imports. A name from any other module of the package becomes a stub.
 _FILES = {
     "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/configuration",
-    "backbone": "backbone/families backbone/cache backbone/decoder backbone/capture backbone/next_token",
+    "backbone": "backbone/families backbone/cache backbone/decoder backbone/capture backbone/fingerprint backbone/next_token",
     "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "
     "heads/attentive heads/multimax heads/mean_attention heads/attention heads/muli heads/decision heads/scope "
     "heads/stream heads/match heads/folder heads/probe",

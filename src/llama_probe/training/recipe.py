@@ -90,7 +90,8 @@ def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, d
     """
     name = head.get("probe_type", AUTO)
     if name == AUTO:
-        suited = {name: get_probe_type(name).auto_up_to for name in probe_types()}
+        # As a class declares it itself: a kind that derives from another is not chosen in its place.
+        suited = {name: vars(get_probe_type(name)).get("auto_up_to", 0) for name in probe_types()}
         name = min((name for name, up_to in suited.items() if rows <= up_to), key=suited.get)
     _, epochs, batch_size = next(entry for entry in SCHEDULES if rows <= entry[0])
     defaults = {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, **get_probe_type(name).recipe}
