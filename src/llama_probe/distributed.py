@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -229,31 +229,13 @@ def _claim(folder: Path) -> list[int]:
         return []
     handle = os.open(folder, os.O_RDONLY)
     try:
-        lock(handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise ProbeError(f"another run is at work in {folder}: wait for its end, or name another folder") from None
+    except OSError:  # the file system has no locks
+        pass
     return [handle]
-
-
-def lock(file: BinaryIO | int) -> bool:
-    """Lock a file or a folder until it is closed or the process ends.
-
-    Returns:
-        False if the system or the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
-    """
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
 
 
 def _create_group() -> None:

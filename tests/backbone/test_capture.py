@@ -93,26 +93,17 @@ def test_a_hook_that_is_half_registered_does_not_break_another_thread(lm, prompt
     assert done
 
 
-class Recorder:
-    def __init__(self):
-        self.states = {}
-
-    def on_state(self, layer, hidden):
-        assert layer not in self.states
-        self.states[layer] = hidden
-
-
 def test_permanent_hooks_hear_one_thread_and_only_when_asked(lm, prompts):
     expected = collect_hidden_states(lm, ALL, prompts)
     assert stay_in_layers(lm) and stay_in_layers(lm)  # once is enough
     lm(prompts)
-    recorder = Recorder()
-    with handing_states_to(recorder.on_state):
+    seen = []
+    with handing_states_to(lambda layer, hidden: seen.append((layer, hidden))):
         in_another_thread(lm, prompts)
-        assert not recorder.states
+        assert not seen
         lm(prompts)
-    assert all(torch.equal(recorder.states[layer], state) for layer, state in enumerate(expected))
-    with pytest.raises(RuntimeError, match="inside"), handing_states_to(Recorder().on_state):
+    assert [layer for layer, _ in seen] == list(ALL)
+    assert all(torch.equal(hidden, expected[layer]) for layer, hidden in seen)
+    with pytest.raises(RuntimeError, match="inside"), handing_states_to(lambda *_: pytest.fail("heard")):
         raise RuntimeError("inside")
     lm(prompts)
-    assert len(recorder.states) == LAYERS + 1
