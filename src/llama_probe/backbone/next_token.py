@@ -16,7 +16,7 @@ from .decoder import find_decoder, without_peft
 # Config fields with a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 # Tokens of the forward pass of `check`.
-_TOKENS = 8
+_TRIAL_TOKENS = 8
 
 
 class NextToken:
@@ -82,7 +82,7 @@ class NextToken:
         decoder = find_decoder(lm)
         last = decoder.num_hidden_layers
         vocab_size = lm.config.get_text_config(decoder=True).vocab_size
-        ids = torch.arange(1, _TOKENS + 1, device=decoder.input_device)[None] % vocab_size
+        ids = torch.arange(1, _TRIAL_TOKENS + 1, device=decoder.input_device)[None] % vocab_size
         states: dict[int, torch.Tensor] = {}
         # The plain class's forward does not run attached heads.
         forward = getattr(type(lm), "_causal_lm_class", type(lm)).forward
