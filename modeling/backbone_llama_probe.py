@@ -39,14 +39,7 @@ from .configuration_llama_probe import Target
 
 @dataclass(frozen=True)
 class Family:
-    """Dotted paths of modules, from the model with the LM head.
-
-    Attributes:
-        embeddings: the input embeddings.
-        layers: the `nn.ModuleList` of decoder layers.
-        norm: the norm after the last layer.
-        model: the decoder without the LM head. Defaults to the module that owns the layers.
-    """
+    """Dotted paths of modules, from the model with the LM head."""
 
     embeddings: str
     layers: str
@@ -110,21 +103,7 @@ _FOUND: dict[type, Family] = {}
 
 
 def register_family(model_type: str, *, embeddings: str, layers: str, norm: str, model: str | None = None) -> None:
-    """Register where the models of a family keep what heads read. This replaces the paths of a known family.
-
-    Hidden state 0 is then the input of the first layer, hidden state i the output of layer i, and the last one the output
-    of the norm, even if the model lists others with `output_hidden_states`.
-
-    Args:
-        model_type: from the config of the model with the LM head.
-        embeddings, layers, norm: dotted paths from that model, such as `model.embed_tokens`, `model.layers` (an
-            `nn.ModuleList`) and `model.norm`.
-        model: path of the decoder without its LM head, which takes `input_ids` and `attention_mask`. Defaults to the
-            module that owns the layers.
-
-    Raises:
-        ProbeError: a path is not made of dotted names.
-    """
+    """Register where the models of a family keep what heads read. This replaces the paths of a known family."""
     for name, path in (("embeddings", embeddings), ("layers", layers), ("norm", norm), ("model", model)):
         if path is not None and not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
             raise ProbeError(f"{name}={path!r} must be dotted names, such as 'model.layers'")
@@ -132,18 +111,7 @@ def register_family(model_type: str, *, embeddings: str, layers: str, norm: str,
 
 
 def find_modules(lm: PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
-    """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM.
-
-    Args:
-        depth: its number of decoder layers.
-
-    Returns:
-        The modules by name, and how they were found: `"registered"` by `register_family`, in the `"table"`, or by a
-        `"search"` for the only place with `depth` layers and a final norm.
-
-    Raises:
-        ProbeError: the LM is an encoder-decoder, or the modules are not found.
-    """
+    """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM."""
     kind, model_type = type(lm).__name__, lm.config.model_type
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ProbeError(f"{kind} is an encoder-decoder: heads read the hidden states of a causal LM")
@@ -197,55 +165,6 @@ def _search(lm: PreTrainedModel, depth: int) -> Iterator[Family]:
                 yield Family(embeddings, prefix + name, prefix + norms[0], paths[owner])
 
 
-# From backbone/cache.py
-
-# Cache layers that put old and new tokens into a new tensor.
-_GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-class _DetachedCopies(TorchFunctionMode):
-    """Let `copy.deepcopy` copy tensors that require gradients, which it refuses, as detached tensors."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
-
-
-def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """Return the KV cache in the arguments of a forward pass, or in an output of the LM, or None."""
-    cache = kwargs.get("cache")
-    if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns about the older name
-        cache = kwargs.get("past_key_values")
-    return cache
-
-
-def cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Return the number of tokens in the cache that `given_cache` finds, 0 without a cache."""
-    cache = given_cache(kwargs)
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def copy_cache(cache: Cache) -> Cache:
-    """Return a copy of a KV cache, without gradients."""
-    with _DetachedCopies():
-        return copy.deepcopy(cache)
-
-
-def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """Return a copy of a KV cache of one row, from `prefill`, for a batch.
-
-    The rows share their memory until the LM adds tokens to them; so do the rows of copies.
-    """
-    cache = copy_cache(prefix)
-    for layer in cache.layers:
-        if type(layer) in _GROW_BY_COPY and layer.is_initialized:
-            layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
-        else:
-            layer.batch_repeat_interleave(rows)
-    return cache
-
-
 # From backbone/decoder.py
 
 # Config fields of multimodal models with the id of a token that represents part of an image, video or sound.
@@ -254,19 +173,7 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "aud
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of a causal LM that heads read.
-
-    Attributes:
-        model: the decoder without its LM head.
-        embeddings: the input embeddings.
-        layers: the L decoder layers, in order.
-        norm: the norm after the last layer.
-        hidden_size: size D of a hidden state.
-        name_or_path, model_type: from the LM's config.
-        origin: how the modules were found: `"table"`, `"registered"` or `"search"`; see `families.find_modules`.
-        wrapper: the multimodal model around `model`, if there is one.
-        placeholder_ids: ids of the tokens that represent images, videos or sounds in a prompt.
-    """
+    """The parts of a causal LM that heads read."""
 
     model: nn.Module
     embeddings: nn.Module
@@ -305,14 +212,7 @@ class Decoder:
         return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     def run(self, **inputs: Any) -> Any:
-        """Run the backbone without its LM head.
-
-        Without `position_ids`, positions are counted as in `generate()`, from the first token that is not padding. Else
-        models with learned positions (GPT-2) would see another prompt behind left padding.
-
-        Args:
-            inputs: arguments of the decoder or of its wrapper (`pixel_values`). None means not given.
-        """
+        """Run the backbone without its LM head."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
         names = inspect.signature(self.model.forward).parameters
         if self.wrapper is not None and not inputs.keys() <= names.keys():
@@ -327,11 +227,7 @@ class Decoder:
         return self.model(**inputs)
 
     def whole(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a forward pass, changed so that each layer runs over all tokens.
-
-        A decoder that takes `logits_to_keep` itself (Gemma 4 with shared keys and values) drops tokens after some layer if
-        it is a number, but not if it is a tensor of indices.
-        """
+        """Return the arguments of a forward pass, changed so that each layer runs over all tokens."""
         keep = inputs.get("logits_to_keep")
         drops = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         if not drops or not isinstance(keep, int) or keep <= 0:
@@ -360,11 +256,7 @@ def is_tensor_parallel(lm: nn.Module | None) -> bool:
 
 
 def find_decoder(lm: nn.Module) -> Decoder:
-    """Find the decoder of a causal LM, also inside a PEFT model.
-
-    Raises:
-        ProbeError: the LM is an encoder-decoder, or its modules are not found; see `families.find_modules`.
-    """
+    """Find the decoder of a causal LM, also inside a PEFT model."""
     base = without_peft(lm)
     config = base.config.get_text_config(decoder=True)
     modules, origin = find_modules(base, config.num_hidden_layers)
@@ -391,6 +283,52 @@ def _usable(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+# From backbone/cache.py
+
+# Cache layers that put old and new tokens into a new tensor.
+_GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Let `copy.deepcopy` copy tensors that require gradients, which it refuses, as detached tensors."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """Return the KV cache in the arguments of a forward pass, or in an output of the LM, or None."""
+    cache = kwargs.get("cache")
+    if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns about the older name
+        cache = kwargs.get("past_key_values")
+    return cache
+
+
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Return the number of tokens in the cache that `given_cache` finds, 0 without a cache."""
+    cache = given_cache(kwargs)
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def copy_cache(cache: Cache) -> Cache:
+    """Return a copy of a KV cache, without gradients."""
+    with _DetachedCopies():
+        return copy.deepcopy(cache)
+
+
+def repeat_cache(prefix: Cache, rows: int) -> Cache:
+    """Return a copy of a KV cache of one row, from `prefill`, for a batch."""
+    cache = copy_cache(prefix)
+    for layer in cache.layers:
+        if type(layer) in _GROW_BY_COPY and layer.is_initialized:
+            layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
+        else:
+            layer.batch_repeat_interleave(rows)
+    return cache
+
+
 # From backbone/capture.py
 
 # Tokens of the forward pass of `check_states`.
@@ -398,18 +336,7 @@ _PROOF_TOKENS = 8
 
 
 class Capture:
-    """A context manager that calls a function with each hidden state when it appears.
-
-    Hidden state 0 is the input of the first layer (right for `inputs_embeds` and for models that scale their embeddings or
-    add positions to them), hidden state i the output of layer i, and hidden state L the output of the final norm: equal to
-    `output_hidden_states`. The hooks exist only inside the `with` block, and only for the thread that opened it, so that two
-    threads can run one model.
-
-    Args:
-        decoder: from `find_decoder`.
-        on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
-        layers: indices of the hidden states.
-    """
+    """A context manager that calls a function with each hidden state when it appears."""
 
     def __init__(self, decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]):
         self.decoder = decoder
@@ -470,13 +397,7 @@ _LISTENING = _Listening()
 
 @torch.compiler.assume_constant_result
 def stay_in_layers(lm: nn.Module) -> bool:
-    """Register permanent hooks for `handing_states_to` on an LM, once. A compiled forward pass cannot add or remove hooks.
-
-    This is called while a pass is traced, not when the graph runs.
-
-    Returns:
-        False if the decoder may run layers over some tokens only; see `Decoder.whole`.
-    """
+    """Register permanent hooks for `handing_states_to` on an LM, once. A compiled forward pass cannot add or remove hooks."""
     decoder = find_decoder(lm)
     if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
         return False
@@ -510,11 +431,7 @@ def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
-    """Raise `ProbeError` if the LM has run and hidden states are missing.
-
-    Args:
-        wanted, seen: layer indices.
-    """
+    """Raise `ProbeError` if the LM has run and hidden states are missing."""
     if missing := sorted(set(wanted) - set(seen)):
         raise ProbeError(
             f"the LM ran without giving hidden states {missing}. A decoder compiled as a whole ignores new hooks: compile its "
@@ -529,18 +446,7 @@ def collect_hidden_states(
     attention_mask: torch.Tensor | None = None,
     prefix: Cache | None = None,
 ) -> list[torch.Tensor]:
-    """Run the backbone without its LM head and without gradients, and return hidden states.
-
-    Args:
-        lm: a causal LM, or a PEFT model around one.
-        layers: indices of the hidden states.
-        input_ids (`[B, T]`): token ids, on any device.
-        attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device.
-        prefix: a KV cache from `prefill`, of tokens that come before every row.
-
-    Returns:
-        One tensor `[B, T, D]` for each of `layers`, in their order and in the backbone's dtype.
-    """
+    """Run the backbone without its LM head and without gradients, and return hidden states."""
     decoder = find_decoder(lm)
     device = decoder.input_device
     input_ids = input_ids.to(device)
@@ -559,11 +465,7 @@ def collect_hidden_states(
 
 
 def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
-    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row.
-
-    Returns:
-        The cache, or None if it holds states of linear attention, which transformers cannot repeat for several rows.
-    """
+    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row."""
     decoder = find_decoder(lm)
     input_ids = torch.tensor([list(ids)], device=decoder.input_device)
     with torch.no_grad():
@@ -572,14 +474,7 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
 
 
 def check_states(lm: nn.Module) -> None:
-    """Prove, for a family that is not in the table, that the captured states are the LM's hidden states.
-
-    The backbone runs once over a few tokens. For a registered family, only the shapes are checked, and that no layer changes
-    an earlier hidden state in place. Models with offloaded weights are not checked.
-
-    Raises:
-        ProbeError: a state is missing, has another shape, is changed in place, or differs from `output_hidden_states`.
-    """
+    """Prove, for a family that is not in the table, that the captured states are the LM's hidden states."""
     decoder = find_decoder(lm)
     if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
         return
@@ -618,6 +513,78 @@ def _close(listed: torch.Tensor, state: torch.Tensor) -> bool:
     return listed.shape == state.shape and torch.allclose(state.float(), listed.to(state).float(), equal_nan=True)
 
 
+# From backbone/next_token.py
+
+# Config fields with a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).
+_FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+# Tokens of the forward pass of `check`.
+_CHECK_TOKENS = 8
+
+
+class NextToken:
+    """The map from the last hidden state to the logits of the next token: output embeddings, factor and softcap."""
+
+    def __init__(self, lm: nn.Module):
+        lm = without_peft(lm)
+        config = lm.config.get_text_config(decoder=True)
+        factors = (getattr(config, name, None) or 1.0 for name in _FACTORS)
+        divisors = (getattr(config, name, None) or 1.0 for name in _DIVISORS)
+        self.factor = prod(factors) / prod(divisors)
+        # Gemma 2, arXiv 2408.00118, section 2: softcap * tanh(logits / softcap)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self._dtype = lm.dtype
+        self._embeddings = lm.get_output_embeddings()
+        self._lm = weakref.ref(lm)
+        if self._embeddings is None:
+            raise ProbeError(f"{type(lm).__name__} has no output embeddings: load it with AutoModelForCausalLM")
+
+    @property
+    def lm(self) -> nn.Module | None:
+        """The LM, or None if it is gone."""
+        return self._lm()
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The LM's output embeddings."""
+        lm = self.lm
+        return self._embeddings if lm is None else lm.get_output_embeddings()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map last hidden states `[rows, D]` to fp32 logits `[rows, vocab_size]`, on the output embeddings' device."""
+        embeddings = self.embeddings
+        weight = next(embeddings.parameters(), None)
+        device = hidden.device if weight is None or weight.is_meta else weight.device
+        dtype = getattr(getattr(embeddings, "weight", None), "dtype", None)
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize == 1:
+            dtype = self._dtype  # quantized weights have a dtype for storage
+        logits = embeddings(hidden.to(device, dtype)).float() * self.factor
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Run the LM over a few tokens and compare its logits. Models with offloaded weights are not checked."""
+        lm = self.lm
+        if any(parameter.is_meta for parameter in lm.parameters()):
+            return
+        decoder = find_decoder(lm)
+        last = decoder.num_hidden_layers
+        vocab_size = lm.config.get_text_config(decoder=True).vocab_size
+        ids = torch.arange(1, _CHECK_TOKENS + 1, device=decoder.input_device)[None] % vocab_size
+        states: dict[int, torch.Tensor] = {}
+        # The plain class's forward does not run attached heads.
+        forward = getattr(type(lm), "_causal_lm_class", type(lm)).forward
+        with Capture(decoder, states.__setitem__, [last]):
+            expected = forward(lm, input_ids=ids, use_cache=False).logits[0, -1].float()
+        check_seen([last], states)
+        found = self(states[last][0, -1:])[0].to(expected.device)
+        # 2 % of the largest logit: above the rounding of bf16, far below any unknown factor.
+        if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
+            known = ", ".join((*_FACTORS, *_DIVISORS, "final_logit_softcapping"))
+            raise ProbeError(
+                f"{type(lm).__name__} changes its logits by more than {known}: use another probe_type with it"
+            )
+
+
 # From backbone/fingerprint.py
 
 _TOKENS, _DEPTHS, _DIRECTIONS = 32, 4, 8
@@ -627,15 +594,7 @@ _TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.06, 4: 0.4}
 
 
 def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
-    """Return 32 numbers that summarize a backbone, comparable between machines, dtypes and devices.
-
-    The backbone runs once over 32 fixed tokens. The hidden states at a quarter, a half, three quarters and the whole of its
-    depth are layer-normalized, averaged over the tokens, and projected on 8 fixed random directions.
-
-    Args:
-        lm: a causal LM, or a PEFT model around one. It runs in eval mode.
-        vocab_size: the tokens are below it. Defaults to the backbone's.
-    """
+    """Return 32 numbers that summarize a backbone, comparable between machines, dtypes and devices."""
     decoder = find_decoder(lm)
     vocab_size = vocab_size or _vocab_size(lm)
     # Multiplicative hashing spreads the ids, and gives the same ones everywhere.
@@ -668,12 +627,7 @@ def distance(recorded: list[float], found: list[float]) -> float:
 
 
 def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, str | None]) -> float:
-    """Return the distance that rounding explains between two copies of one model.
-
-    Args:
-        recorded, found: dtype and quantization of each side, as in `ProbeConfig.base_model_dtype` and
-            `ProbeConfig.base_model_quantization`. Equal quantization on both sides adds no distance.
-    """
+    """Return the distance that rounding explains between two copies of one model."""
     if recorded[1] == found[1]:
         recorded, found = (recorded[0], None), (found[0], None)
     return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
@@ -725,90 +679,3 @@ def _bits(dtype: str | None, quantization: str | None) -> int:
     if dtype is not None and "float8" in dtype:
         return 8
     return 32 if dtype in ("float32", "float64") else 16
-
-
-# From backbone/next_token.py
-
-# Config fields with a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).
-_FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
-# Tokens of the forward pass of `check`.
-_CHECK_TOKENS = 8
-
-
-class NextToken:
-    """The map from the last hidden state to the logits of the next token: output embeddings, factor and softcap.
-
-    It asks the LM for its output embeddings at each call: an adapter or another size of the vocabulary replaces them. The
-    reference to the LM is weak, because the LM contains the head that uses this map. If the LM is gone, its last known output
-    embeddings remain.
-
-    Args:
-        lm: a causal LM, or a PEFT model around one.
-
-    Raises:
-        ProbeError: the LM has no output embeddings.
-    """
-
-    def __init__(self, lm: nn.Module):
-        lm = without_peft(lm)
-        config = lm.config.get_text_config(decoder=True)
-        factors = (getattr(config, name, None) or 1.0 for name in _FACTORS)
-        divisors = (getattr(config, name, None) or 1.0 for name in _DIVISORS)
-        self.factor = prod(factors) / prod(divisors)
-        # Gemma 2, arXiv 2408.00118, section 2: softcap * tanh(logits / softcap)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self._dtype = lm.dtype
-        self._embeddings = lm.get_output_embeddings()
-        self._lm = weakref.ref(lm)
-        if self._embeddings is None:
-            raise ProbeError(f"{type(lm).__name__} has no output embeddings: load it with AutoModelForCausalLM")
-
-    @property
-    def lm(self) -> nn.Module | None:
-        """The LM, or None if it is gone."""
-        return self._lm()
-
-    @property
-    def embeddings(self) -> nn.Module:
-        """The LM's output embeddings."""
-        lm = self.lm
-        return self._embeddings if lm is None else lm.get_output_embeddings()
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map last hidden states `[rows, D]` to fp32 logits `[rows, vocab_size]`, on the output embeddings' device."""
-        embeddings = self.embeddings
-        weight = next(embeddings.parameters(), None)
-        device = hidden.device if weight is None or weight.is_meta else weight.device
-        dtype = getattr(getattr(embeddings, "weight", None), "dtype", None)
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize == 1:
-            dtype = self._dtype  # quantized weights have a dtype for storage
-        logits = embeddings(hidden.to(device, dtype)).float() * self.factor
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Run the LM over a few tokens and compare its logits. Models with offloaded weights are not checked.
-
-        Raises:
-            ProbeError: the LM does more to its logits than this map.
-        """
-        lm = self.lm
-        if any(parameter.is_meta for parameter in lm.parameters()):
-            return
-        decoder = find_decoder(lm)
-        last = decoder.num_hidden_layers
-        vocab_size = lm.config.get_text_config(decoder=True).vocab_size
-        ids = torch.arange(1, _CHECK_TOKENS + 1, device=decoder.input_device)[None] % vocab_size
-        states: dict[int, torch.Tensor] = {}
-        # The plain class's forward does not run attached heads.
-        forward = getattr(type(lm), "_causal_lm_class", type(lm)).forward
-        with Capture(decoder, states.__setitem__, [last]):
-            expected = forward(lm, input_ids=ids, use_cache=False).logits[0, -1].float()
-        check_seen([last], states)
-        found = self(states[last][0, -1:])[0].to(expected.device)
-        # 2 % of the largest logit: above the rounding of bf16, far below any unknown factor.
-        if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
-            known = ", ".join((*_FACTORS, *_DIVISORS, "final_logit_softcapping"))
-            raise ProbeError(
-                f"{type(lm).__name__} changes its logits by more than {known}: use another probe_type with it"
-            )

@@ -60,11 +60,7 @@ from typing import Any
 # From errors.py
 
 class ProbeError(ValueError):
-    """Something a user can mend: a wrong config value, a bad head file, a combination that cannot be scored.
-
-    The message says what was wrong, what is allowed and how to mend it. It is a `ValueError`, so code that guards
-    transformers calls with `except ValueError` guards these as well.
-    """
+    """Something a user can mend: a wrong config value, a bad head file, a combination that cannot be scored."""
 
 
 # From files.py
@@ -74,14 +70,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_writable(folder: Path, content: str) -> None:
-    """Check, before any work is done, that a folder can be made or written into.
-
-    Args:
-        content: what will be written, for the message.
-
-    Raises:
-        ProbeError: the folder or one above it is a file, or the user may not write there.
-    """
+    """Check, before any work is done, that a folder can be made or written into."""
     try:
         there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     except OSError as error:  # for example a name that is too long
@@ -93,11 +82,7 @@ def check_writable(folder: Path, content: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and the missing folders above it.
-
-    Raises:
-        ProbeError: the system refuses; the message gives its reason.
-    """
+    """Make a folder and the missing folders above it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,13 +97,7 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a scratch folder whose files are moved into `folder` at the end; nothing is left behind on an error.
-
-    An empty folder that exists is filled, not replaced: it may be a link, a mount, or a working directory.
-
-    Raises:
-        ProbeError: `folder` is not empty, or cannot be made.
-    """
+    """Give a scratch folder whose files are moved into `folder` at the end; nothing is left behind on an error."""
     check_new_folder(folder)
     make_folder(folder.parent)
     exists = folder.is_dir()
@@ -135,16 +114,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_atomically(writers: dict[Path, Callable[[Path], object]], outdated: Sequence[Path] = ()) -> None:
-    """Call each writer with a temporary path, then rename all files; on an error no target changes.
-
-    Args:
-        writers: a function that writes a file, by the path of the file.
-        outdated: files about the old targets. They are removed before the first rename, so that a kill at any time
-            never leaves them beside new targets.
-
-    Raises:
-        ProbeError: the disk is full.
-    """
+    """Call each writer with a temporary path, then rename all files; on an error no target changes."""
     written: list[tuple[Path, Path]] = []
     try:
         for target, write in writers.items():
@@ -221,11 +191,7 @@ def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def check_output(folder: str | os.PathLike) -> None:
-    """Check that a head can be written into a folder without the loss of anything but a head.
-
-    Raises:
-        ProbeError: the folder cannot be written, or holds a card or results without a head.
-    """
+    """Check that a head can be written into a folder without the loss of anything but a head."""
     folder = Path(folder)
     check_writable(folder, "the head")
     if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
@@ -233,11 +199,7 @@ def check_output(folder: str | os.PathLike) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ProbeError: the file is too large, or does not hold a JSON object.
-    """
+    """Read a JSON object from a file."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ProbeError(f"{path} is larger than {MAX_JSON_BYTES} bytes and is not read")
     try:
@@ -250,11 +212,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them.
-
-    Raises:
-        ProbeError: the folder holds no head, or see `read_json`.
-    """
+    """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         found = sorted(item.name for item in Path(folder).iterdir()) if Path(folder).is_dir() else []
@@ -266,21 +224,13 @@ def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Read the `results.json` of a head folder; None if the head was never evaluated.
-
-    Raises:
-        ProbeError: see `read_json`.
-    """
+    """Read the `results.json` of a head folder; None if the head was never evaluated."""
     path = Path(folder) / RESULTS_NAME
     return read_json(path) if path.is_file() else None
 
 
 def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the run of the seed whose head was kept.
-
-    Raises:
-        ProbeError: no run has the chosen seed.
-    """
+    """Return the run of the seed whose head was kept."""
     try:
         return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
     except (LookupError, TypeError, StopIteration) as error:
@@ -290,11 +240,7 @@ def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """Return the halting rules in a head's results, by label; empty if none were measured.
-
-    Raises:
-        ProbeError: see `chosen_run`.
-    """
+    """Return the halting rules in a head's results, by label; empty if none were measured."""
     return {} if results is None else chosen_run(results).get("halting", {}).get("labels", {})
 
 
@@ -306,11 +252,7 @@ _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(
 
 @dataclass(frozen=True)
 class HubReference:
-    """A head on the Hub: `user/repo`, with `@revision` and `:subfolder` if needed.
-
-    Raises:
-        ProbeError: the repository's name is not allowed, or the subfolder is not inside it.
-    """
+    """A head on the Hub: `user/repo`, with `@revision` and `:subfolder` if needed."""
 
     repo_id: str
     revision: str | None = None
@@ -342,17 +284,7 @@ class HubReference:
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Options for fetching files, with the names and defaults of `from_pretrained` in transformers.
-
-    Attributes:
-        revision: branch, tag or commit of heads whose reference names none. Never the backbone's.
-        token: None for the one that is logged in, False for none.
-        cache_dir: replaces the cache in `HF_HOME`.
-        local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all calls.
-        force_download: fetch cached files again.
-        only_config: fetch a head's config, but not its weights, results, card and plots.
-        trust_remote_code: run the code file of a head whose kind the package does not have.
-    """
+    """Options for fetching files, with the names and defaults of `from_pretrained` in transformers."""
 
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)  # tracebacks and logs show reprs
@@ -380,17 +312,7 @@ def check_subfolder(subfolder: str | None) -> None:
 
 
 def download_head(reference: HubReference, options: HubOptions = HubOptions()) -> Path:
-    """Fetch the files of a head, all of one commit, into the Hub's cache.
-
-    If everything is cached, the Hub is asked once for a branch or a tag, and not at all for a commit.
-
-    Returns:
-        The folder with the files.
-
-    Raises:
-        ProbeError: the repository, revision or head does not exist, this token may not read it, it is not cached and
-            the Hub is out of reach, or a file arrived damaged.
-    """
+    """Fetch the files of a head, all of one commit, into the Hub's cache."""
     config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
     if options.only_config:
         return config.parent
@@ -403,10 +325,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
 
 
 def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
-    """Return options for a head that may not exist: with `local_files_only` if the Hub cannot be reached.
-
-    The client repeats a failed request for half a minute. That is too long for a mistyped alias, so this asks once.
-    """
+    """Return options for a head that may not exist: with `local_files_only` if the Hub cannot be reached."""
     revision = reference.revision or options.revision
     path = reference.path(CONFIG_NAME)
     cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
@@ -422,10 +341,7 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
 
 
 def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
-    """Return the subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read.
-
-    Subfolders that a `HubReference` cannot spell, such as `a:b`, are left out.
-    """
+    """Return the subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read."""
     if options.local_files_only:
         return []
     try:
@@ -446,11 +362,7 @@ def _is_asked_for(text: str) -> bool:
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
-    """Return `repo_id`, with the user's own name before it if it has none.
-
-    Raises:
-        ProbeError: it is not allowed, or the Hub does not know the token.
-    """
+    """Return `repo_id`, with the user's own name before it if it has none."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -471,21 +383,7 @@ def commit_files(
     commit_message: str = "Upload with llama_probe",
     only_if_missing: Collection[str] = (),
 ) -> CommitInfo:
-    """Upload files in one commit; create the repository and the branch if they are missing.
-
-    A failed push leaves the branch unchanged, and so does a push without changes. A push is refused if another one
-    came in between; it is never merged.
-
-    Args:
-        repo_id: `user/name`, or a name for the own user.
-        files: contents by path in the repository.
-        stale: tells if another file of the repository is a rest of an earlier version and is deleted.
-        private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
-        only_if_missing: paths of `files` that do not replace an existing file.
-
-    Raises:
-        ProbeError: the Hub refused; the message gives its reason.
-    """
+    """Upload files in one commit; create the repository and the branch if they are missing."""
     repo_id = full_repo_id(repo_id, token)
     api = HfApi(token=token, library_name="llama_probe", library_version=package_version())
     with _push_errors(repo_id, token):
@@ -615,13 +513,7 @@ _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))  # torch allows no module with suc
 
 @dataclass(frozen=True)
 class Target:
-    """The backbone that a head is looked up for: an alias names another head on each backbone.
-
-    Attributes:
-        name_or_path: folder or Hub id of the backbone.
-        hidden_size, num_hidden_layers: its sizes.
-        revision: its branch, tag or commit.
-    """
+    """The backbone that a head is looked up for: an alias names another head on each backbone."""
 
     name_or_path: str | None
     hidden_size: int
@@ -630,13 +522,7 @@ class Target:
 
     @classmethod
     def read(cls, name_or_path: str | os.PathLike, kwargs: Mapping[str, Any], options: HubOptions) -> Target | None:
-        """Read the target from a backbone's `config.json`; None if that has no sizes.
-
-        Args:
-            name_or_path: folder or Hub id of the backbone.
-            kwargs: keyword arguments of its `from_pretrained`, for `revision` and `subfolder`.
-            options: token, cache and offline settings.
-        """
+        """Read the target from a backbone's `config.json`; None if that has no sizes."""
         revision = kwargs.get("revision")
         try:
             config = AutoConfig.from_pretrained(
@@ -673,15 +559,7 @@ def bundled_heads(target: Target | None = None) -> dict[str, Path]:
 
 
 def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
-    """Return the head among `alias-KIND` with the best validation score, or None if there is none.
-
-    Heads are compared by the mean over seeds of the metric they were chosen by; the smaller one wins a tie. Heads
-    without results, and heads chosen by another metric than most, do not take part.
-
-    Args:
-        alias: an alias without a kind.
-        heads: folders by alias.
-    """
+    """Return the head among `alias-KIND` with the best validation score, or None if there is none."""
     ranked: dict[str, list[tuple[float, int, Path]]] = {}
     for name, folder in heads.items():
         stem, _, kind = name.rpartition("-")
@@ -701,11 +579,7 @@ def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
 
 
 def probe_namespace(namespace: str | None = None) -> str | None:
-    """Return the Hub user for aliases: the argument, else the variable `LLAMA_PROBE_NAMESPACE`, else None.
-
-    Raises:
-        ProbeError: it cannot be the name of a user.
-    """
+    """Return the Hub user for aliases: the argument, else the variable `LLAMA_PROBE_NAMESPACE`, else None."""
     chosen = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE") or None
     if chosen is not None and (not isinstance(chosen, str) or not re.fullmatch(r"[\w.-]+", chosen)):
         raise ProbeError(f"namespace={chosen!r} must be the name of a user or organisation on the Hub")
@@ -723,20 +597,7 @@ def resolve_head(
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     namespace: str | None = None,
 ) -> Path:
-    """Return the folder of a head, and fetch it first if it is on the Hub.
-
-    Args:
-        source: in this order, a folder; a Hub id (`user/repo`, with `@revision` and `:subfolder`); or an alias. An
-            alias names a head that is bundled for the target, in the target's own folder, in the namespace's
-            repository (see `alias_repository`), or in the target's own repository. On the Hub it is a subfolder. An
-            alias without a kind is the best of the kinds; see `best_head`.
-        target: the backbone. Without one, an alias names a bundled head.
-        options: for the Hub. The revision is the head's.
-        namespace: see `probe_namespace`.
-
-    Raises:
-        ProbeError: there is no such head; the message lists those that exist.
-    """
+    """Return the folder of a head, and fetch it first if it is on the Hub."""
     if source == "":  # pathlib would take it for the current folder
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
     if Path(source).is_dir():
@@ -805,11 +666,7 @@ def _known(target: Target | None, bundled: Mapping[str, Path]) -> list[str]:
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
-    """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub.
-
-    Raises:
-        ProbeError: `source` is not a str or path, or the subfolder is outside the repository or given twice.
-    """
+    """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub."""
     check_place(source)
     check_subfolder(subfolder)
     if subfolder is None:
@@ -845,11 +702,7 @@ def default_name(source: str | os.PathLike) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return a head's name if a model can have a head of this name.
-
-    Raises:
-        ProbeError: it holds more than letters, digits, `-` and `_`, or is an attribute of torch modules.
-    """
+    """Return a head's name if a model can have a head of this name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ProbeError(f"{name!r} cannot name a head: use letters, digits, - and _")
     if name in _ATTRIBUTES:
@@ -863,11 +716,7 @@ _PROBE_TYPES: dict[str, type[Any]] = {}
 
 
 def register_probe_type(name: str):
-    """Return a class decorator that makes an `Aggregator` available as `ProbeConfig(probe_type=name)`.
-
-    Raises:
-        ValueError: the name already belongs to another class.
-    """
+    """Return a class decorator that makes an `Aggregator` available as `ProbeConfig(probe_type=name)`."""
 
     def register(cls):
         known = _PROBE_TYPES.get(name)
@@ -885,11 +734,7 @@ def probe_types() -> list[str]:
 
 
 def get_probe_type(name: str) -> type[Any]:
-    """Return the class that is registered under `name`.
-
-    Raises:
-        ProbeError: no kind has this name. The message lists those that exist.
-    """
+    """Return the class that is registered under `name`."""
     if not isinstance(name, str) or name not in _PROBE_TYPES:
         raise ProbeError(
             f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, and your own kinds once imported"
@@ -898,11 +743,7 @@ def get_probe_type(name: str) -> type[Any]:
 
 
 def import_kinds(path: str | os.PathLike) -> ModuleType:
-    """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust.
-
-    Raises:
-        ProbeError: there is no such file, or it registers no kind.
-    """
+    """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust."""
     path, before = Path(path), set(_PROBE_TYPES.values())
     if not path.is_file():
         raise ProbeError(f"{path} is not a file; give a Python file that registers a kind with register_probe_type")
@@ -1032,47 +873,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass
 class ProbeConfig:
-    """Configuration of a probe head.
-
-    Args:
-        probe_type: kind of the head: `"pooling"`, `"gate"`, `"mha"`, or any registered kind.
-        num_labels: number of outputs. Defaults to the length of `id2label`, else 2.
-        id2label: label names by index. JSON turns the indices into strings; both are accepted.
-        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
-        pool: `"mean"` or `"max"`, for `pooling` and `mha`.
-        num_attention_heads: heads of `mha`; must divide `hidden_size / downcast`.
-        downcast: `mha` works in `hidden_size / downcast` dimensions.
-        normalize: how a hidden state is normalised before the token stage: `"none"`, `"layernorm"` (without
-            parameters) or `"rms"`. Defaults to the kind's choice.
-        dropout: dropout on the layer summaries and on the pooled vector in training, 0 <= p < 1.
-        layer_dropout: probability in training that a layer's summary is replaced by zeros, 0 <= p < 1.
-        layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state
-            after the final norm, as in `output_hidden_states`.
-        token_scope: tokens that count. `"prompt"`: all of the prompt. `"content"`: all but `prefix_ids`, the constant
-            beginning that the chat template puts before every prompt. `"response"`: the reply. `"all"`: `"content"`
-            and the reply. Heads that read replies score each token of them.
-        causal: if True, the token stage makes nothing of a token from later ones, as scores of a growing reply need.
-            Defaults to True for the scopes that read replies, else False. Only `mha` differs.
-        prefix_ids: token ids of the constant beginning.
-        prompt_format: `"chat"` (the tokenizer's chat template) or `"raw"`: rendering of the training prompts.
-        system_prompt: system turn of the training prompts; None leaves it to the template.
-        max_length: number of tokens to which training prompts were cut; None for no limit.
-        chat_template_hash: sha256 of the chat template in training.
-        hidden_size, num_hidden_layers, vocab_size: sizes of the backbone.
-        base_model_name_or_path, base_model_revision, base_model_type, base_model_class: Hub id or folder of the
-            backbone, its commit on the Hub, its `model_type` and its class.
-        base_model_dtype, base_model_quantization: format of the backbone's weights in training; None if not quantised.
-        fingerprint: 32 numbers that summarise the backbone's states for a fixed input.
-        threshold: two labels: probability of label 1 from which label 1 is given (None: the larger one wins).
-            Multi-label: one value, or one a label (None: 0.5).
-        temperature: logits are divided by it before they become probabilities. Positive.
-        options: hyper-parameters of a kind that have no field of their own.
-        weights_sha256: digest of the weights file. Stamped when saved, as are `llama_probe_version` and
-            `transformers_version`.
-
-    Raises:
-        ProbeError: a value is not allowed. The message names the field and what is allowed.
-    """
+    """Configuration of a probe head."""
 
     probe_type: str = "mha"
     num_labels: int | None = None
@@ -1193,11 +994,7 @@ class ProbeConfig:
 
     @property
     def layer_indices(self) -> list[int]:
-        """State indices that the head reads, ascending: those of `layers` that the kind uses.
-
-        Raises:
-            ProbeError: `num_hidden_layers` is needed and None.
-        """
+        """State indices that the head reads, ascending: those of `layers` that the kind uses."""
         if self.layers == "all" and self.num_hidden_layers is None:
             raise ProbeError("num_hidden_layers is None: give it, or attach the head to a backbone")
         named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
@@ -1220,22 +1017,12 @@ class ProbeConfig:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> ProbeConfig:
-        """Load the config of a head folder, of a head on the Hub, or of a bundled head's alias.
-
-        The arguments are those of `load_probe`. Weights are not fetched.
-
-        Raises:
-            ProbeError: there is no such head, or its config holds a value that is not allowed.
-        """
+        """Load the config of a head folder, of a head on the Hub, or of a bundled head's alias."""
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download, only_config=True)
         return read_config(resolve_head(with_subfolder(source, subfolder), options=options, namespace=namespace))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `probe_config.json`, and no weights, into a folder.
-
-        Raises:
-            ProbeError: a field was set to a value that is not allowed, or the folder cannot be written.
-        """
+        """Write `probe_config.json`, and no weights, into a folder."""
         text = self.replace().to_json_string()
         check_output(save_directory)
         make_folder(Path(save_directory))
@@ -1254,14 +1041,7 @@ class ProbeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:
-        """Build a config from JSON values.
-
-        Returns:
-            The config, and the keys that this version does not know.
-
-        Raises:
-            ProbeError: `values` is not a dict, or holds a value that is not allowed.
-        """
+        """Build a config from JSON values."""
         if not isinstance(values, dict):
             raise ProbeError(f"a probe config must be a JSON object, not {type(values).__name__}")
         names = {item.name for item in dataclasses.fields(cls)}
@@ -1272,14 +1052,7 @@ class ProbeConfig:
 
 
 def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> ProbeConfig:
-    """Read and check the config of a head folder; unknown keys are ignored with a warning.
-
-    Args:
-        trust_remote_code: run the code file of the folder if the head's kind is not registered.
-
-    Raises:
-        ProbeError: the folder holds no config, or one with a value that is not allowed, or its kind needs code.
-    """
+    """Read and check the config of a head folder; unknown keys are ignored with a warning."""
     path, code = Path(folder) / CONFIG_NAME, Path(folder) / CODE_NAME
     values = read_config_values(folder)
     kind = values.get("probe_type")

@@ -84,10 +84,7 @@ _EPS = {"layernorm": 1e-5, "rms": 1e-6}
 
 
 def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
-    """States of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
-
-    In half precision the result is rounded, and what it is calculated from is not.
-    """
+    """States of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`."""
     if kind == "layernorm":
         return torch.layer_norm(x, x.shape[-1:], eps=_EPS[kind])
     if kind == "rms":
@@ -132,13 +129,7 @@ def acting_as(kind: str) -> Iterator[None]:
 # From heads/aggregator.py
 
 class Classifier(nn.Module):
-    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it.
-
-    It is no `nn.Linear`: what adapts or quantises all linear layers of an LM leaves the heads on it alone.
-
-    Attributes:
-        lm: the LM that was last given to `attach`, if the map needs it and it still exists; else None.
-    """
+    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
 
     lm: nn.Module | None = None
 
@@ -152,17 +143,7 @@ class Classifier(nn.Module):
     reset_parameters = nn.Linear.reset_parameters
 
     def attach(self, lm: nn.Module, check: bool = True) -> None:
-        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing.
-
-        It is not saved, copied or pickled with the head.
-
-        Args:
-            lm: a causal LM, or a PEFT model around one.
-            check: if False, the LM is a copy of one that was checked.
-
-        Raises:
-            ProbeError: the LM does not have it.
-        """
+        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
@@ -178,36 +159,7 @@ class Classifier(nn.Module):
 
 
 class Aggregator(nn.Module, ABC):
-    """Summarise N items into one vector, for several slots side by side.
-
-    The same kind serves both stages, unless `create_layer_stage` says otherwise: the token stage has one slot a layer, with
-    its parameters stacked in tensors of shape `[slots, ...]`; the layer stage has a single slot.
-
-    A kind implements `update` and `result`, and `weights` if plots shall show it. Training calls `update` once with all slots
-    and tokens. Serving calls it with groups of layers and chunks of tokens. Both run the same code.
-
-    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows`
-    and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may go on
-    from it. No code of a kind may branch on the values of a tensor while `torch.compile` traces it.
-
-    Args:
-        num_slots (`int`): number of independent summaries.
-        config (`ProbeConfig`): the head's configuration, with `hidden_size` set.
-
-    Attributes:
-        reads: `"all"`, or `"last"` if only the last token that counts and the last layer matter. Other states are then
-            neither captured nor cached.
-        normalize: default of `ProbeConfig.normalize`.
-        recipe: default hyper-parameters of training: fields of `Recipe` and of `ProbeConfig`.
-        auto_up_to: `probe_type="auto"` takes, of all kinds, the smallest value that is at least the number of training rows.
-            0: never.
-        search_space: further hyper-parameters of a sweep, by field or option: a tuple (low, high) is a range, a list has
-            choices. Combinations that `check` refuses are left out.
-        options: names of `ProbeConfig.options`, each with its default and a help text.
-        half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.
-        convex: if True, the classifier alone is learned, as a convex problem (`llama_probe.training.fitting`).
-        causal: of an instance; if True, an item may only depend on itself and earlier items.
-    """
+    """Summarise N items into one vector, for several slots side by side."""
 
     reads: ClassVar[str] = "all"
     normalize: ClassVar[str] = "layernorm"
@@ -232,11 +184,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Check the values of `config` that this kind uses. The base class knows no options.
-
-        Raises:
-            ProbeError: the kind cannot be built from `config`.
-        """
+        """Check the values of `config` that this kind uses. The base class knows no options."""
         if config.options:
             raise ProbeError(f"options has {sorted(config.options)}; probe_type={config.probe_type!r} has none")
 
@@ -257,27 +205,14 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
-        """Take in further items.
-
-        Args:
-            state: result of an earlier `update` of the same slots, or `None` at the start.
-            x (`torch.FloatTensor` of shape `[S, B, n, D]`): the next n items of the slots in `slots`.
-            mask (`torch.BoolTensor` of shape `[B, n]`, *optional*): the items that count; `None` if all do.
-            slots (`slice`): the slots that `x` belongs to.
-
-        Returns:
-            The new state.
-        """
+        """Take in further items."""
 
     @abstractmethod
     def result(self, state: Any, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
-        """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
-
-        `None` if the kind has no such weights: plots then leave it out.
-        """
+        """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N."""
         return None
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
@@ -347,10 +282,7 @@ def masked_max(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 # From heads/low_rank.py
 
 class LowRankAggregator(Aggregator):
-    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`.
-
-    `project` gives the only numbers that the kind keeps of a token, a few instead of D.
-    """
+    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`."""
 
     half = True
 
@@ -416,11 +348,7 @@ class PoolingAggregator(Aggregator):
 
 @register_probe_type("gate")
 class GateAggregator(Aggregator):
-    """s_i = tanh(w . x_i), a = softmax(s), v = sum_i a_i x_i, with one w a slot: `(L+2) D` parameters in both stages.
-
-    tanh keeps every score within [-1, 1], so the softmax needs no maximum subtracted: its numerator and denominator are
-    running sums, and these are the whole state. w starts at zero: an untrained gate is mean pooling.
-    """
+    """s_i = tanh(w . x_i), a = softmax(s), v = sum_i a_i x_i, with one w a slot: `(L+2) D` parameters in both stages."""
 
     recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     auto_up_to = 512
@@ -456,11 +384,7 @@ class GateAggregator(Aggregator):
 
 @register_probe_type("last")
 class LastItemAggregator(Aggregator):
-    """The last valid item: of the tokens, and then of the layers. State: that item, so far.
-
-    No other layer matters, and so the head reads the last one of `layers` only: `layers=[k]` is a linear probe of state k,
-    and `"all"` one of the final state.
-    """
+    """The last valid item: of the tokens, and then of the layers. State: that item, so far."""
 
     recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     reads = "last"
@@ -489,12 +413,7 @@ class LastItemAggregator(Aggregator):
 
 @register_probe_type("attentive")
 class AttentivePoolingAggregator(LowRankAggregator):
-    """a_k = softmax(x q_k / sqrt(D)), z_k = sum_i a_ki V_k x_i, v = U [z_1; ...; z_K].
-
-    `options`: `num_queries` K (default 4), and `value_rank` R (default 8), the rows of all V_k together, a multiple of
-    K. Both stages hold `(L+2) (K + 2 R) D` parameters. Queries start at zero: an untrained head is mean pooling through
-    a low-rank map. State: the running maximum, denominator and numerator of each softmax, `2 K + R` numbers.
-    """
+    """a_k = softmax(x q_k / sqrt(D)), z_k = sum_i a_ki V_k x_i, v = U [z_1; ...; z_K]."""
 
     recipe = LowRankAggregator.recipe | {"learning_rate": 1e-2}
     search_space = {"num_queries": [1, 2, 4, 8], "value_rank": [1, 2, 4, 8, 16, 32]}
@@ -572,12 +491,7 @@ def _sizes(config) -> tuple[int, int]:
 
 @register_probe_type("multimax")
 class MultiMaxAggregator(LowRankAggregator):
-    """m_r = max_i v_r . x_i for each layer's R directions; the layers' maxima stand side by side, each layer's times a weight.
-
-    `options`: `num_maxima` R (default 4) and `num_members` M (default 16). With M > 1 the head is M heads in one, with R
-    directions each: each learns from a loss of its own, and their logits are averaged. Parameters, with L+1 layers read and C
-    labels: `(L+1) M R (D + C + 1)`, and a few biases. State: the largest value so far of each direction, `M R` numbers.
-    """
+    """m_r = max_i v_r . x_i for each layer's R directions; the layers' maxima stand side by side, each layer's times a weight."""
 
     recipe = LowRankAggregator.recipe | {"learning_rate": 3e-3, "dropout": 0.1}
     auto_up_to = math.inf
@@ -637,10 +551,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
 
 class WeightedLayers(Aggregator):
-    """Layer stage of `multimax`: a_l = softmax_l(g_l . m_l + b_l), v = [L' a_1 m_1; ...; L' a_L' m_L'], for each member.
-
-    L' is the number of layers read. Weights start equal. The layers stay apart, because each has directions of its own.
-    """
+    """Layer stage of `multimax`: a_l = softmax_l(g_l . m_l + b_l), v = [L' a_1 m_1; ...; L' a_L' m_L'], for each member."""
 
     def __init__(self, config):
         super().__init__(1, config)
@@ -713,18 +624,7 @@ def suits(query: torch.Tensor) -> bool:
 def mean_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Average the results of `scaled_dot_product_attention` over the valid queries. Not differentiable.
-
-    The mean commutes with the product with the values: how much attention each item receives is enough.
-
-    Args:
-        query, key, value (`[P, heads, N, d]`, fp32).
-        valid (`torch.BoolTensor` of shape `[P, N]`, *optional*): the items that count, as queries and as keys.
-        scale: factor of the scores.
-
-    Returns:
-        `[P, heads, d]`.
-    """
+    """Average the results of `scaled_dot_product_attention` over the valid queries. Not differentiable."""
     pairs, heads, items, size = query.shape
     query, key, value = ((part.reshape(-1, items, size)) for part in (query * scale, key, value))  # [P heads, N, d]
     weight = query.new_full((1, items), 1 / items)
@@ -760,15 +660,7 @@ def mean_attention(
 
 @register_probe_type("mha")
 class AttentionAggregator(LowRankAggregator):
-    """Self-attention over the valid items with `d_inner = D / downcast`, projected back to D, then pooled.
-
-    Query, key and value projections of a slot are one matrix, so that a layer's states are read once. Without biases
-    the two stages hold `(L+2) 4 D d_inner` parameters. The mean commutes with the output projection: with
-    `pool="mean"` the projection runs on the pooled vector. State: the low-rank projections, `3 d_inner` numbers an item.
-
-    Causal, an item attends to itself and earlier valid ones, so that later items change nothing of what it gave. State:
-    keys and values, `2 d_inner` numbers an item, and the running sum or maximum of what the items gave.
-    """
+    """Self-attention over the valid items with `d_inner = D / downcast`, projected back to D, then pooled."""
 
     search_space = {
         "pool": ["mean", "max"],
@@ -930,11 +822,7 @@ def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
 # From heads/muli.py
 
 class LogOddsClassifier(Classifier):
-    """A linear map of the log odds of every next token: f(p) = log p - log(1 - p), p from the frozen LM's own output head.
-
-    The standardisation of f over the training rows is folded into `weight` and `bias`: `(vocab_size + 1) num_labels`
-    parameters, of which few are not zero. The LM's output embeddings are shared with it, and no part of the module.
-    """
+    """A linear map of the log odds of every next token: f(p) = log p - log(1 - p), p from the frozen LM's own output head."""
 
     def __init__(self, config: ProbeConfig):
         if config.vocab_size is None:
@@ -984,11 +872,7 @@ class LogOddsClassifier(Classifier):
 
 @register_probe_type("muli")
 class MuliAggregator(LastItemAggregator):
-    """The final state of the last token, as it is: the classifier makes next-token logits of it.
-
-    `options`: `l1`, the strength of the L1 penalty at fitting: the mean loss + l1 * sum |w| over standardised features is
-    smallest. Chosen by validation rows where left out. Such a head is fitted as a convex problem, in `llama_probe.training.fitting`.
-    """
+    """The final state of the last token, as it is: the classifier makes next-token logits of it."""
 
     # Only the L1 penalty regularises the fit.
     recipe = {"learning_rate": 1e-3, "label_smoothing": 0.0, "dropout": 0.0, "layer_dropout": 0.0}
@@ -1033,14 +917,7 @@ def token_log_odds(log_p: torch.Tensor) -> torch.Tensor:
 # From heads/decision.py
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Applies the saved temperature: softmax for single-label heads, sigmoid for multi-label ones.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
-
-    Returns:
-        `[batch, num_labels]`. Regression heads have no probabilities: their logits come back as they are.
-    """
+    """Applies the saved temperature: softmax for single-label heads, sigmoid for multi-label ones."""
     if config.problem_type == "regression":
         return logits
     scaled = logits / config.temperature
@@ -1048,16 +925,7 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """log p - log(1 - p) of each of `probabilities`, fp64: it ranks rows as p does, also where p is 1 to the precision of a float.
-
-    A head whose validation rows are told apart without an error has a low temperature, and so gives 1 to many rows.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `[rows, num_labels]`).
-
-    Returns:
-        `[rows, num_labels]`. Regression heads: their logits.
-    """
+    """log p - log(1 - p) of each of `probabilities`, fp64: it ranks rows as p does, also where p is 1 to the precision of a float."""
     if config.problem_type == "regression":
         return logits
     scaled = logits.double() / config.temperature
@@ -1077,8 +945,7 @@ NO_NUMBER_BECAUSE = (
 
 
 def check_numbers(scores: torch.Tensor) -> None:
-    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and
-    cannot be measured."""
+    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and"""
     if wrong := int((~scores.isfinite()).any(dim=-1).sum()):
         raise ProbeError(f"the head gives no number for {wrong} of {len(scores)} rows: {NO_NUMBER_BECAUSE}")
 
@@ -1092,11 +959,7 @@ def threshold_of(config: ProbeConfig, index: int) -> float | None:
 
 
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Applies the saved threshold to `[batch, num_labels]` probabilities.
-
-    Returns:
-        Single-label: class indices `[batch]`. Multi-label: booleans `[batch, num_labels]`. Regression: the values.
-    """
+    """Applies the saved threshold to `[batch, num_labels]` probabilities."""
     if config.problem_type == "regression":
         return probs
     if config.problem_type == "multi_label_classification":
@@ -1108,11 +971,7 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
-    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression).
-
-    Raises:
-        ProbeError: a probability is no number. Compared with a threshold it would pass for the harmless label.
-    """
+    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression)."""
     picked = predictions(probs, config).tolist()
     if config.problem_type == "regression":
         return picked
@@ -1123,29 +982,13 @@ def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
-    """What a head that reads replies says of each, as far as it was read: what it said after the last token that counted.
-
-    Args:
-        token_logits (`[replies, tokens, num_labels]`): see `ProbedOutputMixin`.
-
-    Returns:
-        For each reply an output of one row; `None` where no token of it was read.
-    """
+    """What a head that reads replies says of each, as far as it was read: what it said after the last token that counted."""
     read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
     return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
 
 
 def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
-    """What a head says of one row, as plain JSON types.
-
-    Args:
-        label: its entry of `labels`. probs: its row of probabilities (regression: of values).
-
-    Returns:
-        `{"label": name, "score": its probability, "scores": {label: probability}}`; for multi-label heads the same with a
-        list of labels and a list of their probabilities; for regression heads `{"score": value}`, or
-        `{"scores": {label: value}}` where there are several outputs.
-    """
+    """What a head says of one row, as plain JSON types."""
     scores = dict(zip(config.id2label.values(), probs, strict=True))
     if config.problem_type == "regression":
         return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
@@ -1154,11 +997,7 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
 
 
 def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
-    """What a head says of one row, for people: the label with its own probability, which need not be the largest.
-
-    Args:
-        label: its entry of `labels`. scores: by label name its probabilities (regression: values). style: format of a probability.
-    """
+    """What a head says of one row, for people: the label with its own probability, which need not be the largest."""
     if config.problem_type == "regression":
         return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     names = label if isinstance(label, list) else [label]
@@ -1175,19 +1014,7 @@ def probe_loss(
     reduction: str = "mean",
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
-
-    Args:
-        logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`). Of several heads in one, which learn from the mean of
-            their losses, `[members, batch, num_labels]`.
-        class_weights (`[num_labels]`, *optional*): weight of each class (single-label) or of its positives
-            (multi-label).
-        label_smoothing: share of the target spread evenly over the classes.
-        focal_gamma: down-weights rows that are already right by `(1 - p)^gamma` (Lin et al., arXiv 1708.02002).
-        reduction: `"mean"` or `"sum"` over rows.
-        row_weights (`[batch, W]`, *optional*): what each row's loss is multiplied by. Of several members the first takes the
-            first column, and so on, and after W of them the first again.
-    """
+    """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error."""
     targets = targets.to(logits.device)
     if logits.dim() == 3:
         turns = [None] if row_weights is None else row_weights.split(1, dim=1)
@@ -1225,11 +1052,7 @@ class DecidedMixin:
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
-        """The config of a head, by its name where there are several.
-
-        Raises:
-            ProbeError: the output is a copy, which knows none.
-        """
+        """The config of a head, by its name where there are several."""
         configs = self.__dict__.get("_probe_configs", {})
         if name not in configs:
             raise ProbeError("this output has lost its head configs (a copy or a gather does that); use its logits")
@@ -1238,17 +1061,7 @@ class DecidedMixin:
 
 @dataclass
 class ProbeOutput(DecidedMixin, ModelOutput):
-    """What one head says of a batch.
-
-    Args:
-        loss (scalar, *optional*): where labels were given.
-        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
-        token_weights (`[batch, layers_read, tokens]`, *optional*): how much each token counted in the summary of each
-            layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
-        layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
-        member_logits (`[members, batch, num_labels]`, *optional*): while a head learns that is several in one.
-        row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
-    """
+    """What one head says of a batch."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -1291,23 +1104,7 @@ def token_mask(
     attention_mask: torch.Tensor | None,
     partial_prompt: bool = False,
 ) -> torch.Tensor:
-    """Return which tokens count for a head.
-
-    With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
-    after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
-    so once.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
-        attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
-        partial_prompt: the prompts may go on. Nothing counts yet of a row that ends within the constant prefix.
-
-    Returns:
-        `torch.BoolTensor` of shape `[batch, tokens]`.
-
-    Raises:
-        ProbeError: the scope needs ids and there are none, or is `"response"`: ids do not show where a reply begins.
-    """
+    """Return which tokens count for a head."""
     if config.token_scope == "response":
         raise ProbeError(
             "token_scope='response' counts the tokens of the reply, and which these are cannot be told from the ids: pass "
@@ -1354,19 +1151,7 @@ def prompt_masks(
     partial_prompt: bool = False,
     placeholder_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """Return for each head, by the name of its config, the prompt tokens that count: `[prompts, prompt_tokens]`.
-
-    Heads of one scope share one tensor.
-
-    Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
-    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
-
-    Args:
-        partial_prompt: see `token_mask`.
-
-    Raises:
-        ProbeError: there is no prompt, or mask and prompt have different shapes.
-    """
+    """Return for each head, by the name of its config, the prompt tokens that count: `[prompts, prompt_tokens]`."""
     source = input_ids if input_ids is not None else inputs_embeds
     for name, tensor, shape in (
         ("input_ids", input_ids, "[batch, tokens]"),
@@ -1433,16 +1218,7 @@ def check_rows(mask: torch.Tensor | None) -> None:
 # From heads/stream.py
 
 class ProbeState:
-    """Hold the token-stage state of one head between two calls of `ProbeModel.step`.
-
-    Groups of layers may differ from one chunk of the prompt to the next; each group's state is cut and joined as needed.
-
-    Args:
-        num_slots: number of layers that the head reads, S.
-        state: token-stage state of all slots, as `joined` returned it, to go on from.
-        keep: keep the token-stage state after the last token, so that further tokens can follow.
-        output_attentions: keep how much each token counted.
-    """
+    """Hold the token-stage state of one head between two calls of `ProbeModel.step`."""
 
     def __init__(self, num_slots: int, state: Any = None, keep: bool = False, output_attentions: bool = False):
         self.num_slots = num_slots
@@ -1509,11 +1285,7 @@ _DIFFERS_IN_COPIES = ("base_model_revision", "base_model_dtype", "base_model_qua
 
 
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with the backbone's sizes, name and type where it has none.
-
-    Raises:
-        ProbeError: the config is for another `hidden_size` or `num_hidden_layers`.
-    """
+    """Return `config` with the backbone's sizes, name and type where it has none."""
     decoder = find_decoder(lm)
     for name in ("hidden_size", "num_hidden_layers"):
         wanted, found = getattr(config, name), getattr(decoder, name)
@@ -1529,11 +1301,7 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 
 
 def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with all that a new head records of its backbone, the fingerprint included.
-
-    Raises:
-        ProbeError: the config is for other sizes, `check_states` refuses the backbone, or its hidden states are not finite.
-    """
+    """Return `config` with all that a new head records of its backbone, the fingerprint included."""
     config = match(lm, config)
     check_states(lm)
     facts = backbone_facts(lm)
@@ -1549,14 +1317,7 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a comparison.
-
-    Attributes:
-        field: the config field that is compared.
-        recorded, found: its value in the head and in the backbone; `None` if not known.
-        verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if it differs but the fingerprints agree.
-        fatal: if True, a head cannot run on a backbone where the field differs.
-    """
+    """One line of a comparison."""
 
     field: str
     recorded: Any
@@ -1571,15 +1332,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase | None = None,
     behaviour: bool | Callable[[int | None], list[float]] = True,
 ) -> list[Check]:
-    """Compare a head's record of its backbone with a backbone, the most decisive fields first.
-
-    Args:
-        config: the head's config.
-        lm: the backbone.
-        tokenizer: if given, the chat template is compared too.
-        behaviour: if True, compare fingerprints, which runs the backbone over 32 tokens. A function from a vocabulary
-            size to a fingerprint is called instead of `fingerprint`.
-    """
+    """Compare a head's record of its backbone with a backbone, the most decisive fields first."""
     decoder, facts = find_decoder(lm), backbone_facts(lm)
     checks = []
     for name in ("hidden_size", "num_hidden_layers"):
@@ -1609,18 +1362,7 @@ def check_backbone(
     strict: bool = False,
     behaviour: bool | Callable[[int | None], list[float]] | None = None,
 ) -> None:
-    """Log one warning with all that tells this backbone from the one that a head was trained on.
-
-    Args:
-        name: the head's name in the message.
-        config: the head's config.
-        lm: the backbone.
-        strict: raise instead of the warning.
-        behaviour: see `compare`. Defaults to True unless weights are offloaded.
-
-    Raises:
-        ProbeError: the sizes differ, `check_states` refuses the backbone, or with `strict` anything else differs.
-    """
+    """Log one warning with all that tells this backbone from the one that a head was trained on."""
     match(lm, config)
     check_states(lm)
     if behaviour is None:
@@ -1675,23 +1417,7 @@ def save_head(
     tensors: Mapping[str, torch.Tensor],
     results: dict[str, Any] | None = None,
 ) -> Path:
-    """Write config, weights and results into a folder; a reader never sees half of a file.
-
-    Results are left out, with a warning, if the weights have changed since they were measured. Results and plots of
-    another head in the folder are removed.
-
-    Args:
-        folder: made if it is missing.
-        config: of the head; the weights' digest and the versions are stamped into the saved copy.
-        tensors: the head's state dict, fp32.
-        results: contents of results.json, or None if the head was never evaluated.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ProbeError: `folder` cannot be made or written into.
-    """
+    """Write config, weights and results into a folder; a reader never sees half of a file."""
     folder = Path(folder)
     check_writable(folder, "the head")
     make_folder(folder)
@@ -1726,19 +1452,7 @@ def save_head(
 def read_tensors(
     folder: str | os.PathLike, config: ProbeConfig, shapes: Mapping[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
-    """Read the weights of a head folder, on the CPU.
-
-    The header of the file is compared with `shapes` before any tensor is read, and its digest with the config's.
-
-    Args:
-        folder: a head folder.
-        config: the config of the folder.
-        shapes: shape of each tensor that the config asks for, by name.
-
-    Raises:
-        ProbeError: the file is missing or damaged, belongs to another head, or a tensor is missing, unexpected, of a
-            wrong shape or dtype, or not finite.
-    """
+    """Read the weights of a head folder, on the CPU."""
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         raise ProbeError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
@@ -1787,27 +1501,7 @@ _FEW_TOKENS = 128
 
 
 class ProbeModel(nn.Module):
-    """A probe head over all hidden states of a frozen causal LM (arXiv 2601.13288, section 3).
-
-    There are two ways in. `forward` takes whole tensors, for training. `init_state`, `step` and `finish` take groups of
-    layers and chunks of tokens while the LM runs. They agree to 1e-5 in fp32.
-
-    Parameters are always fp32; the states are cast where they come in, but for `step` with states in half precision of 128
-    tokens or more: there kinds of low rank apply their maps in that dtype. Casting the module to another dtype moves it to
-    the device and leaves its dtype.
-
-    Args:
-        config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
-        backbone (`PreTrainedModel`, *optional*): the frozen LM that turns `input_ids` into states in `forward`. It is
-            kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set
-            to eval mode and its parameters are frozen.
-
-    Attributes:
-        results: what was measured of the head, as in the `results.json` of its folder; `None` where nothing was.
-
-    Raises:
-        ProbeError: the sizes are missing, or differ from the backbone's.
-    """
+    """A probe head over all hidden states of a frozen causal LM (arXiv 2601.13288, section 3)."""
 
     # The Trainer then averages the loss over gradient accumulation steps, as for any model with a mean loss.
     accepts_loss_kwargs = False
@@ -1833,11 +1527,7 @@ class ProbeModel(nn.Module):
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
-        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None.
-
-        Raises:
-            ProbeError: its sizes differ from the head's, or see `bind`.
-        """
+        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None."""
         if backbone is not None:
             match(backbone, self.config)
             self.bind(backbone)
@@ -1846,19 +1536,7 @@ class ProbeModel(nn.Module):
         object.__setattr__(self, "backbone", backbone)
 
     def bind(self, lm: nn.Module, check: bool = True) -> None:
-        """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this.
-
-        Most kinds need nothing. It stays outside the module tree, and remains if the backbone is taken away. It is not copied
-        or pickled with the head, and neither is the backbone.
-
-        Args:
-            lm: a causal LM, or a PEFT model around one.
-            check: see `Classifier.attach`.
-
-        Raises:
-            ProbeError: the LM does not have it, or the head needs it of another LM that it is attached to, or that is its
-                backbone.
-        """
+        """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this."""
         other = self.classifier.lm
         if other is not None and other is not without_peft(lm):
             attached = any(head is self for head in getattr(other, "probes", {}).values())
@@ -1905,17 +1583,7 @@ class ProbeModel(nn.Module):
         force_download: bool = False,
         trust_remote_code: bool = False,
     ) -> ProbeModel:
-        """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode.
-
-        Args:
-            source: a head folder, a Hub id or an alias; see `resolve_head`.
-            backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
-            revision, subfolder, namespace, token, cache_dir, local_files_only, force_download, trust_remote_code: as in
-                `load_probe`.
-
-        Raises:
-            ProbeError: there is no such head, its config or weights are damaged, or it was made for another backbone.
-        """
+        """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode."""
         target = None if backbone is None else target_of(backbone)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
         folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
@@ -1935,33 +1603,14 @@ class ProbeModel(nn.Module):
         return probe.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
-        """Write config, weights, results and a card into a folder, and nothing of the backbone.
-
-        A card that a person wrote or edited is kept. Results of another version give no card.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ProbeError: the folder cannot be made or written into.
-        """
+        """Write config, weights, results and a card into a folder, and nothing of the backbone."""
         folder = save_head(save_directory, self.config, self.state_dict(), self.results)
         with contextlib.suppress(ProbeError):
             write_card(folder)
         return folder
 
     def push_to_hub(self, repo_id: str, *, name: str | None = None, **kwargs) -> CommitInfo:
-        """Upload the head in one commit: config, weights, results and a card.
-
-        Args:
-            repo_id: `user/name`; created if it does not exist.
-            name: of the head, for the commit message.
-            kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`; see
-                `push_folder`.
-
-        Raises:
-            ProbeError: the Hub refused, with its reason. Nothing is uploaded then.
-        """
+        """Upload the head in one commit: config, weights, results and a card."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / (name or "head")
             save_head(folder, self.config, self.state_dict(), self.results)
@@ -1979,30 +1628,7 @@ class ProbeModel(nn.Module):
         probe_mask: torch.Tensor | None = None,
         row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
-        """Scores prompts from their ids (with a backbone) or from their hidden states.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): prompts; needs `backbone`.
-            attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 1 for tokens, 0 for padding on
-                either side. With `hidden_states` it is taken as it is: 1 for the tokens that count. With `input_ids`
-                the config's `token_scope` is applied to it.
-            labels (*optional*): class indices `[batch]`; for multi-label heads floats `[batch, num_labels]`; for
-                regression floats `[batch, num_labels]` or `[batch]`.
-            hidden_states (*optional*): `output_hidden_states` of the LM - a tuple of L+1 tensors of shape
-                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers
-                alone that the head reads. Any float dtype.
-            output_attentions: also returns `token_weights` and `layer_weights`.
-            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
-                `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
-            row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`. They are handed on
-                with the output, for a loss that is taken of it.
-
-        Returns:
-            `ProbeOutput` with the logits `[batch, num_labels]`, and the loss where labels are given.
-
-        Raises:
-            ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
-        """
+        """Scores prompts from their ids (with a backbone) or from their hidden states."""
         if (input_ids is None) == (hidden_states is None):
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
         if input_ids is not None:
@@ -2033,14 +1659,7 @@ class ProbeModel(nn.Module):
         output_attentions: bool = False,
         row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
-        """What `forward` does once the states are at hand; many heads can share them.
-
-        Args:
-            x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
-                that the head reads, ascending.
-            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count; all where left out.
-            labels, output_attentions, row_weights: see `forward`.
-        """
+        """What `forward` does once the states are at hand; many heads can share them."""
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
         if output_attentions:
@@ -2051,11 +1670,7 @@ class ProbeModel(nn.Module):
     def pool(
         self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the classifier gets, without dropout: `[batch, hidden_size]`, unless the kind has a width of its own.
-
-        Args:
-            hidden_states, attention_mask: see `forward`.
-        """
+        """What the classifier gets, without dropout: `[batch, hidden_size]`, unless the kind has a width of its own."""
         mask = None if attention_mask is None else attention_mask.bool().to(self.device)
         summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
         return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
@@ -2087,21 +1702,11 @@ class ProbeModel(nn.Module):
     # Groups of layers, while the LM runs
 
     def init_state(self, state: Any = None, keep: bool = False, output_attentions: bool = False) -> ProbeState:
-        """Start on a batch of prompts.
-
-        Args:
-            state: token-stage state of earlier tokens, from `ProbeState.joined`.
-            keep: keep what is needed to go on after the last token.
-            output_attentions: also keep the token weights. The prompt must then come in one chunk.
-        """
+        """Start on a batch of prompts."""
         return ProbeState(len(self.layer_indices), state, keep, output_attentions)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
-        """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
-
-        It is fp32, or half precision where that is the LM's, the kind reads it and there are many tokens: the head's products
-        are then several times as fast, and round less than the LM itself.
-        """
+        """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result."""
         half = x.dtype in _HALF and self.token_stage.half and self.config.normalize != "none"
         half = half and x.shape[1] * x.shape[2] > _FEW_TOKENS
         return self.config.normalize, x.dtype if half else torch.float32, self.device
@@ -2120,19 +1725,7 @@ class ProbeModel(nn.Module):
         token_mask: torch.Tensor | None = None,
         last: bool = True,
     ) -> None:
-        """Read the next tokens of some layers, without gradients.
-
-        Args:
-            state: from `init_state`.
-            layers: indices of the states, ascending, 0 (embeddings) to L (after the final norm). Between the first and the
-                last of them no layer that the head reads is left out; others are ignored.
-            x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
-            token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count; all if left out.
-            last: no token that counts follows.
-
-        Raises:
-            ProbeError: token weights are asked for, and the prompt comes in several chunks.
-        """
+        """Read the next tokens of some layers, without gradients."""
         places = [place for place, layer in enumerate(layers) if layer in self._slots]
         if not places:
             return
@@ -2156,11 +1749,7 @@ class ProbeModel(nn.Module):
 
     @without_autocast
     def finish(self, state: ProbeState) -> ProbeOutput:
-        """Score what `step` has read so far: logits `[batch, num_labels]`.
-
-        Raises:
-            ProbeError: not every layer has been read.
-        """
+        """Score what `step` has read so far: logits `[batch, num_labels]`."""
         with torch.no_grad():
             summaries = state.summaries()
             if summaries is None and (seen := state.joined()) is not None:
@@ -2187,11 +1776,7 @@ class ProbeModel(nn.Module):
         row_weights: torch.Tensor | None = None,
         learning: bool = False,
     ) -> ProbeOutput:
-        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`.
-
-        Dropouts act where it is `learning`. Where a head serves they do not, though it is in training mode together with an LM
-        that is being trained.
-        """
+        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`."""
         if learning and self.config.layer_dropout:
             keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
             summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)

@@ -95,11 +95,7 @@ ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 
 
 def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
-    """Return the sources of a `probe=` argument by head name: the key of a dict, else see `default_name`.
-
-    Raises:
-        ProbeError: a source has another type, or a name is not allowed or occurs twice.
-    """
+    """Return the sources of a `probe=` argument by head name: the key of a dict, else see `default_name`."""
     pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
     sources: dict[str, ProbeSource] = {}
     for name, source in pairs:
@@ -118,18 +114,7 @@ def read_heads(
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
-    """Load all heads of a `probe=` argument, before any model is changed.
-
-    Args:
-        spec: a source of `resolve_head` or a `ProbeModel`, a list of these, or a dict name -> one of these.
-        target, options, namespace: see `resolve_head`.
-
-    Returns:
-        Heads by name; see `named_sources`.
-
-    Raises:
-        ProbeError: a source is not found or damaged, or a name is not allowed or occurs twice.
-    """
+    """Load all heads of a `probe=` argument, before any model is changed."""
     return {
         name: source
         if isinstance(source, ProbeModel)
@@ -147,14 +132,7 @@ def load_heads_for(
     revision: str | None = None,
     namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
-    """Load heads for a backbone that is not loaded yet; see `read_heads`.
-
-    Args:
-        backbone: folder or Hub id.
-        spec: heads.
-        kwargs: keyword arguments of the backbone's `from_pretrained`. Its token, cache and offline settings apply.
-        revision, namespace: of the heads.
-    """
+    """Load heads for a backbone that is not loaded yet; see `read_heads`."""
     options = HubOptions.beside(kwargs, revision)
     sources = named_sources(spec)
     target = Target.read(backbone, kwargs, options) if any(map(is_alias, sources.values())) else None
@@ -185,11 +163,7 @@ def refuse_in_config(generation_config: GenerationConfig | None) -> None:
 
 
 def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate()` after its first two, by name.
-
-    Raises:
-        TypeError: too many arguments, or one that is given twice.
-    """
+    """Return the arguments of `generate()` after its first two, by name."""
     names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
     if len(args) > len(names):
         raise TypeError(
@@ -204,13 +178,7 @@ def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
 def with_setting(
     generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
 ) -> GenerationConfig | None:
-    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`.
-
-    transformers deprecates settings beside a config.
-
-    Returns:
-        The config of the call.
-    """
+    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`."""
     if generation_config is None or name in kwargs:
         kwargs[name] = value
         return generation_config
@@ -237,11 +205,7 @@ def token_ids(value) -> list[int]:
 # From serving/cache.py
 
 class HeadReference(weakref.ref):
-    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it.
-
-    Attributes:
-        weights: of the head at that time, by what torch counts of their changes in place; no number of theirs is looked at.
-    """
+    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it."""
 
     def __init__(self, head: ProbeModel):
         super().__init__(head)
@@ -264,13 +228,7 @@ class HeadReference(weakref.ref):
 
 @dataclass(frozen=True)
 class CachedHead:
-    """What one head keeps of the tokens that a cache holds.
-
-    Attributes:
-        head: the head; its weights made `running`.
-        mask (`torch.BoolTensor` of shape `[rows, tokens]`): tokens that count.
-        running: token-stage state of all layers that the head reads; `None` where no token counts so far.
-    """
+    """What one head keeps of the tokens that a cache holds."""
 
     head: HeadReference
     mask: torch.Tensor
@@ -278,21 +236,7 @@ class CachedHead:
 
 
 class ProbeCache:
-    """What heads keep of the tokens that an LM's `Cache` holds, so that a prompt that goes on from there is scored as a whole.
-
-    `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. It is never changed by them: each
-    call returns another one, and one shared prefix serves any number of prompts - of the cache, which transformers changes in
-    place, each needs a copy.
-
-    Per layer and row, in fp32: `pooling` and `gate` keep `hidden_size` numbers, `attentive` `2 num_queries + value_rank`,
-    `multimax` `num_members * num_maxima`, `last` and `muli` the last state, and `mha` `3 hidden_size / downcast` numbers a
-    token, because its tokens attend both ways (`2 hidden_size / downcast` where it is causal).
-
-    Attributes:
-        input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over.
-        attention_mask (`torch.BoolTensor` of shape `[rows, tokens]`): false for padding, and behind the end of a reply.
-        heads: by name.
-    """
+    """What heads keep of the tokens that an LM's `Cache` holds, so that a prompt that goes on from there is scored as a whole."""
 
     def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, heads: Mapping[str, CachedHead]):
         self.input_ids, self.attention_mask, self.heads = input_ids, attention_mask, dict(heads)
@@ -336,15 +280,7 @@ class ProbeCache:
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole prompts, `[rows, tokens]`, and their mask: what was seen, and new tokens behind it.
-
-        Args:
-            input_ids (`[rows, new_tokens]`).
-            attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out where nothing is padding so far.
-
-        Raises:
-            ProbeError: other rows, or the mask is needed.
-        """
+        """Whole prompts, `[rows, tokens]`, and their mask: what was seen, and new tokens behind it."""
         self._check_rows(len(input_ids))
         if attention_mask is None:
             if not self.attention_mask.all():
@@ -369,16 +305,7 @@ class ProbeCache:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> dict[str, Any]:
-        """What each head goes on from, by name, for prompts that begin with the tokens it has seen.
-
-        Args:
-            heads: those that are to go on. Such as are not in the state have seen nothing.
-            masks: for each of them the tokens of the whole prompts that count, `[prompts, prompt_tokens]`.
-            input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts.
-
-        Raises:
-            ProbeError: they begin otherwise, other tokens of them count, or a head is not the one that made the state.
-        """
+        """What each head goes on from, by name, for prompts that begin with the tokens it has seen."""
         self._check_rows(len(input_ids))
         seen = self.get_seq_length()
         if input_ids.shape[1] <= seen:
@@ -422,11 +349,7 @@ def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
 def asks_for_state(
     probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
 ) -> bool:
-    """Whether `probe_state=` asks for a state in return: `True`, or one to go on from.
-
-    Raises:
-        ProbeError: it is something else, or a state cannot be kept.
-    """
+    """Whether `probe_state=` asks for a state in return: `True`, or one to go on from."""
     if probe_state is None or probe_state is False:
         return False
     if probe_state is not True and not isinstance(probe_state, ProbeCache):
@@ -460,15 +383,7 @@ def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Halt:
-    """The reason why a prompt got no reply, or why its reply ended early.
-
-    Attributes:
-        head: name of the head that flagged it. `None` if a function of the user decided.
-        label: the label that was found.
-        score: the label's probability; for regression heads the value.
-        threshold: the score from which the rule halts.
-        token: index of the reply's last token, from 0. `None` if the reply was not begun.
-    """
+    """The reason why a prompt got no reply, or why its reply ended early."""
 
     head: str | None = None
     label: str | None = None
@@ -479,14 +394,7 @@ class Halt:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The scores of one token of each reply.
-
-    Attributes:
-        step: index of the token in the reply, from 0.
-        outputs: by head name; logits `[rows, num_labels]`, NaN if the token does not count. A row is a prompt, or one of
-            its return sequences.
-        counted (`torch.BoolTensor` of shape `[rows]`): false for padding and after the end of a reply.
-    """
+    """The scores of one token of each reply."""
 
     step: int
     outputs: dict[str, ProbeOutput]
@@ -494,17 +402,7 @@ class TokenScores:
 
 
 class ProbedOutputMixin(DecidedMixin):
-    """An output of the LM with the results of its heads.
-
-    Attributes:
-        probe_logits: `[prompts, num_labels]` by head name. `None` if no head ran.
-        probe_halts: a `Halt` or `None` for each prompt, or for each row if replies could be halted. `None` if the call
-            halts nothing.
-        probe_token_logits: `[rows, new_tokens - 1, num_labels]` by name, for heads that read replies. Column t scores the
-            reply up to its token t, from 0. The LM never reads the last token, which has no score. NaN at padding and from
-            the end of a reply. `None` without such heads.
-        probe_state: the `ProbeCache` that goes with the LM's KV cache. `None` unless the call asked for it.
-    """
+    """An output of the LM with the results of its heads."""
 
     _plain_class: ClassVar[type[ModelOutput]]
 
@@ -601,10 +499,7 @@ def with_scores(
     state: ProbeCache | None = None,
     state_asked: bool = False,
 ) -> ModelOutput | tuple:
-    """Return the output of `forward` with the results of its heads.
-
-    A tuple gets the logits as its last entry, and after them the state if `state_asked`.
-    """
+    """Return the output of `forward` with the results of its heads."""
     if isinstance(output, ModelOutput):
         return with_probe_logits(output, logits, configs, state=state)
     return (*output, logits, state) if state_asked else (*output, logits)
@@ -618,29 +513,12 @@ _GROUPS = (16, 8, 4, 2)
 
 
 def state_budget(device: torch.device) -> int:
-    """Return the bytes that a reader may hold of an LM's states on a device, copies included.
-
-    On an accelerator each operation is a kernel launch: few large groups are fastest. On a CPU a group must fit the cache.
-    """
+    """Return the bytes that a reader may hold of an LM's states on a device, copies included."""
     return 4 * _MIB if device_type(device) == "cpu" else 128 * _MIB
 
 
 class StateReader:
-    """Feed the hidden states of a running LM to its heads, a group of layers at a time.
-
-    A forward pass over n further tokens is: `begin(token_masks)`, `on_state(layer, hidden)` for each state by a hook, in the
-    order of the layers, and `end()`.
-
-    Args:
-        heads: the heads, by name.
-        states: token-stage states that heads go on from, by name; see `ProbeState.joined`. Others start anew.
-        keep: names of the heads whose state is kept after the last token.
-        output_attentions: also give token and layer weights.
-        budget: bytes; see `state_budget`, which is asked where it is left out.
-
-    Attributes:
-        layers: indices of the states that are read.
-    """
+    """Feed the hidden states of a running LM to its heads, a group of layers at a time."""
 
     def __init__(
         self,
@@ -670,13 +548,7 @@ class StateReader:
         self._group = 1
 
     def begin(self, token_masks: Mapping[str, torch.Tensor], last: bool = True, repeats: int = 1) -> None:
-        """Announce a forward pass over n further tokens.
-
-        Args:
-            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns.
-            last: no token that counts follows.
-            repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
-        """
+        """Announce a forward pass over n further tokens."""
         self._seen, self._held, self._last = set(), [], last
         width = next(iter(token_masks.values())).shape[1] if token_masks else 0
         self._rows, self._columns = slice(None, None, repeats), slice(0, width)
@@ -697,11 +569,7 @@ class StateReader:
         self._masks = {name: cut[id(mask)] for name, mask in self._masks.items()}
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
-        """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards.
-
-        Raises:
-            ProbeError: the layer did not run over all tokens.
-        """
+        """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards."""
         if layer not in self.layers:
             return
         if hidden.shape[1] < self._columns.stop:
@@ -722,11 +590,7 @@ class StateReader:
             self._flush()
 
     def end(self) -> None:
-        """Read what is held at the end of a pass.
-
-        Raises:
-            ProbeError: not all states came.
-        """
+        """Read what is held at the end of a pass."""
         check_seen(self.layers, self._seen)
         self._flush()
 
@@ -765,29 +629,7 @@ class StateReader:
 # From serving/prefill.py
 
 class PrefillSession:
-    """Read one batch of prompts with the heads while the LM runs over it, in one or more forward passes.
-
-    Args:
-        heads: the heads that read along, by name.
-        masks: for each head the tokens that count, `[prompts, prompt_tokens]`.
-        input_ids: the prompts, `[prompts, prompt_tokens]`; `None` if they are given as embeddings.
-        attention_mask: of the prompts, `[prompts, prompt_tokens]`; `None` if no token is padding.
-        past: leading prompt tokens that the KV cache holds already.
-        earlier: what the heads keep of these tokens.
-        return_state: keep the heads' states, for `probe_cache`.
-        partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
-        output_attentions: also give token and layer weights.
-        shape: `(prompts, prompt_tokens)`; needed if no head reads the prompts.
-
-    Attributes:
-        on_complete: called with the results, once, at the end of the pass that completes the prompt.
-        reply: reads the passes after that; `None` if no head does.
-        cache: the LM's KV cache. Set after each forward pass.
-        decoder: the LM's decoder, if it stays the same for all passes.
-
-    Raises:
-        ProbeError: a prompt cannot be scored.
-    """
+    """Read one batch of prompts with the heads while the LM runs over it, in one or more forward passes."""
 
     def __init__(
         self,
@@ -841,14 +683,7 @@ class PrefillSession:
 
     @contextmanager
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
-        """Read the states of one forward pass of the LM, which is about to run over `inputs`.
-
-        Yields:
-            The arguments with which it must run.
-
-        Raises:
-            ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
-        """
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`."""
         repeats, width = self._expect(inputs)
         stop = self.seen + width
         cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
@@ -862,11 +697,7 @@ class PrefillSession:
             self.on_complete(self.results())
 
     def _expect(self, inputs: dict[str, Any]) -> tuple[int, int]:
-        """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'.
-
-        Raises:
-            ProbeError: the pass is not over the next tokens of the prompts.
-        """
+        """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'."""
         ids = inputs.get("input_ids")
         rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
         # rows: beams and return sequences repeat each prompt; columns: candidate tokens follow the prompt.
@@ -890,11 +721,7 @@ class PrefillSession:
         return whole and not self.return_state and self.reply is None
 
     def take(self, logits: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
-        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it.
-
-        Raises:
-            ProbeError: it was not over the prompts.
-        """
+        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it."""
         self._expect(inputs)
         self._taken = {name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in logits.items()}
         self.seen = self.length
@@ -902,11 +729,7 @@ class PrefillSession:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:
-        """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row.
-
-        Raises:
-            ProbeError: the LM has not run over the whole prompt.
-        """
+        """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
         if self._taken is None:
             if not self.complete:
                 raise ProbeError(
@@ -928,12 +751,7 @@ class PrefillSession:
         tokens: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> ProbeCache:
-        """Return what the heads keep of the prompts, once the LM has run over them. Needs `return_state`, and ids.
-
-        Args:
-            states: token-stage states of the prompts and of replies to them, by name.
-            tokens, token_mask (`[rows, reply_tokens]`): ids of these replies, and which of them count.
-        """
+        """Return what the heads keep of the prompts, once the LM has run over them. Needs `return_state`, and ids."""
         if states is None:
             states = {name: self.state(name) for name in self.heads}
             tokens = self.input_ids[:, :0]
@@ -962,18 +780,7 @@ def traced_reader(
     inputs: dict[str, Any],
     probe_mask: torch.Tensor | None,
 ) -> StateReader | None:
-    """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing.
-
-    Values cannot be looked at there: no row is refused, and `traced_logits` gives NaN for a row without a token that counts.
-
-    Args:
-        heads: the heads of the call.
-        session: of the `generate()` call, which has made their masks.
-        probe_mask: see `prompt_masks`.
-
-    Returns:
-        `None` if the pass is not over whole prompts, or more than their scores is asked for.
-    """
+    """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing."""
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if session is None and ((ids is None and embeds is None) or cached_tokens(inputs)):
         return None
@@ -1001,15 +808,7 @@ def _placeholder_ids(lm: nn.Module) -> tuple[int, ...]:
 # From serving/reply.py
 
 class ReplyRecorder:
-    """Read the tokens of the replies into what heads keep of the prompts, so that the next prompt can go on from there.
-
-    All tokens that a later prompt will hold count: those that are scored, and the one that ends a reply. Nothing is scored.
-    Tokens wait until a chunk is full, and since `generate()` may take the last one back.
-
-    Args:
-        prompt: the session of the prompts; it has the states of its heads.
-        eos_token_ids: tokens that end a reply.
-    """
+    """Read the tokens of the replies into what heads keep of the prompts, so that the next prompt can go on from there."""
 
     _CHUNK = 16
 
@@ -1076,22 +875,7 @@ class ReplyRecorder:
 
 
 class ReplySession:
-    """Read the tokens of the replies with the heads, one a row and pass, as the LM reads them.
-
-    A pass reads the token that the pass before it chose: scores are always of the text so far. The last token of a reply is
-    read by no pass, and has no score. End-of-sequence tokens and what follows them do not count.
-
-    Args:
-        heads: those that read replies, by name.
-        prompt: the session of the prompts; it has the states of the heads that read both.
-        eos_token_ids: tokens that end a reply.
-        pad_token_id: does not count, if replies may end without such a token: nothing else shows then that one has ended.
-            `None` if none may; it is then a token like any other.
-        recorder: reads the tokens as well, for the prompts that go on from here.
-
-    Attributes:
-        on_token: called at the end of each pass.
-    """
+    """Read the tokens of the replies with the heads, one a row and pass, as the LM reads them."""
 
     def __init__(
         self,
@@ -1125,14 +909,7 @@ class ReplySession:
 
     @contextmanager
     def reading(self, decoder: Decoder, inputs: dict[str, Any]):
-        """Read the states of one forward pass of the LM, which is about to run over `inputs`, and score its last token.
-
-        Yields:
-            The arguments with which it must run.
-
-        Raises:
-            ProbeError: the pass is not over one more token of each reply.
-        """
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`, and score its last token."""
         ids = inputs.get("input_ids")
         whole = self.prompt.length + self._steps + 1  # without a cache
         rows = 0 if ids is None else len(ids)
@@ -1204,11 +981,7 @@ class ReplySession:
         return TokenScores(self._steps, outputs, counted)
 
     def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
-        """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted.
-
-        Args:
-            rows, new_tokens: of what `generate()` returns.
-        """
+        """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted."""
         width = max(0, min(self._steps, new_tokens - 1))
         return {
             name: torch.stack(found[:width], dim=1)
@@ -1241,12 +1014,7 @@ _NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
-    """Raises `ProbeError` where heads cannot follow the replies that a call of `generate()` writes.
-
-    Args:
-        what: why they are to.
-        setting: what the call uses for a setting, by its name; `None` where nothing says.
-    """
+    """Raises `ProbeError` where heads cannot follow the replies that a call of `generate()` writes."""
     for name, (refused, why) in _NOT_FOLLOWED.items():
         value = setting(name)
         if value is not None and refused(value):
@@ -1314,13 +1082,7 @@ def prompt_session(
     placeholder_ids: Sequence[int] = (),
     **kwargs,
 ) -> PrefillSession:
-    """Open the session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`.
-
-    Args:
-        probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
-        placeholder_ids: see `prompt_masks`.
-        partial_prompt, kwargs: see `PrefillSession`.
-    """
+    """Open the session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`."""
     ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     configs = {name: head.config for name, head in heads.items()}
     masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids)
@@ -1335,11 +1097,7 @@ def forward_session(
     probe_state: ProbeCache | bool | None,
     placeholder_ids: Sequence[int] = (),
 ) -> PrefillSession | None:
-    """The session of one call of `forward`, whose arguments the others are: the new tokens alone stand in `kwargs`.
-
-    A state is kept where it is asked for, and where `use_cache=True` is. `None` for a later step of somebody's own decoding loop:
-    the prompt is behind it.
-    """
+    """The session of one call of `forward`, whose arguments the others are: the new tokens alone stand in `kwargs`."""
     past, ids = cached_tokens(kwargs), kwargs.get("input_ids")
     keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
     if not isinstance(probe_state, ProbeCache):
@@ -1452,25 +1210,7 @@ def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> t
 # From serving/streaming.py
 
 class HoldBackStreamer(BaseStreamer):
-    """Holds back the tokens of a reply until heads have scored them, and the tokens after them, without a flag.
-
-        streamer = HoldBackStreamer(TextStreamer(tokenizer, skip_prompt=True), tokens=8)
-        model.generate(**inputs, streamer=streamer, halt_on={"guard": {"threshold": 0.5}})
-
-    A token is shown once it and the next `tokens` are scored and `halt_on` flagged none of them. A flag whose `patience`
-    did not run out holds the tokens before it until as many later ones are clear. A halt drops the held tokens: neither a
-    flagged token nor the `tokens` before it were shown. Then follow the `halt_reply` of the call and the end. A reply that
-    ends by itself is shown whole; its last token is the only one without a score.
-
-    It serves one row at a time, as the streamers of transformers do, and one call after another.
-
-    Args:
-        streamer: any streamer of transformers, such as `TextStreamer` or `TextIteratorStreamer`.
-        tokens: number of further tokens that must be clear. With 0 a token is shown as soon as it is clear.
-
-    Raises:
-        ProbeError: `tokens` is not a whole number from 0.
-    """
+    """Holds back the tokens of a reply until heads have scored them, and the tokens after them, without a flag."""
 
     def __init__(self, streamer: BaseStreamer, tokens: int = 8):
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
@@ -1542,15 +1282,7 @@ _NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", 
 
 @dataclass(frozen=True)
 class Reprompt:
-    """A prompt whose reply replaces a halted one. The same LM answers it, without heads, at most once a call.
-
-    Attributes:
-        input_ids (`torch.LongTensor` of shape `[1, tokens]`): the prompt, with the chat template applied.
-        kwargs: further arguments of `generate`, such as `max_new_tokens`.
-
-    Raises:
-        ProbeError: `input_ids` has another type or shape, or `kwargs` has another prompt or arguments of heads.
-    """
+    """A prompt whose reply replaces a halted one. The same LM answers it, without heads, at most once a call."""
 
     input_ids: torch.Tensor
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -1571,15 +1303,7 @@ HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
 
 @dataclass(frozen=True)
 class HaltRule:
-    """Halts if a head finds a label.
-
-    Attributes:
-        index: index of the label.
-        threshold: halts from this probability on; for regression heads from this value. `None` halts if the label is the
-            head's decision.
-        patience: number of tokens in a row that must have the label. For heads that read the prompt as well, the score of
-            the prompt is the first. 1 for heads that read the prompt alone.
-    """
+    """Halts if a head finds a label."""
 
     head: str
     config: ProbeConfig
@@ -1596,11 +1320,7 @@ class HaltRule:
         threshold: float | None = None,
         patience: int = 1,
     ) -> HaltRule:
-        """Return the rule for the options of one head in `halt_on`.
-
-        Raises:
-            ProbeError: the head has no such label, a label or threshold is missing, or a value is not allowed.
-        """
+        """Return the rule for the options of one head in `halt_on`."""
         names, regression = list(config.id2label.values()), config.problem_type == "regression"
         if label is None and len(names) > (1 if regression else 2):
             raise ProbeError(f"halt_on: {head!r} needs a label, such as {{{head!r}: {{'label': {names[-1]!r}}}}}")
@@ -1641,11 +1361,7 @@ class HaltRule:
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
-    """Return the options of each head in `halt_on`, which is not a function here.
-
-    Raises:
-        ProbeError: `halt_on` has another form, or names no head.
-    """
+    """Return the options of each head in `halt_on`, which is not a function here."""
     named = [spec] if isinstance(spec, str) else spec
     if not isinstance(named, Mapping):
         if not isinstance(named, Iterable) or not all(isinstance(name, str) for name in named):
@@ -1662,11 +1378,7 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
 
 
 def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`.
-
-    Raises:
-        ProbeError: a word has another form, or two words name one head.
-    """
+    """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`."""
     found: dict[str, dict[str, Any]] = {}
     for word in words:
         match = _WORD.fullmatch(word)
@@ -1686,21 +1398,7 @@ def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 class Halter:
-    """The halting decisions of one call of `generate()`.
-
-    Args:
-        spec: a head's name or several names: the last of at most two labels halts, as the head decides. Or a dict of names
-            with `label`, `threshold` and, for heads that read replies, `patience`, all optional. Or a function of the
-            scores of the prompts. `None` halts nothing.
-        configs: configs of the active heads, by name.
-        on_token: called with the `TokenScores` after each token of the replies.
-
-    Attributes:
-        halts: a `Halt` or `None` for each prompt; for each row from the first token on. `None` before the prefill ends.
-
-    Raises:
-        ProbeError: a head is not active, or its options are not allowed.
-    """
+    """The halting decisions of one call of `generate()`."""
 
     def __init__(
         self, spec: HaltSpec | None, configs: Mapping[str, ProbeConfig], on_token: TokenCallback | None = None
@@ -1736,11 +1434,7 @@ class Halter:
         return self.halts is not None and None not in self.halts
 
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
-        """Decide on the prompts; the first rule that flags one counts.
-
-        Raises:
-            ProbeError: the policy returned something else. Errors of the policy are not caught: no reply is begun.
-        """
+        """Decide on the prompts; the first rule that flags one counts."""
         if self.policy is not None:
             self.halts = _decisions("the halting policy", self.policy(outputs), prompts)
             return self.halts
@@ -1752,14 +1446,7 @@ class Halter:
         return self.halts
 
     def follow(self, scores: TokenScores) -> list[bool]:
-        """Decide on one more token of each reply; `halts` then has one entry a row.
-
-        Returns:
-            For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
-
-        Raises:
-            ProbeError: the callback returned something else. Its errors are not caught: no further token is written.
-        """
+        """Decide on one more token of each reply; `halts` then has one entry a row."""
         counted = scores.counted.tolist()
         self.expand(len(counted))
         found = []  # pairs (flags, halts), each with one entry a row
@@ -1854,18 +1541,7 @@ def _halted_rows(halter: Halter, batch: torch.Tensor) -> torch.Tensor:
 
 
 class HaltingRun:
-    """One call of `generate()` that may halt.
-
-    Args:
-        model: the probed model.
-        halter: decides for this call.
-        session: reads the prompts and replies of this call.
-        reply: the `halt_reply` of the call; see `HaltReply`.
-        generation_config, kwargs: those of the call.
-
-    Raises:
-        ProbeError: the reply is not allowed, or a `HoldBackStreamer` would get several rows.
-    """
+    """One call of `generate()` that may halt."""
 
     def __init__(
         self, model, halter: Halter, session: PrefillSession, reply: HaltReply | None, generation_config, kwargs
@@ -1973,11 +1649,7 @@ class HaltingRun:
 
 
 def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tensor | Reprompt:
-    """Return the reply as token ids `[tokens]`, or the `Reprompt` as it is.
-
-    Raises:
-        ProbeError: the reply has another type or shape, or token ids that the model lacks.
-    """
+    """Return the reply as token ids `[tokens]`, or the `Reprompt` as it is."""
     if isinstance(reply, str):
         if tokenizer is None:
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
@@ -1998,18 +1670,7 @@ def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tenso
 def _with_reply(
     sequences: torch.Tensor, halts: Sequence[Halt | None], prompt_length: int, reply: torch.Tensor, pad: int
 ) -> torch.Tensor:
-    """Replace what follows the prompt, or the last token, of each halted row.
-
-    Args:
-        sequences (`[rows, tokens]`): prompts, or return sequences of each prompt.
-        halts: one entry a prompt or a row. An empty reply leaves a row that was halted on its way as it is.
-        prompt_length: number of prompt tokens in `sequences`; 0 if the prompts were given as embeddings.
-        reply (`[tokens]`): token ids, or none.
-        pad: fills the shorter rows.
-
-    Returns:
-        `[rows, tokens of the longest row]`.
-    """
+    """Replace what follows the prompt, or the last token, of each halted row."""
     repeats = len(sequences) // len(halts)
     rows = list(sequences)
     for row, halt in enumerate(halt for halt in halts for _ in range(repeats)):
@@ -2026,11 +1687,7 @@ _CHANGING = threading.RLock()
 
 
 class ProbeHostMixin:
-    """Probe heads beside a causal LM. Mixed into a `PreTrainedModel`.
-
-    `self.probes` is an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach the heads. It and the tuple of
-    active names are replaced, never changed: a thread that generates keeps the heads that it started with.
-    """
+    """Probe heads beside a causal LM. Mixed into a `PreTrainedModel`."""
 
     def _install_probes(self) -> None:
         self.probes = nn.ModuleDict()
@@ -2053,11 +1710,7 @@ class ProbeHostMixin:
         return [name for name in self._active_probes if name in probes]
 
     def set_active_probes(self, names: str | Iterable[str]) -> None:
-        """Choose the heads that run. With an empty list the model is the plain LM.
-
-        Raises:
-            ProbeError: no head has one of the names.
-        """
+        """Choose the heads that run. With an empty list the model is the plain LM."""
         names = _each_name(names)
         with _CHANGING:
             for name in names:
@@ -2065,16 +1718,7 @@ class ProbeHostMixin:
             self._active_probes = tuple(names)
 
     def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
-        """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`.
-
-        The head moves to the device of the model's last layer and becomes active.
-
-        Returns:
-            The head.
-
-        Raises:
-            ProbeError: the name is taken or not allowed, or the head has another hidden size or layer count.
-        """
+        """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`."""
         return self._attach({name: config})[name]
 
     def load_probe(
@@ -2092,23 +1736,7 @@ class ProbeHostMixin:
         trust_remote_code: bool = False,
         strict: bool = False,
     ) -> str:
-        """Load a head and attach it.
-
-        Args:
-            id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
-            name: the head's name on the model. Defaults to the folder, subfolder or repository; see `default_name`.
-            revision, subfolder: those of a Hub id that names none itself.
-            namespace: user or organisation whose heads an alias stands for; see `probe_namespace`.
-            token, cache_dir, local_files_only, force_download: as in `from_pretrained`.
-            trust_remote_code: run the code file of a head whose kind the package does not have.
-            strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
-
-        Returns:
-            The head's name.
-
-        Raises:
-            ProbeError: the head cannot be read or does not fit. The model is not changed.
-        """
+        """Load a head and attach it."""
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
@@ -2119,52 +1747,25 @@ class ProbeHostMixin:
         return name
 
     def delete_probe(self, name: str) -> None:
-        """Detach a head.
-
-        Raises:
-            ProbeError: no head has that name.
-        """
+        """Detach a head."""
         with _CHANGING:
             self._require_probe(name)
             self._active_probes = tuple(active for active in self._active_probes if active != name)
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
-        """Write one head with its card into a folder.
-
-        Args:
-            dir: the folder.
-            name: name of the head. Defaults to the only one.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ProbeError: no head has that name, or none is named and several are attached.
-        """
+        """Write one head with its card into a folder."""
         return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
-        """Upload one head with a card in one commit; see `llama_probe.hub.publish.push_folder`.
-
-        Args:
-            repo_id: `user/name`.
-            name: name of the head. Defaults to the only one.
-            kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`.
-
-        Raises:
-            ProbeError: no head has that name, or the Hub refused the upload.
-        """
+        """Upload one head with a card in one commit; see `llama_probe.hub.publish.push_folder`."""
         name = self._single_probe(name, "push")
         return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict=None, *args, **kwargs
     ) -> None:
-        """Save the backbone as the plain class does, without the heads, which `save_probe` saves.
-
-        A model whose class comes from the code of a repository takes that code along.
-        """
+        """Save the backbone as the plain class does, without the heads, which `save_probe` saves."""
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(self, save_directory, config=self.config)
@@ -2242,11 +1843,7 @@ def _each_name(names: str | Iterable[str]) -> list[str]:
 
 
 def change_class(model: nn.Module, cls: type) -> None:
-    """Give a loaded model another class, also if accelerate keeps the old class's forward in the instance.
-
-    Raises:
-        ProbeError: the instance has another forward, which would run instead of the new class's.
-    """
+    """Give a loaded model another class, also if accelerate keeps the old class's forward in the instance."""
     hook = model.__dict__.get("_hf_hook")
     if hook is None:
         if "forward" in model.__dict__:
@@ -2269,11 +1866,7 @@ def change_class(model: nn.Module, cls: type) -> None:
 # From serving/modeling.py
 
 class ProbedGenerationMixin(ProbeHostMixin):
-    """Adds probe heads to a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`.
-
-    `generate`, `forward` and `classify` score the prompt with every active head. Without active heads the model is the
-    plain LM.
-    """
+    """Adds probe heads to a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`."""
 
     # Filled in for each subclass: the plain class, and the names of its forward's positional arguments.
     _causal_lm_class: type[PreTrainedModel]
@@ -2329,21 +1922,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def from_causal_lm(
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
-        """Turns a loaded causal LM into this class, in place, and attaches heads.
-
-        Nothing is copied: weights, device placement, quantisation and injected LoRA layers stay as they are.
-
-        Args:
-            lm: the model; of the plain class that this one is made from. A PEFT model is unwrapped.
-            probe: heads; see `read_heads`.
-            strict: raise, rather than warn, where a head was trained on another backbone; see `check_backbone`.
-
-        Returns:
-            `lm` itself.
-
-        Raises:
-            ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
-        """
+        """Turns a loaded causal LM into this class, in place, and attaches heads."""
         lm = without_peft(lm)
         target = target_of(lm)
         heads = read_heads(probe, target) if probe is not None else {}
@@ -2377,20 +1956,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_strict: bool = False,
         **kwargs,
     ):
-        """`PreTrainedModel.from_pretrained` with heads.
-
-        Args:
-            probe: a head folder, a Hub id (`user/repo`, with `@revision` and `:subfolder` where wanted), an alias, a
-                list of these, or a dict name -> one of these; see `resolve_head`.
-            probe_revision: of heads on the Hub that name none. `revision` is that of the backbone alone.
-            probe_namespace: user or organisation whose heads aliases stand for; see `probe_namespace`.
-            probe_strict: raise, rather than warn, where a head was trained on another backbone.
-            kwargs: those of the plain class. `token`, `cache_dir`, `local_files_only` and `force_download` count for
-                the heads as well.
-
-        Raises:
-            ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
-        """
+        """`PreTrainedModel.from_pretrained` with heads."""
         heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
@@ -2450,28 +2016,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probes: str | Iterable[str] | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
-        """Scores prompts without generating: the backbone runs once, without its LM head.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
-            attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
-            inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
-            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
-                `token_scope`.
-            output_attentions: also returns `token_weights` and `layer_weights` of each head.
-            cache: of tokens that all of these prompts begin with, row by row; the backbone runs over the others. It stays as it
-                is: a copy is used.
-            probe_state: what was returned beside the cache.
-            probes: names of the heads that run in this call; the active ones where left out.
-            kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
-                stand for these do not count, unless `probe_mask` says so.
-
-        Returns:
-            `ProbeOutput` by head name.
-
-        Raises:
-            ProbeError: no head is active, or a prompt cannot be scored.
-        """
+        """Scores prompts without generating: the backbone runs once, without its LM head."""
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
@@ -2506,46 +2051,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         return session.results()
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
-        """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
-
-        Takes what the plain `generate` takes, and
-
-        - `probes`: names of the heads that run in this call; the active ones where left out. Each thread may have its own.
-        - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Where left out, it is up to the heads'
-          `token_scope`, and tokens that stand for images, films or sounds do not count;
-        - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
-          `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
-          prompt is halted, no token is decoded; else the others go on as they would. A head that reads replies halts
-          these at the token that it flags, or at the n-th in a row with `patience` n; the token stays, and the end of the
-          sequence follows. With `token_scope="all"` the score of the prompt comes first, as one of these, and may halt before
-          the reply.
-        - `halt_reply`: what halted prompts get in place of a reply, or of the rest of one: token ids, a text (then pass
-          `tokenizer=` as well), or a `Reprompt`. Nothing where left out.
-        - `on_probe_token`: called with a `TokenScores` after each token of the replies that the LM has read. It may
-          return a list with one entry a row, true or a `Halt` where the reply is to end. Where it raises, no further
-          token is written.
-        - `probe_state`: `True` returns what the heads keep beside the cache, as `probe_state`; given to a later call with
-          `cache=`, they score the whole of a prompt that goes on from there - the next turn of a chat - and only its new
-          tokens are run. See `ProbeCache`. For this they read the reply as well, without scoring it, and so it needs greedy
-          search or sampling.
-
-        Heads that read replies score them token by token: see `ProbedOutputMixin`. They need greedy search or sampling,
-        and decode without `torch.compile`.
-
-        `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and heads run
-        only where they may halt.
-
-        Returns:
-            `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
-            `probe_logits`, a dict of `[prompts, num_labels]` by head name - one row a prompt, however many beams or
-            return sequences it has - with `probe_probabilities` and `probe_labels`, with `halt_on` `probe_halts`, and with
-            heads that read replies `probe_token_logits` and `probe_token_probabilities`. Heads with
-            `token_scope="response"` say nothing of the prompt, and are in the latter two only.
-
-        Raises:
-            ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not
-                allowed; see the message.
-        """
+        """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass."""
         kwargs = generation_arguments(args, kwargs)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state = asked

@@ -68,10 +68,7 @@ class AutoModelForProbedGeneration:
         probe_strict: bool = False,
         **kwargs,
     ):
-        """Load a causal LM with heads; see `LlamaForProbedGeneration.from_pretrained`.
-
-        Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
-        """
+        """Load a causal LM with heads; see `LlamaForProbedGeneration.from_pretrained`."""
         heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
         loaded = load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs)
         cls.from_causal_lm(loaded[0] if isinstance(loaded, tuple) else loaded, heads, probe_strict)
@@ -81,11 +78,7 @@ class AutoModelForProbedGeneration:
     def from_causal_lm(
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
-        """Turn a loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`.
-
-        Raises:
-            ProbeError: `lm` is wrapped by `torch.compile`, or has heads of the code of its repository.
-        """
+        """Turn a loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`."""
         if hasattr(lm, "_orig_mod"):
             raise ProbeError("torch.compile wraps this model: from_causal_lm(model._orig_mod, ...), and compile that")
         base = without_peft(lm)
@@ -100,11 +93,7 @@ class AutoModelForProbedGeneration:
 
 
 def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the probed class of a causal LM class, made on first use.
-
-    Raises:
-        ProbeError: the class does not generate text as a decoder does.
-    """
+    """Return the probed class of a causal LM class, made on first use."""
     if issubclass(causal_lm_class, ProbedGenerationMixin):
         return causal_lm_class
     if not issubclass(causal_lm_class, GenerationMixin):
@@ -136,10 +125,7 @@ def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 def install() -> None:
-    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`.
-
-    Calls without it reach the original. A second call changes nothing; `uninstall` undoes it.
-    """
+    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`."""
     for auto_class in _AUTO_CLASSES:
         original = vars(auto_class)["from_pretrained"]
         if not hasattr(original.__func__, "__without_probe__"):
@@ -174,33 +160,7 @@ TASK = "probed-text-generation"
 
 
 class ProbedTextGenerationPipeline(TextGenerationPipeline):
-    """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
-
-    Takes the arguments of `TextGenerationPipeline` - raw texts, or chats for the chat template; one or a list of them;
-    `batch_size` and arguments of `generate` - and returns the same dicts with one more key, `"probes"`, by head name:
-
-    - `{"label": name, "score": its probability, "scores": {label: probability}}`,
-    - for multi-label heads the same, with a list of labels and a list of their probabilities,
-    - for regression heads `{"score": value}`, or `{"scores": {label: value}}` for several outputs.
-
-    With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no
-    `tokenizer=` here.
-
-    Heads that read replies alone (`token_scope="response"`) give their score of the sequence as far as the LM has read it,
-    or `None` if no token of it was read. The scores of other heads are the same for every sequence of a prompt. With
-    `return_dict_in_generate=False` no head runs, and `"probes"` is empty.
-
-    Args:
-        model: a loaded causal LM, which gets the heads in place. `pipeline(...)` takes a path or a Hub id.
-        tokenizer: not changed; the pipeline uses a copy that pads on the left.
-        probe: heads; see `LlamaForProbedGeneration.from_pretrained`. Heads that the model already has run as well.
-        probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
-        probe_strict: raise instead of warn if a head was trained on another backbone.
-        kwargs: those of `TextGenerationPipeline`.
-
-    Raises:
-        ProbeError: a head cannot be read or does not fit, or the model is no causal LM.
-    """
+    """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text."""
 
     def __init__(
         self,

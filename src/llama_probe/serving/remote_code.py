@@ -18,7 +18,8 @@ from .pipeline import TASK
 # Modules by file, in the order of their imports. A name from any other module of the package becomes a stub.
 _FILES = {
     "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/configuration",
-    "backbone": "backbone/families backbone/cache backbone/decoder backbone/capture backbone/fingerprint backbone/next_token",
+    "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture backbone/next_token "
+    "backbone/fingerprint",
     "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "
     "heads/attentive heads/multimax heads/mean_attention heads/attention heads/muli heads/decision heads/scope "
     "heads/stream heads/match heads/folder heads/probe",
@@ -118,6 +119,10 @@ class _Module:
                 if getattr(node, "module", node.names[0].name).split(".")[0] not in _REQUIRED:
                     lines = ("try:", f"    {ast.unparse(node)}", "except ImportError:", "    raise")
                     self.replace(node, "".join(f"{' ' * node.col_offset}{line}\n" for line in lines))
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                docstring = node.body[0]
+                if docstring.end_lineno > docstring.lineno:  # the package has the rest
+                    self.replace(docstring, f'{self.lines[docstring.lineno - 1].rstrip()}"""\n')
         for node in [tree.body[0], *self.imports]:  # the first is the docstring
             self.replace(node, "")
 
