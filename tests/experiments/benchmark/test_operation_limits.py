@@ -6,7 +6,7 @@ from conftest import make_lm
 from llama_probe.experiments.benchmark.operations import count_operations
 from llama_probe.experiments.benchmark.serving_systems import fresh_config
 from llama_probe.heads import probe_types
-from llama_probe.serving.auto_class import AutoModelForProbedGeneration
+from llama_probe.serving.auto import AutoModelForProbedGeneration
 
 
 LAYERS, HIDDEN = 30, 576

@@ -8,7 +8,7 @@ from llama_probe import ProbeError
 from llama_probe.experiments.benchmark.operations import OperationCounter, columns, count_operations
 from llama_probe.experiments.benchmark.serving_benchmark import ServingBenchmark
 from llama_probe.experiments.benchmark.serving_systems import fresh_config
-from llama_probe.serving.auto_class import AutoModelForProbedGeneration
+from llama_probe.serving.auto import AutoModelForProbedGeneration
 
 
 def test_views_and_allocations_are_not_counted():
