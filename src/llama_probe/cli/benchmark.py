@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..experiments.benchmark import report as benchmark_report
+from ..experiments.benchmark.operations import DEVICES
 from ..experiments.benchmark.operations import columns as operation_columns
 from ..experiments.benchmark.serving_benchmark import ServingBenchmark
 from .console import create_console, escape, print_table
@@ -67,6 +68,8 @@ def benchmark(
     """Measure what heads cost while the model serves, next to the plain model."""
     if as_device is not None and not operations:
         raise ProbeError(f"--as {as_device} needs --operations")
+    if as_device not in (None, *DEVICES):
+        raise ProbeError(f"--as {as_device} must be one of {', '.join(DEVICES)}")
     if operations and (markdown or output is not None):
         raise ProbeError("--operations prints a table or --json: leave out --markdown and --output")
     benchmark_report.check_output(output)
