@@ -6,6 +6,7 @@ import pytest
 from command_line import refuse, succeed, write_rows
 
 from llama_probe import ProbeModel
+from llama_probe.heads import registry
 from llama_probe.heads.configuration import read_config
 
 
@@ -62,7 +63,9 @@ class Mine(get_probe_type("pooling")):
 """
 
 
-def test_a_kind_of_ones_own(train, backbone_folder, tmp_path):
+def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
+    known = dict(registry._PROBE_TYPES)
+    monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))
     (tmp_path / "kind.py").write_text(KIND)
     words = (*train, "--probe-type", "mean_of_mine", "--output", tmp_path / "mine")
     assert "mean_of_mine" in refuse(*words)
@@ -70,6 +73,17 @@ def test_a_kind_of_ones_own(train, backbone_folder, tmp_path):
     succeed(*words, *given)
     head = ("--probe", tmp_path / "mine", "--backbone", backbone_folder, "--json")
     assert "mine" in succeed("classify", "good morning", *head, *given)[0]["labels"]
+    monkeypatch.setattr(registry, "_PROBE_TYPES", known)  # as in another process
+    for line in (
+        "classify x --probe {0}",
+        "evaluate --data x.csv --probe {0}",
+        "inspect {0}",
+        "plot {0} --output x",
+        "push {0} a/b",
+    ):
+        assert "trust_remote_code" in refuse(*line.format(tmp_path / "mine").split())
+    assert succeed("inspect", tmp_path / "mine", "--trust-remote-code", "--json")["probe_type"] == "mean_of_mine"
+    assert "mine" in succeed("classify", "good morning", *head, "--trust-remote-code")[0]["labels"]
     (tmp_path / "broken.py").write_text("1 / 0")
     for name in ("broken.py", "nowhere.py"):
         assert name in refuse("inspect", tmp_path / "mine", "--import", tmp_path / name)

@@ -25,7 +25,7 @@ from ..heads.probe import ProbeModel
 from ..hub.folder import measured_rules
 from ..hub.resolve import resolve_head
 from .console import create_console, escape, print_table
-from .options import Backbone, Dtype, Fields, Json, Probe
+from .options import Backbone, Dtype, Fields, Json, Probe, TrustRemoteCode
 from .rows import ROWS_HELP, LabelledRows
 
 
@@ -49,11 +49,14 @@ def evaluate(
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
     with process_group(), contextlib.redirect_stdout(sys.stderr):
-        head = ProbeModel.from_pretrained(resolve_head(probe, backbone_target(backbone)))
+        head = ProbeModel.from_pretrained(
+            resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code
+        )
         rules = measured_rules(head.results) if head.config.reads_reply else {}
         labelled, slices = _select(rows, head.config, where or [], slice_column or [])
         lm, tokenizer = load_backbone(backbone, dtype)

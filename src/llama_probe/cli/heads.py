@@ -19,7 +19,7 @@ from ..heads.probe import ProbeModel
 from ..hub.card import results_table
 from ..hub.resolve import bundled_heads, resolve_head
 from .console import escape, print_table
-from .options import Dtype, Json, Revision, hub_options
+from .options import Dtype, Json, Revision, TrustRemoteCode, hub_options
 
 
 _VERDICTS = {"same": "[green]same[/]", "differs": "[bold red]differs[/]", "explained": "[green]differs, explained[/]"}
@@ -37,6 +37,7 @@ def inspect(
     markdown: Annotated[
         bool, typer.Option(help="Print the bundled heads and their results as a Markdown table.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show a head, check it against a backbone, or list the bundled heads."""
@@ -50,10 +51,9 @@ def inspect(
     if probe is None:
         _list_bundled(as_json)
         return
-    options = hub_options(probe, revision)
-    head = ProbeModel.from_pretrained(
-        resolve_head(probe, None if backbone is None else backbone_target(backbone), options)
-    )
+    target = None if backbone is None else backbone_target(backbone)
+    folder = resolve_head(probe, target, hub_options(probe, revision))
+    head = ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if backbone is not None:
         _compare(probe, head.config, backbone, dtype, as_json)
         return

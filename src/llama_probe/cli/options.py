@@ -25,6 +25,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import ProbeError
+from ..heads import import_kinds
 from ..hub.transport import HubOptions, HubReference
 
 
@@ -40,6 +41,13 @@ Probe = Annotated[str, typer.Option(help="A head folder, a Hub id (user/repo@rev
 Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias. Repeatable.")]
 PushRevision = Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code file of a head whose kind is not part of this package. Read it first.",
+    ),
+]
 
 
 def import_files(paths: Sequence[Path] | None) -> None:
@@ -49,8 +57,6 @@ def import_files(paths: Sequence[Path] | None) -> None:
         ProbeError: a file does not exist, raises an error or registers no kind.
     """
     for path in paths or ():
-        from ..heads.registry import import_kinds
-
         try:
             import_kinds(path)
         except ProbeError:

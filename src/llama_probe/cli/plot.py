@@ -30,7 +30,7 @@ from ..heads.probe import ProbeModel
 from ..hub.resolve import check_name, default_name, resolve_head
 from ..serving.auto import AutoModelForProbedGeneration
 from .console import create_console, escape, print_table
-from .options import Backbone, Dtype, Fields, Json
+from .options import Backbone, Dtype, Fields, Json, TrustRemoteCode
 from .rows import ROWS_HELP, LabelledRows
 
 
@@ -57,6 +57,7 @@ def plot(
     text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
     backbone: Backbone = "demo",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Draw what a head looked at in texts, and how well it does.
@@ -72,7 +73,9 @@ def plot(
     readings, labelled = [], None
     with contextlib.redirect_stdout(sys.stderr):
         name = check_name(default_name(probe))
-        head = ProbeModel.from_pretrained(resolve_head(probe, backbone_target(backbone)))
+        head = ProbeModel.from_pretrained(
+            resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code
+        )
         inspection = (head.results or {}).get("inspection")
         if rows.data is not None:
             labelled = rows.read(head.config)

@@ -18,11 +18,13 @@ from ..data.prompts import PromptFormat, check_alike
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
 from ..heads.decision import in_words, reply_outputs
+from ..heads.probe import ProbeModel
+from ..hub.transport import HubOptions
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.halting import HALTING_FORMS, Halter, read_halting
 from ..serving.sources import read_heads
 from .console import escape, print_table
-from .options import Backbone, Dtype, Json, Probes
+from .options import Backbone, Dtype, Json, Probes, TrustRemoteCode
 from .rows import PromptColumn, TextColumn
 
 
@@ -43,6 +45,7 @@ def generate(
     ] = None,
     halt_reply: Annotated[str | None, typer.Option(help="The reply to halted prompts.")] = None,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Reply to prompts, with the labels of each head from the same pass."""
@@ -50,7 +53,7 @@ def generate(
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts = _read_prompts(prompts)
-    model, prompt_format = _load(probe, backbone, dtype, rules=rules)
+    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, rules=rules)
     tokenizer = prompt_format.tokenizer
     halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
     rows = []
@@ -87,6 +90,7 @@ def classify(
     chunk_rows: Annotated[int, typer.Option(min=1, help="Rows in memory at a time, and in each output file.")] = 2048,
     resume: Annotated[bool, typer.Option(help="Resume a job that was stopped.")] = False,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Label prompts, or the rows of files (--input), without a reply.
@@ -100,13 +104,14 @@ def classify(
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
         settings = {"text_column": text_column, "prompt_column": prompt_column, "keep_columns": keep_column or []}
         settings |= {"chunk_rows": chunk_rows, "resume": resume, "dtype": dtype}
-        _score_files(files, output, probe, backbone, as_json, settings)
+        probes = _read_heads(probe, backbone, True) if trust_remote_code else probe
+        _score_files(files, output, probes, backbone, as_json, settings)
         return
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
     rows = []
     texts = _read_prompts(prompts)
-    model, prompt_format = _load(probe, backbone, dtype, replies=False)
+    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, replies=False)
     for part, inputs in _batches(texts, model, prompt_format):
         found = model.classify(**inputs)
         labels = {name: output.labels for name, output in found.items()}
@@ -114,9 +119,7 @@ def classify(
     _print_rows(rows, model, as_json)
 
 
-def _score_files(
-    files: list[str], output: Path, probes: list[str], backbone: str, as_json: bool, settings: dict
-) -> None:
+def _score_files(files: list[str], output: Path, probes: Any, backbone: str, as_json: bool, settings: dict) -> None:
     from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
 
     with process_group():
@@ -139,15 +142,20 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
     return texts
 
 
+def _read_heads(probes: list[str], backbone: str, trust_remote_code: bool) -> dict[str, ProbeModel]:
+    return read_heads(probes, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
+
+
 def _load(
     probes: list[str],
     backbone: str,
     dtype: str,
+    trust_remote_code: bool,
     replies: bool = True,
     rules: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[Any, PromptFormat]:
     """Check the heads and the halting rules, then load the backbone."""
-    heads = read_heads(probes, backbone_target(backbone))
+    heads = _read_heads(probes, backbone, trust_remote_code)
     configs = {name: head.config for name, head in heads.items()}
     check_alike(configs)
     followers = [name for name, config in configs.items() if config.token_scope == "response"]

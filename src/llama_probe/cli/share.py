@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 from ..heads.probe import ProbeModel
 from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
-from .options import CreatePr, Json, Private, PushRevision, Revision, hub_options
+from .options import CreatePr, Json, Private, PushRevision, Revision, TrustRemoteCode, hub_options
 
 
 def push(
@@ -24,11 +25,12 @@ def push(
     commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A further tag for the card. Repeatable.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the head, if its results do not state it.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Upload a head folder to the Hub in one commit."""
     folder = resolve_head(head)
-    ProbeModel.from_pretrained(folder)  # raises if the head is damaged
+    ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)  # raises if the head is damaged
     info = push_folder(
         folder,
         repo_id,
@@ -50,8 +52,10 @@ def pull(
     head: Annotated[str, typer.Argument(help="user/repo, with @revision and :subfolder if needed.")],
     output: Annotated[Path | None, typer.Option(help="Folder for it. Default: one of the head's name.")] = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
-    folder = pull_head(head, output, hub_options(head, revision), check=ProbeModel.from_pretrained)
+    check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
+    folder = pull_head(head, output, hub_options(head, revision), check=check)
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")
