@@ -151,7 +151,7 @@ def test_an_output_that_accelerate_rebuilds_knows_its_labels(prompts, tmp_path, 
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
     device_map |= {f"model.layers.{i}": place if i else "disk" for i in range(LAYERS)}
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=ALL_KINDS
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=copy.deepcopy(ALL_KINDS)
     )
     out = model(prompts, use_cache=True)
     assert "_hf_hook" in model.__dict__ and out.probe_labels == expected.probe_labels
