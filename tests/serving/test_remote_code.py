@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import llama_probe
-from llama_probe import LlamaForProbedGeneration
+from llama_probe import LlamaForProbedGeneration, ProbeConfig
 from llama_probe.serving import remote_code
 from llama_probe.serving.export import export_repository, push_repository
 from llama_probe.serving.pipeline import ProbedTextGenerationPipeline
@@ -221,7 +221,8 @@ def bare_python(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("environment", ["bare", "package"])
 def test_a_repository_in_another_environment(environment, bare_python, hub, tmp_path):
     lm, tokenizer, toxic = make_lm(vocab_size=260), make_tokenizer(), make_probe(id2label={0: "fine", 1: "toxic"})
-    model = LlamaForProbedGeneration.from_causal_lm(lm, {"toxic": toxic, "mood": make_probe(1, probe_type="gate")})
+    model = LlamaForProbedGeneration.from_causal_lm(lm, {"toxic": toxic})
+    model.add_probe("mood", ProbeConfig(probe_type="gate"))  # with a fingerprint of the backbone
     repository = export_repository(model, tmp_path / "tiny-chat", tokenizer=tokenizer)
     hub.add_user("alice")
     push_repository(repository, "alice/tiny-chat", token=hub.add_token("alice", "write"))
