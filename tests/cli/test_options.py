@@ -50,7 +50,7 @@ def run(*words):
             Settings, Fields("Panel", help={"sizes": "Sizes."}, names={"sizes": "size"}, defaults={"rate": 0.5})
         ],
         more: Annotated[
-            dict, Fields("More", of=Settings, only=["hidden"], help={"hidden": "Hid."}, parse={"hidden": double})
+            dict, Fields("More", of=Settings, only="hidden", help={"hidden": "Hid."}, parse={"hidden": double})
         ],
         last: int = 1,
     ) -> None:

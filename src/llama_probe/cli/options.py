@@ -90,14 +90,14 @@ class Fields:
     Attributes:
         panel: title of the options in `--help`.
         of: a dataclass. The parameter then gets a dict of its fields instead of an instance.
-        only: names of fields. Defaults to every field with a help text.
+        only: names of fields, with spaces. Defaults to every field with a help text.
         help, names, defaults: by field, help text, option and default that are not in the dataclass, or differ from it.
         parse: by field, a function that makes its value from what was typed. Its argument's type is the option's.
     """
 
     panel: str
     of: type | None = None
-    only: Sequence[str] | None = None
+    only: str | None = None
     help: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Fields:
         found = {}
         for item in dataclasses.fields(owner):
             text = self.help.get(item.name, item.metadata.get("help"))
-            if text is None or (self.only is not None and item.name not in self.only):
+            if text is None or (self.only is not None and item.name not in self.only.split()):
                 continue
             default = item.default if item.default_factory is MISSING else item.default_factory()
             default = self.defaults.get(item.name, default)

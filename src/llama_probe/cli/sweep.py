@@ -18,21 +18,10 @@ from ..training.run import TrainingRun
 from ..training.sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
 from .console import print_table
 from .options import Fields, Json, split_names
-from .rows import DATA
 from .train import RUN_HELP, describe_data
 
 
-_DATA = (
-    "train",
-    "eval",
-    "test",
-    "data_dir",
-    "text_column",
-    "label_column",
-    "label_names",
-    "validation_share",
-    "max_rows",
-)
+_DATA = "train eval test data_dir text_column label_column label_names validation_share max_rows"
 _RUN_HELP = {
     **RUN_HELP,
     "output": "Folder for the study, the table, the plot and the best head.",
@@ -55,14 +44,14 @@ def sweep(
         Fields(
             "Run",
             of=TrainingRun,
-            only=("backbone", "output", "max_length", "prompt_format", "dtype", "cache", "cache_dir"),
+            only="backbone output max_length prompt_format dtype cache cache_dir",
             help=_RUN_HELP,
             defaults={"backbone": "demo", "cache": None},
         ),
     ],
     data: Annotated[
         DataSources,
-        Fields("Data", only=_DATA, help={"train": f"Training rows: {DATA}."}, parse={"label_names": split_names}),
+        Fields("Data", only=_DATA, parse={"label_names": split_names}),
     ],
     space: Annotated[
         SearchSpace,
@@ -73,7 +62,8 @@ def sweep(
         Recipe,
         Fields(
             "Search",
-            only=("num_train_epochs", "patience", "metric"),
+            only="num_train_epochs patience metric",
+            help={"num_train_epochs": "Maximum number of epochs."},
             defaults={"num_train_epochs": 8},
             parse={"num_train_epochs": _whole},
         ),

@@ -21,7 +21,6 @@ from ..training.recipe import Recipe
 from ..training.run import TrainingRun
 from .console import escape, print_table
 from .options import BACKBONE, DTYPE, Fields, Json, command_line, split_names
-from .rows import DATA
 
 
 def parse_layers(text: str) -> str | list[int]:
@@ -97,12 +96,7 @@ def train(
     run: Annotated[dict[str, Any], Fields("Run", of=TrainingRun, help=RUN_HELP, defaults={"backbone": "demo"})],
     data: Annotated[
         DataSources,
-        Fields(
-            "Data",
-            help={"train": f"Training rows: {DATA}."},
-            defaults={"folds": None},
-            parse={"label_names": split_names},
-        ),
+        Fields("Data", defaults={"folds": None}, parse={"label_names": split_names}),
     ],
     head: Annotated[dict[str, Any], _HEAD],
     recipe: Annotated[Recipe, Fields("Training")],
