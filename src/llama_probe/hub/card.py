@@ -117,6 +117,8 @@ def create_card(
     from jinja2 import TemplateError  # torch depends on jinja2
 
     config, results = read_config_values(folder), read_results(folder)
+    if not _TEMPLATE.is_file():  # code that a repository carries (trust_remote_code) comes without it
+        raise ProbeError("cards need the package llama_probe: this copy of its code has no card_template.md")
     try:
         return _card(Path(folder), _complete(config), results, source, license, tags)
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
