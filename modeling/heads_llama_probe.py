@@ -129,7 +129,7 @@ def acting_as(kind: str) -> Iterator[None]:
 # From heads/aggregator.py
 
 class Classifier(nn.Module):
-    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it."""
+    """The linear map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`."""
 
     lm: nn.Module | None = None
 
@@ -146,11 +146,11 @@ class Classifier(nn.Module):
         """Take from the frozen LM what the map needs beside hidden states; most maps need nothing."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
+        """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
         return pooled
 
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
-        """Of a head that is several in one, which learn apart: the logits of each, `[members, B, num_labels]`."""
+        """Return the logits of each member, `[members, B, num_labels]`, for a head that averages several; else `None`."""
         return None
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -982,13 +982,13 @@ def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
-    """What a head that reads replies says of each, as far as it was read: what it said after the last token that counted."""
+    """Return the last score of each reply: the one after its last token that counted."""
     read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
     return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
 
 
 def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
-    """What a head says of one row, as plain JSON types."""
+    """Return one row's prediction as JSON values."""
     scores = dict(zip(config.id2label.values(), probs, strict=True))
     if config.problem_type == "regression":
         return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
@@ -997,7 +997,7 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
 
 
 def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
-    """What a head says of one row, for people: the label with its own probability, which need not be the largest."""
+    """Return one row's prediction as text: the label with its own probability, which need not be the largest."""
     if config.problem_type == "regression":
         return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     names = label if isinstance(label, list) else [label]
@@ -1061,7 +1061,7 @@ class DecidedMixin:
 
 @dataclass
 class ProbeOutput(DecidedMixin, ModelOutput):
-    """What one head says of a batch."""
+    """The predictions of one head for a batch."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -1079,7 +1079,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @property
     def learned_logits(self) -> torch.Tensor:
-        """What a loss is asked of: the logits of each member where there are several, else `logits`."""
+        """The logits that the loss takes: of each member if there are several, else `logits`."""
         return self.logits if self.member_logits is None else self.member_logits
 
     @property
@@ -1659,7 +1659,7 @@ class ProbeModel(nn.Module):
         output_attentions: bool = False,
         row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
-        """What `forward` does once the states are at hand; many heads can share them."""
+        """Score normalised states, which several heads can share."""
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
         if output_attentions:
@@ -1670,7 +1670,7 @@ class ProbeModel(nn.Module):
     def pool(
         self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the classifier gets, without dropout: `[batch, hidden_size]`, unless the kind has a width of its own."""
+        """Return the classifier's input, without dropout: `[batch, hidden_size]`, or the kind's own width."""
         mask = None if attention_mask is None else attention_mask.bool().to(self.device)
         summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
         return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
@@ -1776,7 +1776,7 @@ class ProbeModel(nn.Module):
         row_weights: torch.Tensor | None = None,
         learning: bool = False,
     ) -> ProbeOutput:
-        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`."""
+        """Score the layers' summaries `[layers_read, batch, hidden_size]`, from the token stage."""
         if learning and self.config.layer_dropout:
             keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
             summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)

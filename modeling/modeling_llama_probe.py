@@ -212,7 +212,7 @@ class HeadReference(weakref.ref):
         self.weights = _versions(head)
 
     def is_of(self, head: ProbeModel) -> bool:
-        """Whether it is the head, with the weights that it had."""
+        """Return True if `head` is the one that made the state, with the same weights."""
         return self() is head and self.weights == _versions(head)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
@@ -228,7 +228,7 @@ class HeadReference(weakref.ref):
 
 @dataclass(frozen=True)
 class CachedHead:
-    """What one head keeps of the tokens that a cache holds."""
+    """The token-stage state of one head for the tokens in a KV cache."""
 
     head: HeadReference
     mask: torch.Tensor
@@ -236,7 +236,7 @@ class CachedHead:
 
 
 class ProbeCache:
-    """What heads keep of the tokens that an LM's `Cache` holds, so that a prompt that goes on from there is scored as a whole."""
+    """The heads' states for the tokens in an LM's KV cache: a prompt that goes on from there is scored as a whole."""
 
     def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, heads: Mapping[str, CachedHead]):
         self.input_ids, self.attention_mask, self.heads = input_ids, attention_mask, dict(heads)
@@ -305,7 +305,7 @@ class ProbeCache:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> dict[str, Any]:
-        """What each head goes on from, by name, for prompts that begin with the tokens it has seen."""
+        """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen."""
         self._check_rows(len(input_ids))
         seen = self.get_seq_length()
         if input_ids.shape[1] <= seen:
@@ -349,7 +349,7 @@ def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
 def asks_for_state(
     probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
 ) -> bool:
-    """Whether `probe_state=` asks for a state in return: `True`, or one to go on from."""
+    """Return True if `probe_state=` asks for a state in return: it is `True`, or a state to go on from."""
     if probe_state is None or probe_state is False:
         return False
     if probe_state is not True and not isinstance(probe_state, ProbeCache):
@@ -678,7 +678,7 @@ class PrefillSession:
 
     @property
     def next_reader(self) -> Any:
-        """What reads the next pass; `False` if nothing does."""
+        """The reader of the next pass: this session, `reply`, or `False` for none."""
         return (self.reply or False) if self.complete else self
 
     @contextmanager
@@ -1068,7 +1068,7 @@ def session_of(model: nn.Module) -> PrefillSession | None:
 
 
 def is_inner_call(model: nn.Module) -> bool:
-    """Whether a `generate()` of `model` is made by another one, that of the model itself or that it assists."""
+    """Return True if another `generate()` call made this one: of `model` itself, or of a model that it assists."""
     current = _CURRENT.get()
     return current is not None and (current[0] is model or current[1] is model)
 

@@ -1,4 +1,4 @@
-"""What a head is worth, and what it looked at.
+"""Metrics, calibration, plots and reports: the worth of a head, and where it looked.
 
 - `report`: metrics with confidence intervals, from `metrics`, `bootstrap` and `calibration`. `detection` is for replies.
 - `scoring_job`: scores files of any size. `resume`: lets only a run with the same settings resume another.

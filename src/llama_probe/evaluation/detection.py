@@ -1,4 +1,4 @@
-"""How soon a head that follows replies finds a label, and how often it ends a reply in vain."""
+"""Halting rules measured on replies: tokens until a label is found, and replies that are ended in vain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a head looked at in a text, as one HTML page that needs no network and no other file."""
+"""An HTML page with the tokens that a head looked at. It needs no network and no other file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a head looked at in a text: the weight of each token and layer."""
+"""The weight of each token and layer for a head's verdict on a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every kind of head must be able to do, and the registry that finds a kind by its name.
+"""The base class of all kinds of head, and operations on their states.
 
 Dimension letters used in all files of this folder:
     S  slots: L+1 layers in the token stage, 1 in the layer stage
@@ -21,9 +21,9 @@ from .registry import get_probe_type, register_probe_type  # noqa: F401 - for th
 
 
 class Classifier(nn.Module):
-    """The map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`; linear, in whatever `inputs` makes of it.
+    """The linear map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`.
 
-    It is no `nn.Linear`: what adapts or quantises all linear layers of an LM leaves the heads on it alone.
+    It is no `nn.Linear`: methods that adapt or quantise all linear layers of an LM then leave its heads alone.
 
     Attributes:
         lm: the LM that was last given to `attach`, if the map needs it and it still exists; else None.
@@ -54,11 +54,11 @@ class Classifier(nn.Module):
         """
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        """What the linear map is applied to: `[B, D]` to `[B, in_features]`."""
+        """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
         return pooled
 
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
-        """Of a head that is several in one, which learn apart: the logits of each, `[members, B, num_labels]`."""
+        """Return the logits of each member, `[members, B, num_labels]`, for a head that averages several; else `None`."""
         return None
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,7 @@ def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
-    """What a head that reads replies says of each, as far as it was read: what it said after the last token that counted.
+    """Return the last score of each reply: the one after its last token that counted.
 
     Args:
         token_logits (`[replies, tokens, num_labels]`): see `ProbedOutputMixin`.
@@ -117,7 +117,7 @@ def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[Probe
 
 
 def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
-    """What a head says of one row, as plain JSON types.
+    """Return one row's prediction as JSON values.
 
     Args:
         label: its entry of `labels`. probs: its row of probabilities (regression: of values).
@@ -135,7 +135,7 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
 
 
 def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
-    """What a head says of one row, for people: the label with its own probability, which need not be the largest.
+    """Return one row's prediction as text: the label with its own probability, which need not be the largest.
 
     Args:
         label: its entry of `labels`. scores: by label name its probabilities (regression: values). style: format of a probability.
@@ -219,7 +219,7 @@ class DecidedMixin:
 
 @dataclass
 class ProbeOutput(DecidedMixin, ModelOutput):
-    """What one head says of a batch.
+    """The predictions of one head for a batch.
 
     Args:
         loss (scalar, *optional*): where labels were given.
@@ -247,7 +247,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @property
     def learned_logits(self) -> torch.Tensor:
-        """What a loss is asked of: the logits of each member where there are several, else `logits`."""
+        """The logits that the loss takes: of each member if there are several, else `logits`."""
         return self.logits if self.member_logits is None else self.member_logits
 
     @property

@@ -285,7 +285,7 @@ class ProbeModel(nn.Module):
         output_attentions: bool = False,
         row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
-        """What `forward` does once the states are at hand; many heads can share them.
+        """Score normalised states, which several heads can share.
 
         Args:
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
@@ -303,7 +303,7 @@ class ProbeModel(nn.Module):
     def pool(
         self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the classifier gets, without dropout: `[batch, hidden_size]`, unless the kind has a width of its own.
+        """Return the classifier's input, without dropout: `[batch, hidden_size]`, or the kind's own width.
 
         Args:
             hidden_states, attention_mask: see `forward`.
@@ -439,10 +439,9 @@ class ProbeModel(nn.Module):
         row_weights: torch.Tensor | None = None,
         learning: bool = False,
     ) -> ProbeOutput:
-        """What `score` does once the token stage has made `summaries` of the layers, `[layers_read, batch, hidden_size]`.
+        """Score the layers' summaries `[layers_read, batch, hidden_size]`, from the token stage.
 
-        Dropouts act where it is `learning`. Where a head serves they do not, though it is in training mode together with an LM
-        that is being trained.
+        Dropouts act if `learning` is true. A head that serves has none, even in training mode beside an LM that is trained.
         """
         if learning and self.config.layer_dropout:
             keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout

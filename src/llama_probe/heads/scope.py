@@ -1,4 +1,4 @@
-"""Which tokens of a prompt a head reads."""
+"""Token masks: the tokens of a prompt that a head reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a head has read of a batch of prompts while an LM runs."""
+"""The token-stage state of a head while an LM runs."""
 
 from __future__ import annotations
 

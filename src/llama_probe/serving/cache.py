@@ -26,7 +26,7 @@ class HeadReference(weakref.ref):
         self.weights = _versions(head)
 
     def is_of(self, head: ProbeModel) -> bool:
-        """Whether it is the head, with the weights that it had."""
+        """Return True if `head` is the one that made the state, with the same weights."""
         return self() is head and self.weights == _versions(head)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
@@ -42,7 +42,7 @@ class HeadReference(weakref.ref):
 
 @dataclass(frozen=True)
 class CachedHead:
-    """What one head keeps of the tokens that a cache holds.
+    """The token-stage state of one head for the tokens in a KV cache.
 
     Attributes:
         head: the head; its weights made `running`.
@@ -56,7 +56,7 @@ class CachedHead:
 
 
 class ProbeCache:
-    """What heads keep of the tokens that an LM's `Cache` holds, so that a prompt that goes on from there is scored as a whole.
+    """The heads' states for the tokens in an LM's KV cache: a prompt that goes on from there is scored as a whole.
 
     `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. It is never changed by them: each
     call returns another one, and one shared prefix serves any number of prompts - of the cache, which transformers changes in
@@ -147,7 +147,7 @@ class ProbeCache:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> dict[str, Any]:
-        """What each head goes on from, by name, for prompts that begin with the tokens it has seen.
+        """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen.
 
         Args:
             heads: those that are to go on. Such as are not in the state have seen nothing.
@@ -200,7 +200,7 @@ def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
 def asks_for_state(
     probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
 ) -> bool:
-    """Whether `probe_state=` asks for a state in return: `True`, or one to go on from.
+    """Return True if `probe_state=` asks for a state in return: it is `True`, or a state to go on from.
 
     Raises:
         ProbeError: it is something else, or a state cannot be kept.

@@ -1,4 +1,4 @@
-"""The pass over the prompts: what heads read in it, and what they say and keep of it."""
+"""The pass over the prompts: heads read it, score it, and keep a state of it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class PrefillSession:
 
     @property
     def next_reader(self) -> Any:
-        """What reads the next pass; `False` if nothing does."""
+        """The reader of the next pass: this session, `reply`, or `False` for none."""
         return (self.reply or False) if self.complete else self
 
     @contextmanager

@@ -64,7 +64,7 @@ def session_of(model: nn.Module) -> PrefillSession | None:
 
 
 def is_inner_call(model: nn.Module) -> bool:
-    """Whether a `generate()` of `model` is made by another one, that of the model itself or that it assists."""
+    """Return True if another `generate()` call made this one: of `model` itself, or of a model that it assists."""
     current = _CURRENT.get()
     return current is not None and (current[0] is model or current[1] is model)
 

@@ -1,4 +1,4 @@
-"""What a request's output says of its heads: logits, labels and scores, and whether it is halted."""
+"""The heads' part of a request's output: logits, labels, scores, and the halt."""
 
 from __future__ import annotations
 

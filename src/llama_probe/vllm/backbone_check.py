@@ -1,4 +1,4 @@
-"""Whether heads were trained on the backbone that an engine is about to load."""
+"""The check that heads were trained on the backbone that an engine is about to load."""
 
 from __future__ import annotations
 

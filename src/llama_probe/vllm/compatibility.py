@@ -1,4 +1,4 @@
-"""What the engine must be like for its heads to be right. Anything else is refused when it starts."""
+"""The engine settings that heads need. Other settings are refused at the start."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class ProbeConnector(KVConnectorBase_V1):
                 self._answers[request_id] = answer(self.settings, found)
 
     def answer(self, request_id: str) -> dict[str, Any] | None:
-        """What is known of a request that runs; see `answer`. `None` before its prompt is complete."""
+        """Return the answer for a running request; `None` before its prompt is complete."""
         return self._answers.get(request_id)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

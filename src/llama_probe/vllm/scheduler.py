@@ -52,12 +52,12 @@ class AsyncProbeScheduler(_Probed, AsyncScheduler):
 
 
 def create_scheduler(vllm_config, **kwargs: Any) -> Scheduler:
-    """What vLLM's `scheduler_cls` names: the scheduler that suits the config."""
+    """Return the scheduler that suits the config. vLLM's `scheduler_cls` names this function."""
     kind = AsyncProbeScheduler if vllm_config.scheduler_config.async_scheduling else ProbeScheduler
     return kind(vllm_config=vllm_config, **kwargs)
 
 
 def _may_be_delivered(request: Request) -> bool:
-    """Whether any output of a request may: of a stream, and where it is the front end that finds the texts to stop at."""
+    """Return True if any output of a request may carry scores: in streams, and if the front end looks for stop strings."""
     params = request.sampling_params
     return params is not None and (params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop))

@@ -1,4 +1,4 @@
-"""What the processes of an engine must know of its heads. They learn it from vLLM's `additional_config`."""
+"""The heads' settings for all processes of an engine, carried in vLLM's `additional_config`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ProbeSettings:
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
-        """Of the heads, by name."""
+        """Return the configs of the heads, by name."""
         return {name: read_config(folder) for name, folder in self.heads.items()}
 
     @cached_property
