@@ -14,7 +14,16 @@ from llama_probe.data.states import PromptDataset
 from llama_probe.training.trainer import create_trainer, training_arguments
 
 
-DISHES = ("pancakes", "a lentil soup", "bread", "pasta", "an apple pie", "fried rice", "a salad", "pizza dough")
+DISHES = (
+    "pancakes",
+    "a lentil soup",
+    "bread",
+    "a quick pasta",
+    "an apple pie",
+    "fried rice",
+    "a salad",
+    "pizza dough",
+)
 PLACES = ("Lisbon", "the Alps", "Kyoto", "Iceland", "the coast", "Peru", "Vienna", "an island")
 COOKING = [text.format(dish) for dish in DISHES for text in ("How do I make {}?", "What do I need for {}?")]
 TRAVEL = [text.format(place) for place in PLACES for text in ("What is there to see in {}?", "How do I get to {}?")]
@@ -39,6 +48,6 @@ with tempfile.TemporaryDirectory() as folder:
     print("held-back accuracy:", trainer.evaluate()["eval_accuracy"])
 
 model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": probe})
-for text in ("Which spices go into a curry?", "Is Porto worth a weekend?"):
+for text in ("Which spices go into a curry?", "What can I see in Porto?"):
     out = model.generate(**prompts.batch([text]), max_new_tokens=20, do_sample=False)
     print(text, "->", out.probe_labels["topic"][0])
