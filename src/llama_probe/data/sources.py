@@ -100,9 +100,7 @@ class DataSources:
     max_extra_rows: int | None = field(
         default=None, metadata={"help": "And at most so many of each --extra, drawn at random."}
     )
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Use at most this many validation and this many test rows."}
-    )
+    max_eval_rows: int | None = None
     data_dir: str | os.PathLike | None = field(
         default=None,
         metadata={
