@@ -678,7 +678,7 @@ class PrefillSession:
 
     @property
     def next_reader(self) -> Any:
-        """The reader of the next pass: this session, `reply`, or `False` for none."""
+        """The reader of the next pass: `self`, `reply`, or `False` for none."""
         return (self.reply or False) if self.complete else self
 
     @contextmanager

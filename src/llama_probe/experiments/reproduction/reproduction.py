@@ -292,7 +292,7 @@ class Reproduction:
         return Sweep(run, SearchSpace(), self.trials, keep=1.0, resume=True).run()
 
     def report(self) -> dict[str, Any]:
-        """Collect all finished parts, also those that are not asked for now.
+        """Collect all finished parts, also those that this call does not ask for.
 
         Raises:
             ProbeError: a part that is asked for was made with other settings.
