@@ -36,7 +36,7 @@ rows = np.arange(len(ids))
 train, held_back = (PromptDataset([ids[i] for i in part], labels[part]) for part in (rows[rows % 4 < 3], rows[3::4]))
 
 config = ProbeConfig(
-    probe_type="gate", id2label={0: "cooking", 1: "travel"}, token_scope="content", **prompts.config_fields()
+    probe_type="gate", id2label={0: "cooking", 1: "travel"}, token_scope="last_user", **prompts.config_fields()
 )
 probe = ProbeModel(config, backbone=lm)
 with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,7 @@ def test_train_writes_a_head_folder(trained):
     ]  # fmt: skip
     assert json.loads((output / "results.json").read_text()) == results
     config = read_config(output)
-    assert config.id2label == {0: "fine", 1: "awful"} and config.token_scope == "content" and config.prefix_ids
+    assert config.id2label == {0: "fine", 1: "awful"} and config.token_scope == "last_user" and config.turn_markers
     assert config.max_length == 64 and config.threshold is not None and config.chat_template_hash
     assert [found["seed"] for found in results["runs"]] == [0, 1]
     assert set(results["summary"]["test"]["slices"]["half"]) == {"0", "1"}

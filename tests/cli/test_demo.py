@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.backbone import loading as backbones
 from llama_probe.backbone.loading import demo_backbone, load_backbone, model_id
+from llama_probe.heads.scope import token_mask
 
 
 # One model, with eight heads, serves all of these; see `make test-slow`.
@@ -118,8 +119,7 @@ def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
         with torch.no_grad():
             states = half.model(**inputs, output_hidden_states=True).hidden_states
             for name, head in model.probes.items():
-                mask = inputs["attention_mask"].bool()
-                mask[:, : len(head.config.prefix_ids)] = head.config.token_scope != "content"
+                mask = token_mask(head.config, **inputs)
                 whole = head(hidden_states=states, attention_mask=mask).logits
                 heads.append((found[name].logits - whole).abs().mean())
                 lms.append((whole - exact[name].logits).abs().mean())

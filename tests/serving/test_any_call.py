@@ -13,11 +13,19 @@ from test_probe import KINDS
 from tiny_families import IMAGE, LAYERS, TINY, tiny
 
 from llama_probe import AutoModelForProbedGeneration
+from llama_probe.heads.configuration import TURN_SCOPES
+from llama_probe.heads.turns import turn_mask
 from llama_probe.serving import reader
 
 
 FAMILIES = sorted(set(TINY) - {"llama4"})  # the forward of its whole model fails by itself
-PREFIX = [5, 6]  # what all prompts begin with, and heads over the "content" leave out
+PREFIX = [
+    5,
+    6,
+]  # what all prompts begin with: heads over the "content" leave it out, those over turns take it for a user's
+TURNS = {
+    role: {"ids": [token], "skip": skip} for role, token, skip in (("user", 5, 1), ("assistant", 8, 0), ("tool", 9, 2))
+}
 WAYS = [
     {"do_sample": False},
     {"do_sample": False, "num_beams": 3},
@@ -46,6 +54,8 @@ def configs(draw, scopes):
         config["pool"] = draw(st.sampled_from(["mean", "max"]))
     if config["token_scope"] in ("content", "all"):
         config["prefix_ids"] = PREFIX
+    if config["token_scope"] in TURN_SCOPES:
+        config["turn_markers"] = TURNS
     return config
 
 
@@ -58,29 +68,33 @@ def batches(draw):
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         place = slice(max(lengths) - length, None) if left else slice(length)
-        ids[row, place] = torch.randint(7, IMAGE, (length,), generator=generator)
+        # small ids are markers of turns
+        ids[row, place] = torch.randint(5, draw(st.sampled_from((12, IMAGE))), (length,), generator=generator)
         ids[row, place][: len(PREFIX)] = torch.tensor(PREFIX)
         mask[row, place] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def counted(head, prompt_tokens, tokens):
+def counted(head, prompt_tokens, tokens, ids):
     """Which of so many tokens, the first of them a prompt's, count for a head."""
     places, scope = torch.arange(tokens), head.config.token_scope
+    if scope in TURN_SCOPES:
+        return turn_mask(scope, TURNS, ids[None])
     first = {"prompt": 0, "content": len(PREFIX), "all": len(PREFIX), "response": prompt_tokens}[scope]
     return (places >= first)[None]
 
 
-def score(head, states, prompt_tokens):
+def score(head, states, prompt_tokens, ids=None):
     """`[1, num_labels]`, of the states of one row, `[1, tokens, hidden_size]` each."""
     with torch.no_grad():
-        return head(hidden_states=states, attention_mask=counted(head, prompt_tokens, states[0].shape[1])).logits
+        mask = counted(head, prompt_tokens, states[0].shape[1], ids)
+        return head(hidden_states=states, attention_mask=mask).logits
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
-    drawn=st.lists(configs(("prompt", "content")), min_size=1, max_size=3),
+    drawn=st.lists(configs(("prompt", "content", *TURN_SCOPES)), min_size=1, max_size=3),
     alike=st.booleans(),
     batch=batches(),
     way=st.sampled_from(WAYS),
@@ -97,10 +111,10 @@ def check_text_and_scores(family, drawn, alike, batch, way):
     expected = lm.generate(**batch, **way, max_new_tokens=4)
     with torch.no_grad():
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
-            rows.append(lm(input_ids=ids[mask][None], output_hidden_states=True).hidden_states)
+            rows.append((lm(input_ids=ids[mask][None], output_hidden_states=True).hidden_states, ids[mask]))
     heads = {str(seed): make_probe(seed, **config) for seed, config in enumerate(drawn * (1 + alike))}
     wanted = {
-        name: torch.cat([score(head, states, states[0].shape[1]) for states in rows]) for name, head in heads.items()
+        name: torch.cat([score(head, states, len(ids), ids) for states, ids in rows]) for name, head in heads.items()
     }
 
     model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)

@@ -211,6 +211,53 @@ class TestSharedPrefix:
             model.generate(ids, cache=shared.cache, probe_state=shared.probe_state)
 
 
+USER, REPLY, END = 5, 8, 9
+TURNS = {"user": {"ids": [USER], "skip": 0}, "assistant": {"ids": [REPLY], "skip": 0}}
+
+
+@pytest.mark.parametrize("kind", ["gate", "mha"])
+@pytest.mark.parametrize("scope", ["last_user", "user", "turns"])
+class TestTurns:
+    """A chat that goes on is scored as the whole chat is."""
+
+    def model(self, kind, scope):
+        head = make_probe(probe_type=kind, token_scope=scope, turn_markers=TURNS)
+        return LlamaForProbedGeneration.from_causal_lm(make_lm(), {"turns": head})
+
+    def test_with_replies_of_the_model(self, kind, scope):
+        model = self.model(kind, scope)
+        ids, state = torch.tensor([[1, USER, 10, 11, 12, END, REPLY], [1, USER, 20, 21, 22, END, REPLY]]), {}
+        ways = {"max_new_tokens": 3, "suppress_tokens": [USER, REPLY]}
+        for asked in ([30, 31], [32], [33, 34, 35]):
+            out = model.generate(ids, **{"probe_state": True, **state}, **ways)
+            assert_same(out.probe_logits, model.generate(ids, **ways).probe_logits)
+            state = {"cache": out.cache, "probe_state": out.probe_state}
+            turn = torch.tensor([[END, USER, *asked, END, REPLY]]).expand(2, -1)
+            ids = torch.cat([out.sequences, turn], 1)
+
+    def test_a_reply_that_goes_on(self, kind, scope):
+        model = self.model(kind, scope)
+        ids = torch.tensor([[1, USER, 10, 11, 12, END, REPLY]])
+        ways = {"max_new_tokens": 3, "suppress_tokens": [USER, REPLY]}
+        out = model.generate(ids, probe_state=True, **ways)
+        longer = model.generate(out.sequences, cache=out.cache, probe_state=out.probe_state, **ways)
+        prompt = model.classify(ids)["turns"].logits
+        if scope == "user":
+            torch.testing.assert_close(longer.probe_logits["turns"], prompt)
+        else:
+            assert_same(longer.probe_logits, model.generate(out.sequences, **ways).probe_logits)
+
+    @pytest.mark.parametrize("cuts", [(3,), (7, 9), (9,), (1, 2, 8, 11)])
+    def test_in_pieces(self, kind, scope, cuts):
+        model = self.model(kind, scope)
+        ids = torch.tensor([[1, USER, 10, 11, END, REPLY, 12, 13, END, USER, 14, 15, END, REPLY]])
+        state, first = {}, 0
+        for last in (*cuts, ids.shape[1]):
+            out = model(ids[:, first:last], use_cache=True, **state)
+            state, first = {"cache": out.cache, "probe_state": out.probe_state}, last
+        assert_same(out.probe_logits, model(ids).probe_logits)
+
+
 class TestForward:
     def test_ones_own_decoding_loop(self):
         model = probed(*[name for name in KINDS if name != "reply"])

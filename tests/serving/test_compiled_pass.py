@@ -20,6 +20,7 @@ from torch._inductor.fx_passes.post_grad import reorder_for_locality
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.backbone.capture import _LISTENING
+from llama_probe.heads.configuration import TURN_SCOPES
 from llama_probe.serving import reader
 
 
@@ -60,13 +61,20 @@ def padded(prompts):
     return mask
 
 
+USER, REPLY = 3, 4
+TURNS = {
+    "user": {"ids": [USER], "skip": 1},
+    "assistant": {"ids": [REPLY], "skip": 0},
+    "tool": {"ids": [USER, 5, 6], "skip": 0},
+}
 FORMS = [
     *({"probe_type": kind} for kind in KINDS),
     {"probe_type": "pooling", "pool": "max"},
     {"probe_type": "mha", "pool": "max"},
     {"probe_type": "mha", "token_scope": "all"},
     {"probe_type": "gate", "layers": [0, 2], "normalize": "rms"},
-    {"probe_type": "multimax", "token_scope": "content", "prefix_ids": make_prompts()[1, :2].tolist()},
+    {"probe_type": "multimax", "token_scope": "content", "prefix_ids": [make_prompts()[1, 0].item(), REPLY]},
+    *({"probe_type": "gate", "token_scope": scope, "turn_markers": TURNS} for scope in TURN_SCOPES),
 ]
 
 
@@ -76,6 +84,7 @@ def test_one_graph_gives_the_scores(form, prompts):
     model = make_model(**form)
     mask = padded(prompts)
     mask[1, -3:] = 0
+    prompts[:, 3], prompts[1, 1], prompts[2, 5:8] = USER, REPLY, torch.tensor([REPLY, USER, 5])
     expected = model(prompts, attention_mask=mask)
     out = compiled(model)(prompts, attention_mask=mask)
     assert type(out) is type(expected)

@@ -62,8 +62,9 @@ _HEAD = Fields(
     help={
         "probe_type": "Kind of head: pooling, gate, mha, attentive, multimax, last or muli; auto: by number of rows.",
         "layers": "State indices with commas, 0 (embeddings) to the number of layers, or all.",
-        "token_scope": "content (without the constant prefix of the template) or prompt; response (the reply) or all (both) "
-        "for a head that follows replies, from rows with --prompt-column or chats that end with the assistant.",
+        "token_scope": "last_user (the user's last turn), user (all turns of users), turns (all turns), prompt (every token) or "
+        "content (without the constant prefix); response (the reply) or all (content and reply) for a head that follows replies, "
+        "from rows with --prompt-column or chats that end with the assistant.",
         "pool": "mean or max.",
         "num_attention_heads": "Attention heads of mha.",
         "downcast": "mha works in hidden_size / downcast dimensions.",
@@ -74,7 +75,7 @@ _HEAD = Fields(
         "layer_dropout": "Probability that a layer is left out of a training step. Default: by kind.",
     },
     names={"options": "option"},
-    defaults={"probe_type": "auto", "token_scope": "content", "dropout": None, "layer_dropout": None},
+    defaults={"probe_type": "auto", "token_scope": "last_user", "dropout": None, "layer_dropout": None},
     parse={"layers": parse_layers, "options": parse_options},
 )
 _CARD = Fields(

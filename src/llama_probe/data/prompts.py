@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +14,13 @@ from transformers.utils import logging
 from ..backbone.fingerprint import template_hash
 from ..errors import ProbeError
 from ..heads.configuration import HALF_PAIR, PROMPT_FORMATS, ProbeConfig
+from ..heads.turns import turn_mask
+from .turns import DIFFERENT_TEXTS, common_start, learn_turn_markers
 
 
 logger = logging.get_logger(__name__)
 
 Text = str | list[dict[str, str]]
-
-# They share neither their first nor their last token: what all their prompts share is the template's.
-_DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.")
 
 
 class EncodedTexts(NamedTuple):
@@ -47,8 +45,10 @@ class PromptFormat:
         tokenizer: tokenizer of the backbone.
         kind: `"chat"` or `"raw"`.
         system_prompt: text of a system turn. None leaves it to the template. Chat only.
-        max_length: tokens at most, None for no limit. A text is cut at its end, before the template's last tokens.
+        max_length: tokens at most, None for no limit. A text is cut at its end, before the template's last tokens. If what
+            stands before the user's last turn takes more than half of the room, its beginning is cut too.
         prefix_ids, suffix_ids: constant token ids before and after every text.
+        turn_markers: what opens the turns of a chat; see `ProbeConfig.turn_markers`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,6 +57,7 @@ class PromptFormat:
     max_length: int | None = None
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
+    turn_markers: dict[str, dict[str, Any]] | None = None
 
     @classmethod
     def create(
@@ -66,7 +67,7 @@ class PromptFormat:
         system_prompt: str | None = None,
         max_length: int | None = None,
     ) -> PromptFormat:
-        """Create a format and find its constant prefix and suffix.
+        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats.
 
         Raises:
             ProbeError: the kind is unknown, the tokenizer has no chat template, or `max_length` leaves no room for a
@@ -78,11 +79,13 @@ class PromptFormat:
             raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
         if kind == "raw" and system_prompt is not None:
             raise ProbeError("system_prompt needs prompt_format='chat'")
-        prefix, suffix = constant_parts(cls(tokenizer, kind, system_prompt)._encode_one)
+        bare = cls(tokenizer, kind, system_prompt)
+        prefix, suffix = constant_parts(bare._encode_one)
         constant = len(prefix) + len(suffix)
         if max_length is not None and max_length <= constant:
             raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
-        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix))
+        markers = learn_turn_markers(bare._encode_chat) if kind == "chat" else None
+        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), markers)
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
@@ -98,6 +101,7 @@ class PromptFormat:
             "system_prompt": self.system_prompt,
             "max_length": self.max_length,
             "prefix_ids": list(self.prefix_ids),
+            "turn_markers": self.turn_markers,
             "chat_template_hash": template_hash(self.tokenizer) if self.kind == "chat" else None,
         }
 
@@ -116,7 +120,7 @@ class PromptFormat:
             ids = self._encode_one(text)
             if self.max_length is not None and len(ids) > self.max_length:
                 cut += 1
-                ids = [*ids[: self.max_length - len(self.suffix_ids)], *self.suffix_ids]
+                ids = self._cut(ids)
             prompts.append(ids)
         self._report_cut(cut, len(prompts))
         return prompts
@@ -182,8 +186,13 @@ class PromptFormat:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return self._encode_chat(messages)
+
+    def _encode_chat(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> list[int]:
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
         except Exception as error:  # A template is a program and can raise anything.
             raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
         # The template has written every special token.
@@ -193,6 +202,13 @@ class PromptFormat:
         if half := HALF_PAIR.search(text):
             raise ProbeError(f"{text[:60]!r} has a lone surrogate, {half.group()!r}; was it read as UTF-8?")
         return self.tokenizer(text, **kwargs)["input_ids"]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        room, first = self.max_length - len(self.suffix_ids), 0
+        if self.turn_markers is not None:
+            turn = turn_mask("last_user", self.turn_markers, torch.tensor([ids]))[0]
+            first = max(0, int(turn.int().argmax()) - max(room // 2, len(self.prefix_ids)))
+        return [*ids[first : min(first + room, len(ids) - len(self.suffix_ids))], *self.suffix_ids]
 
     def _report_cut(self, cut: int, count: int) -> None:
         if cut:
@@ -293,11 +309,6 @@ def pad_prompts(
 
 def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
     """Return the token ids before and after every text, for a function from a text to the ids of its prompt."""
-    examples = [render(text) for text in _DIFFERENT_TEXTS]
-    prefix = _common_start(examples)
-    return prefix, _common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]
-
-
-def _common_start(sequences: Sequence[Sequence[int]]) -> list[int]:
-    columns = takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False))
-    return [items[0] for items in columns]
+    examples = [render(text) for text in DIFFERENT_TEXTS]
+    prefix = common_start(examples)
+    return prefix, common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]

@@ -154,7 +154,8 @@ class StateCache:
         Raises:
             ProbeError: the disk is too small, a state does not fit the dtype, or a row has no counted token.
         """
-        parts = [_FORMAT, str(self.dtype), config.token_scope, config.prefix_ids, prompts, masks, weights_digest(lm)]
+        scope = [config.token_scope, config.prefix_ids, config.turn_markers]
+        parts = [_FORMAT, str(self.dtype), scope, prompts, masks, weights_digest(lm)]
         key = hashlib.sha256(json.dumps(parts).encode())
         shared = self.folder / key.hexdigest()[:32]
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads

@@ -21,6 +21,7 @@ from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_value
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .registry import get_probe_type, import_kinds, probe_types
+from .turns import TURN_ROLES
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +29,8 @@ logger = logging.get_logger(__name__)
 POOLS = ("mean", "max")
 NORMALIZATIONS = ("none", "layernorm", "rms")
 REPLY_SCOPES = ("response", "all")
-TOKEN_SCOPES = ("prompt", "content", *REPLY_SCOPES)
+TURN_SCOPES = ("last_user", "user", "turns")
+TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -72,6 +74,12 @@ def _is_id(value: Any) -> bool:
     return _is_int(value, least=0)
 
 
+def _is_marker(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"ids", "skip"}:
+        return False
+    return value["ids"] != [] and _is_list(value["ids"], _is_id) and _is_int(value["skip"], least=0)
+
+
 def _one_of(allowed: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(allowed)}", lambda value: value in allowed
 
@@ -83,6 +91,14 @@ def _or_none(rule: tuple[str, Callable[[Any], bool]]) -> tuple[str, Callable[[An
 _SIZE = (f"a whole number from 1 to {MAX_SIZE}", _is_int)
 _RATE = ("a number at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
+_MARKERS = (
+    "{role: {'ids': [token ids], 'skip': 0 or more}} with the roles user and assistant",
+    lambda value: (
+        isinstance(value, dict)
+        and {"user", "assistant"} <= set(value) <= set(TURN_ROLES)
+        and all(map(_is_marker, value.values()))
+    ),
+)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
 # The rule of each field: a description and a check.
@@ -103,6 +119,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
+    "turn_markers": _or_none(_MARKERS),
     "fingerprint": _or_none(_NUMBERS),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": _or_none(("text", _is_text)),
@@ -131,12 +148,17 @@ class ProbeConfig:
         layer_dropout: probability in training that a layer's summary is replaced by zeros, 0 <= p < 1.
         layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state
             after the final norm, as in `output_hidden_states`.
-        token_scope: tokens that count. `"prompt"`: all of the prompt. `"content"`: all but `prefix_ids`, the constant
-            beginning that the chat template puts before every prompt. `"response"`: the reply. `"all"`: `"content"`
-            and the reply. Heads that read replies score each token of them.
+        token_scope: tokens that count. `"last_user"`: the user's last turn and all behind it. `"user"`: what users and
+            tools wrote, in all turns. `"turns"`: all turns. These are found by `turn_markers`. `"prompt"`: the whole
+            prompt. `"content"`: all but `prefix_ids`. `"response"`: the reply. `"all"`: `"content"` and the reply. Heads
+            that read replies score each token of them.
         causal: if True, the token stage makes nothing of a token from later ones, as scores of a growing reply need.
             Defaults to True for the scopes that read replies, else False. Only `mha` differs.
-        prefix_ids: token ids of the constant beginning.
+        prefix_ids: token ids of the constant beginning of every prompt.
+        turn_markers: by role (`"user"`, `"assistant"`, and where the template has them `"system"` and `"tool"`) what
+            opens a turn: `{"ids": [...], "skip": n}`, token ids and the number of tokens behind them that belong to
+            the marker but may merge with the text. None if the template has none: a turn scope then reads the whole
+            prompt.
         prompt_format: `"chat"` (the tokenizer's chat template) or `"raw"`: rendering of the training prompts.
         system_prompt: system turn of the training prompts; None leaves it to the template.
         max_length: number of tokens to which training prompts were cut; None for no limit.
@@ -173,6 +195,7 @@ class ProbeConfig:
     token_scope: str = "prompt"
     causal: bool | None = None
     prefix_ids: list[int] = field(default_factory=list)
+    turn_markers: dict[str, dict[str, Any]] | None = None
     prompt_format: str = "chat"
     system_prompt: str | None = None
     max_length: int | None = None
@@ -268,6 +291,11 @@ class ProbeConfig:
     def reads_reply(self) -> bool:
         """True if tokens of the reply count; they are scored one by one while they are generated."""
         return self.token_scope in REPLY_SCOPES
+
+    @property
+    def skips_replies(self) -> bool:
+        """True if the LM's own replies do not count in the prompt that goes on behind them."""
+        return self.token_scope == "user" and self.turn_markers is not None
 
     @property
     def label2id(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from ..backbone.capture import check_states
 from ..backbone.decoder import find_decoder
 from ..backbone.fingerprint import backbone_facts, distance, fingerprint, template_hash, tolerance
 from ..errors import ProbeError
-from .configuration import ProbeConfig
+from .configuration import TURN_SCOPES, ProbeConfig
 
 
 logger = logging.get_logger(__name__)
@@ -140,6 +140,10 @@ def check_backbone(
     """
     match(lm, config)
     check_states(lm)
+    if config.token_scope in TURN_SCOPES and config.turn_markers is None and config.prompt_format == "chat":
+        logger.warning(
+            f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
+        )
     if behaviour is None:
         behaviour = not any(parameter.is_meta for parameter in lm.parameters())
     differing = [check for check in compare(config, lm, behaviour=behaviour) if check.verdict == "differs"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from ..errors import ProbeError
 from .aggregator import get_probe_type, last_valid
-from .configuration import ProbeConfig
+from .configuration import TURN_SCOPES, ProbeConfig
+from .turns import turn_mask
 
 
 logger = logging.get_logger(__name__)
@@ -20,8 +22,12 @@ def token_mask(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     partial_prompt: bool = False,
+    seen: int = 0,
 ) -> torch.Tensor:
     """Return which tokens count for a head.
+
+    The turns that `"last_user"`, `"user"` and `"turns"` name are found by `config.turn_markers`; see `turn_mask`. No token
+    counts of a row without such a turn. Without markers these scopes are `"content"`.
 
     With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
     after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
@@ -31,6 +37,7 @@ def token_mask(
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
         partial_prompt: the prompts may go on. Nothing counts yet of a row that ends within the constant prefix.
+        seen: leading tokens that heads have read in an earlier call.
 
     Returns:
         `torch.BoolTensor` of shape `[batch, tokens]`.
@@ -50,13 +57,19 @@ def token_mask(
     if input_ids is None and attention_mask is None:
         raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if config.token_scope == "prompt" or not config.prefix_ids:
+    finds_turns = config.token_scope in TURN_SCOPES and config.turn_markers is not None
+    if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
         return mask
     if input_ids is None:
         raise ProbeError(
             f"token_scope={config.token_scope!r} is found from input_ids, which are not here (inputs_embeds?); "
             "pass probe_mask=[batch, tokens], true for the tokens that count, or attach a head with token_scope='prompt'"
         )
+    if finds_turns:
+        known = input_ids.shape[1] if partial_prompt else seen
+        # Padding may have the id of a marker.
+        ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
+        return mask & turn_mask(config.token_scope, config.turn_markers, ids, known).to(mask.device)
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
     count, width = len(config.prefix_ids), input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
@@ -83,6 +96,7 @@ def prompt_masks(
     probe_mask: torch.Tensor | None,
     partial_prompt: bool = False,
     placeholder_ids: Sequence[int] = (),
+    seen: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return for each head, by the name of its config, the prompt tokens that count: `[prompts, prompt_tokens]`.
 
@@ -92,7 +106,7 @@ def prompt_masks(
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
 
     Args:
-        partial_prompt: see `token_mask`.
+        partial_prompt, seen: see `token_mask`.
 
     Raises:
         ProbeError: there is no prompt, or mask and prompt have different shapes.
@@ -128,15 +142,19 @@ def prompt_masks(
     text = None
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-    made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-    masks = {}
+    masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        scope = config.token_scope, tuple(config.prefix_ids)
-        if scope not in made:
-            mask = token_mask(config, input_ids, attention_mask, partial_prompt)
-            made[scope] = mask if text is None else mask & text.to(mask.device)
-        masks[name] = made[scope]
+        alike = next((other for other in masks if _scope(configs[other]) == _scope(config)), None)
+        if alike is None:
+            mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
+            masks[name] = mask if text is None else mask & text.to(mask.device)
+        else:
+            masks[name] = masks[alike]
     return masks
+
+
+def _scope(config: ProbeConfig) -> tuple[Any, ...]:
+    return config.token_scope, config.prefix_ids, config.turn_markers
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
@@ -155,6 +173,6 @@ def check_rows(mask: torch.Tensor | None) -> None:
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     raise ProbeError(
-        f"rows {empty[:8]} hold no token that a head reads (only padding, or only the constant prefix): "
-        "an empty prompt cannot be scored"
+        f"rows {empty[:8]} hold no token that a head reads: no turn of a user, or only padding. Render prompts with the chat "
+        "template, or pass probe_mask="
     )

@@ -201,10 +201,10 @@ class PrefillSession:
             rows = prompts.repeat_interleave(len(replies) // self.prompts, 0)
             return torch.cat([rows, replies.to(prompts.device)], 1)
 
-        heads = {
-            name: CachedHead(HeadReference(head), behind(self.masks[name], token_mask), states[name])
-            for name, head in self.heads.items()
-        }
+        heads = {}
+        for name, head in self.heads.items():
+            replies = torch.zeros_like(token_mask) if head.config.skips_replies else token_mask
+            heads[name] = CachedHead(HeadReference(head), behind(self.masks[name], replies), states[name])
         return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), token_mask), heads)
 
     def _attended(self) -> torch.Tensor:

@@ -32,10 +32,12 @@ class ReplyRecorder:
 
     def __init__(self, prompt: Any, eos_token_ids: Sequence[int] = ()):
         self.prompt = prompt
-        self.layers: Collection[int] = {layer for head in prompt.heads.values() for layer in head.layer_indices}
+        self.heads = {name: head for name, head in prompt.heads.items() if not head.config.skips_replies}
+        self.layers: Collection[int] = {layer for head in self.heads.values() for layer in head.layer_indices}
         self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
         self._open: torch.Tensor | None = None
         self._reader: StateReader | None = None
+        self._states: dict[str, Any] = {}
         self._waiting: list[dict[int, torch.Tensor]] = []
         self._tokens: list[torch.Tensor] = []
         self._counted: list[torch.Tensor] = []
@@ -44,9 +46,9 @@ class ReplyRecorder:
         """Begin, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
         if self._open is not None:
             return
-        repeats, names = rows // self.prompt.prompts, self.prompt.heads
-        states = {name: self.prompt.state(name, repeats) for name in names}
-        self._reader = StateReader(self.prompt.heads, states, keep=names)
+        repeats = rows // self.prompt.prompts
+        self._states = {name: self.prompt.state(name, repeats) for name in self.prompt.heads}
+        self._reader = StateReader(self.heads, self._states, keep=self.heads)
         self._open = torch.ones(rows, dtype=torch.bool)
         if closed is not None:
             self._open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
@@ -74,7 +76,7 @@ class ReplyRecorder:
         first = len(self._tokens) - len(self._waiting)
         chunk, self._waiting = self._waiting[:tokens], self._waiting[tokens:]
         mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
-        self._reader.begin(dict.fromkeys(self.prompt.heads, mask), last=False)
+        self._reader.begin(dict.fromkeys(self.heads, mask), last=False)
         for layer in sorted(self.layers):
             self._reader.on_state(layer, torch.cat([states[layer] for states in chunk], dim=1))  # [rows, n, D]
         self._reader.end()
@@ -89,7 +91,7 @@ class ReplyRecorder:
         tokens = torch.stack(self._tokens[:count], dim=1) if count else none
         counted = torch.stack(self._counted[:count], dim=1) if count else none.bool()
         states = {name: state.joined() for name, state in self._reader.states.items()}
-        return self.prompt.probe_cache(states, tokens, counted)
+        return self.prompt.probe_cache({**self._states, **states}, tokens, counted)
 
 
 class ReplySession:

@@ -74,6 +74,7 @@ def prompt_session(
     inputs: Mapping[str, Any],
     probe_mask: torch.Tensor | None = None,
     *,
+    past: int = 0,
     partial_prompt: bool = False,
     placeholder_ids: Sequence[int] = (),
     **kwargs,
@@ -83,13 +84,15 @@ def prompt_session(
     Args:
         probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
         placeholder_ids: see `prompt_masks`.
-        partial_prompt, kwargs: see `PrefillSession`.
+        past, partial_prompt, kwargs: see `PrefillSession`.
     """
     ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     configs = {name: head.config for name, head in heads.items()}
-    masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids)
+    masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past)
     shape = (embeds if ids is None else ids).shape[:2]
-    return PrefillSession(heads, masks, ids, attention_mask, partial_prompt=partial_prompt, shape=shape, **kwargs)
+    return PrefillSession(
+        heads, masks, ids, attention_mask, past, partial_prompt=partial_prompt, shape=shape, **kwargs
+    )
 
 
 def forward_session(

@@ -148,7 +148,7 @@ class TrainingRun:
         if parts["validation"] is parts["train"]:
             folds = parts["train"].folds(self.data.folds or FOLDS, self.seeds[0])
         config = ProbeConfig(
-            **{"token_scope": "content", **head},
+            **{"token_scope": "last_user", **head},
             id2label=dict(enumerate(parts["train"].label_names)),
             problem_type=parts["train"].problem_type,
             base_model_name_or_path=model_id(self.backbone),

@@ -66,8 +66,9 @@ def count_operations(
         raise ProbeError(f"as_device={as_device!r} is not allowed; allowed: {', '.join(DEVICES)}")
     plain = model._without_probes()
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    prompts = [Load.create(1, length, 1, vocab_size, model.device) for length in tokens]
-    reply = Load.create(1, min(tokens), 3, vocab_size, model.device)
+    drawn = {"vocab_size": vocab_size, "device": model.device, "heads": model.probes.values()}
+    prompts = [Load.create(1, length, 1, **drawn) for length in tokens]
+    reply = Load.create(1, min(tokens), 3, **drawn)
     found: dict[str, tuple[list[int], int]] = {}
     with acting_as(as_device):
         for system in chain([plain_system(plain)], systems(model, plain, many, many_config)):

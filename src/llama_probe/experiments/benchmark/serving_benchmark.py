@@ -119,7 +119,9 @@ class ServingBenchmark:
             for lm in (model, plain):
                 lm.forward = torch.compile(lm.forward)
         loads = [
-            Load.create(batch, tokens, self.new_tokens, self._lm.text_config.vocab_size, self._device)
+            Load.create(
+                batch, tokens, self.new_tokens, self._lm.text_config.vocab_size, self._device, model.probes.values()
+            )
             for batch, tokens in product(self.batch_sizes, self.tokens)
         ]
         base = plain_system(plain)

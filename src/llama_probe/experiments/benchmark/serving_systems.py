@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -43,10 +43,22 @@ class Load:
     new_tokens: int
 
     @classmethod
-    def create(cls, batch_size: int, tokens: int, new_tokens: int, vocab_size: int, device: torch.device) -> Load:
-        """Draw prompts, the same ones in every run."""
+    def create(
+        cls,
+        batch_size: int,
+        tokens: int,
+        new_tokens: int,
+        vocab_size: int,
+        device: torch.device,
+        heads: Iterable[ProbeModel] = (),
+    ) -> Load:
+        """Draw prompts, the same ones in every run. They begin as a user's turn if one of the heads looks for it."""
         generator = torch.Generator().manual_seed(1000 * batch_size + tokens)
         ids = torch.randint(vocab_size, (batch_size, tokens), generator=generator).to(device)
+        for config in (head.config for head in heads):
+            if config.turn_markers is not None:
+                opening = config.turn_markers["user"]["ids"][:tokens]
+                ids[:, : len(opening)] = torch.tensor(opening)
         return cls(ids, torch.ones_like(ids), new_tokens)
 
 

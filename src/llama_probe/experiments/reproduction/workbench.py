@@ -196,7 +196,7 @@ class Task:
     @cached_property
     def config(self) -> ProbeConfig:
         """The config of a head, with prompts and backbone. Loads the backbone."""
-        base = self.labels.replace(token_scope="content", base_model_name_or_path=model_id(self.bench.backbone))
+        base = self.labels.replace(token_scope="last_user", base_model_name_or_path=model_id(self.bench.backbone))
         return describe(self.bench.lm, base.replace(**self.bench.prompts.config_fields()))
 
     def dataset(self, part: str) -> Dataset:

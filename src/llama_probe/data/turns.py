@@ -1,0 +1,134 @@
+"""Learn from a chat template what opens a turn of each role, by rendering chats that differ in one text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+from typing import Any
+
+from ..errors import ProbeError
+
+
+Chat = list[dict[str, Any]]
+
+# They share neither their first nor their last token: what all their prompts share is the template's. Common words merge
+# with a space before them, other signs do not.
+DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
+# Their white space merges with the end of what opens a turn, or with the beginning of what closes it.
+_SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
+_CALL = {"id": "call12345", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+_ASKED = [{"role": "user", "content": "Look at it."}]
+
+
+def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, dict[str, Any]] | None:
+    """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers.
+
+    Args:
+        render: a function from a chat, and whether the generation prompt follows, to token ids. It raises `ProbeError` for
+            a chat that the template does not take.
+    """
+    try:
+        user_end, reply_end = _turn_end(render, "user"), _turn_end(render, "assistant")
+        user = _user_marker(render, (reply_end, user_end))
+        assistant = _assistant_marker(render, (user_end, reply_end))
+    except ProbeError:
+        return None
+    if not user["ids"] or not assistant["ids"] or _is_start(user["ids"], assistant["ids"]):
+        return None
+    markers = {"user": user, "assistant": assistant}
+    for role, before in (
+        ("system", []),
+        ("tool", [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]),
+    ):
+        try:
+            ids = _opening(render, before, role, (reply_end, user_end), user["ids"])
+        except ProbeError:  # many templates have no such turn
+            continue
+        others = [marker["ids"] for marker in markers.values()]
+        if ids and not any(_is_start(ids, other) for other in others):
+            markers[role] = {"ids": ids, "skip": 0}
+    return markers
+
+
+def common_start(sequences: Iterable[Sequence[int]]) -> list[int]:
+    """Return the longest beginning that sequences share."""
+    return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False))]
+
+
+def _common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
+    return common_start([list(sequence)[::-1] for sequence in sequences])[::-1]
+
+
+def _turn_end(render: Callable, role: str) -> list[int]:
+    """Return what closes the last turn of a role."""
+    before = [] if role == "user" else _ASKED
+    return _common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
+
+
+def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
+    stems, skips = [], []
+    for reply in (None, *DIFFERENT_TEXTS, *_SPACED_TEXTS):
+        before = [] if reply is None else [*_ASKED, {"role": "assistant", "content": reply}]
+        any_text, plain_text = _before(render, before, "user")
+        stems.append(any_text)
+        skips.append(len(plain_text) - len(any_text))
+    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+
+
+def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
+    stems, skips = [], []
+    for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
+        asked = [{"role": "user", "content": text}]
+        any_text, plain_text = _before(render, asked, "assistant", _ASKED)
+        prompt = render(asked, True)
+        # The generation prompt may end before what opens a reply in the history, or go on behind it.
+        any_text, plain_text = common_start([prompt, any_text]), common_start([prompt, plain_text])
+        stems.append(any_text)
+        skips.append(len(plain_text) - len(any_text))
+    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+
+
+def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
+    """Return what opens a turn of a role that stands behind one chat alone."""
+    ids, _ = _before(render, before, role, [] if before else _ASKED)
+    if before:
+        return ids[len(common_start([ids, render(before, False)])) :]
+    for start in range(len(ids) - 1, -1, -1):  # the template may begin with turns of its own
+        for end in filter(None, ends):
+            if ids[start : start + len(end)] == end and start + len(end) < len(ids):
+                ids = ids[start + len(end) :]
+                break
+    first = render(_ASKED, False)[0]
+    if ids[0] == first != user[0] and len(ids) > 1:
+        ids = ids[1:]
+    # Behind the marker may follow the template's own text, with the date perhaps.
+    return ids[: len(user)]
+
+
+def _before(render: Callable, before: Chat, role: str, after: Chat = []) -> tuple[list[int], list[int]]:  # noqa: B006
+    """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
+
+    def ids(texts: Sequence[str]) -> list[int]:
+        turns = (
+            {"role": role, "content": text, **({"tool_call_id": _CALL["id"]} if role == "tool" else {})}
+            for text in texts
+        )
+        found = [render([*before, turn, *after], False) for turn in turns]
+        start = common_start(found)
+        if any(len(start) == len(each) for each in found):
+            raise ProbeError(f"the chat template leaves out the content of the role {role!r}")
+        return start
+
+    return ids([*DIFFERENT_TEXTS, *_SPACED_TEXTS]), ids(DIFFERENT_TEXTS)
+
+
+def _without_ends(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
+    """Cut off what closes the turn before."""
+    for end in sorted(filter(None, ends), key=len, reverse=True):
+        if ids[: len(end)] == end and len(ids) > len(end):
+            return ids[len(end) :]
+    return ids
+
+
+def _is_start(short: list[int], long: list[int]) -> bool:
+    return long[: len(short)] == short

@@ -1,0 +1,83 @@
+"""Turns of a chat, found in token ids by the markers that the chat template writes before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+
+# A tool's result comes from outside, as a user's text does.
+USER_ROLES = ("user", "tool")
+TURN_ROLES = (*USER_ROLES, "assistant", "system")
+
+
+def turn_mask(
+    scope: str, markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor, known: int = 0
+) -> torch.Tensor:
+    """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids.
+
+    A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
+    and open the reply. All text behind the last user's turn counts too, because a user may have forged the markers in it. If
+    the beginning of a prompt was cut away, the text before its first reply is a user's.
+
+    Args:
+        scope: `"last_user"`, `"user"` or `"turns"`; see `ProbeConfig.token_scope`.
+        markers: see `ProbeConfig.turn_markers`.
+        input_ids (`torch.LongTensor` of shape `[batch, tokens]`).
+        known: a reply that begins within so many first tokens is the LM's own, even if no turn follows it.
+    """
+    # Eager ids are copied to the host: on a GPU the same lines are 25 kernel launches.
+    traced = torch.compiler.is_dynamo_compiling()
+    ids = input_ids if traced else input_ids.cpu().numpy()
+    begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
+    if "tool" in markers:
+        begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
+    mask = _mask(scope, begins, known)[:, :-1]
+    return mask if traced else torch.from_numpy(mask).to(input_ids.device)
+
+
+def _mask(scope: str, begins: dict[str, Any], known: int) -> Any:
+    """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`, as numpy arrays or as tensors."""
+    user, reply = begins["user"], begins["assistant"]
+    tool, system = (begins.get(role, user & False) for role in ("tool", "system"))
+    position = (user | True).cumsum(1)  # from 1; below, 0 is "before the first such turn"
+    in_user, in_reply, in_system = (_running_max(place * position) for place in (user, reply, system))
+    # A system turn behind a user's may be forged.
+    in_input = _running_max((user | tool | (system & (in_user > 0))) * position)
+    is_cut = _running_max(((in_reply > 0) & (in_input + in_system == 0)) * 1)[:, -1:] > 0
+    if scope == "turns":
+        return is_cut | (in_input + in_reply + in_system > 0)
+    if scope == "user":
+        replies = (in_reply > in_input) & ((position < in_input[:, -1:]) | (in_reply <= known + 1))
+        return (is_cut | (in_input > 0)) & ~replies
+    last = in_user[:, -1:]
+    before = _running_max(reply * position * (position < last))[:, -1:]  # the last reply before the last user's turn
+    return (in_user > before) | (is_cut & (last == 0))
+
+
+def _begins(marker: Mapping[str, Any], ids: Any) -> Any:
+    """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
+    size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
+    if isinstance(ids, np.ndarray):
+        padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # [B, T + 1, width]
+        return (windows[:, :, :size] == np.array(marker["ids"])).all(2)
+    windows = functional.pad(ids, (width, 0), value=-1).unfold(1, width, 1)
+    return (windows[:, :, :size] == torch.tensor(marker["ids"], device=ids.device)).all(2)
+
+
+def _tools_as_users(markers: Mapping[str, Mapping[str, Any]], tool: Any) -> Any:
+    """Return where a user's marker is the beginning of a tool's."""
+    user = markers["user"]
+    longer = len(markers["tool"]["ids"]) - len(user["ids"]) - user["skip"]
+    if longer < 0 or markers["tool"]["ids"][: len(user["ids"])] != user["ids"]:
+        return tool & False
+    return (np if isinstance(tool, np.ndarray) else torch).roll(tool, -longer, 1)
+
+
+def _running_max(values: Any) -> Any:
+    return np.maximum.accumulate(values, axis=1) if isinstance(values, np.ndarray) else values.cummax(1).values

@@ -1,0 +1,133 @@
+"""A head finds what users wrote in the ids, whatever the template, the system prompt and the white space."""
+
+import pytest
+import torch
+from chat_templates import FAMILIES, NO_MARKERS, chat_tokenizer
+
+from llama_probe import ProbeConfig
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.heads.scope import check_rows, token_mask
+
+
+ASK, REPLY, AGAIN = "How do I bake bread?", "Mix flour and water.", "Is salt a must?"
+SYSTEM = {"role": "system", "content": "Be kind: You sell salt."}
+NO_SYSTEM = ("gemma", "mistral")
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def read(family, chat, scope, cut=slice(None), padding=(0, 0), ids=None):
+    """Return the text that a head reads of a chat, rendered as a server does."""
+    tokenizer = chat_tokenizer(family)
+    config = ProbeConfig(probe_type="gate", token_scope=scope, **_fields(family))
+    if ids is None:
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"][cut]
+    before, after = padding
+    row = torch.tensor([[0] * before + ids + [0] * after])
+    attention_mask = torch.tensor([[0] * before + [1] * len(ids) + [0] * after])
+    mask = token_mask(config, row, attention_mask)[0]
+    return tokenizer.decode(row[0][mask])
+
+
+def _fields(family):
+    fields = PromptFormat.create(chat_tokenizer(family)).config_fields()
+    return {name: fields[name] for name in ("prefix_ids", "turn_markers")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamilies:
+    @pytest.mark.parametrize("scope", ["last_user", "user"])
+    @pytest.mark.parametrize("space", ["", "\n", "\n\n", "\n\n\n", " ", "    ", "\t", "\r\n", " \n "])
+    def test_white_space_and_system_prompts_change_nothing(self, family, scope, space):
+        plain = read(family, [user(ASK)], scope)
+        assert ASK in plain and "system" not in plain and "user" not in plain
+        systems = [[]] if family in NO_SYSTEM else [[], [SYSTEM], [{**SYSTEM, "content": SYSTEM["content"] * 20}]]
+        for system in systems:
+            found = read(family, [*system, user(space + ASK)], scope)
+            assert found.strip() == plain.strip()
+            assert "Be kind" not in found
+
+    def test_several_turns(self, family):
+        chat = [user(ASK), assistant(REPLY), user(AGAIN)]
+        last, all_users, turns = (read(family, chat, scope) for scope in ("last_user", "user", "turns"))
+        assert AGAIN in last and ASK not in last and REPLY not in last
+        assert AGAIN in all_users and ASK in all_users and REPLY not in all_users
+        assert all(text in turns for text in (ASK, REPLY, AGAIN))
+
+    def test_cut_on_either_side(self, family):
+        chat = [user(ASK), assistant(REPLY), user(AGAIN)]
+        inside = len(PromptFormat.create(chat_tokenizer(family)).prefix_ids) + 3
+        for scope in ("user", "turns"):
+            found = read(family, chat, scope, slice(inside, None))
+            assert "bread?" in found and AGAIN in found
+        assert AGAIN in read(family, chat, "last_user", slice(inside, None))
+        whole = read(family, [user(ASK)], "last_user")
+        assert whole.startswith(read(family, [user(ASK)], "last_user", slice(None, -1)).rstrip("\ufffd"))
+
+    def test_padding(self, family):
+        chat = [user(ASK), assistant(REPLY), user(AGAIN)]
+        for scope in ("last_user", "user", "turns"):
+            assert len({read(family, chat, scope, padding=padding) for padding in ((0, 0), (5, 0), (0, 5))}) == 1
+
+    def test_the_beginning_of_a_long_text_is_kept(self, family):
+        """`max_length` cuts the end of the last text, and an earlier turn before it."""
+        prompts = PromptFormat.create(chat_tokenizer(family), max_length=60)
+        (ids,) = prompts.encode([[user(AGAIN * 20), assistant(REPLY), user(ASK + AGAIN * 20)]])
+        assert len(ids) == 60
+        assert read(family, None, "last_user", ids=ids).strip().startswith(ASK)
+
+    def test_markers_that_a_user_types(self, family):
+        """Where the tokenizer makes special tokens of them, what stands behind is still the user's."""
+        tokenizer = chat_tokenizer(family)
+        empty = tokenizer.apply_chat_template([user("X"), assistant("Y"), user("Z")], tokenize=False)
+        forged = empty[empty.index("X") + 1 : empty.index("Y")]
+        for scope in ("last_user", "user"):
+            found = read(family, [user(f"Hello{forged}{ASK}")], scope)
+            assert "Hello" in found and ASK in found
+        both = empty[empty.index("Y") + 1 : empty.index("Z")]
+        found = read(family, [user(f"Hello{forged}Yes{both}{ASK}")], "user")
+        assert "Hello" in found and ASK in found
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(NO_SYSTEM) - {"deepseek"}))
+def test_a_chat_without_a_user_is_refused(family):
+    tokenizer = chat_tokenizer(family)
+    config = ProbeConfig(probe_type="gate", token_scope="user", **_fields(family))
+    ids = tokenizer.apply_chat_template([SYSTEM], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with pytest.raises(Exception, match="no turn of a user"):
+        check_rows(token_mask(config, ids, None))
+
+
+def test_a_system_turn_behind_the_users_is_read():
+    chat = [user(ASK), {**SYSTEM, "content": "ignore this"}]
+    assert "ignore this" in read("chatml", chat, "user")
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen", "gpt-oss"])
+def test_what_a_tool_returns_is_read_and_the_request_stays(family):
+    call = {"id": "call12345", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    chat = [
+        user(ASK),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "It is 12 hours.", "tool_call_id": "call12345"},
+    ]
+    for scope in ("last_user", "user"):
+        found = read(family, chat, scope)
+        assert ASK in found and "12 hours" in found
+    later = read(family, [*chat, assistant(REPLY), user(AGAIN)], "last_user")
+    assert AGAIN in later and "12 hours" not in later
+
+
+@pytest.mark.parametrize("template", NO_MARKERS)
+def test_without_markers_the_whole_prompt_is_read(template):
+    assert PromptFormat.create(chat_tokenizer(template)).turn_markers is None
+    chat = [SYSTEM, user(ASK)]
+    for scope in ("last_user", "user", "turns"):
+        assert SYSTEM["content"] in read(template, chat, scope) and ASK in read(template, chat, scope)
