@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import math
+import numpy as np
 import os
 import platform
 import re
@@ -50,6 +51,7 @@ from pathlib import Path
 from pathlib import PurePosixPath
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional
 from transformers import AutoConfig
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
@@ -779,6 +781,70 @@ def _lend_package() -> None:
         sys.modules[name] = sys.modules[get_probe_type("gate").__module__]
 
 
+# From heads/turns.py
+
+# A tool's result comes from outside, as a user's text does.
+USER_ROLES = ("user", "tool")
+TURN_ROLES = (*USER_ROLES, "assistant", "system")
+
+
+def turn_mask(
+    scope: str, markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor, known: int = 0
+) -> torch.Tensor:
+    """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids."""
+    # Eager ids are copied to the host: on a GPU the same lines are 25 kernel launches.
+    traced = torch.compiler.is_dynamo_compiling()
+    ids = input_ids if traced else input_ids.cpu().numpy()
+    begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
+    if "tool" in markers:
+        begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
+    mask = _mask(scope, begins, known)[:, :-1]
+    return mask if traced else torch.from_numpy(mask).to(input_ids.device)
+
+
+def _mask(scope: str, begins: dict[str, Any], known: int) -> Any:
+    """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`, as numpy arrays or as tensors."""
+    user, reply = begins["user"], begins["assistant"]
+    tool, system = (begins.get(role, user & False) for role in ("tool", "system"))
+    position = (user | True).cumsum(1)  # from 1; below, 0 is "before the first such turn"
+    in_user, in_reply, in_system = (_running_max(place * position) for place in (user, reply, system))
+    # A system turn behind a user's may be forged.
+    in_input = _running_max((user | tool | (system & (in_user > 0))) * position)
+    is_cut = _running_max(((in_reply > 0) & (in_input + in_system == 0)) * 1)[:, -1:] > 0
+    if scope == "turns":
+        return is_cut | (in_input + in_reply + in_system > 0)
+    if scope == "user":
+        replies = (in_reply > in_input) & ((position < in_input[:, -1:]) | (in_reply <= known + 1))
+        return (is_cut | (in_input > 0)) & ~replies
+    last = in_user[:, -1:]
+    before = _running_max(reply * position * (position < last))[:, -1:]  # the last reply before the last user's turn
+    return (in_user > before) | (is_cut & (last == 0))
+
+
+def _begins(marker: Mapping[str, Any], ids: Any) -> Any:
+    """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
+    size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
+    if isinstance(ids, np.ndarray):
+        padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # [B, T + 1, width]
+        return (windows[:, :, :size] == np.array(marker["ids"])).all(2)
+    windows = functional.pad(ids, (width, 0), value=-1).unfold(1, width, 1)
+    return (windows[:, :, :size] == torch.tensor(marker["ids"], device=ids.device)).all(2)
+
+
+def _tools_as_users(markers: Mapping[str, Mapping[str, Any]], tool: Any) -> Any:
+    """Return where a user's marker is the beginning of a tool's."""
+    user = markers["user"]
+    longer = len(markers["tool"]["ids"]) - len(user["ids"]) - user["skip"]
+    if longer < 0 or markers["tool"]["ids"][: len(user["ids"])] != user["ids"]:
+        return tool & False
+    return (np if isinstance(tool, np.ndarray) else torch).roll(tool, -longer, 1)
+
+
+def _running_max(values: Any) -> Any:
+    return np.maximum.accumulate(values, axis=1) if isinstance(values, np.ndarray) else values.cummax(1).values
+
+
 # From heads/configuration.py
 
 logger = logging.get_logger(__name__)
@@ -786,7 +852,8 @@ logger = logging.get_logger(__name__)
 POOLS = ("mean", "max")
 NORMALIZATIONS = ("none", "layernorm", "rms")
 REPLY_SCOPES = ("response", "all")
-TOKEN_SCOPES = ("prompt", "content", *REPLY_SCOPES)
+TURN_SCOPES = ("last_user", "user", "turns")
+TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -830,6 +897,12 @@ def _is_id(value: Any) -> bool:
     return _is_int(value, least=0)
 
 
+def _is_marker(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"ids", "skip"}:
+        return False
+    return value["ids"] != [] and _is_list(value["ids"], _is_id) and _is_int(value["skip"], least=0)
+
+
 def _one_of(allowed: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(allowed)}", lambda value: value in allowed
 
@@ -841,6 +914,14 @@ def _or_none(rule: tuple[str, Callable[[Any], bool]]) -> tuple[str, Callable[[An
 _SIZE = (f"a whole number from 1 to {MAX_SIZE}", _is_int)
 _RATE = ("a number at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
+_MARKERS = (
+    "{role: {'ids': [token ids], 'skip': 0 or more}} with the roles user and assistant",
+    lambda value: (
+        isinstance(value, dict)
+        and {"user", "assistant"} <= set(value) <= set(TURN_ROLES)
+        and all(map(_is_marker, value.values()))
+    ),
+)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
 # The rule of each field: a description and a check.
@@ -861,6 +942,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
+    "turn_markers": _or_none(_MARKERS),
     "fingerprint": _or_none(_NUMBERS),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": _or_none(("text", _is_text)),
@@ -891,6 +973,7 @@ class ProbeConfig:
     token_scope: str = "prompt"
     causal: bool | None = None
     prefix_ids: list[int] = field(default_factory=list)
+    turn_markers: dict[str, dict[str, Any]] | None = None
     prompt_format: str = "chat"
     system_prompt: str | None = None
     max_length: int | None = None
@@ -986,6 +1069,11 @@ class ProbeConfig:
     def reads_reply(self) -> bool:
         """True if tokens of the reply count; they are scored one by one while they are generated."""
         return self.token_scope in REPLY_SCOPES
+
+    @property
+    def skips_replies(self) -> bool:
+        """True if the LM's own replies do not count in the prompt that goes on behind them."""
+        return self.token_scope == "user" and self.turn_markers is not None
 
     @property
     def label2id(self) -> dict[str, int]:

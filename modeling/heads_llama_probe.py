@@ -52,6 +52,7 @@ from .configuration_llama_probe import PLOT_NAMES
 from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
 from .configuration_llama_probe import RESULTS_NAME
+from .configuration_llama_probe import TURN_SCOPES
 from .configuration_llama_probe import WEIGHTS_NAME
 from .configuration_llama_probe import check_writable
 from .configuration_llama_probe import get_probe_type
@@ -63,6 +64,7 @@ from .configuration_llama_probe import read_config
 from .configuration_llama_probe import read_results
 from .configuration_llama_probe import register_probe_type
 from .configuration_llama_probe import resolve_head
+from .configuration_llama_probe import turn_mask
 from .configuration_llama_probe import with_subfolder
 from .configuration_llama_probe import write_atomically
 
@@ -1103,6 +1105,7 @@ def token_mask(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     partial_prompt: bool = False,
+    seen: int = 0,
 ) -> torch.Tensor:
     """Return which tokens count for a head."""
     if config.token_scope == "response":
@@ -1117,13 +1120,19 @@ def token_mask(
     if input_ids is None and attention_mask is None:
         raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if config.token_scope == "prompt" or not config.prefix_ids:
+    finds_turns = config.token_scope in TURN_SCOPES and config.turn_markers is not None
+    if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
         return mask
     if input_ids is None:
         raise ProbeError(
             f"token_scope={config.token_scope!r} is found from input_ids, which are not here (inputs_embeds?); "
             "pass probe_mask=[batch, tokens], true for the tokens that count, or attach a head with token_scope='prompt'"
         )
+    if finds_turns:
+        known = input_ids.shape[1] if partial_prompt else seen
+        # Padding may have the id of a marker.
+        ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
+        return mask & turn_mask(config.token_scope, config.turn_markers, ids, known).to(mask.device)
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
     count, width = len(config.prefix_ids), input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
@@ -1150,6 +1159,7 @@ def prompt_masks(
     probe_mask: torch.Tensor | None,
     partial_prompt: bool = False,
     placeholder_ids: Sequence[int] = (),
+    seen: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return for each head, by the name of its config, the prompt tokens that count: `[prompts, prompt_tokens]`."""
     source = input_ids if input_ids is not None else inputs_embeds
@@ -1183,15 +1193,19 @@ def prompt_masks(
     text = None
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-    made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-    masks = {}
+    masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        scope = config.token_scope, tuple(config.prefix_ids)
-        if scope not in made:
-            mask = token_mask(config, input_ids, attention_mask, partial_prompt)
-            made[scope] = mask if text is None else mask & text.to(mask.device)
-        masks[name] = made[scope]
+        alike = next((other for other in masks if _scope(configs[other]) == _scope(config)), None)
+        if alike is None:
+            mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
+            masks[name] = mask if text is None else mask & text.to(mask.device)
+        else:
+            masks[name] = masks[alike]
     return masks
+
+
+def _scope(config: ProbeConfig) -> tuple[Any, ...]:
+    return config.token_scope, config.prefix_ids, config.turn_markers
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
@@ -1210,8 +1224,8 @@ def check_rows(mask: torch.Tensor | None) -> None:
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     raise ProbeError(
-        f"rows {empty[:8]} hold no token that a head reads (only padding, or only the constant prefix): "
-        "an empty prompt cannot be scored"
+        f"rows {empty[:8]} hold no token that a head reads: no turn of a user, or only padding. Render prompts with the chat "
+        "template, or pass probe_mask="
     )
 
 
@@ -1365,6 +1379,10 @@ def check_backbone(
     """Log one warning with all that tells this backbone from the one that a head was trained on."""
     match(lm, config)
     check_states(lm)
+    if config.token_scope in TURN_SCOPES and config.turn_markers is None and config.prompt_format == "chat":
+        logger.warning(
+            f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
+        )
     if behaviour is None:
         behaviour = not any(parameter.is_meta for parameter in lm.parameters())
     differing = [check for check in compare(config, lm, behaviour=behaviour) if check.verdict == "differs"]

@@ -332,7 +332,10 @@ class ProbeCache:
                     f"probe_state was made by another head called {name!r} than the one that is attached now, or by other weights "
                     "of it; start anew without cache and probe_state"
                 )
-            _same_tokens(f"the tokens that {name!r} reads", masks[name][:, :seen], kept.mask)
+            wanted = masks[name][:, :seen]
+            if head.config.token_scope == "last_user" and not bool(wanted.any()):
+                continue  # all rows go on with another turn of the user
+            _same_tokens(f"the tokens that {name!r} reads", wanted, kept.mask)
             running[name] = kept.running
         return running
 
@@ -761,10 +764,10 @@ class PrefillSession:
             rows = prompts.repeat_interleave(len(replies) // self.prompts, 0)
             return torch.cat([rows, replies.to(prompts.device)], 1)
 
-        heads = {
-            name: CachedHead(HeadReference(head), behind(self.masks[name], token_mask), states[name])
-            for name, head in self.heads.items()
-        }
+        heads = {}
+        for name, head in self.heads.items():
+            replies = torch.zeros_like(token_mask) if head.config.skips_replies else token_mask
+            heads[name] = CachedHead(HeadReference(head), behind(self.masks[name], replies), states[name])
         return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), token_mask), heads)
 
     def _attended(self) -> torch.Tensor:
@@ -814,10 +817,12 @@ class ReplyRecorder:
 
     def __init__(self, prompt: Any, eos_token_ids: Sequence[int] = ()):
         self.prompt = prompt
-        self.layers: Collection[int] = {layer for head in prompt.heads.values() for layer in head.layer_indices}
+        self.heads = {name: head for name, head in prompt.heads.items() if not head.config.skips_replies}
+        self.layers: Collection[int] = {layer for head in self.heads.values() for layer in head.layer_indices}
         self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
         self._open: torch.Tensor | None = None
         self._reader: StateReader | None = None
+        self._states: dict[str, Any] = {}
         self._waiting: list[dict[int, torch.Tensor]] = []
         self._tokens: list[torch.Tensor] = []
         self._counted: list[torch.Tensor] = []
@@ -826,9 +831,9 @@ class ReplyRecorder:
         """Begin, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
         if self._open is not None:
             return
-        repeats, names = rows // self.prompt.prompts, self.prompt.heads
-        states = {name: self.prompt.state(name, repeats) for name in names}
-        self._reader = StateReader(self.prompt.heads, states, keep=names)
+        repeats = rows // self.prompt.prompts
+        self._states = {name: self.prompt.state(name, repeats) for name in self.prompt.heads}
+        self._reader = StateReader(self.heads, self._states, keep=self.heads)
         self._open = torch.ones(rows, dtype=torch.bool)
         if closed is not None:
             self._open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
@@ -856,7 +861,7 @@ class ReplyRecorder:
         first = len(self._tokens) - len(self._waiting)
         chunk, self._waiting = self._waiting[:tokens], self._waiting[tokens:]
         mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
-        self._reader.begin(dict.fromkeys(self.prompt.heads, mask), last=False)
+        self._reader.begin(dict.fromkeys(self.heads, mask), last=False)
         for layer in sorted(self.layers):
             self._reader.on_state(layer, torch.cat([states[layer] for states in chunk], dim=1))  # [rows, n, D]
         self._reader.end()
@@ -871,7 +876,7 @@ class ReplyRecorder:
         tokens = torch.stack(self._tokens[:count], dim=1) if count else none
         counted = torch.stack(self._counted[:count], dim=1) if count else none.bool()
         states = {name: state.joined() for name, state in self._reader.states.items()}
-        return self.prompt.probe_cache(states, tokens, counted)
+        return self.prompt.probe_cache({**self._states, **states}, tokens, counted)
 
 
 class ReplySession:
@@ -1078,6 +1083,7 @@ def prompt_session(
     inputs: Mapping[str, Any],
     probe_mask: torch.Tensor | None = None,
     *,
+    past: int = 0,
     partial_prompt: bool = False,
     placeholder_ids: Sequence[int] = (),
     **kwargs,
@@ -1085,9 +1091,11 @@ def prompt_session(
     """Open the session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`."""
     ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     configs = {name: head.config for name, head in heads.items()}
-    masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids)
+    masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past)
     shape = (embeds if ids is None else ids).shape[:2]
-    return PrefillSession(heads, masks, ids, attention_mask, partial_prompt=partial_prompt, shape=shape, **kwargs)
+    return PrefillSession(
+        heads, masks, ids, attention_mask, past, partial_prompt=partial_prompt, shape=shape, **kwargs
+    )
 
 
 def forward_session(
