@@ -20,6 +20,7 @@ from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.detection import apply_rules, follow_replies
 from ..evaluation.report import detailed_report, predict_logits
+from ..evaluation.wrappings import kept_labels
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.folder import measured_rules
@@ -43,6 +44,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="COLUMN=VALUE: only these rows, such as human_annotation=true. Repeatable: all must hold."),
     ] = None,
+    wrappings: Annotated[
+        bool,
+        typer.Option(
+            "--wrappings", help="Also wrap the flagged rows in twelve ways, and report how often they are still flagged."
+        ),
+    ] = False,
     backbone: Backbone = "demo",
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
@@ -75,6 +82,8 @@ def evaluate(
         result = detailed_report(head.config, logits, labelled.labels, slices, bootstrap, seed)
         if followed is not None and rules:
             result["halting"] = apply_rules(head.config, rules, followed, labelled.labels)
+        if wrappings:
+            result["wrappings"] = kept_labels(head, labelled.texts, prompts, progress=True)
     if as_json:
         print(json.dumps(result))
         return
@@ -119,6 +128,8 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
             f"Expected calibration error: {_cell(found, 'error', ' ')} with the saved temperature {temperature:.3f}, "
             f"{_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
         )
+    if found := result.get("wrappings"):
+        print_table(_wrappings_table(found))
     for label, rules in result.get("halting", {}).items():
         print_table(_halting_table(label, rules))
 
@@ -131,6 +142,14 @@ def _table(title: str, parts: dict[str, dict[str, Any]]) -> Table:
         table.add_column(metric, justify="right")
     for name, part in parts.items():
         table.add_row(escape(name), *(_cell(part, metric, "\n") for metric in metrics))
+    return table
+
+
+def _wrappings_table(found: dict[str, Any]) -> Table:
+    table = Table("wrapping", title=f"{found['rows']:,} rows, wrapped: share with the same label")
+    table.add_column("kept", justify="right")
+    for name, share in found["kept"].items():
+        table.add_row(name, f"{share:.3f}")
     return table
 
 

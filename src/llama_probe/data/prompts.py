@@ -189,14 +189,19 @@ class PromptFormat:
         return self._encode_chat(messages)
 
     def _encode_chat(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> list[int]:
+        # The template has written every special token.
+        return self._tokenize(self.render(messages, generation_prompt), add_special_tokens=False)
+
+    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> str:
+        """Return chat messages as the template writes them.
+
+        Raises:
+            ProbeError: the template refuses them.
+        """
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
         except Exception as error:  # A template is a program and can raise anything.
             raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
-        # The template has written every special token.
-        return self._tokenize(rendered, add_special_tokens=False)
 
     def _tokenize(self, text: str, **kwargs) -> list[int]:
         if half := HALF_PAIR.search(text):
