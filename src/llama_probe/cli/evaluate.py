@@ -47,7 +47,8 @@ def evaluate(
     wrappings: Annotated[
         bool,
         typer.Option(
-            "--wrappings", help="Also wrap the flagged rows in twelve ways, and report how often they are still flagged."
+            "--wrappings",
+            help="Also wrap the flagged rows in twelve ways, and report how often they are still flagged.",
         ),
     ] = False,
     backbone: Backbone = "demo",

@@ -199,7 +199,9 @@ class PromptFormat:
             ProbeError: the template refuses them.
         """
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
         except Exception as error:  # A template is a program and can raise anything.
             raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
 

@@ -90,7 +90,9 @@ def kept_labels(
     """
     config = head.config
     if config.reads_reply or config.problem_type == "regression" or prompts.kind != "chat":
-        raise ProbeError("wrappings are for heads that label prompts of a chat (token_scope, problem_type, prompt_format)")
+        raise ProbeError(
+            "wrappings are for heads that label prompts of a chat (token_scope, problem_type, prompt_format)"
+        )
     plain = _labels(head, texts, prompts, progress)
     rows = np.arange(len(texts))
     if config.num_labels == 2 and config.problem_type == "single_label_classification":
@@ -109,4 +111,6 @@ def kept_labels(
 
 def _labels(head: ProbeModel, texts: Sequence[Any], prompts: PromptFormat, progress: bool) -> np.ndarray:
     dataset = PromptDataset(prompts.encode(texts), np.zeros(len(texts)))
-    return predictions(probabilities(predict_logits(head, dataset, progress=progress), head.config), head.config).numpy()
+    return predictions(
+        probabilities(predict_logits(head, dataset, progress=progress), head.config), head.config
+    ).numpy()

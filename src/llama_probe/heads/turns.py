@@ -40,6 +40,16 @@ def turn_mask(
     return mask if traced else torch.from_numpy(mask).to(input_ids.device)
 
 
+def marker_mask(markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor) -> torch.Tensor:
+    """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
+    found = np.zeros(input_ids.shape, dtype=bool)
+    for marker in markers.values():
+        width = len(marker["ids"]) + marker["skip"]
+        for row, behind in zip(*_begins(marker, input_ids.cpu().numpy()).nonzero(), strict=True):
+            found[row, behind - width : behind] = True
+    return torch.from_numpy(found)
+
+
 def _mask(scope: str, begins: dict[str, Any], known: int) -> Any:
     """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`, as numpy arrays or as tensors."""
     user, reply = begins["user"], begins["assistant"]

@@ -22,12 +22,14 @@ from .outputs import Halt, TokenScores
 # One entry a prompt or a row: true, a `Halt` with the reason, or false or None to go on.
 Decisions = Sequence[Any]
 HaltPolicy = Callable[[dict[str, ProbeOutput]], Decisions]
+Judge = Callable[[list[str]], Decisions]
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
 # A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]*)(?::([^:]*))?)?", re.DOTALL)
+_OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
 _NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", *HEAD_ARGUMENTS}
 
 
@@ -70,6 +72,8 @@ class HaltRule:
             head's decision.
         patience: number of tokens in a row that must have the label. For heads that read the prompt as well, the score of
             the prompt is the first. 1 for heads that read the prompt alone.
+        unsure: (low, high); `ask` decides on prompts with low <= score < high.
+        ask: a function from the texts of such prompts to one decision each, such as another model.
     """
 
     head: str
@@ -77,6 +81,8 @@ class HaltRule:
     index: int
     threshold: float | None
     patience: int = 1
+    unsure: tuple[float, float] | None = None
+    ask: Judge | None = None
 
     @classmethod
     def create(
@@ -86,6 +92,8 @@ class HaltRule:
         label: str | None = None,
         threshold: float | None = None,
         patience: int = 1,
+        unsure: Sequence[float] | None = None,
+        ask: Judge | None = None,
     ) -> HaltRule:
         """Return the rule for the options of one head in `halt_on`.
 
@@ -115,7 +123,15 @@ class HaltRule:
                 f"halt_on: patience={patience} counts tokens of a reply, and {head!r} reads the prompt alone"
             )
         index = names.index(label)
-        return cls(head, config, index, threshold_of(config, index) if threshold is None else threshold, patience)
+        threshold = threshold_of(config, index) if threshold is None else threshold
+        return cls(head, config, index, threshold, patience, _checked_band(head, config, unsure, ask), ask)
+
+    def is_unsure(self, output: ProbeOutput) -> list[bool]:
+        """Return for each row whether `ask` decides."""
+        if self.unsure is None:
+            return [False] * len(output.logits)
+        scores, (low, high) = output.probabilities[:, self.index], self.unsure
+        return ((low <= scores) & (scores < high)).tolist()
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
         """Return the reason to halt each row, or `None`, without regard to patience."""
@@ -129,6 +145,25 @@ class HaltRule:
             Halt(self.head, label, score, self.threshold) if hit else None
             for hit, score in zip(found.tolist(), scores.tolist(), strict=True)
         ]
+
+
+def _checked_band(
+    head: str, config: ProbeConfig, unsure: Sequence[float] | None, ask: Judge | None
+) -> tuple[float, float] | None:
+    if unsure is None and ask is None:
+        return None
+    if unsure is None or not callable(ask):
+        raise ProbeError(f"halt_on: {head!r} needs both unsure=(low, high) and ask=, a function of texts")
+    if config.token_scope == "response":
+        raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
+    band = list(unsure) if isinstance(unsure, (list, tuple)) else []
+    if (
+        len(band) != 2
+        or not all(isinstance(x, Real) and not isinstance(x, bool) for x in band)
+        or not band[0] < band[1]
+    ):
+        raise ProbeError(f"halt_on: unsure of {head!r} is {unsure!r}; it must be (low, high) with low < high")
+    return float(band[0]), float(band[1])
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
@@ -147,8 +182,8 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     for name, options in named.items():
         if options is not None and not isinstance(options, Mapping):
             raise ProbeError(f"halt_on: the options of {name!r} are {options!r}; they must be a dict")
-        if unknown := sorted(set(options or ()) - {"label", "threshold", "patience"}):
-            raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold, patience")
+        if unknown := sorted(set(options or ()) - set(_OPTIONS)):
+            raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: {', '.join(_OPTIONS)}")
     return {name: dict(options or {}) for name, options in named.items()}
 
 
@@ -181,13 +216,14 @@ class Halter:
 
     Args:
         spec: a head's name or several names: the last of at most two labels halts, as the head decides. Or a dict of names
-            with `label`, `threshold` and, for heads that read replies, `patience`, all optional. Or a function of the
-            scores of the prompts. `None` halts nothing.
+            with `label`, `threshold`, `unsure` with `ask`, and for heads that read replies `patience`, all optional. Or a
+            function of the scores of the prompts. `None` halts nothing.
         configs: configs of the active heads, by name.
         on_token: called with the `TokenScores` after each token of the replies.
 
     Attributes:
         halts: a `Halt` or `None` for each prompt; for each row from the first token on. `None` before the prefill ends.
+        texts: a function from a head's name and row numbers to what users wrote there. Set by the caller if a rule asks.
 
     Raises:
         ProbeError: a head is not active, or its options are not allowed.
@@ -200,6 +236,7 @@ class Halter:
         self.on_token = on_token
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] | None = None
+        self.texts: Callable[[str, list[int]], list[str]] | None = None
         self._streaks: dict[str, list[int]] = {}
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
@@ -222,6 +259,11 @@ class Halter:
         return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
 
     @property
+    def asks(self) -> bool:
+        """True if a rule has a function to ask."""
+        return any(rule.ask is not None for rule in self.rules)
+
+    @property
     def all_halted(self) -> bool:
         """True if no prompt is left to reply to."""
         return self.halts is not None and None not in self.halts
@@ -238,9 +280,22 @@ class Halter:
         self.halts = [None] * prompts
         for rule in self.rules:
             if rule.head in outputs:
-                found = self._patient(rule, rule.halts(outputs[rule.head]), [True] * prompts)
+                found = self._patient(rule, self._asked(rule, outputs[rule.head]), [True] * prompts)
                 self.halts = [old or new for old, new in zip(self.halts, found, strict=True)]
         return self.halts
+
+    def _asked(self, rule: HaltRule, output: ProbeOutput) -> list[Halt | None]:
+        """Return the flags of a rule; in its band those of the function that it asks."""
+        found = rule.halts(output)
+        rows = [row for row, unsure in enumerate(rule.is_unsure(output)) if unsure]
+        if not rows:
+            return found
+        said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
+        scores, label = output.probabilities[:, rule.index], rule.config.id2label[rule.index]
+        for row, halt in zip(rows, said, strict=True):
+            own = Halt(rule.head, label, float(scores[row]), rule.threshold)
+            found[row] = own if halt == Halt() else halt
+        return found
 
     def follow(self, scores: TokenScores) -> list[bool]:
         """Decide on one more token of each reply; `halts` then has one entry a row.

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
+from ..heads.turns import marker_mask
 from .arguments import generation_setting, token_ids
 from .halting import Halter, HaltReply, Reprompt
 from .outputs import Halt, TokenScores
@@ -89,6 +90,12 @@ class HaltingRun:
         self.streamer = kwargs.get("streamer")
         self.copies = self._setting("num_return_sequences") or 1
         session.on_complete = self._decide
+        if halter.asks:
+            if kwargs.get("tokenizer") is None or session.input_ids is None:
+                raise ProbeError(
+                    "halt_on: ask gets the texts of prompts, so generate() needs tokenizer= and input_ids"
+                )
+            halter.texts = self._texts
         if halter.follows:
             session.reply.on_token = self._follow
         rows = session.prompts * self.copies
@@ -133,6 +140,14 @@ class HaltingRun:
             raise AllHalted
         if self.session.reply is not None:
             self.session.reply.end([halt is not None for halt in halts])
+
+    def _texts(self, head: str, rows: list[int]) -> list[str]:
+        config, mask = self.session.heads[head].config, self.session.masks[head][rows]
+        ids = self.session.input_ids[rows]
+        if config.turn_markers is not None:
+            mask = mask.cpu() & ~marker_mask(config.turn_markers, ids)
+        counted = [row[kept].tolist() for row, kept in zip(ids, mask.to(ids.device), strict=True)]
+        return [text.strip() for text in self.kwargs["tokenizer"].batch_decode(counted, skip_special_tokens=True)]
 
     def _follow(self, scores: TokenScores) -> None:
         before = list(self.halter.halts)

@@ -87,7 +87,10 @@ def engine_kwargs(
             "{'toxicchat-mha': {'threshold': 0.6}}"
         )
     settings = ProbeSettings(heads, None if halt_on is None else options_by_head(halt_on), allow_untested_vllm)
-    settings.rules  # noqa: B018 - raises where halt_on is not allowed
+    if any(rule.ask is not None for rule in settings.rules):
+        raise ProbeError(
+            "halt_on: ask is a function, and the engine decides in another process: leave unsure and ask out"
+        )
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))
     from vllm.config import KVTransferConfig
