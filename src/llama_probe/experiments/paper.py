@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 SOURCE = "arXiv 2601.13288v2"
 BACKBONE = "Llama-3.2-3B-Instruct"
-BACKBONE_SIZE = "3.2 billion parameters, 28 layers of 3,072"
+BACKBONE_SIZE = "3.2 billion parameters, 28 layers, hidden size 3,072"
 
 
 @dataclass(frozen=True)
