@@ -11,18 +11,24 @@ VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL)
 SOURCES := src tests examples
+# Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow style quality clean
+.PHONY: demo test test-slow test-all test-vllm test-vllm-slow style quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llama-probe demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Tests on the demo backbone, which the first of them prepares.
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+	$(PYTEST) -m slow
+
+# Both in one start.
+test-all: $(VENV)/.test
+	$(PYTEST)
 
 # Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails.
 test-vllm: $(VLLM_VENV)/.test-vllm

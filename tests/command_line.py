@@ -1,10 +1,9 @@
-"""The command line, in this process or in one of its own, and rows for it."""
+"""The command line, in this process, and rows for it."""
 
 import contextlib
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +13,9 @@ import pytest
 from llama_probe.cli import main
 
 
-def run(*args, **env):
-    """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "llama_probe.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200", **env})
-
-
-def call(*args, stdin=""):
-    """Run a command in this process."""
-    out, err = io.StringIO(), io.StringIO()
+def call(*args, stdin="", encoding="utf-8"):
+    """Run a command in this process, at a terminal with this encoding."""
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True), io.StringIO()
     handler = logging.StreamHandler(err)  # that of transformers keeps the stream that it found
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["llama-probe", *map(str, args)])
@@ -34,7 +27,8 @@ def call(*args, stdin=""):
                 main()
         finally:
             logging.getLogger().removeHandler(handler)
-    return subprocess.CompletedProcess(sys.argv, ended.value.code, out.getvalue(), err.getvalue())
+    printed = out.buffer.getvalue().decode(encoding)
+    return subprocess.CompletedProcess(sys.argv, ended.value.code, printed, err.getvalue())
 
 
 def succeed(*args, stdin=""):

@@ -16,6 +16,7 @@ from llama_probe.data.sources import DataSources
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.distributed import gather, merge_rows, process_group, rank, share, world_size
 from llama_probe.evaluation.report import inspect_head, predict_logits
+from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
 from llama_probe.training.sweep import SearchSpace, Sweep
@@ -51,6 +52,12 @@ def folded(folder: Path, name: str) -> dict:
 
 def sparse(folder: Path, name: str) -> dict:
     return run(folder, name, head={"probe_type": "muli", "options": {"l1": 0.01}}).run()
+
+
+def scored(folder: Path, name: str) -> dict:
+    """A scoring job of one head over the rows, in chunks of five."""
+    rows, head, backbone = (str(folder / part) for part in ("rows.jsonl", "mood", "backbone"))
+    return ScoringJob([rows], folder / name, [head], backbone, chunk_rows=5).execute()
 
 
 def check_helpers() -> None:
@@ -127,6 +134,7 @@ def main(folder: Path) -> None:
             "logits": predict_logits(head, dataset, batch_tokens=14).tolist(),
             "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
             "folded": folded(folder, "folded"),
+            "scored": scored(folder, "scored"),
             "sparse": sparse(folder, "sparse"),
             "sweep": sweep(folder, "sweep").run(),
             "sharded": sharded(folder),

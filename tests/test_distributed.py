@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import ranks_at_work
 import torch
@@ -95,6 +96,7 @@ class TestTwoNodes:
         folder = tmp_path_factory.mktemp("nodes")
         shutil.copytree(backbone_folder, folder / "backbone")
         write_rows(folder / "rows.jsonl", 41)
+        make_probe(probe_type="gate", prompt_format="chat", max_length=64).save_pretrained(folder / "mood")
         return folder
 
     @pytest.fixture(scope="class")
@@ -133,6 +135,12 @@ class TestTwoNodes:
     def test_a_fit_is_that_of_one_process(self, found, folder):
         alone = ranks_at_work.sparse(folder, "fitted-alone")
         assert found[0]["sparse"]["runs"] == json.loads(json.dumps(alone["runs"]))
+
+    def test_a_scoring_job_writes_what_one_process_writes(self, found, folder):
+        alone = ranks_at_work.scored(folder, "scored-alone")
+        assert found[0]["scored"] == alone and alone["rows"] == 41 and len(alone["parts"]) == 9
+        tables = [pq.read_table(folder / name).to_pylist() for name in ("scored", "scored-alone")]
+        assert tables[0] == tables[1]
 
     def test_folds(self, found, folder):
         (run,) = found[0]["folded"]["runs"]

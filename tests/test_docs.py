@@ -2,15 +2,14 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_probe, save_head
-from launcher import environment, finish, free_port
 from repository import ROOT
+from torch.distributed.run import parse_args
 
 from llama_probe.backbone import loading as backbones
 from llama_probe.cli import app
@@ -57,31 +56,17 @@ def run_shell(block: str, backbone: Path) -> None:
         if program == "pip" or words[:2] == ["-m", "llama_probe.vllm"]:  # tests/vllm/test_docs.py runs these
             continue
         if program == "torchrun":
-            run_divided([*words, "--backbone", str(backbone)])
-            continue
+            program, words = divided(words, backbone)
         assert program == "llama-probe", line
         sys.argv = ["llama-probe", *words]  # which the card of a head quotes
         app(words, standalone_mode=False)
 
 
-def run_divided(words: list[str]) -> None:
-    """A command line of torchrun, with two processes: on one machine, or as two machines on loopback with one each."""
-    nodes = 2 if "--nnodes" in words else 1
-    settings = {"--nproc_per_node": str(2 // nodes), "--master_addr": "127.0.0.1"}
-    port = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    running = []
-    for node in range(nodes):
-        changed = list(words)
-        for option, value in {**settings, "--node_rank": str(node)}.items():
-            if option in words:
-                changed[words.index(option) + 1] = value
-        command = [sys.executable, "-m", "torch.distributed.run", *port, *changed]
-        running.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-        )
-    for process in running:
-        done = finish(process)
-        assert done.returncode == 0, done.stderr
+def divided(words: list[str], backbone: Path) -> tuple[str, list[str]]:
+    """Return the command that torchrun would start. It runs in this process; test_distributed.py starts several."""
+    settings = parse_args(words)
+    assert settings.module and settings.training_script == "llama_probe.cli"
+    return "llama-probe", [*settings.training_script_args, "--backbone", str(backbone)]
 
 
 @pytest.mark.parametrize("page", PAGES)

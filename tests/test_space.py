@@ -24,9 +24,6 @@ from llama_probe import __version__
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'llama_probe[space]'")
 
-# One server for all of these; see `make test-slow`.
-pytestmark = pytest.mark.xdist_group("space")
-
 SPACE = ROOT / "examples" / "space"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from command_line import call, refuse, run, succeed, write_rows
+from command_line import call, refuse, succeed, write_rows
 from conftest import make_lm, make_probe, make_tokenizer, save_head
 
 from llama_probe import ProbeModel, __version__, cli
@@ -251,7 +251,7 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, lin
 
 def test_labels_that_the_terminal_has_no_letters_for(tmp_path):
     folder = save_head(make_probe(id2label={0: "né", 1: "有害"}), tmp_path / "head")
-    done = run("inspect", folder, PYTHONIOENCODING="ascii")
+    done = call("inspect", folder, encoding="ascii")
     assert done.returncode == 0 and r"n\xe9" in done.stdout and r"\u6709\u5bb3" in done.stdout, done.stderr
 
 

@@ -14,10 +14,6 @@ from llama_probe.backbone.loading import demo_backbone, load_backbone, model_id
 from llama_probe.heads.scope import token_mask
 
 
-# One model, with eight heads, serves all of these; see `make test-slow`.
-pytestmark = pytest.mark.xdist_group("demo")
-
-
 def test_names():
     assert model_id("demo") == "HuggingFaceTB/SmolLM2-135M-Instruct" and model_id("org/x") == "org/x"
 

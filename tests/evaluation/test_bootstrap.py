@@ -52,7 +52,7 @@ def slow(config: ProbeConfig, probs: np.ndarray, labels: np.ndarray, rows: np.nd
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
 def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
     config = CONFIGS[kind]
@@ -71,9 +71,9 @@ def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
 def test_intervals_are_those_of_a_slow_loop(kind):
     config, rows = CONFIGS[kind], 12
     probs, labels = make_rows(config, rows, seed=3)
-    found = intervals([score_statistic(probs, labels, config)], rows, resamples=20, seed=5)
+    found = intervals([score_statistic(probs, labels, config)], rows, resamples=8, seed=5)
     generator = np.random.default_rng(5)
-    resamples = [slow(config, probs, labels, generator.integers(0, rows, rows)) for _ in range(20)]
+    resamples = [slow(config, probs, labels, generator.integers(0, rows, rows)) for _ in range(8)]
     for name, value in found.items():
         expected = np.nanquantile([resample[name] for resample in resamples], [0.025, 0.975], axis=0)
         np.testing.assert_allclose(value, expected.T, rtol=1e-5, err_msg=name)

@@ -14,7 +14,6 @@ from llama_probe.evaluation.calibration import reliability, threshold_table
 from llama_probe.evaluation.plots import (
     calibration_plot,
     confusion_plot,
-    layer_groups_plot,
     layer_weights_plot,
     outcomes_plot,
     write_plots,
@@ -67,11 +66,8 @@ def test_what_they_show(inspection):
 
 def test_layers_are_marked_by_whole_numbers(inspection):
     inspection["layer_weights"]["layers"] = [0, 10, 20]
-    groups = [{"label": "yes", "right": True, "rows": 3, "weights": [0.5, 0.3, 0.2]}]
-    two = layer_groups_plot({name: {"layers": [0, 1, 2], "groups": groups} for name in ("a", "b")})
-    for figure in (layer_weights_plot(inspection), two):
-        assert all(place.is_integer() for place in figure.axes[-1].get_xticks().tolist())
-    assert [axes.get_xlabel() for axes in two.axes] == ["", "layer (0: embeddings)"]
+    (axes,) = layer_weights_plot(inspection).axes
+    assert all(place.is_integer() for place in axes.get_xticks().tolist())
 
 
 def test_layer_weights_of_many_labels_are_a_heat_map(inspection):

@@ -239,12 +239,3 @@ def test_two_processes_one_killed_then_one_alone(tmp_path, backbone_folder, head
     assert manifest["rows"] == 300 and len(manifest["parts"]) == 150
     assert all((output / name).stat().st_mtime_ns == changed for name, changed in finished.items())
     assert [row["id"] for row in read(output)] == [*range(150)] * 2, "no row twice, none left out"
-
-
-def test_two_processes_do_half_each(tmp_path, backbone_folder, heads, run):
-    inputs = [write(tmp_path / "b.jsonl", 3), write(tmp_path / "a.jsonl", 20)]
-    done = finish(classify(backbone_folder, heads[:2], inputs, tmp_path / "two", "--chunk-rows", 5))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("23 rows in 5 files") == 1
-    run(*inputs, probes=heads[:2], output="one")
-    assert read(tmp_path / "two") == read(tmp_path / "one")

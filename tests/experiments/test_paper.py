@@ -10,9 +10,8 @@ def test_the_papers_figures():
         paper.figure("muli", "sst2", "accuracy").value == 0.9319 and paper.figure("tfidf", "sst2", "accuracy") is None
     )
     assert [figure.value for figure in paper.DOWNCAST.values()] == [0.841, 0.829, 0.830, 0.845, 0.828]
-    for sets in paper.MAIN.values():
-        for metrics in sets.values():
-            assert all(0 < figure.value < 1 for figure in metrics.values()), "shares, not percent"
+    for figures in paper.MAIN.values():
+        assert all(0 < figure.value < 1 for figure in figures.values()), "shares, not percent"
     ratios = {name: round(paper.serving_ratio(name), 2) for name in paper.SERVING}
     assert ratios == {
         "base": 1.0, "pooling": 1.12, "gate": 1.17, "mha": 1.52, "T5-large": 3.34, "WildGuard-7B": 3.80,

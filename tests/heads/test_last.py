@@ -61,5 +61,5 @@ def test_what_is_kept_is_one_item_and_not_all(kind):
     model, prompts = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": probe}), make_prompts(rows=2, length=50)
     passed, written = model(prompts, use_cache=True), model.generate(prompts, max_new_tokens=2, probe_state=True)
     for out in (passed, written):
-        running = out.probe_state.heads["a"].running
-        assert running.untyped_storage().nbytes() == 4 * 2 * HIDDEN
+        state = out.probe_state.heads["a"].state
+        assert state.untyped_storage().nbytes() == 4 * 2 * HIDDEN

@@ -39,10 +39,11 @@ def make_probe(**changes):
     return make_probe_of_any_size(vocab_size=VOCAB, num_hidden_layers=LAYERS, **changes)
 
 
-def make_model(dtype=torch.float32, **changes):
-    return LlamaForProbedGeneration.from_causal_lm(
-        make_lm(num_hidden_layers=LAYERS).to(dtype), {"a": make_probe(**changes)}
-    )
+def make_model(dtype=torch.float32, forms=None, **changes):
+    """A model with a head of these fields, or with one of each of the forms."""
+    forms = {"a": changes} if forms is None else {str(number): form for number, form in enumerate(forms)}
+    heads = {name: make_probe(**form) for name, form in forms.items()}
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=LAYERS).to(dtype), heads)
 
 
 def compiled(model, backend="eager"):
@@ -78,10 +79,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
 @torch.no_grad()
-def test_one_graph_gives_the_scores(form, prompts):
-    model = make_model(**form)
+def test_one_graph_gives_the_scores(prompts):
+    model = make_model(forms=FORMS)
     mask = padded(prompts)
     mask[1, -3:] = 0
     prompts[:, 3], prompts[1, 1], prompts[2, 5:8] = USER, REPLY, torch.tensor([REPLY, USER, 5])
@@ -93,17 +93,13 @@ def test_one_graph_gives_the_scores(form, prompts):
     assert out.probe_labels == expected.probe_labels
 
 
-@given(
-    rows=st.integers(1, 3),
-    length=st.integers(1, 70),
-    kind=st.sampled_from(("gate", "mha", "multimax")),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=4, deadline=None)
+@given(rows=st.integers(1, 3), length=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(max_examples=3, deadline=None)
 @torch.no_grad()
-def test_any_shape(rows, length, kind, seed):
+def test_any_shape(rows, length, seed):
     torch._dynamo.reset()
-    model, ids = make_model(probe_type=kind), make_prompts(rows, length, seed)
+    model = make_model(forms=[{"probe_type": kind} for kind in ("gate", "mha", "multimax")])
+    ids = make_prompts(rows, length, seed)
     mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.7
     mask[:, -1] = True
     expected, out = model(ids, probe_mask=mask), compiled(model)(ids, probe_mask=mask)
@@ -120,11 +116,11 @@ def test_another_length_is_traced_once_and_its_number_is_none():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("kind", ["gate", "mha"])
 @pytest.mark.parametrize("tokens", [20, 140])
 @torch.no_grad()
-def test_half_precision(kind, tokens):
-    model, ids = make_model(torch.bfloat16, probe_type=kind), make_prompts(length=tokens)
+def test_half_precision(tokens):
+    model = make_model(torch.bfloat16, [{"probe_type": "gate"}, {"probe_type": "mha"}])
+    ids = make_prompts(length=tokens)
     torch.testing.assert_close(compiled(model)(ids).probe_logits, model(ids).probe_logits, rtol=0.02, atol=0.02)
 
 
@@ -142,32 +138,25 @@ def first_is_halted(outputs):
 
 
 class TestGenerate:
-    @pytest.mark.parametrize(
-        "asked",
-        [
+    def test_as_without_compiling(self, prompts):
+        model, run = make_model(), with_compiled_forward(make_model())
+        for asked in (
             {},
-            {"num_beams": 2},
             {"num_beams": 2, "num_return_sequences": 2},
             {"cache_implementation": "static"},
             {"return_dict_in_generate": False},
             {"halt_on": first_is_halted},
             {"halt_on": {"a": {"threshold": 0.0}}, "halt_reply": [5, 6]},
-        ],
-        ids=lambda asked: "-".join(asked) or "greedy",
-    )
-    def test_as_without_compiling(self, asked, prompts):
-        model = make_model()
-        asked = {"attention_mask": padded(prompts), "max_new_tokens": 2, "do_sample": False, **asked}
-        expected = model.generate(prompts, **asked)
-        out = with_compiled_forward(model).generate(prompts, **asked)
-        if isinstance(expected, torch.Tensor):
-            assert torch.equal(out, expected)
-            return
-        assert torch.equal(out.sequences, expected.sequences)
-        torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
-        assert [halt and halt.head for halt in out.probe_halts or ()] == [
-            halt and halt.head for halt in expected.probe_halts or ()
-        ]
+        ):
+            asked = {"attention_mask": padded(prompts), "max_new_tokens": 2, "do_sample": False, **asked}
+            expected, out = model.generate(prompts, **asked), run.generate(prompts, **asked)
+            if isinstance(expected, torch.Tensor):
+                assert torch.equal(out, expected)
+                continue
+            assert torch.equal(out.sequences, expected.sequences), asked
+            torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
+            halts = [[halt and halt.head for halt in found.probe_halts or ()] for found in (out, expected)]
+            assert halts[0] == halts[1]
 
     def test_graphs_are_those_of_the_plain_model(self):
         counts = []
@@ -185,7 +174,7 @@ class TestGenerate:
     def test_what_else_than_scores_is_asked_for_breaks_the_graph_and_is_right(self, prompts):
         """A state to go on from, and heads that follow the reply."""
         model = make_model(probe_type="gate", token_scope="all")
-        asked = {"max_new_tokens": 4, "do_sample": False, "probe_state": True}
+        asked = {"max_new_tokens": 2, "do_sample": False, "probe_state": True}
         expected = model.generate(prompts, **asked)
         model.forward = torch.compile(model.forward, backend="eager")
         out = model.generate(prompts, **asked)
@@ -221,7 +210,6 @@ def test_heads_come_and_go(prompts):
     run(prompts)
     model.add_probe("b", make_probe(seed=1, probe_type="multimax"))
     torch.testing.assert_close(run(prompts).probe_logits, model(prompts).probe_logits)
-    assert run(prompts, probes=["b"]).probe_logits.keys() == {"b"}
     model.delete_probe("a")
     assert run(prompts).probe_logits.keys() == {"b"}
     model.set_active_probes([])
@@ -242,8 +230,9 @@ def test_a_row_without_a_token_that_counts_has_no_score(prompts):
 
 @torch.no_grad()
 def test_an_lm_that_breaks_the_graph_itself(prompts, monkeypatch):
-    model = make_model()
-    expected, mlp = model(prompts), model.model.layers[1].mlp
+    lm = make_lm(num_hidden_layers=1)
+    model = LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe_of_any_size(num_hidden_layers=1)})
+    expected, mlp = model(prompts), model.model.layers[0].mlp
     forward = mlp.forward
 
     def breaks(x):
@@ -387,10 +376,10 @@ def kept_at_once(model, ids):
 
 @torch.no_grad()
 def test_states_are_not_kept_until_the_lm_has_run(small_budget):
-    deep = 4
+    deep = 3
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=deep))
     ids = torch.randint(2, VOCAB, (1, 64))
     plain = kept_at_once(model, ids)
-    for kind in ("pooling", "gate", "mha", "multimax"):
+    for kind in ("gate", "mha"):
         model.add_probe(kind, make_probe_of_any_size(vocab_size=VOCAB, num_hidden_layers=deep, probe_type=kind))
     assert kept_at_once(model, ids) <= plain + 2

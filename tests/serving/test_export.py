@@ -116,6 +116,11 @@ def test_the_code_of_the_card_works_when_pasted(lm, tmp_path, monkeypatch, scope
     exec(with_package, {})
 
 
+def test_the_card_of_a_kind_with_its_own_code(lm, tmp_path, own_kind):
+    card = (export(lm, tmp_path / "x", {"own": own_kind}, trust_remote_code=True) / "README.md").read_text()
+    assert card.count('probe="own", trust_remote_code=True)') == 3 and card.count("`own/probe_kind.py`") == 2
+
+
 def test_results_of_a_head_go_along(lm, tmp_path):
     measured = json.loads((bundled_heads()["toxicchat-gate"] / "results.json").read_text())
     head = toxic()
@@ -198,11 +203,11 @@ def test_heads_that_are_refused(lm, tmp_path, probe, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_kinds_that_the_repository_has_no_code_for_are_refused(lm, tmp_path, monkeypatch):
+def test_a_kind_without_a_file_is_refused(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(registry._PROBE_TYPES))
-    own = type("Own", (registry.get_probe_type("gate"),), {"__module__": "my_kinds"})
+    own = type("Own", (registry.get_probe_type("gate"),), {"__module__": "__main__"})
     registry.register_probe_type("own")(own)
-    with pytest.raises(ProbeError, match=r"'own'.* attentive, gate"):
+    with pytest.raises(ProbeError, match="'own'"):
         export(lm, tmp_path / "x", {"toxic": make_probe(probe_type="own")})
     assert not list(tmp_path.iterdir())
 

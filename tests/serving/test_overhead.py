@@ -14,7 +14,7 @@ from llama_probe.serving.auto import AutoModelForProbedGeneration
 
 
 CPU = torch.device("cpu")
-DEEP, TOKENS = 30, 200  # deep enough for layers to wait for each other
+DEEP = 12  # deep enough for several groups of layers
 KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
 
 
@@ -36,24 +36,18 @@ def each_system(model, many=0, naive=False):
 
 @pytest.mark.parametrize(
     "batch_size, tokens, dtype",
-    [
-        (1, TOKENS, torch.float32),
-        (3, TOKENS, torch.float32),
-        (1, 80, torch.float32),
-        (2, 60, torch.bfloat16),
-        (1, TOKENS, torch.bfloat16),
-    ],
+    [(3, 100, torch.float32), (1, 40, torch.float32), (2, 60, torch.bfloat16)],
 )
 def test_memory_above_the_plain_models(model, batch_size, tokens, dtype, monkeypatch):
     """Beside its parameters, which are there before the call, a head takes at most the reader's budget."""
     model.to(dtype)
     load = Load.create(batch_size, tokens, 1, VOCAB, CPU)
     layer = load.input_ids.numel() * HIDDEN * 4
-    budget = 2 * 4 * layer  # of four layers in fp32
+    budget = 2 * 2 * layer  # of two layers in fp32
     monkeypatch.setattr(reader, "state_budget", lambda device: budget)
     monkeypatch.setattr(mean_attention, "_SCORES", load.input_ids.numel() * HIDDEN // 4)
     peaks = {}
-    for system in each_system(model, many=8, naive=True):
+    for system in each_system(model, many=4, naive=True):
         system.serve(load, None)
         peaks[system.name] = peak_memory(lambda system=system: system.serve(load, None), CPU)
     model.to(torch.float32)
@@ -62,7 +56,7 @@ def test_memory_above_the_plain_models(model, batch_size, tokens, dtype, monkeyp
     summaries = (DEEP + 1) * batch_size * HIDDEN * 4  # one vector a layer, what is kept of the tokens
     for kind in KINDS:
         assert above[kind] <= budget + summaries, kind
-    assert above["8 x mha"] <= budget + 8 * summaries
+    assert above["4 x mha"] <= budget + 4 * summaries
     whole = (DEEP + 1) * load.input_ids.numel() * HIDDEN * dtype.itemsize
     assert all(above[f"naive {kind}"] > whole for kind in KINDS), "where the tensor is made, it is seen"
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import llama_probe
-from llama_probe import LlamaForProbedGeneration, ProbeConfig
+from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
 from llama_probe.serving import remote_code
 from llama_probe.serving.export import export_repository, push_repository
 from llama_probe.serving.pipeline import ProbedTextGenerationPipeline
@@ -136,6 +136,13 @@ for source in (local, remote):
         close(out.probe_logits["toxic"], expected)
         close(model.classify(**inputs)["toxic"].logits, expected)
 
+for source in (local, remote):
+    own = AutoModel.from_pretrained(source, probe=["own", "toxic"], trust_remote_code=True)
+    logits = own.generate(**inputs, max_new_tokens=4).probe_logits
+    torch.testing.assert_close(logits["own"], torch.tensor(expected["own"]), atol=1e-5, rtol=0)
+    close(logits["toxic"], expected)
+assert ("llama_probe" in sys.modules) == package, "the package's name is lent to the kind's code alone"
+
 both = AutoModel.from_pretrained(local, probe=["toxic", "mood"], trust_remote_code=True)
 assert both.active_probes == ["toxic", "mood"]
 both.save_pretrained("saved")
@@ -156,6 +163,9 @@ for source in (local, remote):
 pipe.save_pretrained("saved-by-pipeline")
 assert type(AutoModelForCausalLM.from_pretrained("saved-by-pipeline")).__name__ == "LlamaForCausalLM"
 if package:
+    loaded = AutoModelForCausalLM.from_pretrained(local, trust_remote_code=True)
+    loaded.load_probe("own", trust_remote_code=True)  # its kind is known to the package and to the repository's code
+    assert loaded.probes["own"].config.probe_type == "top"
     loaded = AutoModelForCausalLM.from_pretrained(local, trust_remote_code=True)
     converted = llama_probe.AutoModelForProbedGeneration.from_causal_lm(loaded, local + "/toxic")
     assert type(converted) is llama_probe.LlamaForProbedGeneration and converted.active_probes == ["toxic"]
@@ -219,17 +229,25 @@ def bare_python(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("environment", ["bare", "package"])
-def test_a_repository_in_another_environment(environment, bare_python, hub, tmp_path):
+def test_a_repository_in_another_environment(environment, bare_python, own_kind, hub, tmp_path):
     lm, tokenizer, toxic = make_lm(vocab_size=260), make_tokenizer(), make_probe(id2label={0: "fine", 1: "toxic"})
     model = LlamaForProbedGeneration.from_causal_lm(lm, {"toxic": toxic})
     model.add_probe("mood", ProbeConfig(probe_type="gate"))  # with a fingerprint of the backbone
-    repository = export_repository(model, tmp_path / "tiny-chat", tokenizer=tokenizer)
+    heads = {"own": own_kind}
+    with pytest.raises(ProbeError, match="trust_remote_code"):
+        export_repository(model, tmp_path / "tiny-chat", heads, tokenizer=tokenizer)
+    repository = export_repository(model, tmp_path / "tiny-chat", heads, tokenizer=tokenizer, trust_remote_code=True)
+    assert (repository / "own" / "probe_kind.py").read_bytes() == (own_kind / "probe_kind.py").read_bytes()
+    model.load_probe(own_kind, "own")
     hub.add_user("alice")
     push_repository(repository, "alice/tiny-chat", token=hub.add_token("alice", "write"))
     model.set_active_probes("toxic")
     out = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=4, do_sample=False)
     (record,) = ProbedTextGenerationPipeline(model, tokenizer)(PROMPT, max_new_tokens=4, do_sample=False)
+    model.set_active_probes("own")
+    own = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=1)
     expected = {
+        "own": own.probe_logits["own"].tolist(),
         "sequences": out.sequences.tolist(),
         "logits": out.probe_logits["toxic"].tolist(),
         "labels": out.probe_labels["toxic"],

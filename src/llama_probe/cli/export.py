@@ -14,7 +14,7 @@ from ..evaluation.plots import write_plots
 from ..hub.card import write_card
 from ..hub.folder import list_heads
 from ..serving.export import export_repository, push_repository
-from .options import Backbone, CreatePr, Dtype, Json, Private, Probes, PushRevision
+from .options import Backbone, CreatePr, Dtype, Json, Private, Probes, PushRevision, TrustRemoteCode
 
 
 def export(
@@ -30,13 +30,21 @@ def export(
     private: Private = None,
     revision: PushRevision = None,
     create_pr: CreatePr = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Write a Hub repository that runs backbone and heads without this package."""
     info = None
     with contextlib.redirect_stdout(sys.stderr):
         folder = export_repository(
-            backbone, output, probe, dtype=dtype, base_model=base_model, license=license, repo_id=push
+            backbone,
+            output,
+            probe,
+            dtype=dtype,
+            base_model=base_model,
+            license=license,
+            repo_id=push,
+            trust_remote_code=trust_remote_code,
         )
         for name, head in list_heads(folder).items():
             if write_plots(head):

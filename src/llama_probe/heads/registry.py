@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,14 +63,15 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
     path, before = Path(path), set(_PROBE_TYPES.values())
     if not path.is_file():
         raise ProbeError(f"{path} is not a file; give a Python file that registers a kind with register_probe_type")
-    name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    # Each copy of this code, such as that of a Hub repository, has kinds of its own.
+    name = f"{path.stem}_{hashlib.sha256(__name__.encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    _lend_package()
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with _as_package():
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
@@ -85,9 +88,20 @@ def kind_code(probe_type: str) -> bytes | None:
     return None if file is None else Path(file).read_bytes()
 
 
-def _lend_package() -> None:
-    """Let `from llama_probe.heads import ...` find this code if it runs out of a Hub repository, without the package."""
-    if "llama_probe" in sys.modules or importlib.util.find_spec("llama_probe") is not None:
+@contextmanager
+def _as_package() -> Iterator[None]:
+    """Let `from llama_probe.heads import ...` find this copy of the code, even in a Hub repository."""
+    if __name__ == "llama_probe.heads.registry":
+        yield
         return
-    for name in ("llama_probe", "llama_probe.heads"):
-        sys.modules[name] = sys.modules[get_probe_type("gate").__module__]
+    names = ("llama_probe", "llama_probe.heads")
+    installed = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(dict.fromkeys(names, sys.modules[get_probe_type("gate").__module__]))
+    try:
+        yield
+    finally:
+        for name, module in installed.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module

@@ -45,14 +45,14 @@ class CachedHead:
     """The token-stage state of one head for the tokens in a KV cache.
 
     Attributes:
-        head: the head; its weights made `running`.
+        head: the head; its weights made `state`.
         mask (`torch.BoolTensor` of shape `[rows, tokens]`): tokens that count.
-        running: token-stage state of all layers that the head reads; `None` where no token counts so far.
+        state: token-stage state of all layers that the head reads; `None` where no token counts so far.
     """
 
     head: HeadReference
     mask: torch.Tensor
-    running: Any
+    state: Any
 
 
 class ProbeCache:
@@ -94,7 +94,7 @@ class ProbeCache:
         rows = torch.arange(self.batch_size, device=self.input_ids.device)[indices.to(self.input_ids.device)]
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.heads = {
-            name: replace(kept, mask=kept.mask[rows], running=select_rows(kept.running, rows))
+            name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))
             for name, kept in self.heads.items()
         }
 
@@ -173,7 +173,7 @@ class ProbeCache:
                 "tokens: append to out.sequences. Or start anew without cache and probe_state"
             )
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
-        running = {}
+        states = {}
         for name, head in heads.items():
             kept = self.heads.get(name)
             if kept is None:
@@ -187,8 +187,8 @@ class ProbeCache:
             if head.config.token_scope == "last_user" and not bool(wanted.any()):
                 continue  # all rows go on with another turn of the user
             _same_tokens(f"the tokens that {name!r} reads", wanted, kept.mask)
-            running[name] = kept.running
-        return running
+            states[name] = kept.state
+        return states
 
 
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:

@@ -23,14 +23,14 @@ from ..backbone.decoder import target_of
 from ..backbone.loading import backbone_target, load_backbone, model_id, resolve_backbone
 from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version, write_atomically
-from ..heads import get_probe_type, probe_types
+from ..heads import get_probe_type
 from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import cell, code, example_chat, quote, word, write_card
-from ..hub.folder import CARD_NAME, HEAD_FILES, is_head_folder, read_results
+from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, is_head_folder, read_results
 from ..hub.publish import check_links
-from ..hub.transport import HubReference, commit_files
+from ..hub.transport import HubOptions, HubReference, commit_files
 from .pipeline import TASK
 from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, flat_files, write_flat_files
 from .sources import ProbeSpec, read_heads
@@ -65,11 +65,12 @@ def export_repository(
     base_model: str | None = None,
     license: str | None = None,
     repo_id: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
     Loading it needs transformers, torch and safetensors. Without `probe=` and `trust_remote_code=True` it is the plain
-    backbone.
+    backbone. A head of a kind from outside the package brings the code of its kind along.
 
     Args:
         backbone: `"demo"`, a folder, a Hub id, or a loaded `LlamaForCausalLM` with or without heads.
@@ -80,18 +81,20 @@ def export_repository(
         base_model: Hub id of the backbone, for the card. Defaults to the one that the backbone or its heads record.
         license: licence of the whole, for the card: the strictest of the backbone and the heads.
         repo_id: the repository that it will be pushed to, for the cards.
+        trust_remote_code: run the code file of a head whose kind the package does not have.
 
     Returns:
         The folder.
 
     Raises:
         ProbeError: the folder is not empty, the backbone is no plain Llama or cannot be saved, or a head is missing, does
-            not fit, has a kind from outside the package or the name of a file. Nothing is left behind then.
+            not fit, has a kind without a code file or the name of a file. Nothing is left behind then.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
+    options = HubOptions(trust_remote_code=trust_remote_code)
     if isinstance(backbone, (str, os.PathLike)):
-        heads = read_heads(probe, backbone_target(str(backbone)))
+        heads = read_heads(probe, backbone_target(str(backbone)), options)
         _check_heads(heads)
         path = resolve_backbone(str(backbone))
         _check_family(path)
@@ -100,7 +103,7 @@ def export_repository(
     else:
         lm = backbone
         _check_class(lm)
-        attached, heads = dict(getattr(lm, "probes", {})), read_heads(probe, target_of(lm))
+        attached, heads = dict(getattr(lm, "probes", {})), read_heads(probe, target_of(lm), options)
         if twice := attached.keys() & heads.keys():
             raise ProbeError(
                 f"heads {sorted(twice)} are attached already; pass a dict name -> head to rename the others"
@@ -215,13 +218,10 @@ def _check_heads(heads: Mapping[str, ProbeModel]) -> None:
         raise ProbeError(f"a head cannot be called {found[0]!r}: a file or folder of the repository has that name")
     if len({name.casefold() for name in heads}) < len(heads):
         raise ProbeError(f"heads {sorted(heads)} differ in upper and lower case only, which some file systems ignore")
-    package = __package__.split(".")[0]
-    known = [kind for kind in probe_types() if get_probe_type(kind).__module__.startswith(f"{package}.")]
     for name, head in heads.items():
-        if head.config.probe_type not in known:
-            raise ProbeError(
-                f"head {name!r} has the kind {head.config.probe_type!r}; exported code has {', '.join(known)}"
-            )
+        kind = head.config.probe_type
+        if get_probe_type(kind).__module__ == "__main__":
+            raise ProbeError(f"head {name!r}: the kind {kind!r} has no file; import it from one (import_kinds)")
 
 
 def _tokenizer_of(lm: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -268,6 +268,7 @@ def _card(
     found = f'out.probe_labels["{heads[0]}"], out.probe_probabilities["{heads[0]}"]'
     if first.token_scope == "response":  # such a head does not score the prompt
         found = f'out.probe_token_probabilities["{heads[0]}"]'
+    kinds = [f"{head}/{CODE_NAME}" for head in heads if (repository / head / CODE_NAME).is_file()]
     encode = ".apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, " if chat else "(prompt, "
     return _CARD.read_text(encoding="utf-8").format(
         metadata=metadata.to_yaml(),
@@ -280,6 +281,9 @@ def _card(
         call=_CALL.format(name=quoted, prompt=prompt, encode=encode, found=found),
         task=TASK,
         prompt=prompt,
+        kinds="".join(f" and {code(file)}" for file in kinds),
+        runs=", ".join(map(code, kinds)) if kinds else "no code of the repository",
+        trust=", trust_remote_code=True" if f"{heads[0]}/{CODE_NAME}" in kinds else "",
         plain=code(f"AutoModelForCausalLM.from_pretrained({quoted})"),
     )
 

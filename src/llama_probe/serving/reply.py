@@ -40,7 +40,7 @@ class ReplyRecorder:
         self._states: dict[str, Any] = {}
         self._waiting: list[dict[int, torch.Tensor]] = []
         self._tokens: list[torch.Tensor] = []
-        self._counted: list[torch.Tensor] = []
+        self._token_masks: list[torch.Tensor] = []
 
     def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
         """Begin, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
@@ -59,7 +59,7 @@ class ReplyRecorder:
         ends = torch.isin(tokens, self._ends.to(tokens.device))
         if len(self._waiting) > self._CHUNK:
             self._read(self._CHUNK)
-        self._counted.append(self._open & (scored | ends))
+        self._token_masks.append(self._open & (scored | ends))
         self._open = self._open & ~ends
         self._tokens.append(tokens)
         self._waiting.append({})
@@ -75,7 +75,7 @@ class ReplyRecorder:
             return
         first = len(self._tokens) - len(self._waiting)
         chunk, self._waiting = self._waiting[:tokens], self._waiting[tokens:]
-        mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
+        mask = torch.stack(self._token_masks[first : first + tokens], dim=1)  # [rows, n]
         self._reader.begin(dict.fromkeys(self.heads, mask), last=False)
         for layer in sorted(self.layers):
             self._reader.on_state(layer, torch.cat([states[layer] for states in chunk], dim=1))  # [rows, n, D]
@@ -89,9 +89,9 @@ class ReplyRecorder:
         count = len(self._tokens) - len(self._waiting)
         none = torch.zeros(rows, 0, dtype=torch.long)
         tokens = torch.stack(self._tokens[:count], dim=1) if count else none
-        counted = torch.stack(self._counted[:count], dim=1) if count else none.bool()
+        token_mask = torch.stack(self._token_masks[:count], dim=1) if count else none.bool()
         states = {name: state.joined() for name, state in self._reader.states.items()}
-        return self.prompt.probe_cache({**self._states, **states}, tokens, counted)
+        return self.prompt.probe_cache({**self._states, **states}, tokens, token_mask)
 
 
 class ReplySession:
@@ -172,10 +172,10 @@ class ReplySession:
         if self.recorder is not None:
             self.recorder.start(rows, self._ended)
         tokens = ids[:, -1]
-        counted = self._count(tokens)
+        token_mask = self._count(tokens)
         if self.recorder is not None:
-            self.recorder.begin(tokens, counted)
-        mask = counted[:, None]
+            self.recorder.begin(tokens, token_mask)
+        mask = token_mask[:, None]
         self._reader.begin(dict.fromkeys(self.heads, mask))
         self._reading = True
         try:
@@ -183,7 +183,7 @@ class ReplySession:
         finally:
             self._reading = False
         self._reader.end()
-        scores = self._score(counted)
+        scores = self._score(token_mask)
         self._steps += 1
         if self.on_token is not None:
             self.on_token(scores)
@@ -214,13 +214,13 @@ class ReplySession:
             return self._live
         return self._live & (tokens != self._pad)
 
-    def _score(self, counted: torch.Tensor) -> TokenScores:
+    def _score(self, token_mask: torch.Tensor) -> TokenScores:
         outputs = self._reader.results()
         for name, output in outputs.items():
-            uncounted = ~counted.to(output.logits.device)[:, None]
-            output.logits = output.logits.masked_fill(uncounted, float("nan"))
+            unread = ~token_mask.to(output.logits.device)[:, None]
+            output.logits = output.logits.masked_fill(unread, float("nan"))
             self._logits[name].append(output.logits)
-        return TokenScores(self._steps, outputs, counted)
+        return TokenScores(self._steps, outputs, token_mask)
 
     def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
         """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ...data.known import find_benchmark
-from ...evaluation.plots import layer_groups_plot, learning_curves_plot, methods_plot, png_writer, sensitivity_plot
+from ...evaluation.plots import png_writer, sensitivity_plot
 from ...files import write_atomically
 from ...hub.card import table
 from .. import paper
 from .columns import Column, cell, columns, find_orders
+from .figures import layer_groups_plot, learning_curves_plot, methods_plot
 from .learning_curves import summarize_curves
 from .workbench import file_name
 
@@ -68,15 +69,16 @@ def _blocks(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
     yield f"# The tables of {paper.SOURCE}" + (f" for {backbone['name']}" if backbone else "")
     if backbone:
         yield (
-            f"Backbone here: {backbone['name']}, {backbone['num_parameters'] / 1e6:,.0f} million parameters, "
-            f"{backbone['num_hidden_layers']} layers of {backbone['hidden_size']:,}. Columns headed *paper* are of "
-            f"{paper.BACKBONE} ({paper.BACKBONE_SIZE}), with the authors' training rows and hyper-parameter search: another "
-            "model, so their size is no target for the numbers here. What can be compared is the order of the methods."
+            f"- The backbone is {backbone['name']}: {backbone['num_parameters'] / 1e6:,.0f} million parameters, "
+            f"{backbone['num_hidden_layers']} layers, hidden size {backbone['hidden_size']:,}.\n"
+            f"- Columns headed *paper* are for {paper.BACKBONE}: {paper.BACKBONE_SIZE}. They use the authors' training rows and "
+            "hyper-parameter search. Compare the order of the methods, not the size of the numbers."
         )
     yield (
-        f"Mean ± standard deviation over the seeds {', '.join(map(str, settings['seeds']))} (initial weights and dropout; for "
-        "few-shot prompting the examples; split and order of the rows are the same). One number alone: the method has no seed. "
-        "Best epoch, layer, temperature and threshold were chosen by validation rows, and nothing by test rows."
+        f"- Numbers are mean ± standard deviation over the seeds {', '.join(map(str, settings['seeds']))}. A seed sets initial "
+        "weights and dropout; for few-shot prompting it sets the examples. The split and the order of the rows do not change. "
+        "A number without ± is from a method without a seed.\n"
+        "- Validation rows chose the best epoch, layer, temperature and threshold. Test rows chose nothing."
     )
     if settings["max_rows"] is not None:
         rows = settings["max_rows"]
@@ -171,7 +173,9 @@ def _out_of_distribution(ood: dict[str, Any]) -> Iterator[str]:
     if not done:
         return
     yield f"## Out of distribution: trained on {ood['trained_on']}"
-    yield "F1 / AUPRC / recall of the harmful label on other test sets; the threshold is that of the training data."
+    yield (
+        "The cells are F1 / AUPRC / recall of the harmful label on other test sets. The threshold is that of the training data."
+    )
     lines = []
     for name in dict.fromkeys(name for results in done.values() for name in results):
         own = [results[name] for results in done.values() if name in results]
@@ -181,7 +185,7 @@ def _out_of_distribution(ood: dict[str, Any]) -> Iterator[str]:
     if absent := [test for test in ood["results"] if test not in done]:
         yield f"Not at hand: {', '.join(absent)}."
     figures = ", ".join(f"{name} {_paper_cell(figure)}" for name, figure in paper.OUT_OF_DISTRIBUTION.items())
-    yield f"In the paper, trained on WildGuardMix and tested on ToxicChat (F1): {figures}."
+    yield f"In the paper, heads trained on WildGuardMix and tested on ToxicChat have these F1 scores: {figures}."
 
 
 def _downcast(source: str, done: dict[str, Any]) -> Iterator[str]:
@@ -203,9 +207,9 @@ def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
         return
     yield f"## Layer weights on {source}"
     yield (
-        "The three layers with the largest mean weight on test rows, by label and by whether the head is right; the plot has "
-        "all. In the paper, errors look like the label that was given: their mean weights are nearer to those of the right rows "
-        "of that label than to those of the true one."
+        "The table shows the three layers with the largest mean weight on test rows, by label and by right or wrong prediction. "
+        "The plot shows all layers. In the paper, errors look like the predicted label: their mean weights are nearer to those "
+        "of the right rows of the predicted label than to those of the true label."
     )
     lines, nearest = [], []
     for name, found in done.items():
@@ -218,8 +222,8 @@ def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
             nearer = [error for error in errors if error["to_given"] < error["to_true"]]
             rows, all_rows = (sum(error["rows"] for error in some) for some in (nearer, errors))
             nearest.append(
-                f"- `{name}`: nearer to the given label for {len(nearer)} of {len(errors)} pairs of a true and a given label, "
-                f"which is {rows} of {all_rows} wrong rows."
+                f"- `{name}`: nearer to the predicted label for {len(nearer)} of {len(errors)} pairs of a true and a predicted "
+                f"label ({rows} of {all_rows} wrong rows)."
             )
     yield _table(["head", "label", "head is", "rows", "layers (weight)"], lines)
     if nearest:
@@ -232,8 +236,8 @@ def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
     stopped += f" Failed, as their training ran away: {counts['failed']}, left out." if counts["failed"] else ""
     yield "## Sensitivity to hyper-parameters"
     yield (
-        f"Validation {found['metric']} of {len(found['trials'])} configurations of a sweep.{stopped} In the paper the learning "
-        "rate matters most for `pooling` and `gate`, and `mha` is robust."
+        f"The table shows the validation {found['metric']} of {len(found['trials'])} configurations of a sweep.{stopped} In the "
+        "paper the learning rate matters most for `pooling` and `gate`, and `mha` is robust."
     )
     lines = []
     for kind, values in found["kinds"].items():
@@ -250,9 +254,9 @@ def _few_labels(source: str, done: list[dict[str, Any]]) -> Iterator[str]:
     found, curves = done[0], _curves(done)
     yield f"## Few labels: {source}"
     yield (
-        f"{found['metric']} on {found['rows']['test']:,} test rows after training on so many of the "
-        f"{found['rows']['train']:,} training rows, drawn anew for each seed, with what `llama-probe train` chooses for their "
-        "number. No row is held back, and nothing is chosen by one."
+        f"{found['metric']} on {found['rows']['test']:,} test rows, after training on a sample of the "
+        f"{found['rows']['train']:,} training rows. Each seed draws its own sample. The settings are those that "
+        "`llama-probe train` chooses for the number of rows. No row is held back."
     )
     sizes = list(next(iter(curves.values())))
     lines = [[f"`{kind}`", *(cell(values[size]) for size in sizes)] for kind, values in curves.items()]
