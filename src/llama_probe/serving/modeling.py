@@ -13,10 +13,11 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import cached_tokens, copy_cache
-from ..backbone.capture import handing_states_to
+from ..backbone.capture import Capture, check_seen, handing_states_to
 from ..backbone.decoder import target_of, without_peft
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
+from ..heads.scope import check_rows, prompt_masks
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
@@ -197,6 +198,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if not heads:
                 refuse_without_heads(probe_state)
                 return super().forward(**kwargs)
+            if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
+                return self._differentiable_forward(heads, configs, kwargs, probe_mask)
             session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
             if session is None:  # a later step of somebody's own decoding loop
                 return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
@@ -209,6 +212,24 @@ class ProbedGenerationMixin(ProbeHostMixin):
         logits = {name: result.logits for name, result in session.results().items()}
         state = session.probe_cache() if session.return_state else None
         return with_scores(output, logits, configs, state, probe_state is not None)
+
+    def _differentiable_forward(self, heads, configs, kwargs, probe_mask):
+        """Run a pass whose logits have gradients, to the heads and to the LM. It keeps the states of all layers."""
+        decoder, states = self._decoder, {}
+        ids, embeds, attention_mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        placeholders = decoder.placeholder_ids
+        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
+        layers = {layer for head in heads.values() for layer in head.layer_indices}
+        with Capture(decoder, states.__setitem__, layers):
+            output = super().forward(**decoder.whole(kwargs))
+        check_seen(layers, states)
+        logits = {}
+        for name, head in heads.items():
+            check_rows(masks[name])
+            x = head.normalize(torch.stack([states[layer].to(head.device) for layer in head.layer_indices]))
+            summaries = head.token_stage(x, masks[name].to(head.device))  # [S, B, D]
+            logits[name] = head.score_summaries(summaries).logits
+        return with_scores(output, logits, configs)
 
     def classify(
         self,
