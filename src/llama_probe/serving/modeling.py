@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import cached_tokens, copy_cache
 from ..backbone.capture import Capture, check_seen, handing_states_to
 from ..backbone.decoder import target_of, without_peft
+from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..heads.scope import check_rows, prompt_masks
@@ -36,6 +37,7 @@ from .session import (
 )
 from .sources import ProbeSpec, load_heads_for, read_heads
 from .streaming import HoldBackStreamer
+from .texts import as_texts, classify_texts
 
 
 logger = logging.get_logger(__name__)
@@ -198,6 +200,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if not heads:
                 refuse_without_heads(probe_state)
                 return super().forward(**kwargs)
+            if not compiling and not cached_tokens(kwargs):
+                self._warn_of_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), probe_mask)
             if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
                 return self._differentiable_forward(heads, configs, kwargs, probe_mask)
             session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
@@ -233,7 +237,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def classify(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | str | Sequence[Text] | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         probe_mask: torch.Tensor | None = None,
@@ -241,12 +245,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         cache: Cache | None = None,
         probe_state: ProbeCache | None = None,
         probes: str | Iterable[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head.
 
+        Example:
+            >>> model.classify(["Well done!", "I hate it."], tokenizer=tokenizer)["mood"].labels
+            ['good', 'bad']
+
         Args:
-            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
+            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*), or texts or chats: one or a list of them.
+                Texts are rendered as each head was trained, and batched by length; `probes`, `output_attentions` and
+                `tokenizer` are then the only other arguments.
             attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
             inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
@@ -256,6 +267,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 is: a copy is used.
             probe_state: what was returned beside the cache.
             probes: names of the heads that run in this call; the active ones where left out.
+            tokenizer: of the backbone, for texts.
             kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
                 stand for these do not count, unless `probe_mask` says so.
 
@@ -268,7 +280,15 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        if (texts := as_texts(input_ids)) is not None:
+            others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
+            others |= {"cache": cache, "probe_state": probe_state, **kwargs}
+            if given := [name for name, value in others.items() if value is not None]:
+                raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
+            configs = {name: head.config for name, head in heads.items()}
+            return classify_texts(self, configs, texts, tokenizer, output_attentions)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
+        self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         past = cached_tokens({"cache": cache})
         if asks_for_state(probe_state, input_ids, None) and probe_state is True:
@@ -297,6 +317,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
         return session.results()
+
+    def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
+        """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
+        pad = self.config.get_text_config(decoder=True).pad_token_id
+        unmasked = all(mask is None for mask in masks) and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
+        if pad is None or not unmasked or len(input_ids) < 2 or input_ids.is_meta:
+            return
+        padded = (input_ids[:, [0, -1]] == pad).any(dim=1)
+        if bool(padded.any()) and not bool(padded.all()):
+            logger.warning_once(
+                "Rows are padded and there is no attention_mask: heads score the padding as text. Pass the tokenizer's "
+                "attention_mask."
+            )
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
