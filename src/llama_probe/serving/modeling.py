@@ -359,7 +359,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         and decode without `torch.compile`.
 
         `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and heads run
-        only where they may halt.
+        only where they may halt. Decode `out.sequences`, not `out`; with `tokenizer=` the new texts are `out.texts`.
 
         Returns:
             `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
@@ -432,9 +432,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             token_logits = reply.logits(rows, new_tokens) or None
             if reply.recorder is not None:
                 state = reply.recorder.probe_cache(rows, cached_tokens(output))
-        return with_probe_logits(
-            output, logits, configs, None if halter is None else halter.halts, token_logits, state
-        )
+        halts, texts = None if halter is None else halter.halts, None
+        if (tokenizer := kwargs.get("tokenizer")) is not None:
+            written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return with_probe_logits(output, logits, configs, halts, token_logits, state, texts)
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
