@@ -49,6 +49,19 @@ def test_switching_and_deleting(model, prompts):
     assert model.active_probes == []
 
 
+def test_heads_are_disabled_for_a_while(model, prompts):
+    model.add_probe("a", make_probe())
+    model.add_probe("b", make_probe(seed=1))
+    model.set_active_probes(["b"])
+    with pytest.raises(KeyError), model.disable_probes():
+        assert model.active_probes == [] and not hasattr(model(prompts), "probe_logits")
+        raise KeyError
+    assert model.active_probes == ["b"]
+    with model.disable_probes() as plain:
+        plain.delete_probe("b")
+    assert model.active_probes == []
+
+
 @pytest.mark.parametrize("scope", ["prompt", "all"])
 def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
     """`model.train()`, as for a LoRA, reaches the heads, whose dropouts are for their own training."""

@@ -35,7 +35,7 @@ from .session import (
     prompt_session,
     session_of,
 )
-from .sources import ProbeSpec, load_heads_for, read_heads
+from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, read_heads, saved_heads
 from .streaming import HoldBackStreamer
 from .texts import as_texts, classify_texts
 
@@ -155,8 +155,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """`PreTrainedModel.from_pretrained` with heads.
 
         Args:
+            pretrained_model_name_or_path: without `probe`, a head is allowed as well: its backbone is loaded.
             probe: a head folder, a Hub id (`user/repo`, with `@revision` and `:subfolder` where wanted), an alias, a
-                list of these, or a dict name -> one of these; see `resolve_head`.
+                `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Where left out, the heads
+                that `save_pretrained` has kept beside the model are attached; `[]` for none.
             probe_revision: of heads on the Hub that name none. `revision` is that of the backbone alone.
             probe_namespace: user or organisation whose heads aliases stand for; see `probe_namespace`.
             probe_strict: raise, rather than warn, where a head was trained on another backbone.
@@ -166,10 +168,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
-        heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        place, load = pretrained_model_name_or_path, super().from_pretrained
+        if probe is not None:
+            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
+            loaded = load(place, *model_args, **kwargs)
+        else:
+            loaded = load_or_find_head(lambda: load(place, *model_args, **kwargs), place, kwargs)
+            heads = None
+            if isinstance(head := loaded, HeadPlace):
+                kwargs = head.backbone_kwargs(kwargs)
+                heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
+                loaded = load(head.backbone, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model._attach(heads, probe_strict)
+        model._attach(saved_heads(place, model.config, kwargs) if heads is None else heads, probe_strict)
         return loaded
 
     def _probed_forward(self, *args, **kwargs):
