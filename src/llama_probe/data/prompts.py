@@ -92,7 +92,7 @@ class PromptFormat:
         """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
         if config.prompt_format not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
-            logger.warning(
+            logger.warning_once(
                 f"The head was trained on rows that its user tokenised: its prompt_format is unknown, and {kind!r} is used."
             )
             return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
