@@ -263,7 +263,7 @@ def _card(
         row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license")]
         rows.append(f"| {' | '.join(cell(text or 'not stated') for text in row)} |")
     first, quoted = read_config(repository / heads[0]), quote(name)
-    chat = tokenizer.chat_template and first.prompt_format == "chat"
+    chat = tokenizer.chat_template and first.prompt_format != "raw"
     prompt = example_chat(first.system_prompt) if chat else '"Write me a short poem about rain."'
     found = f'out.probe_labels["{heads[0]}"], out.probe_probabilities["{heads[0]}"]'
     if first.token_scope == "response":  # such a head does not score the prompt
