@@ -116,7 +116,7 @@ def export_repository(
     base_model = base_model or _base_model(backbone, lm, heads)
     with new_folder(folder) as repository:
         try:
-            lm.save_pretrained(repository)
+            lm.save_pretrained(repository, **({"save_probes": False} if hasattr(lm, "probes") else {}))
         except ValueError as error:  # a quantiser that cannot write its weights, a generation config of another use
             raise ProbeError(f"the backbone cannot be saved: {' '.join(str(error).split())}") from error
         tokenizer.save_pretrained(repository)
