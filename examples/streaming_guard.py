@@ -5,14 +5,11 @@ Run it with `python examples/streaming_guard.py` (extras `train` and `demo`).
 
 import tempfile
 
-import numpy as np
 from transformers import TextStreamer
 
-from llama_probe import AutoModelForProbedGeneration, HoldBackStreamer, ProbeConfig, ProbeModel
+from llama_probe import AutoModelForProbedGeneration, HoldBackStreamer, ProbeTrainer, ProbeTrainingArguments
 from llama_probe.backbone.loading import load_backbone
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.data.states import PromptDataset
-from llama_probe.training.trainer import create_trainer, training_arguments
 
 
 # A toy: the assistant of a travel agency must not write about cooking. Train a real guard on real replies.
@@ -21,26 +18,23 @@ PLACES = ("Lisbon", "the Alps", "Kyoto", "Iceland", "the coast", "Peru", "Vienna
 COOKING = ("To make {}, mix the ingredients in a bowl and heat the pan.", "For {} you need salt, oil and time.")
 TRAVEL = ("To get to {}, take the train and book a room early.", "In {} you can walk along the old streets.")
 
-replies = [text.format(place) for place in PLACES for text in TRAVEL]
-labels = [0] * len(replies)
-replies += [text.format(dish) for dish in DISHES for text in COOKING]
-labels = np.array(labels + [1] * (len(replies) - len(labels)))
-question = {"role": "user", "content": "Can you help me?"}
-chats = [[question, {"role": "assistant", "content": reply}] for reply in replies]
+rows = [{"response": text.format(place), "label": "travel"} for place in PLACES for text in TRAVEL]
+rows += [{"response": text.format(dish), "label": "cooking"} for dish in DISHES for text in COOKING]
+rows = [{"prompt": "Can you help me?", **row} for row in rows]
 
 lm, tokenizer = load_backbone("demo")
-prompts = PromptFormat.create(tokenizer)
-config = ProbeConfig(
-    probe_type="gate", id2label={0: "travel", 1: "cooking"}, token_scope="response", **prompts.config_fields()
-)
-probe = ProbeModel(config, backbone=lm)
-ids, masks, _ = prompts.encode_for(config, chats)
 with tempfile.TemporaryDirectory() as folder:
-    settings = {"num_train_epochs": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
-    args = training_arguments(folder, "accuracy", **settings, eval_strategy="no", load_best_model_at_end=False)
-    create_trainer(probe, args, PromptDataset(ids, labels, masks)).train()
+    trainer = ProbeTrainer(
+        backbone=lm,
+        processing_class=tokenizer,
+        probe_config={"probe_type": "gate"},
+        args=ProbeTrainingArguments(folder, num_train_epochs=4),
+        train_dataset=rows,
+    )
+    trainer.train()
 
-model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": probe})
+prompts = PromptFormat.from_config(trainer.model.config, tokenizer)
+model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": trainer.model})
 for question in ("What should I see in Rome?", "How do I bake a chocolate cake?"):
     print(f"\n> {question}")
     out = model.generate(

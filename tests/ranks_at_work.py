@@ -20,7 +20,7 @@ from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
 from llama_probe.training.sweep import SearchSpace, Sweep
-from llama_probe.training.trainer import create_trainer, training_arguments
+from llama_probe.training.trainer import ProbeTrainer, ProbeTrainingArguments
 
 
 LABELS = torch.arange(13).numpy() % 2
@@ -85,8 +85,8 @@ def sharded(folder: Path) -> dict:
         found.append(predict_logits(head, dataset, batch_tokens=14))
     torch.manual_seed(0)
     trained = ProbeModel(ProbeConfig(probe_type="gate", dropout=0.0), backbone=lm)
-    arguments = training_arguments(folder / "sharded", "accuracy", num_train_epochs=2, per_device_train_batch_size=2)
-    trainer = create_trainer(trained, arguments, dataset, dataset)
+    arguments = ProbeTrainingArguments(str(folder / "sharded"), num_train_epochs=2, per_device_train_batch_size=2)
+    trainer = ProbeTrainer(trained, arguments, None, dataset, dataset)
     trainer.train()
     weights = torch.cat([tensor.flatten() for tensor in trained.state_dict().values()])
     frozen = all(
@@ -113,7 +113,7 @@ def in_parts(folder: Path) -> dict:
     cached = StateCache(folder / "tp", torch.float32).dataset(lm, head.config, prompts(), LABELS)
     scores = predict_logits(make_probe(probe_type="mha"), cached, batch_tokens=28)
     with contextlib.suppress(ProbeError):
-        create_trainer(head, training_arguments(folder / "tp", "accuracy"), cached)
+        ProbeTrainer(head, ProbeTrainingArguments(str(folder / "tp")), None, cached)
         raise AssertionError("the Trainer would give each rank its own rows")
     local = lm.model.layers[LAYERS - 1].mlp.down_proj.weight
     return {

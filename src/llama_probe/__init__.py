@@ -4,6 +4,9 @@ Importing the package teaches `transformers.AutoModel.from_pretrained` and `Auto
 argument `probe=`, and `transformers.pipeline` the task "probed-text-generation"; other calls are not changed.
 """
 
+import importlib
+from typing import Any
+
 from .backbone.families import register_family
 from .errors import ProbeError
 from .files import package_version
@@ -31,12 +34,22 @@ __all__ = [
     "ProbeError",
     "ProbeModel",
     "ProbeOutput",
+    "ProbeTrainer",
+    "ProbeTrainingArguments",
     "ProbedGenerationMixin",
     "Reprompt",
     "TokenScores",
     "__version__",
     "register_family",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer on first use: it needs the packages of the extra `train`."""
+    if name in ("ProbeTrainer", "ProbeTrainingArguments"):
+        return getattr(importlib.import_module(".training.trainer", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 auto.install()
 pipeline.register()

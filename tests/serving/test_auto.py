@@ -3,7 +3,13 @@
 import pytest
 import torch
 from conftest import make_lm, make_probe, save_head
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.serving import auto
@@ -87,3 +93,55 @@ def test_calls_without_it_are_those_of_transformers(backbone_folder):
         auto.install()
     assert types == [["LlamaModel", "LlamaForCausalLM"]] * 2
     assert AutoModel.from_pretrained.__name__ == "from_pretrained" and AutoModel.from_pretrained.__doc__
+
+
+def test_a_head_in_memory(backbone_folder, prompts):
+    head = make_probe()
+    model = AutoModelForCausalLM.from_pretrained(backbone_folder, probe=head)
+    assert model.probes["probe"] is head
+    with pytest.raises(ProbeError, match="'probe'"):
+        AutoModelForCausalLM.from_pretrained(backbone_folder, probe=[head, make_probe()])
+
+
+class TestAHeadsId:
+    """The id of a head is enough: its config names the backbone."""
+
+    @pytest.fixture(params=["folder", "hub", "subfolder"])
+    def place(self, request, backbone_folder, tmp_path, hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+        probe = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
+        if request.param == "folder":
+            return str(save_head(probe, tmp_path / "mood")), {}
+        where = {"subfolder": "heads/mood"} if request.param == "subfolder" else {}
+        probe.push_to_hub("alice/mood", **where)
+        return "alice/mood", where
+
+    @pytest.mark.parametrize(
+        "auto_class",
+        [
+            AutoModelForProbedGeneration,
+            AutoModelForCausalLM,
+            LlamaForProbedGeneration,
+            AutoModelForSequenceClassification,
+        ],
+    )
+    def test_models(self, auto_class, place, prompts):
+        model, info = auto_class.from_pretrained(place[0], **place[1], output_loading_info=True)
+        assert type(model) is LlamaForProbedGeneration and model.active_probes == ["mood"] and not info["missing_keys"]
+        assert model.generate(prompts, max_new_tokens=2).probe_labels["mood"][0] in ("no", "yes")
+
+    def test_config_and_tokenizer(self, place, backbone_folder):
+        config = AutoConfig.from_pretrained(place[0], **place[1])
+        assert config.model_type == "llama_probe_head" and config.id2label == {0: "no", 1: "yes"}
+        assert config.base_model_name_or_path == str(backbone_folder) and config.probe["probe_type"] == "mha"
+        tokenizer = AutoTokenizer.from_pretrained(place[0], **place[1])
+        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(backbone_folder).chat_template
+
+    def test_what_is_neither(self, tmp_path):
+        for auto_class in (AutoConfig, AutoModelForCausalLM, AutoTokenizer, AutoModelForProbedGeneration):
+            with pytest.raises(OSError):
+                auto_class.from_pretrained(str(tmp_path / "nothing"))
+
+    def test_a_head_that_does_not_know_its_backbone(self, head):
+        with pytest.raises(ProbeError, match="backbone"):
+            AutoModelForCausalLM.from_pretrained(head)

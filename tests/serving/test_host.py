@@ -49,6 +49,19 @@ def test_switching_and_deleting(model, prompts):
     assert model.active_probes == []
 
 
+def test_heads_are_disabled_for_a_while(model, prompts):
+    model.add_probe("a", make_probe())
+    model.add_probe("b", make_probe(seed=1))
+    model.set_active_probes(["b"])
+    with pytest.raises(KeyError), model.disable_probes():
+        assert model.active_probes == [] and not hasattr(model(prompts), "probe_logits")
+        raise KeyError
+    assert model.active_probes == ["b"]
+    with model.disable_probes() as plain:
+        plain.delete_probe("b")
+    assert model.active_probes == []
+
+
 @pytest.mark.parametrize("scope", ["prompt", "all"])
 def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
     """`model.train()`, as for a LoRA, reaches the heads, whose dropouts are for their own training."""
@@ -65,7 +78,24 @@ def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
 
     before = scores()
     model.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, scores(), strict=True))
+    for found, expected in zip(scores(), before, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", probe_types())
+def test_gradients_flow_through_an_attached_head_in_training(model, prompts, kind):
+    head = model.add_probe("mood", make_probe(probe_type=kind, vocab_size=VOCAB, dropout=0.5))
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    expected = model(prompts, attention_mask=mask).probe_logits["mood"]
+    assert not expected.requires_grad, "in eval mode a pass keeps nothing"
+    model.train()
+    found = model(prompts, attention_mask=mask).probe_logits["mood"]
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in head.classifier.parameters())
+    if kind != "muli":  # it reads what the LM predicts, as numbers
+        assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
 def test_a_fresh_head_takes_the_backbones_sizes(model):

@@ -11,6 +11,7 @@ from conftest import LAYERS, make_lm, make_probe, make_prompts, save_head
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -114,7 +115,7 @@ class TestClassify:
 class TestSavingTheBackbone:
     def test_writes_what_the_plain_class_writes(self, model, tmp_path):
         make_lm().save_pretrained(tmp_path / "plain")
-        model.save_pretrained(tmp_path / "probed")
+        model.save_pretrained(tmp_path / "probed", save_probes=False)
         files = sorted(path.name for path in (tmp_path / "plain").iterdir())
         assert sorted(path.name for path in (tmp_path / "probed").iterdir()) == files
         for name in files:
@@ -122,10 +123,39 @@ class TestSavingTheBackbone:
         assert json.loads((tmp_path / "probed" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
         assert type(model) is LlamaForProbedGeneration and set(model.probes) == {"a", "b"}
 
+    @pytest.mark.parametrize("push", [False, True])
+    def test_heads_are_kept_and_attached_again(self, model, prompts, tmp_path, hub, monkeypatch, push):
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+        model.set_active_probes(["a", "b"])
+        place = tmp_path / "here"
+        if push:
+            place = "alice/guarded"
+            model.push_to_hub(place)
+        else:
+            model.save_pretrained(place)
+        expected = model(prompts).probe_logits
+        for auto_class in (AutoModelForProbedGeneration, LlamaForProbedGeneration, AutoModelForCausalLM):
+            loaded = auto_class.from_pretrained(place)
+            found = loaded(prompts).probe_logits
+            assert found.keys() == expected.keys()
+            for name, logits in found.items():
+                torch.testing.assert_close(logits, expected[name])
+        assert AutoModelForCausalLM.from_pretrained(place, probe=[]).active_probes == []
+        assert not hasattr(model.config, "probe_heads")
+        loaded.save_pretrained(tmp_path / "again", save_probes=False)
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is LlamaForCausalLM
+
     def test_tensors_of_heads_are_left_out_of_a_state_dict(self, model, tmp_path):
         assert any(name.startswith("probes.") for name in model.state_dict())
         model.save_pretrained(tmp_path, state_dict=model.state_dict())
         assert set(load_file(tmp_path / "model.safetensors")) == set(make_lm().state_dict())
+
+    def test_a_checkpoint_of_the_plain_model_is_loaded(self, model, prompts):
+        before, other = model(prompts).probe_logits["a"], make_lm(seed=5)
+        assert not any(model.load_state_dict(other.state_dict()))
+        assert torch.equal(model(prompts).logits, other(prompts).logits)
+        assert not torch.equal(model(prompts).probe_logits["a"], before) and "a" in model.probes
+        assert not any(model.load_state_dict(model.state_dict()))
 
     def test_loads_as_any_class(self, model, prompts, tmp_path):
         model.save_pretrained(tmp_path)

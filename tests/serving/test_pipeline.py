@@ -311,3 +311,70 @@ def test_installing_twice_and_undoing(caplog):
     assert TASK not in PIPELINE_REGISTRY.supported_tasks
     module.register()
     assert PIPELINE_REGISTRY.supported_tasks[TASK] == known
+
+
+class TestClassification:
+    """pipeline("text-classification"): the usual list of dicts."""
+
+    @pytest.fixture
+    def model(self):
+        return LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_a_model_with_heads(self, model, batch_size):
+        expected = model.classify(TEXTS, tokenizer=make_tokenizer(), probes="toxic")["toxic"]
+        pipe = pipeline("text-classification", model=model, tokenizer=make_tokenizer(), probe="toxic", device="cpu")
+        found = pipe(TEXTS, batch_size=batch_size)
+        assert [record["label"] for record in found] == expected.labels
+        assert pipe(TEXTS[0]) == [pytest.approx(found[0], abs=1e-5)] == pipe(CHATS[0])
+        both = pipe(TEXTS, top_k=None)
+        assert [len(records) for records in both] == [2] * 4 and pipe(CHATS[0], top_k=None) == both[0]
+        for records, label, probs in zip(both, expected.labels, expected.probabilities.tolist(), strict=True):
+            assert records[0]["label"] == label, "as the threshold has it"
+            assert {record["label"]: record["score"] for record in records} == pytest.approx(
+                {"fine": probs[0], "toxic": probs[1]}, abs=1e-5
+            )
+
+    def test_other_problems(self, model):
+        for name, labels in (("topics", {"a", "b", "c"}), ("length", {"LABEL_0"})):
+            pipe = pipeline("text-classification", model=model, tokenizer=make_tokenizer(), probe=name, device="cpu")
+            records = pipe(TEXTS[0], top_k=None)
+            assert {record["label"] for record in records} == labels
+            value = model.classify(TEXTS[0], tokenizer=make_tokenizer())[name].probabilities
+            assert max(record["score"] for record in records) == pytest.approx(value.max().item(), abs=1e-5)
+
+    def test_the_id_of_a_head(self, backbone_folder, tmp_path, hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+        head = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
+        head.push_to_hub("alice/mood")
+        save_head(head, tmp_path / "mood")
+        results = [
+            pipeline("text-classification", model=place, device="cpu")(TEXTS)
+            for place in ("alice/mood", str(tmp_path / "mood"))
+        ]
+        assert results[0] == results[1] and {record["label"] for record in results[0]} <= {"no", "yes"}
+
+    def test_mistakes(self, model):
+        for given, words in (
+            ({"tokenizer": make_tokenizer()}, "probe=NAME"),
+            ({"tokenizer": make_tokenizer(), "probe": "other"}, "other"),
+        ):
+            with pytest.raises(ProbeError, match=words):
+                pipeline("text-classification", model=model, device="cpu", **given)
+
+
+def test_text_generation_with_a_probed_model(caplog):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
+    pipe = pipeline("text-generation", model=model, tokenizer=make_tokenizer(), device="cpu")
+    assert type(pipe) is ProbedTextGenerationPipeline and "not supported" not in caplog.text
+    assert set(pipe(TEXTS[0], **GREEDY)[0]["probes"]) == set(heads())
+
+
+def test_plain_models_get_the_plain_pipelines():
+    plain = pipeline("text-generation", model=make_lm(vocab_size=260), tokenizer=make_tokenizer(), device="cpu")
+    assert type(plain) is TextGenerationPipeline
+    module.unregister()
+    try:
+        assert PIPELINE_REGISTRY.supported_tasks["text-generation"]["impl"] is TextGenerationPipeline
+    finally:
+        module.register()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts
+from conftest import LAYERS, make_lm, make_probe, make_prompts, make_tokenizer
 from transformers import (
     BatchEncoding,
     DynamicCache,
@@ -300,6 +300,21 @@ def test_output_types(prompts):
     assert out.probe_labels["gate"] == model.classify(prompts)["gate"].labels
     for name, probs in out.probe_probabilities.items():
         torch.testing.assert_close(probs, out.probe_logits[name].softmax(-1))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"stop_strings": ["zzz"]}])
+def test_texts_with_a_tokenizer(kwargs):
+    model, tokenizer = probed(vocab_size=260), make_tokenizer()
+    inputs = tokenizer(["Hi", "And another one"], return_tensors="pt", padding=True, padding_side="left")
+    out = model.generate(**inputs, max_new_tokens=4, tokenizer=tokenizer, **kwargs)
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    assert out.texts == tokenizer.batch_decode(new, skip_special_tokens=True)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    again = model.generate(
+        inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=4, tokenizer=tokenizer
+    )
+    assert len(again.texts) == 2 and (kwargs or again.texts == out.texts)
+    assert model.generate(**inputs, max_new_tokens=2).texts is None
 
 
 def test_a_tensor_on_request(prompts):

@@ -131,7 +131,7 @@ def test_a_metric_that_is_not_defined():
 
 @pytest.mark.parametrize("folds, cache", [(3, True), (0, False)])
 def test_runs(tmp_path, backbone_folder, cache, folds, monkeypatch):
-    monkeypatch.setattr(training_run, "create_trainer", lambda *args: pytest.fail("nothing is trained"))
+    monkeypatch.setattr(training_run, "ProbeTrainer", lambda *args, **kwargs: pytest.fail("nothing is trained"))
     monkeypatch.setattr(fitting, "PATH", fitting.PATH[[0, 8]])
     changes = {"head": {"probe_type": "muli"}, "folds": folds, "test_share": 0.2}
     run = dataclasses.replace(run_of(tmp_path, backbone_folder, rows=60, seeds=[4, 5], **changes), cache=cache)

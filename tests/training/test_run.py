@@ -40,7 +40,7 @@ def test_folds(backbone_folder, tmp_path):
     assert not torch.allclose(predict_logits(probe, train), logits, atol=1e-3), "the head itself has seen all rows"
     # The same by hand, for one fold.
     rest = Subset(train, np.setdiff1d(np.arange(30), held).tolist())
-    part, _ = run._fit(results["chosen_seed"], data, rest, None, tmp_path / "c")
+    part = run._fit(results["chosen_seed"], data, rest, None, tmp_path / "c").model
     expected = predict_logits(part, Subset(train, held.tolist()))
     assert torch.allclose(logits[torch.from_numpy(held)], expected, atol=1e-6)
     head = read_head(run.output)

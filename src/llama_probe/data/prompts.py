@@ -89,7 +89,13 @@ class PromptFormat:
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-        """Create the format that a head was trained with; warn if the tokenizer has another chat template."""
+        """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
+        if config.prompt_format not in PROMPT_FORMATS:
+            kind = "chat" if tokenizer.chat_template else "raw"
+            logger.warning_once(
+                f"The head was trained on rows that its user tokenised: its prompt_format is unknown, and {kind!r} is used."
+            )
+            return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
         if config.prompt_format == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
         return cls.create(tokenizer, config.prompt_format, config.system_prompt, config.max_length)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from .known import BENCHMARKS, Benchmark, find_benchmark
-from .texts import LabelledTexts, benchmark_splits, read_labelled
+from .texts import LabelledTexts, benchmark_splits, read_labelled, warn_of_labels
 
 
 logger = logging.get_logger(__name__)
@@ -218,15 +218,13 @@ class DataSources:
             rows = parts.get(name, train)
             if rows is not train and (seen := sum(str(text) in texts for text in rows.texts)):
                 logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
-        if train.problem_type == "regression":
-            return
-        names = train.label_names
-        learned = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])
-        rows = learned.sum(axis=0) if learned.ndim == 2 else np.bincount(learned, minlength=len(names))
-        if learned.ndim == 1 and np.count_nonzero(rows) == 1:
-            raise ProbeError(f"all training rows have the label {names[learned[0]]!r}: there is nothing to tell apart")
-        if absent := [name for name, count in zip(names, rows, strict=True) if not count]:
-            logger.warning(f"No training row has the label {', '.join(absent)}: the head will hardly give it")
+        counts = train.label_counts()
+        if "extra" in parts:
+            counts = {name: count + parts["extra"].label_counts()[name] for name, count in counts.items()}
+        present = [name for name, count in counts.items() if count]
+        if train.labels.ndim == 1 and len(present) == 1:
+            raise ProbeError(f"all training rows have the label {present[0]!r}: there is nothing to tell apart")
+        warn_of_labels(counts)
 
     def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
         """Return the rows of all sources of `extra` without validation and test rows."""

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from .tables import read_table, reason
 
 
 logger = logging.get_logger(__name__)
+
+_FEW = 2  # rows of a label that are pointed out
 
 
 @dataclass
@@ -51,6 +54,14 @@ class LabelledTexts:
         """Return some of the rows."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
         return replace(self, texts=[self.texts[row] for row in rows], labels=self.labels[list(rows)], columns=columns)
+
+    def label_counts(self) -> dict[str, int]:
+        """Return the number of rows with each label, by name; empty for regression."""
+        if self.problem_type == "regression":
+            return {}
+        several = self.labels.ndim == 2
+        counts = self.labels.sum(axis=0) if several else np.bincount(self.labels, minlength=len(self.label_names))
+        return dict(zip(self.label_names, map(int, counts), strict=True))
 
     def digest(self) -> str:
         """Return the sha256 of the texts and labels."""
@@ -123,7 +134,7 @@ class LabelledTexts:
     def _groups(self) -> list[int]:
         """Return for each row the first row with the same text, or with a reply to the same prompt."""
         first_of: dict[str, int] = {}
-        asked = (text[:-1] if _ends_with_reply(text) else text for text in self.texts)
+        asked = (text[:-1] if ends_with_reply(text) else text for text in self.texts)
         return [first_of.setdefault(str(text), row) for row, text in enumerate(asked)]
 
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
@@ -150,7 +161,37 @@ class LabelledTexts:
         return replace(self, labels=labels, label_names=new)
 
 
-def _ends_with_reply(text: Text) -> bool:
+def warn_of_labels(counts: Mapping[str, int]) -> None:
+    """Warn of labels that no row, or one or two rows, have, and that may be another label with a typing error.
+
+    Args:
+        counts: training rows of each label.
+    """
+    if absent := [name for name, count in counts.items() if not count]:
+        logger.warning(f"No training row has the label {', '.join(absent)}: the head will hardly give it")
+    rare = [name for name, count in counts.items() if 0 < count <= _FEW]
+    if max(counts.values(), default=0) <= _FEW:
+        return
+    for name in rare:
+        alike = [other for other in counts if other != name and _differ_by_a_letter(name, other)]
+        doubt = (
+            f"; is it {max(alike, key=counts.get)!r}, which {counts[max(alike, key=counts.get)]} have?"
+            if alike
+            else ""
+        )
+        logger.warning(f"Only {counts[name]} of {sum(counts.values())} training rows have the label {name!r}{doubt}")
+
+
+def _differ_by_a_letter(one: str, other: str) -> bool:
+    """Return True if two names of three letters or more are the same but for a letter, case and spaces."""
+    a, b = one.strip().casefold(), other.strip().casefold()
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    same = a[start + 1 :] == b[start + 1 :] or a[start + 1 :] == b[start:] or a[start:] == b[start + 1 :]
+    return same and min(len(a), len(b)) > 2
+
+
+def ends_with_reply(text: Text) -> bool:
+    """Return True for chat messages that end with the assistant's."""
     return not isinstance(text, str) and len(text) > 1 and text[-1]["role"] == "assistant"
 
 
@@ -212,9 +253,32 @@ def read_labelled(
     for name in (text_column, label_column, prompt_column):
         if name is not None and name not in columns:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
-    texts, values = columns.pop(text_column), columns.pop(label_column)
-    if known is not None:
+    if known is not None and text_column != "text":
         columns.pop("text", None)  # of a benchmark whose replies are read in place of its texts
+    return label_rows(source, columns, text_column, label_column, label_names, own_names, problem_type, prompt_column)
+
+
+def label_rows(
+    source: str,
+    columns: dict[str, list[Any]],
+    text_column: str,
+    label_column: str,
+    label_names: Sequence[str] | None = None,
+    own_names: Sequence[str] | None = None,
+    problem_type: str | None = None,
+    prompt_column: str | None = None,
+) -> LabelledTexts:
+    """Return columns as labelled rows.
+
+    Args:
+        source: name of the rows, for messages.
+        columns: values by column; the named ones are there.
+        own_names: names that the data itself gives its labels; they are matched with `label_names`.
+
+    The other arguments and the errors are those of `read_labelled`.
+    """
+    columns = dict(columns)
+    texts, values = list(columns.pop(text_column)), columns.pop(label_column)
     if not texts:
         raise ProbeError(f"{source} holds no rows")
     for row, (text, value) in enumerate(zip(texts, values, strict=True)):

@@ -21,7 +21,7 @@ from ..backbone.cache import repeat_cache
 from ..backbone.loading import backbone_target, load_backbone
 from ..backbone.passes import plan_passes
 from ..data.files import Chunk, InputFile
-from ..data.prompts import PromptFormat, Text, check_alike, exchange, is_text, pad_prompts
+from ..data.prompts import PromptFormat, Text, check_alike, exchange, is_text
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
 from ..errors import ProbeError
 from ..files import write_atomically
@@ -30,6 +30,7 @@ from ..heads.probe import ProbeModel
 from ..heads.scope import prompt_masks, read_masks
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.sources import read_heads
+from ..serving.texts import pad_inputs
 from .resume import check_settings
 
 
@@ -78,11 +79,7 @@ class TextScorer:
         if not rows:
             return columns
         encoded = self.prompt_format.encode_for(self.config, [texts[row] for row in rows])
-        inputs = pad_prompts(encoded.ids, self.tokenizer)
-        if encoded.masks is not None:
-            inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
-            for i, mask in enumerate(encoded.masks):
-                inputs["probe_mask"][i, : len(mask)] = torch.tensor(mask)
+        inputs = pad_inputs(encoded.ids, encoded.masks, self.tokenizer)
         for each in plan_passes(self.model, encoded.ids, self._count_unread(**inputs), self.batch_tokens):
             batch, width = each.rows, max(len(encoded.ids[i]) for i in each.rows)
             part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}

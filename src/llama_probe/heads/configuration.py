@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers.utils import logging
@@ -32,6 +33,7 @@ REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
 TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
+UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
@@ -107,7 +109,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pool": _one_of(POOLS),
     "normalize": _one_of(NORMALIZATIONS),
     "token_scope": _one_of(TOKEN_SCOPES),
-    "prompt_format": _one_of(PROMPT_FORMATS),
+    "prompt_format": _one_of((*PROMPT_FORMATS, UNKNOWN_FORMAT)),
     "num_attention_heads": _SIZE,
     "downcast": _SIZE,
     "hidden_size": _or_none(_SIZE),
@@ -128,6 +130,11 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("base_model_quantization", "weights_sha256"), _or_none(_NAME)),
     **dict.fromkeys(("llama_probe_version", "transformers_version"), _or_none(_NAME)),
 }
+
+
+class _AnyToken(list):
+    def __contains__(self, token: Any) -> bool:
+        return True
 
 
 @dataclass
@@ -159,7 +166,8 @@ class ProbeConfig:
             opens a turn: `{"ids": [...], "skip": n}`, token ids and the number of tokens behind them that belong to
             the marker but may merge with the text. None if the template has none: a turn scope then reads the whole
             prompt.
-        prompt_format: `"chat"` (the tokenizer's chat template) or `"raw"`: rendering of the training prompts.
+        prompt_format: `"chat"` (the tokenizer's chat template) or `"raw"`: rendering of the training prompts. `"unknown"`
+            if the user has tokenised them.
         system_prompt: system turn of the training prompts; None leaves it to the template.
         max_length: number of tokens to which training prompts were cut; None for no limit.
         chat_template_hash: sha256 of the chat template in training.
@@ -196,7 +204,7 @@ class ProbeConfig:
     causal: bool | None = None
     prefix_ids: list[int] = field(default_factory=list)
     turn_markers: dict[str, dict[str, Any]] | None = None
-    prompt_format: str = "chat"
+    prompt_format: str = UNKNOWN_FORMAT
     system_prompt: str | None = None
     max_length: int | None = None
     chat_template_hash: str | None = None
@@ -313,6 +321,10 @@ class ProbeConfig:
             raise ProbeError("num_hidden_layers is None: give it, or attach the head to a backbone")
         named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
         return named[-1:] if get_probe_type(self.probe_type).reads == "last" else named
+
+    def get_text_config(self, decoder: bool | None = None) -> SimpleNamespace:
+        """Return what the stock Trainer compares with the tokenizer: a head has no special tokens, and any will do."""
+        return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
 
     def replace(self, **changes) -> ProbeConfig:
         """Return a checked copy with some fields changed."""

@@ -198,7 +198,7 @@ class ProbeModel(nn.Module):
             ProbeError: the folder cannot be made or written into.
         """
         folder = save_head(save_directory, self.config, self.state_dict(), self.results)
-        with contextlib.suppress(ProbeError):
+        with contextlib.suppress(ProbeError, ImportError):  # an exported repository has no code for cards
             write_card(folder)
         return folder
 

@@ -281,8 +281,10 @@ def _described(config: dict[str, Any], results: dict[str, Any] | None, facts: Ca
         "weights at training": (config["base_model_dtype"] or "unknown dtype") + quantized,
         "chat template": (config["chat_template_hash"] or "")[:16] or None,
     }
-    raw = "raw text, without a chat template"
-    rendered = "prompts rendered with the model's chat template" if config["prompt_format"] != "raw" else raw
+    rendered = {
+        "chat": "prompts rendered with the model's chat template",
+        "raw": "raw text, without a chat template",
+    }.get(config["prompt_format"] or "chat", "rows that its user tokenised: how prompts were rendered is not known")
     other = "only: a fine-tuned or otherwise changed backbone has other states"
     return {
         "link": f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else word(base or "a causal LM"),

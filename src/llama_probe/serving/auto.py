@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..backbone.decoder import without_peft
-from ..backbone.loading import load_causal_lm
+from ..backbone.loading import LOADING_PLAIN, load_causal_lm
 from ..errors import ProbeError
 from .host import change_class
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .sources import ProbeSpec, load_heads_for
+from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, saved_heads
 
 
-_AUTO_CLASSES = (AutoModel, AutoModelForCausalLM)
 _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
 
 
@@ -38,11 +49,21 @@ class AutoModelForProbedGeneration:
     ):
         """Load a causal LM with heads; see `LlamaForProbedGeneration.from_pretrained`.
 
+        Without `probe`, the first argument may also be a head: its backbone is loaded. `save_pretrained` keeps heads beside
+        a model, and these are attached unless `probe=[]`.
+
         Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
         """
-        heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
-        loaded = load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs)
-        cls.from_causal_lm(loaded[0] if isinstance(loaded, tuple) else loaded, heads, probe_strict)
+        place = pretrained_model_name_or_path
+        if probe is not None:
+            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
+            loaded = load_causal_lm(place, *model_args, **kwargs)
+        else:
+            loaded = load_or_find_head(lambda: load_causal_lm(place, *model_args, **kwargs), place, kwargs)
+            if isinstance(loaded, HeadPlace):
+                return _load_below(loaded, model_args, kwargs, probe_strict)
+            heads = saved_heads(place, _model_of(loaded).config, kwargs)
+        cls.from_causal_lm(_model_of(loaded), heads, probe_strict)
         return loaded
 
     @classmethod
@@ -65,6 +86,19 @@ class AutoModelForProbedGeneration:
             change_class(base, plain)
             del base.probes, base._active_probes
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
+
+
+def _load_below(head: HeadPlace, model_args: tuple, kwargs: dict[str, Any], strict: bool = False):
+    """Load the backbone of a head, with the head."""
+    kwargs = head.backbone_kwargs(kwargs)
+    heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
+    loaded = load_causal_lm(head.backbone, *model_args, **kwargs)
+    AutoModelForProbedGeneration.from_causal_lm(_model_of(loaded), heads, strict)
+    return loaded
+
+
+def _model_of(loaded: Any) -> PreTrainedModel:
+    return loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
 
 
 def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -103,34 +137,99 @@ def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
     return cls.__new__(cls)
 
 
-def install() -> None:
-    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`.
+class HeadConfig(PreTrainedConfig):
+    """What `AutoConfig` says of a head: its labels, its kind and its backbone. `config.probe` is the whole config."""
 
-    Calls without it reach the original. A second call changes nothing; `uninstall` undoes it.
+    model_type = "llama_probe_head"
+
+    def __init__(self, probe: dict[str, Any] | None = None, **kwargs):
+        self.probe = probe or {}
+        for name in ("probe_type", "base_model_name_or_path", "base_model_revision", "problem_type", "id2label"):
+            kwargs.setdefault(name, self.probe.get(name))
+        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
+
+
+def install() -> None:
+    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`, and heads' ids to auto classes.
+
+    Calls without `probe=`, for places that hold a model, reach the original. A second call changes nothing; `uninstall`
+    undoes it.
     """
-    for auto_class in _AUTO_CLASSES:
+    for auto_class, wrap in _WRAPPED.items():
         original = vars(auto_class)["from_pretrained"]
         if not hasattr(original.__func__, "__without_probe__"):
-            auto_class.from_pretrained = classmethod(_with_probe(original))
+            wrapped = functools.wraps(original.__func__)(wrap(original.__func__))
+            wrapped.__without_probe__ = original
+            auto_class.from_pretrained = classmethod(wrapped)
 
 
 def uninstall() -> None:
     """Restore the `from_pretrained` of the auto classes."""
-    for auto_class in _AUTO_CLASSES:
+    for auto_class in _WRAPPED:
         original = getattr(vars(auto_class)["from_pretrained"].__func__, "__without_probe__", None)
         if original is not None:
             auto_class.from_pretrained = original
 
 
-def _with_probe(original: classmethod):
-    @functools.wraps(original.__func__)
+def _with_probe(original: Callable) -> Callable:
+    plain = _or_head(original)
+
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, probe=None, **kwargs):
         if probe is None:
-            return original.__func__(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+            return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         # kwargs has probe_revision=, probe_namespace= and probe_strict= as well
         return AutoModelForProbedGeneration.from_pretrained(
             pretrained_model_name_or_path, *model_args, probe=probe, **kwargs
         )
 
-    from_pretrained.__without_probe__ = original
     return from_pretrained
+
+
+def _or_head(original: Callable) -> Callable:
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        place = pretrained_model_name_or_path
+        if LOADING_PLAIN.get():
+            return original(cls, place, *model_args, **kwargs)
+        loaded = load_or_find_head(lambda: original(cls, place, *model_args, **kwargs), place, kwargs)
+        if isinstance(loaded, HeadPlace):
+            return _load_below(loaded, model_args, kwargs)
+        model = _model_of(loaded)
+        if isinstance(model, GenerationMixin) and (heads := saved_heads(place, model.config, kwargs)):
+            AutoModelForProbedGeneration.from_causal_lm(model, heads)
+        return loaded
+
+    return from_pretrained
+
+
+def _config_or_head(original: Callable) -> Callable:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        place = pretrained_model_name_or_path
+        if LOADING_PLAIN.get():
+            return original(cls, place, **kwargs)
+        found = load_or_find_head(lambda: original(cls, place, **kwargs), place, kwargs)
+        if not isinstance(found, HeadPlace):
+            return found
+        config = HeadConfig(found.config.to_dict(), name_or_path=str(place))
+        return (config, {}) if kwargs.get("return_unused_kwargs") else config
+
+    return from_pretrained
+
+
+def _tokenizer_or_head(original: Callable) -> Callable:
+    def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
+        place = pretrained_model_name_or_path
+        found = load_or_find_head(lambda: original(cls, place, *inputs, **kwargs), place, kwargs)
+        if not isinstance(found, HeadPlace):
+            return found
+        return original(cls, found.backbone, *inputs, **found.backbone_kwargs(kwargs))
+
+    return from_pretrained
+
+
+_WRAPPED: dict[type, Callable[[Callable], Callable]] = {
+    AutoModel: _with_probe,
+    AutoModelForCausalLM: _with_probe,
+    AutoModelForSequenceClassification: _or_head,
+    AutoConfig: _config_or_head,
+    AutoTokenizer: _tokenizer_or_head,
+}

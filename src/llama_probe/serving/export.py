@@ -119,7 +119,7 @@ def export_repository(
     base_model = base_model or _base_model(backbone, lm, heads)
     with new_folder(folder) as repository:
         try:
-            lm.save_pretrained(repository)
+            lm.save_pretrained(repository, **({"save_probes": False} if hasattr(lm, "probes") else {}))
         except ValueError as error:  # a quantiser that cannot write its weights, a generation config of another use
             raise ProbeError(f"the backbone cannot be saved: {' '.join(str(error).split())}") from error
         tokenizer.save_pretrained(repository)
@@ -263,7 +263,7 @@ def _card(
         row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license")]
         rows.append(f"| {' | '.join(cell(text or 'not stated') for text in row)} |")
     first, quoted = read_config(repository / heads[0]), quote(name)
-    chat = tokenizer.chat_template and first.prompt_format == "chat"
+    chat = tokenizer.chat_template and first.prompt_format != "raw"
     prompt = example_chat(first.system_prompt) if chat else '"Write me a short poem about rain."'
     found = f'out.probe_labels["{heads[0]}"], out.probe_probabilities["{heads[0]}"]'
     if first.token_scope == "response":  # such a head does not score the prompt

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import nn
@@ -19,11 +21,13 @@ from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.resolve import check_name, default_name, with_subfolder
 from ..hub.transport import HubOptions
-from .sources import read_heads
+from .sources import PROBES_FOLDER, SAVED_HEADS, read_heads
 
 
 # Held while the heads of any model are replaced. A lock in the model could not be copied or pickled.
 _CHANGING = threading.RLock()
+
+_HUB_KEYS = ("token", "private", "revision")
 
 
 class ProbeHostMixin:
@@ -159,27 +163,82 @@ class ProbeHostMixin:
         name = self._single_probe(name, "push")
         return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict=None, *args, **kwargs
-    ) -> None:
-        """Save the backbone as the plain class does, without the heads, which `save_probe` saves.
+    @contextmanager
+    def disable_probes(self):
+        """Inside the block no head runs, and the model is the plain LM. The active heads are then active again."""
+        names = self._active_probes
+        self.set_active_probes([])
+        try:
+            yield self
+        finally:
+            self.set_active_probes([name for name in names if name in self.probes])
 
-        A model whose class comes from the code of a repository takes that code along.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs):
+        """Load a state dict of this model, or one of the plain LM: the heads then stay as they are."""
+        if not any(key.startswith("probes.") for key in state_dict):
+            own = {f"probes.{key}": tensor for key, tensor in self.probes.state_dict().items()}
+            state_dict = {**state_dict, **own}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict=None,
+        *args,
+        save_probes: bool = True,
+        **kwargs,
+    ) -> None:
+        """Save the backbone as the plain class does, and each head in `probes/NAME`.
+
+        `from_pretrained` attaches them again. A model whose class comes from the code of a repository takes that code along.
+
+        Args:
+            save_probes: keep the heads. They can also be saved by themselves, with `save_probe`.
         """
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(self, save_directory, config=self.config)
         if state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith("probes.")}
-        self._without_probes().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        heads = self.probes if save_probes else {}
+        push = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in ("repo_id", *_HUB_KEYS) if push and name in kwargs}
+        self._without_probes(heads).save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if is_main_process:
+            for name, head in heads.items():
+                head.save_pretrained(Path(save_directory) / PROBES_FOLDER / name)
+        if push:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), save_probes=save_probes, **hub)
 
-    def _without_probes(self) -> nn.Module:
-        """Return a plain causal LM that shares this model's parameters, config and caches."""
+    def push_to_hub(self, repo_id: str, *args, save_probes: bool = True, **kwargs):
+        """Upload the backbone as the plain class does, and each head into `probes/NAME`, in a commit of its own.
+
+        Args:
+            save_probes: upload the heads.
+
+        Raises:
+            ProbeError: `create_pr` with heads, or the Hub refused a head.
+        """
+        heads = self.probes if save_probes else {}
+        if heads and kwargs.get("create_pr"):
+            raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
+        for name, head in heads.items():
+            own = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+            head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **own)
+        return self._without_probes(heads).push_to_hub(repo_id, *args, **kwargs)
+
+    def _without_probes(self, saved: Iterable[str] = ()) -> nn.Module:
+        """Return a plain causal LM that shares this model's parameters and caches. Its config lists the saved heads."""
         plain = copy.copy(self)
         plain.__dict__["_modules"] = {key: module for key, module in self._modules.items() if key != "probes"}
         if "_hf_hook" not in plain.__dict__:
             plain.__dict__.pop("forward", None)  # a compiled forward would run this model with its heads
         change_class(plain, self._causal_lm_class)
+        plain.config = copy.copy(self.config)
+        vars(plain.config).pop(SAVED_HEADS, None)
+        if names := list(saved):
+            setattr(plain.config, SAVED_HEADS, names)
         return plain
 
     def _require_probe(self, name: str, heads: nn.ModuleDict | None = None) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import cached_tokens, copy_cache
-from ..backbone.capture import handing_states_to
+from ..backbone.capture import Capture, check_seen, handing_states_to
 from ..backbone.decoder import target_of, without_peft
+from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
+from ..heads.scope import check_rows, prompt_masks
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
@@ -33,8 +35,9 @@ from .session import (
     prompt_session,
     session_of,
 )
-from .sources import ProbeSpec, load_heads_for, read_heads
+from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, read_heads, saved_heads
 from .streaming import HoldBackStreamer
+from .texts import as_texts, classify_texts
 
 
 logger = logging.get_logger(__name__)
@@ -152,8 +155,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """`PreTrainedModel.from_pretrained` with heads.
 
         Args:
+            pretrained_model_name_or_path: without `probe`, a head is allowed as well: its backbone is loaded.
             probe: a head folder, a Hub id (`user/repo`, with `@revision` and `:subfolder` where wanted), an alias, a
-                list of these, or a dict name -> one of these; see `resolve_head`.
+                `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Where left out, the heads
+                that `save_pretrained` has kept beside the model are attached; `[]` for none.
             probe_revision: of heads on the Hub that name none. `revision` is that of the backbone alone.
             probe_namespace: user or organisation whose heads aliases stand for; see `probe_namespace`.
             probe_strict: raise, rather than warn, where a head was trained on another backbone.
@@ -163,10 +168,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
-        heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        place, load = pretrained_model_name_or_path, super().from_pretrained
+        if probe is not None:
+            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
+            loaded = load(place, *model_args, **kwargs)
+        else:
+            loaded = load_or_find_head(lambda: load(place, *model_args, **kwargs), place, kwargs)
+            heads = None
+            if isinstance(head := loaded, HeadPlace):
+                kwargs = head.backbone_kwargs(kwargs)
+                heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
+                loaded = load(head.backbone, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model._attach(heads, probe_strict)
+        model._attach(saved_heads(place, model.config, kwargs) if heads is None else heads, probe_strict)
         return loaded
 
     def _probed_forward(self, *args, **kwargs):
@@ -197,6 +211,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if not heads:
                 refuse_without_heads(probe_state)
                 return super().forward(**kwargs)
+            if not compiling and not cached_tokens(kwargs):
+                self._warn_of_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), probe_mask)
+            if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
+                return self._differentiable_forward(heads, configs, kwargs, probe_mask)
             session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
             if session is None:  # a later step of somebody's own decoding loop
                 return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
@@ -210,9 +228,27 @@ class ProbedGenerationMixin(ProbeHostMixin):
         state = session.probe_cache() if session.return_state else None
         return with_scores(output, logits, configs, state, probe_state is not None)
 
+    def _differentiable_forward(self, heads, configs, kwargs, probe_mask):
+        """Run a pass whose logits have gradients, to the heads and to the LM. It keeps the states of all layers."""
+        decoder, states = self._decoder, {}
+        ids, embeds, attention_mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        placeholders = decoder.placeholder_ids
+        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
+        layers = {layer for head in heads.values() for layer in head.layer_indices}
+        with Capture(decoder, states.__setitem__, layers):
+            output = super().forward(**decoder.whole(kwargs))
+        check_seen(layers, states)
+        logits = {}
+        for name, head in heads.items():
+            check_rows(masks[name])
+            x = head.normalize(torch.stack([states[layer].to(head.device) for layer in head.layer_indices]))
+            summaries = head.token_stage(x, masks[name].to(head.device))  # [S, B, D]
+            logits[name] = head.score_summaries(summaries).logits
+        return with_scores(output, logits, configs)
+
     def classify(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | str | Sequence[Text] | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         probe_mask: torch.Tensor | None = None,
@@ -220,12 +256,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         cache: Cache | None = None,
         probe_state: ProbeCache | None = None,
         probes: str | Iterable[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head.
 
+        Example:
+            >>> model.classify(["Well done!", "I hate it."], tokenizer=tokenizer)["mood"].labels
+            ['good', 'bad']
+
         Args:
-            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
+            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*), or texts or chats: one or a list of them.
+                Texts are rendered as each head was trained, and batched by length; `probes`, `output_attentions` and
+                `tokenizer` are then the only other arguments.
             attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
             inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
@@ -235,6 +278,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 is: a copy is used.
             probe_state: what was returned beside the cache.
             probes: names of the heads that run in this call; the active ones where left out.
+            tokenizer: of the backbone, for texts.
             kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
                 stand for these do not count, unless `probe_mask` says so.
 
@@ -247,7 +291,15 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        if (texts := as_texts(input_ids)) is not None:
+            others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
+            others |= {"cache": cache, "probe_state": probe_state, **kwargs}
+            if given := [name for name, value in others.items() if value is not None]:
+                raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
+            configs = {name: head.config for name, head in heads.items()}
+            return classify_texts(self, configs, texts, tokenizer, output_attentions)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
+        self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         past = cached_tokens({"cache": cache})
         if asks_for_state(probe_state, input_ids, None) and probe_state is True:
@@ -277,6 +329,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
             decoder.run(**inputs)
         return session.results()
 
+    def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
+        """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
+        pad = self.config.get_text_config(decoder=True).pad_token_id
+        unmasked = all(mask is None for mask in masks) and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
+        if pad is None or not unmasked or len(input_ids) < 2 or input_ids.is_meta:
+            return
+        padded = (input_ids[:, [0, -1]] == pad).any(dim=1)
+        if bool(padded.any()) and not bool(padded.all()):
+            logger.warning_once(
+                "Rows are padded and there is no attention_mask: heads score the padding as text. Pass the tokenizer's "
+                "attention_mask."
+            )
+
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
 
@@ -305,7 +370,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         and decode without `torch.compile`.
 
         `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and heads run
-        only where they may halt.
+        only where they may halt. Decode `out.sequences`, not `out`; with `tokenizer=` the new texts are `out.texts`.
 
         Returns:
             `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
@@ -378,9 +443,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             token_logits = reply.logits(rows, new_tokens) or None
             if reply.recorder is not None:
                 state = reply.recorder.probe_cache(rows, cached_tokens(output))
-        return with_probe_logits(
-            output, logits, configs, None if halter is None else halter.halts, token_logits, state
-        )
+        halts, texts = None if halter is None else halter.halts, None
+        if (tokenizer := kwargs.get("tokenizer")) is not None:
+            written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return with_probe_logits(output, logits, configs, halts, token_logits, state, texts)
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""

@@ -63,6 +63,7 @@ class ProbedOutputMixin(DecidedMixin):
             reply up to its token t, from 0. The LM never reads the last token, which has no score. NaN at padding and from
             the end of a reply. `None` without such heads.
         probe_state: the `ProbeCache` that goes with the LM's KV cache. `None` unless the call asked for it.
+        texts: the new text of each row, without special tokens. `None` unless the call was given a tokenizer.
     """
 
     _plain_class: ClassVar[type[ModelOutput]]
@@ -105,6 +106,7 @@ PROBED_FIELDS = {
     "probe_halts": "list[Halt | None] | None",
     "probe_token_logits": _LOGITS,
     "probe_state": "ProbeCache | None",
+    "texts": "list[str] | None",
 }
 
 
@@ -144,11 +146,12 @@ def with_probe_logits(
     halts: Sequence[Halt | None] | None = None,
     token_logits: dict[str, torch.Tensor] | None = None,
     state: ProbeCache | None = None,
+    texts: list[str] | None = None,
 ) -> ModelOutput:
     """Return a copy of an LM's output with the results of its heads."""
-    probed = probed_output_class(type(output))(
-        **output, probe_logits=probe_logits, probe_halts=halts, probe_token_logits=token_logits, probe_state=state
-    )
+    found = {"probe_logits": probe_logits, "probe_halts": halts, "probe_token_logits": token_logits}
+    found |= {"probe_state": state, "texts": texts}
+    probed = probed_output_class(type(output))(**output, **found)
     probed.remember(configs)
     return probed
 

@@ -1,4 +1,4 @@
-"""`pipeline("probed-text-generation", model=..., probe=...)`: text generation with the verdicts of heads."""
+"""Pipelines of transformers with heads: "probed-text-generation", "text-generation" and "text-classification"."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import copy
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    Pipeline,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TextClassificationPipeline,
     TextGenerationPipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
 from ..backbone.decoder import target_of, without_peft
-from ..heads.decision import reply_outputs, verdict
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import ProbeOutput, reply_outputs, verdict
 from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
+from .modeling import ProbedGenerationMixin
 from .outputs import PROBED_FIELDS
 from .sources import ProbeSpec, read_heads
+from .texts import as_texts, encode, pad_inputs
 
 
 TASK = "probed-text-generation"
@@ -98,6 +105,80 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         return [record | more for record, more in zip(records, keys, strict=True)]
 
 
+class ProbedTextClassificationPipeline(TextClassificationPipeline):
+    """`TextClassificationPipeline` of a model with heads: `pipeline("text-classification", model=...)`.
+
+    `model` is the folder or Hub id of a head, or a loaded model with heads. Takes texts and chats, rendered in the head's own
+    format, and `top_k` and `batch_size` as usual. The first label is the one that the head gives with its threshold; its score
+    is its probability. Regression heads give their value as the score.
+
+    Args:
+        probe: name of the head, if several are active.
+        kwargs: those of `TextClassificationPipeline`.
+
+    Raises:
+        ProbeError: it is not clear which head is meant.
+    """
+
+    def __init__(self, model: ProbedGenerationMixin, tokenizer=None, *, probe: str | None = None, **kwargs):
+        if probe is None and len(model.active_probes) != 1:
+            raise ProbeError(f"name one head, probe=NAME: {', '.join(model.active_probes) or 'none is active'}")
+        self.probe = model.active_probes[0] if probe is None else probe
+        if self.probe not in model.probes:
+            raise ProbeError(f"no head {self.probe!r} is attached; attached: {', '.join(model.probes)}")
+        super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
+
+    def check_model_type(self, supported_models) -> None:
+        """Accept the probed classes, which transformers does not list."""
+
+    @property
+    def _config(self) -> ProbeConfig:
+        return self.model.probes[self.probe].config
+
+    def __call__(self, inputs: Any, **kwargs) -> Any:
+        """Classify a text, a chat, or a list of them."""
+        found = super().__call__(inputs, **kwargs)
+        return [found] if isinstance(found, dict) else found  # of one chat, as of one text
+
+    def preprocess(self, inputs: Any, **kwargs) -> dict[str, torch.Tensor]:
+        return pad_inputs(
+            *encode(self._config, as_texts(getattr(inputs, "messages", inputs)), self.tokenizer), self.tokenizer
+        )
+
+    def _forward(self, model_inputs, **kwargs):
+        output = self.model.classify(**model_inputs, probes=self.probe)[self.probe]
+        return ModelOutput(logits=output.logits)
+
+    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True):
+        config = self._config
+        output = ProbeOutput.from_logits(model_outputs["logits"].float(), config)
+        scores = dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True))
+        ranked = sorted(scores, key=scores.get, reverse=True)
+        if config.problem_type == "single_label_classification":  # the label comes first, whatever the threshold is
+            ranked.sort(key=lambda name: name != output.labels[0])
+        records = [{"label": name, "score": scores[name]} for name in ranked]
+        return records[0] if top_k == 1 and _legacy else records[:top_k]
+
+
+def _for_probed(plain: type[Pipeline], probed: type[Pipeline]) -> type[Pipeline]:
+    """Return a class that makes the probed pipeline for a model with heads, and else the plain one."""
+
+    def create(cls, *args, **kwargs):
+        model = without_peft(kwargs.get("model", args[0] if args else None))
+        has_heads = isinstance(model, ProbedGenerationMixin) and len(model.probes) > 0
+        # Neither is a subclass of this class, so that Python does not call __init__ a second time.
+        return (probed if has_heads else plain)(*args, **kwargs)
+
+    return type(plain.__name__, (plain,), {"__new__": create, "__module__": __name__, "__doc__": plain.__doc__})
+
+
+# Tasks of transformers that also take models with heads.
+_TASKS = {
+    "text-classification": (TextClassificationPipeline, ProbedTextClassificationPipeline),
+    "text-generation": (TextGenerationPipeline, ProbedTextGenerationPipeline),
+}
+
+
 class _Listener:
     """Stands in for the model during one call, and keeps the output of `generate`."""
 
@@ -162,15 +243,20 @@ def _name_classes(config) -> None:
 
 
 def register() -> None:
-    """Register the task with `transformers.pipeline`. A second call changes nothing; `unregister` undoes it."""
-    known = PIPELINE_REGISTRY.supported_tasks.get(TASK)
-    if known is not None and known["impl"] is ProbedTextGenerationPipeline:
+    """Register the task with `transformers.pipeline`, and heads with its own tasks. A second call changes nothing."""
+    tasks = PIPELINE_REGISTRY.supported_tasks
+    if TASK in tasks and tasks[TASK]["impl"] is ProbedTextGenerationPipeline:
         return
     PIPELINE_REGISTRY.register_pipeline(TASK, ProbedTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text")
     # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
     del ProbedTextGenerationPipeline._registered_impl
+    for task, classes in _TASKS.items():
+        tasks[task] = {**tasks[task], "impl": _for_probed(*classes)}
 
 
 def unregister() -> None:
-    """Remove the task from the registry of transformers."""
-    PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)
+    """Undo `register`."""
+    tasks = PIPELINE_REGISTRY.supported_tasks
+    tasks.pop(TASK, None)
+    for task, (plain, _) in _TASKS.items():
+        tasks[task] = {**tasks[task], "impl": plain}

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
-from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head
+from ..hub.folder import is_head_folder
+from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 
 
+UNNAMED = "probe"
+PROBES_FOLDER = "probes"  # in the folder of a model
+SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
 ProbeSource = str | os.PathLike | ProbeModel
 ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 
 
 def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
     """Return the sources of a `probe=` argument by head name: the key of a dict, else see `default_name`.
+
+    A `ProbeModel` without a name is called `UNNAMED`.
 
     Raises:
         ProbeError: a source has another type, or a name is not allowed or occurs twice.
@@ -27,7 +36,8 @@ def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
     for name, source in pairs:
         if not isinstance(source, ProbeModel):
             check_place(source)
-            name = name if name is not None else default_name(source)
+        if name is None:
+            name = UNNAMED if isinstance(source, ProbeModel) else default_name(source)
         if check_name(name) in sources:
             raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head")
         sources[name] = source
@@ -81,6 +91,93 @@ def load_heads_for(
     sources = named_sources(spec)
     target = Target.read(backbone, kwargs, options) if any(map(is_alias, sources.values())) else None
     return read_heads(sources, target, options, namespace)
+
+
+@dataclass(frozen=True)
+class HeadPlace:
+    """A head whose id stands for a model: the head names its backbone.
+
+    Attributes:
+        name: name of the head on the model.
+        source: folder, Hub id or alias, with its subfolder.
+        revision: of the head.
+        config: its config.
+    """
+
+    name: str
+    source: str | os.PathLike
+    revision: str | None
+    config: ProbeConfig
+
+    @property
+    def backbone(self) -> str:
+        """Folder or Hub id of the backbone.
+
+        Raises:
+            ProbeError: the head does not record one.
+        """
+        if self.config.base_model_name_or_path is None:
+            raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
+        return self.config.base_model_name_or_path
+
+    def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
+        others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
+        commit = self.config.base_model_revision
+        return others if commit is None or Path(self.backbone).exists() else {**others, "revision": commit}
+
+
+def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
+    """Return the head that a folder, a Hub id or an alias names; None if it names none.
+
+    Args:
+        kwargs: keyword arguments of `from_pretrained`; `revision` and `subfolder` are the head's.
+    """
+    options = replace(HubOptions.beside(kwargs, kwargs.get("revision")), only_config=True)
+    try:
+        source = with_subfolder(place, kwargs.get("subfolder") or None)
+        config = read_config(resolve_head(source, options=options), options.trust_remote_code)
+        return HeadPlace(default_name(source), source, kwargs.get("revision"), config)
+    except ProbeError:
+        return None
+
+
+def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
+    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`.
+
+    Args:
+        place: folder or Hub id of the model.
+        config: the model's config, which lists them.
+        kwargs: keyword arguments of its `from_pretrained`.
+    """
+    names = getattr(config, SAVED_HEADS, None) or []
+    inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
+    local = Path(place).is_dir()
+    heads = {check_name(name): Path(place, inside, name) if local else f"{place}:{inside}/{name}" for name in names}
+    return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
+
+
+def is_local_head(place: Any) -> bool:
+    """Return True for a folder that holds a head and no model."""
+    return (
+        isinstance(place, (str, os.PathLike)) and is_head_folder(place) and not (Path(place) / "config.json").exists()
+    )
+
+
+def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return what `load` gives, or the `HeadPlace` if the place is that of a head.
+
+    Raises:
+        OSError, ValueError: what `load` raises for a place that is neither.
+    """
+    if is_local_head(place) and (head := find_head(place, kwargs)) is not None:
+        return head
+    try:
+        return load()
+    except (OSError, ValueError):
+        if (head := find_head(place, kwargs)) is None:
+            raise
+        return head
 
 
 def _as_list(spec: Any) -> list[Any]:

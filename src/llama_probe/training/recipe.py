@@ -70,6 +70,16 @@ class Recipe:
             raise ProbeError(f"{name}={value} must be {allowed}")
 
 
+# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
+COMMON = {
+    "learning_rate": (1e-5, 3e-3),
+    "batch_size": [8, 16, 32, 64],
+    "weight_decay": (0.0, 0.05),
+    "label_smoothing": (0.0, 0.1),
+    "dropout": (0.0, 0.4),
+    "layer_dropout": (0.0, 0.3),
+}
+
 # Rows at most, epochs, batch size. Chosen on validation rows of the demo backbone: fewer rows need more passes over them.
 SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..distributed import world_size
@@ -15,6 +16,7 @@ from ..evaluation.metrics import summarize
 from ..evaluation.report import predict_logits, report
 from ..files import environment
 from ..heads.probe import ProbeModel
+from .recipe import Recipe
 from .rows import TrainingData
 
 
@@ -29,14 +31,8 @@ def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[s
         `temperature`, `threshold`, `validation` and, if there are test rows, `test`: see `report`. For a head that follows
         replies also `halting`: its rules, see `halting_rules`.
     """
-    parts, recipe = data.parts, data.recipe
-    labels = torch.from_numpy(parts["validation"].labels)
-    probe.config = calibrate(probe.config, logits, labels, recipe.max_false_positive_rate, recipe.threshold_rule)
-    result = {
-        "temperature": probe.config.temperature,
-        "threshold": probe.config.threshold,
-        "validation": report(probe.config, logits, parts["validation"].labels),
-    }
+    parts = data.parts
+    result = decide(probe, logits, parts["validation"].labels, data.recipe)
     if "test" in parts:
         slices = {column: parts["test"].columns[column] for column in data.sources.slice_columns}
         logits = predict_logits(probe, data.datasets["test"])
@@ -44,6 +40,25 @@ def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[s
     if probe.config.reads_reply and not data.folds:  # with folds the head has learned from the validation rows
         result["halting"] = _halting(probe, data)
     return result
+
+
+def decide(probe: ProbeModel, logits: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> dict[str, Any]:
+    """Fit the head's temperature and threshold on validation rows, and measure it on these.
+
+    Args:
+        probe: a trained head. Its config is replaced.
+        logits (`[rows, num_labels]`), labels (`[rows, ...]`): of the validation rows.
+
+    Returns:
+        `temperature`, `threshold` and `validation`.
+    """
+    rules = recipe.max_false_positive_rate, recipe.threshold_rule
+    probe.config = calibrate(probe.config, logits, torch.from_numpy(labels), *rules)
+    return {
+        "temperature": probe.config.temperature,
+        "threshold": probe.config.threshold,
+        "validation": report(probe.config, logits, labels),
+    }
 
 
 def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:
@@ -58,28 +73,36 @@ def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:
     return {"max_false_halts": limit, "labels": rules}
 
 
-def describe_run(probe: ProbeModel, data: TrainingData, runs: list[dict[str, Any]], chosen: int) -> dict[str, Any]:
+def describe_run(
+    probe: ProbeModel, rows: dict[str, dict[str, Any]], recipe: Recipe, runs: list[dict[str, Any]], chosen: int
+) -> dict[str, Any]:
     """Return the contents of `results.json`, except dtype, card and inspection.
 
     Args:
         probe: the head of the chosen seed.
+        rows: `source` and `rows`, their number, of each part.
         runs: results of each seed.
     """
-    rows = {name: {"source": _source(name, data), "rows": len(part)} for name, part in data.parts.items()}
-    if "extra" in rows and data.sources.extra_weights != [1.0]:
-        rows["extra"]["weights"] = data.sources.extra_weights
     splits = [name for name in ("validation", "test") if name in runs[0]]
     return {
-        "backbone": data.config.base_model_name_or_path,
-        "probe_type": data.config.probe_type,
+        "backbone": probe.config.base_model_name_or_path,
+        "probe_type": probe.config.probe_type,
         "num_parameters": probe.num_parameters(),
         "data": rows,
-        "recipe": asdict(data.recipe),
+        "recipe": asdict(recipe),
         "runs": runs,
         "chosen_seed": chosen,
         "summary": {name: summarize([run[name] for run in runs]) for name in splits},
         "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
     }
+
+
+def describe_rows(data: TrainingData) -> dict[str, dict[str, Any]]:
+    """Return `source` and `rows` of each part, and the `weights` of further rows."""
+    rows = {name: {"source": _source(name, data), "rows": len(part)} for name, part in data.parts.items()}
+    if "extra" in rows and data.sources.extra_weights != [1.0]:
+        rows["extra"]["weights"] = data.sources.extra_weights
+    return rows
 
 
 def _source(name: str, data: TrainingData) -> str:

@@ -36,9 +36,9 @@ from ..hub.card import CardFacts, write_card
 from ..hub.folder import check_output
 from .fitting import check_convex, fit_classifier
 from .recipe import Recipe, complete
-from .results import describe_run, judge
+from .results import describe_rows, describe_run, judge
 from .rows import TrainingData
-from .trainer import ProbeLoss, create_trainer, training_arguments
+from .trainer import SHARED, ProbeLoss, ProbeTrainer, ProbeTrainingArguments
 
 
 CHECKPOINTS = ".checkpoints"
@@ -208,16 +208,17 @@ class TrainingRun:
     def _train(self, seed: int, data: TrainingData, checkpoints: Path) -> _Trained:
         datasets, trained = data.datasets, data.trained
         if not data.folds:
-            probe, epochs = self._fit(seed, data, trained, datasets["validation"], checkpoints)
-            logits = predict_logits(probe, datasets["validation"])
+            trainer = self._fit(seed, data, trained, datasets["validation"], checkpoints)
+            logits = trainer.logits
         else:
             logits = torch.empty(len(datasets["train"]), data.config.num_labels)
             bar = tqdm(data.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
             for number, held in enumerate(bar):
                 rest = Subset(trained, np.setdiff1d(np.arange(len(trained)), held).tolist())
-                part, _ = self._fit(seed, data, rest, None, checkpoints / f"fold-{number}")
+                part = self._fit(seed, data, rest, None, checkpoints / f"fold-{number}").model
                 logits[torch.from_numpy(held)] = predict_logits(part, Subset(datasets["train"], held.tolist()))
-            probe, epochs = self._fit(seed, data, trained, None, checkpoints / "all")
+            trainer = self._fit(seed, data, trained, None, checkpoints / "all")
+        probe, epochs = trainer.model, trainer.state.epoch
         return _Trained(probe, {"seed": seed, "epochs": epochs, **judge(probe, data, logits)}, logits)
 
     def _fit_classifier(self, seed: int, data: TrainingData) -> _Trained:
@@ -233,27 +234,22 @@ class TrainingRun:
 
     def _fit(
         self, seed: int, data: TrainingData, train: Dataset, validation: Dataset | None, checkpoints: Path
-    ) -> tuple[ProbeModel, float]:
-        """Train a head. Return it with its number of epochs; with validation rows its best epoch is loaded."""
+    ) -> ProbeTrainer:
+        """Train a head. With validation rows its best epoch is loaded."""
         set_seed(seed)
         recipe = data.recipe
-        probe = ProbeModel(data.config, backbone=data.lm)
-        args = training_arguments(
-            checkpoints,
-            data.recipe.metric,
+        args = ProbeTrainingArguments(
+            str(checkpoints),
             seed=seed,
-            learning_rate=recipe.learning_rate,
-            num_train_epochs=recipe.num_train_epochs,
+            metric_for_best_model=recipe.metric,
             per_device_train_batch_size=math.ceil(recipe.per_device_train_batch_size / world_size()),
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-            weight_decay=recipe.weight_decay,
-            **({} if validation is not None else {"eval_strategy": "no", "load_best_model_at_end": False}),
+            label_smoothing_factor=recipe.label_smoothing,
+            **{name: getattr(recipe, name) for name in SHARED if name != "per_device_train_batch_size"},
         )
-        loss = ProbeLoss.create(recipe, data.config, data.labels)
-        patience = recipe.patience if validation is not None else None
-        trainer = create_trainer(probe, args, train, validation, loss, patience)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints) if self.resume else None)
-        return probe, trainer.state.epoch
+        probe, loss = ProbeModel(data.config, backbone=data.lm), ProbeLoss.create(recipe, data.config, data.labels)
+        trainer = ProbeTrainer(probe, args, None, train, validation, compute_loss_func=loss)
+        trainer.train(_last_checkpoint(checkpoints) if self.resume else None)
+        return trainer
 
     def save(
         self,
@@ -275,7 +271,8 @@ class TrainingRun:
         card = asdict(self.card)
         if self.backbone == DEMO:
             card["limits"].append(DEMO_NOTE)
-        results = describe_run(probe, data, runs, chosen) | {"dtype": self.dtype, "card": card}
+        results = describe_run(probe, describe_rows(data), data.recipe, runs, chosen)
+        results |= {"dtype": self.dtype, "card": card}
         shown = "test" if "test" in data.parts else "validation"
         logits = held_out if shown == "validation" else None
         found = inspect_head(probe, data.datasets[shown], data.parts[shown].labels, logits=logits)

@@ -26,7 +26,7 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
 from .learners import Candidate, Learner
-from .recipe import AUTO, Recipe
+from .recipe import AUTO, COMMON, Recipe
 from .results import judge
 from .rows import TrainingData
 from .run import TrainingRun
@@ -36,15 +36,6 @@ from .trainer import ProbeLoss
 
 SETUP_NAME, STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "setup.json", "study.log", "sweep.json", "head"
 
-# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
-COMMON = {
-    "learning_rate": (1e-5, 3e-3),
-    "batch_size": [8, 16, 32, 64],
-    "weight_decay": (0.0, 0.05),
-    "label_smoothing": (0.0, 0.1),
-    "dropout": (0.0, 0.4),
-    "layer_dropout": (0.0, 0.3),
-}
 _ON_LOG_SCALE = ("learning_rate",)
 _RECIPE_FIELDS = {item.metadata.get("option", item.name): item.name for item in fields(Recipe)}
 

@@ -1,27 +1,57 @@
-"""Training of a head with the stock `transformers.Trainer`."""
+"""`ProbeTrainer`: the Trainer of transformers for heads, from labelled rows to a head that can be saved."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from huggingface_hub import CommitInfo
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
 
 from ..backbone.decoder import is_tensor_parallel
-from ..data.states import ProbeCollator
+from ..backbone.loading import load_backbone, model_id
+from ..data.memory import is_table, is_tokenized, rows_in_memory
+from ..data.prompts import PromptFormat
+from ..data.states import ProbeCollator, PromptDataset, StateCache
+from ..data.texts import LabelledTexts, ends_with_reply, warn_of_labels
+from ..distributed import is_main, world_size
 from ..errors import ProbeError
-from ..evaluation.metrics import compute_metrics
-from ..heads.configuration import ProbeConfig
+from ..evaluation.calibration import check_threshold_rule
+from ..evaluation.metrics import check_metric, default_metric
+from ..evaluation.metrics import compute_metrics as metrics_of
+from ..evaluation.report import inspect_head, predict_logits
+from ..heads import get_probe_type
+from ..heads.configuration import PROMPT_FORMATS, ProbeConfig
 from ..heads.decision import ProbeOutput, probe_loss
 from ..heads.probe import ProbeModel
-from .recipe import Recipe
+from ..hub.card import CardFacts
+from .recipe import COMMON, Recipe, complete
+from .results import decide, describe_run
+from .rows import CutReplies
 
 
+MAX_LENGTH = 512  # tokens of a prompt, if the head does not say
+STATES = ".states"
 WARMUP = 0.1  # share of all steps
 
 
@@ -102,92 +132,459 @@ def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
     return (len(labels) / (config.num_labels * np.maximum(counts, 1))).tolist()
 
 
-def training_arguments(output_dir: str | os.PathLike, metric: str, **changes) -> TrainingArguments:
-    """Return `TrainingArguments` for heads: cosine schedule, rows grouped by length, the best epoch kept.
+def _own(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ProbeTrainingArguments(TrainingArguments):
+    """`TrainingArguments` for heads: cosine schedule, rows grouped by length, the best epoch kept.
+
+    The arguments that are None are filled in by `ProbeTrainer`, from the kind of the head and the number of rows.
 
     Args:
-        output_dir: folder for checkpoints, which hold only the head.
-        metric: validation metric to choose by; larger is better.
-        changes: any other argument of `TrainingArguments`.
+        label_smoothing_factor, focal_gamma, class_weights: see `ProbeLoss` and `Recipe`.
+        patience: stop after so many evaluations without a better metric. None: never.
+        max_false_positive_rate, threshold_rule: how the threshold is chosen; see `Recipe`.
+        cache_states: run the backbone once and keep its hidden states on disk while training.
+        cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
     """
-    values = {
-        "per_device_train_batch_size": 32,
-        "per_device_eval_batch_size": 32,
-        "num_train_epochs": 8,
-        "learning_rate": 3e-4,
-        "weight_decay": 0.05,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": WARMUP,  # below 1: a share of all steps
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "restore_callback_states_from_checkpoint": True,  # the count of early stopping
-        "metric_for_best_model": metric,
-        "greater_is_better": True,
-        "train_sampling_strategy": "group_by_length",
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "logging_strategy": "epoch",
-        "report_to": [],
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        # Without it, processes of torchrun on a machine without an accelerator train apart.
-        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
-        "log_on_each_node": False,
-    }
-    return TrainingArguments(output_dir=str(output_dir), **{**values, **changes})
+
+    learning_rate: float | None = _own(None, "Peak learning rate. Default: by kind.")
+    num_train_epochs: float | None = _own(None, "Epochs at most. Default: by number of rows.")
+    per_device_train_batch_size: int | None = _own(None, "Rows a step and device. Default: by number of rows.")
+    per_device_eval_batch_size: int = _own(32, "Rows a step and device in evaluation.")
+    weight_decay: float = _own(0.05, "Weight decay.")
+    label_smoothing_factor: float | None = _own(None, "Label smoothing. Default: by kind.")
+    lr_scheduler_type: str = _own("cosine", "Schedule of the learning rate.")
+    warmup_steps: float = _own(WARMUP, "Steps of the warmup; below 1 a share of all steps.")
+    eval_strategy: str = _own("epoch", "When to evaluate. No, if there is no eval_dataset.")
+    save_strategy: str = _own("epoch", "When to save a checkpoint, which holds only the head.")
+    save_total_limit: int | None = _own(1, "Checkpoints to keep.")
+    load_best_model_at_end: bool = _own(True, "Keep the epoch with the best metric.")
+    restore_callback_states_from_checkpoint: bool = _own(True, "Resume the count of early stopping as well.")
+    train_sampling_strategy: str = _own("group_by_length", "How rows are drawn.")
+    remove_unused_columns: bool = _own(False, "Not for heads: their collator takes what it needs.")
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Labels in a batch."})
+    logging_strategy: str = _own("epoch", "When to log.")
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available, metadata={"help": "Pin memory."})
+    # Without it, processes of torchrun on a machine without an accelerator train apart.
+    use_cpu: bool = field(
+        default_factory=lambda: torch.accelerator.current_accelerator(check_available=True) is None,
+        metadata={"help": "Train on the CPU."},
+    )
+    log_on_each_node: bool = _own(False, "Log on each node, or once.")
+    hub_strategy: str = _own("end", "When to push: end, or every_save.")
+    focal_gamma: float = _own(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
+    class_weights: str | None = _own(None, "'balanced', or one weight a label with commas.")
+    patience: int | None = _own(3, "Stop after so many evaluations without a better metric.")
+    max_false_positive_rate: float | None = _own(None, "Highest share of negative rows that the threshold may flag.")
+    threshold_rule: str = _own("expected-f1", "expected-f1 or best-f1.")
+    cache_states: bool = _own(True, "Run the backbone once and keep its hidden states on disk while training.")
+    cache_dir: str | None = _own(None, "Keep the hidden states here for later runs.")
+
+    def __post_init__(self):
+        if self.cache_dir is not None and not self.cache_states:
+            raise ProbeError(f"cache_dir={self.cache_dir!r} and cache_states=False exclude each other")
+        given = self.metric_for_best_model, self.greater_is_better
+        super().__post_init__()
+        # The parent takes the loss if no metric is given. The metric depends on the labels, which are not known yet.
+        self.metric_for_best_model, self.greater_is_better = given
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """Return the hyper-parameters of training, with open fields.
+
+        Raises:
+            ProbeError: one of them is not allowed.
+        """
+        return Recipe(
+            label_smoothing=self.label_smoothing_factor,
+            metric=self.metric_for_best_model,
+            **{name: getattr(self, name) for name in SHARED},
+        )
+
+    def fill(self, recipe: Recipe) -> None:
+        """Take what is open from a complete recipe, whose batch size is that of all processes."""
+        self.label_smoothing_factor = 0.0  # the parent would smooth a second time
+        if self.per_device_train_batch_size is None:
+            devices = max(1, self.n_gpu) * world_size()
+            self.per_device_train_batch_size = math.ceil(recipe.per_device_train_batch_size / devices)
+        for name in ("learning_rate", "num_train_epochs"):
+            setattr(self, name, getattr(recipe, name))
 
 
-class HeadOnPush(TrainerCallback):
-    """Adds the head's folder to what `push_to_hub` of a Trainer uploads; by itself it uploads weights without a config."""
+# Fields of `Recipe` that are fields of `ProbeTrainingArguments` by the same name.
+SHARED = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "focal_gamma",
+    "class_weights",
+    "patience",
+    "max_false_positive_rate",
+    "threshold_rule",
+)
 
-    def on_push_begin(self, args, state, control, model: ProbeModel, **kwargs) -> None:
-        """Write the head into the folder that the Trainer uploads."""
-        if args.should_save:
-            model.save_pretrained(args.output_dir)
+
+class _RenderedRows(PromptDataset):
+    """Rows that a `ProbeTrainer` has read, and whose states it may cache."""
 
 
-def create_trainer(
-    probe: ProbeModel,
-    args: TrainingArguments,
-    train_dataset: Dataset,
-    eval_dataset: Dataset | None = None,
-    loss: ProbeLoss | None = None,
-    patience: int | None = None,
-    **kwargs,
-) -> Trainer:
-    """Return a stock `Trainer` for a head.
+class ProbeTrainer(Trainer):
+    """A `Trainer` for heads on a frozen backbone. Takes texts, chats or token ids with labels.
+
+    After training, temperature and threshold are fitted on the rows of `eval_dataset`. `save_model` and `push_to_hub` then
+    write a head with its results and its card. All else is the Trainer's: resuming, reporting, several devices.
 
     Under `torchrun` it trains with DDP, which synchronises only the head. The frozen backbone may be sharded with FSDP:
     apply `fully_shard` to each layer and to the decoder (`lm.model`), which is what heads run.
 
+    Example:
+        >>> trainer = ProbeTrainer(backbone="HuggingFaceTB/SmolLM2-135M-Instruct", train_dataset=[("Well done!", "good"), ...])
+        >>> trainer.train()
+        >>> trainer.save_model("mood")
+
     Args:
-        probe: a head; with a backbone if the rows are token ids, without one if they are cached states.
-        args: see `training_arguments`.
-        train_dataset, eval_dataset: a `PromptDataset` or a `StateDataset`.
-        loss: defaults to plain cross-entropy.
-        patience: stop after so many evaluations without a better metric. None: never.
+        model: a head; with a backbone if the rows are texts or token ids.
+        args: defaults to `ProbeTrainingArguments()`.
+        data_collator: defaults to `ProbeCollator`.
+        train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
+            of `rows_in_memory`; or a `PromptDataset` or `StateDataset`, which is taken as it is.
+        processing_class: the backbone's tokenizer, for texts. `backbone` as a name brings its own.
+        model_init: makes a head, as for `hyperparameter_search`.
+        compute_loss_func: defaults to the `ProbeLoss` that `args` describe.
+        compute_metrics: defaults to the metrics of the head's problem type.
+        callbacks: further callbacks.
+        backbone: instead of `model`: a folder, a Hub id, `"demo"`, or a loaded LM. The head is then made for the labels.
+        probe_config: fields of `ProbeConfig` of the head for `backbone`. Those that are left out are chosen.
+        column_mapping: names from the rows to the columns above, such as `{"review": "text"}`.
         kwargs: further arguments of `Trainer`.
 
+    Attributes:
+        logits (`[rows, num_labels]`): logits of the evaluation rows after training.
+
     Raises:
-        ProbeError: the head's backbone has a `tp_plan`.
+        ProbeError: the rows, the head and the arguments do not fit each other.
     """
-    if is_tensor_parallel(probe.backbone):
-        raise ProbeError(
-            "a backbone with a tp_plan needs the same rows in all processes, and a Trainer divides them: "
-            "cache the states first (StateCache)"
-        )
-    callbacks = [HeadOnPush(), *kwargs.pop("callbacks", [])]
-    if patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
-    return Trainer(
-        model=probe,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=ProbeCollator(),
-        compute_loss_func=loss or ProbeLoss(probe.config),
-        compute_metrics=compute_metrics(probe.config),
-        callbacks=callbacks,
+
+    def __init__(
+        self,
+        model: ProbeModel | None = None,
+        args: ProbeTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[..., ProbeModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        *,
+        backbone: str | os.PathLike | PreTrainedModel | None = None,
+        probe_config: Mapping[str, Any] | None = None,
+        column_mapping: Mapping[str, str] | None = None,
         **kwargs,
-    )
+    ):
+        args = copy.copy(args) if args is not None else ProbeTrainingArguments()
+        if not isinstance(args, ProbeTrainingArguments):
+            raise ProbeError(f"args must be ProbeTrainingArguments, not {type(args).__name__}")
+        if sum(given is not None for given in (model, model_init, backbone)) != 1:
+            raise ProbeError("give one of model=ProbeModel(...), model_init= and backbone=")
+        if probe_config is not None and backbone is None:
+            raise ProbeError("probe_config needs backbone=; a model has its own config")
+        self._columns, self._tokenizer = column_mapping, processing_class
+        self._prompts: PromptFormat | None = None
+        self._cached: dict[int, tuple[Dataset, Dataset]] = {}
+        self._recorded: dict[str, Any] = {}
+        self._own_metrics = compute_metrics is not None
+        self.logits: torch.Tensor | None = None
+        if backbone is not None:
+            fields = dict(probe_config or {})
+            names = list(fields["id2label"].values()) if fields.get("id2label") else None
+            train_dataset = self._read("train_dataset", train_dataset, names, fields.get("problem_type"))
+            model = self._create_head(backbone, fields, train_dataset, args)
+            config, lm = model.config, model.backbone
+            model_init = lambda: ProbeModel(config, backbone=lm)  # noqa: E731 - each run of the trainer starts anew
+        elif model is None:
+            model = model_init(None) if inspect.signature(model_init).parameters else model_init()
+        if not isinstance(model, ProbeModel):
+            raise ProbeError(
+                f"model must be a ProbeModel, not {type(model).__name__}; backbone= takes a language model"
+            )
+        if is_tensor_parallel(model.backbone):
+            raise ProbeError(
+                "a backbone with a tp_plan needs the same rows in all processes, and a Trainer divides them: "
+                "cache the states first (StateCache)"
+            )
+        if get_probe_type(model.config.probe_type).convex:
+            raise ProbeError(f"probe_type={model.config.probe_type!r} is fitted: use llama-probe train")
+        train = self._take("train_dataset", train_dataset, model, learned=True)
+        validation = self._take("eval_dataset", eval_dataset, model)
+        recipe = self._complete(args, model.config, train, validation)
+        self._label_smoothing = recipe.label_smoothing
+        if compute_loss_func is None:
+            balanced = recipe.class_weights == "balanced" and train is not None
+            labels = labels_of(train) if balanced else np.empty(0)
+            compute_loss_func = ProbeLoss.create(recipe, model.config, labels)
+        callbacks = list(callbacks or [])
+        if args.patience is not None and args.load_best_model_at_end:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=args.patience))
+        super().__init__(
+            model=model if model_init is None else None,
+            args=args,
+            data_collator=data_collator or ProbeCollator(),
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=self._tokenizer,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics or metrics_of(model.config),
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    # Rows
+
+    def _read(
+        self, name: str, data: Any, label_names: Sequence[str] | None, problem_type: str | None
+    ) -> LabelledTexts:
+        if not is_table(data):
+            raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
+        return rows_in_memory(name, data, self._columns, label_names, problem_type)
+
+    def _take(self, name: str, data: Any, probe: ProbeModel, learned: bool = False) -> Dataset | None:
+        """Return rows as a data set. The head's config records what their labels are called and how texts are rendered.
+
+        Args:
+            learned: the rows are those of training.
+        """
+        rows = data
+        if not isinstance(data, LabelledTexts):
+            if data is None or not is_table(data):
+                return data
+            names = list(probe.config.id2label.values())
+            unnamed = learned and names == list(ProbeConfig(num_labels=len(names)).id2label.values())
+            rows = self._read(name, data, None if unnamed else names, probe.config.problem_type)
+            if unnamed and len(rows.label_names) == len(names):
+                self._record(probe, id2label=dict(enumerate(rows.label_names)))
+            rows = rows.renamed(list(probe.config.id2label.values()))
+        if learned:
+            counts = rows.label_counts()
+            if rows.labels.ndim == 1 and sum(map(bool, counts.values())) == 1:
+                raise ProbeError(f"all rows of {name} have the label {rows.label_names[rows.labels[0]]!r}")
+            warn_of_labels(counts)
+        if probe.backbone is None:
+            raise ProbeError(f"{name} has texts or token ids, which need ProbeModel(config, backbone=lm)")
+        if is_tokenized(rows):
+            ids, masks, lengths = rows.texts, rows.columns.get("probe_mask"), None
+            if masks is not None and probe.config.reads_reply:
+                lengths = list(map(sum, masks))
+        else:
+            ids, masks, lengths = self._format(name, probe).encode_for(probe.config, rows.texts)
+        found = _RenderedRows(ids, rows.labels, masks)
+        return CutReplies(found, lengths) if learned and lengths is not None else found
+
+    def _format(self, name: str, probe: ProbeModel) -> PromptFormat:
+        """Return the head's own format of prompts; one that is not known is the template of the tokenizer."""
+        if self._tokenizer is None:
+            raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
+        if self._prompts is None:
+            config = probe.config
+            if config.prompt_format in PROMPT_FORMATS:
+                self._prompts = PromptFormat.from_config(config, self._tokenizer)
+            else:
+                kind = "chat" if self._tokenizer.chat_template else "raw"
+                self._prompts = PromptFormat.create(self._tokenizer, kind, config.system_prompt, config.max_length)
+            self._record(probe, **self._prompts.config_fields())
+        return self._prompts
+
+    def _record(self, probe: ProbeModel, **fields) -> None:
+        """Write fields into the config of this head, and of those that `model_init` makes."""
+        self._recorded |= fields
+        probe.config = probe.config.replace(**fields)
+
+    def _create_head(
+        self, backbone: Any, fields: dict[str, Any], rows: LabelledTexts, args: ProbeTrainingArguments
+    ) -> ProbeModel:
+        """Load the backbone, and make a head for the labels of the rows."""
+        _, fields = complete(args.recipe(), fields, len(rows))
+        has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
+        known = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
+        chosen = {"token_scope": "response" if has_replies else "last_user", "max_length": MAX_LENGTH}
+        if isinstance(backbone, (str, os.PathLike)):
+            chosen["base_model_name_or_path"] = model_id(str(backbone))
+        config = ProbeConfig(**{**chosen, **fields, **known})
+        if isinstance(backbone, (str, os.PathLike)):
+            backbone, tokenizer = load_backbone(str(backbone))
+            self._tokenizer = self._tokenizer or tokenizer
+        elif not isinstance(backbone, nn.Module):
+            raise ProbeError(f"backbone must be a folder, a Hub id or a loaded LM, not {type(backbone).__name__}")
+        return ProbeModel(config, backbone=backbone)
+
+    def _complete(
+        self, args: ProbeTrainingArguments, config: ProbeConfig, train: Dataset | None, validation: Dataset | None
+    ) -> Recipe:
+        """Fill in what the arguments leave open, and check them against the rows."""
+        if validation is None:
+            args.eval_strategy, args.do_eval, args.load_best_model_at_end = IntervalStrategy.NO, False, False
+        recipe, _ = complete(args.recipe(), {"probe_type": config.probe_type}, len(train or ()))
+        args.fill(recipe)
+        if args.metric_for_best_model is None:
+            args.metric_for_best_model = default_metric(config)
+            if validation is not None and not self._own_metrics:
+                check_metric(args.metric_for_best_model, labels_of(validation), config)
+        if args.greater_is_better is None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+        check_threshold_rule(config, recipe.max_false_positive_rate, recipe.threshold_rule)
+        return recipe
+
+    def _with_states(self, dataset: Dataset) -> Dataset:
+        """Return rows with their hidden states, if this trainer has rendered them and may cache."""
+        if isinstance(dataset, CutReplies):
+            return CutReplies(self._with_states(dataset.dataset), dataset.lengths)
+        if not isinstance(dataset, _RenderedRows) or not self.args.cache_states:
+            return dataset
+        if id(dataset) not in self._cached:
+            folder = Path(self.args.cache_dir or Path(self.args.output_dir) / STATES)
+            if self.args.cache_dir is None and is_main():
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            probe = self.model
+            states = StateCache(folder).dataset(
+                probe.backbone, probe.config, dataset.prompts, dataset.labels, masks=dataset.masks
+            )
+            self._cached[id(dataset)] = dataset, states  # the first one keeps its id
+        return self._cached[id(dataset)][1]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of training, with cached states unless `args.cache_states` is False."""
+        self.train_dataset = self._with_states(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the batches of `eval_dataset`, a table as well, or of the trainer's own."""
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(self._with_states(self._take("eval_dataset", eval_dataset, self.model)))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return the batches of `test_dataset`, a table as well."""
+        return super().get_test_dataloader(self._with_states(self._take("test_dataset", test_dataset, self.model)))
+
+    # Training
+
+    def call_model_init(self, trial: Any = None) -> ProbeModel:
+        """Make a head with `model_init`. Its config records what the rows have told."""
+        probe = super().call_model_init(trial)
+        probe.config = probe.config.replace(**self._recorded)
+        return probe
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
+        """Train the head; see `Trainer.train`. Then `judge` it, if there are evaluation rows."""
+        output = super().train(resume_from_checkpoint, trial, **kwargs)
+        if trial is None and self.eval_dataset is not None:
+            self.judge()
+        return output
+
+    def judge(self) -> dict[str, Any]:
+        """Fit the head's temperature and threshold on the evaluation rows, and measure it on these.
+
+        Returns:
+            The head's `results`, which `save_model` writes into `results.json` and the card.
+        """
+        probe, dataset, labels = self.model, self._with_states(self.eval_dataset), labels_of(self.eval_dataset)
+        devices = max(1, self.args.n_gpu) * world_size()
+        recipe = replace(
+            self.args.recipe(),
+            label_smoothing=self._label_smoothing,
+            per_device_train_batch_size=self.args.per_device_train_batch_size * devices,
+        )
+        self.logits = predict_logits(probe, dataset)
+        run = {"seed": self.args.seed, "epochs": self.state.epoch, **decide(probe, self.logits, labels, recipe)}
+        rows = {"train": self.train_dataset, "validation": dataset}
+        rows = {name: {"source": "own rows", "rows": len(part)} for name, part in rows.items() if part is not None}
+        probe.results = describe_run(probe, rows, recipe, [run], self.args.seed)
+        probe.results |= {"dtype": probe.config.base_model_dtype, "card": asdict(CardFacts())}
+        probe.results["inspection"] = {"split": "validation", **inspect_head(probe, dataset, labels)}
+        if not self._own_metrics:
+            self.compute_metrics = metrics_of(probe.config)
+        return probe.results
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "maximize",
+        backend: str | None = None,
+        **kwargs,
+    ) -> Any:
+        """Search hyper-parameters; see `Trainer.hyperparameter_search`. It needs `model_init` or `backbone`.
+
+        Args:
+            hp_space: defaults to learning rate, weight decay and batch size, in the ranges of arXiv 2601.13288.
+            compute_objective: defaults to `metric_for_best_model`.
+        """
+        metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        compute_objective = compute_objective or (lambda metrics: metrics[metric])
+        hp_space = hp_space or self._suggest
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, backend, **kwargs)
+
+    def _suggest(self, trial: Any) -> dict[str, Any]:
+        space = COMMON | get_probe_type(self.model.config.probe_type).search_space
+        return {
+            "learning_rate": trial.suggest_float("learning_rate", *space["learning_rate"], log=True),
+            "weight_decay": trial.suggest_float("weight_decay", *space["weight_decay"]),
+            "per_device_train_batch_size": trial.suggest_categorical("batch_size", space["batch_size"]),
+        }
+
+    # Files and the Hub
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the head into a folder: config, weights, results and card. Checkpoints have the Trainer's own files."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """Upload the head in one commit: config, weights, results and card, and no pickle.
+
+        The repository is `args.hub_model_id`, or the user's with the name of `args.output_dir`.
+
+        Args:
+            blocking: has no effect; heads are small.
+            kwargs: `tags`, `license` and the like; see `push_folder`.
+        """
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        revision = revision or self.args.hub_revision
+        return self.model.push_to_hub(
+            self.hub_model_id, token=token, revision=revision, commit_message=commit_message, **kwargs
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent would upload training_args.bin, a pickle, and weights without a config.
+        if self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(f"Training in progress, epoch {self.state.epoch:.0f}")
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """Return the labels `[rows, ...]` of a data set."""
+    found = getattr(dataset, "labels", None)
+    return np.stack([dataset[row]["labels"] for row in range(len(dataset))]) if found is None else found

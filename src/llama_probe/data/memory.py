@@ -1,0 +1,131 @@
+"""Rows in memory: a `datasets.Dataset`, a DataFrame, a dict of columns, or a list of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from typing import Any
+
+from ..errors import ProbeError
+from .labels import read_labels
+from .texts import LabelledTexts, label_rows
+
+
+TEXT_COLUMNS = ("text", "messages", "prompt and response", "input_ids")
+
+
+def is_table(data: Any) -> bool:
+    """Return True for rows that `rows_in_memory` reads, and False for a torch data set."""
+    return isinstance(data, (Mapping, list, tuple)) or hasattr(data, "column_names") or hasattr(data, "columns")
+
+
+def rows_in_memory(
+    name: str,
+    data: Any,
+    column_mapping: Mapping[str, str] | None = None,
+    label_names: Sequence[str] | None = None,
+    problem_type: str | None = None,
+) -> LabelledTexts:
+    """Return labelled rows of a table in memory.
+
+    The columns are `text`, or `messages` (chats), or `prompt` and `response`, or `input_ids`; and `label` or `labels`.
+    Rows with `input_ids` are tokenised: the texts are then token ids, without the tokens where `attention_mask` is 0. The
+    further column `probe_mask` says which tokens count.
+
+    Args:
+        name: name of the rows, for messages.
+        data: a `datasets.Dataset`, a DataFrame, a dict of columns, a list of dicts or of pairs of text and label.
+        column_mapping: names from the table to the ones above, `{"review": "text"}`.
+        label_names, problem_type: see `read_labelled`.
+
+    Raises:
+        ProbeError: a column is missing, or a text or label is not allowed.
+    """
+    columns, own_names = _read_columns(name, data)
+    for old, new in (column_mapping or {}).items():
+        if old not in columns or (new in columns and new not in column_mapping):
+            raise ProbeError(
+                f"column_mapping: {name} has no column {old!r} to call {new!r}; it has: {', '.join(columns)}"
+            )
+    columns, own_names = (
+        {(column_mapping or {}).get(column, column): values for column, values in found.items()}
+        for found in (columns, own_names)
+    )
+    label = next((column for column in ("label", "labels") if column in columns), None)
+    if label is None:
+        raise ProbeError(f"{name} has no column 'label'; it has: {', '.join(columns)} (column_mapping renames)")
+    own = own_names.get(label)
+    if problem_type == "regression":
+        own = None
+    if "input_ids" in columns:
+        return _tokenized(name, columns, label, own, label_names, problem_type)
+    prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
+    text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
+    if text is None:
+        raise ProbeError(
+            f"{name} has none of the columns {', '.join(TEXT_COLUMNS)}; it has: {', '.join(columns)} (column_mapping renames)"
+        )
+    return label_rows(name, columns, text, label, label_names, own, problem_type, prompt)
+
+
+def is_tokenized(rows: LabelledTexts) -> bool:
+    """Return True if the rows are token ids instead of texts."""
+    first = rows.texts[0]
+    return not isinstance(first, str) and isinstance(first[0], int)
+
+
+def _tokenized(name, columns, label, own_names, label_names, problem_type) -> LabelledTexts:
+    attention = columns.get("attention_mask")
+
+    def read(column: str) -> list[list]:
+        rows = list(map(_as_list, columns[column]))
+        if attention is None:
+            return rows
+        return [list(compress(row, mask)) for row, mask in zip(rows, map(_as_list, attention), strict=True)]
+
+    ids = read("input_ids")
+    if not ids or not all(ids):
+        raise ProbeError(f"{name} holds no rows, or a row without input_ids")
+    further = {"probe_mask": read("probe_mask")} if "probe_mask" in columns else {}
+    labels, names, problem_type = read_labels(name, columns[label], own_names or label_names, problem_type)
+    rows = LabelledTexts(ids, labels, names, problem_type, further)
+    return rows.renamed(label_names) if own_names and label_names else rows
+
+
+def _read_columns(name: str, data: Any) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+    """Return the columns of a table, and the label names that it gives, by column."""
+    if hasattr(data, "column_names"):  # of the library datasets
+        if not hasattr(data, "features") or isinstance(data, Mapping) or not hasattr(data, "__len__"):
+            raise ProbeError(f"{name} must be one split in memory, such as data['train'], not {type(data).__name__}")
+        features = {column: getattr(kind, "feature", kind) for column, kind in data.features.items()}
+        names = {column: kind.names for column, kind in features.items() if hasattr(kind, "names")}
+        plain = data.with_format(None)
+        return {column: list(plain[column]) for column in plain.column_names}, names
+    if hasattr(data, "columns"):  # a DataFrame; a missing value is None here
+        missing = data.isna()
+        return {
+            str(column): [
+                None if gone else value for value, gone in zip(data[column].tolist(), missing[column], strict=True)
+            ]
+            for column in data.columns
+        }, {}
+    if isinstance(data, Mapping):
+        columns = {str(column): _as_list(values) for column, values in data.items()}
+        if len({len(values) if isinstance(values, list) else -1 for values in columns.values()} | {-1}) != 2:
+            raise ProbeError(
+                f"{name} must hold a list of the same length for each column: {', '.join(columns) or 'none'}"
+            )
+        return columns, {}
+    rows = list(data)
+    if rows and all(isinstance(row, Mapping) for row in rows):
+        return {
+            column: [row.get(column) for row in rows] for column in dict.fromkeys(key for row in rows for key in row)
+        }, {}
+    if rows and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows):
+        return {"text": [row[0] for row in rows], "label": [row[1] for row in rows]}, {}
+    raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
+
+
+def _as_list(values: Any) -> Any:
+    """Return a tensor, an array or a tuple as a list."""
+    return values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, tuple) else values

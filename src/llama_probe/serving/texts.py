@@ -1,0 +1,95 @@
+"""Score texts and chats with heads, each rendered as its head was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..backbone.passes import length_batches
+from ..data.prompts import PromptFormat, Text, pad_prompts
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import ProbeOutput
+
+
+BATCH_TOKENS = 4096  # of a pass, padding included
+
+
+def as_texts(given: Any) -> list[Text] | None:
+    """Return texts, chats, or one of them as a list; None for anything else, such as token ids."""
+    if hasattr(given, "tolist") and not isinstance(given, torch.Tensor):  # an array or a column of a table
+        given = given.tolist()
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, (list, tuple)) or not given:
+        return None
+    if isinstance(given[0], Mapping):
+        return [list(given)]
+    is_chat = isinstance(given[0], (list, tuple)) and given[0] and isinstance(given[0][0], Mapping)
+    return list(given) if isinstance(given[0], str) or is_chat else None
+
+
+def encode(
+    config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[bool]] | None]:
+    """Return the token ids of texts in a head's own format, and which tokens count if the ids do not tell."""
+    encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
+    return encoded.ids, encoded.masks
+
+
+def pad_inputs(
+    ids: list[list[int]], masks: list[list[bool]] | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `attention_mask` and, with masks, `probe_mask`: `[rows, tokens]`, padded on the right."""
+    inputs = pad_prompts(ids, tokenizer)
+    if masks is not None:
+        inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+        for row, mask in enumerate(masks):
+            inputs["probe_mask"][row, : len(mask)] = torch.tensor(mask)
+    return inputs
+
+
+def classify_texts(
+    model: Any,
+    configs: Mapping[str, ProbeConfig],
+    texts: list[Text],
+    tokenizer: PreTrainedTokenizerBase | None,
+    output_attentions: bool = False,
+) -> dict[str, ProbeOutput]:
+    """Score texts with heads of a model. Heads of one format share a pass.
+
+    Args:
+        configs: config of each head, by name.
+        texts: texts or chats.
+        tokenizer: the backbone's.
+        output_attentions: see `classify`. All texts are then in one batch.
+
+    Raises:
+        ProbeError: there is no tokenizer, or a text cannot be rendered.
+    """
+    if tokenizer is None:
+        raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
+    groups: dict[tuple, list[str]] = {}
+    for name, config in configs.items():
+        reads = config.token_scope if config.reads_reply else None
+        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
+    found: dict[str, ProbeOutput] = {}
+    for names in groups.values():
+        ids, masks = encode(configs[names[0]], texts, tokenizer)
+        whole = [list(range(len(ids)))]
+        for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):
+            inputs = pad_inputs([ids[row] for row in rows], masks and [masks[row] for row in rows], tokenizer)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            part = model.classify(**inputs, probes=names, output_attentions=output_attentions)
+            if output_attentions:
+                found |= part
+                continue
+            for name, output in part.items():
+                if name not in found:
+                    blank = output.logits.new_empty(len(ids), configs[name].num_labels)
+                    found[name] = ProbeOutput.from_logits(blank, configs[name])
+                found[name].logits[rows] = output.logits
+    return {name: found[name] for name in configs}

@@ -1,0 +1,98 @@
+"""classify(): text in, labels out."""
+
+import pytest
+import torch
+from conftest import make_lm, make_probe, make_tokenizer
+
+from llama_probe import AutoModelForProbedGeneration, ProbeError
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.serving import texts as module
+
+
+TOKENIZER = make_tokenizer()
+TEXTS = ["Hi", "A much longer text than that one", "Something between", "x"]
+
+
+def fields(kind="chat", **changes):
+    return PromptFormat.create(TOKENIZER, kind, **changes).config_fields()
+
+
+@pytest.fixture
+def model():
+    return AutoModelForProbedGeneration.from_causal_lm(make_lm(vocab_size=260))
+
+
+def alone(model, name, texts):
+    """What a head gives for texts that are rendered by hand, one at a time."""
+    config = model.probes[name].config
+    prompts = PromptFormat.from_config(config, TOKENIZER)
+    return torch.cat([model.classify(**prompts.batch([text]), probes=name)[name].logits for text in texts])
+
+
+def test_each_head_reads_its_own_format(model, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TOKENS", 60)
+    model.add_probe("chat", make_probe(token_scope="content", **fields(system_prompt="Be brief.")))
+    model.add_probe("raw", make_probe(1, num_labels=3, **fields("raw", max_length=9)))
+    model.add_probe("other", make_probe(2, probe_type="gate", **fields(system_prompt="Be brief.")))
+    passes = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = model.classify(TEXTS, tokenizer=TOKENIZER)
+    assert list(found) == ["chat", "raw", "other"] and 2 < len(passes) < 8, "heads of one format share passes"
+    for name in found:
+        torch.testing.assert_close(found[name].logits, alone(model, name, TEXTS), atol=1e-5, rtol=1e-4)
+        assert len(found[name].labels) == 4 and found[name].probabilities.shape[0] == 4
+    assert list(model.classify(TEXTS, tokenizer=TOKENIZER, probes="raw")) == ["raw"]
+
+
+def test_one_text_one_chat_and_an_array(model):
+    np = pytest.importorskip("numpy")
+    model.add_probe("a", make_probe(**fields()))
+    expected = alone(model, "a", TEXTS[:1])
+    chat = [{"role": "user", "content": TEXTS[0]}]
+    for given in (TEXTS[0], TEXTS[:1], chat, [chat], np.array(TEXTS[:1])):
+        torch.testing.assert_close(model.classify(given, tokenizer=TOKENIZER)["a"].logits, expected)
+
+
+def test_replies(model):
+    model.add_probe("a", make_probe(token_scope="response", **fields()))
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}] for text in TEXTS]
+    found = model.classify(chats, tokenizer=TOKENIZER)["a"].logits
+    one_by_one = [model.classify(chat, tokenizer=TOKENIZER)["a"].logits for chat in chats]
+    torch.testing.assert_close(found, torch.cat(one_by_one), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ProbeError, match="reply"):
+        model.classify(TEXTS, tokenizer=TOKENIZER)
+
+
+def test_weights(model):
+    model.add_probe("a", make_probe(**fields()))
+    found = model.classify(TEXTS, tokenizer=TOKENIZER, output_attentions=True)["a"]
+    assert found.token_weights.shape[:2] == (4, 5) and found.layer_weights.shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"input_ids": TEXTS}, "tokenizer="),
+        ({"input_ids": TEXTS, "tokenizer": TOKENIZER, "attention_mask": torch.ones(4, 4)}, "attention_mask"),
+        ({"input_ids": [], "tokenizer": TOKENIZER}, "input_ids"),
+        ({"input_ids": [[1, 2]]}, "input_ids"),
+    ],
+)
+def test_mistakes(model, given, words):
+    model.add_probe("a", make_probe(**fields()))
+    with pytest.raises(ProbeError, match=words):
+        model.classify(**given)
+
+
+@pytest.mark.parametrize("call", ["classify", "__call__"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_without_a_mask_is_warned_of(model, caplog, call, side):
+    from transformers.utils import logging
+
+    logging.get_logger("llama_probe").warning_once.__func__.cache_clear()
+    model.add_probe("a", make_probe(**fields()))
+    inputs = PromptFormat.create(TOKENIZER).batch(TEXTS, side)
+    getattr(model, call)(**inputs)
+    assert "attention_mask" not in caplog.text
+    getattr(model, call)(inputs["input_ids"])
+    assert "Pass the tokenizer's attention_mask" in caplog.text
