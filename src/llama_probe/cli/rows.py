@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.files import MAX_TEXT
 from ..data.known import BENCHMARKS, find_benchmark
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
@@ -26,6 +27,7 @@ ROWS_HELP = {
     "prompt_column": "Column of the prompts, if the texts are replies to them; for heads that read replies.",
     "split": "Split of a named or Hub data set, or of a folder. Default: test.",
     "data_dir": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
+    "max_text": "Characters of the longest text; a file may have 512 times as many. Guards the memory.",
 }
 
 TextColumn = Annotated[str, typer.Option(help=ROWS_HELP["text_column"])]
@@ -49,6 +51,7 @@ class LabelledRows:
     prompt_column: str | None = None
     split: str | None = None
     data_dir: Path | None = None
+    max_text: int = MAX_TEXT
 
     def __post_init__(self):
         if self.data is None:
@@ -91,4 +94,5 @@ class LabelledRows:
             self.split or "test",
             self.data_dir,
             self.prompt_column,
+            self.max_text,
         )
