@@ -11,8 +11,10 @@ VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL)
 SOURCES := src tests examples
+SCALE ?= 10
+SEED ?= 0
 
-.PHONY: demo test test-slow test-vllm test-vllm-slow style quality clean
+.PHONY: demo test test-slow attack test-vllm test-vllm-slow style quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llama-probe demo
@@ -23,6 +25,10 @@ test: $(VENV)/.test
 # Tests on the demo backbone, which the first of them prepares.
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+
+# Damaged heads and data, kills, full disks, threads and a Hub with faults; prints a table. Ten times what test-slow does.
+attack: $(VENV)/.test
+	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
 # Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails.
 test-vllm: $(VLLM_VENV)/.test-vllm

@@ -1,21 +1,14 @@
 """Kill a function before each of its file operations, in a child process."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 OPERATIONS = {
-    "open",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.mkdir",
-    "os.chmod",
-    "os.truncate",
-    "os.link",
-    "os.symlink",
+    *("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"),
 }
 _KILLED = 77
 
@@ -29,6 +22,7 @@ def killed_at(action: Callable[[], object], folder: Path, number: int) -> bool:
     child = os.fork()
     if child == 0:
         try:
+            signal.alarm(120)
             _end_before(number, str(folder))
             action()
             os._exit(0)
@@ -39,18 +33,22 @@ def killed_at(action: Callable[[], object], folder: Path, number: int) -> bool:
     return status == _KILLED
 
 
-def each_kill(action: Callable[[], object], folder: Path, prepare: Callable[[], object]) -> Iterator[int]:
+def each_kill(
+    action: Callable[[], object], folder: Path, prepare: Callable[[], object], numbers: Iterator[int] | None = None
+) -> Iterator[int]:
     """Yield the number of the operation that an action was killed at, for each of its operations on a folder.
 
     Args:
         prepare: called before each kill; makes the folder as the action finds it.
+        numbers: operations to be killed at, ascending, in place of all.
     """
-    number = 0
-    prepare()
-    while killed_at(action, folder, number):
-        yield number
-        number += 1
+    number = -1
+    while True:
+        number = number + 1 if numbers is None else next(numbers)
         prepare()
+        if not killed_at(action, folder, number):
+            break
+        yield number
     assert number, "the action has no operation on the folder"
 
 
@@ -59,11 +57,9 @@ def _end_before(number: int, folder: str) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal count
-        if (
-            event in OPERATIONS
-            and isinstance(arguments[0], (str, os.PathLike))
-            and str(arguments[0]).startswith(folder)
-        ):
+        if event in OPERATIONS and isinstance(arguments[0], (str, os.PathLike)):
+            if not str(arguments[0]).startswith(folder):
+                return
             if count == number:
                 os._exit(_KILLED)
             count += 1
