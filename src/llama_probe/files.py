@@ -149,7 +149,7 @@ def current_file(folder: str | os.PathLike, name: str) -> Path:
     """Return the path of a file that `replace_files` writes. It need not exist."""
     pending = Path(folder) / PENDING
     found = (pending / name, pending / f"{name}{_GONE}")
-    return found[0] if not pending.is_symlink() and any(map(os.path.lexists, found)) else Path(folder) / name
+    return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
 
 
 def settle(folder: str | os.PathLike) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import struct
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +18,8 @@ from kills import each_kill
 from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.data.files import InputFile
+from llama_probe.data.texts import read_labelled
 from llama_probe.files import PENDING, current_file
 from llama_probe.heads.configuration import read_config
 from llama_probe.hub.card import read_card, write_card
@@ -244,6 +247,33 @@ def test_files_that_are_none(folder, tmp_path, name, there):
     for work in (read_head, write_card):
         with contextlib.suppress(ProbeError):
             work(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes the user")
+@pytest.mark.parametrize("closed", [".", CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME])
+def test_files_that_may_not_be_read(folder, closed):
+    (folder / RESULTS_NAME).write_text("{}")
+    for path in folder.parents:
+        if path.stat().st_uid == 0 and str(path).startswith(tempfile.gettempdir() + "/"):
+            path.chmod(0o755)
+    (folder / closed).chmod(0)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            read_head(folder)
+        except ProbeError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300, "a/" * 3000])
+def test_names_that_are_too_long(name, tmp_path):
+    for work in (read_head, InputFile.find, read_labelled, lambda name: read_head(tmp_path / name)):
+        with pytest.raises(ProbeError):
+            work([name] if work == InputFile.find else name)
 
 
 def test_a_header_without_end(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +60,7 @@ class LabelledRows:
             given = [item.name.replace("_", "-") for item in fields if getattr(self, item.name) != item.default]
             if given:
                 raise ProbeError(f"--{', --'.join(given)} without rows: name them with --data")
-        elif self.split is not None and Path(self.data).is_file():
+        elif self.split is not None and os.path.isfile(self.data):
             raise ProbeError(f"--split {self.split}: {self.data} is a file without splits; leave --split out")
         elif self.split is not None and self._own_split is not None:
             raise ProbeError(f"--split {self.split}: {self.data} names a split already; leave one out")
@@ -74,7 +75,7 @@ class LabelledRows:
     @property
     def name(self) -> str:
         """The data and its split, for titles."""
-        if Path(self.data).exists():
+        if os.path.exists(self.data):
             return Path(self.data).name
         if self._own_split is not None:
             return self.data

@@ -6,6 +6,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -80,8 +81,8 @@ class InputFile:
         """
         paths: dict[Path, Path] = {}
         for pattern in patterns:
-            found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-            found = [Path(name) for name in found if Path(name).is_file()]
+            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            found = [Path(name) for name in found if os.path.isfile(name)]
             if not found:
                 raise ProbeError(f"there is no file {pattern}: give files or patterns, such as 'rows/*.parquet'")
             for path in found:

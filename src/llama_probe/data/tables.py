@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class TablePlace:
     @classmethod
     def parse(cls, source: str) -> TablePlace:
         """Parse a source. An existing path is taken as it is."""
-        match = None if Path(source).exists() else _PLACE.fullmatch(source)
+        match = None if os.path.exists(source) else _PLACE.fullmatch(source)
         return cls(source) if match is None else cls(*(part or None for part in match.groups()))
 
 
@@ -78,21 +79,21 @@ def read_table(
     path, split = Path(place.id), place.split or split
     if not source.strip():
         raise ProbeError(f"{source!r} names no rows: give a file, a folder or a Hub data set")
-    if (path.is_file() and place.id != source) or (path.is_dir() and place.revision):
+    if (os.path.isfile(path) and place.id != source) or (os.path.isdir(path) and place.revision):
         raise ProbeError(f"{source}: {path} is on this machine and has no {source[len(place.id) :]}")
-    if kind_of(path) and not path.exists():
+    if kind_of(path) and not os.path.exists(path):
         raise ProbeError(f"there is no file {path}")
-    if path.is_file() and kind_of(path) is None:
+    if os.path.isfile(path) and kind_of(path) is None:
         raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
     try:
-        if path.is_file():
+        if os.path.isfile(path):
             kind = kind_of(path)
             options = _file_options([path], kind in ("csv", "tsv"), text_columns, needed, max_text)
             if kind == "tsv":
                 kind, options["sep"] = "csv", "\t"
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
         location, options = place.id, {}
-        if path.is_dir():
+        if os.path.isdir(path):
             location = str(path.resolve())  # The loader names rows by the folder, and `.` has no name.
             _check_card(Path(location))
             builder = datasets.load_dataset_builder(location, place.configuration)

@@ -186,7 +186,7 @@ def read_labelled(
     known = find_benchmark(source)
     if known is not None:
         benchmark, own_split = known
-        if Path(source).exists():
+        if os.path.exists(source):
             logger.warning(f"{source} is the data set known by that name; write ./{source} for the path")
         prompts, replies = benchmark.exchange or (None, None)
         if (text_column, label_column) != ("text", "label") or prompt_column not in (None, prompts):

@@ -392,7 +392,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
     path, code = current_file(folder, CONFIG_NAME), current_file(folder, CODE_NAME)
     values = read_config_values(folder)
     kind = values.get("probe_type")
-    if kind not in probe_types() and code.is_file():
+    if kind not in probe_types() and os.path.isfile(code):
         if not trust_remote_code:
             raise ProbeError(
                 f"probe_type={kind!r} needs the code in {code}: read it, then pass trust_remote_code=True"

@@ -103,7 +103,7 @@ def read_tensors(
             wrong shape or dtype, or not finite.
     """
     path = current_file(folder, WEIGHTS_NAME)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ProbeError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
     try:
         _check_header_size(path)

@@ -103,7 +103,7 @@ def renew_card(
         ProbeError: see `create_card`.
     """
     try:
-        old = read_card(folder).data if current_file(folder, CARD_NAME).is_file() else ModelCardData()
+        old = read_card(folder).data if os.path.isfile(current_file(folder, CARD_NAME)) else ModelCardData()
     except ProbeError:  # there is nothing to keep
         old = ModelCardData()
     tags_of_old = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
@@ -117,7 +117,7 @@ def has_own_card(folder: str | os.PathLike) -> bool:
     """Return True if a person wrote or edited the card of a folder. A card that cannot be read is such a one."""
     path = current_file(folder, CARD_NAME)
     try:
-        return path.is_file() and MARKER.encode() not in read_bytes(path)
+        return os.path.isfile(path) and MARKER.encode() not in read_bytes(path)
     except ProbeError:
         return True
 
@@ -159,7 +159,7 @@ def create_card(
 
 
 def _plots(folder: str | os.PathLike) -> list[str]:
-    return [name for name in PLOT_NAMES if current_file(folder, name).is_file()]
+    return [name for name in PLOT_NAMES if os.path.isfile(current_file(folder, name))]
 
 
 def _create_card(

@@ -26,7 +26,7 @@ MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant f
 
 def is_head_folder(folder: str | os.PathLike) -> bool:
     """Return True if a folder holds a head."""
-    return current_file(folder, CONFIG_NAME).is_file()
+    return os.path.isfile(current_file(folder, CONFIG_NAME))
 
 
 def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
@@ -96,8 +96,11 @@ def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
         ProbeError: the folder holds no head, or see `read_json`.
     """
     path = current_file(folder, CONFIG_NAME)
-    if not path.is_file():
-        found = sorted(item.name for item in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    if not os.path.isfile(path):
+        try:
+            found = sorted(os.listdir(folder))
+        except OSError:  # it is not there, no folder, or may not be read
+            found = []
         hint = "; the Trainer wrote weights only, call probe.save_pretrained" if "training_args.bin" in found else ""
         raise ProbeError(
             f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'}){hint}"
@@ -112,7 +115,7 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
         ProbeError: see `read_json`.
     """
     path = current_file(folder, RESULTS_NAME)
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if os.path.isfile(path) else None
 
 
 def chosen_run(results: dict[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def _copy_head(source: Path, target: Path) -> None:
     """Copy the files of a head, none of which may be a link out of its folder."""
     check_links(source, HEAD_FILES)
     for file in HEAD_FILES:
-        if (path := current_file(source, file)).is_file():
+        if os.path.isfile(path := current_file(source, file)):
             shutil.copyfile(path, target / file)
 
 

@@ -200,7 +200,7 @@ def _places(target: Target | None, options: HubOptions, namespace: str | None) -
     """Give the folders and Hub ids where an alias may be for a target, with the revision to ask for."""
     if target is None or not target.name_or_path:
         return
-    local = Path(target.name_or_path).is_dir()
+    local = os.path.isdir(target.name_or_path)
     if local:
         yield Path(target.name_or_path), None
     if namespace:

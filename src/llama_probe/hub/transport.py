@@ -330,7 +330,7 @@ def _is_same(file: Any, content: bytes) -> bool:
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     plain = reference.revision is None and reference.subfolder is None
     # `a/b` may have been meant for a folder.
-    no_folder = f"; there is no folder {reference} either" if plain and not Path(reference.repo_id).is_dir() else ""
+    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(reference.repo_id) else ""
     try:
         return _download_intact(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
