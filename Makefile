@@ -14,7 +14,11 @@ SOURCES := src tests examples
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all test-vllm test-vllm-slow style quality clean
+.PHONY: demo test test-slow test-all attack test-vllm test-vllm-slow style quality clean
+
+SCALE ?= 10
+SEED ?= 0
+
 
 demo: $(VENV)/.demo
 	$(BIN)/llama-probe demo
@@ -29,6 +33,10 @@ test-slow: $(VENV)/.test
 # Both in one start.
 test-all: $(VENV)/.test
 	$(PYTEST)
+
+# Damaged heads and data, kills, full disks, threads and a Hub with faults; prints a table. Ten times what test-slow does.
+attack: $(VENV)/.test
+	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
 # Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails.
 test-vllm: $(VLLM_VENV)/.test-vllm

@@ -12,8 +12,10 @@ import threading
 import torch
 import torch.nn.functional as F
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -679,3 +681,73 @@ def _bits(dtype: str | None, quantization: str | None) -> int:
     if dtype is not None and "float8" in dtype:
         return 8
     return 32 if dtype in ("float32", "float64") else 16
+
+
+# From backbone/passes.py
+
+# Fixed cost of a forward pass, in tokens.
+_PASS_COST = 64
+# Tokens in the KV cache of a row that count as one token in a batch.
+_CACHED_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Prompts that a backbone runs over together."""
+
+    rows: list[int]
+    prefix: Cache | None = None
+    skip: int = 0
+
+
+def plan_passes(
+    lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequence[int], batch_tokens: int
+) -> list[Pass]:
+    """Plan forward passes over all prompts, and run the backbone once over a start that many of them share."""
+    # The last token of a row always runs: its output is wanted.
+    unread = [min(count, len(ids) - 1) for count, ids in zip(unread, prompts, strict=True)]
+    start = shared_start(prompts, unread)
+    prefix = prefill(lm, start) if start else None
+    skip = 0 if prefix is None else len(start)
+    after, whole = [], []
+    for row, ids in enumerate(prompts):
+        (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
+    passes = [
+        Pass(rows, prefix, skip) for rows in _batches(after, prompts, batch_tokens, skip // _CACHED_TOKENS - skip)
+    ]
+    return passes + [Pass(rows) for rows in _batches(whole, prompts, batch_tokens)]
+
+
+def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[int]:
+    """Return the start to run once instead of once a row, so that the fewest tokens run; it may be empty."""
+    rows: Iterable[int] = range(len(prompts))
+    path: list[int] = []
+    most, best = 0, 0
+    while True:
+        following = defaultdict(list)
+        for row in rows:
+            if unread[row] > len(path):
+                following[prompts[row][len(path)]].append(row)
+        if not following:
+            return path[:best]
+        token, rows = max(following.items(), key=lambda item: len(item[1]))
+        path.append(token)
+        saved = (len(rows) - 1) * len(path) - _PASS_COST
+        if saved > most:
+            most, best = saved, len(path)
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group rows of similar length, the largest batch first."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _batches(rows: list[int], prompts: Sequence[Sequence[int]], batch_tokens: int, more: int = 0) -> list[list[int]]:
+    batches = length_batches([len(prompts[row]) + more for row in rows], batch_tokens)
+    return [[rows[i] for i in batch] for batch in batches]

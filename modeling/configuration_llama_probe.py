@@ -12,27 +12,36 @@ import inspect
 import json
 import math
 import numpy as np
+import operator
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
+import threading
 import torch
 import transformers
 import unicodedata
+import uuid
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
+from contextlib import ExitStack
 from contextlib import contextmanager
+from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from functools import partial
 from huggingface_hub import CommitInfo
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub import CommitOperationDelete
 from huggingface_hub import HfApi
+from huggingface_hub import constants
 from huggingface_hub import hf_hub_download
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
@@ -49,6 +58,8 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 from pathlib import Path
 from pathlib import PurePosixPath
+from queue import Empty
+from queue import SimpleQueue
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
@@ -56,18 +67,36 @@ from transformers import AutoConfig
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
 from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
+from typing import TypeVar
 
 
 # From errors.py
 
+# A message may quote a file or an answer of somebody else. Longer ones are cut.
+_LONGEST, _SHORT = 1000, 300
+
+
 class ProbeError(ValueError):
     """Something a user can mend: a wrong config value, a bad head file, a combination that cannot be scored."""
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_SHORT]}... ({len(text)} characters)")
 
 
 # From files.py
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
+# The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
+PENDING, _GONE = ".new-files", ".gone"
+_TEMPORARY = ".tmp"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -115,31 +144,157 @@ def new_folder(folder: Path) -> Iterator[Path]:
             item.replace(folder / item.name)
 
 
-def write_atomically(writers: dict[Path, Callable[[Path], object]], outdated: Sequence[Path] = ()) -> None:
+def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
     """Call each writer with a temporary path, then rename all files; on an error no target changes."""
-    written: list[tuple[Path, Path]] = []
-    try:
+    with ExitStack() as stack:
+        written: list[tuple[Path, Path]] = []
         for target, write in writers.items():
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-            os.close(handle)
-            written.append((Path(name), target))
-            try:
-                write(Path(name))
-            except (OSError, SafetensorError) as error:
-                if not is_disk_full(error):
-                    raise
-                raise ProbeError(f"{target} cannot be written: {DISK_FULL}") from error
+            _check_no_folder(target)
+            temporary = stack.enter_context(_scratch(partial(_temporary_file, target)))
+            _write(write, temporary, target)
             # mkstemp makes private files; these should be as readable as any other file of the user.
             mask = os.umask(0)
             os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)
-        for path in outdated:
-            path.unlink(missing_ok=True)
+            temporary.chmod(0o666 & ~mask)
+            written.append((temporary, target))
         for temporary, target in written:
-            temporary.replace(target)
+            with _explained(target):
+                temporary.replace(target)
+
+
+def replace_files(folder: Path, writers: dict[str, Callable[[Path], object]], gone: Iterable[str] = ()) -> None:
+    """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones."""
+    for name in (*writers, *gone):
+        _check_no_folder(folder / name)
+    with _scratch(partial(_temporary_folder, folder)) as stage:
+        for name, write in writers.items():
+            _write(write, stage / name, folder / name)
+        for name in gone:
+            _write(Path.touch, stage / f"{name}{_GONE}", folder / name)
+        _switch(stage, folder)
+    settle(folder)
+
+
+def current_file(folder: str | os.PathLike, name: str) -> Path:
+    """Return the path of a file that `replace_files` writes. It need not exist."""
+    pending = Path(folder) / PENDING
+    found = (pending / name, pending / f"{name}{_GONE}")
+    return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
+
+
+def settle(folder: str | os.PathLike) -> None:
+    """Move the files that a killed `replace_files` has left in `PENDING` to their places."""
+    folder = Path(folder)
+    pending = folder / PENDING
+    if not pending.is_dir() or pending.is_symlink():
+        return
+    with _explained(folder):
+        for name in sorted(os.listdir(pending)):
+            with suppress(FileNotFoundError):  # another process settles the folder, too
+                if name.endswith(_GONE):
+                    (folder / name.removesuffix(_GONE)).unlink(missing_ok=True)
+                    (pending / name).unlink()
+                else:
+                    (pending / name).replace(folder / name)
+        with suppress(OSError):
+            pending.rmdir()
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove temporary files that killed processes have left in a folder."""
+    patterns = [f"{PENDING}.*{_TEMPORARY}", *(f".{name}.*{_TEMPORARY}" for name in names)]
+    for path in folder.iterdir():
+        if any(map(path.match, patterns)) and (handle := _locked(path)) is not None:
+            _remove(path)
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _temporary_file(target: Path) -> Path:
+    with _explained(target):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_TEMPORARY, dir=target.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _temporary_folder(folder: Path) -> Path:
+    path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
+    with _explained(folder):
+        path.mkdir()
+    return path
+
+
+@contextmanager
+def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
+    """Give a temporary file or folder, and remove it at the end if it is still there."""
+    path = make()
+    while (handle := _locked(path)) is None or not path.exists():  # taken for a leftover before it was locked
+        if handle is not None:
+            os.close(handle)
+        path = make()
+    try:
+        yield path
     finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
+        _remove(path)
+        os.close(handle)
+
+
+def _locked(path: Path) -> int | None:
+    """Return a handle that holds the lock of a file or folder; None if another process holds it, or it is not there."""
+    if fcntl is None:  # Windows, which renames no open files
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # the file system has no locks
+        pass
+    return handle
+
+
+def _switch(stage: Path, folder: Path) -> None:
+    for _ in range(100):
+        settle(folder)
+        try:
+            stage.rename(folder / PENDING)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
+                raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
+        else:
+            return
+    raise ProbeError(f"{folder} cannot be written: others save into it all the time")
+
+
+def _write(write: Callable[[Path], object], path: Path, target: Path) -> None:
+    with _explained(target):
+        write(path)
+
+
+def _check_no_folder(target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        raise ProbeError(f"{target} is a folder, and a file of this name is to be written; remove it or rename it")
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = DISK_FULL if is_disk_full(error) else getattr(error, "strerror", None) or error
+        raise ProbeError(f"{target} cannot be written: {reason}") from error
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -179,12 +334,12 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
-MAX_JSON_BYTES = 4 * 2**20  # far above any config or results file
+MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 
 
 def is_head_folder(folder: str | os.PathLike) -> bool:
     """Return True if a folder holds a head."""
-    return (Path(folder) / CONFIG_NAME).is_file()
+    return os.path.isfile(current_file(folder, CONFIG_NAME))
 
 
 def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
@@ -200,12 +355,26 @@ def check_output(folder: str | os.PathLike) -> None:
         raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
 
 
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Read a file of limited size."""
+    try:
+        # Files of /proc have the size 0, and reading one may never end.
+        if path.stat().st_size == 0:
+            return b""
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ProbeError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise ProbeError(f"{path} is larger than {limit} bytes and is not read")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ProbeError(f"{path} is larger than {MAX_JSON_BYTES} bytes and is not read")
+    content = read_bytes(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ProbeError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -213,11 +382,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in values if keys.count(key) > 1)!r} occurs twice")
+    return values
+
+
 def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
     """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them."""
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        found = sorted(item.name for item in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    path = current_file(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        try:
+            found = sorted(os.listdir(folder))
+        except OSError:  # it is not there, no folder, or may not be read
+            found = []
         hint = "; the Trainer wrote weights only, call probe.save_pretrained" if "training_args.bin" in found else ""
         raise ProbeError(
             f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'}){hint}"
@@ -227,8 +407,8 @@ def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Read the `results.json` of a head folder; None if the head was never evaluated."""
-    path = Path(folder) / RESULTS_NAME
-    return read_json(path) if path.is_file() else None
+    path = current_file(folder, RESULTS_NAME)
+    return read_json(path) if os.path.isfile(path) else None
 
 
 def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +428,12 @@ def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, A
 
 # From hub/transport.py
 
+T = TypeVar("T")
+
 _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
+_REFUSED = (400, 401, 403, 404, 413, 422)  # answers to a commit after which nothing of it can be there
+_OVERTAKEN = (409, 412)
+_PATIENCE = 5  # times the client's timeout, for all files of a head
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -315,6 +500,10 @@ def check_subfolder(subfolder: str | None) -> None:
 
 def download_head(reference: HubReference, options: HubOptions = HubOptions()) -> Path:
     """Fetch the files of a head, all of one commit, into the Hub's cache."""
+    return _in_time(lambda: _download_head(reference, options), str(reference))
+
+
+def _download_head(reference: HubReference, options: HubOptions) -> Path:
     config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
     if options.only_config:
         return config.parent
@@ -326,6 +515,29 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
     return config.parent
 
 
+def _in_time(ask: Callable[[], T], what: str) -> T:
+    """Call a function that asks the Hub, in a thread that is left alone if it takes too long."""
+    seconds, answer = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT, SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((ask(), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except Empty:
+        raise ProbeError(
+            f"{what} was not fetched within {seconds:g} s; for a slow connection, set HF_HUB_DOWNLOAD_TIMEOUT above "
+            f"{constants.HF_HUB_DOWNLOAD_TIMEOUT:g}"
+        ) from None
+    if error is not None:
+        raise error
+    return value
+
+
 def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
     """Return options for a head that may not exist: with `local_files_only` if the Hub cannot be reached."""
     revision = reference.revision or options.revision
@@ -334,10 +546,11 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
     if options.local_files_only or isinstance(cached, str):  # the client needs no connection for it
         return options
     try:
-        HfApi(token=options.token).file_exists(reference.repo_id, path, revision=revision)
+        api = HfApi(token=options.token)
+        _in_time(lambda: api.file_exists(reference.repo_id, path, revision=revision), path)
     except HfHubHTTPError:  # the Hub has answered
         return options
-    except _FAILED:
+    except (*_FAILED, ProbeError):
         return replace(options, local_files_only=True)
     return options
 
@@ -396,23 +609,64 @@ def commit_files(
         there = {item.rfilename for item in info.siblings or []}
         wanted = {path: data for path, data in files.items() if path not in only_if_missing or path not in there}
         added = [CommitOperationAdd(path, data) for path, data in wanted.items()]
-        deleted = [CommitOperationDelete(path) for path in sorted(there - set(files)) if stale(path)]
-        return api.create_commit(
-            repo_id,
-            [*added, *deleted],
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=info.sha,
-        )
+        deleted = [path for path in sorted(there - set(files)) if stale(path)]
+        try:
+            return api.create_commit(
+                repo_id,
+                [*added, *map(CommitOperationDelete, deleted)],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=info.sha,
+            )
+        except (*_FAILED, RuntimeError) as error:
+            if _status(error) in _REFUSED:
+                raise
+            found = None if create_pr else _branch_with(api, repo_id, revision, wanted, deleted, info.sha)
+            if found is None and _status(error) not in _OVERTAKEN:
+                raise ProbeError(
+                    f"the push to {repo_id} failed, and it is not known if it was kept: look at its page before you push again; "
+                    f"the Hub said: {hide_secrets(_first_line(error), token)}"
+                ) from None
+            if found in (None, info.sha):
+                raise
+            return CommitInfo(
+                f"{api.endpoint}/{repo_id}/commit/{found}", commit_message, "", found, _endpoint=api.endpoint
+            )
+
+
+def _branch_with(
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    wanted: Mapping[str, Path | bytes],
+    deleted: Collection[str],
+    before: str,
+) -> str | None:
+    """Return the commit of a branch if it is `before` or has the files of a push; None if it has others or is not reached."""
+    try:
+        commit = api.model_info(repo_id, revision=revision).sha
+        if commit == before:
+            return before
+        found = {item.path: item for item in api.get_paths_info(repo_id, [*wanted, *deleted], revision=commit)}
+    except (*_FAILED, RuntimeError, ValueError):
+        return None
+    contents = {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items()}
+    same = found.keys() == contents.keys() and all(_is_same(found[path], data) for path, data in contents.items())
+    return commit if same else None
+
+
+def _is_same(file: Any, content: bytes) -> bool:
+    lfs = getattr(file, "lfs", None)
+    return lfs.sha256 == hashlib.sha256(content).hexdigest() if lfs else file.blob_id == _git_digest(content)
 
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     plain = reference.revision is None and reference.subfolder is None
     # `a/b` may have been meant for a folder.
-    no_folder = f"; there is no folder {reference} either" if plain and not Path(reference.repo_id).is_dir() else ""
+    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(reference.repo_id) else ""
     try:
-        return _download(reference, name, revision, options)
+        return _download_intact(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
         at = f" at {revision}" if revision else ""
         refused = isinstance(error.__cause__, HfHubHTTPError)
@@ -441,12 +695,42 @@ def _fetch_optional(reference: HubReference, name: str, commit: str | None, opti
     if not options.force_download:
         path = reference.path(name)
         cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
-        if cached is not None:  # a path, or a mark that the commit has no such file
+        # A mark that the commit has no such file, or a path.
+        if cached is not None and (not isinstance(cached, str) or _is_intact(Path(cached))):
             return
     try:
-        _download(reference, name, commit, options)
+        _download_intact(reference, name, commit, options)
     except (EntryNotFoundError, *_FAILED):  # a file that only describes the head must not keep it from running
         return
+
+
+def _download_intact(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
+    """Download a file, and once more if it is damaged, be it in the cache or on its way."""
+    path = _download(reference, name, revision, options)
+    if (
+        _is_intact(path) or options.local_files_only or constants.HF_HUB_OFFLINE
+    ):  # a damaged head is refused when it is read
+        return path
+    path = _download(reference, name, revision, replace(options, force_download=True))
+    if not _is_intact(path):
+        raise ProbeError(
+            f"{name} of {reference} arrived damaged twice: its bytes have another digest than the Hub names"
+        )
+    return path
+
+
+def _is_intact(path: Path) -> bool:
+    """Return False if a file of the cache has another content than the digest says that its blob is named by."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name == hashlib.sha256(blob.read_bytes()).hexdigest()
+    if re.fullmatch("[0-9a-f]{40}", blob.name):
+        return blob.name == _git_digest(blob.read_bytes())
+    return True
+
+
+def _git_digest(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
@@ -474,6 +758,8 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
 def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
     try:
         yield
+    except ProbeError:
+        raise
     except OfflineModeIsEnabled:
         raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
     except (*_FAILED, RuntimeError, ValueError) as error:
@@ -482,11 +768,11 @@ def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
 
 
 def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> str:
+    status = _status(error)
     error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-    status = getattr(getattr(error, "response", None), "status_code", None)
     what = " ".join(str(error).split()) if isinstance(error, ValueError) else _first_line(error)
     said = hide_secrets(getattr(error, "server_message", None) or what, token)
-    if status in (409, 412):
+    if status in _OVERTAKEN:
         return f"somebody else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
     if status == 401:
         return f"the Hub does not know this token: log in (hf auth login) or pass token=; it said: {said}"
@@ -495,11 +781,16 @@ def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> s
     return f"the push to {repo_id} failed and nothing was uploaded: {said}"
 
 
+def _status(error: Exception) -> int | None:
+    error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def hide_secrets(text: str, token: str | bool | None = None) -> str:
     """Return a text without the given token and without anything that looks like a token."""
     if isinstance(token, str) and token:
         text = text.replace(token, "***")
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
+    return re.sub(r"(hf|api_org)_[A-Za-z0-9]{8,}", "***", text)
 
 
 def _first_line(error: Exception) -> str:
@@ -602,9 +893,9 @@ def resolve_head(
     """Return the folder of a head, and fetch it first if it is on the Hub."""
     if source == "":  # pathlib would take it for the current folder
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # unlike that of pathlib, it does not raise for a name that is too long
         return Path(source)
-    if Path(source).is_file() and not _ALIAS.fullmatch(str(source)):
+    if os.path.isfile(source) and not _ALIAS.fullmatch(str(source)):
         raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
     if not is_alias(source):
         reference = HubReference.parse(str(source))
@@ -647,7 +938,7 @@ def _places(target: Target | None, options: HubOptions, namespace: str | None) -
     """Give the folders and Hub ids where an alias may be for a target, with the revision to ask for."""
     if target is None or not target.name_or_path:
         return
-    local = Path(target.name_or_path).is_dir()
+    local = os.path.isdir(target.name_or_path)
     if local:
         yield Path(target.name_or_path), None
     if namespace:
@@ -673,7 +964,7 @@ def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os
     check_subfolder(subfolder)
     if subfolder is None:
         return source
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return Path(source) / subfolder
     reference = HubReference.parse(str(source))
     if reference is None or reference.subfolder not in (None, subfolder):
@@ -694,7 +985,7 @@ def is_alias(source: Any) -> bool:
 
 def default_name(source: str | os.PathLike) -> str:
     """Return a head's name from its subfolder, repository, alias or folder, spelled so that `check_name` allows it."""
-    reference = None if Path(source).is_dir() else HubReference.parse(str(source))
+    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
     if reference is None:
         name = Path(source).resolve().name
     else:
@@ -749,14 +1040,15 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
     path, before = Path(path), set(_PROBE_TYPES.values())
     if not path.is_file():
         raise ProbeError(f"{path} is not a file; give a Python file that registers a kind with register_probe_type")
-    name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    # Each copy of this code, such as that of a Hub repository, has kinds of its own.
+    name = f"{path.stem}_{hashlib.sha256(__name__.encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    _lend_package()
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with _as_package():
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
@@ -773,12 +1065,23 @@ def kind_code(probe_type: str) -> bytes | None:
     return None if file is None else Path(file).read_bytes()
 
 
-def _lend_package() -> None:
-    """Let `from llama_probe.heads import ...` find this code if it runs out of a Hub repository, without the package."""
-    if "llama_probe" in sys.modules or importlib.util.find_spec("llama_probe") is not None:
+@contextmanager
+def _as_package() -> Iterator[None]:
+    """Let `from llama_probe.heads import ...` find this copy of the code, even in a Hub repository."""
+    if __name__ == "llama_probe.heads.registry":
+        yield
         return
-    for name in ("llama_probe", "llama_probe.heads"):
-        sys.modules[name] = sys.modules[get_probe_type("gate").__module__]
+    names = ("llama_probe", "llama_probe.heads")
+    installed = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(dict.fromkeys(names, sys.modules[get_probe_type("gate").__module__]))
+    try:
+        yield
+    finally:
+        for name, module in installed.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 # From heads/turns.py
@@ -800,6 +1103,16 @@ def turn_mask(
         begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
     mask = _mask(scope, begins, known)[:, :-1]
     return mask if traced else torch.from_numpy(mask).to(input_ids.device)
+
+
+def marker_mask(markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor) -> torch.Tensor:
+    """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
+    found = np.zeros(input_ids.shape, dtype=bool)
+    for marker in markers.values():
+        width = len(marker["ids"]) + marker["skip"]
+        for row, behind in zip(*_begins(marker, input_ids.cpu().numpy()).nonzero(), strict=True):
+            found[row, behind - width : behind] = True
+    return torch.from_numpy(found)
 
 
 def _mask(scope: str, begins: dict[str, Any], known: int) -> Any:
@@ -855,10 +1168,16 @@ REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
 TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
+UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
 MAX_SIZE = 2**20
+
+# Fields that say nothing about scores. The config's digest covers all others, and these may be changed by hand.
+_NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} | {
+    f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")
+}
 
 # A lone surrogate (from JSON escapes or a non-UTF-8 shell). Tokenizers reject it.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
@@ -891,6 +1210,12 @@ def _is_name(value: Any) -> bool:
     return _is_text(value) and not any(
         unicodedata.category(sign) in _CONTROLS or unicodedata.bidirectional(sign) in _BIDI for sign in value
     )
+
+
+def _label_index(key: Any) -> int:
+    if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]*", key):  # int() would take " 1", "+1", "01" and "1_0"
+        raise ValueError(key)
+    return int(key) if isinstance(key, str) else operator.index(key)
 
 
 def _is_id(value: Any) -> bool:
@@ -930,7 +1255,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pool": _one_of(POOLS),
     "normalize": _one_of(NORMALIZATIONS),
     "token_scope": _one_of(TOKEN_SCOPES),
-    "prompt_format": _one_of(PROMPT_FORMATS),
+    "prompt_format": _one_of((*PROMPT_FORMATS, UNKNOWN_FORMAT)),
     "num_attention_heads": _SIZE,
     "downcast": _SIZE,
     "hidden_size": _or_none(_SIZE),
@@ -939,7 +1264,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_length": _or_none(_SIZE),
     "dropout": _RATE,
     "layer_dropout": _RATE,
-    "temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    # With a smaller one, logits of float32 overflow and give NaN.
+    "temperature": ("a number above 0, at least 1e-6", lambda value: _is_number(value) and value >= 1e-6),
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
@@ -951,6 +1277,11 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("base_model_quantization", "weights_sha256"), _or_none(_NAME)),
     **dict.fromkeys(("llama_probe_version", "transformers_version"), _or_none(_NAME)),
 }
+
+
+class _AnyToken(list):
+    def __contains__(self, token: Any) -> bool:
+        return True
 
 
 @dataclass
@@ -974,7 +1305,7 @@ class ProbeConfig:
     causal: bool | None = None
     prefix_ids: list[int] = field(default_factory=list)
     turn_markers: dict[str, dict[str, Any]] | None = None
-    prompt_format: str = "chat"
+    prompt_format: str = UNKNOWN_FORMAT
     system_prompt: str | None = None
     max_length: int | None = None
     chat_template_hash: str | None = None
@@ -1025,9 +1356,11 @@ class ProbeConfig:
             self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels)}
             return
         try:
-            labels = {int(index): name for index, name in self.id2label.items()}
+            labels = {_label_index(index): name for index, name in self.id2label.items()}
         except (AttributeError, TypeError, ValueError):
             raise ProbeError(f"id2label={self.id2label!r} must be a dict of label names by index") from None
+        if len(labels) < len(self.id2label):
+            raise ProbeError(f"id2label={self.id2label!r} names an index twice")
         if not labels or sorted(labels) != list(range(len(labels))):
             raise ProbeError(f"id2label has the indices {sorted(labels)}; they must be 0, 1, 2, ...")
         if wrong := [name for name in labels.values() if not _is_name(name)]:
@@ -1088,6 +1421,10 @@ class ProbeConfig:
         named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
         return named[-1:] if get_probe_type(self.probe_type).reads == "last" else named
 
+    def get_text_config(self, decoder: bool | None = None) -> SimpleNamespace:
+        """Return what the stock Trainer compares with the tokenizer: a head has no special tokens, and any will do."""
+        return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
+
     def replace(self, **changes) -> ProbeConfig:
         """Return a checked copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -1114,6 +1451,7 @@ class ProbeConfig:
         text = self.replace().to_json_string()
         check_output(save_directory)
         make_folder(Path(save_directory))
+        settle(save_directory)
         write_atomically({Path(save_directory) / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8")})
 
     def to_dict(self) -> dict[str, Any]:
@@ -1124,8 +1462,10 @@ class ProbeConfig:
         return values
 
     def to_json_string(self) -> str:
-        """Return indented JSON that ends in a newline. The Trainer's loggers call this too."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        """Return indented JSON that ends in a newline, with a digest of the values. The Trainer's loggers call this too."""
+        values = self.to_dict()
+        values["config_sha256"] = _digest(json.loads(json.dumps(values)))
+        return json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:
@@ -1136,15 +1476,21 @@ class ProbeConfig:
         config = cls(**{key: value for key, value in values.items() if key in names})
         if values.get("label2id") not in (None, config.label2id):
             raise ProbeError("label2id contradicts id2label; leave label2id out")
-        return config, sorted(key for key in values if key not in names and key != "label2id")
+        return config, sorted(values.keys() - names - {"label2id", "config_sha256"})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Return a digest of the values of a config, as a file holds them, that say something about scores."""
+    scored = {key: value for key, value in values.items() if key not in _NOT_SCORED}
+    return hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> ProbeConfig:
     """Read and check the config of a head folder; unknown keys are ignored with a warning."""
-    path, code = Path(folder) / CONFIG_NAME, Path(folder) / CODE_NAME
+    path, code = current_file(folder, CONFIG_NAME), current_file(folder, CODE_NAME)
     values = read_config_values(folder)
     kind = values.get("probe_type")
-    if kind not in probe_types() and code.is_file():
+    if kind not in probe_types() and os.path.isfile(code):
         if not trust_remote_code:
             raise ProbeError(
                 f"probe_type={kind!r} needs the code in {code}: read it, then pass trust_remote_code=True"
@@ -1154,6 +1500,13 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
         config, unknown = ProbeConfig.from_dict(values)
     except ProbeError as error:
         raise ProbeError(f"{path}: {error}") from None
+    if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
+        raise ProbeError(
+            f"{path} has other values than were saved (config_sha256 differs): fetch the head again, or delete config_sha256 "
+            "if you changed them"
+        )
     if unknown:
-        logger.warning(f"{path}: ignored unknown keys (another version?): {', '.join(map(repr, unknown[:8]))}")
+        logger.warning(
+            f"{path}: ignored unknown keys (another version?): {', '.join(repr(key)[:60] for key in unknown[:8])}"
+        )
     return config

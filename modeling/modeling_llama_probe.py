@@ -39,6 +39,7 @@ from transformers import LlamaForCausalLM
 from transformers import LogitsProcessor
 from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 from transformers import StoppingCriteria
 from transformers import StoppingCriteriaList
 from transformers.dynamic_module_utils import custom_object_save
@@ -57,6 +58,7 @@ from .backbone_llama_probe import check_seen
 from .backbone_llama_probe import copy_cache
 from .backbone_llama_probe import find_decoder
 from .backbone_llama_probe import handing_states_to
+from .backbone_llama_probe import length_batches
 from .backbone_llama_probe import stay_in_layers
 from .backbone_llama_probe import target_of
 from .backbone_llama_probe import without_peft
@@ -68,17 +70,23 @@ from .configuration_llama_probe import check_name
 from .configuration_llama_probe import check_place
 from .configuration_llama_probe import default_name
 from .configuration_llama_probe import is_alias
+from .configuration_llama_probe import is_head_folder
+from .configuration_llama_probe import marker_mask
+from .configuration_llama_probe import read_config
 from .configuration_llama_probe import resolve_head
 from .configuration_llama_probe import with_subfolder
 from .heads_llama_probe import DecidedMixin
 from .heads_llama_probe import ProbeModel
 from .heads_llama_probe import ProbeOutput
 from .heads_llama_probe import ProbeState
+from .heads_llama_probe import PromptFormat
+from .heads_llama_probe import Text
 from .heads_llama_probe import check_backbone
 from .heads_llama_probe import check_rows
 from .heads_llama_probe import describe
 from .heads_llama_probe import device_type
 from .heads_llama_probe import labels
+from .heads_llama_probe import pad_prompts
 from .heads_llama_probe import predictions
 from .heads_llama_probe import probabilities
 from .heads_llama_probe import prompt_masks
@@ -90,6 +98,9 @@ from .heads_llama_probe import threshold_of
 
 # From serving/sources.py
 
+UNNAMED = "probe"
+PROBES_FOLDER = "probes"  # in the folder of a model
+SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
 ProbeSource = str | os.PathLike | ProbeModel
 ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 
@@ -101,7 +112,8 @@ def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
     for name, source in pairs:
         if not isinstance(source, ProbeModel):
             check_place(source)
-            name = name if name is not None else default_name(source)
+        if name is None:
+            name = UNNAMED if isinstance(source, ProbeModel) else default_name(source)
         if check_name(name) in sources:
             raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head")
         sources[name] = source
@@ -137,6 +149,68 @@ def load_heads_for(
     sources = named_sources(spec)
     target = Target.read(backbone, kwargs, options) if any(map(is_alias, sources.values())) else None
     return read_heads(sources, target, options, namespace)
+
+
+@dataclass(frozen=True)
+class HeadPlace:
+    """A head whose id stands for a model: the head names its backbone."""
+
+    name: str
+    source: str | os.PathLike
+    revision: str | None
+    config: ProbeConfig
+
+    @property
+    def backbone(self) -> str:
+        """Folder or Hub id of the backbone."""
+        if self.config.base_model_name_or_path is None:
+            raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
+        return self.config.base_model_name_or_path
+
+    def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
+        others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
+        commit = self.config.base_model_revision
+        return others if commit is None or Path(self.backbone).exists() else {**others, "revision": commit}
+
+
+def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
+    """Return the head that a folder, a Hub id or an alias names; None if it names none."""
+    options = replace(HubOptions.beside(kwargs, kwargs.get("revision")), only_config=True)
+    try:
+        source = with_subfolder(place, kwargs.get("subfolder") or None)
+        config = read_config(resolve_head(source, options=options), options.trust_remote_code)
+        return HeadPlace(default_name(source), source, kwargs.get("revision"), config)
+    except ProbeError:
+        return None
+
+
+def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
+    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`."""
+    names = getattr(config, SAVED_HEADS, None) or []
+    inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
+    local = Path(place).is_dir()
+    heads = {check_name(name): Path(place, inside, name) if local else f"{place}:{inside}/{name}" for name in names}
+    return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
+
+
+def is_local_head(place: Any) -> bool:
+    """Return True for a folder that holds a head and no model."""
+    return (
+        isinstance(place, (str, os.PathLike)) and is_head_folder(place) and not (Path(place) / "config.json").exists()
+    )
+
+
+def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return what `load` gives, or the `HeadPlace` if the place is that of a head."""
+    if is_local_head(place) and (head := find_head(place, kwargs)) is not None:
+        return head
+    try:
+        return load()
+    except (OSError, ValueError):
+        if (head := find_head(place, kwargs)) is None:
+            raise
+        return head
 
 
 def _as_list(spec: Any) -> list[Any]:
@@ -232,7 +306,7 @@ class CachedHead:
 
     head: HeadReference
     mask: torch.Tensor
-    running: Any
+    state: Any
 
 
 class ProbeCache:
@@ -260,7 +334,7 @@ class ProbeCache:
         rows = torch.arange(self.batch_size, device=self.input_ids.device)[indices.to(self.input_ids.device)]
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.heads = {
-            name: replace(kept, mask=kept.mask[rows], running=select_rows(kept.running, rows))
+            name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))
             for name, kept in self.heads.items()
         }
 
@@ -322,7 +396,7 @@ class ProbeCache:
                 "tokens: append to out.sequences. Or start anew without cache and probe_state"
             )
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
-        running = {}
+        states = {}
         for name, head in heads.items():
             kept = self.heads.get(name)
             if kept is None:
@@ -336,8 +410,8 @@ class ProbeCache:
             if head.config.token_scope == "last_user" and not bool(wanted.any()):
                 continue  # all rows go on with another turn of the user
             _same_tokens(f"the tokens that {name!r} reads", wanted, kept.mask)
-            running[name] = kept.running
-        return running
+            states[name] = kept.state
+        return states
 
 
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
@@ -447,6 +521,7 @@ PROBED_FIELDS = {
     "probe_halts": "list[Halt | None] | None",
     "probe_token_logits": _LOGITS,
     "probe_state": "ProbeCache | None",
+    "texts": "list[str] | None",
 }
 
 
@@ -486,11 +561,12 @@ def with_probe_logits(
     halts: Sequence[Halt | None] | None = None,
     token_logits: dict[str, torch.Tensor] | None = None,
     state: ProbeCache | None = None,
+    texts: list[str] | None = None,
 ) -> ModelOutput:
     """Return a copy of an LM's output with the results of its heads."""
-    probed = probed_output_class(type(output))(
-        **output, probe_logits=probe_logits, probe_halts=halts, probe_token_logits=token_logits, probe_state=state
-    )
+    found = {"probe_logits": probe_logits, "probe_halts": halts, "probe_token_logits": token_logits}
+    found |= {"probe_state": state, "texts": texts}
+    probed = probed_output_class(type(output))(**output, **found)
     probed.remember(configs)
     return probed
 
@@ -825,7 +901,7 @@ class ReplyRecorder:
         self._states: dict[str, Any] = {}
         self._waiting: list[dict[int, torch.Tensor]] = []
         self._tokens: list[torch.Tensor] = []
-        self._counted: list[torch.Tensor] = []
+        self._token_masks: list[torch.Tensor] = []
 
     def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
         """Begin, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
@@ -844,7 +920,7 @@ class ReplyRecorder:
         ends = torch.isin(tokens, self._ends.to(tokens.device))
         if len(self._waiting) > self._CHUNK:
             self._read(self._CHUNK)
-        self._counted.append(self._open & (scored | ends))
+        self._token_masks.append(self._open & (scored | ends))
         self._open = self._open & ~ends
         self._tokens.append(tokens)
         self._waiting.append({})
@@ -860,7 +936,7 @@ class ReplyRecorder:
             return
         first = len(self._tokens) - len(self._waiting)
         chunk, self._waiting = self._waiting[:tokens], self._waiting[tokens:]
-        mask = torch.stack(self._counted[first : first + tokens], dim=1)  # [rows, n]
+        mask = torch.stack(self._token_masks[first : first + tokens], dim=1)  # [rows, n]
         self._reader.begin(dict.fromkeys(self.heads, mask), last=False)
         for layer in sorted(self.layers):
             self._reader.on_state(layer, torch.cat([states[layer] for states in chunk], dim=1))  # [rows, n, D]
@@ -874,9 +950,9 @@ class ReplyRecorder:
         count = len(self._tokens) - len(self._waiting)
         none = torch.zeros(rows, 0, dtype=torch.long)
         tokens = torch.stack(self._tokens[:count], dim=1) if count else none
-        counted = torch.stack(self._counted[:count], dim=1) if count else none.bool()
+        token_mask = torch.stack(self._token_masks[:count], dim=1) if count else none.bool()
         states = {name: state.joined() for name, state in self._reader.states.items()}
-        return self.prompt.probe_cache({**self._states, **states}, tokens, counted)
+        return self.prompt.probe_cache({**self._states, **states}, tokens, token_mask)
 
 
 class ReplySession:
@@ -935,10 +1011,10 @@ class ReplySession:
         if self.recorder is not None:
             self.recorder.start(rows, self._ended)
         tokens = ids[:, -1]
-        counted = self._count(tokens)
+        token_mask = self._count(tokens)
         if self.recorder is not None:
-            self.recorder.begin(tokens, counted)
-        mask = counted[:, None]
+            self.recorder.begin(tokens, token_mask)
+        mask = token_mask[:, None]
         self._reader.begin(dict.fromkeys(self.heads, mask))
         self._reading = True
         try:
@@ -946,7 +1022,7 @@ class ReplySession:
         finally:
             self._reading = False
         self._reader.end()
-        scores = self._score(counted)
+        scores = self._score(token_mask)
         self._steps += 1
         if self.on_token is not None:
             self.on_token(scores)
@@ -977,13 +1053,13 @@ class ReplySession:
             return self._live
         return self._live & (tokens != self._pad)
 
-    def _score(self, counted: torch.Tensor) -> TokenScores:
+    def _score(self, token_mask: torch.Tensor) -> TokenScores:
         outputs = self._reader.results()
         for name, output in outputs.items():
-            uncounted = ~counted.to(output.logits.device)[:, None]
-            output.logits = output.logits.masked_fill(uncounted, float("nan"))
+            unread = ~token_mask.to(output.logits.device)[:, None]
+            output.logits = output.logits.masked_fill(unread, float("nan"))
             self._logits[name].append(output.logits)
-        return TokenScores(self._steps, outputs, counted)
+        return TokenScores(self._steps, outputs, token_mask)
 
     def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
         """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted."""
@@ -1215,6 +1291,78 @@ def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> t
     return input_ids != pad
 
 
+# From serving/texts.py
+
+BATCH_TOKENS = 4096  # of a pass, padding included
+
+
+def as_texts(given: Any) -> list[Text] | None:
+    """Return texts, chats, or one of them as a list; None for anything else, such as token ids."""
+    if hasattr(given, "tolist") and not isinstance(given, torch.Tensor):  # an array or a column of a table
+        given = given.tolist()
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, (list, tuple)) or not given:
+        return None
+    if isinstance(given[0], Mapping):
+        return [list(given)]
+    is_chat = isinstance(given[0], (list, tuple)) and given[0] and isinstance(given[0][0], Mapping)
+    return list(given) if isinstance(given[0], str) or is_chat else None
+
+
+def encode(
+    config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[bool]] | None]:
+    """Return the token ids of texts in a head's own format, and which tokens count if the ids do not tell."""
+    encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
+    return encoded.ids, encoded.masks
+
+
+def pad_inputs(
+    ids: list[list[int]], masks: list[list[bool]] | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `attention_mask` and, with masks, `probe_mask`: `[rows, tokens]`, padded on the right."""
+    inputs = pad_prompts(ids, tokenizer)
+    if masks is not None:
+        inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+        for row, mask in enumerate(masks):
+            inputs["probe_mask"][row, : len(mask)] = torch.tensor(mask)
+    return inputs
+
+
+def classify_texts(
+    model: Any,
+    configs: Mapping[str, ProbeConfig],
+    texts: list[Text],
+    tokenizer: PreTrainedTokenizerBase | None,
+    output_attentions: bool = False,
+) -> dict[str, ProbeOutput]:
+    """Score texts with heads of a model. Heads of one format share a pass."""
+    if tokenizer is None:
+        raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
+    groups: dict[tuple, list[str]] = {}
+    for name, config in configs.items():
+        reads = config.token_scope if config.reads_reply else None
+        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
+    found: dict[str, ProbeOutput] = {}
+    for names in groups.values():
+        ids, masks = encode(configs[names[0]], texts, tokenizer)
+        whole = [list(range(len(ids)))]
+        for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):
+            inputs = pad_inputs([ids[row] for row in rows], masks and [masks[row] for row in rows], tokenizer)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            part = model.classify(**inputs, probes=names, output_attentions=output_attentions)
+            if output_attentions:
+                found |= part
+                continue
+            for name, output in part.items():
+                if name not in found:
+                    blank = output.logits.new_empty(len(ids), configs[name].num_labels)
+                    found[name] = ProbeOutput.from_logits(blank, configs[name])
+                found[name].logits[rows] = output.logits
+    return {name: found[name] for name in configs}
+
+
 # From serving/streaming.py
 
 class HoldBackStreamer(BaseStreamer):
@@ -1279,12 +1427,14 @@ class HoldBackStreamer(BaseStreamer):
 # One entry a prompt or a row: true, a `Halt` with the reason, or false or None to go on.
 Decisions = Sequence[Any]
 HaltPolicy = Callable[[dict[str, ProbeOutput]], Decisions]
+Judge = Callable[[list[str]], Decisions]
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
 # A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]*)(?::([^:]*))?)?", re.DOTALL)
+_OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
 _NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", *HEAD_ARGUMENTS}
 
 
@@ -1318,6 +1468,8 @@ class HaltRule:
     index: int
     threshold: float | None
     patience: int = 1
+    unsure: tuple[float, float] | None = None
+    ask: Judge | None = None
 
     @classmethod
     def create(
@@ -1327,6 +1479,8 @@ class HaltRule:
         label: str | None = None,
         threshold: float | None = None,
         patience: int = 1,
+        unsure: Sequence[float] | None = None,
+        ask: Judge | None = None,
     ) -> HaltRule:
         """Return the rule for the options of one head in `halt_on`."""
         names, regression = list(config.id2label.values()), config.problem_type == "regression"
@@ -1352,7 +1506,15 @@ class HaltRule:
                 f"halt_on: patience={patience} counts tokens of a reply, and {head!r} reads the prompt alone"
             )
         index = names.index(label)
-        return cls(head, config, index, threshold_of(config, index) if threshold is None else threshold, patience)
+        threshold = threshold_of(config, index) if threshold is None else threshold
+        return cls(head, config, index, threshold, patience, _checked_band(head, config, unsure, ask), ask)
+
+    def is_unsure(self, output: ProbeOutput) -> list[bool]:
+        """Return for each row whether `ask` decides."""
+        if self.unsure is None:
+            return [False] * len(output.logits)
+        scores, (low, high) = output.probabilities[:, self.index], self.unsure
+        return ((low <= scores) & (scores < high)).tolist()
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
         """Return the reason to halt each row, or `None`, without regard to patience."""
@@ -1368,6 +1530,25 @@ class HaltRule:
         ]
 
 
+def _checked_band(
+    head: str, config: ProbeConfig, unsure: Sequence[float] | None, ask: Judge | None
+) -> tuple[float, float] | None:
+    if unsure is None and ask is None:
+        return None
+    if unsure is None or not callable(ask):
+        raise ProbeError(f"halt_on: {head!r} needs both unsure=(low, high) and ask=, a function of texts")
+    if config.token_scope == "response":
+        raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
+    band = list(unsure) if isinstance(unsure, (list, tuple)) else []
+    if (
+        len(band) != 2
+        or not all(isinstance(x, Real) and not isinstance(x, bool) for x in band)
+        or not band[0] < band[1]
+    ):
+        raise ProbeError(f"halt_on: unsure of {head!r} is {unsure!r}; it must be (low, high) with low < high")
+    return float(band[0]), float(band[1])
+
+
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     """Return the options of each head in `halt_on`, which is not a function here."""
     named = [spec] if isinstance(spec, str) else spec
@@ -1380,8 +1561,8 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     for name, options in named.items():
         if options is not None and not isinstance(options, Mapping):
             raise ProbeError(f"halt_on: the options of {name!r} are {options!r}; they must be a dict")
-        if unknown := sorted(set(options or ()) - {"label", "threshold", "patience"}):
-            raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: label, threshold, patience")
+        if unknown := sorted(set(options or ()) - set(_OPTIONS)):
+            raise ProbeError(f"halt_on: {name!r} has {unknown}; allowed: {', '.join(_OPTIONS)}")
     return {name: dict(options or {}) for name, options in named.items()}
 
 
@@ -1415,6 +1596,7 @@ class Halter:
         self.on_token = on_token
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] | None = None
+        self.texts: Callable[[str, list[int]], list[str]] | None = None
         self._streaks: dict[str, list[int]] = {}
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
@@ -1437,6 +1619,11 @@ class Halter:
         return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
 
     @property
+    def asks(self) -> bool:
+        """True if a rule has a function to ask."""
+        return any(rule.ask is not None for rule in self.rules)
+
+    @property
     def all_halted(self) -> bool:
         """True if no prompt is left to reply to."""
         return self.halts is not None and None not in self.halts
@@ -1449,9 +1636,22 @@ class Halter:
         self.halts = [None] * prompts
         for rule in self.rules:
             if rule.head in outputs:
-                found = self._patient(rule, rule.halts(outputs[rule.head]), [True] * prompts)
+                found = self._patient(rule, self._asked(rule, outputs[rule.head]), [True] * prompts)
                 self.halts = [old or new for old, new in zip(self.halts, found, strict=True)]
         return self.halts
+
+    def _asked(self, rule: HaltRule, output: ProbeOutput) -> list[Halt | None]:
+        """Return the flags of a rule; in its band those of the function that it asks."""
+        found = rule.halts(output)
+        rows = [row for row, unsure in enumerate(rule.is_unsure(output)) if unsure]
+        if not rows:
+            return found
+        said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
+        scores, label = output.probabilities[:, rule.index], rule.config.id2label[rule.index]
+        for row, halt in zip(rows, said, strict=True):
+            own = Halt(rule.head, label, float(scores[row]), rule.threshold)
+            found[row] = own if halt == Halt() else halt
+        return found
 
     def follow(self, scores: TokenScores) -> list[bool]:
         """Decide on one more token of each reply; `halts` then has one entry a row."""
@@ -1560,6 +1760,12 @@ class HaltingRun:
         self.streamer = kwargs.get("streamer")
         self.copies = self._setting("num_return_sequences") or 1
         session.on_complete = self._decide
+        if halter.asks:
+            if kwargs.get("tokenizer") is None or session.input_ids is None:
+                raise ProbeError(
+                    "halt_on: ask gets the texts of prompts, so generate() needs tokenizer= and input_ids"
+                )
+            halter.texts = self._texts
         if halter.follows:
             session.reply.on_token = self._follow
         rows = session.prompts * self.copies
@@ -1604,6 +1810,14 @@ class HaltingRun:
             raise AllHalted
         if self.session.reply is not None:
             self.session.reply.end([halt is not None for halt in halts])
+
+    def _texts(self, head: str, rows: list[int]) -> list[str]:
+        config, mask = self.session.heads[head].config, self.session.masks[head][rows]
+        ids = self.session.input_ids[rows]
+        if config.turn_markers is not None:
+            mask = mask.cpu() & ~marker_mask(config.turn_markers, ids)
+        counted = [row[kept].tolist() for row, kept in zip(ids, mask.to(ids.device), strict=True)]
+        return [text.strip() for text in self.kwargs["tokenizer"].batch_decode(counted, skip_special_tokens=True)]
 
     def _follow(self, scores: TokenScores) -> None:
         before = list(self.halter.halts)
@@ -1693,6 +1907,8 @@ def _with_reply(
 # Held while the heads of any model are replaced. A lock in the model could not be copied or pickled.
 _CHANGING = threading.RLock()
 
+_HUB_KEYS = ("token", "private", "revision")
+
 
 class ProbeHostMixin:
     """Probe heads beside a causal LM. Mixed into a `PreTrainedModel`."""
@@ -1770,24 +1986,69 @@ class ProbeHostMixin:
         name = self._single_probe(name, "push")
         return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
 
+    @contextmanager
+    def disable_probes(self):
+        """Inside the block no head runs, and the model is the plain LM. The active heads are then active again."""
+        names = self._active_probes
+        self.set_active_probes([])
+        try:
+            yield self
+        finally:
+            self.set_active_probes([name for name in names if name in self.probes])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs):
+        """Load a state dict of this model, or one of the plain LM: the heads then stay as they are."""
+        if not any(key.startswith("probes.") for key in state_dict):
+            own = {f"probes.{key}": tensor for key, tensor in self.probes.state_dict().items()}
+            state_dict = {**state_dict, **own}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict=None, *args, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict=None,
+        *args,
+        save_probes: bool = True,
+        **kwargs,
     ) -> None:
-        """Save the backbone as the plain class does, without the heads, which `save_probe` saves."""
+        """Save the backbone as the plain class does, and each head in `probes/NAME`."""
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(self, save_directory, config=self.config)
         if state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith("probes.")}
-        self._without_probes().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        heads = self.probes if save_probes else {}
+        push = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in ("repo_id", *_HUB_KEYS) if push and name in kwargs}
+        self._without_probes(heads).save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if is_main_process:
+            for name, head in heads.items():
+                head.save_pretrained(Path(save_directory) / PROBES_FOLDER / name)
+        if push:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), save_probes=save_probes, **hub)
 
-    def _without_probes(self) -> nn.Module:
-        """Return a plain causal LM that shares this model's parameters, config and caches."""
+    def push_to_hub(self, repo_id: str, *args, save_probes: bool = True, **kwargs):
+        """Upload the backbone as the plain class does, and each head into `probes/NAME`, in a commit of its own."""
+        heads = self.probes if save_probes else {}
+        if heads and kwargs.get("create_pr"):
+            raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
+        for name, head in heads.items():
+            own = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+            head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **own)
+        return self._without_probes(heads).push_to_hub(repo_id, *args, **kwargs)
+
+    def _without_probes(self, saved: Iterable[str] = ()) -> nn.Module:
+        """Return a plain causal LM that shares this model's parameters and caches. Its config lists the saved heads."""
         plain = copy.copy(self)
         plain.__dict__["_modules"] = {key: module for key, module in self._modules.items() if key != "probes"}
         if "_hf_hook" not in plain.__dict__:
             plain.__dict__.pop("forward", None)  # a compiled forward would run this model with its heads
         change_class(plain, self._causal_lm_class)
+        plain.config = copy.copy(self.config)
+        vars(plain.config).pop(SAVED_HEADS, None)
+        if names := list(saved):
+            setattr(plain.config, SAVED_HEADS, names)
         return plain
 
     def _require_probe(self, name: str, heads: nn.ModuleDict | None = None) -> None:
@@ -1965,10 +2226,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         **kwargs,
     ):
         """`PreTrainedModel.from_pretrained` with heads."""
-        heads = load_heads_for(pretrained_model_name_or_path, probe, kwargs, probe_revision, probe_namespace)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        place, load = pretrained_model_name_or_path, super().from_pretrained
+        if probe is not None:
+            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
+            loaded = load(place, *model_args, **kwargs)
+        else:
+            loaded = load_or_find_head(lambda: load(place, *model_args, **kwargs), place, kwargs)
+            heads = None
+            if isinstance(head := loaded, HeadPlace):
+                kwargs = head.backbone_kwargs(kwargs)
+                heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
+                loaded = load(head.backbone, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model._attach(heads, probe_strict)
+        model._attach(saved_heads(place, model.config, kwargs) if heads is None else heads, probe_strict)
         return loaded
 
     def _probed_forward(self, *args, **kwargs):
@@ -1999,6 +2269,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if not heads:
                 refuse_without_heads(probe_state)
                 return super().forward(**kwargs)
+            if not compiling and not cached_tokens(kwargs):
+                self._warn_of_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), probe_mask)
+            if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
+                return self._differentiable_forward(heads, configs, kwargs, probe_mask)
             session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
             if session is None:  # a later step of somebody's own decoding loop
                 return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
@@ -2012,9 +2286,27 @@ class ProbedGenerationMixin(ProbeHostMixin):
         state = session.probe_cache() if session.return_state else None
         return with_scores(output, logits, configs, state, probe_state is not None)
 
+    def _differentiable_forward(self, heads, configs, kwargs, probe_mask):
+        """Run a pass whose logits have gradients, to the heads and to the LM. It keeps the states of all layers."""
+        decoder, states = self._decoder, {}
+        ids, embeds, attention_mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        placeholders = decoder.placeholder_ids
+        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
+        layers = {layer for head in heads.values() for layer in head.layer_indices}
+        with Capture(decoder, states.__setitem__, layers):
+            output = super().forward(**decoder.whole(kwargs))
+        check_seen(layers, states)
+        logits = {}
+        for name, head in heads.items():
+            check_rows(masks[name])
+            x = head.normalize(torch.stack([states[layer].to(head.device) for layer in head.layer_indices]))
+            summaries = head.token_stage(x, masks[name].to(head.device))  # [S, B, D]
+            logits[name] = head.score_summaries(summaries).logits
+        return with_scores(output, logits, configs)
+
     def classify(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | str | Sequence[Text] | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         probe_mask: torch.Tensor | None = None,
@@ -2022,13 +2314,22 @@ class ProbedGenerationMixin(ProbeHostMixin):
         cache: Cache | None = None,
         probe_state: ProbeCache | None = None,
         probes: str | Iterable[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head."""
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        if (texts := as_texts(input_ids)) is not None:
+            others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
+            others |= {"cache": cache, "probe_state": probe_state, **kwargs}
+            if given := [name for name, value in others.items() if value is not None]:
+                raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
+            configs = {name: head.config for name, head in heads.items()}
+            return classify_texts(self, configs, texts, tokenizer, output_attentions)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
+        self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         past = cached_tokens({"cache": cache})
         if asks_for_state(probe_state, input_ids, None) and probe_state is True:
@@ -2057,6 +2358,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
         return session.results()
+
+    def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
+        """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
+        pad = self.config.get_text_config(decoder=True).pad_token_id
+        unmasked = all(mask is None for mask in masks) and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
+        if pad is None or not unmasked or len(input_ids) < 2 or input_ids.is_meta:
+            return
+        padded = (input_ids[:, [0, -1]] == pad).any(dim=1)
+        if bool(padded.any()) and not bool(padded.all()):
+            logger.warning_once(
+                "Rows are padded and there is no attention_mask: heads score the padding as text. Pass the tokenizer's "
+                "attention_mask."
+            )
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass."""
@@ -2120,9 +2434,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             token_logits = reply.logits(rows, new_tokens) or None
             if reply.recorder is not None:
                 state = reply.recorder.probe_cache(rows, cached_tokens(output))
-        return with_probe_logits(
-            output, logits, configs, None if halter is None else halter.halts, token_logits, state
-        )
+        halts, texts = None if halter is None else halter.halts, None
+        if (tokenizer := kwargs.get("tokenizer")) is not None:
+            written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return with_probe_logits(output, logits, configs, halts, token_logits, state, texts)
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""

@@ -1,5 +1,8 @@
 """The one error that the package raises at its borders."""
 
+# A message may quote a file or an answer of somebody else. Longer ones are cut.
+_LONGEST, _SHORT = 1000, 300
+
 
 class ProbeError(ValueError):
     """Something a user can mend: a wrong config value, a bad head file, a combination that cannot be scored.
@@ -7,3 +10,7 @@ class ProbeError(ValueError):
     The message says what was wrong, what is allowed and how to mend it. It is a `ValueError`, so code that guards
     transformers calls with `except ValueError` guards these as well.
     """
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_SHORT]}... ({len(text)} characters)")

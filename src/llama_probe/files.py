@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +21,15 @@ from safetensors import SafetensorError
 from .errors import ProbeError
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
+# The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
+PENDING, _GONE = ".new-files", ".gone"
+_TEMPORARY = ".tmp"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -83,40 +94,191 @@ def new_folder(folder: Path) -> Iterator[Path]:
             item.replace(folder / item.name)
 
 
-def write_atomically(writers: dict[Path, Callable[[Path], object]], outdated: Sequence[Path] = ()) -> None:
+def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
     """Call each writer with a temporary path, then rename all files; on an error no target changes.
+
+    A kill between two renames leaves some targets new. `replace_files` is for files that belong together.
 
     Args:
         writers: a function that writes a file, by the path of the file.
-        outdated: files about the old targets. They are removed before the first rename, so that a kill at any time
-            never leaves them beside new targets.
 
     Raises:
-        ProbeError: the disk is full.
+        ProbeError: a file cannot be written; the message gives the system's reason.
     """
-    written: list[tuple[Path, Path]] = []
-    try:
+    with ExitStack() as stack:
+        written: list[tuple[Path, Path]] = []
         for target, write in writers.items():
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-            os.close(handle)
-            written.append((Path(name), target))
-            try:
-                write(Path(name))
-            except (OSError, SafetensorError) as error:
-                if not is_disk_full(error):
-                    raise
-                raise ProbeError(f"{target} cannot be written: {DISK_FULL}") from error
+            _check_no_folder(target)
+            temporary = stack.enter_context(_scratch(partial(_temporary_file, target)))
+            _write(write, temporary, target)
             # mkstemp makes private files; these should be as readable as any other file of the user.
             mask = os.umask(0)
             os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)
-        for path in outdated:
-            path.unlink(missing_ok=True)
+            temporary.chmod(0o666 & ~mask)
+            written.append((temporary, target))
         for temporary, target in written:
-            temporary.replace(target)
+            with _explained(target):
+                temporary.replace(target)
+
+
+def replace_files(folder: Path, writers: dict[str, Callable[[Path], object]], gone: Iterable[str] = ()) -> None:
+    """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones.
+
+    The new files are written into a folder of their own. Its rename to `PENDING` is the step. Then they are moved to their
+    places; `current_file` finds a file before and after its move, and `settle` moves those that a kill has left.
+
+    Args:
+        writers: a function that writes a file, by the file's name.
+        gone: names of files to remove.
+
+    Raises:
+        ProbeError: a file cannot be written; the message gives the system's reason. No file has changed then.
+    """
+    for name in (*writers, *gone):
+        _check_no_folder(folder / name)
+    with _scratch(partial(_temporary_folder, folder)) as stage:
+        for name, write in writers.items():
+            _write(write, stage / name, folder / name)
+        for name in gone:
+            _write(Path.touch, stage / f"{name}{_GONE}", folder / name)
+        _switch(stage, folder)
+    settle(folder)
+
+
+def current_file(folder: str | os.PathLike, name: str) -> Path:
+    """Return the path of a file that `replace_files` writes. It need not exist."""
+    pending = Path(folder) / PENDING
+    found = (pending / name, pending / f"{name}{_GONE}")
+    return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
+
+
+def settle(folder: str | os.PathLike) -> None:
+    """Move the files that a killed `replace_files` has left in `PENDING` to their places.
+
+    Raises:
+        ProbeError: one cannot be moved; the message gives the system's reason.
+    """
+    folder = Path(folder)
+    pending = folder / PENDING
+    if not pending.is_dir() or pending.is_symlink():
+        return
+    with _explained(folder):
+        for name in sorted(os.listdir(pending)):
+            with suppress(FileNotFoundError):  # another process settles the folder, too
+                if name.endswith(_GONE):
+                    (folder / name.removesuffix(_GONE)).unlink(missing_ok=True)
+                    (pending / name).unlink()
+                else:
+                    (pending / name).replace(folder / name)
+        with suppress(OSError):
+            pending.rmdir()
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove temporary files that killed processes have left in a folder.
+
+    Args:
+        names: names of the files that they were for, as patterns.
+    """
+    patterns = [f"{PENDING}.*{_TEMPORARY}", *(f".{name}.*{_TEMPORARY}" for name in names)]
+    for path in folder.iterdir():
+        if any(map(path.match, patterns)) and (handle := _locked(path)) is not None:
+            _remove(path)
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _temporary_file(target: Path) -> Path:
+    with _explained(target):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_TEMPORARY, dir=target.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _temporary_folder(folder: Path) -> Path:
+    path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
+    with _explained(folder):
+        path.mkdir()
+    return path
+
+
+@contextmanager
+def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
+    """Give a temporary file or folder, and remove it at the end if it is still there.
+
+    It is locked, and a lock ends with its process: so `remove_leftovers` of another process can tell that it is in use.
+    """
+    path = make()
+    while (handle := _locked(path)) is None or not path.exists():  # taken for a leftover before it was locked
+        if handle is not None:
+            os.close(handle)
+        path = make()
+    try:
+        yield path
     finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
+        _remove(path)
+        os.close(handle)
+
+
+def _locked(path: Path) -> int | None:
+    """Return a handle that holds the lock of a file or folder; None if another process holds it, or it is not there.
+
+    Where nothing can be locked, the handle holds no lock.
+    """
+    if fcntl is None:  # Windows, which renames no open files
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # the file system has no locks
+        pass
+    return handle
+
+
+def _switch(stage: Path, folder: Path) -> None:
+    for _ in range(100):
+        settle(folder)
+        try:
+            stage.rename(folder / PENDING)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
+                raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
+        else:
+            return
+    raise ProbeError(f"{folder} cannot be written: others save into it all the time")
+
+
+def _write(write: Callable[[Path], object], path: Path, target: Path) -> None:
+    with _explained(target):
+        write(path)
+
+
+def _check_no_folder(target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        raise ProbeError(f"{target} is a folder, and a file of this name is to be written; remove it or rename it")
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = DISK_FULL if is_disk_full(error) else getattr(error, "strerror", None) or error
+        raise ProbeError(f"{target} cannot be written: {reason}") from error
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -174,7 +174,10 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path, monkeypatch)
     assert pushed["commit"] == hub.head("alice/mood") and hub.repositories["alice/mood"].private
     assert set(hub.files("alice/mood")) >= {f"v1/{path.name}" for path in output.iterdir()}
     succeed("pull", "alice/mood:v1", "--output", tmp_path / "back")
-    for name in ("probe_model.safetensors", "results.json", "layer_weights.png"):
+    hub.clear_requests()
+    succeed("pull", "alice/mood:v1", "--force-download", "--output", tmp_path / "again")
+    assert hub.count("GET", "probe_model.safetensors")
+    for name in ("probe_model.safetensors", "layer_weights.png"):
         assert (tmp_path / "back" / name).read_bytes() == (output / name).read_bytes()
     words = ("classify", "bad luck", "--backbone", backbone_folder, "--probe", "alice/mood:v1", "--json")
     assert succeed(*words)[0]["labels"]["v1"] in ("fine", "awful")

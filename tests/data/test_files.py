@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import random
 import tracemalloc
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeError
-from llama_probe.data.files import InputFile
+from llama_probe.data.files import InputFile, check_length
 
 
 def write(path, count: int, group: int = 7):
@@ -119,3 +120,82 @@ def test_patterns_and_files_named_twice(tmp_path):
         write(tmp_path / name, 2)
     found = InputFile.find([f"{tmp_path}/*.jsonl", str(tmp_path / "a.jsonl")])
     assert [file.path.name for file in found] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz", "a.parquet"])
+def test_flipped_bits(tmp_path, name):
+    """Read or refused, and never an error of the library that reads."""
+    path = tmp_path / name
+    if name == "a.csv.gz":
+        path.write_bytes(gzip.compress(("text,id\n" + "".join(f"number {i},{i}\n" for i in range(40))).encode()))
+    else:
+        write(path, 40)
+    (file,) = InputFile.find([str(path)])
+    data, refused = path.read_bytes(), 0
+    for bit in random.Random(0).sample(range(8 * len(data)), 400):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            file.fields(["text"])
+            list(file.chunks(["text"], 9, lambda _: True))
+            file.check_whole()
+        except ProbeError:
+            refused += 1
+    assert refused > 100
+
+
+def bomb(path):
+    """Write a small file of which a chunk, or a text, takes 160 MB."""
+    pieces = {
+        "rows.jsonl.gz": [b'{"text": "' + b"x" * 200_000 + b'"}\n'] * 800,
+        "text.jsonl.gz": [b'{"text": "', *[b"x" * 200_000] * 800, b'"}'],
+        "columns.csv.gz": [b"text", *[b",x" * 100_000] * 800],
+        "quotes.csv.gz": [b'text\n"', *[(b"x" * 199 + b"\n") * 1000] * 800, b'"\n'],
+    }
+    if path.suffix == ".parquet":
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * 800, pa.int32()), ["x" * 200_000])
+        text = text if "dictionary" in path.name else text.dictionary_decode()
+        pq.write_table(pa.table({"text": text}), path)
+    else:
+        with gzip.open(path, "wb", 1) as file:
+            file.writelines(pieces[path.name])
+    assert path.stat().st_size < 2e6
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.parquet", "dictionary.parquet", "rows.jsonl.gz", "text.jsonl.gz", "columns.csv.gz", "quotes.csv.gz"],
+)
+def test_small_files_that_unpack_to_much(tmp_path, name):
+    (file,) = InputFile.find([str(bomb(tmp_path / name))])
+    tracemalloc.start()
+    with pytest.raises(ProbeError, match="max_text"):
+        file.fields(max_text=200_000)
+        list(file.chunks(["text"], 2048, lambda _: True, 200_000))
+    with pytest.raises(ProbeError, match="max_text"):
+        file.check_whole(200_000)
+    peak, arrow = tracemalloc.get_traced_memory()[1], pa.total_allocated_bytes()
+    tracemalloc.stop()
+    assert peak < 80e6 and arrow < 80e6
+
+
+def test_a_limit_that_is_raised(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 600}) + "\n" for _ in range(200)))
+    (file,) = InputFile.find([str(path)])
+    for size, limit in ((200, 1000), (10, 599)):
+        with pytest.raises(ProbeError, match="max_text"):
+            list(file.chunks(["text"], size, lambda _: True, limit))
+    assert len(list(file.chunks(["text"], 10, lambda _: True, 1000))) == 20
+    with pytest.raises(ProbeError, match="max_text"):
+        file.check_whole(100)
+    file.check_whole(1000)
+
+
+def test_lengths_of_chats():
+    check_length("row 0", [{"role": "user", "content": "x" * 6}], 10)
+    for value in ("x" * 11, [{"role": "user", "content": "x" * 6}, {"role": "assistant", "content": "y"}]):
+        with pytest.raises(ProbeError, match="row 0"):
+            check_length("row 0", value, 10)

@@ -11,6 +11,7 @@ import pytest
 
 from llama_probe import ProbeError
 from llama_probe.data.tables import TablePlace, read_table
+from llama_probe.data.texts import read_labelled
 
 
 def card(**configs: dict[str, str]) -> bytes:
@@ -71,6 +72,49 @@ def test_a_folder_with_configurations(tmp_path):
     ):
         with pytest.raises(ProbeError, match=named):
             read_table(f"{tmp_path}{word}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.csv", "/secret.csv", "http://127.0.0.1:9/a.csv", "hf://datasets/a/b/c.csv", "zip://a.csv::b.zip"],
+)
+@pytest.mark.parametrize("key", ["data_files", "data_dir", "split", "link", "yaml"])
+def test_a_folder_that_names_rows_outside(tmp_path, name, key):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (tmp_path / "secret.csv").write_text("text,label\nsecret,0\n")
+    (folder / "a.csv").write_text("text,label\na,0\n")
+    name = str(tmp_path / "secret.csv") if name == "/secret.csv" else name
+    values = {"data_files": f"'{name}'", "data_dir": f"'{name}'", "split": f"[{{split: train, path: ['{name}']}}]"}
+    if key == "link":
+        (folder / "b.csv").symlink_to("../secret.csv")
+    elif key == "yaml":
+        (folder / ".huggingface.yaml").write_text(f"configs:\n- config_name: default\n  data_files: '{name}'\n")
+    else:
+        option = "data_dir" if key == "data_dir" else "data_files"
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {option}: {values[key]}\n---\n")
+    with pytest.raises(ProbeError, match=r"inside the folder|out of the folder|huggingface\.yaml"):
+        read_table(str(folder))
+
+
+def test_folders_of_other_files(tmp_path):
+    """Only csv, JSON and parquet are read; loaders of other files can do more than read rows."""
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ProbeError, match="no known format"):
+        read_table(str(tmp_path))
+
+
+def test_a_table_that_does_not_fit_into_memory(tmp_path):
+    pq.write_table(
+        pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0] * 5_000_000, pa.int32()), ["x"])}),
+        tmp_path / "a.parquet",
+    )
+    with pytest.raises(ProbeError, match="max_text"):
+        read_table(str(tmp_path / "a.parquet"))
+    (tmp_path / "b.csv").write_text("text,label\n" + "x" * 600 + ",0\n" + "y" * 600 + ",1\n")
+    with pytest.raises(ProbeError, match=r"row 0 .*max_text"):
+        read_labelled(str(tmp_path / "b.csv"), max_text=500)
+    assert len(read_labelled(str(tmp_path / "b.csv"), max_text=600)) == 2
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.heads.decision import ProbeOutput
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
@@ -82,6 +84,29 @@ def test_heads_that_read_replies_are_causal():
     assert ProbeConfig(causal=True).causal, "a prompt may be read so as well"
     with pytest.raises(ProbeError, match="causal=False"):
         ProbeConfig().replace(token_scope="all")
+
+
+@pytest.mark.parametrize("key", ["01", " 1 ", "+1", "1_0", "\u0661", "", "-1", 1.0, None, "1", "9" * 9999])
+def test_indices_that_are_not_plain_numbers_or_come_twice(key):
+    with pytest.raises(ProbeError, match="id2label"):
+        ProbeConfig(id2label={0: "a", 1: "b", key: "c"} if key == "1" else {0: "a", key: "b"})
+
+
+@pytest.mark.parametrize("value", [1e-40, 1e-7, 0, -1])
+def test_temperatures_that_give_no_number(value):
+    with pytest.raises(ProbeError, match="temperature"):
+        ProbeConfig(temperature=value)
+    assert (
+        ProbeOutput.from_logits(torch.tensor([[900.0, -900.0]]), ProbeConfig(temperature=1e-6))
+        .probabilities.isfinite()
+        .all()
+    )
+
+
+def test_messages_are_cut():
+    with pytest.raises(ProbeError) as raised:
+        ProbeConfig(pool="x" * 4_000_000)
+    assert len(str(raised.value)) < 400
 
 
 def test_labels_by_default():

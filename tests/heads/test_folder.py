@@ -1,17 +1,39 @@
 """Head folders: bit-exact round trips, and a refusal of everything damaged, hostile or half-written."""
 
+import contextlib
 import json
+import os
+import random
+import re
+import shutil
 import struct
-from pathlib import Path
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe, read_head, save_head
+from hub_server.heads import same_weights
+from kills import each_kill
 from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.data.files import InputFile
+from llama_probe.data.texts import read_labelled
+from llama_probe.files import PENDING, current_file
 from llama_probe.heads.configuration import read_config
-from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, PLOT_NAMES, WEIGHTS_NAME, check_output
+from llama_probe.hub.card import read_card, write_card
+from llama_probe.hub.folder import (
+    CARD_NAME,
+    CODE_NAME,
+    CONFIG_NAME,
+    HEAD_FILES,
+    PLOT_NAMES,
+    RESULTS_NAME,
+    WEIGHTS_NAME,
+    check_output,
+    is_head_folder,
+)
 
 
 @pytest.fixture
@@ -21,7 +43,7 @@ def folder(tmp_path):
 
 def change_config(folder, **changes):
     path = folder / CONFIG_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "config_sha256": None, **changes}))
 
 
 @pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
@@ -67,32 +89,88 @@ def test_results_of_other_weights_are_not_saved(folder, caplog):
     assert read_head(save_head(measured, folder)).results is None and "after its results were measured" in caplog.text
 
 
-@pytest.mark.parametrize("survivor", [CONFIG_NAME, WEIGHTS_NAME])
-def test_a_kill_between_two_renames(folder, tmp_path, monkeypatch, survivor):
-    """No results of another head beside new weights, and the next save succeeds."""
-    measured = read_head(folder)
-    measured.results = {"chosen_seed": 0}
-    save_head(measured, folder)
-    rename = Path.replace
+def head_files(folder):
+    """The files of a head as a reader finds them, in a folder that may have seen a kill."""
+    paths = ((name, current_file(folder, name)) for name in HEAD_FILES)
+    return {name: path.read_bytes() for name, path in paths if path.is_file()}
 
-    def killed(self, target):
-        rename(self, target)
-        if target.name == survivor:
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        for place in (folder, tmp_path / "new"):
-            with pytest.raises(KeyboardInterrupt):
-                save_head(make_probe(seed=5), place)
-    assert not (folder / "results.json").exists()
-    if survivor == CONFIG_NAME:
-        for place, words in ((folder, "does not belong"), (tmp_path / "new", WEIGHTS_NAME)):
-            with pytest.raises(ProbeError, match=words):
-                read_head(place)
-    for place in (folder, tmp_path / "new"):
+@pytest.mark.parametrize("before", ["another head", "no folder"])
+def test_a_kill_at_any_operation_leaves_the_old_head_or_the_new_one(tmp_path, before):
+    """Wholly: results, plots and card as well; and the next save leaves nothing of the killed one."""
+    place, kept = tmp_path / "head", tmp_path / "kept"
+    if before != "no folder":
+        old = make_probe(seed=1)
+        old.results = {"chosen_seed": 0}
+        save_head(old, kept)
+        (kept / PLOT_NAMES[0]).write_bytes(b"a plot")
+        (kept / CODE_NAME).write_bytes(b"code")
+    new = make_probe(seed=5)
+    new.results = {"chosen_seed": 7}
+
+    def prepare():
+        shutil.rmtree(place, ignore_errors=True)
+        if kept.exists():
+            shutil.copytree(kept, place)
+
+    prepare()
+    old_files = head_files(place)
+    save_head(new, place)
+    new_files = head_files(place)
+    assert set(new_files) == {CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME}  # such results give no card
+    seen = set()
+    for number in each_kill(lambda: save_head(new, place), tmp_path, prepare):
+        found = head_files(place)
+        assert found in (old_files, new_files), number
+        seen.add(found == new_files)
+        if found:
+            read_head(place)
+        else:
+            assert not is_head_folder(place)
         check_output(place)
-        read_head(save_head(make_probe(), place))
+        save_head(new, place)
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == new_files, number
+    assert seen == {False, True}
+
+
+def test_a_kill_before_the_card(tmp_path):
+    """A card of another head does not outlive it."""
+    place = tmp_path / "head"
+    for number in each_kill(
+        lambda: save_head(make_probe(probe_type="gate"), place), tmp_path, lambda: save_head(make_probe(), place)
+    ):
+        kind = read_head(place).config.probe_type
+        assert f"probe-{kind}" in read_card(place).data.tags, number
+    write_card(place)
+    assert {path.name for path in place.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+
+
+def test_two_saves_at_the_same_time(tmp_path):
+    heads = [make_probe(seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            list(pool.map(lambda head: save_head(head, tmp_path / "head"), heads))
+            assert any(same_weights(read_head(tmp_path / "head"), head) for head in heads)
+    assert {path.name for path in (tmp_path / "head").iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, CARD_NAME, RESULTS_NAME])
+def test_a_folder_in_place_of_a_file(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(ProbeError, match=f"{name} is a folder"):
+        save_head(make_probe(seed=1), folder)
+    assert load_file(folder / WEIGHTS_NAME)["classifier.bias"].equal(make_probe().classifier.bias)
+
+
+def test_files_of_a_killed_save_behind_a_link(folder, tmp_path):
+    """A stranger's folder must not have files from elsewhere moved into it."""
+    save_head(make_probe(seed=1), tmp_path / "other")
+    (folder / PENDING).symlink_to(tmp_path / "other")
+    assert same_weights(read_head(folder), make_probe())
+    with pytest.raises(ProbeError, match="cannot be written"):
+        save_head(make_probe(seed=2), folder)
+    assert same_weights(read_head(tmp_path / "other"), make_probe(seed=1))
 
 
 def test_a_failed_write_changes_nothing(folder, monkeypatch):
@@ -103,8 +181,108 @@ def test_a_failed_write_changes_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(ProbeConfig, "to_json_string", broken)
     with pytest.raises(OSError, match="broken"):
-        save_head(make_probe(seed=1), folder)
+        save_head(make_probe(seed=1), folder)  # before the first write
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [{"temperature": 1.25}, {"weights_sha256": None}, {"a new field": 1}])
+def test_a_config_that_was_changed_after_it_was_saved(folder, change):
+    config = read_config(folder)
+    digest = json.loads(config.to_json_string())["config_sha256"]
+    with pytest.raises(ProbeError, match="config_sha256"):
+        change_config(folder, config_sha256=digest, **change)
+        read_config(folder)
+    change_config(folder, **change)
+    assert read_config(folder)
+
+
+def test_what_says_nothing_about_scores_may_be_changed(folder):
+    digest = json.loads((folder / CONFIG_NAME).read_text())["config_sha256"]
+    change_config(folder, config_sha256=digest, base_model_name_or_path="me/lm", llama_probe_version="9")
+    assert read_config(folder).base_model_name_or_path == "me/lm"
+
+
+def test_each_bit_of_a_config(folder):
+    """A flipped bit is refused, or leaves all that scores depend on."""
+    path, facts = folder / CONFIG_NAME, re.compile("base_model_.*|.*_version")
+    content, kept = path.read_bytes(), read_config(folder).to_dict()
+    accepted = 0
+    for bit in random.Random(0).sample(range(8 * len(content)), 500):
+        data = bytearray(content)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            found = read_config(folder).to_dict()
+        except ProbeError:
+            continue
+        accepted += 1
+        assert {key for key in kept if found[key] != kept[key] and not facts.fullmatch(key)} == set(), bit
+    assert accepted, "versions and white space"
+
+
+def test_weights_without_a_digest(folder, caplog):
+    change_config(folder, weights_sha256=None)
+    assert read_head(folder) and "weights_sha256" in caplog.text
+
+
+def test_a_key_given_twice(folder):
+    path = folder / CONFIG_NAME
+    path.write_text(path.read_text().replace('"threshold": 0.3', '"threshold": 0.9, "threshold": 0.3'))
+    with pytest.raises(ProbeError, match="'threshold' occurs twice"):
+        read_head(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME])
+@pytest.mark.parametrize("there", ["/proc/self/mem", "/proc/kmsg", "/dev/zero", "a fifo", "20 GB"])
+def test_files_that_are_none(folder, tmp_path, name, there):
+    """Refused at once, or not taken for a file."""
+    (folder / name).unlink(missing_ok=True)
+    if there == "a fifo":
+        os.mkfifo(folder / name)
+    elif there == "20 GB":
+        with (folder / name).open("wb") as file:
+            file.truncate(20 * 2**30)
+    else:
+        (folder / name).symlink_to(there)
+    for work in (read_head, write_card):
+        with contextlib.suppress(ProbeError):
+            work(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes the user")
+@pytest.mark.parametrize("closed", [".", CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME])
+def test_files_that_may_not_be_read(folder, closed):
+    (folder / RESULTS_NAME).write_text("{}")
+    for path in folder.parents:
+        if path.stat().st_uid == 0 and str(path).startswith(tempfile.gettempdir() + "/"):
+            path.chmod(0o755)
+    (folder / closed).chmod(0)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            read_head(folder)
+        except ProbeError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300, "a/" * 3000])
+def test_names_that_are_too_long(name, tmp_path):
+    for work in (read_head, InputFile.find, read_labelled, lambda name: read_head(tmp_path / name)):
+        with pytest.raises(ProbeError):
+            work([name] if work == InputFile.find else name)
+
+
+def test_a_header_without_end(folder):
+    path = folder / WEIGHTS_NAME
+    data = path.read_bytes()
+    size = 50 * 2**20
+    path.write_bytes(struct.pack("<Q", size) + data[8:].ljust(size, b" "))
+    with pytest.raises(ProbeError, match="header"):
+        read_head(folder)
 
 
 def test_unknown_keys_are_reported_and_left_out(folder, caplog):

@@ -112,7 +112,7 @@ def test_it_holds_a_weight_a_token_and_nothing_of_the_lm(tmp_path):
 def test_a_head_of_another_shape_is_refused(tmp_path):
     folder = save_head(muli(), tmp_path / "a")
     path = folder / "probe_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": VOCAB + 1}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": VOCAB + 1, "config_sha256": None}))
     with pytest.raises(ProbeError, match=r"classifier.weight has the shape \[2, 97\], its config asks for \[2, 98\]"):
         read_head(folder)
     with pytest.raises(ProbeError, match=r"this LM has 120 next tokens, the muli head weighs 97"):

@@ -1,6 +1,8 @@
 """Cards: made from a folder's config and results alone, and equal to those in hub_cards."""
 
+import contextlib
 import json
+import time
 
 import pytest
 from conftest import make_probe, read_head, save_head
@@ -9,7 +11,19 @@ from repository import ROOT
 from llama_probe import ProbeError
 from llama_probe.evaluation.metrics import summarize
 from llama_probe.heads.configuration import read_config
-from llama_probe.hub.card import block, cell, code, create_card, line, results_table, table, word, write_card
+from llama_probe.hub.card import (
+    MARKER,
+    block,
+    cell,
+    code,
+    create_card,
+    line,
+    read_card,
+    results_table,
+    table,
+    word,
+    write_card,
+)
 from llama_probe.hub.resolve import bundled_heads
 
 
@@ -194,6 +208,31 @@ def test_texts_stay_where_they_are_put():
     assert list(table(["system", "ms"], [["base", "1.5"]])) == ["| system | ms |", "|---|---:|", "| base | 1.5 |", ""]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "---\ntags:\n" + "".join(f"- tag {i}\n" for i in range(200_000)) + "---\n" + MARKER,
+        "---\na: &a [x, x]\n"
+        + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(24))
+        + "---\n"
+        + MARKER,
+        "---\ntags: [5, {a: b}, [c]]\n---\n" + MARKER,
+        "---\ntags: 5\n---\n" + MARKER,
+        MARKER + "x" * 5_000_000,
+    ],
+    ids=["many tags", "a bomb of aliases", "tags that are none", "a number", "long"],
+)
+def test_a_card_that_takes_long_to_read(folder, content):
+    """A save replaces it, and others refuse it, in a second."""
+    (folder / "README.md").write_text(content)
+    start = time.monotonic()
+    for work in (write_card, read_card):
+        with contextlib.suppress(ProbeError):
+            work(folder)
+    save_head(read_head(folder), folder)
+    assert time.monotonic() - start < 5
+
+
 def test_hostile_texts_begin_nothing_of_their_own(folder):
     """A card is shown as HTML on the Hub, and a head may come from anybody."""
     plain = create_card(folder).content
@@ -218,13 +257,13 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
         for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
             part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
             for rows in (part, part["slices"]["who"]["a|b\nc"]):
-                rows["a | b\n# Evil"] = rows["f1"]
+                rows["a | b\n# Evil <img src=x> [here](x)"] = rows["f1"]
 
     change(folder, "results.json", edit)
     card = create_card(folder)
     text, data = card.content, card.data.to_dict()
     assert "evil" not in data and data["license"] == "cc0-1.0" and "49" not in text.split("## Results")[0]
-    assert ", trained on rain # Evil: [." in text and r"\# CC0. &lt;h1>Evil&lt;/h1> Rows: train" in text
+    assert r", trained on rain # Evil: \[." in text and r"\# CC0. &lt;h1>Evil&lt;/h1> Rows: train" in text
     assert "gives one of ``a`b<script>``, ````x ## Title ``` | y````" in text
     assert "torch 2.13.0+cpu, `<b> 1`" in text and "(`50% of <script>`" in text and "class: `<i>`;" in text
     assert r"| test, who = a\|b c | 10 |" in text
@@ -234,7 +273,8 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
     assert [line for line in text.splitlines() if line.startswith(marks)] == [
         line for line in plain.splitlines() if line.startswith(marks)
     ]
-    assert r"\| y" in results_table([folder])
+    assert r"| a \| b # Evil &lt;img src=x> \[here](x) |" in text
+    assert r"\| y" in results_table([folder]) and "<script>" not in results_table([folder])
 
 
 @pytest.mark.parametrize(

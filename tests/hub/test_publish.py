@@ -105,6 +105,41 @@ class TestPush:
         assert hub.head(REPO) == before and hub.files(REPO) == files
         assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"])
 
+    def test_a_push_whose_answer_is_lost(self, hub, token, model):
+        """The commit was kept: it is no failure, and never `nothing was uploaded`."""
+        model.push_probe_to_hub(REPO, "mood", license="mit")
+        model.add_probe("other", make_probe(seed=3))
+        hub.faults.lose(path="/commit/")
+        info = model.push_probe_to_hub(REPO, "other", license="mit")
+        assert info.oid == hub.head(REPO) and info.oid in info.commit_url
+        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["other"])
+
+    def test_a_push_of_which_nobody_knows(self, hub, token, model):
+        model.push_probe_to_hub(REPO, "mood", license="mit")
+        model.add_probe("other", make_probe(seed=3))
+        hub.faults.lose(path="/commit/", times=None)
+        hub.faults.answer(500, path="/paths-info/", times=None)
+        with pytest.raises(ProbeError, match="not known"):
+            model.push_probe_to_hub(REPO, "other", license="mit")
+        hub.faults.clear()
+        hub.faults.lose(path="/commit/", times=None)
+        model.probes["other"].classifier.bias.data += 1
+        with pytest.raises(ProbeError, match="not known"):
+            model.push_probe_to_hub(REPO, "other", license="mit", create_pr=True)
+
+    def test_no_path_of_this_machine_is_pushed(self, hub, token, tmp_path):
+        head = make_probe(base_model_name_or_path="/home/me/secret plans/lm-1")
+        head.results = {
+            "backbone": "/home/me/secret plans/lm-1",
+            "card": {"command": "--backbone '/home/me/secret plans/lm-1'"},
+        }
+        folder = save_head(head, tmp_path / "mood")
+        (folder / "README.md").write_text(OWN_CARD)
+        push_folder(folder, REPO)
+        assert not any(b"secret" in content for content in hub.files(REPO).values())
+        assert ProbeModel.from_pretrained(REPO).config.base_model_name_or_path == "lm-1"
+        assert read_head(folder).config.base_model_name_or_path == "/home/me/secret plans/lm-1", "the folder is kept"
+
     def test_two_at_once(self, hub, token, model):
         model.push_probe_to_hub(REPO, "mood", license="mit")
         hub.faults.run(lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")

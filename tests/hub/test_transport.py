@@ -1,6 +1,8 @@
 """Heads on a Hub, fetched: the real client against a server on loopback."""
 
 import contextlib
+import threading
+import time
 
 import pytest
 from conftest import make_probe
@@ -144,10 +146,30 @@ class TestPull:
         assert ProbeModel.from_pretrained(head), "nothing damaged was kept"
 
     def test_other_bytes_than_announced(self, hub, head):
-        fault = hub.faults.wrong_sha(path=WEIGHTS_NAME)
-        with pytest.raises(ProbeError, match=r"does not belong to"):
+        fault = hub.faults.wrong_sha(path=WEIGHTS_NAME, times=None)
+        with pytest.raises(ProbeError, match=r"safetensors .* arrived damaged twice"):
             ProbeModel.from_pretrained(head)
-        assert fault.hits == 1
+        assert fault.hits == 2
+
+    @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "README.md"])
+    def test_a_wrong_bit_on_the_way_or_in_the_cache(self, hub, head, name):
+        fault = hub.faults.wrong_sha(path=name)
+        folder = download_head(HubReference(head))
+        assert fault.hits == 1 and same_weights(ProbeModel.from_pretrained(head), make_probe())
+        content = (folder / name).read_bytes()
+        (folder / name).resolve().write_bytes(content[:-1] + b"~")
+        assert (download_head(HubReference(head)) / name).read_bytes() == content
+
+    @pytest.mark.parametrize("how", ["silent", "drip"])
+    def test_a_hub_that_never_ends(self, hub, head, how, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+        done = threading.Event()
+        fault = hub.faults.drip(times=None) if how == "drip" else hub.faults.run(lambda: done.wait(20), times=None)
+        start = time.monotonic()
+        with pytest.raises(ProbeError, match="HF_HUB_DOWNLOAD_TIMEOUT"):
+            ProbeModel.from_pretrained(head)
+        done.set()
+        assert fault.hits and time.monotonic() - start < 5
 
     def test_the_weights_of_another_head(self, hub, head, tmp_path):
         other = contents(make_probe(seed=7), tmp_path / "other")
@@ -181,5 +203,5 @@ class TestRevisions:
 
 
 def test_secrets_are_hidden():
-    assert hide_secrets("a secret! hf_abcdefghijk", "secret!") == "a *** ***"
+    assert hide_secrets("a secret! hf_abcdefghijk api_org_abcdefghijk", "secret!") == "a *** *** ***"
     assert "secret" not in repr(HubOptions(token="secret!")) and HubOptions(token="secret!").token == "secret!"

@@ -66,6 +66,14 @@ class Faults:
         """Call a function before the request is answered, for example a commit of somebody else."""
         return self.add("run", action=action, **match)
 
+    def lose(self, **match) -> Fault:
+        """Do what is asked for, and answer 500."""
+        return self.add("lose", **match)
+
+    def drip(self, **match) -> Fault:
+        """Send a file a byte at a time, 50 of them a second."""
+        return self.add("drip", method="GET", **match)
+
     def truncate(self, declared: bool = True, **match) -> Fault:
         """Send half of a file: under the Content-Length of the whole, or with `declared=False` under its own."""
         return self.add("truncate", method="GET", declared=declared, **match)

@@ -8,6 +8,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -169,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, self.where = self.hub, urlsplit(self.path).path
         self.query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
-        fault = hub.faults.take(("answer", "cut", "run"), self.command, self.where)
+        fault = hub.faults.take(("answer", "cut", "run", "lose"), self.command, self.where)
         if fault is not None and fault.kind == "cut":
             self.rfile.read(1)
             hub.requests.append((self.command, self.where, None))
@@ -179,10 +180,12 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if fault is not None and fault.kind == "answer":
                 raise Refusal(fault.status, "a fault that was asked for", fault.code)
-            if fault is not None:
+            if fault is not None and fault.kind == "run":
                 fault.action()
             with hub._lock:
                 answer = self._route()
+            if fault is not None and fault.kind == "lose":
+                raise Refusal(500, "a fault that was asked for")
         except Refusal as refusal:
             answer = refusal.status, refusal.headers, json.dumps(refusal.body).encode()
         except Exception:
@@ -209,7 +212,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            slow = self.hub.faults.take(("drip",), self.command, self.where)
+            for byte in [bytes([byte]) for byte in data] if slow else [data]:
+                self.wfile.write(byte)
+                if slow:
+                    self.wfile.flush()
+                    time.sleep(0.02)
         if int(headers.get("Content-Length", len(data))) != len(data):
             self.close_connection = True
 

@@ -344,8 +344,7 @@ class TestCost:
 
         model = probed(kind)
         sizes = [
-            floats(model(make_prompts(2, length), use_cache=True).probe_state.heads[kind].state)
-            for length in (5, 15)
+            floats(model(make_prompts(2, length), use_cache=True).probe_state.heads[kind].state) for length in (5, 15)
         ]
         assert sizes[1] - sizes[0] == 10 * 2 * (LAYERS + 1) * growing
 

@@ -149,14 +149,14 @@ def load_backbone(
     if isinstance(dtype, str):
         check_dtype(dtype)
     path = resolve_backbone(name)
-    if Path(path).is_dir() and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
+    if os.path.isdir(path) and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
         raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         lm = load_causal_lm(path, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        missing = "" if Path(path).exists() else f" There is no folder {path!r} either."
+        missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {reason}{missing}") from error
     return lm.to(choose_device() if device is None else device).eval(), tokenizer
 

@@ -128,7 +128,7 @@ def main() -> None:
             _refuse(f"a file cannot be written: {DISK_FULL}")
         if error.filename is None or error.strerror is None:
             raise
-        _refuse(f"{error.filename}: {error.strerror}")
+        _refuse(f"{str(error.filename)[:300]}: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
 

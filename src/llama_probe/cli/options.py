@@ -209,7 +209,7 @@ def hub_options(head: str, revision: str | None) -> HubOptions:
     Raises:
         ProbeError: the head is a folder, or names another revision itself.
     """
-    if revision is not None and Path(head).is_dir():
+    if revision is not None and os.path.isdir(head):
         raise ProbeError(f"--revision {revision}: {head} is a folder, which has no revisions")
     reference = HubReference.parse(head)
     if revision is not None and reference is not None and reference.revision not in (None, revision):
@@ -232,5 +232,5 @@ def command_line() -> str:
         elif word.partition("=")[0] in hidden:
             skip = "=" not in word
         else:
-            words.append("/".join(Path(word).parts[-2:]) if "/" in word and Path(word).exists() else word)
+            words.append("/".join(Path(word).parts[-2:]) if "/" in word and os.path.exists(word) else word)
     return shlex.join(words)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..data.files import MAX_TEXT
 from ..data.known import BENCHMARKS, find_benchmark
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
@@ -26,6 +28,7 @@ ROWS_HELP = {
     "prompt_column": "Column of the prompts, if the texts are replies to them; for heads that read replies.",
     "split": "Split of a named or Hub data set, or of a folder. Default: test.",
     "data_dir": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
+    "max_text": "Characters of the longest text; a file may have 512 times as many. Guards the memory.",
 }
 
 TextColumn = Annotated[str, typer.Option(help=ROWS_HELP["text_column"])]
@@ -49,6 +52,7 @@ class LabelledRows:
     prompt_column: str | None = None
     split: str | None = None
     data_dir: Path | None = None
+    max_text: int = MAX_TEXT
 
     def __post_init__(self):
         if self.data is None:
@@ -56,7 +60,7 @@ class LabelledRows:
             given = [item.name.replace("_", "-") for item in fields if getattr(self, item.name) != item.default]
             if given:
                 raise ProbeError(f"--{', --'.join(given)} without rows: name them with --data")
-        elif self.split is not None and Path(self.data).is_file():
+        elif self.split is not None and os.path.isfile(self.data):
             raise ProbeError(f"--split {self.split}: {self.data} is a file without splits; leave --split out")
         elif self.split is not None and self._own_split is not None:
             raise ProbeError(f"--split {self.split}: {self.data} names a split already; leave one out")
@@ -71,7 +75,7 @@ class LabelledRows:
     @property
     def name(self) -> str:
         """The data and its split, for titles."""
-        if Path(self.data).exists():
+        if os.path.exists(self.data):
             return Path(self.data).name
         if self._own_split is not None:
             return self.data
@@ -91,4 +95,5 @@ class LabelledRows:
             self.split or "test",
             self.data_dir,
             self.prompt_column,
+            self.max_text,
         )

@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from ..backbone.loading import backbone_target, load_backbone
+from ..data.files import MAX_TEXT
 from ..data.prompts import PromptFormat, check_alike
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
@@ -89,6 +90,9 @@ def classify(
     ] = None,
     chunk_rows: Annotated[int, typer.Option(min=1, help="Rows in memory at a time, and in each output file.")] = 2048,
     resume: Annotated[bool, typer.Option(help="Resume a job that was stopped.")] = False,
+    max_text: Annotated[
+        int, typer.Option(min=1, help="Characters of the longest text of --input; a chunk may have 64 times as many.")
+    ] = MAX_TEXT,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -103,7 +107,7 @@ def classify(
         if not files or output is None:
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
         settings = {"text_column": text_column, "prompt_column": prompt_column, "keep_columns": keep_column or []}
-        settings |= {"chunk_rows": chunk_rows, "resume": resume, "dtype": dtype}
+        settings |= {"chunk_rows": chunk_rows, "resume": resume, "dtype": dtype, "max_text": max_text}
         probes = _read_heads(probe, backbone, True) if trust_remote_code else probe
         _score_files(files, output, probes, backbone, as_json, settings)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -52,10 +53,12 @@ def pull(
     head: Annotated[str, typer.Argument(help="user/repo, with @revision and :subfolder if needed.")],
     output: Annotated[Path | None, typer.Option(help="Folder for it. Default: one of the head's name.")] = None,
     revision: Revision = None,
+    force_download: Annotated[bool, typer.Option("--force-download", help="Fetch cached files again.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
     check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
-    folder = pull_head(head, output, hub_options(head, revision), check=check)
+    options = replace(hub_options(head, revision), force_download=force_download)
+    folder = pull_head(head, output, options, check=check)
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")

@@ -6,14 +6,16 @@ import csv
 import glob
 import gzip
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ProbeError
 
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
 # Suffix -> format.
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _TYPED_ROWS = 1000  # JSON lines that the types of columns are inferred from
+
+# A small file can unpack to any size, and a tokenizer takes about 400 bytes of memory a character.
+MAX_TEXT = 500_000  # characters of one text
+_CHUNK_TEXTS, _FILE_TEXTS = (
+    64,
+    512,
+)  # so many texts of the largest size may be in memory as a chunk, and as a whole file
+_ROW_COST = 100  # characters that a row counts as beside its text
+_STEP = 64  # rows of a parquet file that are decoded before they are measured
 
 
 def kind_of(path: Path) -> str | None:
@@ -70,8 +81,8 @@ class InputFile:
         """
         paths: dict[Path, Path] = {}
         for pattern in patterns:
-            found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-            found = [Path(name) for name in found if Path(name).is_file()]
+            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            found = [Path(name) for name in found if os.path.isfile(name)]
             if not found:
                 raise ProbeError(f"there is no file {pattern}: give files or patterns, such as 'rows/*.parquet'")
             for path in found:
@@ -97,24 +108,26 @@ class InputFile:
         with _reading(self.path):
             return pq.read_metadata(self.path).num_rows
 
-    def fields(self, needed: Sequence[str] = ()) -> dict[str, pa.DataType]:
+    def fields(self, needed: Sequence[str] = (), max_text: int = MAX_TEXT) -> dict[str, pa.DataType]:
         """Return names and types of the columns. The types of JSON lines come from the first 1,000 rows.
 
         Raises:
-            ProbeError: the file cannot be read, or a needed column is there twice.
+            ProbeError: the file cannot be read, a needed column is there twice, or a row is larger than 64 texts of
+                `max_text` characters.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         with _reading(self.path):
             if self.kind == "json":
-                rows = list(islice(self, _TYPED_ROWS))
+                rows = self._first_rows(max_text)
                 return {name: _infer_type([row.get(name) for row in rows]) for row in rows for name in row}
             if self.kind == "parquet":
                 schema = pq.read_schema(self.path)
                 names, types = schema.names, schema.types
             else:
-                with self._open() as lines:
+                with self._open() as file:
+                    lines = _Meter(self.path, "the header", max_text, _CHUNK_TEXTS).lines(file)
                     names = next(self._records(lines), [])
                 types = [pa.string()] * len(names)
         for name in needed:
@@ -124,47 +137,105 @@ class InputFile:
                 )
         return dict(zip(names, types, strict=True))
 
-    def check_encoding(self) -> None:
-        """Raise `ProbeError` if a text file is damaged or not in UTF-8. Some JSON readers pass wrong bytes on."""
-        with _reading(self.path), self._open() as lines:
-            for _ in lines:
-                pass
+    def _first_rows(self, max_text: int) -> list[dict[str, Any]]:
+        meter, rows, used = _Meter(self.path, "a row", max_text, _CHUNK_TEXTS), [], 0
+        for row in self._rows(meter):
+            rows.append(row)
+            used, meter.used = used + meter.used, 0
+            if len(rows) == _TYPED_ROWS or used > meter.limit:
+                break
+        return rows
 
-    def chunks(self, columns: Sequence[str], size: int, wanted: Callable[[int], bool]) -> Iterator[Chunk]:
+    def check_whole(self, max_text: int = MAX_TEXT) -> None:
+        """Check that a file is not damaged and can be held in memory.
+
+        Raises:
+            ProbeError: it is damaged, a text file is not in UTF-8 (some JSON readers pass wrong bytes on), or it unpacks to
+                more than 512 texts of `max_text` characters.
+        """
+        meter = _Meter(self.path, "it", max_text, _FILE_TEXTS)
+        with _reading(self.path):
+            if self.kind == "parquet":
+                import pyarrow.parquet as pq
+
+                meter.add(self.rows() * _ROW_COST)
+                with pq.ParquetFile(self.path, pre_buffer=False) as file:
+                    for batch in file.iter_batches(_STEP):
+                        meter.add(_unpacked(batch))
+                return
+            with self._open() as file:
+                while piece := file.read(2**20):
+                    meter.add(len(piece) + piece.count("\n") * _ROW_COST)
+
+    def chunks(
+        self, columns: Sequence[str], size: int, wanted: Callable[[int], bool], max_text: int = MAX_TEXT
+    ) -> Iterator[Chunk]:
         """Yield the wanted chunks. No more than one chunk is in memory.
 
         Args:
             columns: names of columns.
             size: rows of a chunk.
             wanted: tells for the number of a chunk if it is wanted.
+            max_text: characters of the longest text. A chunk may unpack to 64 of such texts.
 
         Raises:
-            ProbeError: the file cannot be read.
+            ProbeError: the file cannot be read, or a text or a chunk is too large.
         """
+        meter = _Meter(self.path, "a chunk of rows", max_text, _CHUNK_TEXTS)
         with _reading(self.path):
-            if self.kind == "parquet":
-                import pyarrow.parquet as pq
+            blocks = self._parquet_blocks if self.kind == "parquet" else self._text_blocks
+            for number, block in enumerate(blocks(columns, size, meter)):
+                if wanted(number):
+                    chunk = Chunk(number, number * size, block())
+                    self._check_lengths(chunk, max_text)
+                    yield chunk
+                meter.used = 0
 
-                with pq.ParquetFile(self.path, pre_buffer=False) as file:
-                    for number, batch in enumerate(file.iter_batches(size, columns=list(columns))):
-                        if wanted(number):
-                            yield Chunk(number, number * size, batch.to_pydict())
-                return
-            rows = iter(self)
-            for number in count():
-                block = list(islice(rows, size))
-                if block and wanted(number):
-                    yield Chunk(number, number * size, {name: [row.get(name) for row in block] for name in columns})
-                if len(block) < size:
-                    return
+    def _parquet_blocks(self, columns: Sequence[str], size: int, meter: _Meter) -> Iterator[Callable[[], dict]]:
+        """Yield for each chunk a function that returns its values by column."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        def values(parts: list[pa.RecordBatch]) -> dict[str, list[Any]]:
+            return pa.Table.from_batches(parts).to_pydict()
+
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:
+            parts, rows = [], 0
+            for batch in file.iter_batches(min(size, _STEP), columns=list(columns)):
+                while len(batch):
+                    parts.append(batch.slice(0, size - rows))
+                    rows, batch = rows + len(parts[-1]), batch.slice(len(parts[-1]))
+                    meter.add(_unpacked(parts[-1]))
+                    if rows == size:
+                        yield partial(values, parts)
+                        parts, rows = [], 0
+            if parts:
+                yield partial(values, parts)
+
+    def _text_blocks(self, columns: Sequence[str], size: int, meter: _Meter) -> Iterator[Callable[[], dict]]:
+        rows = ({name: row.get(name) for name in columns} for row in self._rows(meter))
+        while block := list(islice(rows, size)):
+            yield partial(lambda block: {name: [row[name] for row in block] for name in columns}, block)
+
+    def _check_lengths(self, chunk: Chunk, max_text: int) -> None:
+        for name, values in chunk.columns.items():
+            for row, value in enumerate(values, start=chunk.first_row):
+                check_length(f"{self.path}: row {row}: {name}", value, max_text)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of a text file.
 
         Raises:
-            ProbeError: the file cannot be read.
+            ProbeError: the file cannot be read, or a row is too large.
         """
-        with _reading(self.path), self._open() as lines:
+        meter = _Meter(self.path, "a row", MAX_TEXT, _FILE_TEXTS)
+        for row in self._rows(meter):
+            yield row
+            meter.used = 0
+
+    def _rows(self, meter: _Meter) -> Iterator[dict[str, Any]]:
+        with _reading(self.path), self._open() as file:
+            lines = meter.lines(file)
             if self.kind == "json":
                 for row, line in enumerate(line for line in lines if not line.isspace()):
                     yield self._parse(row, line)
@@ -191,6 +262,52 @@ class InputFile:
         return value
 
 
+def _unpacked(batch: pa.RecordBatch) -> int:
+    """Return the bytes of a batch if each row has its own values."""
+    columns = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
+    return sum(column.nbytes for column in columns)
+
+
+class _Meter:
+    """Counts the characters that are read into memory, and raises if they are too many.
+
+    Attributes:
+        used: characters since it was last set to 0.
+    """
+
+    def __init__(self, path: Path, what: str, max_text: int, texts: int):
+        self.path, self.what, self.limit, self.used = path, what, max_text * texts, 0
+
+    def add(self, characters: int) -> None:
+        self.used += characters
+        if self.used > self.limit:
+            raise ProbeError(
+                f"{self.path}: {self.what} has more than {self.limit:,} characters: pass a larger max_text (--max-text)"
+                + (", or a smaller chunk_rows" if "chunk" in self.what else "")
+            )
+
+    def lines(self, file: TextIO) -> Iterator[str]:
+        """Yield the lines of a file; none longer than the limit is read."""
+        while line := file.readline(self.limit + 1):
+            self.add(len(line))
+            yield line
+
+
+def check_length(name: str, value: Any, max_text: int = MAX_TEXT) -> None:
+    """Raise `ProbeError` if a text, or all texts of chat messages together, have more than `max_text` characters."""
+    length, left = 0, [value]
+    while left and length <= max_text:
+        item = left.pop()
+        if isinstance(item, str):
+            length += len(item)
+        elif isinstance(item, (list, dict)):
+            left += item if isinstance(item, list) else item.values()
+    if length > max_text:
+        raise ProbeError(
+            f"{name} has more than {max_text:,} characters: cut it, or pass a larger max_text (--max-text)"
+        )
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn the errors that readers raise for damaged files into `ProbeError`."""
@@ -200,7 +317,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (OSError, EOFError, ValueError, NotImplementedError, csv.Error, zlib.error) as error:
         advice = ": save it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise ProbeError(f"{path} cannot be read: {str(error).splitlines()[0]}{advice}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ProbeError(f"{path} cannot be read: {reason}{advice}") from error
 
 
 def _infer_type(values: list[Any]) -> pa.DataType:

@@ -35,6 +35,10 @@ def read_labels(
         ProbeError: the labels do not fit each other, their names or the problem type.
     """
     several = isinstance(values[0], (list, tuple))
+    if mixed := [row for row, value in enumerate(values) if isinstance(value, (list, tuple)) != several]:
+        raise ProbeError(
+            f"{source}: the label of row {mixed[0]} must be {'a list' if several else 'one value'}, as in row 0"
+        )
     flat = list(chain.from_iterable(values)) if several else list(values)
     flat = [float(item) if isinstance(item, Decimal) else item for item in flat]
     if problem_type is None:

@@ -10,6 +10,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import ProbeError
+from .files import MAX_TEXT
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .texts import LabelledTexts, benchmark_splits, read_labelled, warn_of_labels
 
@@ -114,6 +115,11 @@ class DataSources:
         },
     )
 
+    max_text: int = field(
+        default=MAX_TEXT,
+        metadata={"help": "Characters of the longest text; a file may have 512 times as many. Guards the memory."},
+    )
+
     def __post_init__(self) -> None:
         self._check()
         if known := find_benchmark(self.train):
@@ -141,7 +147,7 @@ class DataSources:
     def _check(self) -> None:
         if self.folds is not None and (self.folds < 0 or self.folds == 1):
             raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
-        for name in ("max_rows", "max_extra_rows", "max_eval_rows"):
+        for name in ("max_text", "max_rows", "max_extra_rows", "max_eval_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
         for name in ("validation_share", "test_share"):
@@ -237,7 +243,7 @@ class DataSources:
                 rows = self._read(source, "train", train)
             else:
                 split = "train" if "train" in benchmark_splits(benchmark, self.data_dir) else "test"
-                rows = read_labelled(source, split=split, data_dir=self.data_dir)
+                rows = read_labelled(source, split=split, data_dir=self.data_dir, max_text=self.max_text)
                 if rows.problem_type != train.problem_type:
                     raise ProbeError(f"{source} is {rows.problem_type}, and {self.train} is {train.problem_type}")
                 rows = rows.renamed(train.label_names)
@@ -259,4 +265,4 @@ class DataSources:
             text, label = "text", "label"
             if prompt is not None and benchmark.exchange is not None:
                 prompt = benchmark.exchange[0]
-        return read_labelled(source, text, label, names, kind, split, self.data_dir, prompt)
+        return read_labelled(source, text, label, names, kind, split, self.data_dir, prompt, self.max_text)

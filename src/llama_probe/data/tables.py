@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
-from .files import KINDS, InputFile, kind_of
+from ..hub.card import read_card
+from ..hub.folder import CARD_NAME
+from ..hub.publish import check_links
+from .files import KINDS, MAX_TEXT, InputFile, kind_of
 from .known import BENCHMARKS
 
 
@@ -45,12 +49,16 @@ class TablePlace:
     @classmethod
     def parse(cls, source: str) -> TablePlace:
         """Parse a source. An existing path is taken as it is."""
-        match = None if Path(source).exists() else _PLACE.fullmatch(source)
+        match = None if os.path.exists(source) else _PLACE.fullmatch(source)
         return cls(source) if match is None else cls(*(part or None for part in match.groups()))
 
 
 def read_table(
-    source: str, split: str = "train", text_columns: Sequence[str] = (), needed: Sequence[str] = ()
+    source: str,
+    split: str = "train",
+    text_columns: Sequence[str] = (),
+    needed: Sequence[str] = (),
+    max_text: int = MAX_TEXT,
 ) -> Dataset:
     """Read a csv, json(l) or parquet file (also .gz), a folder of such files, or a Hub data set.
 
@@ -59,9 +67,11 @@ def read_table(
         split: split of a folder or a Hub data set, if `source` names none.
         text_columns: columns whose csv cells stay texts: `007` is not a number there.
         needed: further columns that a csv file must not have twice.
+        max_text: see `InputFile.check_whole`.
 
     Raises:
-        ProbeError: the source cannot be read, or a column is there twice.
+        ProbeError: the source cannot be read or is too large, a column is there twice, or a folder names files that are
+            not inside it.
     """
     import datasets
 
@@ -69,25 +79,30 @@ def read_table(
     path, split = Path(place.id), place.split or split
     if not source.strip():
         raise ProbeError(f"{source!r} names no rows: give a file, a folder or a Hub data set")
-    if (path.is_file() and place.id != source) or (path.is_dir() and place.revision):
+    if (os.path.isfile(path) and place.id != source) or (os.path.isdir(path) and place.revision):
         raise ProbeError(f"{source}: {path} is on this machine and has no {source[len(place.id) :]}")
-    if kind_of(path) and not path.exists():
+    if kind_of(path) and not os.path.exists(path):
         raise ProbeError(f"there is no file {path}")
-    if path.is_file() and kind_of(path) is None:
+    if os.path.isfile(path) and kind_of(path) is None:
         raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
     try:
-        if path.is_file():
+        if os.path.isfile(path):
             kind = kind_of(path)
-            options = _file_options([path], kind in ("csv", "tsv"), text_columns, needed)
+            options = _file_options([path], kind in ("csv", "tsv"), text_columns, needed, max_text)
             if kind == "tsv":
                 kind, options["sep"] = "csv", "\t"
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
         location, options = place.id, {}
-        if path.is_dir():
+        if os.path.isdir(path):
             location = str(path.resolve())  # The loader names rows by the folder, and `.` has no name.
+            _check_card(Path(location))
             builder = datasets.load_dataset_builder(location, place.configuration)
             files = [Path(name) for part in (builder.config.data_files or {}).values() for name in part]
-            options = _file_options(files, hasattr(builder.config, "keep_default_na"), text_columns, needed)
+            if strange := [file for file in files if kind_of(file) is None]:
+                raise ProbeError(f"{strange[0]} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
+            check_links(Path(location), map(str, files))
+            is_csv = hasattr(builder.config, "keep_default_na")
+            options = _file_options(files, is_csv, text_columns, needed, max_text)
         data = datasets.load_dataset(location, place.configuration, revision=place.revision, **options)
     except ProbeError:
         raise
@@ -109,8 +124,34 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or repr(error)
 
 
+def _check_card(folder: Path) -> None:
+    """Check that the card of a data folder names files inside it, before the loader asks for others.
+
+    Raises:
+        ProbeError: it names another file or an address, or cannot be read.
+    """
+    if (other := folder / ".huggingface.yaml").exists():
+        raise ProbeError(f"{other} is not read: put its configurations into {CARD_NAME}")
+    if not (folder / CARD_NAME).is_file():
+        return
+    configs = read_card(folder).data.to_dict().get("configs")
+    for config in configs if isinstance(configs, list) else []:
+        if isinstance(config, dict):
+            for name in _texts([config.get("data_files"), config.get("data_dir")]):
+                if ":" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ProbeError(f"{folder / CARD_NAME} names {name!r}: rows must come from inside the folder")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value if isinstance(value, list) else value.values():
+            yield from _texts(item)
+
+
 def _file_options(
-    files: Sequence[Path], are_csv: bool, text_columns: Sequence[str], needed: Sequence[str]
+    files: Sequence[Path], are_csv: bool, text_columns: Sequence[str], needed: Sequence[str], max_text: int
 ) -> dict[str, Any]:
     """Return the options of `load_dataset` for local files."""
     # The loader caches by path and time of change alone: a digest of the contents tells files apart.
@@ -118,8 +159,7 @@ def _file_options(
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-        if kind_of(path) == "json":
-            InputFile(path, "json").check_encoding()
+        InputFile(path, kind_of(path)).check_whole(max_text)
     options: dict[str, Any] = {"description": digest.hexdigest()}
     if not are_csv:
         return options

@@ -16,7 +16,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from .files import kind_of
+from .files import MAX_TEXT, check_length, kind_of
 from .known import Benchmark, HubSplit, find_benchmark
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
@@ -204,6 +204,7 @@ def read_labelled(
     split: str = "train",
     data_dir: str | os.PathLike | None = None,
     prompt_column: str | None = None,
+    max_text: int = MAX_TEXT,
 ) -> LabelledTexts:
     """Read labelled rows; see `read_labels` for the meaning of labels.
 
@@ -217,15 +218,16 @@ def read_labelled(
         data_dir: local copies of the data sets known by name; see `read_benchmark`.
         prompt_column: column of the prompts, texts or chat messages, if the texts are replies. The texts are then chat
             messages.
+        max_text: characters of the longest text; see also `InputFile.check_whole`.
 
     Raises:
-        ProbeError: the source cannot be read, a column is missing, a text or label is empty, or labels and names do
-            not fit.
+        ProbeError: the source cannot be read or is too large, a column is missing, a text or label is empty, or labels
+            and names do not fit.
     """
     known = find_benchmark(source)
     if known is not None:
         benchmark, own_split = known
-        if Path(source).exists():
+        if os.path.exists(source):
             logger.warning(f"{source} is the data set known by that name; write ./{source} for the path")
         prompts, replies = benchmark.exchange or (None, None)
         if (text_column, label_column) != ("text", "label") or prompt_column not in (None, prompts):
@@ -245,7 +247,7 @@ def read_labelled(
         needed = [text_column, *([] if prompt_column is None else [prompt_column]), label_column]
         if len(set(needed)) < len(needed):
             raise ProbeError(f"columns {', '.join(needed)}: texts, prompts and labels need columns of their own")
-        table = read_table(source, split, needed[:-1], [label_column])
+        table = read_table(source, split, needed[:-1], [label_column], max_text)
         columns = {name: table[name][:] for name in table.column_names}
         feature = table.features.get(label_column)
         feature = getattr(feature, "feature", feature)
@@ -285,6 +287,7 @@ def label_rows(
         if _is_empty(text, value):
             raise ProbeError(f"{source}: row {row} has no text or no label")
         texts[row] = _read_text(source, row, text)
+        check_length(f"{source}: row {row}", texts[row], max_text)
     if prompt_column is not None:
         pairs = zip(columns.pop(prompt_column), texts, strict=True)
         texts = [_read_exchange(source, row, prompt, reply) for row, (prompt, reply) in enumerate(pairs)]

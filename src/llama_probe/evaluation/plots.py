@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ProbeError
-from ..files import write_atomically
+from ..files import settle, write_atomically
 from ..hub.folder import PLOT_NAMES, read_results
 
 
@@ -86,6 +86,7 @@ def write_plots(folder: str | os.PathLike) -> list[Path]:
         for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
         if name.removesuffix(".png") in inspection
     }
+    settle(folder)
     write_atomically(writers)
     for path in {Path(folder) / name for name in PLOT_NAMES} - set(writers):
         path.unlink(missing_ok=True)

@@ -20,11 +20,11 @@ from transformers.utils import logging
 from ..backbone.cache import repeat_cache
 from ..backbone.loading import backbone_target, load_backbone
 from ..backbone.passes import plan_passes
-from ..data.files import Chunk, InputFile
+from ..data.files import MAX_TEXT, Chunk, InputFile
 from ..data.prompts import PromptFormat, Text, check_alike, exchange, is_text
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
 from ..errors import ProbeError
-from ..files import write_atomically
+from ..files import remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..heads.scope import prompt_masks, read_masks
@@ -131,6 +131,7 @@ class ScoringJob:
         keep_columns: columns of the input that the output keeps.
         chunk_rows: rows of a chunk.
         resume: resume a job that was stopped.
+        max_text: characters of the longest text; a chunk may have 64 times as many.
     """
 
     inputs: Sequence[str]
@@ -144,6 +145,7 @@ class ScoringJob:
     dtype: str = "auto"
     batch_tokens: int = 4096
     resume: bool = False
+    max_text: int = MAX_TEXT
 
     def execute(self) -> dict[str, Any]:
         """Run the job.
@@ -158,6 +160,8 @@ class ScoringJob:
         self.output = Path(self.output)
         if self.chunk_rows < 1:
             raise ProbeError(f"chunk_rows={self.chunk_rows} must be at least 1")
+        if self.max_text < 1:
+            raise ProbeError(f"max_text={self.max_text} must be at least 1")
         with process_group(), claimed(self.output):
             check_shared(self.output)
             files, kept = on_main(self._survey)
@@ -182,7 +186,7 @@ class ScoringJob:
         files = InputFile.find(self.inputs)
         kept: dict[str, pa.DataType] = {}
         for file in files:
-            fields = file.fields(self._needed)
+            fields = file.fields(self._needed, self.max_text)
             # An empty file of json lines has no columns to check.
             missing = [name for name in self._needed if name not in fields] if fields or file.kind != "json" else []
             if missing:
@@ -219,8 +223,7 @@ class ScoringJob:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProbeError(f"{path} is damaged ({error}): give another folder") from None
         check_settings(path, before, _comparable(plan))
-        for scratch in self.output.glob(".part-*.tmp"):  # of processes that were killed
-            scratch.unlink(missing_ok=True)
+        remove_leftovers(self.output, ["part-*", MANIFEST_NAME])
         return (found if complete else plan), parts
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema, done: set[str]) -> None:
@@ -234,7 +237,7 @@ class ScoringJob:
                 def wanted(number: int, index: int = index) -> bool:
                     return (index + number) % world_size() == rank() and _part_name(index, number) not in done
 
-                for chunk in file.chunks(self._needed, self.chunk_rows, wanted):
+                for chunk in file.chunks(self._needed, self.chunk_rows, wanted, self.max_text):
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
                     _warn_of_gaps(file, chunk, texts, scores)

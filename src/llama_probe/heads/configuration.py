@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import operator
 import os
 import re
 import unicodedata
@@ -17,7 +19,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import make_folder, write_atomically
+from ..files import current_file, make_folder, settle, write_atomically
 from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_values
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
@@ -38,6 +40,11 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
 MAX_SIZE = 2**20
+
+# Fields that say nothing about scores. The config's digest covers all others, and these may be changed by hand.
+_NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} | {
+    f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")
+}
 
 # A lone surrogate (from JSON escapes or a non-UTF-8 shell). Tokenizers reject it.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
@@ -70,6 +77,12 @@ def _is_name(value: Any) -> bool:
     return _is_text(value) and not any(
         unicodedata.category(sign) in _CONTROLS or unicodedata.bidirectional(sign) in _BIDI for sign in value
     )
+
+
+def _label_index(key: Any) -> int:
+    if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]*", key):  # int() would take " 1", "+1", "01" and "1_0"
+        raise ValueError(key)
+    return int(key) if isinstance(key, str) else operator.index(key)
 
 
 def _is_id(value: Any) -> bool:
@@ -118,7 +131,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_length": _or_none(_SIZE),
     "dropout": _RATE,
     "layer_dropout": _RATE,
-    "temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    # With a smaller one, logits of float32 overflow and give NaN.
+    "temperature": ("a number above 0, at least 1e-6", lambda value: _is_number(value) and value >= 1e-6),
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
@@ -255,9 +269,11 @@ class ProbeConfig:
             self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels)}
             return
         try:
-            labels = {int(index): name for index, name in self.id2label.items()}
+            labels = {_label_index(index): name for index, name in self.id2label.items()}
         except (AttributeError, TypeError, ValueError):
             raise ProbeError(f"id2label={self.id2label!r} must be a dict of label names by index") from None
+        if len(labels) < len(self.id2label):
+            raise ProbeError(f"id2label={self.id2label!r} names an index twice")
         if not labels or sorted(labels) != list(range(len(labels))):
             raise ProbeError(f"id2label has the indices {sorted(labels)}; they must be 0, 1, 2, ...")
         if wrong := [name for name in labels.values() if not _is_name(name)]:
@@ -362,6 +378,7 @@ class ProbeConfig:
         text = self.replace().to_json_string()
         check_output(save_directory)
         make_folder(Path(save_directory))
+        settle(save_directory)
         write_atomically({Path(save_directory) / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8")})
 
     def to_dict(self) -> dict[str, Any]:
@@ -372,8 +389,10 @@ class ProbeConfig:
         return values
 
     def to_json_string(self) -> str:
-        """Return indented JSON that ends in a newline. The Trainer's loggers call this too."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        """Return indented JSON that ends in a newline, with a digest of the values. The Trainer's loggers call this too."""
+        values = self.to_dict()
+        values["config_sha256"] = _digest(json.loads(json.dumps(values)))
+        return json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:
@@ -391,7 +410,13 @@ class ProbeConfig:
         config = cls(**{key: value for key, value in values.items() if key in names})
         if values.get("label2id") not in (None, config.label2id):
             raise ProbeError("label2id contradicts id2label; leave label2id out")
-        return config, sorted(key for key in values if key not in names and key != "label2id")
+        return config, sorted(values.keys() - names - {"label2id", "config_sha256"})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Return a digest of the values of a config, as a file holds them, that say something about scores."""
+    scored = {key: value for key, value in values.items() if key not in _NOT_SCORED}
+    return hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> ProbeConfig:
@@ -401,12 +426,13 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
         trust_remote_code: run the code file of the folder if the head's kind is not registered.
 
     Raises:
-        ProbeError: the folder holds no config, or one with a value that is not allowed, or its kind needs code.
+        ProbeError: the folder holds no config, or one with a value that is not allowed or that was changed after it was
+            saved, or its kind needs code.
     """
-    path, code = Path(folder) / CONFIG_NAME, Path(folder) / CODE_NAME
+    path, code = current_file(folder, CONFIG_NAME), current_file(folder, CODE_NAME)
     values = read_config_values(folder)
     kind = values.get("probe_type")
-    if kind not in probe_types() and code.is_file():
+    if kind not in probe_types() and os.path.isfile(code):
         if not trust_remote_code:
             raise ProbeError(
                 f"probe_type={kind!r} needs the code in {code}: read it, then pass trust_remote_code=True"
@@ -416,6 +442,13 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
         config, unknown = ProbeConfig.from_dict(values)
     except ProbeError as error:
         raise ProbeError(f"{path}: {error}") from None
+    if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
+        raise ProbeError(
+            f"{path} has other values than were saved (config_sha256 differs): fetch the head again, or delete config_sha256 "
+            "if you changed them"
+        )
     if unknown:
-        logger.warning(f"{path}: ignored unknown keys (another version?): {', '.join(map(repr, unknown[:8]))}")
+        logger.warning(
+            f"{path}: ignored unknown keys (another version?): {', '.join(repr(key)[:60] for key in unknown[:8])}"
+        )
     return config

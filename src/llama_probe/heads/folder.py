@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from safetensors.torch import save
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import check_writable, make_folder, package_version, write_atomically
-from ..hub.folder import CODE_NAME, CONFIG_NAME, PLOT_NAMES, RESULTS_NAME, WEIGHTS_NAME, is_head_folder
+from ..files import check_writable, current_file, make_folder, package_version, remove_leftovers, replace_files
+from ..hub.card import has_own_card, renew_card
+from ..hub.folder import CARD_NAME, CODE_NAME, CONFIG_NAME, HEAD_FILES, PLOT_NAMES, RESULTS_NAME, WEIGHTS_NAME
 from .configuration import ProbeConfig
 from .registry import kind_code
 
 
 logger = logging.get_logger(__name__)
+
+_MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
 def save_head(
@@ -31,10 +36,11 @@ def save_head(
     tensors: Mapping[str, torch.Tensor],
     results: dict[str, Any] | None = None,
 ) -> Path:
-    """Write config, weights and results into a folder; a reader never sees half of a file.
+    """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new one.
 
-    Results are left out, with a warning, if the weights have changed since they were measured. Results and plots of
-    another head in the folder are removed.
+    Results are left out, with a warning, if the weights have changed since they were measured. Results, plots and card
+    of another head in the folder are removed; a card that a person wrote or edited is kept. Results of another version
+    give no card.
 
     Args:
         folder: made if it is missing.
@@ -56,26 +62,27 @@ def save_head(
     saved = config.replace(
         weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
     )
-    # The config first: if a kill leaves one file without the other, the config tells whose folder it is.
-    writers: dict[Path, Callable[[Path], object]] = {
-        folder / CONFIG_NAME: lambda path: path.write_text(saved.to_json_string(), encoding="utf-8"),
-        folder / WEIGHTS_NAME: lambda path: path.write_bytes(weights),
-    }
-    code = kind_code(config.probe_type)
-    if code is not None:
-        writers[folder / CODE_NAME] = lambda path: path.write_bytes(code)
-    outdated = [folder / name for name in (RESULTS_NAME, *PLOT_NAMES)]
+    contents = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
+    if (code := kind_code(config.probe_type)) is not None:
+        contents[CODE_NAME] = code
+    plots: tuple[str, ...] = ()
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
+        results = None
     elif results is not None:
-        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-        path = folder / RESULTS_NAME
-        if path.is_file() and path.read_bytes() == text.encode():
-            outdated = []
-        writers[path] = lambda path: path.write_text(text, encoding="utf-8")
-    if code is None:
-        outdated.append(folder / CODE_NAME)
-    write_atomically(writers, outdated if is_head_folder(folder) else ())
+        contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
+        path = current_file(folder, RESULTS_NAME)
+        if path.is_file() and path.read_bytes() == contents[RESULTS_NAME]:
+            plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
+    kept = list(plots)
+    with suppress(ProbeError, ImportError):  # an exported repository has no code for cards
+        if has_own_card(folder):
+            kept.append(CARD_NAME)
+        else:
+            contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
+    remove_leftovers(folder, HEAD_FILES)
+    writers = {name: partial(Path.write_bytes, data=data) for name, data in contents.items()}
+    replace_files(folder, writers, [name for name in HEAD_FILES if name not in contents and name not in kept])
     return folder
 
 
@@ -95,10 +102,11 @@ def read_tensors(
         ProbeError: the file is missing or damaged, belongs to another head, or a tensor is missing, unexpected, of a
             wrong shape or dtype, or not finite.
     """
-    path = Path(folder) / WEIGHTS_NAME
-    if not path.is_file():
+    path = current_file(folder, WEIGHTS_NAME)
+    if not os.path.isfile(path):
         raise ProbeError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
     try:
+        _check_header_size(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_header(path, file, shapes)
             _check_digest(path, config)
@@ -108,6 +116,16 @@ def read_tensors(
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")
     return tensors
+
+
+def _check_header_size(path: Path) -> None:
+    """Check the size of a header before it is parsed, which takes many times as much memory."""
+    if path.stat().st_size < 8:  # also files of /proc, which may never end
+        raise OSError("it is too short")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER:
+        raise OSError(f"its header has {size} bytes")
 
 
 def _check_header(path: Path, file, shapes: Mapping[str, torch.Size]) -> None:
@@ -126,6 +144,7 @@ def _check_header(path: Path, file, shapes: Mapping[str, torch.Size]) -> None:
 
 def _check_digest(path: Path, config: ProbeConfig) -> None:
     if config.weights_sha256 is None:
+        logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
         return
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from torch import nn
 from ..backbone.capture import collect_hidden_states
 from ..backbone.decoder import target_of, without_peft
 from ..errors import ProbeError
-from ..hub.card import write_card
 from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import resolve_head, with_subfolder
@@ -197,10 +195,7 @@ class ProbeModel(nn.Module):
         Raises:
             ProbeError: the folder cannot be made or written into.
         """
-        folder = save_head(save_directory, self.config, self.state_dict(), self.results)
-        with contextlib.suppress(ProbeError, ImportError):  # an exported repository has no code for cards
-            write_card(folder)
-        return folder
+        return save_head(save_directory, self.config, self.state_dict(), self.results)
 
     def push_to_hub(self, repo_id: str, *, name: str | None = None, **kwargs) -> CommitInfo:
         """Upload the head in one commit: config, weights, results and a card.

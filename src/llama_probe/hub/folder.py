@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ProbeError
-from ..files import check_writable
+from ..files import check_writable, current_file
 
 
 CONFIG_NAME = "probe_config.json"
@@ -21,12 +21,12 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
-MAX_JSON_BYTES = 4 * 2**20  # far above any config or results file
+MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 
 
 def is_head_folder(folder: str | os.PathLike) -> bool:
     """Return True if a folder holds a head."""
-    return (Path(folder) / CONFIG_NAME).is_file()
+    return os.path.isfile(current_file(folder, CONFIG_NAME))
 
 
 def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
@@ -46,20 +46,46 @@ def check_output(folder: str | os.PathLike) -> None:
         raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
 
 
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Read a file of limited size.
+
+    Raises:
+        ProbeError: the file is too large, or cannot be read.
+    """
+    try:
+        # Files of /proc have the size 0, and reading one may never end.
+        if path.stat().st_size == 0:
+            return b""
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ProbeError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise ProbeError(f"{path} is larger than {limit} bytes and is not read")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        ProbeError: the file is too large, or does not hold a JSON object.
+        ProbeError: the file is too large, or does not hold a JSON object, or an object in it names a key twice.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ProbeError(f"{path} is larger than {MAX_JSON_BYTES} bytes and is not read")
+    content = read_bytes(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ProbeError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ProbeError(f"{path} must be a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in values if keys.count(key) > 1)!r} occurs twice")
     return values
 
 
@@ -69,9 +95,12 @@ def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ProbeError: the folder holds no head, or see `read_json`.
     """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        found = sorted(item.name for item in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    path = current_file(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        try:
+            found = sorted(os.listdir(folder))
+        except OSError:  # it is not there, no folder, or may not be read
+            found = []
         hint = "; the Trainer wrote weights only, call probe.save_pretrained" if "training_args.bin" in found else ""
         raise ProbeError(
             f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'}){hint}"
@@ -85,8 +114,8 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
         ProbeError: see `read_json`.
     """
-    path = Path(folder) / RESULTS_NAME
-    return read_json(path) if path.is_file() else None
+    path = current_file(folder, RESULTS_NAME)
+    return read_json(path) if os.path.isfile(path) else None
 
 
 def chosen_run(results: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -12,9 +14,9 @@ from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import check_new_folder, check_writable, new_folder
+from ..files import check_new_folder, check_writable, current_file, new_folder
 from .card import has_own_card, is_hub_id, read_card, write_card
-from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, read_config_values
+from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, RESULTS_NAME, read_config_values
 from .resolve import default_name
 from .transport import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
 
@@ -55,20 +57,22 @@ def push_folder(
     """
     check_subfolder(subfolder)
     folder = Path(folder)
-    check_links(folder, HEAD_FILES)
-    base_model = read_config_values(folder).get("base_model_name_or_path")
-    repo_id = full_repo_id(repo_id, token)
-    reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
-    if HubReference.parse(str(reference)) != reference:
-        raise ProbeError(
-            f"{str(reference)!r} cannot be asked for: no spaces in subfolder and revision, no : in revision"
-        )
-    if base_model is not None and not is_hub_id(base_model):
-        logger.warning(f"the card of {reference} names the backbone {base_model!r}: put its Hub id into {CONFIG_NAME}")
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / folder.resolve().name
         copy.mkdir()
         _copy_head(folder, copy)
+        repo_id = full_repo_id(repo_id, token)
+        reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
+        if HubReference.parse(str(reference)) != reference:
+            raise ProbeError(
+                f"{str(reference)!r} cannot be asked for: no spaces in subfolder and revision, no : in revision"
+            )
+        base_model = read_config_values(copy).get("base_model_name_or_path")
+        if base_model is not None and not is_hub_id(base_model):
+            logger.warning(
+                f"the card of {reference} names the backbone {base_model!r}: put its Hub id into {CONFIG_NAME}"
+            )
+            hide_local_path(copy)
         _finish_card(copy, str(reference), [tags] if isinstance(tags, str) else tags or [], license)
         names = {name: reference.path(name) for name in HEAD_FILES}
         files: dict[str, Path | bytes] = {path: copy / name for name, path in names.items() if (copy / name).is_file()}
@@ -129,17 +133,34 @@ def check_links(folder: Path, files: Iterable[str]) -> None:
     allowed = [home]
     allowed += [p.parent / "blobs" for p in home.parents if p.name == "snapshots" and "--" in p.parent.name]
     for file in files:
-        target = (folder / file).resolve()
+        target = current_file(folder, file).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
             raise ProbeError(
                 f"{folder / file} is a symbolic link out of the folder, to {target}; replace it by a copy"
             )
 
 
+def hide_local_path(folder: Path) -> None:
+    """Replace the path of the backbone on this machine by its last part, in the files of a head that others will see."""
+    config = read_config_values(folder)
+    path = config["base_model_name_or_path"]
+    if not isinstance(path, str) or is_hub_id(path):
+        return
+    name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    text = json.dumps(config | {"base_model_name_or_path": name}, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    results = folder / RESULTS_NAME
+    if results.is_file():
+        old, new = (json.dumps(word, ensure_ascii=False)[1:-1] for word in (path, name))
+        results.write_text(results.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+
 def _copy_head(source: Path, target: Path) -> None:
+    """Copy the files of a head, none of which may be a link out of its folder."""
+    check_links(source, HEAD_FILES)
     for file in HEAD_FILES:
-        if (source / file).is_file():
-            shutil.copyfile(source / file, target / file)
+        if os.path.isfile(path := current_file(source, file)):
+            shutil.copyfile(path, target / file)
 
 
 def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:

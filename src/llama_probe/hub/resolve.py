@@ -155,9 +155,9 @@ def resolve_head(
     """
     if source == "":  # pathlib would take it for the current folder
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # unlike that of pathlib, it does not raise for a name that is too long
         return Path(source)
-    if Path(source).is_file() and not _ALIAS.fullmatch(str(source)):
+    if os.path.isfile(source) and not _ALIAS.fullmatch(str(source)):
         raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
     if not is_alias(source):
         reference = HubReference.parse(str(source))
@@ -200,7 +200,7 @@ def _places(target: Target | None, options: HubOptions, namespace: str | None) -
     """Give the folders and Hub ids where an alias may be for a target, with the revision to ask for."""
     if target is None or not target.name_or_path:
         return
-    local = Path(target.name_or_path).is_dir()
+    local = os.path.isdir(target.name_or_path)
     if local:
         yield Path(target.name_or_path), None
     if namespace:
@@ -230,7 +230,7 @@ def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os
     check_subfolder(subfolder)
     if subfolder is None:
         return source
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return Path(source) / subfolder
     reference = HubReference.parse(str(source))
     if reference is None or reference.subfolder not in (None, subfolder):
@@ -251,7 +251,7 @@ def is_alias(source: Any) -> bool:
 
 def default_name(source: str | os.PathLike) -> str:
     """Return a head's name from its subfolder, repository, alias or folder, spelled so that `check_name` allows it."""
-    reference = None if Path(source).is_dir() else HubReference.parse(str(source))
+    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
     if reference is None:
         name = Path(source).resolve().name
     else:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    constants,
     hf_hub_download,
     try_to_load_from_cache,
 )
@@ -37,7 +42,12 @@ from ..files import package_version
 from .folder import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 
 
+T = TypeVar("T")
+
 _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
+_REFUSED = (400, 401, 403, 404, 413, 422)  # answers to a commit after which nothing of it can be there
+_OVERTAKEN = (409, 412)
+_PATIENCE = 5  # times the client's timeout, for all files of a head
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -126,8 +136,13 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
 
     Raises:
         ProbeError: the repository, revision or head does not exist, this token may not read it, it is not cached and
-            the Hub is out of reach, or a file arrived damaged.
+            the Hub is out of reach, it takes longer than five times `HF_HUB_DOWNLOAD_TIMEOUT`, or a file arrived damaged
+            twice.
     """
+    return _in_time(lambda: _download_head(reference, options), str(reference))
+
+
+def _download_head(reference: HubReference, options: HubOptions) -> Path:
     config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
     if options.only_config:
         return config.parent
@@ -137,6 +152,32 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
         if name not in (CONFIG_NAME, WEIGHTS_NAME):
             _fetch_optional(reference, name, commit, options)
     return config.parent
+
+
+def _in_time(ask: Callable[[], T], what: str) -> T:
+    """Call a function that asks the Hub, in a thread that is left alone if it takes too long.
+
+    The client's own timeout is for each read, and a Hub that sends one byte a second never exceeds it.
+    """
+    seconds, answer = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT, SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((ask(), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except Empty:
+        raise ProbeError(
+            f"{what} was not fetched within {seconds:g} s; for a slow connection, set HF_HUB_DOWNLOAD_TIMEOUT above "
+            f"{constants.HF_HUB_DOWNLOAD_TIMEOUT:g}"
+        ) from None
+    if error is not None:
+        raise error
+    return value
 
 
 def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
@@ -150,10 +191,11 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
     if options.local_files_only or isinstance(cached, str):  # the client needs no connection for it
         return options
     try:
-        HfApi(token=options.token).file_exists(reference.repo_id, path, revision=revision)
+        api = HfApi(token=options.token)
+        _in_time(lambda: api.file_exists(reference.repo_id, path, revision=revision), path)
     except HfHubHTTPError:  # the Hub has answered
         return options
-    except _FAILED:
+    except (*_FAILED, ProbeError):
         return replace(options, local_files_only=True)
     return options
 
@@ -211,7 +253,7 @@ def commit_files(
     """Upload files in one commit; create the repository and the branch if they are missing.
 
     A failed push leaves the branch unchanged, and so does a push without changes. A push is refused if another one
-    came in between; it is never merged.
+    came in between; it is never merged. If the answer to a push is lost, the branch is looked at for its files.
 
     Args:
         repo_id: `user/name`, or a name for the own user.
@@ -221,7 +263,7 @@ def commit_files(
         only_if_missing: paths of `files` that do not replace an existing file.
 
     Raises:
-        ProbeError: the Hub refused; the message gives its reason.
+        ProbeError: the Hub refused; the message gives its reason, and says if it is not known that nothing was uploaded.
     """
     repo_id = full_repo_id(repo_id, token)
     api = HfApi(token=token, library_name="llama_probe", library_version=package_version())
@@ -233,23 +275,64 @@ def commit_files(
         there = {item.rfilename for item in info.siblings or []}
         wanted = {path: data for path, data in files.items() if path not in only_if_missing or path not in there}
         added = [CommitOperationAdd(path, data) for path, data in wanted.items()]
-        deleted = [CommitOperationDelete(path) for path in sorted(there - set(files)) if stale(path)]
-        return api.create_commit(
-            repo_id,
-            [*added, *deleted],
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=info.sha,
-        )
+        deleted = [path for path in sorted(there - set(files)) if stale(path)]
+        try:
+            return api.create_commit(
+                repo_id,
+                [*added, *map(CommitOperationDelete, deleted)],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=info.sha,
+            )
+        except (*_FAILED, RuntimeError) as error:
+            if _status(error) in _REFUSED:
+                raise
+            found = None if create_pr else _branch_with(api, repo_id, revision, wanted, deleted, info.sha)
+            if found is None and _status(error) not in _OVERTAKEN:
+                raise ProbeError(
+                    f"the push to {repo_id} failed, and it is not known if it was kept: look at its page before you push again; "
+                    f"the Hub said: {hide_secrets(_first_line(error), token)}"
+                ) from None
+            if found in (None, info.sha):
+                raise
+            return CommitInfo(
+                f"{api.endpoint}/{repo_id}/commit/{found}", commit_message, "", found, _endpoint=api.endpoint
+            )
+
+
+def _branch_with(
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    wanted: Mapping[str, Path | bytes],
+    deleted: Collection[str],
+    before: str,
+) -> str | None:
+    """Return the commit of a branch if it is `before` or has the files of a push; None if it has others or is not reached."""
+    try:
+        commit = api.model_info(repo_id, revision=revision).sha
+        if commit == before:
+            return before
+        found = {item.path: item for item in api.get_paths_info(repo_id, [*wanted, *deleted], revision=commit)}
+    except (*_FAILED, RuntimeError, ValueError):
+        return None
+    contents = {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items()}
+    same = found.keys() == contents.keys() and all(_is_same(found[path], data) for path, data in contents.items())
+    return commit if same else None
+
+
+def _is_same(file: Any, content: bytes) -> bool:
+    lfs = getattr(file, "lfs", None)
+    return lfs.sha256 == hashlib.sha256(content).hexdigest() if lfs else file.blob_id == _git_digest(content)
 
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     plain = reference.revision is None and reference.subfolder is None
     # `a/b` may have been meant for a folder.
-    no_folder = f"; there is no folder {reference} either" if plain and not Path(reference.repo_id).is_dir() else ""
+    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(reference.repo_id) else ""
     try:
-        return _download(reference, name, revision, options)
+        return _download_intact(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
         at = f" at {revision}" if revision else ""
         refused = isinstance(error.__cause__, HfHubHTTPError)
@@ -278,12 +361,42 @@ def _fetch_optional(reference: HubReference, name: str, commit: str | None, opti
     if not options.force_download:
         path = reference.path(name)
         cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
-        if cached is not None:  # a path, or a mark that the commit has no such file
+        # A mark that the commit has no such file, or a path.
+        if cached is not None and (not isinstance(cached, str) or _is_intact(Path(cached))):
             return
     try:
-        _download(reference, name, commit, options)
+        _download_intact(reference, name, commit, options)
     except (EntryNotFoundError, *_FAILED):  # a file that only describes the head must not keep it from running
         return
+
+
+def _download_intact(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
+    """Download a file, and once more if it is damaged, be it in the cache or on its way."""
+    path = _download(reference, name, revision, options)
+    if (
+        _is_intact(path) or options.local_files_only or constants.HF_HUB_OFFLINE
+    ):  # a damaged head is refused when it is read
+        return path
+    path = _download(reference, name, revision, replace(options, force_download=True))
+    if not _is_intact(path):
+        raise ProbeError(
+            f"{name} of {reference} arrived damaged twice: its bytes have another digest than the Hub names"
+        )
+    return path
+
+
+def _is_intact(path: Path) -> bool:
+    """Return False if a file of the cache has another content than the digest says that its blob is named by."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name == hashlib.sha256(blob.read_bytes()).hexdigest()
+    if re.fullmatch("[0-9a-f]{40}", blob.name):
+        return blob.name == _git_digest(blob.read_bytes())
+    return True
+
+
+def _git_digest(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
@@ -311,6 +424,8 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
 def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
     try:
         yield
+    except ProbeError:
+        raise
     except OfflineModeIsEnabled:
         raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
     except (*_FAILED, RuntimeError, ValueError) as error:
@@ -319,11 +434,11 @@ def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
 
 
 def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> str:
+    status = _status(error)
     error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-    status = getattr(getattr(error, "response", None), "status_code", None)
     what = " ".join(str(error).split()) if isinstance(error, ValueError) else _first_line(error)
     said = hide_secrets(getattr(error, "server_message", None) or what, token)
-    if status in (409, 412):
+    if status in _OVERTAKEN:
         return f"somebody else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
     if status == 401:
         return f"the Hub does not know this token: log in (hf auth login) or pass token=; it said: {said}"
@@ -332,11 +447,16 @@ def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> s
     return f"the push to {repo_id} failed and nothing was uploaded: {said}"
 
 
+def _status(error: Exception) -> int | None:
+    error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def hide_secrets(text: str, token: str | bool | None = None) -> str:
     """Return a text without the given token and without anything that looks like a token."""
     if isinstance(token, str) and token:
         text = text.replace(token, "***")
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
+    return re.sub(r"(hf|api_org)_[A-Za-z0-9]{8,}", "***", text)
 
 
 def _first_line(error: Exception) -> str:

@@ -29,7 +29,7 @@ from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import cell, code, example_chat, quote, word, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, is_head_folder, read_results
-from ..hub.publish import check_links
+from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubOptions, HubReference, commit_files
 from .pipeline import TASK
 from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, flat_files, write_flat_files
@@ -125,7 +125,7 @@ def export_repository(
         tokenizer.save_pretrained(repository)
         write_flat_files(repository)
         for name, head in heads.items():
-            head.save_pretrained(repository / name)
+            hide_local_path(head.save_pretrained(repository / name))
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
         config = json.loads((repository / _CONFIG_NAME).read_text(encoding="utf-8"))
         config |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
@@ -258,10 +258,11 @@ def _card(
         config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
         data, labels = (
             facts.get("dataset_name") or facts.get("dataset"),
-            ", ".join(map(code, config.id2label.values())),
+            ", ".join(map(code, config.id2label.values())).replace("|", "\\|"),
         )
-        row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels, data, facts.get("license")]
-        rows.append(f"| {' | '.join(cell(text or 'not stated') for text in row)} |")
+        row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels]
+        row += [cell(text or "not stated") for text in (data, facts.get("license"))]
+        rows.append(f"| {' | '.join(row)} |")
     first, quoted = read_config(repository / heads[0]), quote(name)
     chat = tokenizer.chat_template and first.prompt_format != "raw"
     prompt = example_chat(first.system_prompt) if chat else '"Write me a short poem about rain."'
