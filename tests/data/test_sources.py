@@ -45,7 +45,13 @@ def test_fields_have_help_for_the_command_line():
         ({"test_share": 0.2, "test": "b.jsonl"}, "test=b.jsonl and test_share=0.2"),
         ({"folds": 1}, "folds=1"),
         ({"folds": -2}, "folds=-2"),
-        ({"max_rows": 0}, "max_rows=0"),
+        ({"max_rows": 0}, r"max_rows=\[0\]"),
+        ({"max_rows": [3, 4]}, r"max_rows=\[3, 4\]"),
+        ({"train": []}, "train="),
+        ({"augment": ["rot13"]}, "augment="),
+        ({"augment": ["lead_in"], "augment_share": 1.5}, "augment_share=1.5"),
+        ({"augment": ["system_prompt"]}, "system_prompts"),
+        ({"system_prompts": "b.jsonl"}, "system_prompts"),
         ({"max_extra_rows": -1}, "max_extra_rows=-1"),
         ({"label_names": ["no", "yes", ""]}, "label_names="),
         ({"label_names": ["no", "no"]}, "label_names="),
@@ -58,7 +64,7 @@ def test_fields_have_help_for_the_command_line():
 )
 def test_wrong_values(changes, named):
     with pytest.raises(ProbeError, match=named):
-        DataSources("a.jsonl", **changes)
+        DataSources(**{"train": "a.jsonl", **changes})
 
 
 class TestHoldingBack:
@@ -119,6 +125,64 @@ class TestHoldingBack:
         assert all((a == b).all() for a, b in zip(held, rows.folds(folds, 0), strict=True))
         with pytest.raises(ProbeError, match=f"{count} different texts"):
             rows.folds(count + 1, 0)
+
+
+class TestMixtures:
+    def test_the_rows_of_all_sources(self, tmp_path):
+        one = write(tmp_path / "a.jsonl", [{"text": f"a {i}", "label": 0, "of": "a"} for i in range(20)])
+        other = write(tmp_path / "b.jsonl", [{"text": f"b {i}", "label": 1, "of": "b", "more": 1} for i in range(10)])
+        data = DataSources([one, other], label_names=["no", "yes"], validation_share=0.2)
+        parts = data.read(0)
+        assert [len(parts[name]) for name in ("train", "validation")] == [24, 6]
+        assert all(
+            label == (text[0] == "b") for text, label in zip(parts["train"].texts, parts["train"].labels, strict=True)
+        )
+        assert set(parts["train"].columns) == {"of"} and set(parts["validation"].columns["of"]) == {"a", "b"}
+
+    @pytest.mark.parametrize("limits, found", [(None, [20, 30]), (15, None), ([5, 7], [5, 7]), ([5, 0], [5, 30])])
+    def test_limits(self, tmp_path, limits, found):
+        sources = [
+            write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(count)])
+            for name, count in (("a", 20), ("b", 30))
+        ]
+        rows = DataSources(sources, max_rows=limits, folds=3).read(0)["train"]
+        counts = [sum(text[0] == name for text in rows.texts) for name in "ab"]
+        assert counts == found if found else sum(counts) == 15 and min(counts) > 0
+
+    def test_each_source_gives_test_rows(self, tmp_path):
+        sources = [
+            write(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}", "label": i % 2} for i in range(20)])
+            for name in "ab"
+        ]
+        parts = DataSources(sources, test_share=0.5).read(0)
+        assert sorted(text[0] for text in parts["test"].texts) == ["a"] * 10 + ["b"] * 10
+
+
+class TestAugmentation:
+    def test_only_training_rows_are_wrapped(self, tmp_path, train):
+        system = write(tmp_path / "system.jsonl", [{"text": "You sell shoes."}])
+        split = {"test_share": 0.25, "validation_share": 0.2, "folds": 0}
+        plain = DataSources(train, **split).read(0)
+        data = DataSources(train, **split, augment=["system_prompt"], augment_share=1.0, system_prompts=system)
+        parts, rows = data.read(0), len(plain["train"])
+        assert parts["validation"].texts == plain["validation"].texts and parts["test"].texts == plain["test"].texts
+        assert parts["train"].texts[:rows] == plain["train"].texts
+        assert [[turn["content"] for turn in text] for text in parts["train"].texts[rows:]] == [
+            ["You sell shoes.", text] for text in plain["train"].texts
+        ]
+        assert parts["train"].labels.tolist() == plain["train"].labels.tolist() * 2
+
+    def test_folds_would_share_the_copies(self, train):
+        with pytest.raises(ProbeError, match="augment="):
+            DataSources(train, folds=3, augment=["lead_in"]).read(0)
+
+    def test_a_file_without_the_column(self, tmp_path, train):
+        own = {"folds": 0, "validation_share": 0.2}
+        data = DataSources(
+            train, **own, augment=["system_prompt"], system_prompts=write(tmp_path / "b.jsonl", [{"t": "x"}])
+        )
+        with pytest.raises(ProbeError, match="system_prompts"):
+            data.read(0)
 
 
 class TestExtraRows:

@@ -129,13 +129,14 @@ def train(
 def describe_data(card: CardFacts, data: DataSources) -> CardFacts:
     """Fill in what is known about named data sets, and the command."""
     changes: dict[str, Any] = {"command": command_line()}
-    if (known := find_benchmark(data.train)) is not None:
+    sources = [*data.train, *data.extra]
+    if len(data.train) == 1 and (known := find_benchmark(data.train[0])) is not None:
         found = known[0]
         facts = {"license": found.license, "dataset": found.hub_id, "dataset_name": found.title}
         facts |= {"data_note": found.note, "language": found.language}
         changes |= {name: value for name, value in facts.items() if not getattr(card, name)}
     card = dataclasses.replace(card, **changes)
-    notes = [found[0].note for source in data.extra if (found := find_benchmark(source)) is not None]
+    notes = [found[0].note for source in sources if (found := find_benchmark(source)) is not None]
     if further := [note for note in dict.fromkeys(notes) if note not in (card.data_note or "")]:
         words = [card.data_note or "No licence of the training rows was stated.", "Further rows:", *further]
         card.data_note = " ".join(words)

@@ -10,8 +10,10 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import ProbeError
+from .augmentation import AUGMENTATIONS, SHARE, augment, check_augmentations
 from .files import MAX_TEXT
 from .known import BENCHMARKS, Benchmark, find_benchmark
+from .tables import read_table
 from .texts import LabelledTexts, benchmark_splits, read_labelled, warn_of_labels
 
 
@@ -29,14 +31,14 @@ ROWS_HELP = (
 class DataSources:
     """Sources of the training, validation, test and extra rows. The metadata of each field has its help.
 
-    If `train` is known by name, `eval` and `test` default to its validation and test splits, and `slice_columns` to
-    those of the table if `test` is known by name.
+    If `train` is one data set known by name, `eval` and `test` default to its validation and test splits, and
+    `slice_columns` to those of the table if `test` is known by name. A single source may be given as a text.
 
     Raises:
         ProbeError: a value is not allowed, or two of them exclude each other.
     """
 
-    train: str = field(metadata={"help": f"Training rows: {ROWS_HELP}."})
+    train: list[str] = field(metadata={"help": f"Training rows: {ROWS_HELP}. Given again, the rows of all of them."})
     eval: str | None = field(
         default=None,
         metadata={"help": "Validation rows; default: those of a named --train, else a part of the training rows."},
@@ -97,7 +99,25 @@ class DataSources:
             "option": "--slice-column",
         },
     )
-    max_rows: int | None = field(default=None, metadata={"help": "Use at most so many training rows."})
+    max_rows: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Use at most so many training rows, drawn at random. Given again, so many of each --train in turn; 0 for all."
+        },
+    )
+    augment: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Add wrapped copies of training rows: {', '.join(AUGMENTATIONS)}. What is added comes from rows "
+            "with label 0, and from --system-prompts. Repeatable."
+        },
+    )
+    augment_share: float = field(
+        default=SHARE, metadata={"help": "Share of the training rows that each --augment copies."}
+    )
+    system_prompts: str | None = field(
+        default=None, metadata={"help": "File with texts for --augment system_prompt, in the column of the texts."}
+    )
     max_extra_rows: int | None = field(
         default=None, metadata={"help": "And at most so many of each --extra, drawn at random."}
     )
@@ -121,8 +141,10 @@ class DataSources:
     )
 
     def __post_init__(self) -> None:
+        self.train = [self.train] if isinstance(self.train, str) else self.train
+        self.max_rows = [self.max_rows] if isinstance(self.max_rows, int) else self.max_rows
         self._check()
-        if known := find_benchmark(self.train):
+        if len(self.train) == 1 and (known := find_benchmark(self.train[0])):
             name, others = known[0].name, set(benchmark_splits(known[0], self.data_dir)) - {known[1] or "train"}
             if not (self.eval or self.folds or self.validation_share) and "validation" in others:
                 self.eval = f"{name}:validation"
@@ -134,7 +156,7 @@ class DataSources:
             self.folds = 0
         if not self.slice_columns and (tested := self._benchmark(self.test)):
             self.slice_columns = list(tested.slices)
-        sources = [source for source in (self.train, self.eval, self.test, *self.extra) if source is not None]
+        sources = [source for source in (*self.train, self.eval, self.test, *self.extra) if source is not None]
         named = list(map(self._benchmark, sources))
         prompts = {benchmark.exchange[0] for benchmark in named if benchmark and benchmark.exchange}
         own = (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, *prompts)
@@ -147,7 +169,17 @@ class DataSources:
     def _check(self) -> None:
         if self.folds is not None and (self.folds < 0 or self.folds == 1):
             raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
-        for name in ("max_text", "max_rows", "max_extra_rows", "max_eval_rows"):
+        if not self.train:
+            raise ProbeError(f"train={self.train} must name at least one source")
+        limits = self.max_rows
+        if limits is not None and (len(limits) not in (1, len(self.train)) or min(limits) < (len(limits) == 1)):
+            raise ProbeError(
+                f"max_rows={limits} must be one number of at least 1, or one for each of {len(self.train)} sources, 0 for all"
+            )
+        check_augmentations(self.augment, self.augment_share, self.system_prompts is not None)
+        if self.system_prompts is not None and "system_prompt" not in self.augment:
+            raise ProbeError(f"system_prompts={self.system_prompts!r} has no effect without augment=['system_prompt']")
+        for name in ("max_text", "max_extra_rows", "max_eval_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
         for name in ("validation_share", "test_share"):
@@ -183,14 +215,15 @@ class DataSources:
             ProbeError: a source cannot be read, the parts do not have the same labels, or there is one label alone to
                 learn.
         """
-        train = self._read(self.train, "train")
-        parts: dict[str, LabelledTexts] = {}
-        if self.test_share is not None:
-            train, parts["test"] = train.split(self.test_share, seed)
-        train = train.at_most(self.max_rows, seed)
+        parts = self._read_train(seed)
+        train = parts.pop("train")
         few = self.eval is None and len(train) < FEW_ROWS
         if FOLDS * few if self.folds is None else self.folds:
             validation = train
+            if self.augment:
+                raise ProbeError(
+                    f"augment={self.augment} copies rows, which folds would share: set eval or validation_share"
+                )
         elif self.eval is None:
             train, validation = train.split(self.validation_share, seed)
         else:
@@ -213,7 +246,34 @@ class DataSources:
         if self.extra:
             parts["extra"] = self._read_extra(parts, seed)
         self._check_parts(parts)
+        if self.augment:
+            parts["train"] = self._augment(train, seed)
         return parts
+
+    def _read_train(self, seed: int) -> dict[str, LabelledTexts]:
+        """Return the rows of all sources of `train`, and of `test` if a share of these is held back."""
+        found: dict[str, list[LabelledTexts]] = {}
+        limits = self.max_rows or [0]
+        several = len(limits) > 1
+        for number, source in enumerate(self.train):
+            rows = self._read(source, "train", found["train"][0] if found else None)
+            if self.test_share is not None:
+                rows, test = rows.split(self.test_share, seed)
+                found.setdefault("test", []).append(test)
+            found.setdefault("train", []).append(rows.at_most(limits[number] or None if several else None, seed))
+        parts = {name: LabelledTexts.join(each) for name, each in found.items()}
+        if not several:
+            parts["train"] = parts["train"].at_most(limits[0] or None, seed)
+        return parts
+
+    def _augment(self, rows: LabelledTexts, seed: int) -> LabelledTexts:
+        prompts = []
+        if "system_prompt" in self.augment:
+            table = read_table(self.system_prompts, text_columns=[self.text_column])
+            if self.text_column not in table.column_names:
+                raise ProbeError(f"system_prompts={self.system_prompts!r} has no column {self.text_column!r}")
+            prompts = [text for text in table[self.text_column] if text]
+        return augment(rows, self.augment, seed, prompts, self.augment_share)
 
     @staticmethod
     def _check_parts(parts: dict[str, LabelledTexts]) -> None:
@@ -245,7 +305,7 @@ class DataSources:
                 split = "train" if "train" in benchmark_splits(benchmark, self.data_dir) else "test"
                 rows = read_labelled(source, split=split, data_dir=self.data_dir, max_text=self.max_text)
                 if rows.problem_type != train.problem_type:
-                    raise ProbeError(f"{source} is {rows.problem_type}, and {self.train} is {train.problem_type}")
+                    raise ProbeError(f"{source} is {rows.problem_type}, and {self.train[0]} is {train.problem_type}")
                 rows = rows.renamed(train.label_names)
             allowed = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in judged])
             found.append(allowed.at_most(self.max_extra_rows, seed))

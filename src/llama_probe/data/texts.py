@@ -63,6 +63,17 @@ class LabelledTexts:
         counts = self.labels.sum(axis=0) if several else np.bincount(self.labels, minlength=len(self.label_names))
         return dict(zip(self.label_names, map(int, counts), strict=True))
 
+    @classmethod
+    def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:
+        """Return the rows of all parts, whose labels are alike. Columns that are not in all parts are left out."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        shared = [name for name in first.columns if all(name in part.columns for part in parts)]
+        columns = {name: [value for part in parts for value in part.columns[name]] for name in shared}
+        texts = [text for part in parts for text in part.texts]
+        return replace(first, texts=texts, labels=np.concatenate([part.labels for part in parts]), columns=columns)
+
     def digest(self) -> str:
         """Return the sha256 of the texts and labels."""
         found = hashlib.sha256(json.dumps([self.texts, self.label_names], default=str).encode())

@@ -107,7 +107,7 @@ def describe_rows(data: TrainingData) -> dict[str, dict[str, Any]]:
 
 def _source(name: str, data: TrainingData) -> str:
     given = data.sources
-    found = {"train": [given.train], "validation": [given.eval], "test": [given.test], "extra": given.extra}[name]
+    found = {"train": given.train, "validation": [given.eval], "test": [given.test], "extra": given.extra}[name]
     if found == [None]:
         if name == "validation" and data.folds:
             return f"{len(data.folds)} folds of train"

@@ -1,0 +1,151 @@
+"""Wrapped copies of rows, so that a head learns what stays the same: system prompts, lead-ins, quotes, earlier turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import ProbeError
+from .prompts import Text
+from .texts import LabelledTexts
+
+
+SHARE = 0.15  # of the rows, copied by each augmentation
+_LEAD_IN_WORDS, _QUOTE_WORDS, _REPLY_WORDS = (8, 80), (50, 1000), (10, 100)
+
+# What stands before and after the text: `a` and `b` are the two parts of a document.
+_QUOTES = (
+    "{a}\n\n{text}\n\n{b}",
+    "{a} {text} {b}",
+    "{a}\n\n{b}\n\n{text}",
+    "{text}\n\n{a}\n\n{b}",
+    '{a}\n\n"{text}"\n\n{b}',
+    "Here is a document:\n\n{a}\n\n{b}\n\nNow: {text}",
+    "{text}\n\nText: {a} {b}",
+)
+_BREAKS = (" ", "\n", "\n\n")
+
+
+@dataclass
+class Augmenter:
+    """The texts that augmentations draw from, and the state of the draw.
+
+    Attributes:
+        harmless: texts for lead-ins, quotes and earlier turns.
+        system_prompts: texts for system turns.
+        rng: random numbers.
+    """
+
+    harmless: Sequence[str]
+    system_prompts: Sequence[str]
+    rng: np.random.Generator
+
+    def system_prompt(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Put a system turn first, unless there is one."""
+        if messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self._one(self.system_prompts)}, *messages]
+
+    def lead_in(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Put the first words of a harmless text before the last text of the user."""
+        words = self._words(*_LEAD_IN_WORDS)
+        return _rewrite(messages, lambda text: words + self._one(_BREAKS) + text)
+
+    def quote(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Put the last text of the user before, into or behind a harmless document."""
+        words = self._words(*_QUOTE_WORDS).split(" ")
+        cut = int(self.rng.integers(1, len(words) + 1))
+        a, b = " ".join(words[:cut]), " ".join(words[cut:])
+        return _rewrite(messages, lambda text: self._one(_QUOTES).format(a=a, b=b, text=text).strip())
+
+    def earlier_turns(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Put a harmless exchange before the user's first turn."""
+        start = int(messages[0]["role"] == "system")
+        turns = [
+            {"role": "user", "content": self._one(self.harmless)},
+            {"role": "assistant", "content": self._words(*_REPLY_WORDS)},
+        ]
+        return [*messages[:start], *turns, *messages[start:]]
+
+    def _one(self, items: Sequence[str]) -> str:
+        return items[int(self.rng.integers(len(items)))]
+
+    def _words(self, least: int, most: int) -> str:
+        """Return the first words of one or more harmless texts; the number is drawn log-uniformly."""
+        count = round(float(np.exp(self.rng.uniform(np.log(least), np.log(most)))))
+        words: list[str] = []
+        while len(words) < count:
+            words += self._one(self.harmless).split(" ")
+        return " ".join(words[:count]).strip()
+
+
+AUGMENTATIONS: dict[str, Callable[[Augmenter, list[dict[str, str]]], list[dict[str, str]]]] = {
+    "lead_in": Augmenter.lead_in,
+    "quote": Augmenter.quote,
+    "earlier_turns": Augmenter.earlier_turns,
+    "system_prompt": Augmenter.system_prompt,
+}
+
+
+def check_augmentations(names: Sequence[str], share: float, has_system_prompts: bool) -> None:
+    """Raise `ProbeError` for a name that is not in `AUGMENTATIONS`, a wrong share, or missing system prompts."""
+    if unknown := sorted(set(names) - set(AUGMENTATIONS)):
+        raise ProbeError(f"augment={unknown} is not allowed; allowed: {', '.join(AUGMENTATIONS)}")
+    if not 0 < share <= 1:
+        raise ProbeError(f"augment_share={share} must be above 0 and at most 1")
+    if "system_prompt" in names and not has_system_prompts:
+        raise ProbeError("augment=['system_prompt'] draws from system_prompts: give some")
+
+
+def augment(
+    rows: LabelledTexts, names: Sequence[str], seed: int, system_prompts: Sequence[str] = (), share: float = SHARE
+) -> LabelledTexts:
+    """Return the rows, and behind them wrapped copies of some of them with the same labels.
+
+    Each augmentation copies a random share of the rows. Lead-ins, documents and earlier turns are texts of the rows with
+    label 0.
+
+    Args:
+        rows: single-label rows.
+        names: names of `AUGMENTATIONS`.
+        seed: seed of what is drawn.
+        system_prompts: texts for `"system_prompt"`.
+        share: share of the rows that each augmentation copies.
+
+    Raises:
+        ProbeError: a name or the share is not allowed, the rows are not single-label, or there is nothing to draw from.
+    """
+    check_augmentations(names, share, bool(system_prompts))
+    if not names:
+        return rows
+    if rows.labels.ndim != 1:
+        raise ProbeError(f"augment={list(names)} needs rows with one label each, not {rows.problem_type}")
+    harmless = [text for text, label in zip(rows.texts, rows.labels, strict=True) if label == 0 and _is_words(text)]
+    if not harmless and set(names) != {"system_prompt"}:
+        raise ProbeError(f"augment={list(names)} draws from the texts with label 0, and there are none")
+    augmenter, parts = Augmenter(harmless, system_prompts, np.random.default_rng(seed)), [rows]
+    for name in names:
+        drawn = augmenter.rng.permutation(len(rows))[: max(1, round(share * len(rows)))]
+        copies = rows.select(sorted(drawn.tolist()))
+        parts.append(replace(copies, texts=[_wrap(augmenter, AUGMENTATIONS[name], text) for text in copies.texts]))
+    return LabelledTexts.join(parts)
+
+
+def _wrap(augmenter: Augmenter, step: Callable, text: Text) -> Text:
+    messages = step(augmenter, [{"role": "user", "content": text}] if isinstance(text, str) else list(text))
+    return messages[0]["content"] if isinstance(text, str) and len(messages) == 1 else messages
+
+
+def _rewrite(messages: list[dict[str, str]], change: Callable[[str], str]) -> list[dict[str, str]]:
+    """Change the content of the user's last turn, if it is a text."""
+    last = max((place for place, turn in enumerate(messages) if turn["role"] == "user"), default=None)
+    if last is None or not isinstance(messages[last].get("content"), str):
+        return messages
+    changed = {**messages[last], "content": change(messages[last]["content"])}
+    return [*messages[:last], changed, *messages[last + 1 :]]
+
+
+def _is_words(text: Text) -> bool:
+    return isinstance(text, str) and bool(text.strip())

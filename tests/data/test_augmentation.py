@@ -1,0 +1,90 @@
+"""Augmentations: what they wrap, what they leave, and what they refuse."""
+
+import numpy as np
+import pytest
+
+from llama_probe import ProbeError
+from llama_probe.data.augmentation import AUGMENTATIONS, augment
+from llama_probe.data.texts import LabelledTexts
+
+
+SYSTEM = ["You sell shoes.", "Answer in French."]
+
+
+def rows_of(texts, labels, problem_type="single_label_classification"):
+    return LabelledTexts(texts, np.array(labels), ["safe", "unsafe"], problem_type, {"id": list(range(len(texts)))})
+
+
+@pytest.fixture
+def rows():
+    texts = [f"harmless request number {i} about the garden" for i in range(40)]
+    texts += [f"BAD{i} request" for i in range(40)]
+    return rows_of(texts, [0] * 40 + [1] * 40)
+
+
+def turns(text):
+    return [{"role": "user", "content": text}] if isinstance(text, str) else text
+
+
+def test_no_name_changes_nothing(rows):
+    assert augment(rows, [], seed=0) is rows
+
+
+def copies(rows, *args, **kwargs):
+    """The rows that were added."""
+    new = augment(rows, *args, **{"share": 1.0, **kwargs})
+    assert new.texts[: len(rows)] == rows.texts and (new.labels[: len(rows)] == rows.labels).all()
+    return new.select(range(len(rows), len(new)))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_labels_and_the_text_stay(rows, name):
+    new = copies(rows, [name], 0, SYSTEM)
+    assert (new.labels == rows.labels).all() and new.columns == rows.columns
+    for text, old in zip(new.texts, rows.texts, strict=True):
+        assert text != old
+        assert old in turns(text)[-1]["content"]
+        assert turns(text)[-1]["role"] == "user"
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_what_is_added_is_never_harmful(rows, name):
+    for text, old in zip(copies(rows, [name], 0, SYSTEM).texts, rows.texts, strict=True):
+        assert sum(turn["content"].count("BAD") for turn in turns(text)) == old.count("BAD")
+
+
+def test_seed_and_share(rows):
+    names = list(AUGMENTATIONS)
+    assert augment(rows, names, 3, SYSTEM).texts == augment(rows, names, 3, SYSTEM).texts
+    assert augment(rows, names, 3, SYSTEM).texts != augment(rows, names, 4, SYSTEM).texts
+    assert len(copies(rows, ["lead_in", "quote"], 3, share=0.25)) == 2 * 20
+
+
+def test_chats_keep_their_turns_and_their_system_prompt(rows):
+    chat = [
+        {"role": "system", "content": "mine"},
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "reply"},
+        {"role": "user", "content": "last"},
+    ]
+    rows = rows_of([*rows.texts, chat], [*rows.labels, 1])
+    for name in AUGMENTATIONS:
+        new = copies(rows, [name], 0, SYSTEM).texts[-1]
+        assert new[0] == chat[0] and new[-3:-1] == chat[1:3] and "last" in new[-1]["content"]
+    assert chat[-1]["content"] == "last"
+
+
+def test_a_quote_can_be_long(rows):
+    lengths = [len(turns(text)[-1]["content"].split()) for text in copies(rows, ["quote"], 0).texts]
+    assert min(lengths) >= 50 and max(lengths) > 200
+
+
+def test_refused(rows):
+    with pytest.raises(ProbeError, match="rot13"):
+        augment(rows, ["rot13"], 0)
+    with pytest.raises(ProbeError, match="system_prompt"):
+        augment(rows, ["system_prompt"], 0)
+    with pytest.raises(ProbeError, match="label 0"):
+        augment(rows_of(["a", "b"], [1, 1]), ["quote"], 0)
+    with pytest.raises(ProbeError, match="multi_label"):
+        augment(rows_of(["a", "b"], [[1.0, 0.0], [0.0, 1.0]], "multi_label_classification"), ["quote"], 0)
