@@ -99,6 +99,18 @@ def test_evaluate(trained, served, rows):
     assert "--slice-column" in refuse(*args, "--slice-column", "who")
 
 
+def test_the_backbone_is_the_heads_own(trained, rows, tmp_path):
+    """Without --backbone."""
+    for args in (
+        ("evaluate", "--data", rows / "test.jsonl", "--bootstrap", 0),
+        ("classify", "good morning"),
+        ("generate", "good morning", "--max-new-tokens", 1),
+    ):
+        assert succeed(*args, "--probe", trained[0], "--json")
+    save_head(make_probe(base_model_name_or_path="nowhere/at-all"), tmp_path / "lost")
+    assert "nowhere/at-all" in refuse("classify", "good morning", "--probe", tmp_path / "lost")
+
+
 def test_evaluate_measures_a_head_whose_results_are_of_another_version(trained, rows, backbone_folder, tmp_path):
     shutil.copytree(trained[0], tmp_path / "head")
     (tmp_path / "head" / "results.json").write_text("{}")

@@ -189,6 +189,11 @@ def model_id(name: str) -> str:
     return DEMO_MODEL_ID if name == DEMO else name
 
 
+def name_of_backbone(model_id: str | None) -> str:
+    """Return the name for `load_backbone` of what a head records: the demo backbone for its own id, and for None."""
+    return DEMO if model_id in (None, DEMO_MODEL_ID) else model_id
+
+
 def weights_digest(lm: nn.Module) -> str:
     """Return a digest of an LM's shapes, dtypes, config and a sample of each weight, to tell two checkpoints apart.
 

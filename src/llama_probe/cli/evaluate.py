@@ -26,7 +26,7 @@ from ..heads.probe import ProbeModel
 from ..hub.folder import measured_rules
 from ..hub.resolve import resolve_head
 from .console import create_console, escape, print_table
-from .options import Backbone, Dtype, Fields, Json, Probe, TrustRemoteCode
+from .options import Dtype, Fields, HeadsBackbone, Json, Probe, TrustRemoteCode, backbone_of
 from .rows import ROWS_HELP, LabelledRows
 
 
@@ -51,7 +51,7 @@ def evaluate(
             help="Also wrap the flagged rows in twelve ways, and report how often they are still flagged.",
         ),
     ] = False,
-    backbone: Backbone = "demo",
+    backbone: HeadsBackbone = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
     ] = 1000,
@@ -61,6 +61,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
+    backbone = backbone_of(probe, backbone)
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = ProbeModel.from_pretrained(
             resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code

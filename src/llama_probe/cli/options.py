@@ -24,8 +24,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..backbone.loading import name_of_backbone
 from ..errors import ProbeError
 from ..heads import import_kinds
+from ..hub.folder import read_config_values
+from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions, HubReference
 
 
@@ -33,6 +36,7 @@ BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id."
 DTYPE = "dtype of the backbone: auto, float32, bfloat16 or float16."
 
 Backbone = Annotated[str, typer.Option(help=BACKBONE)]
+HeadsBackbone = Annotated[str | None, typer.Option("--backbone", help=f"{BACKBONE} Default: the head's own.")]
 Dtype = Annotated[str, typer.Option(help=DTYPE)]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
@@ -48,6 +52,14 @@ TrustRemoteCode = Annotated[
         help="Run the code file of a head whose kind is not part of this package. Read it first.",
     ),
 ]
+
+
+def backbone_of(probe: str, backbone: str | None) -> str:
+    """Return the backbone that was given, or else the one that a head records."""
+    if backbone is not None:
+        return backbone
+    config = read_config_values(resolve_head(probe, options=HubOptions(only_config=True)))
+    return name_of_backbone(config.get("base_model_name_or_path"))
 
 
 def import_files(paths: Sequence[Path] | None) -> None:

@@ -30,7 +30,7 @@ from ..heads.probe import ProbeModel
 from ..hub.resolve import check_name, default_name, resolve_head
 from ..serving.auto import AutoModelForProbedGeneration
 from .console import create_console, escape, print_table
-from .options import Backbone, Dtype, Fields, Json, TrustRemoteCode
+from .options import Dtype, Fields, HeadsBackbone, Json, TrustRemoteCode, backbone_of
 from .rows import ROWS_HELP, LabelledRows
 
 
@@ -55,7 +55,7 @@ def plot(
     output: Annotated[Path, typer.Option(help="Folder for the files. Files of the same names are replaced.")],
     rows: Annotated[LabelledRows, Fields("Data", help=ROWS_HELP)],
     text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
-    backbone: Backbone = "demo",
+    backbone: HeadsBackbone = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -70,7 +70,7 @@ def plot(
         raise ProbeError("--text must hold words; one is empty")
     check_writable(output, "the plots")
     new_figure()  # raises if matplotlib is missing
-    readings, labelled = [], None
+    readings, labelled, backbone = [], None, backbone_of(probe, backbone)
     with contextlib.redirect_stdout(sys.stderr):
         name = check_name(default_name(probe))
         head = ProbeModel.from_pretrained(

@@ -25,7 +25,7 @@ from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.halting import HALTING_FORMS, Halter, read_halting
 from ..serving.sources import read_heads
 from .console import escape, print_table
-from .options import Backbone, Dtype, Json, Probes, TrustRemoteCode
+from .options import Dtype, HeadsBackbone, Json, Probes, TrustRemoteCode, backbone_of
 from .rows import PromptColumn, TextColumn
 
 
@@ -35,7 +35,7 @@ _BATCH = 8  # prompts of a pass
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: lines of standard input.")] = None,
     probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
-    backbone: Backbone = "demo",
+    backbone: HeadsBackbone = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 60,
     halt_on: Annotated[
         list[str] | None,
@@ -53,7 +53,7 @@ def generate(
     rules = read_halting(halt_on or [])
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
-    texts = _read_prompts(prompts)
+    texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
     model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, rules=rules)
     tokenizer = prompt_format.tokenizer
     halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
@@ -77,7 +77,7 @@ def classify(
         typer.Argument(help="Prompts. Default: lines of standard input. With --input: further files."),
     ] = None,
     probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
-    backbone: Backbone = "demo",
+    backbone: HeadsBackbone = None,
     input: Annotated[
         list[str] | None,
         typer.Option(help="Files of rows, or a pattern: parquet, jsonl, csv or tsv; all but parquet also with .gz."),
@@ -106,6 +106,7 @@ def classify(
         files = [*(input or []), *(prompts or [])]
         if not files or output is None:
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
+        backbone = backbone_of(probe[0], backbone)
         settings = {"text_column": text_column, "prompt_column": prompt_column, "keep_columns": keep_column or []}
         settings |= {"chunk_rows": chunk_rows, "resume": resume, "dtype": dtype, "max_text": max_text}
         probes = _read_heads(probe, backbone, True) if trust_remote_code else probe
@@ -114,7 +115,7 @@ def classify(
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
     rows = []
-    texts = _read_prompts(prompts)
+    texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
     model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, replies=False)
     for part, inputs in _batches(texts, model, prompt_format):
         found = model.classify(**inputs)
