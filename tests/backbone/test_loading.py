@@ -1,9 +1,14 @@
-"""Digests of an LM's weights; tests/cli/test_demo.py loads the demo backbone."""
+"""Digests of an LM's weights, and GGUF files; tests/cli/test_demo.py loads the demo backbone, which is one."""
 
+import gguf
+import pytest
 import torch
-from conftest import make_lm
+from conftest import LAYERS, SIZES, make_lm
+from transformers import AutoTokenizer
 
-from llama_probe.backbone.loading import weights_digest
+from llama_probe import ProbeError
+from llama_probe.backbone.fingerprint import backbone_facts
+from llama_probe.backbone.loading import load_backbone, weights_digest
 
 
 class Packed(torch.Tensor):
@@ -48,3 +53,45 @@ def test_the_lm_head_is_a_part_unless_it_is_tied():
     before = weights_digest(tied)
     tied.lm_head = None
     assert weights_digest(tied) == before
+
+
+def write_gguf(path, lm):
+    """Write the weights of the tiny model as llama.cpp does. Keys and queries are permuted there."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(SIZES["max_position_embeddings"])
+    writer.add_embedding_length(SIZES["hidden_size"])
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_head_count(SIZES["num_attention_heads"])
+    writer.add_head_count_kv(SIZES["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(lm.config.rms_norm_eps)
+    writer.add_vocab_size(SIZES["vocab_size"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    for name, tensor in lm.state_dict().items():
+        for part, heads in (("q_proj", SIZES["num_attention_heads"]), ("k_proj", SIZES["num_key_value_heads"])):
+            if part in name:
+                tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_gguf(tmp_path, backbone_folder, prompts, monkeypatch, form):
+    write_gguf(tmp_path / "tiny-Q8_0.gguf", make_lm())
+    given, original = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *args, **kwargs: given.append(kwargs) or original(backbone_folder)
+    )
+    lm, _ = load_backbone(str(tmp_path / "tiny-Q8_0.gguf" if form == "file" else tmp_path), device="cpu")
+    torch.testing.assert_close(lm(prompts).logits, make_lm()(prompts).logits)
+    assert given == [{"gguf_file": "tiny-Q8_0.gguf"}]
+    facts = backbone_facts(lm)
+    assert facts["base_model_quantization"] == "gguf-q8_0" and facts["base_model_dtype"] == "float32"
+    assert facts["base_model_name_or_path"] == str(tmp_path / "tiny-Q8_0.gguf")
+    lm.save_pretrained(tmp_path / "saved")
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(ProbeError, match=r"other\.gguf"):
+        load_backbone(str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -71,14 +72,8 @@ def demo_backbone() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The weights are dequantized, but the quantizer would still refuse to save them.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        # Fingerprints need the precision of the original weights.
-        model.config.dequantized_from = f"gguf-{gguf.stem.split('.')[-1].lower()}"
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        for part in _load_gguf(gguf, torch.float32):
+            part.save_pretrained(scratch)
         try:
             scratch.rename(folder)
         except OSError:
@@ -87,6 +82,36 @@ def demo_backbone() -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def find_gguf(name: str) -> Path | None:
+    """Return the GGUF file that a path names: itself, or the only one in a folder without a `config.json`.
+
+    Raises:
+        ProbeError: the folder holds several.
+    """
+    if os.path.isfile(name) and name.endswith(".gguf"):
+        return Path(name)
+    if not os.path.isdir(name) or any((Path(name) / config).is_file() for config in _MODEL_CONFIGS):
+        return None
+    found = sorted(Path(name).glob("*.gguf"))
+    if len(found) > 1:
+        raise ProbeError(f"{name} holds several GGUF files: name one of {', '.join(file.name for file in found[:8])}")
+    return found[0] if found else None
+
+
+def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the dequantised weights and the tokenizer of a GGUF file."""
+    if find_spec("gguf") is None:
+        raise ProbeError(f"{path} needs the package gguf: pip install 'llama_probe[demo]'")
+    lm = load_causal_lm(path.parent, gguf_file=path.name, dtype=torch.float32 if dtype == "auto" else dtype)
+    # The weights are dequantised, but the quantiser would still refuse to save them.
+    lm.hf_quantizer = None
+    vars(lm.config).pop("quantization_config", None)
+    # Fingerprints need the precision of the original weights.
+    lm.config.dequantized_from = f"gguf-{re.split(r'[.-]', path.stem)[-1].lower()}"
+    lm.config._name_or_path = str(path)
+    return lm, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def resolve_backbone(name: str) -> str:
@@ -138,7 +163,7 @@ def load_backbone(
     """Load a causal LM in eval mode with its tokenizer.
 
     Args:
-        name: `"demo"`, a folder, or a Hub id.
+        name: `"demo"`, a folder, a GGUF file, or a Hub id.
         dtype: dtype of the weights. Defaults to the checkpoint's.
         device: defaults to the accelerator, or to the CPU if there is none.
         revision: revision of a Hub id.
@@ -149,11 +174,15 @@ def load_backbone(
     if isinstance(dtype, str):
         check_dtype(dtype)
     path = resolve_backbone(name)
-    if os.path.isdir(path) and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
+    gguf = find_gguf(path)
+    if gguf is None and os.path.isdir(path) and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
         raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        lm = load_causal_lm(path, dtype=dtype, revision=revision)
+        if gguf is not None:
+            lm, tokenizer = _load_gguf(gguf, dtype)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+            lm = load_causal_lm(path, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."

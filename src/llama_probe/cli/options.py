@@ -32,7 +32,7 @@ from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions, HubReference
 
 
-BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, or a Hub id."
+BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."
 DTYPE = "dtype of the backbone: auto, float32, bfloat16 or float16."
 
 Backbone = Annotated[str, typer.Option(help=BACKBONE)]
