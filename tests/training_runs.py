@@ -27,4 +27,5 @@ def run_of(
         recipe=Recipe(num_train_epochs=epochs, **recipe),
         seeds=list(seeds),
         resume=resume,
+        overwrite=not resume,
     )

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import refuse, succeed, write_rows
+from command_line import call, refuse, succeed, write_rows
 
 from llama_probe import ProbeModel
 from llama_probe.heads import registry
@@ -20,9 +20,28 @@ def train(rows, backbone_folder):
     return ("train", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--epochs", 1, "--folds", 0)
 
 
-def test_a_stopped_run_resumes(train, tmp_path):
+def test_a_finished_head_is_not_replaced_in_silence(train, tmp_path):
+    args = (*train, "--output", tmp_path / "a")
+    succeed(*args, "--probe-type", "pooling", "--no-cache")
+    before = (tmp_path / "a" / "probe_model.safetensors").read_bytes()
+    for more in ((), ("--resume",), ("--resume", "--learning-rate", 0.5)):
+        told = refuse(*args, "--probe-type", "gate", *more)
+        assert "--overwrite" in told and "pooling" in told
+    assert (tmp_path / "a" / "probe_model.safetensors").read_bytes() == before
+    succeed(*args, "--probe-type", "gate", "--overwrite")
+    assert ProbeModel.from_pretrained(tmp_path / "a").config.probe_type == "gate"
+
+
+def test_a_stopped_run_says_how_to_go_on(train, tmp_path, monkeypatch):
     args = (*train, "--probe-type", "pooling", "--output", tmp_path / "a")
-    succeed(*args, "--no-cache")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llama_probe.training.run.judge", stop)
+        stopped = call(*args)
+    assert stopped.returncode == 130 and "--resume" in stopped.stderr
     succeed(*args, "--resume")
     assert ProbeModel.from_pretrained(tmp_path / "a").config.probe_type == "pooling"
 

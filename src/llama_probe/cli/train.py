@@ -18,7 +18,7 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..hub.card import CardFacts
 from ..training.recipe import Recipe
-from ..training.run import TrainingRun
+from ..training.run import CHECKPOINTS, TrainingRun
 from .console import escape, print_table
 from .options import BACKBONE, DTYPE, Fields, Json, command_line, split_names
 
@@ -55,6 +55,7 @@ RUN_HELP = {
     "cache": "Run the backbone once and keep its hidden states on disk while training.",
     "cache_dir": "Keep the hidden states here for later runs.",
     "resume": "Resume a run that was stopped.",
+    "overwrite": "Replace the head that --output holds.",
 }
 _HEAD = Fields(
     "Head",
@@ -116,7 +117,12 @@ def train(
     with process_group():
         # The Trainer logs to standard output, which is for the results.
         with contextlib.redirect_stdout(sys.stderr):
-            results = job.run()
+            try:
+                results = job.run()
+            except KeyboardInterrupt:
+                if is_main() and (job.output / CHECKPOINTS).is_dir():
+                    print("stopped: the same command with --resume goes on from the last epoch", file=sys.stderr)
+                raise
         if not is_main():
             return
         if as_json:

@@ -33,7 +33,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
-from ..hub.folder import check_output
+from ..hub.folder import check_output, is_head_folder, read_config_values
 from .fitting import check_convex, fit_classifier
 from .recipe import Recipe, complete
 from .results import describe_rows, describe_run, judge
@@ -69,6 +69,7 @@ class TrainingRun:
         cache: keep hidden states on disk during the run, so that the backbone runs once.
         cache_dir: keep the states here for later runs.
         resume: resume a run that was stopped from its checkpoints. The number of processes may differ.
+        overwrite: replace the head that `output` holds.
         card: facts for the card that are not measured.
 
     Raises:
@@ -88,6 +89,7 @@ class TrainingRun:
     cache: bool = True
     cache_dir: Path | None = None
     resume: bool = False
+    overwrite: bool = False
     card: CardFacts = field(default_factory=CardFacts)
 
     def __post_init__(self):
@@ -106,12 +108,25 @@ class TrainingRun:
             head that is kept.
 
         Raises:
-            ProbeError: a setting or a row is wrong (raised before training), or another process of the run has ended.
+            ProbeError: a setting or a row is wrong, or `output` holds a head (raised before training), or another process of
+                the run has ended.
         """
         with process_group():
             check_output(self.output)
+            on_main(self._check_free)
             with claimed(self.output), self.prepare() as data:
                 return self._train_all(data)
+
+    def _check_free(self) -> None:
+        """Raise `ProbeError` if the run would replace a finished head that is not to be overwritten."""
+        stopped = self.resume and (self.output / CHECKPOINTS / _SETUP_NAME).is_file()
+        if self.overwrite or stopped or not is_head_folder(self.output):
+            return
+        config = read_config_values(self.output)
+        labels = ", ".join(map(str, (config.get("id2label") or {}).values()))
+        raise ProbeError(
+            f"{self.output} holds a finished {config.get('probe_type')} head for {labels}: --overwrite (overwrite=True) replaces it"
+        )
 
     def _train_all(self, data: TrainingData) -> dict[str, Any]:
         checkpoints = self.output / CHECKPOINTS
