@@ -125,7 +125,7 @@ class TrainingRun:
         config = read_config_values(self.output)
         labels = ", ".join(map(str, (config.get("id2label") or {}).values()))
         raise ProbeError(
-            f"{self.output} holds a finished {config.get('probe_type')} head for {labels}: --overwrite (overwrite=True) replaces it"
+            f"{self.output} holds a finished {config.get('probe_type')} head for {labels}: --overwrite replaces it"
         )
 
     def _train_all(self, data: TrainingData) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +295,11 @@ class ProbeTrainer(Trainer):
             raise ProbeError("give one of model=ProbeModel(...), model_init= and backbone=")
         if probe_config is not None and backbone is None:
             raise ProbeError("probe_config needs backbone=; a model has its own config")
+        known = {item.name for item in fields(ProbeConfig)}
+        if unknown := [name for name in probe_config or {} if name not in known]:
+            raise ProbeError(
+                f"probe_config: ProbeConfig has no {unknown[0]!r}; learning rates and the like go into args="
+            )
         self._columns, self._tokenizer = column_mapping, processing_class
         self._prompts: PromptFormat | None = None
         self._cached: dict[int, tuple[Dataset, Dataset]] = {}
@@ -302,10 +307,10 @@ class ProbeTrainer(Trainer):
         self._own_metrics = compute_metrics is not None
         self.logits: torch.Tensor | None = None
         if backbone is not None:
-            fields = dict(probe_config or {})
-            names = list(fields["id2label"].values()) if fields.get("id2label") else None
-            train_dataset = self._read("train_dataset", train_dataset, names, fields.get("problem_type"))
-            model = self._create_head(backbone, fields, train_dataset, args)
+            given = dict(probe_config or {})
+            names = list(given["id2label"].values()) if given.get("id2label") else None
+            train_dataset = self._read("train_dataset", train_dataset, names, given.get("problem_type"))
+            model = self._create_head(backbone, given, train_dataset, args)
             config, lm = model.config, model.backbone
             model_init = lambda: ProbeModel(config, backbone=lm)  # noqa: E731 - each run of the trainer starts anew
         elif model is None:
@@ -407,16 +412,16 @@ class ProbeTrainer(Trainer):
         probe.config = probe.config.replace(**fields)
 
     def _create_head(
-        self, backbone: Any, fields: dict[str, Any], rows: LabelledTexts, args: ProbeTrainingArguments
+        self, backbone: Any, head: dict[str, Any], rows: LabelledTexts, args: ProbeTrainingArguments
     ) -> ProbeModel:
         """Load the backbone, and make a head for the labels of the rows."""
-        _, fields = complete(args.recipe(), fields, len(rows))
+        _, head = complete(args.recipe(), head, len(rows))
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
         known = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
         chosen = {"token_scope": "response" if has_replies else "last_user", "max_length": MAX_LENGTH}
         if isinstance(backbone, (str, os.PathLike)):
             chosen["base_model_name_or_path"] = model_id(str(backbone))
-        config = ProbeConfig(**{**chosen, **fields, **known})
+        config = ProbeConfig(**{**chosen, **head, **known})
         if isinstance(backbone, (str, os.PathLike)):
             backbone, tokenizer = load_backbone(str(backbone))
             self._tokenizer = self._tokenizer or tokenizer
