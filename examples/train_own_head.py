@@ -40,6 +40,6 @@ with tempfile.TemporaryDirectory() as folder:
 
 model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": trainer.model})
 prompts = PromptFormat.from_config(trainer.model.config, tokenizer)
-for text in ("Which spices go into a curry?", "What can I see in Porto?"):
+for text in ("How do I cook rice?", "What can I see in Porto?"):
     out = model.generate(**prompts.batch([text]), max_new_tokens=20, do_sample=False)
     print(text, "->", out.probe_labels["topic"][0])
