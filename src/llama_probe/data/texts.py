@@ -257,7 +257,9 @@ def read_labelled(
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
     if known is not None and text_column != "text":
         columns.pop("text", None)  # of a benchmark whose replies are read in place of its texts
-    return label_rows(source, columns, text_column, label_column, label_names, own_names, problem_type, prompt_column)
+    return label_rows(
+        source, columns, text_column, label_column, label_names, own_names, problem_type, prompt_column, max_text
+    )
 
 
 def label_rows(
@@ -269,6 +271,7 @@ def label_rows(
     own_names: Sequence[str] | None = None,
     problem_type: str | None = None,
     prompt_column: str | None = None,
+    max_text: int = MAX_TEXT,
 ) -> LabelledTexts:
     """Return columns as labelled rows.
 
