@@ -14,11 +14,10 @@ SOURCES := src tests examples
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all attack test-vllm test-vllm-slow style quality clean
+.PHONY: demo test test-slow test-all attack test-vllm test-vllm-slow style quality versions audit clean
 
 SCALE ?= 10
 SEED ?= 0
-
 
 demo: $(VENV)/.demo
 	$(BIN)/llama-probe demo
@@ -55,6 +54,17 @@ quality: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports --no-cache
+
+# The versions that the tests ran with, for pip install -c.
+versions: $(VENV)/.test
+	$(BIN)/python -m pip freeze --exclude-editable > tested-versions.txt
+
+# Known holes of what is installed (asks a service of PyPI), and its licences. In an environment of its own.
+audit: $(VENV)/.test
+	test -x $(VENV)/audit/bin/pip-audit || \
+		($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python $(INSTALL) pip-audit pip-licenses)
+	$(VENV)/audit/bin/pip-licenses --python $(BIN)/python --summary
+	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off -r tested-versions.txt --no-deps --disable-pip
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

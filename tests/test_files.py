@@ -6,7 +6,7 @@ from conftest import make_probe, save_head
 from safetensors.torch import save_file
 
 from llama_probe import ProbeError
-from llama_probe.files import new_folder, write_atomically
+from llama_probe.files import new_folder, remove_leftovers, write_atomically
 from llama_probe.hub.folder import check_output
 
 
@@ -60,3 +60,15 @@ def test_a_folder_that_is_read_only(tmp_path, monkeypatch, write):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ProbeError, match="is not writable"):
         write(tmp_path / "new")
+
+
+def test_leftovers_of_killed_processes_are_told_from_files_in_use(tmp_path):
+    for name in (".a.json.x.tmp", ".b.json.x.tmp", ".new-files.x.tmp", ".a.json.tmp.kept"):
+        (tmp_path / name).touch()
+
+    def write(path):
+        remove_leftovers(tmp_path, ["a.json"])
+        path.write_text("a")
+
+    write_atomically({tmp_path / "a.json": write})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".b.json.x.tmp", ".a.json.tmp.kept"}

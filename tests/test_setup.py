@@ -2,6 +2,8 @@
 
 import configparser
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from repository import ROOT
 
 from llama_probe import cli
@@ -15,6 +17,22 @@ def test_every_package_and_module_is_installed():
     found = {".".join(path.parent.relative_to(ROOT / "src").parts) for path in (ROOT / "src").rglob("__init__.py")}
     assert len(found) > 4 and named == found | {"llama_probe.hub_cards"}
     assert config["options"]["py_modules"].split() == [path.stem for path in (ROOT / "src").glob("*.py")]
+
+
+def test_tested_versions_are_allowed():
+    """`pip install -c tested-versions.txt` works; `make versions` writes it anew."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    lines = [
+        config["options"]["install_requires"],
+        *(extras[name] for name in ("demo", "plots", "space", "train", "test")),
+    ]
+    pins = [Requirement(line) for line in (ROOT / "tested-versions.txt").read_text().splitlines()]
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    for need in map(Requirement, "\n".join(lines).split()):
+        if need.name != "llama_probe":
+            assert need.specifier.contains(versions[canonicalize_name(need.name)]), need
 
 
 def test_extras_that_the_code_names_exist():

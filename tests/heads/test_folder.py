@@ -145,6 +145,20 @@ def test_a_kill_before_the_card(tmp_path):
     assert {path.name for path in place.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
 
 
+def test_a_folder_without_a_head_keeps_its_files(tmp_path):
+    (tmp_path / RESULTS_NAME).write_text("{}")
+    save_head(make_probe(), tmp_path)
+    assert (tmp_path / RESULTS_NAME).read_text() == "{}"
+
+
+def test_a_card_that_breaks_keeps_no_head_from_being_saved(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("llama_probe.heads.folder.renew_card", broken)
+    assert same_weights(read_head(save_head(make_probe(), tmp_path / "head")), make_probe())
+
+
 def test_two_saves_at_the_same_time(tmp_path):
     heads = [make_probe(seed=seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ProbeError
-from ..files import make_folder, write_atomically
+from ..files import make_folder, remove_leftovers, write_atomically
 
 
 _ABSENT = object()
@@ -30,6 +30,7 @@ def same_settings(path: Path, settings: dict[str, Any], optional: Collection[str
     """
     if not path.is_file():
         make_folder(path.parent)
+        remove_leftovers(path.parent, [path.name])
         text = json.dumps(settings, indent=2) + "\n"
         write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
         return False

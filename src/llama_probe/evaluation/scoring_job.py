@@ -209,6 +209,7 @@ class ScoringJob:
         }
         plan = {"format": _FORMAT, "inputs": [f.identity() for f in files], "settings": settings, "complete": False}
         path = self.output / MANIFEST_NAME
+        remove_leftovers(self.output, ["part-*", MANIFEST_NAME])
         parts = {part.name for part in self.output.glob("part-*.parquet")}
         if not path.is_file():
             if parts:
@@ -223,7 +224,6 @@ class ScoringJob:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProbeError(f"{path} is damaged ({error}): give another folder") from None
         check_settings(path, before, _comparable(plan))
-        remove_leftovers(self.output, ["part-*", MANIFEST_NAME])
         return (found if complete else plan), parts
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema, done: set[str]) -> None:

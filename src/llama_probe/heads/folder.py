@@ -20,7 +20,16 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..files import check_writable, current_file, make_folder, package_version, remove_leftovers, replace_files
 from ..hub.card import has_own_card, renew_card
-from ..hub.folder import CARD_NAME, CODE_NAME, CONFIG_NAME, HEAD_FILES, PLOT_NAMES, RESULTS_NAME, WEIGHTS_NAME
+from ..hub.folder import (
+    CARD_NAME,
+    CODE_NAME,
+    CONFIG_NAME,
+    HEAD_FILES,
+    PLOT_NAMES,
+    RESULTS_NAME,
+    WEIGHTS_NAME,
+    is_head_folder,
+)
 from .configuration import ProbeConfig
 from .registry import kind_code
 
@@ -72,18 +81,23 @@ def save_head(
     elif results is not None:
         contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
         path = current_file(folder, RESULTS_NAME)
-        if path.is_file() and path.read_bytes() == contents[RESULTS_NAME]:
+        if _holds(path, contents[RESULTS_NAME]):
             plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
-    kept = list(plots)
-    with suppress(ProbeError, ImportError):  # an exported repository has no code for cards
-        if has_own_card(folder):
-            kept.append(CARD_NAME)
-        else:
+    kept = [*plots, CARD_NAME]
+    with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
+        if not has_own_card(folder):
+            kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
     remove_leftovers(folder, HEAD_FILES)
     writers = {name: partial(Path.write_bytes, data=data) for name, data in contents.items()}
-    replace_files(folder, writers, [name for name in HEAD_FILES if name not in contents and name not in kept])
+    # In a folder without a head they belong to somebody.
+    gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
+    replace_files(folder, writers, gone)
     return folder
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return os.path.isfile(path) and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def read_tensors(

@@ -21,7 +21,7 @@ from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
 from ..evaluation.report import predict_logits
 from ..evaluation.resume import same_settings
-from ..files import write_atomically
+from ..files import remove_leftovers, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
@@ -196,6 +196,7 @@ class Sweep:
         self._save_best(output / HEAD_FOLDER, ranked[0], drawn[ranked[0].candidate.number], data)
         if is_main():
             text = json.dumps(result, indent=2) + "\n"
+            remove_leftovers(output, [STUDY_NAME, SWEEP_NAME])
             write_atomically(
                 {
                     output / STUDY_NAME: lambda path: self._write_study(path, result["trials"]),

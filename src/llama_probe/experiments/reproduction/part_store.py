@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import ProbeError
 from ...evaluation.resume import check_settings
-from ...files import write_atomically
+from ...files import remove_leftovers, write_atomically
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class PartStore:
         """Write a finished part atomically."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, [path.name])
         text = json.dumps(vars(Part(settings, result, round(seconds, 1), together, self.weights)), indent=2) + "\n"
         write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
 
