@@ -49,7 +49,6 @@ _OWN_KINDS = ("train", "sweep", "evaluate", "generate", "classify", "inspect", "
 EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
-    "evaluate": "train",
     "optuna": "train",
     "peft": "train",
     "pyarrow": "train",
