@@ -1,5 +1,6 @@
 """Tiny random models: every test runs on them, without a network and within seconds."""
 
+import gc
 import os
 
 
@@ -26,6 +27,13 @@ from llama_probe.evaluation.reading import Reading
 
 # These run in an environment of their own: make test-vllm.
 collect_ignore = [] if find_spec("vllm.version") else ["vllm"]
+
+
+def pytest_collection_finish(session):
+    """The Trainer collects garbage at the end of each training. Modules that are loaded by now are none."""
+    gc.collect()
+    gc.freeze()
+
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
 SIZES = {
