@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_probe import ProbeConfig, ProbeModel
+from llama_probe.evaluation import plots
 from llama_probe.evaluation.reading import Reading
 
 
@@ -78,6 +79,12 @@ def make_prompts(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def lm() -> LlamaForCausalLM:
     return make_lm()
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Training runs draw nothing: plots take longer than the training of a tiny head."""
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
 
 
 @pytest.fixture
