@@ -66,6 +66,7 @@ from .configuration_llama_probe import WEIGHTS_NAME
 from .configuration_llama_probe import check_writable
 from .configuration_llama_probe import current_file
 from .configuration_llama_probe import get_probe_type
+from .configuration_llama_probe import is_head_folder
 from .configuration_llama_probe import kind_code
 from .configuration_llama_probe import make_folder
 from .configuration_llama_probe import package_version
@@ -1468,18 +1469,23 @@ def save_head(
     elif results is not None:
         contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
         path = current_file(folder, RESULTS_NAME)
-        if path.is_file() and path.read_bytes() == contents[RESULTS_NAME]:
+        if _holds(path, contents[RESULTS_NAME]):
             plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
-    kept = list(plots)
-    with suppress(ProbeError, ImportError):  # an exported repository has no code for cards
-        if has_own_card(folder):
-            kept.append(CARD_NAME)
-        else:
+    kept = [*plots, CARD_NAME]
+    with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
+        if not has_own_card(folder):
+            kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
     remove_leftovers(folder, HEAD_FILES)
     writers = {name: partial(Path.write_bytes, data=data) for name, data in contents.items()}
-    replace_files(folder, writers, [name for name in HEAD_FILES if name not in contents and name not in kept])
+    # In a folder without a head they belong to somebody.
+    gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
+    replace_files(folder, writers, gone)
     return folder
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return os.path.isfile(path) and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def read_tensors(

@@ -2104,7 +2104,6 @@ class ProbeHostMixin:
 
 
 def _each_name(names: str | Iterable[str]) -> list[str]:
-    """Return each name once."""
     found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
     if not all(isinstance(name, str) for name in found):
         raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")

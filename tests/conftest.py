@@ -1,5 +1,6 @@
 """Tiny random models: every test runs on them, without a network and within seconds."""
 
+import gc
 import os
 
 
@@ -21,11 +22,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_probe import ProbeConfig, ProbeModel
+from llama_probe.evaluation import plots
 from llama_probe.evaluation.reading import Reading
 
 
 # These run in an environment of their own: make test-vllm.
 collect_ignore = [] if find_spec("vllm.version") else ["vllm"]
+
+
+def pytest_collection_finish(session):
+    """The Trainer collects garbage at the end of each training. Modules that are loaded by now are none."""
+    gc.collect()
+    gc.freeze()
+
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
 SIZES = {
@@ -70,6 +79,12 @@ def make_prompts(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def lm() -> LlamaForCausalLM:
     return make_lm()
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Training runs draw nothing: plots take longer than the training of a tiny head."""
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ class Interrupts:
     def find_spec(name, *_):
         if name == "{name}":
             os.kill(os.getpid(), signal.SIGINT)
+            print("goes on", flush=True)
+            os._exit(0)
 
 signal.signal(signal.SIGINT, signal.{handler})
 sys.meta_path.insert(0, Interrupts)
@@ -41,4 +43,4 @@ def test_ctrl_c_during_the_imports_ends_in_silence(name):
 
 def test_an_interrupt_that_is_ignored_stays_so():
     done = interrupted("torch", "SIG_IGN")
-    assert done.returncode == 0 and done.stdout.startswith("llama-probe ")
+    assert (done.returncode, done.stdout) == (0, "goes on\n")

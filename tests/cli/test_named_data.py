@@ -8,6 +8,9 @@ from command_line import call, refuse, succeed
 from llama_probe.heads.configuration import read_config
 
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
     """Local copies of data sets known by name."""

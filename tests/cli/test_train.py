@@ -10,6 +10,9 @@ from llama_probe.heads import registry
 from llama_probe.heads.configuration import read_config
 
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows"))

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -276,6 +274,8 @@ def test_a_head_may_be_deleted_while_an_output_is_made(model, prompts, monkeypat
 def test_copies(model, prompts):
     clone = copy.deepcopy(model)
     assert torch.equal(clone(prompts).probe_logits["a"], model(prompts).probe_logits["a"])
+<<<<<<< ours
+=======
 
 
 def test_the_import_is_light():
@@ -285,3 +285,4 @@ def test_the_import_is_light():
         " & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+>>>>>>> theirs

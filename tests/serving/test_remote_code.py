@@ -111,7 +111,10 @@ if not package:
     for name in ("llama_probe", "accelerate", "matplotlib", "peft", "datasets"):
         assert importlib.util.find_spec(name) is None, name
 else:
+    before = set(sys.modules)
     import llama_probe
+    heavy = {"datasets", "sklearn", "peft", "matplotlib", "typer"} & (set(sys.modules) - before)
+    assert not heavy, "serving needs neither the training nor the plotting stack"
     from llama_probe.serving.pipeline import ProbedTextGenerationPipeline
 
 classes = (AutoModel, AutoModelForCausalLM)

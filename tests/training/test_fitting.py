@@ -18,6 +18,9 @@ from llama_probe.training.fitting import fit_classifier
 from llama_probe.training.trainer import ProbeLoss
 
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
 LM = make_lm()
 
 

@@ -22,6 +22,9 @@ from llama_probe.training.run import CHECKPOINTS, TrainingRun, _last_checkpoint
 from llama_probe.training.sweep import Sweep
 
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 

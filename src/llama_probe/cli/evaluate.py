@@ -181,7 +181,6 @@ def _print_confusion(names: list[str], matrix: list[list[int]]) -> None:
 
 
 def _cell(part: dict[str, Any], metric: str, separator: str) -> str:
-    """Return a number, with its interval if it has one."""
     value, interval = part[metric], part.get("intervals", {}).get(metric)
     text = _number(value)
     return text if interval is None or value is None else f"{text}{separator}[{', '.join(map(_number, interval))}]"

@@ -162,7 +162,6 @@ def _draw_head(inspection: dict[str, Any], config: ProbeConfig) -> list[_Drawing
 
 
 def _notes(probe: str, inspection: dict[str, Any], config: ProbeConfig) -> list[str]:
-    """Explain which drawings are missing."""
     if config.problem_type == "regression":
         return ["A regression head has no labels, so there is neither confusion nor reliability."]
     if config.problem_type == "multi_label_classification":

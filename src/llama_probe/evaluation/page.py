@@ -138,7 +138,6 @@ def _button(reading: Reading, text: str, name: str, weights: np.ndarray, pressed
 
 
 def _layer(reading: Reading, slot: int) -> str:
-    """Return the row of a layer in the table."""
     layer, weight = reading.layers[slot], float(reading.layer_weights[slot])
     widest = float(reading.layer_weights.max())
     top = " ".join(

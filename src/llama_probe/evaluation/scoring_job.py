@@ -89,7 +89,6 @@ class TextScorer:
         return columns
 
     def _fill(self, columns: dict[str, list[Any]], name: str, logits: torch.Tensor, rows: list[int]) -> None:
-        """Write the finite results of a head into its columns."""
         config = self.heads[name].config
         finite = logits.isfinite().all(dim=-1)
         output = ProbeOutput.from_logits(logits[finite], config)
@@ -177,7 +176,6 @@ class ScoringJob:
 
     @property
     def _needed(self) -> list[str]:
-        """Columns to read."""
         prompts = [] if self.prompt_column is None else [self.prompt_column]
         return list(dict.fromkeys([self.text_column, *prompts, *self.keep_columns]))
 
@@ -227,7 +225,6 @@ class ScoringJob:
         return (found if complete else plan), parts
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema, done: set[str]) -> None:
-        """Score the chunks of this rank that are not done."""
         scorer = TextScorer(heads, self.backbone, self.dtype, self.batch_tokens)
         counts = [file.rows() for file in files]
         total = None if None in counts else sum(counts) // world_size()
@@ -269,7 +266,6 @@ class ScoringJob:
         return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
 
     def _complete(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest of the complete job, and return it."""
         paths = sorted(self.output.glob("part-*.parquet"))
         parts = [{"name": path.name, "rows": pq.read_metadata(path).num_rows} for path in paths]
         plan = {**plan, "complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}

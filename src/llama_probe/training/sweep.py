@@ -286,7 +286,6 @@ def _describe_trial(learner: Learner, drawn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_options(drawn: dict[str, Any]) -> str:
-    """Return the options of `llama-probe train` for one configuration."""
     known, words = get_probe_type(drawn["probe_type"]).options, []
     for name, value in drawn.items():
         text = f"{value:.3g}" if isinstance(value, float) else value

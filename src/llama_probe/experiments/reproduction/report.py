@@ -46,7 +46,6 @@ def write_report(output: Path, report: dict[str, Any], plots: bool = True) -> No
 
 
 def _done(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the finished ones."""
     return {name: result for name, result in results.items() if result is not None}
 
 
@@ -59,7 +58,6 @@ def _paper_cell(figure: paper.Figure | None) -> str:
 
 
 def _blocks(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
-    """Yield the blocks of the Markdown: headings, paragraphs, tables and images."""
 
     def image(name: str) -> Iterator[str]:
         if f"{name}.png" in plots:
@@ -268,7 +266,6 @@ def _curves(done: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
-    """Draw the plots, by file name."""
     figures = {}
     for source, results in report["main"].items():
         panels: dict[str, dict[str, Any]] = {}

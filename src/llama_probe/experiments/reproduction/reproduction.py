@@ -175,7 +175,6 @@ class Reproduction:
         same_settings(self.output / "sweep" / "settings.json", settings, optional=["weights"])
 
     def _steps(self) -> Iterator[Callable[[], Any]]:
-        """Yield all that is to be done, in order."""
         comparison, safety = self.comparison, self._safety_source
         tasks = [self.bench.task(source) for source in self.data] if set(self.only) - {"sensitivity"} else []
         yield self._describe_backbone
@@ -214,7 +213,6 @@ class Reproduction:
 
     @property
     def _layered(self) -> list[str]:
-        """Heads that learn weights of the layers."""
         kinds = {name: method.head["probe_type"] for name, method in head_methods().items()}
         weighted = {name for name, kind in kinds.items() if kind != "pooling" and get_probe_type(kind).reads == "all"}
         return [name for name in self.methods if name in weighted]
