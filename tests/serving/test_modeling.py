@@ -274,15 +274,3 @@ def test_a_head_may_be_deleted_while_an_output_is_made(model, prompts, monkeypat
 def test_copies(model, prompts):
     clone = copy.deepcopy(model)
     assert torch.equal(clone(prompts).probe_logits["a"], model(prompts).probe_logits["a"])
-<<<<<<< ours
-=======
-
-
-def test_the_import_is_light():
-    """Serving needs neither the training nor the plotting stack."""
-    code = (
-        "import sys, llama_probe; heavy = {'datasets', 'evaluate', 'sklearn', 'peft', 'matplotlib', 'typer'}"
-        " & set(sys.modules); assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
->>>>>>> theirs

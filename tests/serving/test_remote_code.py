@@ -113,7 +113,7 @@ if not package:
 else:
     before = set(sys.modules)
     import llama_probe
-    heavy = {"datasets", "sklearn", "peft", "matplotlib", "typer"} & (set(sys.modules) - before)
+    heavy = {"datasets", "evaluate", "sklearn", "peft", "matplotlib", "typer"} & (set(sys.modules) - before)
     assert not heavy, "serving needs neither the training nor the plotting stack"
     from llama_probe.serving.pipeline import ProbedTextGenerationPipeline
 
