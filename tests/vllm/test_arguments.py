@@ -272,3 +272,41 @@ def test_what_vllm_and_heads_must_both_know(tiny, monkeypatch):  # noqa: F811
     assert json.loads(given["--hf-overrides"]) == {"a": 1, "architectures": ["ProbedLlamaForCausalLM"]}
     assert set(json.loads(given["--additional-config"])) == {"b", "llama_probe"}
     assert (given["--revision"], given["--seed"]) == ("main", "3")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--pipeline-parallel-size", "2"],
+        ["--pipeline_parallel_size=2"],
+        ["-pp", "2"],
+        ["--speculative-config", '{"method": "ngram"}'],
+        ["--speculative_config.method", "ngram"],
+        ["--enable-lora"],
+        ["--kv-cache-dtype", "fp8"],
+        ["--hf-overrides.rope_theta", "1"],
+        ["--additional_config.x=1"],
+    ],
+    ids=" ".join,
+)
+def test_vllms_own_options_are_refused_before_it_starts(tiny, words):  # noqa: F811
+    with pytest.raises(ProbeError, match="does not go with heads|as one JSON"):
+        server_arguments([str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", *words])
+
+
+def test_options_that_go_with_heads_are_handed_on(tiny):  # noqa: F811
+    rest = ["--max_model_len", "64", "--pipeline-parallel-size", "1", "--no-enable-lora"]
+    words = server_arguments(
+        [str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", "--hf_overrides", '{"rope_theta": 5}', *rest]
+    )
+    assert words[-5:] == ["--max-model-len", *rest[1:]] and '"rope_theta": 5' in " ".join(words)
+
+
+def test_a_guard_of_another_backbone_does_not_serve(tiny, tmp_path):  # noqa: F811
+    head = make_probe(hidden_size=HIDDEN, **{**HEADS["guard"], "base_model_name_or_path": "alice/other"})
+    head.save_pretrained(tmp_path / "guard")
+    heads = {"guard": str(tmp_path / "guard")}
+    with pytest.raises(ProbeError, match="strict=False"):
+        engine_kwargs(tiny.backbone, heads, halt_on="guard")
+    assert engine_kwargs(tiny.backbone, heads, halt_on="guard", probe_strict=False)
+    assert engine_kwargs(tiny.backbone, heads)

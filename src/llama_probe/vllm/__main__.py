@@ -10,10 +10,17 @@ from typing import Any
 
 from ..errors import ProbeError
 from ..serving.halting import HALTING_FORMS, read_halting
-from .compatibility import TRANSFER
+from .compatibility import RESTRICTED, TRANSFER, check_arguments
 from .engine import engine_kwargs
 
 
+# Options of vLLM's that have a short form, by it.
+_SHORT = {
+    "-pp": "pipeline_parallel_size",
+    "-dcp": "decode_context_parallel_size",
+    "-pcp": "prefill_context_parallel_size",
+    "-sc": "speculative_config",
+}
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
@@ -44,7 +51,11 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     )
     parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
     parser.add_argument("--probe-namespace", help="whose heads aliases stand for")
-    parser.add_argument("--probe-strict", action="store_true", help="refuse heads of another backbone; else a warning")
+    parser.add_argument(
+        "--probe-strict",
+        action=argparse.BooleanOptionalAction,
+        help="refuse heads of another backbone; else a warning. Default: with --halt-on",
+    )
     parser.add_argument(
         "--skip-fingerprints",
         action="store_true",
@@ -56,7 +67,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     theirs.add_argument("--download-dir", help="where to keep the backbone")
     theirs.add_argument("--hf-overrides", type=_json, metavar="JSON", help="of the backbone's config")
     theirs.add_argument("--additional-config", type=_json, metavar="JSON", help="beside what heads put there")
-    ours, rest = parser.parse_known_args(argv)
+    ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
+    _check_theirs(rest)
     known = {name: getattr(ours, name) for name in ("revision", "download_dir", "hf_overrides", "additional_config")}
     arguments = engine_kwargs(
         ours.model,
@@ -86,6 +98,31 @@ def _heads(texts: list[str]) -> dict[str, str] | list[str]:
     if any(sign for _, sign, _ in named):
         raise ProbeError("--probe: give every head a name (NAME=HEAD), or none")
     return texts
+
+
+def _with_dashes(word: str) -> str:
+    """Spell an option as this parser does. vLLM takes underscores as well."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _check_theirs(words: Sequence[str]) -> None:
+    """Raise `ProbeError` for an option of vLLM's own that heads do not go with, before vLLM is loaded."""
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        name, dot, _ = name.partition(".")
+        if dot and name in ("--hf-overrides", "--additional-config"):
+            raise ProbeError(f"{word} must be written as one JSON: {name} '{{...}}'")
+        argument = _SHORT.get(name, name.removeprefix("--").replace("-", "_"))
+        if not word.startswith("-") or argument not in RESTRICTED:
+            continue
+        follows = words[place + 1] if place + 1 < len(words) else "--"
+        text = value if equals or dot else "true" if follows.startswith("--") else follows
+        try:
+            given = json.loads(text)
+        except ValueError:
+            given = text
+        check_arguments({argument: given})
 
 
 def _json(text: str) -> Any:

@@ -144,6 +144,9 @@ RESTRICTIONS = (
 )
 
 
+RESTRICTED = frozenset(restriction.argument for restriction in RESTRICTIONS)
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises `ProbeError` where arguments of `vllm.LLM` do not go with heads."""
     for restriction in RESTRICTIONS:

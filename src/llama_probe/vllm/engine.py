@@ -28,7 +28,7 @@ def engine_kwargs(
     halt_on: HaltSpec | None = None,
     probe_revision: str | None = None,
     probe_namespace: str | None = None,
-    probe_strict: bool = False,
+    probe_strict: bool | None = None,
     compare_fingerprints: bool = True,
     allow_untested_vllm: bool = False,
     **kwargs: Any,
@@ -46,7 +46,8 @@ def engine_kwargs(
             `Halter`. They end before their first token is delivered, with the finish reason `"stop"` and the head's name as
             the stop reason. A prompt that such a head cannot score gets no reply either.
         probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
-        probe_strict: raise, rather than warn, where a head was trained on another backbone.
+        probe_strict: raise instead of warn if a head was trained on another backbone. Defaults to True with `halt_on`: a guard
+            that means nothing here must not serve.
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         kwargs: further arguments of `vllm.LLM`, such as `max_model_len`.
@@ -91,6 +92,7 @@ def engine_kwargs(
         raise ProbeError(
             "halt_on: ask is a function, and the engine decides in another process: leave unsure and ask out"
         )
+    probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))
     from vllm.config import KVTransferConfig
