@@ -82,8 +82,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cache_type", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "cache_type, mode", [*(("dynamic", mode) for mode in MODES), ("static", "greedy"), ("static", "chunked prefill")]
+)
 def test_a_conversation_of_ten_turns(mode, cache_type):
     """Each turn runs its own tokens and nothing else, and is scored as the whole conversation is."""
     model, fresh = probed(), probed()
