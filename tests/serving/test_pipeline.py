@@ -345,6 +345,7 @@ class TestClassification:
 
     def test_the_id_of_a_head(self, backbone_folder, tmp_path, hub, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+        monkeypatch.chdir(backbone_folder.parent)  # a pushed head keeps the name of a local backbone, and not its path
         head = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
         head.push_to_hub("alice/mood")
         save_head(head, tmp_path / "mood")
