@@ -118,6 +118,40 @@ def test_evaluate_measures_a_head_whose_results_are_of_another_version(trained, 
     assert succeed("evaluate", *args)["rows"] == 20
 
 
+def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
+    shutil.copytree(trained[0], head := tmp_path / "mood")
+    served = ("--probe", head, "--backbone", backbone_folder)
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"text": f"good number {i}"}) for i in range(30)))
+    plain, weights = tmp_path / "plain.jsonl", (head / "probe_model.safetensors").read_bytes()
+    assert "rows" in refuse("calibrate", *served) and "34 rows" in refuse(
+        "calibrate", *served, "--benign", plain, "--rate", 0.03
+    )
+    args = ("calibrate", *served, "--benign", plain, "--data", rows / "test.jsonl", "--rate", 0.1, "--rate", 0.025)
+    found = succeed(*args, "--json")
+    config, results = read_config(head), json.loads((head / "results.json").read_text())
+    assert (
+        config.thresholds == found["thresholds"]
+        and config.threshold == config.thresholds["fpr-10%"] <= config.thresholds["fpr-2.5%"]
+    )
+    assert results["thresholds_from"]["rates"] == {"fpr-10%": 0.1, "fpr-2.5%": 0.025}
+    assert results["thresholds_from"]["rows"] == 30 + 13 and results["runs"] == trained[1]["runs"]
+    measure = ("evaluate", *served, "--data", plain, "--bootstrap", 9)
+    report = succeed(*measure, "--benign", "--record", "plain", "--json")
+    assert report["recall"] is None and report["auroc"] is None and report["confusion"][1] == [0, 0]
+    kept = json.loads((head / "results.json").read_text())
+    assert kept.pop("evaluations") == {
+        "plain": {
+            "source": f"{tmp_path.name}/plain.jsonl", "rows": 30, "flagged": report["flagged"],
+            "metrics": {key: report[key] for key in ("accuracy", "f1", "precision", "recall", "auprc", "auroc")},
+            "intervals": {"accuracy": report["intervals"]["accuracy"]},
+        }
+    } and kept == results  # fmt: skip
+    assert report["flagged"]["threshold"] == config.threshold and report["accuracy"] == 1 - report["flagged"]["share"]
+    assert (head / "probe_model.safetensors").read_bytes() == weights and (head / "calibration.png").exists()
+    assert "| plain (" in (head / "README.md").read_text() and "fpr-2.5%" in (head / "README.md").read_text()
+    assert "'label'" in refuse(*measure), "without --benign"
+
+
 @pytest.mark.parametrize("command", ["generate", "classify"])
 def test_generate_and_classify(trained, served, backbone_folder, tmp_path, command):
     found = succeed(command, *served, "--json", stdin="good morning\n\nbad luck\n")
@@ -226,7 +260,9 @@ TRAIN = "train --train {rows} --output {out} "
         ("benchmark --operations --markdown", "--markdown"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
         ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:rude", "rude"),
-        ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:toxic:high", "--halt-on"),
+        ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:toxic:high", "'high'"),
+        ("evaluate --probe toxicchat-gate --data {rows} --record mine", "--record"),
+        ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
         ("train --train no.jsonl --output {out}", "no.jsonl"),
         (TRAIN + "--epoch 3", "--epoch"),

@@ -12,11 +12,13 @@ from llama_probe import ProbeConfig, ProbeError
 from llama_probe.evaluation.calibration import (
     best_f1_threshold,
     calibrate,
+    check_rates,
     expected_f1_threshold,
     fit_temperature,
     highest_recall_threshold,
     reliability,
     threshold_table,
+    with_rates,
 )
 from llama_probe.heads.decision import predictions, probabilities
 
@@ -254,3 +256,45 @@ def test_the_calibration_error_is_that_of_the_rows():
         gaps = [abs((probs - labels)[places == place].sum()) for place in range(10)]
         error = reliability(logits_of(probs), labels, CONFIG)["error"]
         assert error == pytest.approx(sum(gaps) / 40, abs=5.1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 19), min_size=20, max_size=60), st.sampled_from([0.05, 0.1, 0.3]))
+def test_a_rate_is_kept_to_and_used_up(twentieths, rate):
+    logits = logits_of([number / 20 for number in twentieths])
+    found = with_rates(CONFIG, logits, [rate, 0.5])
+    flagged = predictions(probabilities(logits, found), found)
+    assert found.threshold == found.thresholds[f"fpr-{100 * rate:g}%"] and flagged.float().mean() <= rate
+    lower = (
+        probabilities(logits, found)[:, 1][flagged == 0].max().item()
+    )  # one score less, and the rate is not kept to
+    assert (probabilities(logits, found)[:, 1] >= lower).float().mean() > rate
+    assert found.thresholds["fpr-50%"] <= found.threshold
+
+
+@pytest.mark.parametrize(
+    "config, rates, rows, named",
+    [
+        (CONFIG, [], 100, "rates"),
+        (CONFIG, [0.1, 0.1], 100, "rates"),
+        (CONFIG, [1.0], 100, "rates"),
+        (CONFIG, [0.1, 0.005], 199, "200 rows"),
+        (THREE, [0.1], 100, "num_labels=3"),
+        (make_probe(token_scope="response").config, [0.1], 100, "token_scope"),
+    ],
+)
+def test_rates_that_are_refused(config, rates, rows, named):
+    with pytest.raises(ProbeError, match=named):
+        check_rates(config, rates, rows)
+
+
+def test_rows_that_no_threshold_passes():
+    certain = torch.tensor([[0.0, 1000.0]]).repeat(20, 1)
+    with pytest.raises(ProbeError, match="probability of 1"):
+        with_rates(CONFIG, certain, [0.1])
+    assert with_rates(CONFIG, logits_of([0.5] * 20), [0.1]).threshold > 0.5
+
+
+def test_thresholds_go_with_the_temperature():
+    named = CONFIG.replace(thresholds={"fpr-2%": 0.5})
+    assert calibrate(named, logits_of([0.1, 0.9, 0.2]), torch.tensor([0, 1, 0])).thresholds is None

@@ -285,3 +285,33 @@ def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base_model, shown):
     data = card.data.to_dict()
     assert data.get("base_model") == shown and ("base_model_relation" in data) == (shown is not None)
     assert ("](https://huggingface.co/" in card.content) == (shown is not None)
+
+
+EVALUATION = {
+    "source": "sets/look-alikes.jsonl", "rows": 1200, "metrics": {"accuracy": 0.9, "auroc": 0.93, "auprc": None},
+    "intervals": {"auroc": [0.91, 0.95]}, "flagged": {"share": 0.021, "interval": [0.014, 0.031], "threshold": 0.31},
+    "wrappings": {"rows": 40, "kept": {"code fence": 0.975, "tools": 0.95}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_was_measured_and_fitted_after_training(folder, trained):
+    before = card_of(folder) if (folder / "README.md").exists() else create_card(folder).content
+    config = read_config(folder).replace(threshold=0.31, thresholds={"fpr-2%": 0.31, "fpr-0.5%": 0.64})
+    (folder / "probe_config.json").write_text(config.to_json_string())
+    later = {
+        "evaluations": {
+            "look|alikes": EVALUATION,
+            "values": {"source": "a", "rows": 3, "metrics": {}, "intervals": {}},
+        },
+        "thresholds_from": {"sources": ["sets/a.jsonl"], "rows": 2000, "rates": {"fpr-2%": 0.02, "fpr-0.5%": 0.005}},
+    }
+    change(folder, "results.json", lambda results: (None if trained else results.clear(), results.update(later)))
+    text = create_card(folder).content
+    assert "| fpr-0.5% | 0.640 | 0.5% |" in text and "2,000 rows" in text and "sets/a.jsonl" in text
+    row = (
+        "| look\\|alikes (sets/look-alikes.jsonl) | 1,200 | 0.310 | 2.1% (1.4% to 3.1%) | 0.930 (0.910 to 0.950) | - |"
+    )
+    assert row in text and "| values (a) | 3 | - | - | - | - |" in text
+    assert "2 ways, at least 95.0% of 40 rows keep their label (least: tools)" in text
+    assert ("## Results" in text) == trained and "## Thresholds" not in before and "\n\n\n" not in text

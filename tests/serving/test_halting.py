@@ -359,6 +359,12 @@ class TestRules:
         config, output = output_of([[2.5], [3.5]], num_labels=1, problem_type="regression")
         assert [h is not None for h in HaltRule.create("h", config, threshold=3).halts(output)] == [False, True]
 
+    def test_a_threshold_by_name(self):
+        config, output = output_of([[0.0, 0.1], [0.0, 1.0]], thresholds={"fpr-2%": 0.6, "fpr-0.5%": 0.9})
+        (options,) = read_halting(["h:LABEL_1:fpr-2%"]).values()
+        assert [h is not None for h in HaltRule.create("h", config, **options).halts(output)] == [False, True]
+        assert HaltRule.create("h", config, threshold="fpr-0.5%").threshold == 0.9
+
     def test_a_threshold_may_be_numpys(self, model, prompts):
         out = model.generate(prompts, max_new_tokens=2, halt_on={"mood": {"threshold": np.float32(0.0)}})
         assert [type(halt.threshold) for halt in out.probe_halts] == [float] * 3
@@ -397,6 +403,10 @@ class TestRules:
             ({"num_labels": 1, "problem_type": "regression"}, {"threshold": math.nan}, "threshold"),
             ({"num_labels": 2, "problem_type": "regression"}, {"threshold": 1.0}, "label"),
             ({}, {"threshold": True}, "threshold"),
+            ({}, {"threshold": "high"}, "'high'.* none"),
+            ({"thresholds": {"low": 0.1, "high": 0.9}}, {"threshold": "middle"}, "'middle'.* low, high"),
+            ({"thresholds": {"low": 0.1}}, {"label": "LABEL_0", "threshold": "low"}, "'low'"),
+            ({"num_labels": 1, "problem_type": "regression"}, {"threshold": "low"}, "'low'"),
             ({}, {"patience": 2}, "patience"),
             ({"token_scope": "all"}, {"patience": 0}, "patience"),
         ],
@@ -451,7 +461,6 @@ class TestWordsOfACommandLine:
             ":bad",
             "guard:",
             "guard:bad:",
-            "guard:bad:high",
             "guard:bad:0.5:2",
             "guard=",
             "guard={",

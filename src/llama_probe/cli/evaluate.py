@@ -19,15 +19,22 @@ from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.detection import apply_rules, follow_replies
-from ..evaluation.report import detailed_report, predict_logits
+from ..evaluation.metrics import is_binary
+from ..evaluation.report import (
+    describe_evaluation,
+    detailed_report,
+    flagged_share,
+    predict_logits,
+    without_undefined,
+)
 from ..evaluation.wrappings import kept_labels
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
-from ..hub.folder import measured_rules
+from ..hub.folder import measured_rules, read_results
 from ..hub.resolve import resolve_head
 from .console import create_console, escape, print_table
 from .options import Dtype, Fields, HeadsBackbone, Json, Probe, TrustRemoteCode, backbone_of
-from .rows import ROWS_HELP, LabelledRows
+from .rows import ROWS_HELP, LabelledRows, check_head_folder, short_name
 
 
 _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
@@ -35,7 +42,15 @@ _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
 
 def evaluate(
     probe: Probe,
-    rows: Annotated[LabelledRows, Fields("Data", help=ROWS_HELP, defaults={"data": dataclasses.MISSING})],
+    rows: Annotated[
+        LabelledRows,
+        Fields(
+            "Data",
+            help=ROWS_HELP | {"benign": "The rows need no label column: all of them have the first label."},
+            names={"benign": "benign"},
+            defaults={"data": dataclasses.MISSING},
+        ),
+    ],
     slice_column: Annotated[
         list[str] | None,
         typer.Option(help="Report also by the values of this column. Named data sets have their own. Repeatable."),
@@ -43,6 +58,10 @@ def evaluate(
     where: Annotated[
         list[str] | None,
         typer.Option(help="COLUMN=VALUE: only these rows, such as human_annotation=true. Repeatable: all must hold."),
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(help="Keep the measurements in the head folder under this name, and show them in its card."),
     ] = None,
     wrappings: Annotated[
         bool,
@@ -61,6 +80,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
+    if record is not None:
+        check_head_folder(probe, "--record")
+        if not record.strip() or not record.isprintable():
+            raise ProbeError(f"--record {record!r} must be a name of printable characters")
     backbone = backbone_of(probe, backbone)
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = ProbeModel.from_pretrained(
@@ -82,10 +105,17 @@ def evaluate(
         if not is_main():
             return
         result = detailed_report(head.config, logits, labelled.labels, slices, bootstrap, seed)
+        if is_binary(head.config):
+            result = without_undefined(result, labelled.labels) | {"flagged": flagged_share(head.config, logits)}
         if followed is not None and rules:
             result["halting"] = apply_rules(head.config, rules, followed, labelled.labels)
         if wrappings:
             result["wrappings"] = kept_labels(head, labelled.texts, prompts, progress=True)
+        if record is not None:
+            facts = {"source": short_name(rows.data)} | ({"where": where} if where else {})
+            head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
+            head.results.setdefault("evaluations", {})[record] = describe_evaluation(result, **facts)
+            head.save_pretrained(probe)
     if as_json:
         print(json.dumps(result))
         return
@@ -129,6 +159,12 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
         create_console().print(
             f"Expected calibration error: {_cell(found, 'error', ' ')} with the saved temperature {temperature:.3f}, "
             f"{_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
+        )
+    if found := result.get("flagged"):
+        low, high = found["interval"]
+        create_console().print(
+            f"Flagged from a probability of {found['threshold']:.3f} on: {found['share']:.1%} of the rows "
+            f"(95 % interval {low:.1%} to {high:.1%})."
         )
     if found := result.get("wrappings"):
         print_table(_wrappings_table(found))

@@ -14,6 +14,7 @@ from ..data.files import MAX_TEXT
 from ..data.known import BENCHMARKS, find_benchmark
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
+from ..hub.folder import check_output, is_head_folder
 
 
 # The forms of a data argument, for its help.
@@ -53,6 +54,7 @@ class LabelledRows:
     split: str | None = None
     data_dir: Path | None = None
     max_text: int = MAX_TEXT
+    benign: bool = False
 
     def __post_init__(self):
         if self.data is None:
@@ -86,6 +88,10 @@ class LabelledRows:
         """Return the rows as `LabelledTexts`, with the labels of a head."""
         from ..data.texts import read_labelled  # needs datasets
 
+        if self.benign and (config.num_labels, config.problem_type) != (2, "single_label_classification"):
+            raise ProbeError(
+                f"--benign needs a head with two labels; this one has {', '.join(config.id2label.values())}"
+            )
         return read_labelled(
             self.data,
             self.text_column,
@@ -96,4 +102,21 @@ class LabelledRows:
             self.data_dir,
             self.prompt_column,
             self.max_text,
+            self.benign,
         )
+
+
+def check_head_folder(probe: str, option: str) -> None:
+    """Check that an option can write into the head that `--probe` names.
+
+    Raises:
+        ProbeError: it is not a head folder on this machine, or cannot be written.
+    """
+    if not is_head_folder(probe):
+        raise ProbeError(f"{option} writes into a head folder on this machine, and --probe {probe} is none")
+    check_output(probe)
+
+
+def short_name(source: str) -> str:
+    """Return the last two parts of a path: the others differ between machines."""
+    return "/".join(Path(source).parts[-2:])

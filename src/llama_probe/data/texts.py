@@ -216,6 +216,7 @@ def read_labelled(
     data_dir: str | os.PathLike | None = None,
     prompt_column: str | None = None,
     max_text: int = MAX_TEXT,
+    benign: bool = False,
 ) -> LabelledTexts:
     """Read labelled rows; see `read_labels` for the meaning of labels.
 
@@ -230,6 +231,7 @@ def read_labelled(
         prompt_column: column of the prompts, texts or chat messages, if the texts are replies. The texts are then chat
             messages.
         max_text: characters of the longest text; see also `InputFile.check_whole`.
+        benign: read no label column: every row has the first of `label_names`.
 
     Raises:
         ProbeError: the source cannot be read or is too large, a column is missing, a text or label is empty, or labels
@@ -246,10 +248,10 @@ def read_labelled(
             raise ProbeError(
                 f"{source} has its own columns: text_column, label_column and prompt_column are for files{allowed}"
             )
-        if problem_type not in (None, benchmark.problem_type):
+        if not benign and problem_type not in (None, benchmark.problem_type):
             raise ProbeError(f"problem_type: {source} is for {benchmark.problem_type}, not for {problem_type}")
         columns = read_benchmark(benchmark, own_split or split, data_dir)
-        own_names, problem_type = benchmark.label_names, benchmark.problem_type
+        own_names, problem_type = benchmark.label_names, problem_type or benchmark.problem_type
         if prompt_column is not None:
             text_column = replies
     else:
@@ -258,11 +260,13 @@ def read_labelled(
         needed = [text_column, *([] if prompt_column is None else [prompt_column]), label_column]
         if len(set(needed)) < len(needed):
             raise ProbeError(f"columns {', '.join(needed)}: texts, prompts and labels need columns of their own")
-        table = read_table(source, split, needed[:-1], [label_column], max_text)
+        table = read_table(source, split, needed[:-1], [] if benign else [label_column], max_text)
         columns = {name: table[name][:] for name in table.column_names}
         feature = table.features.get(label_column)
         feature = getattr(feature, "feature", feature)
         own_names = feature.names if isinstance(feature, ClassLabel) and problem_type != "regression" else None
+    if benign:
+        own_names, columns[label_column] = None, [label_names[0]] * len(next(iter(columns.values())))
     for name in (text_column, label_column, prompt_column):
         if name is not None and name not in columns:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")

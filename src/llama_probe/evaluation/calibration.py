@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +105,54 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
     return _halfway(upper, lower)
 
 
+def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
+    """Check that a head can have a threshold for each rate, fitted on a number of rows.
+
+    Raises:
+        ProbeError: a rate is not above 0 and below 1 or occurs twice, the head has not two labels or reads replies, or
+            there are fewer rows than one over a rate.
+    """
+    if not is_binary(config) or config.reads_reply:
+        raise ProbeError(
+            f"rates need a head of prompts with two labels, not num_labels={config.num_labels}, "
+            f"problem_type={config.problem_type!r}, token_scope={config.token_scope!r}"
+        )
+    if not rates or not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+        raise ProbeError(f"rates={list(rates)} must be different numbers above 0 and below 1")
+    least = math.ceil(1 / min(rates) - 1e-9)
+    if rows is not None and rows < least:
+        raise ProbeError(f"rates={list(rates)}: {min(rates):g} needs at least {least:,} rows, not {rows:,}")
+
+
+def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]) -> ProbeConfig:
+    """Return `config` with a named threshold for each share of harmless rows that it may flag; the first is its own.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[rows, 2]`): of rows that label 1 does not fit.
+        rates: shares, above 0 and below 1. The name of 0.005 is `fpr-0.5%`.
+
+    Raises:
+        ProbeError: as for `check_rates`; or a logit is not a number, or no threshold keeps to a rate, because more rows
+            have a probability of 1.
+    """
+    check_rates(config, rates, len(logits))
+    check_numbers(logits)
+    scores = np.sort(probabilities(logits.float(), config)[:, 1].numpy())[::-1]
+    found = {f"fpr-{100 * rate:g}%": _threshold_at(scores, rate) for rate in rates}
+    return config.replace(threshold=next(iter(found.values())), thresholds=found)
+
+
+def _threshold_at(ranked: np.ndarray, rate: float) -> float:
+    """Return a threshold that flags at most a share of descending scores, halfway between two of them."""
+    lower = ranked[int(rate * len(ranked) + 1e-9)]
+    if lower >= 1:
+        raise ProbeError(
+            f"rate={rate:g}: more of the {len(ranked):,} rows have a probability of 1; no threshold keeps to it"
+        )
+    higher = ranked[ranked > lower]
+    return _halfway(higher[-1] if len(higher) else 1.0, lower)
+
+
 def _halfway(upper: float, lower: float) -> float:
     """Return a threshold that flags the upper of two scores and not the lower one."""
     middle = (float(upper) + float(lower)) / 2
@@ -156,7 +206,7 @@ def calibrate(
     check_numbers(logits)
     if config.problem_type == "regression":
         return config
-    config = config.replace(temperature=fit_temperature(logits, labels, config), threshold=None)
+    config = config.replace(temperature=fit_temperature(logits, labels, config), threshold=None, thresholds=None)
     probs, truth = probabilities(logits.float(), config).numpy(), labels.numpy()
 
     def choose(scores: np.ndarray, positives: np.ndarray, default: float | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -14,7 +15,7 @@ from ..data.states import SharedStates, iterate_states
 from ..distributed import merge_rows
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, log_odds, probabilities
+from ..heads.decision import ProbeOutput, log_odds, predictions, probabilities, threshold_of
 from ..heads.probe import ProbeModel
 from .bootstrap import intervals, score_statistic
 from .calibration import calibration_gaps, reliability, threshold_table
@@ -205,6 +206,47 @@ def detailed_report(
         statistic = score_statistic(probs[rows], labels[rows], config, ranked[rows])
         part["intervals"] = _select(part, intervals([statistic], part["rows"], resamples, seed))
     return result
+
+
+def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
+    """Return how many rows get label 1 from a head with two labels.
+
+    Args:
+        logits (`[rows, 2]`).
+
+    Returns:
+        `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`.
+    """
+    flagged = predictions(probabilities(logits.float(), config), config)
+    test = binomtest(int(flagged.sum()), len(flagged))
+    low, high = test.proportion_ci(method="wilson")
+    threshold = threshold_of(config, 1)
+    return {
+        "share": test.statistic,
+        "interval": [float(low), float(high)],
+        "threshold": 0.5 if threshold is None else threshold,
+    }
+
+
+def without_undefined(result: dict[str, Any], labels: np.ndarray) -> dict[str, Any]:
+    """Return a report of a head with two labels in which metrics are None that need rows of a label that none has."""
+    found, undefined = set(labels.tolist()), set()
+    if len(found) < 2:
+        undefined = {"f1", "precision"} | ({"recall"} if 1 not in found else set())
+    return {key: None if key in undefined else value for key, value in result.items()}
+
+
+def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
+    """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, `intervals`, and by-products.
+
+    Args:
+        result: from `detailed_report`, with `flagged` and `wrappings` if there are any.
+        facts: further entries, such as `source`.
+    """
+    metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
+    intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
+    kept = {key: result[key] for key in ("flagged", "wrappings") if key in result}
+    return {**facts, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}
 
 
 def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str, np.ndarray]]:

@@ -114,6 +114,14 @@ _MARKERS = (
         and all(map(_is_marker, value.values()))
     ),
 )
+_THRESHOLDS = (
+    "{name: a number from 0 to 1} with printable names",
+    lambda value: (
+        isinstance(value, dict)
+        and all(_is_name(name) and name.strip() for name in value)
+        and all(_is_number(number) and 0 <= number <= 1 for number in value.values())
+    ),
+)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
 # The rule of each field: a description and a check.
@@ -136,6 +144,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
+    "thresholds": _or_none(_THRESHOLDS),
     "fingerprint": _or_none(_NUMBERS),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": _or_none(("text", _is_text)),
@@ -192,6 +201,7 @@ class ProbeConfig:
         fingerprint: 32 numbers that summarise the backbone's states for a fixed input.
         threshold: two labels: probability of label 1 from which label 1 is given (None: the larger one wins).
             Multi-label: one value, or one a label (None: 0.5).
+        thresholds: further thresholds of a head of two labels, by name, such as `{"fpr-2%": 0.31}`.
         temperature: logits are divided by it before they become probabilities. Positive.
         options: hyper-parameters of a kind that have no field of their own.
         weights_sha256: digest of the weights file. Stamped when saved, as are `llama_probe_version` and
@@ -235,6 +245,7 @@ class ProbeConfig:
     fingerprint: list[float] | None = None
 
     threshold: float | list[float] | None = None
+    thresholds: dict[str, float] | None = None
     temperature: float = 1.0
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -300,6 +311,11 @@ class ProbeConfig:
             raise ProbeError(
                 f"threshold={self.threshold!r} needs two labels (one number) or a multi-label head; this head has "
                 f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
+            )
+        if self.thresholds and (self.num_labels != 2 or self.problem_type != "single_label_classification"):
+            raise ProbeError(
+                f"thresholds={self.thresholds!r} needs two labels; this head has num_labels={self.num_labels}, "
+                f"problem_type={self.problem_type!r}"
             )
 
     def _check_layers(self) -> None:

@@ -29,6 +29,8 @@ from ..hub.folder import (
     RESULTS_NAME,
     WEIGHTS_NAME,
     is_head_folder,
+    read_results,
+    training_results,
 )
 from .configuration import ProbeConfig
 from .registry import kind_code
@@ -80,8 +82,7 @@ def save_head(
         results = None
     elif results is not None:
         contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
-        path = current_file(folder, RESULTS_NAME)
-        if _holds(path, contents[RESULTS_NAME]):
+        if _is_same_training(folder, results):
             plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
     kept = [*plots, CARD_NAME]
     with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
@@ -96,8 +97,12 @@ def save_head(
     return folder
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    return os.path.isfile(path) and path.stat().st_size == len(content) and path.read_bytes() == content
+def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
+    """Return True if a folder holds the results of this training, and so its plots."""
+    try:
+        return training_results(read_results(folder)) == training_results(results)
+    except ProbeError:
+        return False
 
 
 def read_tensors(

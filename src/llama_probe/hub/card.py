@@ -26,6 +26,7 @@ from .folder import (
     read_bytes,
     read_config_values,
     read_results,
+    training_results,
 )
 from .resolve import default_name
 
@@ -190,7 +191,7 @@ def results_table(folders: Iterable[str | os.PathLike]) -> str:
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for folder in folders:
-        config, results = _complete(read_config_values(folder)), read_results(folder)
+        config, results = _complete(read_config_values(folder)), training_results(read_results(folder))
         if results is None:
             raise ProbeError(f"{folder} has no {RESULTS_NAME}: the head was never evaluated")
         summary = results["summary"].get("test") or dict.fromkeys((*metrics, "rows"))
@@ -279,10 +280,12 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 def _card(folder: Path, config: dict[str, Any], results, plots: Sequence[str], source, license, tags) -> ModelCard:
     from jinja2 import Environment, StrictUndefined
 
+    later = _measured_later(config, results or {})
+    results = training_results(results)
     facts = CardFacts(**results["card"]) if results else CardFacts()
     source = source or folder.resolve().name
     name, base = default_name(source), config["base_model_name_or_path"]
-    values = {"config": config, "results": results, "facts": asdict(facts), "name": name, "source": source}
+    values = {"config": config, "results": results, "facts": asdict(facts), "name": name, "source": source, **later}
     scores = {}
     if results:
         split = "test" if "test" in results["summary"] else "validation"
@@ -372,7 +375,8 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
     elif "max_false_positive_rate" in recipe:
         rule = recipe.get("threshold_rule", "best-f1")
         rule = f" ({word(_RULES.get(rule, rule))})"
-    thresholds = config["threshold"] if isinstance(config["threshold"], list) else [config["threshold"]]
+    own = config["threshold"] if config["thresholds"] is None else chosen_run(results).get("threshold")
+    thresholds = own if isinstance(own, list) else [own]
     return {
         "split": split,
         "metrics": metrics,
@@ -390,6 +394,40 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
         "halting": _halting(results),
         "plots": [(name, title) for name, title in zip(PLOT_NAMES, _PLOT_TITLES, strict=True) if name in plots],
     }
+
+
+def _measured_later(config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Return the template's values about what `calibrate` and `evaluate --record` wrote."""
+    fitted, tables = results.get("thresholds_from"), results.get("evaluations", {})
+    wrapped = []
+    for name, found in tables.items():
+        if "wrappings" in found:
+            least = min(found["wrappings"]["kept"], key=found["wrappings"]["kept"].get)
+            wrapped.append((name, found["wrappings"], least))
+    return {
+        "fitted": fitted,
+        "thresholds": [
+            (name, f"{value:.3f}", f"{fitted['rates'][name]:.1%}" if fitted and name in fitted["rates"] else "-")
+            for name, value in (config["thresholds"] or {}).items()
+        ],
+        "evaluations": [
+            (name, found["rows"], found["source"], _recorded_cells(found)) for name, found in tables.items()
+        ],
+        "wrapped": wrapped,
+    }
+
+
+def _recorded_cells(found: dict[str, Any]) -> list[str]:
+    """Return threshold, share flagged, AUROC and AUPRC, with their intervals."""
+    cells, flagged = ["-", "-"], found.get("flagged")
+    if flagged:
+        low, high = flagged["interval"]
+        cells = [f"{flagged['threshold']:.3f}", f"{flagged['share']:.1%} ({low:.1%} to {high:.1%})"]
+    for key in ("auroc", "auprc"):
+        value, interval = found["metrics"].get(key), found["intervals"].get(key)
+        spread = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        cells.append("-" if value is None else f"{value:.3f}{spread}")
+    return cells
 
 
 def _halting(results: dict[str, Any]) -> list[dict[str, Any]]:

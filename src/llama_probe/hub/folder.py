@@ -21,6 +21,9 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
+# Keys of results.json that `evaluate --record` and `calibrate` write.
+LATER_RESULTS = ("evaluations", "thresholds_from")
+
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 
 
@@ -132,10 +135,16 @@ def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
+def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the training run wrote of a head's results; None if there is nothing of it."""
+    return {key: value for key, value in (results or {}).items() if key not in LATER_RESULTS} or None
+
+
 def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
     """Return the halting rules in a head's results, by label; empty if none were measured.
 
     Raises:
         ProbeError: see `chosen_run`.
     """
+    results = training_results(results)
     return {} if results is None else chosen_run(results).get("halting", {}).get("labels", {})

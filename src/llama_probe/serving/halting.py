@@ -26,7 +26,7 @@ Judge = Callable[[list[str]], Decisions]
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
-# A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
+# THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]*)(?::([^:]*))?)?", re.DOTALL)
 _OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
@@ -90,15 +90,18 @@ class HaltRule:
         head: str,
         config: ProbeConfig,
         label: str | None = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         patience: int = 1,
         unsure: Sequence[float] | None = None,
         ask: Judge | None = None,
     ) -> HaltRule:
         """Return the rule for the options of one head in `halt_on`.
 
+        Args:
+            threshold: a number, or a name in the head's `thresholds`.
+
         Raises:
-            ProbeError: the head has no such label, a label or threshold is missing, or a value is not allowed.
+            ProbeError: the head has no such label or name, a label or threshold is missing, or a value is not allowed.
         """
         names, regression = list(config.id2label.values()), config.problem_type == "regression"
         if label is None and len(names) > (1 if regression else 2):
@@ -110,6 +113,12 @@ class HaltRule:
             raise ProbeError(
                 f"halt_on: {head!r} gives values and needs a threshold: {{{head!r}: {{'threshold': ...}}}}"
             )
+        if isinstance(threshold, str):
+            known = config.thresholds or {}
+            if threshold not in known or label != names[1]:
+                allowed = f"a number, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
+                raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
+            threshold = known[threshold]
         if threshold is not None:
             low, high = (-math.inf, math.inf) if regression else (0, 1)
             if isinstance(threshold, bool) or not isinstance(threshold, Real) or not low <= threshold <= high:
@@ -200,7 +209,7 @@ def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         try:
             options = json.loads(text) if text is not None else {}
             if threshold is not None:
-                options["threshold"] = float(threshold)
+                options["threshold"] = _number_or_name(threshold)
         except ValueError:
             options = None
         if head is None or not isinstance(options, dict) or "" in (label, threshold):
@@ -209,6 +218,13 @@ def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ProbeError(f"--halt-on names {head} more than once: give each head once")
         found[head] = options if label is None else {"label": label, **options}
     return found
+
+
+def _number_or_name(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 class Halter:
