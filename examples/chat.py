@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from transformers import AutoModel, AutoTokenizer, TextStreamer
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from llama_probe import Halt
 from llama_probe.backbone.loading import resolve_backbone
 from llama_probe.data.prompts import PromptFormat
+from llama_probe.heads.decision import threshold_of
 
 
 REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"
@@ -25,8 +25,10 @@ MESSAGES = 10  # earlier messages that the model sees
 
 def main(
     backbone: Annotated[str, typer.Option(help="'demo', a folder or a Hub id.")] = "demo",
-    probe: Annotated[str, typer.Option(help="The guard. It halts at the last of its labels.")] = "toxicchat-mha",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Halt from this probability on.")] = 0.5,
+    probe: Annotated[str, typer.Option(help="The guard. It halts at the last of its labels.")] = "safety",
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Halt from this probability on. Default: the guard's own.")
+    ] = None,
     max_new_tokens: int = 80,
 ):
     """Chat until a line is empty."""
@@ -37,6 +39,8 @@ def main(
     model = AutoModel.from_pretrained(path, probe={"guard": probe})
     config = model.probes["guard"].config
     label = list(config.id2label.values())[-1]
+    if threshold is None:
+        threshold = threshold_of(config, config.num_labels - 1) or 0.5
     # No maximum length: the guard reads the end of the chat.
     prompts = replace(PromptFormat.from_config(config, tokenizer), max_length=None)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -54,13 +58,8 @@ def main(
     while text := read_line(console):
         chat = [*history[-MESSAGES:], {"role": "user", "content": text}]
         inputs = prompts.batch([chat])
-        # The model sees the chat. The guard was trained on single prompts, so it reads only the newest message.
-        newest = len(prompts.encode([text])[0]) - len(prompts.prefix_ids)
-        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        mask[:, -newest:] = True
         out = model.generate(
             **inputs,
-            probe_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=True,
             temperature=0.6,

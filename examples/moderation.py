@@ -21,7 +21,7 @@ REFUSE = (
 
 path = demo_backbone()
 tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-model = AutoModel.from_pretrained(path, probe="toxicchat-mha")
+model = AutoModel.from_pretrained(path, probe="safety")
 
 
 def render(*texts):
@@ -36,7 +36,7 @@ out = model.generate(
     **inputs,
     max_new_tokens=40,
     do_sample=False,
-    halt_on={"toxicchat-mha": {"label": "toxic"}},  # at the head's saved threshold
+    halt_on={"safety": {"label": "harmful"}},  # at the head's saved threshold
     halt_reply=Reprompt(render(REFUSE)["input_ids"], {"max_new_tokens": 40, "do_sample": False}),
 )
 replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

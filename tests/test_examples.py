@@ -37,7 +37,7 @@ def test_it_runs(name):
 
 @pytest.mark.slow
 def test_moderation_declines_the_flagged_prompt_alone():
-    assert [("[halted: toxic" in part) for part in run("moderation.py").split("> ")[1:]] == [False, True, False]
+    assert [("[halted: harmful" in part) for part in run("moderation.py").split("> ")[1:]] == [False, True, False]
 
 
 @pytest.mark.slow
@@ -51,8 +51,8 @@ def test_routing_names_the_topics():
 def test_the_chat_halts_flagged_messages_and_continues():
     lines = ("Hello!", "Write an insulting message that makes my coworker cry.", "How do I boil an egg?")
     first, flagged, last = run("chat.py", "--max-new-tokens", "12", lines=lines).split("> ")[1:4]
-    assert "toxic 0.0" in first and "halted" not in first and REFUSAL not in first
-    assert "halted from 0.50 on" in flagged and REFUSAL in flagged
+    assert "harmful 0.0" in first and "halted" not in first and REFUSAL not in first
+    assert "halted from 0." in flagged and REFUSAL in flagged
     assert "halted" not in last and len(last.splitlines()) > 2, "it replies"
     shown = run("chat.py", "--threshold", "0", "--max-new-tokens", "4", lines=("Hello!",))
     assert "halted from 0.00 on" in shown and REFUSAL in shown

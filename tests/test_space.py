@@ -252,7 +252,7 @@ def test_a_prompt_its_scores_and_its_reply_in_a_browser(page):
     banner(page, "Would pass")
     assert score_shown(page, "emotion-mha", "joy") > 0.8 and page.locator("[data-testid=bot]").count() == 0
     page.locator("#message textarea").press("Enter")
-    assert "toxicchat-mha says toxic 0.0" in banner(page, "Passed")
+    assert "safety says harmful 0.0" in banner(page, "Passed")
     picture = page.locator("#heatmap img")  # drawn after the reply
     picture.wait_for()
     assert picture.evaluate("image => image.naturalWidth") > 1000
@@ -267,9 +267,9 @@ def test_a_prompt_its_scores_and_its_reply_in_a_browser(page):
 def test_halting_is_seen_and_follows_the_threshold(page):
     insult = "Write an insulting message that makes my coworker cry."
     send(page, insult)
-    assert "it halts from 0.50 on" in banner(page, "Halted before the first token")
+    assert "it halts from 0." in banner(page, "Halted before the first token")
     page.get_by_text("Sorry, I would rather not reply to that.").wait_for()
-    assert score_shown(page, "toxicchat-mha", "toxic") > 0.5 and page.locator(".fill.flagged").count() == 1
+    assert score_shown(page, "safety", "harmful") > 0.3 and page.locator(".fill.flagged").count() == 1
     number = page.locator("#threshold input[type=number]")
     number.fill("1")
     number.press("Enter")

@@ -26,10 +26,11 @@ from llama_probe.backbone.loading import DEMO, DEMO_MODEL_ID, model_id, resolve_
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.heatmap import heat_map
 from llama_probe.evaluation.reading import Reading, token_texts
+from llama_probe.heads.decision import threshold_of
 
 
 BACKBONE = os.environ.get("BACKBONE") or (DEMO_MODEL_ID if "SPACE_ID" in os.environ else DEMO)
-HEADS = [name.strip() for name in (os.environ.get("HEADS") or "toxicchat-mha, emotion-mha, sst2-mha").split(",")]
+HEADS = [name.strip() for name in (os.environ.get("HEADS") or "safety, emotion-mha, sst2-mha").split(",")]
 MAX_NEW_TOKENS = int(os.environ.get("MAX_NEW_TOKENS") or 120)
 REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"
 EXAMPLES = (
@@ -46,6 +47,7 @@ model = AutoModel.from_pretrained(resolve_backbone(BACKBONE), probe=HEADS, dtype
 CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
 FLAG = list(CONFIGS[GUARD].id2label.values())[-1]
+OWN = round(threshold_of(CONFIGS[GUARD], CONFIGS[GUARD].num_labels - 1) or 0.5, 2)
 NOTHING = {name: dict.fromkeys(config.id2label.values(), 0.0) for name, config in CONFIGS.items()}
 # No maximum length: the guard reads the end of the chat.
 PROMPTS = replace(PromptFormat.from_config(CONFIGS[GUARD], tokenizer), max_length=None)
@@ -259,7 +261,7 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
             bars = gr.HTML(bars_of(NOTHING, True, 0.5), elem_id="bars")
             with gr.Row():
                 halting = gr.Checkbox(True, label=f"Halt at {FLAG}", info=f"before the first token, by {GUARD}")
-                threshold = gr.Slider(0, 1, 0.5, step=0.01, label="Threshold", elem_id="threshold")
+                threshold = gr.Slider(0, 1, OWN, step=0.01, label="Threshold", elem_id="threshold")
     head = gr.Radio(list(CONFIGS), value=GUARD, label="What a head looked at, token by layer")
     plot = gr.Plot(show_label=False, elem_id="heatmap")
 

@@ -290,7 +290,7 @@ def test_what_vllm_and_heads_must_both_know(tiny, monkeypatch):  # noqa: F811
     ids=" ".join,
 )
 def test_vllms_own_options_are_refused_before_it_starts(tiny, words):  # noqa: F811
-    with pytest.raises(ProbeError, match="does not go with heads|as one JSON"):
+    with pytest.raises(ProbeError, match=r"does not go with heads|as one JSON"):
         server_arguments([str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", *words])
 
 

@@ -20,7 +20,7 @@ from .console import create_console, escape
 from .options import Json
 
 
-HEADS = ("toxicchat-mha", "emotion-mha")
+HEADS = ("safety", "emotion-mha")
 
 PROMPTS = (
     "What is the capital of France?",
