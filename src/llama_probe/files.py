@@ -152,6 +152,19 @@ def current_file(folder: str | os.PathLike, name: str) -> Path:
     return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
 
 
+def folder_state(folder: str | os.PathLike, name: str) -> tuple:
+    """Return what changes whenever `replace_files` replaces a file, or moves any file to its place."""
+    try:
+        pending = sorted(os.listdir(Path(folder) / PENDING))
+    except OSError:
+        pending = []
+    try:
+        status = os.stat(current_file(folder, name))
+    except OSError:
+        return (pending,)
+    return pending, status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def settle(folder: str | os.PathLike) -> None:
     """Move the files that a killed `replace_files` has left in `PENDING` to their places.
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from llama_probe.hub.folder import (
     WEIGHTS_NAME,
     check_output,
     is_head_folder,
+    list_heads,
 )
 
 
@@ -157,6 +159,31 @@ def test_a_card_that_breaks_keeps_no_head_from_being_saved(tmp_path, monkeypatch
 
     monkeypatch.setattr("llama_probe.heads.folder.renew_card", broken)
     assert same_weights(read_head(save_head(make_probe(), tmp_path / "head")), make_probe())
+
+
+def test_a_head_that_is_read_while_others_are_saved(tmp_path):
+    """It is one of them, with its own results, and never refused."""
+    heads = [make_probe(seed=seed) for seed in range(2)]
+    for seed, head in enumerate(heads):
+        head.results = {"chosen_seed": seed}
+    save_head(heads[0], tmp_path / "head")
+    child = os.fork()
+    if child == 0:
+        while True:
+            for head in heads:
+                save_head(head, tmp_path / "head")
+    try:
+        found = [read_head(tmp_path / "head") for _ in range(60)]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert all(same_weights(head, heads[head.results["chosen_seed"]]) for head in found)
+    assert len({head.results["chosen_seed"] for head in found}) == 2, "or any order would pass"
+
+
+def test_what_a_killed_save_left_is_no_head_of_its_own(folder):
+    folder.rename(folder.parent / PENDING)
+    assert list_heads(folder.parent) == {}
 
 
 def test_two_saves_at_the_same_time(tmp_path):

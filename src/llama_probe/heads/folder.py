@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -18,7 +18,15 @@ from safetensors.torch import save
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import check_writable, current_file, make_folder, package_version, remove_leftovers, replace_files
+from ..files import (
+    check_writable,
+    current_file,
+    folder_state,
+    make_folder,
+    package_version,
+    remove_leftovers,
+    replace_files,
+)
 from ..hub.card import has_own_card, renew_card
 from ..hub.folder import (
     CARD_NAME,
@@ -38,6 +46,9 @@ from .registry import kind_code
 
 logger = logging.get_logger(__name__)
 
+T = TypeVar("T")
+
+_TRIES = 20
 _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
@@ -105,6 +116,25 @@ def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
         return False
 
 
+def read_settled(folder: Path, read: Callable[[], T]) -> T:
+    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile.
+
+    Raises:
+        ProbeError: the function's, or heads are saved into the folder all the time.
+    """
+    for _ in range(_TRIES):
+        before, error = folder_state(folder, CONFIG_NAME), None
+        try:
+            found = read()
+        except ProbeError as raised:
+            error = raised
+        if folder_state(folder, CONFIG_NAME) == before:
+            if error is not None:
+                raise error
+            return found
+    raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
+
+
 def read_tensors(
     folder: str | os.PathLike, config: ProbeConfig, shapes: Mapping[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
@@ -130,7 +160,7 @@ def read_tensors(
             _check_header(path, file, shapes)
             _check_digest(path, config)
             tensors = {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
         raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")

@@ -23,7 +23,7 @@ from ..hub.transport import HubOptions
 from .aggregator import create_stages
 from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
-from .folder import read_tensors, save_head
+from .folder import read_settled, read_tensors, save_head
 from .match import check_backbone, describe, match
 from .registry import get_probe_type
 from .scope import check_rows, token_mask
@@ -169,6 +169,14 @@ class ProbeModel(nn.Module):
         target = None if backbone is None else target_of(backbone)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
         folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
+        probe = read_settled(folder, lambda: cls._read(folder, trust_remote_code))
+        if backbone is not None:
+            check_backbone(folder.name, probe.config, backbone)
+            probe.set_backbone(backbone)
+        return probe.eval()
+
+    @classmethod
+    def _read(cls, folder: Path, trust_remote_code: bool) -> ProbeModel:
         config = read_config(folder, trust_remote_code)
         try:
             with torch.device("meta"):
@@ -179,10 +187,7 @@ class ProbeModel(nn.Module):
         probe = cls(config)
         probe.load_state_dict(tensors)
         probe.results = read_results(folder)
-        if backbone is not None:
-            check_backbone(folder.name, config, backbone)
-            probe.set_backbone(backbone)
-        return probe.eval()
+        return probe
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write config, weights, results and a card into a folder, and nothing of the backbone.

@@ -34,7 +34,8 @@ def is_head_folder(folder: str | os.PathLike) -> bool:
 
 def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
     """Return the head folders inside a folder, by name."""
-    return {item.name: item for item in sorted(Path(folder).iterdir()) if is_head_folder(item)}
+    items = sorted(item for item in Path(folder).iterdir() if not item.name.startswith("."))
+    return {item.name: item for item in items if is_head_folder(item)}
 
 
 def check_output(folder: str | os.PathLike) -> None:

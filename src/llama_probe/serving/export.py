@@ -22,13 +22,13 @@ from transformers.utils import logging
 from ..backbone.decoder import target_of
 from ..backbone.loading import backbone_target, load_backbone, model_id, resolve_backbone
 from ..errors import ProbeError
-from ..files import check_new_folder, new_folder, package_version, write_atomically
+from ..files import check_new_folder, new_folder, package_version, settle, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import cell, code, example_chat, quote, word, write_card
-from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, is_head_folder, read_results
+from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, is_head_folder, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubOptions, HubReference, commit_files
 from .pipeline import TASK
@@ -165,6 +165,8 @@ def push_repository(
     """
     folder = Path(folder)
     _check_exported(folder)
+    for head in list_heads(folder).values():
+        settle(head)  # what a killed save has left
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     files = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
     check_links(folder, files)
