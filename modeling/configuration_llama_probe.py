@@ -182,6 +182,19 @@ def current_file(folder: str | os.PathLike, name: str) -> Path:
     return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
 
 
+def folder_state(folder: str | os.PathLike, name: str) -> tuple:
+    """Return what changes whenever `replace_files` replaces a file, or moves any file to its place."""
+    try:
+        pending = sorted(os.listdir(Path(folder) / PENDING))
+    except OSError:
+        pending = []
+    try:
+        status = os.stat(current_file(folder, name))
+    except OSError:
+        return (pending,)
+    return pending, status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def settle(folder: str | os.PathLike) -> None:
     """Move the files that a killed `replace_files` has left in `PENDING` to their places."""
     folder = Path(folder)
@@ -334,6 +347,9 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
+# Keys of results.json that `evaluate --record` and `calibrate` write.
+LATER_RESULTS = ("evaluations", "thresholds_from")
+
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 
 
@@ -344,7 +360,8 @@ def is_head_folder(folder: str | os.PathLike) -> bool:
 
 def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
     """Return the head folders inside a folder, by name."""
-    return {item.name: item for item in sorted(Path(folder).iterdir()) if is_head_folder(item)}
+    items = sorted(item for item in Path(folder).iterdir() if not item.name.startswith("."))
+    return {item.name: item for item in items if is_head_folder(item)}
 
 
 def check_output(folder: str | os.PathLike) -> None:
@@ -421,8 +438,14 @@ def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
+def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the training run wrote of a head's results; None if there is nothing of it."""
+    return {key: value for key, value in (results or {}).items() if key not in LATER_RESULTS} or None
+
+
 def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
     """Return the halting rules in a head's results, by label; empty if none were measured."""
+    results = training_results(results)
     return {} if results is None else chosen_run(results).get("halting", {}).get("labels", {})
 
 
@@ -1247,6 +1270,14 @@ _MARKERS = (
         and all(map(_is_marker, value.values()))
     ),
 )
+_THRESHOLDS = (
+    "{name: a number from 0 to 1} with printable names",
+    lambda value: (
+        isinstance(value, dict)
+        and all(_is_name(name) and name.strip() for name in value)
+        and all(_is_number(number) and 0 <= number <= 1 for number in value.values())
+    ),
+)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
 # The rule of each field: a description and a check.
@@ -1269,6 +1300,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
+    "thresholds": _or_none(_THRESHOLDS),
     "fingerprint": _or_none(_NUMBERS),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": _or_none(("text", _is_text)),
@@ -1322,6 +1354,7 @@ class ProbeConfig:
     fingerprint: list[float] | None = None
 
     threshold: float | list[float] | None = None
+    thresholds: dict[str, float] | None = None
     temperature: float = 1.0
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -1387,6 +1420,11 @@ class ProbeConfig:
             raise ProbeError(
                 f"threshold={self.threshold!r} needs two labels (one number) or a multi-label head; this head has "
                 f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
+            )
+        if self.thresholds and (self.num_labels != 2 or self.problem_type != "single_label_classification"):
+            raise ProbeError(
+                f"thresholds={self.thresholds!r} needs two labels; this head has num_labels={self.num_labels}, "
+                f"problem_type={self.problem_type!r}"
             )
 
     def _check_layers(self) -> None:

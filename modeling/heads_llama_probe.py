@@ -39,6 +39,7 @@ from transformers.utils import logging
 from typing import Any
 from typing import ClassVar
 from typing import NamedTuple
+from typing import TypeVar
 from .backbone_llama_probe import NextToken
 from .backbone_llama_probe import backbone_facts
 from .backbone_llama_probe import check_states
@@ -65,6 +66,7 @@ from .configuration_llama_probe import TURN_SCOPES
 from .configuration_llama_probe import WEIGHTS_NAME
 from .configuration_llama_probe import check_writable
 from .configuration_llama_probe import current_file
+from .configuration_llama_probe import folder_state
 from .configuration_llama_probe import get_probe_type
 from .configuration_llama_probe import is_head_folder
 from .configuration_llama_probe import kind_code
@@ -76,6 +78,7 @@ from .configuration_llama_probe import register_probe_type
 from .configuration_llama_probe import remove_leftovers
 from .configuration_llama_probe import replace_files
 from .configuration_llama_probe import resolve_head
+from .configuration_llama_probe import training_results
 from .configuration_llama_probe import turn_mask
 from .configuration_llama_probe import with_subfolder
 
@@ -1441,6 +1444,9 @@ def _verdict(recorded: Any, found: Any, name: str = "") -> str:
 
 # From heads/folder.py
 
+T = TypeVar("T")
+
+_TRIES = 20
 _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
@@ -1468,8 +1474,7 @@ def save_head(
         results = None
     elif results is not None:
         contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
-        path = current_file(folder, RESULTS_NAME)
-        if _holds(path, contents[RESULTS_NAME]):
+        if _is_same_training(folder, results):
             plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
     kept = [*plots, CARD_NAME]
     with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
@@ -1484,8 +1489,27 @@ def save_head(
     return folder
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    return os.path.isfile(path) and path.stat().st_size == len(content) and path.read_bytes() == content
+def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
+    """Return True if a folder holds the results of this training, and so its plots."""
+    try:
+        return training_results(read_results(folder)) == training_results(results)
+    except ProbeError:
+        return False
+
+
+def read_settled(folder: Path, read: Callable[[], T]) -> T:
+    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
+    for _ in range(_TRIES):
+        before, error = folder_state(folder, CONFIG_NAME), None
+        try:
+            found = read()
+        except ProbeError as raised:
+            error = raised
+        if folder_state(folder, CONFIG_NAME) == before:
+            if error is not None:
+                raise error
+            return found
+    raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
 
 
 def read_tensors(
@@ -1501,7 +1525,7 @@ def read_tensors(
             _check_header(path, file, shapes)
             _check_digest(path, config)
             tensors = {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
         raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")
@@ -1638,6 +1662,14 @@ class ProbeModel(nn.Module):
         target = None if backbone is None else target_of(backbone)
         options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
         folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
+        probe = read_settled(folder, lambda: cls._read(folder, trust_remote_code))
+        if backbone is not None:
+            check_backbone(folder.name, probe.config, backbone)
+            probe.set_backbone(backbone)
+        return probe.eval()
+
+    @classmethod
+    def _read(cls, folder: Path, trust_remote_code: bool) -> ProbeModel:
         config = read_config(folder, trust_remote_code)
         try:
             with torch.device("meta"):
@@ -1648,10 +1680,7 @@ class ProbeModel(nn.Module):
         probe = cls(config)
         probe.load_state_dict(tensors)
         probe.results = read_results(folder)
-        if backbone is not None:
-            check_backbone(folder.name, config, backbone)
-            probe.set_backbone(backbone)
-        return probe.eval()
+        return probe
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write config, weights, results and a card into a folder, and nothing of the backbone."""

@@ -1431,7 +1431,7 @@ Judge = Callable[[list[str]], Decisions]
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
-# A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
+# THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]*)(?::([^:]*))?)?", re.DOTALL)
 _OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
@@ -1477,7 +1477,7 @@ class HaltRule:
         head: str,
         config: ProbeConfig,
         label: str | None = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         patience: int = 1,
         unsure: Sequence[float] | None = None,
         ask: Judge | None = None,
@@ -1493,6 +1493,12 @@ class HaltRule:
             raise ProbeError(
                 f"halt_on: {head!r} gives values and needs a threshold: {{{head!r}: {{'threshold': ...}}}}"
             )
+        if isinstance(threshold, str):
+            known = config.thresholds or {}
+            if threshold not in known or label != names[1]:
+                allowed = f"a number, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
+                raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
+            threshold = known[threshold]
         if threshold is not None:
             low, high = (-math.inf, math.inf) if regression else (0, 1)
             if isinstance(threshold, bool) or not isinstance(threshold, Real) or not low <= threshold <= high:
@@ -1575,7 +1581,7 @@ def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         try:
             options = json.loads(text) if text is not None else {}
             if threshold is not None:
-                options["threshold"] = float(threshold)
+                options["threshold"] = _number_or_name(threshold)
         except ValueError:
             options = None
         if head is None or not isinstance(options, dict) or "" in (label, threshold):
@@ -1584,6 +1590,13 @@ def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ProbeError(f"--halt-on names {head} more than once: give each head once")
         found[head] = options if label is None else {"label": label, **options}
     return found
+
+
+def _number_or_name(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 class Halter:
