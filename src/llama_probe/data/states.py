@@ -156,7 +156,7 @@ class StateCache:
         """
         scope = [config.token_scope, config.prefix_ids, config.turn_markers]
         parts = [_FORMAT, str(self.dtype), scope, prompts, masks, weights_digest(lm)]
-        key = hashlib.sha256(json.dumps(parts).encode())
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         shared = self.folder / key.hexdigest()[:32]
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
         own = shared
