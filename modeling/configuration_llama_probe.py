@@ -1109,6 +1109,8 @@ def _as_package() -> Iterator[None]:
 
 # From heads/turns.py
 
+logger = logging.get_logger(__name__)
+
 # A tool's result comes from outside, as a user's text does.
 USER_ROLES = ("user", "tool")
 TURN_ROLES = (*USER_ROLES, "assistant", "system")
@@ -1124,7 +1126,15 @@ def turn_mask(
     begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
     if "tool" in markers:
         begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
-    mask = _mask(scope, begins, known)[:, :-1]
+    marked = _running_max(sum(found * 1 for found in begins.values()))[:, -1:] > 0
+    if not traced and not marked.all():
+        logger.warning_once(
+            "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
+            "all of it, and its scores may be less reliable."
+        )
+    # A prompt that goes on may still get markers.
+    whole = ~marked if known < input_ids.shape[1] else marked & False
+    mask = (_mask(scope, begins, known) | whole)[:, :-1]
     return mask if traced else torch.from_numpy(mask).to(input_ids.device)
 
 
@@ -1182,8 +1192,6 @@ def _running_max(values: Any) -> Any:
 
 
 # From heads/configuration.py
-
-logger = logging.get_logger(__name__)
 
 POOLS = ("mean", "max")
 NORMALIZATIONS = ("none", "layernorm", "rms")

@@ -24,6 +24,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What the pages speak of as bundled: folders of these names come first.
 HEADS = {
+    "safety": ("multimax", ("harmless", "harmful")),
     "toxicchat-mha": ("mha", ("non-toxic", "toxic")),
     "toxicchat-gate": ("gate", ("non-toxic", "toxic")),
     "sst2-mha": ("mha", ("negative", "positive")),
@@ -39,7 +40,7 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub):
     for seed, (name, (kind, labels)) in enumerate(HEADS.items()):
         probe = make_probe(
             seed, probe_type=kind, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),
-            token_scope="content", **fields,
+            token_scope="last_user", **({"thresholds": {"fpr-0.5%": 0.9}} if len(labels) == 2 else {}), **fields,
         )  # fmt: skip
         save_head(probe, tmp_path / name)
     monkeypatch.chdir(tmp_path)

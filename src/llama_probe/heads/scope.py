@@ -27,7 +27,8 @@ def token_mask(
     """Return which tokens count for a head.
 
     The turns that `"last_user"`, `"user"` and `"turns"` name are found by `config.turn_markers`; see `turn_mask`. No token
-    counts of a row without such a turn. Without markers these scopes are `"content"`.
+    counts of a chat without such a turn; a row without any marker is read whole. Without `turn_markers` these scopes are
+    `"content"`.
 
     With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
     after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # A tool's result comes from outside, as a user's text does.
 USER_ROLES = ("user", "tool")
@@ -22,7 +25,8 @@ def turn_mask(
 
     A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
     and open the reply. All text behind the last user's turn counts too, because a user may have forged the markers in it. If
-    the beginning of a prompt was cut away, the text before its first reply is a user's.
+    the beginning of a prompt was cut away, the text before its first reply is a user's. So is a prompt without any marker,
+    which is no chat; a warning says so once.
 
     Args:
         scope: `"last_user"`, `"user"` or `"turns"`; see `ProbeConfig.token_scope`.
@@ -36,7 +40,15 @@ def turn_mask(
     begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
     if "tool" in markers:
         begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
-    mask = _mask(scope, begins, known)[:, :-1]
+    marked = _running_max(sum(found * 1 for found in begins.values()))[:, -1:] > 0
+    if not traced and not marked.all():
+        logger.warning_once(
+            "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
+            "all of it, and its scores may be less reliable."
+        )
+    # A prompt that goes on may still get markers.
+    whole = ~marked if known < input_ids.shape[1] else marked & False
+    mask = (_mask(scope, begins, known) | whole)[:, :-1]
     return mask if traced else torch.from_numpy(mask).to(input_ids.device)
 
 
