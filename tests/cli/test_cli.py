@@ -275,7 +275,7 @@ TRAIN = "train --train {rows} --output {out} "
         (TRAIN + "--num-seeds 99999999999999999999", "--num-seeds"),
         (TRAIN + "--epochs 0", "--epochs=0"),
         (TRAIN + "--no-cache --cache-dir kept", "--no-cache"),
-        ("train --train a --train=b --output {out}", "--train is given twice"),
+        ("train --train a --eval a --eval=b --output {out}", "--eval is given twice"),
         (TRAIN + "--cache --no-cache", "--cache/--no-cache is given twice"),
         ("reproduce --output {out} --methods gate --methods mha", "--methods is given twice"),
     ],

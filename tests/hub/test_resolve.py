@@ -72,7 +72,7 @@ def test_specs(tmp_path):
         ([folder, folder], "two heads are called 'h'"),
         ({"a.b": folder}, "'a.b' cannot name"),
         ({"type": folder}, "'type' cannot name"),
-        ([head], "None cannot name"),
+        ([head, head], "two heads"),
         ("a/b/c", "'a/b/c' is neither a folder"),
     ):
         with pytest.raises(ProbeError, match=words):

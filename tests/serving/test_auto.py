@@ -1,5 +1,7 @@
 """AutoModel.from_pretrained(..., probe=...): new with the argument, untouched without it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_lm, make_probe, save_head
@@ -112,6 +114,8 @@ class TestAHeadsId:
         probe = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
         if request.param == "folder":
             return str(save_head(probe, tmp_path / "mood")), {}
+        # A pushed head keeps the name of a local backbone, and not its path.
+        monkeypatch.chdir(backbone_folder.parent)
         where = {"subfolder": "heads/mood"} if request.param == "subfolder" else {}
         probe.push_to_hub("alice/mood", **where)
         return "alice/mood", where
@@ -133,7 +137,9 @@ class TestAHeadsId:
     def test_config_and_tokenizer(self, place, backbone_folder):
         config = AutoConfig.from_pretrained(place[0], **place[1])
         assert config.model_type == "llama_probe_head" and config.id2label == {0: "no", 1: "yes"}
-        assert config.base_model_name_or_path == str(backbone_folder) and config.probe["probe_type"] == "mha"
+        assert (
+            Path(config.base_model_name_or_path).name == backbone_folder.name and config.probe["probe_type"] == "mha"
+        )
         tokenizer = AutoTokenizer.from_pretrained(place[0], **place[1])
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(backbone_folder).chat_template
 
