@@ -139,7 +139,7 @@ def test_the_demo_command():
         [sys.executable, "-c", code, "demo", "--max-new-tokens", "5"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for words in ("What is the capital of France?", "toxicchat-mha", "emotion-mha", "s with both heads"):
+    for words in ("What is the capital of France?", "safety", "emotion-mha", "s with both heads"):
         assert words in done.stdout
 
 
