@@ -12,6 +12,7 @@ from ..errors import ProbeError
 from ..serving.halting import HALTING_FORMS, read_halting
 from .compatibility import RESTRICTED, TRANSFER, check_arguments
 from .engine import engine_kwargs
+from .settings import KEY
 
 
 # Options of vLLM's that have a short form, by it.
@@ -49,6 +50,9 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         metavar="HEAD[:LABEL[:THRESHOLD]]",
         help=f"requests that get no reply: {HALTING_FORMS}; may be repeated",
     )
+    parser.add_argument(
+        "--hide-scores", action="store_true", help="send labels and halts alone: no logits, probabilities, thresholds"
+    )
     parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
     parser.add_argument("--probe-namespace", help="whose heads aliases stand for")
     parser.add_argument(
@@ -81,6 +85,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         allow_untested_vllm=ours.allow_untested_vllm,
         **{name: value for name, value in known.items() if value is not None},
     )
+    arguments["additional_config"][KEY] |= {"hide_scores": ours.hide_scores}
     arguments["kv_transfer_config"] = TRANSFER
     words = ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():

@@ -22,7 +22,8 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
 
     Returns:
         `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`; with `halt_on` also
-        `"halted"`: the fields of a `Halt`, or `None`. What a guard could not score is halted.
+        `"halted"`: the fields of a `Halt`, or `None`. What a guard could not score is halted. With `hide_scores` labels are
+        all that is left of a head, and head and label of a `Halt`.
     """
     outputs: dict[str, ProbeOutput] = {}
     probes: dict[str, Any] = {}
@@ -38,7 +39,8 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
             probes[name] = {"error": str(error)}
             continue
         outputs[name] = output
-        probes[name] = {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
+        said = {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
+        probes[name] = _only(said, "label") if settings.hide_scores else said
     if settings.halt_on is None:
         return {"probes": probes}
     halts = (
@@ -46,4 +48,9 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
         for rule in settings.rules
     )
     halt = next((halt for halt in halts if halt is not None), None)
-    return {"probes": probes, "halted": halt and asdict(halt)}
+    halted = halt and asdict(halt)
+    return {"probes": probes, "halted": _only(halted, "head", "label") if halted and settings.hide_scores else halted}
+
+
+def _only(said: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: said[name] for name in names if name in said}

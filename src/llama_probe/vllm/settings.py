@@ -26,11 +26,13 @@ class ProbeSettings:
         heads: folders by name; every process of the engine must be able to read them.
         halt_on: options by name of the heads that may halt a request; see `Halter`. `None` halts nothing.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
+        hide_scores: answer with labels alone.
     """
 
     heads: dict[str, str]
     halt_on: dict[str, dict[str, Any]] | None = field(default=None)
     allow_untested_vllm: bool = False
+    hide_scores: bool = False
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
