@@ -294,6 +294,16 @@ def test_vllms_own_options_are_refused_before_it_starts(tiny, words):  # noqa: F
         server_arguments([str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", *words])
 
 
+def test_what_halted_requests_get(tiny):  # noqa: F811
+    words = [str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", "--halt-reply"]
+    for wrong in (["No."], ["", "--halt-on", "guard"]):
+        with pytest.raises(ProbeError, match="--halt-reply"):
+            server_arguments([*words, *wrong])
+    given = server_arguments([*words, "No.", "--halt-on", "guard", "--hide-scores"])
+    settings = json.loads(given[given.index("--additional-config") + 1])["llama_probe"]
+    assert settings["halt_reply"] == "No." and settings["hide_scores"]
+
+
 def test_options_that_go_with_heads_are_handed_on(tiny):  # noqa: F811
     rest = ["--max_model_len", "64", "--pipeline-parallel-size", "1", "--no-enable-lora"]
     words = server_arguments(

@@ -1,39 +1,17 @@
-"""A server on two ranks with a guard, asked by OpenAI's client."""
+"""A server on two ranks with a guard, asked by the clients of OpenAI and Anthropic."""
 
 import asyncio
+import json
+import urllib.request
 
 import pytest
 from http_server import serving
-from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
-from transformers import AutoTokenizer
+from tiny_chats import TEXTS, ask, chats, flagged  # noqa: F401 - fixtures
+from tiny_engine import HEADS, TinyServing, tiny  # noqa: F401 - a fixture
 
 
 openai = pytest.importorskip("openai")
-
-TEXTS = [
-    f"{word} number {i} " * (1 + 3 * i) for i, word in enumerate(("alpha", "beta", "gamma", "delta", "eps", "zeta"))
-]
-
-
-@pytest.fixture(scope="module")
-def chats(tiny: TinyServing) -> dict[str, list[int]]:  # noqa: F811
-    """Token ids of the prompts, by text."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny.backbone)
-
-    def ids(text: str) -> list[int]:
-        chat = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-
-    return {text: ids(text) for text in TEXTS}
-
-
-@pytest.fixture(scope="module")
-def flagged(tiny: TinyServing, chats) -> dict[str, bool]:  # noqa: F811
-    threshold = tiny.threshold(list(chats.values()))
-    scores = {text: float(tiny.reference(ids).probe_probabilities["guard"][0, 1]) for text, ids in chats.items()}
-    found = {text: score >= threshold for text, score in scores.items()}
-    assert 0 < sum(found.values()) < len(found)
-    return {"threshold": threshold, **found}
+anthropic = pytest.importorskip("anthropic")
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +38,6 @@ def client(url):
         yield client
 
 
-def ask(client, text: str, **kwargs):
-    messages = [{"role": "user", "content": text}]
-    return client.chat.completions.create(
-        model="tiny", messages=messages, **{"temperature": 0.0, "max_tokens": 4, **kwargs}
-    )
-
-
 def test_complete_responses(client, tiny, chats, flagged):  # noqa: F811
     for text, ids in chats.items():
         response = ask(client, text, extra_body={"ignore_eos": True})
@@ -74,7 +45,7 @@ def test_complete_responses(client, tiny, chats, flagged):  # noqa: F811
         (choice,) = response.choices
         if flagged[text]:
             assert not choice.message.content and response.usage.completion_tokens == 0
-            assert (choice.finish_reason, choice.stop_reason) == ("stop", "guard")
+            assert (choice.finish_reason, choice.stop_reason) == ("content_filter", "guard")
             assert response.kv_transfer_params["halted"]["head"] == "guard"
         else:
             assert response.usage.completion_tokens == 4 and choice.finish_reason == "length"
@@ -105,10 +76,84 @@ def test_streams_of_chats_at_the_same_time(url, tiny, chats, flagged, copies):  
         assert not any(getattr(chunk, "kv_transfer_params", None) for chunk in later)
         if flagged[text]:
             assert later == []
-            assert all(chunk.choices[0].finish_reason == "stop" for chunk in first.values())
+            assert all(chunk.choices[0].finish_reason == "content_filter" for chunk in first.values())
             assert all(chunk.choices[0].stop_reason == "guard" for chunk in first.values())
         else:
             assert [chunk.choices[0].finish_reason for chunk in later].count("length") == copies
+
+
+def test_responses(client, tiny, chats, flagged):  # noqa: F811
+    options = {"model": "tiny", "temperature": 0.0, "max_output_tokens": 16}
+    for text, ids in chats.items():
+        whole = client.responses.create(input=text, **options)
+        events = list(client.responses.create(input=text, stream=True, **options))
+        assert events[0].type == "response.created"
+        tiny.check(whole.kv_transfer_params["probes"], ids)
+        tiny.check(events[0].response.kv_transfer_params["probes"], ids)
+        for response in (whole, events[-1].response):
+            if flagged[text]:
+                assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
+                assert response.output_text == "" and response.kv_transfer_params["halted"]["head"] == "guard"
+            else:
+                assert response.incomplete_details is None or response.incomplete_details.reason == "max_output_tokens"
+        assert events[-1].type == ("response.incomplete" if flagged[text] else "response.completed")
+
+
+def test_messages(url, tiny, chats, flagged):  # noqa: F811
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", timeout=250, max_retries=0) as client:
+        for text, ids in chats.items():
+            options = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": text}]}
+            whole = client.messages.create(**options)
+            with client.messages.stream(**options) as stream:
+                first = next(iter(stream))
+                streamed = stream.get_final_message()
+            assert first.type == "message_start"
+            tiny.check(first.message.kv_transfer_params["probes"], ids)
+            tiny.check(whole.kv_transfer_params["probes"], ids)
+            for message in (whole, streamed):
+                assert (message.stop_reason == "refusal") == flagged[text]
+                assert not flagged[text] or (message.stop_sequence is None and message.usage.output_tokens == 0)
+
+
+def test_invocations(url, tiny, chats, flagged):  # noqa: F811
+    for text, ids in chats.items():
+        body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2, "stream": True}
+        with post(url.removesuffix("v1") + "invocations", body) as response:
+            first = json.loads(next(iter(response)).removeprefix(b"data: "))
+        tiny.check(first["kv_transfer_params"]["probes"], ids)
+        assert (first["choices"][0]["finish_reason"] == "content_filter") == flagged[text]
+
+
+def post(url: str, body: dict):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=250)
+
+
+def test_the_header(client, chats):  # noqa: F811
+    def said_of(text: str, **kwargs) -> tuple[str, dict]:
+        response = ask(client.with_raw_response, text, **kwargs)
+        stream = response.parse()
+        return response.headers["x-llama-probe"], next(iter(stream)).kv_transfer_params["probes"]
+
+    header, probes = said_of(TEXTS[0], stream=True)
+    items = dict(item.split("=", 1) for item in header.split(", "))
+    assert list(items) == list(probes) == list(HEADS)
+    label, _, score = items["guard"].partition(";p=")
+    assert label == probes["guard"]["label"] and float(score) == pytest.approx(probes["guard"]["score"], abs=1e-3)
+    assert float(items["size"]) == pytest.approx(probes["size"]["score"], rel=1e-4)
+    whole = ask(client.with_raw_response, TEXTS[0])
+    assert whole.headers["x-llama-probe"].startswith(f"guard={label};p={score[:3]}")
+    several = client.completions.with_raw_response.create(model="tiny", prompt=list(chats.values())[:2], max_tokens=1)
+    assert "x-llama-probe" not in several.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_for_heads_that_are_not_there(client, stream):
+    params = {"extra_body": {"kv_transfer_params": {"probes": ["nowhere"]}}, "stream": stream}
+    with pytest.raises(openai.BadRequestError, match=r"nowhere.*guard, tone"):
+        ask(client, TEXTS[0], **params)
+    with pytest.raises(openai.BadRequestError, match="must be a list of heads"):
+        client.responses.create(model="tiny", input="a", **params)
 
 
 def test_streams_of_texts(client, tiny, chats, flagged):  # noqa: F811
@@ -119,7 +164,7 @@ def test_streams_of_texts(client, tiny, chats, flagged):  # noqa: F811
     for index, (text, ids) in enumerate(chats.items()):
         tiny.check(first[index].kv_transfer_params["probes"], ids)
         own = [chunk for chunk in chunks if chunk.choices[0].index == index]
-        assert own[-1].choices[0].finish_reason == ("stop" if flagged[text] else "length")
+        assert own[-1].choices[0].finish_reason == ("content_filter" if flagged[text] else "length")
         assert len(own) == (1 if flagged[text] else 3)
         assert (own[0].choices[0].text == "") or not flagged[text]
         assert (own[0].id, own[0].model) == (chunks[0].id, "tiny")
@@ -140,6 +185,7 @@ def test_complete_responses_to_several_prompts(client, tiny, chats, flagged):  #
             said = choice["kv_transfer_params"]
             tiny.check(said["probes"], ids)
             assert (choice["stop_reason"] == "guard") == flagged[text] == (said["halted"] is not None)
+            assert (choice["finish_reason"] == "content_filter") == flagged[text]
     twice = client.completions.create(
         model="tiny", prompt=list(chats.values())[:2], n=2, **options | {"temperature": 1.0}
     )

@@ -50,6 +50,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         metavar="HEAD[:LABEL[:THRESHOLD]]",
         help=f"requests that get no reply: {HALTING_FORMS}; may be repeated",
     )
+    parser.add_argument("--halt-reply", metavar="TEXT", help="what a request that is halted gets as its reply")
     parser.add_argument(
         "--hide-scores", action="store_true", help="send labels and halts alone: no logits, probabilities, thresholds"
     )
@@ -73,6 +74,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     theirs.add_argument("--additional-config", type=_json, metavar="JSON", help="beside what heads put there")
     ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
     _check_theirs(rest)
+    if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
+        raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
     known = {name: getattr(ours, name) for name in ("revision", "download_dir", "hf_overrides", "additional_config")}
     arguments = engine_kwargs(
         ours.model,
@@ -85,7 +88,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         allow_untested_vllm=ours.allow_untested_vllm,
         **{name: value for name, value in known.items() if value is not None},
     )
-    arguments["additional_config"][KEY] |= {"hide_scores": ours.hide_scores}
+    arguments["additional_config"][KEY] |= {"hide_scores": ours.hide_scores, "halt_reply": ours.halt_reply}
     arguments["kv_transfer_config"] = TRANSFER
     words = ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():

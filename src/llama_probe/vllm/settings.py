@@ -27,12 +27,14 @@ class ProbeSettings:
         halt_on: options by name of the heads that may halt a request; see `Halter`. `None` halts nothing.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         hide_scores: answer with labels alone.
+        halt_reply: text that the server sends to a halted request.
     """
 
     heads: dict[str, str]
     halt_on: dict[str, dict[str, Any]] | None = field(default=None)
     allow_untested_vllm: bool = False
     hide_scores: bool = False
+    halt_reply: str | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:

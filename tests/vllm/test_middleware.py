@@ -1,0 +1,140 @@
+"""The middleware before a server of a few routes and an engine that says what it is told to."""
+
+import json
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from fastapi.testclient import TestClient
+
+from llama_probe.vllm.middleware import ProbeStreams
+from llama_probe.vllm.payloads import Scores
+from llama_probe.vllm.settings import KEY
+
+
+BAD = {"label": "bad", "score": 0.981234, "scores": {"fine": 0.018766, "bad": 0.981234}}
+
+
+class Engine:
+    """Answers each prompt with one output."""
+
+    def __init__(self, known: dict):
+        additional = {KEY: {"heads": {"guard": "here", "tone": "there"}, "halt_on": {"guard": {}}}}
+        self.vllm_config = SimpleNamespace(additional_config=additional)
+        self.known, self.asked = known, 0
+
+    async def generate(self, prompt, sampling_params, request_id):
+        self.asked += 1
+        reply = SimpleNamespace(finish_reason="stop", text="")
+        yield SimpleNamespace(kv_transfer_params=self.known, outputs=[reply])
+
+
+def client_of(engine: Engine) -> TestClient:
+    app = FastAPI()
+    app.state.engine_client = engine
+    app.state.args = SimpleNamespace(served_model_name=None, model="tiny")
+    params = SimpleNamespace(n=1)
+
+    @app.post("/complete")
+    async def complete(request: Request):
+        asked = await request.json()
+        async for output in engine.generate(None, params, "chatcmpl-1"):
+            return {"asked": asked, "choices": [{"index": 0, "finish_reason": output.outputs[0].finish_reason}]}
+
+    @app.post("/v1/responses")
+    async def responses():
+        async def events():
+            yield 'event: response.created\ndata: {"type": "response.created", "response": {}}\n\n'
+            yield 'event: response.in_progress\ndata: {"type": "response.in_progress", "response": {}}\n\n'
+            async for _ in engine.generate(None, params, "resp_1_0"):
+                pass
+            data = {"type": "response.completed", "response": {"status": "completed"}}
+            yield f"event: response.completed\ndata: {json.dumps(data)}\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    @app.post("/fails")
+    async def fails():
+        async def events():
+            yield "event: response.created\ndata: {}\n\n"
+            raise OSError("gone")
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    app.add_middleware(ProbeStreams)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "asked", ["guard", {"guard": 1}, ["guard", "nowhere"], [1], [["guard"]], True, ["x" * 1000]], ids=str
+)
+def test_heads_that_are_not_there_are_refused_before_the_engine_is_asked(asked):
+    engine = Engine({"probes": {"guard": BAD}})
+    response = client_of(engine).post("/complete", json={"kv_transfer_params": {"probes": asked}})
+    assert response.status_code == 400 and engine.asked == 0
+    detail = response.json()["detail"]
+    assert "kv_transfer_params.probes" in detail and "guard, tone" in detail
+    assert "\n" not in detail and len(detail) < 400
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"kv_transfer_params": None}, {"kv_transfer_params": {"probes": None}}, {"kv_transfer_params": [1]},
+             {"kv_transfer_params": {"probes": []}}, {"kv_transfer_params": {"probes": ["tone"]}}, "kv_transfer_params"],
+    ids=str,
+)  # fmt: skip
+def test_other_bodies_reach_the_server_as_they_are(body):
+    response = client_of(Engine({"probes": {"guard": BAD}, "halted": None})).post("/complete", json=body)
+    assert response.status_code == 200 and response.json()["asked"] == body
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_body_in_pieces_is_checked_as_a_whole():
+    engine, body = Engine({"probes": {"guard": BAD}}), json.dumps({"kv_transfer_params": {"probes": ["nowhere"]}})
+    client = client_of(engine)
+    assert client.post("/complete", content=(piece.encode() for piece in body)).status_code == 400
+    assert engine.asked == 0
+    good = body.replace("nowhere", "guard")
+    assert client.post("/complete", content=(piece.encode() for piece in good)).json()["asked"] == json.loads(good)
+
+
+def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores():
+    known = {"probes": {"guard": BAD}, "halted": {"head": "guard"}}
+    response = client_of(Engine(known)).post("/v1/responses")
+    assert response.headers["x-llama-probe"] == "guard=bad;p=0.981"
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+    assert [event["type"] for event in events] == [
+        "response.created",
+        "response.in_progress",
+        "response.incomplete",
+    ]
+    assert events[0]["response"]["kv_transfer_params"] == known
+    assert events[-1]["response"] == {"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}
+    assert "event: response.incomplete\n" in response.text and "response.completed" not in response.text
+
+
+def test_a_stream_that_fails_before_its_scores_is_an_error():
+    assert client_of(Engine({})).post("/fails").status_code == 500
+
+
+def test_what_the_header_says():
+    label = 'très "bad"; 50 %'
+    probes = {
+        "guard": {"label": label, "score": 0.98, "scores": {"fine": 0.02, label: 0.98}},
+        "topics": {"label": ["a", "b"], "score": [0.9, 0.7], "scores": {"a": 0.9, "b": 0.7, "c": 1e-6}},
+        "none": {"label": [], "score": [], "scores": {"a": 1e-6}},
+        "size": {"logits": [-1.5], "score": -1.5},
+        "both": {"scores": {"x": 1.0, "y": 2.25}},
+        "mute": {"error": "no turn"},
+    }
+    value = Scores("m", prompts=[{"probes": probes}]).header.decode()
+    assert value.isascii() and value.isprintable()
+    guard, rest = value.split(", ", 1)
+    assert rest == "topics=(a;p=0.9 b;p=0.7), none=(), size=-1.5, both=(1 2.25), mute;error"
+    assert unquote(guard) == f"guard={label};p=0.98" and " " not in guard and guard.count(";") == 1
+    hidden = {"guard": {"label": "bad"}, "topics": {"label": ["a"]}, "size": {}}
+    assert Scores("m", prompts=[{"probes": hidden}]).header == b"guard=bad, topics=(a)"
+    assert Scores("m", prompts=[{"probes": {"size": {}}}]).header is None
+    assert Scores("m", prompts=[{"probes": hidden}] * 2).header is None
+    assert Scores("m", prompts=[{"probes": {"guard": {"label": "x" * 9000}}}]).header is None
