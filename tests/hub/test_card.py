@@ -187,7 +187,8 @@ def test_bundled_cards_are_what_their_folders_give(alias):
     folder = bundled_heads()[alias]
     assert card_of(folder) == str(create_card(folder))
     results = json.loads((folder / "results.json").read_text())
-    assert len(results["runs"]) >= 3 and results["card"]["license"] and results["card"]["command"]
+    assert results["card"]["license"] and results["card"]["command"]
+    assert len(results["runs"]) >= 3 or results["evaluations"], "three seeds, or intervals on rows of other sources"
     best = max(results["runs"], key=lambda run: run["validation"][results["recipe"]["metric"]])
     assert best["seed"] == results["chosen_seed"], "chosen by validation"
 
