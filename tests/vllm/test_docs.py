@@ -29,7 +29,8 @@ def test_there_is_one_on_a_page_of_docs():
 @pytest.mark.parametrize("line", sorted(command_lines()))
 def test_it_serves(line, tiny: TinyServing, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny.heads["guard"], "toxicchat-mha")
+    (name,) = re.findall(r"--probe (\S+)", line)
+    shutil.copytree(tiny.heads["guard"], name)
     small = "--dtype float32 --enforce-eager --max-model-len 256 --max-num-batched-tokens 256 --max-num-seqs 2"
     arguments = [str(tiny.backbone), *shlex.split(line), *small.split()]
     with serving(arguments, tmp_path / "log") as url:
@@ -38,4 +39,4 @@ def test_it_serves(line, tiny: TinyServing, tmp_path, monkeypatch):  # noqa: F81
         request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=250) as response:
             said = json.load(response)["kv_transfer_params"]
-    assert list(said["probes"]) == ["toxicchat-mha"] and "halted" in said
+    assert list(said["probes"]) == [name] and "halted" in said
