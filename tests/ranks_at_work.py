@@ -17,10 +17,11 @@ from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.distributed import gather, merge_rows, process_group, rank, share, world_size
 from llama_probe.evaluation.report import inspect_head, predict_logits
 from llama_probe.evaluation.scoring_job import ScoringJob
+from llama_probe.training.arguments import ProbeTrainingArguments
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
 from llama_probe.training.sweep import SearchSpace, Sweep
-from llama_probe.training.trainer import ProbeTrainer, ProbeTrainingArguments
+from llama_probe.training.trainer import ProbeTrainer
 
 
 LABELS = torch.arange(13).numpy() % 2

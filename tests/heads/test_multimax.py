@@ -5,7 +5,7 @@ import torch
 from conftest import HIDDEN, LAYERS, make_probe
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.training.trainer import ProbeLoss
+from llama_probe.training.loss import ProbeLoss
 
 
 @pytest.mark.parametrize("maxima, members", [(1, 1), (3, 2)])

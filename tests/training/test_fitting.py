@@ -15,7 +15,7 @@ from llama_probe.evaluation.report import predict_logits
 from llama_probe.training import fitting
 from llama_probe.training import run as training_run
 from llama_probe.training.fitting import fit_classifier
-from llama_probe.training.trainer import ProbeLoss
+from llama_probe.training.loss import ProbeLoss
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")

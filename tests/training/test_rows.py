@@ -7,8 +7,8 @@ from torch.utils.data import ConcatDataset
 
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.data.states import ProbeCollator, PromptDataset
+from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import CutReplies, WeightedRows
-from llama_probe.training.trainer import ProbeLoss
 
 
 def test_replies_are_cut_and_prompts_are_not():

@@ -12,9 +12,9 @@ from llama_probe import ProbeConfig, ProbeError
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.training import shared as shared_training
 from llama_probe.training.learners import Candidate, Learner
+from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import CutReplies, WeightedRows
 from llama_probe.training.shared import CHECKPOINT_NAME, SharedTraining
-from llama_probe.training.trainer import ProbeLoss
 
 
 def rows(count: int, seed: int) -> PromptDataset:

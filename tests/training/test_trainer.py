@@ -23,8 +23,9 @@ from llama_probe.data.states import ProbeCollator, PromptDataset, StateCache
 from llama_probe.evaluation.report import predict_logits
 from llama_probe.heads.decision import ProbeOutput, probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
+from llama_probe.training.loss import ProbeLoss, balanced_weights
 from llama_probe.training.rows import CutReplies
-from llama_probe.training.trainer import STATES, ProbeLoss, balanced_weights
+from llama_probe.training.trainer import STATES
 
 
 ROWS = 48

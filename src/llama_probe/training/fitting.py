@@ -20,8 +20,8 @@ from ..evaluation.metrics import check_metric, score_logits
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
+from .loss import ProbeLoss
 from .sparse_regression import SparseModel, fit_path, largest_strength, standardize
-from .trainer import ProbeLoss
 
 
 # Strengths of the penalty to choose from, as shares of the one at which all weights are zero.

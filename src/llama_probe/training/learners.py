@@ -10,7 +10,8 @@ from torch import nn
 
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
-from .trainer import WARMUP, ProbeLoss
+from .arguments import WARMUP
+from .loss import ProbeLoss
 
 
 @dataclass

@@ -34,11 +34,13 @@ from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
 from ..hub.folder import check_output, is_head_folder, read_config_values
+from .arguments import SHARED, ProbeTrainingArguments
 from .fitting import check_convex, fit_classifier
+from .loss import ProbeLoss
 from .recipe import Recipe, complete
 from .results import describe_rows, describe_run, judge
 from .rows import TrainingData
-from .trainer import SHARED, ProbeLoss, ProbeTrainer, ProbeTrainingArguments
+from .trainer import ProbeTrainer
 
 
 CHECKPOINTS = ".checkpoints"

@@ -26,12 +26,12 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
 from .learners import Candidate, Learner
+from .loss import ProbeLoss
 from .recipe import AUTO, COMMON, Recipe
 from .results import judge
 from .rows import TrainingData
 from .run import TrainingRun
 from .shared import CHECKPOINT_NAME, SharedTraining, check_keep
-from .trainer import ProbeLoss
 
 
 SETUP_NAME, STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "setup.json", "study.log", "sweep.json", "head"

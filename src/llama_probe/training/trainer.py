@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import os
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
 
@@ -42,9 +40,10 @@ from ..evaluation.metrics import compute_metrics as metrics_of
 from ..evaluation.report import inspect_head, predict_logits
 from ..heads import get_probe_type
 from ..heads.configuration import PROMPT_FORMATS, ProbeConfig
-from ..heads.decision import ProbeOutput, probe_loss
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts
+from .arguments import ProbeTrainingArguments
+from .loss import ProbeLoss
 from .recipe import COMMON, Recipe, complete
 from .results import decide, describe_run
 from .rows import CutReplies
@@ -52,181 +51,6 @@ from .rows import CutReplies
 
 MAX_LENGTH = 512  # tokens of a prompt, if the head does not say
 STATES = ".states"
-WARMUP = 0.1  # share of all steps
-
-
-@dataclass
-class ProbeLoss:
-    """The Trainer's `compute_loss_func=` for heads: cross-entropy with class weights, label smoothing or focal weights.
-
-    Args:
-        config: config of the head.
-        class_weights: one weight a label; for a multi-label head that of its positives. None: all 1.
-        label_smoothing: 0 to below 1.
-        focal_gamma: 0 for plain cross-entropy.
-
-    Raises:
-        ProbeError: a value is not allowed.
-    """
-
-    config: ProbeConfig
-    class_weights: Sequence[float] | None = None
-    label_smoothing: float = 0.0
-    focal_gamma: float = 0.0
-
-    def __post_init__(self):
-        if self.class_weights is not None and len(self.class_weights) != self.config.num_labels:
-            raise ProbeError(f"class_weights has {len(self.class_weights)} values for {self.config.num_labels} labels")
-        if not 0 <= self.label_smoothing < 1:
-            raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
-        if self.focal_gamma < 0:
-            raise ProbeError(f"focal_gamma={self.focal_gamma} must be at least 0")
-
-    @classmethod
-    def create(cls, recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> ProbeLoss:
-        """Build the loss of a recipe. Balanced class weights are those of `labels`.
-
-        Raises:
-            ProbeError: the recipe's class weights are not allowed.
-        """
-        weights = recipe.class_weights
-        if weights == "balanced":
-            weights = balanced_weights(labels, config)
-        elif weights is not None:
-            try:
-                weights = [float(value) for value in weights.split(",")]
-            except ValueError:
-                weights = []
-            if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
-                raise ProbeError(
-                    f"class_weights={recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas, "
-                    "not all 0"
-                )
-        return cls(config, weights, recipe.label_smoothing, recipe.focal_gamma)
-
-    def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""
-        weights = None if self.class_weights is None else torch.tensor(self.class_weights)
-        total = probe_loss(
-            outputs.learned_logits,
-            labels,
-            self.config,
-            weights,
-            self.label_smoothing,
-            self.focal_gamma,
-            reduction="sum",
-            row_weights=outputs.row_weights,
-        )
-        rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
-        return total / rows
-
-
-def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
-    """Return class weights with mean 1 over the rows; for a multi-label head negatives / positives of each label."""
-    if config.problem_type == "multi_label_classification":
-        positives = labels.sum(axis=0)
-        return ((len(labels) - positives) / np.maximum(positives, 1)).tolist()
-    if config.problem_type == "regression":
-        raise ProbeError("class_weights must be None for regression")
-    counts = np.bincount(labels, minlength=config.num_labels)
-    return (len(labels) / (config.num_labels * np.maximum(counts, 1))).tolist()
-
-
-def _own(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class ProbeTrainingArguments(TrainingArguments):
-    """`TrainingArguments` for heads: cosine schedule, rows grouped by length, the best epoch kept.
-
-    The arguments that are None are filled in by `ProbeTrainer`, from the kind of the head and the number of rows.
-
-    Args:
-        label_smoothing_factor, focal_gamma, class_weights: see `ProbeLoss` and `Recipe`.
-        patience: stop after so many evaluations without a better metric. None: never.
-        max_false_positive_rate, threshold_rule: how the threshold is chosen; see `Recipe`.
-        cache_states: run the backbone once and keep its hidden states on disk while training.
-        cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
-    """
-
-    learning_rate: float | None = _own(None, "Peak learning rate. Default: by kind.")
-    num_train_epochs: float | None = _own(None, "Epochs at most. Default: by number of rows.")
-    per_device_train_batch_size: int | None = _own(None, "Rows a step and device. Default: by number of rows.")
-    per_device_eval_batch_size: int = _own(32, "Rows a step and device in evaluation.")
-    weight_decay: float = _own(0.05, "Weight decay.")
-    label_smoothing_factor: float | None = _own(None, "Label smoothing. Default: by kind.")
-    lr_scheduler_type: str = _own("cosine", "Schedule of the learning rate.")
-    warmup_steps: float = _own(WARMUP, "Steps of the warmup; below 1 a share of all steps.")
-    eval_strategy: str = _own("epoch", "When to evaluate. No, if there is no eval_dataset.")
-    save_strategy: str = _own("epoch", "When to save a checkpoint, which holds only the head.")
-    save_total_limit: int | None = _own(1, "Checkpoints to keep.")
-    load_best_model_at_end: bool = _own(True, "Keep the epoch with the best metric.")
-    restore_callback_states_from_checkpoint: bool = _own(True, "Resume the count of early stopping as well.")
-    train_sampling_strategy: str = _own("group_by_length", "How rows are drawn.")
-    remove_unused_columns: bool = _own(False, "Not for heads: their collator takes what it needs.")
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Labels in a batch."})
-    logging_strategy: str = _own("epoch", "When to log.")
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available, metadata={"help": "Pin memory."})
-    # Without it, processes of torchrun on a machine without an accelerator train apart.
-    use_cpu: bool = field(
-        default_factory=lambda: torch.accelerator.current_accelerator(check_available=True) is None,
-        metadata={"help": "Train on the CPU."},
-    )
-    log_on_each_node: bool = _own(False, "Log on each node, or once.")
-    hub_strategy: str = _own("end", "When to push: end, or every_save.")
-    focal_gamma: float = _own(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
-    class_weights: str | None = _own(None, "'balanced', or one weight a label with commas.")
-    patience: int | None = _own(3, "Stop after so many evaluations without a better metric.")
-    max_false_positive_rate: float | None = _own(None, "Highest share of negative rows that the threshold may flag.")
-    threshold_rule: str = _own("expected-f1", "expected-f1 or best-f1.")
-    cache_states: bool = _own(True, "Run the backbone once and keep its hidden states on disk while training.")
-    cache_dir: str | None = _own(None, "Keep the hidden states here for later runs.")
-
-    def __post_init__(self):
-        if self.cache_dir is not None and not self.cache_states:
-            raise ProbeError(f"cache_dir={self.cache_dir!r} and cache_states=False exclude each other")
-        given = self.metric_for_best_model, self.greater_is_better
-        super().__post_init__()
-        # The parent takes the loss if no metric is given. The metric depends on the labels, which are not known yet.
-        self.metric_for_best_model, self.greater_is_better = given
-        self.recipe()
-
-    def recipe(self) -> Recipe:
-        """Return the hyper-parameters of training, with open fields.
-
-        Raises:
-            ProbeError: one of them is not allowed.
-        """
-        return Recipe(
-            label_smoothing=self.label_smoothing_factor,
-            metric=self.metric_for_best_model,
-            **{name: getattr(self, name) for name in SHARED},
-        )
-
-    def fill(self, recipe: Recipe) -> None:
-        """Take what is open from a complete recipe, whose batch size is that of all processes."""
-        self.label_smoothing_factor = 0.0  # the parent would smooth a second time
-        if self.per_device_train_batch_size is None:
-            devices = max(1, self.n_gpu) * world_size()
-            self.per_device_train_batch_size = math.ceil(recipe.per_device_train_batch_size / devices)
-        for name in ("learning_rate", "num_train_epochs"):
-            setattr(self, name, getattr(recipe, name))
-
-
-# Fields of `Recipe` that are fields of `ProbeTrainingArguments` by the same name.
-SHARED = (
-    "learning_rate",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "focal_gamma",
-    "class_weights",
-    "patience",
-    "max_false_positive_rate",
-    "threshold_rule",
-)
 
 
 class _RenderedRows(PromptDataset):

@@ -25,8 +25,8 @@ from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
 from ...hub.folder import is_head_folder
 from ...training.fitting import fit_classifier
+from ...training.loss import ProbeLoss
 from ...training.shared import SharedTraining
-from ...training.trainer import ProbeLoss
 from .baselines import BASELINES, class_logits, fit_tfidf
 from .learning_curves import SIZES, learning_curves
 from .methods import HeadMethod, head_methods

@@ -18,9 +18,9 @@ from ...evaluation.metrics import score_logits
 from ...evaluation.report import predict_together
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
+from ...training.loss import ProbeLoss
 from ...training.recipe import Recipe, complete
 from ...training.shared import SharedTraining
-from ...training.trainer import ProbeLoss
 
 
 SIZES = (16, 64, 256, 1024)

@@ -12,7 +12,7 @@ from ...heads import get_probe_type, probe_types
 from ...heads.aggregator import Aggregator
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
-from ...training.trainer import ProbeLoss
+from ...training.loss import ProbeLoss
 from .. import paper
 from .baselines import BASELINES
 

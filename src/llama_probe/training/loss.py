@@ -1,0 +1,92 @@
+"""The loss that heads learn by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import ProbeOutput, probe_loss
+from .recipe import Recipe
+
+
+@dataclass
+class ProbeLoss:
+    """The Trainer's `compute_loss_func=` for heads: cross-entropy with class weights, label smoothing or focal weights.
+
+    Args:
+        config: config of the head.
+        class_weights: one weight a label; for a multi-label head that of its positives. None: all 1.
+        label_smoothing: 0 to below 1.
+        focal_gamma: 0 for plain cross-entropy.
+
+    Raises:
+        ProbeError: a value is not allowed.
+    """
+
+    config: ProbeConfig
+    class_weights: Sequence[float] | None = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+
+    def __post_init__(self):
+        if self.class_weights is not None and len(self.class_weights) != self.config.num_labels:
+            raise ProbeError(f"class_weights has {len(self.class_weights)} values for {self.config.num_labels} labels")
+        if not 0 <= self.label_smoothing < 1:
+            raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+        if self.focal_gamma < 0:
+            raise ProbeError(f"focal_gamma={self.focal_gamma} must be at least 0")
+
+    @classmethod
+    def create(cls, recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> ProbeLoss:
+        """Build the loss of a recipe. Balanced class weights are those of `labels`.
+
+        Raises:
+            ProbeError: the recipe's class weights are not allowed.
+        """
+        weights = recipe.class_weights
+        if weights == "balanced":
+            weights = balanced_weights(labels, config)
+        elif weights is not None:
+            try:
+                weights = [float(value) for value in weights.split(",")]
+            except ValueError:
+                weights = []
+            if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
+                raise ProbeError(
+                    f"class_weights={recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas, "
+                    "not all 0"
+                )
+        return cls(config, weights, recipe.label_smoothing, recipe.focal_gamma)
+
+    def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights)
+        total = probe_loss(
+            outputs.learned_logits,
+            labels,
+            self.config,
+            weights,
+            self.label_smoothing,
+            self.focal_gamma,
+            reduction="sum",
+            row_weights=outputs.row_weights,
+        )
+        rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
+        return total / rows
+
+
+def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
+    """Return class weights with mean 1 over the rows; for a multi-label head negatives / positives of each label."""
+    if config.problem_type == "multi_label_classification":
+        positives = labels.sum(axis=0)
+        return ((len(labels) - positives) / np.maximum(positives, 1)).tolist()
+    if config.problem_type == "regression":
+        raise ProbeError("class_weights must be None for regression")
+    counts = np.bincount(labels, minlength=config.num_labels)
+    return (len(labels) / (config.num_labels * np.maximum(counts, 1))).tolist()
