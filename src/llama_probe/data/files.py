@@ -315,6 +315,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except ProbeError:
         raise
+    # pyarrow raises NotImplementedError for parquet files that it cannot read.
     except (OSError, EOFError, ValueError, NotImplementedError, csv.Error, zlib.error) as error:
         advice = ": save it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         reason = next(iter(str(error).splitlines()), type(error).__name__)
