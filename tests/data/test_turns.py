@@ -138,3 +138,14 @@ def test_without_markers_the_whole_prompt_is_read(template):
     chat = [SYSTEM, user(ASK)]
     for scope in ("last_user", "user", "turns"):
         assert SYSTEM["content"] in read(template, chat, scope) and ASK in read(template, chat, scope)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_a_turn_that_is_opened_and_empty_hides_nothing(padding):
+    markers = {"user": {"ids": [5], "skip": 1}, "assistant": {"ids": [8], "skip": 0}}
+    config = ProbeConfig(probe_type="gate", token_scope="last_user", turn_markers=markers)
+    for end in ([5], [5, 6]):
+        ids = [5, 6, 10, 11, 8, 12, *end]
+        row = torch.tensor([ids + [0] * padding])
+        mask = token_mask(config, row, (torch.arange(row.shape[1]) < len(ids))[None])
+        assert mask[0, 2:4].all() and not mask[0, len(ids) :].any()

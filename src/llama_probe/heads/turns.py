@@ -38,6 +38,9 @@ def turn_mask(
     traced = torch.compiler.is_dynamo_compiling()
     ids = input_ids if traced else input_ids.cpu().numpy()
     begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
+    # A turn without a token is none; an opened reply without one is the generation prompt.
+    followed = _padded(ids, 0, 1) >= 0
+    begins = {role: found if role == "assistant" else found & followed for role, found in begins.items()}
     if "tool" in markers:
         begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
     marked = _running_max(sum(found * 1 for found in begins.values()))[:, -1:] > 0
@@ -84,12 +87,21 @@ def _mask(scope: str, begins: dict[str, Any], known: int) -> Any:
 def _begins(marker: Mapping[str, Any], ids: Any) -> Any:
     """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
     size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
+    padded = _padded(ids, width, 0)
     if isinstance(ids, np.ndarray):
-        padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)
         windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # [B, T + 1, width]
-        return (windows[:, :, :size] == np.array(marker["ids"])).all(2)
-    windows = functional.pad(ids, (width, 0), value=-1).unfold(1, width, 1)
-    return (windows[:, :, :size] == torch.tensor(marker["ids"], device=ids.device)).all(2)
+        opening = np.array(marker["ids"])
+    else:
+        windows, opening = padded.unfold(1, width, 1), torch.tensor(marker["ids"], device=ids.device)
+    found = (windows[:, :, :size] == opening).all(2)
+    return found & (windows[:, :, size:] >= 0).all(2) if marker["skip"] else found
+
+
+def _padded(ids: Any, left: int, right: int) -> Any:
+    """Return ids `[batch, tokens]` with -1, which is no token, before and behind them."""
+    if isinstance(ids, np.ndarray):
+        return np.pad(ids, ((0, 0), (left, right)), constant_values=-1)
+    return functional.pad(ids, (left, right), value=-1)
 
 
 def _tools_as_users(markers: Mapping[str, Mapping[str, Any]], tool: Any) -> Any:
