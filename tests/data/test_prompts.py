@@ -1,10 +1,15 @@
 """Prompts are the same in training and in serving, have one BOS token and are cut to a length."""
 
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.data.prompts import PromptFormat, is_text
@@ -146,6 +151,40 @@ def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
     assert tuple(long[-len(prompts.suffix_ids) :]) == prompts.suffix_ids
     assert tuple(long[: len(prompts.prefix_ids)]) == prompts.prefix_ids
     assert "1 of 2 prompts were cut to max_length=60 tokens" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A tokenizer with tokens of up to 12 characters."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<bos>", "<eos>"])
+    words.train_from_iterator(["the cat sat on the mat, aaaaaaaaaaaa    bbbb abab"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>")
+    fast.chat_template = make_tokenizer().chat_template
+    return fast
+
+
+@given(
+    parts=st.lists(st.sampled_from(["the cat ", "a", "ab", "    ", "\n", "☂", "<eos>", "mat,"]), min_size=1),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=15)
+def test_a_long_text_is_cut_before_and_after_the_tokenizer_alike(merging, parts, data):
+    text = "".join(parts) * (4_000 // len("".join(parts)))
+    prompts = PromptFormat.create(merging, max_length=data.draw(st.integers(60, 99)))
+    whole = prompts._cut(prompts._encode_one(text))
+    with patch.object(PromptFormat, "_tokenize", autospec=True, side_effect=PromptFormat._tokenize) as tokenize:
+        assert prompts.encode([text]) == [whole]
+    assert all(len(call.args[1]) < 2_500 for call in tokenize.call_args_list)
+
+
+def test_a_long_text_of_few_tokens_is_read_whole(tokenizer):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    prompts = PromptFormat.create(PreTrainedTokenizerFast(tokenizer_object=words), "raw", max_length=4)
+    assert prompts.encode(["x" * 5_000 + " a b a b a"]) == [[0, 1, 2, 1]]
 
 
 def test_batches_are_ready_for_generate(tokenizer):

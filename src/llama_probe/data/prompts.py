@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .turns import DIFFERENT_TEXTS, common_start, learn_turn_markers
 logger = logging.get_logger(__name__)
 
 Text = str | list[dict[str, str]]
+_MARGIN = 64  # tokens
 
 
 class EncodedTexts(NamedTuple):
@@ -123,7 +125,7 @@ class PromptFormat:
         _check_list(texts)
         prompts, cut = [], 0
         for text in texts:
-            ids = self._encode_one(text)
+            ids = self._encode_start(text)
             if self.max_length is not None and len(ids) > self.max_length:
                 cut += 1
                 ids = self._cut(ids)
@@ -179,6 +181,23 @@ class PromptFormat:
         if not encoded:
             raise ProbeError("texts=[] has no prompt to make a batch of")
         return pad_prompts(encoded, self.tokenizer, padding_side)
+
+    def _encode_start(self, text: Text) -> list[int]:
+        """Return the ids of a text, or of as much of a very long one as `max_length` can leave.
+
+        A tokenizer needs some hundred bytes of memory for a character.
+        """
+        if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
+            return self._encode_one(text)
+        # The ids near a cut may be others: the margin keeps them out of what is left.
+        ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
+        # A token for unknown characters stands for any number of them.
+        enough = len(self.prefix_ids) + self.max_length + _MARGIN
+        return ids if len(ids) > enough else self._encode_one(text)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def _encode_one(self, text: Text) -> list[int]:
         _check_text(text)
