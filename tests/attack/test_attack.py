@@ -264,6 +264,29 @@ def test_kills_of_pull(tally, hub, heads, tmp_path):
         tally.add("harmless" if whole and found_in(place) == found_in(heads[0]) else "lost", number)
 
 
+def test_kills_of_push_at_random(tally, hub, heads, monkeypatch):
+    """The branch holds the head before or the one that was pushed, and the next push succeeds."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+    both, allowed = [read_head(folder) for folder in heads], []
+    for head in both:
+        head.results = None  # they would give no card
+        start = time.monotonic()
+        head.push_to_hub(REPO, license="mit")
+        seconds = time.monotonic() - start
+        allowed.append(hub.files(REPO))
+    for number in tally.times(20):
+        child = os.fork()
+        if child == 0:
+            both[number % 2].push_to_hub(REPO, license="mit")
+            os._exit(0)
+        time.sleep(seconds * tally.rng.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        whole = hub.files(REPO) in allowed
+        both[number % 2].push_to_hub(REPO, license="mit")
+        tally.add("harmless" if whole and hub.files(REPO) == allowed[number % 2] else "lost", number)
+
+
 def test_a_hub_with_faults(tally, hub, heads, tmp_path, monkeypatch):
     """A pull gives the head or a refusal; a push that is said to have failed has left the branch as it was."""
     monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
