@@ -99,6 +99,20 @@ def test_evaluate(trained, served, rows):
     assert "--slice-column" in refuse(*args, "--slice-column", "who")
 
 
+def test_evaluate_with_a_judge(served, rows, tmp_path):
+    lines = [json.loads(line) for line in (rows / "test.jsonl").read_text().splitlines()]
+    judged = tmp_path / "judged.jsonl"
+    judged.write_text("\n".join(json.dumps(line | {"guard": "fine"}) for line in lines))
+    args = ("evaluate", *served, "--data", judged, "--bootstrap", 0, "--ask", 0, "--ask", 1)
+    alone, always_right = succeed(*args, "--json")["asking"]
+    assert alone["band"] is None and (always_right["recall"], always_right["false_alarms"]) == (1, 0)
+    assert succeed(*args, "--judge-column", "guard", "--json")["asking"][1]["recall"] == 0
+    assert "share asked" in succeed(*args)
+    assert "--judge-column" in refuse(*args, "--judge-column", "who")
+    assert "--judge-column" in refuse(*args, "--judge-column", "text")
+    assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
+
+
 def test_the_backbone_is_the_heads_own(trained, rows, tmp_path):
     """Without --backbone."""
     for args in (

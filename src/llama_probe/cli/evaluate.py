@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.table import Table
@@ -18,6 +19,7 @@ from ..data.prompts import PromptFormat
 from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
+from ..evaluation.asking import asked, check_shares
 from ..evaluation.detection import apply_rules, follow_replies
 from ..evaluation.metrics import is_binary
 from ..evaluation.report import (
@@ -28,6 +30,7 @@ from ..evaluation.report import (
     without_undefined,
 )
 from ..evaluation.wrappings import kept_labels
+from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.folder import measured_rules, read_results
@@ -70,6 +73,17 @@ def evaluate(
             help="Also wrap the flagged rows in twelve ways, and report how often they are still flagged.",
         ),
     ] = False,
+    ask: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the rows, those nearest to the threshold, that a judge decides: report recall and false alarms "
+            "then. Repeatable."
+        ),
+    ] = None,
+    judge_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the judge's labels for --ask; without it the judge is always right."),
+    ] = None,
     backbone: HeadsBackbone = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
@@ -84,6 +98,9 @@ def evaluate(
         check_head_folder(probe, "--record")
         if not record.strip() or not record.isprintable():
             raise ProbeError(f"--record {record!r} must be a name of printable characters")
+    check_shares(ask or ())
+    if judge_column is not None and not ask:
+        raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
     backbone = backbone_of(probe, backbone)
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = ProbeModel.from_pretrained(
@@ -91,6 +108,11 @@ def evaluate(
         )
         rules = measured_rules(head.results) if head.config.reads_reply else {}
         labelled, slices = _select(rows, head.config, where or [], slice_column or [])
+        if ask and not is_binary(head.config):
+            raise ProbeError(
+                f"--ask needs a head with two labels; {probe} has {', '.join(head.config.id2label.values())}"
+            )
+        verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
         lm, tokenizer = load_backbone(backbone, dtype)
         check_backbone(probe, head.config, lm)
         head.to(lm.device).set_backbone(lm)
@@ -111,6 +133,8 @@ def evaluate(
             result["halting"] = apply_rules(head.config, rules, followed, labelled.labels)
         if wrappings:
             result["wrappings"] = kept_labels(head, labelled.texts, prompts, progress=True)
+        if ask:
+            result["asking"] = asked(head.config, logits, labelled.labels, ask, verdicts)
         if record is not None:
             facts = {"source": short_name(rows.data)} | ({"where": where} if where else {})
             head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
@@ -144,6 +168,19 @@ def _select(rows: LabelledRows, config: Any, where: list[str], columns: list[str
     return labelled, {column: found[column] for column in columns}
 
 
+def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
+    """Return the labels of a column, which holds indices or names of a head's labels."""
+    if column not in labelled.columns:
+        raise ProbeError(f"--judge-column {column!r} must be a column: {', '.join(labelled.columns) or 'none'}")
+    known = {name: index for index, label in config.id2label.items() for name in (label, index, str(index))}
+    values = labelled.columns[column]
+    if unknown := [value for value in values if value not in known]:
+        raise ProbeError(
+            f"--judge-column {column!r} has {unknown[0]!r}; allowed: {', '.join(config.id2label.values())}"
+        )
+    return np.array([known[value] for value in values])
+
+
 def _print_report(title: str, result: dict[str, Any], temperature: float) -> None:
     parts = {"all rows": {name: value for name, value in result.items() if not isinstance(value, (dict, list))}}
     if "intervals" in result:
@@ -168,6 +205,8 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
         )
     if found := result.get("wrappings"):
         print_table(_wrappings_table(found))
+    if found := result.get("asking"):
+        print_table(_asking_table(found))
     for label, rules in result.get("halting", {}).items():
         print_table(_halting_table(label, rules))
 
@@ -188,6 +227,16 @@ def _wrappings_table(found: dict[str, Any]) -> Table:
     table.add_column("kept", justify="right")
     for name, share in found["kept"].items():
         table.add_row(name, f"{share:.3f}")
+    return table
+
+
+def _asking_table(found: list[dict[str, Any]]) -> Table:
+    table = Table("share asked", "between", title="with a judge for the rows nearest to the threshold")
+    for column in ("recall", "false alarms"):
+        table.add_column(column, justify="right")
+    for row in found:
+        band = "-" if row["band"] is None else " and ".join(map(_number, row["band"]))
+        table.add_row(f"{row['share']:.1%}", band, _number(row["recall"]), _number(row["false_alarms"]))
     return table
 
 
