@@ -32,6 +32,9 @@ PENDING, _GONE = ".new-files", ".gone"
 _TEMPORARY = ".tmp"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# What a file is to hold: a text in UTF-8, bytes, or a function that writes the file.
+Content = str | bytes | Callable[[Path], object]
+
 
 def check_writable(folder: Path, content: str) -> None:
     """Check, before any work is done, that a folder can be made or written into.
@@ -94,13 +97,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
             item.replace(folder / item.name)
 
 
-def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Call each writer with a temporary path, then rename all files; on an error no target changes.
+def write_atomically(writers: dict[Path, Content]) -> None:
+    """Write each file under a temporary name, then rename all of them; on an error no target changes.
 
     A kill between two renames leaves some targets new. `replace_files` is for files that belong together.
 
     Args:
-        writers: a function that writes a file, by the path of the file.
+        writers: contents by the path of the file.
 
     Raises:
         ProbeError: a file cannot be written; the message gives the system's reason.
@@ -121,14 +124,14 @@ def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
                 temporary.replace(target)
 
 
-def replace_files(folder: Path, writers: dict[str, Callable[[Path], object]], gone: Iterable[str] = ()) -> None:
+def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str] = ()) -> None:
     """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones.
 
     The new files are written into a folder of their own. Its rename to `PENDING` is the step. Then they are moved to their
     places; `current_file` finds a file before and after its move, and `settle` moves those that a kill has left.
 
     Args:
-        writers: a function that writes a file, by the file's name.
+        writers: contents by the file's name.
         gone: names of files to remove.
 
     Raises:
@@ -275,9 +278,12 @@ def _switch(stage: Path, folder: Path) -> None:
     raise ProbeError(f"{folder} cannot be written: others save into it all the time")
 
 
-def _write(write: Callable[[Path], object], path: Path, target: Path) -> None:
+def _write(content: Content, path: Path, target: Path) -> None:
     with _explained(target):
-        write(path)
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _check_no_folder(target: Path) -> None:

@@ -31,8 +31,7 @@ def same_settings(path: Path, settings: dict[str, Any], optional: Collection[str
     if not path.is_file():
         make_folder(path.parent)
         remove_leftovers(path.parent, [path.name])
-        text = json.dumps(settings, indent=2) + "\n"
-        write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
+        write_atomically({path: json.dumps(settings, indent=2) + "\n"})
         return False
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -329,8 +329,7 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def _write_manifest(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
+    write_atomically({path: json.dumps(content, indent=2, ensure_ascii=False) + "\n"})
 
 
 def _digest(head: ProbeModel) -> str:

@@ -395,7 +395,7 @@ class ProbeConfig:
         check_output(save_directory)
         make_folder(Path(save_directory))
         settle(save_directory)
-        write_atomically({Path(save_directory) / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+        write_atomically({Path(save_directory) / CONFIG_NAME: text})
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` gives the same config back."""

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,10 +100,9 @@ def save_head(
             kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
     remove_leftovers(folder, HEAD_FILES)
-    writers = {name: partial(Path.write_bytes, data=data) for name, data in contents.items()}
     # In a folder without a head they belong to somebody.
     gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
-    replace_files(folder, writers, gone)
+    replace_files(folder, contents, gone)
     return folder
 
 

@@ -91,7 +91,7 @@ def write_flat_files(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / name: text for name, text in flat_files().items()}
-    write_atomically({path: lambda p, text=text: p.write_text(text, encoding="utf-8") for path, text in files.items()})
+    write_atomically(files)
     for stale in set(folder.glob(f"*{SUFFIX}.py")) - set(files):
         stale.unlink()
     return list(files)

@@ -195,12 +195,11 @@ class Sweep:
         }
         self._save_best(output / HEAD_FOLDER, ranked[0], drawn[ranked[0].candidate.number], data)
         if is_main():
-            text = json.dumps(result, indent=2) + "\n"
             remove_leftovers(output, [STUDY_NAME, SWEEP_NAME])
             write_atomically(
                 {
                     output / STUDY_NAME: lambda path: self._write_study(path, result["trials"]),
-                    output / SWEEP_NAME: lambda path: path.write_text(text, encoding="utf-8"),
+                    output / SWEEP_NAME: json.dumps(result, indent=2) + "\n",
                 }
             )
             write_sensitivity_plot(output / SWEEP_NAME)
