@@ -16,7 +16,7 @@ from llama_probe.backbone.loading import DTYPES
 from llama_probe.cli.options import Command, Fields, as_command, command_line
 from llama_probe.data.sources import FEW_ROWS, FOLDS
 from llama_probe.evaluation.calibration import BEST_F1, EXPECTED_F1
-from llama_probe.experiments.benchmark.random_weights import SHAPES
+from llama_probe.experiments.benchmark.models import SHAPES
 from llama_probe.experiments.benchmark.serving_benchmark import KINDS, MANY_KIND
 from llama_probe.experiments.reproduction.methods import method_names
 from llama_probe.experiments.reproduction.reproduction import DATA, PARTS

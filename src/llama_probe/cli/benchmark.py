@@ -18,6 +18,7 @@ from ..experiments.benchmark import report as benchmark_report
 from ..experiments.benchmark.operations import DEVICES
 from ..experiments.benchmark.operations import columns as operation_columns
 from ..experiments.benchmark.serving_benchmark import ServingBenchmark
+from ..files import check_writable
 from .console import create_console, escape, print_table
 from .options import BACKBONE, DTYPE, Fields, Json
 
@@ -72,7 +73,8 @@ def benchmark(
         raise ProbeError(f"--as {as_device} must be one of {', '.join(DEVICES)}")
     if operations and (markdown or output is not None):
         raise ProbeError("--operations prints a table or --json: leave out --markdown and --output")
-    benchmark_report.check_output(output)
+    if output is not None:
+        check_writable(output, "the benchmark")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts
     try:

@@ -17,7 +17,7 @@ ONE, EIGHT, STEP = 1.03, 1.10, 1.05
 @pytest.fixture(scope="module")
 def rows():
     lm = make_lm(
-        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536
+        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3, intermediate_size=16
     )  # fmt: skip
     model = AutoModelForProbedGeneration.from_causal_lm(lm)
     for kind in probe_types():

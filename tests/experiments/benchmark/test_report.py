@@ -5,11 +5,9 @@ import json
 
 import pytest
 
-from llama_probe import ProbeError
 from llama_probe.experiments.benchmark.report import (
     benchmark_plot,
     by_load,
-    check_output,
     columns,
     markdown,
     notes,
@@ -67,18 +65,6 @@ def test_further_tokens_and_unknown_memory():
     assert cells["peak MB"] == cells["above base"] == "-"
 
 
-def test_notes_name_what_ran(report):
-    text = " ".join(notes(report))
-    for part in ("tiny (134 million parameters, float32, its own weights) on cpu, 2 threads; 3 pairs", "RTX 3090"):
-        assert part in text
-    assert "torch.compile" not in text
-    report["settings"] |= {"random_weights": True, "compile": True}
-    for row in report["rows"]:
-        row["paper_ratio"] = None
-    text = " ".join(notes(report))
-    assert "random weights" in text and "torch.compile" in text and "RTX 3090" not in text
-
-
 def test_files(report, tmp_path):
     written = write_benchmark(tmp_path / "out", report)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.json", "benchmark.png"]
@@ -102,13 +88,3 @@ def test_the_plot_has_a_point_a_system_and_a_band_of_noise(report):
     (band,) = panels[0].patches
     assert band.get_x() == pytest.approx(0.992) and band.get_width() == pytest.approx(0.02)
     assert panels[0].get_xscale() == "log", "a guard takes many times as long"
-
-
-def test_a_file_is_not_a_folder(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "in" / "it"):
-        with pytest.raises(ProbeError, match="file"):
-            check_output(path)
-    check_output(tmp_path / "new")
-    check_output(None)
-    assert not (tmp_path / "new").exists()

@@ -5,7 +5,7 @@ import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
 from transformers import T5Config
 
-from llama_probe.experiments.benchmark.guard_pipeline import read_guard
+from llama_probe.experiments.benchmark.models import ModelPlan
 from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, generate, plain_system, systems
 from llama_probe.serving.auto import AutoModelForProbedGeneration
 
@@ -27,7 +27,7 @@ def guards(tmp_path):
         vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
         architectures=["T5ForConditionalGeneration"],
     ).save_pretrained(tmp_path / "guard")  # fmt: skip
-    return [read_guard(str(tmp_path / "guard"), random_weights=True)]
+    return [ModelPlan.read(str(tmp_path / "guard"), "auto", True, 20, guards=True)]
 
 
 @pytest.mark.parametrize("new_tokens", [1, 3])

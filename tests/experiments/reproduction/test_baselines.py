@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeConfig
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.data.texts import LabelledTexts
 from llama_probe.evaluation.report import predict_logits, predict_together
@@ -28,10 +28,6 @@ class TestTfidf:
         model = fit_tfidf(labelled(["x one", "y two"] * 3, [0, 2] * 3, "abc"))
         logits = class_logits(model, ["x one"], 3)
         assert logits.shape == (1, 3) and logits.argmax() == 0 and logits[0, 1] < logits[0, 2]
-
-    def test_chats_are_refused(self):
-        with pytest.raises(ProbeError, match="chat messages"):
-            fit_tfidf(labelled([[{"role": "user", "content": "x"}]], [0]))
 
 
 class TestPrototypes:

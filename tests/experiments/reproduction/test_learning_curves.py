@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import make_lm, make_prompts
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeConfig
 from llama_probe.data.states import PromptDataset, StateCache
-from llama_probe.experiments.reproduction.learning_curves import draw_rows, learning_curves, summarize_curves
+from llama_probe.experiments.reproduction.learning_curves import draw_rows, summarize_curve, train_on_few
 from llama_probe.heads.match import describe
 
 
@@ -29,11 +29,11 @@ def test_more_rows_help(tmp_path):
     config = describe(lm, ProbeConfig(probe_type="gate"))
     cache = StateCache(tmp_path, torch.float32)
     (train, labels), (test, test_labels) = prompts(64, 1), prompts(40, 2)
-    sets = [cache.dataset(lm, config, ids, marks) for ids, marks in ((train, labels), (test, test_labels))]
+    sets = [(cache.dataset(lm, config, ids, marks), marks) for ids, marks in ((train, labels), (test, test_labels))]
     heads = {"gate": {"probe_type": "gate"}}
-    found = learning_curves(config, sets[0], labels, sets[1], test_labels, heads, (8, 64, 500), (0,))
-    assert [(e["rows"], e["seed"]) for e in found] == [(8, 0), (64, 0)], "there are no 500 rows"
-    assert found[1]["auprc"] > found[0]["auprc"] + 0.05
+    few, many = (train_on_few(config, *sets, heads, size, 0)[0] for size in (8, 64))
+    assert (many["rows"], many["seed"], many["head"]) == (64, 0, "gate")
+    assert many["auprc"] > few["auprc"] + 0.05
 
 
 def test_the_draw():
@@ -47,34 +47,18 @@ def test_the_draw():
     assert len(set(values)) == 4
 
 
-def test_too_few_rows():
-    data = PromptDataset(*prompts(3, 0)), np.zeros(3)
-    with pytest.raises(ProbeError, match="3 training rows"):
-        learning_curves(ProbeConfig(), *data, *data, {}, (16, 64))
-
-
 def test_the_summary():
-    curves = [
-        {"rows": rows, "seed": seed, "head": head, "auprc": value}
-        for head, rows, seed, value in (
-            ("a", 8, 0, 0.2),
-            ("a", 8, 1, 0.4),
-            ("a", 16, 0, 0.9),
-            ("b", 8, 0, 0.5),
-            ("b", 16, 0, 0.6),
-        )
-    ]
-    found = summarize_curves(curves, "auprc")
-    assert list(found) == ["a", "b"] and list(found["a"]) == [8, 16]
-    assert found["a"][8] == {"mean": pytest.approx(0.3), "std": pytest.approx(0.02**0.5), "runs": 2}
-    assert found["b"][16] == {"mean": 0.6, "std": None, "runs": 1}
+    values = ((8, 0.2), (16, 0.9), (8, 0.4), (32, 0.1), (32, None))
+    found = summarize_curve([{"rows": rows, "auprc": value} for rows, value in values], "auprc")
+    assert list(found) == [8, 16, 32] and found[16] == {"mean": 0.9, "std": None} and found[32] is None
+    assert found[8] == {"mean": pytest.approx(0.3), "std": pytest.approx(0.02**0.5)}
 
 
 def test_a_head_does_not_depend_on_those_beside_it(lm, monkeypatch):
     """Its dropout neither."""
     ids, labels = make_prompts(20, 8).tolist(), np.arange(20) % 2
     config = describe(lm, ProbeConfig(probe_type="pooling", num_labels=2))
-    data, trained = PromptDataset(ids, labels), []
+    data, trained = (PromptDataset(ids, labels), labels), []
     gate = {"probe_type": "gate", "dropout": 0.3, "layer_dropout": 0.2}
 
     def keep(probes, *args):
@@ -83,6 +67,6 @@ def test_a_head_does_not_depend_on_those_beside_it(lm, monkeypatch):
 
     monkeypatch.setattr("llama_probe.experiments.reproduction.learning_curves.predict_together", keep)
     for heads in ({"gate": gate}, {"pooling": {"probe_type": "pooling"}, "gate": gate}):
-        learning_curves(config, data, labels, data, labels, heads, (16,), (0,), lm)
+        train_on_few(config, data, data, heads, 16, 0, lm)
     alone, beside = (probe.state_dict() for probe in trained)
     assert all(torch.equal(alone[name], beside[name]) for name in alone)

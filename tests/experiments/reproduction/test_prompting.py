@@ -95,26 +95,12 @@ class TestExamples:
         assert draw_examples(rows, 2, 1, tokenizer) == draw_examples(rows, 2, 1, tokenizer)
         assert draw_examples(rows, 2, 1, tokenizer) != draw_examples(rows, 2, 2, tokenizer)
 
-    def test_are_cut_and_not_too_many(self, rows, tokenizer):
+    def test_are_cut(self, rows, tokenizer):
         assert {text for text, _ in draw_examples(rows, 2, 0, tokenizer, max_tokens=4)} == {"text"}
-        with pytest.raises(ProbeError, match="'a' has 20 training rows"):
-            draw_examples(rows, 21, 0, tokenizer)
 
 
 def test_instructions():
-    for name in ("toxicchat", "wildguardmix", "imdb", "sst2", "emotion"):
-        benchmark = BENCHMARKS[name]
-        found = Instruction.derive(benchmark.label_names, benchmark)
-        assert found.question == benchmark.question and len(found.verbalisers) == len(benchmark.label_names)
-    derived = Instruction.derive(["good", "bad"])
-    assert "good, bad" in derived.question and derived.verbalisers == ("good", "bad")
-    assert Instruction.derive(["x", "y"], BENCHMARKS["xstest"]).verbalisers == ("x", "y")
-    with pytest.raises(ProbeError, match="toxicchat"):
-        Instruction.derive(["a", "b", "c"], BENCHMARKS["toxicchat"])
-    with pytest.raises(ProbeError, match="verbalisers="):
-        Instruction("?", ("Yes", "Yes"))
-
-
-def test_chats_are_refused(tokenizer):
-    with pytest.raises(ProbeError, match="chat messages"):
-        LabelPrompt(tokenizer, INSTRUCTION).encode([[{"role": "user", "content": "x"}]])
+    for benchmark in BENCHMARKS.values():
+        question, verbalisers = Instruction.derive(benchmark)
+        assert len(set(verbalisers)) == len(benchmark.label_names)
+        assert question == benchmark.question or ", ".join(benchmark.label_names) in question

@@ -10,7 +10,7 @@ from llama_probe.experiments.reproduction.reproduction import summarize_trials
 def written(everything, tmp_path, **changes):
     """The text of a finished reproduction's report with changes."""
     report = copy.deepcopy(everything[0]) | changes
-    write_report(tmp_path, report, plots=False)
+    write_report(tmp_path, report, finished=False)
     return (tmp_path / "report.md").read_text()
 
 
@@ -54,11 +54,3 @@ def test_a_metric_that_is_not_defined_is_a_gap(everything, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| `gate` | - |" in text.split("## Few labels: toxicchat")[1]
     assert not (tmp_path / "few-labels-toxicchat.png").exists() and (tmp_path / "main-toxicchat.png").is_file()
-
-
-def test_parts_that_are_not_finished_are_named(everything, tmp_path):
-    report = copy.deepcopy(everything[0])
-    report["main"]["emotion"]["gate"] = report["layers"]["emotion"]["mha"] = report["sensitivity"] = None
-    write_report(tmp_path, report, plots=False)
-    text = (tmp_path / "report.md").read_text()
-    assert "**Not finished:** gate on emotion, layers on emotion, sensitivity." in text

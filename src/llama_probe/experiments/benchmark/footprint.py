@@ -34,11 +34,9 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 class TensorMemory(TorchDispatchMode):
-    """A counter of the bytes of tensors that are made inside the block. A view shares the memory of its base.
+    """Count the bytes of tensors that are made inside the block: alive (`held`), and most at once (`peak`).
 
-    Attributes:
-        held: bytes of the tensors that are alive.
-        peak: most bytes alive at once.
+    A view shares the memory of its base.
     """
 
     def __init__(self):

@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ...errors import ProbeError
 from ...heads.configuration import ProbeConfig
 from ...heads.device import acting_as
 from .serving_systems import AGAIN, BASE, Load, System, plain_system, systems
@@ -24,11 +23,7 @@ _METADATA = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_stri
 
 
 class OperationCounter(TorchDispatchMode):
-    """A counter of the operations that are dispatched inside the block, without views and allocations.
-
-    Attributes:
-        operations: operations so far.
-    """
+    """Count the operations that are dispatched inside the block, without views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -47,23 +42,16 @@ def count_operations(
     many_config: ProbeConfig | None = None,
     as_device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Count the operations of the plain model, of each attached head, and of many heads at once.
+    """Count the operations of the plain model, of each attached head, and of `many` heads of `many_config` at once.
 
     Args:
-        model: the model with its heads.
         tokens: lengths of the prompt. The batch is one prompt.
-        many: number of heads of `many_config` that run at once; 0 leaves them out.
         as_device: `"cuda"` or `"cpu"`. The choices for such a device are taken, whatever the model is on.
 
     Returns:
         One dict a length and system: `system`, `tokens`; `prefill`: operations of `generate(max_new_tokens=1)`; `step`:
         operations of one decoding step, whatever the length; `prefill_ratio` and `step_ratio`: these over the plain model's.
-
-    Raises:
-        ProbeError: `as_device` is not allowed.
     """
-    if as_device not in DEVICES:
-        raise ProbeError(f"as_device={as_device!r} is not allowed; allowed: {', '.join(DEVICES)}")
     plain = model._without_probes()
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     drawn = {"vocab_size": vocab_size, "device": model.device, "heads": model.probes.values()}
@@ -101,11 +89,11 @@ def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header = ["system", "tokens", "prefill", "its ratio", "a further token", "its ratio"]
     lines = []
     for row in rows:
-        cells = [
+        counts = (
             f"{row['prefill']:,}",
             f"{row['prefill_ratio']:.3f}x",
             f"{row['step']:,}",
             f"{row['step_ratio']:.3f}x",
-        ]
-        lines.append([row["system"], f"{row['tokens']:,}", *cells])
+        )
+        lines.append([row["system"], f"{row['tokens']:,}", *counts])
     return header, lines

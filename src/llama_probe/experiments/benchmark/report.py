@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...evaluation.plots import explain, new_figure, png_writer
 from ...experiments import paper
-from ...files import check_writable, write_atomically
+from ...files import write_atomically
 from ...hub.card import table
 from .serving_systems import AGAIN
 
@@ -22,26 +22,10 @@ DATA_NAME, PLOT_NAME = "benchmark.json", "benchmark.png"
 _COLORS = {"base": "0.4", "heads": "tab:blue", "naive": "tab:orange", "guard": "tab:red"}
 
 
-def check_output(output: Path | None) -> None:
-    """Check that the output folder can be written, before anything is measured.
-
-    Raises:
-        ProbeError: it is a file or lies in one, or is not writable.
-    """
-    if output is not None:
-        check_writable(output, f"{DATA_NAME} and {PLOT_NAME}")
-
-
 def write_benchmark(output: Path, report: dict[str, Any]) -> list[Path]:
-    """Write `benchmark.json` and, if matplotlib is installed, `benchmark.png` into a folder. Return their paths.
-
-    Args:
-        output: a folder, created if needed.
-        report: the result of `ServingBenchmark.execute`.
-    """
+    """Write `benchmark.json` and, if matplotlib is installed, `benchmark.png` into a folder. Return their paths."""
     output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2) + "\n"
-    writers: dict[Path, Any] = {output / DATA_NAME: lambda path: path.write_text(text, encoding="utf-8")}
+    writers: dict[Path, Any] = {output / DATA_NAME: json.dumps(report, indent=2) + "\n"}
     if find_spec("matplotlib") is not None:
         writers[output / PLOT_NAME] = png_writer(lambda: benchmark_plot(report))
     write_atomically(writers)

@@ -6,12 +6,12 @@ Every system is timed in turn with the plain model, so that both run under the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -26,15 +26,15 @@ from ...serving.auto import AutoModelForProbedGeneration
 from ...serving.sources import read_heads
 from ..paper import serving_ratio
 from .footprint import flops, peak_memory
-from .guard_pipeline import read_guard
+from .models import ModelPlan, held_bytes
 from .operations import count_operations
-from .random_weights import ModelPlan, check_fits, held_bytes
 from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
-from .timing import Timing, Watch, latency, spread, time_pairs
+from .timing import Timing, clock_of, latency, spread, time_pairs
 
 
 KINDS = ("pooling", "gate", "mha")
 _PAPER_TOKENS = 512  # longest prompt of the paper's table
+_LEAST = {"many": 0, "new_tokens": 1, "pairs": 1, "warmup": 0, "tokens": 1, "batch_sizes": 1}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ServingBenchmark:
         pairs: timed runs of each system, in turn with the plain model. warmup: untimed pairs before them.
         device: see `choose_device`. dtype: of backbone and guards.
         naive: also run each head on the tensors that `output_hidden_states=True` returns.
-        guards: models that read the prompt before the plain model does, see `read_guard`.
+        guards: models that read the prompt before the plain model does.
         random_weights: make the weights of backbone and guards instead of loading them. The times are the same.
         compile: compile the backbone with `torch.compile`, with heads and without. Guards are not compiled.
 
@@ -74,7 +74,7 @@ class ServingBenchmark:
     guards: Sequence[str] = ()
     random_weights: bool = False
     compile: bool = False
-    watch: Watch = field(init=False, repr=False)
+    clock: Callable[[], float] = field(init=False, repr=False)
     _device: torch.device = field(init=False, repr=False)
     _lm: ModelPlan = field(init=False, repr=False)
     _guards: list[ModelPlan] = field(init=False, repr=False)
@@ -83,57 +83,48 @@ class ServingBenchmark:
     def __post_init__(self):
         if self.kinds is None:
             self.kinds = () if self.probes else KINDS
-        for name, least in (("many", 0), ("new_tokens", 1), ("pairs", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ProbeError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("tokens", "batch_sizes"):
-            values = getattr(self, name)
-            if not values or min(values) < 1:
-                raise ProbeError(f"{name}={list(values)} must hold numbers of at least 1")
         for name in ("tokens", "batch_sizes", "kinds", "guards"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ProbeError(f"{name}={list(values)} must name each value once")
+            if len(set(values)) < len(values) or (name in _LEAST and not values):
+                raise ProbeError(f"{name}={list(values)} must name each value once, and at least one number")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if (value if isinstance(value, int) else min(value)) < least:
+                raise ProbeError(f"{name}={value} must be at least {least}")
         self._device = choose_device(self.device)
-        self.watch = Watch(self._device)
-        self._lm = ModelPlan.read(self.backbone, self.dtype, self.random_weights)
-        self._lm.check_length(max(self.tokens) + self.new_tokens)
-        text, kinds = self._lm.text_config, {*self.kinds, *([MANY_KIND] if self.many else [])}
-        self._fresh = {kind: fresh_config(kind, text.hidden_size, text.num_hidden_layers) for kind in kinds}
-        self._guards = [read_guard(name, self.dtype, self.random_weights) for name in self.guards]
-        for guard in self._guards:
-            guard.check_length(max(self.tokens))
+        self.clock = clock_of(self._device)
+        longest, made = max(self.tokens), (self.dtype, self.random_weights)
+        self._lm = ModelPlan.read(self.backbone, *made, longest + self.new_tokens)
+        self._guards = [ModelPlan.read(name, *made, longest, guards=True) for name in self.guards]
+        self._fresh = {kind: self._config(kind) for kind in {*self.kinds, *([MANY_KIND] if self.many else [])}}
+
+    def _config(self, kind: str, **fields) -> ProbeConfig:
+        return fresh_config(kind, self._lm.text_config.hidden_size, self._lm.text_config.num_hidden_layers, **fields)
 
     def execute(self) -> dict[str, Any]:
         """Measure time, memory and floating-point operations of every system under every load.
 
         Returns:
             A JSON dict: `environment`, `settings`, `backbone` and `rows`, see `row`.
-
-        Raises:
-            ProbeError: a head or a guard cannot be read, or heads or memory do not fit.
         """
         model = self._load()
         plain = model._without_probes()  # the same weights in the plain class
         if self.compile:
             for lm in (model, plain):
                 lm.forward = torch.compile(lm.forward)
-        loads = [
-            Load.create(
-                batch, tokens, self.new_tokens, self._lm.text_config.vocab_size, self._device, model.probes.values()
-            )
-            for batch, tokens in product(self.batch_sizes, self.tokens)
-        ]
+        drawn = (self.new_tokens, self._lm.text_config.vocab_size, self._device, model.probes.values())
+        loads = [Load.create(batch, tokens, *drawn) for batch, tokens in product(self.batch_sizes, self.tokens)]
         base = plain_system(plain)
         alone = [self._footprint(base, load) for load in loads]
         found: list[tuple[System, list[Measured]]] = []
-        with tqdm(total=self._count(model) * len(loads), desc="systems x loads", unit="run") as progress:
-            many = self._fresh.get(MANY_KIND)
+        many = self._fresh.get(MANY_KIND)
+        with tqdm(desc="systems", unit="system") as progress:
             for system in systems(model, plain, self.many, many, self.naive, self._guards):
                 progress.set_postfix_str(system.name)
-                measured = [self._measure(base, system, load, progress) for load in loads]
+                measured = [self._measure(base, system, load) for load in loads]
                 found.append((dataclasses.replace(system, serve=None), measured))
                 del system  # frees the memory of a guard
+                progress.update()
         rows = []
         for i, (load, footprint) in enumerate(zip(loads, alone, strict=True)):
             times = [(first, first) for _, measured in found for first, _ in measured[i].pairs]
@@ -151,16 +142,11 @@ class ServingBenchmark:
             as_device: `"cuda"` or `"cpu"`, whose choices are taken. Defaults to the device that the model runs on.
 
         Returns:
-            A JSON dict: `environment`, `settings`, `backbone`, `as_device` and `rows`, see
-            `operations.count_operations`.
-
-        Raises:
-            ProbeError: `as_device` is not allowed; and as `execute`.
+            A JSON dict: `environment`, `settings`, `backbone`, `as_device` and `rows`, see `operations.count_operations`.
         """
-        model, as_device, text = self._load(), as_device or self._device.type, self._lm.text_config
+        model, as_device = self._load(), as_device or ("cpu" if self._device.type == "cpu" else "cuda")
         for kind in self.kinds:
-            config = fresh_config(kind, text.hidden_size, text.num_hidden_layers, token_scope="response")
-            model.add_probe(f"{kind}-reply", config)
+            model.add_probe(f"{kind}-reply", self._config(kind, token_scope="response"))
         rows = count_operations(model, self.tokens, self.many, self._fresh.get(MANY_KIND), as_device)
         return {**self._facts(model._without_probes()), "as_device": as_device, "rows": rows}
 
@@ -172,26 +158,17 @@ class ServingBenchmark:
             heads = read_heads(list(self.probes), target)
         if taken := sorted(set(heads) & set(self.kinds)):
             raise ProbeError(f"both a head and a kind are called {taken[0]!r}: rename the head's folder")
-        # One guard is loaded at a time.
-        largest = sorted(self._guards, key=lambda guard: guard.weight_bytes)[-1:]
-        check_fits([self._lm, *largest], self._device)
         model = AutoModelForProbedGeneration.from_causal_lm(self._lm.load(self._device), heads)
         for kind in self.kinds:
             model.add_probe(kind, self._fresh[kind])
         return model
 
-    def _count(self, model: PreTrainedModel) -> int:
-        naive = sum(not head.config.reads_reply for head in model.probes.values()) if self.naive else 0
-        return 1 + len(model.probes) + bool(self.many) + naive + len(self._guards)
-
-    def _measure(self, base: System, system: System, load: Load, progress: tqdm) -> Measured:
+    def _measure(self, base: System, system: System, load: Load) -> Measured:
         if self.compile:
             torch._dynamo.reset()  # else a second length would be compiled for any length
             base.serve(load, None), system.serve(load, None)
-        timed = time_pairs(partial(base.serve, load), partial(system.serve, load), self.pairs, self.warmup, self.watch)
-        measured = Measured(timed, *self._footprint(system, load))
-        progress.update()
-        return measured
+        timed = time_pairs(partial(base.serve, load), partial(system.serve, load), self.pairs, self.warmup, self.clock)
+        return Measured(timed, *self._footprint(system, load))
 
     def _footprint(self, system: System, load: Load) -> tuple[int | None, int]:
         serve = partial(system.serve, load, None)
@@ -228,14 +205,10 @@ def _shown(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_dir() else value
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Measurements of a system under one load.
+class Measured(NamedTuple):
+    """Measurements of a system under one load: timings of the plain model and of the system, and the cost of a call.
 
-    Attributes:
-        pairs: timings of the plain model and of the system.
-        memory: bytes at the peak of a call, without weights; `None` if not known.
-        operations: floating-point operations of a call.
+    `memory` is in bytes at the peak, without weights; `None` if not known. `operations` are floating-point operations.
     """
 
     pairs: list[tuple[Timing, Timing]]

@@ -18,8 +18,7 @@ from ...heads import get_probe_type
 from ...heads.configuration import ProbeConfig
 from ...heads.probe import ProbeModel
 from ...heads.scope import token_mask
-from .guard_pipeline import ask_guard
-from .random_weights import ModelPlan, held_bytes
+from .models import ModelPlan, ask_guard, held_bytes
 
 
 BASE, AGAIN = "base", "base again"
@@ -99,9 +98,8 @@ def systems(
     A guard is loaded when its turn comes and freed when the next system is asked for: keep no system longer.
 
     Args:
-        model: the model with its heads.
-        plain: the same model without them.
-        many: number of heads of `many_config` that run at once; 0 leaves them out.
+        model, plain: the model with its heads, and the same model without them.
+        many: number of heads of `many_config` that run at once.
         naive: also run each head on all hidden states after the pass. Heads that read replies have no such way.
     """
     yield plain_system(plain, AGAIN)
@@ -173,14 +171,7 @@ def _serve_guarded(plain: PreTrainedModel, guard: PreTrainedModel, load: Load, t
 
 
 def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int, **fields) -> ProbeConfig:
-    """Return the config of a new head, with the paper's downcast of 32 or the next smaller one that fits the backbone.
-
-    Args:
-        fields: further fields of `ProbeConfig`.
-
-    Raises:
-        ProbeError: there is no such kind, or `fields` do not fit it.
-    """
+    """Return the config of a new head, with the paper's downcast of 32 or the next smaller one that fits the backbone."""
     get_probe_type(kind)
     sizes = {"probe_type": kind, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     refused = None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,57 +14,42 @@ import torch
 Timed = Callable[[Callable[[], None]], Any]
 
 
-class Watch:
-    """A clock that is read after the device has finished its work.
-
-    Args:
-        device: device that does the work.
-        clock: returns seconds since any point in time.
-    """
-
-    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
-        self._device = device
-        self._clock = clock
-
-    def now(self) -> float:
-        """Return the time in seconds."""
-        if self._device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize(self._device)
-        return self._clock()
-
-
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds of one call, and of each new token after the first. `None` if there is none."""
 
     seconds: float
     seconds_a_step: float | None = None
 
 
-def time_call(call: Timed, watch: Watch) -> Timing:
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return a clock in seconds that is read after the device has finished its work."""
+
+    def read() -> float:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return read
+
+
+def time_call(call: Timed, clock: Callable[[], float]) -> Timing:
     """Run a call once and time it."""
     marks: list[float] = []
-    start = watch.now()
-    call(lambda: marks.append(watch.now()))
-    seconds = watch.now() - start
+    start = clock()
+    call(lambda: marks.append(clock()))
+    seconds = clock() - start
     steps = len(marks) - 1
     return Timing(seconds, (marks[-1] - marks[0]) / steps if steps > 0 else None)
 
 
-def time_pairs(first: Timed, second: Timed, pairs: int, warmup: int, watch: Watch) -> list[tuple[Timing, Timing]]:
-    """Time two calls in turn. The order alternates from pair to pair, so that a drift hits both.
-
-    Args:
-        pairs: timed pairs.
-        warmup: untimed pairs before them.
-
-    Returns:
-        The timings of first and second, a tuple a pair.
-    """
+def time_pairs(
+    first: Timed, second: Timed, pairs: int, warmup: int, clock: Callable[[], float]
+) -> list[tuple[Timing, Timing]]:
+    """Time two calls in turn, after untimed pairs. The order alternates from pair to pair, so that a drift hits both."""
     timed = []
     for pair in range(-warmup, pairs):
         swap = pair > 0 and pair % 2
-        timings = [time_call(call, watch) for call in ((second, first) if swap else (first, second))]
+        timings = [time_call(call, clock) for call in ((second, first) if swap else (first, second))]
         timed.append(tuple(reversed(timings) if swap else timings))
     return timed[warmup:]
 

@@ -6,8 +6,7 @@ Each gives logits `[rows, num_labels]`, which are calibrated and judged like a h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,50 +28,20 @@ from .prompting import Example, Instruction, LabelPrompt, draw_examples, label_l
 from .workbench import Task
 
 
-@dataclass
-class Scored:
-    """The logits of a baseline.
-
-    Attributes:
-        validation, test: logits `[rows, num_labels]`.
-        chosen: choices by validation rows, for the report.
-        num_parameters: fitted numbers; 0 for prompting.
-    """
+class Scored(NamedTuple):
+    """Logits `[rows, num_labels]` of a baseline, its choices by validation rows, and its number of fitted numbers."""
 
     validation: torch.Tensor
     test: torch.Tensor
-    chosen: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any]
     num_parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A method that is not a head.
-
-    Attributes:
-        run: a function of the task, a seed and the number of few-shot examples a label.
-        seeded: run once a seed. The others run once.
-        shots: the result depends on the number of examples.
-    """
-
-    run: Callable[[Task, int, int], Scored]
-    seeded: bool = False
-    shots: bool = False
 
 
 def fit_tfidf(train: LabelledTexts) -> Pipeline:
     """Fit logistic regression on TF-IDF of words (1-2-grams) and of characters within words (2-5-grams).
 
     The character range, sublinear counts, balanced classes and C were chosen by validation rows of ToxicChat and Emotion.
-
-    Args:
-        train: rows with texts, and one label each.
-
-    Raises:
-        ProbeError: the rows are chats.
     """
-    if not all(isinstance(text, str) for text in train.texts):
-        raise ProbeError("tfidf takes texts, not chat messages")
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
     classifier = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
@@ -93,12 +62,7 @@ def class_logits(classifier: Any, inputs: Any, num_labels: int) -> torch.Tensor:
 
 
 def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = None) -> np.ndarray:
-    """Return the mean of the normalised states of each row's counted tokens: `[rows, L+1, hidden_size]`, fp32.
-
-    Args:
-        dataset, lm: see `iterate_states`.
-        config: config of a head, for its token scope.
-    """
+    """Return the mean of the normalised states of each row's counted tokens: `[rows, L+1, hidden_size]`, fp32."""
     found = np.empty((len(dataset), config.num_hidden_layers + 1, config.hidden_size), dtype=np.float32)
     for rows, states, mask in iterate_states(dataset, config, lm, progress=True):
         x = F.layer_norm(states.float(), states.shape[-1:])  # [L+1, B, T, D]
@@ -107,27 +71,23 @@ def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = No
 
 
 def fit_prototypes(states: np.ndarray, labels: np.ndarray) -> LinearDiscriminantAnalysis:
-    """Fit class means, and a Mahalanobis distance with one covariance for all classes.
+    """Fit class means, and a Mahalanobis distance with one covariance for all classes, to states `[rows, hidden_size]`.
 
     The covariance is shrunk (Ledoit and Wolf 2004). With equal priors, the log-probabilities of linear discriminant analysis
     are minus half the squared distances to the means, normalised.
-
-    Args:
-        states (`[rows, hidden_size]`): states of one layer.
-        labels (`[rows]`): class indices.
     """
     classes = len(np.unique(labels))
     priors = np.full(classes, 1 / classes)
     return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=priors).fit(states, labels)
 
 
-def _tfidf(task: Task, seed: int, shots: int) -> Scored:
+def _tfidf(task: Task, seed: int | None, shots: int) -> Scored:
     model, count = fit_tfidf(task.parts["train"]), task.labels.num_labels
     logits = [class_logits(model, task.parts[part].texts, count) for part in ("validation", "test")]
     return Scored(*logits, {"features": model[-1].n_features_in_}, model[-1].coef_.size + model[-1].intercept_.size)
 
 
-def _prototypes(task: Task, seed: int, shots: int) -> Scored:
+def _prototypes(task: Task, seed: int | None, shots: int) -> Scored:
     config, labels, count = task.config, task.parts["train"].labels, task.labels.num_labels
     states = {part: mean_states(task.dataset(part), config, task.bench.lm_in_the_loop) for part in task.parts}
     layers, validation = range(config.num_hidden_layers + 1), []
@@ -142,8 +102,7 @@ def _prototypes(task: Task, seed: int, shots: int) -> Scored:
 
 def _prompting(task: Task, examples: list[Example]) -> Scored:
     bench = task.bench
-    instruction = Instruction.derive(task.parts["train"].label_names, task.benchmark)
-    prompt = LabelPrompt(bench.tokenizer, instruction, examples, bench.max_length)
+    prompt = LabelPrompt(bench.tokenizer, Instruction.derive(task.benchmark), examples, bench.max_length)
     ids, lengths = prompt.label_ids, torch.tensor([len(ids) for ids in prompt.label_ids])
     summed = {
         part: label_log_likelihoods(bench.lm, bench.tokenizer, prompt.encode(task.parts[part].texts), ids)
@@ -154,11 +113,11 @@ def _prompting(task: Task, examples: list[Example]) -> Scored:
     return Scored(scores[best]["validation"], scores[best]["test"], {"label_tokens": best})
 
 
-def _zero_shot(task: Task, seed: int, shots: int) -> Scored:
+def _zero_shot(task: Task, seed: int | None, shots: int) -> Scored:
     return _prompting(task, [])
 
 
-def _few_shot(task: Task, seed: int, shots: int) -> Scored:
+def _few_shot(task: Task, seed: int | None, shots: int) -> Scored:
     return _prompting(task, draw_examples(task.parts["train"], shots, seed, task.bench.tokenizer))
 
 
@@ -169,9 +128,11 @@ def _validation_score(task: Task, logits: torch.Tensor) -> float:
     return value
 
 
-BASELINES: dict[str, Baseline] = {
-    "tfidf": Baseline(_tfidf),
-    "zero-shot": Baseline(_zero_shot),
-    "few-shot": Baseline(_few_shot, seeded=True, shots=True),
-    "prototypes": Baseline(_prototypes),
+# Functions of the task, a seed and the number of few-shot examples a label. Those that are not `SEEDED` run once.
+BASELINES: dict[str, Callable[[Task, int | None, int], Scored]] = {
+    "tfidf": _tfidf,
+    "zero-shot": _zero_shot,
+    "few-shot": _few_shot,
+    "prototypes": _prototypes,
 }
+SEEDED = ("few-shot",)

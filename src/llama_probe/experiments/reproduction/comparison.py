@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...data.texts import LabelledTexts
@@ -27,8 +28,8 @@ from ...hub.folder import is_head_folder
 from ...training.fitting import fit_classifier
 from ...training.loss import ProbeLoss
 from ...training.shared import SharedTraining
-from .baselines import BASELINES, class_logits, fit_tfidf
-from .learning_curves import SIZES, learning_curves
+from .baselines import BASELINES, SEEDED, class_logits, fit_tfidf
+from .learning_curves import SIZES, train_on_few
 from .methods import HeadMethod, head_methods
 from .part_store import PartStore
 from .workbench import Task, Workbench
@@ -46,52 +47,16 @@ class Comparison:
         shots: examples a label of few-shot prompting.
     """
 
-    def __init__(self, bench: Workbench, folder: Path, epochs: int = 6, patience: int = 3, shots: int = 4):
-        for name, value in (("epochs", epochs), ("patience", patience), ("shots", shots)):
-            if value < 1:
-                raise ProbeError(f"{name}={value} must be at least 1")
-        self.bench, self.folder = bench, Path(folder)
-        self.store = PartStore(self.folder / "parts")
+    def __init__(self, bench: Workbench, folder: Path, epochs: int, patience: int, shots: int):
+        self.bench, self.folder, self.store = bench, folder, PartStore(folder / "parts")
         self.epochs, self.patience, self.shots = epochs, patience, shots
-
-    def settings(
-        self, source: str, name: str, method: HeadMethod | None = None, test: str | None = None
-    ) -> dict[str, Any]:
-        """Return all that a result of a method on a data set depends on.
-
-        Args:
-            source, name: data set and method.
-            method: a head that is not in the table.
-            test: the data set of the test rows, if it is another one.
-
-        Raises:
-            ProbeError: the rows cannot be read.
-        """
-        found = {**self.bench.settings, "data": source, "rows": self.bench.digests(source, test)}
-        if test is not None:
-            found["test"] = test
-        method = method or head_methods().get(name)
-        if method is not None:
-            return {**found, "epochs": self.epochs, "patience": self.patience, **method.settings}
-        return {**found, "shots": self.shots} if BASELINES[name].shots else found
-
-    def few_labels_settings(self, source: str, name: str) -> dict[str, Any]:
-        """Return all that the learning curve of a head on a data set depends on."""
-        head, rows = head_methods()[name].head, self.bench.digests(source)
-        return {**self.bench.settings, "data": source, "rows": rows, "head": head, "sizes": list(SIZES)}
-
-    def _missing(self, prefix: str, settings: dict[str, dict[str, Any]]) -> dict[str, str]:
-        """Return the names whose parts are not finished, with their parts."""
-        parts = {name: f"{prefix}/{name}" for name in settings}
-        return {name: part for name, part in parts.items() if self.store.find(part, settings[name]) is None}
 
     def main(self, task: Task, names: Sequence[str]) -> None:
         """Score every method on the validation and test rows of a data set: parts `main/DATA/METHOD`."""
         heads = head_methods()
         self.train(task, {name: heads[name] for name in names if name in heads})
-        for name in names:
-            if name in BASELINES:
-                self._baseline(task, name)
+        for name in self.store.missing(f"main/{task.name}", [name for name in names if name in BASELINES]):
+            self._baseline(task, name)
 
     def train(self, task: Task, methods: dict[str, HeadMethod], group: str = "main") -> None:
         """Train heads, all methods and seeds on each pass of the backbone: parts `GROUP/DATA/METHOD`.
@@ -99,19 +64,17 @@ class Comparison:
         Validation rows choose the best epoch, the layer of methods with one head a layer, temperature and threshold. The test
         rows are scored once, at the end. The heads are saved.
         """
-        settings = {name: self.settings(task.source, name, method) for name, method in methods.items()}
-        parts = self._missing(f"{group}/{task.name}", settings)
+        parts = self.store.missing(f"{group}/{task.name}", methods)
         for name in [name for name in parts if methods[name].convex]:
-            self._fit(task, name, methods[name], group, parts.pop(name), settings[name])
+            self.store.once(parts.pop(name), partial(self._fit, task, name, methods[name], group))
         if not parts:
             return
         start, seeds, lm = time.perf_counter(), self.bench.seeds, self.bench.lm_in_the_loop
         candidates = {
             (name, seed): methods[name].candidates(f"{group}/{name}", task.config, seed)
-            for name in parts
-            for seed in seeds
+            for name, seed in product(parts, seeds)
         }
-        scratch = self._scratch(f"{group}-{task.name}", {name: settings[name] for name in parts})
+        scratch = self._scratch(parts.values())
         logger.warning(f"training {', '.join(parts)} on {task.source}, seeds {', '.join(map(str, seeds))}")
         training = SharedTraining(
             [candidate for several in candidates.values() for candidate in several],
@@ -145,40 +108,34 @@ class Comparison:
         seconds = time.perf_counter() - start
         for name, part in parts.items():
             result = _result(task, runs[name], chosen[name, seeds[0]].probe.num_parameters())
-            self.store.write(part, settings[name], result, seconds, list(parts.values()))
+            self.store.write(part, result, seconds, parts.values())
         shutil.rmtree(scratch, ignore_errors=True)
 
-    def _fit(self, task: Task, name: str, method: HeadMethod, group: str, part: str, settings: dict[str, Any]) -> None:
+    def _fit(self, task: Task, name: str, method: HeadMethod, group: str) -> dict[str, Any]:
         """Fit a convex head. Its one run is saved under the first seed."""
-        start, lm, seed = time.perf_counter(), self.bench.lm_in_the_loop, self.bench.seeds[0]
         logger.warning(f"fitting {name} on {task.source}")
-        probe = self._place(ProbeModel(task.config.replace(**method.head)))
+        lm, probe = self.bench.lm_in_the_loop, self._place(ProbeModel(task.config.replace(**method.head)))
         loss = ProbeLoss(probe.config, label_smoothing=method.label_smoothing)
         fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric, lm)
         (test,) = predict_together([probe], task.dataset("test"), lm, progress=True)
         probe.config, judged = judge(probe.config, fitted.logits, test, task)
-        probe.save_pretrained(self._head_folder(group, task, name, seed))
-        result = _result(task, [{"seed": None, **fitted.facts, **judged}], probe.num_parameters())
-        self.store.write(part, settings, result, time.perf_counter() - start, [part])
+        probe.save_pretrained(self._head_folder(group, task, name, self.bench.seeds[0]))
+        return _result(task, [{"seed": None, **fitted.facts, **judged}], probe.num_parameters())
 
     def _baseline(self, task: Task, name: str) -> None:
-        settings, part, baseline = self.settings(task.source, name), f"main/{task.name}/{name}", BASELINES[name]
-        if self.store.find(part, settings) is not None:
-            return
-        scratch = self._scratch(f"main-{task.name}-{name}", settings)
-        kept, runs = PartStore(scratch, self.store.weights), []
+        part = f"main/{task.name}/{name}"
+        scratch, seeds = self._scratch([part]), self.bench.seeds if name in SEEDED else [None]
 
-        def run(seed: int) -> dict[str, Any]:
-            logger.warning(f"{name} on {task.source}" + (f", seed {seed}" if baseline.seeded else ""))
-            scored = baseline.run(task, seed, self.shots)
+        def run(seed: int | None) -> dict[str, Any]:
+            logger.warning(f"{name} on {task.source}" + ("" if seed is None else f", seed {seed}"))
+            scored = BASELINES[name](task, seed, self.shots)
             _, judged = judge(task.labels, scored.validation, scored.test, task)
-            run = {"seed": seed if baseline.seeded else None, **scored.chosen, **judged}
-            return {"run": run, "num_parameters": scored.num_parameters}
+            return {"run": {"seed": seed, **scored.chosen, **judged}, "num_parameters": scored.num_parameters}
 
-        for seed in self.bench.seeds if baseline.seeded else self.bench.seeds[:1]:
-            runs.append(kept.once(f"seed-{seed}", settings, partial(run, seed)))
-        result = _result(task, [each.result["run"] for each in runs], runs[-1].result["num_parameters"])
-        self.store.write(part, settings, result, sum(each.seconds for each in runs), [part])
+        kept = [PartStore(scratch).once(f"seed-{seed}", partial(run, seed)) for seed in seeds]
+        runs = [each["result"]["run"] for each in kept]
+        result = _result(task, runs, kept[-1]["result"]["num_parameters"])
+        self.store.write(part, result, sum(each["seconds"] for each in kept), [part])
         shutil.rmtree(scratch, ignore_errors=True)
 
     def out_of_distribution(self, task: Task, names: Sequence[str], test_set: str) -> None:
@@ -186,8 +143,7 @@ class Comparison:
 
         Label 1 of both is the harmful one. Nothing is fitted on the other set, not even the threshold.
         """
-        settings = {name: self.settings(task.source, name, test=test_set) for name in names}
-        parts = self._missing(f"ood/{task.name}/{test_set}", settings)
+        parts = self.store.missing(f"ood/{task.name}/{test_set}", names)
         if not parts:
             return
         start, rows, heads = time.perf_counter(), self.bench.test_rows(test_set), head_methods()
@@ -206,26 +162,19 @@ class Comparison:
         seconds = time.perf_counter() - start
         for name, part in parts.items():
             result = {"runs": runs[name], "summary": {"test": summarize([run["test"] for run in runs[name]])}}
-            self.store.write(part, settings[name], result, seconds, list(parts.values()))
+            self.store.write(part, result, seconds, parts.values())
 
-    def layer_groups(self, task: Task, name: str) -> None:
-        """Average a head's layer weights on test rows, by label and correctness: part `layers/DATA/METHOD`.
+    def layer_groups(self, task: Task, name: str) -> dict[str, Any]:
+        """Average a head's layer weights on test rows, by label and correctness, see `group_layers`.
 
         A head that reads one layer, or has no weights to show, has no groups.
         """
-        settings, part = self.settings(task.source, name), f"layers/{task.name}/{name}"
-        if self.store.find(part, settings) is not None:
-            return
-        start = time.perf_counter()
-        runs = self.store.find(f"main/{task.name}/{name}", settings).result["runs"]
+        runs = self.store.find(f"main/{task.name}/{name}")["result"]["runs"]
         best = max(runs, key=lambda run: run["validation"][task.metric])["seed"]
         probe = self.head(task, name, best)
-        result = {"seed": best, "layers": probe.layer_indices, "groups": [], "errors": []}
-        if len(probe.layer_indices) > 1:
-            result |= self._layer_groups(task, probe)
-        self.store.write(part, settings, result, time.perf_counter() - start, [part])
-
-    def _layer_groups(self, task: Task, probe: ProbeModel) -> dict[str, Any]:
+        found = {"seed": best, "layers": probe.layer_indices, "groups": [], "errors": []}
+        if len(probe.layer_indices) == 1:
+            return found
         count, config = len(task.parts["test"]), probe.config
         logits, weights = torch.empty(count, config.num_labels), torch.empty(count, len(probe.layer_indices))
         outputs = score_together(
@@ -233,48 +182,39 @@ class Comparison:
         )
         for rows, (output,) in outputs:
             if output.layer_weights is None:
-                return {}
+                return found
             logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
         given = predictions(probabilities(logits, config), config).numpy()
-        return group_layers(weights.numpy(), task.parts["test"].labels, given, list(config.id2label.values()))
+        return found | group_layers(weights.numpy(), task.parts["test"].labels, given, list(config.id2label.values()))
 
     def few_labels(self, task: Task, names: Iterable[str]) -> None:
         """Train heads on few rows, as `llama-probe train` would, and score them: parts `few-labels/DATA/NAME`.
 
         Nothing is chosen, so neither validation nor test rows are looked at during training.
         """
-        settings = {name: self.few_labels_settings(task.source, name) for name in names}
-        parts = self._missing(f"few-labels/{task.name}", settings)
+        parts = self.store.missing(f"few-labels/{task.name}", names)
         if not parts:
             return
         logger.warning(f"learning curves of {', '.join(parts)} on {task.source}")
-        sets = [value for name in ("train", "test") for value in (task.dataset(name), task.parts[name].labels)]
-        asked = {name: settings[name] for name in parts}
-        heads = {name: value["head"] for name, value in asked.items()}
-        scratch = self._scratch(f"few-labels-{task.name}", asked)
-        kept, draws = PartStore(scratch, self.store.weights), []
-
-        def keep(name: str, work: Callable[[], Any]) -> Any:
-            draws.append(kept.once(name, asked, work))
-            return draws[-1].result
-
-        curves = learning_curves(task.config, *sets, heads, SIZES, self.bench.seeds, self.bench.lm_in_the_loop, keep)
-        rows, seconds = (
-            {name: len(task.parts[name]) for name in ("train", "test")},
-            sum(draw.seconds for draw in draws),
+        sets = [(task.dataset(name), task.parts[name].labels) for name in ("train", "test")]
+        heads, scratch = {name: head_methods()[name].head for name in parts}, self._scratch(parts.values())
+        few, rows = (
+            partial(train_on_few, task.config, *sets, heads),
+            {name: len(task.parts[name]) for name in task.parts},
         )
+        sizes = [size for size in SIZES if size <= rows["train"]]
+        draws = []
+        for size, seed in tqdm(list(product(sizes, self.bench.seeds)), desc="learning curves", leave=False):
+            work = partial(few, size, seed, self.bench.lm_in_the_loop)
+            draws.append(PartStore(scratch).once(f"{size}-rows-seed-{seed}", work))
+        seconds, points = sum(draw["seconds"] for draw in draws), [point for draw in draws for point in draw["result"]]
         for name, part in parts.items():
-            curve = [point for point in curves if point["head"] == name]
-            result = {"metric": task.metric, "rows": rows, "curve": curve}
-            self.store.write(part, settings[name], result, seconds, list(parts.values()))
+            curve = [point for point in points if point["head"] == name]
+            self.store.write(part, {"metric": task.metric, "rows": rows, "curve": curve}, seconds, parts.values())
         shutil.rmtree(scratch, ignore_errors=True)
 
     def head(self, task: Task, name: str, seed: int) -> ProbeModel:
-        """Load a head that `main` has saved.
-
-        Raises:
-            ProbeError: its folder is gone.
-        """
+        """Load a head that `main` has saved."""
         folder = self._head_folder("main", task, name, seed)
         if not is_head_folder(folder):
             part = self.store.folder / "main" / task.name / f"{name}.json"
@@ -287,10 +227,9 @@ class Comparison:
         probe.bind(self.bench.lm)
         return probe.to("cpu" if lm is None else lm.device)
 
-    def _scratch(self, name: str, settings: dict[str, Any]) -> Path:
-        """Return the folder for unfinished work with these settings on this backbone."""
-        digest = hashlib.sha256(json.dumps([settings, self.store.weights]).encode()).hexdigest()[:8]
-        return self.folder / "training" / f"{name}-{digest}"
+    def _scratch(self, parts: Iterable[str]) -> Path:
+        """Return the folder for unfinished work on some parts."""
+        return self.folder / "training" / f"{zlib.crc32(' '.join(parts).encode()):08x}"
 
     def _head_folder(self, group: str, task: Task, name: str, seed: int) -> Path:
         kept = "" if group == "main" else f"{group}-"
@@ -303,10 +242,6 @@ def judge(
     """Fit temperature and threshold on the validation rows, and measure validation and test rows.
 
     The threshold is that of the best F1, as usual in comparisons. `llama-probe train` has a steadier one.
-
-    Args:
-        config: a config with the labels.
-        validation, test: logits `[rows, num_labels]`.
     """
     labels = task.parts["validation"].labels
     config = calibrate(config, validation, torch.from_numpy(labels), threshold_rule=BEST_F1)

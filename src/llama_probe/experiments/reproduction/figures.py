@@ -15,9 +15,6 @@ def layer_groups_plot(heads: dict[str, dict[str, Any]]) -> Figure:
     """Draw the mean weight of each layer by label, a panel a head (the paper's figures 2 and 4).
 
     Full lines are rows that the head judges right, dashed lines its errors.
-
-    Args:
-        heads: by name, from `comparison.group_layers`, with `layers`.
     """
     figure = new_figure((SIZE[0], 2.6 * len(heads)))
     panels = figure.subplots(len(heads), 1, squeeze=False, sharex=True)[:, 0]
@@ -39,8 +36,7 @@ def layer_groups_plot(heads: dict[str, dict[str, Any]]) -> Figure:
 def methods_plot(panels: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     """Draw methods side by side, a panel a metric, with the paper's figures if there are any.
 
-    Args:
-        panels: title -> method -> `mean`, `std` and `paper` (may be None).
+    `panels` is title -> method -> `mean`, `std` and `paper` (may be None).
     """
     rows = max(len(methods) for methods in panels.values())
     figure = new_figure((3.4 * len(panels), 1.2 + 0.3 * rows))
@@ -59,12 +55,7 @@ def methods_plot(panels: dict[str, dict[str, dict[str, Any]]]) -> Figure:
 
 
 def learning_curves_plot(curves: dict[str, dict[int, dict[str, Any]]], title: str) -> Figure:
-    """Draw the metric of each kind of head by the number of training rows. Bars are standard deviations over seeds.
-
-    Args:
-        curves: from `summarize_curves`.
-        title: the data set and its metric.
-    """
+    """Draw the metric of each kind of head by the number of training rows. Bars are standard deviations over seeds."""
     figure = new_figure()
     axes = figure.subplots()
     for kind, values in curves.items():

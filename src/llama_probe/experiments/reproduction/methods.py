@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import ProbeError
@@ -49,11 +49,6 @@ class HeadMethod:
             head["options"] = options
         rates = {name: recipe[name] for name in ("learning_rate", "label_smoothing")}
         return cls(head, **rates | changes)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that its results depend on."""
-        return asdict(self)
 
     @property
     def convex(self) -> bool:
@@ -104,11 +99,7 @@ def method_names() -> list[str]:
 
 
 def check_methods(names: Iterable[str]) -> list[str]:
-    """Return the names in the order of the tables.
-
-    Raises:
-        ProbeError: there is none, or one is unknown.
-    """
+    """Return the names in the order of the tables."""
     wanted, known = list(names), method_names()
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:

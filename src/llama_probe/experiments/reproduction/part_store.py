@@ -4,82 +4,57 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ...errors import ProbeError
-from ...evaluation.resume import check_settings
 from ...files import remove_leftovers, write_atomically
-
-
-@dataclass(frozen=True)
-class Part:
-    """The content of a part's file.
-
-    Attributes:
-        settings: all that the result depends on, beside the backbone's weights.
-        seconds: time that the parts in `together` took, this one among them.
-        weights: digest of the backbone. `None` in files of versions that did not write it.
-    """
-
-    settings: dict[str, Any]
-    result: Any
-    seconds: float
-    together: list[str]
-    weights: str | None = None
 
 
 class PartStore:
     """A folder of finished parts. A part has a path as its name, such as `main/toxicchat/mha`.
 
-    Args:
-        folder: created with the first part.
-        weights: digest of the backbone that parts must come from. `None` before the backbone is loaded.
+    A part is a dict of its `result` and of the `seconds` that the parts in `together` took, this one among them.
     """
 
-    def __init__(self, folder: Path, weights: str | None = None):
-        self.folder, self.weights = Path(folder), weights
+    def __init__(self, folder: Path):
+        self.folder = folder
 
-    def find(self, name: str, settings: dict[str, Any]) -> Part | None:
+    def find(self, name: str) -> dict[str, Any] | None:
         """Return a finished part, or `None` if there is none.
 
         Raises:
-            ProbeError: it has other settings or another backbone, or its file is damaged.
+            ProbeError: its file is damaged.
         """
-        if not self.holds(name):
-            return None
         path = self._path(name)
+        if not path.is_file():
+            return None
         try:
-            part = Part(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ProbeError(f"{path} is damaged: {error}; remove it to do this part again") from None
-        found, wanted = part.settings, settings
-        if None not in (part.weights, self.weights):
-            found, wanted = found | {"backbone_weights": part.weights}, wanted | {"backbone_weights": self.weights}
-        check_settings(path, found, wanted)
-        return part
 
-    def holds(self, name: str) -> bool:
-        """Return True if there is a part of this name, with any settings."""
-        return self._path(name).is_file()
+    def missing(self, group: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the names whose parts `GROUP/NAME` are not finished, with their parts."""
+        parts = {name: f"{group}/{name}" for name in names}
+        return {name: part for name, part in parts.items() if not self._path(part).is_file()}
 
-    def write(self, name: str, settings: dict[str, Any], result: Any, seconds: float, together: list[str]) -> None:
+    def write(self, name: str, result: Any, seconds: float, together: Iterable[str]) -> None:
         """Write a finished part atomically."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, [path.name])
-        text = json.dumps(vars(Part(settings, result, round(seconds, 1), together, self.weights)), indent=2) + "\n"
-        write_atomically({path: lambda target: target.write_text(text, encoding="utf-8")})
+        part = {"result": result, "seconds": round(seconds, 1), "together": list(together)}
+        write_atomically({path: json.dumps(part, indent=2) + "\n"})
 
-    def once(self, name: str, settings: dict[str, Any], work: Callable[[], Any]) -> Part:
+    def once(self, name: str, work: Callable[[], Any]) -> dict[str, Any]:
         """Return a finished part. If there is none, write the result of `work` as the part."""
-        if not self.holds(name):
+        if not self._path(name).is_file():
             start = time.perf_counter()
             result = work()
-            self.write(name, settings, result, time.perf_counter() - start, [name])
-        return self.find(name, settings)
+            self.write(name, result, time.perf_counter() - start, [name])
+        return self.find(name)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,57 +27,29 @@ from ...errors import ProbeError
 Example = tuple[str, int]
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """The question before every text, and the reply that stands for each label index.
-
-    Raises:
-        ProbeError: a verbaliser is empty, or two are the same.
-    """
+class Instruction(NamedTuple):
+    """The question before every text, and the reply that stands for each label index."""
 
     question: str
     verbalisers: tuple[str, ...]
 
-    def __post_init__(self):
-        if len(set(self.verbalisers)) != len(self.verbalisers) or not all(self.verbalisers):
-            raise ProbeError(f"verbalisers={list(self.verbalisers)} must be different texts")
-
     @classmethod
-    def derive(cls, label_names: Sequence[str], benchmark: Benchmark | None = None) -> Instruction:
-        """Return the instruction of a known data set, or one that asks for the label names.
-
-        Raises:
-            ProbeError: the data set's verbalisers are not one a label.
-        """
-        question = f"Which label fits this text best: {', '.join(label_names)}? Answer with the label only."
-        if benchmark is None or benchmark.question is None:
-            return cls(question, tuple(label_names))
-        verbalisers = benchmark.verbalisers or tuple(label_names)
-        if len(verbalisers) != len(label_names):
-            raise ProbeError(f"{benchmark.name} has {len(verbalisers)} verbalisers for {len(label_names)} labels")
-        return cls(benchmark.question, verbalisers)
+    def derive(cls, benchmark: Benchmark) -> Instruction:
+        """Return the instruction of a known data set, or one that asks for the label names."""
+        names = benchmark.label_names
+        question = f"Which label fits this text best: {', '.join(names)}? Answer with the label only."
+        return cls(benchmark.question or question, benchmark.verbalisers or names)
 
 
 def draw_examples(
     train: LabelledTexts, per_label: int, seed: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 96
 ) -> list[Example]:
-    """Draw training rows as few-shot examples, in random order.
-
-    Args:
-        per_label: examples a label.
-        max_tokens: longer texts are cut.
-
-    Raises:
-        ProbeError: a label has fewer training rows.
-    """
+    """Draw training rows as few-shot examples, `per_label` of each label, in random order; cut those above `max_tokens`."""
     rng = np.random.default_rng(seed)
     chosen: list[Example] = []
-    for label, name in enumerate(train.label_names):
-        rows = np.flatnonzero(train.labels == label)
-        if len(rows) < per_label:
-            raise ProbeError(f"label {name!r} has {len(rows)} training rows; few-shot prompting wants {per_label}")
-        for row in rng.choice(rows, per_label, replace=False):
-            text = _as_text(train.texts[row])
+    for label in range(len(train.label_names)):
+        for row in rng.choice(np.flatnonzero(train.labels == label), per_label, replace=False):
+            text = train.texts[row]
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             chosen.append((text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens]), label))
     return [chosen[i] for i in rng.permutation(len(chosen))]
@@ -86,17 +58,8 @@ def draw_examples(
 class LabelPrompt:
     """A renderer of texts under an instruction, with the tokenizer's chat template if it has one.
 
-    Examples become earlier turns of the chat. The question stands in its first turn.
-
-    Args:
-        examples: shown before each text.
-        max_length: most tokens that differ from row to row. A longer text is cut at its end. `None`: no limit.
-
-    Attributes:
-        prefix_ids, suffix_ids: the token ids before and after every text.
-
-    Raises:
-        ProbeError: `max_length` leaves no room for a text.
+    Examples become earlier turns of the chat. The question stands in its first turn. `max_length` is for tokens that differ from
+    row to row: a longer text is cut at its end.
     """
 
     def __init__(
@@ -104,12 +67,12 @@ class LabelPrompt:
         tokenizer: PreTrainedTokenizerBase,
         instruction: Instruction,
         examples: Sequence[Example] = (),
-        max_length: int | None = 512,
+        max_length: int = 512,
     ):
         self.tokenizer, self.instruction, self.examples = tokenizer, instruction, examples
         self.max_length = max_length
         self.prefix_ids, self.suffix_ids = constant_parts(self._ids)
-        if max_length is not None and max_length <= len(self.suffix_ids):
+        if max_length <= len(self.suffix_ids):
             raise ProbeError(f"max_length={max_length} must be above {len(self.suffix_ids)}, to leave room for a text")
 
     @property
@@ -120,14 +83,8 @@ class LabelPrompt:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def encode(self, texts: Sequence) -> list[list[int]]:
-        """Return the token ids of each prompt, up to the start of the reply.
-
-        Raises:
-            ProbeError: a text is a chat.
-        """
-        prompts = [self._ids(_as_text(text)) for text in texts]
-        if self.max_length is None:
-            return prompts
+        """Return the token ids of each prompt, up to the start of the reply."""
+        prompts = map(self._ids, texts)
         limit = len(self.prefix_ids) + self.max_length
         keep = limit - len(self.suffix_ids)
         return [ids if len(ids) <= limit else [*ids[:keep], *self.suffix_ids] for ids in prompts]
@@ -154,18 +111,13 @@ def label_log_likelihoods(
     labels: Sequence[Sequence[int]],
     batch_tokens: int = 4096,
 ) -> torch.Tensor:
-    """Return log p(label | prompt) of each prompt and label, in nats, summed over the label's tokens.
+    """Return log p(label | prompt) `[rows, labels]` in nats, summed over the label's tokens, on the CPU.
 
     The start that many prompts share runs once, and each prompt runs once for all labels.
 
     Args:
-        lm: a causal LM in eval mode.
-        tokenizer: the LM's own, for padding.
-        prompts: token ids of each row, at least one. labels: token ids of each label, at least one.
+        prompts, labels: token ids of each row and of each label, at least one.
         batch_tokens: see `plan_passes`.
-
-    Returns:
-        `torch.FloatTensor` of shape `[rows, labels]`, on the CPU.
     """
     found = torch.empty(len(prompts), len(labels))
     passes = plan_passes(lm, prompts, [len(ids) - 1 for ids in prompts], batch_tokens)
@@ -206,9 +158,3 @@ def _score_batch(lm, batch: dict[str, torch.Tensor], labels, shared: Pass) -> to
             score = score + rest.squeeze(-1).sum(dim=1)
         scores.append(score)
     return torch.stack(scores, dim=1)
-
-
-def _as_text(text) -> str:
-    if not isinstance(text, str):
-        raise ProbeError("prompting takes texts, not chat messages")
-    return text

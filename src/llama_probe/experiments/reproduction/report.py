@@ -16,33 +16,21 @@ from ...hub.card import table
 from .. import paper
 from .columns import Column, cell, columns, find_orders
 from .figures import layer_groups_plot, learning_curves_plot, methods_plot
-from .learning_curves import summarize_curves
+from .learning_curves import summarize_curve
 from .workbench import file_name
 
 
 REPORT_NAME, DATA_NAME = "report.md", "report.json"
 
 
-def write_report(output: Path, report: dict[str, Any], plots: bool = True) -> None:
-    """Write `report.md`, `report.json` and, if matplotlib is installed, the plots.
-
-    Args:
-        report: the result of `Reproduction.report`. The paper's orders are added to it.
-        plots: `False` leaves the plots out.
-    """
-    output = Path(output)
+def write_report(output: Path, report: dict[str, Any], finished: bool = True) -> None:
+    """Write `report.md` and `report.json`, at the end with plots. Add the paper's orders to the report."""
     output.mkdir(parents=True, exist_ok=True)
     report["orders"] = find_orders(report["main"])
-    figures = _figures(report) if plots and find_spec("matplotlib") is not None else {}
+    figures = _figures(report) if finished and find_spec("matplotlib") is not None else {}
     write_atomically({output / name: png_writer(lambda figure=figure: figure) for name, figure in figures.items()})
-    text = "\n\n".join(_blocks(report, list(figures))) + "\n"
-    data = json.dumps(report, indent=2) + "\n"
-    write_atomically(
-        {
-            output / REPORT_NAME: lambda path: path.write_text(text, encoding="utf-8"),
-            output / DATA_NAME: lambda path: path.write_text(data, encoding="utf-8"),
-        }
-    )
+    text = "\n\n".join(_blocks(report, list(figures), finished)) + "\n"
+    write_atomically({output / REPORT_NAME: text, output / DATA_NAME: json.dumps(report, indent=2) + "\n"})
 
 
 def _done(results: dict[str, Any]) -> dict[str, Any]:
@@ -53,25 +41,19 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(table(header, rows)).rstrip()
 
 
-def _paper_cell(figure: paper.Figure | None) -> str:
-    return cell(None if figure is None else {"mean": figure.value, "std": figure.std})
-
-
-def _blocks(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
-
+def _blocks(report: dict[str, Any], plots: list[str], finished: bool) -> Iterator[str]:
     def image(name: str) -> Iterator[str]:
         if f"{name}.png" in plots:
             yield f"![{name}]({name}.png)"
 
     backbone, settings = report["backbone"], report["settings"]
-    yield f"# The tables of {paper.SOURCE}" + (f" for {backbone['name']}" if backbone else "")
-    if backbone:
-        yield (
-            f"- The backbone is {backbone['name']}: {backbone['num_parameters'] / 1e6:,.0f} million parameters, "
-            f"{backbone['num_hidden_layers']} layers, hidden size {backbone['hidden_size']:,}.\n"
-            f"- Columns headed *paper* are for {paper.BACKBONE}: {paper.BACKBONE_SIZE}. They use the authors' training rows and "
-            "hyper-parameter search. Compare the order of the methods, not the size of the numbers."
-        )
+    yield f"# The tables of {paper.SOURCE} for {backbone['name']}"
+    yield (
+        f"- The backbone is {backbone['name']}: {backbone['num_parameters'] / 1e6:,.0f} million parameters, "
+        f"{backbone['num_hidden_layers']} layers, hidden size {backbone['hidden_size']:,}.\n"
+        f"- Columns headed *paper* are for {paper.BACKBONE}: {paper.BACKBONE_SIZE}. They use the authors' training rows and "
+        "hyper-parameter search. Compare the order of the methods, not the size of the numbers."
+    )
     yield (
         f"- Numbers are mean ± standard deviation over the seeds {', '.join(map(str, settings['seeds']))}. A seed sets initial "
         "weights and dropout; for few-shot prompting it sets the examples. The split and the order of the rows do not change. "
@@ -81,16 +63,15 @@ def _blocks(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
     if settings["max_rows"] is not None:
         rows = settings["max_rows"]
         yield f"**Not all rows:** at most {rows:,} training, validation and test rows of each data set."
-    if unfinished := _unfinished(report):
-        yield f"**Not finished:** {', '.join(unfinished)}. The same command resumes the run."
+    if not finished:
+        yield "**Not finished:** the same command resumes the run."
     for source, results in report["main"].items():
         yield from _main_table(source, _done(results))
         yield from image(f"main-{file_name(source)}")
     yield from _orders(report["orders"])
     if "ood" in report:
         yield from _out_of_distribution(report["ood"])
-    if "downcast" in report:
-        yield from _downcast(report["downcast"]["data"], _done(report["downcast"]["results"]))
+    yield from _downcast(report["downcast"]["data"], _done(report["downcast"]["results"]))
     for source, heads in report["layers"].items():
         yield from _layers(source, heads)
         yield from image(f"layers-{file_name(source)}")
@@ -98,7 +79,7 @@ def _blocks(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
         yield from _sensitivity(report["sensitivity"])
         yield from image("sensitivity")
     for source, heads in report["few_labels"].items():
-        yield from _few_labels(source, list(_done(heads).values()))
+        yield from _few_labels(source, _done(heads))
         yield from image(f"few-labels-{file_name(source)}")
     yield "## How it was made"
     if report["command"]:
@@ -106,22 +87,6 @@ def _blocks(report: dict[str, Any], plots: list[str]) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report["environment"].items())
     yield f"{versions}; at most {settings['epochs']} epochs, patience {settings['patience']}."
     yield _table(["part", "seconds"], [[name, f"{seconds:,.0f}"] for name, seconds in report["seconds"].items()])
-
-
-def _unfinished(report: dict[str, Any]) -> list[str]:
-    """Return the parts that were asked for and are not finished. Absent test sets have their own section."""
-    only, found = report["only"], []
-    if "main" in only:
-        for source, results in report["main"].items():
-            found += [f"{name} on {source}" for name, result in results.items() if result is None]
-    if "downcast" in only and None in report.get("downcast", {"results": {"": None}})["results"].values():
-        found.append("downcast")
-    for part, key in (("layers", "layers"), ("few-labels", "few_labels")):
-        if part in only:
-            found += [f"{part} on {source}" for source, heads in report[key].items() if None in heads.values()]
-    if "sensitivity" in only and report["sensitivity"] is None:
-        found.append("sensitivity")
-    return found
 
 
 def _main_table(source: str, done: dict[str, Any]) -> Iterator[str]:
@@ -136,13 +101,13 @@ def _main_table(source: str, done: dict[str, Any]) -> Iterator[str]:
         f"{benchmark.note}"
     )
     lines = []
-    for name in dict.fromkeys([*done, *paper.MAIN]):
+    for name in dict.fromkeys([*done, *paper.METHODS]):
         figures = [paper.figure(name, benchmark.name, column.paper) for column in compared]
         if name in done:
             own = [f"{done[name]['num_parameters']:,}", *(cell(column.find(done[name])) for column in shown)]
-            lines.append([f"`{name}`", *own, *map(_paper_cell, figures)])
+            lines.append([f"`{name}`", *own, *map(cell, figures)])
         elif any(figure is not None for figure in figures):
-            lines.append([f"{name} (paper only)", "-", *("-" for _ in shown), *map(_paper_cell, figures)])
+            lines.append([f"{name} (paper only)", "-", *("-" for _ in shown), *map(cell, figures)])
     titles = [*(column.title for column in shown), *(f"paper: {column.title}" for column in compared)]
     yield _table(["method", "parameters", *titles], lines)
     for name, result in done.items():
@@ -182,7 +147,7 @@ def _out_of_distribution(ood: dict[str, Any]) -> Iterator[str]:
     yield _table(["method", *(f"{test} ({size:,})" for test, size in zip(done, sizes, strict=True))], lines)
     if absent := [test for test in ood["results"] if test not in done]:
         yield f"Not at hand: {', '.join(absent)}."
-    figures = ", ".join(f"{name} {_paper_cell(figure)}" for name, figure in paper.OUT_OF_DISTRIBUTION.items())
+    figures = ", ".join(f"{name} {figure:.3f}" for name, figure in paper.OUT_OF_DISTRIBUTION.items())
     yield f"In the paper, heads trained on WildGuardMix and tested on ToxicChat have these F1 scores: {figures}."
 
 
@@ -194,7 +159,7 @@ def _downcast(source: str, done: dict[str, Any]) -> Iterator[str]:
     lines = []
     for name, result in done.items():
         own = [f"{result['num_parameters']:,}", *(cell(column.find(result)) for column in shown)]
-        lines.append([name, *own, _paper_cell(paper.DOWNCAST.get(int(name)) if toxicchat else None)])
+        lines.append([name, *own, f"{paper.DOWNCAST[int(name)]:.3f}" if toxicchat else "-"])
     titles = [column.title for column in shown]
     yield _table(["downcast", "parameters", *titles, "paper: F1, human-annotated rows"], lines)
 
@@ -246,10 +211,10 @@ def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
     yield _table(header, lines)
 
 
-def _few_labels(source: str, done: list[dict[str, Any]]) -> Iterator[str]:
+def _few_labels(source: str, done: dict[str, Any]) -> Iterator[str]:
     if not done:
         return
-    found, curves = done[0], _curves(done)
+    found, curves = next(iter(done.values())), _curves(done)
     yield f"## Few labels: {source}"
     yield (
         f"{found['metric']} on {found['rows']['test']:,} test rows, after training on a sample of the "
@@ -261,8 +226,8 @@ def _few_labels(source: str, done: list[dict[str, Any]]) -> Iterator[str]:
     yield _table(["kind", *(f"{size:,} rows" for size in sizes)], lines)
 
 
-def _curves(done: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    return summarize_curves([point for found in done for point in found["curve"]], done[0]["metric"])
+def _curves(done: dict[str, Any]) -> dict[str, dict[int, dict[str, Any] | None]]:
+    return {name: summarize_curve(found["curve"], found["metric"]) for name, found in done.items()}
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -274,7 +239,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
                 value = column.find(result)
                 if value is not None and math.isfinite(value["mean"]):
                     figure = paper.figure(name, find_benchmark(source)[0].name, column.paper) if column.paper else None
-                    own = {**value, "paper": None if figure is None else figure.value}
+                    own = {**value, "paper": figure and figure["mean"]}
                     panels.setdefault(f"{source}: {column.title}", {})[name] = own
         if panels:
             figures[f"main-{file_name(source)}.png"] = methods_plot(panels)
@@ -282,10 +247,10 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         if done := {name: found for name, found in _done(heads).items() if found["groups"]}:
             figures[f"layers-{file_name(source)}.png"] = layer_groups_plot(done)
     for source, heads in report["few_labels"].items():
-        done = list(_done(heads).values())
-        if done and all(value for sizes in _curves(done).values() for value in sizes.values()):
-            title = f"{source}: {done[0]['metric']}"
-            figures[f"few-labels-{file_name(source)}.png"] = learning_curves_plot(_curves(done), title)
+        curves = _curves(_done(heads))
+        if curves and all(value for sizes in curves.values() for value in sizes.values()):
+            title = f"{source}: {next(iter(_done(heads).values()))['metric']}"
+            figures[f"few-labels-{file_name(source)}.png"] = learning_curves_plot(curves, title)
     if report["sensitivity"] is not None:
         figures["sensitivity.png"] = sensitivity_plot(report["sensitivity"])
     return figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from ...files import environment
 from ...heads import get_probe_type
 from ...training.recipe import Recipe
 from ...training.run import TrainingRun
-from ...training.sweep import SETUP_NAME, SWEEP_NAME, SearchSpace, Sweep, read_sweep
+from ...training.sweep import SWEEP_NAME, SearchSpace, Sweep, read_sweep
 from .comparison import Comparison
 from .learning_curves import SIZES
 from .methods import check_methods, downcast_methods, head_methods, method_names
@@ -36,11 +35,14 @@ logger = logging.get_logger(__name__)
 PARTS = ("main", "ood", "downcast", "layers", "sensitivity", "few-labels")
 DATA = ("toxicchat", "sst2", "emotion", "imdb")
 TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
+_TRIALS = 12
 
 
 @dataclass
 class Reproduction:
     """The whole comparison. Finished parts stay in the output folder and are not done again.
+
+    An output folder is for one backbone, one set of rows and one set of settings.
 
     Attributes:
         output: folder for `report.md`, `report.json`, the plots, the trained heads and the finished parts.
@@ -80,19 +82,16 @@ class Reproduction:
             raise ProbeError(f"data={','.join(self.data)!r} must name at least one data set, each once")
         for source in self.data:
             known_source(source)
+        for name in ("epochs", "patience", "shots", "trials"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ProbeError(f"{name}={value} must be at least 1")
         if self.sweep is not None:
             self.sweep = Path(self.sweep)
             if self.trials is not None:
-                raise ProbeError(
-                    f"trials={self.trials} is for a search, which sweep={self.sweep} replaces: leave one out"
-                )
+                raise ProbeError(f"trials={self.trials} is for a search, which sweep={self.sweep} replaces")
             if not (self.sweep / SWEEP_NAME).is_file():
-                raise ProbeError(
-                    f"sweep={self.sweep} holds no {SWEEP_NAME}: give the output folder of a finished sweep"
-                )
-        self.trials = 12 if self.trials is None else self.trials
-        if self.trials < 1:
-            raise ProbeError(f"trials={self.trials} must be at least 1")
+                raise ProbeError(f"sweep={self.sweep} holds no {SWEEP_NAME}: give the folder of a finished sweep")
+        self.trials = _TRIALS if self.trials is None else self.trials
         if self.only is not None:
             self._check_parts()
         self.only = list(PARTS if self.only is None else self.only)
@@ -100,15 +99,14 @@ class Reproduction:
 
     def _check_parts(self) -> None:
         """Refuse parts that were asked for by name and that data or methods leave empty."""
-        if "ood" in self.only and self._safety_source is None:
-            raise ProbeError(f"only=ood needs one of {', '.join(SAFETY)} in data")
         for name, suited, wanted in (
-            ("ood", self._ood_methods, "tfidf or a head"),
-            ("layers", self._layered, "a head that weighs layers, such as gate"),
-            ("few-labels", self._trained_kinds, "a trained kind of head, such as gate"),
+            ("ood", self._safety_source, f"one of {', '.join(SAFETY)} in data"),
+            ("ood", self._ood_methods, "tfidf or a head in methods"),
+            ("layers", self._layered, "a head that weighs layers, such as gate, in methods"),
+            ("few-labels", self._trained_kinds, "a trained kind of head, such as gate, in methods"),
         ):
             if name in self.only and not suited:
-                raise ProbeError(f"only={name} needs {wanted} in methods={','.join(self.methods)}")
+                raise ProbeError(f"only={name} needs {wanted}")
         if self.sweep is not None and "sensitivity" not in self.only:
             raise ProbeError(f"sweep={self.sweep} is read for sensitivity: add it to only, or leave sweep out")
 
@@ -119,24 +117,19 @@ class Reproduction:
             The report, which is also written to `report.json`.
 
         Raises:
-            ProbeError: anything that the user can mend, before any work is done. Among it: parts made with other settings, or on
-                another backbone of the same name.
+            ProbeError: anything that the user can mend, before any work is done. Among it: the folder is of other settings, rows
+                or another backbone.
         """
         if launched():
             raise ProbeError(
                 "reproduce runs in one process: start it without torchrun (--sweep reads a divided sweep)"
             )
         with claimed(self.output):
-            if set(self.only) - {"sensitivity"}:
-                self._check_rows()
-            self.report()  # refuses parts with other settings
-            self._check_backbone()
-            if "sensitivity" in self.only and self.sweep is None and not self.comparison.store.holds("sensitivity"):
-                self._check_sweep()
+            self._check_settings()
             try:
                 for step in self._steps():
+                    write_report(self.output, self.report(), finished=False)
                     step()
-                    write_report(self.output, self.report(), plots=False)
             except Exception:
                 self.bench.close()  # a KeyboardInterrupt keeps the states for the next run
                 raise
@@ -145,39 +138,43 @@ class Reproduction:
             write_report(self.output, report)
             return report
 
-    def _check_rows(self) -> None:
-        for source in self.data:
-            task = self.bench.task(source)
-            counts = np.bincount(task.parts["train"].labels, minlength=task.labels.num_labels)
-            if "few-shot" in self.methods and "main" in self.only and counts.min() < self.shots:
-                name = task.parts["train"].label_names[int(counts.argmin())]
-                raise ProbeError(f"{source} has {counts.min()} training rows of {name!r}: use more, or fewer --shots")
-            if "few-labels" in self.only and self._trained_kinds and counts.sum() < min(SIZES):
-                raise ProbeError(f"{source} has {counts.sum()} training rows, and few-labels needs {min(SIZES)}")
+    def _check_settings(self) -> None:
+        """Compare settings, rows and weights with those of an earlier run in the folder, and write what is new."""
+        own = {"epochs": self.epochs, "patience": self.patience, "shots": self.shots}
+        settings: dict[str, Any] = {"run": {**self.bench.settings, **own}}
+        if set(self.only) - {"sensitivity"}:
+            sources = self.data
+            for source in sources:
+                self._check_rows(self.bench.task(source))
+        else:
+            sources = [] if self.sweep else [self._primary]
+        for source in sources:
+            parts = self.bench.task(source).parts
+            settings[f"rows-{file_name(source)}"] = {name: rows.digest()[:16] for name, rows in parts.items()}
+        if "sensitivity" in self.only:
+            digest = self.sweep and hashlib.sha256((self.sweep / SWEEP_NAME).read_bytes()).hexdigest()[:16]
+            settings["sensitivity"] = {"digest": digest} if self.sweep else {"trials": self.trials}
+        for name, values in settings.items():
+            if self._settings_path(name).is_file():
+                same_settings(self._settings_path(name), values)
+        settings["weights"] = {"weights": self.bench.weights}  # loads the backbone
+        for name, values in settings.items():
+            same_settings(self._settings_path(name), values)
 
-    def _check_backbone(self) -> None:
-        store = self.comparison.store
-        store.weights = self.bench.weights
-        self.report()  # refuses parts of another backbone
-        if store.holds("backbone") and store.find("backbone", self._backbone_settings).weights is None:
-            logger.warning(
-                f"{store.folder} does not say which weights its parts were made on: they are taken to be those at hand"
-            )
+    def _settings_path(self, name: str) -> Path:
+        return self.output / "settings" / f"{name}.json"
 
-    def _check_sweep(self) -> None:
-        """Refuse a sweep in the output folder that has other settings."""
-        folder = self.output / "sweep"
-        if (folder / SETUP_NAME).exists() or (folder / SWEEP_NAME).exists():
-            self._claim_sweep()
-
-    def _claim_sweep(self) -> None:
-        settings = {**self._sensitivity_settings, "weights": self.bench.weights}
-        same_settings(self.output / "sweep" / "settings.json", settings, optional=["weights"])
+    def _check_rows(self, task: Task) -> None:
+        counts = np.bincount(task.parts["train"].labels, minlength=task.labels.num_labels)
+        if "few-shot" in self.methods and "main" in self.only and counts.min() < self.shots:
+            name = task.parts["train"].label_names[int(counts.argmin())]
+            raise ProbeError(f"{task.source} has {counts.min()} training rows of {name!r}: use more, or fewer --shots")
+        if "few-labels" in self.only and self._trained_kinds and counts.sum() < min(SIZES):
+            raise ProbeError(f"{task.source} has {counts.sum()} training rows, and few-labels needs {min(SIZES)}")
 
     def _steps(self) -> Iterator[Callable[[], Any]]:
-        comparison, safety = self.comparison, self._safety_source
+        comparison, store, safety = self.comparison, self.comparison.store, self._safety_source
         tasks = [self.bench.task(source) for source in self.data] if set(self.only) - {"sensitivity"} else []
-        yield self._describe_backbone
         if "main" in self.only:
             for task in tasks:
                 yield partial(comparison.main, task, self.methods)
@@ -188,13 +185,16 @@ class Reproduction:
                 if self._at_hand(name):
                     yield partial(comparison.out_of_distribution, task, self._ood_methods, name)
         if "downcast" in self.only:
-            hidden_size = find_decoder(self.bench.lm).hidden_size
-            yield partial(comparison.train, self.bench.task(self._primary), downcast_methods(hidden_size), "downcast")
+            methods = downcast_methods(find_decoder(self.bench.lm).hidden_size)
+            yield partial(comparison.train, self.bench.task(self._primary), methods, "downcast")
         if "layers" in self.only:
             for task in tasks:
-                yield partial(self._layers, task)
+                yield partial(comparison.main, task, self._layered)
+                for name in self._layered:
+                    work = partial(comparison.layer_groups, task, name)
+                    yield partial(store.once, f"layers/{task.name}/{name}", work)
         if "sensitivity" in self.only:
-            yield self._sensitivity
+            yield partial(store.once, "sensitivity", self._sensitivity)
         if "few-labels" in self.only:
             for task in tasks:
                 yield partial(comparison.few_labels, task, self._trained_kinds)
@@ -225,53 +225,19 @@ class Reproduction:
 
     def _at_hand(self, test_set: str) -> bool:
         try:
-            self.bench.test_rows(test_set)
+            rows = self.bench.test_rows(test_set)
         except ProbeError as error:
             logger.warning(f"{test_set} is left out: {error}")
             return False
+        same_settings(self._settings_path(f"test-{test_set}"), {"rows": rows.digest()[:16]})
         return True
 
-    @property
-    def _backbone_settings(self) -> dict[str, Any]:
-        return {name: self.bench.settings[name] for name in ("backbone", "dtype")}
-
-    def _describe_backbone(self) -> None:
-        decoder = find_decoder(self.bench.lm)
-        facts = {
-            "name": model_id(self.bench.backbone).rstrip("/").split("/")[-1],
-            "model_type": decoder.model_type,
-            "num_parameters": sum(parameter.numel() for parameter in self.bench.lm.parameters()),
-            "num_hidden_layers": decoder.num_hidden_layers,
-            "hidden_size": decoder.hidden_size,
-        }
-        self.comparison.store.once("backbone", self._backbone_settings, lambda: facts)
-
-    def _layers(self, task: Task) -> None:
-        self.comparison.main(task, self._layered)
-        for name in self._layered:
-            self.comparison.layer_groups(task, name)
-
-    @property
-    def _sensitivity_settings(self) -> dict[str, Any]:
-        if self.sweep is not None:
-            digest = hashlib.sha256((self.sweep / SWEEP_NAME).read_bytes()).hexdigest()
-            return {"sweep": self.sweep.name, "digest": digest[:16]}
-        rows = self.bench.digests(self._primary)
-        own = {"trials": self.trials, "epochs": self.epochs, "patience": self.patience}
-        return {**self.bench.settings, "data": self._primary, "rows": rows, **own}
-
-    def _sensitivity(self) -> None:
-        store, settings = self.comparison.store, self._sensitivity_settings
-        if store.find("sensitivity", settings) is not None:
-            return
-        start = time.perf_counter()
+    def _sensitivity(self) -> dict[str, Any]:
         found = self._run_sweep() if self.sweep is None else read_sweep(self.sweep)
-        result = {"metric": found["metric"], "trials": found["trials"], "kinds": summarize_trials(found["trials"])}
-        store.write("sensitivity", settings, result, time.perf_counter() - start, ["sensitivity"])
+        return {"metric": found["metric"], "trials": found["trials"], "kinds": summarize_trials(found["trials"])}
 
     def _run_sweep(self) -> dict[str, Any]:
         bench, folder = self.bench, self.output / "sweep"
-        self._claim_sweep()
         if (folder / SWEEP_NAME).is_file():
             return read_sweep(folder)
         metric = metric_of(known_source(self._primary))
@@ -290,66 +256,47 @@ class Reproduction:
         return Sweep(run, SearchSpace(), self.trials, keep=1.0, resume=True).run()
 
     def report(self) -> dict[str, Any]:
-        """Collect all finished parts, also those that this call does not ask for.
-
-        Raises:
-            ProbeError: a part that is asked for was made with other settings.
-        """
-        comparison, bench, safety = self.comparison, self.bench, self._safety_source
+        """Collect the finished parts of `data` and `methods`, also those that this call does not ask for."""
         seconds: dict[str, float] = {}
 
-        def find(part: str, settings: Callable[[], dict[str, Any]]) -> Any:
-            if not comparison.store.holds(part):
+        def find(part: str) -> Any:
+            if (found := self.comparison.store.find(part)) is None:
                 return None
-            try:
-                wanted = settings()
-            except ProbeError:  # its rows are not at hand
-                return None
-            try:
-                found = comparison.store.find(part, wanted)
-            except ProbeError:
-                if part.split("/")[0] in (*self.only, "backbone"):
-                    raise
-                return None
-            seconds[", ".join(found.together)] = found.seconds
-            return found.result
+            seconds[", ".join(found["together"])] = found["seconds"]
+            return found["result"]
 
-        def find_all(
-            group: str, source: str, names: Iterable[str], settings=comparison.settings, **further
-        ) -> dict[str, Any]:
-            return {name: find(f"{group}/{name}", partial(settings, source, name, **further)) for name in names}
+        def find_all(group: str, names: Iterable[str]) -> dict[str, Any]:
+            return {name: find(f"{group}/{name}") for name in names}
 
-        backbone = find("backbone", lambda: self._backbone_settings)
-        files = {source: file_name(source) for source in self.data}
+        def by_source(group: str, names: Iterable[str]) -> dict[str, Any]:
+            return {source: find_all(f"{group}/{file_name(source)}", names) for source in self.data}
+
+        bench, safety, primary, decoder = self.bench, self._safety_source, self._primary, find_decoder(self.bench.lm)
         found: dict[str, Any] = {
             "command": self.command,
             "environment": environment(),
             "settings": {**bench.settings, "epochs": self.epochs, "patience": self.patience, "shots": self.shots},
             "only": list(self.only),
-            "backbone": backbone,
-            "main": {source: find_all(f"main/{name}", source, self.methods) for source, name in files.items()},
-            "layers": {source: find_all(f"layers/{name}", source, self._layered) for source, name in files.items()},
-            "sensitivity": find("sensitivity", lambda: self._sensitivity_settings),
-            "few_labels": {
-                source: find_all(f"few-labels/{name}", source, self._trained_kinds, comparison.few_labels_settings)
-                for source, name in files.items()
+            "backbone": {
+                "name": model_id(bench.backbone).rstrip("/").split("/")[-1],
+                "model_type": decoder.model_type,
+                "num_parameters": sum(parameter.numel() for parameter in bench.lm.parameters()),
+                "num_hidden_layers": decoder.num_hidden_layers,
+                "hidden_size": decoder.hidden_size,
+            },
+            "main": by_source("main", self.methods),
+            "layers": by_source("layers", self._layered),
+            "sensitivity": find("sensitivity"),
+            "few_labels": by_source("few-labels", self._trained_kinds),
+            "downcast": {
+                "data": primary,
+                "results": find_all(f"downcast/{file_name(primary)}", downcast_methods(decoder.hidden_size)),
             },
         }
         if safety is not None:
-            results = {
-                test: find_all(f"ood/{files[safety]}/{test}", safety, self._ood_methods, test=test)
-                for test in TEST_SETS
-            }
+            results = {test: find_all(f"ood/{file_name(safety)}/{test}", self._ood_methods) for test in TEST_SETS}
             found["ood"] = {"trained_on": safety, "results": results}
-        if backbone is not None:
-            source = self._primary
-            results = {
-                name: find(f"downcast/{files[source]}/{name}", partial(comparison.settings, source, name, method))
-                for name, method in downcast_methods(backbone["hidden_size"]).items()
-            }
-            found["downcast"] = {"data": source, "results": results}
-        found["seconds"] = seconds
-        return found
+        return {**found, "seconds": seconds}
 
 
 def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

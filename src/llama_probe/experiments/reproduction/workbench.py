@@ -54,10 +54,6 @@ class Workbench:
     _test_rows: dict[str, LabelledTexts] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ProbeError(f"seeds={self.seeds} must be numbers, each once, and at least one")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
         check_cache(self.cache, self.cache_dir)
 
     @property
@@ -114,14 +110,7 @@ class Workbench:
         )
 
     def task(self, source: str) -> Task:
-        """Return a data set with its training, validation and test rows.
-
-        Args:
-            source: `NAME` or `NAME:SPLIT` (the split to train on).
-
-        Raises:
-            ProbeError: see `known_source`; or there are no test rows, or rows cannot be read.
-        """
+        """Return the data set that `NAME` or `NAME:SPLIT` (the split to train on) means, with its rows."""
         if source not in self._tasks:
             self._tasks[source] = Task.read(self, source)
         return self._tasks[source]
@@ -132,17 +121,6 @@ class Workbench:
             rows = read_labelled(name, split="test", data_dir=self.data_dir)
             self._test_rows[name] = rows.at_most(self.max_rows, self.seeds[0])
         return self._test_rows[name]
-
-    def digests(self, source: str, test: str | None = None) -> dict[str, str]:
-        """Return digests of the training, validation and test rows of a data set.
-
-        Args:
-            test: name of a data set whose test rows replace its own.
-        """
-        parts = self.task(source).parts
-        if test is not None:
-            parts = {**parts, "test": self.test_rows(test)}
-        return {name: rows.digest()[:16] for name, rows in parts.items()}
 
     def sources(self, source: str) -> DataSources:
         """Return the sources of a data set's rows."""
@@ -156,10 +134,9 @@ class Workbench:
 
 @dataclass
 class Task:
-    """One data set on the bench.
+    """One data set on the bench: its rows of `train`, `validation` and `test`.
 
     Attributes:
-        parts: rows of `train`, `validation` and `test`.
         slices: columns of the test rows by whose values results are reported.
         metric: metric for choices by validation rows, see `metric_of`.
     """
@@ -217,11 +194,7 @@ def metric_of(benchmark: Benchmark) -> str:
 
 
 def known_source(source: str) -> Benchmark:
-    """Return the data set that `NAME` or `NAME:SPLIT` means.
-
-    Raises:
-        ProbeError: it is unknown, has no training rows, or has several labels a row.
-    """
+    """Return the data set that `NAME` or `NAME:SPLIT` means, which has training rows and one label a row."""
     trainable = [
         name
         for name, benchmark in BENCHMARKS.items()

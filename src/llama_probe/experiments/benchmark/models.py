@@ -1,0 +1,168 @@
+"""The models of a benchmark, known by their config before any weights are loaded or made at random.
+
+Time and memory do not depend on the values of the weights, so a config is enough to measure a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+)
+
+from ...backbone.loading import check_dtype, load_causal_lm, resolve_backbone
+from ...errors import ProbeError
+
+
+# Public dimensions that random weights take by name, each with its row in the paper's table.
+SHAPES = {
+    "llama-3b": None,
+    "t5-large": "T5-large",
+    "llama-7b": "WildGuard-7B",
+    "llama-8b": "Llama Guard 3 8B",
+}
+# vocab_size, hidden_size, intermediate_size, layers, heads, key-value heads, max_position_embeddings, tie_word_embeddings.
+_LLAMAS = {
+    "llama-3b": (128256, 3072, 8192, 28, 24, 8, 131072, True),
+    "llama-7b": (32000, 4096, 11008, 32, 32, 32, 8192, False),
+    "llama-8b": (128256, 4096, 14336, 32, 32, 8, 8192, False),
+}
+_T5_LARGE = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16}
+
+# Endings of the architectures that can guard.
+_GUARDS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
+    "ForCausalLM": AutoModelForCausalLM,
+    "LMHeadModel": AutoModelForCausalLM,
+}
+
+
+def _shape_config(name: str) -> PreTrainedConfig:
+    if name == "t5-large":
+        return T5Config(architectures=["T5ForConditionalGeneration"], decoder_start_token_id=0, **_T5_LARGE)
+    vocab, hidden, intermediate, layers, heads, kv_heads, positions, tied = _LLAMAS[name]
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=tied,
+    )
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model whose config is read and whose weights are not loaded yet.
+
+    Attributes:
+        name: `"demo"`, a folder or a Hub id. With `random_weights` also one of `SHAPES`, which comes first.
+        auto_class: the class that loads it.
+        random_weights: make the weights instead of loading them.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    random_weights: bool
+    auto_class: Any = AutoModelForCausalLM
+
+    @classmethod
+    def read(cls, name: str, dtype: str, random_weights: bool, tokens: int, guards: bool = False) -> ModelPlan:
+        """Read the config of a causal LM or of a guard.
+
+        Args:
+            dtype: `"auto"` means the config's own, or fp32.
+            tokens: longest prompt that the model will run over.
+            guards: allow a sequence classifier and an encoder-decoder as well.
+
+        Raises:
+            ProbeError: there is no such config, the model has too few positions, it neither classifies nor generates, or
+                random weights were asked of a quantised model.
+        """
+        check_dtype(dtype)
+        try:
+            shaped = random_weights and name in SHAPES
+            config = _shape_config(name) if shaped else AutoConfig.from_pretrained(resolve_backbone(name))
+        except (OSError, ValueError) as error:
+            shapes = f"a folder, a Hub id or, with --random-weights, one of {', '.join(SHAPES)}"
+            raise ProbeError(f"no config of {name!r}: {_first_line(error)}. Give {shapes}") from error
+        if random_weights and getattr(config, "quantization_config", None) is not None:
+            raise ProbeError(f"{name} is quantised, which random weights are not: leave out --random-weights")
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and tokens > longest:
+            raise ProbeError(f"{name} has {longest} positions, too few for {tokens} tokens: give fewer --tokens")
+        auto_class, architectures = AutoModelForCausalLM, config.architectures or []
+        if guards:
+            suited = (made for ending, made in _GUARDS.items() if any(a.endswith(ending) for a in architectures))
+            if (auto_class := next(suited, None)) is None:
+                raise ProbeError(f"{name} is no guard: architectures={architectures}; allowed: {', '.join(_GUARDS)}")
+        return cls(
+            name,
+            config,
+            getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32,
+            random_weights,
+            auto_class,
+        )
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The config of the decoder."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def paper(self) -> str | None:
+        """Its row in the paper's table."""
+        return SHAPES.get(self.name) if self.random_weights else None
+
+    def load(self, device: torch.device) -> PreTrainedModel:
+        """Load or make the weights, in eval mode on the device."""
+        if self.random_weights:
+            with device:
+                return self.auto_class.from_config(self.config, dtype=self.dtype).eval()
+        load = load_causal_lm if self.auto_class is AutoModelForCausalLM else self.auto_class.from_pretrained
+        try:
+            return load(resolve_backbone(self.name), dtype=self.dtype).to(device).eval()
+        except (OSError, ValueError) as error:
+            raise ProbeError(f"{self.name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def held_bytes(models: Iterable[torch.nn.Module]) -> int:
+    """Return the bytes of all parameters. Shared parameters count once."""
+    parameters = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
+def ask_guard(guard: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return one answer a prompt: a classifier's logits, or ids with one new token. Only its cost matters.
+
+    Args:
+        input_ids (`[B, T]`): ids of any vocabulary. They are mapped into the guard's own.
+        attention_mask (`[B, T]`).
+    """
+    ids = input_ids % guard.config.get_text_config().vocab_size
+    if not guard.can_generate():
+        if guard.config.pad_token_id is None:  # a classifier on a decoder reads the last token that is not padding
+            guard.config.pad_token_id = 0
+        with torch.no_grad():
+            return guard(input_ids=ids, attention_mask=attention_mask).logits
+    return guard.generate(ids, attention_mask=attention_mask, max_new_tokens=1, do_sample=False, pad_token_id=0)
