@@ -166,7 +166,7 @@ def test_a_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setitem(BENCHMARKS, "emotion", replace(BENCHMARKS["emotion"], revision="abc"))
-    with pytest.raises(ProbeError, match="dair-ai/emotion from the Hub: no way there"):
+    with pytest.raises(ProbeError, match=r"dair-ai/emotion.*no way there"):
         read_labelled("emotion", split="validation")
     assert asked == [(("dair-ai/emotion", "split"), {"split": "validation", "revision": "abc"})]
 
@@ -209,29 +209,6 @@ class TestLocalCopies:
     def test_wrong_copies(self, copies, source, named):
         with pytest.raises(ProbeError, match=named):
             read_labelled(source, data_dir=copies)
-
-    @pytest.mark.parametrize(
-        "names, labels",
-        [
-            (["positive", "negative"], [0, 1]),
-            (["neutral", "negative", "positive"], [2, 1]),
-            (["no", "yes"], [1, 0]),
-            (["a", "b", "c"], None),
-        ],
-    )
-    def test_other_label_names(self, copies, caplog, names, labels):
-        if labels is None:
-            with pytest.raises(ProbeError, match="negative, positive"):
-                read_labelled("sst2", label_names=names, data_dir=copies)
-            return
-        rows = read_labelled("sst2", label_names=names, data_dir=copies)
-        assert rows.label_names == names and rows.labels.tolist() == labels
-        assert ("negative, positive of the data are read as no, yes" in caplog.text) == (names == ["no", "yes"])
-
-    def test_several_labels_are_matched_by_name(self, copies):
-        names = list(BENCHMARKS["goemotions"].label_names)
-        rows = read_labelled("goemotions:test", label_names=names[::-1], data_dir=copies)
-        assert rows.labels.nonzero()[1].tolist() == [0, 27] and rows.labels.dtype == "float32"
 
 
 @pytest.mark.parametrize("field, value", [("label_column", "stars"), ("problem_type", "regression")])

@@ -62,7 +62,7 @@ def test_values_that_are_not_prompts(tokenizer, kind, take):
         with pytest.raises(ProbeError, match="must be a list of prompts"):
             take(single)
     for wrong in (None, [], 5, ["Hello"], [{"content": "Hello"}], float("nan")):
-        with pytest.raises(ProbeError, match="must be a text, or chat messages"):
+        with pytest.raises(ProbeError, match="must be a text"):
             take([wrong])
 
 

@@ -285,7 +285,7 @@ class TestNamedDataSets:
         parts = DataSources(own, test="toxicchat", text_column="q", label_column="y", data_dir=copies).read(seed=0)
         assert parts["train"].texts[0].startswith("a") and parts["test"].texts[0] == "test 0"
         for changes in ({"label_column": "jailbreaking"}, {"prompt_column": "q"}):
-            with pytest.raises(ProbeError, match="toxicchat, toxicchat:test have their own columns"):
+            with pytest.raises(ProbeError, match=r"label_column, prompt_column .* not for toxicchat, toxicchat:test"):
                 DataSources("toxicchat", data_dir=copies, **changes)
 
     def test_replies_beside_replies_known_by_name(self, tmp_path, copies):

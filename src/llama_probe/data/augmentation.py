@@ -32,10 +32,7 @@ _BREAKS = (" ", "\n", "\n\n")
 class Augmenter:
     """The texts that augmentations draw from, and the state of the draw.
 
-    Attributes:
-        harmless: texts for lead-ins, quotes and earlier turns.
-        system_prompts: texts for system turns.
-        rng: random numbers.
+    `harmless` texts are for lead-ins, quotes and earlier turns, `system_prompts` for system turns.
     """
 
     harmless: Sequence[str]
@@ -104,15 +101,8 @@ def augment(
 ) -> LabelledTexts:
     """Return the rows, and behind them wrapped copies of some of them with the same labels.
 
-    Each augmentation copies a random share of the rows. Lead-ins, documents and earlier turns are texts of the rows with
-    label 0.
-
-    Args:
-        rows: single-label rows.
-        names: names of `AUGMENTATIONS`.
-        seed: seed of what is drawn.
-        system_prompts: texts for `"system_prompt"`.
-        share: share of the rows that each augmentation copies.
+    Each augmentation copies a random share of the rows, which have one label each. Lead-ins, documents and earlier turns are
+    texts of the rows with label 0.
 
     Raises:
         ProbeError: a name or the share is not allowed, the rows are not single-label, or there is nothing to draw from.

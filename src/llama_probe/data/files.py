@@ -44,12 +44,9 @@ def kind_of(path: Path) -> str | None:
 
 @dataclass
 class Chunk:
-    """Consecutive rows of a file.
+    """Consecutive rows of a file: `columns` holds their values by column name, None where a row has no value.
 
-    Attributes:
-        number: index of the chunk. All chunks but a file's last have the same number of rows.
-        first_row: index of the first row in the file.
-        columns: values by column name. None where a row has no value.
+    All chunks but a file's last have the same number of rows.
     """
 
     number: int
@@ -62,23 +59,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of rows.
-
-    Attributes:
-        path: path as given.
-        kind: `parquet`, `json` (an object a line), `csv` or `tsv` (with a header, all values are texts).
-    """
+    """A file of rows: `parquet`, `json` (an object a line), `csv` or `tsv` (with a header, all values are texts)."""
 
     path: Path
     kind: str
 
     @classmethod
     def find(cls, patterns: Sequence[str]) -> list[InputFile]:
-        """Return the files that paths and patterns such as `rows/*.parquet` match, each once.
-
-        Raises:
-            ProbeError: a pattern matches no file, or a file has another format.
-        """
+        """Return the files that paths and patterns such as `rows/*.parquet` match, each once."""
         paths: dict[Path, Path] = {}
         for pattern in patterns:
             found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -90,7 +78,7 @@ class InputFile:
         for path in paths.values():
             if kind_of(path) is None or path.name.endswith(".parquet.gz"):
                 raise ProbeError(
-                    f"{path} has no known format; allowed: {', '.join(KINDS)}, all but parquet also with .gz"
+                    f"{path} has no known format; allowed: {', '.join(KINDS)}, also with .gz (not parquet)"
                 )
         return [cls(path, kind_of(path)) for path in paths.values()]
 
@@ -112,8 +100,7 @@ class InputFile:
         """Return names and types of the columns. The types of JSON lines come from the first 1,000 rows.
 
         Raises:
-            ProbeError: the file cannot be read, a needed column is there twice, or a row is larger than 64 texts of
-                `max_text` characters.
+            ProbeError: the file cannot be read, a needed column is there twice, or a row is larger than 64 texts of `max_text`.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -132,9 +119,7 @@ class InputFile:
                 types = [pa.string()] * len(names)
         for name in needed:
             if names.count(name) > 1:
-                raise ProbeError(
-                    f"{self.path} has {names.count(name)} columns {name!r}: leave one, or rename the others"
-                )
+                raise ProbeError(f"{self.path} has {names.count(name)} columns {name!r}: leave one")
         return dict(zip(names, types, strict=True))
 
     def _first_rows(self, max_text: int) -> list[dict[str, Any]]:
@@ -170,13 +155,9 @@ class InputFile:
     def chunks(
         self, columns: Sequence[str], size: int, wanted: Callable[[int], bool], max_text: int = MAX_TEXT
     ) -> Iterator[Chunk]:
-        """Yield the wanted chunks. No more than one chunk is in memory.
+        """Yield the chunks of `size` rows whose numbers are wanted. No more than one is in memory.
 
-        Args:
-            columns: names of columns.
-            size: rows of a chunk.
-            wanted: tells for the number of a chunk if it is wanted.
-            max_text: characters of the longest text. A chunk may unpack to 64 of such texts.
+        A chunk may unpack to 64 texts of `max_text` characters.
 
         Raises:
             ProbeError: the file cannot be read, or a text or a chunk is too large.
@@ -223,11 +204,7 @@ class InputFile:
                 check_length(f"{self.path}: row {row}: {name}", value, max_text)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a text file.
-
-        Raises:
-            ProbeError: the file cannot be read, or a row is too large.
-        """
+        """Yield the rows of a text file."""
         meter = _Meter(self.path, "a row", MAX_TEXT, _FILE_TEXTS)
         for row in self._rows(meter):
             yield row
@@ -269,11 +246,7 @@ def _unpacked(batch: pa.RecordBatch) -> int:
 
 
 class _Meter:
-    """Counts the characters that are read into memory, and raises if they are too many.
-
-    Attributes:
-        used: characters since it was last set to 0.
-    """
+    """Counts the characters that are read into memory, and raises if they are too many. `used` may be set back to 0."""
 
     def __init__(self, path: Path, what: str, max_text: int, texts: int):
         self.path, self.what, self.limit, self.used = path, what, max_text * texts, 0
@@ -303,9 +276,7 @@ def check_length(name: str, value: Any, max_text: int = MAX_TEXT) -> None:
         elif isinstance(item, (list, dict)):
             left += item if isinstance(item, list) else item.values()
     if length > max_text:
-        raise ProbeError(
-            f"{name} has more than {max_text:,} characters: cut it, or pass a larger max_text (--max-text)"
-        )
+        raise ProbeError(f"{name} has more than {max_text:,} characters: cut it, or raise max_text (--max-text)")
 
 
 @contextmanager

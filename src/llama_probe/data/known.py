@@ -32,20 +32,16 @@ class Benchmark:
     """A data set known by name.
 
     Attributes:
-        name: name on the command line.
-        title: name in a sentence.
+        name, title: name on the command line, and in a sentence.
         hub_id, revision: the data set on the Hub.
         splits: split -> split on the Hub.
         text, label: a column, or a function of a row. A label is an index, a name, or a list of either.
         label_names: names by index.
-        license: licence of the data, as the Hub spells it.
-        note: origin and licence in a sentence, for cards.
-        language: language of the texts.
+        license, note: licence as the Hub spells it; origin and licence in a sentence, for cards.
         problem_type: as in `ProbeConfig`.
         keep: tells if a row belongs to the data set. Defaults to all.
         exchange: columns of the prompts and the replies, for heads that read replies.
-        columns: further columns to keep.
-        slices: columns to report results by.
+        columns, slices: further columns to keep, and columns to report results by.
         question: question to a language model about a text, for prompting. Derived from the label names by default.
         verbalisers: reply that means each label, by index. Defaults to the label names.
     """
@@ -70,13 +66,7 @@ class Benchmark:
     verbalisers: tuple[str, ...] = ()
 
     def convert(self, table: Dataset) -> dict[str, list[Any]]:
-        """Convert rows of the Hub into the columns `text`, `label` and those of `columns` that the rows have.
-
-        A text or a label may be None.
-
-        Raises:
-            ProbeError: a column is missing.
-        """
+        """Convert rows of the Hub into the columns `text`, `label` (which may be None) and those of `columns` that they have."""
         sources = {"text": self.text, "label": self.label}
         sources |= {name: name for name in self.columns if name in table.column_names}
         try:
@@ -86,9 +76,7 @@ class Benchmark:
                 for name, source in sources.items()
             }
         except KeyError as error:
-            raise ProbeError(
-                f"the rows of {self.name} have no column {error}; they have: {', '.join(table.column_names)}"
-            ) from None
+            raise ProbeError(f"{self.name} has no column {error}; it has: {', '.join(table.column_names)}") from None
 
 
 def find_benchmark(source: str) -> tuple[Benchmark, str | None] | None:

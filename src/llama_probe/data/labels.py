@@ -28,17 +28,11 @@ def read_labels(
     Args:
         source: name of the rows, for messages.
         values: one label or one list of labels a row.
-        label_names: names by index. Defaults to the names that the labels imply.
-        problem_type: as in `ProbeConfig`. Defaults to the one that the labels imply.
-
-    Raises:
-        ProbeError: the labels do not fit each other, their names or the problem type.
+        label_names, problem_type: names by index and type as in `ProbeConfig`. Default to what the labels imply.
     """
     several = isinstance(values[0], (list, tuple))
     if mixed := [row for row, value in enumerate(values) if isinstance(value, (list, tuple)) != several]:
-        raise ProbeError(
-            f"{source}: the label of row {mixed[0]} must be {'a list' if several else 'one value'}, as in row 0"
-        )
+        raise ProbeError(f"{source}: row {mixed[0]} must have {'a list' if several else 'one label'}, as row 0")
     flat = list(chain.from_iterable(values)) if several else list(values)
     flat = [float(item) if isinstance(item, Decimal) else item for item in flat]
     if problem_type is None:
@@ -46,9 +40,7 @@ def read_labels(
         single = "regression" if fractions and label_names is None else "single_label_classification"
         problem_type = "multi_label_classification" if several else single
     if several != (problem_type == "multi_label_classification"):
-        raise ProbeError(
-            f"{source}: labels are {'lists' if several else 'single values'}, which is not {problem_type}"
-        )
+        raise ProbeError(f"{source}: labels are {'lists' if several else 'single values'}, not {problem_type}")
     if problem_type == "regression":
         if label_names is not None and len(label_names) != 1:
             raise ProbeError(f"{source}: label_names={list(label_names)} must be one name for a regression")
@@ -64,9 +56,7 @@ def read_labels(
     np.add.at(labels, (np.repeat(np.arange(len(values)), list(map(len, values))), indices), 1)
     if (labels > 1).any():
         row = int(labels.max(axis=1).argmax())
-        raise ProbeError(
-            f"{source}: row {row} has a label twice; list the labels that hold, [0, 2], not zeros and ones"
-        )
+        raise ProbeError(f"{source}: row {row} has a label twice; list the labels that hold, not zeros and ones")
     return labels, names, problem_type
 
 
@@ -74,9 +64,7 @@ def _read_values(source: str, values: list[Any]) -> np.ndarray:
     numbers = np.array(list(map(_read_value, values)))
     wrong = np.flatnonzero(~(np.abs(numbers) <= _MAX_VALUE))
     if len(wrong):
-        raise ProbeError(
-            f"{source}: the label of row {wrong[0]} is {values[wrong[0]]!r}, not a finite number up to {_MAX_VALUE:g}"
-        )
+        raise ProbeError(f"{source}: row {wrong[0]}: {values[wrong[0]]!r} is not a finite number up to {_MAX_VALUE:g}")
     return numbers.astype(np.float32).reshape(-1, 1)
 
 
@@ -99,9 +87,7 @@ def _read_names(
     except (TypeError, ValueError, OverflowError):
         numbers = None
     if numbers != flat:
-        raise ProbeError(
-            f"{source}: labels must be all whole numbers or all texts; other numbers need problem_type='regression'"
-        )
+        raise ProbeError(f"{source}: labels must be all whole numbers or all texts; or problem_type='regression'")
     written = list(map(str, flat if truths else numbers))
     if label_names:
         names = list(label_names)
@@ -121,7 +107,5 @@ def _read_names(
 
 def _check_count(source: str, names: Sequence[Any]) -> Sequence[Any]:
     if not 1 <= len(names) <= _MAX_LABELS:
-        raise ProbeError(
-            f"{source}: the label column makes {len(names):,} labels; without label_names 1 to {_MAX_LABELS:,} are allowed"
-        )
+        raise ProbeError(f"{source}: {len(names):,} labels; 1 to {_MAX_LABELS:,} are allowed without label_names")
     return names

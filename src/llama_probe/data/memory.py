@@ -44,9 +44,7 @@ def rows_in_memory(
     columns, own_names = _read_columns(name, data)
     for old, new in (column_mapping or {}).items():
         if old not in columns or (new in columns and new not in column_mapping):
-            raise ProbeError(
-                f"column_mapping: {name} has no column {old!r} to call {new!r}; it has: {', '.join(columns)}"
-            )
+            raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
     columns, own_names = (
         {(column_mapping or {}).get(column, column): values for column, values in found.items()}
         for found in (columns, own_names)
@@ -62,9 +60,7 @@ def rows_in_memory(
     prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
     text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
     if text is None:
-        raise ProbeError(
-            f"{name} has none of the columns {', '.join(TEXT_COLUMNS)}; it has: {', '.join(columns)} (column_mapping renames)"
-        )
+        raise ProbeError(f"{name} has none of the columns {', '.join(TEXT_COLUMNS)}; it has: {', '.join(columns)}")
     return label_rows(name, columns, text, label, label_names, own, problem_type, prompt)
 
 
@@ -112,9 +108,7 @@ def _read_columns(name: str, data: Any) -> tuple[dict[str, list[Any]], dict[str,
     if isinstance(data, Mapping):
         columns = {str(column): _as_list(values) for column, values in data.items()}
         if len({len(values) if isinstance(values, list) else -1 for values in columns.values()} | {-1}) != 2:
-            raise ProbeError(
-                f"{name} must hold a list of the same length for each column: {', '.join(columns) or 'none'}"
-            )
+            raise ProbeError(f"{name} must hold lists of the same length: {', '.join(columns) or 'no columns'}")
         return columns, {}
     rows = list(data)
     if rows and all(isinstance(row, Mapping) for row in rows):

@@ -172,11 +172,7 @@ class PromptFormat:
         return EncodedTexts(encoded, masks if config.token_scope == "response" else None, list(map(sum, masks)))
 
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`.
-
-        Raises:
-            ProbeError: there is no text, or `encode` refuses one.
-        """
+        """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`."""
         encoded = self.encode(texts)
         if not encoded:
             raise ProbeError("texts=[] has no prompt to make a batch of")
@@ -218,11 +214,7 @@ class PromptFormat:
         return self._tokenize(self.render(messages, generation_prompt), add_special_tokens=False)
 
     def render(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> str:
-        """Return chat messages as the template writes them.
-
-        Raises:
-            ProbeError: the template refuses them.
-        """
+        """Return chat messages as the template writes them."""
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation_prompt
@@ -258,9 +250,7 @@ def _check_text(text: Text) -> None:
     """Raise `ProbeError` unless it is a text or chat messages. The template judges their contents."""
     is_chat = isinstance(text, Sequence) and len(text) > 0 and all(map(_has_role, text))
     if not isinstance(text, str) and not is_chat:
-        raise ProbeError(
-            f"a prompt must be a text, or chat messages [{{'role': 'user', 'content': ...}}], not {str(text)[:40]!r}"
-        )
+        raise ProbeError(f"a prompt must be a text or a list of chat messages, not {str(text)[:40]!r}")
 
 
 def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
@@ -270,16 +260,12 @@ def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
 
 
 def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
-    """Return the messages before the assistant's last turn, and its content.
-
-    Raises:
-        ProbeError: the text does not end with such a turn, or the turn is empty.
-    """
+    """Return the messages before the assistant's last turn, and its content."""
     _check_text(text)
     messages = [] if isinstance(text, str) else list(text)
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
         raise ProbeError(
-            f"a head that reads replies needs rows with a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
+            f"a head that reads replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
         )
     return messages[:-1], messages[-1]["content"]
 
@@ -303,31 +289,20 @@ def _has_role(turn: Any) -> bool:
 
 
 def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> None:
-    """Raise `ProbeError` unless heads can read the same prompts in one pass.
-
-    Args:
-        configs: configs by name of the head.
-        replies: the texts contain the replies, for heads that read them.
-    """
+    """Raise `ProbeError` unless heads, by name, can read the same prompts in one pass, with `replies` in them or without."""
     (first, one), *others = configs.items()
     for name, other in others:
         for key in ("prompt_format", "system_prompt", "max_length", *(["token_scope"] if replies else [])):
             a, b = getattr(one, key), getattr(other, key)
             # Scopes of heads that read prompts may differ: the same prompt is rendered for all.
             if a != b and (key != "token_scope" or one.reads_reply or other.reads_reply):
-                raise ProbeError(
-                    f"heads {first!r} and {name!r} cannot share a pass: {key} is {a!r} and {b!r}; score them one by one"
-                )
+                raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {a!r} and {b!r}")
 
 
 def pad_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right.
-
-    Raises:
-        ProbeError: `padding_side` is neither.
-    """
+    """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
     if padding_side not in ("left", "right"):
         raise ProbeError(f"padding_side={padding_side!r} is not allowed; allowed: left, right")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

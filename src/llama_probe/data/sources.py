@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -27,6 +28,17 @@ ROWS_HELP = (
 )
 
 
+def setting(default: Any, help: str, option: str | None = None) -> Any:
+    """Declare a field of a dataclass that becomes an option of the command line.
+
+    Args:
+        default: the default, or a function that makes it.
+        option: name of the option, if it is not that of the field.
+    """
+    given = {"default_factory" if callable(default) else "default": default}
+    return field(**given, metadata={"help": help} | ({"option": option} if option else {}))
+
+
 @dataclass
 class DataSources:
     """Sources of the training, validation, test and extra rows. The metadata of each field has its help.
@@ -39,105 +51,68 @@ class DataSources:
     """
 
     train: list[str] = field(metadata={"help": f"Training rows: {ROWS_HELP}. Given again, the rows of all of them."})
-    eval: str | None = field(
-        default=None,
-        metadata={"help": "Validation rows; default: those of a named --train, else a part of the training rows."},
+    eval: str | None = setting(
+        None, "Validation rows; default: those of a named --train, else a part of the training rows."
     )
-    test: str | None = field(
-        default=None,
-        metadata={
-            "help": "Test rows, scored once at the end; nothing is chosen by them. Default: those of a named --train."
-        },
+    test: str | None = setting(
+        None, "Test rows, scored once at the end; nothing is chosen by them. Default: those of a named --train."
     )
-    extra: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Further rows to train on, of another source; nothing is chosen or measured by them. May be given again."
-        },
+    extra: list[str] = setting(
+        list, "Further rows to train on, of another source; nothing is chosen or measured by them. May be given again."
     )
-    extra_weights: list[float] = field(
-        default_factory=lambda: [1.0],
-        metadata={
-            "help": "Weight of the rows of --extra in the loss; the other rows weigh 1. Given again, the members of a multimax "
-            "head take turns: with 0 and 0.3 every other one learns without them.",
-            "option": "--extra-weight",
-        },
+    extra_weights: list[float] = setting(
+        lambda: [1.0],
+        "Weight of the rows of --extra in the loss; the other rows weigh 1. Given again, the members of a multimax "
+        "head take turns: with 0 and 0.3 every other one learns without them.",
+        "--extra-weight",
     )
-    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    label_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the labels 0, 1, ..., with commas."}
+    text_column: str = setting("text", "Column of the texts.")
+    label_column: str = setting("label", "Column of the labels.")
+    label_names: list[str] | None = setting(None, "Names of the labels 0, 1, ..., with commas.")
+    problem_type: str | None = setting(
+        None, "single_label_classification, multi_label_classification or regression; default: told by the labels."
     )
-    problem_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "single_label_classification, multi_label_classification or regression; default: told by the labels."
-        },
+    validation_share: float | None = setting(
+        None,
+        "Share of the training rows held back instead of --eval or --folds; "
+        f"{VALIDATION_SHARE} where rows are held back and it is not given.",
     )
-    validation_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the training rows held back instead of --eval or --folds; "
-            f"{VALIDATION_SHARE} where rows are held back and it is not given."
-        },
+    test_share: float | None = setting(
+        None, "Share of the training rows held back as test rows, before anything else, without --test."
     )
-    test_share: float | None = field(
-        default=None,
-        metadata={"help": "Share of the training rows held back as test rows, before anything else, without --test."},
+    folds: int | None = setting(
+        0,
+        "Without --eval: train on all rows, and validate each of so many folds by a head trained on the others; 0 "
+        f"holds a share back. Default: {FOLDS} for fewer than {FEW_ROWS} rows, else 0.",
     )
-    folds: int | None = field(
-        default=0,
-        metadata={
-            "help": "Without --eval: train on all rows, and validate each of so many folds by a head trained on the others; 0 "
-            f"holds a share back. Default: {FOLDS} for fewer than {FEW_ROWS} rows, else 0."
-        },
+    slice_columns: list[str] = setting(
+        list,
+        "Report test rows also by this column; a named data set may have its own.",
+        "--slice-column",
     )
-    slice_columns: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Report test rows also by this column; a named data set may have its own.",
-            "option": "--slice-column",
-        },
+    max_rows: list[int] | None = setting(
+        None,
+        "Use at most so many training rows, drawn at random. Given again, so many of each --train in turn; 0 for all.",
     )
-    max_rows: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Use at most so many training rows, drawn at random. Given again, so many of each --train in turn; 0 for all."
-        },
+    augment: list[str] = setting(
+        list,
+        f"Add wrapped copies of training rows: {', '.join(AUGMENTATIONS)}. What is added comes from rows "
+        "with label 0, and from --system-prompts. Repeatable.",
     )
-    augment: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": f"Add wrapped copies of training rows: {', '.join(AUGMENTATIONS)}. What is added comes from rows "
-            "with label 0, and from --system-prompts. Repeatable."
-        },
+    augment_share: float = setting(SHARE, "Share of the training rows that each --augment copies.")
+    system_prompts: str | None = setting(
+        None, "File with texts for --augment system_prompt, in the column of the texts."
     )
-    augment_share: float = field(
-        default=SHARE, metadata={"help": "Share of the training rows that each --augment copies."}
-    )
-    system_prompts: str | None = field(
-        default=None, metadata={"help": "File with texts for --augment system_prompt, in the column of the texts."}
-    )
-    max_extra_rows: int | None = field(
-        default=None, metadata={"help": "And at most so many of each --extra, drawn at random."}
-    )
+    max_extra_rows: int | None = setting(None, "And at most so many of each --extra, drawn at random.")
     max_eval_rows: int | None = None
-    data_dir: str | os.PathLike | None = field(
-        default=None,
-        metadata={
-            "help": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
-        },
+    data_dir: str | os.PathLike | None = setting(
+        None, "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
     )
-    prompt_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the prompts, where the texts are the replies to them; for heads that read replies."
-        },
+    prompt_column: str | None = setting(
+        None, "Column of the prompts, where the texts are the replies to them; for heads that read replies."
     )
-
-    max_text: int = field(
-        default=MAX_TEXT,
-        metadata={"help": "Characters of the longest text; a file may have 512 times as many. Guards the memory."},
+    max_text: int = setting(
+        MAX_TEXT, "Characters of the longest text; a file may have 512 times as many. Guards the memory."
     )
 
     def __post_init__(self) -> None:
@@ -163,7 +138,7 @@ class DataSources:
         if own and all(named):
             allowed = f" (allowed: prompt_column={', '.join(sorted(prompts))})" if prompts else ""
             raise ProbeError(
-                f"{', '.join(sources)} have their own columns: text_column, label_column, prompt_column are for files{allowed}"
+                f"text_column, label_column, prompt_column are for files, not for {', '.join(sources)}{allowed}"
             )
 
     def _check(self) -> None:
@@ -174,7 +149,7 @@ class DataSources:
         limits = self.max_rows
         if limits is not None and (len(limits) not in (1, len(self.train)) or min(limits) < (len(limits) == 1)):
             raise ProbeError(
-                f"max_rows={limits} must be one number of at least 1, or one for each of {len(self.train)} sources, 0 for all"
+                f"max_rows={limits} must be one number from 1, or one from 0 for each of {len(self.train)} sources"
             )
         check_augmentations(self.augment, self.augment_share, self.system_prompts is not None)
         if self.system_prompts is not None and "system_prompt" not in self.augment:
@@ -221,9 +196,7 @@ class DataSources:
         if FOLDS * few if self.folds is None else self.folds:
             validation = train
             if self.augment:
-                raise ProbeError(
-                    f"augment={self.augment} copies rows, which folds would share: set eval or validation_share"
-                )
+                raise ProbeError(f"augment={self.augment} cannot be used with folds: set eval or validation_share")
         elif self.eval is None:
             train, validation = train.split(self.validation_share, seed)
         else:
@@ -237,9 +210,7 @@ class DataSources:
                 self.slice_columns = [column for column in self.slice_columns if column not in absent]
         there = parts["test"].columns if "test" in parts else {}
         if missing := [column for column in self.slice_columns if column not in there]:
-            raise ProbeError(
-                f"slice_columns={missing} are not columns of test rows; there are: {', '.join(there) or 'none'}"
-            )
+            raise ProbeError(f"slice_columns={missing} must be columns of test rows: {', '.join(there) or 'none'}")
         if "test" in parts:
             parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
         parts = {"train": train, "validation": validation, **parts}

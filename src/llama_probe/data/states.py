@@ -54,9 +54,6 @@ class PromptDataset(Dataset):
         prompts: token ids of each row.
         labels (`[rows, ...]`): labels as in `LabelledTexts`.
         masks: the counted tokens of each row, in place of the head's scope.
-
-    Raises:
-        ProbeError: there are not as many labels or masks as prompts.
     """
 
     def __init__(
@@ -309,17 +306,12 @@ def iterate_states(
         dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
         config: config of a head, whose scope tells which tokens count.
         lm: the frozen LM, if the states are not cached.
-        batch_tokens: tokens of a batch, padding included.
-        progress: show a progress bar.
         layers: states to collect from the LM. Defaults to all.
         divided: in a process group, yield only this rank's share of the batches.
 
     Yields:
         Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens. Leading tokens that no
         row counts may be missing.
-
-    Raises:
-        ProbeError: the rows have no hidden states and `lm` is None.
     """
     collate = ProbeCollator()
     if lm is None and len(dataset) and "hidden_states" not in dataset[0]:

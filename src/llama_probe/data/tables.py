@@ -32,13 +32,8 @@ _PLACE = re.compile(r"([^:@]+)(?:@([^:]+))?(?::([^:]*)(?::([^:]+))?)?")
 class TablePlace:
     """Rows named in one word: a path, or a Hub data set as `ID[@REVISION][:CONFIGURATION[:SPLIT]]`.
 
-    A folder may have a configuration and a split as well.
-
-    Attributes:
-        id: a path, or `user/name`.
-        revision: a branch, tag or commit.
-        configuration: name of the configuration. None for the default one, also if it is empty (`ID::SPLIT`).
-        split: name of the split, which overrides the one that a reader asks for.
+    A folder may have a configuration and a split as well. `ID::SPLIT` is a split of the default configuration. The split
+    overrides the one that a reader asks for.
     """
 
     id: str
@@ -70,8 +65,7 @@ def read_table(
         max_text: see `InputFile.check_whole`.
 
     Raises:
-        ProbeError: the source cannot be read or is too large, a column is there twice, or a folder names files that are
-            not inside it.
+        ProbeError: the source cannot be read or is too large, a column is there twice, or a folder names files outside it.
     """
     import datasets
 
@@ -125,11 +119,7 @@ def reason(error: BaseException) -> str:
 
 
 def _check_card(folder: Path) -> None:
-    """Check that the card of a data folder names files inside it, before the loader asks for others.
-
-    Raises:
-        ProbeError: it names another file or an address, or cannot be read.
-    """
+    """Check that the card of a data folder names files inside it, before the loader asks for others."""
     if (other := folder / ".huggingface.yaml").exists():
         raise ProbeError(f"{other} is not read: put its configurations into {CARD_NAME}")
     if not (folder / CARD_NAME).is_file():

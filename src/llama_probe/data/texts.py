@@ -81,11 +81,7 @@ class LabelledTexts:
         return found.hexdigest()
 
     def where(self, column: str, value: str) -> LabelledTexts:
-        """Return the rows with a value, written as text, in a column.
-
-        Raises:
-            ProbeError: there is no such column, or no such row.
-        """
+        """Return the rows with a value, written as text, in a column."""
         if column not in self.columns:
             raise ProbeError(f"there is no column {column!r}; there are: {', '.join(self.columns) or 'none'}")
         found = [row for row, item in enumerate(self.columns[column]) if str(item).lower() == value.lower()]
@@ -104,9 +100,6 @@ class LabelledTexts:
         """Return the rows without a random share of them, and the share, with classes spread evenly.
 
         Rows with the same text, or with replies to the same prompt, stay together.
-
-        Raises:
-            ProbeError: there are too few rows for the share.
         """
         from sklearn.model_selection import train_test_split
 
@@ -125,11 +118,7 @@ class LabelledTexts:
         return self.select(np.flatnonzero(~held).tolist()), self.select(np.flatnonzero(held).tolist())
 
     def folds(self, count: int, seed: int) -> list[np.ndarray]:
-        """Return the rows of each fold, ascending. Rows stay together and classes are spread as in `split`.
-
-        Raises:
-            ProbeError: there are fewer texts than folds.
-        """
+        """Return the rows of each fold, ascending. Rows stay together and classes are spread as in `split`."""
         from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
         group = self._groups()
@@ -149,11 +138,7 @@ class LabelledTexts:
         return [first_of.setdefault(str(text), row) for row, text in enumerate(asked)]
 
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
-        """Return the rows with other label names, matched by name if all old names are among them, else by index.
-
-        Raises:
-            ProbeError: the names are neither as many as the old ones, nor do they contain them.
-        """
+        """Return the rows with other label names, matched by name if all old names are among them, else by index."""
         old, new = self.label_names, list(label_names)
         if old == new:
             return self
@@ -173,11 +158,7 @@ class LabelledTexts:
 
 
 def warn_of_labels(counts: Mapping[str, int]) -> None:
-    """Warn of labels that no row, or one or two rows, have, and that may be another label with a typing error.
-
-    Args:
-        counts: training rows of each label.
-    """
+    """Warn of labels that no row, or one or two rows, have, and that may be another label with a typing error."""
     if absent := [name for name, count in counts.items() if not count]:
         logger.warning(f"No training row has the label {', '.join(absent)}: the head will hardly give it")
     rare = [name for name, count in counts.items() if 0 < count <= _FEW]
@@ -245,9 +226,7 @@ def read_labelled(
         prompts, replies = benchmark.exchange or (None, None)
         if (text_column, label_column) != ("text", "label") or prompt_column not in (None, prompts):
             allowed = "" if prompts is None else f" (allowed: prompt_column={prompts!r})"
-            raise ProbeError(
-                f"{source} has its own columns: text_column, label_column and prompt_column are for files{allowed}"
-            )
+            raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {source}{allowed}")
         if not benign and problem_type not in (None, benchmark.problem_type):
             raise ProbeError(f"problem_type: {source} is for {benchmark.problem_type}, not for {problem_type}")
         columns = read_benchmark(benchmark, own_split or split, data_dir)
@@ -288,14 +267,10 @@ def label_rows(
     prompt_column: str | None = None,
     max_text: int = MAX_TEXT,
 ) -> LabelledTexts:
-    """Return columns as labelled rows.
+    """Return columns as labelled rows; see `read_labelled`.
 
     Args:
-        source: name of the rows, for messages.
-        columns: values by column; the named ones are there.
         own_names: names that the data itself gives its labels; they are matched with `label_names`.
-
-    The other arguments and the errors are those of `read_labelled`.
     """
     columns = dict(columns)
     texts, values = list(columns.pop(text_column)), columns.pop(label_column)
@@ -319,11 +294,8 @@ def read_benchmark(
 ) -> dict[str, list[Any]]:
     """Return the columns `text`, `label` and further ones of a data set known by name, without rows that lack either.
 
-    Args:
-        benchmark: the data set.
-        split: one of `benchmark_splits`.
-        data_dir: read `data_dir/NAME/SPLIT.jsonl.gz` (or another format of `read_table`) instead of the Hub. Its rows
-            have the columns `text` and `label`, or those of the Hub.
+    With `data_dir`, `data_dir/NAME/SPLIT.jsonl.gz` (or another format of `read_table`) is read instead of the Hub. Its rows have
+    the columns `text` and `label`, or those of the Hub.
 
     Raises:
         ProbeError: there is no such split or local copy, or the Hub does not give the data.
@@ -343,8 +315,7 @@ def read_benchmark(
             )
         except Exception as error:  # The loaders raise dozens of types.
             raise ProbeError(
-                f"{benchmark.name} cannot be loaded as {benchmark.hub_id} from the Hub: {reason(error)} (accept the terms of a "
-                "gated data set there and log in, or pass --data-dir with local copies)"
+                f"{benchmark.hub_id} cannot be loaded: {reason(error)} (if it is gated, log in; or --data-dir)"
             ) from error
     if data_dir is not None and {"text", "label"} <= set(table.column_names):
         columns = {name: table[name][:] for name in table.column_names}
@@ -361,18 +332,12 @@ def read_benchmark(
 
 
 def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = None) -> dict[str, Path | HubSplit]:
-    """Return the splits on the Hub, or with `data_dir` the files in `data_dir/NAME`, by name.
-
-    Raises:
-        ProbeError: `data_dir` has no such folder.
-    """
+    """Return the splits on the Hub, or with `data_dir` the files in `data_dir/NAME`, by name."""
     if data_dir is None:
         return dict(benchmark.splits)
     folder = Path(data_dir) / benchmark.name
     if not folder.is_dir():
-        raise ProbeError(
-            f"{folder} is not a folder; --data-dir needs local copies, DIR/{benchmark.name}/SPLIT.jsonl.gz"
-        )
+        raise ProbeError(f"{folder} is not a folder; --data-dir needs DIR/{benchmark.name}/SPLIT.jsonl.gz")
     return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if kind_of(path)}
 
 

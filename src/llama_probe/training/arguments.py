@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
+from ..data.sources import setting
 from ..distributed import world_size
 from ..errors import ProbeError
 from .recipe import Recipe
 
 
 WARMUP = 0.1  # share of all steps
-
-
-def _own(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -37,38 +31,39 @@ class ProbeTrainingArguments(TrainingArguments):
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
     """
 
-    learning_rate: float | None = _own(None, "Peak learning rate. Default: by kind.")
-    num_train_epochs: float | None = _own(None, "Epochs at most. Default: by number of rows.")
-    per_device_train_batch_size: int | None = _own(None, "Rows a step and device. Default: by number of rows.")
-    per_device_eval_batch_size: int = _own(32, "Rows a step and device in evaluation.")
-    weight_decay: float = _own(0.05, "Weight decay.")
-    label_smoothing_factor: float | None = _own(None, "Label smoothing. Default: by kind.")
-    lr_scheduler_type: str = _own("cosine", "Schedule of the learning rate.")
-    warmup_steps: float = _own(WARMUP, "Steps of the warmup; below 1 a share of all steps.")
-    eval_strategy: str = _own("epoch", "When to evaluate. No, if there is no eval_dataset.")
-    save_strategy: str = _own("epoch", "When to save a checkpoint, which holds only the head.")
-    save_total_limit: int | None = _own(1, "Checkpoints to keep.")
-    load_best_model_at_end: bool = _own(True, "Keep the epoch with the best metric.")
-    restore_callback_states_from_checkpoint: bool = _own(True, "Resume the count of early stopping as well.")
-    train_sampling_strategy: str = _own("group_by_length", "How rows are drawn.")
-    remove_unused_columns: bool = _own(False, "Not for heads: their collator takes what it needs.")
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Labels in a batch."})
-    logging_strategy: str = _own("epoch", "When to log.")
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available, metadata={"help": "Pin memory."})
+    learning_rate: float | None = setting(None, "Peak learning rate. Default: by kind.")
+    num_train_epochs: float | None = setting(None, "Epochs at most. Default: by number of rows.")
+    per_device_train_batch_size: int | None = setting(None, "Rows a step and device. Default: by number of rows.")
+    per_device_eval_batch_size: int = setting(32, "Rows a step and device in evaluation.")
+    weight_decay: float = setting(0.05, "Weight decay.")
+    label_smoothing_factor: float | None = setting(None, "Label smoothing. Default: by kind.")
+    lr_scheduler_type: str = setting("cosine", "Schedule of the learning rate.")
+    warmup_steps: float = setting(WARMUP, "Steps of the warmup; below 1 a share of all steps.")
+    eval_strategy: str = setting("epoch", "When to evaluate. No, if there is no eval_dataset.")
+    save_strategy: str = setting("epoch", "When to save a checkpoint, which holds only the head.")
+    save_total_limit: int | None = setting(1, "Checkpoints to keep.")
+    load_best_model_at_end: bool = setting(True, "Keep the epoch with the best metric.")
+    restore_callback_states_from_checkpoint: bool = setting(True, "Resume the count of early stopping as well.")
+    train_sampling_strategy: str = setting("group_by_length", "How rows are drawn.")
+    remove_unused_columns: bool = setting(False, "Not for heads: their collator takes what it needs.")
+    label_names: list[str] | None = setting(lambda: ["labels"], "Labels in a batch.")
+    logging_strategy: str = setting("epoch", "When to log.")
+    dataloader_pin_memory: bool = setting(torch.cuda.is_available, "Pin memory.")
     # Without it, processes of torchrun on a machine without an accelerator train apart.
-    use_cpu: bool = field(
-        default_factory=lambda: torch.accelerator.current_accelerator(check_available=True) is None,
-        metadata={"help": "Train on the CPU."},
+    use_cpu: bool = setting(
+        lambda: torch.accelerator.current_accelerator(check_available=True) is None, "Train on the CPU."
     )
-    log_on_each_node: bool = _own(False, "Log on each node, or once.")
-    hub_strategy: str = _own("end", "When to push: end, or every_save.")
-    focal_gamma: float = _own(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
-    class_weights: str | None = _own(None, "'balanced', or one weight a label with commas.")
-    patience: int | None = _own(3, "Stop after so many evaluations without a better metric.")
-    max_false_positive_rate: float | None = _own(None, "Highest share of negative rows that the threshold may flag.")
-    threshold_rule: str = _own("expected-f1", "expected-f1 or best-f1.")
-    cache_states: bool = _own(True, "Run the backbone once and keep its hidden states on disk while training.")
-    cache_dir: str | None = _own(None, "Keep the hidden states here for later runs.")
+    log_on_each_node: bool = setting(False, "Log on each node, or once.")
+    hub_strategy: str = setting("end", "When to push: end, or every_save.")
+    focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
+    class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
+    patience: int | None = setting(3, "Stop after so many evaluations without a better metric.")
+    max_false_positive_rate: float | None = setting(
+        None, "Highest share of negative rows that the threshold may flag."
+    )
+    threshold_rule: str = setting("expected-f1", "expected-f1 or best-f1.")
+    cache_states: bool = setting(True, "Run the backbone once and keep its hidden states on disk while training.")
+    cache_dir: str | None = setting(None, "Keep the hidden states here for later runs.")
 
     def __post_init__(self):
         if self.cache_dir is not None and not self.cache_states:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..data.sources import setting
 from ..errors import ProbeError
 from ..heads import get_probe_type, probe_types
 
 
 AUTO = "auto"
-
-
-def _setting(default: Any, help: str, option: str | None = None) -> Any:
-    """Declare a field of `Recipe` with what the command line shows of it: a help text, and its option's own name."""
-    return field(default=default, metadata={"help": help} | ({"option": option} if option else {}))
 
 
 @dataclass
@@ -33,24 +29,24 @@ class Recipe:
         ProbeError: a number is not allowed.
     """
 
-    learning_rate: float | None = _setting(None, "Peak learning rate. Default: by kind.")
-    num_train_epochs: float | None = _setting(None, "Epochs at most. Default: by number of rows.", "epochs")
-    per_device_train_batch_size: int | None = _setting(
+    learning_rate: float | None = setting(None, "Peak learning rate. Default: by kind.")
+    num_train_epochs: float | None = setting(None, "Epochs at most. Default: by number of rows.", "epochs")
+    per_device_train_batch_size: int | None = setting(
         None, "Rows a step, over all processes. Default: by number of rows.", "batch_size"
     )
-    gradient_accumulation_steps: int = _setting(1, "Steps to accumulate before each update.")
-    weight_decay: float = _setting(0.05, "Weight decay.")
-    label_smoothing: float | None = _setting(None, "Label smoothing. Default: by kind (0.05; 0 for a fitted head).")
-    focal_gamma: float = _setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
-    class_weights: str | None = _setting(None, "'balanced', or one weight a label with commas.")
-    patience: int | None = _setting(3, "Stop after so many epochs without a better metric.")
-    metric: str | None = _setting(None, "Validation metric to choose by. Default: by problem type.")
-    max_false_positive_rate: float | None = _setting(
+    gradient_accumulation_steps: int = setting(1, "Steps to accumulate before each update.")
+    weight_decay: float = setting(0.05, "Weight decay.")
+    label_smoothing: float | None = setting(None, "Label smoothing. Default: by kind (0.05; 0 for a fitted head).")
+    focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
+    class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
+    patience: int | None = setting(3, "Stop after so many epochs without a better metric.")
+    metric: str | None = setting(None, "Validation metric to choose by. Default: by problem type.")
+    max_false_positive_rate: float | None = setting(
         None,
         "Choose the threshold of the highest recall that flags at most this share of the negative validation rows, "
         "such as 0.01. Default: --threshold-rule.",
     )
-    threshold_rule: str = _setting(
+    threshold_rule: str = setting(
         "expected-f1",
         "expected-f1: the threshold of the best F1 that a logistic fit to the validation rows expects. best-f1: that of "
         "the rows themselves, which depends more on chance.",
