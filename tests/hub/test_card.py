@@ -16,14 +16,15 @@ from llama_probe.hub.card import (
     block,
     cell,
     code,
-    create_card,
     line,
     read_card,
+    renew_card,
     results_table,
     table,
     word,
     write_card,
 )
+from llama_probe.hub.folder import PLOT_NAMES, read_config_values, read_results
 from llama_probe.hub.resolve import bundled_heads
 
 
@@ -59,6 +60,12 @@ def change(folder, file, edit):
     values = json.loads((folder / file).read_text())
     edit(values)
     (folder / file).write_text(json.dumps(values))
+
+
+def create_card(folder, **given):
+    """The card that a save of the head would write."""
+    plots = [name for name in PLOT_NAMES if (folder / name).is_file()]
+    return renew_card(folder, read_config_values(folder), read_results(folder), plots, **given)
 
 
 def card_of(folder) -> str:

@@ -66,12 +66,9 @@ class CardFacts:
 def write_card(
     folder: str | os.PathLike, source: str | None = None, license: str | None = None, tags: Sequence[str] = ()
 ) -> Path:
-    """Write the `README.md` of a head folder, unless a person wrote or edited it; see `create_card`.
+    """Write the `README.md` of a head folder, unless a person wrote or edited it; see `renew_card`.
 
     The tags of the card that is replaced are kept, and its licence if nothing else gives one.
-
-    Raises:
-        ProbeError: the folder holds no head, or results that this version cannot read.
     """
     settle(folder)
     path = Path(folder) / CARD_NAME
@@ -80,7 +77,7 @@ def write_card(
     card = renew_card(
         folder, read_config_values(folder), read_results(folder), _plots(folder), source, license=license, tags=tags
     )
-    write_atomically({path: lambda target: target.write_text(str(card), encoding="utf-8")})
+    write_atomically({path: str(card)})
     return path
 
 
@@ -98,18 +95,30 @@ def renew_card(
     Args:
         folder: a folder.
         config, results, plots: of the head: JSON values, and names of files.
-        source, license, tags: see `create_card`.
+        source: the `probe=` argument that loads this head. Defaults to the folder's name.
+        license: replaces the one in the results.
+        tags: further tags.
 
     Raises:
-        ProbeError: see `create_card`.
+        ProbeError: the head has values that this version cannot read.
     """
+    from jinja2 import TemplateError  # torch depends on jinja2
+
+    if not _TEMPLATE.is_file():  # code that a repository carries (trust_remote_code) comes without it
+        raise ProbeError("cards need the package llama_probe: this copy of its code has no card_template.md")
     try:
         old = read_card(folder).data if os.path.isfile(current_file(folder, CARD_NAME)) else ModelCardData()
     except ProbeError:  # there is nothing to keep
         old = ModelCardData()
     tags_of_old = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
     kept = [tag for tag in tags_of_old if tag not in ("llama_probe", "probe") and not tag.startswith("probe-")]
-    card = _create_card(Path(folder), config, results, plots, source, license, [*kept, *tags])
+    try:
+        card = _card(Path(folder), _complete(config), results, plots, source, license, [*kept, *tags])
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        raise ProbeError(
+            f"no card can be made of {Path(folder, RESULTS_NAME)}, delete it or write a card by hand: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     card.data.license = card.data.license or old.license
     return card
 
@@ -124,11 +133,7 @@ def has_own_card(folder: str | os.PathLike) -> bool:
 
 
 def read_card(folder: str | os.PathLike) -> ModelCard:
-    """Read the card of a folder.
-
-    Raises:
-        ProbeError: it is not UTF-8 with YAML metadata.
-    """
+    """Read the card of a folder, which must be UTF-8 with YAML metadata."""
     content = read_bytes(current_file(folder, CARD_NAME))
     try:
         text = content.decode("utf-8")
@@ -141,50 +146,12 @@ def read_card(folder: str | os.PathLike) -> ModelCard:
         raise ProbeError(f"{CARD_NAME} cannot be read as a card; mend its metadata or delete it: {reason}") from None
 
 
-def create_card(
-    folder: str | os.PathLike, source: str | None = None, license: str | None = None, tags: Sequence[str] = ()
-) -> ModelCard:
-    """Return the card of a head folder; the same folder gives the same card.
-
-    Args:
-        folder: a head folder, with results and plots if there are any.
-        source: the `probe=` argument that loads this head. Defaults to the folder's name.
-        license: replaces the one in the results.
-        tags: further tags.
-
-    Raises:
-        ProbeError: the folder holds no head, or values that this version cannot read.
-    """
-    config, results = read_config_values(folder), read_results(folder)
-    return _create_card(Path(folder), config, results, _plots(folder), source, license, tags)
-
-
 def _plots(folder: str | os.PathLike) -> list[str]:
     return [name for name in PLOT_NAMES if os.path.isfile(current_file(folder, name))]
 
 
-def _create_card(
-    folder: Path, config: dict[str, Any], results, plots: Sequence[str], source, license, tags
-) -> ModelCard:
-    from jinja2 import TemplateError  # torch depends on jinja2
-
-    if not _TEMPLATE.is_file():  # code that a repository carries (trust_remote_code) comes without it
-        raise ProbeError("cards need the package llama_probe: this copy of its code has no card_template.md")
-    try:
-        return _card(folder, _complete(config), results, plots, source, license, tags)
-    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
-        raise ProbeError(
-            f"no card can be made of {folder / RESULTS_NAME}, delete it or write a card by hand: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
 def results_table(folders: Iterable[str | os.PathLike]) -> str:
-    """Return a Markdown table of heads with their test results: mean and standard deviation over the seeds.
-
-    Raises:
-        ProbeError: a head has no results.
-    """
+    """Return a Markdown table of heads with their test results: mean and standard deviation over the seeds."""
     metrics = ("accuracy", "f1", "auprc")
     lines = [
         "| head | kind | parameters | labels | test rows | seeds | accuracy | F1 | AUPRC |",

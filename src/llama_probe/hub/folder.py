@@ -39,11 +39,7 @@ def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def check_output(folder: str | os.PathLike) -> None:
-    """Check that a head can be written into a folder without the loss of anything but a head.
-
-    Raises:
-        ProbeError: the folder cannot be written, or holds a card or results without a head.
-    """
+    """Check that a head can be written into a folder without the loss of anything but a head."""
     folder = Path(folder)
     check_writable(folder, "the head")
     if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
@@ -51,11 +47,7 @@ def check_output(folder: str | os.PathLike) -> None:
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Read a file of limited size.
-
-    Raises:
-        ProbeError: the file is too large, or cannot be read.
-    """
+    """Read a file of limited size."""
     try:
         # Files of /proc have the size 0, and reading one may never end.
         if path.stat().st_size == 0:
@@ -70,11 +62,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ProbeError: the file is too large, or does not hold a JSON object, or an object in it names a key twice.
-    """
+    """Read a JSON object, in which no object names a key twice, from a file of limited size."""
     content = read_bytes(path)
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
@@ -94,46 +82,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them.
-
-    Raises:
-        ProbeError: the folder holds no head, or see `read_json`.
-    """
+    """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them."""
     path = current_file(folder, CONFIG_NAME)
     if not os.path.isfile(path):
-        try:
-            found = sorted(os.listdir(folder))
-        except OSError:  # it is not there, no folder, or may not be read
-            found = []
-        hint = "; the Trainer wrote weights only, call probe.save_pretrained" if "training_args.bin" in found else ""
-        raise ProbeError(
-            f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'}){hint}"
-        )
+        trained = os.path.isfile(os.path.join(folder, "training_args.bin"))
+        hint = "; the Trainer wrote weights only, call probe.save_pretrained" if trained else ""
+        raise ProbeError(f"{folder} is not a head folder: it has no {CONFIG_NAME}{hint}")
     return read_json(path)
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Read the `results.json` of a head folder; None if the head was never evaluated.
-
-    Raises:
-        ProbeError: see `read_json`.
-    """
+    """Read the `results.json` of a head folder; None if the head was never evaluated."""
     path = current_file(folder, RESULTS_NAME)
     return read_json(path) if os.path.isfile(path) else None
 
 
 def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the run of the seed whose head was kept.
-
-    Raises:
-        ProbeError: no run has the chosen seed.
-    """
+    """Return the run of the seed whose head was kept."""
     try:
         return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
     except (LookupError, TypeError, StopIteration) as error:
-        raise ProbeError(
-            f"{RESULTS_NAME} has no run for chosen_seed; delete it to load the head without results"
-        ) from error
+        raise ProbeError(f"{RESULTS_NAME} has no run for chosen_seed; delete it to load the head without") from error
 
 
 def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -142,10 +111,6 @@ def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """Return the halting rules in a head's results, by label; empty if none were measured.
-
-    Raises:
-        ProbeError: see `chosen_run`.
-    """
+    """Return the halting rules in a head's results, by label; empty if none were measured."""
     results = training_results(results)
     return {} if results is None else chosen_run(results).get("halting", {}).get("labels", {})

@@ -64,9 +64,7 @@ def push_folder(
         repo_id = full_repo_id(repo_id, token)
         reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
         if HubReference.parse(str(reference)) != reference:
-            raise ProbeError(
-                f"{str(reference)!r} cannot be asked for: no spaces in subfolder and revision, no : in revision"
-            )
+            raise ProbeError(f"{str(reference)!r}: no spaces in subfolder and revision, no : in revision are allowed")
         base_model = read_config_values(copy).get("base_model_name_or_path")
         if base_model is not None and not is_hub_id(base_model):
             logger.warning(
@@ -135,9 +133,7 @@ def check_links(folder: Path, files: Iterable[str]) -> None:
     for file in files:
         target = current_file(folder, file).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
-            raise ProbeError(
-                f"{folder / file} is a symbolic link out of the folder, to {target}; replace it by a copy"
-            )
+            raise ProbeError(f"{folder / file} is a symbolic link out of the folder, to {target}; copy the file")
 
 
 def hide_local_path(folder: Path) -> None:

@@ -48,10 +48,7 @@ class Target:
     def read(cls, name_or_path: str | os.PathLike, kwargs: Mapping[str, Any], options: HubOptions) -> Target | None:
         """Read the target from a backbone's `config.json`; None if that has no sizes.
 
-        Args:
-            name_or_path: folder or Hub id of the backbone.
-            kwargs: keyword arguments of its `from_pretrained`, for `revision` and `subfolder`.
-            options: token, cache and offline settings.
+        `kwargs` are those of its `from_pretrained`, for `revision` and `subfolder`.
         """
         revision = kwargs.get("revision")
         try:
@@ -93,10 +90,6 @@ def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
 
     Heads are compared by the mean over seeds of the metric they were chosen by; the smaller one wins a tie. Heads
     without results, and heads chosen by another metric than most, do not take part.
-
-    Args:
-        alias: an alias without a kind.
-        heads: folders by alias.
     """
     ranked: dict[str, list[tuple[float, int, Path]]] = {}
     for name, folder in heads.items():
@@ -117,11 +110,7 @@ def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
 
 
 def probe_namespace(namespace: str | None = None) -> str | None:
-    """Return the Hub user for aliases: the argument, else the variable `LLAMA_PROBE_NAMESPACE`, else None.
-
-    Raises:
-        ProbeError: it cannot be the name of a user.
-    """
+    """Return the Hub user for aliases: the argument, else the variable `LLAMA_PROBE_NAMESPACE`, else None."""
     chosen = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE") or None
     if chosen is not None and (not isinstance(chosen, str) or not re.fullmatch(r"[\w.-]+", chosen)):
         raise ProbeError(f"namespace={chosen!r} must be the name of a user or organisation on the Hub")
@@ -221,11 +210,7 @@ def _known(target: Target | None, bundled: Mapping[str, Path]) -> list[str]:
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
-    """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub.
-
-    Raises:
-        ProbeError: `source` is not a str or path, or the subfolder is outside the repository or given twice.
-    """
+    """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub."""
     check_place(source)
     check_subfolder(subfolder)
     if subfolder is None:
@@ -261,11 +246,7 @@ def default_name(source: str | os.PathLike) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return a head's name if a model can have a head of this name.
-
-    Raises:
-        ProbeError: it holds more than letters, digits, `-` and `_`, or is an attribute of torch modules.
-    """
+    """Return a head's name, of letters, digits, `-` and `_`, if torch modules have no attribute of this name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ProbeError(f"{name!r} cannot name a head: use letters, digits, - and _")
     if name in _ATTRIBUTES:

@@ -53,11 +53,7 @@ _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(
 
 @dataclass(frozen=True)
 class HubReference:
-    """A head on the Hub: `user/repo`, with `@revision` and `:subfolder` if needed.
-
-    Raises:
-        ProbeError: the repository's name is not allowed, or the subfolder is not inside it.
-    """
+    """A head on the Hub: `user/repo`, with `@revision` and `:subfolder` if needed."""
 
     repo_id: str
     revision: str | None = None
@@ -225,11 +221,7 @@ def _is_asked_for(text: str) -> bool:
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
-    """Return `repo_id`, with the user's own name before it if it has none.
-
-    Raises:
-        ProbeError: it is not allowed, or the Hub does not know the token.
-    """
+    """Return `repo_id`, with the user's own name before it if it has none."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -379,9 +371,7 @@ def _download_intact(reference: HubReference, name: str, revision: str | None, o
         return path
     path = _download(reference, name, revision, replace(options, force_download=True))
     if not _is_intact(path):
-        raise ProbeError(
-            f"{name} of {reference} arrived damaged twice: its bytes have another digest than the Hub names"
-        )
+        raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
     return path
 
 
