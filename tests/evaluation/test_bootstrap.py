@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeConfig
 from llama_probe.evaluation import bootstrap
-from llama_probe.evaluation.bootstrap import Ranking, intervals, score_statistic
+from llama_probe.evaluation.bootstrap import intervals, score_statistic
 from llama_probe.evaluation.metrics import label_scores, score
 
 
@@ -94,16 +94,6 @@ def test_by_hand():
     assert (low, high) == pytest.approx((0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02), abs=0.006)
 
 
-def test_a_ranking_by_hand():
-    ranking = Ranking(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 0, 1, 0]))
-    areas = ranking.areas(np.array([[1.0, 1, 1, 1], [0, 2, 2, 0], [2, 0, 0, 0], [0, 3, 0, 1], [0, 1, 1, 2]]))
-    # All rows: precision 1 at recall 1/2, 2/3 at recall 1; of four pairs three and a half are in order.
-    assert areas[:, 0] == pytest.approx([0.5 + 0.5 * 2 / 3, 3.5 / 4])
-    assert areas[:, 1] == pytest.approx([0.5, 0.5]), "one score for all"
-    assert np.isnan(areas[:, 2:4]).all(), "one class alone"
-    assert areas[:, 4] == pytest.approx([0.5, 2.5 / 3])
-
-
 def test_undefined_resamples_are_left_out():
     config = CONFIGS["two"]
     probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.8, 0.2]], dtype=np.float32)
@@ -120,10 +110,3 @@ def test_the_seed_decides(monkeypatch):
     assert intervals([statistic], 50, 100, seed=2) != first
     monkeypatch.setattr(bootstrap, "_BLOCK", 150)  # three resamples at a time
     assert intervals([statistic], 50, 100, seed=1)["mean"] == pytest.approx(first["mean"])
-
-
-@pytest.mark.parametrize("changes", [{"rows": 0}, {"resamples": 0}, {"level": 1.0}])
-def test_nothing_to_draw(changes):
-    ((name, _),) = changes.items()
-    with pytest.raises(ProbeError, match=name):
-        intervals([mean_of([1.0])], **{"rows": 1, **changes})

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_probe, read_head, save_head
+from conftest import make_probe
 
 from llama_probe import ProbeError
 from llama_probe.evaluation import plots
@@ -124,14 +124,3 @@ def test_without_matplotlib(inspection, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ProbeError, match="pip install"):
         layer_weights_plot(inspection)
-
-
-def test_results_travel_with_the_head_until_it_is_trained_on(tmp_path, caplog):
-    folder = save_head(make_probe(), tmp_path / "head")
-    (folder / "results.json").write_text("{}")
-    head = read_head(folder)
-    assert (save_head(head, tmp_path / "copy") / "results.json").is_file()
-    with torch.no_grad():
-        head.classifier.weight.add_(1)
-    assert not (save_head(head, tmp_path / "changed") / "results.json").exists()
-    assert "results" in caplog.text

@@ -135,11 +135,7 @@ def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
-    """Raise `ProbeError` if the LM has run and hidden states are missing.
-
-    Args:
-        wanted, seen: layer indices.
-    """
+    """Raise `ProbeError` if the LM has run and did not give all wanted layers."""
     if missing := sorted(set(wanted) - set(seen)):
         raise ProbeError(
             f"the LM ran without giving hidden states {missing}. A decoder compiled as a whole ignores new hooks: compile its "
@@ -235,7 +231,7 @@ def check_states(lm: nn.Module) -> None:
             )
         if problem is not None:
             raise ProbeError(
-                f"hidden state {layer} of {type(without_peft(lm)).__name__} (model_type {decoder.model_type!r}) {problem}"
+                f"hidden state {layer} of {type(without_peft(lm)).__name__} ({decoder.model_type}) {problem}"
             )
 
 

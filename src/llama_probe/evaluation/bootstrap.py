@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from .metrics import is_binary, truth_and_predictions
 
@@ -38,12 +37,7 @@ def intervals(
     Returns:
         By name `[low, high]`, or a list of these for statistics by label. None in place of an interval if the metric is
         undefined in every resample.
-
-    Raises:
-        ProbeError: `rows` or `resamples` is below 1, or `level` is not between 0 and 1.
     """
-    if rows < 1 or resamples < 1 or not 0 < level < 1:
-        raise ProbeError(f"rows={rows} and resamples={resamples} must be at least 1, level={level} between 0 and 1")
     generator = np.random.default_rng(seed)
     found: dict[str, list[np.ndarray]] = {}
     block = max(1, _BLOCK // rows)
@@ -66,11 +60,7 @@ def _percentiles(values: np.ndarray, level: float) -> Any:
 def score_statistic(
     probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
 ) -> Statistic:
-    """Return a statistic of the metrics of `score`, and those of `label_scores` as `label_*` `[resamples, num_labels]`.
-
-    Args:
-        probs (`[rows, num_labels]`), labels, ranked: as for `score`.
-    """
+    """Return a statistic of the metrics of `score`, and those of `label_scores` as `label_*` `[resamples, num_labels]`."""
     if config.problem_type == "regression":
         return _regression_statistic(probs, labels)
     truth, predicted = truth_and_predictions(probs, labels, config)

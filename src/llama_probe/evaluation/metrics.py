@@ -108,11 +108,7 @@ def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray
 
 
 def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`.
-
-    Args:
-        probs (`[rows, num_labels]`), labels: as for `score`.
-    """
+    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`."""
     predicted = predictions(torch.from_numpy(np.asarray(probs)), config).numpy()
     if config.problem_type == "multi_label_classification":
         return labels.astype(bool), predicted
@@ -123,10 +119,7 @@ def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeCo
 def label_scores(
     probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Score each label of a head of classes against all others.
-
-    Args:
-        probs, labels, ranked: as for `score`.
+    """Score each label of a head of classes against all others; arguments as for `score`.
 
     Returns:
         By label name: `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are None if
@@ -189,11 +182,7 @@ def default_metric(config: ProbeConfig) -> str:
 
 
 def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
-    """Check that a metric can choose a head by these validation labels.
-
-    Raises:
-        ProbeError: the metric is not one of the problem type, or is undefined for these labels.
-    """
+    """Raise `ProbeError` unless a metric can choose a head by these validation labels."""
     allowed = METRICS[config.problem_type]
     if metric not in allowed:
         raise ProbeError(f"metric={metric!r} for {config.problem_type} must be one of: {', '.join(allowed)}")

@@ -32,11 +32,7 @@ _TITLE, _NAMES = {"fontsize": 9, "parse_math": False}, {"fontsize": 8, "parse_ma
 
 
 def new_figure(size: tuple[float, float] = SIZE) -> Figure:
-    """Create an empty figure. `size` is its width and height in inches.
-
-    Raises:
-        ProbeError: matplotlib is not installed.
-    """
+    """Create an empty figure of this width and height in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -104,11 +100,7 @@ def write_sensitivity_plot(results: Path) -> Path | None:
 
 
 def calibration_plot(inspection: dict[str, Any]) -> Figure:
-    """Draw a reliability diagram: observed frequency against the head's probability, with the rows of each bin.
-
-    Args:
-        inspection: from `inspect_head`, with `split`.
-    """
+    """Draw a reliability diagram: observed frequency against the head's probability, with the rows of each bin."""
     figure = new_figure((6.4, 4.2))
     calibration = inspection["calibration"]
     bins = {name: [part[name] for part in calibration["bins"]] for name in calibration["bins"][0]}
@@ -137,10 +129,9 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
 
 
 def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
-    """Draw the mean weight of each layer in the layer stage, by label. Layer 0 is the embedding output.
+    """Draw the mean weight of each layer by label; more than ten labels become rows of a heat map.
 
-    Args:
-        inspection: from `inspect_head`, with `split`. More than ten labels become rows of a heat map.
+    Layer 0 is the embedding output.
     """
     layers, by_label = (inspection["layer_weights"][key] for key in ("layers", "by_label"))
     if len(by_label) > _MAX_LINES:
@@ -171,15 +162,7 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
 
 
 def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
-    """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares.
-
-    Args:
-        inspection: from `inspect_head`, with `split`.
-        names: of the labels, by index.
-
-    Raises:
-        ProbeError: the number of names is not that of the rows and columns.
-    """
+    """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares."""
     matrix, count = np.array(inspection["confusion"]), len(names)
     if matrix.shape != (count, count):
         raise ProbeError(f"a confusion of {count} labels has {count} rows and columns, not the shape {matrix.shape}")
@@ -216,11 +199,7 @@ def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
 
 
 def outcomes_plot(inspection: dict[str, Any]) -> Figure:
-    """Draw in how many rows a multi-label head finds each label, misses it, or gives it wrongly.
-
-    Args:
-        inspection: from `inspect_head`, with `split`.
-    """
+    """Draw in how many rows a multi-label head finds each label, misses it, or gives it wrongly."""
     # The label with the most rows is on top.
     outcomes = sorted(inspection["outcomes"].items(), key=lambda item: item[1]["found"] + item[1]["missed"])
     found, missed, wrong = (np.array([part[key] for _, part in outcomes]) for key in ("found", "missed", "wrong"))
@@ -244,11 +223,7 @@ def outcomes_plot(inspection: dict[str, Any]) -> Figure:
 
 
 def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
-    """Draw the validation metric of a sweep against each parameter, a color a kind of head (the paper's figure 3).
-
-    Args:
-        sweep: from `Sweep.execute`.
-    """
+    """Draw the validation metric of a sweep against each parameter, a color a kind of head (the paper's figure 3)."""
     trials = sweep["trials"]
     # Parameters that differ only in the range they are drawn from share an axis.
     merged = [{_base_name(name): value for name, value in trial["params"].items()} for trial in trials]
