@@ -92,7 +92,7 @@ class TestRefusals:
         head.classifier.bias.grad = torch.ones_like(head.classifier.bias)
         optimizer.step()
         ids = torch.cat([second.sequences, ids[:, -2:]], 1)
-        self.check(model, second, ids, "made by another head called 'mha' .*, or by other weights of it")
+        self.check(model, second, ids, "made by another head called 'mha', or by other weights of it")
         head.load_state_dict(make_probe(seed=5).state_dict())
         with pytest.raises(ProbeError, match="or by other weights of it"):
             model(ids[:, -2:], cache=second.cache, probe_state=second.probe_state)
@@ -104,7 +104,7 @@ class TestRefusals:
             ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens cannot be used with probe_state"),
             ({"use_cache": False}, "use_cache=False keeps none"),
             ({"return_dict_in_generate": False}, "leave return_dict_in_generate=False out"),
-            ({"probe_state": "yes"}, "probe_state is a str; it must be True, or what an earlier call returned"),
+            ({"probe_state": "yes"}, "probe_state is a str"),
         ],
     )
     def test_settings(self, model, prompts, kwargs, words):

@@ -302,15 +302,10 @@ def test_saving(repository, tmp_path):
     assert again(TEXTS[0], **GREEDY)[0]["generated_text"] == pipe(TEXTS[0], **GREEDY)[0]["generated_text"]
 
 
-def test_installing_twice_and_undoing(caplog):
+def test_installing_twice(caplog):
     known = PIPELINE_REGISTRY.supported_tasks[TASK]
     module.register()
     assert PIPELINE_REGISTRY.supported_tasks[TASK] is known and not caplog.records
-    module.unregister()
-    module.unregister()
-    assert TASK not in PIPELINE_REGISTRY.supported_tasks
-    module.register()
-    assert PIPELINE_REGISTRY.supported_tasks[TASK] == known
 
 
 class TestClassification:
@@ -374,8 +369,3 @@ def test_text_generation_with_a_probed_model(caplog):
 def test_plain_models_get_the_plain_pipelines():
     plain = pipeline("text-generation", model=make_lm(vocab_size=260), tokenizer=make_tokenizer(), device="cpu")
     assert type(plain) is TextGenerationPipeline
-    module.unregister()
-    try:
-        assert PIPELINE_REGISTRY.supported_tasks["text-generation"]["impl"] is TextGenerationPipeline
-    finally:
-        module.register()

@@ -254,30 +254,6 @@ class TestCallback:
 
 
 class TestHalting:
-    @pytest.mark.parametrize("patience", [1, 2, 3])
-    @pytest.mark.parametrize("eos", [2, None])
-    def test_at_the_token_that_is_flagged(self, prompts, patience, eos):
-        model = probed({"guard": guard()}, eos_token_id=eos)
-        free = model.generate(prompts, max_new_tokens=8)
-        scores = free.probe_token_probabilities["guard"][..., 1]
-        threshold = float(scores[~scores.isnan()].median())
-        rule = {"guard": {"label": "awful", "threshold": threshold, "patience": patience}}
-        out = model.generate(prompts, max_new_tokens=8, halt_on=rule)
-        assert any(out.probe_halts)
-        for row, halt in enumerate(out.probe_halts):
-            hits = (scores[row] >= threshold).tolist()
-            runs = [t for t in range(patience - 1, len(hits)) if all(hits[t - patience + 1 : t + 1])]
-            expected = free.sequences[row].clone()
-            if runs:
-                end = runs[0]
-                assert halt == Halt("guard", "awful", pytest.approx(float(scores[row, end])), threshold, end)
-                expected[9 + end + 1 :] = 0
-                if eos is not None:
-                    expected[9 + end + 1] = eos
-            else:
-                assert halt is None
-            assert torch.equal(out.sequences[row], expected[: out.sequences.shape[1]])
-
     def test_decoding_ends_with_the_last_row(self, prompts):
         for eos in (2, None):
             model = probed({"guard": guard()}, eos_token_id=eos)

@@ -152,8 +152,7 @@ class HeadConfig(PreTrainedConfig):
 def install() -> None:
     """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`, and heads' ids to auto classes.
 
-    Calls without `probe=`, for places that hold a model, reach the original. A second call changes nothing; `uninstall`
-    undoes it.
+    Calls without `probe=`, for places that hold a model, reach the original. A second call changes nothing.
     """
     for auto_class, wrap in _WRAPPED.items():
         original = vars(auto_class)["from_pretrained"]
@@ -161,14 +160,6 @@ def install() -> None:
             wrapped = functools.wraps(original.__func__)(wrap(original.__func__))
             wrapped.__without_probe__ = original
             auto_class.from_pretrained = classmethod(wrapped)
-
-
-def uninstall() -> None:
-    """Restore the `from_pretrained` of the auto classes."""
-    for auto_class in _WRAPPED:
-        original = getattr(vars(auto_class)["from_pretrained"].__func__, "__without_probe__", None)
-        if original is not None:
-            auto_class.from_pretrained = original
 
 
 def _with_probe(original: Callable) -> Callable:

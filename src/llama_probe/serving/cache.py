@@ -15,10 +15,10 @@ from ..heads.probe import ProbeModel
 
 
 class HeadReference(weakref.ref):
-    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it.
+    """A weak reference to the head that made a state. Copies of the state are of the same head.
 
     Attributes:
-        weights: of the head at that time, by what torch counts of their changes in place; no number of theirs is looked at.
+        weights: torch's counts of changes in place of the head's weights at that time.
     """
 
     def __init__(self, head: ProbeModel):
@@ -33,11 +33,7 @@ class HeadReference(weakref.ref):
         return self
 
     def __reduce__(self):
-        raise ProbeError(
-            "probe_state cannot be pickled, nor can an output that holds one: it belongs to the heads that made it, in this "
-            "process. Keep the tokens (probe_state.input_ids), and let model(..., use_cache=True) run over them anew; of an output "
-            "keep the fields that are wanted"
-        )
+        raise ProbeError("probe_state cannot be pickled, nor can an output that holds one: keep its input_ids")
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,9 @@ class CachedHead:
 class ProbeCache:
     """The heads' states for the tokens in an LM's KV cache: a prompt that goes on from there is scored as a whole.
 
-    `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. It is never changed by them: each
-    call returns another one, and one shared prefix serves any number of prompts - of the cache, which transformers changes in
-    place, each needs a copy.
+    `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. Each call returns another one, so
+    that one shared prefix serves any number of prompts. Each of them needs a copy of the cache, which transformers changes in
+    place.
 
     Per layer and row, in fp32: `pooling` and `gate` keep `hidden_size` numbers, `attentive` `2 num_queries + value_rank`,
     `multimax` `num_members * num_maxima`, `last` and `muli` the last state, and `mha` `3 hidden_size / downcast` numbers a
@@ -76,7 +72,7 @@ class ProbeCache:
         self.input_ids, self.attention_mask, self.heads = input_ids, attention_mask, dict(heads)
 
     def get_seq_length(self) -> int:
-        """Number of tokens, as that of the cache."""
+        """Return the number of tokens, as that of the cache."""
         return self.input_ids.shape[1]
 
     @property
@@ -85,12 +81,12 @@ class ProbeCache:
         return len(self.input_ids)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row in place, as `DynamicCache.batch_repeat_interleave` does."""
+        """Repeat each row in place, as `DynamicCache.batch_repeat_interleave` does."""
         rows = torch.arange(self.batch_size, device=self.input_ids.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
+        """Keep the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
         rows = torch.arange(self.batch_size, device=self.input_ids.device)[indices.to(self.input_ids.device)]
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.heads = {
@@ -103,32 +99,29 @@ class ProbeCache:
         return f"ProbeCache({rows} rows of {tokens} tokens, heads: {', '.join(self.heads) or 'none'})"
 
     def check_length(self, cached: int) -> None:
-        """Raises `ProbeError` where a cache of so many tokens is not the one that belongs to it."""
-        if cached != self.get_seq_length():
+        """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
+        if cached != (seen := self.get_seq_length()):
             raise ProbeError(
-                f"probe_state is of {self.get_seq_length()} tokens, and the cache beside it holds {cached}: pass both as one call "
-                "returned them (cache=out.cache, probe_state=out.probe_state). Tokens cannot be taken out of a state: after "
-                "cache.crop, or where a call without probe_state has added to the cache, start anew without both"
+                f"probe_state is of {seen} tokens, and the cache beside it holds {cached}: pass both as one call returned "
+                "them, or start anew without both (after cache.crop, for example)"
             )
 
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole prompts, `[rows, tokens]`, and their mask: what was seen, and new tokens behind it.
+        """Return whole prompts and their mask, `[rows, tokens]`: what was seen, and new tokens behind it.
 
         Args:
-            input_ids (`[rows, new_tokens]`).
-            attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out where nothing is padding so far.
+            input_ids (`[rows, new_tokens]`): the new tokens.
+            attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out if nothing is padding so far.
 
         Raises:
-            ProbeError: other rows, or the mask is needed.
+            ProbeError: the rows are others, or the mask is needed.
         """
         self._check_rows(len(input_ids))
         if attention_mask is None:
             if not self.attention_mask.all():
-                raise ProbeError(
-                    "a part of the cached tokens is padding: pass attention_mask, of the cached tokens and the new ones"
-                )
+                raise ProbeError("a part of the cached tokens is padding: pass attention_mask, of old and new tokens")
             new = torch.ones_like(input_ids, dtype=torch.bool)
             attention_mask = torch.cat([self.attention_mask.to(input_ids.device), new], dim=1)
         return torch.cat([self.input_ids.to(input_ids.device), input_ids], dim=1), attention_mask
@@ -136,8 +129,8 @@ class ProbeCache:
     def _check_rows(self, prompts: int) -> None:
         if prompts != self.batch_size:
             raise ProbeError(
-                f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: repeat or select rows of the cache "
-                "and of the state alike, with batch_repeat_interleave or batch_select_indices on copies of both"
+                f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: repeat or select rows of copies of "
+                "cache and state (batch_repeat_interleave, batch_select_indices)"
             )
 
     def resume(
@@ -150,8 +143,8 @@ class ProbeCache:
         """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen.
 
         Args:
-            heads: those that are to go on. Such as are not in the state have seen nothing.
-            masks: for each of them the tokens of the whole prompts that count, `[prompts, prompt_tokens]`.
+            heads: heads to resume. Heads that are not in the state have seen nothing.
+            masks: tokens of the whole prompts that count for each of them, `[prompts, prompt_tokens]`.
             input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts.
 
         Raises:
@@ -162,15 +155,14 @@ class ProbeCache:
         if input_ids.shape[1] <= seen:
             raise ProbeError(
                 f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: pass all input_ids of the "
-                "conversation, with at least one new token behind those of earlier calls"
+                "conversation, with at least one new token"
             )
         same = input_ids[:, :seen].to(self.input_ids.device) == self.input_ids
         differing = (~same & self.attention_mask).any(dim=0).nonzero().flatten()
         if len(differing):
             raise ProbeError(
-                f"the prompt does not begin with the {seen} tokens that probe_state and the cache have seen; the first that "
-                f"differs is number {int(differing[0])}, counted from 0. Text that was decoded and encoded again may give other "
-                "tokens: append to out.sequences. Or start anew without cache and probe_state"
+                f"the prompt does not begin with the {seen} tokens that probe_state has seen; the first that differs is "
+                f"number {int(differing[0])}: append to out.sequences, as text encoded again may give other tokens"
             )
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
         states = {}
@@ -179,10 +171,7 @@ class ProbeCache:
             if kept is None:
                 continue
             if not kept.head.is_of(head):
-                raise ProbeError(
-                    f"probe_state was made by another head called {name!r} than the one that is attached now, or by other weights "
-                    "of it; start anew without cache and probe_state"
-                )
+                raise ProbeError(f"probe_state was made by another head called {name!r}, or by other weights of it")
             wanted = masks[name][:, :seen]
             if head.config.token_scope == "last_user" and not bool(wanted.any()):
                 continue  # all rows go on with another turn of the user
@@ -192,11 +181,10 @@ class ProbeCache:
 
 
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
-    """Raises `ProbeError` where a state is given or asked for, and no head runs that could keep one."""
+    """Raise `ProbeError` if a state is given or asked for, and no head runs that could keep one."""
     if probe_state is not None and probe_state is not False:
         raise ProbeError(
-            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes([...]) first, or leave "
-            "probe_state out"
+            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes(...)"
         )
 
 
@@ -211,9 +199,7 @@ def asks_for_state(
     if probe_state is None or probe_state is False:
         return False
     if probe_state is not True and not isinstance(probe_state, ProbeCache):
-        raise ProbeError(
-            f"probe_state is a {type(probe_state).__name__}; it must be True, or what an earlier call returned as probe_state"
-        )
+        raise ProbeError(f"probe_state is a {type(probe_state).__name__}; it must be True, or what a call returned")
     if use_cache is False:
         raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
     if input_ids is None:
@@ -222,7 +208,7 @@ def asks_for_state(
 
 
 def _versions(head: ProbeModel) -> list[tuple[int, int]]:
-    # What was made in inference mode is not counted, and not changed outside of it either.
+    # Inference tensors have no version counter; they also cannot be modified in place.
     return [(id(p), -1 if p.is_inference() else p._version) for p in head.parameters()]
 
 
@@ -231,7 +217,5 @@ def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
     if len(differing):
         raise ProbeError(
             f"{what}: of the {kept.shape[1]} tokens that the cache holds other ones count now than when probe_state was made; "
-            f"the first is number {int(differing[0])}, counted from 0. All tokens of an earlier reply count, up to the "
-            "one that ends it, and no padding behind that. What was summed up cannot be taken apart: start anew without "
-            "cache and probe_state"
+            f"the first is number {int(differing[0])}. Start anew without cache and probe_state"
         )

@@ -105,9 +105,7 @@ def export_repository(
         _check_class(lm)
         attached, heads = dict(getattr(lm, "probes", {})), read_heads(probe, target_of(lm), options)
         if twice := attached.keys() & heads.keys():
-            raise ProbeError(
-                f"heads {sorted(twice)} are attached already; pass a dict name -> head to rename the others"
-            )
+            raise ProbeError(f"heads {sorted(twice)} are attached already; pass a dict name -> head")
         heads = attached | heads
         _check_heads(heads)
         tokenizer = tokenizer or _tokenizer_of(lm)
@@ -130,13 +128,9 @@ def export_repository(
         config = json.loads((repository / _CONFIG_NAME).read_text(encoding="utf-8"))
         config |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
         config |= {} if base_model is None else {"base_model_name_or_path": base_model}
-        texts = {
-            _CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True) + "\n",
-            CARD_NAME: _card(repository, list(heads), repo_id or folder.name, base_model, license, tokenizer),
-        }
-        write_atomically(
-            {repository / name: lambda path, text=text: path.write_text(text, "utf-8") for name, text in texts.items()}
-        )
+        card = _card(repository, list(heads), repo_id or folder.name, base_model, license, tokenizer)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        write_atomically({repository / _CONFIG_NAME: text, repository / CARD_NAME: card})
     return folder
 
 
@@ -207,11 +201,7 @@ def _check_class(lm: PreTrainedModel) -> None:
 
 
 def _check_heads(heads: Mapping[str, ProbeModel]) -> None:
-    """Check that there are heads, and that each can have a folder and code in the repository.
-
-    Raises:
-        ProbeError: one cannot.
-    """
+    """Check that there are heads, and that each can have a folder and code in the repository."""
     if not heads:
         raise ProbeError("there is no head to export: pass probe=")
     # A name has no dot and cannot be that of a file, but Python takes a folder for a module of the same name.

@@ -252,11 +252,3 @@ def register() -> None:
     del ProbedTextGenerationPipeline._registered_impl
     for task, classes in _TASKS.items():
         tasks[task] = {**tasks[task], "impl": _for_probed(*classes)}
-
-
-def unregister() -> None:
-    """Undo `register`."""
-    tasks = PIPELINE_REGISTRY.supported_tasks
-    tasks.pop(TASK, None)
-    for task, (plain, _) in _TASKS.items():
-        tasks[task] = {**tasks[task], "impl": plain}
