@@ -32,7 +32,6 @@ ROUTES = {
     "branch": rf"POST {_API}/branch/{_REVISION}",
     "paths": rf"POST {_API}/paths-info/{_REVISION}",
     "tree": rf"GET {_API}/tree/{_REVISION}(?:/(?P<path>.*))?",
-    "refs": rf"GET {_API}/refs",
     "info": rf"GET {_API}(?:/revision/{_REVISION})?",
     "batch": rf"POST /{_ID}\.git/info/lfs/objects/batch",
     "verify": rf"POST /{_ID}\.git/info/lfs/verify",
@@ -330,11 +329,6 @@ class Handler(BaseHTTPRequestHandler):
         return list(found.values()) + [
             folders[path] for path in form if any(name.startswith(f"{path}/") for name in files)
         ]
-
-    def on_refs(self):
-        refs = self.readable().refs.items()
-        listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": at.oid} for name, at in refs]
-        return {"branches": listed, "tags": [], "converts": []}
 
     def on_branch(self):
         repo = self.writable()

@@ -82,8 +82,7 @@ def test_nothing_is_decoded_if_all_are_halted(model, passes, prompts, mode):
     assert type(out) is type(plain) and plain.probe_halts is None
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("eos", [2, None])
+@pytest.mark.parametrize("mode, eos", [*((mode, 2) for mode in MODES), ("greedy", None), ("beams", None)])
 def test_the_others_get_what_they_would_have_got(prompts, mode, eos):
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(eos_token_id=eos))
     model.add_probe("mood", make_probe())

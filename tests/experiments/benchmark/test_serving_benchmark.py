@@ -88,9 +88,10 @@ def test_the_time_of_further_tokens(folder):
     assert report["rows"][0]["step_ratio"] is None and report["rows"][1]["step_ratio"]["median"] == 1
 
 
-def test_the_backbone_compiled(folder, monkeypatch):
+def test_the_backbone_compiled(tmp_path, monkeypatch):
     """Each load and system compiles once, and the counts are those of the eager passes."""
-    counter = CompileCounter()
+    make_lm(num_hidden_layers=1).save_pretrained(tmp_path)  # compiles in a moment
+    folder, counter = str(tmp_path), CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     report = create(folder, tokens=[6, 7], pairs=1, compile=True).execute()
     # A load compiles the plain model, twice, and the one with heads.
