@@ -178,11 +178,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def check_shared(folder: Path) -> None:
-    """Make a folder, and check that all ranks see the same one.
-
-    Raises:
-        ProbeError: it cannot be made or written, or machines share no file system.
-    """
+    """Make a folder, and check that all ranks see the same one."""
     mark = folder / f".ranks.{on_main(lambda: uuid.uuid4().hex)}"
 
     def write() -> None:

@@ -25,11 +25,7 @@ def refuse_in_config(generation_config: GenerationConfig | None) -> None:
 
 
 def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate()` after its first two, by name.
-
-    Raises:
-        TypeError: too many arguments, or one that is given twice.
-    """
+    """Return the arguments of `generate()` after its first two, by name."""
     names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
     if len(args) > len(names):
         raise TypeError(
@@ -44,12 +40,9 @@ def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
 def with_setting(
     generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
 ) -> GenerationConfig | None:
-    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`.
+    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`. Return the config.
 
     transformers deprecates settings beside a config.
-
-    Returns:
-        The config of the call.
     """
     if generation_config is None or name in kwargs:
         kwargs[name] = value

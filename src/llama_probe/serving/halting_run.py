@@ -201,11 +201,7 @@ class HaltingRun:
 
 
 def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tensor | Reprompt:
-    """Return the reply as token ids `[tokens]`, or the `Reprompt` as it is.
-
-    Raises:
-        ProbeError: the reply has another type or shape, or token ids that the model lacks.
-    """
+    """Return the reply as token ids `[tokens]`, or the `Reprompt` as it is."""
     if isinstance(reply, str):
         if tokenizer is None:
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")

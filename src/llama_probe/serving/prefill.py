@@ -120,11 +120,7 @@ class PrefillSession:
             self.on_complete(self.results())
 
     def _expect(self, inputs: dict[str, Any]) -> tuple[int, int]:
-        """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'.
-
-        Raises:
-            ProbeError: the pass is not over the next tokens of the prompts.
-        """
+        """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'."""
         ids = inputs.get("input_ids")
         rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
         # rows: beams and return sequences repeat each prompt; columns: candidate tokens follow the prompt.
@@ -148,11 +144,7 @@ class PrefillSession:
         return whole and not self.return_state and self.reply is None
 
     def take(self, logits: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
-        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it.
-
-        Raises:
-            ProbeError: it was not over the prompts.
-        """
+        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it."""
         self._expect(inputs)
         self._taken = {name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in logits.items()}
         self.seen = self.length
@@ -160,11 +152,7 @@ class PrefillSession:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:
-        """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row.
-
-        Raises:
-            ProbeError: the LM has not run over the whole prompt.
-        """
+        """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
         if self._taken is None:
             if not self.complete:
                 raise ProbeError(

@@ -83,11 +83,7 @@ def flat_files() -> dict[str, str]:
 
 
 def write_flat_files(folder: str | os.PathLike) -> list[Path]:
-    """Write the flat files into a folder, and remove others with their suffix.
-
-    Returns:
-        The files.
-    """
+    """Write the flat files into a folder, and remove others with their suffix. Return the files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / name: text for name, text in flat_files().items()}

@@ -260,11 +260,11 @@ _NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
-    """Raises `ProbeError` where heads cannot follow the replies that a call of `generate()` writes.
+    """Raise `ProbeError` if heads cannot follow the replies that a call of `generate()` writes.
 
     Args:
-        what: why they are to.
-        setting: what the call uses for a setting, by its name; `None` where nothing says.
+        what: the reason why they are to follow.
+        setting: gives what the call uses for a setting, by its name; `None` if nothing says.
     """
     for name, (refused, why) in _NOT_FOLLOWED.items():
         value = setting(name)

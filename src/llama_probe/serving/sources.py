@@ -27,9 +27,6 @@ def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
     """Return the sources of a `probe=` argument by head name: the key of a dict, else see `default_name`.
 
     A `ProbeModel` without a name is called `UNNAMED`.
-
-    Raises:
-        ProbeError: a source has another type, or a name is not allowed or occurs twice.
     """
     pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
     sources: dict[str, ProbeSource] = {}
@@ -79,13 +76,9 @@ def load_heads_for(
     revision: str | None = None,
     namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
-    """Load heads for a backbone that is not loaded yet; see `read_heads`.
+    """Load heads for a backbone, a folder or a Hub id, that is not loaded yet; see `read_heads`.
 
-    Args:
-        backbone: folder or Hub id.
-        spec: heads.
-        kwargs: keyword arguments of the backbone's `from_pretrained`. Its token, cache and offline settings apply.
-        revision, namespace: of the heads.
+    `kwargs` are those of the backbone's `from_pretrained`: its token, cache and offline settings apply.
     """
     options = HubOptions.beside(kwargs, revision)
     sources = named_sources(spec)
@@ -97,11 +90,7 @@ def load_heads_for(
 class HeadPlace:
     """A head whose id stands for a model: the head names its backbone.
 
-    Attributes:
-        name: name of the head on the model.
-        source: folder, Hub id or alias, with its subfolder.
-        revision: of the head.
-        config: its config.
+    `source` is its folder, Hub id or alias, with its subfolder.
     """
 
     name: str
@@ -111,11 +100,7 @@ class HeadPlace:
 
     @property
     def backbone(self) -> str:
-        """Folder or Hub id of the backbone.
-
-        Raises:
-            ProbeError: the head does not record one.
-        """
+        """Folder or Hub id of the backbone, which the head must record."""
         if self.config.base_model_name_or_path is None:
             raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
         return self.config.base_model_name_or_path
@@ -130,8 +115,7 @@ class HeadPlace:
 def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
     """Return the head that a folder, a Hub id or an alias names; None if it names none.
 
-    Args:
-        kwargs: keyword arguments of `from_pretrained`; `revision` and `subfolder` are the head's.
+    `kwargs` are those of `from_pretrained`; `revision` and `subfolder` are the head's.
     """
     options = replace(HubOptions.beside(kwargs, kwargs.get("revision")), only_config=True)
     try:
@@ -143,13 +127,7 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
 
 
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
-    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`.
-
-    Args:
-        place: folder or Hub id of the model.
-        config: the model's config, which lists them.
-        kwargs: keyword arguments of its `from_pretrained`.
-    """
+    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`, and that its config lists."""
     names = getattr(config, SAVED_HEADS, None) or []
     inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
     local = Path(place).is_dir()
@@ -165,11 +143,7 @@ def is_local_head(place: Any) -> bool:
 
 
 def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return what `load` gives, or the `HeadPlace` if the place is that of a head.
-
-    Raises:
-        OSError, ValueError: what `load` raises for a place that is neither.
-    """
+    """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises."""
     if is_local_head(place) and (head := find_head(place, kwargs)) is not None:
         return head
     try:

@@ -59,13 +59,9 @@ def classify_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
 ) -> dict[str, ProbeOutput]:
-    """Score texts with heads of a model. Heads of one format share a pass.
+    """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass.
 
-    Args:
-        configs: config of each head, by name.
-        texts: texts or chats.
-        tokenizer: the backbone's.
-        output_attentions: see `classify`. All texts are then in one batch.
+    With `output_attentions` (see `classify`) all texts are in one batch.
 
     Raises:
         ProbeError: there is no tokenizer, or a text cannot be rendered.

@@ -75,11 +75,7 @@ class ProbeTrainingArguments(TrainingArguments):
         self.recipe()
 
     def recipe(self) -> Recipe:
-        """Return the hyper-parameters of training, with open fields.
-
-        Raises:
-            ProbeError: one of them is not allowed.
-        """
+        """Return the hyper-parameters of training, with open fields."""
         return Recipe(
             label_smoothing=self.label_smoothing_factor,
             metric=self.metric_for_best_model,

@@ -16,15 +16,7 @@ from .loss import ProbeLoss
 
 @dataclass
 class Candidate:
-    """One configuration.
-
-    Attributes:
-        number: identifies it among the candidates.
-        config: config of the head.
-        loss: loss of its training.
-        learning_rate, weight_decay, batch_size: as in `TrainingArguments`.
-        seed: seed of its weights and its dropout.
-    """
+    """One configuration. Its number identifies it among the candidates, its seed is for weights and dropout."""
 
     number: int
     config: ProbeConfig
@@ -70,11 +62,7 @@ class History:
 class Learner:
     """A candidate in training: head, optimizer, schedule, and gradients of the current batch.
 
-    Args:
-        candidate: what to train.
-        rows: training rows an epoch.
-        epochs: epochs of the schedule.
-        device: device of the head.
+    `rows` is the number of training rows an epoch.
     """
 
     def __init__(self, candidate: Candidate, rows: int, epochs: int, device: torch.device):

@@ -44,11 +44,7 @@ class ProbeLoss:
 
     @classmethod
     def create(cls, recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> ProbeLoss:
-        """Build the loss of a recipe. Balanced class weights are those of `labels`.
-
-        Raises:
-            ProbeError: the recipe's class weights are not allowed.
-        """
+        """Build the loss of a recipe. Balanced class weights are those of `labels`."""
         weights = recipe.class_weights
         if weights == "balanced":
             weights = balanced_weights(labels, config)

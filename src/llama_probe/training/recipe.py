@@ -81,18 +81,9 @@ SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
 
 
 def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, dict[str, Any]]:
-    """Fill in what is left open, from the kind of the head and the number of rows.
+    """Return copies in which the open fields are filled in, from the kind of the head and the number of rows.
 
-    Args:
-        recipe: fields that are None are filled in if the kind or the schedule has a default.
-        head: fields of `ProbeConfig`. `probe_type="auto"`, or none, is chosen; so are dropouts that are None.
-        rows: number of training rows.
-
-    Returns:
-        Copies of both.
-
-    Raises:
-        ProbeError: the kind is not known.
+    In `head`, fields of `ProbeConfig`, these are `probe_type="auto"` (or none) and dropouts that are None.
     """
     name = head.get("probe_type", AUTO)
     if name == AUTO:

@@ -43,11 +43,7 @@ def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[s
 
 
 def decide(probe: ProbeModel, logits: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> dict[str, Any]:
-    """Fit the head's temperature and threshold on validation rows, and measure it on these.
-
-    Args:
-        probe: a trained head. Its config is replaced.
-        logits (`[rows, num_labels]`), labels (`[rows, ...]`): of the validation rows.
+    """Fit the head's temperature and threshold on validation rows, and measure it on these. Its config is replaced.
 
     Returns:
         `temperature`, `threshold` and `validation`.
@@ -78,10 +74,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """Return the contents of `results.json`, except dtype, card and inspection.
 
-    Args:
-        probe: the head of the chosen seed.
-        rows: `source` and `rows`, their number, of each part.
-        runs: results of each seed.
+    `rows` holds `source` and `rows`, their number, of each part; `chosen` is the seed of `probe`.
     """
     splits = [name for name in ("validation", "test") if name in runs[0]]
     return {

@@ -90,13 +90,9 @@ class TrainingData:
 
 
 class CutReplies(Dataset):
-    """Rows that end with replies; each time, half of them at random are cut within the reply.
+    """Rows that end with replies of `lengths` tokens; each time, half of them at random are cut within the reply.
 
     A head that follows a reply scores every prefix of it. Trained on whole replies alone it is sure too early.
-
-    Args:
-        dataset: a `PromptDataset` or a `StateDataset`.
-        lengths: tokens of each reply.
     """
 
     def __init__(self, dataset: Dataset, lengths: Sequence[int]):
@@ -121,9 +117,7 @@ class CutReplies(Dataset):
 class WeightedRows(Dataset):
     """Rows with weights in the loss, as `row_weights` of each item. Rows without have weight 1.
 
-    Args:
-        dataset: a `PromptDataset` or a `StateDataset`.
-        weights: weights of every row; the members of a head use them in turn. See `probe_loss`.
+    The members of a head use the weights of a row in turn. See `probe_loss`.
     """
 
     def __init__(self, dataset: Dataset, weights: Sequence[float]):

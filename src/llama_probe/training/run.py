@@ -152,11 +152,7 @@ class TrainingRun:
         same_settings(path, data.settings(), optional=["backbone_weights"])
 
     def prepare(self) -> TrainingData:
-        """Read the rows, load the backbone, render the prompts and, with a cache, compute their states.
-
-        Raises:
-            ProbeError: a setting or a row is wrong.
-        """
+        """Read the rows, load the backbone, render the prompts and, with a cache, compute their states."""
         check_output(self.output)
         parts = self.data.read(self.seeds[0])
         labels = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])

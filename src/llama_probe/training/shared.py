@@ -51,16 +51,10 @@ class SharedTraining:
         candidates: for the same backbone and labels.
         train, validation: two `PromptDataset` (with `lm`) or two `StateDataset`.
         metric: metric to compare candidates by; larger is better.
-        epochs: epochs at most.
         folder: folder of the checkpoint.
         lm: the frozen backbone; None if the states are cached.
         keep: share that continues; 1 prunes nothing.
-        patience: epochs.
         seed: seed of the order of the rows.
-        batch_tokens: tokens of a pass of the backbone, padding included.
-
-    Raises:
-        ProbeError: there are no candidates, one is fitted, or a setting is not allowed.
     """
 
     def __init__(
@@ -106,16 +100,10 @@ class SharedTraining:
         return [learner for learner in mine if learner.history.status == "live"]
 
     def run(self, resume: bool = False) -> list[Learner]:
-        """Train until no candidate is live.
-
-        Args:
-            resume: continue from the checkpoint in `folder`, if there is one.
+        """Train until no candidate is live, or go on from the checkpoint in `folder`.
 
         Returns:
             All learners, best first, with their best weights loaded. Failed ones come last, as they are.
-
-        Raises:
-            ProbeError: the checkpoint has other candidates, or all have failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         barrier()
@@ -145,11 +133,7 @@ class SharedTraining:
         return ranked
 
     def run_unseen(self) -> list[Learner]:
-        """Train all candidates for all epochs in one process, without validation.
-
-        Returns:
-            The learners in the order of the candidates, with their last weights.
-        """
+        """Train all candidates for all epochs in one process, without validation. Return the learners in their order."""
         for _ in range(self.epochs):
             self._train_epoch()
             self.epoch += 1

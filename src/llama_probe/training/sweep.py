@@ -42,14 +42,7 @@ _RECIPE_FIELDS = {item.metadata.get("option", item.name): item.name for item in 
 
 @dataclass
 class SearchSpace:
-    """Kinds to search, each over `COMMON` and its own `Aggregator.search_space`.
-
-    Attributes:
-        probe_types: kinds, by default those of arXiv 2601.13288.
-
-    Raises:
-        ProbeError: there is no kind, or one that is unknown or fitted.
-    """
+    """Kinds to search, by default those of arXiv 2601.13288, each over `COMMON` and its own `Aggregator.search_space`."""
 
     probe_types: Sequence[str] = ("pooling", "gate", "mha")
 
@@ -74,9 +67,6 @@ class SearchSpace:
         Returns:
             `probe_type` and the hyper-parameters by name: fields of `ProbeConfig`, options of the kind, and options of
             `llama-probe train`.
-
-        Raises:
-            ProbeError: no combination of choices fits.
         """
         rng = np.random.default_rng((seed, number))
         kind = self.probe_types[number % len(self.probe_types)]
@@ -247,11 +237,7 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """Read the `sweep.json` of a finished sweep.
-
-    Raises:
-        ProbeError: the file is damaged.
-    """
+    """Read the `sweep.json` of a finished sweep."""
     path = folder / SWEEP_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
