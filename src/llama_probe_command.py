@@ -1,4 +1,4 @@
-"""Where the `llama-probe` command begins: outside the package, whose import takes the seconds in which people press Ctrl-C."""
+"""Start of the `llama-probe` command: outside the package, whose import takes the seconds in which people press Ctrl-C."""
 
 import os
 import signal

@@ -138,7 +138,7 @@ def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 class HeadConfig(PreTrainedConfig):
-    """What `AutoConfig` says of a head: its labels, its kind and its backbone. `config.probe` is the whole config."""
+    """The config of a head in `AutoConfig`: labels, kind and backbone. `config.probe` is the whole config."""
 
     model_type = "llama_probe_head"
 
