@@ -27,15 +27,6 @@ def folder(tmp_path):
     return save_head(make_probe(base_model_name_or_path="org/other"), tmp_path / "toxic")
 
 
-def test_several_heads_with_their_own_labels(model, prompts):
-    model.add_probe("a", make_probe(id2label={0: "no", 1: "yes"}))
-    model.add_probe("b", make_probe(seed=1, num_labels=5))
-    assert model.active_probes == ["a", "b"]
-    out = model(prompts)
-    assert out.probe_logits["a"].shape == (3, 2) and out.probe_logits["b"].shape == (3, 5)
-    assert set(out.probe_labels["a"]) <= {"no", "yes"}
-
-
 def test_switching_and_deleting(model, prompts):
     model.add_probe("a", make_probe())
     model.add_probe("b", make_probe(seed=1))
