@@ -32,15 +32,6 @@ def test_other_settings_are_refused(tmp_path, changes, words):
     assert same_settings(path, SETTINGS), "a refused run writes nothing"
 
 
-def test_optional_settings_may_lack_in_an_older_file(tmp_path):
-    path = tmp_path / "settings.json"
-    same_settings(path, SETTINGS)
-    assert same_settings(path, SETTINGS | {"weights": 1}, optional=["weights"])
-    same_settings(tmp_path / "later.json", SETTINGS | {"weights": 1})
-    with pytest.raises(ProbeError, match="weights=1"):
-        same_settings(tmp_path / "later.json", SETTINGS | {"weights": 2}, optional=["weights"])
-
-
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_damaged_files_are_refused(tmp_path, text):
     path = tmp_path / "settings.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from ..files import make_folder, remove_leftovers, write_atomically
 _ABSENT = object()
 
 
-def same_settings(path: Path, settings: dict[str, Any], optional: Collection[str] = ()) -> bool:
+def same_settings(path: Path, settings: dict[str, Any]) -> bool:
     """Compare the settings of a run with those of the run that it resumes. Write them if there is none.
 
     Args:
         path: JSON file beside the results. Its folder is created if needed.
         settings: JSON values, nested as you like. Tuples equal lists.
-        optional: top-level settings that an older file may lack.
 
     Returns:
         True if the file holds these settings, so there is a run to resume. False if the file was written now.
@@ -37,18 +35,16 @@ def same_settings(path: Path, settings: dict[str, Any], optional: Collection[str
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ProbeError(f"{path} is damaged: {error}; remove it to start again") from None
-    check_settings(path, found, settings, optional)
+    check_settings(path, found, settings)
     return True
 
 
-def check_settings(path: Path, found: Any, settings: dict[str, Any], optional: Collection[str] = ()) -> None:
+def check_settings(path: Path, found: Any, settings: dict[str, Any]) -> None:
     """Compare settings with those found in `path`, for files that hold more than settings.
 
     Raises:
         ProbeError: they differ. The message names the first difference.
     """
-    if isinstance(found, dict):
-        found = {name: settings[name] for name in optional if name in settings} | found
     if told := first_difference(found, json.loads(json.dumps(settings))):
         raise ProbeError(f"{path} was written with {told}: give the same settings, or another folder")
 

@@ -149,7 +149,7 @@ class TrainingRun:
         path = folder / _SETUP_NAME
         if not (self.resume and path.is_file()):
             shutil.rmtree(folder, ignore_errors=True)
-        same_settings(path, data.settings(), optional=["backbone_weights"])
+        same_settings(path, data.settings())
 
     def prepare(self) -> TrainingData:
         """Read the rows, load the backbone, render the prompts and, with a cache, compute their states."""
