@@ -24,7 +24,6 @@ from ...evaluation.report import predict_together, report, score_together
 from ...heads.configuration import ProbeConfig
 from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
-from ...hub.folder import is_head_folder
 from ...training.fitting import fit_classifier
 from ...training.loss import ProbeLoss
 from ...training.shared import SharedTraining
@@ -215,11 +214,7 @@ class Comparison:
 
     def head(self, task: Task, name: str, seed: int) -> ProbeModel:
         """Load a head that `main` has saved."""
-        folder = self._head_folder("main", task, name, seed)
-        if not is_head_folder(folder):
-            part = self.store.folder / "main" / task.name / f"{name}.json"
-            raise ProbeError(f"{folder} is gone, though {part} is there: remove that file to train the head again")
-        return self._place(ProbeModel.from_pretrained(folder))
+        return self._place(ProbeModel.from_pretrained(self._head_folder("main", task, name, seed)))
 
     def _place(self, probe: ProbeModel) -> ProbeModel:
         """Bring a head to the device of its states."""
