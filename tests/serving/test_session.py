@@ -126,6 +126,7 @@ def test_inputs_embeds(prompts):
     assert_same(out.probe_logits, reference(prompts))
 
 
+@pytest.mark.parametrize("eos", [2, [2, 3], torch.tensor(2), torch.tensor([2, 3])])
 def test_padding_is_found_without_a_mask(prompts, eos):
     ids, mask = left_padded(prompts)
     for pad, expected in ((0, mask), (torch.tensor(0), mask), (2, None)):
