@@ -22,13 +22,8 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from .errors import ProbeError
-from .files import make_folder
+from .files import lock, make_folder
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 T = TypeVar("T")
 
@@ -221,16 +216,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def _claim(folder: Path) -> list[int]:
     make_folder(folder)
-    if fcntl is None:
-        return []
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ProbeError(f"another run is at work in {folder}: wait for its end, or name another folder") from None
-    except OSError:  # the file system has no locks
-        pass
+    if (handle := lock(folder.resolve())) is None:
+        raise ProbeError(f"another run is at work in {folder}: wait for its end, or name another folder")
     return [handle]
 
 

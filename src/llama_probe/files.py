@@ -198,7 +198,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """
     patterns = [f"{PENDING}.*{_TEMPORARY}", *(f".{name}.*{_TEMPORARY}" for name in names)]
     for path in folder.iterdir():
-        if any(map(path.match, patterns)) and (handle := _locked(path)) is not None:
+        if any(map(path.match, patterns)) and (handle := lock(path)) is not None:
             _remove(path)
             os.close(handle)
 
@@ -231,7 +231,7 @@ def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
     It is locked, and a lock ends with its process: so `remove_leftovers` of another process can tell that it is in use.
     """
     path = make()
-    while (handle := _locked(path)) is None or not path.exists():  # taken for a leftover before it was locked
+    while (handle := lock(path)) is None or not path.exists():  # taken for a leftover before it was locked
         if handle is not None:
             os.close(handle)
         path = make()
@@ -242,7 +242,7 @@ def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
         os.close(handle)
 
 
-def _locked(path: Path) -> int | None:
+def lock(path: Path) -> int | None:
     """Return a handle that holds the lock of a file or folder; None if another process holds it, or it is not there.
 
     Where nothing can be locked, the handle holds no lock.
