@@ -28,9 +28,7 @@ def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
     """Return the arguments of `generate()` after its first two, by name."""
     names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
     if len(args) > len(names):
-        raise TypeError(
-            f"generate() takes up to {len(names) + 2} positional arguments, and {len(args) + 2} were given"
-        )
+        raise TypeError(f"generate() takes {len(names) + 2} positional arguments, and {len(args) + 2} were given")
     named = dict(zip(names, args, strict=False))
     if twice := sorted(set(named) & set(kwargs)):
         raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")

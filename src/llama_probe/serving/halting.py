@@ -110,9 +110,7 @@ class HaltRule:
         if label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
         if threshold is None and regression:
-            raise ProbeError(
-                f"halt_on: {head!r} gives values and needs a threshold: {{{head!r}: {{'threshold': ...}}}}"
-            )
+            raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
         if isinstance(threshold, str):
             known = config.thresholds or {}
             if threshold not in known or label != names[1]:
@@ -128,9 +126,7 @@ class HaltRule:
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
             raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
         if patience > 1 and not config.reads_reply:
-            raise ProbeError(
-                f"halt_on: patience={patience} counts tokens of a reply, and {head!r} reads the prompt alone"
-            )
+            raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
         index = names.index(label)
         threshold = threshold_of(config, index) if threshold is None else threshold
         return cls(head, config, index, threshold, patience, _checked_band(head, config, unsure, ask), ask)

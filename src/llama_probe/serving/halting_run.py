@@ -92,9 +92,7 @@ class HaltingRun:
         session.on_complete = self._decide
         if halter.asks:
             if kwargs.get("tokenizer") is None or session.input_ids is None:
-                raise ProbeError(
-                    "halt_on: ask gets the texts of prompts, so generate() needs tokenizer= and input_ids"
-                )
+                raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
             halter.texts = self._texts
         if halter.follows:
             session.reply.on_token = self._follow

@@ -309,9 +309,7 @@ def change_class(model: nn.Module, cls: type) -> None:
     hook = model.__dict__.get("_hf_hook")
     if hook is None:
         if "forward" in model.__dict__:
-            raise ProbeError(
-                "model.forward was replaced, and no head would run in it: del model.forward, attach heads, replace it again"
-            )
+            raise ProbeError("model.forward was replaced: del model.forward, attach heads, then replace it again")
         model.__class__ = cls
         return
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module

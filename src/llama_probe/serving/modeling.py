@@ -303,9 +303,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         past = cached_tokens({"cache": cache})
         if asks_for_state(probe_state, input_ids, None) and probe_state is True:
-            raise ProbeError(
-                "classify returns no probe_state; generate(..., probe_state=True) and model(..., use_cache=True) do"
-            )
+            raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         session = prompt_session(
             heads,
             inputs,

@@ -155,9 +155,7 @@ class PrefillSession:
         """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
         if self._taken is None:
             if not self.complete:
-                raise ProbeError(
-                    f"the LM has run over {self.seen} of {self.length} tokens: a part of a prompt is not scored"
-                )
+                raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
             names = list(self.heads)
             if self._partial_prompt:
                 names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]

@@ -57,9 +57,7 @@ class StateReader:
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
         for name, head in self.heads.items():
             if head.device.type == "meta":
-                raise ProbeError(
-                    f"head {name!r} has no weights: offload the LM (accelerate) before heads are attached"
-                )
+                raise ProbeError(f"head {name!r} has no weights: offload the LM (accelerate) before heads come")
         self.states: dict[str, ProbeState] = {
             name: head.init_state((states or {}).get(name), name in keep, output_attentions)
             for name, head in self.heads.items()
@@ -108,9 +106,7 @@ class StateReader:
         if layer not in self.layers:
             return
         if hidden.shape[1] < self._columns.stop:
-            raise ProbeError(
-                f"state {layer} has {hidden.shape[1]} tokens of {self._columns.stop}: a part is not scored"
-            )
+            raise ProbeError(f"state {layer} has {hidden.shape[1]} tokens of {self._columns.stop}: no part is scored")
         self._seen.add(layer)
         hidden = hidden[self._rows, self._columns]
         if self._held and (hidden.device, hidden.dtype) != (self._held[0][1].device, self._held[0][1].dtype):

@@ -109,9 +109,7 @@ class _Module:
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in tried.union(self.imports):
                 if getattr(node, "level", 0):
-                    raise ValueError(
-                        f"{name}.py, line {node.lineno}: import from the package at the top of the module"
-                    )
+                    raise ValueError(f"{name}.py, line {node.lineno}: import from the package at the top")
                 if getattr(node, "module", node.names[0].name).split(".")[0] not in _REQUIRED:
                     lines = ("try:", f"    {ast.unparse(node)}", "except ImportError:", "    raise")
                     self.replace(node, "".join(f"{' ' * node.col_offset}{line}\n" for line in lines))

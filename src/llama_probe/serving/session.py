@@ -158,9 +158,7 @@ def generation_session(
     if setting("cache_implementation") == "paged":
         raise ProbeError(PAGED)
     if setting("token_healing"):
-        raise ProbeError(
-            "token_healing rewrites the end of the prompt after heads have been set up; switch one of them off"
-        )
+        raise ProbeError("token_healing rewrites the end of the prompt behind the heads; switch one of them off")
     embeds = kwargs.get("inputs_embeds")
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     if embeds is not None:

@@ -55,8 +55,7 @@ class ProbeLoss:
                 weights = []
             if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
                 raise ProbeError(
-                    f"class_weights={recipe.class_weights!r} must be 'balanced', or numbers of at least 0 with commas, "
-                    "not all 0"
+                    f"class_weights={recipe.class_weights!r} must be 'balanced', or numbers from 0, not all 0"
                 )
         return cls(config, weights, recipe.label_smoothing, recipe.focal_gamma)
 

@@ -245,9 +245,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
         if not found["metric"] or not trials:
             raise ValueError("it has no configurations")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ProbeError(
-            f"{path} is not what a sweep writes ({type(error).__name__}: {error}): do the sweep anew"
-        ) from None
+        raise ProbeError(f"{path} is not what a sweep writes ({type(error).__name__}: {error})") from None
     return found
 
 
