@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.evaluation import plots
 from llama_probe.evaluation.reading import Reading
+from llama_probe.heads.novelty import Novelty, novelty_layers
 
 
 # These run in an environment of their own: make test-vllm.
@@ -66,6 +67,21 @@ def make_probe(seed: int = 0, **changes) -> ProbeModel:
     for parameter in probe.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     return probe.eval()
+
+
+def with_novelty(probe: ProbeModel, seed: int = 0, rank: int = 6) -> ProbeModel:
+    """The head with a novelty that was fitted on random mean states."""
+    generator, layers = torch.Generator().manual_seed(seed), novelty_layers(probe.config)
+    sums = []
+    for rows in (80, 60):
+        count = torch.randint(2, 30, (rows,), generator=generator).float().expand(len(layers), -1)
+        noise = torch.randn(len(layers), rows, probe.config.hidden_size, generator=generator)
+        # Rows from near to far: prompts then have novelties from 0 to 1.
+        far = 0.02 + 2 * torch.rand(rows, 1, generator=generator)
+        sums.append((far * noise * count[..., None], count))
+    settings = {"layers": layers, "rank": min(rank, len(layers) * probe.config.hidden_size - 1)}
+    probe.set_novelty(Novelty.fit(probe.config.replace(novelty=settings), *sums), settings)
+    return probe
 
 
 save_head, read_head = ProbeModel.save_pretrained, ProbeModel.from_pretrained

@@ -122,6 +122,16 @@ _THRESHOLDS = (
         and all(_is_number(number) and 0 <= number <= 1 for number in value.values())
     ),
 )
+_NOVELTY = (
+    "{'layers': [ascending state indices], 'rank': a whole number from 1}",
+    lambda value: (
+        isinstance(value, dict)
+        and set(value) == {"layers", "rank"}
+        and _is_list(value["layers"], _is_id)
+        and value["layers"] == sorted(set(value["layers"])) != []
+        and _is_int(value["rank"])
+    ),
+)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
 # The rule of each field: a description and a check.
@@ -145,6 +155,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
     "thresholds": _or_none(_THRESHOLDS),
+    "novelty": _or_none(_NOVELTY),
     "fingerprint": _or_none(_NUMBERS),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": _or_none(("text", _is_text)),
@@ -203,6 +214,8 @@ class ProbeConfig:
             Multi-label: one value, or one a label (None: 0.5).
         thresholds: further thresholds of a head of two labels, by name, such as `{"fpr-2%": 0.31}`.
         temperature: logits are divided by it before they become probabilities. Positive.
+        novelty: `{"layers": [...], "rank": n}` if the head tells how unlike its training data a prompt is: the layers, of those
+            that it reads, and the number of directions of `Novelty`. None if that was not fitted.
         options: hyper-parameters of a kind that have no field of their own.
         weights_sha256: digest of the weights file. Stamped when saved, as are `llama_probe_version` and
             `transformers_version`.
@@ -247,6 +260,7 @@ class ProbeConfig:
     threshold: float | list[float] | None = None
     thresholds: dict[str, float] | None = None
     temperature: float = 1.0
+    novelty: dict[str, Any] | None = None
 
     options: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
@@ -270,6 +284,7 @@ class ProbeConfig:
             )
         self._check_threshold()
         self._check_layers()
+        self._check_novelty()
         kind.check(self)
 
     def _check_labels(self) -> None:
@@ -326,6 +341,23 @@ class ProbeConfig:
         self.layers = sorted(self.layers)
         if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
             raise ProbeError(f"layers={self.layers!r} must be from 0 to num_hidden_layers={self.num_hidden_layers}")
+
+    def _check_novelty(self) -> None:
+        if self.novelty is None:
+            return
+        if not self.supports_novelty:
+            raise ProbeError(
+                f"novelty={self.novelty!r} needs a head that reads all tokens of a prompt, not "
+                f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
+            )
+        sized = self.layers != "all" or self.num_hidden_layers is not None
+        if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
+            raise ProbeError(f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}")
+
+    @property
+    def supports_novelty(self) -> bool:
+        """True if the head reads all tokens of a prompt, so that it can tell how unlike its training data one is."""
+        return not self.reads_reply and get_probe_type(self.probe_type).reads == "all"
 
     @property
     def reads_reply(self) -> bool:

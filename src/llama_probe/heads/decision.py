@@ -88,19 +88,37 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     return probs.argmax(dim=-1)
 
 
-def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
+def labels(
+    probs: torch.Tensor,
+    config: ProbeConfig,
+    novelty: torch.Tensor | None = None,
+    abstain_at: float | None = None,
+) -> list[Any]:
     """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression).
+
+    Args:
+        novelty (`[batch]`, *optional*): with `abstain_at`, rows of a larger novelty get `None`.
 
     Raises:
         ProbeError: a probability is no number. Compared with a threshold it would pass for the harmless label.
     """
-    picked = predictions(probs, config).tolist()
-    if config.problem_type == "regression":
-        return picked
-    check_numbers(probs)
-    if config.problem_type == "multi_label_classification":
-        return [[config.id2label[i] for i, on in enumerate(row) if on] for row in picked]
-    return [config.id2label[index] for index in picked]
+    found = predictions(probs, config).tolist()
+    if config.problem_type != "regression":
+        check_numbers(probs)
+        if config.problem_type == "multi_label_classification":
+            found = [[config.id2label[i] for i, on in enumerate(row) if on] for row in found]
+        else:
+            found = [config.id2label[index] for index in found]
+    if abstain_at is None:
+        return found
+    return [None if new else label for label, new in zip(found, (novelty > abstain_at).tolist(), strict=True)]
+
+
+def abstaining(outputs: dict[str, ProbeOutput], at: float | None) -> dict[str, ProbeOutput]:
+    """Have outputs give rows of a novelty above `at` the label `None`. Return them."""
+    for output in outputs.values():
+        output.abstain(at)
+    return outputs
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
@@ -120,14 +138,16 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
     """Return one row's prediction as JSON values.
 
     Args:
-        label: its entry of `labels`. probs: its row of probabilities (regression: of values).
+        label: its entry of `labels`; `None` if the head abstains. probs: its row of probabilities (regression: of values).
 
     Returns:
         `{"label": name, "score": its probability, "scores": {label: probability}}`; for multi-label heads the same with a
         list of labels and a list of their probabilities; for regression heads `{"score": value}`, or
-        `{"scores": {label: value}}` where there are several outputs.
+        `{"scores": {label: value}}` where there are several outputs. A head that abstains has the label and the score `None`.
     """
     scores = dict(zip(config.id2label.values(), probs, strict=True))
+    if label is None:
+        return {"label": None, "score": None, "scores": scores}
     if config.problem_type == "regression":
         return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
     score = [scores[name] for name in label] if config.problem_type == "multi_label_classification" else scores[label]
@@ -140,6 +160,8 @@ def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: s
     Args:
         label: its entry of `labels`. scores: by label name its probabilities (regression: values). style: format of a probability.
     """
+    if label is None:
+        return "no label: unlike the training data"
     if config.problem_type == "regression":
         return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     names = label if isinstance(label, list) else [label]
@@ -205,6 +227,15 @@ def probe_loss(
 class DecidedMixin:
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
 
+    @property
+    def abstain_at(self) -> float | None:
+        """Novelty above which a row has the label `None`; `None` for never."""
+        return self.__dict__.get("_abstain_at")
+
+    def abstain(self, at: float | None) -> None:
+        """Give rows of a novelty above `at` the label `None`."""
+        self.__dict__["_abstain_at"] = at
+
     def config_of(self, name: str | None = None) -> ProbeConfig:
         """The config of a head, by its name where there are several.
 
@@ -245,6 +276,20 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         output.__dict__["_probe_configs"] = {None: config}
         return output
 
+    def remember_means(self, means: Any) -> None:
+        """Store the `MeanStates` that `novelty` is computed from. They are no field: the Trainer would gather them."""
+        self.__dict__["_means"] = means
+
+    @property
+    def means(self) -> Any:
+        """The `MeanStates` of the batch; `None` if the head has no novelty."""
+        return self.__dict__.get("_means")
+
+    @property
+    def novelty(self) -> torch.Tensor | None:
+        """How unlike the training data each row is, `[batch]` from 0 to 1; `None` if the head has no novelty."""
+        return None if self.means is None else self.means.novelty
+
     @property
     def learned_logits(self) -> torch.Tensor:
         """The logits that the loss takes: of each member if there are several, else `logits`."""
@@ -257,5 +302,5 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @property
     def labels(self) -> list[Any]:
-        """Label names a row, with the saved temperature and threshold."""
-        return labels(self.probabilities, self.config_of())
+        """Label names a row, with the saved temperature and threshold; `None` for a row where the head abstains."""
+        return labels(self.probabilities, self.config_of(), self.novelty, self.abstain_at)

@@ -25,10 +25,11 @@ from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
 from .folder import read_settled, read_tensors, save_head
 from .match import check_backbone, describe, match
+from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .scope import check_rows, token_mask
 from .states import normalize, without_autocast
-from .stream import ProbeState
+from .stream import ProbeState, as_slice
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -54,6 +55,7 @@ class ProbeModel(nn.Module):
 
     Attributes:
         results: what was measured of the head, as in the `results.json` of its folder; `None` where nothing was.
+        novelty: tells how unlike the training data a prompt is; `None` where it was not fitted. See `set_novelty`.
 
     Raises:
         ProbeError: the sizes are missing, or differ from the backbone's.
@@ -78,6 +80,7 @@ class ProbeModel(nn.Module):
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage, self.layer_stage = create_stages(config)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        self.novelty = None if config.novelty is None else Novelty(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
         super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         self.set_backbone(backbone)
@@ -94,6 +97,15 @@ class ProbeModel(nn.Module):
             backbone.requires_grad_(False)
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
+
+    def set_novelty(self, novelty: Novelty, settings: dict[str, Any]) -> None:
+        """Give the head a fitted `Novelty`. What was measured of the head stays true: its logits are the same.
+
+        Args:
+            settings: `ProbeConfig.novelty`, from which it was made.
+        """
+        self.config = self.config.replace(novelty=settings, weights_sha256=None)
+        self.novelty = novelty.to(self.device)
 
     def bind(self, lm: nn.Module, check: bool = True) -> None:
         """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this.
@@ -295,6 +307,8 @@ class ProbeModel(nn.Module):
         """
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
+        if self.novelty is not None and not self.training:
+            output.remember_means(self.novelty.read(x, mask))
         if output_attentions:
             weights = self.token_stage.weights(x, mask, slice(None))
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
@@ -342,11 +356,12 @@ class ProbeModel(nn.Module):
         """Start on a batch of prompts.
 
         Args:
-            state: token-stage state of earlier tokens, from `ProbeState.joined`.
+            state: state of earlier tokens, from `ProbeState.joined`.
             keep: keep what is needed to go on after the last token.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
         """
-        return ProbeState(len(self.layer_indices), state, keep, output_attentions)
+        num_means = 0 if self.novelty is None else len(self.novelty.slots)
+        return ProbeState(len(self.layer_indices), num_means, state, keep, output_attentions)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
@@ -389,10 +404,10 @@ class ProbeModel(nn.Module):
         if not places:
             return
         if len(places) < len(layers):
-            x = x[_as_slice(places)]
+            x = x[as_slice(places)]
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
-        earlier = state.pop(slots)
+        earlier = state.tokens.pop(slots)
         with torch.no_grad():  # a decorator would break the graph of torch.compile
             if state.output_attentions:
                 if earlier is not None or not last:
@@ -400,9 +415,11 @@ class ProbeModel(nn.Module):
                         "output_attentions needs the prompt in one pass: leave out prefill_chunk_size and cache"
                     )
                 state.put_weights(slots, self.token_stage.weights(x, token_mask, slots))
+            if self.novelty is not None:
+                self.novelty.update(state.means, slots, x, token_mask)
             seen = self.token_stage.update(earlier, x, token_mask, slots)
             if state.keep or not last:
-                state.put(slots, seen)
+                state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
                 state.put_summary(slots, self.token_stage.result(seen, slots))
 
@@ -415,7 +432,7 @@ class ProbeModel(nn.Module):
         """
         with torch.no_grad():
             summaries = state.summaries()
-            if summaries is None and (seen := state.joined()) is not None:
+            if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != state.num_slots:
                 raise ProbeError(
@@ -423,6 +440,8 @@ class ProbeModel(nn.Module):
                 )
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
             output.token_weights = state.weights()
+            if self.novelty is not None:
+                output.remember_means(MeanStates(self.novelty, *state.means.joined()))
         return output
 
     # Shared by all
@@ -461,10 +480,3 @@ class ProbeModel(nn.Module):
             weights = self.layer_stage.weights(items, None, slice(None))
             output.layer_weights = None if weights is None else weights[0]  # [B, S]
         return output
-
-
-def _as_slice(places: Sequence[int]) -> slice | list[int]:
-    """Return ascending indices as a slice if they are evenly spaced: it takes no copy."""
-    step = places[1] - places[0] if len(places) > 1 else 1
-    even = list(range(places[0], places[-1] + 1, step)) == list(places)
-    return slice(places[0], places[-1] + 1, step) if even else list(places)

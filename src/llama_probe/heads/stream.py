@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,24 +10,17 @@ import torch
 from .aggregator import join_slots, repeat_rows, take_slots
 
 
-class ProbeState:
-    """Hold the token-stage state of one head between two calls of `ProbeModel.step`.
-
-    Groups of layers may differ from one chunk of the prompt to the next; each group's state is cut and joined as needed.
+class SlotStates:
+    """States of several slots, cut and joined as groups of slots need.
 
     Args:
-        num_slots: number of layers that the head reads, S.
-        state: token-stage state of all slots, as `joined` returned it, to go on from.
-        keep: keep the token-stage state after the last token, so that further tokens can follow.
-        output_attentions: keep how much each token counted.
+        num_slots: number of slots.
+        state: state of all of them, as `joined` returned it.
     """
 
-    def __init__(self, num_slots: int, state: Any = None, keep: bool = False, output_attentions: bool = False):
+    def __init__(self, num_slots: int, state: Any = None):
         self.num_slots = num_slots
-        self.keep, self.output_attentions = keep, output_attentions
-        self._weights: dict[int, torch.Tensor | None] = {}
         self._parts: dict[tuple[int, int], Any] = {} if state is None else {(0, num_slots): state}
-        self._summaries: dict[int, torch.Tensor] = {}
 
     def pop(self, slots: slice) -> Any:
         """Remove and return the state of consecutive slots; `None` if they have read nothing."""
@@ -45,20 +39,55 @@ class ProbeState:
         """Store the state of the slots that `pop` returned before."""
         self._parts[slots.start, slots.stop] = state
 
-    def put_summary(self, slots: slice, summary: torch.Tensor) -> None:
-        """Store the summaries `[slots, batch, width]` of slots that have read the last token."""
-        if torch.compiler.is_dynamo_compiling():
-            # Inductor moves an operation to where its result is used (`reorder_for_locality`), here behind the LM, and would keep
-            # the states of all layers until then. It leaves what becomes a tuple in its place.
-            summary = torch.stack(summary.unbind())
-        self._summaries[slots.start] = summary
-
     def joined(self) -> Any:
-        """Return the token-stage state of all slots, as one; `None` if nothing has been read."""
+        """Return the state of all slots, as one; `None` if nothing has been read."""
         state = self.pop(slice(0, self.num_slots))
         if state is not None:
             self.put(slice(0, self.num_slots), state)
         return state
+
+
+class ProbeState:
+    """Hold the token-stage state of one head between two calls of `ProbeModel.step`.
+
+    Groups of layers may differ from one chunk of the prompt to the next; each group's state is cut and joined as needed.
+
+    Args:
+        num_slots: number of layers that the head reads, S.
+        num_means: number of layers whose mean states are kept, for novelty.
+        state: state to go on from, as `joined` returned it.
+        keep: keep the token-stage state after the last token, so that further tokens can follow.
+        output_attentions: keep how much each token counted.
+
+    Attributes:
+        tokens: token-stage state.
+        means: sums for the mean states; `None` if `num_means` is 0.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_means: int = 0,
+        state: Any = None,
+        keep: bool = False,
+        output_attentions: bool = False,
+    ):
+        self.num_slots = num_slots
+        self.keep, self.output_attentions = keep, output_attentions
+        tokens, means = state if num_means and state is not None else (state, None)
+        self.tokens = SlotStates(num_slots, tokens)
+        self.means = SlotStates(num_means, means) if num_means else None
+        self._weights: dict[int, torch.Tensor | None] = {}
+        self._summaries: dict[int, torch.Tensor] = {}
+
+    def put_summary(self, slots: slice, summary: torch.Tensor) -> None:
+        """Store the summaries `[slots, batch, width]` of slots that have read the last token."""
+        self._summaries[slots.start] = in_place(summary)
+
+    def joined(self) -> Any:
+        """Return what all slots keep, as one; `None` if nothing has been read."""
+        tokens = self.tokens.joined()
+        return tokens if self.means is None or tokens is None else (tokens, self.means.joined())
 
     def summaries(self) -> torch.Tensor | None:
         """Return the stored summaries `[slots, batch, width]`, in the order of the slots; `None` if there are none."""
@@ -76,4 +105,21 @@ class ProbeState:
 
     def repeated(self, repeats: int) -> ProbeState:
         """Return a state in which each row stands `repeats` times, one after the other. Needs `keep`."""
-        return ProbeState(self.num_slots, repeat_rows(self.joined(), repeats), self.keep)
+        num_means = 0 if self.means is None else self.means.num_slots
+        return ProbeState(self.num_slots, num_means, repeat_rows(self.joined(), repeats), self.keep)
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`. While `torch.compile` traces, keep its computation from being moved to where it is used.
+
+    Inductor moves an operation to its use (`reorder_for_locality`), here behind the LM, and would keep the states of all layers
+    until then. It leaves what becomes a tuple in its place.
+    """
+    return torch.stack(x.unbind()) if torch.compiler.is_dynamo_compiling() else x
+
+
+def as_slice(places: Sequence[int]) -> slice | list[int]:
+    """Return ascending indices as a slice if they are evenly spaced: it takes no copy."""
+    step = places[1] - places[0] if len(places) > 1 else 1
+    even = list(range(places[0], places[-1] + 1, step)) == list(places)
+    return slice(places[0], places[-1] + 1, step) if even else list(places)

@@ -1,7 +1,7 @@
 """Heads add few operations to a pass of a model of the demo backbone's sizes, with the choices for an accelerator."""
 
 import pytest
-from conftest import make_lm
+from conftest import make_lm, with_novelty
 
 from llama_probe.experiments.benchmark.operations import count_operations
 from llama_probe.experiments.benchmark.serving_systems import fresh_config
@@ -22,6 +22,7 @@ def rows():
     model = AutoModelForProbedGeneration.from_causal_lm(lm)
     for kind in probe_types():
         model.add_probe(kind, fresh_config(kind, HIDDEN, LAYERS))
+    with_novelty(model.add_probe("multimax-novelty", fresh_config("multimax", HIDDEN, LAYERS)))
     found = count_operations(model, (16, 512), 8, fresh_config("mha", HIDDEN, LAYERS), as_device="cuda")
     for kind in probe_types():
         model.delete_probe(kind)
@@ -40,3 +41,10 @@ def test_operations_of_the_pass_over_the_prompt(rows, kind, limit, tokens):
 @pytest.mark.parametrize("kind", probe_types())
 def test_operations_of_a_step_that_a_head_follows(rows, kind):
     assert 1 < rows[f"{kind}-reply", 16]["step_ratio"] <= STEP
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_novelty_adds_two_operations(rows, tokens):
+    kind = "multimax"
+    assert 0 < rows[f"{kind}-novelty", tokens]["prefill"] - rows[kind, tokens]["prefill"] <= 2
+    assert rows[f"{kind}-novelty", tokens]["prefill_ratio"] <= ONE

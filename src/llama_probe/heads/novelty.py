@@ -1,0 +1,203 @@
+"""Novelty: how unlike a head's training data a prompt is, from the mean states of a few layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ProbeError
+from .configuration import ProbeConfig
+from .pooling import PoolingAggregator
+from .stream import SlotStates, as_slice, in_place
+
+
+LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
+# Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
+_DEPTHS = (0.2, 0.4, 0.6)
+
+
+def novelty_layers(config: ProbeConfig) -> list[int]:
+    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads.
+
+    Raises:
+        ProbeError: the head reads replies, or the last token alone.
+    """
+    if not config.supports_novelty:
+        raise ProbeError(
+            f"novelty needs a head that reads all tokens of a prompt, not probe_type={config.probe_type!r}, "
+            f"token_scope={config.token_scope!r}"
+        )
+    wanted = [depth * config.num_hidden_layers for depth in _DEPTHS]
+    return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
+
+
+@dataclass
+class MeanStates:
+    """What a `Novelty` has read of a batch. It is cheap to make; `novelty` computes the rest.
+
+    Attributes:
+        of: the module that made it.
+        total (`[S, batch, hidden_size]`): sum of the normalised states of the tokens that count.
+        count (`[S, batch]`): number of these tokens.
+    """
+
+    of: Novelty
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def blank(self, rows: int) -> MeanStates:
+        """Return means of so many rows, to `put` batches into."""
+        return MeanStates(self.of, *(x.new_empty(len(x), rows, *x.shape[2:]) for x in (self.total, self.count)))
+
+    def put(self, rows: list[int], batch: MeanStates) -> None:
+        """Store a batch in some rows."""
+        self.total[:, rows], self.count[:, rows] = batch.total, batch.count
+
+    @property
+    def novelty(self) -> torch.Tensor:
+        """`[batch]`, from 0 to 1; see `Novelty`."""
+        return self.of(self.total, self.count)
+
+
+class Novelty(nn.Module):
+    """How far the mean states of a prompt are from those of a head's training rows.
+
+    The distance is that of Mahalanobis, with the covariance of probabilistic PCA (Tipping and Bishop, 1999): a few directions and
+    one variance for all others. The mean of many tokens lies closer to the centre than that of few, so the distance is
+    divided by what validation rows of that length have. Novelty is the share of validation rows with a smaller distance:
+    0.99 is their 99th percentile. Beyond it the distances are extrapolated with an exponential tail, up to 1.
+
+    Args:
+        config: config of a head, with `novelty` set: `layers`, which the head reads, and `rank`, the number of directions.
+
+    Attributes:
+        center (`[S * hidden_size]`): mean of the training rows' mean states.
+        directions (`[rank, S * hidden_size]`): unit vectors along which these vary most.
+        variances (`[rank + 1]`): variance along each of them, and along any other.
+        length (`[2]`): a and b of the log distance to be expected of n tokens, a + b log n.
+        quantiles (`[100]`): quantiles 0, 1, ..., 99 % of the log distance, less the expected one, over validation rows.
+    """
+
+    def __init__(self, config: ProbeConfig):
+        super().__init__()
+        layers, rank = config.novelty["layers"], config.novelty["rank"]
+        self.slots = [config.layer_indices.index(layer) for layer in layers]
+        self._means = PoolingAggregator(len(layers), config.replace(pool="mean"))
+        width = len(layers) * config.hidden_size
+        shapes = {
+            "center": (width,),
+            "directions": (rank, width),
+            "variances": (rank + 1,),
+            "length": (2,),
+            "quantiles": (LEVELS,),
+        }
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def update(self, states: SlotStates, slots: slice, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Read further tokens of a group of the head's layers: one masked sum.
+
+        Args:
+            states: what was read so far; it is changed.
+            slots: the head's slots that `x` belongs to.
+            x (`[slots, batch, n, hidden_size]`), mask (`[batch, n]`, *optional*): as for `Aggregator.update`.
+        """
+        places = [slot - slots.start for slot in self.slots if slots.start <= slot < slots.stop]
+        if not places:
+            return
+        first = sum(slot < slots.start for slot in self.slots)
+        own = slice(first, first + len(places))
+        total, count = self._means.update(states.pop(own), x[as_slice(places)].float(), mask, own)
+        states.put(own, (in_place(total), count))
+
+    def read(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> MeanStates:
+        """Read whole prompts: normalised states `[layers_read, batch, tokens, hidden_size]`, as for `ProbeModel.score`."""
+        states = SlotStates(len(self.slots))
+        self.update(states, slice(0, len(x)), x, mask)
+        return MeanStates(self, *states.joined())
+
+    def distance(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return the log distance `[batch]`, before the number of tokens is taken out; see `MeanStates`."""
+        x = self._means.result((total, count), slice(None)).transpose(0, 1).flatten(1) - self.center
+        along = x @ self.directions.T  # [B, rank]
+        other = (x - along @ self.directions).square().sum(dim=1)
+        squared = (along.square() / self.variances[:-1]).sum(dim=1) + other / self.variances[-1]
+        return squared.clamp_min(1e-12).log() / 2
+
+    def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return the log distance `[batch]`, less what is expected of so many tokens."""
+        return self.distance(total, count) - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
+
+    def forward(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return novelty `[batch]`; NaN for a row without a token that counts. See `MeanStates` for the arguments."""
+        with torch.no_grad():
+            excess, levels = self.excess(total, count), self.quantiles
+            upper = torch.searchsorted(levels, excess).clamp(1, LEVELS - 1)
+            low, high = levels[upper - 1], levels[upper]
+            share = ((excess - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+            inside = (upper - 1 + share) / LEVELS
+            scale = (levels[99] - levels[90]).clamp_min(1e-6) / math.log(10)  # of an exponential tail
+            tail = 1 - 0.01 * torch.exp(-(excess - levels[99]) / scale)
+            found = torch.where(excess > levels[99], tail, inside)
+            return found.masked_fill(count[0] == 0, float("nan"))
+
+    @classmethod
+    def fit(
+        cls,
+        config: ProbeConfig,
+        train: tuple[torch.Tensor, torch.Tensor],
+        validation: tuple[torch.Tensor, torch.Tensor],
+    ) -> Novelty:
+        """Fit the description of training rows, and calibrate it on validation rows.
+
+        Args:
+            config: config of the head, with `novelty` set.
+            train, validation: total and count of the rows; see `MeanStates`.
+        """
+        novelty = cls(config)
+        total, count = train
+        x = (total / count.clamp_min(1)[..., None]).transpose(0, 1).flatten(1).double()  # [rows, S * D]
+        center = x.mean(dim=0)
+        x = x - center
+        rows, width = x.shape
+        values, vectors = torch.linalg.eigh(x @ x.T / (rows - 1))
+        rank = len(novelty.directions)
+        found = x.T @ vectors.flip(1)[:, :rank]  # [S * D, rank]
+        directions = (found / found.norm(dim=0).clamp_min(1e-12)).T
+        whole = x.square().sum() / (rows - 1)
+        values = values.flip(0)[:rank]
+        rest = (whole - values.sum()) / (width - rank)
+        variances = torch.cat([values, rest[None]]).clamp_min(1e-6 * whole / width)
+        for buffer, value in (
+            (novelty.center, center),
+            (novelty.directions, directions),
+            (novelty.variances, variances),
+        ):
+            buffer.copy_(value)
+        distance, tokens = novelty.distance(*validation).double(), validation[1][0].double().clamp_min(1).log()
+        spread = (tokens - tokens.mean()).square().sum()
+        slope = ((tokens - tokens.mean()) * distance).sum() / spread.clamp_min(1e-12)
+        slope = slope.clamp(-0.5, 0)  # noise of tokens that are independent, and none
+        novelty.length.copy_(torch.stack([(distance - slope * tokens).mean(), slope]))
+        levels = torch.arange(LEVELS, dtype=torch.float64) / LEVELS
+        novelty.quantiles.copy_(torch.quantile(novelty.excess(*validation).double(), levels))
+        return novelty
+
+
+def check_abstain(abstain_at: Any, configs: Mapping[str, ProbeConfig]) -> None:
+    """Raise `ProbeError` if `abstain_at` is not a number from 0 to 1, or a head has no novelty."""
+    if abstain_at is None:
+        return
+    if isinstance(abstain_at, bool) or not isinstance(abstain_at, (int, float)) or not 0 <= abstain_at <= 1:
+        raise ProbeError(f"abstain_at={abstain_at!r} must be a number from 0 to 1")
+    for name, config in configs.items():
+        if config.novelty is None:
+            raise ProbeError(
+                f"abstain_at={abstain_at}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
+                "--novelty-data ROWS"
+            )

@@ -1,0 +1,139 @@
+"""How unlike its training data a prompt is: the same in each way of reading, calibrated, and saved with the head."""
+
+import pytest
+import torch
+from conftest import HIDDEN, make_probe, read_head, save_head, with_novelty
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_probe import SIZES, cases, read, states_for
+
+from llama_probe import ProbeConfig, ProbeError
+from llama_probe.heads.novelty import Novelty, check_abstain, novelty_layers
+
+
+def fitted(case):
+    config, mask, cuts, seed = case
+    assume(config["probe_type"] != "last" and config["hidden_size"] > 1)
+    return with_novelty(make_probe(seed, **config)), states_for(config, mask, seed), mask, cuts
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases(), SIZES, st.booleans(), st.booleans())
+def test_streamed_and_resumed_equal_whole(case, sizes, keep, resume):
+    probe, states, mask, cuts = fitted(case)
+    state = probe.init_state(keep=keep or resume)
+    for low, high in zip([0, *cuts], cuts, strict=False):
+        read(probe, state, states, slice(low, high), mask, sizes, last=high == cuts[-1])
+        if resume and high != cuts[-1]:
+            state = probe.init_state(state.joined(), keep=True)
+    with torch.no_grad():
+        whole, found = probe(hidden_states=states, attention_mask=mask), probe.finish(state)
+    torch.testing.assert_close(found.novelty, whole.novelty, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    assert whole.novelty.shape == (len(mask),) and ((whole.novelty >= 0) & (whole.novelty <= 1)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_padding_and_batching_change_nothing(case):
+    probe, states, mask, _ = fitted(case)
+    with torch.no_grad():
+        batched = probe(hidden_states=states, attention_mask=mask).novelty
+        for row in range(len(mask)):
+            alone = tuple(state[row : row + 1, mask[row]] for state in states)
+            torch.testing.assert_close(probe(hidden_states=alone).novelty[0], batched[row], atol=1e-5, rtol=1e-5)
+
+
+def sums(rows, tokens, shift=0.0, seed=0):
+    """Total and count of rows whose tokens are independent."""
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.full((3, rows), float(tokens))
+    noise = torch.randn(3, rows, HIDDEN, generator=generator)
+    return (shift + noise / tokens**0.5) * tokens, count
+
+
+def joined(*parts):
+    return tuple(torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+
+
+def test_it_is_calibrated_and_the_number_of_tokens_is_taken_out():
+    lengths = (4, 8, 16, 32, 64)
+    config = ProbeConfig(probe_type="gate", hidden_size=HIDDEN, num_hidden_layers=10)
+    config = config.replace(novelty={"layers": novelty_layers(config), "rank": 8})
+    train, validation, test = (joined(*(sums(400, n, seed=100 * part + n) for n in lengths)) for part in range(3))
+    novelty = Novelty.fit(config, train, validation)
+    assert float((novelty(*validation) > 0.99).float().mean()) == pytest.approx(0.01, abs=0.002)
+    assert float((novelty(*test) > 0.99).float().mean()) == pytest.approx(0.01, abs=0.01)
+    assert float(novelty(*test).mean()) == pytest.approx(0.5, abs=0.05)
+    means = [float(part.mean()) for part in novelty(*test).split(400)]
+    assert max(means) - min(means) < 0.15, "long rows are no less novel than short ones"
+    for n in lengths:
+        assert float(novelty(*sums(100, n, shift=2.0)).min()) > 0.99
+    far = [float(novelty.excess(*sums(100, 16, shift=shift)).mean()) for shift in (0, 0.5, 1, 2, 4)]
+    assert far == sorted(far)
+
+
+def test_a_row_without_tokens_has_none():
+    probe = with_novelty(make_probe(probe_type="gate"))
+    total, count = torch.zeros(2, 2, HIDDEN), torch.tensor([[0.0, 2.0]]).expand(2, -1)
+    assert probe.novelty(total, count).isnan().tolist() == [True, False]
+
+
+def test_layers_are_those_of_the_head():
+    def layers(read, count=30):
+        return novelty_layers(ProbeConfig(probe_type="gate", layers=read, hidden_size=8, num_hidden_layers=count))
+
+    assert layers("all") == [6, 12, 18] and layers([0, 15, 30]) == [0, 15] and layers([30]) == [30]
+    assert layers([6, 9, 12, 15, 18, 21, 24, 27]) == [6, 12, 18]
+
+
+def test_it_is_saved_with_the_head_and_keeps_its_results(tmp_path):
+    probe = make_probe(probe_type="gate")
+    save_head(probe, tmp_path / "old")
+    old = read_head(tmp_path / "old")
+    assert old.novelty is None and old.config.novelty is None
+    states = torch.randn(2, len(old.layer_indices), 5, HIDDEN)
+    assert old(hidden_states=states).novelty is None
+    old.results = {"evaluations": {}}
+    with_novelty(old)
+    save_head(old, tmp_path / "new")
+    new = read_head(tmp_path / "new")
+    assert new.results == {"evaluations": {}} and new.config.novelty == old.config.novelty
+    with torch.no_grad():
+        torch.testing.assert_close(new(hidden_states=states).novelty, old(hidden_states=states).novelty)
+        torch.testing.assert_close(new(hidden_states=states).logits, probe(hidden_states=states).logits)
+    assert new.num_parameters() == probe.num_parameters()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"novelty": {"layers": [2], "rank": 3}, "layers": [0, 1]},
+        {"novelty": {"layers": [9], "rank": 3}},
+        {"novelty": {"layers": [2, 1], "rank": 3}},
+        {"novelty": {"layers": [], "rank": 3}},
+        {"novelty": {"layers": [1], "rank": 0}},
+        {"novelty": {"layers": [1]}},
+        {"novelty": {"layers": [1], "rank": 3}, "token_scope": "response"},
+        {"novelty": {"layers": [4], "rank": 3}, "probe_type": "last"},
+    ],
+)
+def test_settings_that_are_refused(changes):
+    with pytest.raises(ProbeError, match="novelty="):
+        ProbeConfig(**{"probe_type": "gate", "hidden_size": 8, "num_hidden_layers": 4, **changes})
+
+
+def test_heads_that_cannot_tell_it():
+    for changes in ({"probe_type": "last"}, {"token_scope": "all"}):
+        with pytest.raises(ProbeError, match="all tokens of a prompt"):
+            novelty_layers(make_probe(**changes).config)
+
+
+def test_abstaining_needs_novelty():
+    configs = {"a": make_probe().config}
+    check_abstain(None, configs)
+    with pytest.raises(ProbeError, match=r"'a' has no novelty; .*calibrate .*--novelty-data"):
+        check_abstain(0.99, configs)
+    for value in (True, "0.9", 1.5, -0.1):
+        with pytest.raises(ProbeError, match="abstain_at="):
+            check_abstain(value, {})
