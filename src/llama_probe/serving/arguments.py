@@ -14,7 +14,7 @@ from ..errors import ProbeError
 
 
 # Arguments of `generate()` that transformers does not have.
-HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state")
+HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state", "abstain_at")
 
 
 def refuse_in_config(generation_config: GenerationConfig | None) -> None:

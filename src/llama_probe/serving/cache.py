@@ -60,7 +60,8 @@ class ProbeCache:
 
     Per layer and row, in fp32: `pooling` and `gate` keep `hidden_size` numbers, `attentive` `2 num_queries + value_rank`,
     `multimax` `num_members * num_maxima`, `last` and `muli` the last state, and `mha` `3 hidden_size / downcast` numbers a
-    token, because its tokens attend both ways (`2 hidden_size / downcast` where it is causal).
+    token, because its tokens attend both ways (`2 hidden_size / downcast` where it is causal). Novelty keeps `hidden_size` numbers
+    for each of its up to three layers.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over.
@@ -209,7 +210,7 @@ def asks_for_state(
 
 def _versions(head: ProbeModel) -> list[tuple[int, int]]:
     # Inference tensors have no version counter; they also cannot be modified in place.
-    return [(id(p), -1 if p.is_inference() else p._version) for p in head.parameters()]
+    return [(id(p), -1 if p.is_inference() else p._version) for p in (*head.parameters(), *head.buffers())]
 
 
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:

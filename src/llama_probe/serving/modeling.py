@@ -17,14 +17,15 @@ from ..backbone.capture import Capture, check_seen, handing_states_to
 from ..backbone.decoder import target_of, without_peft
 from ..data.prompts import Text
 from ..errors import ProbeError
-from ..heads.decision import ProbeOutput
+from ..heads.decision import ProbeOutput, abstaining
+from ..heads.novelty import check_abstain
 from ..heads.scope import check_rows, prompt_masks
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class
-from .outputs import ProbedOutputMixin, with_probe_logits, with_scores
+from .outputs import ProbedOutputMixin, with_results, with_scores
 from .prefill import PrefillSession, traced_reader
 from .session import (
     PAGED,
@@ -94,10 +95,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
             probes = self.probes  # another thread may take a head away
-            output.remember({name: probes[name].config for name in output.probe_logits if name in probes})
+            heads = {name: probes[name] for name in output.probe_logits if name in probes}
+            output.remember(
+                {name: head.config for name, head in heads.items()},
+                {name: head.novelty for name, head in heads.items() if head.novelty is not None},
+            )
             if isinstance(session := kwargs.get("probe_session"), PrefillSession):  # the pass was a compiled one
                 session.cache = getattr(output, "cache", None)
-                session.take(output.probe_logits, kwargs)
+                session.take(output, kwargs)
         return output
 
     @classmethod
@@ -205,7 +210,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 with handing_states_to(reader.on_state):
                     output = super().forward(**kwargs)
                 reader.end()
-                return with_scores(output, reader.traced_logits(), configs)
+                return with_scores(output, reader.traced_results(), configs)
         decoder = (session.decoder if generating else None) or self._decoder
         if not generating:
             if not heads:
@@ -224,9 +229,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 session.cache = getattr(output, "cache", inputs.get("cache"))
         if generating:
             return output
-        logits = {name: result.logits for name, result in session.results().items()}
         state = session.probe_cache() if session.return_state else None
-        return with_scores(output, logits, configs, state, probe_state is not None)
+        return with_scores(output, session.results(), configs, state, probe_state is not None)
 
     def _differentiable_forward(self, heads, configs, kwargs, probe_mask):
         """Run a pass whose logits have gradients, to the heads and to the LM. It keeps the states of all layers."""
@@ -238,13 +242,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
         with Capture(decoder, states.__setitem__, layers):
             output = super().forward(**decoder.whole(kwargs))
         check_seen(layers, states)
-        logits = {}
+        results = {}
         for name, head in heads.items():
             check_rows(masks[name])
             x = head.normalize(torch.stack([states[layer].to(head.device) for layer in head.layer_indices]))
             summaries = head.token_stage(x, masks[name].to(head.device))  # [S, B, D]
-            logits[name] = head.score_summaries(summaries).logits
-        return with_scores(output, logits, configs)
+            results[name] = head.score_summaries(summaries)
+        return with_scores(output, results, configs)
 
     def classify(
         self,
@@ -257,6 +261,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_state: ProbeCache | None = None,
         probes: str | Iterable[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        abstain_at: float | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head.
@@ -267,8 +272,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*), or texts or chats: one or a list of them.
-                Texts are rendered as each head was trained, and batched by length; `probes`, `output_attentions` and
-                `tokenizer` are then the only other arguments.
+                Texts are rendered as each head was trained, and batched by length; `probes`, `output_attentions`,
+                `tokenizer` and `abstain_at` are then the only other arguments.
             attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
             inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
@@ -279,6 +284,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probe_state: what was returned beside the cache.
             probes: names of the heads that run in this call; the active ones where left out.
             tokenizer: of the backbone, for texts.
+            abstain_at: novelty from 0 to 1 above which a row's label is `None`, such as 0.99.
             kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
                 stand for these do not count, unless `probe_mask` says so.
 
@@ -291,13 +297,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
         if (texts := as_texts(input_ids)) is not None:
             others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
             others |= {"cache": cache, "probe_state": probe_state, **kwargs}
             if given := [name for name, value in others.items() if value is not None]:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
             configs = {name: head.config for name, head in heads.items()}
-            return classify_texts(self, configs, texts, tokenizer, output_attentions)
+            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), abstain_at)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
@@ -325,7 +332,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
-        return session.results()
+        return abstaining(session.results(), abstain_at)
 
     def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
@@ -346,6 +353,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Takes what the plain `generate` takes, and
 
         - `probes`: names of the heads that run in this call; the active ones where left out. Each thread may have its own.
+        - `abstain_at`: a novelty from 0 to 1, such as 0.99: `probe_labels` are `None` for prompts above it. It changes no
+          logits, and halts nothing.
         - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Where left out, it is up to the heads'
           `token_scope`, and tokens that stand for images, films or sounds do not count;
         - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
@@ -373,7 +382,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Returns:
             `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
             `probe_logits`, a dict of `[prompts, num_labels]` by head name - one row a prompt, however many beams or
-            return sequences it has - with `probe_probabilities` and `probe_labels`, with `halt_on` `probe_halts`, and with
+            return sequences it has - with `probe_probabilities`, `probe_labels` and `probe_novelty`, with `halt_on` `probe_halts`, and with
             heads that read replies `probe_token_logits` and `probe_token_probabilities`. Heads with
             `token_scope="response"` say nothing of the prompt, and are in the latter two only.
 
@@ -383,12 +392,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """
         kwargs = generation_arguments(args, kwargs)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
-        probes, probe_mask, halt_on, halt_reply, on_token, probe_state = asked
+        probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
             refuse_in_config(config)
         # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
+        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
             halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
@@ -432,7 +442,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
             )
         if not as_dict:
             return output.sequences
-        logits = {name: result.logits for name, result in results.items()}
         configs = {name: head.config for name, head in heads.items()}
         ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         new_tokens = output.sequences.shape[1] - (0 if ids is None else ids.shape[1])  # embeddings are not returned
@@ -445,7 +454,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if (tokenizer := kwargs.get("tokenizer")) is not None:
             written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return with_probe_logits(output, logits, configs, halts, token_logits, state, texts)
+        probed = with_results(output, results, configs, halts, token_logits, state, texts)
+        probed.abstain(abstain_at)
+        return probed
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""

@@ -12,8 +12,10 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
+from ..heads.novelty import MeanStates, Novelty
 from .cache import ProbeCache
 
 
@@ -57,6 +59,8 @@ class ProbedOutputMixin(DecidedMixin):
 
     Attributes:
         probe_logits: `[prompts, num_labels]` by head name. `None` if no head ran.
+        probe_mean_states: what `probe_novelty` is computed from, by name: total and count of a `MeanStates`. `None` if no head has
+            novelty.
         probe_halts: a `Halt` or `None` for each prompt, or for each row if replies could be halted. `None` if the call
             halts nothing.
         probe_token_logits: `[rows, new_tokens - 1, num_labels]` by name, for heads that read replies. Column t scores the
@@ -74,9 +78,10 @@ class ProbedOutputMixin(DecidedMixin):
             return made, values, *rest
         return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
-    def remember(self, configs: dict[str, ProbeConfig]) -> None:
-        """Store the configs of the heads by name, if the output has none."""
+    def remember(self, configs: dict[str, ProbeConfig], novelties: dict[str, Novelty]) -> None:
+        """Store the configs of the heads by name, and the `Novelty` of those that have one, if the output has none."""
         self.__dict__.setdefault("_probe_configs", configs)
+        self.__dict__.setdefault("_probe_novelties", novelties)
 
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
@@ -87,9 +92,34 @@ class ProbedOutputMixin(DecidedMixin):
 
     @property
     def probe_labels(self) -> dict[str, list[Any]] | None:
-        """Labels of each prompt by head name, with the saved temperature and threshold."""
+        """Labels of each prompt by head name, with the saved temperature and threshold.
+
+        With `abstain_at` a prompt of a larger novelty has the label `None`.
+        """
         probs = self.probe_probabilities
-        return None if probs is None else {name: labels(value, self.config_of(name)) for name, value in probs.items()}
+        if probs is None:
+            return None
+        novelty = {} if self.abstain_at is None else self.probe_novelty
+        return {
+            name: labels(value, self.config_of(name), novelty.get(name), self.abstain_at)
+            for name, value in probs.items()
+        }
+
+    @property
+    def probe_novelty(self) -> dict[str, torch.Tensor] | None:
+        """How unlike a head's training data each prompt is, `[prompts]` from 0 to 1, by name of the heads that tell.
+
+        0.99 is the 99th percentile of the head's validation rows. `None` if no head tells; `llama-probe calibrate` fits it.
+
+        Raises:
+            ProbeError: the output is a copy, which knows no heads.
+        """
+        if not self.probe_mean_states:
+            return None
+        novelties = self.__dict__.get("_probe_novelties", {})
+        if not novelties:
+            raise ProbeError("this output has lost its heads (a copy or a gather does that), and so their novelty")
+        return {name: novelties[name](*means) for name, means in self.probe_mean_states.items()}
 
     @property
     def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
@@ -103,6 +133,7 @@ _LOGITS = "dict[str, torch.Tensor] | None"
 # Fields that an output of the LM gets, with their types.
 PROBED_FIELDS = {
     "probe_logits": _LOGITS,
+    "probe_mean_states": "dict[str, tuple[torch.Tensor, torch.Tensor]] | None",
     "probe_halts": "list[Halt | None] | None",
     "probe_token_logits": _LOGITS,
     "probe_state": "ProbeCache | None",
@@ -139,9 +170,9 @@ ProbedGenerateDecoderOnlyOutput = probed_output_class(GenerateDecoderOnlyOutput)
 ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnlyOutput)
 
 
-def with_probe_logits(
+def with_results(
     output: ModelOutput,
-    probe_logits: dict[str, torch.Tensor] | None,
+    results: dict[str, ProbeOutput] | None,
     configs: dict[str, ProbeConfig],
     halts: Sequence[Halt | None] | None = None,
     token_logits: dict[str, torch.Tensor] | None = None,
@@ -149,16 +180,25 @@ def with_probe_logits(
     texts: list[str] | None = None,
 ) -> ModelOutput:
     """Return a copy of an LM's output with the results of its heads."""
-    found = {"probe_logits": probe_logits, "probe_halts": halts, "probe_token_logits": token_logits}
+    means: dict[str, MeanStates] = {}
+    if results is not None:
+        means = {name: each.means for name, each in results.items() if each.means is not None}
+    found = {"probe_logits": logits_of(results), "probe_halts": halts, "probe_token_logits": token_logits}
     found |= {"probe_state": state, "texts": texts}
+    found["probe_mean_states"] = {name: (each.total, each.count) for name, each in means.items()} or None
     probed = probed_output_class(type(output))(**output, **found)
-    probed.remember(configs)
+    probed.remember(configs, {name: each.of for name, each in means.items()})
     return probed
+
+
+def logits_of(results: dict[str, ProbeOutput] | None) -> dict[str, torch.Tensor] | None:
+    """Return the logits of each head's result."""
+    return None if results is None else {name: each.logits for name, each in results.items()}
 
 
 def with_scores(
     output: ModelOutput | tuple,
-    logits: dict[str, torch.Tensor] | None,
+    results: dict[str, ProbeOutput] | None,
     configs: dict[str, ProbeConfig],
     state: ProbeCache | None = None,
     state_asked: bool = False,
@@ -168,5 +208,6 @@ def with_scores(
     A tuple gets the logits as its last entry, and after them the state if `state_asked`.
     """
     if isinstance(output, ModelOutput):
-        return with_probe_logits(output, logits, configs, state=state)
+        return with_results(output, results, configs, state=state)
+    logits = logits_of(results)
     return (*output, logits, state) if state_asked else (*output, logits)

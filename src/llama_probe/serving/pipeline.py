@@ -23,6 +23,7 @@ from ..backbone.decoder import target_of, without_peft
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, reply_outputs, verdict
+from ..heads.novelty import check_abstain
 from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
 from .modeling import ProbedGenerationMixin
@@ -44,6 +45,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     - for multi-label heads the same, with a list of labels and a list of their probabilities,
     - for regression heads `{"score": value}`, or `{"scores": {label: value}}` for several outputs.
 
+    Heads that tell how unlike their training data a prompt is add `"novelty"`. With `abstain_at=` they may give no label.
     With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no
     `tokenizer=` here.
 
@@ -110,7 +112,8 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 
     `model` is the folder or Hub id of a head, or a loaded model with heads. Takes texts and chats, rendered in the head's own
     format, and `top_k` and `batch_size` as usual. The first label is the one that the head gives with its threshold; its score
-    is its probability. Regression heads give their value as the score.
+    is its probability. Regression heads give their value as the score. With `abstain_at=0.99` a text of a larger novelty gets the
+    label and the score `None` first.
 
     Args:
         probe: name of the head, if several are active.
@@ -140,6 +143,13 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         found = super().__call__(inputs, **kwargs)
         return [found] if isinstance(found, dict) else found  # of one chat, as of one text
 
+    def _sanitize_parameters(self, abstain_at: float | None = None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if abstain_at is not None:
+            check_abstain(abstain_at, {self.probe: self._config})
+            postprocess["abstain_at"] = abstain_at
+        return preprocess, forward, postprocess
+
     def preprocess(self, inputs: Any, **kwargs) -> dict[str, torch.Tensor]:
         return pad_inputs(
             *encode(self._config, as_texts(getattr(inputs, "messages", inputs)), self.tokenizer), self.tokenizer
@@ -147,9 +157,10 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 
     def _forward(self, model_inputs, **kwargs):
         output = self.model.classify(**model_inputs, probes=self.probe)[self.probe]
-        return ModelOutput(logits=output.logits)
+        novelty = {} if output.novelty is None else {"novelty": output.novelty}
+        return ModelOutput(logits=output.logits, **novelty)
 
-    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True):
+    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True, abstain_at=None):
         config = self._config
         output = ProbeOutput.from_logits(model_outputs["logits"].float(), config)
         scores = dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True))
@@ -157,6 +168,8 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         if config.problem_type == "single_label_classification":  # the label comes first, whatever the threshold is
             ranked.sort(key=lambda name: name != output.labels[0])
         records = [{"label": name, "score": scores[name]} for name in ranked]
+        if abstain_at is not None and float(model_outputs["novelty"]) > abstain_at:
+            records.insert(0, {"label": None, "score": None})
         return records[0] if top_k == 1 and _legacy else records[:top_k]
 
 
@@ -204,11 +217,13 @@ def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[
     """Return the keys that heads add to the record of each sequence, as a tuple for each prompt."""
     rows: list[dict[str, Any]] = [{"probes": {}} for _ in range(prompts * copies)]
     if getattr(output, "probe_logits", None) is not None:
-        labels = output.probe_labels
+        labels, novelty = output.probe_labels, output.probe_novelty or {}
         for name, probabilities in output.probe_probabilities.items():
             for i, row in enumerate(rows):
                 probs = probabilities[i // copies].tolist()
                 row["probes"][name] = verdict(labels[name][i // copies], probs, output.config_of(name))
+                if name in novelty:
+                    row["probes"][name]["novelty"] = float(novelty[name][i // copies])
     for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
         if name not in output.probe_logits:
             config = output.config_of(name)

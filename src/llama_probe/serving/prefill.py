@@ -16,6 +16,7 @@ from ..backbone.decoder import Decoder, find_decoder
 from ..errors import ProbeError
 from ..heads import repeat_rows
 from ..heads.decision import ProbeOutput
+from ..heads.novelty import MeanStates
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, prompt_masks, read_masks
 from .cache import CachedHead, HeadReference, ProbeCache
@@ -143,10 +144,14 @@ class PrefillSession:
         whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
         return whole and not self.return_state and self.reply is None
 
-    def take(self, logits: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
-        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it."""
+    def take(self, output: Any, inputs: dict[str, Any]) -> None:
+        """Take the results in the output of a compiled pass over `inputs`, in place of `reading` it."""
         self._expect(inputs)
-        self._taken = {name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in logits.items()}
+        self._taken = {
+            name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in output.probe_logits.items()
+        }
+        for name, means in (output.probe_mean_states or {}).items():
+            self._taken[name].remember_means(MeanStates(self.heads[name].novelty, *means))
         self.seen = self.length
         if self.on_complete is not None:
             self.on_complete(self.results())
@@ -208,7 +213,7 @@ def traced_reader(
 ) -> StateReader | None:
     """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing.
 
-    Values cannot be looked at there: no row is refused, and `traced_logits` gives NaN for a row without a token that counts.
+    Values cannot be looked at there: no row is refused, and `traced_results` gives NaN for a row without a token that counts.
 
     Args:
         heads: the heads of the call.

@@ -155,7 +155,9 @@ class StateReader:
         names = self.heads if names is None else names
         return {name: head.finish(self.states[name]) for name, head in self.heads.items() if name in names}
 
-    def traced_logits(self) -> dict[str, torch.Tensor]:
-        """Return `[batch, num_labels]` a head, NaN for a row without a token that counts. Looks at no value."""
-        blank = {name: ~mask.any(dim=1, keepdim=True) for name, mask in self._masks.items()}
-        return {name: each.logits.masked_fill(blank[name], float("nan")) for name, each in self.results().items()}
+    def traced_results(self) -> dict[str, ProbeOutput]:
+        """Return `results`, with logits of NaN for a row without a token that counts. Looks at no value."""
+        results = self.results()
+        for name, mask in self._masks.items():
+            results[name].logits = results[name].logits.masked_fill(~mask.any(dim=1, keepdim=True), float("nan"))
+        return results

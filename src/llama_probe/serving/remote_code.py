@@ -22,7 +22,7 @@ _FILES = {
     "backbone/fingerprint backbone/passes",
     "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "
     "heads/attentive heads/multimax heads/mean_attention heads/attention heads/muli heads/decision heads/scope "
-    "heads/stream heads/match heads/folder heads/probe data/turns data/prompts",
+    "heads/stream heads/novelty heads/match heads/folder heads/probe data/turns data/prompts",
     "modeling": "serving/sources serving/arguments serving/cache serving/outputs serving/reader serving/prefill serving/reply "
     "serving/session serving/texts serving/streaming serving/halting serving/halting_run serving/host serving/modeling",
     "pipeline": "serving/auto serving/pipeline",

@@ -1,0 +1,124 @@
+"""Novelty in what models with heads return, and labels that are left out because of it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import make_lm, make_probe, make_prompts, make_tokenizer, with_novelty
+from transformers import DynamicCache, pipeline
+
+from llama_probe import LlamaForProbedGeneration, ProbeError
+
+
+def head(**changes):
+    return with_novelty(make_probe(**{"probe_type": "gate", "num_labels": 3, **changes}))
+
+
+@pytest.fixture
+def model():
+    heads = {"a": head(), "b": head(probe_type="mha", layers=[0, 2, 4]), "old": make_probe(seed=2)}
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(), heads)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys() == {"a", "b"}
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_every_way_gives_the_same(model, prompts):
+    expected = model(prompts).probe_novelty
+    assert expected["a"].shape == (3,)
+    assert_same({name: out.novelty for name, out in model.classify(prompts).items() if out.means}, expected)
+    for more in ({}, {"prefill_chunk_size": 4}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
+        assert_same(model.generate(prompts, max_new_tokens=2, **more).probe_novelty, expected)
+    mask = torch.ones_like(prompts)
+    padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), prompts], 1)
+    found = model.generate(
+        padded, attention_mask=torch.cat([torch.zeros_like(mask[:, :2]), mask], 1), max_new_tokens=1
+    )
+    assert_same(found.probe_novelty, expected)
+    torch._dynamo.reset()
+    assert_same(torch.compile(model, backend="eager", fullgraph=True)(prompts).probe_novelty, expected)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert_same(model(prompts).probe_novelty, expected)
+    assert_same(model.generate(prompts, max_new_tokens=2).probe_novelty, expected)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_conversation_that_goes_on(model):
+    cache, ids, state = DynamicCache(), make_prompts(2, 7), True
+    for turn in range(3):
+        mask = torch.ones_like(ids)
+        out = model.generate(
+            ids, attention_mask=mask, cache=cache, probe_state=state, max_new_tokens=3, eos_token_id=None
+        )
+        assert_same(out.probe_novelty, model(ids, attention_mask=mask).probe_novelty)
+        cache, state = out.cache, out.probe_state
+        ids = torch.cat([out.sequences, make_prompts(2, 4, seed=turn)], 1)
+    with_novelty(model.probes["a"], seed=5)
+    with pytest.raises(ProbeError, match="'a'"):
+        model.generate(ids, cache=cache, probe_state=state, max_new_tokens=1)
+
+
+@torch.no_grad()
+def test_abstaining(model, prompts):
+    novelty = model(prompts).probe_novelty["a"]
+    at = float(novelty.sort().values[1])
+    labels = model(prompts).probe_labels["a"]
+    expected = [None if value > at else label for value, label in zip(novelty.tolist(), labels, strict=True)]
+    assert expected.count(None) == 1
+    out = model.generate(prompts, max_new_tokens=1, probes="a", abstain_at=at)
+    assert out.probe_labels == {"a": expected}
+    assert model.classify(prompts, probes="a", abstain_at=at)["a"].labels == expected
+    assert model.generate(prompts, max_new_tokens=1, probes="a").probe_labels == {"a": labels}
+    for call in (model.classify, model.generate):
+        with pytest.raises(ProbeError, match="'old' has no novelty"):
+            call(prompts, abstain_at=0.5)
+        with pytest.raises(ProbeError, match="abstain_at=2"):
+            call(prompts, probes="a", abstain_at=2)
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_abstaining_of_other_heads(prompts, kind):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": head(problem_type=kind)})
+    assert model.classify(prompts, abstain_at=0)["a"].labels == [None] * 3
+    assert None not in model.classify(prompts, abstain_at=1)["a"].labels
+
+
+@torch.no_grad()
+def test_outputs_can_be_copied_and_pickled(model, prompts):
+    out = model(prompts)
+    assert_same(copy.deepcopy(out).probe_novelty, out.probe_novelty)
+    assert_same(pickle.loads(pickle.dumps(out)).probe_novelty, out.probe_novelty)
+
+
+def test_a_model_without_it_returns_none(prompts):
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"old": make_probe()})
+    assert model(prompts).probe_novelty is None and model.classify(prompts)["old"].novelty is None
+
+
+def test_texts_and_pipelines():
+    tokenizer = make_tokenizer()
+    config = {"prompt_format": "chat", "token_scope": "prompt"}
+    lm = make_lm(vocab_size=260)
+    model = LlamaForProbedGeneration.from_causal_lm(lm, {"a": head(**config)})
+    texts = ["good morning", "a", "what is this about?"]
+    found = model.classify(texts, tokenizer=tokenizer)["a"]
+    for text, value in zip(texts, found.novelty.tolist(), strict=True):
+        assert float(model.classify(text, tokenizer=tokenizer)["a"].novelty) == pytest.approx(value, abs=1e-4)
+    at = float(found.novelty.sort().values[1])
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    labels = model.classify(texts, tokenizer=tokenizer, abstain_at=at)["a"].labels
+    assert labels.count(None) == 1
+    assert [each["label"] for each in classify(texts, abstain_at=at)] == labels
+    every = classify(texts[labels.index(None)], abstain_at=at, top_k=None)
+    assert every[0]["label"] is None and len(every) == 4
+    with pytest.raises(ProbeError, match="abstain_at=7"):
+        classify(texts, abstain_at=7)
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    record = write("good", max_new_tokens=1, abstain_at=0)[0]["probes"]["a"]
+    assert record["label"] is None and record["score"] is None and 0 <= record["novelty"] <= 1
