@@ -9,7 +9,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_probe
+from conftest import make_probe, with_novelty
 from launcher import finish, torchrun
 from transformers import AutoTokenizer
 
@@ -44,7 +44,8 @@ def heads(tmp_path_factory):
     }
     for seed, (name, kind) in enumerate(kinds.items()):
         common = {"prompt_format": "chat", "token_scope": "prompt", "max_length": 64}
-        make_probe(seed, **common, **kind).save_pretrained(folder / name)
+        head = make_probe(seed, **common, **kind)
+        (with_novelty(head) if name == "topics" else head).save_pretrained(folder / name)
     return [str(folder / name) for name in kinds]
 
 
@@ -76,6 +77,11 @@ def test_chunked_is_whole_for_several_heads(tmp_path, backbone_folder, heads, ru
         assert row["mood_label"] == whole["mood_label"][i] and row["topics_label"] == whole["topics_label"][i]
         assert row["mood_probabilities"] == pytest.approx(whole["mood_probabilities"][i], abs=1e-5)
         assert row["size_values"] == pytest.approx(whole["size_values"][i], abs=1e-4)
+        assert (
+            row["topics_novelty"] == pytest.approx(whole["topics_novelty"][i], abs=1e-4)
+            and 0 <= row["topics_novelty"] <= 1
+        )
+        assert "mood_novelty" not in row
     assert len({round(row["mood_probabilities"]["awful"], 5) for row in rows}) > 10, "or any order would pass"
 
 

@@ -6,16 +6,19 @@ import json
 import os
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..errors import ProbeError
 from ..files import settle, write_atomically
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import probabilities
 from ..hub.folder import PLOT_NAMES, read_results
 
 
@@ -250,6 +253,43 @@ def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
     panels[0].set_ylabel(f"validation {sweep['metric']}", fontsize=8)
     panels[0].legend(fontsize=7)
     return figure
+
+
+def drift_plot(
+    config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor, reference: Mapping[str, Any]
+) -> Figure:
+    """Draw novelty and scores over a log of prompts, as means of up to 50 groups of consecutive rows.
+
+    Args:
+        config: of the head.
+        logits (`[rows, num_labels]`), novelty (`[rows]`): of the log's rows, in their order.
+        reference: what `fit_novelty` returned.
+    """
+    groups = np.array_split(np.arange(len(novelty)), min(50, len(novelty)))
+    middle = [group.mean() for group in groups]
+    figure = new_figure((7.5, 4.6))
+    far, scores = figure.subplots(2, 1, sharex=True)
+    far.plot(middle, [float((novelty[group] > 0.99).double().mean()) for group in groups], color="tab:red")
+    far.axhline(0.01, color="0.7", linestyle="--", linewidth=1)
+    far.set_ylabel("novelty > 0.99")
+    far.yaxis.set_major_formatter(percent)
+    far.set_title(f"{len(novelty):,} prompts in their order", **_TITLE)
+    probs = probabilities(logits.float(), config).numpy()
+    lines = []
+    for index, name in list(config.id2label.items())[:_MAX_LINES]:
+        lines += scores.plot(middle, [probs[group, index].mean() for group in groups])
+        levels = np.array(reference["scores"][name])  # the mean is that of the quantiles
+        expected = ((levels[1:] + levels[:-1]) / 2).mean()
+        scores.axhline(expected, color=lines[-1].get_color(), linestyle="--", linewidth=0.8)
+    scores.set_ylabel("mean score")
+    scores.set_xlabel("row of the log")
+    for text in scores.legend(lines, list(config.id2label.values())[:_MAX_LINES], fontsize=8).get_texts():
+        text.set_parse_math(False)
+    return explain(
+        figure,
+        "Above, the share of prompts that are further from the training data than 99 % of its validation rows. Below, the mean "
+        "score of each label. Dashed: what validation rows gave. A line that leaves its dashed one is a change of what is served.",
+    )
 
 
 def mark_layers(axes: Axes, count: int, linestyle: str = "--") -> None:

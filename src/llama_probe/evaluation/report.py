@@ -34,11 +34,20 @@ def predict_logits(
         batch_tokens: tokens of a batch, padding included. They bound the memory: a head gets the hidden states of all its
             layers for a batch. A longer row is a batch of its own.
     """
-    logits, scored = torch.empty(len(dataset), probe.config.num_labels), []
+    return predict_rows(probe, dataset, batch_tokens, progress)[0]
+
+
+def predict_rows(
+    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the logits of `predict_logits`, and novelty `[rows]` if the head tells it."""
+    logits, novelty, scored = torch.empty(len(dataset), probe.config.num_labels), torch.empty(len(dataset)), []
     for rows, output in _outputs(probe, dataset, batch_tokens, progress):
         logits[rows] = output.logits.cpu()
+        if output.means is not None:
+            novelty[rows] = output.novelty.cpu()
         scored += rows
-    return merge_rows(scored, logits)
+    return merge_rows(scored, logits), None if probe.novelty is None else merge_rows(scored, novelty)
 
 
 def score_together(
@@ -240,12 +249,12 @@ def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
     """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, `intervals`, and by-products.
 
     Args:
-        result: from `detailed_report`, with `flagged` and `wrappings` if there are any.
+        result: from `detailed_report`, with `flagged`, `novelty` and `wrappings` if there are any.
         facts: further entries, such as `source`.
     """
     metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
     intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
-    kept = {key: result[key] for key in ("flagged", "wrappings") if key in result}
+    kept = {key: result[key] for key in ("flagged", "novelty", "wrappings") if key in result}
     return {**facts, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}
 
 

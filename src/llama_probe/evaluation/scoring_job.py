@@ -71,7 +71,7 @@ class TextScorer:
 
         Returns:
             For each head `NAME_label` - a label, or a list of labels (multi-label) - and `NAME_probabilities`, by label;
-            for regression `NAME_values`, by label. None if a text is not scored, or if the head gives no number: one such
+            for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. None if a text is not scored, or if the head gives no number: one such
             text must not stop a job over millions.
         """
         rows = [row for row, text in enumerate(texts) if not _is_blank(text)]
@@ -85,11 +85,14 @@ class TextScorer:
             part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
             cache = None if each.prefix is None else repeat_cache(each.prefix, len(batch))
             for name, output in self.model.classify(**part, cache=cache).items():
-                self._fill(columns, name, output.logits, [rows[i] for i in batch])
+                self._fill(columns, name, output, [rows[i] for i in batch])
         return columns
 
-    def _fill(self, columns: dict[str, list[Any]], name: str, logits: torch.Tensor, rows: list[int]) -> None:
-        config = self.heads[name].config
+    def _fill(self, columns: dict[str, list[Any]], name: str, found: ProbeOutput, rows: list[int]) -> None:
+        config, logits = self.heads[name].config, found.logits
+        if found.novelty is not None:
+            for row, novelty in zip(rows, found.novelty.tolist(), strict=True):
+                columns[f"{name}_novelty"][row] = novelty
         finite = logits.isfinite().all(dim=-1)
         output = ProbeOutput.from_logits(logits[finite], config)
         values = output.probabilities.tolist()
@@ -277,6 +280,8 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     """Return names and types of the columns of `TextScorer`."""
     fields: dict[str, pa.DataType] = {}
     for name, head in heads.items():
+        if head.novelty is not None:
+            fields[f"{name}_novelty"] = pa.float32()
         by_label = pa.struct([(label, pa.float32()) for label in head.config.id2label.values()])
         if head.config.problem_type == "regression":
             fields[f"{name}_values"] = by_label

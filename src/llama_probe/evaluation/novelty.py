@@ -1,0 +1,207 @@
+"""Novelty of a head: fitted on cached or new states, measured against other texts, and compared with a log of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch.utils.data import Dataset, Subset
+
+from ..data.states import iterate_states
+from ..distributed import merge_rows
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import predictions, probabilities
+from ..heads.novelty import Novelty, novelty_layers
+from ..heads.probe import ProbeModel
+from .bootstrap import Ranking, intervals
+
+
+MAX_ROWS = 2000  # of either kind; more change nothing
+MIN_ROWS = 40  # of either kind
+FAR = 0.99  # the novelty from which rows are counted as unlike the training data
+_RANK = 64
+_LEVELS = tuple(round(0.1 * i, 1) for i in range(11))  # quantiles of scores that are kept
+
+
+def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
+    """Return True if a head can tell novelty and there are rows enough to fit it."""
+    return config.supports_novelty and min(len(train), len(validation)) >= MIN_ROWS
+
+
+def fit_novelty(
+    probe: ProbeModel,
+    train: Dataset,
+    validation: Dataset,
+    logits: torch.Tensor | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Fit a head's `Novelty` on training rows and calibrate it on validation rows. At most 2,000 of each count.
+
+    Args:
+        probe: a trained head, bound to its backbone unless the data sets hold hidden states. It gets the novelty.
+        train, validation: different rows, as for `predict_logits`.
+        logits (`[rows, num_labels]`, *optional*): of the validation rows.
+
+    Returns:
+        What `results.json` keeps under `novelty`: `rows`: numbers of rows; `labels`: share of the validation rows with each label;
+        `scores`: quantiles 0, 10, ..., 100 % of each label's probability (regression: value).
+
+    Raises:
+        ProbeError: the head cannot tell novelty, or there are too few rows.
+    """
+    layers = novelty_layers(probe.config)
+    for name, rows in (("training", train), ("validation", validation)):
+        if len(rows) < MIN_ROWS:
+            raise ProbeError(f"novelty needs at least {MIN_ROWS} {name} rows, not {len(rows)}")
+    given = None if logits is None else logits[_places(validation)]
+    train, validation = _some(train), _some(validation)
+    settings = {"layers": layers, "rank": min(_RANK, len(train) // 8, len(layers) * probe.config.hidden_size // 2)}
+    learned, _ = _mean_states(probe, train, layers, progress)
+    held, found = _mean_states(probe, validation, layers, progress, with_logits=given is None)
+    probe.set_novelty(Novelty.fit(probe.config.replace(novelty=settings), learned, held), settings)
+    rows = {"train": len(train), "validation": len(validation)}
+    return {"rows": rows, **_said(probe.config, found if given is None else given)}
+
+
+def _places(dataset: Dataset) -> list[int]:
+    rows = np.random.default_rng(0).permutation(len(dataset))[:MAX_ROWS]
+    return sorted(rows.tolist())
+
+
+def _some(dataset: Dataset) -> Dataset:
+    return dataset if len(dataset) <= MAX_ROWS else Subset(dataset, _places(dataset))
+
+
+def _mean_states(
+    probe: ProbeModel, dataset: Dataset, layers: list[int], progress: bool, with_logits: bool = False
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return total and count of the normalised states of some layers, see `MeanStates`, and logits `[rows, num_labels]`."""
+    config, probe = probe.config, probe.eval()
+    novelty = Novelty(config.replace(novelty={"layers": layers, "rank": 1})).to(probe.device)
+    total = torch.zeros(len(dataset), len(layers), config.hidden_size)
+    count, logits = torch.zeros(len(dataset), len(layers)), torch.zeros(len(dataset), config.num_labels)
+    scored: list[int] = []
+    lm = None if "hidden_states" in dataset[0] else probe.backbone
+    for rows, states, mask in iterate_states(dataset, config, lm, 4096, progress, config.layer_indices, divided=True):
+        read = states if len(states) == len(config.layer_indices) else states[config.layer_indices]
+        with torch.no_grad():
+            means = novelty.read(probe.normalize(read), mask.to(probe.device))
+            if with_logits:
+                logits[rows] = probe(hidden_states=read.transpose(0, 1), attention_mask=mask).logits.cpu()
+        total[rows], count[rows] = means.total.transpose(0, 1).cpu(), means.count.T.cpu()
+        scored += rows
+    total, count, logits = (merge_rows(scored, part) for part in (total, count, logits))
+    return (total.transpose(0, 1), count.T), logits
+
+
+def _said(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
+    """Return the share of rows with each label, and quantiles of each label's probability."""
+    probs = probabilities(logits.float(), config)
+    found: dict[str, Any] = {}
+    names = list(config.id2label.values())
+    if config.problem_type != "regression":
+        found["labels"] = dict(zip(names, _label_shares(config, probs).tolist(), strict=True))
+    levels = np.quantile(probs.numpy(), _LEVELS, axis=0)  # [levels, num_labels]
+    return found | {"scores": {name: levels[:, i].round(5).tolist() for i, name in enumerate(names)}}
+
+
+def _label_shares(config: ProbeConfig, probs: torch.Tensor) -> torch.Tensor:
+    """Return the share of rows with each label `[num_labels]`, for probabilities `[rows, num_labels]`."""
+    found = predictions(probs, config)
+    if config.problem_type == "single_label_classification":
+        found = torch.nn.functional.one_hot(found, config.num_labels)
+    return found.double().mean(dim=0)
+
+
+def against_others(
+    own: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000, seed: int = 0
+) -> dict:
+    """Measure how well novelty tells a head's own kind of rows from others.
+
+    Args:
+        own (`[rows]`): novelty of rows like the training data. others: novelty of other rows, by name.
+        resamples, seed: of the bootstrap that gives the 95 % intervals; no intervals with 0.
+
+    Returns:
+        `own`: `rows`, and `far`, the share above 0.99; `against`: the same by name, with `auroc` and its `interval`.
+    """
+    found: dict[str, Any] = {"own": _far(own), "against": {}}
+    for name, other in others.items():
+        scores, truth = torch.cat([own, other]).numpy(), np.repeat([0, 1], [len(own), len(other)])
+        ranking = Ranking(scores, truth)
+        part = _far(other) | {"auroc": float(ranking.areas(np.ones((1, len(scores))))[1, 0])}
+        if resamples:
+            statistic = lambda weights, ranking=ranking: {"auroc": ranking.areas(weights)[1]}  # noqa: E731
+            part["interval"] = intervals([statistic], len(scores), resamples, seed)["auroc"]
+        found["against"][name] = part
+    return found
+
+
+def _far(novelty: torch.Tensor) -> dict[str, Any]:
+    return {"rows": len(novelty), "far": float((novelty > FAR).double().mean())}
+
+
+def compare_log(
+    config: ProbeConfig,
+    reference: Mapping[str, Any],
+    logits: torch.Tensor,
+    novelty: torch.Tensor,
+    top: int = 20,
+) -> dict[str, Any]:
+    """Compare what a head says of a log of prompts with what it said of its validation rows.
+
+    Args:
+        config: of the head. reference: what `fit_novelty` returned.
+        logits (`[rows, num_labels]`), novelty (`[rows]`): of the log's rows, in their order.
+        top: number of rows to name as most worth labelling.
+
+    Returns:
+        `rows`; `novelty`: `median`, `far` (share above 0.99, 1 % of validation rows) and its 95 % `interval`; `labels`: for each label
+        its `share` in the log, its 95 % `interval`, its `expected` share, and if the interval excludes that, `changed`;
+        `scores`: for each label quantiles in the log and `expected` ones; `worth_labelling`: `row`, `novelty` and `unsure` of
+        rows, the most useful ones first.
+    """
+    probs = probabilities(logits.float(), config)
+    said = _said(config, logits)
+    low, high = _wilson(int((novelty > FAR).sum()), len(novelty))
+    found: dict[str, Any] = {
+        "rows": len(novelty),
+        "novelty": {**_far(novelty), "interval": [low, high], "median": float(novelty.median())},
+    }
+    labels = {}
+    for name, share in said.get("labels", {}).items():
+        low, high = _wilson(round(share * len(novelty)), len(novelty))
+        expected = reference["labels"][name]
+        labels[name] = {"share": share, "interval": [low, high], "expected": expected}
+        labels[name]["changed"] = not low <= expected <= high
+    if labels:
+        found["labels"] = labels
+    found["scores"] = {
+        name: {"found": levels, "expected": reference["scores"][name]} for name, levels in said["scores"].items()
+    }
+    unsure = _unsure(config, probs)
+    worth = novelty.double() + unsure
+    order = worth.argsort(descending=True, stable=True)[:top].tolist()
+    found["worth_labelling"] = [
+        {"row": row, "novelty": float(novelty[row]), "unsure": float(unsure[row])} for row in order
+    ]
+    return found
+
+
+def _wilson(count: int, rows: int) -> tuple[float, float]:
+    low, high = binomtest(count, rows).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def _unsure(config: ProbeConfig, probs: torch.Tensor) -> torch.Tensor:
+    """Return how unsure a head is of each row, from 0 to 1: 1 minus the gap between its two best labels."""
+    if config.problem_type == "regression":
+        return torch.zeros(len(probs), dtype=torch.float64)
+    if config.problem_type == "multi_label_classification":
+        return 1 - (2 * probs.double() - 1).abs().amin(dim=1)
+    best = probs.double().topk(min(2, config.num_labels), dim=1).values
+    return 1 - best[:, 0] + (best[:, 1] if config.num_labels > 1 else 0)
