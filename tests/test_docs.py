@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_probe, save_head
+from conftest import make_probe, save_head, with_novelty
 from repository import ROOT
 from torch.distributed.run import parse_args
 
@@ -42,7 +42,7 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub):
             seed, probe_type=kind, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),
             token_scope="last_user", **({"thresholds": {"fpr-0.5%": 0.9}} if len(labels) == 2 else {}), **fields,
         )  # fmt: skip
-        save_head(probe, tmp_path / name)
+        save_head(with_novelty(probe) if name == "emotion-mha" else probe, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", hub.add_user("user"))
     monkeypatch.setattr(backbones, "demo_backbone", lambda: backbone_folder)

@@ -97,6 +97,20 @@ def mood(folder, rows=ANSWERS, held_back=ANSWERS[:12], **changes):
 
 
 class TestProbeTrainer:
+    def test_novelty_is_fitted_if_there_are_rows_enough(self, tmp_path, backbone_folder):
+        rows = [(f"{'good' if i % 2 else 'bad'} number {i}", "good" if i % 2 else "bad") for i in range(120)]
+        given = {"backbone": str(backbone_folder), "probe_config": {"probe_type": "pooling"}, "num_train_epochs": 1}
+        for wanted, held, novelty in ((True, rows[:50], True), (True, rows[:12], False), (False, rows[:50], False)):
+            trainer = mood(tmp_path / "out", rows[50:], held, novelty=wanted, **given)
+            trainer.train()
+            probe = trainer.model
+            assert ("novelty" in probe.results) == (probe.novelty is not None) == novelty
+            if novelty:
+                assert probe.results["novelty"]["rows"] == {"train": 70, "validation": 50}
+                trainer.save_model(str(tmp_path / "head"))
+                assert read_head(tmp_path / "head").config.novelty == probe.config.novelty
+                assert trainer.evaluate()["eval_accuracy"] >= 0.4, "an evaluation gathers logits alone"
+
     def test_from_rows_to_a_head_that_serves(self, tmp_path, backbone_folder):
         lm_and_head = tmp_path / "head"
         trainer = mood(tmp_path / "out", backbone=str(backbone_folder), probe_config={"probe_type": "gate"})

@@ -366,6 +366,11 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
 def _measured_later(config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """Return the template's values about what `calibrate` and `evaluate --record` wrote."""
     fitted, tables = results.get("thresholds_from"), results.get("evaluations", {})
+    told = [
+        (name, found["novelty"], sorted(found["novelty"]["against"].items()))
+        for name, found in tables.items()
+        if "novelty" in found
+    ]
     wrapped = []
     for name, found in tables.items():
         if "wrappings" in found:
@@ -381,6 +386,8 @@ def _measured_later(config: dict[str, Any], results: dict[str, Any]) -> dict[str
             (name, found["rows"], found["source"], _recorded_cells(found)) for name, found in tables.items()
         ],
         "wrapped": wrapped,
+        "novelty": results.get("novelty"),
+        "told_apart": told,
     }
 
 

@@ -21,8 +21,8 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
-# Keys of results.json that `evaluate --record` and `calibrate` write.
-LATER_RESULTS = ("evaluations", "thresholds_from")
+# Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.
+LATER_RESULTS = ("evaluations", "thresholds_from", "novelty")
 
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 

@@ -29,6 +29,7 @@ class ProbeTrainingArguments(TrainingArguments):
         max_false_positive_rate, threshold_rule: how the threshold is chosen; see `Recipe`.
         cache_states: run the backbone once and keep its hidden states on disk while training.
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
+        novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
     """
 
     learning_rate: float | None = setting(None, "Peak learning rate. Default: by kind.")
@@ -64,6 +65,7 @@ class ProbeTrainingArguments(TrainingArguments):
     threshold_rule: str = setting("expected-f1", "expected-f1 or best-f1.")
     cache_states: bool = setting(True, "Run the backbone once and keep its hidden states on disk while training.")
     cache_dir: str | None = setting(None, "Keep the hidden states here for later runs.")
+    novelty: bool = setting(True, "Fit how unlike the training data a prompt is.")
 
     def __post_init__(self):
         if self.cache_dir is not None and not self.cache_states:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import PreTrainedModel
 
 from ..data.sources import DataSources
@@ -76,6 +76,15 @@ class TrainingData:
             # No head may be validated on rows that it has learned from.
             "folds": hashlib.sha256(folds.encode()).hexdigest(),
         }
+
+    def novelty_rows(self) -> tuple[Dataset, Dataset]:
+        """Return rows to fit novelty on and rows to calibrate it on: with folds, a quarter of the training rows."""
+        if not self.folds:
+            return self.trained, self.datasets["validation"]
+        order = np.random.default_rng(0).permutation(len(self.datasets["train"])).tolist()
+        held = sorted(order[: len(order) // 4])
+        rest = sorted(set(range(len(self.trained))) - set(held))
+        return Subset(self.trained, rest), Subset(self.datasets["train"], held)
 
     @property
     def trained(self) -> Dataset:

@@ -25,6 +25,7 @@ from ..distributed import check_shared, claimed, is_main, on_main, process_group
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
+from ..evaluation.novelty import can_fit, fit_novelty
 from ..evaluation.plots import write_plots
 from ..evaluation.report import inspect_head, predict_logits
 from ..evaluation.resume import same_settings
@@ -70,6 +71,7 @@ class TrainingRun:
         seeds: one head each. The first also splits the rows. A head that is fitted uses the first alone.
         cache: keep hidden states on disk during the run, so that the backbone runs once.
         cache_dir: keep the states here for later runs.
+        novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
         resume: resume a run that was stopped from its checkpoints. The number of processes may differ.
         overwrite: replace the head that `output` holds.
         card: facts for the card that are not measured.
@@ -90,6 +92,7 @@ class TrainingRun:
     seeds: list[int] = field(default_factory=lambda: [0])
     cache: bool = True
     cache_dir: Path | None = None
+    novelty: bool = True
     resume: bool = False
     overwrite: bool = False
     card: CardFacts = field(default_factory=CardFacts)
@@ -257,6 +260,7 @@ class TrainingRun:
             metric_for_best_model=recipe.metric,
             per_device_train_batch_size=math.ceil(recipe.per_device_train_batch_size / world_size()),
             label_smoothing_factor=recipe.label_smoothing,
+            novelty=False,  # of the chosen head alone, in `save`
             **{name: getattr(recipe, name) for name in SHARED if name != "per_device_train_batch_size"},
         )
         probe, loss = ProbeModel(data.config, backbone=data.lm), ProbeLoss.create(recipe, data.config, data.labels)
@@ -290,6 +294,10 @@ class TrainingRun:
         logits = held_out if shown == "validation" else None
         found = inspect_head(probe, data.datasets[shown], data.parts[shown].labels, logits=logits)
         results["inspection"] = {"split": shown, **found}
+        if self.novelty and can_fit(probe.config, *(rows := data.novelty_rows())):
+            logits = held_out[rows[1].indices] if held_out is not None else None
+            sources = [results["data"][name]["source"] for name in ("train", "extra") if name in results["data"]]
+            results["novelty"] = {"sources": sources, **fit_novelty(probe, *rows, logits)}
         probe.results = results
         if is_main():
             probe.save_pretrained(self.output)

@@ -37,6 +37,7 @@ from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
+from ..evaluation.novelty import can_fit, fit_novelty
 from ..evaluation.report import inspect_head, predict_logits
 from ..heads import get_probe_type
 from ..heads.configuration import PROMPT_FORMATS, ProbeConfig
@@ -60,7 +61,7 @@ class _RenderedRows(PromptDataset):
 class ProbeTrainer(Trainer):
     """A `Trainer` for heads on a frozen backbone. Takes texts, chats or token ids with labels.
 
-    After training, temperature and threshold are fitted on the rows of `eval_dataset`. `save_model` and `push_to_hub` then
+    After training, temperature and threshold are fitted on the rows of `eval_dataset`, and novelty on all rows. `save_model` and `push_to_hub` then
     write a head with its results and its card. All else is the Trainer's: resuming, reporting, several devices.
 
     Under `torchrun` it trains with DDP, which synchronises only the head. The frozen backbone may be sharded with FSDP:
@@ -317,7 +318,7 @@ class ProbeTrainer(Trainer):
         return output
 
     def judge(self) -> dict[str, Any]:
-        """Fit the head's temperature and threshold on the evaluation rows, and measure it on these.
+        """Fit the head's temperature, threshold and novelty, the first two on the evaluation rows, and measure it on these.
 
         Returns:
             The head's `results`, which `save_model` writes into `results.json` and the card.
@@ -336,6 +337,10 @@ class ProbeTrainer(Trainer):
         probe.results = describe_run(probe, rows, recipe, [run], self.args.seed)
         probe.results |= {"dtype": probe.config.base_model_dtype, "card": asdict(CardFacts())}
         probe.results["inspection"] = {"split": "validation", **inspect_head(probe, dataset, labels)}
+        if self.args.novelty and self.train_dataset is not None:
+            train = self._with_states(self.train_dataset)
+            if can_fit(probe.config, train, dataset):
+                probe.results["novelty"] = {"sources": ["own rows"], **fit_novelty(probe, train, dataset, self.logits)}
         if not self._own_metrics:
             self.compute_metrics = metrics_of(probe.config)
         return probe.results
