@@ -28,7 +28,11 @@ COMMANDS = {
     "sweep": ("sweep", "Search kinds and hyper-parameters; all configurations share each pass of the backbone."),
     "reproduce": ("reproduce", "Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes."),
     "evaluate": ("evaluate", "Score a head on labelled rows, with its saved temperature and threshold."),
-    "calibrate": ("calibrate", "Fit thresholds of a head on rows that it should flag seldom, and save them by name."),
+    "calibrate": (
+        "calibrate",
+        "Fit thresholds of a head on rows that it should flag seldom, or how unlike its training data a prompt is.",
+    ),
+    "drift": ("drift", "Compare a log of served prompts with the rows that a head was trained on."),
     "benchmark": ("benchmark", "Measure what heads cost while the model serves, next to the plain model."),
     "plot": ("plot", "Draw what a head looked at in texts, and how well it does."),
     "inspect": ("heads", "Show a head, check it against a backbone, or list the bundled heads."),
@@ -41,10 +45,12 @@ COMMANDS = {
 _DIVIDED = ("train", "sweep", "evaluate", "calibrate", "classify")
 
 # Commands that process many batches of hidden states.
-_MANY_BATCHES = (*_DIVIDED, "reproduce")
+_MANY_BATCHES = (*_DIVIDED, "reproduce", "drift")
 
 # Commands that load heads, so that --import can register a kind for them.
-_OWN_KINDS = ("train", "sweep", "evaluate", "calibrate", "generate", "classify", "inspect", "export", "push", "plot")
+_OWN_KINDS = (
+    *("train", "sweep", "evaluate", "calibrate", "drift", "generate", "classify", "inspect", "export", "push", "plot"),
+)
 
 # The extra that brings an optional package.
 EXTRAS = {

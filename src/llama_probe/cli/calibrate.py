@@ -19,18 +19,20 @@ from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.calibration import check_rates, with_rates
+from ..evaluation.novelty import MAX_ROWS, MIN_ROWS, fit_novelty
 from ..evaluation.report import predict_logits
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
+from ..heads.novelty import novelty_layers
 from ..heads.probe import ProbeModel
 from ..hub.resolve import resolve_head
-from .console import escape, print_table
+from .console import create_console, escape, print_table
 from .options import Dtype, HeadsBackbone, Json, TrustRemoteCode, backbone_of
-from .rows import DATA, ROWS_HELP, LabelledRows, TextColumn, check_head_folder, short_name
+from .rows import DATA, ROWS_HELP, LabelledRows, TextColumn, check_head_folder, read_texts, short_name
 
 
 def calibrate(
-    probe: Annotated[str, typer.Option(help="A head folder. Its thresholds are replaced.")],
+    probe: Annotated[str, typer.Option(help="A head folder. Its thresholds, or its novelty, are replaced.")],
     benign: Annotated[
         list[str] | None, typer.Option(help=f"Rows to flag seldom; they need no label column: {DATA}. Repeatable.")
     ] = None,
@@ -41,6 +43,20 @@ def calibrate(
             help="Share of these rows that may be flagged. The first one's threshold is the head's. Repeatable."
         ),
     ] = [0.02, 0.005],  # noqa: B006 - typer copies it
+    novelty_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rows that the head was trained on, to fit how unlike them a prompt is; they need no label column. Repeatable."
+        ),
+    ] = None,
+    novelty_validation: Annotated[
+        list[str] | None,
+        typer.Option(help="Further rows of that kind, to calibrate novelty on. Default: a quarter of --novelty-data."),
+    ] = None,
+    max_rows: Annotated[
+        int,
+        typer.Option(min=MIN_ROWS, help="Rows of each --novelty-data and --novelty-validation at most, at random."),
+    ] = MAX_ROWS,
     text_column: TextColumn = "text",
     label_column: Annotated[str, typer.Option(help=ROWS_HELP["label_column"])] = "label",
     data_dir: Annotated[Path | None, typer.Option(help=ROWS_HELP["data_dir"])] = None,
@@ -50,39 +66,78 @@ def calibrate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Fit thresholds of a head on rows that it should flag seldom, and save them by name."""
+    """Fit thresholds of a head on rows that it should flag seldom, or how unlike its training data a prompt is."""
     check_head_folder(probe, "calibrate")
-    if not benign and data is None:
-        raise ProbeError("calibrate needs rows: give --benign, --data or both")
+    thresholds = bool(benign) or data is not None
+    if not thresholds and not novelty_data:
+        raise ProbeError("calibrate needs rows: give --benign or --data for thresholds, or --novelty-data")
+    if novelty_validation and not novelty_data:
+        raise ProbeError(f"--novelty-validation {novelty_validation[0]} needs --novelty-data")
     backbone = backbone_of(probe, backbone)
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = ProbeModel.from_pretrained(
             resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code
         )
-        check_rates(head.config, rate)
+        if novelty_data:
+            novelty_layers(head.config)
+        if thresholds:
+            check_rates(head.config, rate)
         shared = {"text_column": text_column, "data_dir": data_dir, "max_text": max_text}
+        given = {"train": novelty_data or [], "validation": novelty_validation or []}
+        rows = {
+            split: [
+                text
+                for source in sources
+                for text in read_texts(source, head.config, split=split, limit=max_rows, **shared)
+            ]
+            for split, sources in given.items()
+        }
         parts = [LabelledRows(source, benign=True, **shared) for source in benign or ()]
         if data is not None:
             parts.append(LabelledRows(data, label_column=label_column, **shared))
         texts = [text for part in parts for text in _harmless(part, head.config)]
-        check_rates(head.config, rate, len(texts))
+        if thresholds:
+            check_rates(head.config, rate, len(texts))
         lm, tokenizer = load_backbone(backbone, dtype)
         check_backbone(probe, head.config, lm)
         head.to(lm.device).set_backbone(lm)
-        ids, masks, _ = PromptFormat.from_config(head.config, tokenizer).encode_for(head.config, texts)
-        logits = predict_logits(head, PromptDataset(ids, np.zeros(len(texts)), masks), progress=True)
+        prompts = PromptFormat.from_config(head.config, tokenizer)
+
+        def dataset(texts: list) -> PromptDataset:
+            ids, masks, _ = prompts.encode_for(head.config, texts)
+            return PromptDataset(ids, np.zeros(len(texts)), masks)
+
+        found, later = {}, {}
+        if thresholds:
+            head.config = with_rates(head.config, predict_logits(head, dataset(texts), progress=True), rate)
+            later["thresholds_from"] = found = {
+                "sources": [short_name(part.data) for part in parts],
+                "rows": len(texts),
+                "rates": dict(zip(head.config.thresholds, rate, strict=True)),
+            }
+            found = found | {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
+        if novelty_data:
+            train, validation = rows["train"], rows["validation"] or None
+            if validation is None:
+                held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
+                validation = [text for row, text in enumerate(train) if row in held]
+                train = [text for row, text in enumerate(train) if row not in held]
+            fitted = fit_novelty(head, dataset(train), dataset(validation), progress=True)
+            sources = [short_name(source) for source in (*novelty_data, *(novelty_validation or ()))]
+            later["novelty"] = {"sources": sources, **fitted}
         if not is_main():
             return
-        head.config = with_rates(head.config, logits, rate)
-        found = {
-            "sources": [short_name(part.data) for part in parts],
-            "rows": len(texts),
-            "rates": dict(zip(head.config.thresholds, rate, strict=True)),
-        }
-        head.results = (head.results or {}) | {"thresholds_from": found}
+        head.results = (head.results or {}) | later
         head.save_pretrained(probe)
     if as_json:
-        print(json.dumps(found | {"threshold": head.config.threshold, "thresholds": head.config.thresholds}))
+        print(json.dumps(found | ({"novelty": later["novelty"]} if novelty_data else {})))
+        return
+    if novelty_data:
+        counts = later["novelty"]["rows"]
+        create_console().print(
+            escape(f"{probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}")
+        )
+    if not thresholds:
         return
     table = Table("threshold", title=escape(f"{probe} on {len(texts):,} rows that it should not flag"))
     table.add_column("from a probability of", justify="right")

@@ -21,6 +21,7 @@ from .options import Json
 
 
 HEADS = ("safety", "emotion-mha")
+ABSTAIN_AT = 0.99
 
 PROMPTS = (
     "What is the capital of France?",
@@ -36,7 +37,8 @@ def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
     """Reply to each prompt with and without heads.
 
     Yields:
-        A dict a prompt: `prompt`, `reply`, `labels` and `probabilities` by head, `seconds`, `seconds_without_heads`.
+        A dict a prompt: `prompt`, `reply`, `labels`, `probabilities` and `novelty` by head, `seconds`, `seconds_without_heads`. A
+        label is `None` if the prompt is unlike what the head was trained on.
 
     Raises:
         ProbeError: the demo backbone is not installed, or a reply differs from the one without heads.
@@ -62,11 +64,16 @@ def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
             raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
         if turn == 0:
             continue
+        labels, novelty = out.probe_labels, {name: float(values) for name, values in (out.probe_novelty or {}).items()}
         reply = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         yield {
             "prompt": prompt,
             "reply": reply.strip(),
-            "labels": {name: labels[0] for name, labels in out.probe_labels.items()},
+            # As generate(..., abstain_at=0.99) has it, for the heads that tell how unlike their training data a prompt is.
+            "labels": {
+                name: None if novelty.get(name, 0) > ABSTAIN_AT else found[0] for name, found in labels.items()
+            },
+            "novelty": novelty,
             "probabilities": {
                 name: dict(zip(model.probes[name].config.id2label.values(), probs[0].tolist(), strict=True))
                 for name, probs in out.probe_probabilities.items()
@@ -107,7 +114,10 @@ def demo(
 
 def _print_reply(console: Console, row: dict[str, Any]) -> None:
     verdict = "   ".join(
-        f"{name}: {label} ({row['probabilities'][name][label]:.0%})" for name, label in row["labels"].items()
+        f"{name}: unlike its training data (novelty {row['novelty'][name]:.3f})"
+        if label is None
+        else f"{name}: {label} ({row['probabilities'][name][label]:.0%})"
+        for name, label in row["labels"].items()
     )
     title = f"[bold]{escape(row['prompt'])}[/bold]"
     reply = escape(row["reply"]) or "(empty)"

@@ -22,11 +22,12 @@ from ..errors import ProbeError
 from ..evaluation.asking import asked, check_shares
 from ..evaluation.detection import apply_rules, follow_replies
 from ..evaluation.metrics import is_binary
+from ..evaluation.novelty import FAR, against_others
 from ..evaluation.report import (
     describe_evaluation,
     detailed_report,
     flagged_share,
-    predict_logits,
+    predict_rows,
     without_undefined,
 )
 from ..evaluation.wrappings import kept_labels
@@ -37,7 +38,7 @@ from ..hub.folder import measured_rules, read_results
 from ..hub.resolve import resolve_head
 from .console import create_console, escape, print_table
 from .options import Dtype, Fields, HeadsBackbone, Json, Probe, TrustRemoteCode, backbone_of
-from .rows import ROWS_HELP, LabelledRows, check_head_folder, short_name
+from .rows import ROWS_HELP, LabelledRows, check_head_folder, read_texts, short_name
 
 
 _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
@@ -62,6 +63,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="COLUMN=VALUE: only these rows, such as human_annotation=true. Repeatable: all must hold."),
     ] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of --data at most, at random.")] = None,
     record: Annotated[
         str | None,
         typer.Option(help="Keep the measurements in the head folder under this name, and show them in its card."),
@@ -84,6 +86,14 @@ def evaluate(
         str | None,
         typer.Option(help="Column with the judge's labels for --ask; without it the judge is always right."),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Texts of another kind, by name or file, without labels: report how well the head's novelty tells them from --data. "
+            "Repeatable."
+        ),
+    ] = None,
+    max_against: Annotated[int, typer.Option(min=1, help="Rows of each --against at most, at random.")] = 500,
     backbone: HeadsBackbone = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
@@ -106,13 +116,20 @@ def evaluate(
         head = ProbeModel.from_pretrained(
             resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code
         )
+        if against and head.novelty is None:
+            raise ProbeError(
+                f"--against {against[0]}: {probe} has no novelty; fit it with llama-probe calibrate --probe {probe} "
+                "--novelty-data ROWS"
+            )
         rules = measured_rules(head.results) if head.config.reads_reply else {}
-        labelled, slices = _select(rows, head.config, where or [], slice_column or [])
+        labelled, slices = _select(rows, head.config, where or [], slice_column or [], max_rows)
         if ask and not is_binary(head.config):
             raise ProbeError(
                 f"--ask needs a head with two labels; {probe} has {', '.join(head.config.id2label.values())}"
             )
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
+        shared = {"data_dir": rows.data_dir, "max_text": rows.max_text, "split": "test", "limit": max_against}
+        others = {short_name(source): read_texts(source, head.config, "text", **shared) for source in against or ()}
         lm, tokenizer = load_backbone(backbone, dtype)
         check_backbone(probe, head.config, lm)
         head.to(lm.device).set_backbone(lm)
@@ -120,10 +137,14 @@ def evaluate(
         ids, masks, lengths = prompts.encode_for(head.config, labelled.texts)
         dataset, followed = PromptDataset(ids, labelled.labels, masks), None
         if lengths is None:
-            logits = predict_logits(head, dataset, progress=True)
+            logits, novelty = predict_rows(head, dataset, progress=True)
         else:
             followed = follow_replies(head, dataset, lengths, lm, progress=True)
             logits = torch.stack([tokens[-1] for tokens in followed])
+        novelties = {}
+        for name, texts in others.items():
+            ids, masks, _ = prompts.encode_for(head.config, texts)
+            novelties[name] = predict_rows(head, PromptDataset(ids, np.zeros(len(ids)), masks), progress=True)[1]
         if not is_main():
             return
         result = detailed_report(head.config, logits, labelled.labels, slices, bootstrap, seed)
@@ -131,6 +152,8 @@ def evaluate(
             result = without_undefined(result, labelled.labels) | {"flagged": flagged_share(head.config, logits)}
         if followed is not None and rules:
             result["halting"] = apply_rules(head.config, rules, followed, labelled.labels)
+        if others:
+            result["novelty"] = against_others(novelty, novelties, bootstrap, seed)
         if wrappings:
             result["wrappings"] = kept_labels(head, labelled.texts, prompts, progress=True)
         if ask:
@@ -148,14 +171,17 @@ def evaluate(
         create_console().print(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows, seed {seed}.")
 
 
-def _select(rows: LabelledRows, config: Any, where: list[str], columns: list[str]) -> tuple[Any, dict[str, list]]:
-    """Return the rows that meet all conditions, and the columns to report by."""
+def _select(
+    rows: LabelledRows, config: Any, where: list[str], columns: list[str], limit: int | None
+) -> tuple[Any, dict[str, list]]:
+    """Return the rows that meet all conditions, `limit` of them at most, and the columns to report by."""
     labelled = rows.read(config)
     for condition in where:
         column, equals, value = condition.partition("=")
         if not equals:
             raise ProbeError(f"--where {condition!r} must be COLUMN=VALUE")
         labelled = labelled.where(column, value)
+    labelled = labelled.at_most(limit, seed=0)
     found = labelled.columns
     for column in columns:
         if column not in found:
@@ -203,6 +229,8 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
             f"Flagged from a probability of {found['threshold']:.3f} on: {found['share']:.1%} of the rows "
             f"(95 % interval {low:.1%} to {high:.1%})."
         )
+    if found := result.get("novelty"):
+        print_table(_novelty_table(found))
     if found := result.get("wrappings"):
         print_table(_wrappings_table(found))
     if found := result.get("asking"):
@@ -219,6 +247,16 @@ def _table(title: str, parts: dict[str, dict[str, Any]]) -> Table:
         table.add_column(metric, justify="right")
     for name, part in parts.items():
         table.add_row(escape(name), *(_cell(part, metric, "\n") for metric in metrics))
+    return table
+
+
+def _novelty_table(found: dict[str, Any]) -> Table:
+    table = Table("novelty of these rows against", title=f"{found['own']['far']:.1%} of these rows are above {FAR}")
+    for column in ("rows", "AUROC", f"above {FAR}"):
+        table.add_column(column, justify="right")
+    for name, part in found["against"].items():
+        spread = f" [{', '.join(map(_number, part['interval']))}]" if part.get("interval") else ""
+        table.add_row(escape(name), f"{part['rows']:,}", f"{part['auroc']:.3f}{spread}", f"{part['far']:.1%}")
     return table
 
 

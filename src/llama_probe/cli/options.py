@@ -44,6 +44,12 @@ Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibi
 Probe = Annotated[str, typer.Option(help="A head folder, a Hub id (user/repo@revision:subfolder) or an alias.")]
 Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias. Repeatable.")]
 PushRevision = Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")]
+AbstainAt = Annotated[
+    float | None,
+    typer.Option(
+        help="Novelty from 0 to 1 above which a prompt gets no label, such as 0.99; see calibrate --novelty-data."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
 TrustRemoteCode = Annotated[
     bool,

@@ -106,6 +106,28 @@ class LabelledRows:
         )
 
 
+def read_texts(
+    source: str,
+    config: ProbeConfig,
+    text_column: str,
+    data_dir: Path | None,
+    max_text: int,
+    split: str,
+    limit: int | None,
+) -> list[Any]:
+    """Return the texts of rows that need no labels; a random part of them if there are more than `limit`."""
+    from ..data.texts import read_labelled  # needs datasets
+
+    shared = {
+        "problem_type": "single_label_classification",
+        "split": split,
+        "data_dir": data_dir,
+        "max_text": max_text,
+    }
+    names = list(config.id2label.values())
+    return read_labelled(source, text_column, label_names=names, benign=True, **shared).at_most(limit, seed=0).texts
+
+
 def check_head_folder(probe: str, option: str) -> None:
     """Check that an option can write into the head that `--probe` names.
 

@@ -19,13 +19,14 @@ from ..data.prompts import PromptFormat, check_alike
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
 from ..heads.decision import in_words, reply_outputs
+from ..heads.novelty import check_abstain
 from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.halting import HALTING_FORMS, Halter, read_halting
 from ..serving.sources import read_heads
 from .console import escape, print_table
-from .options import Dtype, HeadsBackbone, Json, Probes, TrustRemoteCode, backbone_of
+from .options import AbstainAt, Dtype, HeadsBackbone, Json, Probes, TrustRemoteCode, backbone_of
 from .rows import PromptColumn, TextColumn
 
 
@@ -45,6 +46,7 @@ def generate(
         ),
     ] = None,
     halt_reply: Annotated[str | None, typer.Option(help="The reply to halted prompts.")] = None,
+    abstain_at: AbstainAt = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -54,14 +56,16 @@ def generate(
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
-    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, rules=rules)
+    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, rules=rules, abstain_at=abstain_at)
     tokenizer = prompt_format.tokenizer
     halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
     rows = []
     for part, inputs in _batches(texts, model, prompt_format):
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **halting)
+        out = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, abstain_at=abstain_at, **halting
+        )
         replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found = _rows(part, out.probe_labels, out.probe_probabilities, replies)
+        found = _rows(part, out.probe_labels, out.probe_probabilities, out.probe_novelty, replies)
         for name in set(out.probe_token_logits or {}) - set(out.probe_logits):
             _add_reply_scores(found, name, out.probe_token_logits[name], model.probes[name].config)
         if rules:
@@ -88,6 +92,7 @@ def classify(
     keep_column: Annotated[
         list[str] | None, typer.Option(help="A column of the input to keep in the output. Repeatable.")
     ] = None,
+    abstain_at: AbstainAt = None,
     chunk_rows: Annotated[int, typer.Option(min=1, help="Rows in memory at a time, and in each output file.")] = 2048,
     resume: Annotated[bool, typer.Option(help="Resume a job that was stopped.")] = False,
     max_text: Annotated[
@@ -103,6 +108,8 @@ def classify(
     --output. --resume keeps the finished chunks. Under torchrun the processes divide the chunks.
     """
     if input or output is not None:
+        if abstain_at is not None:
+            raise ProbeError(f"--abstain-at {abstain_at} is for prompts, not for --input")
         files = [*(input or []), *(prompts or [])]
         if not files or output is None:
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
@@ -116,11 +123,12 @@ def classify(
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
     rows = []
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
-    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, replies=False)
+    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, replies=False, abstain_at=abstain_at)
     for part, inputs in _batches(texts, model, prompt_format):
-        found = model.classify(**inputs)
+        found = model.classify(**inputs, abstain_at=abstain_at)
         labels = {name: output.labels for name, output in found.items()}
-        rows += _rows(part, labels, {name: output.probabilities for name, output in found.items()})
+        novelty = {name: output.novelty for name, output in found.items() if output.novelty is not None}
+        rows += _rows(part, labels, {name: output.probabilities for name, output in found.items()}, novelty)
     _print_rows(rows, model, as_json)
 
 
@@ -158,11 +166,13 @@ def _load(
     trust_remote_code: bool,
     replies: bool = True,
     rules: dict[str, dict[str, Any]] | None = None,
+    abstain_at: float | None = None,
 ) -> tuple[Any, PromptFormat]:
     """Check the heads and the halting rules, then load the backbone."""
     heads = _read_heads(probes, backbone, trust_remote_code)
     configs = {name: head.config for name, head in heads.items()}
     check_alike(configs)
+    check_abstain(abstain_at, configs)
     followers = [name for name, config in configs.items() if config.token_scope == "response"]
     if followers and not replies:
         raise ProbeError(
@@ -183,13 +193,19 @@ def _batches(texts: list[str], model: Any, prompt_format: PromptFormat) -> Itera
 
 
 def _rows(
-    texts: list[str], labels: dict[str, list], probabilities: dict[str, Any], replies: list[str] | None = None
+    texts: list[str],
+    labels: dict[str, list],
+    probabilities: dict[str, Any],
+    novelty: dict[str, Any] | None = None,
+    replies: list[str] | None = None,
 ) -> list[dict]:
     rows = []
     for i, text in enumerate(texts):
         row = {"prompt": text} | ({} if replies is None else {"reply": replies[i]})
         row["labels"] = {name: values[i] for name, values in labels.items()}
         row["probabilities"] = {name: values[i].tolist() for name, values in probabilities.items()}
+        if novelty:
+            row["novelty"] = {name: float(values[i]) for name, values in novelty.items()}
         rows.append(row)
     return rows
 

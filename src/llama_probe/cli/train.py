@@ -54,6 +54,7 @@ RUN_HELP = {
     "dtype": DTYPE,
     "cache": "Run the backbone once and keep its hidden states on disk while training.",
     "cache_dir": "Keep the hidden states here for later runs.",
+    "novelty": "Fit how unlike the training data a prompt is.",
     "resume": "Resume a run that was stopped.",
     "overwrite": "Replace the head that --output holds.",
 }

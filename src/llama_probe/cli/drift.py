@@ -1,0 +1,137 @@
+"""`llama-probe drift`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from ..backbone.loading import backbone_target, load_backbone
+from ..data.files import MAX_TEXT, InputFile
+from ..data.prompts import PromptFormat, is_text
+from ..data.states import PromptDataset
+from ..errors import ProbeError
+from ..evaluation.novelty import FAR, compare_log
+from ..evaluation.plots import drift_plot, png_writer
+from ..evaluation.report import predict_rows
+from ..files import check_writable, make_folder, write_atomically
+from ..heads.match import check_backbone
+from ..heads.probe import ProbeModel
+from ..hub.resolve import resolve_head
+from .console import create_console, escape, print_table
+from .options import Dtype, HeadsBackbone, Json, Probe, TrustRemoteCode, backbone_of
+from .rows import ROWS_HELP, TextColumn
+
+
+_SHOWN = 160  # characters of a text that are printed
+
+
+def drift(
+    probe: Probe,
+    input: Annotated[
+        list[str],
+        typer.Option(help="Files of served prompts in their order, or a pattern: jsonl, csv, tsv or parquet."),
+    ],
+    text_column: TextColumn = "text",
+    output: Annotated[Path | None, typer.Option(help="Folder for drift.png: novelty and scores over the log.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="Rows to name as most worth labelling.")] = 20,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows to read at most, spread evenly over the log.")] = 5000,
+    max_text: Annotated[int, typer.Option(min=1, help=ROWS_HELP["max_text"])] = MAX_TEXT,
+    backbone: HeadsBackbone = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a log of served prompts with the rows that a head was trained on."""
+    if output is not None:
+        check_writable(output, "the plot")
+    backbone = backbone_of(probe, backbone)
+    with contextlib.redirect_stdout(sys.stderr):
+        head = ProbeModel.from_pretrained(
+            resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code
+        )
+        reference = (head.results or {}).get("novelty")
+        if head.novelty is None or reference is None:
+            raise ProbeError(
+                f"{probe} has no novelty to compare with; fit it with llama-probe calibrate --probe FOLDER --novelty-data ROWS"
+            )
+        texts = _texts(input, text_column, max_text)
+        rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
+        lm, tokenizer = load_backbone(backbone, dtype)
+        check_backbone(probe, head.config, lm)
+        head.to(lm.device).set_backbone(lm)
+        prompts = PromptFormat.from_config(head.config, tokenizer)
+        ids, masks, _ = prompts.encode_for(head.config, [texts[row] for row in rows])
+        logits, novelty = predict_rows(head, PromptDataset(ids, np.zeros(len(ids)), masks), progress=True)
+        found = compare_log(head.config, reference, logits, novelty, top)
+        for row in found["worth_labelling"]:
+            row["row"] = rows[row["row"]]
+            row["text"] = texts[row["row"]]
+        if output is not None:
+            figure = drift_plot(head.config, logits, novelty, reference)
+            make_folder(output)
+            write_atomically({output / "drift.png": png_writer(lambda: figure)})
+    if as_json:
+        print(json.dumps(found))
+        return
+    _print(probe, found)
+    if output is not None:
+        print(f"written: {output / 'drift.png'}")
+
+
+def _texts(patterns: list[str], column: str, max_text: int) -> list[Any]:
+    """Return the texts of all files in their order; rows without one are left out."""
+    texts: list[Any] = []
+    for file in InputFile.find(patterns):
+        if column not in (fields := file.fields([column], max_text)):
+            raise ProbeError(f"{file.path} has no column {column!r}; it has: {', '.join(fields) or 'none'}")
+        for chunk in file.chunks([column], 2048, lambda _number: True, max_text):
+            texts += [text for text in chunk.columns[column] if text is not None and is_text(text) and text]
+    if not texts:
+        raise ProbeError(f"--input {', '.join(patterns)} holds no texts in the column {column!r}")
+    return texts
+
+
+def _print(probe: str, found: dict[str, Any]) -> None:
+    novelty, (low, high) = found["novelty"], found["novelty"]["interval"]
+    create_console().print(
+        escape(
+            f"{found['rows']:,} prompts. Novelty above {FAR}: {novelty['far']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
+            f"1.0% of the validation rows). Median {novelty['median']:.2f} (0.50)."
+        )
+    )
+    if "labels" in found:
+        table = Table("label", title=escape(f"labels that {probe} gives"))
+        for column in ("log", "validation rows", ""):
+            table.add_column(column, justify="right")
+        for name, part in found["labels"].items():
+            low, high = part["interval"]
+            share = f"{part['share']:.1%} ({low:.1%} to {high:.1%})"
+            table.add_row(escape(name), share, f"{part['expected']:.1%}", "changed" if part["changed"] else "")
+        print_table(table)
+    table = Table("score", title="deciles 10, 50 and 90 % of the scores")
+    for column in ("log", "validation rows"):
+        table.add_column(column, justify="right")
+    for name, part in found["scores"].items():
+        table.add_row(
+            escape(name), *(", ".join(f"{part[key][i]:.3f}" for i in (1, 5, 9)) for key in ("found", "expected"))
+        )
+    print_table(table)
+    if not found["worth_labelling"]:
+        return
+    table = Table("row", title="most worth labelling: new, and unsure")
+    table.add_column("novelty", justify="right")
+    table.add_column("unsure", justify="right")
+    table.add_column("text")
+    for row in found["worth_labelling"]:
+        text = row["text"] if isinstance(row["text"], str) else row["text"][-1]["content"]
+        text = " ".join(str(text).split())
+        text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+        table.add_row(f"{row['row']:,}", f"{row['novelty']:.3f}", f"{row['unsure']:.2f}", escape(text))
+    print_table(table)
