@@ -1,10 +1,13 @@
 """AutoModel.from_pretrained(..., probe=...): new with the argument, untouched without it."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_lm, make_probe, save_head
+from huggingface_hub.utils import _http
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,6 +17,7 @@ from transformers import (
 )
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
+from llama_probe.backbone.loading import backbone_target, load_backbone
 from llama_probe.serving import auto
 
 
@@ -142,3 +146,21 @@ class TestAHeadsId:
     def test_a_head_that_does_not_know_its_backbone(self, head):
         with pytest.raises(ProbeError, match="backbone"):
             AutoModelForCausalLM.from_pretrained(head)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda place: AutoModel.from_pretrained(place, probe="toxicchat-gate"),
+        lambda place: LlamaForProbedGeneration.from_pretrained(place, probe="toxicchat-gate"),
+        AutoModelForProbedGeneration.from_pretrained,
+        load_backbone,
+        backbone_target,
+    ],
+)
+def test_without_a_network_the_hub_is_asked_once(hub, monkeypatch, load):
+    waits = []  # between repeated requests
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": waits.append}))
+    with hub.down(), pytest.raises(ProbeError, match=r"^org/tiny .* demo model [^\n]*$"):
+        load("org/tiny")
+    assert not waits

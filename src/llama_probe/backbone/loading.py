@@ -26,7 +26,7 @@ from transformers import (
 
 from ..errors import ProbeError
 from ..hub.resolve import Target
-from ..hub.transport import HubOptions
+from ..hub.transport import HubOptions, check_within_reach
 from .decoder import find_decoder, without_peft
 
 
@@ -163,6 +163,7 @@ def load_backbone(
     gguf = find_gguf(path)
     if gguf is None and os.path.isdir(path) and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
         raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
+    check_within_reach(path)
     try:
         if gguf is not None:
             lm, tokenizer = _load_gguf(gguf, dtype)
@@ -191,7 +192,12 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def backbone_target(name: str) -> Target | None:
-    """Return the target of a backbone without loading it, or None if its config does not have the sizes."""
+    """Return the target of a backbone without loading it, or None if its config does not have the sizes.
+
+    Raises:
+        ProbeError: it is a Hub id, not cached, and the Hub does not answer.
+    """
+    check_within_reach(name)
     return _DEMO_TARGET if name == DEMO else Target.read(name, {}, HubOptions())
 
 

@@ -12,6 +12,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from queue import Empty, SimpleQueue
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from huggingface_hub import (
@@ -34,6 +35,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import extract_commit_hash
 
@@ -186,14 +188,47 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
     cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
     if options.local_files_only or isinstance(cached, str):  # the client needs no connection for it
         return options
+    return (
+        options
+        if _hub_answers(reference.repo_id, path, revision, options.token)
+        else replace(options, local_files_only=True)
+    )
+
+
+def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Check that a Hub id is cached or that the Hub answers. The client would try for over a minute, file by file.
+
+    Args:
+        place: folder, file or Hub id of a backbone or a head. Anything else is left to the caller.
+        kwargs: keyword arguments of its `from_pretrained`, for the token, the cache and offline settings.
+
+    Raises:
+        ProbeError: it is neither.
+    """
+    given = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
+    reference = HubReference.parse(str(place)) if given else None
+    options = HubOptions.beside(kwargs)
+    if reference is None or options.local_files_only:
+        return
+    name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
+    if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
+        return
+    if not _hub_answers(reference.repo_id, "config.json", None, options.token):
+        raise ProbeError(
+            f"{reference.repo_id} is not in the cache, and the Hub does not answer; the demo model needs no Hub: run "
+            "`llama-probe demo`, or load llama_probe.backbone.loading.demo_backbone()"
+        )
+
+
+def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> bool:
+    """Ask the Hub once for a file; False if there is no answer."""
     try:
-        api = HfApi(token=options.token)
-        _in_time(lambda: api.file_exists(reference.repo_id, path, revision=revision), path)
-    except HfHubHTTPError:  # the Hub has answered
-        return options
+        _in_time(lambda: HfApi(token=token).file_exists(repo_id, path, revision=revision), path)
+    except HfHubHTTPError:
+        return True
     except (*_FAILED, ProbeError):
-        return replace(options, local_files_only=True)
-    return options
+        return False
+    return True
 
 
 def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:

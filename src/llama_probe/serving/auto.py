@@ -22,6 +22,7 @@ from transformers import (
 from ..backbone.decoder import without_peft
 from ..backbone.loading import LOADING_PLAIN, load_causal_lm
 from ..errors import ProbeError
+from ..hub.transport import check_within_reach
 from .host import change_class
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, saved_heads
@@ -55,6 +56,7 @@ class AutoModelForProbedGeneration:
         Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
         """
         place = pretrained_model_name_or_path
+        check_within_reach(place, kwargs)
         if probe is not None:
             heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
             loaded = load_causal_lm(place, *model_args, **kwargs)
@@ -91,6 +93,7 @@ class AutoModelForProbedGeneration:
 def _load_below(head: HeadPlace, model_args: tuple, kwargs: dict[str, Any], strict: bool = False):
     """Load the backbone of a head, with the head."""
     kwargs = head.backbone_kwargs(kwargs)
+    check_within_reach(head.backbone, kwargs)
     heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
     loaded = load_causal_lm(head.backbone, *model_args, **kwargs)
     AutoModelForProbedGeneration.from_causal_lm(_model_of(loaded), heads, strict)

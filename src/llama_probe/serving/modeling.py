@@ -20,6 +20,7 @@ from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import check_abstain
 from ..heads.scope import check_rows, prompt_masks
+from ..hub.transport import check_within_reach
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
@@ -174,6 +175,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
         place, load = pretrained_model_name_or_path, super().from_pretrained
+        check_within_reach(place, kwargs)
         if probe is not None:
             heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
             loaded = load(place, *model_args, **kwargs)
