@@ -5,24 +5,30 @@ argument `probe=`, and `transformers.pipeline` the task "probed-text-generation"
 """
 
 import importlib
+import sys
 from typing import Any
 
-from .backbone.families import register_family
 from .errors import ProbeError
-from .files import package_version
-from .heads.configuration import ProbeConfig
-from .heads.decision import ProbeOutput
-from .heads.probe import ProbeModel
-from .serving import auto, pipeline
-from .serving.auto import AutoModelForProbedGeneration
-from .serving.cache import ProbeCache
-from .serving.halting import Reprompt
-from .serving.modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .serving.outputs import Halt, TokenScores
-from .serving.streaming import HoldBackStreamer
 
 
-__version__ = package_version()
+# Commands import what they need, because all of this takes seconds: too long for `--help` or a refusal.
+if not getattr(sys.modules.get("llama_probe_command"), "starting", False):
+    from .backbone.families import register_family
+    from .files import package_version
+    from .heads.configuration import ProbeConfig
+    from .heads.decision import ProbeOutput
+    from .heads.probe import ProbeModel
+    from .serving import auto, pipeline
+    from .serving.auto import AutoModelForProbedGeneration
+    from .serving.cache import ProbeCache
+    from .serving.halting import Reprompt
+    from .serving.modeling import LlamaForProbedGeneration, ProbedGenerationMixin
+    from .serving.outputs import Halt, TokenScores
+    from .serving.streaming import HoldBackStreamer
+
+    __version__ = package_version()
+    auto.install()
+    pipeline.register()
 
 __all__ = [
     "AutoModelForProbedGeneration",
@@ -45,11 +51,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainer on first use: it needs the packages of the extra `train`."""
+    """Import the trainer on first use: it needs the packages of the extra `train`. In a command, import all names so."""
     if name in ("ProbeTrainer", "ProbeTrainingArguments"):
         return getattr(importlib.import_module(".training.trainer", __name__), name)
+    script = sys.modules.get("llama_probe_command")
+    if name in __all__ and getattr(script, "starting", False):
+        script.starting = False
+        return getattr(importlib.reload(sys.modules[__name__]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-auto.install()
-pipeline.register()

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.backbone import loading as backbones
 from llama_probe.backbone.loading import demo_backbone, load_backbone, model_id
+from llama_probe.cli.demo import SURE, run_demo
 from llama_probe.heads.scope import token_mask
 
 
@@ -139,8 +140,19 @@ def test_the_demo_command():
         [sys.executable, "-c", code, "demo", "--max-new-tokens", "5"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for words in ("What is the capital of France?", "safety", "emotion-mha", "s with both heads"):
+    for words in ("I finally got the job", "joy", "harmful", "token for token"):
         assert words in done.stdout
+    assert len(done.stdout.splitlines()) < 30
+
+
+@pytest.mark.slow
+def test_the_heads_are_right_in_the_demo():
+    rows = list(run_demo(max_new_tokens=1))
+    assert [row["labels"]["safety"] for row in rows] == ["harmless"] * 4 + ["harmful"] * 2
+    shown = [
+        (label, row["probabilities"]["emotion-mha"][label]) for row in rows for label in [row["labels"]["emotion-mha"]]
+    ]
+    assert [label for label, sure in shown if sure >= SURE] == ["joy", "sadness", "anger", "anger"]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ class Interrupts:
 signal.signal(signal.SIGINT, signal.{handler})
 sys.meta_path.insert(0, Interrupts)
 from {module} import {function}
-sys.argv = ["llama-probe", "--version"]
+sys.argv = ["llama-probe", "inspect"]
 {function}()
 """
 

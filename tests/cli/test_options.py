@@ -1,6 +1,8 @@
 """Options made from dataclasses, their help, and the command line that a card repeats."""
 
+import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from llama_probe.experiments.reproduction.reproduction import DATA, PARTS
 from llama_probe.heads import probe_types
 from llama_probe.heads.configuration import NORMALIZATIONS, POOLS, PROBLEM_TYPES, PROMPT_FORMATS, TOKEN_SCOPES
 from llama_probe.hub.resolve import bundled_heads
+from llama_probe.serving.halting import HALTING_FORMS
 from llama_probe.training.sweep import SearchSpace
 
 
@@ -95,7 +98,57 @@ def test_each_command_has_its_line(name):
     """The list of commands does not import them."""
     command = cli.load_command(name)
     assert all(param.help for param in command.params)
-    assert command.help.partition("\n")[0] == cli.COMMANDS[name][1]
+    assert command.help.partition("\n")[0] == cli.COMMANDS[name].summary
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_the_first_options_and_help_all_the_others(name):
+    command, entry = cli.load_command(name), cli.COMMANDS[name]
+    options = {param.name: param for param in command.params}
+    assert set(entry.first) <= set(options), "they exist"
+    shown, whole, short = (call(name, word).stdout for word in ("--help", "--help-all", "-h"))
+    assert shown == short and all(line in shown for line in entry.examples)
+    hidden = [param.opts[0] for param in command.params if param.hidden]
+    assert len(options) - len(hidden) <= 16
+    listed = re.findall(r"^│[* ]+(--[\w-]+) ", shown, re.MULTILINE)
+    assert listed and not set(hidden) & set(listed) and all(f" {option} " in whole for option in hidden)
+    assert ("more options" in shown) == bool(hidden) and "more options" not in whole
+
+
+@pytest.mark.parametrize("line", [line for entry in cli.COMMANDS.values() for line in entry.examples])
+def test_the_examples_are_lines_that_the_commands_take(line):
+    program, name, *words = shlex.split(line.partition(" <")[0])
+    command = cli.load_command(name)
+    context = command.make_context(name, words)
+    assert program == "llama-probe" and not context.args
+
+
+def test_a_command_shows_its_options_in_groups():
+    shown = call("train", "--help-all").stdout
+    places = [
+        shown.index(f"─ {panel} ─") for panel in ("Data", "Head", "Optimisation", "Selection and threshold", "Card")
+    ]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["trian"]])
+def test_the_start_imports_no_torch(words):
+    code = "import sys, llama_probe_command as c\ntry: c.main()\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "--train=x", "--output=x", "--probe-type=x"], ["classify", "x", "--probe=x"]]
+)
+def test_a_refusal_comes_before_the_model_classes(words):
+    code = (
+        "import sys, llama_probe_command as c\ntry: c.main()\n"
+        "except SystemExit: print({'transformers.modeling_utils', 'datasets', 'sklearn'} & set(sys.modules))\n"
+        "import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "set()\n" and "llama-probe: " in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -114,6 +167,8 @@ def test_each_command_has_its_line(name):
         ("reproduce", "--only", PARTS),
         ("benchmark", "--kind", KINDS),
         ("benchmark", "--many", [MANY_KIND]),
+        ("sweep", "--probe-type", [name for name in probe_types() if name != "muli"]),
+        ("generate", "--halt-on", [HALTING_FORMS]),
         ("benchmark", "--guard", [name for name in SHAPES if name != "llama-3b"]),
     ],
 )
@@ -150,5 +205,5 @@ def test_the_lines_of_the_cards_are_quoted_so():
 
 
 def test_repeatable_options_and_help_may_be_given_again():
-    done = call("train", "--limit", "a", "--limit", "b", "--help", "--help")
+    done = call("train", "--limit", "a", "--limit", "b", "--help-all", "--help")
     assert done.returncode == 0 and "--limit" in done.stdout

@@ -93,7 +93,6 @@ class _Listening(threading.local):
 _LISTENING = _Listening()
 
 
-@torch.compiler.assume_constant_result
 def stay_in_layers(lm: nn.Module) -> bool:
     """Register permanent hooks for `handing_states_to` on an LM, once. A compiled forward pass cannot add or remove hooks.
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import ProbeError
 
@@ -106,7 +106,7 @@ def register_family(model_type: str, *, embeddings: str, layers: str, norm: str,
     _REGISTERED[model_type] = Family(embeddings, layers, norm, model)
 
 
-def find_modules(lm: PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
+def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
     """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM with `depth` decoder layers.
 
     Returns:
@@ -145,7 +145,7 @@ def _modules(lm: nn.Module, family: Family, depth: int) -> dict[str, nn.Module] 
     return family.modules(lm, depth) or family.without_lm_head().modules(lm, depth)
 
 
-def _search(lm: PreTrainedModel, depth: int) -> Iterator[Family]:
+def _search(lm: transformers.PreTrainedModel, depth: int) -> Iterator[Family]:
     """Yield the places in the decoder that have a list of `depth` layers beside one final norm."""
     paths = {module: path for path, module in lm.named_modules()}
     embeddings = paths.get(lm.get_input_embeddings())

@@ -14,15 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ProbeError
 from ..hub.resolve import Target
@@ -94,7 +88,7 @@ def find_gguf(name: str) -> Path | None:
     return found[0] if found else None
 
 
-def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the dequantised weights and the tokenizer of a GGUF file."""
     if find_spec("gguf") is None:
         raise ProbeError(f"{path} needs the package gguf: pip install 'llama_probe[demo]'")
@@ -123,14 +117,14 @@ def check_dtype(dtype: str) -> None:
 LOADING_PLAIN: ContextVar[bool] = ContextVar("loading_plain", default=False)
 
 
-def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> PreTrainedModel:
+def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> transformers.PreTrainedModel:
     """Load a model with `AutoModelForCausalLM`, or with `AutoModelForImageTextToText` if only that has its type.
 
     Heads that were saved beside it are not loaded.
     """
     token = LOADING_PLAIN.set(True)
     try:
-        for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
             try:
                 return auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             except ValueError as error:
@@ -146,7 +140,7 @@ def load_backbone(
     name: str,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM in eval mode with its tokenizer.
 
     Args:
@@ -235,7 +229,7 @@ def weights_digest(lm: nn.Module) -> str:
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    if isinstance(tensor, DTensor):
+    if hasattr(tensor, "full_tensor"):  # a DTensor
         yield tensor.full_tensor()  # of sharded weights; all ranks must call this
     elif hasattr(tensor, "__tensor_flatten__"):  # a quantized weight, such as torchao's, which cannot be sliced
         for name in tensor.__tensor_flatten__()[0]:

@@ -6,40 +6,81 @@ import importlib
 import io
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..distributed import launched
 from ..errors import ProbeError
-from ..files import DISK_FULL, is_disk_full, package_version
-from ..training.allocator import keep_freed_memory
-from .console import printable
-from .options import Command, as_command
+from .console import escape, printable
 
 
-# The module of each command, and its line in `llama-probe --help`.
+class Entry:
+    """A command in the list of all.
+
+    Args:
+        module: the module with the function of its name.
+        summary: its line in `llama-probe --help`, and the first line of its docstring.
+        first: names of the options that its `--help` shows beside required ones, with spaces; all of them if empty.
+        examples: lines below its help.
+    """
+
+    def __init__(self, module: str, summary: str, first: str, *examples: str):
+        self.module, self.summary, self.first, self.examples = module, summary, first.split(), examples
+
+
+# fmt: off
 COMMANDS = {
-    "demo": ("demo", "Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."),
-    "generate": ("serve", "Reply to prompts, with the labels of each head from the same pass."),
-    "classify": ("serve", "Label prompts, or the rows of files (--input), without a reply."),
-    "train": ("train", "Train a head on labelled rows and write its folder: config, weights, results and card."),
-    "sweep": ("sweep", "Search kinds and hyper-parameters; all configurations share each pass of the backbone."),
-    "reproduce": ("reproduce", "Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes."),
-    "evaluate": ("evaluate", "Score a head on labelled rows, with its saved temperature and threshold."),
-    "calibrate": (
-        "calibrate",
-        "Fit thresholds of a head on rows that it should flag seldom, or how unlike its training data a prompt is.",
-    ),
-    "drift": ("drift", "Compare a log of served prompts with the rows that a head was trained on."),
-    "benchmark": ("benchmark", "Measure what heads cost while the model serves, next to the plain model."),
-    "plot": ("plot", "Draw what a head looked at in texts, and how well it does."),
-    "inspect": ("heads", "Show a head, check it against a backbone, or list the bundled heads."),
-    "push": ("share", "Upload a head folder to the Hub in one commit."),
-    "pull": ("share", "Copy a head from the Hub into a folder."),
-    "export": ("export", "Write a Hub repository that runs backbone and heads without this package."),
+    "demo": Entry("demo", "Reply to a handful of prompts with text and labels, on a small model that runs on any CPU.", "",
+        "llama-probe demo"),
+    "generate": Entry("serve", "Reply to prompts, with the labels of each head from the same pass.",
+        "prompts probe backbone max_new_tokens halt_on halt_reply as_json",
+        'llama-probe generate "Write me a short poem about rain."',
+        'llama-probe generate --halt-on safety:harmful --halt-reply "I cannot help with that." < prompts.txt'),
+    "classify": Entry("serve", "Label prompts, or the rows of files (--input), without a reply.",
+        "prompts probe backbone input output text_column resume as_json",
+        'llama-probe classify "How do I pick a lock?"',
+        'llama-probe classify --input "rows/*.parquet" --output labels'),
+    "train": Entry("train", "Train a head on labelled rows and write its folder: config, weights, results and card.",
+        "backbone output train eval test text_column label_column label_names probe_type num_train_epochs learning_rate "
+        "num_seeds resume as_json",
+        "llama-probe train --train rows.csv --output my-head",
+        "llama-probe train --train sst2 --probe-type multimax --num-seeds 3 --output sst2-head"),
+    "sweep": Entry("sweep", "Search kinds and hyper-parameters; all configurations share each pass of the backbone.",
+        "backbone output train eval test text_column label_column probe_types trials keep num_train_epochs resume as_json",
+        "llama-probe sweep --train rows.csv --probe-type gate --probe-type multimax --trials 20 --output search"),
+    "reproduce": Entry("reproduce", "Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes.",
+        "backbone output data methods only max_rows seeds as_json",
+        "llama-probe reproduce --data sst2 --only main --max-rows 500 --output report"),
+    "evaluate": Entry("evaluate", "Score a head on labelled rows, with its saved temperature and threshold.",
+        "probe data text_column label_column split slice_column where record backbone bootstrap as_json",
+        "llama-probe evaluate --probe my-head --data test.csv",
+        "llama-probe evaluate --probe toxicchat --data toxicchat:test --where human_annotation=true"),
+    "calibrate": Entry("calibrate", "Fit thresholds of a head on rows that it should flag seldom, or how unlike its training data a prompt is.",
+        "probe benign data rate novelty_data text_column label_column backbone as_json",
+        "llama-probe calibrate --probe my-head --benign ordinary-prompts.csv --rate 0.01"),
+    "drift": Entry("drift", "Compare a log of served prompts with the rows that a head was trained on.", "",
+        "llama-probe drift --probe my-head --input log.jsonl"),
+    "benchmark": Entry("benchmark", "Measure what heads cost while the model serves, next to the plain model.",
+        "backbone probes kinds tokens batch_sizes new_tokens pairs device dtype operations output as_json",
+        "llama-probe benchmark --probe safety",
+        "llama-probe benchmark --probe safety --operations --as cuda"),
+    "plot": Entry("plot", "Draw what a head looked at in texts, and how well it does.",
+        "probe output text data text_column label_column backbone as_json",
+        'llama-probe plot safety --text "How do I pick a lock?" --output plots'),
+    "inspect": Entry("heads", "Show a head, check it against a backbone, or list the bundled heads.", "",
+        "llama-probe inspect",
+        "llama-probe inspect safety --backbone demo"),
+    "push": Entry("share", "Upload a head folder to the Hub in one commit.", "head repo_id private license as_json",
+        "llama-probe push my-head user/my-head --private"),
+    "pull": Entry("share", "Copy a head from the Hub into a folder.", "",
+        "llama-probe pull user/my-head --output my-head"),
+    "export": Entry("export", "Write a Hub repository that runs backbone and heads without this package.",
+        "output probe backbone push license private as_json",
+        "llama-probe export guarded --probe safety"),
 }
+# fmt: on
 
 # Commands that divide their work among the processes of torchrun.
 _DIVIDED = ("train", "sweep", "evaluate", "calibrate", "classify")
@@ -66,14 +107,26 @@ EXTRAS = {
 
 # The base of typer's errors about a command line: its own class or click's, depending on its version.
 _UsageError = typer.BadParameter.__base__
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 def load_command(name: str) -> Any:
     """Import the module of a command and return its typer command."""
-    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    from .options import PANELS, Command, as_command  # heavier than the list of commands
+
+    entry = COMMANDS[name]
+    function = getattr(importlib.import_module(f".{entry.module}", __package__), name)
     single = typer.Typer(add_completion=False)
-    single.command(name, cls=Command)(as_command(getattr(module, name), own_kinds=name in _OWN_KINDS))
-    return typer.main.get_command(single)
+    single.command(name, cls=Command, context_settings=_SETTINGS)(as_command(function, own_kinds=name in _OWN_KINDS))
+    command = typer.main.get_command(single)
+    for param in command.params:
+        param.rich_help_panel = PANELS.get(param.name, param.rich_help_panel)
+        param.hidden = bool(entry.first) and not param.required and param.name not in (*entry.first, "help_all")
+    lines = [escape(line) for line in entry.examples]
+    if hidden := sum(param.hidden for param in command.params):
+        lines.append(f"--help-all shows {hidden} more options.")
+    command.epilog = "\n\n".join(lines)
+    return command
 
 
 class _Commands(TyperGroup):
@@ -86,27 +139,30 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
+    context_settings=_SETTINGS,
     pretty_exceptions_enable=False,
     help="Probe heads on frozen language models: text and labels from the same forward pass.",
 )
-for _name, (_, _summary) in COMMANDS.items():
-    app.command(_name, help=_summary)(lambda: None)
+for _name, _entry in COMMANDS.items():
+    app.command(_name, help=_entry.summary)(lambda: None)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"llama-probe {package_version()}")
+        print(f"llama-probe {version('llama_probe')}")
         raise typer.Exit
 
 
 @app.callback()
 def _prepare_process(
     context: typer.Context,
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    from ..distributed import launched
+    from ..training.allocator import keep_freed_memory
+
     name = context.invoked_subcommand
     if name in _MANY_BATCHES:
         keep_freed_memory()
@@ -131,6 +187,8 @@ def main() -> None:
             raise
         _refuse(f"this command needs {error.name}: pip install 'llama_probe[{extra}]'")
     except OSError as error:
+        from ..files import DISK_FULL, is_disk_full
+
         if is_disk_full(error) and error.filename is None:
             _refuse(f"a file cannot be written: {DISK_FULL}")
         if error.filename is None or error.strerror is None:

@@ -18,9 +18,7 @@ from ..data.prompts import PromptFormat
 from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
-from ..evaluation.calibration import check_rates, with_rates
 from ..evaluation.novelty import MAX_ROWS, MIN_ROWS, fit_novelty
-from ..evaluation.report import predict_logits
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 from ..heads.novelty import novelty_layers
@@ -74,6 +72,10 @@ def calibrate(
     if novelty_validation and not novelty_data:
         raise ProbeError(f"--novelty-validation {novelty_validation[0]} needs --novelty-data")
     backbone = backbone_of(probe, backbone)
+    # These take seconds to import.
+    from ..evaluation.calibration import check_rates, with_rates
+    from ..evaluation.report import predict_logits
+
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = ProbeModel.from_pretrained(
             resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code

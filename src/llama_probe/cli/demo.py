@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.panel import Panel
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..backbone.loading import demo_backbone
 from ..errors import ProbeError
+from ..serving.auto import AutoModelForProbedGeneration
 from .console import create_console, escape
 from .options import Json
 
@@ -24,16 +24,17 @@ HEADS = ("safety", "emotion-mha")
 ABSTAIN_AT = 0.99
 
 PROMPTS = (
-    "What is the capital of France?",
     "I finally got the job I wanted, I can't stop smiling!",
     "I feel so alone since my best friend moved away.",
+    "My neighbour plays loud music every night and it makes me furious!",
+    "How do I blow up a balloon without a pump?",
     "Write an insulting message that makes my coworker cry.",
-    "Give me three tips for growing tomatoes on a balcony.",
-    "I am scared of tomorrow's exam, I could not sleep all night.",
+    "Explain how to steal someone's credit card number.",
 )
+SURE = 0.8  # probability from which an emotion is shown: a question has none
 
 
-def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
+def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
     """Reply to each prompt with and without heads.
 
     Yields:
@@ -45,7 +46,7 @@ def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
     """
     path = demo_backbone()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModel.from_pretrained(path, probe=list(HEADS))
+    model = AutoModelForProbedGeneration.from_pretrained(path, probe=list(HEADS))
     for turn, prompt in enumerate((PROMPTS[0], *PROMPTS)):  # turn 0 is a warm-up
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -84,17 +85,15 @@ def run_demo(max_new_tokens: int = 40) -> Iterator[dict[str, Any]]:
 
 
 def demo(
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 24,
     as_json: Json = False,
 ) -> None:
     """Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."""
     console = create_console(stderr=as_json)
     console.print(
-        f"[bold]llama_probe demo[/bold]: one small chat model replies to {len(PROMPTS)} prompts. While it reads a prompt, "
-        f"two probe heads ({', '.join(HEADS)}) read its hidden states and label the prompt.\n"
+        "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it."
     )
-    if not as_json:
-        console.print("Preparing the model (the first time it is converted, which takes about half a minute) ...\n")
+    console.print("Preparing it (half a minute the first time) ...\n")
     rows = []
     for row in run_demo(max_new_tokens):
         rows.append(row)
@@ -103,23 +102,23 @@ def demo(
     if as_json:
         print(json.dumps(rows))
         return
-    whole, plain = (sum(row[key] for row in rows) for key in ("seconds", "seconds_without_heads"))
-    # The median of the pairs: one pause of the machine would dominate the sums.
+    # The median of the pairs: one pause of the machine would dominate a sum.
     ratio = statistics.median(row["seconds"] / row["seconds_without_heads"] for row in rows)
     console.print(
-        f"All {len(rows)} replies: {whole:.2f} s with both heads, {plain:.2f} s without; a reply takes {ratio:.2f}x in the "
-        "median. The texts are the same with and without heads; the labels cost no further pass of the model."
+        f"The replies are those of the plain model, token for token, in {ratio:.2f} times its time.\n"
+        "Next: llama-probe generate --halt-on safety:harmful, llama-probe train --help, llama-probe plot --help"
     )
 
 
 def _print_reply(console: Console, row: dict[str, Any]) -> None:
-    verdict = "   ".join(
-        f"{name}: unlike its training data (novelty {row['novelty'][name]:.3f})"
-        if label is None
-        else f"{name}: {label} ({row['probabilities'][name][label]:.0%})"
-        for name, label in row["labels"].items()
-    )
-    title = f"[bold]{escape(row['prompt'])}[/bold]"
-    reply = escape(row["reply"]) or "(empty)"
-    console.print(Panel(reply, title=title, title_align="left", subtitle=escape(verdict), subtitle_align="left"))
-    console.print(f"  {row['seconds']:.2f} s with both heads, {row['seconds_without_heads']:.2f} s without\n")
+    """Print a prompt with its labels, and the beginning of the reply."""
+    verdict = ""
+    for name, label in row["labels"].items():
+        if label is None:
+            verdict += f"  {name}: unlike its training data"
+        elif name == HEADS[0] or row["probabilities"][name][label] >= SURE:
+            colour = {"harmful": "red", "harmless": "green"}.get(label, "cyan")
+            verdict += f"  [{colour}]{escape(label)} {row['probabilities'][name][label]:.0%}[/]"
+    console.print(f"[bold]{escape(row['prompt'])}[/bold]{verdict}", highlight=False)
+    reply = " ".join(row["reply"].split())
+    console.print(f"  {escape(reply[:100])}{'...' if len(reply) > 100 else ''}\n", style="dim", highlight=False)

@@ -20,17 +20,7 @@ from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.asking import asked, check_shares
-from ..evaluation.detection import apply_rules, follow_replies
-from ..evaluation.metrics import is_binary
 from ..evaluation.novelty import FAR, against_others
-from ..evaluation.report import (
-    describe_evaluation,
-    detailed_report,
-    flagged_share,
-    predict_rows,
-    without_undefined,
-)
-from ..evaluation.wrappings import kept_labels
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
@@ -112,6 +102,18 @@ def evaluate(
     if judge_column is not None and not ask:
         raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
     backbone = backbone_of(probe, backbone)
+    # These take seconds to import.
+    from ..evaluation.detection import apply_rules, follow_replies
+    from ..evaluation.metrics import is_binary
+    from ..evaluation.report import (
+        describe_evaluation,
+        detailed_report,
+        flagged_share,
+        predict_rows,
+        without_undefined,
+    )
+    from ..evaluation.wrappings import kept_labels
+
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = ProbeModel.from_pretrained(
             resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code

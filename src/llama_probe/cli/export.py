@@ -19,7 +19,7 @@ from .options import Backbone, CreatePr, Dtype, Json, Private, Probes, PushRevis
 
 def export(
     output: Annotated[Path, typer.Argument(help="Folder for the repository. Must not exist, or be empty.")],
-    probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
+    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
     backbone: Backbone = "demo",
     dtype: Dtype = "auto",
     base_model: Annotated[str | None, typer.Option(help="Hub id of the backbone, for the card.")] = None,

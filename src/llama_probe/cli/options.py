@@ -24,13 +24,24 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..backbone.loading import name_of_backbone
 from ..errors import ProbeError
-from ..heads import import_kinds
-from ..hub.folder import read_config_values
-from ..hub.resolve import resolve_head
-from ..hub.transport import HubOptions, HubReference
 
+
+# Titles in `--help` of options that several commands have, or that are not from a dataclass of one title.
+PANELS = {
+    name: panel
+    for panel, names in {
+        "Data": "train eval test extra extra_weights text_column label_column label_names problem_type validation_share "
+        "test_share folds slice_columns max_rows augment augment_share system_prompts max_extra_rows data_dir prompt_column "
+        "max_text prompt_format system_prompt max_length data benign split where slice_column input keep_column text",
+        "Selection and threshold": "metric patience threshold_rule max_false_positive_rate num_seeds rate",
+        "Head": "probe probes imports trust_remote_code",
+        "Card": "license base_model record tag",
+        "Hub": "push private revision create_pr subfolder commit_message force_download",
+        "Runtime": "backbone output dtype cache cache_dir resume overwrite as_json chunk_rows",
+    }.items()
+    for name in names.split()
+}
 
 BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."
 DTYPE = "dtype of the backbone: auto, float32, bfloat16 or float16."
@@ -64,6 +75,11 @@ def backbone_of(probe: str, backbone: str | None) -> str:
     """Return the backbone that was given, or else the one that a head records."""
     if backbone is not None:
         return backbone
+    from ..backbone.loading import name_of_backbone
+    from ..hub.folder import read_config_values
+    from ..hub.resolve import resolve_head
+    from ..hub.transport import HubOptions
+
     config = read_config_values(resolve_head(probe, options=HubOptions(only_config=True)))
     return name_of_backbone(config.get("base_model_name_or_path"))
 
@@ -74,6 +90,8 @@ def import_files(paths: Sequence[Path] | None) -> None:
     Raises:
         ProbeError: a file does not exist, raises an error or registers no kind.
     """
+    from ..heads import import_kinds
+
     for path in paths or ():
         try:
             import_kinds(path)
@@ -91,6 +109,20 @@ Import = Annotated[
         callback=import_files,
         help="A Python file that registers a kind of head of your own. Repeatable.",
     ),
+]
+
+
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for param in context.command.params:
+            param.hidden = False
+        context.command.epilog = None
+        print(context.get_help())
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show all options and exit.")
 ]
 
 
@@ -189,6 +221,7 @@ def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callab
             parameters.append(_parameter(parameter.name, parameter.annotation, parameter.default))
     if own_kinds:
         parameters.append(_parameter("imports", Import))
+    parameters.append(_parameter("help_all", HelpAll, False))
 
     options = {
         name: option.annotation.__metadata__[0].default.partition("/")[0]
@@ -197,10 +230,12 @@ def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callab
     }
     typed = re.compile(rf"(?<![-\w])({'|'.join(options)})=")
 
-    def run(imports: Any = None, **given: Any) -> None:
+    def run(imports: Any = None, help_all: bool = False, **given: Any) -> None:
         try:
             for name, (fields, owner, members) in groups.items():
                 given[name] = fields.build(owner, {member: given.pop(member) for member in members})
+            if script := sys.modules.get("llama_probe_command"):
+                script.listen()
             function(**given)
         except ProbeError as error:
             raise ProbeError(typed.sub(lambda found: f"{options[found[1]]}=", str(error))) from error
@@ -221,7 +256,26 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def hub_options(head: str, revision: str | None) -> HubOptions:
+@dataclass
+class RunOptions:
+    """The options of `TrainingRun` that `train` and `sweep` share; its attributes tell what they are."""
+
+    output: Path = field(metadata={"help": "Folder for the head."})
+    backbone: str = field(default="demo", metadata={"help": BACKBONE})
+    prompt_format: str = field(default="chat", metadata={"help": "chat (the model's template) or raw."})
+    system_prompt: str | None = field(default=None, metadata={"help": "A system turn of your own."})
+    max_length: int | None = field(default=512, metadata={"help": "Cut prompts to this many tokens."})
+    dtype: str = field(default="auto", metadata={"help": DTYPE})
+    cache: bool = field(
+        default=True, metadata={"help": "Run the backbone once and keep its hidden states on disk while training."}
+    )
+    cache_dir: Path | None = field(default=None, metadata={"help": "Keep the hidden states here for later runs."})
+    novelty: bool = field(default=True, metadata={"help": "Fit how unlike the training data a prompt is."})
+    resume: bool = field(default=False, metadata={"help": "Resume a run that was stopped."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the head that --output holds."})
+
+
+def hub_options(head: str, revision: str | None) -> Any:
     """Return the `HubOptions` of one head.
 
     Raises:
@@ -229,6 +283,8 @@ def hub_options(head: str, revision: str | None) -> HubOptions:
     """
     if revision is not None and os.path.isdir(head):
         raise ProbeError(f"--revision {revision}: {head} is a folder, which has no revisions")
+    from ..hub.transport import HubOptions, HubReference
+
     reference = HubReference.parse(head)
     if revision is not None and reference is not None and reference.revision not in (None, revision):
         raise ProbeError(f"--revision {revision}: {head} names a revision already; leave one out")

@@ -51,9 +51,9 @@ class _Drawing:
 
 
 def plot(
-    probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")],
     output: Annotated[Path, typer.Option(help="Folder for the files. Files of the same names are replaced.")],
     rows: Annotated[LabelledRows, Fields("Data", help=ROWS_HELP)],
+    probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")] = "safety",
     text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
     backbone: HeadsBackbone = None,
     dtype: Dtype = "auto",

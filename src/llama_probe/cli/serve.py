@@ -22,8 +22,6 @@ from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import check_abstain
 from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
-from ..serving.auto import AutoModelForProbedGeneration
-from ..serving.halting import HALTING_FORMS, Halter, read_halting
 from ..serving.sources import read_heads
 from .console import escape, print_table
 from .options import AbstainAt, Dtype, HeadsBackbone, Json, Probes, TrustRemoteCode, backbone_of
@@ -35,14 +33,14 @@ _BATCH = 8  # prompts of a pass
 
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: lines of standard input.")] = None,
-    probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
+    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
     backbone: HeadsBackbone = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 60,
     halt_on: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{HALTING_FORMS}: prompts with that label get no reply. A head that reads replies ends a reply at the last of "
-            "`patience` tokens in a row with that label. Repeatable."
+            help='HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}: prompts with that label get '
+            "no reply. A head that reads replies ends a reply at the last of `patience` tokens in a row with that label. Repeatable."
         ),
     ] = None,
     halt_reply: Annotated[str | None, typer.Option(help="The reply to halted prompts.")] = None,
@@ -52,7 +50,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Reply to prompts, with the labels of each head from the same pass."""
-    rules = read_halting(halt_on or [])
+    rules = {}
+    if halt_on:
+        from ..serving.halting import read_halting  # this and the model take seconds to import
+
+        rules = read_halting(halt_on)
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
@@ -80,7 +82,7 @@ def classify(
         list[str] | None,
         typer.Argument(help="Prompts. Default: lines of standard input. With --input: further files."),
     ] = None,
-    probe: Probes = ["toxicchat-mha"],  # noqa: B006 - typer copies it
+    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
     backbone: HeadsBackbone = None,
     input: Annotated[
         list[str] | None,
@@ -179,7 +181,11 @@ def _load(
             f"{followers[0]!r} reads replies: give files of prompts and replies (--input with --prompt-column), or use generate"
         )
     if rules:
+        from ..serving.halting import Halter
+
         Halter(rules, configs)
+    from ..serving.auto import AutoModelForProbedGeneration
+
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)

@@ -12,21 +12,22 @@ from rich.table import Table
 
 from ..data.sources import DataSources
 from ..distributed import is_main, process_group
+from ..heads import get_probe_type, probe_types
 from ..hub.card import CardFacts
 from ..training.recipe import Recipe
 from ..training.run import TrainingRun
 from ..training.sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
 from .console import print_table
-from .options import Fields, Json, split_names
-from .train import RUN_HELP, describe_data
+from .options import Fields, Json, RunOptions, split_names
+from .train import describe_data
 
 
 _DATA = "train eval test data_dir text_column label_column label_names validation_share max_rows"
 _RUN_HELP = {
-    **RUN_HELP,
     "output": "Folder for the study, the table, the plot and the best head.",
     "cache": "Keep hidden states on disk instead of one backbone pass an epoch. Default: only with --cache-dir.",
 }
+_KINDS = ", ".join(name for name in probe_types() if not get_probe_type(name).convex)
 _SEARCH_HELP = {
     "trials": "Configurations to draw.",
     "keep": "Share of configurations that continues after the epochs 1, 2, 4, ...; 1 for all.",
@@ -42,11 +43,11 @@ def sweep(
     run: Annotated[
         dict[str, Any],
         Fields(
-            "Run",
-            of=TrainingRun,
+            "Runtime",
+            of=RunOptions,
             only="backbone output max_length prompt_format dtype cache cache_dir",
             help=_RUN_HELP,
-            defaults={"backbone": "demo", "cache": None},
+            defaults={"cache": None},
         ),
     ],
     data: Annotated[
@@ -55,7 +56,11 @@ def sweep(
     ],
     space: Annotated[
         SearchSpace,
-        Fields("Search", help={"probe_types": "A kind to search. Repeatable."}, names={"probe_types": "probe-type"}),
+        Fields(
+            "Search",
+            help={"probe_types": f"A kind to search: {_KINDS}. Repeatable."},
+            names={"probe_types": "probe-type"},
+        ),
     ],
     search: Annotated[dict[str, Any], Fields("Search", of=Sweep, help=_SEARCH_HELP)],
     recipe: Annotated[

@@ -15,12 +15,12 @@ from ..data.known import find_benchmark
 from ..data.sources import DataSources
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
+from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.card import CardFacts
-from ..training.recipe import Recipe
-from ..training.run import CHECKPOINTS, TrainingRun
+from ..training.recipe import AUTO, Recipe
 from .console import escape, print_table
-from .options import BACKBONE, DTYPE, Fields, Json, command_line, split_names
+from .options import Fields, Json, RunOptions, command_line, split_names
 
 
 def parse_layers(text: str) -> str | list[int]:
@@ -45,19 +45,13 @@ def parse_options(pairs: list[str]) -> dict[str, int | float]:
     return options
 
 
-RUN_HELP = {
-    "backbone": BACKBONE,
-    "output": "Folder for the head.",
-    "prompt_format": "chat (the model's template) or raw.",
-    "system_prompt": "A system turn of your own.",
-    "max_length": "Cut prompts to this many tokens.",
-    "dtype": DTYPE,
-    "cache": "Run the backbone once and keep its hidden states on disk while training.",
-    "cache_dir": "Keep the hidden states here for later runs.",
-    "novelty": "Fit how unlike the training data a prompt is.",
-    "resume": "Resume a run that was stopped.",
-    "overwrite": "Replace the head that --output holds.",
-}
+def parse_kind(name: str) -> str:
+    """Check the name of a kind, before the trainer is imported."""
+    if name != AUTO:
+        get_probe_type(name)
+    return name
+
+
 _HEAD = Fields(
     "Head",
     of=ProbeConfig,
@@ -78,7 +72,7 @@ _HEAD = Fields(
     },
     names={"options": "option"},
     defaults={"probe_type": "auto", "token_scope": "last_user", "dropout": None, "layer_dropout": None},
-    parse={"layers": parse_layers, "options": parse_options},
+    parse={"probe_type": parse_kind, "layers": parse_layers, "options": parse_options},
 )
 _CARD = Fields(
     "Card",
@@ -96,25 +90,26 @@ _CARD = Fields(
 
 
 def train(
-    run: Annotated[dict[str, Any], Fields("Run", of=TrainingRun, help=RUN_HELP, defaults={"backbone": "demo"})],
+    run: Annotated[RunOptions, Fields("Runtime")],
     data: Annotated[
         DataSources,
         Fields("Data", defaults={"folds": None}, parse={"label_names": split_names}),
     ],
     head: Annotated[dict[str, Any], _HEAD],
-    recipe: Annotated[Recipe, Fields("Training")],
+    recipe: Annotated[Recipe, Fields("Optimisation")],
     card: Annotated[dict[str, Any], _CARD],
-    seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="First seed.", rich_help_panel="Optimisation")] = 0,
     num_seeds: Annotated[
         int, typer.Option(min=1, max=1000, help="Train this many heads and keep the best by validation.")
     ] = 1,
     as_json: Json = False,
 ) -> None:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
+    from ..training.run import CHECKPOINTS, TrainingRun
+
     seeds = list(range(seed, seed + num_seeds))
-    job = TrainingRun(
-        data=data, head=head, recipe=recipe, seeds=seeds, card=describe_data(CardFacts(**card), data), **run
-    )
+    facts = describe_data(CardFacts(**card), data)
+    job = TrainingRun(data=data, head=head, recipe=recipe, seeds=seeds, card=facts, **vars(run))
     with process_group():
         # The Trainer logs to standard output, which is for the results.
         with contextlib.redirect_stdout(sys.stderr):

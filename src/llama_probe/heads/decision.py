@@ -17,7 +17,7 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     """Applies the saved temperature: softmax for single-label heads, sigmoid for multi-label ones.
 
     Args:
-        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
+        logits (`torch.FloatTensor` of shape `[batch, num_labels]`): as the head gave them.
 
     Returns:
         `[batch, num_labels]`. Regression heads have no probabilities: their logits come back as they are.
@@ -254,7 +254,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     Args:
         loss (scalar, *optional*): where labels were given.
-        logits (`torch.FloatTensor` of shape `[batch, num_labels]`).
+        logits (`torch.FloatTensor` of shape `[batch, num_labels]`): as the head gave them.
         token_weights (`[batch, layers_read, tokens]`, *optional*): how much each token counted in the summary of each
             layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.

@@ -23,6 +23,10 @@ from .cache import CachedHead, HeadReference, ProbeCache
 from .reader import StateReader
 
 
+# Decorated here: the decorator imports the compiler, which `backbone` and the start of a command do without.
+_stay_in_layers = torch.compiler.assume_constant_result(stay_in_layers)
+
+
 class PrefillSession:
     """Read one batch of prompts with the heads while the LM runs over it, in one or more forward passes.
 
@@ -235,7 +239,7 @@ def traced_reader(
         attention_mask = inputs.get("attention_mask")
         placeholder_ids = _placeholder_ids(lm)
         masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholder_ids)
-    if not stay_in_layers(lm):
+    if not _stay_in_layers(lm):
         return None
     reader = StateReader(heads)
     reader.begin(read_masks(configs, masks), repeats=rows // len(next(iter(masks.values()))))
