@@ -94,16 +94,9 @@ _OWN_KINDS = (
 )
 
 # The extra that brings an optional package.
-EXTRAS = {
-    "accelerate": "train",
-    "datasets": "train",
-    "evaluate": "train",
-    "optuna": "train",
-    "peft": "train",
-    "pyarrow": "train",
-    "scipy": "train",
-    "sklearn": "train",
-}
+EXTRAS = dict.fromkeys(
+    ("accelerate", "datasets", "evaluate", "optuna", "peft", "pyarrow", "scipy", "sklearn"), "train"
+)
 
 # The base of typer's errors about a command line: its own class or click's, depending on its version.
 _UsageError = typer.BadParameter.__base__

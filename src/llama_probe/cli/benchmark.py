@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.table import Table
 from transformers.utils import logging
 
 from ..errors import ProbeError
@@ -23,6 +22,7 @@ from .console import create_console, escape, print_table
 from .options import BACKBONE, DTYPE, Fields, Json
 
 
+_STYLE = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
 _BENCHMARK = Fields(
     "Benchmark",
     help={
@@ -90,20 +90,11 @@ def benchmark(
         print(benchmark_report.markdown(report))
         return
     if operations:
-        _print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]))
+        print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]), **_STYLE)
         return
     for title, rows in benchmark_report.by_load(report).items():
-        _print_table(title, *benchmark_report.columns(rows))
+        print_table(title, *benchmark_report.columns(rows), **_STYLE)
     for note in benchmark_report.notes(report):
         create_console().print(escape(note))
     for path in written:
         print(f"written: {path}")
-
-
-def _print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in header:
-        table.add_column(escape(name), justify="left" if name == "system" else "right")
-    for line in lines:
-        table.add_row(*map(escape, line))
-    print_table(table)

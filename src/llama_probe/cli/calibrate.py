@@ -10,7 +10,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.table import Table
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.files import MAX_TEXT
@@ -141,11 +140,9 @@ def calibrate(
         )
     if not thresholds:
         return
-    table = Table("threshold", title=escape(f"{probe} on {len(texts):,} rows that it should not flag"))
-    table.add_column("from a probability of", justify="right")
-    for name, threshold in head.config.thresholds.items():
-        table.add_row(escape(name), f"{threshold:.4f}")
-    print_table(table)
+    rows = [(name, f"{threshold:.4f}") for name, threshold in head.config.thresholds.items()]
+    title = f"{probe} on {len(texts):,} rows that it should not flag"
+    print_table(title, ("threshold", "from a probability of"), rows)
 
 
 def _harmless(rows: LabelledRows, config: ProbeConfig) -> list:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich import markup
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 # Control characters, except those that Rich handles (line breaks, tabs), and marks that change the text direction.
@@ -28,8 +31,19 @@ def create_console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, emoji=False)
 
 
-def print_table(table: Table) -> None:
-    """Print a table. Long cells continue on the next line, so that a narrow terminal or a log cuts nothing."""
-    for column in table.columns:
-        column.overflow = "fold"
+def print_table(
+    title: str | None, columns: Iterable[str], rows: Iterable[Sequence[str | Text]], left: int = 1, **style: Any
+) -> None:
+    """Print a table. Long cells continue on the next line, so that a narrow terminal or a log cuts nothing.
+
+    Args:
+        rows: cells; a `Text` may have a style, other texts are escaped.
+        left: so many columns are aligned to the left, the others to the right.
+        style: arguments of `rich.table.Table`.
+    """
+    table = Table(title=title and escape(title), **style)
+    for number, name in enumerate(columns):
+        table.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     create_console().print(table)

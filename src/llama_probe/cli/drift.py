@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.table import Table
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.files import MAX_TEXT, InputFile
@@ -107,31 +106,23 @@ def _print(probe: str, found: dict[str, Any]) -> None:
         )
     )
     if "labels" in found:
-        table = Table("label", title=escape(f"labels that {probe} gives"))
-        for column in ("log", "validation rows", ""):
-            table.add_column(column, justify="right")
+        rows = []
         for name, part in found["labels"].items():
             low, high = part["interval"]
             share = f"{part['share']:.1%} ({low:.1%} to {high:.1%})"
-            table.add_row(escape(name), share, f"{part['expected']:.1%}", "changed" if part["changed"] else "")
-        print_table(table)
-    table = Table("score", title="deciles 10, 50 and 90 % of the scores")
-    for column in ("log", "validation rows"):
-        table.add_column(column, justify="right")
-    for name, part in found["scores"].items():
-        table.add_row(
-            escape(name), *(", ".join(f"{part[key][i]:.3f}" for i in (1, 5, 9)) for key in ("found", "expected"))
-        )
-    print_table(table)
+            rows.append((name, share, f"{part['expected']:.1%}", "changed" if part["changed"] else ""))
+        print_table(f"labels that {probe} gives", ("label", "log", "validation rows", ""), rows)
+    rows = [
+        (name, *(", ".join(f"{part[key][i]:.3f}" for i in (1, 5, 9)) for key in ("found", "expected")))
+        for name, part in found["scores"].items()
+    ]
+    print_table("deciles 10, 50 and 90 % of the scores", ("score", "log", "validation rows"), rows)
     if not found["worth_labelling"]:
         return
-    table = Table("row", title="most worth labelling: new, and unsure")
-    table.add_column("novelty", justify="right")
-    table.add_column("unsure", justify="right")
-    table.add_column("text")
+    rows = []
     for row in found["worth_labelling"]:
         text = row["text"] if isinstance(row["text"], str) else row["text"][-1]["content"]
         text = " ".join(str(text).split())
         text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
-        table.add_row(f"{row['row']:,}", f"{row['novelty']:.3f}", f"{row['unsure']:.2f}", escape(text))
-    print_table(table)
+        rows.append((f"{row['row']:,}", f"{row['novelty']:.3f}", f"{row['unsure']:.2f}", text))
+    print_table("most worth labelling: new, and unsure", ("row", "novelty", "unsure", "text"), rows, left=4)

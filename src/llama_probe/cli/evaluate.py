@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.table import Table
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.known import find_benchmark
@@ -26,7 +25,7 @@ from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.folder import measured_rules, read_results
 from ..hub.resolve import resolve_head
-from .console import create_console, escape, print_table
+from .console import create_console, print_table
 from .options import Dtype, Fields, HeadsBackbone, Json, Probe, TrustRemoteCode, backbone_of
 from .rows import ROWS_HELP, LabelledRows, check_head_folder, read_texts, short_name
 
@@ -215,9 +214,9 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
         parts["all rows"]["intervals"] = result["intervals"]
     for column, values in result.get("slices", {}).items():
         parts |= {f"{column} = {value}": part for value, part in values.items()}
-    print_table(_table(title, parts))
+    _print_parts(title, parts)
     if "labels" in result:
-        print_table(_table("each label against the others", result["labels"]))
+        _print_parts("each label against the others", result["labels"])
         if "confusion" in result:
             _print_confusion(list(result["labels"]), result["confusion"])
         found = result["calibration"]
@@ -232,77 +231,59 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
             f"(95 % interval {low:.1%} to {high:.1%})."
         )
     if found := result.get("novelty"):
-        print_table(_novelty_table(found))
+        _print_novelty(found)
     if found := result.get("wrappings"):
-        print_table(_wrappings_table(found))
+        title = f"{found['rows']:,} rows, wrapped: share with the same label"
+        print_table(title, ("wrapping", "kept"), [(name, f"{share:.3f}") for name, share in found["kept"].items()])
     if found := result.get("asking"):
-        print_table(_asking_table(found))
+        _print_asking(found)
     for label, rules in result.get("halting", {}).items():
-        print_table(_halting_table(label, rules))
+        _print_halting(label, rules)
 
 
-def _table(title: str, parts: dict[str, dict[str, Any]]) -> Table:
-    """Return a table with a row for each part, a column for each metric, and intervals below the numbers."""
-    table = Table("", title=escape(title))
+def _print_parts(title: str, parts: dict[str, dict[str, Any]]) -> None:
+    """Print a row for each part, a column for each metric, and intervals below the numbers."""
     metrics = [name for name in next(iter(parts.values())) if name != "intervals"]
-    for metric in metrics:
-        table.add_column(metric, justify="right")
-    for name, part in parts.items():
-        table.add_row(escape(name), *(_cell(part, metric, "\n") for metric in metrics))
-    return table
+    rows = [(name, *(_cell(part, metric, "\n") for metric in metrics)) for name, part in parts.items()]
+    print_table(title, ("", *metrics), rows)
 
 
-def _novelty_table(found: dict[str, Any]) -> Table:
-    table = Table("novelty of these rows against", title=f"{found['own']['far']:.1%} of these rows are above {FAR}")
-    for column in ("rows", "AUROC", f"above {FAR}"):
-        table.add_column(column, justify="right")
+def _print_novelty(found: dict[str, Any]) -> None:
+    rows = []
     for name, part in found["against"].items():
         spread = f" [{', '.join(map(_number, part['interval']))}]" if part.get("interval") else ""
-        table.add_row(escape(name), f"{part['rows']:,}", f"{part['auroc']:.3f}{spread}", f"{part['far']:.1%}")
-    return table
+        rows.append((name, f"{part['rows']:,}", f"{part['auroc']:.3f}{spread}", f"{part['far']:.1%}"))
+    columns = ("novelty of these rows against", "rows", "AUROC", f"above {FAR}")
+    print_table(f"{found['own']['far']:.1%} of these rows are above {FAR}", columns, rows)
 
 
-def _wrappings_table(found: dict[str, Any]) -> Table:
-    table = Table("wrapping", title=f"{found['rows']:,} rows, wrapped: share with the same label")
-    table.add_column("kept", justify="right")
-    for name, share in found["kept"].items():
-        table.add_row(name, f"{share:.3f}")
-    return table
-
-
-def _asking_table(found: list[dict[str, Any]]) -> Table:
-    table = Table("share asked", "between", title="with a judge for the rows nearest to the threshold")
-    for column in ("recall", "false alarms"):
-        table.add_column(column, justify="right")
+def _print_asking(found: list[dict[str, Any]]) -> None:
+    rows = []
     for row in found:
         band = "-" if row["band"] is None else " and ".join(map(_number, row["band"]))
-        table.add_row(f"{row['share']:.1%}", band, _number(row["recall"]), _number(row["false_alarms"]))
-    return table
+        rows.append((f"{row['share']:.1%}", band, _number(row["recall"]), _number(row["false_alarms"])))
+    columns = ("share asked", "between", "recall", "false alarms")
+    print_table("with a judge for the rows nearest to the threshold", columns, rows, left=2)
 
 
-def _halting_table(label: str, rules: list[dict[str, Any]]) -> Table:
-    table = Table(title=escape(f"replies halted by {label} while they are written"))
-    for column in ("patience", "threshold", "detected", "in vain", "delay, median", "90 % below", "of the reply"):
-        table.add_column(column, justify="right")
+def _print_halting(label: str, rules: list[dict[str, Any]]) -> None:
+    columns = ("patience", "threshold", "detected", "in vain", "delay, median", "90 % below", "of the reply")
+    rows = []
     for rule in rules:
         found, delay = rule["test"], rule["test"]["delay"]
         cells = [found["detected"], found["false_halts"], delay["median"], delay["p90"], delay["share"]]
         forms = (".1%", ".1%", ".0f", ".0f", ".0%")
         shown = ["-" if cell is None else f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True)]
-        table.add_row(f"{rule['patience']}{' *' if rule['chosen'] else ''}", f"{rule['threshold']:.3f}", *shown)
-    return table
+        rows.append((f"{rule['patience']}{' *' if rule['chosen'] else ''}", f"{rule['threshold']:.3f}", *shown))
+    print_table(f"replies halted by {label} while they are written", columns, rows, left=0)
 
 
 def _print_confusion(names: list[str], matrix: list[list[int]]) -> None:
     if len(names) > _MAX_CONFUSION:
         create_console().print(f"The confusion matrix of the {len(names)} labels is in the output of --json.")
         return
-    table = Table("", title="true labels (rows) and labels from the head (columns)")
-    for name in names:
-        table.add_column(escape(name), justify="right")
-    for name, counts in zip(names, matrix, strict=True):
-        table.add_row(escape(name), *(f"{count:,}" for count in counts))
-    print_table(table)
+    rows = [(name, *(f"{count:,}" for count in counts)) for name, counts in zip(names, matrix, strict=True)]
+    print_table("true labels (rows) and labels from the head (columns)", ("", *names), rows)
 
 
 def _cell(part: dict[str, Any], metric: str, separator: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..errors import ProbeError
@@ -18,11 +18,15 @@ from ..heads.match import compare
 from ..heads.probe import ProbeModel
 from ..hub.card import results_table
 from ..hub.resolve import bundled_heads, resolve_head
-from .console import escape, print_table
+from .console import print_table
 from .options import Dtype, Json, Revision, TrustRemoteCode, hub_options
 
 
-_VERDICTS = {"same": "[green]same[/]", "differs": "[bold red]differs[/]", "explained": "[green]differs, explained[/]"}
+_VERDICTS = {
+    "same": Text("same", "green"),
+    "differs": Text("differs", "bold red"),
+    "explained": Text("differs, explained", "green"),
+}
 
 
 def inspect(
@@ -61,10 +65,8 @@ def inspect(
     if as_json:
         print(json.dumps(values))
         return
-    table = Table("field", "value", title=escape(probe))
-    for key, value in sorted(values.items()):
-        table.add_row(key, escape(json.dumps(value, ensure_ascii=False)))
-    print_table(table)
+    rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in sorted(values.items())]
+    print_table(probe, ("field", "value"), rows, left=2)
 
 
 def _list_bundled(as_json: bool) -> None:
@@ -72,11 +74,11 @@ def _list_bundled(as_json: bool) -> None:
     if as_json:
         print(json.dumps({alias: config.to_dict() for alias, config in configs.items()}))
         return
-    table = Table("alias", "kind", "labels", "backbone", title="bundled heads")
-    for alias, config in configs.items():
-        cells = (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
-        table.add_row(*map(escape, cells))
-    print_table(table)
+    rows = [
+        (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
+        for alias, config in configs.items()
+    ]
+    print_table("bundled heads", ("alias", "kind", "labels", "backbone"), rows, left=4)
 
 
 def _compare(probe: str, config: Any, backbone: str, dtype: str, as_json: bool) -> None:
@@ -87,11 +89,11 @@ def _compare(probe: str, config: Any, backbone: str, dtype: str, as_json: bool) 
     if as_json:
         print(json.dumps([asdict(check) for check in checks]))
         return
-    table = Table("", "the head was trained with", "this backbone", "verdict", title=escape(f"{probe} on {backbone}"))
+    rows = []
     for check in checks:
-        cells = ("-" if value is None else escape(str(value)) for value in (check.recorded, check.found))
-        table.add_row(check.field, *cells, _VERDICTS.get(check.verdict, check.verdict))
-    print_table(table)
+        cells = ("-" if value is None else str(value) for value in (check.recorded, check.found))
+        rows.append((check.field, *cells, _VERDICTS.get(check.verdict, check.verdict)))
+    print_table(f"{probe} on {backbone}", ("", "the head was trained with", "this backbone", "verdict"), rows, left=4)
     differing = [check for check in checks if check.verdict == "differs"]
     if any(check.fatal for check in differing):
         print("The head cannot run on this backbone: it was made for a model of another size.")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.prompts import PromptFormat
@@ -106,10 +105,7 @@ def plot(
     if as_json:
         print(json.dumps({"files": files, "notes": notes}))
         return
-    table = Table("file", "shows")
-    for item in files:
-        table.add_row(escape(item["file"]), escape(item["shows"]))
-    print_table(table)
+    print_table(None, ("file", "shows"), [(item["file"], item["shows"]) for item in files], left=2)
     for note in notes:
         create_console().print(escape(note), highlight=False)
 

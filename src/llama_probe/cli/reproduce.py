@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..experiments.reproduction.columns import cell, columns
 from ..experiments.reproduction.report import REPORT_NAME
 from ..experiments.reproduction.reproduction import DATA, Reproduction
 from ..experiments.reproduction.workbench import Workbench
-from .console import escape, print_table
+from .console import print_table
 from .options import BACKBONE, DTYPE, Fields, Json, command_line
 from .rows import ROWS_HELP
 
@@ -80,11 +79,8 @@ def reproduce(
         return
     for source, by_method in results["main"].items():
         shown = {name: result for name, result in by_method.items() if result is not None}
-        table = Table("method", title=escape(f"{source}, test rows"))
-        for column in columns(source):
-            table.add_column(column.title, justify="right")
-        for name, result in shown.items():
-            table.add_row(name, *(cell(column.find(result)) for column in columns(source)))
+        found = columns(source)
+        rows = [(name, *(cell(column.find(result)) for column in found)) for name, result in shown.items()]
         if shown:
-            print_table(table)
+            print_table(f"{source}, test rows", ("method", *(column.title for column in found)), rows)
     print(f"report written to {output / REPORT_NAME}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.files import MAX_TEXT
@@ -23,7 +23,7 @@ from ..heads.novelty import check_abstain
 from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
 from ..serving.sources import read_heads
-from .console import escape, print_table
+from .console import print_table, printable
 from .options import AbstainAt, Dtype, HeadsBackbone, Json, Probes, TrustRemoteCode, backbone_of
 from .rows import PromptColumn, TextColumn
 
@@ -228,14 +228,16 @@ def _print_rows(rows: list[dict], model: Any, as_json: bool) -> None:
         print(json.dumps(rows))
         return
     replies, heads = "reply" in rows[0], list(rows[0]["labels"])
-    table = Table("prompt", *(["reply"] if replies else []), *map(escape, heads), show_lines=replies)
+    lines = []
     for row in rows:
-        cells = [escape(row["prompt"])]
+        cells: list[str | Text] = [row["prompt"]]
         if replies:
-            cells.append(("[bold]halted[/bold] " if row.get("halted") else "") + escape(row["reply"]))
+            halted = ("halted ", "bold") if row.get("halted") else ""
+            cells.append(Text.assemble(halted, printable(row["reply"])))
         for name in heads:
             config = model.probes[name].config
             scores = dict(zip(config.id2label.values(), row["probabilities"][name], strict=False))
-            cells.append(escape(in_words(row["labels"][name], scores, config)) if scores else "-")
-        table.add_row(*cells)
-    print_table(table)
+            cells.append(in_words(row["labels"][name], scores, config) if scores else "-")
+        lines.append(cells)
+    columns = ("prompt", *(["reply"] if replies else []), *heads)
+    print_table(None, columns, lines, left=len(columns), show_lines=replies)

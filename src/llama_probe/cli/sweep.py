@@ -8,7 +8,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..data.sources import DataSources
 from ..distributed import is_main, process_group
@@ -90,12 +89,11 @@ def sweep(
         print(json.dumps(result))
         return
     metric = result["metric"]
-    table = Table(title=f"{len(result['trials'])} configurations by validation {metric}")
-    for name in ("", metric, "epoch", "status", "parameters", "options of llama-probe train"):
-        table.add_column(name, justify="right" if name in (metric, "parameters") else "left")
+    rows = []
     for place, trial in enumerate(result["trials"][:20], start=1):
         score = "-" if trial["score"] is None else f"{trial['score']:.4f}"
-        epoch, size = str(trial["best_epoch"]), f"{trial['num_parameters']:,}"
-        table.add_row(str(place), score, epoch, trial["status"], size, trial["options"])
-    print_table(table)
+        numbers = (score, str(trial["best_epoch"]), f"{trial['num_parameters']:,}")
+        rows.append((str(place), trial["options"], trial["status"], *numbers))
+    columns = ("", "options of llama-probe train", "status", metric, "epoch", "parameters")
+    print_table(f"{len(result['trials'])} configurations by validation {metric}", columns, rows, left=3)
     print(f"the best head is in {job.output / HEAD_FOLDER}; all configurations in {job.output / SWEEP_NAME}")

@@ -9,7 +9,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..data.known import find_benchmark
 from ..data.sources import DataSources
@@ -19,7 +18,7 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.card import CardFacts
 from ..training.recipe import AUTO, Recipe
-from .console import escape, print_table
+from .console import print_table
 from .options import Fields, Json, RunOptions, command_line, split_names
 
 
@@ -147,15 +146,12 @@ def describe_data(card: CardFacts, data: DataSources) -> CardFacts:
 
 def _print_summary(results: dict[str, Any]) -> None:
     title = f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters"
-    table = Table("rows", "metric", title=escape(title))
-    for run in results["runs"]:
-        chosen = " *" if run["seed"] == results["chosen_seed"] else ""
-        table.add_column(f"seed {run['seed']}{chosen}", justify="right")
-    table.add_column("mean ± sd", justify="right")
+    seeds = [f"seed {run['seed']}{' *' if run['seed'] == results['chosen_seed'] else ''}" for run in results["runs"]]
+    rows = []
     for split, summary in results["summary"].items():
         for metric, value in summary.items():
             if isinstance(value, dict) and "mean" in value:
                 cells = [f"{run[split][metric]:.4f}" for run in results["runs"]]
                 cells.append(f"{value['mean']:.4f} ± {value['std']:.4f}")
-                table.add_row(f"{split} ({summary['rows']})", metric, *cells)
-    print_table(table)
+                rows.append((f"{split} ({summary['rows']})", metric, *cells))
+    print_table(title, ("rows", "metric", *seeds, "mean ± sd"), rows, left=2)
