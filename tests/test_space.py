@@ -36,7 +36,9 @@ def app(backbone_folder, tmp_path_factory):
     """The module, on a tiny model with a guard and another head; no server is started."""
     heads = tmp_path_factory.mktemp("heads")
     shared = {"token_scope": "content", "prefix_ids": []}
-    guard = make_probe(1, probe_type="gate", id2label={0: "good", 1: "<bad>"}, max_length=40, **shared)
+    guard = make_probe(
+        1, probe_type="gate", id2label={0: "good", 1: "<bad>"}, max_length=40, threshold=0.9968, **shared
+    )
     save_head(guard, heads / "guard")
     save_head(make_probe(2, probe_type="mha", id2label={0: "a", 1: "b", 2: "c"}, **shared), heads / "mood")
     with pytest.MonkeyPatch.context() as patch:
@@ -115,11 +117,23 @@ def test_the_model_sees_the_last_messages_of_a_chat(app):
 def test_an_empty_message_and_a_cleared_chat(app):
     page = app.Page()
     assert respond(app, "  ", page)[0] == [{app.message: ""}] and page == app.Page()
-    assert set(app.preview("", page, True, 0.5)) == {app.banner} and app.look(page, "mood") is None
+    assert set(app.preview("", page, True, 0.5)) == {app.banner} and not app.look(page, "mood")["visible"]
     page = app.Page(app.Chat(*[[user("Hi")]] * 3))
     held = app.forget(page, True, 0.5)
     assert page.chat == app.Chat() and held[app.chatbot] == []
-    assert held[app.scores] == {"guard": {"good": 0.0, "<bad>": 0.0}, "mood": {"a": 0.0, "b": 0.0, "c": 0.0}}
+    assert held[app.scores] == {} and "row" not in held[app.bars] and not held[app.plot]["visible"], "nothing empty"
+
+
+def test_no_preview_of_a_message_that_was_sent(app):
+    """The browser may ask for it late, behind the reply."""
+    page = app.Page()
+    respond(app, "Hello there", page)
+    assert set(app.preview("Hello there", page, True, 0.5)) == {app.banner}
+    assert app.scores in app.preview("Hello again", page, True, 0.5)
+
+
+def test_the_guard_begins_at_its_own_threshold(app):
+    assert app.threshold.value == app.OWN == 0.997
 
 
 def test_a_reply_that_fails_is_not_waited_for(app, monkeypatch):
@@ -164,7 +178,7 @@ def test_bars_show_each_score_and_escape_names(app):
 
 def test_the_heat_map_is_of_the_newest_message(app):
     chat = [user("old"), {"role": "assistant", "content": "x"}, user("new")]
-    figure = app.look(app.Page(app.Chat(asked=chat)), "mood")
+    figure = app.look(app.Page(app.Chat(asked=chat)), "mood")["value"]
     names = [tick.get_text() for tick in figure.axes[2].get_xticklabels()]
     assert names[:3] == ["n", "e", "w"] and "mood" in figure.get_suptitle()
     (image,) = figure.axes[2].get_images()
@@ -276,7 +290,7 @@ def test_halting_is_seen_and_follows_the_threshold(page):
     page.wait_for_function("document.querySelector('.bars i').style.left == '100%'")
     assert page.locator(".fill.flagged").count() == 0, "without a further pass"
     send(page, insult)
-    assert "it halts from 1.00 on" in banner(page, "Passed")
+    assert "it halts from 1.000 on" in banner(page, "Passed")
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 2")
     for text in ("Hello!", "Good morning!"):  # sent right after a reply was cleared away
         page.get_by_label("Clear").click()

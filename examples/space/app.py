@@ -47,8 +47,7 @@ model = AutoModel.from_pretrained(resolve_backbone(BACKBONE), probe=HEADS, dtype
 CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
 FLAG = list(CONFIGS[GUARD].id2label.values())[-1]
-OWN = round(threshold_of(CONFIGS[GUARD], CONFIGS[GUARD].num_labels - 1) or 0.5, 2)
-NOTHING = {name: dict.fromkeys(config.id2label.values(), 0.0) for name, config in CONFIGS.items()}
+OWN = round(threshold_of(CONFIGS[GUARD], CONFIGS[GUARD].num_labels - 1) or 0.5, 3)
 # No maximum length: the guard reads the end of the chat.
 PROMPTS = replace(PromptFormat.from_config(CONFIGS[GUARD], tokenizer), max_length=None)
 THREAD = ThreadPoolExecutor(1)  # one reply at a time
@@ -160,8 +159,11 @@ def respond(text, page, halting, threshold):
 
 
 def preview(text, page, halting, threshold):
-    """Score the text in the box while the user types; a pass without a reply."""
-    if not text.strip():
+    """Score the text in the box while the user types; a pass without a reply.
+
+    A text that was sent in the meantime is skipped: its banner is about the reply.
+    """
+    if not text.strip() or {"role": "user", "content": text} in page.chat.asked[-1:]:
         return {banner: gr.skip()}
     asked = [*page.chat.turns[-MESSAGES:], {"role": "user", "content": text}]
     read = scores_of(model.classify(**inputs_of(asked)))
@@ -177,14 +179,16 @@ def forget(page, halting, threshold):
 
 def nothing_said(halting, threshold):
     """Return the components of an empty chat."""
-    return {chatbot: [], scores: NOTHING, bars: bars_of(NOTHING, halting, threshold), banner: note(*WELCOME)}
+    return {
+        chatbot: [], scores: {}, bars: bars_of({}, halting, threshold), banner: note(*WELCOME), plot: gr.update(visible=False)
+    }  # fmt: skip
 
 
 def look(page, head):
-    """Draw what a head looked at in the newest message, with one more pass."""
+    """Draw what a head looked at in the newest message, with one more pass. Before the first message, hide the plot."""
     asked = page.chat.asked
     if not asked:
-        return None
+        return gr.update(visible=False)
     inputs = inputs_of(asked)
     output = model.classify(**inputs, output_attentions=True)[head]
     mask = inputs["probe_mask"][0]
@@ -203,14 +207,14 @@ def look(page, head):
     )
     figure = heat_map(reading)
     figure.set_size_inches(13, 6.5)  # as wide as the page
-    return figure
+    return gr.update(value=figure, visible=True)
 
 
 def verdict(read, halting, threshold, words=("Halted before the first token", "Passed")):
     """Return the banner: guard, score and threshold."""
     halted = halts(read, halting, threshold)
-    limit = f"it halts from {threshold:.2f} on" if halting else "halting is off"
-    told = f"{GUARD} says {FLAG} {read[GUARD][FLAG]:.2f}; {limit}"
+    limit = f"it halts from {threshold:.3f} on" if halting else "halting is off"
+    told = f"{GUARD} says {FLAG} {read[GUARD][FLAG]:.3f}; {limit}"
     return note(words[0] if halted else words[1], told, "halted" if halted else "passed")
 
 
@@ -237,7 +241,7 @@ def bars_of(read, halting, threshold):
 
 
 with gr.Blocks(title="llama_probe", fill_width=True) as demo:
-    page, scores = gr.State(Page()), gr.State(NOTHING)
+    page, scores = gr.State(Page()), gr.State({})
     gr.Markdown(
         f"## One forward pass, text and labels\nProbe heads read the hidden states of {model_id(BACKBONE)} while it reads your "
         "message: their scores are there before the reply begins."
@@ -258,23 +262,23 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
             gr.Examples([[text] for text in EXAMPLES], message, label="Or one of these")
         with gr.Column(scale=4):
             banner = gr.HTML(note(*WELCOME), elem_id="banner")
-            bars = gr.HTML(bars_of(NOTHING, True, 0.5), elem_id="bars")
+            bars = gr.HTML(bars_of({}, True, OWN), elem_id="bars")
             with gr.Row():
                 halting = gr.Checkbox(True, label=f"Halt at {FLAG}", info=f"before the first token, by {GUARD}")
-                threshold = gr.Slider(0, 1, OWN, step=0.01, label="Threshold", elem_id="threshold")
+                threshold = gr.Slider(0, 1, OWN, step=0.001, label="Threshold", elem_id="threshold")
     head = gr.Radio(list(CONFIGS), value=GUARD, label="What a head looked at, token by layer")
-    plot = gr.Plot(show_label=False, elem_id="heatmap")
+    plot = gr.Plot(show_label=False, elem_id="heatmap", visible=False)
 
     chat_inputs, readings = [message, page, halting, threshold], [scores, bars, banner]
     model_queue = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
     # A message sent during a reply waits in the browser; by default it would be dropped.
     exchange = message.submit(
-        respond, chat_inputs, [message, chatbot, *readings], trigger_mode="always_last", **model_queue
+        respond, chat_inputs, [message, chatbot, *readings, plot], trigger_mode="always_last", **model_queue
     )
     exchange.success(look, [page, head], plot, **model_queue)
     message.change(preview, chat_inputs, readings, trigger_mode="always_last", **model_queue)
     # Outside the queue, where it would wait for the reply that it ends. Gradio's `cancels` loses messages.
-    chatbot.clear(forget, chat_inputs[1:], [chatbot, *readings], concurrency_limit=None, show_progress="hidden")
+    chatbot.clear(forget, chat_inputs[1:], [chatbot, *readings, plot], concurrency_limit=None, show_progress="hidden")
     head.change(look, [page, head], plot, **model_queue)
     limits = [halting.change, threshold.change]
     gr.on(limits, bars_of, [scores, halting, threshold], bars, show_progress="hidden")
