@@ -1,11 +1,14 @@
 """The scripts of the examples folder. Slow: they run on the demo backbone."""
 
 import ast
+import json
 import subprocess
 import sys
 
 import pytest
 from repository import ROOT
+
+from llama_probe.backbone import loading
 
 
 FOLDER = ROOT / "examples"
@@ -25,6 +28,33 @@ def run(name: str, *options: str, lines: tuple[str, ...] = ()) -> str:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_says_how_to_run_it(name):
     assert f"python examples/{name}" in ast.get_docstring(ast.parse((FOLDER / name).read_text()))
+
+
+def notebook() -> list[str]:
+    """Return the code cells of the notebook."""
+    cells = json.loads((FOLDER / "train_a_head.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells), "it is stored without outputs"
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def run_notebook(folder, monkeypatch) -> dict:
+    monkeypatch.chdir(folder)
+    names = {"__name__": "__main__"}
+    for number, cell in enumerate(notebook()):
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    return names
+
+
+def test_the_notebook_runs(backbone_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "demo_backbone", lambda: backbone_folder)
+    names = run_notebook(tmp_path, monkeypatch)
+    assert names["figure"].axes and (tmp_path / "topic" / "probe_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_head_of_the_notebook_is_right(tmp_path, monkeypatch):
+    names = run_notebook(tmp_path, monkeypatch)
+    assert names["accuracy"] > 0.9 and names["labels"] == ["cooking", "travel", "code"]
 
 
 @pytest.mark.slow
