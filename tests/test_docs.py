@@ -82,6 +82,16 @@ def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
             exec(compile(block.replace(MODEL, str(backbone_folder)), page, "exec"), names)
 
 
+def test_the_blocks_of_the_readme_run(desk, backbone_folder, hub):
+    rows = [f"{'what a lovely' if i % 2 else 'such an awful'} day {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
+    (desk / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    blocks = [block for language, block in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python"]
+    names = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block.replace(MODEL, str(backbone_folder)), "README.md", "exec"), names)
+    assert names["trainer"].model.config.id2label == {0: "bad", 1: "good"} and "README.md" in hub.files("user/mood")
+
+
 def test_a_kind_as_the_page_writes_it_runs_where_the_model_is():
     """The meta device stands for a GPU: it takes no tensor that was made elsewhere."""
     from llama_probe import ProbeConfig, ProbeModel
@@ -116,7 +126,7 @@ def test_the_links_lead_somewhere(page):
 
 
 def test_every_page_is_on_the_first():
-    listed = set(LINK.findall((DOCS / "README.md").read_text()))
+    listed = {link for link in LINK.findall((DOCS / "README.md").read_text()) if not link.startswith("../")}
     assert listed == set(PAGES) - {"README.md"}
 
 

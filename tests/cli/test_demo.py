@@ -130,7 +130,8 @@ def test_the_readme_snippet_runs(monkeypatch):
     snippet = text.split("```python\n")[1].split("```")[0]
     code = snippet.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(demo_backbone())))
     assert code != snippet
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "['harmless', 'harmful']\n", "as its comment says"
 
 
 @pytest.mark.slow
