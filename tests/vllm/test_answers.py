@@ -19,9 +19,14 @@ def test_hidden_scores(tmp_path):
     halt_on = {"guard": {"threshold": 0.75}}
     said = answer(ProbeSettings(heads, halt_on), found)
     assert said["probes"]["size"]["score"] == 1.5 and said["halted"]["threshold"] == 0.75
+    assert [probe.get("flagged") for probe in said["probes"].values()] == [["LABEL_1"], ["LABEL_0", "LABEL_2"], None]
     assert answer(ProbeSettings(heads, halt_on, hide_scores=True), found) == {
-        "probes": {"guard": {"label": "LABEL_1"}, "topics": {"label": ["LABEL_0", "LABEL_2"]}, "size": {}},
+        "probes": {
+            "guard": {"label": "LABEL_1", "flagged": ["LABEL_1"]},
+            "topics": {"label": ["LABEL_0", "LABEL_2"], "flagged": ["LABEL_0", "LABEL_2"]},
+            "size": {},
+        },
         "halted": {"head": "guard", "label": "LABEL_1"},
     }
     fine = answer(ProbeSettings(heads, halt_on, hide_scores=True), found | {"guard": [9.0, -9.0]})
-    assert fine["halted"] is None
+    assert fine["halted"] is None and fine["probes"]["guard"]["flagged"] == []

@@ -16,6 +16,7 @@ def hiding(tiny: TinyServing, flagged, tmp_path_factory):  # noqa: F811
     arguments = [str(tiny.backbone), *heads, "--halt-on", f'guard={{"threshold": {flagged["threshold"]}}}']
     arguments += ["--hide-scores", "--halt-reply", "I cannot help.", "--served-model-name", "tiny"]
     arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"]
+    arguments += ["--api-key", "none"]
     with serving(arguments, tmp_path_factory.mktemp("hiding") / "log") as url:
         yield url
 
@@ -32,7 +33,7 @@ def test_scores_are_hidden_and_halted_requests_get_a_reply(hiding, chats, flagge
         expected = f"guard={labels['guard']}, topics=({' '.join(labels['topics'])})"
         assert whole.headers["x-llama-probe"] == expected
         assert said["halted"] == {"head": "guard", "label": "bad"} and said["probes"]["size"] == {}
-        assert all(set(probe) <= {"label"} for probe in said["probes"].values())
+        assert all(set(probe) <= {"label", "flagged"} for probe in said["probes"].values())
         (choice,) = response.choices
         assert (choice.message.content, choice.finish_reason) == (reply, "content_filter")
         assert response.usage.completion_tokens == 0
@@ -56,3 +57,20 @@ def test_scores_are_hidden_and_halted_requests_get_a_reply(hiding, chats, flagge
             streamed = stream.get_final_message()
         for message in (client.messages.create(**options), streamed):
             assert (message.content[0].text, message.stop_reason) == (reply, "refusal")
+
+
+def test_moderations_of_hidden_scores(hiding, chats, flagged):  # noqa: F811
+    with openai.OpenAI(base_url=hiding, api_key="none", timeout=250, max_retries=0) as client:
+        said = client.moderations.create(input=list(chats)).results
+    for text, result in zip(chats, said, strict=True):
+        categories = result.categories.to_dict()
+        assert set(categories) == {"guard/bad", "topics/LABEL_0", "topics/LABEL_1", "topics/LABEL_2"}
+        assert categories["guard/bad"] == flagged[text] and result.flagged == any(categories.values())
+        assert result.category_scores.to_dict() == {name: float(found) for name, found in categories.items()}
+
+
+def test_labels_are_for_those_with_the_key(hiding):
+    with openai.OpenAI(base_url=hiding, api_key="other", timeout=250, max_retries=0) as client:
+        for path, body in (("/moderations", {"input": 7}), ("/../classify", {"input": "a"})):
+            with pytest.raises(openai.AuthenticationError):
+                client.post(path, cast_to=dict, body=body)

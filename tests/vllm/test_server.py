@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import urllib.error
 import urllib.request
 
 import pytest
@@ -145,6 +146,72 @@ def test_the_header(client, chats):  # noqa: F811
     assert whole.headers["x-llama-probe"].startswith(f"guard={label};p={score[:3]}")
     several = client.completions.with_raw_response.create(model="tiny", prompt=list(chats.values())[:2], max_tokens=1)
     assert "x-llama-probe" not in several.headers
+
+
+def test_moderations(client, tiny, chats, flagged):  # noqa: F811
+    said = client.moderations.create(input=list(chats), model="tiny")
+    assert said.id.startswith("modr-") and said.model == "tiny"
+    for (text, ids), result in zip(chats.items(), said.results, strict=True):
+        reference, scores = tiny.reference(ids), result.category_scores.to_dict()
+        expected = {"guard/bad": reference.probe_probabilities["guard"][0, 1]}
+        expected |= {f"topics/LABEL_{i}": score for i, score in enumerate(reference.probe_probabilities["topics"][0])}
+        expected["mood/LABEL_1"] = reference.probe_probabilities["mood"][0, 1]
+        assert scores == pytest.approx({name: float(score) for name, score in expected.items()}, abs=1e-3)
+        # The server's threshold decides, not the head's own.
+        assert result.categories.to_dict()["guard/bad"] == flagged[text]
+        assert result.flagged == any(result.categories.to_dict().values())
+    (alone,) = client.moderations.create(input=TEXTS[1]).results
+    assert alone.category_scores.to_dict() == pytest.approx(said.results[1].category_scores.to_dict(), abs=1e-3)
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.moderations.create(input="a", model="other")
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        client.moderations.create(input="far too long " * 200)
+
+
+def test_classification(url, tiny, chats):  # noqa: F811
+    with post(url.removesuffix("v1") + "classify?probe=tone", {"input": list(chats)}) as response:
+        said = json.load(response)
+    assert said["usage"]["prompt_tokens"] == sum(map(len, chats.values()))
+    for ids, row in zip(chats.values(), said["data"], strict=True):
+        reference = tiny.reference(ids)
+        assert row["label"] == reference.probe_labels["tone"][0] and row["num_classes"] == 3
+        assert row["probs"] == pytest.approx(reference.probe_probabilities["tone"][0].tolist(), abs=1e-3)
+
+
+def test_metrics(url, client, chats, flagged):  # noqa: F811
+    def counted() -> dict[str, float]:
+        with urllib.request.urlopen(url.removesuffix("v1") + "metrics", timeout=250) as response:
+            lines = response.read().decode().splitlines()
+        return {
+            name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if "llama_probe" in line)
+        }
+
+    before = counted()
+    client.completions.create(model="tiny", prompt=list(chats.values()), n=2, temperature=1.0, max_tokens=2)
+    after = counted()
+    grown = {name: after[name] - value for name, value in before.items() if "_total" in name}
+    assert {name for name in grown if name.startswith("llama_probe_scored_total")} == {
+        f'llama_probe_scored_total{{probe="{name}"}}' for name in HEADS
+    }
+    for name in HEADS:
+        assert grown[f'llama_probe_scored_total{{probe="{name}"}}'] == len(chats)
+    halted = sum(flagged[text] for text in chats)
+    assert (
+        grown['llama_probe_halted_total{probe="guard"}'] == grown['llama_probe_flagged_total{probe="guard"}'] == halted
+    )
+    assert grown['llama_probe_halted_total{probe="tone"}'] == grown['llama_probe_flagged_total{probe="tone"}'] == 0
+
+
+def test_the_next_token_of_a_halted_prompt_has_no_score(url, chats, flagged):  # noqa: F811
+    for text, ids in chats.items():
+        body = {"query": ids[:-1], "items": [ids[-1:]], "label_token_ids": [40, 41]}
+        if not flagged[text]:
+            with post(url.removesuffix("v1") + "generative_scoring", body) as response:
+                assert 0 < json.load(response)["data"][0]["score"] < 1
+            continue
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(url.removesuffix("v1") + "generative_scoring", body)
+        assert error.value.code == 400 and "guard halts this prompt" in error.value.read().decode()
 
 
 @pytest.mark.parametrize("stream", [False, True])

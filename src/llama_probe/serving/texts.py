@@ -32,6 +32,15 @@ def as_texts(given: Any) -> list[Text] | None:
     return list(given) if isinstance(given[0], str) or is_chat else None
 
 
+def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
+    """Return the names of heads in groups. All heads of a group read a text as the same tokens."""
+    groups: dict[tuple, list[str]] = {}
+    for name, config in configs.items():
+        reads = config.token_scope if config.reads_reply else None
+        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
+    return list(groups.values())
+
+
 def encode(
     config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[list[bool]] | None]:
@@ -68,12 +77,8 @@ def classify_texts(
     """
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
-    groups: dict[tuple, list[str]] = {}
-    for name, config in configs.items():
-        reads = config.token_scope if config.reads_reply else None
-        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
     found: dict[str, ProbeOutput] = {}
-    for names in groups.values():
+    for names in heads_by_format(configs):
         ids, masks = encode(configs[names[0]], texts, tokenizer)
         whole = [list(range(len(ids)))]
         for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):

@@ -16,7 +16,8 @@ How it works, by file: `models` are vLLM's model classes with a cache of hidden 
 shared between requests as the keys and values are; so prompts may come in chunks, or be found in the prefix cache.
 `connector` notes which prompts are complete after a step, has their heads run on the cached states (`scoring`), and
 takes the logits to the scheduler's process, where `scheduler` adds what they mean (`answers`) to the outputs, and ends
-requests that are halted before a token is delivered. `middleware` and `payloads` are for what clients see over HTTP.
+requests that are halted before a token is delivered. `middleware`, `payloads`, `label_routes` and `metrics` are for what
+clients see over HTTP.
 """
 
 from .engine import engine_kwargs

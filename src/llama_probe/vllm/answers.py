@@ -21,9 +21,9 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
         found: by head that ran its logits, or why there are none.
 
     Returns:
-        `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`; with `halt_on` also
-        `"halted"`: the fields of a `Halt`, or `None`. What a guard could not score is halted. With `hide_scores` labels are
-        all that is left of a head, and head and label of a `Halt`.
+        `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`. A head that can flag has
+        `"flagged"`, its labels that are. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. What a guard could
+        not score is halted. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
     """
     outputs: dict[str, ProbeOutput] = {}
     probes: dict[str, Any] = {}
@@ -40,7 +40,9 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
             continue
         outputs[name] = output
         said = {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
-        probes[name] = _only(said, "label") if settings.hide_scores else said
+        if rules := [rule for rule in settings.flags if rule.head == name]:
+            said["flagged"] = [halt.label for rule in rules for halt in rule.halts(output) if halt is not None]
+        probes[name] = _only(said, "label", "flagged") if settings.hide_scores else said
     if settings.halt_on is None:
         return {"probes": probes}
     halts = (

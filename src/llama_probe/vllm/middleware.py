@@ -1,21 +1,29 @@
-"""What vLLM's server does not do for heads over HTTP: scores in streams and as a header, and halts that a client sees."""
+"""What vLLM's server does not do for heads over HTTP: scores in streams and as a header, halts that a client sees, counters, and
+routes that answer with labels alone."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
 from fastapi import HTTPException
+from starlette.requests import HTTPConnection
 
+from ..errors import ProbeError
+from .label_routes import COMPLETIONS, LABEL_ROUTES, LabelRequest, TextEncoder
+from .metrics import announce, count
 from .payloads import HALTED, Scores
 from .settings import ProbeSettings
 
 
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")  # ends the id of a request that a beam search makes
+_NEXT_TOKEN = ("generative-scoring-", "decision-")  # begin the ids of requests for the next token's probabilities
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
 _HEADER = b"x-llama-probe"
 
@@ -27,27 +35,79 @@ class ProbeStreams:
     server's engine on their way to the response, and changes the finish reason of halted ones. The server then makes
     responses of them; what it has no place for is added to their bytes, see `Scores`.
 
+    It answers `/v1/moderations` and `/classify` itself, by a request to the server's `/v1/completions`; see `label_routes`.
+
     A request for unknown heads is refused. So is beam search beside `halt_on`: each of its steps is a prompt of its own, and
     a beam that ended would be an error inside of vLLM.
     """
 
     def __init__(self, app: Any):
         self.app = app
+        self._settings: ProbeSettings | None = None
+        self._encoder: TextEncoder | None = None
+        # A long list of texts must not keep streams waiting, and a tokenizer is for one thread.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama-probe-texts")
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         state = scope["app"].state
-        settings = ProbeSettings.of(state.engine_client.vllm_config)
-        _listen(state.engine_client, settings)
+        if self._settings is None:
+            self._settings = ProbeSettings.of(state.engine_client.vllm_config)
+            _listen(state.engine_client, self._settings)
+        settings = self._settings
         model = (state.args.served_model_name or [state.args.model])[0]
-        response = _Response(send, Scores(model, has_text=bool(settings.halt_reply)))
-        token = _scores.set(response.scores)
+        scores = Scores(model, has_text=bool(settings.halt_reply))
+        if route := LABEL_ROUTES.get(_path(scope)):
+            asked = route(settings, HTTPConnection(scope).query_params)
+            receive = _rewritten(receive, functools.partial(self._completion, asked, state.engine_client))
+            send = _LabelResponse(send, asked, scores).send
+            scope = _as_completion(scope)
+        else:
+            receive, send = _checked(receive, settings), _Response(send, scores).send
+        token = _scores.set(scores)
         try:
-            await self.app(scope, _checked(receive, settings), response.send)
+            await self.app(scope, receive, send)
         finally:
             _scores.reset(token)
+
+    async def _completion(self, asked: LabelRequest, engine: Any, body: bytes) -> bytes:
+        """Return the body of the request for completions that answers one for labels."""
+
+        def encoded() -> bytes:
+            if self._encoder is None:
+                self._encoder = TextEncoder(asked.settings.configs, engine.get_tokenizer())
+            return asked.completion(body, self._encoder)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, encoded)
+        except ProbeError as error:
+            raise HTTPException(501, str(error)) from None
+
+
+class _LabelResponse:
+    """The response to a request for labels, made of the one to the request for completions. Errors are handed on."""
+
+    def __init__(self, send: Any, asked: LabelRequest, scores: Scores):
+        self._send, self._asked, self._scores = send, asked, scores
+        self._start: dict[str, Any] = {}
+        self._body = b""
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._body += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        status, body = self._start["status"], self._body
+        if status == 200:
+            status, body = self._asked.response(body, self._scores.prompts)
+        headers = [item for item in self._start["headers"] if item[0].lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
 
 class _Response:
@@ -103,6 +163,38 @@ class _Response:
         return [item for item in self._start["headers"] if item[0].lower() not in added] + list(added.items())
 
 
+def _path(scope: dict[str, Any]) -> str:
+    """Return the path of a request, without `--root-path`."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
+def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
+    path = scope["path"].removesuffix(_path(scope)) + COMPLETIONS
+    headers = [item for item in scope["headers"] if item[0].lower() != b"content-length"]
+    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+
+
+def _rewritten(receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Any:
+    """Return `receive` with another body.
+
+    It is rewritten where the server reads it, after its authentication, and the server answers what that raises.
+    """
+    body, complete = b"", False
+
+    async def rewritten() -> dict[str, Any]:
+        nonlocal body, complete
+        while True:
+            message = await receive()
+            if complete or message["type"] != "http.request":
+                return message
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                complete = True
+                return {"type": "http.request", "body": await rewrite(body)}
+
+    return rewritten
+
+
 def _checked(receive: Any, settings: ProbeSettings) -> Any:
     """Return `receive` with a check of the heads that the body asks for.
 
@@ -144,9 +236,10 @@ _scores: ContextVar[Scores] = ContextVar("llama_probe_scores")
 
 
 def _listen(engine: Any, settings: ProbeSettings) -> None:
-    """Have an engine client note what its outputs say of heads, for the request that they are for. Once a client."""
+    """Have an engine client note and count what its outputs say of heads. Once a client."""
     if hasattr(engine, "_llama_probe_listens"):
         return
+    announce(settings.heads)
     generate = engine.generate
 
     @functools.wraps(generate)
@@ -160,14 +253,24 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
             return outputs
         scores = _scores.get(None)
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
-        return outputs if scores is None else noting(outputs, scores, scores.add(request_id, sampling_params.n))
+        return (
+            outputs
+            if scores is None
+            else noting(outputs, request_id, scores, scores.add(request_id, sampling_params.n))
+        )
 
-    async def noting(outputs: AsyncIterator[Any], scores: Scores, place: int) -> AsyncIterator[Any]:
+    async def noting(outputs: AsyncIterator[Any], request_id: str, scores: Scores, place: int) -> AsyncIterator[Any]:
         async for output in outputs:
             known = output.kv_transfer_params
             if known and "probes" in known:
+                if scores.prompts[place] is None:
+                    count(known)
                 scores.prompts[place] = known
-                if known.get("halted"):
+                if halted := known.get("halted"):
+                    if request_id.startswith(_NEXT_TOKEN):
+                        raise ValueError(
+                            f"{halted['head']} halts this prompt: its next token is not scored ({request_id})"
+                        )
                     for reply in output.outputs:
                         reply.finish_reason = HALTED
                         reply.text = settings.halt_reply or reply.text

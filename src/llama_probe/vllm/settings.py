@@ -74,6 +74,26 @@ class ProbeSettings:
         """
         return [] if self.halt_on is None else Halter(self.halt_on, self.configs).rules
 
+    @cached_property
+    def flags(self) -> list[HaltRule]:
+        """Rules by which a label is flagged: those of `halt_on`, and the heads' own thresholds for other heads and labels.
+
+        A head of two labels flags the second, a multi-label head any. Others flag what `halt_on` names.
+        """
+        rules = {(rule.head, rule.index): rule for rule in self.rules}
+        for name, config in self.configs.items():
+            labels = list(config.id2label.values())
+            if config.problem_type == "multi_label_classification":
+                own = labels
+            elif config.problem_type == "regression" or len(labels) > 2 or any(head == name for head, _ in rules):
+                own = []
+            else:
+                own = labels[1:]
+            for rule in (HaltRule.create(name, config, label) for label in own):
+                rules.setdefault((name, rule.index), rule)
+        order = list(self.heads)
+        return sorted(rules.values(), key=lambda rule: (order.index(rule.head), rule.index))
+
     def read_heads(self) -> dict[str, ProbeModel]:
         """The heads by name, on the CPU, in eval mode."""
         return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}

@@ -1,0 +1,216 @@
+"""`/v1/moderations` of OpenAI's API and `/classify` of vLLM's: labels of texts, without a reply.
+
+A request becomes one for completions of a single token, which vLLM's server checks and answers. Its scores make the response,
+and the token is dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import HTTPException
+from transformers import PreTrainedTokenizerBase
+
+from ..data.prompts import PromptFormat, Text
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..serving.texts import heads_by_format
+from .settings import ProbeSettings
+
+
+COMPLETIONS = "/v1/completions"
+
+
+class TextEncoder:
+    """Turns texts into the prompts that heads were trained to read.
+
+    Args:
+        configs: of the heads, by name.
+        tokenizer: of the served model. It is copied: the server's own may be at work in another thread.
+
+    Raises:
+        ProbeError: the tokenizer is none of transformers'.
+    """
+
+    def __init__(self, configs: Mapping[str, ProbeConfig], tokenizer: Any):
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ProbeError(f"texts need a tokenizer of transformers, not {type(tokenizer).__name__}")
+        self._configs, tokenizer = configs, copy.deepcopy(tokenizer)
+        self._format = functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
+
+    def encode(self, heads: Sequence[str], texts: Sequence[Text]) -> tuple[list[list[int]], dict[str, range]]:
+        """Return token ids of prompts, and for each head the places of its own, one a text.
+
+        Raises:
+            ProbeError: a text cannot be rendered.
+        """
+        prompts: list[list[int]] = []
+        places = {}
+        for group in heads_by_format({name: self._configs[name] for name in heads}):
+            prompts += self._format(group[0]).encode(texts)
+            places |= dict.fromkeys(group, range(len(prompts) - len(texts), len(prompts)))
+        return prompts, places
+
+
+class LabelRequest(ABC):
+    """One request to such a route.
+
+    Attributes:
+        settings: of the heads.
+        query: of the URL.
+    """
+
+    def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
+        self.settings, self.query = settings, query
+        self._places: dict[str, range] = {}
+
+    @abstractmethod
+    def read(self, body: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+        """Return the names of the heads that answer, and the inputs: texts, chats or token ids.
+
+        Raises:
+            ProbeError: the body has no such thing.
+        """
+
+    @abstractmethod
+    def results(self, said: Mapping[str, list[dict[str, Any]]], completion: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the response, for what each head says of each input."""
+
+    def completion(self, body: bytes, encoder: TextEncoder) -> bytes:
+        """Return the body of the request for completions.
+
+        Raises:
+            HTTPException: the body is not what this route takes, or a text cannot be rendered.
+        """
+        try:
+            request = json.loads(body)
+            if not isinstance(request, dict):
+                raise ProbeError("the body must be a JSON object")
+            heads, inputs = self.read(request)
+            if all(map(_is_ids, inputs)):
+                prompts, self._places = inputs, dict.fromkeys(heads, range(len(inputs)))
+            else:
+                prompts, self._places = encoder.encode(heads, inputs)
+        except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
+            raise HTTPException(400, str(error)) from None
+        asked = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "kv_transfer_params": {"probes": heads}}
+        return json.dumps({"model": request.get("model"), **asked}).encode()
+
+    def response(self, completion: bytes, known: Sequence[Mapping[str, Any]]) -> tuple[int, bytes]:
+        """Return status and body for the completions and what the engine says of each prompt.
+
+        An input that a head cannot score is an error: it must not pass for one that is fine.
+        """
+        said = {name: [known[place]["probes"][name] for place in places] for name, places in self._places.items()}
+        for name, rows in said.items():
+            for place, row in enumerate(rows):
+                if "error" in row:
+                    message = f"input {place} has no score of {name}: {row['error']}"
+                    error = {"message": message, "type": "BadRequestError", "param": "input", "code": 400}
+                    return 400, json.dumps({"error": error}).encode()
+        return 200, json.dumps(self.results(said, json.loads(completion)), ensure_ascii=False).encode()
+
+
+class Moderations(LabelRequest):
+    """OpenAI's moderations. A category is `HEAD/LABEL`, for each label that can be flagged; see `ProbeSettings.flags`."""
+
+    def read(self, body):
+        heads = list(dict.fromkeys(rule.head for rule in self.settings.flags))
+        if not heads:
+            raise ProbeError("no head here flags a label: halt_on must name one")
+        return heads, _moderated(body.get("input"))
+
+    def results(self, said, completion):
+        results = []
+        for row in range(len(next(iter(said.values())))):
+            categories, scores = {}, {}
+            for rule in self.settings.flags:
+                label, found = rule.config.id2label[rule.index], said[rule.head][row]
+                category = f"{rule.head}/{label}"
+                categories[category] = label in found["flagged"]
+                # Of a head whose scores are hidden, the decision is all there is.
+                score = found.get("scores", {}).get(label, found.get("score"))
+                scores[category] = float(categories[category]) if score is None else score
+            results.append({
+                "flagged": any(categories.values()),
+                "categories": categories,
+                "category_scores": scores,
+                "category_applied_input_types": {category: ["text"] for category in categories},
+            })  # fmt: skip
+        name = completion["id"].removeprefix("cmpl-")
+        return {"id": f"modr-{name}", "model": completion["model"], "results": results}
+
+
+class Classification(LabelRequest):
+    """vLLM's classification, by the head that `probe` names in the body or the URL."""
+
+    def read(self, body):
+        heads = list(self.settings.heads)
+        head = body.get("probe", self.query.get("probe", heads[0] if len(heads) == 1 else None))
+        if head not in heads:
+            raise ProbeError(f"probe is {head!r}; it must be one of: {', '.join(heads)}")
+        if "messages" in body:
+            return [head], [body["messages"]]
+        given = body.get("input")
+        inputs = given if isinstance(given, list) and not _is_ids(given) else [given]
+        if not inputs or not (_all(inputs, str) or all(map(_is_ids, inputs))):
+            raise ProbeError("input must be a text, a list of texts, or token ids")
+        return [head], inputs
+
+    def results(self, said, completion):
+        ((head, rows),) = said.items()
+        config = self.settings.configs[head]
+        data = [
+            {"index": index, "label": label, "probs": values, "num_classes": config.num_labels}
+            for index, (label, values) in enumerate(_classified(row, config) for row in rows)
+        ]
+        tokens = completion["usage"]["prompt_tokens"]
+        return {
+            "id": f"classify-{completion['id'].removeprefix('cmpl-')}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": completion["model"],
+            "data": data,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+        }
+
+
+LABEL_ROUTES: dict[str, type[LabelRequest]] = {"/v1/moderations": Moderations, "/classify": Classification}
+
+
+def _moderated(given: Any) -> list[str]:
+    """Return the texts of an `input`. Content parts are one text, as OpenAI's API answers them with one result."""
+    inputs = [given] if isinstance(given, str) else given
+    if isinstance(inputs, list) and inputs:
+        if _all(inputs, str):
+            return inputs
+        parts = [part.get("text") for part in inputs if isinstance(part, dict) and part.get("type") == "text"]
+        if len(parts) == len(inputs) and _all(parts, str):
+            return ["\n".join(parts)]
+    raise ProbeError("input must be a text, a list of texts, or a list of content parts of type text")
+
+
+def _classified(said: Mapping[str, Any], config: ProbeConfig) -> tuple[str | None, list[float]]:
+    """Return the label, and a number for each label: its probability, its value, or 0 and 1 if scores are hidden."""
+    found = said.get("label")
+    labels = found if isinstance(found, list) else [] if found is None else [found]
+    if "logits" not in said:
+        hidden = config.problem_type == "regression"
+        values = [] if hidden else [float(name in labels) for name in config.id2label.values()]
+        return next(iter(labels), None), values
+    scores = said.get("scores") or {config.id2label[0]: said["score"]}
+    return max(labels, key=scores.get, default=None), list(scores.values())
+
+
+def _is_ids(given: Any) -> bool:
+    return isinstance(given, list) and len(given) > 0 and _all(given, int)
+
+
+def _all(items: Sequence[Any], kind: type) -> bool:
+    return all(isinstance(item, kind) for item in items)

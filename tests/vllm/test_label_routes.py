@@ -1,0 +1,186 @@
+"""Moderations and classifications, before a server of one route and an engine that says what it is told to."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_probe, make_tokenizer
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+
+from llama_probe.data.prompts import PromptFormat
+from llama_probe.vllm.answers import answer
+from llama_probe.vllm.middleware import ProbeStreams
+from llama_probe.vllm.settings import KEY, ProbeSettings
+
+
+TOKENIZER = make_tokenizer()
+KINDS = {
+    "guard": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25, "prompt_format": "chat"},
+    "raw": {"id2label": {0: "no", 1: "yes"}, "prompt_format": "raw"},
+    "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}, "prompt_format": "chat"},
+    "topics": {
+        "id2label": {0: "a", 1: "b"},
+        "problem_type": "multi_label_classification",
+        "threshold": [0.3, 0.9],
+        "prompt_format": "chat",
+    },
+    "size": {"num_labels": 1, "problem_type": "regression", "prompt_format": "chat"},
+}
+LOGITS = {"guard": [0.9, 0.0], "raw": [2.0, 0.0], "mood": [0.0, 2.0, 1.0], "topics": [0.0, 2.0], "size": [1.5]}
+
+
+class Engine:
+    """Says the same of each prompt, in this process."""
+
+    def __init__(self, settings: ProbeSettings, logits: dict):
+        self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
+        self.settings, self.logits, self.prompts = settings, logits, []
+
+    def get_tokenizer(self):
+        return TOKENIZER
+
+    async def generate(self, prompt, sampling_params, request_id):
+        self.prompts.append(prompt)
+        reply = SimpleNamespace(finish_reason="length", text="x")
+        yield SimpleNamespace(kv_transfer_params=answer(self.settings, self.logits), outputs=[reply])
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """A function that serves heads: `(client, engine)`."""
+
+    def start(heads=tuple(KINDS), logits=LOGITS, halt_on=None, hide_scores=False):
+        for name in heads:
+            make_probe(probe_type="pooling", **KINDS[name]).save_pretrained(tmp_path / name)
+        folders = {name: str(tmp_path / name) for name in heads}
+        settings = ProbeSettings(folders, halt_on, hide_scores=hide_scores)
+        engine, app = Engine(settings, {name: logits[name] for name in heads}), FastAPI(root_path="/api")
+        app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
+
+        @app.post("/v1/completions")
+        async def complete(request: Request):
+            body = await request.json()
+            for prompt in body["prompt"]:
+                async for _ in engine.generate(prompt, SimpleNamespace(n=1), "cmpl-1"):
+                    pass
+            engine.body = body
+            usage = {"prompt_tokens": sum(map(len, body["prompt"]))}
+            return {"id": "cmpl-1", "model": body["model"] or "tiny", "choices": [{"text": "x"}], "usage": usage}
+
+        app.add_middleware(ProbeStreams)
+        return TestClient(app, raise_server_exceptions=False), engine
+
+    return start
+
+
+def test_categories_are_the_labels_that_heads_flag(serve):
+    client, engine = serve()
+    said = client.post("/v1/moderations", json={"input": ["a", "b"], "model": "mine"}).json()
+    assert (said["id"], said["model"], len(said["results"])) == ("modr-1", "mine", 2)
+    assert set(said) == {"id", "model", "results"}
+    for result in said["results"]:
+        # A threshold of the head's own decides, not the largest score; `mood` and `size` have none.
+        assert result["categories"] == {"guard/bad": True, "raw/yes": False, "topics/a": True, "topics/b": False}
+        scores = {"guard/bad": 0.289, "raw/yes": 0.119, "topics/a": 0.5, "topics/b": 0.881}
+        assert result["category_scores"] == pytest.approx(scores, abs=1e-3)
+        assert result["flagged"] is True
+    assert engine.body["kv_transfer_params"] == {"probes": ["guard", "raw", "topics"]}
+    assert engine.body["max_tokens"] == 1
+    formats = [PromptFormat.create(TOKENIZER, kind) for kind in ("chat", "raw")]
+    assert engine.prompts == [ids for prompts in formats for ids in prompts.encode(["a", "b"])]
+
+
+def test_the_rules_of_halting_decide_what_is_flagged(serve):
+    rules = {"guard": {"threshold": 0.6}, "mood": {"label": "glad"}, "size": {"threshold": 1.0}}
+    client, _ = serve(["guard", "mood", "size"], halt_on=rules)
+    (result,) = client.post("/v1/moderations", json={"input": "a"}).json()["results"]
+    assert result["categories"] == {"guard/bad": False, "mood/glad": True, "size/LABEL_0": True}
+    assert result["category_scores"]["size/LABEL_0"] == 1.5
+    client, _ = serve(["guard"], logits={"guard": [9.0, -9.0]})
+    (result,) = client.post("/v1/moderations", json={"input": "a"}).json()["results"]
+    assert result["flagged"] is False
+
+
+def test_hidden_scores_are_decisions(serve):
+    client, _ = serve(hide_scores=True)
+    (result,) = client.post("/v1/moderations", json={"input": "a"}).json()["results"]
+    assert result["category_scores"] == {"guard/bad": 1.0, "raw/yes": 0.0, "topics/a": 1.0, "topics/b": 0.0}
+    expected = {
+        "guard": ("bad", [0.0, 1.0]),
+        "topics": ("a", [1.0, 0.0]),
+        "mood": ("glad", [0.0, 1.0, 0.0]),
+        "size": (None, []),
+    }
+    for head, (label, probs) in expected.items():
+        (row,) = client.post("/classify", json={"input": "a", "probe": head}).json()["data"]
+        assert (row["label"], row["probs"]) == (label, probs)
+
+
+def test_content_parts_are_one_text(serve):
+    client, engine = serve(["guard"])
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert len(client.post("/v1/moderations", json={"input": parts}).json()["results"]) == 1
+    assert engine.prompts == PromptFormat.create(TOKENIZER).encode(["a\nb"])
+
+
+def test_classification(serve):
+    client, engine = serve()
+    said = client.post("/classify", json={"input": ["a", "bc"], "probe": "mood"}).json()
+    assert (said["object"], said["model"], [row["index"] for row in said["data"]]) == ("list", "tiny", [0, 1])
+    for row in said["data"]:
+        assert (row["label"], row["num_classes"]) == ("glad", 3)
+        assert row["probs"] == pytest.approx([0.090, 0.665, 0.245], abs=1e-3)
+    tokens = sum(map(len, engine.prompts))
+    assert said["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+    for head, label, probs in (("guard", "bad", [0.711, 0.289]), ("topics", "a", [0.5, 0.881]), ("size", None, [1.5])):
+        (row,) = client.post(f"/classify?probe={head}", json={"input": "a"}).json()["data"]
+        assert (row["label"], row["num_classes"]) == (label, len(probs))
+        assert row["probs"] == pytest.approx(probs, abs=1e-3)
+
+
+def test_classification_of_chats_and_tokens(serve):
+    client, engine = serve(["guard"])
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    for body in ({"messages": chat}, {"input": [5, 6]}, {"input": [[5, 6], [7]]}):
+        assert client.post("/classify", json=body).status_code == 200
+    assert engine.prompts == [*PromptFormat.create(TOKENIZER).encode([chat]), [5, 6], [5, 6], [7]]
+
+
+@pytest.mark.parametrize("path", ["/v1/moderations", "/classify?probe=guard"])
+@pytest.mark.parametrize(
+    "given", [None, [], 7, {}, ["a", 7], [{"type": "image_url", "image_url": {"url": "x"}}], [[]], "\udc80"], ids=repr
+)
+def test_other_inputs_are_refused_before_the_engine_is_asked(serve, path, given):
+    client, engine = serve(["guard"])
+    for body in (json.dumps({"input": given}), "[1"):
+        assert client.post(path, content=body, headers={"Content-Type": "application/json"}).status_code == 400
+    assert engine.prompts == []
+
+
+def test_which_head_classifies(serve):
+    client, engine = serve(["guard", "mood"])
+    for asked in ({}, {"probe": "nowhere"}, {"probe": ["guard"]}):
+        response = client.post("/classify", json={"input": "a", **asked})
+        assert response.status_code == 400 and "guard, mood" in response.json()["detail"]
+    client, _ = serve(["mood"])
+    assert client.post("/classify", json={"input": "a"}).status_code == 200
+    response = client.post("/v1/moderations", json={"input": "a"})
+    assert response.status_code == 400 and "halt_on" in response.json()["detail"]
+    assert engine.prompts == []
+
+
+def test_an_input_without_a_score_is_an_error(serve):
+    for logits in ("no turn", [float("nan"), 0.0]):
+        client, _ = serve(["guard"], logits={"guard": logits})
+        for path in ("/v1/moderations", "/classify"):
+            response = client.post(path, json={"input": "a"})
+            assert (
+                response.status_code == 400 and "input 0 has no score of guard" in response.json()["error"]["message"]
+            )
+
+
+def test_the_path_may_have_a_prefix(serve):
+    client, _ = serve(["guard"])
+    assert client.post("/api/v1/moderations", json={"input": "a"}).status_code == 200
+    assert client.get("/v1/moderations").status_code == 404
