@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, with_novelty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +83,29 @@ def test_streamed_equals_whole(case, sizes, keep):
         for turn, (low, high) in enumerate(zip([0, *cuts], cuts, strict=False)):
             read(probe, state, states, slice(low, high), mask, sizes[turn:] + sizes[:turn], last=high == cuts[-1])
         torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.booleans())
+def test_a_head_of_projected_states_scores_as_the_head_does(case, novelty):
+    config, mask, cuts, seed = case
+    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    if novelty and config["probe_type"] != "last" and config["hidden_size"] > 1:
+        probe = with_novelty(probe)
+    split = probe.projected()
+    if config["probe_type"] in ("pooling", "last") or config["normalize"] == "none":
+        assert split is None
+        return
+    maps, reader = split
+    x = probe.normalize(torch.stack([states[layer] for layer in probe.layer_indices]))
+    features = torch.einsum("sbnd,srd->sbnr", x, maps)
+    state = reader.init_state()
+    with torch.no_grad():
+        for low, high in zip([0, *cuts], cuts, strict=False):
+            part = reader.prepare(features[:, :, low:high])
+            reader.step(state, reader.layer_indices, part, mask[:, low:high], last=high == cuts[-1])
+        whole = probe(hidden_states=states, attention_mask=mask).logits
+    torch.testing.assert_close(reader.finish(state).logits, whole, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,7 +4,11 @@ import pytest
 import torch
 from tiny_engine import HIDDEN, PREFIX, TinyServing, tiny  # noqa: F401 - a fixture
 
+from llama_probe.heads.aggregator import Aggregator
+from llama_probe.heads.gate import GateAggregator
+from llama_probe.heads.low_rank import LowRankAggregator
 from llama_probe.vllm import engine_kwargs
+from llama_probe.vllm.state_cache import cache_growth
 
 
 vllm = pytest.importorskip("vllm")
@@ -25,8 +29,17 @@ def threshold(tiny: TinyServing) -> float:  # noqa: F811
     return tiny.threshold(PROMPTS)
 
 
+@pytest.fixture(scope="module", params=["features", "states"])
+def kept(request) -> str:
+    """What the engine keeps for heads: features of the states, or as for kinds that need it the states."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (GateAggregator, LowRankAggregator) if request.param == "states" else ():
+            patch.setattr(kind, "projected", Aggregator.projected)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def llm(tiny: TinyServing, threshold: float):  # noqa: F811
+def llm(tiny: TinyServing, threshold: float, kept):  # noqa: F811
     kwargs = engine_kwargs(
         tiny.backbone,
         tiny.heads,
@@ -152,12 +165,13 @@ def test_aborted_requests_leave_nothing_behind(llm):
     assert not connector._running and not connector._prompts and not connector._answers
 
 
-def test_the_cache_holds_the_states_and_nothing_more(llm):
+def test_the_cache_holds_what_heads_read_and_nothing_more(llm, kept):
     config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-    assert len(config.kv_cache_groups) == 1  # a block table for keys, values and states
-    tensors = config.kv_cache_tensors
-    keys_and_values, states = (
-        4 * 2 * 2 * 32,
-        5 * HIDDEN,
-    )  # numbers a token: layers, both, heads, size; layers read, size
-    assert {tensor.size for tensor in tensors} == {BLOCKS * BLOCK * (keys_and_values + states) * 4}
+    assert len(config.kv_cache_groups) == 1  # a block table for all
+    keys_and_values = 4 * 2 * 2 * 32  # numbers a token: layers, both, heads, size
+    # Of `guard`, `tone`, `topics` and `mood` at each layer that they read; `size` reads a state.
+    features = 5 * 3 * 16 + 2 * (2 + 3) + 5 * 5 + 5 * 6 + HIDDEN
+    numbers = keys_and_values + {"states": 5 * HIDDEN, "features": features}[kept]
+    assert {tensor.size for tensor in config.kv_cache_tensors} == {BLOCKS * BLOCK * numbers * 4}
+    (own,) = llm.collective_rpc(lambda worker: worker.model_runner.kv_cache_config)
+    assert cache_growth(own.kv_cache_groups[0]) == pytest.approx(numbers / keys_and_values)

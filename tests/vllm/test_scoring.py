@@ -10,7 +10,8 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from llama_probe.vllm import scoring
+from llama_probe.vllm import cache_plan, scoring
+from llama_probe.vllm.cache_plan import CachePlan, Projector
 from llama_probe.vllm.scoring import Scorer, ScoringJob
 from llama_probe.vllm.state_cache import StateCache
 
@@ -26,29 +27,56 @@ HEADS = {
 }
 
 
-def make_cache(blocks: int, kernel_block_size: int) -> StateCache:
+PLANS = {False: CachePlan(HEADS, projected=False), True: CachePlan(HEADS, projected=True)}
+
+
+class Reads(StateCache):
+    """Notes in a list what is read: how many states, of which blocks."""
+
+    def read(self, states, block_ids):
+        self.reads.append((states.stop - states.start, self.width, block_ids.tolist()))
+        return super().read(states, block_ids)
+
+
+def make_cache(reads: list, blocks: int, kernel_block_size: int, num_states: int, width: int) -> StateCache:
     """What is not written holds no numbers, as what other requests have left may."""
-    cache = StateCache.__new__(StateCache)
+    cache = Reads.__new__(Reads)
     nn.Module.__init__(cache)
-    cache.ranks, cache.head_size = 1, HIDDEN
-    cache.kv_cache = torch.full((blocks, len(LAYERS), kernel_block_size, HIDDEN), torch.nan)
+    cache.ranks, cache.head_size, cache.width, cache.reads = 1, width, width, reads
+    cache.kv_cache = torch.full((blocks, num_states, kernel_block_size, width), torch.nan)
     return cache
 
 
-def fill(cache: StateCache, lengths: list[int], heads: list[list[str]]):
-    """Random prompts in random blocks of the scheduler's: jobs, and by request the states `[layers, tokens, hidden_size]`."""
-    size = cache.kernel_block_size
-    free = torch.randperm(len(cache.kv_cache) * size // BLOCK).tolist()
-    jobs, states = [], {}
-    for number, (length, names) in enumerate(zip(lengths, heads, strict=True)):
-        block_ids = [free.pop() for _ in range(-(-length // BLOCK))]
-        ids = [5, 6, *torch.randint(7, 20, (length,)).tolist()][:length]
-        jobs.append(ScoringJob(f"request-{number}", ids, length, block_ids, names))
-        states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
-        for token in range(length):
-            slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK
-            cache.kv_cache[slot // size, :, slot % size] = written[:, token]
-    return jobs, states
+class Served:
+    """Caches of a plan, and a scorer of what they hold. What it reads is noted in `reads`."""
+
+    def __init__(self, projected: bool, blocks: int, kernel_block_size: int = BLOCK, runs: bool = True):
+        self.plan, self.reads = PLANS[projected], []
+        sizes = (len(self.plan.layers), HIDDEN), (1, self.plan.width)
+        self.caches = [
+            make_cache(self.reads, blocks, kernel_block_size, *size) if all(size) else None for size in sizes
+        ]
+        self.scorer = Scorer(self.plan, *self.caches, BLOCK, runs)
+
+    def fill(self, lengths: list[int], heads: list[list[str]]):
+        """Random prompts in random blocks of the scheduler's: jobs, and by request the states `[layers, tokens, hidden_size]`."""
+        size, blocks = self.scorer.kernel_block_size, len(next(filter(None, self.caches)).kv_cache)
+        free = torch.randperm(blocks * size // BLOCK).tolist()
+        jobs, states, projector = [], {}, Projector(HEADS, self.plan)
+        for number, (length, names) in enumerate(zip(lengths, heads, strict=True)):
+            block_ids = [free.pop() for _ in range(-(-length // BLOCK))]
+            ids = [5, 6, *torch.randint(7, 20, (length,)).tolist()][:length]
+            jobs.append(ScoringJob(f"request-{number}", ids, length, block_ids, names))
+            states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
+            kept = [
+                written[self.plan.layers],
+                projector.project(dict(enumerate(written)))[None] if self.plan.width else None,
+            ]
+            for cache, numbers in zip(self.caches, kept, strict=True):
+                for token in range(length if cache is not None else 0):
+                    slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK
+                    cache.kv_cache[slot // size, :, slot % size] = numbers[:, token]
+        return jobs, states
 
 
 def check(jobs, states, found) -> None:
@@ -67,72 +95,82 @@ def check(jobs, states, found) -> None:
             torch.testing.assert_close(torch.tensor([logits]), alone, atol=1e-5, rtol=1e-5)
 
 
+def test_what_a_plan_keeps():
+    assert (PLANS[False].layers, PLANS[False].width, PLANS[False].readers) == (LAYERS, 0, {})
+    plan = PLANS[True]
+    assert plan.layers == [4] and list(plan.whole) == ["last"]
+    sizes = {"mha": 5 * 24, "other": 5 * 24, "content": 5 * 24, "gate": 2 * (2 + 2), "multimax": 5 * 6}
+    assert {name: columns.stop - columns.start for name, columns in plan.columns.items()} == sizes
+    assert plan.width == sum(sizes.values())
+    # Of itself a plan keeps what is less: of three `mha` heads the states, of one its features.
+    assert CachePlan(HEADS).layers == LAYERS
+    assert CachePlan({name: HEADS[name] for name in ("mha", "last")}).layers == [4]
+    assert CachePlan({"gate": HEADS["gate"]}).layers == []
+
+
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("kernel_block_size", [BLOCK, BLOCK // 2])
 @pytest.mark.parametrize("tokens", [4096, 64, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_together_as_alone(monkeypatch, kernel_block_size, tokens, seed):
+def test_together_as_alone(monkeypatch, projected, kernel_block_size, tokens, seed):
     torch.manual_seed(seed)
     monkeypatch.setattr(scoring, "_TOKENS", tokens)
-    cache = make_cache(100, kernel_block_size)
+    served = Served(projected, 100, kernel_block_size)
     lengths = [*torch.randint(2, 40, (12,)).tolist(), 2, 16, 16]  # of two tokens the content head reads none
     every = list(HEADS)
     heads = [every if number % 3 else every[: number % len(every) + 1] for number in range(len(lengths))]
-    jobs, states = fill(cache, lengths, heads)
-    check(jobs, states, Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs))
+    jobs, states = served.fill(lengths, heads)
+    check(jobs, states, served.scorer.score(jobs))
+
+
+@pytest.mark.parametrize("budget", [0, 2 * 2 * 4 * 3 * HIDDEN, 1 << 20])
+def test_features_do_not_depend_on_the_groups_of_layers(monkeypatch, budget):
+    states = dict(enumerate(torch.randn(len(LAYERS), 3, HIDDEN)))
+    expected = Projector(HEADS, PLANS[True]).project(states)
+    monkeypatch.setattr(cache_plan, "state_budget", lambda device: budget)
+    torch.testing.assert_close(Projector(HEADS, PLANS[True]).project(states), expected)
 
 
 def test_nothing_to_score():
-    scorer = Scorer(HEADS, LAYERS, make_cache(2, BLOCK), BLOCK, True)
+    scorer = Served(True, 2).scorer
     assert scorer.score([]) == {}
     assert scorer.score([ScoringJob("a", [1, 2], 2, [1], [])]) == {"a": {}}
 
 
-def test_what_is_no_number_stays_with_its_prompt():
-    cache = make_cache(20, BLOCK)
-    jobs, states = fill(cache, [10, 9], [["mha", "last"]] * 2)
-    cache.kv_cache[jobs[0].block_ids[0]] = torch.nan
-    found = Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
+@pytest.mark.parametrize("projected", [False, True])
+def test_what_is_no_number_stays_with_its_prompt(projected):
+    served = Served(projected, 20)
+    jobs, states = served.fill([10, 9], [["mha", "last"]] * 2)
+    for cache in filter(None, served.caches):
+        cache.kv_cache[jobs[0].block_ids[0]] = torch.nan
+    found = served.scorer.score(jobs)
     assert not any(map(math.isfinite, found["request-0"]["mha"]))
     check(jobs[1:], states, {"request-1": found["request-1"]})
 
 
 def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatch):
-    cache, read, reads = make_cache(100, BLOCK), StateCache.read, []
+    served = Served(False, 100)
 
-    def noted(self, states, block_ids):
-        reads.append((states.stop - states.start, *block_ids.shape))
-        return read(self, states, block_ids)
+    def read(jobs):
+        served.reads.clear()
+        served.scorer.score(jobs)
+        return [(states, len(blocks), len(blocks[0])) for states, _, blocks in served.reads]
 
-    monkeypatch.setattr(StateCache, "read", noted)
-    jobs, _ = fill(cache, [16, 14, 3, 16, 2, 11], [["mha"]] * 6)
-    Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
-    assert reads == [(5, 4, 2), (5, 2, 1)], "all layers at once"
-    reads.clear()
+    jobs, _ = served.fill([16, 14, 3, 16, 2, 11], [["mha"]] * 6)
+    assert read(jobs) == [(5, 4, 2), (5, 2, 1)], "all layers at once"
     monkeypatch.setattr(scoring, "_TOKENS", 32)
-    Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
-    assert reads == [(1, 2, 2)] * 10 + [(2, 2, 1), (2, 2, 1), (1, 2, 1)]
-    reads.clear()
-    jobs, _ = fill(cache, [2] * 30, [["mha"]] * 30)  # of which whole blocks are read
-    Scorer(HEADS, LAYERS, cache, BLOCK, True).score(jobs)
-    assert max(states * rows * blocks * BLOCK for states, rows, blocks in reads) <= 32
+    assert read(jobs) == [(1, 2, 2)] * 10 + [(2, 2, 1), (2, 2, 1), (1, 2, 1)]
+    jobs, _ = served.fill([2] * 30, [["mha"]] * 30)  # of which whole blocks are read
+    assert max(states * rows * blocks * BLOCK for states, rows, blocks in read(jobs)) <= 32
 
 
-def test_other_ranks_read_along_and_run_nothing():
-    """With tensor parallelism the states of all ranks are gathered: all must read the same ones in the same order."""
-
-    class Reads(StateCache):
-        def read(self, states, block_ids):
-            self.reads.append((states, block_ids.tolist()))
-            return super().read(states, block_ids)
-
-    said, read = [], []
-    cache = make_cache(60, BLOCK)
-    cache.__class__ = Reads
-    jobs, _ = fill(cache, [20, 3, 12, 2], [["gate"], ["mha", "last"], ["mha", "last"], ["content"]])
-    for runs in (True, False):
-        cache.reads = []
-        said.append(Scorer(HEADS, LAYERS, cache, BLOCK, runs).score(jobs))
-        read.append(cache.reads)
-    assert read[0] == read[1] and read[0]
+@pytest.mark.parametrize("projected", [False, True])
+def test_other_ranks_read_along_and_run_nothing(projected):
+    """With tensor parallelism the numbers of all ranks are gathered: all must read the same ones in the same order."""
+    served, other = Served(projected, 60), Served(projected, 60, runs=False)
+    jobs, _ = served.fill([20, 3, 12, 2], [["gate"], ["mha", "last"], ["mha", "last"], ["content"]])
+    said = [each.scorer.score(jobs) for each in (served, other)]
+    assert served.reads == other.reads and served.reads
+    assert {width for _, width, _ in served.reads} == ({HIDDEN, PLANS[True].width} if projected else {HIDDEN})
     assert all(logits for found in said[0].values() for logits in found.values())
     assert said[1] == {f"request-{number}": {} for number in range(3)} | {"request-3": said[0]["request-3"]}

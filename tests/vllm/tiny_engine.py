@@ -17,6 +17,7 @@ PREFIX = [1, 30, 31]  # what "content" heads leave out
 HEADS = {
     "guard": {
         "probe_type": "mha",
+        "downcast": 8,
         "id2label": {0: "fine", 1: "bad"},
         "token_scope": "content",
         "prefix_ids": PREFIX,
@@ -24,7 +25,12 @@ HEADS = {
         "temperature": 4.0,
     },
     "tone": {"probe_type": "gate", "layers": [1, 3], "num_labels": 3, "temperature": 2.0},
-    "topics": {"probe_type": "pooling", "pool": "max", "num_labels": 3, "problem_type": "multi_label_classification"},
+    "topics": {
+        "probe_type": "attentive",
+        "options": {"num_queries": 1, "value_rank": 4},  # an odd number of features, which two ranks share
+        "num_labels": 3,
+        "problem_type": "multi_label_classification",
+    },
     "size": {"probe_type": "last", "num_labels": 1, "problem_type": "regression"},
     "mood": {"probe_type": "multimax", "options": {"num_maxima": 2, "num_members": 3}, "num_labels": 2},
 }

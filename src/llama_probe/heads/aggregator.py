@@ -162,6 +162,17 @@ class Aggregator(nn.Module, ABC):
     def result(self, state: Any, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
+    def projected(self, head: nn.Module) -> tuple[torch.Tensor, nn.Module] | None:
+        """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give.
+
+        A server that keeps something of every token then keeps few numbers.
+
+        Returns:
+            Maps of normalised states, `[S, rank, D]`, and the head, which normalises nothing. `None` if the kind needs whole
+            states.
+        """
+        return None
+
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
         """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
 

@@ -41,6 +41,23 @@ class GateAggregator(Aggregator):
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
 
+    def projected(self, head):
+        # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
+        seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
+        maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
+        config = head.config.replace(hidden_size=maps.shape[1], normalize="none", novelty=None)
+        reader = type(head)(config).eval()
+        units = torch.eye(maps.shape[1])
+        reader.load_state_dict(
+            {
+                "token_stage.weight": units[:1].expand(self.num_slots, -1),
+                "layer_stage.weight": units[1:2],
+                "classifier.weight": units[2:],
+                "classifier.bias": head.classifier.bias,
+            }
+        )
+        return maps.detach(), reader.to(head.device)
+
     def weights(self, x, mask, slots):
         shares = self._shares(x, mask, slots)
         return shares / shares.sum(dim=2, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)

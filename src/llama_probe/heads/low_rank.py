@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from typing import Any
 
@@ -14,9 +15,13 @@ class LowRankAggregator(Aggregator):
     """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`.
 
     `project` gives the only numbers that the kind keeps of a token, a few instead of D.
+
+    Attributes:
+        projects: if False, items come as `project` gives them.
     """
 
     half = True
+    projects = True
 
     @abstractmethod
     def projection(self, slots: slice) -> torch.Tensor:
@@ -28,8 +33,16 @@ class LowRankAggregator(Aggregator):
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
         """Map `[S, B, n, D]`, in any float dtype, to `[S, B, n, rank]` in fp32."""
+        if not self.projects:
+            return x
         flat = torch.matmul(x.flatten(1, 2), self.projection(slots).to(x.dtype).transpose(1, 2))
         return flat.unflatten(1, x.shape[1:3]).float()
 
     def update(self, state, x, mask, slots):
         return self.absorb(state, self.project(x, slots), mask)
+
+    def projected(self, head):
+        maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)
+        reader.config, reader.novelty = head.config.replace(normalize="none", novelty=None), None
+        reader.token_stage.projects = False
+        return maps, reader

@@ -444,6 +444,14 @@ class ProbeModel(nn.Module):
                 output.remember_means(MeanStates(self.novelty, *state.means.joined()))
         return output
 
+    def projected(self) -> tuple[torch.Tensor, ProbeModel] | None:
+        """Split the head into linear maps of its states and a head that reads what they give; see `Aggregator.projected`.
+
+        The other head tells no novelty. `None` if the kind needs whole states. So do states that are not normalised: their
+        products do not fit half precision.
+        """
+        return None if self.config.normalize == "none" else self.token_stage.projected(self)
+
     # Shared by all
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,10 @@ heads alone with `SamplingParams(extra_args={"kv_transfer_params": {"probes": [n
 `"kv_transfer_params": {"probes": [names]}`; those in `halt_on` run in any case. `kv_transfer_params` is the one field that
 vLLM lets a plugin fill in from the engine to the HTTP response.
 
-How it works, by file: `models` are vLLM's model classes with a cache of hidden states (`state_cache`), paged, and filled and
-shared between requests as the keys and values are; so prompts may come in chunks, or be found in the prefix cache.
-`connector` notes which prompts are complete after a step, has their heads run on the cached states (`scoring`), and
+How it works, by file: `models` are vLLM's model classes with a cache (`state_cache`) of hidden states, or of the numbers that
+heads make of them (`cache_plan`), paged, and filled and shared between requests as the keys and values are; so prompts may come
+in chunks, or be found in the prefix cache.
+`connector` notes which prompts are complete after a step, has their heads run on what is cached (`scoring`), and
 takes the logits to the scheduler's process, where `scheduler` adds what they mean (`answers`) to the outputs, and ends
 requests that are halted before a token is delivered. `middleware`, `payloads`, `label_routes` and `metrics` are for what
 clients see over HTTP.

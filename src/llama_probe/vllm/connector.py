@@ -14,13 +14,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
+from vllm.logger import init_logger
 
 from ..errors import ProbeError
 from .answers import answer
+from .cache_plan import CachePlan
 from .scoring import Scorer, ScoringJob
 from .settings import ProbeSettings
-from .state_cache import StateCache
+from .state_cache import FEATURES, STATES, StateCache, cache_growth
 
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what loggers of its own name say
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -138,15 +142,20 @@ class ProbeConnector(KVConnectorBase_V1):
     # In a worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        cache = next(iter(get_layers_from_vllm_config(self._vllm_config, StateCache).values()), None)
-        if cache is None:
+        caches = get_layers_from_vllm_config(self._vllm_config, StateCache)
+        if not caches:
             named = ", ".join(self._vllm_config.model_config.architectures)
             raise ProbeError(
                 f"this engine has heads, and its model is {named}, which keeps no states for them: make its arguments with "
                 "llama_probe.vllm.engine_kwargs(model, probe=...), or serve with python -m llama_probe.vllm MODEL --probe HEAD"
             )
         runs = get_tensor_model_parallel_rank() == 0
-        self._scorer = Scorer(self.settings.read_heads(), self.settings.layers, cache, self._block_size, runs)
+        if runs:
+            times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
+            logger.info("What heads need makes the KV cache %.2f times as large", times)
+        plan = CachePlan(self.settings.read_heads())
+        by_kind = {kind: cache for kind in (STATES, FEATURES) for name, cache in caches.items() if kind in name}
+        self._scorer = Scorer(plan, by_kind.get(STATES), by_kind.get(FEATURES), self._block_size, runs)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""vLLM's model classes with a cache for the states that heads read: `ProbedLlamaForCausalLM` and others.
+"""vLLM's model classes with a cache for what heads read: `ProbedLlamaForCausalLM` and others.
 
 A class is made when it is asked for, from the one of the same name without `Probed`. It computes what that computes.
 """
@@ -13,9 +13,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
 
+from .cache_plan import CachePlan, Projector
 from .compatibility import ARCHITECTURES, PREFIX, check_config, check_version
 from .settings import ProbeSettings
-from .state_cache import StateCache
+from .state_cache import FEATURES, STATES, StateCache
 
 
 def _with_states(base: type[nn.Module]) -> type[nn.Module]:
@@ -26,20 +27,32 @@ def _with_states(base: type[nn.Module]) -> type[nn.Module]:
             check_config(vllm_config)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             last = self.config.num_hidden_layers
-            below = tuple(layer for layer in settings.layers if layer < last)
-            self._reads_last = last in settings.layers
-            if below:
+            self._read = settings.layers
+            if below := tuple(layer for layer in settings.layers if layer < last):
                 self.set_aux_hidden_state_layers(below)
+            heads = settings.read_heads()
+            self._plan = CachePlan(heads)
+            self.probe_states = self.probe_features = None
             # vLLM orders its caches by the number in their names, and the layers have those below.
-            name = maybe_prefix(prefix, f"probe_states.{last}")
-            self.probe_states = StateCache(vllm_config, len(settings.layers), name)
+            if self._plan.layers:
+                name = maybe_prefix(prefix, f"{STATES}.{last}")
+                width = vllm_config.model_config.get_hidden_size()
+                self.probe_states = StateCache(vllm_config, len(self._plan.layers), width, name)
+            if self._plan.readers:
+                name = maybe_prefix(prefix, f"{FEATURES}.{last + 1}")
+                self.probe_features = StateCache(vllm_config, 1, self._plan.width, name)
+                self._projector = Projector(heads, self._plan)
 
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:
             output = super().forward(*args, **kwargs)
             # States between the layers come in order, before the last, which is the one after the final norm.
             final, below = output if isinstance(output, tuple) else (output, [])
-            self.probe_states([*below, final] if self._reads_last else below)
+            states = dict(zip(self._read, [*below, final], strict=False))
+            if self.probe_states is not None:
+                self.probe_states([states[layer] for layer in self._plan.layers])
+            if self.probe_features is not None:
+                self.probe_features([self._projector.project(states)])
             return final
 
     Probed.__name__ = Probed.__qualname__ = PREFIX + base.__name__

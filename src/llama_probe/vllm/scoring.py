@@ -1,8 +1,8 @@
-"""Heads in a worker process: what they say of prompts whose states are all in the cache."""
+"""Heads in a worker process: what they say of prompts whose states, or features of them, are all in the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from ..errors import ProbeError
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
 from ..serving.reader import StateReader
+from .cache_plan import CachePlan
 from .state_cache import StateCache
 
 
@@ -49,21 +50,23 @@ class _Prompt:
 
 
 class Scorer:
-    """Runs heads on cached states.
+    """Runs heads on what is cached.
 
     Args:
-        heads: by name. With tensor parallelism all ranks have them, to read the same layers, and rank 0 runs them.
-        layers: state indices that are kept, ascending.
-        cache: where. block_size: tokens a block of the scheduler's; the cache may split them.
+        plan: of the heads. With tensor parallelism all ranks have them, to read the same of the cache, and rank 0 runs them.
+        states, features: where both are kept; `None` if they are not.
+        block_size: tokens a block of the scheduler's; the cache may split them.
         runs: whether this rank runs the heads.
     """
 
     def __init__(
-        self, heads: Mapping[str, ProbeModel], layers: list[int], cache: StateCache, block_size: int, runs: bool
+        self, plan: CachePlan, states: StateCache | None, features: StateCache | None, block_size: int, runs: bool
     ):
-        self.device = cache.kv_cache.device
-        self.heads = {name: head.to(self.device) for name, head in heads.items()}
-        self.layers, self.cache, self.block_size, self.runs = layers, cache, block_size, runs
+        self.plan, self.states, self.features = plan, states, features
+        self.block_size, self.runs = block_size, runs
+        cache = features if states is None else states
+        self.device, self.kernel_block_size = cache.kv_cache.device, cache.kernel_block_size
+        self.heads = {name: head.to(self.device) for name, head in (plan.whole | plan.readers).items()}
 
     @torch.inference_mode()
     def score(self, jobs: Sequence[ScoringJob]) -> dict[str, dict[str, list[float] | str]]:
@@ -79,7 +82,7 @@ class Scorer:
                 except ProbeError as error:
                     found[job.request_id][name] = str(error)
             prompts.append(prompt)
-        for batch in _batches(prompts, self.cache.kernel_block_size):
+        for batch in _batches(prompts, self.kernel_block_size):
             logits = self._score(batch)
             for row, prompt in enumerate(batch):
                 said = found[prompt.job.request_id]
@@ -102,29 +105,75 @@ class Scorer:
                 masks[name][row, : prompt.job.num_tokens] = prompt.masks[name][0]
         # What lies behind a shorter prompt may be anything, and anything may be no number.
         padding = None if (lengths == width).all() else (torch.arange(width) >= lengths[:, None]).to(self.device)
-        size = self.cache.kernel_block_size
-        splits = self.block_size // size
+        splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1).to(self.device)
-        heads = {name: self.heads[name] for name in names}
-        reader = StateReader(heads) if self.runs else None
-        wanted = {layer for head in heads.values() for layer in head.layer_indices}
-        step = max(_TOKENS // (len(prompts) * size), 1) * size
-        places = [place for place, layer in enumerate(self.layers) if layer in wanted]
+        found: dict[str, torch.Tensor] = {}
+        for read, heads in ((self._read_states, self.plan.whole), (self._read_features, self.plan.readers)):
+            if own := {name: mask for name, mask in masks.items() if name in heads}:
+                found |= read(own, blocks, padding)
+        return found
+
+    def _pieces(self, blocks: torch.Tensor, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield the tokens of prompts in pieces: first, stop, and the blocks `[prompts, blocks]` that hold them."""
+        size = self.kernel_block_size
+        step = max(_TOKENS // (len(blocks) * size), 1) * size
         for start in range(0, width, step):
             stop = min(start + step, width)
-            part = blocks[:, start // size : -(-stop // size)]  # blocks are read whole
+            yield start, stop, blocks[:, start // size : -(-stop // size)]  # blocks are read whole
+
+    def _read_states(
+        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Logits by head, of prompts `[prompts, blocks]`, for the tokens that count and those that are none `[prompts, width]`."""
+        heads = {name: self.heads[name] for name in masks}
+        reader = StateReader(heads) if self.runs else None
+        wanted = {layer for head in heads.values() for layer in head.layer_indices}
+        places = [place for place, layer in enumerate(self.plan.layers) if layer in wanted]
+        width = next(iter(masks.values())).shape[1]
+        for start, stop, part in self._pieces(blocks, width):
             if reader is not None:
                 reader.begin({name: mask[:, start:stop] for name, mask in masks.items()}, last=stop == width)
-            for states in _neighbours(places, _TOKENS // (part.numel() * size)):
-                hidden = self.cache.read(states, part)[:, :, : stop - start]  # [S, prompts, tokens, D]
-                if padding is not None:
-                    hidden = hidden.masked_fill(padding[:, start:stop, None], 0)
+            for states in _neighbours(places, _TOKENS // (part.numel() * self.kernel_block_size)):
+                hidden = self._numbers(self.states, states, part, padding, start, stop)  # [S, prompts, tokens, D]
                 if reader is not None:
-                    for layer, each in zip(self.layers[states], hidden, strict=True):
+                    for layer, each in zip(self.plan.layers[states], hidden, strict=True):
                         reader.on_state(layer, each)
             if reader is not None:
                 reader.end()
         return {} if reader is None else {name: output.logits for name, output in reader.results().items()}
+
+    def _read_features(
+        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Logits by head, of the same, for heads that read features."""
+        states = {name: self.heads[name].init_state() for name in masks}
+        width = next(iter(masks.values())).shape[1]
+        for start, stop, part in self._pieces(blocks, width):
+            features = self._numbers(self.features, slice(0, 1), part, padding, start, stop)[0]  # [prompts, tokens, F]
+            for name, state in states.items() if self.runs else ():
+                head, mask = self.heads[name], masks[name][:, start:stop]
+                counted = mask.any(dim=0).nonzero().flatten().tolist()
+                if not counted:
+                    continue
+                columns = slice(counted[0], counted[-1] + 1)
+                own = features[:, columns, self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
+                own = head.prepare(own.permute(2, 0, 1, 3))  # [S, prompts, tokens, rank]
+                mask = None if bool(mask[:, columns].all()) else mask[:, columns].to(self.device)
+                head.step(state, head.layer_indices, own, mask, last=stop == width)
+        return {name: self.heads[name].finish(state).logits for name, state in states.items()} if self.runs else {}
+
+    def _numbers(
+        self,
+        cache: StateCache,
+        states: slice,
+        blocks: torch.Tensor,
+        padding: torch.Tensor | None,
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
+        """Return what is cached of some tokens, `[S, prompts, tokens, width]`, 0 behind the end of a prompt."""
+        found = cache.read(states, blocks)[:, :, : stop - start]
+        return found if padding is None else found.masked_fill(padding[:, start:stop, None], 0)
 
     def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:
         ids = None if job.token_ids is None else torch.tensor([job.token_ids])

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
@@ -62,7 +64,7 @@ class ProbeSettings:
 
     @cached_property
     def layers(self) -> list[int]:
-        """State indices that some head reads, ascending: those that the engine keeps."""
+        """State indices that some head reads, ascending."""
         return sorted({layer for config in self.configs.values() for layer in config.layer_indices})
 
     @cached_property
@@ -96,4 +98,5 @@ class ProbeSettings:
 
     def read_heads(self) -> dict[str, ProbeModel]:
         """The heads by name, on the CPU, in eval mode."""
-        return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}
+        with torch.device("cpu"):  # vLLM asks for them while it builds a model for another device
+            return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}

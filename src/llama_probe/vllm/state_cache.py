@@ -1,10 +1,11 @@
-"""A layer that computes nothing and keeps hidden states, paged beside the keys and values."""
+"""A layer that computes nothing and keeps hidden states, or features of them, paged beside the keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed import tensor_model_parallel_all_gather as all_gather
@@ -15,11 +16,10 @@ from vllm.model_executor.models.extract_hidden_states import (
     CacheOnlyAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
-
-from ..errors import ProbeError
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
 
+STATES, FEATURES = "probe_states", "probe_features"  # names of the layers
 # States of so many tokens are written in one call. Of more, a stack would cost time, and double what the model holds of them.
 _FEW = 64
 
@@ -40,27 +40,22 @@ class _Backend(CacheOnlyAttentionBackend):
 
 
 class StateCache(CacheOnlyAttentionLayer):
-    """Keeps the states that heads read, for every token that the engine has in its cache.
+    """Keeps the states that heads read, or features of them, for every token that the engine has in its cache.
 
     To vLLM it is one more attention layer, with a "head" a state and no values. It shares the block table of the others, so
     that a token's states are there, evicted and found again exactly where its keys are. With tensor parallelism each rank
-    keeps its share of every state: `hidden_size / ranks` of the dimensions.
+    keeps its share of every state: `width / ranks` of the dimensions, rounded up.
 
     Args:
         vllm_config: of the engine.
-        num_states: number of states a token.
+        num_states: number of states a token; 1 for features.
+        width: numbers of a state.
         prefix: the layer's name; must contain a number that no other layer's does.
-
-    Raises:
-        ProbeError: the ranks cannot share the states evenly.
     """
 
-    def __init__(self, vllm_config: VllmConfig, num_states: int, prefix: str):
-        hidden_size = vllm_config.model_config.get_hidden_size()
-        self.ranks = get_tensor_model_parallel_world_size()
-        if hidden_size % self.ranks:
-            raise ProbeError(f"tensor_parallel_size={self.ranks} does not divide hidden_size={hidden_size}")
-        share = hidden_size // self.ranks
+    def __init__(self, vllm_config: VllmConfig, num_states: int, width: int, prefix: str):
+        self.ranks, self.width = get_tensor_model_parallel_world_size(), width
+        share = -(-width // self.ranks)
         super().__init__(num_states, share, vllm_config.cache_config, prefix)
         self.attn_backend = _Backend
         self.start = get_tensor_model_parallel_rank() * share
@@ -85,12 +80,14 @@ class StateCache(CacheOnlyAttentionLayer):
         """Writes the states of this step's tokens.
 
         Args:
-            states: one tensor `[tokens, hidden_size]` a state, ascending; padding may follow the tokens.
+            states: one tensor `[tokens, width]` a state, ascending; padding may follow the tokens.
         """
         slots = get_forward_context().slot_mapping.get(self.layer_name)
         if slots is None or not self.kv_cache.numel():  # a trial run, before there is a cache
             return
         own = slice(self.start, self.start + self.head_size)
+        if missing := self.head_size * self.ranks - self.width:
+            states = [F.pad(state, (0, missing)) for state in states]
         slots = slots.clamp_min(0)  # padding is written to block 0, which belongs to no request
         blocks, places = slots // self.kernel_block_size, slots % self.kernel_block_size
         if len(slots) <= _FEW:
@@ -108,10 +105,19 @@ class StateCache(CacheOnlyAttentionLayer):
             block_ids (`torch.LongTensor` of shape `[prompts, blocks]`): of the cache.
 
         Returns:
-            `[states, prompts, blocks * kernel_block_size, hidden_size]`.
+            `[states, prompts, blocks * kernel_block_size, width]`.
         """
         found = self.kv_cache[:, states].index_select(
             0, block_ids.flatten()
         )  # [prompts * blocks, S, block_size, share]
         share = found.transpose(0, 1).reshape(found.shape[1], len(block_ids), -1, self.head_size)
-        return share if self.ranks == 1 else all_gather(share, dim=-1)
+        return share if self.ranks == 1 else all_gather(share, dim=-1)[..., : self.width]
+
+
+def cache_growth(group: KVCacheGroupSpec) -> float:
+    """Return how many times as large a worker's cache is with what heads read."""
+    spec = group.kv_cache_spec
+    specs = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(group.layer_names, spec)
+    whole = sum(spec.page_size_bytes for spec in specs.values())
+    plain = sum(spec.page_size_bytes for name, spec in specs.items() if STATES not in name and FEATURES not in name)
+    return whole / plain

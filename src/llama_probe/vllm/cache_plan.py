@@ -1,0 +1,101 @@
+"""What an engine keeps of every token for its heads: the hidden states of some layers, numbers that heads make of them, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..heads.probe import ProbeModel
+from ..heads.states import normalize
+from ..serving.reader import state_budget
+
+
+class CachePlan:
+    """Divides heads into those that read cached states and those that read features of them.
+
+    Features are what a head's linear maps give for a token, at every layer that it reads; see `ProbeModel.projected`. They are
+    kept if that takes fewer numbers than the states alone.
+
+    Args:
+        heads: by name.
+        projected: keep features, or states alone. Defaults to what is smaller.
+
+    Attributes:
+        whole: heads that read states. readers: those that read features, as they read them.
+        layers: indices of the states that are kept, ascending.
+        maps: maps of each reader, `[S, rank, D]`.
+        columns: places of each reader's features, `S * rank`, in those of a token.
+        width: number of features of a token.
+    """
+
+    def __init__(self, heads: Mapping[str, ProbeModel], projected: bool | None = None):
+        splits = {name: head.projected() for name, head in heads.items()}
+        splits = {name: split for name, split in splits.items() if split is not None}
+        every = _layers(heads.values())
+        others = _layers(head for name, head in heads.items() if name not in splits)
+        size = sum(maps.shape[0] * maps.shape[1] for maps, _ in splits.values())
+        if projected is None:
+            projected = size < (len(every) - len(others)) * next(iter(heads.values())).config.hidden_size
+        if not projected:
+            splits, others, size = {}, every, 0
+        self.whole = {name: head for name, head in heads.items() if name not in splits}
+        self.readers = {name: reader for name, (_, reader) in splits.items()}
+        self.maps = {name: maps for name, (maps, _) in splits.items()}
+        self.layers, self.width = others, size
+        self.columns: dict[str, slice] = {}
+        for name, maps in self.maps.items():
+            first = max((columns.stop for columns in self.columns.values()), default=0)
+            self.columns[name] = slice(first, first + maps.shape[0] * maps.shape[1])
+
+
+class Projector:
+    """Makes features of the states of tokens.
+
+    Args:
+        heads: of the plan, by name. plan: with features.
+    """
+
+    def __init__(self, heads: Mapping[str, ProbeModel], plan: CachePlan):
+        self.plan = plan
+        self.layers = {name: heads[name].layer_indices for name in plan.readers}
+        self.kinds = {name: heads[name].config.normalize for name in plan.readers}
+        self._read = sorted({layer for layers in self.layers.values() for layer in layers})
+        self._maps = {name: maps.transpose(1, 2) for name, maps in plan.maps.items()}  # [S, D, rank]
+
+    def project(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Return `[tokens, width]`, in the model's dtype, for states `[tokens, hidden_size]` by layer."""
+        first = states[self._read[0]]
+        features = first.new_empty(len(first), self.plan.width)
+        rooms = {
+            name: features[:, self.plan.columns[name]].unflatten(1, (len(layers), -1))
+            for name, layers in self.layers.items()
+        }
+        # At most two of a group's states are there at once: their stack, and its normalised copy.
+        group = max(1, state_budget(first.device) // max(1, 2 * first.numel() * first.element_size()))
+        for begin in range(0, len(self._read), group):
+            some = self._read[begin : begin + group]
+            x, normalized = torch.stack([states[layer] for layer in some]), {}  # [S, tokens, D]
+            for name, layers in self.layers.items():
+                places = [place for place, layer in enumerate(some) if layer in layers]
+                if not places:
+                    continue
+                kind = self.kinds[name]
+                if kind not in normalized:
+                    normalized[kind] = normalize(x, kind)
+                own = normalized[kind] if len(places) == len(some) else normalized[kind][places]
+                slot = layers.index(some[places[0]])
+                slots = slice(slot, slot + len(places))
+                found = torch.bmm(own, self._maps_as(own, name)[slots])  # [S, tokens, rank]
+                rooms[name][:, slots] = found.transpose(0, 1)
+        return features
+
+    def _maps_as(self, states: torch.Tensor, name: str) -> torch.Tensor:
+        """Return a head's maps beside states. They are moved once, before an engine records anything."""
+        if (self._maps[name].device, self._maps[name].dtype) != (states.device, states.dtype):
+            self._maps[name] = self._maps[name].to(states.device, states.dtype)
+        return self._maps[name]
+
+
+def _layers(heads: Iterable[ProbeModel]) -> list[int]:
+    return sorted({layer for head in heads for layer in head.layer_indices})
