@@ -11,6 +11,7 @@ import numpy as np
 import threading
 import torch
 import torch.nn.functional as F
+import transformers
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from math import prod
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -112,8 +112,8 @@ def register_family(model_type: str, *, embeddings: str, layers: str, norm: str,
     _REGISTERED[model_type] = Family(embeddings, layers, norm, model)
 
 
-def find_modules(lm: PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
-    """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM."""
+def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
+    """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM with `depth` decoder layers."""
     kind, model_type = type(lm).__name__, lm.config.model_type
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ProbeError(f"{kind} is an encoder-decoder: heads read the hidden states of a causal LM")
@@ -143,7 +143,7 @@ def _modules(lm: nn.Module, family: Family, depth: int) -> dict[str, nn.Module] 
     return family.modules(lm, depth) or family.without_lm_head().modules(lm, depth)
 
 
-def _search(lm: PreTrainedModel, depth: int) -> Iterator[Family]:
+def _search(lm: transformers.PreTrainedModel, depth: int) -> Iterator[Family]:
     """Yield the places in the decoder that have a list of `depth` layers beside one final norm."""
     paths = {module: path for path, module in lm.named_modules()}
     embeddings = paths.get(lm.get_input_embeddings())
@@ -397,7 +397,6 @@ class _Listening(threading.local):
 _LISTENING = _Listening()
 
 
-@torch.compiler.assume_constant_result
 def stay_in_layers(lm: nn.Module) -> bool:
     """Register permanent hooks for `handing_states_to` on an LM, once. A compiled forward pass cannot add or remove hooks."""
     decoder = find_decoder(lm)
@@ -433,7 +432,7 @@ def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
-    """Raise `ProbeError` if the LM has run and hidden states are missing."""
+    """Raise `ProbeError` if the LM has run and did not give all wanted layers."""
     if missing := sorted(set(wanted) - set(seen)):
         raise ProbeError(
             f"the LM ran without giving hidden states {missing}. A decoder compiled as a whole ignores new hooks: compile its "
@@ -507,7 +506,7 @@ def check_states(lm: nn.Module) -> None:
             )
         if problem is not None:
             raise ProbeError(
-                f"hidden state {layer} of {type(without_peft(lm)).__name__} (model_type {decoder.model_type!r}) {problem}"
+                f"hidden state {layer} of {type(without_peft(lm)).__name__} ({decoder.model_type}) {problem}"
             )
 
 
@@ -582,9 +581,7 @@ class NextToken:
         # 2 % of the largest logit: above the rounding of bf16, far below any unknown factor.
         if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
             known = ", ".join((*_FACTORS, *_DIVISORS, "final_logit_softcapping"))
-            raise ProbeError(
-                f"{type(lm).__name__} changes its logits by more than {known}: use another probe_type with it"
-            )
+            raise ProbeError(f"{type(lm).__name__} changes its logits by more than {known}: use another probe_type")
 
 
 # From backbone/fingerprint.py
@@ -693,7 +690,7 @@ _CACHED_TOKENS = 4
 
 @dataclass(frozen=True)
 class Pass:
-    """Prompts that a backbone runs over together."""
+    """The `rows` that a backbone runs over together, after `skip` tokens of a common start in the KV cache `prefix`."""
 
     rows: list[int]
     prefix: Cache | None = None

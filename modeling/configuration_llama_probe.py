@@ -53,6 +53,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
@@ -66,6 +67,7 @@ from torch.nn import functional
 from transformers import AutoConfig
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
+from types import MappingProxyType
 from types import ModuleType
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +100,9 @@ DISK_FULL = "there is no room for it; free some space, or name a folder on anoth
 PENDING, _GONE = ".new-files", ".gone"
 _TEMPORARY = ".tmp"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# What a file is to hold: a text in UTF-8, bytes, or a function that writes the file.
+Content = str | bytes | Callable[[Path], object]
 
 
 def check_writable(folder: Path, content: str) -> None:
@@ -144,8 +149,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             item.replace(folder / item.name)
 
 
-def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Call each writer with a temporary path, then rename all files; on an error no target changes."""
+def write_atomically(writers: dict[Path, Content]) -> None:
+    """Write each file under a temporary name, then rename all of them; on an error no target changes."""
     with ExitStack() as stack:
         written: list[tuple[Path, Path]] = []
         for target, write in writers.items():
@@ -162,7 +167,7 @@ def write_atomically(writers: dict[Path, Callable[[Path], object]]) -> None:
                 temporary.replace(target)
 
 
-def replace_files(folder: Path, writers: dict[str, Callable[[Path], object]], gone: Iterable[str] = ()) -> None:
+def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str] = ()) -> None:
     """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones."""
     for name in (*writers, *gone):
         _check_no_folder(folder / name)
@@ -217,7 +222,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Remove temporary files that killed processes have left in a folder."""
     patterns = [f"{PENDING}.*{_TEMPORARY}", *(f".{name}.*{_TEMPORARY}" for name in names)]
     for path in folder.iterdir():
-        if any(map(path.match, patterns)) and (handle := _locked(path)) is not None:
+        if any(map(path.match, patterns)) and (handle := lock(path)) is not None:
             _remove(path)
             os.close(handle)
 
@@ -247,7 +252,7 @@ def _temporary_folder(folder: Path) -> Path:
 def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
     """Give a temporary file or folder, and remove it at the end if it is still there."""
     path = make()
-    while (handle := _locked(path)) is None or not path.exists():  # taken for a leftover before it was locked
+    while (handle := lock(path)) is None or not path.exists():  # taken for a leftover before it was locked
         if handle is not None:
             os.close(handle)
         path = make()
@@ -258,7 +263,7 @@ def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
         os.close(handle)
 
 
-def _locked(path: Path) -> int | None:
+def lock(path: Path) -> int | None:
     """Return a handle that holds the lock of a file or folder; None if another process holds it, or it is not there."""
     if fcntl is None:  # Windows, which renames no open files
         return os.open(os.devnull, os.O_RDONLY)
@@ -291,9 +296,12 @@ def _switch(stage: Path, folder: Path) -> None:
     raise ProbeError(f"{folder} cannot be written: others save into it all the time")
 
 
-def _write(write: Callable[[Path], object], path: Path, target: Path) -> None:
+def _write(content: Content, path: Path, target: Path) -> None:
     with _explained(target):
-        write(path)
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _check_no_folder(target: Path) -> None:
@@ -347,8 +355,8 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
-# Keys of results.json that `evaluate --record` and `calibrate` write.
-LATER_RESULTS = ("evaluations", "thresholds_from")
+# Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.
+LATER_RESULTS = ("evaluations", "thresholds_from", "novelty")
 
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 
@@ -388,7 +396,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file."""
+    """Read a JSON object, in which no object names a key twice, from a file of limited size."""
     content = read_bytes(path)
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
@@ -411,14 +419,9 @@ def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
     """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them."""
     path = current_file(folder, CONFIG_NAME)
     if not os.path.isfile(path):
-        try:
-            found = sorted(os.listdir(folder))
-        except OSError:  # it is not there, no folder, or may not be read
-            found = []
-        hint = "; the Trainer wrote weights only, call probe.save_pretrained" if "training_args.bin" in found else ""
-        raise ProbeError(
-            f"{folder} is not a head folder: it has no {CONFIG_NAME} (found: {', '.join(found[:8]) or 'nothing'}){hint}"
-        )
+        trained = os.path.isfile(os.path.join(folder, "training_args.bin"))
+        hint = "; the Trainer wrote weights only, call probe.save_pretrained" if trained else ""
+        raise ProbeError(f"{folder} is not a head folder: it has no {CONFIG_NAME}{hint}")
     return read_json(path)
 
 
@@ -433,9 +436,7 @@ def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
     try:
         return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
     except (LookupError, TypeError, StopIteration) as error:
-        raise ProbeError(
-            f"{RESULTS_NAME} has no run for chosen_seed; delete it to load the head without results"
-        ) from error
+        raise ProbeError(f"{RESULTS_NAME} has no run for chosen_seed; delete it to load the head without") from error
 
 
 def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -568,14 +569,39 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
     cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
     if options.local_files_only or isinstance(cached, str):  # the client needs no connection for it
         return options
+    return (
+        options
+        if _hub_answers(reference.repo_id, path, revision, options.token)
+        else replace(options, local_files_only=True)
+    )
+
+
+def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Check that a Hub id is cached or that the Hub answers. The client would try for over a minute, file by file."""
+    given = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
+    reference = HubReference.parse(str(place)) if given else None
+    options = HubOptions.beside(kwargs)
+    if reference is None or options.local_files_only:
+        return
+    name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
+    if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
+        return
+    if not _hub_answers(reference.repo_id, "config.json", None, options.token):
+        raise ProbeError(
+            f"{reference.repo_id} is not in the cache, and the Hub does not answer; the demo model needs no Hub: run "
+            "`llama-probe demo`, or load llama_probe.backbone.loading.demo_backbone()"
+        )
+
+
+def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> bool:
+    """Ask the Hub once for a file; False if there is no answer."""
     try:
-        api = HfApi(token=options.token)
-        _in_time(lambda: api.file_exists(reference.repo_id, path, revision=revision), path)
-    except HfHubHTTPError:  # the Hub has answered
-        return options
+        _in_time(lambda: HfApi(token=token).file_exists(repo_id, path, revision=revision), path)
+    except HfHubHTTPError:
+        return True
     except (*_FAILED, ProbeError):
-        return replace(options, local_files_only=True)
-    return options
+        return False
+    return True
 
 
 def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
@@ -736,9 +762,7 @@ def _download_intact(reference: HubReference, name: str, revision: str | None, o
         return path
     path = _download(reference, name, revision, replace(options, force_download=True))
     if not _is_intact(path):
-        raise ProbeError(
-            f"{name} of {reference} arrived damaged twice: its bytes have another digest than the Hub names"
-        )
+        raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
     return path
 
 
@@ -1018,7 +1042,7 @@ def default_name(source: str | os.PathLike) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return a head's name if a model can have a head of this name."""
+    """Return a head's name, of letters, digits, `-` and `_`, if torch modules have no attribute of this name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ProbeError(f"{name!r} cannot name a head: use letters, digits, - and _")
     if name in _ATTRIBUTES:
@@ -1298,6 +1322,16 @@ _THRESHOLDS = (
         and all(_is_number(number) and 0 <= number <= 1 for number in value.values())
     ),
 )
+_NOVELTY = (
+    "{'layers': [ascending state indices], 'rank': a whole number from 1}",
+    lambda value: (
+        isinstance(value, dict)
+        and set(value) == {"layers", "rank"}
+        and _is_list(value["layers"], _is_id)
+        and value["layers"] == sorted(set(value["layers"])) != []
+        and _is_int(value["rank"])
+    ),
+)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
 # The rule of each field: a description and a check.
@@ -1321,6 +1355,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
     "thresholds": _or_none(_THRESHOLDS),
+    "novelty": _or_none(_NOVELTY),
     "fingerprint": _or_none(_NUMBERS),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": _or_none(("text", _is_text)),
@@ -1376,6 +1411,7 @@ class ProbeConfig:
     threshold: float | list[float] | None = None
     thresholds: dict[str, float] | None = None
     temperature: float = 1.0
+    novelty: dict[str, Any] | None = None
 
     options: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
@@ -1399,6 +1435,7 @@ class ProbeConfig:
             )
         self._check_threshold()
         self._check_layers()
+        self._check_novelty()
         kind.check(self)
 
     def _check_labels(self) -> None:
@@ -1456,6 +1493,23 @@ class ProbeConfig:
         if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
             raise ProbeError(f"layers={self.layers!r} must be from 0 to num_hidden_layers={self.num_hidden_layers}")
 
+    def _check_novelty(self) -> None:
+        if self.novelty is None:
+            return
+        if not self.supports_novelty:
+            raise ProbeError(
+                f"novelty={self.novelty!r} needs a head that reads all tokens of a prompt, not "
+                f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
+            )
+        sized = self.layers != "all" or self.num_hidden_layers is not None
+        if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
+            raise ProbeError(f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}")
+
+    @property
+    def supports_novelty(self) -> bool:
+        """True if the head reads all tokens of a prompt, so that it can tell how unlike its training data one is."""
+        return not self.reads_reply and get_probe_type(self.probe_type).reads == "all"
+
     @property
     def reads_reply(self) -> bool:
         """True if tokens of the reply count; they are scored one by one while they are generated."""
@@ -1510,7 +1564,7 @@ class ProbeConfig:
         check_output(save_directory)
         make_folder(Path(save_directory))
         settle(save_directory)
-        write_atomically({Path(save_directory) / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+        write_atomically({Path(save_directory) / CONFIG_NAME: text})
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` gives the same config back."""

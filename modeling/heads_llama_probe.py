@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from huggingface_hub import CommitInfo
 from itertools import takewhile
 from pathlib import Path
@@ -228,6 +229,10 @@ class Aggregator(nn.Module, ABC):
     def result(self, state: Any, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
+    def projected(self, head: nn.Module) -> tuple[torch.Tensor, nn.Module] | None:
+        """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give."""
+        return None
+
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
         """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N."""
         return None
@@ -302,6 +307,7 @@ class LowRankAggregator(Aggregator):
     """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`."""
 
     half = True
+    projects = True
 
     @abstractmethod
     def projection(self, slots: slice) -> torch.Tensor:
@@ -313,11 +319,19 @@ class LowRankAggregator(Aggregator):
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
         """Map `[S, B, n, D]`, in any float dtype, to `[S, B, n, rank]` in fp32."""
+        if not self.projects:
+            return x
         flat = torch.matmul(x.flatten(1, 2), self.projection(slots).to(x.dtype).transpose(1, 2))
         return flat.unflatten(1, x.shape[1:3]).float()
 
     def update(self, state, x, mask, slots):
         return self.absorb(state, self.project(x, slots), mask)
+
+    def projected(self, head):
+        maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)
+        reader.config, reader.novelty = head.config.replace(normalize="none", novelty=None), None
+        reader.token_stage.projects = False
+        return maps, reader
 
 
 # From heads/pooling.py
@@ -391,6 +405,23 @@ class GateAggregator(Aggregator):
     def result(self, state, slots):
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
+
+    def projected(self, head):
+        # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
+        seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
+        maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
+        config = head.config.replace(hidden_size=maps.shape[1], normalize="none", novelty=None)
+        reader = type(head)(config).eval()
+        units = torch.eye(maps.shape[1])
+        reader.load_state_dict(
+            {
+                "token_stage.weight": units[:1].expand(self.num_slots, -1),
+                "layer_stage.weight": units[1:2],
+                "classifier.weight": units[2:],
+                "classifier.bias": head.classifier.bias,
+            }
+        )
+        return maps.detach(), reader.to(head.device)
 
     def weights(self, x, mask, slots):
         shares = self._shares(x, mask, slots)
@@ -987,15 +1018,30 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     return probs.argmax(dim=-1)
 
 
-def labels(probs: torch.Tensor, config: ProbeConfig) -> list[Any]:
+def labels(
+    probs: torch.Tensor,
+    config: ProbeConfig,
+    novelty: torch.Tensor | None = None,
+    abstain_at: float | None = None,
+) -> list[Any]:
     """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression)."""
-    picked = predictions(probs, config).tolist()
-    if config.problem_type == "regression":
-        return picked
-    check_numbers(probs)
-    if config.problem_type == "multi_label_classification":
-        return [[config.id2label[i] for i, on in enumerate(row) if on] for row in picked]
-    return [config.id2label[index] for index in picked]
+    found = predictions(probs, config).tolist()
+    if config.problem_type != "regression":
+        check_numbers(probs)
+        if config.problem_type == "multi_label_classification":
+            found = [[config.id2label[i] for i, on in enumerate(row) if on] for row in found]
+        else:
+            found = [config.id2label[index] for index in found]
+    if abstain_at is None:
+        return found
+    return [None if new else label for label, new in zip(found, (novelty > abstain_at).tolist(), strict=True)]
+
+
+def abstaining(outputs: dict[str, ProbeOutput], at: float | None) -> dict[str, ProbeOutput]:
+    """Have outputs give rows of a novelty above `at` the label `None`. Return them."""
+    for output in outputs.values():
+        output.abstain(at)
+    return outputs
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
@@ -1007,6 +1053,8 @@ def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[Probe
 def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
     """Return one row's prediction as JSON values."""
     scores = dict(zip(config.id2label.values(), probs, strict=True))
+    if label is None:
+        return {"label": None, "score": None, "scores": scores}
     if config.problem_type == "regression":
         return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
     score = [scores[name] for name in label] if config.problem_type == "multi_label_classification" else scores[label]
@@ -1015,6 +1063,8 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
 
 def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
     """Return one row's prediction as text: the label with its own probability, which need not be the largest."""
+    if label is None:
+        return "no label: unlike the training data"
     if config.problem_type == "regression":
         return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     names = label if isinstance(label, list) else [label]
@@ -1068,6 +1118,15 @@ def probe_loss(
 class DecidedMixin:
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
 
+    @property
+    def abstain_at(self) -> float | None:
+        """Novelty above which a row has the label `None`; `None` for never."""
+        return self.__dict__.get("_abstain_at")
+
+    def abstain(self, at: float | None) -> None:
+        """Give rows of a novelty above `at` the label `None`."""
+        self.__dict__["_abstain_at"] = at
+
     def config_of(self, name: str | None = None) -> ProbeConfig:
         """The config of a head, by its name where there are several."""
         configs = self.__dict__.get("_probe_configs", {})
@@ -1094,6 +1153,20 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         output.__dict__["_probe_configs"] = {None: config}
         return output
 
+    def remember_means(self, means: Any) -> None:
+        """Store the `MeanStates` that `novelty` is computed from. They are no field: the Trainer would gather them."""
+        self.__dict__["_means"] = means
+
+    @property
+    def means(self) -> Any:
+        """The `MeanStates` of the batch; `None` if the head has no novelty."""
+        return self.__dict__.get("_means")
+
+    @property
+    def novelty(self) -> torch.Tensor | None:
+        """How unlike the training data each row is, `[batch]` from 0 to 1; `None` if the head has no novelty."""
+        return None if self.means is None else self.means.novelty
+
     @property
     def learned_logits(self) -> torch.Tensor:
         """The logits that the loss takes: of each member if there are several, else `logits`."""
@@ -1106,8 +1179,8 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @property
     def labels(self) -> list[Any]:
-        """Label names a row, with the saved temperature and threshold."""
-        return labels(self.probabilities, self.config_of())
+        """Label names a row, with the saved temperature and threshold; `None` for a row where the head abstains."""
+        return labels(self.probabilities, self.config_of(), self.novelty, self.abstain_at)
 
 
 # From heads/scope.py
@@ -1246,15 +1319,12 @@ def check_rows(mask: torch.Tensor | None) -> None:
 
 # From heads/stream.py
 
-class ProbeState:
-    """Hold the token-stage state of one head between two calls of `ProbeModel.step`."""
+class SlotStates:
+    """States of several slots, cut and joined as groups of slots need."""
 
-    def __init__(self, num_slots: int, state: Any = None, keep: bool = False, output_attentions: bool = False):
+    def __init__(self, num_slots: int, state: Any = None):
         self.num_slots = num_slots
-        self.keep, self.output_attentions = keep, output_attentions
-        self._weights: dict[int, torch.Tensor | None] = {}
         self._parts: dict[tuple[int, int], Any] = {} if state is None else {(0, num_slots): state}
-        self._summaries: dict[int, torch.Tensor] = {}
 
     def pop(self, slots: slice) -> Any:
         """Remove and return the state of consecutive slots; `None` if they have read nothing."""
@@ -1273,20 +1343,41 @@ class ProbeState:
         """Store the state of the slots that `pop` returned before."""
         self._parts[slots.start, slots.stop] = state
 
-    def put_summary(self, slots: slice, summary: torch.Tensor) -> None:
-        """Store the summaries `[slots, batch, width]` of slots that have read the last token."""
-        if torch.compiler.is_dynamo_compiling():
-            # Inductor moves an operation to where its result is used (`reorder_for_locality`), here behind the LM, and would keep
-            # the states of all layers until then. It leaves what becomes a tuple in its place.
-            summary = torch.stack(summary.unbind())
-        self._summaries[slots.start] = summary
-
     def joined(self) -> Any:
-        """Return the token-stage state of all slots, as one; `None` if nothing has been read."""
+        """Return the state of all slots, as one; `None` if nothing has been read."""
         state = self.pop(slice(0, self.num_slots))
         if state is not None:
             self.put(slice(0, self.num_slots), state)
         return state
+
+
+class ProbeState:
+    """Hold the token-stage state of one head between two calls of `ProbeModel.step`."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_means: int = 0,
+        state: Any = None,
+        keep: bool = False,
+        output_attentions: bool = False,
+    ):
+        self.num_slots = num_slots
+        self.keep, self.output_attentions = keep, output_attentions
+        tokens, means = state if num_means and state is not None else (state, None)
+        self.tokens = SlotStates(num_slots, tokens)
+        self.means = SlotStates(num_means, means) if num_means else None
+        self._weights: dict[int, torch.Tensor | None] = {}
+        self._summaries: dict[int, torch.Tensor] = {}
+
+    def put_summary(self, slots: slice, summary: torch.Tensor) -> None:
+        """Store the summaries `[slots, batch, width]` of slots that have read the last token."""
+        self._summaries[slots.start] = in_place(summary)
+
+    def joined(self) -> Any:
+        """Return what all slots keep, as one; `None` if nothing has been read."""
+        tokens = self.tokens.joined()
+        return tokens if self.means is None or tokens is None else (tokens, self.means.joined())
 
     def summaries(self) -> torch.Tensor | None:
         """Return the stored summaries `[slots, batch, width]`, in the order of the slots; `None` if there are none."""
@@ -1304,7 +1395,172 @@ class ProbeState:
 
     def repeated(self, repeats: int) -> ProbeState:
         """Return a state in which each row stands `repeats` times, one after the other. Needs `keep`."""
-        return ProbeState(self.num_slots, repeat_rows(self.joined(), repeats), self.keep)
+        num_means = 0 if self.means is None else self.means.num_slots
+        return ProbeState(self.num_slots, num_means, repeat_rows(self.joined(), repeats), self.keep)
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`. While `torch.compile` traces, keep its computation from being moved to where it is used."""
+    return torch.stack(x.unbind()) if torch.compiler.is_dynamo_compiling() else x
+
+
+def as_slice(places: Sequence[int]) -> slice | list[int]:
+    """Return ascending indices as a slice if they are evenly spaced: it takes no copy."""
+    step = places[1] - places[0] if len(places) > 1 else 1
+    even = list(range(places[0], places[-1] + 1, step)) == list(places)
+    return slice(places[0], places[-1] + 1, step) if even else list(places)
+
+
+# From heads/novelty.py
+
+LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
+# Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
+_DEPTHS = (0.2, 0.4, 0.6)
+
+
+def novelty_layers(config: ProbeConfig) -> list[int]:
+    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads."""
+    if not config.supports_novelty:
+        raise ProbeError(
+            f"novelty needs a head that reads all tokens of a prompt, not probe_type={config.probe_type!r}, "
+            f"token_scope={config.token_scope!r}"
+        )
+    wanted = [depth * config.num_hidden_layers for depth in _DEPTHS]
+    return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
+
+
+@dataclass
+class MeanStates:
+    """What a `Novelty` has read of a batch. It is cheap to make; `novelty` computes the rest."""
+
+    of: Novelty
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def blank(self, rows: int) -> MeanStates:
+        """Return means of so many rows, to `put` batches into."""
+        return MeanStates(self.of, *(x.new_empty(len(x), rows, *x.shape[2:]) for x in (self.total, self.count)))
+
+    def put(self, rows: list[int], batch: MeanStates) -> None:
+        """Store a batch in some rows."""
+        self.total[:, rows], self.count[:, rows] = batch.total, batch.count
+
+    @property
+    def novelty(self) -> torch.Tensor:
+        """`[batch]`, from 0 to 1; see `Novelty`."""
+        return self.of(self.total, self.count)
+
+
+class Novelty(nn.Module):
+    """How far the mean states of a prompt are from those of a head's training rows."""
+
+    def __init__(self, config: ProbeConfig):
+        super().__init__()
+        layers, rank = config.novelty["layers"], config.novelty["rank"]
+        self.slots = [config.layer_indices.index(layer) for layer in layers]
+        self._means = PoolingAggregator(len(layers), config.replace(pool="mean"))
+        width = len(layers) * config.hidden_size
+        shapes = {
+            "center": (width,),
+            "directions": (rank, width),
+            "variances": (rank + 1,),
+            "length": (2,),
+            "quantiles": (LEVELS,),
+        }
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def update(self, states: SlotStates, slots: slice, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Read further tokens of a group of the head's layers: one masked sum."""
+        places = [slot - slots.start for slot in self.slots if slots.start <= slot < slots.stop]
+        if not places:
+            return
+        first = sum(slot < slots.start for slot in self.slots)
+        own = slice(first, first + len(places))
+        total, count = self._means.update(states.pop(own), x[as_slice(places)].float(), mask, own)
+        states.put(own, (in_place(total), count))
+
+    def read(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> MeanStates:
+        """Read whole prompts: normalised states `[layers_read, batch, tokens, hidden_size]`, as for `ProbeModel.score`."""
+        states = SlotStates(len(self.slots))
+        self.update(states, slice(0, len(x)), x, mask)
+        return MeanStates(self, *states.joined())
+
+    def distance(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return the log distance `[batch]`, before the number of tokens is taken out; see `MeanStates`."""
+        x = self._means.result((total, count), slice(None)).transpose(0, 1).flatten(1) - self.center
+        along = x @ self.directions.T  # [B, rank]
+        other = (x - along @ self.directions).square().sum(dim=1)
+        squared = (along.square() / self.variances[:-1]).sum(dim=1) + other / self.variances[-1]
+        return squared.clamp_min(1e-12).log() / 2
+
+    def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return the log distance `[batch]`, less what is expected of so many tokens."""
+        return self.distance(total, count) - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
+
+    def forward(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return novelty `[batch]`; NaN for a row without a token that counts. See `MeanStates` for the arguments."""
+        with torch.no_grad():
+            excess, levels = self.excess(total, count), self.quantiles
+            upper = torch.searchsorted(levels, excess).clamp(1, LEVELS - 1)
+            low, high = levels[upper - 1], levels[upper]
+            share = ((excess - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+            inside = (upper - 1 + share) / LEVELS
+            scale = (levels[99] - levels[90]).clamp_min(1e-6) / math.log(10)  # of an exponential tail
+            tail = 1 - 0.01 * torch.exp(-(excess - levels[99]) / scale)
+            found = torch.where(excess > levels[99], tail, inside)
+            return found.masked_fill(count[0] == 0, float("nan"))
+
+    @classmethod
+    def fit(
+        cls,
+        config: ProbeConfig,
+        train: tuple[torch.Tensor, torch.Tensor],
+        validation: tuple[torch.Tensor, torch.Tensor],
+    ) -> Novelty:
+        """Fit the description of training rows, and calibrate it on validation rows."""
+        novelty = cls(config)
+        total, count = train
+        x = (total / count.clamp_min(1)[..., None]).transpose(0, 1).flatten(1).double()  # [rows, S * D]
+        center = x.mean(dim=0)
+        x = x - center
+        rows, width = x.shape
+        values, vectors = torch.linalg.eigh(x @ x.T / (rows - 1))
+        rank = len(novelty.directions)
+        found = x.T @ vectors.flip(1)[:, :rank]  # [S * D, rank]
+        directions = (found / found.norm(dim=0).clamp_min(1e-12)).T
+        whole = x.square().sum() / (rows - 1)
+        values = values.flip(0)[:rank]
+        rest = (whole - values.sum()) / (width - rank)
+        variances = torch.cat([values, rest[None]]).clamp_min(1e-6 * whole / width)
+        for buffer, value in (
+            (novelty.center, center),
+            (novelty.directions, directions),
+            (novelty.variances, variances),
+        ):
+            buffer.copy_(value)
+        distance, tokens = novelty.distance(*validation).double(), validation[1][0].double().clamp_min(1).log()
+        spread = (tokens - tokens.mean()).square().sum()
+        slope = ((tokens - tokens.mean()) * distance).sum() / spread.clamp_min(1e-12)
+        slope = slope.clamp(-0.5, 0)  # noise of tokens that are independent, and none
+        novelty.length.copy_(torch.stack([(distance - slope * tokens).mean(), slope]))
+        levels = torch.arange(LEVELS, dtype=torch.float64) / LEVELS
+        novelty.quantiles.copy_(torch.quantile(novelty.excess(*validation).double(), levels))
+        return novelty
+
+
+def check_abstain(abstain_at: Any, configs: Mapping[str, ProbeConfig]) -> None:
+    """Raise `ProbeError` if `abstain_at` is not a number from 0 to 1, or a head has no novelty."""
+    if abstain_at is None:
+        return
+    if isinstance(abstain_at, bool) or not isinstance(abstain_at, (int, float)) or not 0 <= abstain_at <= 1:
+        raise ProbeError(f"abstain_at={abstain_at!r} must be a number from 0 to 1")
+    for name, config in configs.items():
+        if config.novelty is None:
+            raise ProbeError(
+                f"abstain_at={abstain_at}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
+                "--novelty-data ROWS"
+            )
 
 
 # From heads/match.py
@@ -1482,10 +1738,9 @@ def save_head(
             kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
     remove_leftovers(folder, HEAD_FILES)
-    writers = {name: partial(Path.write_bytes, data=data) for name, data in contents.items()}
     # In a folder without a head they belong to somebody.
     gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
-    replace_files(folder, writers, gone)
+    replace_files(folder, contents, gone)
     return folder
 
 
@@ -1597,6 +1852,7 @@ class ProbeModel(nn.Module):
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         self.token_stage, self.layer_stage = create_stages(config)
         self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        self.novelty = None if config.novelty is None else Novelty(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
         super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         self.set_backbone(backbone)
@@ -1609,6 +1865,11 @@ class ProbeModel(nn.Module):
             backbone.requires_grad_(False)
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
+
+    def set_novelty(self, novelty: Novelty, settings: dict[str, Any]) -> None:
+        """Give the head a fitted `Novelty`. What was measured of the head stays true: its logits are the same."""
+        self.config = self.config.replace(novelty=settings, weights_sha256=None)
+        self.novelty = novelty.to(self.device)
 
     def bind(self, lm: nn.Module, check: bool = True) -> None:
         """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this."""
@@ -1739,6 +2000,8 @@ class ProbeModel(nn.Module):
         """Score normalised states, which several heads can share."""
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
+        if self.novelty is not None and not self.training:
+            output.remember_means(self.novelty.read(x, mask))
         if output_attentions:
             weights = self.token_stage.weights(x, mask, slice(None))
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
@@ -1780,7 +2043,8 @@ class ProbeModel(nn.Module):
 
     def init_state(self, state: Any = None, keep: bool = False, output_attentions: bool = False) -> ProbeState:
         """Start on a batch of prompts."""
-        return ProbeState(len(self.layer_indices), state, keep, output_attentions)
+        num_means = 0 if self.novelty is None else len(self.novelty.slots)
+        return ProbeState(len(self.layer_indices), num_means, state, keep, output_attentions)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result."""
@@ -1807,10 +2071,10 @@ class ProbeModel(nn.Module):
         if not places:
             return
         if len(places) < len(layers):
-            x = x[_as_slice(places)]
+            x = x[as_slice(places)]
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
-        earlier = state.pop(slots)
+        earlier = state.tokens.pop(slots)
         with torch.no_grad():  # a decorator would break the graph of torch.compile
             if state.output_attentions:
                 if earlier is not None or not last:
@@ -1818,9 +2082,11 @@ class ProbeModel(nn.Module):
                         "output_attentions needs the prompt in one pass: leave out prefill_chunk_size and cache"
                     )
                 state.put_weights(slots, self.token_stage.weights(x, token_mask, slots))
+            if self.novelty is not None:
+                self.novelty.update(state.means, slots, x, token_mask)
             seen = self.token_stage.update(earlier, x, token_mask, slots)
             if state.keep or not last:
-                state.put(slots, seen)
+                state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
                 state.put_summary(slots, self.token_stage.result(seen, slots))
 
@@ -1829,7 +2095,7 @@ class ProbeModel(nn.Module):
         """Score what `step` has read so far: logits `[batch, num_labels]`."""
         with torch.no_grad():
             summaries = state.summaries()
-            if summaries is None and (seen := state.joined()) is not None:
+            if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != state.num_slots:
                 raise ProbeError(
@@ -1837,7 +2103,13 @@ class ProbeModel(nn.Module):
                 )
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
             output.token_weights = state.weights()
+            if self.novelty is not None:
+                output.remember_means(MeanStates(self.novelty, *state.means.joined()))
         return output
+
+    def projected(self) -> tuple[torch.Tensor, ProbeModel] | None:
+        """Split the head into linear maps of its states and a head that reads what they give; see `Aggregator.projected`."""
+        return None if self.config.normalize == "none" else self.token_stage.projected(self)
 
     # Shared by all
 
@@ -1872,13 +2144,6 @@ class ProbeModel(nn.Module):
             weights = self.layer_stage.weights(items, None, slice(None))
             output.layer_weights = None if weights is None else weights[0]  # [B, S]
         return output
-
-
-def _as_slice(places: Sequence[int]) -> slice | list[int]:
-    """Return ascending indices as a slice if they are evenly spaced: it takes no copy."""
-    step = places[1] - places[0] if len(places) > 1 else 1
-    even = list(range(places[0], places[-1] + 1, step)) == list(places)
-    return slice(places[0], places[-1] + 1, step) if even else list(places)
 
 
 # From data/turns.py
@@ -2006,6 +2271,7 @@ def _is_start(short: list[int], long: list[int]) -> bool:
 # From data/prompts.py
 
 Text = str | list[dict[str, str]]
+_MARGIN = 64  # tokens
 
 
 class EncodedTexts(NamedTuple):
@@ -2080,7 +2346,7 @@ class PromptFormat:
         _check_list(texts)
         prompts, cut = [], 0
         for text in texts:
-            ids = self._encode_one(text)
+            ids = self._encode_start(text)
             if self.max_length is not None and len(ids) > self.max_length:
                 cut += 1
                 ids = self._cut(ids)
@@ -2121,6 +2387,20 @@ class PromptFormat:
         if not encoded:
             raise ProbeError("texts=[] has no prompt to make a batch of")
         return pad_prompts(encoded, self.tokenizer, padding_side)
+
+    def _encode_start(self, text: Text) -> list[int]:
+        """Return the ids of a text, or of as much of a very long one as `max_length` can leave."""
+        if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
+            return self._encode_one(text)
+        # The ids near a cut may be others: the margin keeps them out of what is left.
+        ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
+        # A token for unknown characters stands for any number of them.
+        enough = len(self.prefix_ids) + self.max_length + _MARGIN
+        return ids if len(ids) > enough else self._encode_one(text)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def _encode_one(self, text: Text) -> list[int]:
         _check_text(text)
@@ -2177,9 +2457,7 @@ def _check_text(text: Text) -> None:
     """Raise `ProbeError` unless it is a text or chat messages. The template judges their contents."""
     is_chat = isinstance(text, Sequence) and len(text) > 0 and all(map(_has_role, text))
     if not isinstance(text, str) and not is_chat:
-        raise ProbeError(
-            f"a prompt must be a text, or chat messages [{{'role': 'user', 'content': ...}}], not {str(text)[:40]!r}"
-        )
+        raise ProbeError(f"a prompt must be a text or a list of chat messages, not {str(text)[:40]!r}")
 
 
 def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
@@ -2194,7 +2472,7 @@ def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
     messages = [] if isinstance(text, str) else list(text)
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
         raise ProbeError(
-            f"a head that reads replies needs rows with a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
+            f"a head that reads replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
         )
     return messages[:-1], messages[-1]["content"]
 
@@ -2218,16 +2496,14 @@ def _has_role(turn: Any) -> bool:
 
 
 def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> None:
-    """Raise `ProbeError` unless heads can read the same prompts in one pass."""
+    """Raise `ProbeError` unless heads, by name, can read the same prompts in one pass, with `replies` in them or without."""
     (first, one), *others = configs.items()
     for name, other in others:
         for key in ("prompt_format", "system_prompt", "max_length", *(["token_scope"] if replies else [])):
             a, b = getattr(one, key), getattr(other, key)
             # Scopes of heads that read prompts may differ: the same prompt is rendered for all.
             if a != b and (key != "token_scope" or one.reads_reply or other.reads_reply):
-                raise ProbeError(
-                    f"heads {first!r} and {name!r} cannot share a pass: {key} is {a!r} and {b!r}; score them one by one"
-                )
+                raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {a!r} and {b!r}")
 
 
 def pad_prompts(

@@ -63,11 +63,13 @@ from .backbone_llama_probe import stay_in_layers
 from .backbone_llama_probe import target_of
 from .backbone_llama_probe import without_peft
 from .configuration_llama_probe import HubOptions
+from .configuration_llama_probe import HubReference
 from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
 from .configuration_llama_probe import Target
 from .configuration_llama_probe import check_name
 from .configuration_llama_probe import check_place
+from .configuration_llama_probe import check_within_reach
 from .configuration_llama_probe import default_name
 from .configuration_llama_probe import is_alias
 from .configuration_llama_probe import is_head_folder
@@ -75,12 +77,17 @@ from .configuration_llama_probe import marker_mask
 from .configuration_llama_probe import read_config
 from .configuration_llama_probe import resolve_head
 from .configuration_llama_probe import with_subfolder
+from .configuration_llama_probe import without_waiting
 from .heads_llama_probe import DecidedMixin
+from .heads_llama_probe import MeanStates
+from .heads_llama_probe import Novelty
 from .heads_llama_probe import ProbeModel
 from .heads_llama_probe import ProbeOutput
 from .heads_llama_probe import ProbeState
 from .heads_llama_probe import PromptFormat
 from .heads_llama_probe import Text
+from .heads_llama_probe import abstaining
+from .heads_llama_probe import check_abstain
 from .heads_llama_probe import check_backbone
 from .heads_llama_probe import check_rows
 from .heads_llama_probe import describe
@@ -144,7 +151,7 @@ def load_heads_for(
     revision: str | None = None,
     namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
-    """Load heads for a backbone that is not loaded yet; see `read_heads`."""
+    """Load heads for a backbone, a folder or a Hub id, that is not loaded yet; see `read_heads`."""
     options = HubOptions.beside(kwargs, revision)
     sources = named_sources(spec)
     target = Target.read(backbone, kwargs, options) if any(map(is_alias, sources.values())) else None
@@ -162,7 +169,7 @@ class HeadPlace:
 
     @property
     def backbone(self) -> str:
-        """Folder or Hub id of the backbone."""
+        """Folder or Hub id of the backbone, which the head must record."""
         if self.config.base_model_name_or_path is None:
             raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
         return self.config.base_model_name_or_path
@@ -179,6 +186,8 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
     options = replace(HubOptions.beside(kwargs, kwargs.get("revision")), only_config=True)
     try:
         source = with_subfolder(place, kwargs.get("subfolder") or None)
+        if (reference := HubReference.parse(str(source))) is not None and not os.path.exists(source):
+            options = without_waiting(reference, options)
         config = read_config(resolve_head(source, options=options), options.trust_remote_code)
         return HeadPlace(default_name(source), source, kwargs.get("revision"), config)
     except ProbeError:
@@ -186,7 +195,7 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
 
 
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
-    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`."""
+    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`, and that its config lists."""
     names = getattr(config, SAVED_HEADS, None) or []
     inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
     local = Path(place).is_dir()
@@ -202,7 +211,7 @@ def is_local_head(place: Any) -> bool:
 
 
 def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return what `load` gives, or the `HeadPlace` if the place is that of a head."""
+    """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises."""
     if is_local_head(place) and (head := find_head(place, kwargs)) is not None:
         return head
     try:
@@ -226,7 +235,7 @@ def _as_list(spec: Any) -> list[Any]:
 # From serving/arguments.py
 
 # Arguments of `generate()` that transformers does not have.
-HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state")
+HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state", "abstain_at")
 
 
 def refuse_in_config(generation_config: GenerationConfig | None) -> None:
@@ -240,9 +249,7 @@ def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
     """Return the arguments of `generate()` after its first two, by name."""
     names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
     if len(args) > len(names):
-        raise TypeError(
-            f"generate() takes up to {len(names) + 2} positional arguments, and {len(args) + 2} were given"
-        )
+        raise TypeError(f"generate() takes {len(names) + 2} positional arguments, and {len(args) + 2} were given")
     named = dict(zip(names, args, strict=False))
     if twice := sorted(set(named) & set(kwargs)):
         raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
@@ -252,7 +259,7 @@ def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
 def with_setting(
     generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
 ) -> GenerationConfig | None:
-    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`."""
+    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`. Return the config."""
     if generation_config is None or name in kwargs:
         kwargs[name] = value
         return generation_config
@@ -279,7 +286,7 @@ def token_ids(value) -> list[int]:
 # From serving/cache.py
 
 class HeadReference(weakref.ref):
-    """A weak reference to the head that made a state: copies of the state are of the same head, and no other process has it."""
+    """A weak reference to the head that made a state. Copies of the state are of the same head."""
 
     def __init__(self, head: ProbeModel):
         super().__init__(head)
@@ -293,11 +300,7 @@ class HeadReference(weakref.ref):
         return self
 
     def __reduce__(self):
-        raise ProbeError(
-            "probe_state cannot be pickled, nor can an output that holds one: it belongs to the heads that made it, in this "
-            "process. Keep the tokens (probe_state.input_ids), and let model(..., use_cache=True) run over them anew; of an output "
-            "keep the fields that are wanted"
-        )
+        raise ProbeError("probe_state cannot be pickled, nor can an output that holds one: keep its input_ids")
 
 
 @dataclass(frozen=True)
@@ -316,7 +319,7 @@ class ProbeCache:
         self.input_ids, self.attention_mask, self.heads = input_ids, attention_mask, dict(heads)
 
     def get_seq_length(self) -> int:
-        """Number of tokens, as that of the cache."""
+        """Return the number of tokens, as that of the cache."""
         return self.input_ids.shape[1]
 
     @property
@@ -325,12 +328,12 @@ class ProbeCache:
         return len(self.input_ids)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row in place, as `DynamicCache.batch_repeat_interleave` does."""
+        """Repeat each row in place, as `DynamicCache.batch_repeat_interleave` does."""
         rows = torch.arange(self.batch_size, device=self.input_ids.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
+        """Keep the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
         rows = torch.arange(self.batch_size, device=self.input_ids.device)[indices.to(self.input_ids.device)]
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.heads = {
@@ -343,24 +346,21 @@ class ProbeCache:
         return f"ProbeCache({rows} rows of {tokens} tokens, heads: {', '.join(self.heads) or 'none'})"
 
     def check_length(self, cached: int) -> None:
-        """Raises `ProbeError` where a cache of so many tokens is not the one that belongs to it."""
-        if cached != self.get_seq_length():
+        """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
+        if cached != (seen := self.get_seq_length()):
             raise ProbeError(
-                f"probe_state is of {self.get_seq_length()} tokens, and the cache beside it holds {cached}: pass both as one call "
-                "returned them (cache=out.cache, probe_state=out.probe_state). Tokens cannot be taken out of a state: after "
-                "cache.crop, or where a call without probe_state has added to the cache, start anew without both"
+                f"probe_state is of {seen} tokens, and the cache beside it holds {cached}: pass both as one call returned "
+                "them, or start anew without both (after cache.crop, for example)"
             )
 
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole prompts, `[rows, tokens]`, and their mask: what was seen, and new tokens behind it."""
+        """Return whole prompts and their mask, `[rows, tokens]`: what was seen, and new tokens behind it."""
         self._check_rows(len(input_ids))
         if attention_mask is None:
             if not self.attention_mask.all():
-                raise ProbeError(
-                    "a part of the cached tokens is padding: pass attention_mask, of the cached tokens and the new ones"
-                )
+                raise ProbeError("a part of the cached tokens is padding: pass attention_mask, of old and new tokens")
             new = torch.ones_like(input_ids, dtype=torch.bool)
             attention_mask = torch.cat([self.attention_mask.to(input_ids.device), new], dim=1)
         return torch.cat([self.input_ids.to(input_ids.device), input_ids], dim=1), attention_mask
@@ -368,8 +368,8 @@ class ProbeCache:
     def _check_rows(self, prompts: int) -> None:
         if prompts != self.batch_size:
             raise ProbeError(
-                f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: repeat or select rows of the cache "
-                "and of the state alike, with batch_repeat_interleave or batch_select_indices on copies of both"
+                f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: repeat or select rows of copies of "
+                "cache and state (batch_repeat_interleave, batch_select_indices)"
             )
 
     def resume(
@@ -385,15 +385,14 @@ class ProbeCache:
         if input_ids.shape[1] <= seen:
             raise ProbeError(
                 f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: pass all input_ids of the "
-                "conversation, with at least one new token behind those of earlier calls"
+                "conversation, with at least one new token"
             )
         same = input_ids[:, :seen].to(self.input_ids.device) == self.input_ids
         differing = (~same & self.attention_mask).any(dim=0).nonzero().flatten()
         if len(differing):
             raise ProbeError(
-                f"the prompt does not begin with the {seen} tokens that probe_state and the cache have seen; the first that "
-                f"differs is number {int(differing[0])}, counted from 0. Text that was decoded and encoded again may give other "
-                "tokens: append to out.sequences. Or start anew without cache and probe_state"
+                f"the prompt does not begin with the {seen} tokens that probe_state has seen; the first that differs is "
+                f"number {int(differing[0])}: append to out.sequences, as text encoded again may give other tokens"
             )
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
         states = {}
@@ -402,10 +401,7 @@ class ProbeCache:
             if kept is None:
                 continue
             if not kept.head.is_of(head):
-                raise ProbeError(
-                    f"probe_state was made by another head called {name!r} than the one that is attached now, or by other weights "
-                    "of it; start anew without cache and probe_state"
-                )
+                raise ProbeError(f"probe_state was made by another head called {name!r}, or by other weights of it")
             wanted = masks[name][:, :seen]
             if head.config.token_scope == "last_user" and not bool(wanted.any()):
                 continue  # all rows go on with another turn of the user
@@ -415,11 +411,10 @@ class ProbeCache:
 
 
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
-    """Raises `ProbeError` where a state is given or asked for, and no head runs that could keep one."""
+    """Raise `ProbeError` if a state is given or asked for, and no head runs that could keep one."""
     if probe_state is not None and probe_state is not False:
         raise ProbeError(
-            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes([...]) first, or leave "
-            "probe_state out"
+            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes(...)"
         )
 
 
@@ -430,9 +425,7 @@ def asks_for_state(
     if probe_state is None or probe_state is False:
         return False
     if probe_state is not True and not isinstance(probe_state, ProbeCache):
-        raise ProbeError(
-            f"probe_state is a {type(probe_state).__name__}; it must be True, or what an earlier call returned as probe_state"
-        )
+        raise ProbeError(f"probe_state is a {type(probe_state).__name__}; it must be True, or what a call returned")
     if use_cache is False:
         raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
     if input_ids is None:
@@ -441,8 +434,8 @@ def asks_for_state(
 
 
 def _versions(head: ProbeModel) -> list[tuple[int, int]]:
-    # What was made in inference mode is not counted, and not changed outside of it either.
-    return [(id(p), -1 if p.is_inference() else p._version) for p in head.parameters()]
+    # Inference tensors have no version counter; they also cannot be modified in place.
+    return [(id(p), -1 if p.is_inference() else p._version) for p in (*head.parameters(), *head.buffers())]
 
 
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
@@ -450,9 +443,7 @@ def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
     if len(differing):
         raise ProbeError(
             f"{what}: of the {kept.shape[1]} tokens that the cache holds other ones count now than when probe_state was made; "
-            f"the first is number {int(differing[0])}, counted from 0. All tokens of an earlier reply count, up to the "
-            "one that ends it, and no padding behind that. What was summed up cannot be taken apart: start anew without "
-            "cache and probe_state"
+            f"the first is number {int(differing[0])}. Start anew without cache and probe_state"
         )
 
 
@@ -489,9 +480,10 @@ class ProbedOutputMixin(DecidedMixin):
             return made, values, *rest
         return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
-    def remember(self, configs: dict[str, ProbeConfig]) -> None:
-        """Store the configs of the heads by name, if the output has none."""
+    def remember(self, configs: dict[str, ProbeConfig], novelties: dict[str, Novelty]) -> None:
+        """Store the configs of the heads by name, and the `Novelty` of those that have one, if the output has none."""
         self.__dict__.setdefault("_probe_configs", configs)
+        self.__dict__.setdefault("_probe_novelties", novelties)
 
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
@@ -504,7 +496,23 @@ class ProbedOutputMixin(DecidedMixin):
     def probe_labels(self) -> dict[str, list[Any]] | None:
         """Labels of each prompt by head name, with the saved temperature and threshold."""
         probs = self.probe_probabilities
-        return None if probs is None else {name: labels(value, self.config_of(name)) for name, value in probs.items()}
+        if probs is None:
+            return None
+        novelty = {} if self.abstain_at is None else self.probe_novelty
+        return {
+            name: labels(value, self.config_of(name), novelty.get(name), self.abstain_at)
+            for name, value in probs.items()
+        }
+
+    @property
+    def probe_novelty(self) -> dict[str, torch.Tensor] | None:
+        """How unlike a head's training data each prompt is, `[prompts]` from 0 to 1, by name of the heads that tell."""
+        if not self.probe_mean_states:
+            return None
+        novelties = self.__dict__.get("_probe_novelties", {})
+        if not novelties:
+            raise ProbeError("this output has lost its heads (a copy or a gather does that), and so their novelty")
+        return {name: novelties[name](*means) for name, means in self.probe_mean_states.items()}
 
     @property
     def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
@@ -518,6 +526,7 @@ _LOGITS = "dict[str, torch.Tensor] | None"
 # Fields that an output of the LM gets, with their types.
 PROBED_FIELDS = {
     "probe_logits": _LOGITS,
+    "probe_mean_states": "dict[str, tuple[torch.Tensor, torch.Tensor]] | None",
     "probe_halts": "list[Halt | None] | None",
     "probe_token_logits": _LOGITS,
     "probe_state": "ProbeCache | None",
@@ -554,9 +563,9 @@ ProbedGenerateDecoderOnlyOutput = probed_output_class(GenerateDecoderOnlyOutput)
 ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnlyOutput)
 
 
-def with_probe_logits(
+def with_results(
     output: ModelOutput,
-    probe_logits: dict[str, torch.Tensor] | None,
+    results: dict[str, ProbeOutput] | None,
     configs: dict[str, ProbeConfig],
     halts: Sequence[Halt | None] | None = None,
     token_logits: dict[str, torch.Tensor] | None = None,
@@ -564,23 +573,33 @@ def with_probe_logits(
     texts: list[str] | None = None,
 ) -> ModelOutput:
     """Return a copy of an LM's output with the results of its heads."""
-    found = {"probe_logits": probe_logits, "probe_halts": halts, "probe_token_logits": token_logits}
+    means: dict[str, MeanStates] = {}
+    if results is not None:
+        means = {name: each.means for name, each in results.items() if each.means is not None}
+    found = {"probe_logits": logits_of(results), "probe_halts": halts, "probe_token_logits": token_logits}
     found |= {"probe_state": state, "texts": texts}
+    found["probe_mean_states"] = {name: (each.total, each.count) for name, each in means.items()} or None
     probed = probed_output_class(type(output))(**output, **found)
-    probed.remember(configs)
+    probed.remember(configs, {name: each.of for name, each in means.items()})
     return probed
+
+
+def logits_of(results: dict[str, ProbeOutput] | None) -> dict[str, torch.Tensor] | None:
+    """Return the logits of each head's result."""
+    return None if results is None else {name: each.logits for name, each in results.items()}
 
 
 def with_scores(
     output: ModelOutput | tuple,
-    logits: dict[str, torch.Tensor] | None,
+    results: dict[str, ProbeOutput] | None,
     configs: dict[str, ProbeConfig],
     state: ProbeCache | None = None,
     state_asked: bool = False,
 ) -> ModelOutput | tuple:
     """Return the output of `forward` with the results of its heads."""
     if isinstance(output, ModelOutput):
-        return with_probe_logits(output, logits, configs, state=state)
+        return with_results(output, results, configs, state=state)
+    logits = logits_of(results)
     return (*output, logits, state) if state_asked else (*output, logits)
 
 
@@ -611,9 +630,7 @@ class StateReader:
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
         for name, head in self.heads.items():
             if head.device.type == "meta":
-                raise ProbeError(
-                    f"head {name!r} has no weights: offload the LM (accelerate) before heads are attached"
-                )
+                raise ProbeError(f"head {name!r} has no weights: offload the LM (accelerate) before heads come")
         self.states: dict[str, ProbeState] = {
             name: head.init_state((states or {}).get(name), name in keep, output_attentions)
             for name, head in self.heads.items()
@@ -652,9 +669,7 @@ class StateReader:
         if layer not in self.layers:
             return
         if hidden.shape[1] < self._columns.stop:
-            raise ProbeError(
-                f"state {layer} has {hidden.shape[1]} tokens of {self._columns.stop}: a part is not scored"
-            )
+            raise ProbeError(f"state {layer} has {hidden.shape[1]} tokens of {self._columns.stop}: no part is scored")
         self._seen.add(layer)
         hidden = hidden[self._rows, self._columns]
         if self._held and (hidden.device, hidden.dtype) != (self._held[0][1].device, self._held[0][1].dtype):
@@ -699,13 +714,19 @@ class StateReader:
         names = self.heads if names is None else names
         return {name: head.finish(self.states[name]) for name, head in self.heads.items() if name in names}
 
-    def traced_logits(self) -> dict[str, torch.Tensor]:
-        """Return `[batch, num_labels]` a head, NaN for a row without a token that counts. Looks at no value."""
-        blank = {name: ~mask.any(dim=1, keepdim=True) for name, mask in self._masks.items()}
-        return {name: each.logits.masked_fill(blank[name], float("nan")) for name, each in self.results().items()}
+    def traced_results(self) -> dict[str, ProbeOutput]:
+        """Return `results`, with logits of NaN for a row without a token that counts. Looks at no value."""
+        results = self.results()
+        for name, mask in self._masks.items():
+            results[name].logits = results[name].logits.masked_fill(~mask.any(dim=1, keepdim=True), float("nan"))
+        return results
 
 
 # From serving/prefill.py
+
+# Decorated here: the decorator imports the compiler, which `backbone` and the start of a command do without.
+_stay_in_layers = torch.compiler.assume_constant_result(stay_in_layers)
+
 
 class PrefillSession:
     """Read one batch of prompts with the heads while the LM runs over it, in one or more forward passes."""
@@ -799,10 +820,14 @@ class PrefillSession:
         whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
         return whole and not self.return_state and self.reply is None
 
-    def take(self, logits: dict[str, torch.Tensor], inputs: dict[str, Any]) -> None:
-        """Take the logits that a compiled pass over `inputs` gave, in place of `reading` it."""
+    def take(self, output: Any, inputs: dict[str, Any]) -> None:
+        """Take the results in the output of a compiled pass over `inputs`, in place of `reading` it."""
         self._expect(inputs)
-        self._taken = {name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in logits.items()}
+        self._taken = {
+            name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in output.probe_logits.items()
+        }
+        for name, means in (output.probe_mean_states or {}).items():
+            self._taken[name].remember_means(MeanStates(self.heads[name].novelty, *means))
         self.seen = self.length
         if self.on_complete is not None:
             self.on_complete(self.results())
@@ -811,9 +836,7 @@ class PrefillSession:
         """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
         if self._taken is None:
             if not self.complete:
-                raise ProbeError(
-                    f"the LM has run over {self.seen} of {self.length} tokens: a part of a prompt is not scored"
-                )
+                raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
             names = list(self.heads)
             if self._partial_prompt:
                 names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
@@ -872,7 +895,7 @@ def traced_reader(
         attention_mask = inputs.get("attention_mask")
         placeholder_ids = _placeholder_ids(lm)
         masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholder_ids)
-    if not stay_in_layers(lm):
+    if not _stay_in_layers(lm):
         return None
     reader = StateReader(heads)
     reader.begin(read_masks(configs, masks), repeats=rows // len(next(iter(masks.values()))))
@@ -1095,7 +1118,7 @@ _NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
-    """Raises `ProbeError` where heads cannot follow the replies that a call of `generate()` writes."""
+    """Raise `ProbeError` if heads cannot follow the replies that a call of `generate()` writes."""
     for name, (refused, why) in _NOT_FOLLOWED.items():
         value = setting(name)
         if value is not None and refused(value):
@@ -1233,9 +1256,7 @@ def generation_session(
     if setting("cache_implementation") == "paged":
         raise ProbeError(PAGED)
     if setting("token_healing"):
-        raise ProbeError(
-            "token_healing rewrites the end of the prompt after heads have been set up; switch one of them off"
-        )
+        raise ProbeError("token_healing rewrites the end of the prompt behind the heads; switch one of them off")
     embeds = kwargs.get("inputs_embeds")
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     if embeds is not None:
@@ -1310,6 +1331,15 @@ def as_texts(given: Any) -> list[Text] | None:
     return list(given) if isinstance(given[0], str) or is_chat else None
 
 
+def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
+    """Return the names of heads in groups. All heads of a group read a text as the same tokens."""
+    groups: dict[tuple, list[str]] = {}
+    for name, config in configs.items():
+        reads = config.token_scope if config.reads_reply else None
+        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
+    return list(groups.values())
+
+
 def encode(
     config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[list[bool]] | None]:
@@ -1337,15 +1367,11 @@ def classify_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
 ) -> dict[str, ProbeOutput]:
-    """Score texts with heads of a model. Heads of one format share a pass."""
+    """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass."""
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
-    groups: dict[tuple, list[str]] = {}
-    for name, config in configs.items():
-        reads = config.token_scope if config.reads_reply else None
-        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
     found: dict[str, ProbeOutput] = {}
-    for names in groups.values():
+    for names in heads_by_format(configs):
         ids, masks = encode(configs[names[0]], texts, tokenizer)
         whole = [list(range(len(ids)))]
         for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):
@@ -1359,7 +1385,11 @@ def classify_texts(
                 if name not in found:
                     blank = output.logits.new_empty(len(ids), configs[name].num_labels)
                     found[name] = ProbeOutput.from_logits(blank, configs[name])
+                    if (means := output.means) is not None:
+                        found[name].remember_means(means.blank(len(ids)))
                 found[name].logits[rows] = output.logits
+                if output.means is not None:
+                    found[name].means.put(rows, output.means)
     return {name: found[name] for name in configs}
 
 
@@ -1490,9 +1520,7 @@ class HaltRule:
         if label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
         if threshold is None and regression:
-            raise ProbeError(
-                f"halt_on: {head!r} gives values and needs a threshold: {{{head!r}: {{'threshold': ...}}}}"
-            )
+            raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
         if isinstance(threshold, str):
             known = config.thresholds or {}
             if threshold not in known or label != names[1]:
@@ -1508,9 +1536,7 @@ class HaltRule:
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
             raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
         if patience > 1 and not config.reads_reply:
-            raise ProbeError(
-                f"halt_on: patience={patience} counts tokens of a reply, and {head!r} reads the prompt alone"
-            )
+            raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
         index = names.index(label)
         threshold = threshold_of(config, index) if threshold is None else threshold
         return cls(head, config, index, threshold, patience, _checked_band(head, config, unsure, ask), ask)
@@ -1775,9 +1801,7 @@ class HaltingRun:
         session.on_complete = self._decide
         if halter.asks:
             if kwargs.get("tokenizer") is None or session.input_ids is None:
-                raise ProbeError(
-                    "halt_on: ask gets the texts of prompts, so generate() needs tokenizer= and input_ids"
-                )
+                raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
             halter.texts = self._texts
         if halter.follows:
             session.reply.on_token = self._follow
@@ -2128,9 +2152,7 @@ def change_class(model: nn.Module, cls: type) -> None:
     hook = model.__dict__.get("_hf_hook")
     if hook is None:
         if "forward" in model.__dict__:
-            raise ProbeError(
-                "model.forward was replaced, and no head would run in it: del model.forward, attach heads, replace it again"
-            )
+            raise ProbeError("model.forward was replaced: del model.forward, attach heads, then replace it again")
         model.__class__ = cls
         return
     try:
@@ -2193,10 +2215,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
             probes = self.probes  # another thread may take a head away
-            output.remember({name: probes[name].config for name in output.probe_logits if name in probes})
+            heads = {name: probes[name] for name in output.probe_logits if name in probes}
+            output.remember(
+                {name: head.config for name, head in heads.items()},
+                {name: head.novelty for name, head in heads.items() if head.novelty is not None},
+            )
             if isinstance(session := kwargs.get("probe_session"), PrefillSession):  # the pass was a compiled one
                 session.cache = getattr(output, "cache", None)
-                session.take(output.probe_logits, kwargs)
+                session.take(output, kwargs)
         return output
 
     @classmethod
@@ -2239,6 +2265,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
     ):
         """`PreTrainedModel.from_pretrained` with heads."""
         place, load = pretrained_model_name_or_path, super().from_pretrained
+        check_within_reach(place, kwargs)
         if probe is not None:
             heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
             loaded = load(place, *model_args, **kwargs)
@@ -2275,7 +2302,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 with handing_states_to(reader.on_state):
                     output = super().forward(**kwargs)
                 reader.end()
-                return with_scores(output, reader.traced_logits(), configs)
+                return with_scores(output, reader.traced_results(), configs)
         decoder = (session.decoder if generating else None) or self._decoder
         if not generating:
             if not heads:
@@ -2294,9 +2321,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 session.cache = getattr(output, "cache", inputs.get("cache"))
         if generating:
             return output
-        logits = {name: result.logits for name, result in session.results().items()}
         state = session.probe_cache() if session.return_state else None
-        return with_scores(output, logits, configs, state, probe_state is not None)
+        return with_scores(output, session.results(), configs, state, probe_state is not None)
 
     def _differentiable_forward(self, heads, configs, kwargs, probe_mask):
         """Run a pass whose logits have gradients, to the heads and to the LM. It keeps the states of all layers."""
@@ -2308,13 +2334,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
         with Capture(decoder, states.__setitem__, layers):
             output = super().forward(**decoder.whole(kwargs))
         check_seen(layers, states)
-        logits = {}
+        results = {}
         for name, head in heads.items():
             check_rows(masks[name])
             x = head.normalize(torch.stack([states[layer].to(head.device) for layer in head.layer_indices]))
             summaries = head.token_stage(x, masks[name].to(head.device))  # [S, B, D]
-            logits[name] = head.score_summaries(summaries).logits
-        return with_scores(output, logits, configs)
+            results[name] = head.score_summaries(summaries)
+        return with_scores(output, results, configs)
 
     def classify(
         self,
@@ -2327,27 +2353,27 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_state: ProbeCache | None = None,
         probes: str | Iterable[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        abstain_at: float | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head."""
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
+        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
         if (texts := as_texts(input_ids)) is not None:
             others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
             others |= {"cache": cache, "probe_state": probe_state, **kwargs}
             if given := [name for name, value in others.items() if value is not None]:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
             configs = {name: head.config for name, head in heads.items()}
-            return classify_texts(self, configs, texts, tokenizer, output_attentions)
+            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), abstain_at)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         past = cached_tokens({"cache": cache})
         if asks_for_state(probe_state, input_ids, None) and probe_state is True:
-            raise ProbeError(
-                "classify returns no probe_state; generate(..., probe_state=True) and model(..., use_cache=True) do"
-            )
+            raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         session = prompt_session(
             heads,
             inputs,
@@ -2369,7 +2395,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
-        return session.results()
+        return abstaining(session.results(), abstain_at)
 
     def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
@@ -2388,12 +2414,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass."""
         kwargs = generation_arguments(args, kwargs)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
-        probes, probe_mask, halt_on, halt_reply, on_token, probe_state = asked
+        probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
             refuse_in_config(config)
         # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
+        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
             halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
@@ -2437,7 +2464,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
             )
         if not as_dict:
             return output.sequences
-        logits = {name: result.logits for name, result in results.items()}
         configs = {name: head.config for name, head in heads.items()}
         ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         new_tokens = output.sequences.shape[1] - (0 if ids is None else ids.shape[1])  # embeddings are not returned
@@ -2450,7 +2476,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if (tokenizer := kwargs.get("tokenizer")) is not None:
             written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return with_probe_logits(output, logits, configs, halts, token_logits, state, texts)
+        probed = with_results(output, results, configs, halts, token_logits, state, texts)
+        probed.abstain(abstain_at)
+        return probed
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, without active heads: its paged passes return nothing that a head could read."""

@@ -33,7 +33,9 @@ from .backbone_llama_probe import without_peft
 from .configuration_llama_probe import HubOptions
 from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
+from .configuration_llama_probe import check_within_reach
 from .heads_llama_probe import ProbeOutput
+from .heads_llama_probe import check_abstain
 from .heads_llama_probe import reply_outputs
 from .heads_llama_probe import verdict
 from .modeling_llama_probe import HeadPlace
@@ -86,6 +88,7 @@ class AutoModelForProbedGeneration:
     ):
         """Load a causal LM with heads; see `LlamaForProbedGeneration.from_pretrained`."""
         place = pretrained_model_name_or_path
+        check_within_reach(place, kwargs)
         if probe is not None:
             heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
             loaded = load_causal_lm(place, *model_args, **kwargs)
@@ -118,6 +121,7 @@ class AutoModelForProbedGeneration:
 def _load_below(head: HeadPlace, model_args: tuple, kwargs: dict[str, Any], strict: bool = False):
     """Load the backbone of a head, with the head."""
     kwargs = head.backbone_kwargs(kwargs)
+    check_within_reach(head.backbone, kwargs)
     heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
     loaded = load_causal_lm(head.backbone, *model_args, **kwargs)
     AutoModelForProbedGeneration.from_causal_lm(_model_of(loaded), heads, strict)
@@ -161,7 +165,7 @@ def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 class HeadConfig(PreTrainedConfig):
-    """What `AutoConfig` says of a head: its labels, its kind and its backbone. `config.probe` is the whole config."""
+    """The config of a head in `AutoConfig`: labels, kind and backbone. `config.probe` is the whole config."""
 
     model_type = "llama_probe_head"
 
@@ -180,14 +184,6 @@ def install() -> None:
             wrapped = functools.wraps(original.__func__)(wrap(original.__func__))
             wrapped.__without_probe__ = original
             auto_class.from_pretrained = classmethod(wrapped)
-
-
-def uninstall() -> None:
-    """Restore the `from_pretrained` of the auto classes."""
-    for auto_class in _WRAPPED:
-        original = getattr(vars(auto_class)["from_pretrained"].__func__, "__without_probe__", None)
-        if original is not None:
-            auto_class.from_pretrained = original
 
 
 def _with_probe(original: Callable) -> Callable:
@@ -327,6 +323,13 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         found = super().__call__(inputs, **kwargs)
         return [found] if isinstance(found, dict) else found  # of one chat, as of one text
 
+    def _sanitize_parameters(self, abstain_at: float | None = None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if abstain_at is not None:
+            check_abstain(abstain_at, {self.probe: self._config})
+            postprocess["abstain_at"] = abstain_at
+        return preprocess, forward, postprocess
+
     def preprocess(self, inputs: Any, **kwargs) -> dict[str, torch.Tensor]:
         return pad_inputs(
             *encode(self._config, as_texts(getattr(inputs, "messages", inputs)), self.tokenizer), self.tokenizer
@@ -334,9 +337,10 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 
     def _forward(self, model_inputs, **kwargs):
         output = self.model.classify(**model_inputs, probes=self.probe)[self.probe]
-        return ModelOutput(logits=output.logits)
+        novelty = {} if output.novelty is None else {"novelty": output.novelty}
+        return ModelOutput(logits=output.logits, **novelty)
 
-    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True):
+    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True, abstain_at=None):
         config = self._config
         output = ProbeOutput.from_logits(model_outputs["logits"].float(), config)
         scores = dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True))
@@ -344,6 +348,8 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         if config.problem_type == "single_label_classification":  # the label comes first, whatever the threshold is
             ranked.sort(key=lambda name: name != output.labels[0])
         records = [{"label": name, "score": scores[name]} for name in ranked]
+        if abstain_at is not None and float(model_outputs["novelty"]) > abstain_at:
+            records.insert(0, {"label": None, "score": None})
         return records[0] if top_k == 1 and _legacy else records[:top_k]
 
 
@@ -391,11 +397,13 @@ def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[
     """Return the keys that heads add to the record of each sequence, as a tuple for each prompt."""
     rows: list[dict[str, Any]] = [{"probes": {}} for _ in range(prompts * copies)]
     if getattr(output, "probe_logits", None) is not None:
-        labels = output.probe_labels
+        labels, novelty = output.probe_labels, output.probe_novelty or {}
         for name, probabilities in output.probe_probabilities.items():
             for i, row in enumerate(rows):
                 probs = probabilities[i // copies].tolist()
                 row["probes"][name] = verdict(labels[name][i // copies], probs, output.config_of(name))
+                if name in novelty:
+                    row["probes"][name]["novelty"] = float(novelty[name][i // copies])
     for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
         if name not in output.probe_logits:
             config = output.config_of(name)
@@ -439,11 +447,3 @@ def register() -> None:
     del ProbedTextGenerationPipeline._registered_impl
     for task, classes in _TASKS.items():
         tasks[task] = {**tasks[task], "impl": _for_probed(*classes)}
-
-
-def unregister() -> None:
-    """Undo `register`."""
-    tasks = PIPELINE_REGISTRY.supported_tasks
-    tasks.pop(TASK, None)
-    for task, (plain, _) in _TASKS.items():
-        tasks[task] = {**tasks[task], "impl": plain}
