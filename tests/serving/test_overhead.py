@@ -6,7 +6,7 @@ from conftest import HIDDEN, VOCAB, make_lm
 
 from llama_probe.experiments.benchmark.footprint import flops as operations
 from llama_probe.experiments.benchmark.footprint import peak_memory
-from llama_probe.experiments.benchmark.random_weights import held_bytes
+from llama_probe.experiments.benchmark.models import held_bytes
 from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, plain_system, systems
 from llama_probe.heads import mean_attention
 from llama_probe.serving import reader
