@@ -71,10 +71,12 @@ docs: $(VENV)/docs/.done
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build
 
 # What an upload to PyPI would hold, in dist/: built, its metadata checked, and the wheel installed where nothing else is.
+# Beside it a software bill of materials (CycloneDX) of the versions that the tests ran with.
 package: $(VENV)/docs/.done
 	rm -rf build/lib build/bare dist
 	$(VENV)/docs/bin/python -m build --quiet --outdir dist .
 	$(VENV)/docs/bin/twine check --strict dist/*
+	$(VENV)/docs/bin/cyclonedx-py requirements tested-versions.txt --output-reproducible -o dist/sbom.json
 	$(PYTHON) -m venv build/bare
 	build/bare/bin/python $(INSTALL) --no-deps dist/*.whl
 	cd build && bare/bin/python ../tests/bare_install.py
