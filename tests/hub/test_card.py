@@ -76,6 +76,18 @@ def code_of(folder) -> str:
     return create_card(folder).content.split("```python\n")[1].split("```")[0]
 
 
+def test_one_seed_has_no_spread(folder):
+    def keep_one(results):
+        results["runs"] = results["runs"][:1]
+        results["chosen_seed"] = results["runs"][0]["seed"]
+        for split in results["summary"].values():
+            split["auprc"] = {"mean": 0.5, "std": 0.0}
+
+    change(folder, "results.json", keep_one)
+    text = write_card(folder).read_text()
+    assert "± 0.000" not in text and "best of" not in text
+
+
 def test_the_chosen_seed_and_the_spread(folder):
     text = write_card(folder).read_text()
     assert "0.600 (0.550 ± 0.071)" in text and "seed 1, the best of 2 by auprc" in text

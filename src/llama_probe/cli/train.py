@@ -16,7 +16,7 @@ from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
-from ..hub.card import CardFacts
+from ..hub.card import CardFacts, with_spread
 from ..training.recipe import AUTO, Recipe
 from .console import print_table
 from .options import Fields, Json, RunOptions, command_line, split_names
@@ -152,6 +152,6 @@ def _print_summary(results: dict[str, Any]) -> None:
         for metric, value in summary.items():
             if isinstance(value, dict) and "mean" in value:
                 cells = [f"{run[split][metric]:.4f}" for run in results["runs"]]
-                cells.append(f"{value['mean']:.4f} ± {value['std']:.4f}")
+                cells += [with_spread(value, ".4f")] if len(seeds) > 1 else []
                 rows.append((f"{split} ({summary['rows']})", metric, *cells))
-    print_table(title, ("rows", "metric", *seeds, "mean ± sd"), rows, left=2)
+    print_table(title, ("rows", "metric", *seeds, *(["mean ± sd"] if len(seeds) > 1 else [])), rows, left=2)

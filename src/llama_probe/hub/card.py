@@ -169,7 +169,7 @@ def results_table(folders: Iterable[str | os.PathLike]) -> str:
             cell(", ".join(config["labels"])),
             summary["rows"] or "-",
             len(results["runs"]),
-            *(f"{summary[m]['mean']:.3f} ± {summary[m]['std']:.3f}" if summary[m] else "-" for m in metrics),
+            *(with_spread(summary[m], ".3f") if summary[m] else "-" for m in metrics),
         ]
         lines.append(f"| {' | '.join(map(str, values))} |")
     return "\n".join(lines)
@@ -348,7 +348,7 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
         "split": split,
         "metrics": metrics,
         "scores": [
-            (title, part["rows"], [_with_spread(single[m], part[m], ".3f") for m in metrics])
+            (title, part["rows"], [_own_and_mean(single[m], part[m], ".3f") for m in metrics])
             for title, part, single in groups
         ],
         "seeds": [run["seed"] for run in results["runs"]],
@@ -429,8 +429,15 @@ def _is_metric(value: Any) -> bool:
     return isinstance(value, dict) and "mean" in value
 
 
-def _with_spread(own: float, summary: dict[str, float] | None, form: str) -> str:
-    return "-" if summary is None else f"{own:{form}} ({summary['mean']:{form}} ± {summary['std']:{form}})"
+def with_spread(summary: dict[str, float], form: str) -> str:
+    """Return mean and standard deviation of several runs as a text, or the value of a single run."""
+    return f"{summary['mean']:{form}}" + (f" ± {summary['std']:{form}}" if summary["std"] else "")
+
+
+def _own_and_mean(own: float, summary: dict[str, float] | None, form: str) -> str:
+    if summary is None:
+        return "-"
+    return f"{own:{form}}" + (f" ({with_spread(summary, form)})" if summary["std"] else "")
 
 
 def _over_runs(values: list[float | None], own: float | None, form: str) -> str:
@@ -438,4 +445,4 @@ def _over_runs(values: list[float | None], own: float | None, form: str) -> str:
         return "-"
     if len(values) < 2 or None in values:
         return f"{own:{form}}"
-    return _with_spread(own, {"mean": statistics.mean(values), "std": statistics.stdev(values)}, form)
+    return _own_and_mean(own, {"mean": statistics.mean(values), "std": statistics.stdev(values)}, form)
