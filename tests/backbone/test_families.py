@@ -337,7 +337,7 @@ class TestUnknownFamilies:
             layer.__class__ = InPlace
         if registered:
             register_family("in place", embeddings="model.embed_tokens", layers="model.layers", norm="model.norm")
-        with pytest.raises(ProbeError, match="in place.* is changed in place"):
+        with pytest.raises(ProbeError, match=r"in place.* is changed in place"):
             check_states(lm)
 
     @pytest.mark.usefixtures("registry")
