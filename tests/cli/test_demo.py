@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.backbone import loading as backbones
 from llama_probe.backbone.loading import demo_backbone, load_backbone, model_id
-from llama_probe.cli.demo import SURE, run_demo
+from llama_probe.cli.demo import run_demo
 from llama_probe.heads.scope import token_mask
 
 
@@ -150,10 +150,8 @@ def test_the_demo_command():
 def test_the_heads_are_right_in_the_demo():
     rows = list(run_demo(max_new_tokens=1))
     assert [row["labels"]["safety"] for row in rows] == ["harmless"] * 4 + ["harmful"] * 2
-    shown = [
-        (label, row["probabilities"]["emotion-mha"][label]) for row in rows for label in [row["labels"]["emotion-mha"]]
-    ]
-    assert [label for label, sure in shown if sure >= SURE] == ["joy", "sadness", "anger", "anger"]
+    emotions = [row["labels"]["emotion-mha"] for row in rows]
+    assert emotions == ["joy", "sadness", "anger", None, None, None], "None where the prompt tells of no feeling"
 
 
 @pytest.mark.slow
