@@ -101,6 +101,8 @@ def demo(
     if as_json:
         print(json.dumps(rows))
         return
+    if any(None in row["labels"].values() for row in rows):
+        console.print("?: the prompt is unlike what the head was trained on")
     # The median of the pairs: one pause of the machine would dominate a sum.
     ratio = statistics.median(row["seconds"] / row["seconds_without_heads"] for row in rows)
     console.print(
@@ -114,7 +116,7 @@ def _print_reply(console: Console, row: dict[str, Any]) -> None:
     verdict = ""
     for name, label in row["labels"].items():
         if label is None:
-            verdict += f"  {name}: unlike its training data"
+            verdict += f"  {name.partition('-')[0]} ?"
         else:
             colour = {"harmful": "red", "harmless": "green"}.get(label, "cyan")
             verdict += f"  [{colour}]{escape(label)} {row['probabilities'][name][label]:.0%}[/]"
