@@ -182,9 +182,8 @@ def test_metrics(url, client, chats, flagged):  # noqa: F811
     def counted() -> dict[str, float]:
         with urllib.request.urlopen(url.removesuffix("v1") + "metrics", timeout=250) as response:
             lines = response.read().decode().splitlines()
-        return {
-            name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if "llama_probe" in line)
-        }
+        ours = (line.rpartition(" ") for line in lines if line.startswith("llama_probe"))
+        return {name: float(value) for name, _, value in ours}
 
     before = counted()
     client.completions.create(model="tiny", prompt=list(chats.values()), n=2, temperature=1.0, max_tokens=2)
