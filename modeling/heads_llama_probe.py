@@ -1164,7 +1164,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @property
     def novelty(self) -> torch.Tensor | None:
-        """How unlike the training data each row is, `[batch]` from 0 to 1; `None` if the head has no novelty."""
+        """The novelty of each row, `[batch]` from 0 (like the training data) to 1 (unlike it); `None` if the head has no novelty."""
         return None if self.means is None else self.means.novelty
 
     @property
@@ -1431,7 +1431,7 @@ def novelty_layers(config: ProbeConfig) -> list[int]:
 
 @dataclass
 class MeanStates:
-    """What a `Novelty` has read of a batch. It is cheap to make; `novelty` computes the rest."""
+    """Sums that a `Novelty` has read of a batch. They are cheap to make; `novelty` computes the rest."""
 
     of: Novelty
     total: torch.Tensor
@@ -1452,7 +1452,7 @@ class MeanStates:
 
 
 class Novelty(nn.Module):
-    """How far the mean states of a prompt are from those of a head's training rows."""
+    """The distance of a prompt's mean states from those of a head's training rows."""
 
     def __init__(self, config: ProbeConfig):
         super().__init__()

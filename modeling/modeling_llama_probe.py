@@ -506,7 +506,7 @@ class ProbedOutputMixin(DecidedMixin):
 
     @property
     def probe_novelty(self) -> dict[str, torch.Tensor] | None:
-        """How unlike a head's training data each prompt is, `[prompts]` from 0 to 1, by name of the heads that tell."""
+        """The novelty of each prompt, `[prompts]` from 0 (like the training data) to 1 (unlike it), by head."""
         if not self.probe_mean_states:
             return None
         novelties = self.__dict__.get("_probe_novelties", {})

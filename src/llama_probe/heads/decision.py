@@ -287,7 +287,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @property
     def novelty(self) -> torch.Tensor | None:
-        """How unlike the training data each row is, `[batch]` from 0 to 1; `None` if the head has no novelty."""
+        """The novelty of each row, `[batch]` from 0 (like the training data) to 1 (unlike it); `None` if the head has no novelty."""
         return None if self.means is None else self.means.novelty
 
     @property

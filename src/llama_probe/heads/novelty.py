@@ -38,7 +38,7 @@ def novelty_layers(config: ProbeConfig) -> list[int]:
 
 @dataclass
 class MeanStates:
-    """What a `Novelty` has read of a batch. It is cheap to make; `novelty` computes the rest.
+    """Sums that a `Novelty` has read of a batch. They are cheap to make; `novelty` computes the rest.
 
     Attributes:
         of: the module that made it.
@@ -65,7 +65,7 @@ class MeanStates:
 
 
 class Novelty(nn.Module):
-    """How far the mean states of a prompt are from those of a head's training rows.
+    """The distance of a prompt's mean states from those of a head's training rows.
 
     The distance is that of Mahalanobis, with the covariance of probabilistic PCA (Tipping and Bishop, 1999): a few directions and
     one variance for all others. The mean of many tokens lies closer to the centre than that of few, so the distance is

@@ -107,7 +107,7 @@ class ProbedOutputMixin(DecidedMixin):
 
     @property
     def probe_novelty(self) -> dict[str, torch.Tensor] | None:
-        """How unlike a head's training data each prompt is, `[prompts]` from 0 to 1, by name of the heads that tell.
+        """The novelty of each prompt, `[prompts]` from 0 (like the training data) to 1 (unlike it), by head.
 
         0.99 is the 99th percentile of the head's validation rows. `None` if no head tells; `llama-probe calibrate` fits it.
 

@@ -1,4 +1,4 @@
-"""What an engine keeps of every token for its heads: the hidden states of some layers, numbers that heads make of them, or both."""
+"""The cache of an engine for its heads: of every token the states of some layers, numbers that heads make of them, or both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM's server does not do for heads over HTTP: scores in streams and as a header, halts that a client sees, counters, and
+"""HTTP for heads, where vLLM's server has none: scores in streams and as a header, halts that a client sees, counters, and
 routes that answer with labels alone."""
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _LONGEST = 4000  # characters of a header; common proxies take headers of 8 KiB 
 
 @dataclass
 class Scores:
-    """What the engine says of the prompts of one HTTP request.
+    """The engine's answers about the prompts of one HTTP request.
 
     Attributes:
         model: name under which it is served.
