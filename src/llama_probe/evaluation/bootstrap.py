@@ -1,4 +1,4 @@
-"""Confidence intervals by bootstrap (Efron, 1979): the metrics of many resamples of the rows at once.
+"""Confidence intervals: of shares (Wilson, 1927), and by bootstrap (Efron, 1979) of the metrics of many resamples at once.
 
 A resample draws as many rows as there are, with replacement. A metric depends only on how often each row was drawn, so
 the rows are sorted by score once for all resamples, and no resample is written out.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from ..heads.configuration import ProbeConfig
 from .metrics import is_binary, truth_and_predictions
@@ -173,3 +174,9 @@ def _mean_of_defined(values: np.ndarray) -> np.ndarray:
     defined = ~np.isnan(values)
     total, count = np.where(defined, values, 0.0).sum(axis=1), defined.sum(axis=1)
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def share_interval(count: int, rows: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of rows (Wilson, 1927)."""
+    low, high = binomtest(count, rows).proportion_ci(method="wilson")
+    return float(low), float(high)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch.utils.data import Dataset, Subset
 
 from ..data.states import iterate_states
@@ -17,7 +16,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.novelty import Novelty, novelty_layers
 from ..heads.probe import ProbeModel
-from .bootstrap import Ranking, intervals
+from .bootstrap import Ranking, intervals, share_interval
 
 
 MAX_ROWS = 2000  # of either kind; more change nothing
@@ -167,14 +166,14 @@ def compare_log(
     """
     probs = probabilities(logits.float(), config)
     said = _said(config, logits)
-    low, high = _wilson(int((novelty > FAR).sum()), len(novelty))
+    low, high = share_interval(int((novelty > FAR).sum()), len(novelty))
     found: dict[str, Any] = {
         "rows": len(novelty),
         "novelty": {**_far(novelty), "interval": [low, high], "median": float(novelty.median())},
     }
     labels = {}
     for name, share in said.get("labels", {}).items():
-        low, high = _wilson(round(share * len(novelty)), len(novelty))
+        low, high = share_interval(round(share * len(novelty)), len(novelty))
         expected = reference["labels"][name]
         labels[name] = {"share": share, "interval": [low, high], "expected": expected}
         labels[name]["changed"] = not low <= expected <= high
@@ -190,11 +189,6 @@ def compare_log(
         {"row": row, "novelty": float(novelty[row]), "unsure": float(unsure[row])} for row in order
     ]
     return found
-
-
-def _wilson(count: int, rows: int) -> tuple[float, float]:
-    low, high = binomtest(count, rows).proportion_ci(method="wilson")
-    return float(low), float(high)
 
 
 def _unsure(config: ProbeConfig, probs: torch.Tensor) -> torch.Tensor:

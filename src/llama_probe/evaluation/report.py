@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -17,7 +16,7 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, log_odds, predictions, probabilities, threshold_of
 from ..heads.probe import ProbeModel
-from .bootstrap import intervals, score_statistic
+from .bootstrap import intervals, score_statistic, share_interval
 from .calibration import calibration_gaps, reliability, threshold_table
 from .metrics import confusion, has_label, label_scores, outcomes, score_logits
 
@@ -227,12 +226,10 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
         `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`.
     """
     flagged = predictions(probabilities(logits.float(), config), config)
-    test = binomtest(int(flagged.sum()), len(flagged))
-    low, high = test.proportion_ci(method="wilson")
     threshold = threshold_of(config, 1)
     return {
-        "share": test.statistic,
-        "interval": [float(low), float(high)],
+        "share": float(flagged.double().mean()),
+        "interval": list(share_interval(int(flagged.sum()), len(flagged))),
         "threshold": 0.5 if threshold is None else threshold,
     }
 
