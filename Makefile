@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: demo test test-slow test-all attack test-vllm test-vllm-slow style quality versions audit docs package clean
 
-SCALE ?= 10
+SCALE ?= 1
 SEED ?= 0
 
 demo: $(VENV)/.demo
@@ -33,7 +33,7 @@ test-slow: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(PYTEST)
 
-# Damaged heads and data, kills, full disks, threads and a Hub with faults; prints a table. Ten times what test-slow does.
+# Damaged heads and data, kills, full disks, threads and a Hub with faults; prints a table. A hundred times what test-slow does.
 attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 

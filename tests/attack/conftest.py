@@ -17,7 +17,7 @@ import pytest
 from llama_probe import ProbeError
 
 
-SEED, SCALE = int(os.environ.get("ATTACK_SEED", "0")), float(os.environ.get("ATTACK_SCALE", "1"))
+SEED, SCALE = int(os.environ.get("ATTACK_SEED", "0")), float(os.environ.get("ATTACK_SCALE", "0.01"))
 SECONDS, MEGABYTES = 5, 300
 COLUMNS = ("tried", "refused", "harmless", "wrongly accepted", "crashed", "hung", "lost")
 

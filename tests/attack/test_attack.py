@@ -1,6 +1,7 @@
 """Attacks on head folders, data files, configs, saves, the Hub, threads and the disk: `make attack`.
 
-Each try is refused with a `ProbeError`, or is harmless. The table at the end says how often.
+Each try is refused with a `ProbeError`, or is harmless. The table at the end says how often. The counts in this file are those of
+`make attack`; `make test-slow` tries 1 % of them.
 """
 
 import gzip
@@ -74,7 +75,7 @@ def heads(tmp_path) -> tuple[Path, Path]:
 def test_head_folders(tally, heads, tmp_path):
     """No crash and no other scores; a card can be made, or not."""
     expected = outputs(read_head(heads[0]))
-    for number in tally.times(300):
+    for number in tally.times(10_000):
         folder = tmp_path / "damaged"
         shutil.copytree(heads[0], folder)
         is_owner = damage_head(tally.rng, folder, heads[1])
@@ -97,7 +98,7 @@ def test_configs(tally):
         {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS},
     )
     plain = [ProbeConfig(probe_type=kind, downcast=4, **sizes).to_dict() for kind in kinds]
-    for number in tally.times(500):
+    for number in tally.times(10_000):
         values = dict(tally.rng.choice(plain))
         for _ in range(tally.rng.randrange(1, 4)):
             values = changed(tally.rng, values)
@@ -122,7 +123,7 @@ def test_data_files(tally, tmp_path):
     files = {"a.jsonl": lines, "a.csv": cells, "a.jsonl.gz": gzip.compress(lines), "a.csv.gz": gzip.compress(cells)}
     pq.write_table(table, tmp_path / "a.parquet")
     files["a.parquet"] = (tmp_path / "a.parquet").read_bytes()
-    for number in tally.times(200):
+    for number in tally.times(2000):
         name = tally.rng.choice(list(files))
         if name == "a.jsonl" and tally.rng.random() < 0.5:
             content = "\n".join(json.dumps(changed(tally.rng, row)) for row in rows).encode()
@@ -174,7 +175,7 @@ def test_kills_of_a_save_at_random(tally, heads, tmp_path):
     for head in both:
         save_head(head, place)
         allowed.append(found_in(place))
-    for number in tally.times(50):
+    for number in tally.times(1000):
         child = os.fork()
         if child == 0:
             while True:
@@ -195,7 +196,7 @@ def some(tally, last: int, count: int):
     yield 10**9
 
 
-def resumed(tally, tmp_path, action, resume, judge, last, count=6) -> None:
+def resumed(tally, tmp_path, action, resume, judge, last, count=200) -> None:
     """Kill an action at some of its operations; it must resume, and end as it would have."""
     output = tmp_path / "killed"
     for number in each_kill(
@@ -274,7 +275,7 @@ def test_kills_of_push_at_random(tally, hub, heads, monkeypatch):
         head.push_to_hub(REPO, license="mit")
         seconds = time.monotonic() - start
         allowed.append(hub.files(REPO))
-    for number in tally.times(20):
+    for number in tally.times(200):
         child = os.fork()
         if child == 0:
             both[number % 2].push_to_hub(REPO, license="mit")
@@ -294,7 +295,7 @@ def test_a_hub_with_faults(tally, hub, heads, tmp_path, monkeypatch):
     old.results = new.results = None  # they would give no card
     old.push_to_hub(REPO, license="mit")
     kinds = ("answer", "forbid", "refuse_upload", "cut_upload", "truncate", "wrong_sha", "lose")
-    for number in tally.times(40):
+    for number in tally.times(1000):
         hub.faults.clear()
         for _ in range(tally.rng.randrange(1, 4)):
             match = (
@@ -331,7 +332,7 @@ def test_a_hub_with_faults(tally, hub, heads, tmp_path, monkeypatch):
 def test_full_disks(tally, heads, tmp_path):
     """A save that finds no room is refused and changes nothing."""
     place, new = tmp_path / "place", read_head(heads[1])
-    for number in tally.times(40):
+    for number in tally.times(1000):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(heads[0], place)
         before, limits = found_in(place), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -373,7 +374,7 @@ def test_threads(tally):
     guest = threading.Thread(target=come_and_go)
     guest.start()
     with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(call, tally.times(1000)))
+        outcomes = list(pool.map(call, tally.times(100_000)))
     over.set()
     guest.join()
     for outcome in outcomes:
@@ -394,6 +395,6 @@ def test_a_soak(tally, heads, tmp_path):
 
     expected = turn()
     handles, threads = process.num_fds(), process.num_threads()
-    for number in tally.times(50):
+    for number in tally.times(5000):
         tally.attempt(turn, lambda found: torch.equal(found, expected), number)
     assert process.num_fds() <= handles + 2 and process.num_threads() <= threads + 2
