@@ -175,9 +175,15 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
     shown = succeed(command, "good evening", *served)
     assert "good evening" in shown and "mood" in shown
     head = ProbeModel.from_pretrained(trained[0])
-    head.config = head.config.replace(prompt_format="raw")
-    save_head(head, tmp_path / "raw")
-    assert "prompt_format" in refuse(command, "bad luck", *served, "--probe", tmp_path / "raw")
+    for name, changes in {"raw": {"prompt_format": "raw"}, "short": {"max_length": 63}}.items():
+        head.config = head.config.replace(**changes)
+        save_head(head, tmp_path / name)
+        options = command, "bad luck", *served, "--probe", tmp_path / name
+        if command == "generate" and name == "raw":
+            assert "prompt_format" in refuse(*options), "a reply has one prompt"
+        else:
+            assert set(succeed(*options, "--json")[0]["labels"]) == {"mood", name}
+        head.config = head.config.replace(prompt_format="chat")
 
 
 def test_halting(served):

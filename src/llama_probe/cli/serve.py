@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +17,9 @@ from ..data.files import MAX_TEXT
 from ..data.prompts import PromptFormat, check_alike
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words, reply_outputs
-from ..heads.novelty import check_abstain
+from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
 from ..serving.sources import read_heads
@@ -58,11 +58,13 @@ def generate(
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
-    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, rules=rules, abstain_at=abstain_at)
-    tokenizer = prompt_format.tokenizer
+    model, tokenizer = _load(probe, backbone, dtype, trust_remote_code, rules=rules, abstain_at=abstain_at)
+    prompt_format = PromptFormat.from_config(_uncut(next(iter(model.probes.values())).config), tokenizer)
     halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
     rows = []
-    for part, inputs in _batches(texts, model, prompt_format):
+    for start in range(0, len(texts), _BATCH):
+        part = texts[start : start + _BATCH]
+        inputs = {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}
         out = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, abstain_at=abstain_at, **halting
         )
@@ -123,15 +125,13 @@ def classify(
         return
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
-    rows = []
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
-    model, prompt_format = _load(probe, backbone, dtype, trust_remote_code, replies=False, abstain_at=abstain_at)
-    for part, inputs in _batches(texts, model, prompt_format):
-        found = model.classify(**inputs, abstain_at=abstain_at)
-        labels = {name: output.labels for name, output in found.items()}
-        novelty = {name: output.novelty for name, output in found.items() if output.novelty is not None}
-        rows += _rows(part, labels, {name: output.probabilities for name, output in found.items()}, novelty)
-    _print_rows(rows, model, as_json)
+    model, tokenizer = _load(probe, backbone, dtype, trust_remote_code, replies=False, abstain_at=abstain_at)
+    found = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
+    labels = {name: output.labels for name, output in found.items()}
+    novelty = {name: output.novelty for name, output in found.items() if output.novelty is not None}
+    probabilities = {name: output.probabilities for name, output in found.items()}
+    _print_rows(_rows(texts, labels, probabilities, novelty), model, as_json)
 
 
 def _score_files(files: list[str], output: Path, probes: Any, backbone: str, as_json: bool, settings: dict) -> None:
@@ -169,12 +169,13 @@ def _load(
     replies: bool = True,
     rules: dict[str, dict[str, Any]] | None = None,
     abstain_at: float | None = None,
-) -> tuple[Any, PromptFormat]:
-    """Check the heads and the halting rules, then load the backbone."""
+) -> tuple[Any, Any]:
+    """Check the heads and the halting rules, then load the backbone with them, and its tokenizer."""
     heads = _read_heads(probes, backbone, trust_remote_code)
     configs = {name: head.config for name, head in heads.items()}
-    check_alike(configs)
-    check_abstain(abstain_at, configs)
+    if replies:
+        check_alike({name: _uncut(config) for name, config in configs.items()})
+    abstain_levels(abstain_at, configs)
     followers = [name for name, config in configs.items() if config.token_scope == "response"]
     if followers and not replies:
         raise ProbeError(
@@ -188,14 +189,12 @@ def _load(
 
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
-        model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
-    return model, PromptFormat.from_config(next(iter(configs.values())), tokenizer)
+        return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
 
 
-def _batches(texts: list[str], model: Any, prompt_format: PromptFormat) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    for start in range(0, len(texts), _BATCH):
-        part = texts[start : start + _BATCH]
-        yield part, {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}
+def _uncut(config: ProbeConfig) -> ProbeConfig:
+    """Return the config of a head for a prompt that gets a reply, and so stays whole."""
+    return config.replace(max_length=None)
 
 
 def _rows(
