@@ -1037,10 +1037,10 @@ def labels(
     return [None if new else label for label, new in zip(found, (novelty > abstain_at).tolist(), strict=True)]
 
 
-def abstaining(outputs: dict[str, ProbeOutput], at: float | None) -> dict[str, ProbeOutput]:
-    """Have outputs give rows of a novelty above `at` the label `None`. Return them."""
-    for output in outputs.values():
-        output.abstain(at)
+def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> dict[str, ProbeOutput]:
+    """Have outputs give rows of a novelty above the head's level the label `None`. Return them."""
+    for name, level in levels.items():
+        outputs[name].abstain(level)
     return outputs
 
 
@@ -1119,11 +1119,11 @@ class DecidedMixin:
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
 
     @property
-    def abstain_at(self) -> float | None:
-        """Novelty above which a row has the label `None`; `None` for never."""
+    def abstain_at(self) -> float | dict[str, float] | None:
+        """Novelty above which a row has the label `None`, by head if there are several; `None` for never."""
         return self.__dict__.get("_abstain_at")
 
-    def abstain(self, at: float | None) -> None:
+    def abstain(self, at: float | dict[str, float]) -> None:
         """Give rows of a novelty above `at` the label `None`."""
         self.__dict__["_abstain_at"] = at
 
@@ -1549,18 +1549,24 @@ class Novelty(nn.Module):
         return novelty
 
 
-def check_abstain(abstain_at: Any, configs: Mapping[str, ProbeConfig]) -> None:
-    """Raise `ProbeError` if `abstain_at` is not a number from 0 to 1, or a head has no novelty."""
+def abstain_levels(
+    abstain_at: float | Mapping[str, float] | None, configs: Mapping[str, ProbeConfig]
+) -> dict[str, float]:
+    """Return the novelty, by head, above which a row gets no label: one level for all heads, or those of a dict."""
     if abstain_at is None:
-        return
-    if isinstance(abstain_at, bool) or not isinstance(abstain_at, (int, float)) or not 0 <= abstain_at <= 1:
-        raise ProbeError(f"abstain_at={abstain_at!r} must be a number from 0 to 1")
-    for name, config in configs.items():
-        if config.novelty is None:
+        return {}
+    levels = dict(abstain_at) if isinstance(abstain_at, Mapping) else dict.fromkeys(configs, abstain_at)
+    for name, level in levels.items():
+        if name not in configs:
+            raise ProbeError(f"abstain_at: no active head {name!r}; active: {', '.join(configs)}")
+        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
+            raise ProbeError(f"abstain_at={level!r} must be a number from 0 to 1")
+        if configs[name].novelty is None:
             raise ProbeError(
-                f"abstain_at={abstain_at}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
+                f"abstain_at={level}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
                 "--novelty-data ROWS"
             )
+    return levels
 
 
 # From heads/match.py

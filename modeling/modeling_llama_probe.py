@@ -86,8 +86,8 @@ from .heads_llama_probe import ProbeOutput
 from .heads_llama_probe import ProbeState
 from .heads_llama_probe import PromptFormat
 from .heads_llama_probe import Text
+from .heads_llama_probe import abstain_levels
 from .heads_llama_probe import abstaining
-from .heads_llama_probe import check_abstain
 from .heads_llama_probe import check_backbone
 from .heads_llama_probe import check_rows
 from .heads_llama_probe import describe
@@ -480,6 +480,13 @@ class ProbedOutputMixin(DecidedMixin):
             return made, values, *rest
         return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
+    def __getitem__(self, key):
+        if key == "input_ids":  # tokenizer.batch_decode(output) looks for them
+            raise KeyError(
+                "this is an output, not token ids: decode its .sequences, or pass tokenizer= and read .texts"
+            )
+        return super().__getitem__(key)
+
     def remember(self, configs: dict[str, ProbeConfig], novelties: dict[str, Novelty]) -> None:
         """Store the configs of the heads by name, and the `Novelty` of those that have one, if the output has none."""
         self.__dict__.setdefault("_probe_configs", configs)
@@ -498,9 +505,10 @@ class ProbedOutputMixin(DecidedMixin):
         probs = self.probe_probabilities
         if probs is None:
             return None
-        novelty = {} if self.abstain_at is None else self.probe_novelty
+        levels = self.abstain_at or {}
+        novelty = self.probe_novelty if levels else {}
         return {
-            name: labels(value, self.config_of(name), novelty.get(name), self.abstain_at)
+            name: labels(value, self.config_of(name), novelty.get(name), levels.get(name))
             for name, value in probs.items()
         }
 
@@ -2353,21 +2361,21 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_state: ProbeCache | None = None,
         probes: str | Iterable[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        abstain_at: float | None = None,
+        abstain_at: float | dict[str, float] | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head."""
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
-        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
+        levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
         if (texts := as_texts(input_ids)) is not None:
             others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
             others |= {"cache": cache, "probe_state": probe_state, **kwargs}
             if given := [name for name, value in others.items() if value is not None]:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
             configs = {name: head.config for name, head in heads.items()}
-            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), abstain_at)
+            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
@@ -2395,7 +2403,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
-        return abstaining(session.results(), abstain_at)
+        return abstaining(session.results(), levels)
 
     def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
@@ -2420,7 +2428,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
-        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
+        levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
             halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
@@ -2477,7 +2485,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         probed = with_results(output, results, configs, halts, token_logits, state, texts)
-        probed.abstain(abstain_at)
+        probed.abstain(levels)
         return probed
 
     def generate_batch(self, *args, **kwargs):

@@ -35,7 +35,7 @@ from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
 from .configuration_llama_probe import check_within_reach
 from .heads_llama_probe import ProbeOutput
-from .heads_llama_probe import check_abstain
+from .heads_llama_probe import abstain_levels
 from .heads_llama_probe import reply_outputs
 from .heads_llama_probe import verdict
 from .modeling_llama_probe import HeadPlace
@@ -326,7 +326,7 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
     def _sanitize_parameters(self, abstain_at: float | None = None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if abstain_at is not None:
-            check_abstain(abstain_at, {self.probe: self._config})
+            abstain_levels(abstain_at, {self.probe: self._config})
             postprocess["abstain_at"] = abstain_at
         return preprocess, forward, postprocess
 

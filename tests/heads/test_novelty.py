@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_probe import SIZES, cases, read, states_for
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.heads.novelty import Novelty, check_abstain, novelty_layers
+from llama_probe.heads.novelty import Novelty, abstain_levels, novelty_layers
 
 
 def fitted(case):
@@ -131,9 +131,11 @@ def test_heads_that_cannot_tell_it():
 
 def test_abstaining_needs_novelty():
     configs = {"a": make_probe().config}
-    check_abstain(None, configs)
+    assert abstain_levels(None, configs) == {}
     with pytest.raises(ProbeError, match=r"'a' has no novelty; .*calibrate .*--novelty-data"):
-        check_abstain(0.99, configs)
+        abstain_levels(0.99, configs)
     for value in (True, "0.9", 1.5, -0.1):
         with pytest.raises(ProbeError, match="abstain_at="):
-            check_abstain(value, {})
+            abstain_levels(value, configs)
+    with pytest.raises(ProbeError, match="'b'"):
+        abstain_levels({"b": 0.5}, configs)

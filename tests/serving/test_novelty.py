@@ -75,6 +75,12 @@ def test_abstaining(model, prompts):
     assert out.probe_labels == {"a": expected}
     assert model.classify(prompts, probes="a", abstain_at=at)["a"].labels == expected
     assert model.generate(prompts, max_new_tokens=1, probes="a").probe_labels == {"a": labels}
+    out, found = (
+        model.generate(prompts, max_new_tokens=1, abstain_at={"a": at}),
+        model.classify(prompts, abstain_at={"a": at}),
+    )
+    assert out.probe_labels["a"] == found["a"].labels == expected
+    assert None not in out.probe_labels["old"] + found["old"].labels
     for call in (model.classify, model.generate):
         with pytest.raises(ProbeError, match="'old' has no novelty"):
             call(prompts, abstain_at=0.5)

@@ -21,7 +21,7 @@ from .options import Json
 
 
 HEADS = ("safety", "emotion-mha")
-ABSTAIN_AT = 0.99
+ABSTAIN_AT = {"emotion-mha": 0.99}
 
 PROMPTS = (
     "I finally got the job I wanted, I can't stop smiling!",
@@ -54,7 +54,8 @@ def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
         def timed(heads, inputs=inputs):
             model.set_active_probes(heads)
             start = time.perf_counter()
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            abstain_at = ABSTAIN_AT if heads else None
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, abstain_at=abstain_at)
             return out, time.perf_counter() - start
 
         # The order alternates, so that neither run always has the warmer cache.
@@ -64,16 +65,12 @@ def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
             raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
         if turn == 0:
             continue
-        labels, novelty = out.probe_labels, {name: float(values) for name, values in (out.probe_novelty or {}).items()}
         reply = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         yield {
             "prompt": prompt,
             "reply": reply.strip(),
-            # As generate(..., abstain_at=0.99) has it, for the heads that tell how unlike their training data a prompt is.
-            "labels": {
-                name: None if novelty.get(name, 0) > ABSTAIN_AT else found[0] for name, found in labels.items()
-            },
-            "novelty": novelty,
+            "labels": {name: found[0] for name, found in out.probe_labels.items()},
+            "novelty": {name: float(values) for name, values in out.probe_novelty.items()},
             "probabilities": {
                 name: dict(zip(model.probes[name].config.id2label.values(), probs[0].tolist(), strict=True))
                 for name, probs in out.probe_probabilities.items()

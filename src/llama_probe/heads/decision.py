@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +115,10 @@ def labels(
     return [None if new else label for label, new in zip(found, (novelty > abstain_at).tolist(), strict=True)]
 
 
-def abstaining(outputs: dict[str, ProbeOutput], at: float | None) -> dict[str, ProbeOutput]:
-    """Have outputs give rows of a novelty above `at` the label `None`. Return them."""
-    for output in outputs.values():
-        output.abstain(at)
+def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> dict[str, ProbeOutput]:
+    """Have outputs give rows of a novelty above the head's level the label `None`. Return them."""
+    for name, level in levels.items():
+        outputs[name].abstain(level)
     return outputs
 
 
@@ -228,11 +229,11 @@ class DecidedMixin:
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
 
     @property
-    def abstain_at(self) -> float | None:
-        """Novelty above which a row has the label `None`; `None` for never."""
+    def abstain_at(self) -> float | dict[str, float] | None:
+        """Novelty above which a row has the label `None`, by head if there are several; `None` for never."""
         return self.__dict__.get("_abstain_at")
 
-    def abstain(self, at: float | None) -> None:
+    def abstain(self, at: float | dict[str, float]) -> None:
         """Give rows of a novelty above `at` the label `None`."""
         self.__dict__["_abstain_at"] = at
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -189,15 +188,25 @@ class Novelty(nn.Module):
         return novelty
 
 
-def check_abstain(abstain_at: Any, configs: Mapping[str, ProbeConfig]) -> None:
-    """Raise `ProbeError` if `abstain_at` is not a number from 0 to 1, or a head has no novelty."""
+def abstain_levels(
+    abstain_at: float | Mapping[str, float] | None, configs: Mapping[str, ProbeConfig]
+) -> dict[str, float]:
+    """Return the novelty, by head, above which a row gets no label: one level for all heads, or those of a dict.
+
+    Raises:
+        ProbeError: a level is not a number from 0 to 1, a head is not among `configs`, or has no novelty.
+    """
     if abstain_at is None:
-        return
-    if isinstance(abstain_at, bool) or not isinstance(abstain_at, (int, float)) or not 0 <= abstain_at <= 1:
-        raise ProbeError(f"abstain_at={abstain_at!r} must be a number from 0 to 1")
-    for name, config in configs.items():
-        if config.novelty is None:
+        return {}
+    levels = dict(abstain_at) if isinstance(abstain_at, Mapping) else dict.fromkeys(configs, abstain_at)
+    for name, level in levels.items():
+        if name not in configs:
+            raise ProbeError(f"abstain_at: no active head {name!r}; active: {', '.join(configs)}")
+        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
+            raise ProbeError(f"abstain_at={level!r} must be a number from 0 to 1")
+        if configs[name].novelty is None:
             raise ProbeError(
-                f"abstain_at={abstain_at}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
+                f"abstain_at={level}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
                 "--novelty-data ROWS"
             )
+    return levels

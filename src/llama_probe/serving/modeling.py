@@ -18,7 +18,7 @@ from ..backbone.decoder import target_of, without_peft
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
-from ..heads.novelty import check_abstain
+from ..heads.novelty import abstain_levels
 from ..heads.scope import check_rows, prompt_masks
 from ..hub.transport import check_within_reach
 from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
@@ -263,7 +263,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_state: ProbeCache | None = None,
         probes: str | Iterable[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        abstain_at: float | None = None,
+        abstain_at: float | dict[str, float] | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Scores prompts without generating: the backbone runs once, without its LM head.
@@ -286,7 +286,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probe_state: what was returned beside the cache.
             probes: names of the heads that run in this call; the active ones where left out.
             tokenizer: of the backbone, for texts.
-            abstain_at: novelty from 0 to 1 above which a row's label is `None`, such as 0.99.
+            abstain_at: novelty from 0 to 1 above which a row's label is `None`, such as 0.99; a dict has it by head.
             kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
                 stand for these do not count, unless `probe_mask` says so.
 
@@ -299,14 +299,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
-        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
+        levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
         if (texts := as_texts(input_ids)) is not None:
             others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
             others |= {"cache": cache, "probe_state": probe_state, **kwargs}
             if given := [name for name, value in others.items() if value is not None]:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
             configs = {name: head.config for name, head in heads.items()}
-            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), abstain_at)
+            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
@@ -334,7 +334,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         decoder = self._decoder
         with torch.no_grad(), session.reading(decoder, inputs) as inputs:
             decoder.run(**inputs)
-        return abstaining(session.results(), abstain_at)
+        return abstaining(session.results(), levels)
 
     def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
@@ -355,8 +355,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Takes what the plain `generate` takes, and
 
         - `probes`: names of the heads that run in this call; the active ones where left out. Each thread may have its own.
-        - `abstain_at`: a novelty from 0 to 1, such as 0.99: `probe_labels` are `None` for prompts above it. It changes no
-          logits, and halts nothing.
+        - `abstain_at`: a novelty from 0 to 1, such as 0.99: `probe_labels` are `None` for prompts above it. A dict has it by
+          head. It changes no logits, and halts nothing.
         - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Where left out, it is up to the heads'
           `token_scope`, and tokens that stand for images, films or sounds do not count;
         - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
@@ -400,7 +400,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
-        check_abstain(abstain_at, {name: head.config for name, head in heads.items()})
+        levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
         halter = None
         if not inner and (halt_on is not None or on_token is not None):
             halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
@@ -457,7 +457,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         probed = with_results(output, results, configs, halts, token_logits, state, texts)
-        probed.abstain(abstain_at)
+        probed.abstain(levels)
         return probed
 
     def generate_batch(self, *args, **kwargs):

@@ -23,7 +23,7 @@ from ..backbone.decoder import target_of, without_peft
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, reply_outputs, verdict
-from ..heads.novelty import check_abstain
+from ..heads.novelty import abstain_levels
 from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
 from .modeling import ProbedGenerationMixin
@@ -146,7 +146,7 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
     def _sanitize_parameters(self, abstain_at: float | None = None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if abstain_at is not None:
-            check_abstain(abstain_at, {self.probe: self._config})
+            abstain_levels(abstain_at, {self.probe: self._config})
             postprocess["abstain_at"] = abstain_at
         return preprocess, forward, postprocess
 
