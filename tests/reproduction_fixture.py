@@ -35,7 +35,7 @@ def copies(tmp_path_factory):
 
 
 def create_reproduction(
-    output, copies, backbone, data=("toxicchat",), chosen=FAST, only=("main",), max_rows=None, cache=True, **changes
+    output, copies, backbone, data=("toxicchat",), chosen=FAST, only=("main",), max_rows=None, **changes
 ):
     """A reproduction of two seeds and two epochs."""
     # Imported here, as it needs more packages than other tests have.
@@ -43,7 +43,7 @@ def create_reproduction(
     from llama_probe.experiments.reproduction.workbench import Workbench
 
     seeds = list(changes.pop("seeds", (0, 1)))
-    bench = Workbench(str(backbone), output / ".states", copies, seeds, max_rows, 64, cache=cache)
+    bench = Workbench(str(backbone), output / ".states", copies, seeds, max_rows, 64)
     return Reproduction(bench, output, data, chosen, only, **{"epochs": 2, "shots": 2, **changes})
 
 

@@ -38,8 +38,6 @@ _BENCH = Fields(
         "max_rows": "Use at most this many training, validation and test rows, for a quick look.",
         "max_length": "Cut prompts to this many tokens.",
         "dtype": DTYPE,
-        "cache": "Run the backbone once over each row and keep its hidden states on disk.",
-        "cache_dir": "Keep the hidden states here for later runs.",
     },
     defaults={"backbone": "demo"},
 )
@@ -55,7 +53,7 @@ _REPORT = Fields(
         "epochs": "Maximum number of epochs of each head.",
         "patience": "Stop a head after this many epochs without gain.",
         "shots": "Examples of each label in few-shot prompts.",
-        "trials": "Configurations of the sweep for sensitivity. Default: 12.",
+        "trials": "Configurations of the sweep for sensitivity.",
         "sweep": "Folder of a finished sweep to read sensitivity from, instead of a new one.",
     },
     defaults={"data": ",".join(DATA)},

@@ -58,13 +58,14 @@ class TestPrototypes:
         states, labels = rng.normal(size=(10, 40)), np.arange(10) % 2  # fewer rows than dimensions
         assert np.linalg.matrix_rank(fit_prototypes(states, labels).covariance_) == 40
 
-    def test_read_the_mean_of_the_tokens_that_count(self):
+    def test_read_the_mean_of_the_tokens_that_count(self, tmp_path):
         lm, rows = make_lm(), [make_prompts(1, n, n)[0].tolist() for n in (4, 9, 6)]
         rows = [[7, 8, *row] for row in rows]
         config = ProbeConfig(
             probe_type="gate", hidden_size=HIDDEN, num_hidden_layers=LAYERS, token_scope="content", prefix_ids=[7, 8]
         )
-        found = mean_states(PromptDataset(rows, np.zeros(3)), config, lm)
+        cache = StateCache(tmp_path, torch.float32)
+        found = mean_states(cache.dataset(lm, config, rows, np.zeros(3)), config)
         for row, ids in enumerate(rows):
             with torch.no_grad():
                 states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states

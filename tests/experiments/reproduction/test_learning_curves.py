@@ -6,7 +6,7 @@ import torch
 from conftest import make_lm, make_prompts
 
 from llama_probe import ProbeConfig
-from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe.data.states import StateCache
 from llama_probe.experiments.reproduction.learning_curves import draw_rows, summarize_curve, train_on_few
 from llama_probe.heads.match import describe
 
@@ -54,11 +54,11 @@ def test_the_summary():
     assert found[8] == {"mean": pytest.approx(0.3), "std": pytest.approx(0.02**0.5)}
 
 
-def test_a_head_does_not_depend_on_those_beside_it(lm, monkeypatch):
+def test_a_head_does_not_depend_on_those_beside_it(lm, tmp_path, monkeypatch):
     """Its dropout neither."""
     ids, labels = make_prompts(20, 8).tolist(), np.arange(20) % 2
     config = describe(lm, ProbeConfig(probe_type="pooling", num_labels=2))
-    data, trained = (PromptDataset(ids, labels), labels), []
+    data, trained = (StateCache(tmp_path).dataset(lm, config, ids, labels), labels), []
     gate = {"probe_type": "gate", "dropout": 0.3, "layer_dropout": 0.2}
 
     def keep(probes, *args):
@@ -67,6 +67,6 @@ def test_a_head_does_not_depend_on_those_beside_it(lm, monkeypatch):
 
     monkeypatch.setattr("llama_probe.experiments.reproduction.learning_curves.predict_together", keep)
     for heads in ({"gate": gate}, {"pooling": {"probe_type": "pooling"}, "gate": gate}):
-        train_on_few(config, data, data, heads, 16, 0, lm)
+        train_on_few(config, data, data, heads, 16, 0)
     alone, beside = (probe.state_dict() for probe in trained)
     assert all(torch.equal(alone[name], beside[name]) for name in alone)

@@ -6,13 +6,13 @@ from conftest import HIDDEN
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.experiments.reproduction import methods
 from llama_probe.experiments.reproduction.methods import HEADS, check_methods, downcast_methods, head_methods
-from llama_probe.heads import get_probe_type
+from llama_probe.heads import get_probe_type, registry
 
 
 class TestMethods:
     def test_other_registered_kinds_join_by_themselves(self, monkeypatch):
         monkeypatch.setattr(methods, "probe_types", lambda: ["gate", "mine", "pooling"])
-        monkeypatch.setattr(methods, "get_probe_type", lambda kind: get_probe_type("gate" if kind == "mine" else kind))
+        monkeypatch.setitem(registry._PROBE_TYPES, "mine", get_probe_type("gate"))
         found = head_methods()
         assert set(found) == {"layer-linear", "pooling", "gate", "mine"}, "kinds that are not there are left out"
         assert found["mine"].head["probe_type"] == "mine"

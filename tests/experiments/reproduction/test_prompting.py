@@ -7,7 +7,6 @@ from conftest import make_lm, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS
 from llama_probe.data.texts import LabelledTexts
 from llama_probe.experiments.reproduction.prompting import (
@@ -71,8 +70,6 @@ def test_long_texts_are_cut_at_their_end(tokenizer):
     assert short == LabelPrompt(tokenizer, INSTRUCTION).encode(["abc"])[0]
     assert len(long) == len(prompt.prefix_ids) + 20 and long[-len(prompt.suffix_ids) :] == prompt.suffix_ids
     assert long[: len(prompt.prefix_ids) + 3] == short[: len(prompt.prefix_ids) + 3]
-    with pytest.raises(ProbeError, match="max_length=4"):
-        LabelPrompt(tokenizer, INSTRUCTION, max_length=4)
 
 
 class TestExamples:
@@ -95,7 +92,8 @@ class TestExamples:
         assert draw_examples(rows, 2, 1, tokenizer) == draw_examples(rows, 2, 1, tokenizer)
         assert draw_examples(rows, 2, 1, tokenizer) != draw_examples(rows, 2, 2, tokenizer)
 
-    def test_are_cut(self, rows, tokenizer):
+    def test_are_cut_and_are_as_many_as_there_are(self, rows, tokenizer):
+        assert len(draw_examples(rows, 30, 0, tokenizer)) == 60
         assert {text for text, _ in draw_examples(rows, 2, 0, tokenizer, max_tokens=4)} == {"text"}
 
 

@@ -15,7 +15,6 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
-from torch import nn
 from torch.utils.data import Dataset
 
 from ...data.states import iterate_states
@@ -61,10 +60,10 @@ def class_logits(classifier: Any, inputs: Any, num_labels: int) -> torch.Tensor:
     return logits
 
 
-def mean_states(dataset: Dataset, config: ProbeConfig, lm: nn.Module | None = None) -> np.ndarray:
-    """Return the mean of the normalised states of each row's counted tokens: `[rows, L+1, hidden_size]`, fp32."""
+def mean_states(dataset: Dataset, config: ProbeConfig) -> np.ndarray:
+    """Return the mean of the normalised cached states of each row: `[rows, L+1, hidden_size]`, fp32."""
     found = np.empty((len(dataset), config.num_hidden_layers + 1, config.hidden_size), dtype=np.float32)
-    for rows, states, mask in iterate_states(dataset, config, lm, progress=True):
+    for rows, states, mask in iterate_states(dataset, config, progress=True):
         x = F.layer_norm(states.float(), states.shape[-1:])  # [L+1, B, T, D]
         found[rows] = masked_mean(x, mask.to(x.device)).transpose(0, 1).cpu().numpy()
     return found
@@ -89,7 +88,7 @@ def _tfidf(task: Task, seed: int | None, shots: int) -> Scored:
 
 def _prototypes(task: Task, seed: int | None, shots: int) -> Scored:
     config, labels, count = task.config, task.parts["train"].labels, task.labels.num_labels
-    states = {part: mean_states(task.dataset(part), config, task.bench.lm_in_the_loop) for part in task.parts}
+    states = {part: mean_states(task.dataset(part), config) for part in task.parts}
     layers, validation = range(config.num_hidden_layers + 1), []
     for layer in layers:
         model = fit_prototypes(states["train"][:, layer], labels)

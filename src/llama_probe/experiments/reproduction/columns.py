@@ -1,13 +1,11 @@
-"""Metrics that `llama-probe reproduce` shows of each data set, and the paper's order of the methods."""
+"""Metrics that `llama-probe reproduce` shows of each data set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from ...data.known import find_benchmark
-from .. import paper
 from .workbench import SAFETY
 
 
@@ -44,32 +42,6 @@ def columns(source: str) -> list[Column]:
     if name in SAFETY:
         return [Column("F1", ("f1",), "f1"), Column("AUPRC", ("auprc",), "auprc")]
     return [Column("accuracy", ("accuracy",), "accuracy"), Column("F1", ("f1",))]
-
-
-def find_orders(main: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare the paper's orders of its kinds with the results, metric by metric.
-
-    Returns:
-        One dict for each order, data set and metric with results of all its methods: `order`, `data`, `metric`, `values` by
-        method, `holds` (each mean is above the one before), and `clear` (by more than both standard deviations together;
-        `None` for single runs).
-    """
-    found = []
-    for source, results in main.items():
-        for order in paper.ORDERS:
-            if any(results.get(name) is None for name in order):
-                continue
-            for column in columns(source):
-                values = {name: column.find(results[name]) for name in order}
-                if None in values.values():
-                    continue
-                pairs, clear = list(pairwise(values.values())), None
-                if all(value["std"] is not None for value in values.values()):
-                    clear = all(high["mean"] - low["mean"] > low["std"] + high["std"] for low, high in pairs)
-                entry = {"order": list(order), "data": source, "metric": column.title, "values": values}
-                holds = all(low["mean"] < high["mean"] for low, high in pairs)
-                found.append({**entry, "holds": holds, "clear": clear})
-    return found
 
 
 def cell(value: dict[str, Any] | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -68,7 +67,7 @@ class Comparison:
             self.store.once(parts.pop(name), partial(self._fit, task, name, methods[name], group))
         if not parts:
             return
-        start, seeds, lm = time.perf_counter(), self.bench.seeds, self.bench.lm_in_the_loop
+        seeds = self.bench.seeds
         candidates = {
             (name, seed): methods[name].candidates(f"{group}/{name}", task.config, seed)
             for name, seed in product(parts, seeds)
@@ -82,7 +81,6 @@ class Comparison:
             task.metric,
             self.epochs,
             scratch,
-            lm,
             keep=1.0,
             patience=self.patience,
             seed=seeds[0],
@@ -96,7 +94,7 @@ class Comparison:
         if failed:
             raise ProbeError(f"{', '.join(failed)} on {task.source} gives no numbers: {NO_NUMBER_BECAUSE}")
         probes = [learner.probe for learner in chosen.values()]
-        logits = [predict_together(probes, task.dataset(part), lm, progress=True) for part in ("validation", "test")]
+        logits = [predict_together(probes, task.dataset(part), progress=True) for part in ("validation", "test")]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
         for (name, seed), learner, *both in zip(chosen, chosen.values(), *logits, strict=True):
             probe = learner.probe
@@ -104,19 +102,18 @@ class Comparison:
             layer = {"layer": probe.layer_indices[0]} if methods[name].each_layer else {}
             runs[name].append({"seed": seed, "best_epoch": learner.history.best_epoch, **layer, **judged})
             probe.save_pretrained(self._head_folder(group, task, name, seed))
-        seconds = time.perf_counter() - start
         for name, part in parts.items():
-            result = _result(task, runs[name], chosen[name, seeds[0]].probe.num_parameters())
-            self.store.write(part, result, seconds, parts.values())
+            self.store.write(part, _result(task, runs[name], chosen[name, seeds[0]].probe.num_parameters()))
         shutil.rmtree(scratch, ignore_errors=True)
 
     def _fit(self, task: Task, name: str, method: HeadMethod, group: str) -> dict[str, Any]:
         """Fit a convex head. Its one run is saved under the first seed."""
         logger.warning(f"fitting {name} on {task.source}")
-        lm, probe = self.bench.lm_in_the_loop, self._place(ProbeModel(task.config.replace(**method.head)))
+        probe = ProbeModel(task.config.replace(**method.head))
+        probe.bind(self.bench.lm)
         loss = ProbeLoss(probe.config, label_smoothing=method.label_smoothing)
-        fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric, lm)
-        (test,) = predict_together([probe], task.dataset("test"), lm, progress=True)
+        fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric)
+        (test,) = predict_together([probe], task.dataset("test"), progress=True)
         probe.config, judged = judge(probe.config, fitted.logits, test, task)
         probe.save_pretrained(self._head_folder(group, task, name, self.bench.seeds[0]))
         return _result(task, [{"seed": None, **fitted.facts, **judged}], probe.num_parameters())
@@ -132,9 +129,7 @@ class Comparison:
             return {"run": {"seed": seed, **scored.chosen, **judged}, "num_parameters": scored.num_parameters}
 
         kept = [PartStore(scratch).once(f"seed-{seed}", partial(run, seed)) for seed in seeds]
-        runs = [each["result"]["run"] for each in kept]
-        result = _result(task, runs, kept[-1]["result"]["num_parameters"])
-        self.store.write(part, result, sum(each["seconds"] for each in kept), [part])
+        self.store.write(part, _result(task, [each["run"] for each in kept], kept[-1]["num_parameters"]))
         shutil.rmtree(scratch, ignore_errors=True)
 
     def out_of_distribution(self, task: Task, names: Sequence[str], test_set: str) -> None:
@@ -145,7 +140,7 @@ class Comparison:
         parts = self.store.missing(f"ood/{task.name}/{test_set}", names)
         if not parts:
             return
-        start, rows, heads = time.perf_counter(), self.bench.test_rows(test_set), head_methods()
+        rows, heads = self.bench.test_rows(test_set), head_methods()
         logger.warning(f"{', '.join(parts)}, trained on {task.source}, on {test_set}")
         seeds = {name: self.bench.seeds[: 1 if heads[name].convex else None] for name in parts if name in heads}
         keys = [(name, seed) for name, several in seeds.items() for seed in several]
@@ -153,22 +148,21 @@ class Comparison:
         if keys:
             probes = [self.head(task, *key) for key in keys]
             dataset = self.bench.dataset(rows, task.config)
-            found = predict_together(probes, dataset, self.bench.lm_in_the_loop, progress=True)
+            found = predict_together(probes, dataset, progress=True)
             for (name, seed), probe, logits in zip(keys, probes, found, strict=True):
                 runs[name].append({"seed": seed, "test": report(probe.config, logits, rows.labels)})
         if "tfidf" in parts:
             runs["tfidf"].append({"seed": None, "test": _tfidf_elsewhere(task, rows)})
-        seconds = time.perf_counter() - start
         for name, part in parts.items():
-            result = {"runs": runs[name], "summary": {"test": summarize([run["test"] for run in runs[name]])}}
-            self.store.write(part, result, seconds, parts.values())
+            summary = {"test": summarize([run["test"] for run in runs[name]])}
+            self.store.write(part, {"runs": runs[name], "summary": summary})
 
     def layer_groups(self, task: Task, name: str) -> dict[str, Any]:
         """Average a head's layer weights on test rows, by label and correctness, see `group_layers`.
 
         A head that reads one layer, or has no weights to show, has no groups.
         """
-        runs = self.store.find(f"main/{task.name}/{name}")["result"]["runs"]
+        runs = self.store.find(f"main/{task.name}/{name}")["runs"]
         best = max(runs, key=lambda run: run["validation"][task.metric])["seed"]
         probe = self.head(task, name, best)
         found = {"seed": best, "layers": probe.layer_indices, "groups": [], "errors": []}
@@ -176,10 +170,7 @@ class Comparison:
             return found
         count, config = len(task.parts["test"]), probe.config
         logits, weights = torch.empty(count, config.num_labels), torch.empty(count, len(probe.layer_indices))
-        outputs = score_together(
-            [probe], task.dataset("test"), self.bench.lm_in_the_loop, progress=True, output_attentions=True
-        )
-        for rows, (output,) in outputs:
+        for rows, (output,) in score_together([probe], task.dataset("test"), progress=True, output_attentions=True):
             if output.layer_weights is None:
                 return found
             logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
@@ -197,30 +188,21 @@ class Comparison:
         logger.warning(f"learning curves of {', '.join(parts)} on {task.source}")
         sets = [(task.dataset(name), task.parts[name].labels) for name in ("train", "test")]
         heads, scratch = {name: head_methods()[name].head for name in parts}, self._scratch(parts.values())
-        few, rows = (
-            partial(train_on_few, task.config, *sets, heads),
-            {name: len(task.parts[name]) for name in task.parts},
-        )
-        sizes = [size for size in SIZES if size <= rows["train"]]
-        draws = []
+        rows = {name: len(part) for name, part in task.parts.items()}
+        sizes, points = [size for size in SIZES if size <= rows["train"]] or [rows["train"]], []
         for size, seed in tqdm(list(product(sizes, self.bench.seeds)), desc="learning curves", leave=False):
-            work = partial(few, size, seed, self.bench.lm_in_the_loop)
-            draws.append(PartStore(scratch).once(f"{size}-rows-seed-{seed}", work))
-        seconds, points = sum(draw["seconds"] for draw in draws), [point for draw in draws for point in draw["result"]]
+            work = partial(train_on_few, task.config, *sets, heads, size, seed)
+            points += PartStore(scratch).once(f"{size}-rows-seed-{seed}", work)
         for name, part in parts.items():
             curve = [point for point in points if point["head"] == name]
-            self.store.write(part, {"metric": task.metric, "rows": rows, "curve": curve}, seconds, parts.values())
+            self.store.write(part, {"metric": task.metric, "rows": rows, "curve": curve})
         shutil.rmtree(scratch, ignore_errors=True)
 
     def head(self, task: Task, name: str, seed: int) -> ProbeModel:
         """Load a head that `main` has saved."""
-        return self._place(ProbeModel.from_pretrained(self._head_folder("main", task, name, seed)))
-
-    def _place(self, probe: ProbeModel) -> ProbeModel:
-        """Bring a head to the device of its states."""
-        lm = self.bench.lm_in_the_loop
+        probe = ProbeModel.from_pretrained(self._head_folder("main", task, name, seed))
         probe.bind(self.bench.lm)
-        return probe.to("cpu" if lm is None else lm.device)
+        return probe
 
     def _scratch(self, parts: Iterable[str]) -> Path:
         """Return the folder for unfinished work on some parts."""

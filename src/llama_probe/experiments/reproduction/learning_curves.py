@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from ...evaluation.metrics import score_logits, summarize
@@ -30,7 +29,6 @@ def train_on_few(
     heads: Mapping[str, dict[str, Any]],
     size: int,
     seed: int,
-    lm: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """Train heads on a few rows, as `llama-probe train` would, and score them on others.
 
@@ -39,9 +37,8 @@ def train_on_few(
 
     Args:
         config: config with labels, prompts and backbone.
-        train, test: both a `PromptDataset` (with `lm`) or both a `StateDataset`, with their labels.
+        train, test: two `StateDataset` with their labels.
         heads: fields of `ProbeConfig` that replace the config's, by name.
-        lm: the frozen backbone; `None` for cached states.
 
     Returns:
         One entry a head: `rows`, `seed` and `head`, and the metrics of `score_logits`.
@@ -49,11 +46,11 @@ def train_on_few(
     rows = draw_rows(train[1], config, size, seed)
     candidates = [_candidate(name, head, config, size, seed) for name, head in heads.items()]
     epochs, part = int(complete(Recipe(), {}, size)[0].num_train_epochs), Subset(train[0], rows.tolist())
-    training = SharedTraining(candidates, part, test[0], "accuracy", epochs, Path(), lm, seed=seed)
+    training = SharedTraining(candidates, part, test[0], "accuracy", epochs, Path(), seed=seed)
     probes = [learner.probe for learner in training.run_unseen()]
     return [
         {"rows": size, "seed": seed, "head": name, **score_logits(logits, test[1], probe.config)}
-        for name, probe, logits in zip(heads, probes, predict_together(probes, test[0], lm), strict=True)
+        for name, probe, logits in zip(heads, probes, predict_together(probes, test[0]), strict=True)
     ]
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ProbeError
 from ...heads import get_probe_type, probe_types
-from ...heads.aggregator import Aggregator
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
 from ...training.loss import ProbeLoss
+from ...training.recipe import Recipe, complete
 from .. import paper
 from .baselines import BASELINES
 
@@ -23,32 +23,25 @@ class HeadMethod:
 
     Attributes:
         head: fields of `ProbeConfig`.
-        learning_rate, weight_decay, label_smoothing, batch_size: as in `Recipe`.
+        learning_rate, label_smoothing: as in `Recipe`.
         each_layer: train one head a layer, and choose the layer by validation rows.
         every: read the states 0, `every`, 2 `every`, ...
     """
 
-    head: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any]
     learning_rate: float = 1e-3
-    weight_decay: float = 0.05
     label_smoothing: float = 0.05
-    batch_size: int = 32
     each_layer: bool = False
     every: int = 1
 
     @classmethod
     def create(cls, kind: str, options: dict[str, Any] | None = None, **changes) -> HeadMethod:
         """Return a kind with its own recipe. `changes` replace attributes."""
-        aggregator = get_probe_type(kind)
-        recipe, head = aggregator.recipe, {"probe_type": kind}
-        if aggregator.normalize != Aggregator.normalize:
-            head["normalize"] = aggregator.normalize
-        if not aggregator.convex:
-            head |= {name: recipe[name] for name in ("dropout", "layer_dropout")}
-        if options:
-            head["options"] = options
-        rates = {name: recipe[name] for name in ("learning_rate", "label_smoothing")}
-        return cls(head, **rates | changes)
+        head = {"probe_type": kind, "normalize": get_probe_type(kind).normalize, "options": options or {}}
+        recipe, head = complete(Recipe(), head, rows=0)
+        return cls(
+            head, **{"learning_rate": recipe.learning_rate, "label_smoothing": recipe.label_smoothing, **changes}
+        )
 
     @property
     def convex(self) -> bool:
@@ -69,8 +62,7 @@ class HeadMethod:
             own = config if layer is None else config.replace(layers=[layer])
             number = zlib.crc32(f"{name}/{layer}/{seed}".encode())
             loss = ProbeLoss(own, label_smoothing=self.label_smoothing)
-            rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
-            found.append(Candidate(number, own, loss, **rates, batch_size=self.batch_size, seed=seed))
+            found.append(Candidate(number, own, loss, self.learning_rate, seed=seed))
         return found
 
 

@@ -20,7 +20,6 @@ from ...backbone.passes import Pass, plan_passes
 from ...data.known import Benchmark
 from ...data.prompts import constant_parts, pad_prompts
 from ...data.texts import LabelledTexts
-from ...errors import ProbeError
 
 
 # A labelled text that the prompt shows: (text, label index).
@@ -44,11 +43,12 @@ class Instruction(NamedTuple):
 def draw_examples(
     train: LabelledTexts, per_label: int, seed: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 96
 ) -> list[Example]:
-    """Draw training rows as few-shot examples, `per_label` of each label, in random order; cut those above `max_tokens`."""
+    """Draw at most `per_label` training rows of each label as examples, in random order; cut those above `max_tokens`."""
     rng = np.random.default_rng(seed)
     chosen: list[Example] = []
     for label in range(len(train.label_names)):
-        for row in rng.choice(np.flatnonzero(train.labels == label), per_label, replace=False):
+        rows = np.flatnonzero(train.labels == label)
+        for row in rng.choice(rows, min(per_label, len(rows)), replace=False):
             text = train.texts[row]
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             chosen.append((text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens]), label))
@@ -72,8 +72,6 @@ class LabelPrompt:
         self.tokenizer, self.instruction, self.examples = tokenizer, instruction, examples
         self.max_length = max_length
         self.prefix_ids, self.suffix_ids = constant_parts(self._ids)
-        if max_length <= len(self.suffix_ids):
-            raise ProbeError(f"max_length={max_length} must be above {len(self.suffix_ids)}, to leave room for a text")
 
     @property
     def label_ids(self) -> list[list[int]]:

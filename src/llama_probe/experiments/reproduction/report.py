@@ -14,7 +14,7 @@ from ...evaluation.plots import png_writer, sensitivity_plot
 from ...files import write_atomically
 from ...hub.card import table
 from .. import paper
-from .columns import Column, cell, columns, find_orders
+from .columns import Column, cell, columns
 from .figures import layer_groups_plot, learning_curves_plot, methods_plot
 from .learning_curves import summarize_curve
 from .workbench import file_name
@@ -24,9 +24,8 @@ REPORT_NAME, DATA_NAME = "report.md", "report.json"
 
 
 def write_report(output: Path, report: dict[str, Any], finished: bool = True) -> None:
-    """Write `report.md` and `report.json`, at the end with plots. Add the paper's orders to the report."""
+    """Write `report.md` and `report.json`, at the end with plots."""
     output.mkdir(parents=True, exist_ok=True)
-    report["orders"] = find_orders(report["main"])
     figures = _figures(report) if finished and find_spec("matplotlib") is not None else {}
     write_atomically({output / name: png_writer(lambda figure=figure: figure) for name, figure in figures.items()})
     text = "\n\n".join(_blocks(report, list(figures), finished)) + "\n"
@@ -68,7 +67,6 @@ def _blocks(report: dict[str, Any], plots: list[str], finished: bool) -> Iterato
     for source, results in report["main"].items():
         yield from _main_table(source, _done(results))
         yield from image(f"main-{file_name(source)}")
-    yield from _orders(report["orders"])
     if "ood" in report:
         yield from _out_of_distribution(report["ood"])
     yield from _downcast(report["downcast"]["data"], _done(report["downcast"]["results"]))
@@ -86,7 +84,6 @@ def _blocks(report: dict[str, Any], plots: list[str], finished: bool) -> Iterato
         yield f"`{report['command']}`"
     versions = ", ".join(f"{name} {version}" for name, version in report["environment"].items())
     yield f"{versions}; at most {settings['epochs']} epochs, patience {settings['patience']}."
-    yield _table(["part", "seconds"], [[name, f"{seconds:,.0f}"] for name, seconds in report["seconds"].items()])
 
 
 def _main_table(source: str, done: dict[str, Any]) -> Iterator[str]:
@@ -115,19 +112,6 @@ def _main_table(source: str, done: dict[str, Any]) -> Iterator[str]:
             if key in result["runs"][0]:
                 chosen = ", ".join(str(run[key]) for run in result["runs"])
                 yield f"`{name}`: {key.replace('_', ' ')} chosen by validation: {chosen}."
-
-
-def _orders(orders: list[dict[str, Any]]) -> Iterator[str]:
-    if not orders:
-        return
-    yield "## What holds of the paper's order"
-    lines = []
-    for found in orders:
-        clear = {True: "yes", False: "no", None: "-"}[found["clear"] if found["holds"] else False]
-        values = " / ".join(cell(value) for value in found["values"].values())
-        holds = "yes" if found["holds"] else "no"
-        lines.append([" < ".join(found["order"]), found["data"], found["metric"], values, holds, clear])
-    yield _table(["order", "data", "metric", "values", "holds", "beyond the spread"], lines)
 
 
 def _out_of_distribution(ood: dict[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ...backbone.decoder import find_decoder
 from ...backbone.loading import model_id
-from ...distributed import claimed, launched
+from ...distributed import claimed
 from ...errors import ProbeError
 from ...evaluation.resume import same_settings
 from ...files import environment
@@ -24,10 +24,9 @@ from ...training.recipe import Recipe
 from ...training.run import TrainingRun
 from ...training.sweep import SWEEP_NAME, SearchSpace, Sweep, read_sweep
 from .comparison import Comparison
-from .learning_curves import SIZES
 from .methods import check_methods, downcast_methods, head_methods, method_names
 from .report import write_report
-from .workbench import SAFETY, Task, Workbench, file_name, known_source, metric_of
+from .workbench import SAFETY, Workbench, file_name, known_source, metric_of
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +34,6 @@ logger = logging.get_logger(__name__)
 PARTS = ("main", "ood", "downcast", "layers", "sensitivity", "few-labels")
 DATA = ("toxicchat", "sst2", "emotion", "imdb")
 TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
-_TRIALS = 12
 
 
 @dataclass
@@ -51,8 +49,7 @@ class Reproduction:
         methods: names from `method_names`. Defaults to all.
         only: some of `PARTS`. Defaults to all.
         epochs, patience: of heads. shots: examples a label of few-shot prompting.
-        trials: configurations of the search for `sensitivity`. Defaults to 12.
-        sweep: folder of a finished sweep, in place of a search.
+        trials: configurations of the search for `sensitivity`. sweep: folder of a finished sweep, in place of a search.
         command: the command as typed, for the report.
 
     Raises:
@@ -67,7 +64,7 @@ class Reproduction:
     epochs: int = 6
     patience: int = 3
     shots: int = 4
-    trials: int | None = None
+    trials: int = 12
     sweep: Path | None = None
     command: str = ""
     comparison: Comparison = field(init=False)
@@ -83,32 +80,14 @@ class Reproduction:
         for source in self.data:
             known_source(source)
         for name in ("epochs", "patience", "shots", "trials"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if (value := getattr(self, name)) < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
         if self.sweep is not None:
             self.sweep = Path(self.sweep)
-            if self.trials is not None:
-                raise ProbeError(f"trials={self.trials} is for a search, which sweep={self.sweep} replaces")
             if not (self.sweep / SWEEP_NAME).is_file():
                 raise ProbeError(f"sweep={self.sweep} holds no {SWEEP_NAME}: give the folder of a finished sweep")
-        self.trials = _TRIALS if self.trials is None else self.trials
-        if self.only is not None:
-            self._check_parts()
         self.only = list(PARTS if self.only is None else self.only)
         self.comparison = Comparison(self.bench, self.output, self.epochs, self.patience, self.shots)
-
-    def _check_parts(self) -> None:
-        """Refuse parts that were asked for by name and that data or methods leave empty."""
-        for name, suited, wanted in (
-            ("ood", self._safety_source, f"one of {', '.join(SAFETY)} in data"),
-            ("ood", self._ood_methods, "tfidf or a head in methods"),
-            ("layers", self._layered, "a head that weighs layers, such as gate, in methods"),
-            ("few-labels", self._trained_kinds, "a trained kind of head, such as gate, in methods"),
-        ):
-            if name in self.only and not suited:
-                raise ProbeError(f"only={name} needs {wanted}")
-        if self.sweep is not None and "sensitivity" not in self.only:
-            raise ProbeError(f"sweep={self.sweep} is read for sensitivity: add it to only, or leave sweep out")
 
     def execute(self) -> dict[str, Any]:
         """Do all that is missing.
@@ -120,10 +99,6 @@ class Reproduction:
             ProbeError: anything that the user can mend, before any work is done. Among it: the folder is of other settings, rows
                 or another backbone.
         """
-        if launched():
-            raise ProbeError(
-                "reproduce runs in one process: start it without torchrun (--sweep reads a divided sweep)"
-            )
         with claimed(self.output):
             self._check_settings()
             try:
@@ -142,13 +117,8 @@ class Reproduction:
         """Compare settings, rows and weights with those of an earlier run in the folder, and write what is new."""
         own = {"epochs": self.epochs, "patience": self.patience, "shots": self.shots}
         settings: dict[str, Any] = {"run": {**self.bench.settings, **own}}
-        if set(self.only) - {"sensitivity"}:
-            sources = self.data
-            for source in sources:
-                self._check_rows(self.bench.task(source))
-        else:
-            sources = [] if self.sweep else [self._primary]
-        for source in sources:
+        searched = [] if self.sweep else [self._primary]
+        for source in self.data if set(self.only) - {"sensitivity"} else searched:
             parts = self.bench.task(source).parts
             settings[f"rows-{file_name(source)}"] = {name: rows.digest()[:16] for name, rows in parts.items()}
         if "sensitivity" in self.only:
@@ -163,14 +133,6 @@ class Reproduction:
 
     def _settings_path(self, name: str) -> Path:
         return self.output / "settings" / f"{name}.json"
-
-    def _check_rows(self, task: Task) -> None:
-        counts = np.bincount(task.parts["train"].labels, minlength=task.labels.num_labels)
-        if "few-shot" in self.methods and "main" in self.only and counts.min() < self.shots:
-            name = task.parts["train"].label_names[int(counts.argmin())]
-            raise ProbeError(f"{task.source} has {counts.min()} training rows of {name!r}: use more, or fewer --shots")
-        if "few-labels" in self.only and self._trained_kinds and counts.sum() < min(SIZES):
-            raise ProbeError(f"{task.source} has {counts.sum()} training rows, and few-labels needs {min(SIZES)}")
 
     def _steps(self) -> Iterator[Callable[[], Any]]:
         comparison, store, safety = self.comparison, self.comparison.store, self._safety_source
@@ -249,21 +211,14 @@ class Reproduction:
             max_length=bench.max_length,
             dtype=bench.dtype,
             seeds=bench.seeds[:1],
-            cache=bench.cache,
-            cache_dir=(bench.cache_dir or bench.scratch) if bench.cache else None,
+            cache_dir=bench.scratch,
         )
         # Nothing is pruned: the score after one epoch tells the learning rate more than the final score.
         return Sweep(run, SearchSpace(), self.trials, keep=1.0, resume=True).run()
 
     def report(self) -> dict[str, Any]:
         """Collect the finished parts of `data` and `methods`, also those that this call does not ask for."""
-        seconds: dict[str, float] = {}
-
-        def find(part: str) -> Any:
-            if (found := self.comparison.store.find(part)) is None:
-                return None
-            seconds[", ".join(found["together"])] = found["seconds"]
-            return found["result"]
+        find = self.comparison.store.find
 
         def find_all(group: str, names: Iterable[str]) -> dict[str, Any]:
             return {name: find(f"{group}/{name}") for name in names}
@@ -278,7 +233,7 @@ class Reproduction:
             "settings": {**bench.settings, "epochs": self.epochs, "patience": self.patience, "shots": self.shots},
             "only": list(self.only),
             "backbone": {
-                "name": model_id(bench.backbone).rstrip("/").split("/")[-1],
+                "name": Path(model_id(bench.backbone)).name,
                 "model_type": decoder.model_type,
                 "num_parameters": sum(parameter.numel() for parameter in bench.lm.parameters()),
                 "num_hidden_layers": decoder.num_hidden_layers,
@@ -296,7 +251,7 @@ class Reproduction:
         if safety is not None:
             results = {test: find_all(f"ood/{file_name(safety)}/{test}", self._ood_methods) for test in TEST_SETS}
             found["ood"] = {"trained_on": safety, "results": results}
-        return {**found, "seconds": seconds}
+        return found
 
 
 def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from ...backbone.loading import load_backbone, model_id, weights_digest
 from ...data.known import BENCHMARKS, Benchmark, find_benchmark
 from ...data.prompts import PromptFormat
 from ...data.sources import DataSources
-from ...data.states import PromptDataset, StateCache, check_cache
+from ...data.states import StateCache
 from ...data.texts import LabelledTexts, read_labelled
 from ...errors import ProbeError
 from ...heads.configuration import ProbeConfig
@@ -37,8 +38,6 @@ class Workbench:
         seeds: one run of each method a seed. The first one also splits and draws the rows.
         max_rows: most training, validation and test rows each.
         max_length: prompts are cut to so many tokens.
-        cache: keep hidden states on disk, so that the backbone runs once over each row.
-        cache_dir: folder for hidden states that stay, in place of `scratch`.
     """
 
     backbone: str
@@ -48,13 +47,7 @@ class Workbench:
     max_rows: int | None = None
     max_length: int = 512
     dtype: str = "auto"
-    cache: bool = True
-    cache_dir: Path | None = None
     _tasks: dict[str, Task] = field(default_factory=dict, init=False, repr=False)
-    _test_rows: dict[str, LabelledTexts] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self):
-        check_cache(self.cache, self.cache_dir)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -92,22 +85,9 @@ class Workbench:
         kind = "chat" if self.tokenizer.chat_template else "raw"
         return PromptFormat.create(self.tokenizer, kind, max_length=self.max_length)
 
-    @property
-    def states(self) -> StateCache | None:
-        """The cache of hidden states, or `None` if the backbone runs again each time."""
-        return StateCache(self.cache_dir or self.scratch) if self.cache else None
-
-    @property
-    def lm_in_the_loop(self) -> PreTrainedModel | None:
-        """The LM if states are not cached, for functions with `lm=` beside a data set."""
-        return None if self.cache else self.lm
-
     def dataset(self, rows: LabelledTexts, config: ProbeConfig) -> Dataset:
-        """Return the cached states of rows, or their prompts if there is no cache."""
-        ids = self.prompts.encode(rows.texts)
-        return (
-            self.states.dataset(self.lm, config, ids, rows.labels) if self.cache else PromptDataset(ids, rows.labels)
-        )
+        """Return the cached states of rows."""
+        return StateCache(self.scratch).dataset(self.lm, config, self.prompts.encode(rows.texts), rows.labels)
 
     def task(self, source: str) -> Task:
         """Return the data set that `NAME` or `NAME:SPLIT` (the split to train on) means, with its rows."""
@@ -117,10 +97,8 @@ class Workbench:
 
     def test_rows(self, name: str) -> LabelledTexts:
         """Return the test rows of a data set that is only tested on."""
-        if name not in self._test_rows:
-            rows = read_labelled(name, split="test", data_dir=self.data_dir)
-            self._test_rows[name] = rows.at_most(self.max_rows, self.seeds[0])
-        return self._test_rows[name]
+        rows = read_labelled(name, split="test", data_dir=self.data_dir)
+        return rows.at_most(self.max_rows, self.seeds[0])
 
     def sources(self, source: str) -> DataSources:
         """Return the sources of a data set's rows."""
@@ -128,8 +106,7 @@ class Workbench:
 
     def close(self) -> None:
         """Delete the states in `scratch`."""
-        if self.cache and self.cache_dir is None:
-            self.states.delete()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @dataclass
@@ -177,7 +154,7 @@ class Task:
         return describe(self.bench.lm, base.replace(**self.bench.prompts.config_fields()))
 
     def dataset(self, part: str) -> Dataset:
-        """Return the states, or the prompts, of `train`, `validation` or `test`."""
+        """Return the states of `train`, `validation` or `test`."""
         if part not in self._datasets:
             self._datasets[part] = self.bench.dataset(self.parts[part], self.config)
         return self._datasets[part]
