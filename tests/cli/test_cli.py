@@ -52,22 +52,18 @@ def test_train_writes_a_head_folder(trained):
     assert str(output.parent) not in card, "no path of the machine that trained it"
 
 
-def test_benchmark(served, backbone_folder, tmp_path):
+def test_benchmark(served, backbone_folder):
     args = (
-        "benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8, "--batch-size", 2, "--pairs", 1, "--warmup", 0,
+        "benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8, "--batch-size", 2, "--pairs", 1,
         "--device", "cpu", "--guard", backbone_folder, "--random-weights",
     )  # fmt: skip
-    report = succeed(*args, "--output", tmp_path / "out", "--json")
+    report = succeed(*args, "--json")
     systems = ["base", "base again", "mood", "mha", "2 x mha", "naive mood", "naive mha", "guard tiny-chat"]
     assert [row["system"] for row in report["rows"]] == systems
-    assert json.loads((tmp_path / "out" / "benchmark.json").read_text()) == report
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.json", "benchmark.png"]
     shown = succeed(*args, "--no-naive")
     for part in ("batch 2, 8 tokens, 1 new", "2 x mha", "guard tiny-chat", "base again", "random weights"):
         assert part in shown
-    assert "naive" not in shown and "written" not in shown
-    lines = [line.split("|") for line in succeed(*args, "--no-naive", "--markdown").splitlines()]
-    assert [line[1].strip() for line in lines if len(line) > 2][2:] == [*systems[:5], systems[7]]
+    assert "naive" not in shown
 
 
 def test_benchmark_counts_operations(served):
@@ -277,7 +273,6 @@ TRAIN = "train --train {rows} --output {out} "
         ("benchmark --backbone no/such", "no/such"),
         ("benchmark --as cuda", "--operations"),
         ("benchmark --operations --as tpu", "tpu"),
-        ("benchmark --operations --markdown", "--markdown"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
         ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:rude", "rude"),
         ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:toxic:high", "'high'"),

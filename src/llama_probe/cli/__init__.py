@@ -63,7 +63,7 @@ COMMANDS = {
     "drift": Entry("drift", "Compare a log of served prompts with the rows that a head was trained on.", "",
         "llama-probe drift --probe my-head --input log.jsonl"),
     "benchmark": Entry("benchmark", "Measure what heads cost while the model serves, next to the plain model.",
-        "backbone probes kinds tokens batch_sizes new_tokens pairs device dtype operations output as_json",
+        "backbone probes kinds tokens batch_sizes new_tokens pairs device dtype operations as_json",
         "llama-probe benchmark --probe safety",
         "llama-probe benchmark --probe safety --operations --as cuda"),
     "plot": Entry("plot", "Draw what a head looked at in texts, and how well it does.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +16,6 @@ from ..experiments.benchmark import report as benchmark_report
 from ..experiments.benchmark.operations import DEVICES
 from ..experiments.benchmark.operations import columns as operation_columns
 from ..experiments.benchmark.serving_benchmark import ServingBenchmark
-from ..files import check_writable
 from .console import create_console, escape, print_table
 from .options import BACKBONE, DTYPE, Fields, Json
 
@@ -34,7 +32,6 @@ _BENCHMARK = Fields(
         "batch_sizes": "Prompts of a batch. Repeatable.",
         "new_tokens": "Tokens to generate. With more than 1, also the time of each.",
         "pairs": "Timed runs of each system, alternating with the plain model.",
-        "warmup": "Pairs to run first that are not timed.",
         "device": "auto (an accelerator if there is one), cpu, cuda, cuda:1 ...",
         "dtype": DTYPE,
         "naive": "Also measure heads on the tensors of output_hidden_states=True.",
@@ -62,8 +59,6 @@ def benchmark(
             "--as", metavar="DEVICE", help="With --operations: choose as on cuda or cpu. Default: as on --device."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json and benchmark.png.")] = None,
-    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what heads cost while the model serves, next to the plain model."""
@@ -71,10 +66,6 @@ def benchmark(
         raise ProbeError(f"--as {as_device} needs --operations")
     if as_device not in (None, *DEVICES):
         raise ProbeError(f"--as {as_device} must be one of {', '.join(DEVICES)}")
-    if operations and (markdown or output is not None):
-        raise ProbeError("--operations prints a table or --json: leave out --markdown and --output")
-    if output is not None:
-        check_writable(output, "the benchmark")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts
     try:
@@ -82,12 +73,8 @@ def benchmark(
             report = settings.count_operations(as_device) if operations else settings.execute()
     finally:
         logging.set_verbosity(verbosity)
-    written = [] if output is None else benchmark_report.write_benchmark(output, report)
     if as_json:
         print(json.dumps(report))
-        return
-    if markdown:
-        print(benchmark_report.markdown(report))
         return
     if operations:
         print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]), **_STYLE)
@@ -96,5 +83,3 @@ def benchmark(
         print_table(title, *benchmark_report.columns(rows), **_STYLE)
     for note in benchmark_report.notes(report):
         create_console().print(escape(note))
-    for path in written:
-        print(f"written: {path}")

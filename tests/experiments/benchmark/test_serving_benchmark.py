@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import weakref
 from functools import partial
 
@@ -51,27 +50,19 @@ def test_every_system_under_every_load(folder, guard):
         random_weights=True,
     )  # fmt: skip
     report = bench.execute()
-    assert str(guard) not in json.dumps(report) and folder not in json.dumps(report), "no folders of this machine"
-    assert (report["settings"]["backbone"], report["settings"]["guards"]) == ("tiny-chat", ["guard"])
     names = ["base", "base again", "gate", "mha", "2 x mha", "naive gate", "naive mha", "guard guard"]
     loads = [(1, 6), (1, 9), (2, 6), (2, 9)]
     found = [(found["batch_size"], found["tokens"], found["system"]) for found in report["rows"]]
     assert found == [(*load, name) for load in loads for name in names]
     for found in report["rows"]:
         # Two readings a call, one second apart, for plain model and system alike.
-        assert found["latency_ms"] == {"median": 1000.0, "p95": 1000.0}
-        assert found["prompts_per_second"] == found["batch_size"]
-        assert found["tokens_per_second"] == found["batch_size"] * (found["tokens"] + 1)
+        assert found["ms"]["median"] == 1000
         assert (found["ratio"] or {"median": 1.0})["median"] == 1.0 and found["step_ms"] is None
         assert (found["ratio"] is None) == (found["system"] == "base")
     rows = {found["system"]: found for found in report["rows"][:8]}
-    assert rows["base"]["operations_ratio"] == rows["base again"]["operations_ratio"] == 1
-    assert 1 < rows["gate"]["operations_ratio"] < rows["mha"]["operations_ratio"] < rows["2 x mha"]["operations_ratio"]
     assert rows["base"]["above_base_mb"] == rows["base again"]["above_base_mb"] == 0
-    assert rows["guard guard"]["above_base_mb"] >= rows["guard guard"]["weights_mb"] > 0
-    assert rows["2 x mha"]["weights_mb"] == pytest.approx(2 * rows["mha"]["weights_mb"])
-    for found in rows.values():
-        assert found["peak_memory_mb"] - found["above_base_mb"] == pytest.approx(rows["base"]["peak_memory_mb"])
+    assert 0 < rows["gate"]["above_base_mb"] < rows["mha"]["above_base_mb"] < rows["2 x mha"]["above_base_mb"]
+    assert rows["guard guard"]["above_base_mb"] > 0
     assert report["backbone"] == {
         "name": "tiny-chat", "num_parameters": sum(p.numel() for p in make_lm(vocab_size=260).parameters()),
         "num_hidden_layers": 4, "hidden_size": 32, "dtype": "float32",
@@ -83,24 +74,19 @@ def test_the_time_of_further_tokens(folder):
     report = create(folder, new_tokens=3).execute()
     for found in report["rows"]:
         # Readings: start, three tokens, end.
-        assert found["latency_ms"]["median"] == 4000 and found["step_ms"]["median"] == 1000
-        assert found["tokens_per_second"] == 9 / 4
+        assert found["ms"]["median"] == 4000 and found["step_ms"]["median"] == 1000
     assert report["rows"][0]["step_ratio"] is None and report["rows"][1]["step_ratio"]["median"] == 1
 
 
 def test_the_backbone_compiled(tmp_path, monkeypatch):
-    """Each load and system compiles once, and the counts are those of the eager passes."""
+    """Each load and system compiles once."""
     make_lm(num_hidden_layers=1).save_pretrained(tmp_path)  # compiles in a moment
     folder, counter = str(tmp_path), CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     report = create(folder, tokens=[6, 7], pairs=1, compile=True).execute()
     # A load compiles the plain model, twice, and the one with heads.
     assert counter.frame_count == 2 * (1 + 2)
-    rows = {found["system"]: found for found in report["rows"][:3]}
-    assert rows["gate"]["operations_ratio"] > 1 and rows["gate"]["peak_memory_mb"] is None
-    assert report["settings"]["compile"]
-    plain = create(folder, tokens=[6, 7], pairs=1).execute()
-    assert [found["operations"] for found in plain["rows"]] == [found["operations"] for found in report["rows"]]
+    assert report["settings"]["compile"] and all(found["above_base_mb"] is None for found in report["rows"])
 
 
 def test_ones_own_heads(folder, tmp_path):
@@ -114,39 +100,35 @@ def test_ones_own_heads(folder, tmp_path):
         create(folder, probes=[str(tmp_path / "mha")], kinds=["mha"]).execute()
 
 
-PLAIN = Measured([(Timing(2.0, 0.5), Timing(2.0, 0.5))], 1_000_000, 400)
+PLAIN = Measured([(Timing(2.0, 0.5), Timing(2.0, 0.5))], 1_000_000)
 
 
 def make_row(own, batch=1, tokens=8, new_tokens=1, paper=None):
     load = Load.create(batch, tokens, new_tokens, 50, CPU)
-    return row(System("mine", "heads", None, 500_000, paper), load, own, PLAIN, 10_000_000)
+    return row(System("mine", None, 500_000, paper), load, own, PLAIN)
 
 
 def test_ratios_are_medians_of_pairs():
     """The median of the paired ratios is not the ratio of the medians."""
     pairs = [(1.0, 3.0), (4.0, 4.0), (5.0, 10.0)]
-    own = Measured([(Timing(a, a / 2), Timing(b, 2 * b)) for a, b in pairs], 1_250_000, 500)
+    own = Measured([(Timing(a, a / 2), Timing(b, 2 * b)) for a, b in pairs], 1_250_000)
     found = make_row(own, batch=2, new_tokens=2)
     assert found["ratio"] == {"median": 2.0, "quartiles": [1.5, 2.5], "runs": 3}
     assert found["step_ratio"]["median"] == 8.0
-    assert found["latency_ms"]["median"] == 4000 and found["step_ms"]["median"] == 8000
-    assert found["prompts_per_second"] == 0.5 and found["tokens_per_second"] == 5.0
-    assert found["operations_ratio"] == 1.25
-    assert (found["weights_mb"], found["peak_memory_mb"], found["above_base_mb"]) == (0.5, 11.75, 0.75)
+    assert found["ms"]["median"] == 4000 and found["step_ms"]["median"] == 8000 and found["above_base_mb"] == 0.75
 
 
 def test_values_that_are_not_defined_or_not_known():
     found = make_row(PLAIN)
-    assert found["ratio"] is None and found["step_ratio"] is None and found["operations_ratio"] == 1
-    found = make_row(Measured(PLAIN.pairs, None, 400))
-    assert found["peak_memory_mb"] is None and found["above_base_mb"] is None
+    assert found["ratio"] is None and found["step_ratio"] is None
+    assert make_row(Measured(PLAIN.pairs, None))["above_base_mb"] is None
 
 
 @pytest.mark.parametrize(
     "changes, expected",
     [
         ({"paper": "mha"}, 40.27 / 26.43),
-        ({"paper": "T5-large", "tokens": 512}, 88.33 / 26.43),
+        ({"paper": "t5-large", "tokens": 512}, 88.33 / 26.43),
         ({"paper": "mha", "tokens": 513}, None),
         ({"paper": "mha", "batch": 2}, None),
         ({"paper": "mha", "new_tokens": 2}, None),
@@ -160,16 +142,11 @@ def test_the_papers_ratio_is_for_the_papers_load(changes, expected):
 @pytest.mark.parametrize(
     "changes, field",
     [
-        ({"tokens": []}, "tokens"),
-        ({"tokens": [8, 8]}, "tokens"),
         ({"batch_sizes": [0]}, "batch_sizes"),
         ({"tokens": [512]}, "512 positions"),
         ({"pairs": 0}, "pairs"),
-        ({"warmup": -1}, "warmup"),
         ({"many": -1}, "many"),
-        ({"new_tokens": 0}, "new_tokens"),
         ({"kinds": ["lstm"]}, "lstm"),
-        ({"kinds": ["gate", "gate"]}, "kinds"),
         ({"device": "abacus"}, "device"),
         ({"dtype": "int8"}, "dtype"),
         ({"guards": ["t5-large"]}, "t5-large"),

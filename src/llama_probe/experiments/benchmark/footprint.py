@@ -1,8 +1,7 @@
-"""The cost of a call beside its time: memory and floating-point operations, each counted in an untimed run."""
+"""Memory of a call, counted in an untimed run."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
@@ -64,30 +62,3 @@ class TensorMemory(TorchDispatchMode):
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def flops(call: Callable[[], Any]) -> int:
-    """Return the floating-point operations of a call's matrix products, convolutions and attention.
-
-    A multiplication and its addition count as two. Norms, activations and sums are not counted. Attention counts as if every
-    token saw all others.
-    """
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def _matrix_vector(matrix, vector, *_, **__) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _attention(query, key, value, *_, **__) -> int:
-    # [B, heads, T, size]; key and value may have fewer heads than the query.
-    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
-
-
-# Operations that torch's own table lacks.
-_FORMULAS = {
-    torch.ops.aten.mv: _matrix_vector,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-}

@@ -25,20 +25,16 @@ from ...backbone.loading import check_dtype, load_causal_lm, resolve_backbone
 from ...errors import ProbeError
 
 
-# Public dimensions that random weights take by name, each with its row in the paper's table.
-SHAPES = {
-    "llama-3b": None,
-    "t5-large": "T5-large",
-    "llama-7b": "WildGuard-7B",
-    "llama-8b": "Llama Guard 3 8B",
-}
 # vocab_size, hidden_size, intermediate_size, layers, heads, key-value heads, max_position_embeddings, tie_word_embeddings.
+# llama-7b has the dimensions of WildGuard, llama-8b those of Llama Guard 3.
 _LLAMAS = {
     "llama-3b": (128256, 3072, 8192, 28, 24, 8, 131072, True),
     "llama-7b": (32000, 4096, 11008, 32, 32, 32, 8192, False),
     "llama-8b": (128256, 4096, 14336, 32, 32, 8, 8192, False),
 }
 _T5_LARGE = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16}
+# Public dimensions that random weights take by name.
+SHAPES = ("t5-large", *_LLAMAS)
 
 # Endings of the architectures that can guard.
 _GUARDS = {
@@ -92,8 +88,7 @@ class ModelPlan:
             guards: allow a sequence classifier and an encoder-decoder as well.
 
         Raises:
-            ProbeError: there is no such config, the model has too few positions, it neither classifies nor generates, or
-                random weights were asked of a quantised model.
+            ProbeError: there is no such config, the model has too few positions, or it neither classifies nor generates.
         """
         check_dtype(dtype)
         try:
@@ -102,8 +97,6 @@ class ModelPlan:
         except (OSError, ValueError) as error:
             shapes = f"a folder, a Hub id or, with --random-weights, one of {', '.join(SHAPES)}"
             raise ProbeError(f"no config of {name!r}: {_first_line(error)}. Give {shapes}") from error
-        if random_weights and getattr(config, "quantization_config", None) is not None:
-            raise ProbeError(f"{name} is quantised, which random weights are not: leave out --random-weights")
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and tokens > longest:
             raise ProbeError(f"{name} has {longest} positions, too few for {tokens} tokens: give fewer --tokens")
@@ -112,23 +105,13 @@ class ModelPlan:
             suited = (made for ending, made in _GUARDS.items() if any(a.endswith(ending) for a in architectures))
             if (auto_class := next(suited, None)) is None:
                 raise ProbeError(f"{name} is no guard: architectures={architectures}; allowed: {', '.join(_GUARDS)}")
-        return cls(
-            name,
-            config,
-            getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32,
-            random_weights,
-            auto_class,
-        )
+        own = config.dtype or torch.float32
+        return cls(name, config, own if dtype == "auto" else getattr(torch, dtype), random_weights, auto_class)
 
     @property
     def text_config(self) -> PreTrainedConfig:
         """The config of the decoder."""
         return self.config.get_text_config(decoder=True)
-
-    @property
-    def paper(self) -> str | None:
-        """Its row in the paper's table."""
-        return SHAPES.get(self.name) if self.random_weights else None
 
     def load(self, device: torch.device) -> PreTrainedModel:
         """Load or make the weights, in eval mode on the device."""

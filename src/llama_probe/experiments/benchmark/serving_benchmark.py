@@ -25,11 +25,11 @@ from ...hub.resolve import Target
 from ...serving.auto import AutoModelForProbedGeneration
 from ...serving.sources import read_heads
 from ..paper import serving_ratio
-from .footprint import flops, peak_memory
-from .models import ModelPlan, held_bytes
+from .footprint import peak_memory
+from .models import ModelPlan
 from .operations import count_operations
 from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
-from .timing import Timing, clock_of, latency, spread, time_pairs
+from .timing import Timing, clock_of, spread, time_pairs
 
 
 KINDS = ("pooling", "gate", "mha")
@@ -83,10 +83,6 @@ class ServingBenchmark:
     def __post_init__(self):
         if self.kinds is None:
             self.kinds = () if self.probes else KINDS
-        for name in ("tokens", "batch_sizes", "kinds", "guards"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values) or (name in _LEAST and not values):
-                raise ProbeError(f"{name}={list(values)} must name each value once, and at least one number")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if (value if isinstance(value, int) else min(value)) < least:
@@ -102,7 +98,7 @@ class ServingBenchmark:
         return fresh_config(kind, self._lm.text_config.hidden_size, self._lm.text_config.num_hidden_layers, **fields)
 
     def execute(self) -> dict[str, Any]:
-        """Measure time, memory and floating-point operations of every system under every load.
+        """Measure time and memory of every system under every load.
 
         Returns:
             A JSON dict: `environment`, `settings`, `backbone` and `rows`, see `row`.
@@ -115,7 +111,7 @@ class ServingBenchmark:
         drawn = (self.new_tokens, self._lm.text_config.vocab_size, self._device, model.probes.values())
         loads = [Load.create(batch, tokens, *drawn) for batch, tokens in product(self.batch_sizes, self.tokens)]
         base = plain_system(plain)
-        alone = [self._footprint(base, load) for load in loads]
+        alone = [self._memory(base, load) for load in loads]
         found: list[tuple[System, list[Measured]]] = []
         many = self._fresh.get(MANY_KIND)
         with tqdm(desc="systems", unit="system") as progress:
@@ -126,11 +122,11 @@ class ServingBenchmark:
                 del system  # frees the memory of a guard
                 progress.update()
         rows = []
-        for i, (load, footprint) in enumerate(zip(loads, alone, strict=True)):
+        for i, (load, memory) in enumerate(zip(loads, alone, strict=True)):
             times = [(first, first) for _, measured in found for first, _ in measured[i].pairs]
-            base_measured = Measured(times, *footprint)
+            base_measured = Measured(times, memory)
             for system, own in ((base, base_measured), *((system, measured[i]) for system, measured in found)):
-                rows.append(row(system, load, own, base_measured, held_bytes([plain])))
+                rows.append(row(system, load, own, base_measured))
         return {**self._facts(plain), "rows": rows}
 
     def count_operations(self, as_device: str | None = None) -> dict[str, Any]:
@@ -156,8 +152,6 @@ class ServingBenchmark:
         if self.probes:
             target = Target(model_id(self.backbone), text.hidden_size, text.num_hidden_layers)
             heads = read_heads(list(self.probes), target)
-        if taken := sorted(set(heads) & set(self.kinds)):
-            raise ProbeError(f"both a head and a kind are called {taken[0]!r}: rename the head's folder")
         model = AutoModelForProbedGeneration.from_causal_lm(self._lm.load(self._device), heads)
         for kind in self.kinds:
             model.add_probe(kind, self._fresh[kind])
@@ -168,28 +162,23 @@ class ServingBenchmark:
             torch._dynamo.reset()  # else a second length would be compiled for any length
             base.serve(load, None), system.serve(load, None)
         timed = time_pairs(partial(base.serve, load), partial(system.serve, load), self.pairs, self.warmup, self.clock)
-        return Measured(timed, *self._footprint(system, load))
+        return Measured(timed, self._memory(system, load))
 
-    def _footprint(self, system: System, load: Load) -> tuple[int | None, int]:
+    def _memory(self, system: System, load: Load) -> int | None:
+        if self.compile and self._device.type == "cpu":  # compiled code hides its tensors
+            return None
         serve = partial(system.serve, load, None)
-        # Compiled code hides its tensors on a CPU, and its operations everywhere.
-        hidden = self.compile and self._device.type == "cpu"
-        with torch.compiler.set_stance("force_eager" if hidden else "default"):
-            serve()  # a first call may allocate what later calls keep
-            memory = None if hidden else peak_memory(serve, self._device)
-        with torch.compiler.set_stance("force_eager"):
-            return memory, flops(serve)
+        serve()  # a first call may allocate what later calls keep
+        return peak_memory(serve, self._device)
 
     def _facts(self, plain: PreTrainedModel) -> dict[str, Any]:
         device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
         text = self._lm.text_config
         return {
             "environment": {**environment(), "device": device, "threads": torch.get_num_threads()},
-            "settings": {
-                item.name: _shown(getattr(self, item.name)) for item in dataclasses.fields(self) if item.init
-            },
+            "settings": {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init},
             "backbone": {
-                "name": model_id(self.backbone).rstrip("/").split("/")[-1],
+                "name": Path(model_id(self.backbone)).name,
                 "num_parameters": sum(parameter.numel() for parameter in plain.parameters()),
                 "num_hidden_layers": text.num_hidden_layers,
                 "hidden_size": text.hidden_size,
@@ -198,61 +187,41 @@ class ServingBenchmark:
         }
 
 
-def _shown(value: Any) -> Any:
-    """Return a setting without the folders of this machine."""
-    if isinstance(value, (tuple, list)):
-        return [_shown(part) for part in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_dir() else value
-
-
 class Measured(NamedTuple):
-    """Measurements of a system under one load: timings of the plain model and of the system, and the cost of a call.
+    """Measurements of a system under one load: timings of the plain model and of the system, and the memory of a call.
 
-    `memory` is in bytes at the peak, without weights; `None` if not known. `operations` are floating-point operations.
+    `memory` is in bytes at the peak, without weights; `None` if not known.
     """
 
     pairs: list[tuple[Timing, Timing]]
     memory: int | None
-    operations: int
 
 
-def row(system: System, load: Load, own: Measured, base: Measured, model_bytes: int) -> dict[str, Any]:
+def row(system: System, load: Load, own: Measured, base: Measured) -> dict[str, Any]:
     """Return a line of the table as JSON values.
 
     Args:
         own: measurements of the system under the load. base: of the plain model alone.
-        model_bytes: bytes of the plain model's weights.
 
     Returns:
-        `latency_ms` of the whole call and `step_ms` of each new token after the first: median and 95th percentile.
-        `prompts_per_second` and `tokens_per_second` (of prompt and reply): from the median.
+        `ms` of the whole call and `step_ms` of each new token after the first: median and quartiles.
         `ratio` and `step_ratio`: median and quartiles of system over plain model, pair by pair.
-        `operations` and `operations_ratio`: floating-point operations, and over the plain model's.
-        `weights_mb`: weights above the plain model's. `peak_memory_mb`: with all weights. `above_base_mb`: its part above the
-        plain model's. 1 MB is 1e6 bytes.
+        `above_base_mb`: peak memory above the plain model's, weights included. 1 MB is 1e6 bytes.
         `paper_ratio`: the paper's ratio. Values that are not known or not defined are `None`.
     """
     batch, tokens = load.input_ids.shape
-    found = latency(second.seconds for _, second in own.pairs)
     steps = [(first.seconds_a_step, second.seconds_a_step) for first, second in own.pairs]
     stepped, compared = steps[0][1] is not None, own is not base
-    in_paper = batch == 1 and tokens <= _PAPER_TOKENS and load.new_tokens == 1 and system.paper is not None
+    in_paper = batch == 1 and tokens <= _PAPER_TOKENS and load.new_tokens == 1
     return {
         "system": system.name,
-        "kind": system.kind,
         "batch_size": batch,
         "tokens": tokens,
         "new_tokens": load.new_tokens,
-        "latency_ms": found,
-        "step_ms": latency(second for _, second in steps) if stepped else None,
-        "prompts_per_second": 1000 * batch / found["median"],
-        "tokens_per_second": 1000 * batch * (tokens + load.new_tokens) / found["median"],
+        "ms": spread(1000 * second.seconds for _, second in own.pairs),
+        "step_ms": spread(1000 * second for _, second in steps) if stepped else None,
         "ratio": spread(second.seconds / first.seconds for first, second in own.pairs) if compared else None,
         "step_ratio": spread(second / first for first, second in steps) if compared and stepped else None,
-        "operations": own.operations,
-        "operations_ratio": own.operations / base.operations,
-        "weights_mb": system.weight_bytes / 1e6,
-        "peak_memory_mb": None if own.memory is None else (model_bytes + system.weight_bytes + own.memory) / 1e6,
         "above_base_mb": None if own.memory is None else (system.weight_bytes + own.memory - base.memory) / 1e6,
         "paper_ratio": serving_ratio(system.paper) if in_paper else None,
     }

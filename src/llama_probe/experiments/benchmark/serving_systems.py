@@ -67,14 +67,12 @@ class System:
 
     Attributes:
         name: its name in the table.
-        kind: `"base"`, `"heads"`, `"naive"` or `"guard"`.
         serve: a function of a `Load` and of a `Token` or `None`.
         weight_bytes: bytes of the weights that it adds to the plain model.
-        paper: its row in the paper's table.
+        paper: its name in `paper.SERVING`, if it is there.
     """
 
     name: str
-    kind: str
     serve: Callable[[Load, Token | None], Any]
     weight_bytes: int = 0
     paper: str | None = None
@@ -82,7 +80,7 @@ class System:
 
 def plain_system(plain: PreTrainedModel, name: str = BASE) -> System:
     """Return the language model alone."""
-    return System(name, "base", partial(generate, plain, return_dict_in_generate=False))
+    return System(name, partial(generate, plain, return_dict_in_generate=False))
 
 
 def systems(
@@ -105,21 +103,22 @@ def systems(
     yield plain_system(plain, AGAIN)
     heads = dict(model.probes.items())
     for name, head in heads.items():
-        yield System(name, "heads", partial(_serve_with, model, [name]), held_bytes([head]), head.config.probe_type)
+        yield System(name, partial(_serve_with, model, [name]), held_bytes([head]), head.config.probe_type)
     if many:
         kind = many_config.probe_type
         names = [f"{kind}-{number}-of-{many}" for number in range(1, many + 1)]
         weights = held_bytes([model.add_probe(name, many_config) for name in names])
-        yield System(f"{many} x {kind}", "heads", partial(_serve_with, model, names), weights)
+        yield System(f"{many} x {kind}", partial(_serve_with, model, names), weights)
         for name in names:
             model.delete_probe(name)
     for name, head in heads.items() if naive else ():
         if not head.config.reads_reply:
-            yield System(f"naive {name}", "naive", partial(_serve_naively, plain, head), held_bytes([head]))
+            yield System(f"naive {name}", partial(_serve_naively, plain, head), held_bytes([head]))
     for plan in guards:
         guard = plan.load(plain.device)
         serve = partial(_serve_guarded, plain, guard)
-        yield System(f"guard {Path(plan.name).name}", "guard", serve, held_bytes([guard]), plan.paper)
+        paper = plan.name if plan.random_weights else None
+        yield System(f"guard {Path(plan.name).name}", serve, held_bytes([guard]), paper)
         del guard, serve
         gc.collect()
         if plain.device.type == "cuda":

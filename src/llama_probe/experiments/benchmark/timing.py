@@ -59,9 +59,3 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     values = list(values)
     low, middle, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
     return {"median": middle, "quartiles": [low, high], "runs": len(values)}
-
-
-def latency(seconds: Iterable[float]) -> dict[str, float]:
-    """Return `median` and `p95` of some seconds, in milliseconds."""
-    middle, late = (1000 * float(value) for value in np.percentile(list(seconds), (50, 95)))
-    return {"median": middle, "p95": late}
