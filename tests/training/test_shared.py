@@ -14,7 +14,7 @@ from llama_probe.training import shared as shared_training
 from llama_probe.training.learners import Candidate, Learner
 from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import CutReplies, WeightedRows
-from llama_probe.training.shared import CHECKPOINT_NAME, SharedTraining
+from llama_probe.training.shared import SharedTraining
 
 
 def rows(count: int, seed: int) -> PromptDataset:
@@ -203,21 +203,7 @@ def test_the_best_epoch_is_what_comes_back(tmp_path, lm, data, monkeypatch):
     assert not torch.equal(seen[1], seen[3])
 
 
-def test_refusals(tmp_path, lm, data):
-    fitted = candidate(0, probe_type="muli", vocab_size=VOCAB)
-    for arguments, name in (
-        ({"candidates": []}, "candidates"),
-        ({"keep": 0.0}, "keep=0.0"),
-        ({"candidates": [CANDIDATES[0], fitted]}, "probe_type='muli'"),
-    ):
-        with pytest.raises(ProbeError, match=name):
-            train(tmp_path, lm, data, **arguments)
+def test_a_metric_that_the_validation_rows_do_not_define(tmp_path, lm, data):
     alike = PromptDataset(data[1].prompts, np.zeros(30, dtype=int))
     with pytest.raises(ProbeError, match="auprc"):
         train(tmp_path / "x", lm, (data[0], alike))
-    train(tmp_path, lm, data, CANDIDATES[:2], epochs=1)
-    with pytest.raises(ProbeError, match="of other candidates"):
-        SharedTraining(CANDIDATES, *data, "auprc", 1, tmp_path, lm).run(resume=True)
-    (tmp_path / CHECKPOINT_NAME).write_bytes(b"no")
-    with pytest.raises(ProbeError, match=f"{CHECKPOINT_NAME} is damaged"):
-        SharedTraining(CANDIDATES, *data, "auprc", 1, tmp_path, lm).run(resume=True)

@@ -5,12 +5,9 @@ import json
 import shutil
 from collections import Counter
 
-import optuna
 import pytest
 import torch
 from conftest import HIDDEN, make_lm, read_head
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.data.sources import DataSources
@@ -67,7 +64,7 @@ def test_every_draw_can_be_built(hidden_size):
 def test_what_it_leaves(rows, backbone_folder, tmp_path, monkeypatch):
     result = sweep(rows, backbone_folder, tmp_path).run()
     assert json.loads((tmp_path / "sweep.json").read_text()) == result
-    left = ["head", "sensitivity.png", "setup.json", "study.log", "sweep.json"]
+    left = ["head", "sensitivity.png", "setup.json", "sweep.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     scores = [trial["score"] for trial in result["trials"]]
     assert len(scores) == 6 and scores == sorted(scores, reverse=True)
@@ -80,9 +77,6 @@ def test_what_it_leaves(rows, backbone_folder, tmp_path, monkeypatch):
     assert results["runs"][0]["test"]["rows"] == 20 and (tmp_path / "head" / "README.md").is_file()
     shown = best["options"].split("--learning-rate ")[1].split()[0]
     assert results["recipe"]["learning_rate"] == pytest.approx(float(shown), rel=0.01)
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
-    study = optuna.load_study(study_name="sweep", storage=storage)
-    assert study.best_value == best["score"] and study.best_trial.number == best["number"]
     axes = sensitivity_plot(result).axes
     assert {"learning_rate", "batch_size", "dropout"} <= {panel.get_xlabel() for panel in axes}
     assert sum(len(points.get_offsets()) for points in axes[0].collections) == 6, "every trial has a learning rate"
@@ -103,9 +97,6 @@ def test_a_configuration_that_diverges_is_shown_as_failed(rows, backbone_folder,
     *others, last = result["trials"]
     assert (last["number"], last["status"], last["score"]) == (0, "failed", None)
     assert all(trial["score"] == max(trial["scores"]) for trial in others) and len(others) == 3
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
-    study = optuna.load_study(study_name="sweep", storage=storage)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert sum(len(points.get_offsets()) for points in sensitivity_plot(result).axes[0].collections) == 3
     assert summarize_trials(result["trials"])["gate"]["trials"] == 1
 

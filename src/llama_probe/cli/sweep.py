@@ -23,7 +23,7 @@ from .train import describe_data
 
 _DATA = "train eval test data_dir text_column label_column label_names validation_share max_rows"
 _RUN_HELP = {
-    "output": "Folder for the study, the table, the plot and the best head.",
+    "output": "Folder for the table, the plot and the best head.",
     "cache": "Keep hidden states on disk instead of one backbone pass an epoch. Default: only with --cache-dir.",
 }
 _KINDS = ", ".join(name for name in probe_types() if not get_probe_type(name).convex)

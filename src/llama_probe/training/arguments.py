@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import TrainingArguments
@@ -95,15 +95,4 @@ class ProbeTrainingArguments(TrainingArguments):
 
 
 # Fields of `Recipe` that are fields of `ProbeTrainingArguments` by the same name.
-SHARED = (
-    "learning_rate",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "focal_gamma",
-    "class_weights",
-    "patience",
-    "max_false_positive_rate",
-    "threshold_rule",
-)
+SHARED = tuple(item.name for item in fields(Recipe) if item.name not in ("label_smoothing", "metric"))

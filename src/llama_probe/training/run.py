@@ -34,7 +34,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
-from ..hub.folder import check_output, is_head_folder, read_config_values
+from ..hub.folder import check_output, is_head_folder
 from .arguments import SHARED, ProbeTrainingArguments
 from .fitting import check_convex, fit_classifier
 from .loss import ProbeLoss
@@ -125,13 +125,8 @@ class TrainingRun:
     def _check_free(self) -> None:
         """Raise `ProbeError` if the run would replace a finished head that is not to be overwritten."""
         stopped = self.resume and (self.output / CHECKPOINTS / _SETUP_NAME).is_file()
-        if self.overwrite or stopped or not is_head_folder(self.output):
-            return
-        config = read_config_values(self.output)
-        labels = ", ".join(map(str, (config.get("id2label") or {}).values()))
-        raise ProbeError(
-            f"{self.output} holds a finished {config.get('probe_type')} head for {labels}: --overwrite replaces it"
-        )
+        if not self.overwrite and not stopped and is_head_folder(self.output):
+            raise ProbeError(f"{self.output} holds a finished head: --overwrite replaces it")
 
     def _train_all(self, data: TrainingData) -> dict[str, Any]:
         checkpoints = self.output / CHECKPOINTS

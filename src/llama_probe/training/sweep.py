@@ -10,11 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
@@ -31,12 +26,11 @@ from .recipe import AUTO, COMMON, Recipe
 from .results import judge
 from .rows import TrainingData
 from .run import TrainingRun
-from .shared import CHECKPOINT_NAME, SharedTraining, check_keep
+from .shared import CHECKPOINT_NAME, SharedTraining
 
 
-SETUP_NAME, STUDY_NAME, SWEEP_NAME, HEAD_FOLDER = "setup.json", "study.log", "sweep.json", "head"
+SETUP_NAME, SWEEP_NAME, HEAD_FOLDER = "setup.json", "sweep.json", "head"
 
-_ON_LOG_SCALE = ("learning_rate",)
 _RECIPE_FIELDS = {item.metadata.get("option", item.name): item.name for item in fields(Recipe)}
 
 
@@ -81,7 +75,7 @@ class SearchSpace:
 
 
 def _draw_from(rng: np.random.Generator, name: str, limits: tuple[float, float]) -> float:
-    if name in _ON_LOG_SCALE:
+    if name == "learning_rate":
         return float(np.exp(rng.uniform(*np.log(limits))))
     return float(rng.uniform(*limits))
 
@@ -127,7 +121,7 @@ class Sweep:
     def run(self) -> dict[str, Any]:
         """Draw, train, rank and save.
 
-        The folder gets the optuna study (`study.log`), `sensitivity.png`, the best head in `head`, and `sweep.json`.
+        The folder gets `sensitivity.png`, the best head in `head`, and `sweep.json`.
 
         Returns:
             The contents of `sweep.json`: the ranked configurations with their parameters and scores. Those that failed come
@@ -147,7 +141,8 @@ class Sweep:
     def _check(self) -> None:
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
-        check_keep(self.keep)  # before files are written that a sweep with another `keep` would be refused for
+        if not 0 < self.keep <= 1:
+            raise ProbeError(f"keep={self.keep} must be above 0 and at most 1")
         epochs = self.training.recipe.num_train_epochs
         if epochs is not None and epochs < 1:
             raise ProbeError(f"num_train_epochs={epochs} must be at least 1: a sweep trains whole epochs")
@@ -185,13 +180,8 @@ class Sweep:
         }
         self._save_best(output / HEAD_FOLDER, ranked[0], drawn[ranked[0].candidate.number], data)
         if is_main():
-            remove_leftovers(output, [STUDY_NAME, SWEEP_NAME])
-            write_atomically(
-                {
-                    output / STUDY_NAME: lambda path: self._write_study(path, result["trials"]),
-                    output / SWEEP_NAME: json.dumps(result, indent=2) + "\n",
-                }
-            )
+            remove_leftovers(output, [SWEEP_NAME])
+            write_atomically({output / SWEEP_NAME: json.dumps(result, indent=2) + "\n"})
             write_sensitivity_plot(output / SWEEP_NAME)
             (output / CHECKPOINT_NAME).unlink(missing_ok=True)
         return result
@@ -200,22 +190,6 @@ class Sweep:
         """Return True if all is trained and written: the checkpoint is removed last."""
         written = (output / SWEEP_NAME).is_file() and is_head_folder(output / HEAD_FOLDER)
         return written and not (output / CHECKPOINT_NAME).exists()
-
-    def _write_study(self, path: Path, trials: list[dict[str, Any]]) -> None:
-        """Write an optuna study of the finished trials, for optuna's own tools."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize")
-        for trial in sorted(trials, key=lambda trial: trial["number"]):
-            space = self.space.values(trial["params"]["probe_type"])
-            study.add_trial(
-                optuna.trial.create_trial(
-                    state=TrialState.FAIL if trial["score"] is None else TrialState.COMPLETE,
-                    value=trial["score"],
-                    params=trial["params"],
-                    distributions={name: _distribution(name, values) for name, values in space.items()},
-                )
-            )
 
     def _candidate(self, number: int, drawn: dict[str, Any], data: TrainingData) -> Candidate:
         head, own = split_drawn(drawn)
@@ -247,12 +221,6 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ProbeError(f"{path} is not what a sweep writes ({type(error).__name__}: {error})") from None
     return found
-
-
-def _distribution(name: str, values: tuple[float, float] | list) -> BaseDistribution:
-    if isinstance(values, list):
-        return CategoricalDistribution(values)
-    return FloatDistribution(*values, log=name in _ON_LOG_SCALE)
 
 
 def _describe_trial(learner: Learner, drawn: dict[str, Any]) -> dict[str, Any]:
