@@ -93,14 +93,6 @@ def test_a_weak_penalty_on_features_that_are_alike():
         assert (slope.abs() <= model.l1 * (1 + 1.5e-3)).all()
 
 
-def test_the_path_does_not_change_where_it_leads():
-    x, y = problem(features=80)
-    standardize(x)
-    *_, by_path = fit_path(x, binary(y), 1, [0.2, 0.1, 0.05, 0.02], tolerance=1e-4)
-    (alone,) = fit_path(x, binary(y), 1, [0.02], tolerance=1e-4)
-    torch.testing.assert_close(by_path.weight, alone.weight, atol=2e-3, rtol=0)
-
-
 def test_standardisation_can_be_undone():
     x, y = problem()
     x[:, 7] = 3.7
