@@ -1,13 +1,10 @@
 """Defaults for what the user leaves open."""
 
-from dataclasses import fields
-
 import pytest
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.evaluation.calibration import EXPECTED_F1
 from llama_probe.heads import Aggregator, get_probe_type, probe_types
-from llama_probe.training.recipe import SCHEDULES, Recipe, complete
+from llama_probe.training.recipe import Recipe, complete
 
 
 @pytest.mark.parametrize(
@@ -36,11 +33,6 @@ def test_given_values_stay():
     assert recipe is not given and head is not wanted, "copies"
 
 
-def test_fewer_rows_are_read_more_often():
-    limits, epochs, _ = zip(*SCHEDULES, strict=True)
-    assert list(limits) == sorted(limits) and list(epochs) == sorted(epochs, reverse=True)
-
-
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -58,7 +50,3 @@ def test_fewer_rows_are_read_more_often():
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(ProbeError, match=f"^{name}={value}"):
         Recipe(**{name: value})
-
-
-def test_fields_have_help_and_defaults_of_the_library():
-    assert all(item.metadata["help"] for item in fields(Recipe)) and Recipe().threshold_rule == EXPECTED_F1

@@ -165,13 +165,6 @@ def test_half_of_a_checkpoint_is_none(tmp_path):
 
 
 class TestOutput:
-    def test_files_of_ones_own_are_not_lost(self, tmp_path):
-        (tmp_path / "head").mkdir()
-        (tmp_path / "head" / "README.md").write_text("mine")
-        with pytest.raises(ProbeError, match=r"README\.md"):
-            run_of(tmp_path).run()
-        assert (tmp_path / "head" / "README.md").read_text() == "mine"
-
     def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(
         self, backbone_folder, tmp_path, monkeypatch
     ):

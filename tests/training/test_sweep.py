@@ -157,19 +157,6 @@ def test_a_killed_sweep_resumes(rows, backbone_folder, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("error, stays", [(ProbeError, False), (KeyboardInterrupt, True)])
-def test_states_stay_only_after_an_interrupt(rows, backbone_folder, tmp_path, monkeypatch, error, stays):
-    def fail(training):
-        raise error("no further")
-
-    monkeypatch.setattr(SharedTraining, "_train_epoch", fail)
-    search = sweep(rows, backbone_folder, tmp_path, trials=2)
-    search.training.cache = True
-    with pytest.raises(error):
-        search.run()
-    assert any(tmp_path.rglob("states.bin")) == stays
-
-
 @pytest.mark.parametrize(
     "changes, name",
     [

@@ -34,10 +34,6 @@ _SEARCH_HELP = {
 }
 
 
-def _whole(epochs: int) -> int:
-    return epochs
-
-
 def sweep(
     run: Annotated[
         dict[str, Any],
@@ -69,7 +65,6 @@ def sweep(
             only="num_train_epochs patience metric",
             help={"num_train_epochs": "Maximum number of epochs."},
             defaults={"num_train_epochs": 8},
-            parse={"num_train_epochs": _whole},
         ),
     ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws, the split, the weights and the row order.")] = 0,

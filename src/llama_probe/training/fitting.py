@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,14 +28,10 @@ PATH = np.geomspace(0.7, 0.01, 16)
 _ROWS = 256  # rows whose features are computed at a time
 
 
-@dataclass
-class Fitted:
-    """Results of a fit.
+class Fitted(NamedTuple):
+    """Logits `[rows, num_labels]` of the validation rows, each by a model that has not learned from the row, and facts.
 
-    Attributes:
-        logits (`torch.FloatTensor` of shape `[rows, num_labels]`): logits of the validation rows, each by a model that has not
-            learned from the row.
-        facts: `l1`, the strength of the penalty, and `nonzero_weights`.
+    These are `l1`, the strength of the penalty, and `nonzero_weights`.
     """
 
     logits: torch.Tensor
@@ -74,9 +69,31 @@ def fit_classifier(
     pooled = _pooled_vectors(probe, train, lm)
     validated = None if folds else _pooled_vectors(probe, validation, lm)
     truth = train.labels if folds else validation.labels
-    weight, bias, strength, logits = on_main(
-        lambda: _fit(probe, pooled, train.labels, validated, truth, loss, metric, folds)
-    )
+
+    def fit() -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
+        """Return weight and bias of the classifier, the strength of its penalty, and logits of the validation rows."""
+        config, labels = probe.config, torch.as_tensor(train.labels)
+        features = torch.empty(len(labels), probe.classifier.in_features)
+        for place, part in zip(features.split(_ROWS), _features(probe, pooled), strict=True):
+            place.copy_(part)
+        kept = features.clone() if folds else None  # standardised in place below
+        whole = _Problem(config, features, labels, loss)
+        strengths = whole.strengths
+        if folds:
+            logits = torch.empty(len(strengths), len(labels), config.num_labels)
+            for held in tqdm(folds, desc="folds", unit=" folds", leave=False):
+                rest = np.setdiff1d(np.arange(len(labels)), held)
+                part = _Problem(config, kept[rest], labels[rest], loss)
+                logits[:, held] = part.logits(part.fit(strengths), [kept[held]])
+            best = _best(logits, truth, config, metric)
+            models = whole.fit(strengths[: best + 1])
+        else:
+            models = whole.fit(strengths)
+            logits = whole.logits(models, _features(probe, validated))
+            best = _best(logits, truth, config, metric)
+        return *whole.classifier(models[best]), strengths[best], logits[best]
+
+    weight, bias, strength, logits = on_main(fit)
     with torch.no_grad():
         probe.classifier.weight.copy_(weight)
         probe.classifier.bias.copy_(bias)
@@ -88,39 +105,6 @@ def check_convex(focal_gamma: float) -> None:
     """Raise `ProbeError` for focal weights, which are not convex."""
     if focal_gamma:
         raise ProbeError(f"focal_gamma={focal_gamma} must be 0: this kind of head is fitted as a convex problem")
-
-
-def _fit(
-    probe: ProbeModel,
-    pooled: torch.Tensor,
-    labels: np.ndarray,
-    validated: torch.Tensor | None,
-    truth: np.ndarray,
-    loss: ProbeLoss,
-    metric: str,
-    folds: Sequence[np.ndarray],
-) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
-    """Return weight and bias of the classifier, the strength of its penalty, and logits of the validation rows."""
-    config, labels = probe.config, torch.as_tensor(labels)
-    features = torch.empty(len(labels), probe.classifier.in_features)
-    for place, part in zip(features.split(_ROWS), _features(probe, pooled), strict=True):
-        place.copy_(part)
-    kept = features.clone() if folds else None  # standardised in place below
-    whole = _Problem(config, features, labels, loss)
-    strengths = whole.strengths
-    if folds:
-        logits = torch.empty(len(strengths), len(labels), config.num_labels)
-        for held in tqdm(folds, desc="folds", unit=" folds", leave=False):
-            rest = np.setdiff1d(np.arange(len(labels)), held)
-            part = _Problem(config, kept[rest], labels[rest], loss)
-            logits[:, held] = part.logits(part.fit(strengths), [kept[held]])
-        best = _best(logits, truth, config, metric)
-        models = whole.fit(strengths[: best + 1])
-    else:
-        models = whole.fit(strengths)
-        logits = whole.logits(models, _features(probe, validated))
-        best = _best(logits, truth, config, metric)
-    return *whole.classifier(models[best]), strengths[best], logits[best]
 
 
 def _pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from .arguments import WARMUP
 from .loss import ProbeLoss
+from .recipe import Recipe
 
 
 @dataclass
@@ -25,6 +27,12 @@ class Candidate:
     weight_decay: float = 0.05
     batch_size: int = 32
     seed: int = 0
+
+    @classmethod
+    def create(cls, number: int, config: ProbeConfig, recipe: Recipe, labels: np.ndarray, seed: int) -> Candidate:
+        """Return the candidate of a complete recipe. Balanced class weights are those of `labels`."""
+        rates = recipe.learning_rate, recipe.weight_decay, recipe.per_device_train_batch_size
+        return cls(number, config, ProbeLoss.create(recipe, config, labels), *rates, seed)
 
 
 @dataclass

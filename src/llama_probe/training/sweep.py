@@ -21,7 +21,6 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
 from .learners import Candidate, Learner
-from .loss import ProbeLoss
 from .recipe import AUTO, COMMON, Recipe
 from .results import judge
 from .rows import TrainingData
@@ -144,8 +143,8 @@ class Sweep:
         if not 0 < self.keep <= 1:
             raise ProbeError(f"keep={self.keep} must be above 0 and at most 1")
         epochs = self.training.recipe.num_train_epochs
-        if epochs is not None and epochs < 1:
-            raise ProbeError(f"num_train_epochs={epochs} must be at least 1: a sweep trains whole epochs")
+        if epochs is not None and not (epochs >= 1 and float(epochs).is_integer()):
+            raise ProbeError(f"num_train_epochs={epochs} must be a whole number from 1")
         output = Path(self.training.output)
         if not self.resume and on_main(lambda: any((output / name).exists() for name in (SETUP_NAME, SWEEP_NAME))):
             raise ProbeError(f"{output} holds a sweep already: go on with --resume, or give another folder")
@@ -193,10 +192,8 @@ class Sweep:
 
     def _candidate(self, number: int, drawn: dict[str, Any], data: TrainingData) -> Candidate:
         head, own = split_drawn(drawn)
-        config, recipe = data.config.replace(**head), replace(data.recipe, **own)
-        loss = ProbeLoss.create(recipe, config, data.labels)
-        rates = recipe.learning_rate, recipe.weight_decay, recipe.per_device_train_batch_size
-        return Candidate(number, config, loss, *rates, seed=self.training.seeds[0])
+        recipe, seed = replace(data.recipe, **own), self.training.seeds[0]
+        return Candidate.create(number, data.config.replace(**head), recipe, data.labels, seed)
 
     def _save_best(self, folder: Path, learner: Learner, drawn: dict[str, Any], data: TrainingData) -> None:
         """Write the best head as a folder with its card. Only now are the test rows scored."""
@@ -212,15 +209,7 @@ class Sweep:
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """Read the `sweep.json` of a finished sweep."""
-    path = folder / SWEEP_NAME
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        trials = [(trial["params"]["probe_type"], trial["score"], trial["status"]) for trial in found["trials"]]
-        if not found["metric"] or not trials:
-            raise ValueError("it has no configurations")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ProbeError(f"{path} is not what a sweep writes ({type(error).__name__}: {error})") from None
-    return found
+    return json.loads((folder / SWEEP_NAME).read_text(encoding="utf-8"))
 
 
 def _describe_trial(learner: Learner, drawn: dict[str, Any]) -> dict[str, Any]:

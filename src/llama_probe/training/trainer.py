@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +119,6 @@ class ProbeTrainer(Trainer):
             raise ProbeError("give one of model=ProbeModel(...), model_init= and backbone=")
         if probe_config is not None and backbone is None:
             raise ProbeError("probe_config needs backbone=; a model has its own config")
-        known = {item.name for item in fields(ProbeConfig)}
-        if unknown := [name for name in probe_config or {} if name not in known]:
-            raise ProbeError(
-                f"probe_config: ProbeConfig has no {unknown[0]!r}; learning rates and the like go into args="
-            )
         self._columns, self._tokenizer = column_mapping, processing_class
         self._prompts: PromptFormat | None = None
         self._cached: dict[int, tuple[Dataset, Dataset]] = {}
@@ -139,16 +133,14 @@ class ProbeTrainer(Trainer):
             config, lm = model.config, model.backbone
             model_init = lambda: ProbeModel(config, backbone=lm)  # noqa: E731 - each run of the trainer starts anew
         elif model is None:
-            model = model_init(None) if inspect.signature(model_init).parameters else model_init()
+            self.model_init = model_init
+            model = super().call_model_init()
         if not isinstance(model, ProbeModel):
             raise ProbeError(
                 f"model must be a ProbeModel, not {type(model).__name__}; backbone= takes a language model"
             )
         if is_tensor_parallel(model.backbone):
-            raise ProbeError(
-                "a backbone with a tp_plan needs the same rows in all processes, and a Trainer divides them: "
-                "cache the states first (StateCache)"
-            )
+            raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         if get_probe_type(model.config.probe_type).convex:
             raise ProbeError(f"probe_type={model.config.probe_type!r} is fitted: use llama-probe train")
         train = self._take("train_dataset", train_dataset, model, learned=True)
@@ -351,7 +343,6 @@ class ProbeTrainer(Trainer):
         compute_objective: Callable[[dict[str, float]], float] | None = None,
         n_trials: int = 20,
         direction: str | list[str] = "maximize",
-        backend: str | None = None,
         **kwargs,
     ) -> Any:
         """Search hyper-parameters; see `Trainer.hyperparameter_search`. It needs `model_init` or `backbone`.
@@ -363,7 +354,7 @@ class ProbeTrainer(Trainer):
         metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
         compute_objective = compute_objective or (lambda metrics: metrics[metric])
         hp_space = hp_space or self._suggest
-        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, backend, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
 
     def _suggest(self, trial: Any) -> dict[str, Any]:
         space = COMMON | get_probe_type(self.model.config.probe_type).search_space

@@ -35,12 +35,6 @@ def test_shapes_have_their_public_sizes(name, parameters):
     assert held_bytes([plan.load(torch.device("meta"))]) == pytest.approx(2 * parameters, rel=1e-3)
 
 
-@pytest.mark.parametrize("own, asked, expected", [("float16", "auto", "float16"), ("float16", "bfloat16", "bfloat16")])
-def test_dtypes(own, asked, expected, tmp_path):
-    LlamaConfig(dtype=own).save_pretrained(tmp_path)
-    assert read(tmp_path, asked, random_weights=False, guards=False).dtype == getattr(torch, expected)
-
-
 @pytest.mark.parametrize(
     "config, shape",
     [(T5, (3, 2)), (BERT, (3, 3)), (CLASSIFIER, (3, 2)), (LLAMA, (3, 10))],

@@ -4,7 +4,6 @@ import torch
 from conftest import HIDDEN, LAYERS, make_lm
 
 from llama_probe.experiments.benchmark.operations import OperationCounter, columns, count_operations
-from llama_probe.experiments.benchmark.serving_benchmark import ServingBenchmark
 from llama_probe.experiments.benchmark.serving_systems import fresh_config
 from llama_probe.serving.auto import AutoModelForProbedGeneration
 
@@ -31,10 +30,3 @@ def test_counts_of_each_system():
     assert base["prefill"] < gate["prefill"] < many["prefill"]
     assert reply["step"] > base["step"] and reply["step_ratio"] == reply["step"] / base["step"]
     assert all(len(line) == len(columns(rows)[0]) for line in columns(rows)[1])
-
-
-def test_the_benchmark_counts_its_kinds_on_prompt_and_reply(backbone_folder):
-    bench = ServingBenchmark(str(backbone_folder), kinds=["gate"], many=0, tokens=[4], device="cpu")
-    report = bench.count_operations("cuda")
-    assert [row["system"] for row in report["rows"]] == ["base", "gate", "gate-reply"]
-    assert report["as_device"] == "cuda" and report["backbone"]["name"] == "tiny-chat"

@@ -2,9 +2,7 @@
 
 import copy
 
-from llama_probe.experiments.reproduction.figures import layer_groups_plot
 from llama_probe.experiments.reproduction.report import write_report
-from llama_probe.experiments.reproduction.reproduction import summarize_trials
 
 
 def written(everything, tmp_path, **changes):
@@ -12,17 +10,6 @@ def written(everything, tmp_path, **changes):
     report = copy.deepcopy(everything[0]) | changes
     write_report(tmp_path, report, finished=False)
     return (tmp_path / "report.md").read_text()
-
-
-def test_failed_configurations_are_counted_apart(everything, tmp_path):
-    trials = [
-        {"status": status, "score": score, "params": {"probe_type": "gate", "gate_learning_rate": rate}}
-        for status, score, rate in (("finished", 0.9, 1e-3), ("pruned", 0.5, 1e-4), ("failed", None, 3e-2))
-    ]
-    found = {"metric": "auprc", "trials": trials, "kinds": summarize_trials(trials)}
-    text = written(everything, tmp_path, sensitivity=found)
-    assert "validation auprc of 3 configurations" in text and "Pruned early: 1" in text and "ran away: 1" in text
-    assert "| `gate` | 2 | 0.900 | 0.700 | 0.500 | 0.400 | - |" in text, "two scores have no correlation"
 
 
 def test_errors_are_counted_by_the_nearer_layer_weights(everything, tmp_path):
@@ -35,13 +22,6 @@ def test_errors_are_counted_by_the_nearer_layer_weights(everything, tmp_path):
     text = written(everything, tmp_path, layers=layers)
     assert "| `gate` | a | right | 9 | 1 (0.800), 0 (0.200) |" in text
     assert "1 of 2 pairs" in text and "5 of 6 wrong rows" in text
-
-
-def test_layers_of_two_heads_share_an_axis_of_whole_numbers():
-    groups = [{"label": "yes", "right": True, "rows": 3, "weights": [0.5, 0.3, 0.2]}]
-    figure = layer_groups_plot({name: {"layers": [0, 1, 2], "groups": groups} for name in ("a", "b")})
-    assert all(place.is_integer() for place in figure.axes[-1].get_xticks().tolist())
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", "layer (0: embeddings)"]
 
 
 def test_a_metric_that_is_not_defined_is_a_gap(everything, tmp_path):

@@ -9,7 +9,6 @@ from conftest import read_head
 from reproduction_fixture import ALL
 
 from llama_probe import ProbeError
-from llama_probe.distributed import claimed
 from llama_probe.experiments import paper
 from llama_probe.experiments.reproduction.columns import columns
 from llama_probe.experiments.reproduction.reproduction import TEST_SETS
@@ -183,20 +182,6 @@ def test_a_sweep_in_place_of_a_search(reproduction, tmp_path):
     assert "| `gate` | 3 | 0.700 | 0.400 | 0.100 | 0.600 | +1.00 |" in text and "## ToxicChat" not in text
     with pytest.raises(ProbeError, match=r"sensitivity\.json.*digest="):  # another sweep of the same name
         reproduction(only=("sensitivity",), sweep=second).execute()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"metric": "auprc", "trials": []}'])
-def test_a_damaged_sweep_is_refused(reproduction, tmp_path, text):
-    sweep = write_sweep(tmp_path / "mine", text=text)
-    with pytest.raises(ProbeError, match=r"mine/sweep\.json"):
-        reproduction(only=("sensitivity",), sweep=sweep).execute()
-
-
-def test_one_run_at_a_time(reproduction, tmp_path):
-    """The first run to end would remove the states and checkpoints of the other."""
-    with claimed(tmp_path / "out"), pytest.raises(ProbeError, match="another run"):
-        reproduction(chosen=["tfidf"]).execute()
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("error, stays", [(ProbeError, False), (KeyboardInterrupt, True)])

@@ -106,13 +106,6 @@ def test_other_rows_of_a_test_set_are_refused(reproduction, finished, copies, tm
         reproduction(chosen=["gate", "tfidf"], only=["ood"], copies=other).execute()
 
 
-def test_a_finished_sweep_is_read_again(reproduction, finished, tmp_path, monkeypatch):
-    (tmp_path / "out" / "parts" / "sensitivity.json").unlink()
-    monkeypatch.setattr(f"{MODULES}.reproduction.Sweep", lambda *args, **kwargs: pytest.fail("it was finished"))
-    found = reproduction(only=["sensitivity"], trials=2).execute()["sensitivity"]
-    assert found == finished["sensitivity"]
-
-
 def test_another_backbone_of_the_same_name_is_refused(reproduction, finished, monkeypatch):
     monkeypatch.setattr(Workbench, "weights", "0" * 16)
     with pytest.raises(ProbeError, match=r"weights\.json"):
@@ -125,12 +118,3 @@ def test_a_wrong_backbone_leaves_no_settings(reproduction, tmp_path, monkeypatch
         patch.setattr(Workbench, "_loaded", property(lambda self: 1 / 0))
         reproduction().execute()
     assert not (tmp_path / "out" / "settings").exists()
-
-
-def test_a_checkpoint_is_resumed(reproduction, tmp_path, monkeypatch, epochs):
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(f"{MODULES}.comparison.predict_together", lambda *args, **kwargs: 1 / 0)
-        reproduction(chosen=["gate"], seeds=[0]).execute()
-    epochs.clear()
-    reproduction(chosen=["gate"], seeds=[0]).execute()
-    assert epochs == []

@@ -14,7 +14,6 @@ from ...evaluation.metrics import score_logits, summarize
 from ...evaluation.report import predict_together
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
-from ...training.loss import ProbeLoss
 from ...training.recipe import Recipe, complete
 from ...training.shared import SharedTraining
 
@@ -43,8 +42,12 @@ def train_on_few(
     Returns:
         One entry a head: `rows`, `seed` and `head`, and the metrics of `score_logits`.
     """
-    rows = draw_rows(train[1], config, size, seed)
-    candidates = [_candidate(name, head, config, size, seed) for name, head in heads.items()]
+    rows, candidates = draw_rows(train[1], config, size, seed), []
+    for name, head in heads.items():
+        recipe, head = complete(Recipe(), head, size)
+        # The number gives the dropout. It must not depend on the heads beside this one.
+        number = zlib.crc32(name.encode())
+        candidates.append(Candidate.create(number, config.replace(**head), recipe, train[1], seed))
     epochs, part = int(complete(Recipe(), {}, size)[0].num_train_epochs), Subset(train[0], rows.tolist())
     training = SharedTraining(candidates, part, test[0], "accuracy", epochs, Path(), seed=seed)
     probes = [learner.probe for learner in training.run_unseen()]
@@ -74,12 +77,3 @@ def draw_rows(labels: np.ndarray, config: ProbeConfig, size: int, seed: int) -> 
         first = [int(np.argmax(labels[order] == label)) for label in np.unique(labels)]
         order = np.concatenate([order[first], np.delete(order, first)])
     return np.sort(order[:size])
-
-
-def _candidate(name: str, head: dict[str, Any], config: ProbeConfig, rows: int, seed: int) -> Candidate:
-    recipe, head = complete(Recipe(), head, rows)
-    config = config.replace(**head)
-    rates = recipe.learning_rate, recipe.weight_decay, recipe.per_device_train_batch_size
-    # The number gives the dropout. It must not depend on the heads beside this one.
-    number = zlib.crc32(name.encode())
-    return Candidate(number, config, ProbeLoss(config, None, recipe.label_smoothing), *rates, seed)

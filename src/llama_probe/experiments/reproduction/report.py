@@ -178,12 +178,9 @@ def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
 
 
 def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
-    counts = {status: sum(trial["status"] == status for trial in found["trials"]) for status in ("pruned", "failed")}
-    stopped = f" Pruned early: {counts['pruned']}, with the best score until then." if counts["pruned"] else ""
-    stopped += f" Failed, as their training ran away: {counts['failed']}, left out." if counts["failed"] else ""
     yield "## Sensitivity to hyper-parameters"
     yield (
-        f"The table shows the validation {found['metric']} of {len(found['trials'])} configurations of a sweep.{stopped} In the "
+        f"The table shows the validation {found['metric']} of {len(found['trials'])} configurations of a sweep. In the "
         "paper the learning rate matters most for `pooling` and `gate`, and `mha` is robust."
     )
     lines = []

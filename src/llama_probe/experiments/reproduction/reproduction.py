@@ -200,8 +200,6 @@ class Reproduction:
 
     def _run_sweep(self) -> dict[str, Any]:
         bench, folder = self.bench, self.output / "sweep"
-        if (folder / SWEEP_NAME).is_file():
-            return read_sweep(folder)
         metric = metric_of(known_source(self._primary))
         run = TrainingRun(
             backbone=bench.backbone,
