@@ -69,7 +69,8 @@ def test_benchmark(served, backbone_folder):
 def test_benchmark_counts_operations(served):
     args = ("benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8, "--operations", "--as", "cuda")
     report = succeed(*args, "--json")
-    assert report["as_device"] == "cuda" and report["rows"][0]["system"] == "base"
+    assert report["as_device"] == "cuda"
+    assert [row["system"] for row in report["rows"]] == ["base", "mood", "mha", "mha-reply", "2 x mha"]
     assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
     shown = succeed(*args)
     assert "2 x mha" in shown and "1.000x" in shown
@@ -77,12 +78,12 @@ def test_benchmark_counts_operations(served):
 
 def test_evaluate(trained, served, rows):
     args = ("evaluate", *served, "--data", rows / "test.jsonl")
-    found = succeed(*args, "--slice-column", "half", "--bootstrap", 50, "--seed", 3, "--json")
+    found = succeed(*args, "--slice-column", "half", "--bootstrap", 50, "--json")
     results = trained[1]
     expected = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])["test"]
     for metric in ("rows", "accuracy", "f1", "auprc"):
         assert found[metric] == pytest.approx(expected[metric], abs=0.02)
-    assert found["bootstrap"] == {"resamples": 50, "seed": 3, "level": 0.95}
+    assert found["bootstrap"] == {"resamples": 50, "seed": 0, "level": 0.95}
     low, high = found["intervals"]["auprc"]
     assert low - 1e-9 <= found["auprc"] <= high + 1e-9 and set(found["labels"]) == {"fine", "awful"}
     assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
@@ -91,7 +92,6 @@ def test_evaluate(trained, served, rows):
     for part in ("all rows", "awful", "auroc", "labels from the head", "Expected calibration error", "50 resamples"):
         assert part in shown
     assert "resamples" not in succeed(*args, "--bootstrap", 0)
-    assert "half=2" in refuse(*args, "--where", "half=2") and "--where" in refuse(*args, "--where", "half")
     assert "--slice-column" in refuse(*args, "--slice-column", "who")
 
 
@@ -136,7 +136,9 @@ def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
     assert "rows" in refuse("calibrate", *served) and "34 rows" in refuse(
         "calibrate", *served, "--benign", plain, "--rate", 0.03
     )
-    args = ("calibrate", *served, "--benign", plain, "--data", rows / "test.jsonl", "--rate", 0.1, "--rate", 0.025)
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps({"text": f"good number {i}"}) for i in range(30, 43)))
+    args = ("calibrate", *served, "--benign", plain, "--benign", more, "--rate", 0.1, "--rate", 0.025)
     found = succeed(*args, "--json")
     config, results = read_config(head), json.loads((head / "results.json").read_text())
     assert (
@@ -257,42 +259,28 @@ TRAIN = "train --train {rows} --output {out} "
         ("inspect a b", "unexpected extra argument"),
         ("evaluate", "--probe"),
         ("evaluate --probe toxicchat-mha --data no.csv --bootstrap 1000000000", "--bootstrap"),
-        ("evaluate --probe toxicchat-gate --data no.csv", "no.csv"),
-        ("evaluate --probe toxicchat-mha --data {rows} --split test", "--split test"),
         ("inspect nothing-here", "nothing-here"),
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
-        ("inspect . --revision v2", "--revision v2"),
-        ("inspect a/b@v1 --revision v2", "--revision v2"),
         ("inspect toxicchat-mha --revision v2", "v2"),
-        ("pull a/b@v1:c --revision v2", "--revision v2"),
         ("inspect toxicchat-mha --markdown", "--markdown"),
         ("classify x --probe nothing-here", "nothing-here"),
         ("classify x --input y", "--output"),
-        ("classify --input {rows} --output {out} --chunk-rows 0", "--chunk-rows"),
         ("benchmark --backbone no/such", "no/such"),
         ("benchmark --as cuda", "--operations"),
         ("benchmark --operations --as tpu", "tpu"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
-        ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:rude", "rude"),
-        ("generate x --probe toxicchat-gate --halt-on toxicchat-gate:toxic:high", "'high'"),
         ("evaluate --probe toxicchat-gate --data {rows} --record mine", "--record"),
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
-        ("train --train no.jsonl --output {out}", "no.jsonl"),
         (TRAIN + "--epoch 3", "--epoch"),
         (TRAIN + "--epochs few", "--epochs"),
-        (TRAIN + "--probe-type lstm", "--probe-type='lstm'"),
         (TRAIN + "--option rank=low", "--option"),
         (TRAIN + "--layers top", "--layers"),
-        (TRAIN + "--layers 9", "--layers"),
-        (TRAIN + "--text-column body", "body"),
-        (TRAIN + "--num-seeds 99999999999999999999", "--num-seeds"),
         (TRAIN + "--epochs 0", "--epochs=0"),
         (TRAIN + "--no-cache --cache-dir kept", "--no-cache"),
         ("train --train a --eval a --eval=b --output {out}", "--eval is given twice"),
         (TRAIN + "--cache --no-cache", "--cache/--no-cache is given twice"),
-        ("reproduce --output {out} --methods gate --methods mha", "--methods is given twice"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, line, named):

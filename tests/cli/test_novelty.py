@@ -94,22 +94,10 @@ def test_evaluate_against_other_texts(rows, served):
     )
     card = (options[1] / "README.md").read_text()
     assert f"{part['auroc']:.3f}" in card and "other.jsonl" in card
-    few = succeed(*args, "--max-against", 10, "--max-rows", 20, "--json")
+    few = succeed(*args, "--max-rows", 20, "--json")
     assert few["rows"] == few["novelty"]["own"]["rows"] == 20
-    assert [part["rows"] for part in few["novelty"]["against"].values()] == [10]
     assert "other.jsonl" in succeed(*args)
-    succeed(
-        "evaluate",
-        *options,
-        "--data",
-        rows / "test.jsonl",
-        "--against",
-        rows / "other.jsonl",
-        "--bootstrap",
-        0,
-        "--record",
-        "b",
-    )
+    succeed(*args[:-1], 0, "--record", "b")
     assert "--novelty-data" in refuse("evaluate", *served("old"), *args[5:])
 
 

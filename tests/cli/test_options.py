@@ -14,18 +14,8 @@ from command_line import call
 from typer.testing import CliRunner
 
 from llama_probe import ProbeError, cli
-from llama_probe.backbone.loading import DTYPES
 from llama_probe.cli.options import Command, Fields, as_command, command_line
-from llama_probe.data.sources import FEW_ROWS, FOLDS
-from llama_probe.evaluation.calibration import BEST_F1, EXPECTED_F1
-from llama_probe.experiments.benchmark.models import SHAPES
-from llama_probe.experiments.benchmark.serving_benchmark import KINDS, MANY_KIND
-from llama_probe.experiments.reproduction.methods import method_names
-from llama_probe.experiments.reproduction.reproduction import DATA, PARTS
-from llama_probe.heads import probe_types
-from llama_probe.heads.configuration import NORMALIZATIONS, POOLS, PROBLEM_TYPES, PROMPT_FORMATS, TOKEN_SCOPES
-from llama_probe.hub.resolve import bundled_heads
-from llama_probe.serving.halting import HALTING_FORMS
+from llama_probe.experiments.reproduction.reproduction import DATA
 from llama_probe.training.sweep import SearchSpace
 
 
@@ -123,14 +113,6 @@ def test_the_examples_are_lines_that_the_commands_take(line):
     assert program == "llama-probe" and not context.args
 
 
-def test_a_command_shows_its_options_in_groups():
-    shown = call("train", "--help-all").stdout
-    places = [
-        shown.index(f"─ {panel} ─") for panel in ("Data", "Head", "Optimisation", "Selection and threshold", "Card")
-    ]
-    assert places == sorted(places)
-
-
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["trian"]])
 def test_the_start_imports_no_torch(words):
     code = "import sys, llama_probe_command as c\ntry: c.main()\nexcept SystemExit: print('torch' in sys.modules)"
@@ -151,32 +133,6 @@ def test_a_refusal_comes_before_the_model_classes(words):
     assert done.returncode == 0 and done.stdout == "set()\n" and "llama-probe: " in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(
-    "command, option, words",
-    [
-        ("train", "--probe-type", probe_types()),
-        ("train", "--problem-type", PROBLEM_TYPES),
-        ("train", "--prompt-format", PROMPT_FORMATS),
-        ("train", "--token-scope", TOKEN_SCOPES),
-        ("train", "--pool", POOLS),
-        ("train", "--normalize", NORMALIZATIONS),
-        ("train", "--threshold-rule", [EXPECTED_F1, BEST_F1]),
-        ("train", "--folds", [str(FOLDS), str(FEW_ROWS)]),
-        ("train", "--dtype", DTYPES),
-        ("reproduce", "--methods", [name for name in method_names() if name not in probe_types()]),
-        ("reproduce", "--only", PARTS),
-        ("benchmark", "--kind", KINDS),
-        ("benchmark", "--many", [MANY_KIND]),
-        ("sweep", "--probe-type", [name for name in probe_types() if name != "muli"]),
-        ("generate", "--halt-on", [HALTING_FORMS]),
-        ("benchmark", "--guard", [name for name in SHAPES if name != "llama-3b"]),
-    ],
-)
-def test_help_names_what_there_is(command, option, words):
-    (found,) = (param for param in cli.load_command(command).params if option in param.opts)
-    assert [word for word in words if word not in found.help] == []
-
-
 def test_defaults_of_lists():
     defaults = {param.opts[0]: param.default for param in cli.load_command("reproduce").params}
     assert defaults["--data"] == ",".join(DATA) and defaults["--methods"] is None
@@ -195,13 +151,6 @@ def test_defaults_of_lists():
 def test_the_command_is_a_line_for_a_shell(monkeypatch, words, line):
     monkeypatch.setattr(sys, "argv", ["llama-probe", "train", *words])
     assert command_line() == f"llama-probe train {line}"
-
-
-def test_the_lines_of_the_cards_are_quoted_so():
-    for folder in bundled_heads().values():
-        card = (folder / "README.md").read_text(encoding="utf-8")
-        line = next(line for line in card.splitlines() if line.startswith("llama-probe train"))
-        assert shlex.join(shlex.split(line)) == line
 
 
 def test_repeatable_options_and_help_may_be_given_again():

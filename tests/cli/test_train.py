@@ -69,12 +69,6 @@ def test_a_fitted_head(train, rows, backbone_folder, tmp_path):
     assert "normalize" in refuse(*args, "--normalize", "rms", "--output", tmp_path / "c")
 
 
-def test_values_instead_of_labels(train, tmp_path):
-    words = ("--problem-type", "regression", "--validation-share", 0.5, "--output", tmp_path / "value")
-    succeed(*train, "--probe-type", "pooling", *words)
-    assert read_config(tmp_path / "value").problem_type == "regression"
-
-
 KIND = """
 from llama_probe.heads import get_probe_type, register_probe_type
 

@@ -11,20 +11,16 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..backbone.loading import backbone_target, load_backbone
 from ..data.files import MAX_TEXT, InputFile
-from ..data.prompts import PromptFormat, is_text
-from ..data.states import PromptDataset
+from ..data.prompts import is_text
 from ..errors import ProbeError
 from ..evaluation.novelty import FAR, compare_log
 from ..evaluation.plots import drift_plot, png_writer
 from ..evaluation.report import predict_rows
 from ..files import check_writable, make_folder, write_atomically
-from ..heads.match import check_backbone
-from ..heads.probe import ProbeModel
-from ..hub.resolve import resolve_head
 from .console import create_console, escape, print_table
-from .options import Dtype, HeadsBackbone, Json, Probe, TrustRemoteCode, backbone_of
+from .head import HeadOptions
+from .options import Fields, Json
 from .rows import ROWS_HELP, TextColumn
 
 
@@ -32,7 +28,7 @@ _SHOWN = 160  # characters of a text that are printed
 
 
 def drift(
-    probe: Probe,
+    scored: Annotated[HeadOptions, Fields("Head")],
     input: Annotated[
         list[str],
         typer.Option(help="Files of served prompts in their order, or a pattern: jsonl, csv, tsv or parquet."),
@@ -42,32 +38,20 @@ def drift(
     top: Annotated[int, typer.Option(min=0, help="Rows to name as most worth labelling.")] = 20,
     max_rows: Annotated[int, typer.Option(min=1, help="Rows to read at most, spread evenly over the log.")] = 5000,
     max_text: Annotated[int, typer.Option(min=1, help=ROWS_HELP["max_text"])] = MAX_TEXT,
-    backbone: HeadsBackbone = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Compare a log of served prompts with the rows that a head was trained on."""
     if output is not None:
         check_writable(output, "the plot")
-    backbone = backbone_of(probe, backbone)
     with contextlib.redirect_stdout(sys.stderr):
-        head = ProbeModel.from_pretrained(
-            resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code
-        )
+        head = scored.load()
         reference = (head.results or {}).get("novelty")
         if head.novelty is None or reference is None:
-            raise ProbeError(
-                f"{probe} has no novelty to compare with; fit it with llama-probe calibrate --probe FOLDER --novelty-data ROWS"
-            )
+            raise ProbeError(f"{scored.probe} has no novelty to compare with; calibrate --novelty-data fits it")
         texts = _texts(input, text_column, max_text)
         rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
-        lm, tokenizer = load_backbone(backbone, dtype)
-        check_backbone(probe, head.config, lm)
-        head.to(lm.device).set_backbone(lm)
-        prompts = PromptFormat.from_config(head.config, tokenizer)
-        ids, masks, _ = prompts.encode_for(head.config, [texts[row] for row in rows])
-        logits, novelty = predict_rows(head, PromptDataset(ids, np.zeros(len(ids)), masks), progress=True)
+        scored.attach()
+        logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]), progress=True)
         found = compare_log(head.config, reference, logits, novelty, top)
         for row in found["worth_labelling"]:
             row["row"] = rows[row["row"]]
@@ -79,7 +63,7 @@ def drift(
     if as_json:
         print(json.dumps(found))
         return
-    _print(probe, found)
+    _print(scored.probe, found)
     if output is not None:
         print(f"written: {output / 'drift.png'}")
 

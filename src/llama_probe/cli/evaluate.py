@@ -12,29 +12,26 @@ import numpy as np
 import torch
 import typer
 
-from ..backbone.loading import backbone_target, load_backbone
 from ..data.known import find_benchmark
-from ..data.prompts import PromptFormat
 from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.asking import asked, check_shares
 from ..evaluation.novelty import FAR, against_others
 from ..heads.configuration import ProbeConfig
-from ..heads.match import check_backbone
-from ..heads.probe import ProbeModel
 from ..hub.folder import measured_rules, read_results
-from ..hub.resolve import resolve_head
 from .console import create_console, print_table
-from .options import Dtype, Fields, HeadsBackbone, Json, Probe, TrustRemoteCode, backbone_of
+from .head import HeadOptions
+from .options import Fields, Json
 from .rows import ROWS_HELP, LabelledRows, check_head_folder, read_texts, short_name
 
 
 _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
+_MAX_AGAINST = 500  # rows of each other kind of texts
 
 
 def evaluate(
-    probe: Probe,
+    scored: Annotated[HeadOptions, Fields("Head")],
     rows: Annotated[
         LabelledRows,
         Fields(
@@ -47,10 +44,6 @@ def evaluate(
     slice_column: Annotated[
         list[str] | None,
         typer.Option(help="Report also by the values of this column. Named data sets have their own. Repeatable."),
-    ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(help="COLUMN=VALUE: only these rows, such as human_annotation=true. Repeatable: all must hold."),
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of --data at most, at random.")] = None,
     record: Annotated[
@@ -78,29 +71,22 @@ def evaluate(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Texts of another kind, by name or file, without labels: report how well the head's novelty tells them from --data. "
-            "Repeatable."
+            help="Texts of another kind, by name or file, without labels, 500 at most: report how well the head's novelty tells "
+            "them from --data. Repeatable."
         ),
     ] = None,
-    max_against: Annotated[int, typer.Option(min=1, help="Rows of each --against at most, at random.")] = 500,
-    backbone: HeadsBackbone = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
     ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Score a head on labelled rows, with its saved temperature and threshold."""
+    probe = scored.probe
     if record is not None:
         check_head_folder(probe, "--record")
-        if not record.strip() or not record.isprintable():
-            raise ProbeError(f"--record {record!r} must be a name of printable characters")
     check_shares(ask or ())
     if judge_column is not None and not ask:
         raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
-    backbone = backbone_of(probe, backbone)
     # These take seconds to import.
     from ..evaluation.detection import apply_rules, follow_replies
     from ..evaluation.metrics import is_binary
@@ -114,75 +100,57 @@ def evaluate(
     from ..evaluation.wrappings import kept_labels
 
     with process_group(), contextlib.redirect_stdout(sys.stderr):
-        head = ProbeModel.from_pretrained(
-            resolve_head(probe, backbone_target(backbone)), trust_remote_code=trust_remote_code
-        )
+        head = scored.load()
         if against and head.novelty is None:
-            raise ProbeError(
-                f"--against {against[0]}: {probe} has no novelty; fit it with llama-probe calibrate --probe {probe} "
-                "--novelty-data ROWS"
-            )
+            raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
         rules = measured_rules(head.results) if head.config.reads_reply else {}
-        labelled, slices = _select(rows, head.config, where or [], slice_column or [], max_rows)
+        labelled, slices = _select(rows, head.config, slice_column or [], max_rows)
         if ask and not is_binary(head.config):
-            raise ProbeError(
-                f"--ask needs a head with two labels; {probe} has {', '.join(head.config.id2label.values())}"
-            )
+            raise ProbeError(f"--ask needs a head with two labels; {probe} has {head.config.num_labels}")
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
-        shared = {"data_dir": rows.data_dir, "max_text": rows.max_text, "split": "test", "limit": max_against}
+        shared = {"data_dir": rows.data_dir, "max_text": rows.max_text, "split": "test", "limit": _MAX_AGAINST}
         others = {short_name(source): read_texts(source, head.config, "text", **shared) for source in against or ()}
-        lm, tokenizer = load_backbone(backbone, dtype)
-        check_backbone(probe, head.config, lm)
-        head.to(lm.device).set_backbone(lm)
-        prompts = PromptFormat.from_config(head.config, tokenizer)
-        ids, masks, lengths = prompts.encode_for(head.config, labelled.texts)
+        scored.attach()
+        ids, masks, lengths = scored.prompts.encode_for(head.config, labelled.texts)
         dataset, followed = PromptDataset(ids, labelled.labels, masks), None
         if lengths is None:
             logits, novelty = predict_rows(head, dataset, progress=True)
         else:
-            followed = follow_replies(head, dataset, lengths, lm, progress=True)
+            followed = follow_replies(head, dataset, lengths, head.backbone, progress=True)
             logits = torch.stack([tokens[-1] for tokens in followed])
-        novelties = {}
-        for name, texts in others.items():
-            ids, masks, _ = prompts.encode_for(head.config, texts)
-            novelties[name] = predict_rows(head, PromptDataset(ids, np.zeros(len(ids)), masks), progress=True)[1]
+        novelties = {
+            name: predict_rows(head, scored.dataset(texts), progress=True)[1] for name, texts in others.items()
+        }
         if not is_main():
             return
-        result = detailed_report(head.config, logits, labelled.labels, slices, bootstrap, seed)
+        result = detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
         if is_binary(head.config):
             result = without_undefined(result, labelled.labels) | {"flagged": flagged_share(head.config, logits)}
         if followed is not None and rules:
             result["halting"] = apply_rules(head.config, rules, followed, labelled.labels)
         if others:
-            result["novelty"] = against_others(novelty, novelties, bootstrap, seed)
+            result["novelty"] = against_others(novelty, novelties, bootstrap)
         if wrappings:
-            result["wrappings"] = kept_labels(head, labelled.texts, prompts, progress=True)
+            result["wrappings"] = kept_labels(head, labelled.texts, scored.prompts, progress=True)
         if ask:
             result["asking"] = asked(head.config, logits, labelled.labels, ask, verdicts)
         if record is not None:
-            facts = {"source": short_name(rows.data)} | ({"where": where} if where else {})
             head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
-            head.results.setdefault("evaluations", {})[record] = describe_evaluation(result, **facts)
+            head.results.setdefault("evaluations", {})[record] = describe_evaluation(
+                result, source=short_name(rows.data)
+            )
             head.save_pretrained(probe)
     if as_json:
         print(json.dumps(result))
         return
     _print_report(f"{probe} on {rows.data}", result, head.config.temperature)
     if bootstrap:
-        create_console().print(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows, seed {seed}.")
+        create_console().print(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows.")
 
 
-def _select(
-    rows: LabelledRows, config: Any, where: list[str], columns: list[str], limit: int | None
-) -> tuple[Any, dict[str, list]]:
-    """Return the rows that meet all conditions, `limit` of them at most, and the columns to report by."""
-    labelled = rows.read(config)
-    for condition in where:
-        column, equals, value = condition.partition("=")
-        if not equals:
-            raise ProbeError(f"--where {condition!r} must be COLUMN=VALUE")
-        labelled = labelled.where(column, value)
-    labelled = labelled.at_most(limit, seed=0)
+def _select(rows: LabelledRows, config: Any, columns: list[str], limit: int | None) -> tuple[Any, dict[str, list]]:
+    """Return `limit` of the rows at most, and the columns to report by."""
+    labelled = rows.read(config).at_most(limit, seed=0)
     found = labelled.columns
     for column in columns:
         if column not in found:

@@ -18,8 +18,9 @@ from ..heads.match import compare
 from ..heads.probe import ProbeModel
 from ..hub.card import results_table
 from ..hub.resolve import bundled_heads, resolve_head
+from ..hub.transport import HubOptions
 from .console import print_table
-from .options import Dtype, Json, Revision, TrustRemoteCode, hub_options
+from .options import Dtype, Json, Revision, TrustRemoteCode
 
 
 _VERDICTS = {
@@ -56,7 +57,7 @@ def inspect(
         _list_bundled(as_json)
         return
     target = None if backbone is None else backbone_target(backbone)
-    folder = resolve_head(probe, target, hub_options(probe, revision))
+    folder = resolve_head(probe, target, HubOptions(revision))
     head = ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if backbone is not None:
         _compare(probe, head.config, backbone, dtype, as_json)

@@ -33,7 +33,7 @@ PANELS = {
     for panel, names in {
         "Data": "train eval test extra extra_weights text_column label_column label_names problem_type validation_share "
         "test_share folds slice_columns max_rows augment augment_share system_prompts max_extra_rows data_dir prompt_column "
-        "max_text prompt_format system_prompt max_length data benign split where slice_column input keep_column text",
+        "max_text prompt_format system_prompt max_length data benign slice_column input keep_column text",
         "Selection and threshold": "metric patience threshold_rule max_false_positive_rate num_seeds rate",
         "Head": "probe probes imports trust_remote_code",
         "Card": "license base_model record tag",
@@ -45,6 +45,8 @@ PANELS = {
 
 BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."
 DTYPE = "dtype of the backbone: auto, float32, bfloat16 or float16."
+PROBE = "A head folder, a Hub id (user/repo@revision:subfolder) or an alias."
+TRUST_REMOTE_CODE = "Run the code file of a head whose kind is not part of this package. Read it first."
 
 Backbone = Annotated[str, typer.Option(help=BACKBONE)]
 HeadsBackbone = Annotated[str | None, typer.Option("--backbone", help=f"{BACKBONE} Default: the head's own.")]
@@ -52,7 +54,6 @@ Dtype = Annotated[str, typer.Option(help=DTYPE)]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
 Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")]
-Probe = Annotated[str, typer.Option(help="A head folder, a Hub id (user/repo@revision:subfolder) or an alias.")]
 Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias. Repeatable.")]
 PushRevision = Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")]
 AbstainAt = Annotated[
@@ -62,13 +63,7 @@ AbstainAt = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run the code file of a head whose kind is not part of this package. Read it first.",
-    ),
-]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_REMOTE_CODE)]
 
 
 def backbone_of(probe: str, backbone: str | None) -> str:
@@ -273,22 +268,6 @@ class RunOptions:
     novelty: bool = field(default=True, metadata={"help": "Fit how unlike the training data a prompt is."})
     resume: bool = field(default=False, metadata={"help": "Resume a run that was stopped."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the head that --output holds."})
-
-
-def hub_options(head: str, revision: str | None) -> Any:
-    """Return the `HubOptions` of one head.
-
-    Raises:
-        ProbeError: the head is a folder, or names another revision itself.
-    """
-    if revision is not None and os.path.isdir(head):
-        raise ProbeError(f"--revision {revision}: {head} is a folder, which has no revisions")
-    from ..hub.transport import HubOptions, HubReference
-
-    reference = HubReference.parse(head)
-    if revision is not None and reference is not None and reference.revision not in (None, revision):
-        raise ProbeError(f"--revision {revision}: {head} names a revision already; leave one out")
-    return HubOptions(revision)
 
 
 def split_names(text: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data.files import MAX_TEXT
-from ..data.known import BENCHMARKS, find_benchmark
+from ..data.known import BENCHMARKS
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import check_output, is_head_folder
@@ -27,7 +25,6 @@ ROWS_HELP = {
     "text_column": "Column of the texts.",
     "label_column": "Column of the labels.",
     "prompt_column": "Column of the prompts, if the texts are replies to them; for heads that read replies.",
-    "split": "Split of a named or Hub data set, or of a folder. Default: test.",
     "data_dir": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
     "max_text": "Characters of the longest text; a file may have 512 times as many. Guards the memory.",
 }
@@ -42,47 +39,15 @@ class LabelledRows:
 
     Attributes:
         data: name of a data set, file, folder or Hub data set. The other attributes are those of `read_labelled`.
-
-    Raises:
-        ProbeError: an option has no effect: there is no data, or the data has no splits to choose from.
     """
 
     data: str | None = None
     text_column: str = "text"
     label_column: str = "label"
     prompt_column: str | None = None
-    split: str | None = None
     data_dir: Path | None = None
     max_text: int = MAX_TEXT
     benign: bool = False
-
-    def __post_init__(self):
-        if self.data is None:
-            fields = dataclasses.fields(self)
-            given = [item.name.replace("_", "-") for item in fields if getattr(self, item.name) != item.default]
-            if given:
-                raise ProbeError(f"--{', --'.join(given)} without rows: name them with --data")
-        elif self.split is not None and os.path.isfile(self.data):
-            raise ProbeError(f"--split {self.split}: {self.data} is a file without splits; leave --split out")
-        elif self.split is not None and self._own_split is not None:
-            raise ProbeError(f"--split {self.split}: {self.data} names a split already; leave one out")
-
-    @property
-    def _own_split(self) -> str | None:
-        from ..data.tables import TablePlace  # needs datasets
-
-        known = find_benchmark(self.data)
-        return TablePlace.parse(self.data).split if known is None else known[1]
-
-    @property
-    def name(self) -> str:
-        """The data and its split, for titles."""
-        if os.path.exists(self.data):
-            return Path(self.data).name
-        if self._own_split is not None:
-            return self.data
-        split = self.split or "test"
-        return f"{self.data} ({split})" if find_benchmark(self.data) is None else f"{self.data}:{split}"
 
     def read(self, config: ProbeConfig) -> Any:
         """Return the rows as `LabelledTexts`, with the labels of a head."""
@@ -98,7 +63,7 @@ class LabelledRows:
             self.label_column,
             list(config.id2label.values()),
             config.problem_type,
-            self.split or "test",
+            "test",
             self.data_dir,
             self.prompt_column,
             self.max_text,
@@ -118,14 +83,10 @@ def read_texts(
     """Return the texts of rows that need no labels; a random part of them if there are more than `limit`."""
     from ..data.texts import read_labelled  # needs datasets
 
-    shared = {
-        "problem_type": "single_label_classification",
-        "split": split,
-        "data_dir": data_dir,
-        "max_text": max_text,
-    }
-    names = list(config.id2label.values())
-    return read_labelled(source, text_column, label_names=names, benign=True, **shared).at_most(limit, seed=0).texts
+    names, kind = list(config.id2label.values()), "single_label_classification"
+    place = {"split": split, "data_dir": data_dir, "max_text": max_text}
+    rows = read_labelled(source, text_column, label_names=names, problem_type=kind, benign=True, **place)
+    return rows.at_most(limit, seed=0).texts
 
 
 def check_head_folder(probe: str, option: str) -> None:

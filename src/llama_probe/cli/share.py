@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,8 @@ import typer
 from ..heads.probe import ProbeModel
 from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
-from .options import CreatePr, Json, Private, PushRevision, Revision, TrustRemoteCode, hub_options
+from ..hub.transport import HubOptions
+from .options import CreatePr, Json, Private, PushRevision, Revision, TrustRemoteCode
 
 
 def push(
@@ -59,6 +59,5 @@ def pull(
 ) -> None:
     """Copy a head from the Hub into a folder."""
     check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
-    options = replace(hub_options(head, revision), force_download=force_download)
-    folder = pull_head(head, output, options, check=check)
+    folder = pull_head(head, output, HubOptions(revision, force_download=force_download), check=check)
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")

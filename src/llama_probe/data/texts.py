@@ -80,16 +80,6 @@ class LabelledTexts:
         found.update(self.labels.tobytes())
         return found.hexdigest()
 
-    def where(self, column: str, value: str) -> LabelledTexts:
-        """Return the rows with a value, written as text, in a column."""
-        if column not in self.columns:
-            raise ProbeError(f"there is no column {column!r}; there are: {', '.join(self.columns) or 'none'}")
-        found = [row for row, item in enumerate(self.columns[column]) if str(item).lower() == value.lower()]
-        if not found:
-            known = sorted({str(item) for item in self.columns[column]})
-            raise ProbeError(f"no row has {column}={value}; values: {', '.join(known[:8])}")
-        return self.select(found)
-
     def at_most(self, limit: int | None, seed: int) -> LabelledTexts:
         """Return `limit` random rows in their order, or all rows if there are fewer or `limit` is None."""
         if limit is None or limit >= len(self):
