@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from huggingface_hub import (
+    _CACHED_NO_EXIST,
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
@@ -50,6 +51,7 @@ _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it
 _REFUSED = (400, 401, 403, 404, 413, 422)  # answers to a commit after which nothing of it can be there
 _OVERTAKEN = (409, 412)
 _PATIENCE = 5  # times the client's timeout, for all files of a head
+_FOLDER = re.compile(r"(\w[\w.-]*/)*")
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -169,9 +171,9 @@ def _in_time(ask: Callable[[], T], what: str) -> T:
     try:
         value, error = answer.get(timeout=seconds)
     except Empty:
+        limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
         raise ProbeError(
-            f"{what} was not fetched within {seconds:g} s; for a slow connection, set HF_HUB_DOWNLOAD_TIMEOUT above "
-            f"{constants.HF_HUB_DOWNLOAD_TIMEOUT:g}"
+            f"{what} was not fetched in {seconds:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
         ) from None
     if error is not None:
         raise error
@@ -183,16 +185,12 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
 
     The client repeats a failed request for half a minute. That is too long for a mistyped alias, so this asks once.
     """
-    revision = reference.revision or options.revision
-    path = reference.path(CONFIG_NAME)
+    revision, path = reference.revision or options.revision, reference.path(CONFIG_NAME)
     cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
-    if options.local_files_only or isinstance(cached, str):  # the client needs no connection for it
+    is_known = options.local_files_only or isinstance(cached, str)  # the client needs no connection for it
+    if is_known or _hub_answers(reference.repo_id, path, revision, options.token):
         return options
-    return (
-        options
-        if _hub_answers(reference.repo_id, path, revision, options.token)
-        else replace(options, local_files_only=True)
-    )
+    return replace(options, local_files_only=True)
 
 
 def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -206,17 +204,14 @@ def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = Map
         ProbeError: it is neither.
     """
     given = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
-    reference = HubReference.parse(str(place)) if given else None
-    options = HubOptions.beside(kwargs)
+    reference, options = HubReference.parse(str(place)) if given else None, HubOptions.beside(kwargs)
     if reference is None or options.local_files_only:
         return
     name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
-    if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
-        return
-    if not _hub_answers(reference.repo_id, "config.json", None, options.token):
+    is_cached = Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir()
+    if not is_cached and not _hub_answers(reference.repo_id, "config.json", None, options.token):
         raise ProbeError(
-            f"{reference.repo_id} is not in the cache, and the Hub does not answer; the demo model needs no Hub: run "
-            "`llama-probe demo`, or load llama_probe.backbone.loading.demo_backbone()"
+            f"{reference.repo_id} is not in the cache, and the Hub does not answer; `llama-probe demo` needs no Hub"
         )
 
 
@@ -232,27 +227,16 @@ def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | boo
 
 
 def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
-    """Return the subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read.
-
-    Subfolders that a `HubReference` cannot spell, such as `a:b`, are left out.
-    """
+    """Return the plainly named subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read."""
     if options.local_files_only:
         return []
     try:
         files = set(HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision))
     except (*_FAILED, OfflineModeIsEnabled):
         return []
-    ends = (f"/{CONFIG_NAME}", f"/{WEIGHTS_NAME}")
-    folders = {file.removesuffix(ends[0]) for file in files if file.endswith(ends[0])}
-    found = [folder for folder in folders if f"{folder}{ends[1]}" in files and _is_asked_for(f"{repo_id}:{folder}")]
-    return ([""] if {CONFIG_NAME, WEIGHTS_NAME} <= files else []) + sorted(found)
-
-
-def _is_asked_for(text: str) -> bool:
-    try:
-        return HubReference.parse(text) is not None
-    except ProbeError:
-        return False
+    starts = [file.removesuffix(CONFIG_NAME) for file in files if file.endswith(CONFIG_NAME)]
+    heads = [start for start in starts if f"{start}{WEIGHTS_NAME}" in files and _FOLDER.fullmatch(start)]
+    return sorted(start.removesuffix("/") for start in heads)
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
@@ -317,9 +301,9 @@ def commit_files(
                 raise
             found = None if create_pr else _branch_with(api, repo_id, revision, wanted, deleted, info.sha)
             if found is None and _status(error) not in _OVERTAKEN:
+                said = hide_secrets(_first_line(error), token)
                 raise ProbeError(
-                    f"the push to {repo_id} failed, and it is not known if it was kept: look at its page before you push again; "
-                    f"the Hub said: {hide_secrets(_first_line(error), token)}"
+                    f"the push to {repo_id} failed, and it is not known if it was kept: look at its page; the Hub said: {said}"
                 ) from None
             if found in (None, info.sha):
                 raise
@@ -344,40 +328,38 @@ def _branch_with(
         found = {item.path: item for item in api.get_paths_info(repo_id, [*wanted, *deleted], revision=commit)}
     except (*_FAILED, RuntimeError, ValueError):
         return None
-    contents = {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items()}
-    same = found.keys() == contents.keys() and all(_is_same(found[path], data) for path, data in contents.items())
-    return commit if same else None
-
-
-def _is_same(file: Any, content: bytes) -> bool:
-    lfs = getattr(file, "lfs", None)
-    return lfs.sha256 == hashlib.sha256(content).hexdigest() if lfs else file.blob_id == _git_digest(content)
+    for path, data in wanted.items():
+        content, file = data if isinstance(data, bytes) else data.read_bytes(), found.pop(path, None)
+        lfs = getattr(file, "lfs", None)
+        if file is None or (lfs.sha256 != _sha256(content) if lfs else file.blob_id != _git_digest(content)):
+            return None
+    return None if found else commit
 
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
+    repo_id = reference.repo_id
     plain = reference.revision is None and reference.subfolder is None
     # `a/b` may have been meant for a folder.
-    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(reference.repo_id) else ""
+    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(repo_id) else ""
     try:
-        return _download_intact(reference, name, revision, options)
+        return _download(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
-        at = f" at {revision}" if revision else ""
         refused = isinstance(error.__cause__, HfHubHTTPError)
         why = f"the Hub refused: {_first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
-        problem = f"{name} of {reference} is not in the cache{at}, and {hide_secrets(why, options.token)}{no_folder}"
+        problem = f"{name} of {reference} is not in the cache, and {hide_secrets(why, options.token)}{no_folder}"
     except EntryNotFoundError:
         at = replace(options, revision=reference.revision or options.revision)
-        heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(reference.repo_id, at)]
-        hint = f"; heads in it: {', '.join(heads)}" if heads else ""
-        problem = f"{reference} is not a head: it has no {name}{hint}"
+        heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(repo_id, at)]
+        problem = f"{reference} is not a head: it has no {name}" + (
+            f"; heads in it: {', '.join(heads)}" if heads else ""
+        )
     except RevisionNotFoundError:
-        problem = f"{reference.repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
+        problem = f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
     except GatedRepoError:
-        problem = f"{reference.repo_id} is gated: ask for access on its page, and log in or pass token="
+        problem = f"{repo_id} is gated: ask for access on its page, and log in or pass token="
     except RepositoryNotFoundError:
         problem = (
-            f"{reference.repo_id} does not exist on the Hub, or this token may not read it: log in (hf auth login) or "
-            f"pass token={no_folder}"
+            f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
         )
     except _FAILED as error:
         problem = f"{name} of {reference} could not be fetched: {hide_secrets(_first_line(error), options.token)}"
@@ -385,64 +367,52 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
 
 
 def _fetch_optional(reference: HubReference, name: str, commit: str | None, options: HubOptions) -> None:
-    if not options.force_download:
-        path = reference.path(name)
-        cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
-        # A mark that the commit has no such file, or a path.
-        if cached is not None and (not isinstance(cached, str) or _is_intact(Path(cached))):
-            return
-    try:
-        _download_intact(reference, name, commit, options)
-    except (EntryNotFoundError, *_FAILED):  # a file that only describes the head must not keep it from running
+    path = reference.path(name)
+    cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
+    if cached is _CACHED_NO_EXIST and not options.force_download:
         return
+    # A file that only describes the head must not keep it from running.
+    with suppress(EntryNotFoundError, *_FAILED):
+        _download(reference, name, commit, options)
 
 
-def _download_intact(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
+def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     """Download a file, and once more if it is damaged, be it in the cache or on its way."""
-    path = _download(reference, name, revision, options)
-    if (
-        _is_intact(path) or options.local_files_only or constants.HF_HUB_OFFLINE
-    ):  # a damaged head is refused when it is read
-        return path
-    path = _download(reference, name, revision, replace(options, force_download=True))
-    if not _is_intact(path):
-        raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
-    return path
+    settings = {
+        "subfolder": reference.subfolder,
+        "revision": revision,
+        "token": options.token,
+        "cache_dir": options.cache_dir,
+        "local_files_only": options.local_files_only,
+        "library_name": "llama_probe",
+        "library_version": package_version(),
+    }
+    is_local = options.local_files_only or constants.HF_HUB_OFFLINE
+    try:
+        for force in (options.force_download, True):
+            path = Path(hf_hub_download(reference.repo_id, name, force_download=force, **settings))
+            if is_local or _is_intact(path):  # a damaged head is refused when it is read
+                return path
+    except ValueError as error:  # with force_download the client wraps the HTTP error
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise error.__cause__ from None
+        raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
+    raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
 
 
 def _is_intact(path: Path) -> bool:
     """Return False if a file of the cache has another content than the digest says that its blob is named by."""
     blob = path.resolve()
-    if re.fullmatch("[0-9a-f]{64}", blob.name):
-        return blob.name == hashlib.sha256(blob.read_bytes()).hexdigest()
-    if re.fullmatch("[0-9a-f]{40}", blob.name):
-        return blob.name == _git_digest(blob.read_bytes())
-    return True
+    digest = {64: _sha256, 40: _git_digest}.get(len(blob.name))
+    return digest is None or not re.fullmatch("[0-9a-f]+", blob.name) or blob.name == digest(blob.read_bytes())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _git_digest(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
-    try:
-        path = hf_hub_download(
-            reference.repo_id,
-            name,
-            subfolder=reference.subfolder,
-            revision=revision,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-            force_download=options.force_download,
-            library_name="llama_probe",
-            library_version=package_version(),
-        )
-    except ValueError as error:  # with force_download the client wraps the HTTP error
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise error.__cause__ from None
-        raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
-    return Path(path)
 
 
 @contextmanager
@@ -455,21 +425,17 @@ def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
         raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
     except (*_FAILED, RuntimeError, ValueError) as error:
         # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
-        raise ProbeError(_push_refused(repo_id, error, token)) from None
-
-
-def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> str:
-    status = _status(error)
-    error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-    what = " ".join(str(error).split()) if isinstance(error, ValueError) else _first_line(error)
-    said = hide_secrets(getattr(error, "server_message", None) or what, token)
-    if status in _OVERTAKEN:
-        return f"somebody else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
-    if status == 401:
-        return f"the Hub does not know this token: log in (hf auth login) or pass token=; it said: {said}"
-    if status in (403, 404):
-        return f"this token may not write to {repo_id}: use one with the role 'write'; the Hub said: {said}"
-    return f"the push to {repo_id} failed and nothing was uploaded: {said}"
+        status, error = _status(error), error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+        what = " ".join(str(error).split()) if isinstance(error, ValueError) else _first_line(error)
+        said = f"the Hub said: {hide_secrets(getattr(error, 'server_message', None) or what, token)}"
+        problem = f"the push to {repo_id} failed and nothing was uploaded; {said}"
+        if status in _OVERTAKEN:
+            problem = f"somebody else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
+        elif status == 401:
+            problem = f"the Hub does not know this token: log in (hf auth login) or pass token=; {said}"
+        elif status in (403, 404):
+            problem = f"this token may not write to {repo_id}: use one with the role 'write'; {said}"
+        raise ProbeError(problem) from None
 
 
 def _status(error: Exception) -> int | None:
