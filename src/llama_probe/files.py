@@ -9,8 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -98,9 +97,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_atomically(writers: dict[Path, Content]) -> None:
-    """Write each file under a temporary name, then rename all of them; on an error no target changes.
+    """Write files of a folder under temporary names, then rename all of them; on an error no file changes.
 
-    A kill between two renames leaves some targets new. `replace_files` is for files that belong together.
+    A kill between two renames leaves some files new. `replace_files` is for files that belong together.
 
     Args:
         writers: contents by the path of the file.
@@ -108,20 +107,16 @@ def write_atomically(writers: dict[Path, Content]) -> None:
     Raises:
         ProbeError: a file cannot be written; the message gives the system's reason.
     """
-    with ExitStack() as stack:
-        written: list[tuple[Path, Path]] = []
-        for target, write in writers.items():
-            _check_no_folder(target)
-            temporary = stack.enter_context(_scratch(partial(_temporary_file, target)))
-            _write(write, temporary, target)
-            # mkstemp makes private files; these should be as readable as any other file of the user.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
-            written.append((temporary, target))
-        for temporary, target in written:
-            with _explained(target):
-                temporary.replace(target)
+    for target in writers:
+        _check_no_folder(target)
+    for folder in {target.parent for target in writers}:
+        with _scratch(folder) as stage:
+            inside = {target: stage / target.name for target in writers if target.parent == folder}
+            for target, path in inside.items():
+                _write(writers[target], path, target)
+            for target, path in inside.items():
+                with _explained(target):
+                    path.replace(target)
 
 
 def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str] = ()) -> None:
@@ -139,7 +134,7 @@ def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str]
     """
     for name in (*writers, *gone):
         _check_no_folder(folder / name)
-    with _scratch(partial(_temporary_folder, folder)) as stage:
+    with _scratch(folder) as stage:
         for name, write in writers.items():
             _write(write, stage / name, folder / name)
         for name in gone:
@@ -190,55 +185,33 @@ def settle(folder: str | os.PathLike) -> None:
             pending.rmdir()
 
 
-def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove temporary files that killed processes have left in a folder.
-
-    Args:
-        names: names of the files that they were for, as patterns.
-    """
-    patterns = [f"{PENDING}.*{_TEMPORARY}", *(f".{name}.*{_TEMPORARY}" for name in names)]
-    for path in folder.iterdir():
-        if any(map(path.match, patterns)) and (handle := lock(path)) is not None:
-            _remove(path)
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that killed processes have left in a folder."""
+    for path in folder.glob(f"{PENDING}.*{_TEMPORARY}"):
+        if (handle := lock(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
             os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _temporary_file(target: Path) -> Path:
-    with _explained(target):
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_TEMPORARY, dir=target.parent)
-    os.close(handle)
-    return Path(name)
-
-
-def _temporary_folder(folder: Path) -> Path:
-    path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
-    with _explained(folder):
-        path.mkdir()
-    return path
 
 
 @contextmanager
-def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
-    """Give a temporary file or folder, and remove it at the end if it is still there.
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder in a folder, and remove it at the end if it is still there.
 
     It is locked, and a lock ends with its process: so `remove_leftovers` of another process can tell that it is in use.
     """
-    path = make()
-    while (handle := lock(path)) is None or not path.exists():  # taken for a leftover before it was locked
-        if handle is not None:
+    while True:
+        path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
+        with _explained(folder):
+            path.mkdir()
+        handle = lock(path)
+        if handle is not None and path.exists():
+            break
+        if handle is not None:  # taken for a leftover before it was locked
             os.close(handle)
-        path = make()
     try:
         yield path
     finally:
-        _remove(path)
+        shutil.rmtree(path, ignore_errors=True)
         os.close(handle)
 
 

@@ -182,8 +182,8 @@ def test_what_is_done_stays_and_the_rest_is_done(tmp_path, run):
     lost = {"part-00000-0000003.parquet", "part-00001-0000000.parquet"}
     for name in lost:
         (output / name).unlink()
-    (output / ".part-00000-0000003.parquet.x.tmp").write_bytes(b"half")
-    (output / f".{MANIFEST_NAME}.x.tmp").write_bytes(b"half")
+    (output / ".new-files.x.tmp").mkdir()
+    (output / ".new-files.x.tmp" / "part-00000-0000003.parquet").write_bytes(b"half")
     begun = {name: whole[name] for name in ("format", "inputs", "settings")}
     (output / MANIFEST_NAME).write_text(json.dumps({**begun, "complete": False}))
     with pytest.raises(ProbeError, match="--resume"):

@@ -28,7 +28,7 @@ def same_settings(path: Path, settings: dict[str, Any]) -> bool:
     """
     if not path.is_file():
         make_folder(path.parent)
-        remove_leftovers(path.parent, [path.name])
+        remove_leftovers(path.parent)
         write_atomically({path: json.dumps(settings, indent=2) + "\n"})
         return False
     try:

@@ -210,7 +210,7 @@ class ScoringJob:
         }
         plan = {"format": _FORMAT, "inputs": [f.identity() for f in files], "settings": settings, "complete": False}
         path = self.output / MANIFEST_NAME
-        remove_leftovers(self.output, ["part-*", MANIFEST_NAME])
+        remove_leftovers(self.output)
         parts = {part.name for part in self.output.glob("part-*.parquet")}
         if not path.is_file():
             if parts:

@@ -99,7 +99,7 @@ def save_head(
         if not has_own_card(folder):
             kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
-    remove_leftovers(folder, HEAD_FILES)
+    remove_leftovers(folder)
     # In a folder without a head they belong to somebody.
     gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
     replace_files(folder, contents, gone)

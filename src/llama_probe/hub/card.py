@@ -72,12 +72,12 @@ def write_card(
     """
     settle(folder)
     path = Path(folder) / CARD_NAME
-    if has_own_card(folder):
-        return path
-    card = renew_card(
-        folder, read_config_values(folder), read_results(folder), _plots(folder), source, license=license, tags=tags
-    )
-    write_atomically({path: str(card)})
+    if not has_own_card(folder):
+        plots = [name for name in PLOT_NAMES if os.path.isfile(current_file(folder, name))]
+        card = renew_card(
+            folder, read_config_values(folder), read_results(folder), plots, source, license=license, tags=tags
+        )
+        write_atomically({path: str(card)})
     return path
 
 
@@ -110,15 +110,12 @@ def renew_card(
         old = read_card(folder).data if os.path.isfile(current_file(folder, CARD_NAME)) else ModelCardData()
     except ProbeError:  # there is nothing to keep
         old = ModelCardData()
-    tags_of_old = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
-    kept = [tag for tag in tags_of_old if tag not in ("llama_probe", "probe") and not tag.startswith("probe-")]
+    kept = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
+    kept = [tag for tag in kept if tag not in ("llama_probe", "probe") and not tag.startswith("probe-")]
     try:
         card = _card(Path(folder), _complete(config), results, plots, source, license, [*kept, *tags])
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
-        raise ProbeError(
-            f"no card can be made of {Path(folder, RESULTS_NAME)}, delete it or write a card by hand: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        raise ProbeError(f"no card can be made of {Path(folder, RESULTS_NAME)}, delete it: {error!r}") from error
     card.data.license = card.data.license or old.license
     return card
 
@@ -144,10 +141,6 @@ def read_card(folder: str | os.PathLike) -> ModelCard:
     except Exception as error:  # a person may write anything between the dashes
         reason = " ".join(str(error).split())
         raise ProbeError(f"{CARD_NAME} cannot be read as a card; mend its metadata or delete it: {reason}") from None
-
-
-def _plots(folder: str | os.PathLike) -> list[str]:
-    return [name for name in PLOT_NAMES if os.path.isfile(current_file(folder, name))]
 
 
 def results_table(folders: Iterable[str | os.PathLike]) -> str:
@@ -256,7 +249,8 @@ def _card(folder: Path, config: dict[str, Any], results, plots: Sequence[str], s
     scores = {}
     if results:
         split = "test" if "test" in results["summary"] else "validation"
-        metrics = [key for key, value in results["summary"][split].items() if _is_metric(value)]
+        summary = results["summary"][split]
+        metrics = [key for key, value in summary.items() if isinstance(value, dict) and "mean" in value]
         values |= _measured(plots, config, results, split, metrics)
         dataset = {"dataset_type": facts.dataset or "own", "dataset_split": split}
         dataset["dataset_name"] = facts.dataset_name or facts.dataset or "own data"
@@ -336,12 +330,9 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
     source = results["data"].get("validation", {}).get("source", "")
     if source.endswith(" folds of train"):
         rows = f"the training rows, each scored by a head that was trained on the others of {source.split()[0]} folds"
-    rule = ""  # results of the first version have none
-    if (rate := recipe.get("max_false_positive_rate")) is not None:
-        rule = f" (highest recall with a false-positive rate of at most {rate:g})"
-    elif "max_false_positive_rate" in recipe:
-        rule = recipe.get("threshold_rule", "best-f1")
-        rule = f" ({word(_RULES.get(rule, rule))})"
+    rule, rate = recipe.get("threshold_rule", "best-f1"), recipe.get("max_false_positive_rate")
+    if rate is not None:
+        rule = f"highest recall with a false-positive rate of at most {rate:g}"
     own = config["threshold"] if config["thresholds"] is None else chosen_run(results).get("threshold")
     thresholds = own if isinstance(own, list) else [own]
     return {
@@ -356,7 +347,7 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
         "recipe": recipe,
         "validation_rows": rows,
         "threshold": ", ".join(f"{value:.3f}" for value in thresholds if value is not None),
-        "threshold_rule": rule,
+        "threshold_rule": _RULES.get(rule, rule),
         "inspection": results.get("inspection", {}),
         "halting": _halting(results),
         "plots": [(name, title) for name, title in zip(PLOT_NAMES, _PLOT_TITLES, strict=True) if name in plots],
@@ -366,16 +357,7 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
 def _measured_later(config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """Return the template's values about what `calibrate` and `evaluate --record` wrote."""
     fitted, tables = results.get("thresholds_from"), results.get("evaluations", {})
-    told = [
-        (name, found["novelty"], sorted(found["novelty"]["against"].items()))
-        for name, found in tables.items()
-        if "novelty" in found
-    ]
-    wrapped = []
-    for name, found in tables.items():
-        if "wrappings" in found:
-            least = min(found["wrappings"]["kept"], key=found["wrappings"]["kept"].get)
-            wrapped.append((name, found["wrappings"], least))
+    wrapped = {name: found["wrappings"] for name, found in tables.items() if "wrappings" in found}
     return {
         "fitted": fitted,
         "thresholds": [
@@ -385,9 +367,9 @@ def _measured_later(config: dict[str, Any], results: dict[str, Any]) -> dict[str
         "evaluations": [
             (name, found["rows"], found["source"], _recorded_cells(found)) for name, found in tables.items()
         ],
-        "wrapped": wrapped,
+        "wrapped": [(name, found, min(found["kept"], key=found["kept"].get)) for name, found in wrapped.items()],
         "novelty": results.get("novelty"),
-        "told_apart": told,
+        "told_apart": {name: found["novelty"] for name, found in tables.items() if "novelty" in found},
     }
 
 
@@ -409,24 +391,32 @@ def _halting(results: dict[str, Any]) -> list[dict[str, Any]]:
     tables = []
     for label, rules in measured_rules(results).items():
         split = "test" if "test" in rules[0] else "validation"
-        rows = []
-        for place, rule in enumerate(rules):
-            runs = [run["halting"]["labels"][label][place][split] for run in results["runs"]]
-            cells = [
-                _over_runs([run[key] for run in runs], rule[split][key], ".1%") for key in ("detected", "false_halts")
-            ]
-            for key, form in (("median", ".0f"), ("p90", ".0f"), ("share", ".0%")):
-                cells.append(_over_runs([run["delay"][key] for run in runs], rule[split]["delay"][key], form))
-            rows.append((rule, cells))
-        limit = results["runs"][0]["halting"]["max_false_halts"]
         tables.append(
-            {"label": label, "split": split, "number": rules[0][split]["rows"], "limit": limit, "rules": rows}
+            {
+                "label": label,
+                "split": split,
+                "number": rules[0][split]["rows"],
+                "limit": results["runs"][0]["halting"]["max_false_halts"],
+                "rules": [(rule, _halting_cells(results, label, place, split)) for place, rule in enumerate(rules)],
+            }
         )
     return tables
 
 
-def _is_metric(value: Any) -> bool:
-    return isinstance(value, dict) and "mean" in value
+def _halting_cells(results: dict[str, Any], label: str, place: int, split: str) -> list[str]:
+    def told(run: dict[str, Any]) -> dict[str, Any]:
+        found = run["halting"]["labels"][label][place][split]
+        return found | found["delay"]
+
+    forms = {"detected": ".1%", "false_halts": ".1%", "median": ".0f", "p90": ".0f", "share": ".0%"}
+    own, runs, cells = told(chosen_run(results)), list(map(told, results["runs"])), []
+    for key, form in forms.items():
+        values = [run[key] for run in runs]
+        spread = {"std": 0}
+        if len(values) > 1 and None not in values:
+            spread = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
+        cells.append(_own_and_mean(own[key], spread, form))
+    return cells
 
 
 def with_spread(summary: dict[str, float], form: str) -> str:
@@ -434,15 +424,7 @@ def with_spread(summary: dict[str, float], form: str) -> str:
     return f"{summary['mean']:{form}}" + (f" ± {summary['std']:{form}}" if summary["std"] else "")
 
 
-def _own_and_mean(own: float, summary: dict[str, float] | None, form: str) -> str:
-    if summary is None:
+def _own_and_mean(own: float | None, summary: dict[str, float] | None, form: str) -> str:
+    if own is None or summary is None:
         return "-"
     return f"{own:{form}}" + (f" ({with_spread(summary, form)})" if summary["std"] else "")
-
-
-def _over_runs(values: list[float | None], own: float | None, form: str) -> str:
-    if own is None:
-        return "-"
-    if len(values) < 2 or None in values:
-        return f"{own:{form}}"
-    return _own_and_mean(own, {"mean": statistics.mean(values), "std": statistics.stdev(values)}, form)

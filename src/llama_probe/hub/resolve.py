@@ -109,19 +109,6 @@ def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
     return max(max(ranked.values(), key=len), key=lambda entry: entry[:2])[2]
 
 
-def probe_namespace(namespace: str | None = None) -> str | None:
-    """Return the Hub user for aliases: the argument, else the variable `LLAMA_PROBE_NAMESPACE`, else None."""
-    chosen = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE") or None
-    if chosen is not None and (not isinstance(chosen, str) or not re.fullmatch(r"[\w.-]+", chosen)):
-        raise ProbeError(f"namespace={chosen!r} must be the name of a user or organisation on the Hub")
-    return chosen
-
-
-def alias_repository(target: Target, namespace: str) -> str:
-    """Return the Hub id of a namespace's heads for a backbone; each head is a subfolder."""
-    return f"{namespace}/{Path(target.name_or_path or 'unknown').name}-probes"
-
-
 def resolve_head(
     source: str | os.PathLike,
     target: Target | None = None,
@@ -132,12 +119,12 @@ def resolve_head(
 
     Args:
         source: in this order, a folder; a Hub id (`user/repo`, with `@revision` and `:subfolder`); or an alias. An
-            alias names a head that is bundled for the target, in the target's own folder, in the namespace's
-            repository (see `alias_repository`), or in the target's own repository. On the Hub it is a subfolder. An
-            alias without a kind is the best of the kinds; see `best_head`.
+            alias names a head that is bundled for the target, in the target's own folder, in the repository
+            `NAMESPACE/TARGET-probes`, or in the target's own repository. On the Hub it is a subfolder. An alias without
+            a kind is the best of the kinds; see `best_head`.
         target: the backbone. Without one, an alias names a bundled head.
         options: for the Hub. The revision is the head's.
-        namespace: see `probe_namespace`.
+        namespace: a Hub user. Defaults to the variable `LLAMA_PROBE_NAMESPACE`.
 
     Raises:
         ProbeError: there is no such head; the message lists those that exist.
@@ -164,7 +151,7 @@ def resolve_head(
     else:
         told = f"probe={source!r} is neither a folder nor a bundled head"
     found: list[str] = []  # names of heads that exist, for the message
-    for place, revision in _places(target, options, probe_namespace(namespace)):
+    for place, revision in _places(target, options, namespace):
         if isinstance(place, Path):
             heads = list_heads(place)
             if (chosen := _choose(source, heads)) is not None:
@@ -187,13 +174,16 @@ def _choose(alias: str, heads: Mapping[str, Path]) -> Path | None:
 
 def _places(target: Target | None, options: HubOptions, namespace: str | None) -> Iterator[tuple[Path | str, Any]]:
     """Give the folders and Hub ids where an alias may be for a target, with the revision to ask for."""
+    namespace = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE")
+    if namespace and not (isinstance(namespace, str) and re.fullmatch(r"[\w.-]+", namespace)):
+        raise ProbeError(f"namespace={namespace!r} must be the name of a user or organisation on the Hub")
     if target is None or not target.name_or_path:
         return
     local = os.path.isdir(target.name_or_path)
     if local:
         yield Path(target.name_or_path), None
     if namespace:
-        yield alias_repository(target, namespace), options.revision
+        yield f"{namespace}/{Path(target.name_or_path).name}-probes", options.revision
     if not local and target.name_or_path.count("/") == 1:
         # One repository holds both: the head and the backbone come from the same commit.
         yield target.name_or_path, options.revision or target.revision

@@ -179,7 +179,7 @@ class Sweep:
         }
         self._save_best(output / HEAD_FOLDER, ranked[0], drawn[ranked[0].candidate.number], data)
         if is_main():
-            remove_leftovers(output, [SWEEP_NAME])
+            remove_leftovers(output)
             write_atomically({output / SWEEP_NAME: json.dumps(result, indent=2) + "\n"})
             write_sensitivity_plot(output / SWEEP_NAME)
             (output / CHECKPOINT_NAME).unlink(missing_ok=True)

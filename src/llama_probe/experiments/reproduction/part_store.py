@@ -30,7 +30,7 @@ class PartStore:
         """Write a finished part atomically."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, [path.name])
+        remove_leftovers(path.parent)
         write_atomically({path: json.dumps(part, indent=2) + "\n"})
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
