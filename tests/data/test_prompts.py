@@ -68,10 +68,7 @@ def test_values_that_are_not_prompts(tokenizer, kind, take):
 
 def test_prompts_that_cannot_be_encoded(tokenizer):
     prompts, raw = PromptFormat.create(tokenizer), PromptFormat.create(tokenizer, "raw")
-    assert prompts.encode([]) == []
     for call, named in (
-        (lambda: prompts.batch([]), "texts="),
-        (lambda: prompts.batch(["Hello"], padding_side="LEFT"), "padding_side="),
         (lambda: raw.encode([CHAT]), "prompt_format"),
         (lambda: prompts.encode(["whole", "half \ud83d"]), r"'\\ud83d'"),
         (lambda: raw.encode(["whole", "half \ud83d"]), r"'\\ud83d'"),

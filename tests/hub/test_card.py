@@ -170,8 +170,7 @@ def test_thresholds_plots_and_backbone(folder):
 @pytest.mark.parametrize(
     "recipe, words",
     [
-        ({}, "Threshold 0.400 and temperature 1.000 were"),  # results of the first version
-        ({"max_false_positive_rate": None}, "Threshold 0.400 (best F1) and"),
+        ({}, "Threshold 0.400 (best F1) and temperature 1.000 were"),
         ({"max_false_positive_rate": None, "threshold_rule": "expected-f1"}, "(best expected F1) and"),
         ({"max_false_positive_rate": 0.01}, "(highest recall with a false-positive rate of at most 0.01) and"),
     ],

@@ -9,11 +9,11 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -24,15 +24,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # Suffix -> format.
-KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _TYPED_ROWS = 1000  # JSON lines that the types of columns are inferred from
 
 # A small file can unpack to any size, and a tokenizer takes about 400 bytes of memory a character.
 MAX_TEXT = 500_000  # characters of one text
-_CHUNK_TEXTS, _FILE_TEXTS = (
-    64,
-    512,
-)  # so many texts of the largest size may be in memory as a chunk, and as a whole file
+# So many texts of the largest size may be in memory as a chunk, and as a whole file.
+_CHUNK_TEXTS, _FILE_TEXTS = 64, 512
 _ROW_COST = 100  # characters that a row counts as beside its text
 _STEP = 64  # rows of a parquet file that are decoded before they are measured
 
@@ -59,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of rows: `parquet`, `json` (an object a line), `csv` or `tsv` (with a header, all values are texts)."""
+    """A file of rows: `parquet`, `json` (an object a line) or `csv` (with a header, all values are texts)."""
 
     path: Path
     kind: str
@@ -77,9 +75,7 @@ class InputFile:
                 paths.setdefault(path.resolve(), path)
         for path in paths.values():
             if kind_of(path) is None or path.name.endswith(".parquet.gz"):
-                raise ProbeError(
-                    f"{path} has no known format; allowed: {', '.join(KINDS)}, also with .gz (not parquet)"
-                )
+                raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
         return [cls(path, kind_of(path)) for path in paths.values()]
 
     def identity(self) -> dict[str, Any]:
@@ -106,30 +102,22 @@ class InputFile:
         import pyarrow.parquet as pq
 
         with _reading(self.path):
+            meter = _Meter(self.path, "a row", max_text, _CHUNK_TEXTS)
             if self.kind == "json":
-                rows = self._first_rows(max_text)
+                first = takewhile(lambda _: meter.used < meter.limit / 2, self._rows(meter))
+                rows = list(islice(first, _TYPED_ROWS))
                 return {name: _infer_type([row.get(name) for row in rows]) for row in rows for name in row}
             if self.kind == "parquet":
                 schema = pq.read_schema(self.path)
                 names, types = schema.names, schema.types
             else:
                 with self._open() as file:
-                    lines = _Meter(self.path, "the header", max_text, _CHUNK_TEXTS).lines(file)
-                    names = next(self._records(lines), [])
+                    names = next(_records(meter.lines(file)), [])
                 types = [pa.string()] * len(names)
         for name in needed:
             if names.count(name) > 1:
                 raise ProbeError(f"{self.path} has {names.count(name)} columns {name!r}: leave one")
         return dict(zip(names, types, strict=True))
-
-    def _first_rows(self, max_text: int) -> list[dict[str, Any]]:
-        meter, rows, used = _Meter(self.path, "a row", max_text, _CHUNK_TEXTS), [], 0
-        for row in self._rows(meter):
-            rows.append(row)
-            used, meter.used = used + meter.used, 0
-            if len(rows) == _TYPED_ROWS or used > meter.limit:
-                break
-        return rows
 
     def check_whole(self, max_text: int = MAX_TEXT) -> None:
         """Check that a file is not damaged and can be held in memory.
@@ -168,7 +156,9 @@ class InputFile:
             for number, block in enumerate(blocks(columns, size, meter)):
                 if wanted(number):
                     chunk = Chunk(number, number * size, block())
-                    self._check_lengths(chunk, max_text)
+                    for name, values in chunk.columns.items():
+                        for row, value in enumerate(values, start=chunk.first_row):
+                            check_length(f"{self.path}: row {row}: {name}", value, max_text)
                     yield chunk
                 meter.used = 0
 
@@ -198,18 +188,6 @@ class InputFile:
         while block := list(islice(rows, size)):
             yield partial(lambda block: {name: [row[name] for row in block] for name in columns}, block)
 
-    def _check_lengths(self, chunk: Chunk, max_text: int) -> None:
-        for name, values in chunk.columns.items():
-            for row, value in enumerate(values, start=chunk.first_row):
-                check_length(f"{self.path}: row {row}: {name}", value, max_text)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a text file."""
-        meter = _Meter(self.path, "a row", MAX_TEXT, _FILE_TEXTS)
-        for row in self._rows(meter):
-            yield row
-            meter.used = 0
-
     def _rows(self, meter: _Meter) -> Iterator[dict[str, Any]]:
         with _reading(self.path), self._open() as file:
             lines = meter.lines(file)
@@ -217,17 +195,13 @@ class InputFile:
                 for row, line in enumerate(line for line in lines if not line.isspace()):
                     yield self._parse(row, line)
             else:
-                records = self._records(lines)
+                records = _records(lines)
                 header = next(records, [])
                 yield from (dict(zip(header, record, strict=False)) for record in records)
 
     def _open(self):
         opener = gzip.open if self.path.suffix == ".gz" else open
         return opener(self.path, "rt", encoding="utf-8-sig", newline=None if self.kind == "json" else "")
-
-    def _records(self, lines) -> Iterator[list[str]]:
-        csv.field_size_limit(sys.maxsize)
-        return filter(None, csv.reader(lines, delimiter="\t" if self.kind == "tsv" else ","))
 
     def _parse(self, row: int, line: str) -> dict[str, Any]:
         try:
@@ -237,6 +211,11 @@ class InputFile:
         if not isinstance(value, dict):
             raise ProbeError(f"{self.path}: row {row} must be a JSON object, not {type(value).__name__}")
         return value
+
+
+def _records(lines: Iterable[str]) -> Iterator[list[str]]:
+    csv.field_size_limit(sys.maxsize)
+    return filter(None, csv.reader(lines))
 
 
 def _unpacked(batch: pa.RecordBatch) -> int:
@@ -255,8 +234,7 @@ class _Meter:
         self.used += characters
         if self.used > self.limit:
             raise ProbeError(
-                f"{self.path}: {self.what} has more than {self.limit:,} characters: pass a larger max_text (--max-text)"
-                + (", or a smaller chunk_rows" if "chunk" in self.what else "")
+                f"{self.path}: {self.what} has more than {self.limit:,} characters; max_text (--max-text) raises it"
             )
 
     def lines(self, file: TextIO) -> Iterator[str]:

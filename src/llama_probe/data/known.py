@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class HubSplit:
-    """A split of a Hub data set, and its configuration. None is the default one."""
-
-    split: str
-    configuration: str | None = None
+HubSplit = tuple[str, str | None]  # a split of a Hub data set, and its configuration; None is the default one
 
 
 @dataclass(frozen=True)
@@ -33,13 +28,12 @@ class Benchmark:
 
     Attributes:
         name, title: name on the command line, and in a sentence.
-        hub_id, revision: the data set on the Hub.
+        hub_id: the data set on the Hub.
         splits: split -> split on the Hub.
         text, label: a column, or a function of a row. A label is an index, a name, or a list of either.
         label_names: names by index.
         license, note: licence as the Hub spells it; origin and licence in a sentence, for cards.
         problem_type: as in `ProbeConfig`.
-        keep: tells if a row belongs to the data set. Defaults to all.
         exchange: columns of the prompts and the replies, for heads that read replies.
         columns, slices: further columns to keep, and columns to report results by.
         question: question to a language model about a text, for prompting. Derived from the label names by default.
@@ -57,11 +51,9 @@ class Benchmark:
     note: str
     language: str = "en"
     problem_type: str = "single_label_classification"
-    keep: Callable[[Row], bool] | None = None
     exchange: tuple[str, str] | None = None
     columns: tuple[str, ...] = ()
     slices: tuple[str, ...] = ()
-    revision: str | None = None
     question: str | None = None
     verbalisers: tuple[str, ...] = ()
 
@@ -70,9 +62,8 @@ class Benchmark:
         sources = {"text": self.text, "label": self.label}
         sources |= {name: name for name in self.columns if name in table.column_names}
         try:
-            rows = [row for row in table if self.keep is None or self.keep(row)]
             return {
-                name: [source(row) if callable(source) else row[source] for row in rows]
+                name: [source(row) if callable(source) else row[source] for row in table]
                 for name, source in sources.items()
             }
         except KeyError as error:
@@ -99,7 +90,9 @@ def _any_category(row: Row) -> int:
 
 
 def _aegis_vote(row: Row) -> int | None:
-    """Return 0 if more than half of the annotators say `Safe`, else 1. `Needs Caution` and ties count as harmful."""
+    """Return 0 if most annotators of a prompt say `Safe`, 1 for ties and `Needs Caution`, None for other texts."""
+    if row["text_type"] != "user_message":
+        return None
     votes = [row.get(f"labels_{i}") for i in range(5)]
     votes = [vote for vote in votes if vote not in (None, "", "None")]
     if not votes:
@@ -125,7 +118,7 @@ _ALL = (
         name="toxicchat",
         title="ToxicChat 0124",
         hub_id="lmsys/toxic-chat",
-        splits={"train": HubSplit("train", "toxicchat0124"), "test": HubSplit("test", "toxicchat0124")},
+        splits={"train": ("train", "toxicchat0124"), "test": ("test", "toxicchat0124")},
         text="user_input",
         label="toxicity",
         label_names=("non-toxic", "toxic"),
@@ -142,7 +135,7 @@ _ALL = (
         name="wildguardmix",
         title="WildGuardMix",
         hub_id="allenai/wildguardmix",
-        splits={"train": HubSplit("train", "wildguardtrain"), "test": HubSplit("test", "wildguardtest")},
+        splits={"train": ("train", "wildguardtrain"), "test": ("test", "wildguardtest")},
         text="prompt",
         label="prompt_harm_label",
         label_names=("unharmful", "harmful"),
@@ -157,7 +150,7 @@ _ALL = (
         name="imdb",
         title="IMDB",
         hub_id="stanfordnlp/imdb",
-        splits={"train": HubSplit("train"), "test": HubSplit("test")},
+        splits={"train": ("train", None), "test": ("test", None)},
         text="text",
         label="label",
         label_names=("negative", "positive"),
@@ -172,7 +165,7 @@ _ALL = (
         name="sst2",
         title="SST-2",
         hub_id="stanfordnlp/sst2",
-        splits={"train": HubSplit("train"), "test": HubSplit("validation")},
+        splits={"train": ("train", None), "test": ("validation", None)},
         text="sentence",
         label="label",
         label_names=("negative", "positive"),
@@ -185,7 +178,7 @@ _ALL = (
         name="emotion",
         title="Emotion",
         hub_id="dair-ai/emotion",
-        splits={name: HubSplit(name, "split") for name in ("train", "validation", "test")},
+        splits={name: (name, "split") for name in ("train", "validation", "test")},
         text="text",
         label="label",
         label_names=("sadness", "joy", "love", "anger", "fear", "surprise"),
@@ -199,7 +192,7 @@ _ALL = (
         name="goemotions",
         title="GoEmotions",
         hub_id="google-research-datasets/go_emotions",
-        splits={name: HubSplit(name, "simplified") for name in ("train", "validation", "test")},
+        splits={name: (name, "simplified") for name in ("train", "validation", "test")},
         text="text",
         label="labels",
         label_names=tuple(_GO_EMOTIONS.split()),
@@ -213,7 +206,7 @@ _ALL = (
         name="xstest",
         title="XSTest v2",
         hub_id="Paul/XSTest",
-        splits={"test": HubSplit("train")},
+        splits={"test": ("train", None)},
         text="prompt",
         label="label",
         label_names=("safe", "unsafe"),
@@ -225,7 +218,7 @@ _ALL = (
         name="openai_moderation",
         title="OpenAI moderation evaluation set",
         hub_id="mmathys/openai-moderation-api-evaluation",
-        splits={"test": HubSplit("train")},
+        splits={"test": ("train", None)},
         text="prompt",
         label=_any_category,
         label_names=("unflagged", "flagged"),
@@ -239,13 +232,12 @@ _ALL = (
         name="aegis",
         title="Aegis 1.0",
         hub_id="nvidia/Aegis-AI-Content-Safety-Dataset-1.0",
-        splits={"train": HubSplit("train"), "test": HubSplit("test")},
+        splits={"train": ("train", None), "test": ("test", None)},
         text="text",
         label=_aegis_vote,
         label_names=("unharmful", "harmful"),
         license="cc-by-4.0",
         note="Aegis 1.0 (prompts, label by majority of the annotators), CC BY 4.0.",
-        keep=lambda row: row["text_type"] == "user_message",
         columns=("id",),
     ),
     Benchmark(
@@ -253,7 +245,7 @@ _ALL = (
         name="beavertails",
         title="BeaverTails-30k",
         hub_id="PKU-Alignment/BeaverTails",
-        splits={"train": HubSplit("30k_train"), "test": HubSplit("30k_test")},
+        splits={"train": ("30k_train", None), "test": ("30k_test", None)},
         text=_dialogue,
         label=lambda row: None if row["is_safe"] is None else int(not row["is_safe"]),
         label_names=("unharmful", "harmful"),
@@ -267,7 +259,7 @@ _ALL = (
         name="advbench",
         title="AdvBench",
         hub_id="walledai/AdvBench",
-        splits={"test": HubSplit("train")},
+        splits={"test": ("train", None)},
         text="prompt",
         label=lambda row: 1,
         label_names=("unharmful", "harmful"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from decimal import Decimal
 from itertools import chain
 from typing import Any
@@ -61,18 +62,12 @@ def read_labels(
 
 
 def _read_values(source: str, values: list[Any]) -> np.ndarray:
-    numbers = np.array(list(map(_read_value, values)))
-    wrong = np.flatnonzero(~(np.abs(numbers) <= _MAX_VALUE))
-    if len(wrong):
-        raise ProbeError(f"{source}: row {wrong[0]}: {values[wrong[0]]!r} is not a finite number up to {_MAX_VALUE:g}")
-    return numbers.astype(np.float32).reshape(-1, 1)
-
-
-def _read_value(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return np.nan
+    for row, value in enumerate(values):
+        with suppress(TypeError, ValueError, OverflowError):
+            if abs(float(value)) <= _MAX_VALUE:
+                continue
+        raise ProbeError(f"{source}: row {row}: {value!r} is not a finite number up to {_MAX_VALUE:g}")
+    return np.array(list(map(float, values)), dtype=np.float32).reshape(-1, 1)
 
 
 def _read_names(

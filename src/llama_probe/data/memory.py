@@ -45,23 +45,18 @@ def rows_in_memory(
     for old, new in (column_mapping or {}).items():
         if old not in columns or (new in columns and new not in column_mapping):
             raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
-    columns, own_names = (
-        {(column_mapping or {}).get(column, column): values for column, values in found.items()}
-        for found in (columns, own_names)
-    )
+    rename = {column: column for column in columns} | dict(column_mapping or {})
+    columns, own_names = ({rename[name]: found[name] for name in found} for found in (columns, own_names))
     label = next((column for column in ("label", "labels") if column in columns), None)
     if label is None:
         raise ProbeError(f"{name} has no column 'label'; it has: {', '.join(columns)} (column_mapping renames)")
-    own = own_names.get(label)
-    if problem_type == "regression":
-        own = None
+    own = None if problem_type == "regression" else own_names.get(label)
     if "input_ids" in columns:
         return _tokenized(name, columns, label, own, label_names, problem_type)
     prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
     text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
     if text is None:
-        had = ", ".join(columns)
-        raise ProbeError(f"{name} has none of: {', '.join(TEXT_COLUMNS)}; it has: {had} (column_mapping renames)")
+        raise ProbeError(f"{name} has none of: {', '.join(TEXT_COLUMNS)}; it has: {', '.join(columns)}")
     return label_rows(name, columns, text, label, label_names, own, problem_type, prompt)
 
 
@@ -99,26 +94,20 @@ def _read_columns(name: str, data: Any) -> tuple[dict[str, list[Any]], dict[str,
         plain = data.with_format(None)
         return {column: list(plain[column]) for column in plain.column_names}, names
     if hasattr(data, "columns"):  # a DataFrame; a missing value is None here
-        missing = data.isna()
-        return {
-            str(column): [
-                None if gone else value for value, gone in zip(data[column].tolist(), missing[column], strict=True)
-            ]
-            for column in data.columns
-        }, {}
+        found = data.astype(object).where(data.notna(), None)
+        return {str(column): found[column].tolist() for column in found.columns}, {}
     if isinstance(data, Mapping):
         columns = {str(column): _as_list(values) for column, values in data.items()}
         if len({len(values) if isinstance(values, list) else -1 for values in columns.values()} | {-1}) != 2:
             raise ProbeError(f"{name} must hold lists of the same length: {', '.join(columns) or 'no columns'}")
         return columns, {}
     rows = list(data)
-    if rows and all(isinstance(row, Mapping) for row in rows):
-        return {
-            column: [row.get(column) for row in rows] for column in dict.fromkeys(key for row in rows for key in row)
-        }, {}
     if rows and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows):
-        return {"text": [row[0] for row in rows], "label": [row[1] for row in rows]}, {}
-    raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
+        rows = [{"text": text, "label": label} for text, label in rows]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
+    names = dict.fromkeys(key for row in rows for key in row)
+    return {column: [row.get(column) for row in rows] for column in names}, {}
 
 
 def _as_list(values: Any) -> Any:

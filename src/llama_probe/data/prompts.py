@@ -173,10 +173,7 @@ class PromptFormat:
 
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`."""
-        encoded = self.encode(texts)
-        if not encoded:
-            raise ProbeError("texts=[] has no prompt to make a batch of")
-        return pad_prompts(encoded, self.tokenizer, padding_side)
+        return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
 
     def _encode_start(self, text: Text) -> list[int]:
         """Return the ids of a text, or of as much of a very long one as `max_length` can leave.
@@ -278,10 +275,9 @@ def is_text(value: Any) -> bool:
 
 
 def _is_turn(turn: Any) -> bool:
-    if not _has_role(turn):
-        return False
-    content = turn.get("content")
-    return is_text(content) if isinstance(content, str) else content is not None or bool(turn.get("tool_calls"))
+    content = turn.get("content") if _has_role(turn) else None
+    has_call = _has_role(turn) and bool(turn.get("tool_calls"))
+    return is_text(content) if isinstance(content, str) else content is not None or has_call
 
 
 def _has_role(turn: Any) -> bool:
@@ -303,8 +299,6 @@ def pad_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
-    if padding_side not in ("left", "right"):
-        raise ProbeError(f"padding_side={padding_side!r} is not allowed; allowed: left, right")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:

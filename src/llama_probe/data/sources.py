@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
 from ..errors import ProbeError
@@ -136,42 +135,28 @@ class DataSources:
         prompts = {benchmark.exchange[0] for benchmark in named if benchmark and benchmark.exchange}
         own = (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, *prompts)
         if own and all(named):
-            allowed = f" (allowed: prompt_column={', '.join(sorted(prompts))})" if prompts else ""
-            raise ProbeError(
-                f"text_column, label_column, prompt_column are for files, not for {', '.join(sources)}{allowed}"
-            )
+            raise ProbeError(f"text_column, label_column, prompt_column are for files, not for {', '.join(sources)}")
 
     def _check(self) -> None:
         if self.folds is not None and (self.folds < 0 or self.folds == 1):
             raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
-        if not self.train:
-            raise ProbeError(f"train={self.train} must name at least one source")
         limits = self.max_rows
         if limits is not None and (len(limits) not in (1, len(self.train)) or min(limits) < (len(limits) == 1)):
-            raise ProbeError(
-                f"max_rows={limits} must be one number from 1, or one from 0 for each of {len(self.train)} sources"
-            )
+            raise ProbeError(f"max_rows={limits} must be one number from 1, or one from 0 for each of train")
         check_augmentations(self.augment, self.augment_share, self.system_prompts is not None)
-        if self.system_prompts is not None and "system_prompt" not in self.augment:
-            raise ProbeError(f"system_prompts={self.system_prompts!r} has no effect without augment=['system_prompt']")
         for name in ("max_text", "max_extra_rows", "max_eval_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
         for name in ("validation_share", "test_share"):
             if (value := getattr(self, name)) is not None and not 0 < value < 1:
                 raise ProbeError(f"{name}={value} must lie between 0 and 1")
-        names = self.label_names
-        if names is not None and (not all(map(str.strip, names)) or len(set(names)) < len(names)):
-            raise ProbeError(f"label_names={names} must be different names, none of them empty")
         for group in (("eval", "folds", "validation_share"), ("test", "test_share")):
             given = [f"{name}={getattr(self, name)}" for name in group if getattr(self, name)]
             if len(given) > 1:
                 raise ProbeError(f"{' and '.join(given)} cannot be used together: leave one out")
         weights = self.extra_weights
-        if not weights or min(weights) < 0 or not math.isfinite(sum(weights)) or not any(weights):
-            raise ProbeError(f"extra_weights={weights} must be numbers of at least 0, not all of them 0")
-        if weights != [1.0] and not self.extra:
-            raise ProbeError(f"extra_weights={weights} needs rows: pass extra")
+        if min(weights) < 0 or not 0 < sum(weights) < math.inf or (weights != [1.0] and not self.extra):
+            raise ProbeError(f"extra_weights={weights} must be at least 0, not all 0, and needs extra")
 
     @staticmethod
     def _benchmark(source: str | None) -> Benchmark | None:
@@ -211,9 +196,8 @@ class DataSources:
         there = parts["test"].columns if "test" in parts else {}
         if missing := [column for column in self.slice_columns if column not in there]:
             raise ProbeError(f"slice_columns={missing} must be columns of test rows: {', '.join(there) or 'none'}")
-        if "test" in parts:
-            parts["test"] = parts["test"].at_most(self.max_eval_rows, seed)
-        parts = {"train": train, "validation": validation, **parts}
+        tests = {name: rows.at_most(self.max_eval_rows, seed) for name, rows in parts.items()}
+        parts = {"train": train, "validation": validation, **tests}
         if self.extra:
             parts["extra"] = self._read_extra(parts, seed)
         self._check_parts(parts)
@@ -284,9 +268,7 @@ class DataSources:
                 logger.warning(f"{left_out} rows of {source} are left out: they are validation or test rows as well")
         if not any(map(len, found)):
             raise ProbeError(f"extra={self.extra} has no rows beside the validation and test rows")
-        texts = [text for rows in found for text in rows.texts]
-        labels = np.concatenate([rows.labels for rows in found])
-        return LabelledTexts(texts, labels, train.label_names, train.problem_type, {})
+        return replace(LabelledTexts.join(found), columns={})
 
     def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
         names = self.label_names if like is None else like.label_names

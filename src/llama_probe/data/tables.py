@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # Words such as None and NA may be labels. One chunk lets all rows decide the type of a column.
 _CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 2**31 - 1}
-_LONG_NUMBER = re.compile(r"\s*[+-]?\d{20,}\s*")  # does not fit into 64 bits
 _PLACE = re.compile(r"([^:@]+)(?:@([^:]+))?(?::([^:]*)(?::([^:]+))?)?")
 
 
@@ -77,26 +76,18 @@ def read_table(
         raise ProbeError(f"{source}: {path} is on this machine and has no {source[len(place.id) :]}")
     if kind_of(path) and not os.path.exists(path):
         raise ProbeError(f"there is no file {path}")
-    if os.path.isfile(path) and kind_of(path) is None:
-        raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
     try:
         if os.path.isfile(path):
-            kind = kind_of(path)
-            options = _file_options([path], kind in ("csv", "tsv"), text_columns, needed, max_text)
-            if kind == "tsv":
-                kind, options["sep"] = "csv", "\t"
-            return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+            options = _file_options([path], text_columns, needed, max_text)
+            return datasets.load_dataset(kind_of(path), data_files=glob.escape(str(path)), split="train", **options)
         location, options = place.id, {}
         if os.path.isdir(path):
             location = str(path.resolve())  # The loader names rows by the folder, and `.` has no name.
             _check_card(Path(location))
             builder = datasets.load_dataset_builder(location, place.configuration)
             files = [Path(name) for part in (builder.config.data_files or {}).values() for name in part]
-            if strange := [file for file in files if kind_of(file) is None]:
-                raise ProbeError(f"{strange[0]} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
             check_links(Path(location), map(str, files))
-            is_csv = hasattr(builder.config, "keep_default_na")
-            options = _file_options(files, is_csv, text_columns, needed, max_text)
+            options = _file_options(files, text_columns, needed, max_text)
         data = datasets.load_dataset(location, place.configuration, revision=place.revision, **options)
     except ProbeError:
         raise
@@ -141,21 +132,18 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _file_options(
-    files: Sequence[Path], are_csv: bool, text_columns: Sequence[str], needed: Sequence[str], max_text: int
+    files: Sequence[Path], text_columns: Sequence[str], needed: Sequence[str], max_text: int
 ) -> dict[str, Any]:
-    """Return the options of `load_dataset` for local files."""
+    """Check local files, and return the options of `load_dataset` for them."""
     # The loader caches by path and time of change alone: a digest of the contents tells files apart.
-    digest = hashlib.sha256()
+    digest, is_csv = hashlib.sha256(), False
     for path in files:
+        if kind_of(path) is None:
+            raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         InputFile(path, kind_of(path)).check_whole(max_text)
-    options: dict[str, Any] = {"description": digest.hexdigest()}
-    if not are_csv:
-        return options
-    texts = set(text_columns)
-    for file in (InputFile(path, kind_of(path)) for path in files if kind_of(path)):
-        file.fields([*text_columns, *needed])
-        cells = (pair for row in file for pair in row.items())
-        texts |= {name for name, cell in cells if len(cell) > 19 and _LONG_NUMBER.fullmatch(cell)}
-    return {**options, **_CSV, "converters": dict.fromkeys(sorted(texts), str)}
+        if is_csv := kind_of(path) == "csv":
+            InputFile(path, "csv").fields([*text_columns, *needed])
+    csv_options = {**_CSV, "converters": dict.fromkeys(text_columns, str)} if is_csv else {}
+    return {"description": digest.hexdigest(), **csv_options}

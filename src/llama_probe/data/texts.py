@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -155,21 +155,11 @@ def warn_of_labels(counts: Mapping[str, int]) -> None:
     if max(counts.values(), default=0) <= _FEW:
         return
     for name in rare:
-        alike = [other for other in counts if other != name and _differ_by_a_letter(name, other)]
-        doubt = (
-            f"; is it {max(alike, key=counts.get)!r}, which {counts[max(alike, key=counts.get)]} have?"
-            if alike
-            else ""
-        )
+        folded = {other.strip().casefold(): other for other in counts if other != name}
+        alike = get_close_matches(name.strip().casefold(), folded, 1, 0.75)
+        best = folded[alike[0]] if alike else None
+        doubt = f"; is it {best!r}, which {counts[best]} have?" if alike else ""
         logger.warning(f"Only {counts[name]} of {sum(counts.values())} training rows have the label {name!r}{doubt}")
-
-
-def _differ_by_a_letter(one: str, other: str) -> bool:
-    """Return True if two names of three letters or more are the same but for a letter, case and spaces."""
-    a, b = one.strip().casefold(), other.strip().casefold()
-    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-    same = a[start + 1 :] == b[start + 1 :] or a[start + 1 :] == b[start:] or a[start:] == b[start + 1 :]
-    return same and min(len(a), len(b)) > 2
 
 
 def ends_with_reply(text: Text) -> bool:
@@ -298,25 +288,19 @@ def read_benchmark(
     if data_dir is not None:
         table = read_table(str(splits[split]), text_columns=["text"])
     else:
-        place = benchmark.splits[split]
+        name, configuration = benchmark.splits[split]
         try:
-            table = datasets.load_dataset(
-                benchmark.hub_id, place.configuration, split=place.split, revision=benchmark.revision
-            )
+            table = datasets.load_dataset(benchmark.hub_id, configuration, split=name)
         except Exception as error:  # The loaders raise dozens of types.
-            raise ProbeError(
-                f"{benchmark.hub_id} cannot be loaded: {reason(error)} (if it is gated, log in; or --data-dir)"
-            ) from error
+            raise ProbeError(f"{benchmark.hub_id} cannot be loaded: {reason(error)} (or pass data_dir)") from error
     if data_dir is not None and {"text", "label"} <= set(table.column_names):
         columns = {name: table[name][:] for name in table.column_names}
     else:
         columns = benchmark.convert(table)
-    count = len(columns["text"])
-    full = [row for row in range(count) if not _is_empty(columns["text"][row], columns["label"][row])]
-    if len(full) < count:
-        logger.warning(
-            f"{count - len(full)} of {count} rows of {benchmark.name}:{split} have no text or no label and are left out."
-        )
+    pairs = zip(columns["text"], columns["label"], strict=True)
+    full = [row for row, pair in enumerate(pairs) if not _is_empty(*pair)]
+    if missing := len(columns["text"]) - len(full):
+        logger.warning(f"{missing} rows of {benchmark.name}:{split} have no text or no label and are left out.")
         columns = {name: [values[row] for row in full] for name, values in columns.items()}
     return columns
 
