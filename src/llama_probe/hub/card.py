@@ -19,6 +19,7 @@ from ..errors import ProbeError
 from ..files import current_file, settle, write_atomically
 from .folder import (
     CARD_NAME,
+    LATER_RESULTS,
     PLOT_NAMES,
     RESULTS_NAME,
     chosen_run,
@@ -240,12 +241,16 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 def _card(folder: Path, config: dict[str, Any], results, plots: Sequence[str], source, license, tags) -> ModelCard:
     from jinja2 import Environment, StrictUndefined
 
-    later = _measured_later(config, results or {})
+    values = {name: (results or {}).get(name) for name in LATER_RESULTS}
     results = training_results(results)
     facts = CardFacts(**results["card"]) if results else CardFacts()
     source = source or folder.resolve().name
     name, base = default_name(source), config["base_model_name_or_path"]
-    values = {"config": config, "results": results, "facts": asdict(facts), "name": name, "source": source, **later}
+    values |= {"config": config, "results": results, "facts": asdict(facts), "name": name, "source": source}
+    chosen = [rule for rule in measured_rules(results).get(config["labels"][-1], []) if rule["chosen"]]
+    values["halt"] = {"label": config["labels"][-1], "threshold": 0.5}
+    if chosen:
+        values["halt"] |= {"threshold": round(chosen[0]["threshold"], 3), "patience": chosen[0]["patience"]}
     scores = {}
     if results:
         split = "test" if "test" in results["summary"] else "validation"
@@ -277,47 +282,9 @@ def _card(folder: Path, config: dict[str, Any], results, plots: Sequence[str], s
     environment.filters |= {f.__name__: f for f in (line, cell, code, block, word, quote)}
     environment.filters["number"] = "{:g}".format
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(values | _described(config, results, facts), marker=MARKER)
+    chat = example_chat(config["system_prompt"])
+    text = template.render(values, marker=MARKER, base=base, is_hub_id=is_hub_id(base), chat=chat)
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n")
-
-
-def _described(config: dict[str, Any], results: dict[str, Any] | None, facts: CardFacts) -> dict[str, Any]:
-    """Return the template's values that need no measurements."""
-    base = config["base_model_name_or_path"]
-    chosen = [rule for rule in measured_rules(results).get(config["labels"][-1], []) if rule["chosen"]]
-    halt = {"label": config["labels"][-1], "threshold": 0.5}
-    if chosen:
-        halt |= {"threshold": round(chosen[0]["threshold"], 3), "patience": chosen[0]["patience"]}
-    verb = {"regression": "scores", "multi_label_classification": "gives any of"}
-    quantized = f", {config['base_model_quantization']}" if config["base_model_quantization"] else ""
-    backbone = {
-        "model": base,
-        "revision": config["base_model_revision"],
-        "class": config["base_model_class"],
-        "hidden size, layers": f"{config['hidden_size']}, {config['num_hidden_layers']}",
-        "vocabulary": config["vocab_size"],
-        "weights at training": (config["base_model_dtype"] or "unknown dtype") + quantized,
-        "chat template": (config["chat_template_hash"] or "")[:16] or None,
-    }
-    rendered = {
-        "chat": "prompts rendered with the model's chat template",
-        "raw": "raw text, without a chat template",
-    }.get(config["prompt_format"] or "chat", "rows that its user tokenised: how prompts were rendered is not known")
-    other = "only: a fine-tuned or otherwise changed backbone has other states"
-    return {
-        "link": f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else word(base or "a causal LM"),
-        "gives": f"{verb.get(config['problem_type'], 'gives one of')} {', '.join(map(code, config['labels']))}",
-        "base": base or "the-backbone",
-        "chat": example_chat(config["system_prompt"]),
-        "halt": halt,
-        "backbone": [(key, value) for key, value in backbone.items() if value is not None],
-        "limits": [
-            f"Fits {base or 'one backbone'} {other}",
-            f"Trained on {rendered}",
-            *facts.limits,
-            *([] if results else ["Nothing was measured of this head"]),
-        ],
-    }
 
 
 def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, Any], split: str, metrics: list[str]):
@@ -352,38 +319,6 @@ def _measured(plots: Sequence[str], config: dict[str, Any], results: dict[str, A
         "halting": _halting(results),
         "plots": [(name, title) for name, title in zip(PLOT_NAMES, _PLOT_TITLES, strict=True) if name in plots],
     }
-
-
-def _measured_later(config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """Return the template's values about what `calibrate` and `evaluate --record` wrote."""
-    fitted, tables = results.get("thresholds_from"), results.get("evaluations", {})
-    wrapped = {name: found["wrappings"] for name, found in tables.items() if "wrappings" in found}
-    return {
-        "fitted": fitted,
-        "thresholds": [
-            (name, f"{value:.3f}", f"{fitted['rates'][name]:.1%}" if fitted and name in fitted["rates"] else "-")
-            for name, value in (config["thresholds"] or {}).items()
-        ],
-        "evaluations": [
-            (name, found["rows"], found["source"], _recorded_cells(found)) for name, found in tables.items()
-        ],
-        "wrapped": [(name, found, min(found["kept"], key=found["kept"].get)) for name, found in wrapped.items()],
-        "novelty": results.get("novelty"),
-        "told_apart": {name: found["novelty"] for name, found in tables.items() if "novelty" in found},
-    }
-
-
-def _recorded_cells(found: dict[str, Any]) -> list[str]:
-    """Return threshold, share flagged, AUROC and AUPRC, with their intervals."""
-    cells, flagged = ["-", "-"], found.get("flagged")
-    if flagged:
-        low, high = flagged["interval"]
-        cells = [f"{flagged['threshold']:.3f}", f"{flagged['share']:.1%} ({low:.1%} to {high:.1%})"]
-    for key in ("auroc", "auprc"):
-        value, interval = found["metrics"].get(key), found["intervals"].get(key)
-        spread = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-        cells.append("-" if value is None else f"{value:.3f}{spread}")
-    return cells
 
 
 def _halting(results: dict[str, Any]) -> list[dict[str, Any]]:
