@@ -245,7 +245,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path, monkeypatch)
         assert (tmp_path / "back" / name).read_bytes() == (output / name).read_bytes()
     words = ("classify", "bad luck", "--backbone", backbone_folder, "--probe", "alice/mood:v1", "--json")
     assert succeed(*words)[0]["labels"]["v1"] in ("fine", "awful")
-    monkeypatch.setenv("HF_TOKEN", hub.add_token("alice", role="read"))
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice", "read"))
     assert "hf_" not in refuse("push", output, "alice/mood")
 
 

@@ -26,15 +26,12 @@ LIBRARIES = ("huggingface_hub", "transformers", "llama_probe")
 
 def changed_constants(server: HubServer, home: Path) -> dict[str, object]:
     """The constants that the client would have, had it been imported with the server's environment."""
-    cache, assets = str(home / "hub"), str(home / "assets")
     return {
         "ENDPOINT": server.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_URL_HOSTS": constants.HF_URL_HOSTS | {urlsplit(server.url).hostname},
         "HF_HOME": str(home),
-        **dict.fromkeys(("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"), cache),
-        **dict.fromkeys(("HF_ASSETS_CACHE", "HUGGINGFACE_ASSETS_CACHE"), assets),
-        "HF_XET_CACHE": str(home / "xet"),
+        **dict.fromkeys(("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"), str(home / "hub")),
         "HF_TOKEN_PATH": str(home / "token"),
         "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
         "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),

@@ -40,10 +40,10 @@ class Blob:
         git = hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
         return self.sha256 if self.lfs else git
 
-    def entry(self, name: str, path: str) -> dict:
-        """The file as the API lists it; `name` is the key of its path."""
+    def entry(self, path: str) -> dict:
+        """The file as the API lists it."""
         lfs = {"lfs": {"oid": self.sha256, "sha256": self.sha256, "size": len(self.data), "pointerSize": 1}}
-        return {"type": "file", name: path, "size": len(self.data), "oid": self.oid, **(lfs if self.lfs else {})}
+        return {"type": "file", "path": path, "size": len(self.data), "oid": self.oid, **(lfs if self.lfs else {})}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,10 @@ class Repository:
             revision = f"refs/pr/{sum(ref.startswith('refs/pr/') for ref in self.refs) + 1}"
         self.refs[revision] = commit
         return commit
+
+
+def folder_entry(path: str) -> dict:
+    return {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
 
 
 def card_data(files: Mapping[str, Blob]) -> dict:

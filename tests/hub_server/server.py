@@ -17,7 +17,17 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from .faults import Faults
-from .repository import FIRST_FILES, LFS_SUFFIXES, Blob, Refusal, Repository, card_data, check_card, check_path
+from .repository import (
+    FIRST_FILES,
+    LFS_SUFFIXES,
+    Blob,
+    Refusal,
+    Repository,
+    card_data,
+    check_card,
+    check_path,
+    folder_entry,
+)
 
 
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
@@ -34,7 +44,6 @@ ROUTES = {
     "tree": rf"GET {_API}/tree/{_REVISION}(?:/(?P<path>.*))?",
     "info": rf"GET {_API}(?:/revision/{_REVISION})?",
     "batch": rf"POST /{_ID}\.git/info/lfs/objects/batch",
-    "verify": rf"POST /{_ID}\.git/info/lfs/verify",
     "put": rf"PUT /cdn/{_ID}/(?P<oid>\w{{64}})",
     "get": r"GET /cdn/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/(?P<oid>\w{64})/.*",
     "resolve": rf"GET /(?P<kind>datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.*)",
@@ -102,11 +111,7 @@ class HubServer:
         finally:
             self.start()
 
-    def add_user(self, name: str) -> str:
-        """Return a token of a new user that may write."""
-        return self.add_token(name, "write")
-
-    def add_token(self, user: str, role: str = "read") -> str:
+    def add_user(self, user: str, role: str = "write") -> str:
         """Return a token of the role `read` or `write`."""
         token = "hf_" + secrets.token_hex(17)
         self.tokens[token] = (user, role)
@@ -295,16 +300,13 @@ class Handler(BaseHTTPRequestHandler):
     def on_info(self):
         repo = self.readable()
         commit = repo.find(self.part.get("revision", "main"))
-        card = card_data(commit.files)
-        named = {
+        return {
             "id": repo.id.removeprefix("datasets/"),
-            "author": repo.owner,
             "sha": commit.oid,
-            "private": repo.private,
+            "cardData": card_data(commit.files),
+            "tags": [],
+            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
         }
-        siblings = [{"rfilename": path, "size": len(blob.data)} for path, blob in sorted(commit.files.items())]
-        more = {"cardData": card, "tags": card.get("tags", []), "downloads": 0, "likes": 0, "gated": False}
-        return {"_id": repo.id, **named, **more, "siblings": siblings}
 
     def on_tree(self):
         commit, folder = self.readable().find(self.part["revision"]), self.part.get("path", "")
@@ -314,21 +316,18 @@ class Handler(BaseHTTPRequestHandler):
             if path.startswith(start):
                 first, _, rest = path.removeprefix(start).partition("/")
                 if rest:
-                    entries[start + first] = {"type": "directory", "path": start + first, "size": 0, "oid": "0" * 40}
+                    entries[start + first] = folder_entry(start + first)
                 if not rest or "recursive" in self.query:
-                    entries[path] = blob.entry("path", path)
+                    entries[path] = blob.entry(path)
         if folder and not entries:
             raise Refusal(404, f"Entry not found: {folder}", "EntryNotFound")
         return list(entries.values())
 
     def on_paths(self):
         files = self.readable().find(self.part["revision"]).files
-        form = self.json["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode()).get("paths", [])
-        folders = {path: {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in form}
-        found = {path: files[path].entry("path", path) for path in form if path in files}
-        return list(found.values()) + [
-            folders[path] for path in form if any(name.startswith(f"{path}/") for name in files)
-        ]
+        asked = self.json["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode()).get("paths", [])
+        folders = [path for path in asked if any(name.startswith(f"{path}/") for name in files)]
+        return [files[path].entry(path) for path in asked if path in files] + list(map(folder_entry, folders))
 
     def on_branch(self):
         repo = self.writable()
@@ -338,21 +337,18 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def on_preupload(self):
-        commit = self.writable().find(self.part["revision"])
-        answer = []
-        for file in self.json["files"]:
-            mode = "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"
-            old = commit.files.get(file["path"])
-            known = {} if old is None else {"oid": old.oid}
-            answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+        commit, answer = self.writable().find(self.part["revision"]), []
+        for path in (file["path"] for file in self.json["files"]):
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
+            known = {"oid": commit.files[path].oid} if path in commit.files else {}
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
         return {"files": answer, "commitOid": commit.oid}
 
     def on_batch(self):
         repo, objects = self.writable(), []
-        verify = {"href": f"{self.hub.url}/{repo.id}.git/info/lfs/verify"}
         for item in self.json["objects"]:
-            upload = {"href": f"{self.hub.cdn_url}/cdn/{repo.id}/{item['oid']}"}
-            actions = {} if item["oid"] in repo.objects else {"actions": {"upload": upload, "verify": verify}}
+            upload = {"upload": {"href": f"{self.hub.cdn_url}/cdn/{repo.id}/{item['oid']}"}}
+            actions = {} if item["oid"] in repo.objects else {"actions": upload}
             objects.append({"oid": item["oid"], "size": item["size"], **actions})
         return {"transfer": "basic", "objects": objects}
 
@@ -360,10 +356,6 @@ class Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(self.body).hexdigest() != self.part["oid"]:
             raise Refusal(400, "The uploaded bytes do not have the declared sha256")
         self.hub.repositories[self.part["id"]].objects[self.part["oid"]] = self.body
-        return {}
-
-    def on_verify(self):
-        assert len(self.writable().objects[self.json["oid"]]) == self.json["size"]
         return {}
 
     def on_commit(self):
@@ -384,13 +376,9 @@ class Handler(BaseHTTPRequestHandler):
                 files[check_path(value["path"])] = Blob(base64.b64decode(value["content"]))
         card_data(files)
         commit = repo.commit(self.part["revision"], files, as_pull)
-        answer = {
-            "success": True,
-            "commitOid": commit.oid,
-            "commitUrl": f"{self.hub.url}/{repo.id}/commit/{commit.oid}",
-        }
-        number = sum(ref.startswith("refs/pr/") for ref in repo.refs)
-        return answer | ({"pullRequestUrl": f"{self.hub.url}/{repo.id}/discussions/{number}"} if as_pull else {})
+        page, number = f"{self.hub.url}/{repo.id}", sum(ref.startswith("refs/pr/") for ref in repo.refs)
+        answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{page}/commit/{commit.oid}"}
+        return answer | ({"pullRequestUrl": f"{page}/discussions/{number}"} if as_pull else {})
 
     def on_resolve(self):
         repo, path = self.readable(), self.part["path"]
