@@ -103,14 +103,6 @@ def test_a_kind_as_the_page_writes_it_runs_where_the_model_is():
     assert found.logits.device.type == "meta"
 
 
-def test_an_exported_repository_is_loaded_with_its_heads(desk, backbone_folder):
-    """Without `probe=` it is the plain model, and the page would show an empty list."""
-    *_, export, load = BLOCK.findall((DOCS / "sharing.md").read_text())
-    run_shell(export[1], backbone_folder)
-    exec(load[1], names := {"__name__": "__main__"})
-    assert names["exported"].active_probes == ["sst2-mha"]
-
-
 @pytest.mark.parametrize("page", WRITTEN)
 def test_the_links_lead_somewhere(page):
     page = ROOT / page

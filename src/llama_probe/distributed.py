@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -174,23 +174,20 @@ def on_main(function: Callable[[], T]) -> T:
 
 def check_shared(folder: Path) -> None:
     """Make a folder, and check that all ranks see the same one."""
-    mark = folder / f".ranks.{on_main(lambda: uuid.uuid4().hex)}"
 
-    def write() -> None:
+    def mark() -> str:
         make_folder(folder)
         try:
-            if world_size() > 1:
-                mark.touch()
+            return tempfile.mkdtemp(prefix=".ranks.", dir=folder)
         except OSError as error:
             raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
 
-    on_main(write)
-    seen = gather(world_size() == 1 or mark.exists())
+    name = Path(on_main(mark)).name
+    blind = [number for number, sees in enumerate(gather((folder / name).exists())) if not sees]
     if is_main():
-        mark.unlink(missing_ok=True)
-    if not all(seen):
-        blind = ", ".join(str(number) for number, sees in enumerate(seen) if not sees)
-        raise ProbeError(f"{folder} must be on a file system that all machines share; rank {blind} does not see it")
+        (folder / name).rmdir()
+    if blind:
+        raise ProbeError(f"{folder} must be on a file system that all machines share; ranks {blind} do not see it")
 
 
 @contextmanager
@@ -204,7 +201,14 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     is_new = not folder.exists()
     held: list[int] = []
-    on_main(lambda: held.extend(_claim(folder)))
+
+    def claim() -> None:
+        make_folder(folder)
+        if (handle := lock(folder.resolve())) is None:
+            raise ProbeError(f"another run is at work in {folder}: wait for its end, or name another folder")
+        held.append(handle)
+
+    on_main(claim)
     try:
         yield
     finally:
@@ -212,13 +216,6 @@ def claimed(folder: Path) -> Iterator[None]:
             os.close(handle)
             if is_new and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _claim(folder: Path) -> list[int]:
-    make_folder(folder)
-    if (handle := lock(folder.resolve())) is None:
-        raise ProbeError(f"another run is at work in {folder}: wait for its end, or name another folder")
-    return [handle]
 
 
 def _create_group() -> None:

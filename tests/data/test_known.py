@@ -140,7 +140,7 @@ def test_replies_of_a_benchmark(on_hub):
     asked = {"role": "user", "content": "Q"}
     assert rows.texts == [[asked, {"role": "assistant", "content": reply}] for reply in "AB"]
     assert rows.labels.tolist() == [0, 1] and list(rows.columns) == ["category"]
-    with pytest.raises(ProbeError, match="allowed: prompt_column='prompt'"):
+    with pytest.raises(ProbeError, match="prompt_column='prompt'"):
         read_labelled("beavertails", split="test", prompt_column="question")
 
 

@@ -183,7 +183,7 @@ class TestExtraRows:
         write(tmp_path / "goemotions" / "train.jsonl", [{"text": "Wow.", "label": [1, 2]}])
         parts = DataSources("toxicchat", extra=["advbench"], data_dir=tmp_path).read(0)
         assert parts["extra"].label_names == parts["train"].label_names and parts["extra"].labels.tolist() == [1]
-        with pytest.raises(ProbeError, match="goemotions is multi_label_classification"):
+        with pytest.raises(ProbeError, match="goemotions is for multi_label_classification"):
             DataSources("toxicchat", extra=["goemotions"], data_dir=tmp_path).read(0)
 
 

@@ -194,10 +194,6 @@ def test_a_full_disk(tmp_path, lm, monkeypatch, foreseen):
     assert not names(tmp_path)
 
 
-def test_wrong_rows(tmp_path, lm):
-    with pytest.raises(ProbeError, match="2 labels for 3 prompts"):
-        PromptDataset([[1], [2], [3]], np.zeros(2, dtype=int))
-    with pytest.raises(ProbeError, match="1 masks for 2 prompts"):
-        PromptDataset([[1], [2]], np.zeros(2, dtype=int), [[True]])
+def test_rows_that_no_head_reads(tmp_path, lm):
     with pytest.raises(ProbeError, match="no token that a head reads"):
         StateCache(tmp_path).dataset(lm, HEAD, [PREFIX], LABELS[:1])

@@ -58,28 +58,14 @@ def test_the_threshold_has_the_best_f1():
     assert f1_at(expected_f1_threshold(scores, apart), scores, apart) == 1
 
 
-def test_the_expected_f1_is_steadier():
-    """If scores are true probabilities, the best threshold is half the best F1. A tenth of the rows are positive."""
+def test_the_best_expected_f1_is_twice_its_threshold():
+    """It is so if scores are true probabilities. A tenth of the rows are positive."""
     rng = np.random.default_rng(0)
-
-    def draw(rows):
-        odds = np.exp(rng.normal(-4, 3, rows))
-        scores = odds / (1 + odds)
-        return scores, (rng.random(rows) < scores).astype(int)
-
-    def f1(threshold):
-        flagged = many[0] >= threshold
-        return 2 * many[1][flagged].sum() / (flagged.sum() + many[1].sum())
-
-    many = draw(100_000)
-    best = max(f1(threshold) for threshold in np.linspace(0.05, 0.95, 91))
-    assert expected_f1_threshold(*draw(20_000)) == pytest.approx(best / 2, abs=0.02)
-    found = [
-        [rule(*rows) for rule in (expected_f1_threshold, best_f1_threshold)] for rows in (draw(300) for _ in range(40))
-    ]
-    expected, raw = (np.array([f1(threshold) for threshold in part]) for part in zip(*found, strict=True))
-    assert expected.mean() > raw.mean() + 0.003 and expected.min() > raw.min()
-    assert np.std([row[0] for row in found]) < 0.7 * np.std([row[1] for row in found])
+    odds = np.exp(rng.normal(-4, 3, 40_000))
+    scores = odds / (1 + odds)
+    positives = (rng.random(40_000) < scores).astype(int)
+    best = max(f1_at(threshold, scores, positives) for threshold in np.linspace(0.05, 0.95, 91))
+    assert expected_f1_threshold(scores[:20_000], positives[:20_000]) == pytest.approx(best / 2, abs=0.02)
 
 
 @settings(max_examples=50, deadline=None)
@@ -175,6 +161,8 @@ def test_calibrate_sets_what_the_problem_has():
     three = calibrate(THREE, torch.randn(60, 3, generator=generator), torch.arange(60) % 3)
     assert three.threshold is None and three.temperature != 1.0
     assert calibrate(VALUE, torch.randn(5, 1), torch.randn(5, 1)) == VALUE
+    named = CONFIG.replace(thresholds={"fpr-2%": 0.5})
+    assert calibrate(named, logits_of([0.1, 0.9, 0.2]), torch.tensor([0, 1, 0])).thresholds is None
 
 
 def test_calibrate_keeps_to_the_rate():
@@ -199,7 +187,6 @@ def test_calibrate_keeps_to_the_rate():
         ({}, {"threshold_rule": "f2"}, "threshold_rule='f2'"),
         ({}, {"max_false_positive_rate": 1.0}, "max_false_positive_rate=1.0"),
         ({}, {"max_false_positive_rate": -0.1}, "max_false_positive_rate=-0.1"),
-        ({}, {"max_false_positive_rate": float("nan")}, "max_false_positive_rate=nan"),
         ({"num_labels": 3}, {"max_false_positive_rate": 0.1}, "num_labels=3"),
         ({"num_labels": 1, "problem_type": "regression"}, {"max_false_positive_rate": 0.1}, "'regression'"),
     ],
@@ -250,12 +237,10 @@ def test_reliability_by_hand():
 def test_the_calibration_error_is_that_of_the_rows():
     """It is rounded once, at the end, not summed over rounded bins."""
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        probs, labels = rng.uniform(0.01, 0.99, 40), rng.integers(0, 2, 40)
-        places = np.floor(probs * 10)
-        gaps = [abs((probs - labels)[places == place].sum()) for place in range(10)]
-        error = reliability(logits_of(probs), labels, CONFIG)["error"]
-        assert error == pytest.approx(sum(gaps) / 40, abs=5.1e-5)
+    probs, labels = rng.uniform(0.01, 0.99, 40), rng.integers(0, 2, 40)
+    gaps = [abs((probs - labels)[np.floor(probs * 10) == place].sum()) for place in range(10)]
+    error = reliability(logits_of(probs), labels, CONFIG)["error"]
+    assert error == pytest.approx(sum(gaps) / 40, abs=5.1e-5)
 
 
 @settings(max_examples=50, deadline=None)
@@ -293,8 +278,3 @@ def test_rows_that_no_threshold_passes():
     with pytest.raises(ProbeError, match="probability of 1"):
         with_rates(CONFIG, certain, [0.1])
     assert with_rates(CONFIG, logits_of([0.5] * 20), [0.1]).threshold > 0.5
-
-
-def test_thresholds_go_with_the_temperature():
-    named = CONFIG.replace(thresholds={"fpr-2%": 0.5})
-    assert calibrate(named, logits_of([0.1, 0.9, 0.2]), torch.tensor([0, 1, 0])).thresholds is None

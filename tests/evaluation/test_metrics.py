@@ -34,17 +34,6 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_two_labels(rng):
-    logits, truth = rng.normal(size=(200, 2)).astype(np.float32), rng.integers(0, 2, 200)
-    head = config(temperature=3.0, threshold=0.45)
-    found = score_logits(torch.from_numpy(logits), truth, head)
-    probs = (torch.from_numpy(logits) / 3).softmax(-1)[:, 1].numpy()
-    assert found["f1"] == pytest.approx(f1_score(truth, probs >= 0.45))
-    assert found["auprc"] == pytest.approx(average_precision_score(truth, probs))
-    assert found["auroc"] == pytest.approx(roc_auc_score(truth, probs))
-    assert found["accuracy"] == pytest.approx(np.mean((probs >= 0.45) == truth))
-
-
 def test_more_labels(rng):
     probs, truth = rng.dirichlet(np.ones(4), 100), rng.integers(0, 3, 100)  # label 3 never occurs
     found, given = score(probs, truth, config(num_labels=4)), probs.argmax(1)

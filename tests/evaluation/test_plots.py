@@ -62,11 +62,6 @@ def test_what_they_show(inspection):
     (axes,) = layer_weights_plot(inspection).axes
     assert texts(axes.get_legend().get_texts()) == ["no", "yes"]
     assert list(axes.lines[1].get_ydata()) == [0.1, 0.1, 0.8]
-
-
-def test_layers_are_marked_by_whole_numbers(inspection):
-    inspection["layer_weights"]["layers"] = [0, 10, 20]
-    (axes,) = layer_weights_plot(inspection).axes
     assert all(place.is_integer() for place in axes.get_xticks().tolist())
 
 
@@ -84,15 +79,13 @@ def test_confusion(count):
     names = [f"$label_{i}$" for i in range(count)]
     figure = confusion_plot({"split": "test", "confusion": matrix.tolist()}, names)
     (axes,) = figure.axes
-    shown = {text.get_position(): text.get_text().split("\n")[0].replace(",", "") for text in axes.texts}
+    shown = {text.get_position(): text.get_text().replace(",", "") for text in axes.texts if text.get_text()}
     expected = {(column, line): str(rows) for (line, column), rows in np.ndenumerate(matrix) if rows}
     assert shown == expected, "columns are what the head gives"
     assert f"{matrix.trace():,} of {matrix.sum():,} right" in axes.get_title()
     totals = matrix.sum(axis=1)
     assert texts(axes.get_yticklabels()) == [f"{name} ({n:,})" for name, n in zip(names, totals, strict=True)]
-    right, wrong = (image.get_array() for image in axes.images)
-    assert right.mask[1].sum() == count - 1 and right[1, 1] == pytest.approx(matrix[1, 1] / totals[1])
-    assert wrong.mask[1, 1]
+    assert axes.images[0].get_array()[1, 1] == pytest.approx(matrix[1, 1] / totals[1])
     figure.draw_without_rendering()
     width = axes.texts[-1].get_window_extent().width
     assert width < axes.get_window_extent().width / count, "a number fits into its cell"

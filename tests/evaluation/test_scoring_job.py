@@ -200,15 +200,15 @@ def test_another_job_is_refused(tmp_path, heads, run):
     run(one, more, probes=heads[:2])
     for inputs, changes, words in (
         ([one, more], {"chunk_rows": 4}, r"chunk_rows=5 \(now 4\)"),
-        ([one, more], {"probes": heads[:1]}, r"heads\.topics"),
-        ([one, more], {"probes": heads[1::-1]}, "order of heads"),
-        ([more, one], {}, "order of inputs"),
-        ([one], {}, r"b\.jsonl"),
+        ([one, more], {"probes": heads[:1]}, "heads="),
+        ([one, more], {"probes": heads[1::-1]}, "heads="),
+        ([more, one], {}, "inputs="),
+        ([one], {}, "inputs="),
     ):
         with pytest.raises(ProbeError, match=words):
             run(*inputs, **{"probes": heads[:2], "resume": True, **changes})
     write(one, 8)
-    with pytest.raises(ProbeError, match=r"a\.jsonl"):
+    with pytest.raises(ProbeError, match="inputs="):
         run(one, more, probes=heads[:2], resume=True)
     (tmp_path / "out" / MANIFEST_NAME).write_text("[]")
     with pytest.raises(ProbeError, match="damaged"):

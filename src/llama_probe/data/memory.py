@@ -79,8 +79,7 @@ def _tokenized(name, columns, label, own_names, label_names, problem_type) -> La
     if not ids or not all(ids):
         raise ProbeError(f"{name} holds no rows, or a row without input_ids")
     further = {"probe_mask": read("probe_mask")} if "probe_mask" in columns else {}
-    labels, names, problem_type = read_labels(name, columns[label], own_names or label_names, problem_type)
-    rows = LabelledTexts(ids, labels, names, problem_type, further)
+    rows = LabelledTexts(ids, *read_labels(name, columns[label], own_names or label_names, problem_type), further)
     return rows.renamed(label_names) if own_names and label_names else rows
 
 

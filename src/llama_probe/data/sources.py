@@ -254,14 +254,8 @@ class DataSources:
         found = []
         for source in self.extra:
             benchmark = self._benchmark(source)
-            if benchmark is None:
-                rows = self._read(source, "train", train)
-            else:
-                split = "train" if "train" in benchmark_splits(benchmark, self.data_dir) else "test"
-                rows = read_labelled(source, split=split, data_dir=self.data_dir, max_text=self.max_text)
-                if rows.problem_type != train.problem_type:
-                    raise ProbeError(f"{source} is {rows.problem_type}, and {self.train[0]} is {train.problem_type}")
-                rows = rows.renamed(train.label_names)
+            has_train = benchmark is None or "train" in benchmark_splits(benchmark, self.data_dir)
+            rows = self._read(source, "train" if has_train else "test", train)
             allowed = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in judged])
             found.append(allowed.at_most(self.max_extra_rows, seed))
             if left_out := len(rows) - len(allowed):

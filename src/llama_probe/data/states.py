@@ -59,9 +59,6 @@ class PromptDataset(Dataset):
     def __init__(
         self, prompts: Sequence[Sequence[int]], labels: np.ndarray, masks: Sequence[Sequence[bool]] | None = None
     ):
-        for name, given in (("labels", labels), ("masks", prompts if masks is None else masks)):
-            if len(given) != len(prompts):
-                raise ProbeError(f"there are {len(given)} {name} for {len(prompts)} prompts")
         self.prompts, self.labels, self.masks = prompts, labels, masks
 
     def __len__(self) -> int:
@@ -154,16 +151,14 @@ class StateCache:
         scope = [config.token_scope, config.prefix_ids, config.turn_markers]
         parts = [_FORMAT, str(self.dtype), scope, prompts, masks, weights_digest(lm)]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-        shared = self.folder / key.hexdigest()[:32]
+        entries = [self.folder / key.hexdigest()[:32]]  # with all states of all counted tokens
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
-        own = shared
         if (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
             key.update(json.dumps([reads, layers]).encode())
-            own = self.folder / key.hexdigest()[:32]
-        entry = on_main(lambda: next(filter(_is_whole, (shared, own)), None))
+            entries.append(self.folder / key.hexdigest()[:32])
+        entry = on_main(lambda: next(filter(_is_whole, entries), None))
         if entry is None:
-            entry = own
-            self._compute(entry, lm, config, prompts, batch_tokens, masks)
+            self._compute(entry := entries[-1], lm, config, prompts, batch_tokens, masks)
         return StateDataset(entry, labels)
 
     def delete(self) -> None:

@@ -205,8 +205,9 @@ def read_labelled(
             logger.warning(f"{source} is the data set known by that name; write ./{source} for the path")
         prompts, replies = benchmark.exchange or (None, None)
         if (text_column, label_column) != ("text", "label") or prompt_column not in (None, prompts):
-            allowed = "" if prompts is None else f" (allowed: prompt_column={prompts!r})"
-            raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {source}{allowed}")
+            raise ProbeError(
+                f"{source} is read by text_column='text', label_column='label', prompt_column={prompts!r} or None"
+            )
         if not benign and problem_type not in (None, benchmark.problem_type):
             raise ProbeError(f"problem_type: {source} is for {benchmark.problem_type}, not for {problem_type}")
         columns = read_benchmark(benchmark, own_split or split, data_dir)
@@ -264,8 +265,7 @@ def label_rows(
     if prompt_column is not None:
         pairs = zip(columns.pop(prompt_column), texts, strict=True)
         texts = [_read_exchange(source, row, prompt, reply) for row, (prompt, reply) in enumerate(pairs)]
-    labels, names, problem_type = read_labels(source, values, own_names or label_names, problem_type)
-    rows = LabelledTexts(texts, labels, names, problem_type, columns)
+    rows = LabelledTexts(texts, *read_labels(source, values, own_names or label_names, problem_type), columns)
     return rows.renamed(label_names) if own_names and label_names else rows
 
 

@@ -103,8 +103,14 @@ def halting_scores(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:
         scores: for each reply the probability of the label after each token, `[reply_tokens]`.
         patience: consecutive tokens that must reach the threshold.
     """
-    windows = (np.lib.stride_tricks.sliding_window_view(s, patience) if len(s) >= patience else None for s in scores)
-    return np.array([0.0 if part is None else part.min(axis=1).max() for part in windows])
+    return np.array([_held(values, patience).max(initial=0.0) for values in scores])
+
+
+def _held(values: np.ndarray, patience: int) -> np.ndarray:
+    """Return what the tokens from each one on reach, as many as the patience."""
+    if len(values) < patience:
+        return np.zeros(0)
+    return np.lib.stride_tricks.sliding_window_view(values, patience).min(axis=1)
 
 
 def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int) -> dict[str, Any]:
@@ -120,31 +126,20 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
         are halted; `delay`: over detected replies the `median` and the 90th percentile (`p90`) of the tokens read when
         they are halted, and the median `share` of the reply (each None if none is detected).
     """
-    tokens = np.array([_halting_token(np.asarray(values) >= threshold, patience) for values in scores], dtype=float)
-    halted, positives = ~np.isnan(tokens), positives.astype(bool)
-    hits = halted & positives
-    read = tokens[hits]
-    shares = read / np.array([len(values) for values in scores])[hits]
+    reached = [np.flatnonzero(_held(values, patience) >= threshold) for values in scores]
+    halted, positives = np.array([len(places) > 0 for places in reached]), positives.astype(bool)
+    delay: dict[str, float | None] = dict.fromkeys(("median", "p90", "share"))
+    if len(hits := np.flatnonzero(halted & positives)):
+        read = np.array([reached[row][0] + patience for row in hits])
+        shares = read / np.array([len(scores[row]) for row in hits])
+        found = np.median(read), np.percentile(read, 90), np.median(shares)
+        delay = dict(zip(delay, map(float, found), strict=True))
     return {
         "rows": len(scores),
         "detected": float(halted[positives].mean()) if positives.any() else None,
         "false_halts": float(halted[~positives].mean()) if not positives.all() else None,
-        "delay": {
-            "median": float(np.median(read)) if len(read) else None,
-            "p90": float(np.percentile(read, 90)) if len(read) else None,
-            "share": float(np.median(shares)) if len(read) else None,
-        },
+        "delay": delay,
     }
-
-
-def _halting_token(flagged: np.ndarray, patience: int) -> float:
-    """Return the number of tokens read when a reply is halted; NaN if it is not."""
-    streak = 0
-    for count, flag in enumerate(flagged.tolist(), start=1):
-        streak = streak + 1 if flag else 0
-        if streak == patience:
-            return count
-    return float("nan")
 
 
 def halting_rules(
@@ -193,13 +188,13 @@ def apply_rules(
 
     Labels that the head no longer has, because they were renamed, are left out.
     """
-    found = {}
-    for name, ruled in rules.items():
-        if name in config.label2id:
-            index = config.label2id[name]
-            positives, scores = has_label(labels, index, config), _scores(config, followed, index)
-            tests = (detection(scores, positives, rule["threshold"], rule["patience"]) for rule in ruled)
-            found[name] = [{**rule, "test": test} for rule, test in zip(ruled, tests, strict=True)]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in filter(config.label2id.__contains__, rules):
+        index = config.label2id[name]
+        positives, scores = has_label(labels, index, config), _scores(config, followed, index)
+        found[name] = [
+            {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in rules[name]
+        ]
     return found
 
 

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from ..data.states import iterate_states
-from ..distributed import merge_rows
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.novelty import Novelty, novelty_layers
 from ..heads.probe import ProbeModel
 from .bootstrap import Ranking, intervals, share_interval
+from .report import collect, score_batches
 
 
 MAX_ROWS = 2000  # of either kind; more change nothing
@@ -59,9 +58,10 @@ def fit_novelty(
     given = None if logits is None else logits[_places(validation)]
     train, validation = _some(train), _some(validation)
     settings = {"layers": layers, "rank": min(_RANK, len(train) // 8, len(layers) * probe.config.hidden_size // 2)}
-    learned, _ = _mean_states(probe, train, layers, progress)
-    held, found = _mean_states(probe, validation, layers, progress, with_logits=given is None)
-    probe.set_novelty(Novelty.fit(probe.config.replace(novelty=settings), learned, held), settings)
+    probe.set_novelty(Novelty(probe.config.replace(novelty=settings)), settings)  # it reads, and is fitted to that
+    learned, _ = _mean_states(probe, train, progress)
+    held, found = _mean_states(probe, validation, progress)
+    probe.set_novelty(Novelty.fit(probe.config, learned, held), settings)
     rows = {"train": len(train), "validation": len(validation)}
     return {"rows": rows, **_said(probe.config, found if given is None else given)}
 
@@ -76,24 +76,12 @@ def _some(dataset: Dataset) -> Dataset:
 
 
 def _mean_states(
-    probe: ProbeModel, dataset: Dataset, layers: list[int], progress: bool, with_logits: bool = False
+    probe: ProbeModel, dataset: Dataset, progress: bool
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return total and count of the normalised states of some layers, see `MeanStates`, and logits `[rows, num_labels]`."""
-    config, probe = probe.config, probe.eval()
-    novelty = Novelty(config.replace(novelty={"layers": layers, "rank": 1})).to(probe.device)
-    total = torch.zeros(len(dataset), len(layers), config.hidden_size)
-    count, logits = torch.zeros(len(dataset), len(layers)), torch.zeros(len(dataset), config.num_labels)
-    scored: list[int] = []
-    lm = None if "hidden_states" in dataset[0] else probe.backbone
-    for rows, states, mask in iterate_states(dataset, config, lm, 4096, progress, config.layer_indices, divided=True):
-        read = states if len(states) == len(config.layer_indices) else states[config.layer_indices]
-        with torch.no_grad():
-            means = novelty.read(probe.normalize(read), mask.to(probe.device))
-            if with_logits:
-                logits[rows] = probe(hidden_states=read.transpose(0, 1), attention_mask=mask).logits.cpu()
-        total[rows], count[rows] = means.total.transpose(0, 1).cpu(), means.count.T.cpu()
-        scored += rows
-    total, count, logits = (merge_rows(scored, part) for part in (total, count, logits))
+    """Return total and count of the rows, see `MeanStates`, and logits `[rows, num_labels]`."""
+    batches = score_batches(probe, dataset, progress=progress)
+    parts = ((rows, [found.means.total.transpose(0, 1), found.means.count.T, found.logits]) for rows, found in batches)
+    total, count, logits = collect(len(dataset), parts)
     return (total.transpose(0, 1), count.T), logits
 
 
@@ -179,12 +167,10 @@ def compare_log(
         labels[name]["changed"] = not low <= expected <= high
     if labels:
         found["labels"] = labels
-    found["scores"] = {
-        name: {"found": levels, "expected": reference["scores"][name]} for name, levels in said["scores"].items()
-    }
+    expected = reference["scores"]
+    found["scores"] = {name: {"found": each, "expected": expected[name]} for name, each in said["scores"].items()}
     unsure = _unsure(config, probs)
-    worth = novelty.double() + unsure
-    order = worth.argsort(descending=True, stable=True)[:top].tolist()
+    order = (novelty.double() + unsure).argsort(descending=True, stable=True)[:top].tolist()
     found["worth_labelling"] = [
         {"row": row, "novelty": float(novelty[row]), "unsure": float(unsure[row])} for row in order
     ]

@@ -153,9 +153,7 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
         axes.set_ylabel("mean weight (dashed: all alike)")
         axes.yaxis.set_major_formatter(percent)
         mark_layers(axes, len(layers))
-        # Handles are passed because a line labelled "_x" would be left out of the legend.
-        for text in axes.legend(lines, list(by_label), fontsize=8).get_texts():
-            text.set_parse_math(False)
+        _name_lines(axes, lines, list(by_label))
     axes.set_title(f"Layer weights on {inspection['split']} rows, by true label", **_TITLE)
     return explain(
         figure,
@@ -166,38 +164,30 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
 
 def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
     """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares."""
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     matrix, count = np.array(inspection["confusion"]), len(names)
     if matrix.shape != (count, count):
         raise ProbeError(f"a confusion of {count} labels has {count} rows and columns, not the shape {matrix.shape}")
-    totals = matrix.sum(axis=1)
-    shares = matrix / np.maximum(totals, 1)[:, None]
     cell = min(max(6.0 / count, 0.36), 1.0)  # inches
     figure = new_figure((cell * count + 3.2, cell * count + 2.2))
     axes = figure.subplots()
-    right = np.eye(count, dtype=bool)
-    for color, hidden in (("Blues", ~right), ("Oranges", right)):
-        axes.imshow(np.ma.masked_array(shares, hidden | (matrix == 0)), cmap=color, vmin=0, vmax=1)
+    text = {"fontsize": 9 if cell > 0.7 else 6.5}
+    shares = ConfusionMatrixDisplay(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+    shares.plot(ax=axes, cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 1}, text_kw=text)
     for (line, column), rows in np.ndenumerate(matrix):
-        if rows:
-            share, large = shares[line, column], cell > 0.7
-            text = f"{rows:,}\n{share:.0%}" if large else f"{rows}"
-            style = {"fontsize": 9 if large else 6.5, "color": "white" if share > 0.6 else "black"}
-            axes.text(column, line, text, ha="center", va="center", **style)
-    lines = [f"{name} ({total:,})" for name, total in zip(names, totals, strict=True)]
+        shares.text_[line, column].set_text(f"{rows:,}" if rows else "")
+    lines = [f"{name} ({total:,})" for name, total in zip(names, matrix.sum(axis=1), strict=True)]
     axes.set_xticks(range(count), names, rotation=0 if count < 4 else 90, **_NAMES)
     axes.set_yticks(range(count), lines, **_NAMES)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(np.arange(count - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="0.85", linewidth=0.6)
-    axes.tick_params(which="minor", length=0)
     axes.set_xlabel("label that the head gives", fontsize=9)
     axes.set_ylabel("true label (rows)", fontsize=9)
     score = f"{int(matrix.trace()):,} of {int(matrix.sum()):,} right"
     axes.set_title(f"Confusion on {inspection['split']} rows: {score}", **_TITLE)
     return explain(
         figure,
-        "A line holds the rows that have a label, and shows which labels the head gives them: blue where it is right, "
-        "orange where it is wrong; the darker, the larger the share of the line.",
+        "A line holds the rows that have a label, and shows which labels the head gives them: the darker, the larger the "
+        "share of the line.",
     )
 
 
@@ -283,8 +273,7 @@ def drift_plot(
         scores.axhline(expected, color=lines[-1].get_color(), linestyle="--", linewidth=0.8)
     scores.set_ylabel("mean score")
     scores.set_xlabel("row of the log")
-    for text in scores.legend(lines, list(config.id2label.values())[:_MAX_LINES], fontsize=8).get_texts():
-        text.set_parse_math(False)
+    _name_lines(scores, lines, list(config.id2label.values())[:_MAX_LINES])
     return explain(
         figure,
         "Above, the share of prompts that are further from the training data than 99 % of its validation rows. Below, the mean "
@@ -297,6 +286,12 @@ def mark_layers(axes: Axes, count: int, linestyle: str = "--") -> None:
     axes.axhline(1 / count, color="0.7", linestyle=linestyle, linewidth=1)
     axes.set_xlabel("layer (0: embeddings)")
     axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
+
+
+def _name_lines(axes: Axes, lines: Sequence[Any], names: Sequence[str]) -> None:
+    # Lines are passed because one labelled "_x" would be left out of the legend.
+    for text in axes.legend(lines, names, fontsize=8).get_texts():
+        text.set_parse_math(False)
 
 
 def _base_name(parameter: str) -> str:

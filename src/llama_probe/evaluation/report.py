@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,31 @@ def predict_rows(
     probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the logits of `predict_logits`, and novelty `[rows]` if the head tells it."""
-    logits, novelty, scored = torch.empty(len(dataset), probe.config.num_labels), torch.empty(len(dataset)), []
-    for rows, output in _outputs(probe, dataset, batch_tokens, progress):
-        logits[rows] = output.logits.cpu()
-        if output.means is not None:
-            novelty[rows] = output.novelty.cpu()
+    is_novel = probe.novelty is not None
+    batches = score_batches(probe, dataset, batch_tokens, progress)
+    parts = ((rows, [found.logits, *([found.novelty] if is_novel else [])]) for rows, found in batches)
+    logits, *novelty = collect(len(dataset), parts)
+    return logits, novelty[0] if is_novel else None
+
+
+def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
+    """Put tensors `[B, ...]` of batches of rows together, and those of all ranks.
+
+    Args:
+        count: number of all rows.
+        batches: row numbers of a batch, and its tensors; at least one.
+
+    Returns:
+        Tensors `[count, ...]` on the CPU.
+    """
+    found: list[torch.Tensor] = []
+    scored: list[int] = []
+    for rows, parts in batches:
+        found = found or [torch.zeros(count, *part.shape[1:]) for part in parts]
+        for whole, part in zip(found, parts, strict=True):
+            whole[rows] = part.to("cpu", whole.dtype)
         scored += rows
-    return merge_rows(scored, logits), None if probe.novelty is None else merge_rows(scored, novelty)
+    return [merge_rows(scored, whole) for whole in found]
 
 
 def score_together(
@@ -75,11 +93,8 @@ def predict_together(
     probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False
 ) -> list[torch.Tensor]:
     """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_together`."""
-    logits = [torch.empty(len(dataset), probe.config.num_labels) for probe in probes]
-    for rows, outputs in score_together(probes, dataset, lm, progress):
-        for found, output in zip(logits, outputs, strict=True):
-            found[rows] = output.logits.cpu()
-    return logits
+    batches = score_together(probes, dataset, lm, progress)
+    return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
 
 
 def inspect_head(
@@ -104,19 +119,16 @@ def inspect_head(
         (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
     """
     config = probe.config
-    found_logits = torch.empty(len(dataset), config.num_labels)
-    weights, scored = torch.empty(len(dataset), len(probe.layer_indices)), []
-    for rows, output in _outputs(probe, dataset, batch_tokens, progress, output_attentions=True):
-        found_logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
-        scored += rows
-    found_logits, weights = merge_rows(scored, found_logits), merge_rows(scored, weights)
-    logits = found_logits if logits is None else logits
+    batches = score_batches(probe, dataset, batch_tokens, progress, output_attentions=True)
+    own, weights = collect(len(dataset), ((rows, [found.logits, found.layer_weights]) for rows, found in batches))
+    logits = own if logits is None else logits
     by_label = {}
     for index, name in config.id2label.items():
-        everything = np.ones(len(labels), dtype=bool)
-        chosen = everything if config.problem_type == "regression" else has_label(labels, index, config)
-        if chosen.any():
-            by_label[name] = [round(float(value), 5) for value in weights[torch.from_numpy(chosen)].mean(dim=0)]
+        rows = slice(None)
+        if config.problem_type != "regression":
+            rows = np.flatnonzero(has_label(labels, index, config))
+        if len(weights[rows]):
+            by_label[name] = [round(value, 5) for value in weights[rows].mean(dim=0).tolist()]
     found: dict[str, Any] = {"layer_weights": {"layers": probe.layer_indices, "by_label": by_label}}
     if config.problem_type == "regression":
         return found
@@ -131,8 +143,10 @@ def inspect_head(
     return found
 
 
-def _outputs(probe: ProbeModel, dataset: Dataset, batch_tokens: int, progress: bool = False, **kwargs):
-    """Yield row numbers and the `ProbeOutput` of each batch of this rank. Rows of similar length share a batch."""
+def score_batches(
+    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False, **kwargs
+) -> Iterator[tuple[list[int], ProbeOutput]]:
+    """Yield row numbers and outputs of the batches of this rank. Rows of similar length share a batch."""
     probe.eval()
     lm = None if len(dataset) and "hidden_states" in dataset[0] else probe.backbone
     layers = probe.layer_indices
@@ -202,7 +216,11 @@ def detailed_report(
     if classes:
         gaps = {"error": calibration_gaps(logits, labels, config)}
         gaps["error_uncalibrated"] = calibration_gaps(logits, labels, config.replace(temperature=1.0))
-        statistics.append(lambda weights: {name: _calibration_errors(weights, part) for name, part in gaps.items()})
+        statistics.append(
+            lambda weights: {
+                name: np.abs(weights @ part).sum(axis=1) / weights.sum(axis=1) for name, part in gaps.items()
+            }
+        )
     found = intervals(statistics, len(labels), resamples, seed)
     result["intervals"] = _select(result, found)
     if classes:
@@ -261,10 +279,6 @@ def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str,
         texts = np.array([str(value) for value in values], dtype=object)
         for value in sorted(set(texts)):
             yield column, value, texts == value
-
-
-def _calibration_errors(weights: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    return np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1)
 
 
 def _select(part: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -89,20 +89,16 @@ class TextScorer:
         return columns
 
     def _fill(self, columns: dict[str, list[Any]], name: str, found: ProbeOutput, rows: list[int]) -> None:
-        config, logits = self.heads[name].config, found.logits
+        config, finite = self.heads[name].config, found.logits.isfinite().all(dim=-1)
+        output = ProbeOutput.from_logits(found.logits[finite], config)
+        scores = [dict(zip(config.id2label.values(), row, strict=True)) for row in output.probabilities.tolist()]
+        is_value = config.problem_type == "regression"
+        cells = {"values": scores} if is_value else {"label": output.labels, "probabilities": scores}
         if found.novelty is not None:
-            for row, novelty in zip(rows, found.novelty.tolist(), strict=True):
-                columns[f"{name}_novelty"][row] = novelty
-        finite = logits.isfinite().all(dim=-1)
-        output = ProbeOutput.from_logits(logits[finite], config)
-        values = output.probabilities.tolist()
-        for row, label, scores in zip(itertools.compress(rows, finite.tolist()), output.labels, values, strict=True):
-            by_label = dict(zip(config.id2label.values(), scores, strict=True))
-            if config.problem_type == "regression":
-                columns[f"{name}_values"][row] = by_label
-            else:
-                columns[f"{name}_label"][row] = label
-                columns[f"{name}_probabilities"][row] = by_label
+            cells["novelty"] = found.novelty[finite].tolist()
+        for kind, values in cells.items():
+            for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
+                columns[f"{name}_{kind}"][row] = value
 
     def _count_unread(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_mask: torch.Tensor | None = None
@@ -160,10 +156,8 @@ class ScoringJob:
                 settings. Raised before a row is scored, except for damaged rows.
         """
         self.output = Path(self.output)
-        if self.chunk_rows < 1:
-            raise ProbeError(f"chunk_rows={self.chunk_rows} must be at least 1")
-        if self.max_text < 1:
-            raise ProbeError(f"max_text={self.max_text} must be at least 1")
+        if min(self.chunk_rows, self.max_text) < 1:
+            raise ProbeError(f"chunk_rows={self.chunk_rows} and max_text={self.max_text} must be at least 1")
         with process_group(), claimed(self.output):
             check_shared(self.output)
             files, kept = on_main(self._survey)
@@ -200,7 +194,7 @@ class ScoringJob:
         if clash := {"file", "row", *output_fields(heads)} & set(self.keep_columns):
             raise ProbeError(f"keep_columns: the output has its own {', '.join(sorted(clash))}")
         settings = {
-            "heads": {name: _digest(head) for name, head in heads.items()},
+            "heads": [[name, _digest(head)] for name, head in heads.items()],
             "backbone": self.backbone,
             "dtype": self.dtype,
             "text_column": self.text_column,
@@ -208,7 +202,8 @@ class ScoringJob:
             "keep_columns": list(self.keep_columns),
             "chunk_rows": self.chunk_rows,
         }
-        plan = {"format": _FORMAT, "inputs": [f.identity() for f in files], "settings": settings, "complete": False}
+        begun = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
+        plan = {**begun, "complete": False}
         path = self.output / MANIFEST_NAME
         remove_leftovers(self.output)
         parts = {part.name for part in self.output.glob("part-*.parquet")}
@@ -221,10 +216,10 @@ class ScoringJob:
             raise ProbeError(f"{self.output} holds a scoring job already: go on with --resume, or give another folder")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            before, complete = _comparable(found), found["complete"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            before, complete = {name: found[name] for name in begun}, found["complete"]
+        except (ValueError, KeyError, TypeError) as error:
             raise ProbeError(f"{path} is damaged ({error}): give another folder") from None
-        check_settings(path, before, _comparable(plan))
+        check_settings(path, before, begun)
         return (found if complete else plan), parts
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema, done: set[str]) -> None:
@@ -241,11 +236,8 @@ class ScoringJob:
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
                     _warn_of_gaps(file, chunk, texts, scores)
-                    place = {
-                        "file": [str(file.path)] * len(chunk),
-                        "row": range(chunk.first_row, chunk.first_row + len(chunk)),
-                    }
-                    columns = {**chunk.columns, **scores, **place}
+                    numbers = range(chunk.first_row, chunk.first_row + len(chunk))
+                    columns = {**chunk.columns, **scores, "file": [str(file.path)] * len(chunk), "row": numbers}
                     arrays = [_array(file, chunk, each, columns[each.name]) for each in schema]
                     table = pa.table(arrays, schema)
                     path = self.output / _part_name(index, chunk.number)
@@ -299,9 +291,7 @@ def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], score
     if gaps := sorted(set(itertools.chain(*empty.values()))):
         names = ", ".join(sorted(name for name, rows in empty.items() if rows))
         shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
-        logger.warning(
-            f"{file.path}: {names} left empty for {len(gaps)} rows ({shown}): the head gives no number: {NO_NUMBER_BECAUSE}"
-        )
+        logger.warning(f"{file.path}: {names} left empty for {len(gaps)} rows ({shown}): {NO_NUMBER_BECAUSE}")
 
 
 def _is_blank(text: Text | None) -> bool:
@@ -319,11 +309,8 @@ def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[Any
     try:
         return pa.array(values, column.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        rows = f"rows {chunk.first_row} to {chunk.first_row + len(chunk) - 1}"
-        reason = str(error).splitlines()[0]
-        raise ProbeError(
-            f"{file.path}: {rows}: column {column.name!r} must be {column.type} as in the first file: {reason}"
-        ) from None
+        reason = f"must be {column.type} as in the first file: {str(error).splitlines()[0]}"
+        raise ProbeError(f"{file.path}: from row {chunk.first_row} on, column {column.name!r} {reason}") from None
 
 
 def _write(table: pa.Table, path: Path) -> None:
@@ -343,10 +330,3 @@ def _digest(head: ProbeModel) -> str:
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _comparable(plan: dict[str, Any]) -> dict[str, Any]:
-    """Return what a resumed job must share with a manifest. The order of files and heads decides names of parts and columns."""
-    inputs = {item["path"]: item for item in plan["inputs"]}
-    order = {"order of inputs": list(inputs), "order of heads": list(plan["settings"]["heads"])}
-    return {"format": plan["format"], "inputs": inputs, **plan["settings"], **order}
