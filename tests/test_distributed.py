@@ -21,16 +21,7 @@ from typer.testing import CliRunner
 from llama_probe import ProbeError
 from llama_probe.cli import app
 from llama_probe.data.states import PromptDataset
-from llama_probe.distributed import (
-    check_shared,
-    claimed,
-    gather,
-    launched,
-    merge_rows,
-    on_main,
-    process_group,
-    share,
-)
+from llama_probe.distributed import claimed
 from llama_probe.evaluation.report import inspect_head, predict_logits
 from llama_probe.training.results import judge
 from llama_probe.training.run import CHECKPOINTS
@@ -41,27 +32,18 @@ def write_rows(path: Path, count: int) -> None:
     path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
 
 
-class TestOneProcess:
-    def test_nothing_is_divided(self, tmp_path):
-        with process_group():
-            assert share([1, 2, 3]) == [1, 2, 3] and gather("a") == ["a"] and on_main(lambda: 5) == 5
-            values = torch.ones(2)
-            assert merge_rows([0], values) is values
-            check_shared(tmp_path / "new")
-        assert list((tmp_path / "new").iterdir()) == [] and not launched()
-
-    @pytest.mark.parametrize(
-        "words, told",
-        [
-            (["inspect", "x"], "inspect runs in one process"),
-            (["reproduce", "--output", "x"], "reproduce runs in one process"),
-            (["classify", "x"], "give files with"),
-        ],
-    )
-    def test_commands_that_cannot_divide_refuse(self, monkeypatch, words, told):
-        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
-            monkeypatch.setenv(name, value)
-        assert told in str(CliRunner().invoke(app, words).exception)
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["inspect", "x"], "inspect runs in one process"),
+        (["reproduce", "--output", "x"], "reproduce runs in one process"),
+        (["classify", "x"], "give files with"),
+    ],
+)
+def test_commands_that_cannot_divide_refuse(monkeypatch, words, told):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert told in str(CliRunner().invoke(app, words).exception)
 
 
 class TestClaimed:
@@ -210,8 +192,3 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     head = read_head(output)
     judged = judge(head, prepared, predict_logits(head, prepared.datasets["validation"]))
     assert {name: run[name] for name in judged} == json.loads(json.dumps(judged))
-
-
-def test_errors_of_the_main_rank_reach_all():
-    with pytest.raises(ProbeError, match="no"):
-        on_main(lambda: (_ for _ in ()).throw(ProbeError("no")))

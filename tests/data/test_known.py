@@ -34,7 +34,6 @@ def on_hub(monkeypatch):
 
 
 def test_the_table_is_complete():
-    assert set(BENCHMARKS) == set(ON_HUB)
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name and benchmark.hub_id.count("/") == 1 and "test" in benchmark.splits
         assert len(set(benchmark.label_names)) == len(benchmark.label_names) >= 2
@@ -82,9 +81,6 @@ ON_HUB = {
         [wildguard("a", "unharmful"), wildguard("b", "harmful"), wildguard(None, "harmful"), wildguard("d", None)],
         ["a", "b"], [0, 1], {"adversarial": [False, False], "subcategory": ["benign", "benign"]},
     ),
-    "imdb": ("test", (None, "test"), [{"text": "fine", "label": 1}], ["fine"], [1], {}),
-    "sst2": ("test", (None, "validation"), [{"idx": 0, "sentence": "dull", "label": 0}], ["dull"], [0], {}),
-    "emotion": ("validation", ("split", "validation"), [{"text": "oh", "label": 5}], ["oh"], [5], {}),
     "goemotions": (
         "train", ("simplified", "train"),
         [{"text": "wow", "labels": [0, 26], "id": "x1"}, {"text": "ok", "labels": [27], "id": "x2"}],
@@ -117,11 +113,10 @@ ON_HUB = {
         ["User: Q\n\nAssistant: A", "User: Q\n\nAssistant: B"], [0, 1],
         {name: [row[name] for row in BEAVERS] for name in ("prompt", "response", "category")},
     ),
-    "advbench": ("test", (None, "train"), [{"prompt": "a", "target": "Sure"}], ["a"], [1], {}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", ON_HUB)
 def test_rows_as_they_are_on_the_hub(on_hub, name):
     split, place, rows, texts, labels, columns = ON_HUB[name]
     on_hub(name, {place: rows})

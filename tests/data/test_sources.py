@@ -62,10 +62,6 @@ class TestHoldingBack:
         assert (parts["validation"] is parts["train"]) == folded
         assert len(parts["train"]) == (count if folded else 340)
 
-    def test_validation_rows_of_their_own(self, tmp_path, train):
-        parts = DataSources(train, eval=write(tmp_path / "b.jsonl", 10), folds=None).read(0)
-        assert (len(parts["train"]), len(parts["validation"])) == (40, 10)
-
     def test_test_rows_before_anything_else(self, train, caplog):
         parts = DataSources(train, test_share=0.25).read(0)
         assert [len(parts[name]) for name in ("train", "validation", "test")] == [25, 5, 10]
@@ -241,11 +237,6 @@ class TestNamedDataSets:
         assert DataSources("emotion:validation", data_dir=copies).eval is None
         file = DataSources(train, test="toxicchat", data_dir=copies)
         assert (file.eval, file.slice_columns) == (None, ["human_annotation"])
-
-    def test_the_hub_without_copies(self):
-        for name, evaluated in (("goemotions", "goemotions:validation"), ("sst2", None), ("imdb", None)):
-            data = DataSources(name)
-            assert (data.eval, data.test) == (evaluated, f"{name}:test")
 
     def test_labels_of_another_set_are_those_of_train(self, copies):
         parts = DataSources("toxicchat", test="xstest", data_dir=copies).read(seed=0)

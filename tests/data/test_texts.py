@@ -116,27 +116,12 @@ def test_a_digest_is_of_texts_and_labels(write):
     assert len(others | {rows.digest()}) == 4
 
 
-def test_a_folder_with_splits(write, tmp_path):
-    write(ROWS, "data/train.jsonl")
-    write(ROWS[:1], "data/test.jsonl")
-    assert len(read_labelled(str(tmp_path / "data"), split="test")) == 1
-    with pytest.raises(ProbeError, match="'validation'; it has: train, test"):
-        read_labelled(str(tmp_path / "data"), split="validation")
-
-
 def test_own_columns_and_names(write):
     path = write([{"q": "a", "y": "spam", "text": "x", "label": 7}, {"q": "b", "y": "ham", "text": "x", "label": 7}])
     rows = read_labelled(path, "q", "y")
     assert rows.label_names == ["ham", "spam"] and rows.labels.tolist() == [1, 0]
     assert rows.columns == {"text": ["x", "x"], "label": [7, 7]}
     assert read_labelled(path, "q", "y", ["spam", "ham"]).labels.tolist() == [0, 1]
-
-
-def test_several_labels_and_values(write):
-    rows = read_labelled(write([{"text": "a", "label": [0, 2]}, {"text": "b", "label": []}]))
-    assert rows.problem_type == "multi_label_classification" and rows.labels.tolist() == [[1, 0, 1], [0, 0, 0]]
-    values = read_labelled(write([{"text": "a", "label": 0.5}, {"text": "b", "label": 2.0}]))
-    assert values.problem_type == "regression" and values.labels.tolist() == [[0.5], [2.0]]
 
 
 def test_splits_are_even_and_keep_equal_texts_together(write):

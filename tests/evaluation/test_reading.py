@@ -74,26 +74,6 @@ def test_what_is_not_read_and_what_is_not_text(model, read):
     assert text_of(chat).endswith("user\nhi") and chat.text == "hi", "a system turn is not the template's"
 
 
-def test_top_tokens_are_the_heaviest(read):
-    reading = read("good morning", "mood")
-    for slot, weights in ((None, reading.token_weights), (2, reading.weights[2])):
-        top = reading.top_tokens(3, slot)
-        assert [weight for _, weight in top] == pytest.approx(sorted(weights, reverse=True)[:3])
-        assert all(weights[position] == weight for position, weight in top)
-
-
-def test_verdicts(model, read):
-    mood, value = read("good morning", "mood"), read("good morning", "value")
-    assert mood.verdict == f"{mood.label} ({mood.probabilities[mood.label]:.0%})"
-    assert value.verdict == f"LABEL_0 {value.label[0]:.3g}"
-    model.probes["several"].config.threshold = [0.0, 1.0, 0.0]
-    several = read("good morning", "several")
-    assert several.verdict == ", ".join(f"{name} ({several.probabilities[name]:.0%})" for name in several.label)
-    assert several.label == ["LABEL_0", "LABEL_2"]
-    model.probes["several"].config.threshold = 1.0
-    assert read("good morning", "several").verdict == "no label"
-
-
 def test_weights_that_say_little_are_noted(model, read):
     assert read("good morning", "mood").note is None and read("good morning", "all").note is None
     value = read("good morning", "value")

@@ -114,8 +114,7 @@ def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = 
     """
     if not is_binary(config) or config.reads_reply:
         raise ProbeError(
-            f"rates need a head of prompts with two labels, not num_labels={config.num_labels}, "
-            f"problem_type={config.problem_type!r}, token_scope={config.token_scope!r}"
+            f"rates need a head of prompts with two labels, not {config.num_labels} with token_scope={config.token_scope!r}"
         )
     if not rates or not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
         raise ProbeError(f"rates={list(rates)} must be different numbers above 0 and below 1")
@@ -171,13 +170,10 @@ def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | N
     """
     if threshold_rule not in _THRESHOLD_RULES:
         raise ProbeError(f"threshold_rule={threshold_rule!r} must be one of: {', '.join(_THRESHOLD_RULES)}")
-    rate = max_false_positive_rate
-    if rate is not None and not 0 <= rate < 1:
-        raise ProbeError(f"max_false_positive_rate={rate!r} must be at least 0 and below 1")
-    if rate is not None and not is_binary(config) and config.problem_type != "multi_label_classification":
+    rate, has_threshold = max_false_positive_rate, is_binary(config) or config.problem_type.startswith("multi_label")
+    if rate is not None and not (has_threshold and 0 <= rate < 1):
         raise ProbeError(
-            f"max_false_positive_rate={rate!r} needs a head with two labels or a multi-label head, not "
-            f"num_labels={config.num_labels}, problem_type={config.problem_type!r}"
+            f"max_false_positive_rate={rate!r} must be at least 0 and below 1, for two labels or a multi-label head"
         )
 
 

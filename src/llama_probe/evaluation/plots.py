@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -219,7 +220,8 @@ def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
     """Draw the validation metric of a sweep against each parameter, a color a kind of head (the paper's figure 3)."""
     trials = sweep["trials"]
     # Parameters that differ only in the range they are drawn from share an axis.
-    merged = [{_base_name(name): value for name, value in trial["params"].items()} for trial in trials]
+    shared = r".*(learning_rate|num_attention_heads).*"
+    merged = [{re.sub(shared, r"\1", name): value for name, value in trial["params"].items()} for trial in trials]
     names = [name for name in dict.fromkeys(name for params in merged for name in params) if name != "probe_type"]
     kinds = sorted({params["probe_type"] for params in merged})
     lines = -(-len(names) // 3)
@@ -292,7 +294,3 @@ def _name_lines(axes: Axes, lines: Sequence[Any], names: Sequence[str]) -> None:
     # Lines are passed because one labelled "_x" would be left out of the legend.
     for text in axes.legend(lines, names, fontsize=8).get_texts():
         text.set_parse_math(False)
-
-
-def _base_name(parameter: str) -> str:
-    return next((name for name in ("learning_rate", "num_attention_heads") if name in parameter), parameter)
