@@ -139,19 +139,17 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
             the Hub is out of reach, it takes longer than five times `HF_HUB_DOWNLOAD_TIMEOUT`, or a file arrived damaged
             twice.
     """
-    return _in_time(lambda: _download_head(reference, options), str(reference))
 
-
-def _download_head(reference: HubReference, options: HubOptions) -> Path:
-    config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
-    if options.only_config:
+    def fetch() -> Path:
+        config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
+        if not options.only_config:
+            commit = extract_commit_hash(str(config), None)
+            _fetch(reference, WEIGHTS_NAME, commit, options)
+            for name in HEAD_FILES[2:]:
+                _fetch_optional(reference, name, commit, options)
         return config.parent
-    commit = extract_commit_hash(str(config), None)
-    _fetch(reference, WEIGHTS_NAME, commit, options)
-    for name in HEAD_FILES:
-        if name not in (CONFIG_NAME, WEIGHTS_NAME):
-            _fetch_optional(reference, name, commit, options)
-    return config.parent
+
+    return _in_time(fetch, str(reference))
 
 
 def _in_time(ask: Callable[[], T], what: str) -> T:
