@@ -59,35 +59,71 @@ def package(tmp_path, monkeypatch):
 
     def generate(b='"""B."""\n', c='"""C."""\n'):
         (tmp_path / "serving").mkdir(exist_ok=True)
-        for name, text in {"a": '"""A."""\n\nlogger = 1\n\n\ndef f():\n    pass\n', "b": b, "c": c}.items():
+        for name, text in {"a": '"""A."""\n\nlogger = 1\n\n\ndef f():\n    return logger\n', "b": b, "c": c}.items():
             (tmp_path / f"{name}.py").write_text(text)
         return flat_files.__wrapped__()
 
     monkeypatch.setattr(remote_code, "__file__", str(tmp_path / "serving" / "remote_code.py"))
     monkeypatch.setattr(remote_code, "_FILES", {"first": "a b", "second": "c"})
+    monkeypatch.setattr(remote_code, "_ROOTS", ("f", "g"))
     return generate
 
 
-def test_names_of_modules_that_are_left_out_are_stubs(package):
-    files = package('"""B."""\n\nlogger = 1\n', '"""C."""\n\nfrom .a import f\nfrom .cards import push\n\ng = f\n')
+USES = """\"\"\"C.\"\"\"
+
+from .a import f
+from .cards import push, unused
+
+
+def g():
+    return [_kept(), f, push, C()]
+
+
+def _kept():
+    return 1
+
+
+def _dropped():
+    return unused()
+
+
+class C:
+    def __init__(self):
+        self._used()
+
+    def _used(self):
+        pass
+
+    def save(self):
+        self._only_saves()
+
+    def _only_saves(self):
+        pass
+"""
+
+
+def test_what_serving_does_not_use_is_left_out(package, monkeypatch):
+    monkeypatch.setattr(remote_code, "_LEFT_OUT", {"C.save"})
+    files, spaces = package('"""B."""\n\nlogger = 1\n', USES), {}
     assert files["first_llama_probe.py"].count("logger = 1") == 1, "the same definition is there once"
-    spaces = {}
     exec(files["first_llama_probe.py"], spaces)
     text = files["second_llama_probe.py"]
-    assert "from .first_llama_probe import f\n" in text
+    assert not [name for name in ("_dropped", "unused", "_only_saves") if name in text]
     exec(text.replace("from .first_llama_probe import f\n", ""), spaces)
-    assert spaces["g"] is spaces["f"]
-    with pytest.raises(ImportError, match="pip install llama_probe"):
-        spaces["push"]("x", y=1)
+    kept, f, push, c = spaces["g"]()
+    assert kept == 1 and f is spaces["f"]
+    for call in (push, c.save):
+        with pytest.raises(ImportError, match="pip install llama_probe"):
+            call("x", y=1)
 
 
 @pytest.mark.parametrize(
     "texts",
     [
         {"b": '"""B."""\n\n\ndef f():\n    return 1\n'},
-        {"b": '"""B."""\n\nfrom math import f\n'},
-        {"b": '"""B."""\n\nfrom .c import g\n', "c": '"""C."""\n\ng = 1\n'},
-        {"c": '"""C."""\n\nfrom .a import f as g\n'},
+        {"b": '"""B."""\n\nfrom math import f\n\ng = f\n'},
+        {"b": '"""B."""\n\nfrom .c import g\n\nf = g\n', "c": '"""C."""\n\ng = 1\n'},
+        {"c": '"""C."""\n\nfrom .a import f as h\n\ng = h\n'},
         {"c": '"""C."""\n\n\ndef g():\n    from .a import f\n'},
     ],
     ids=["two definitions", "an import and a definition", "a later file", "another name", "in a function"],
@@ -163,9 +199,6 @@ def check(pipe):
 
 for source in (local, remote):
     pipe = check(pipeline("probed-text-generation", model=source, probe="toxic", trust_remote_code=True))
-pipe.save_pretrained("saved-by-pipeline")
-kept = type(AutoModelForCausalLM.from_pretrained("saved-by-pipeline")).__name__
-assert kept == ("LlamaForProbedGeneration" if package else "LlamaForCausalLM"), "the package attaches the heads again"
 if package:
     loaded = AutoModelForCausalLM.from_pretrained(local, trust_remote_code=True)
     loaded.load_probe("own", trust_remote_code=True)  # its kind is known to the package and to the repository's code
@@ -194,6 +227,8 @@ else:
     for call, error in (
         (lambda: AutoModel.from_pretrained(local, probe="toxic"), TypeError),  # no code without trust_remote_code=True
         (lambda: both.push_probe_to_hub("alice/x", "toxic"), ImportError),
+        (lambda: both.save_pretrained("with-heads"), ImportError),
+        (lambda: both.classify(["a text"], tokenizer=tokenizer), ImportError),
     ):
         try:
             call()
