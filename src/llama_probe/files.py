@@ -173,7 +173,7 @@ def settle(folder: str | os.PathLike) -> None:
     pending = folder / PENDING
     if not pending.is_dir() or pending.is_symlink():
         return
-    with _explained(folder):
+    with _explained(folder), suppress(FileNotFoundError):  # another process settles the folder, and was faster
         for name in sorted(os.listdir(pending)):
             with suppress(FileNotFoundError):  # another process settles the folder, too
                 if name.endswith(_GONE):
