@@ -41,19 +41,6 @@ def fine_tuned(lm):
     return lm.eval()
 
 
-def test_a_new_head_learns_its_backbone(lm):
-    config = described(lm)
-    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (HIDDEN, LAYERS, VOCAB)
-    assert (config.base_model_type, config.base_model_class) == ("llama", "LlamaForCausalLM")
-    assert (config.base_model_dtype, config.base_model_quantization) == ("float32", None)
-    assert config.fingerprint == fingerprint(lm) and config.base_model_name_or_path == "org/tiny"
-    for head in (
-        ProbeModel(ProbeConfig(probe_type="gate"), backbone=lm),
-        LlamaForProbedGeneration.from_causal_lm(lm).add_probe("new", ProbeConfig(downcast=4)),
-    ):
-        assert head.config.fingerprint == config.fingerprint and head.config.base_model_class == "LlamaForCausalLM"
-
-
 def test_a_backbone_whose_states_are_not_finite_takes_no_new_head(lm):
     lm.model.layers[1].mlp.down_proj.weight.data *= 1e5
     described(lm)
@@ -128,10 +115,3 @@ def test_sizes(lm):
     for refuses in (lambda: match(lm, other), lambda: check_backbone("head", other, lm)):
         with pytest.raises(ProbeError, match="num_hidden_layers=3"):
             refuses()
-
-
-def test_tokens_added_to_the_vocabulary_leave_the_fingerprint(lm):
-    config = described(lm)
-    lm.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
-    found = verdicts(config, lm)
-    assert found["vocab_size"] == "differs" and found["fingerprint"] == "same"

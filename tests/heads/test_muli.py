@@ -115,15 +115,15 @@ def test_a_head_of_another_shape_is_refused(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": VOCAB + 1, "config_sha256": None}))
     with pytest.raises(ProbeError, match=r"classifier.weight has the shape \[2, 97\], its config asks for \[2, 98\]"):
         read_head(folder)
-    with pytest.raises(ProbeError, match=r"this LM has 120 next tokens, the muli head weighs 97"):
+    with pytest.raises(ProbeError, match=r"120 next tokens.* 97"):
         LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=120), {"a": muli(lm=None)})
 
 
 def test_without_an_lm_it_says_what_to_do():
     states = [torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)
-    with pytest.raises(ProbeError, match=r"has no LM: attach it to one \(add_probe, load_probe\), pass backbone="):
+    with pytest.raises(ProbeError, match="has no LM"):
         muli(lm=None)(hidden_states=states)
-    with pytest.raises(ProbeError, match="vocab_size is not set"):
+    with pytest.raises(ProbeError, match="vocab_size"):
         ProbeModel(ProbeConfig(probe_type="muli", hidden_size=HIDDEN, num_hidden_layers=LAYERS))
 
 
@@ -149,10 +149,10 @@ class TestWhichLM:
             lambda: probe.bind(other),
             lambda: probe.set_backbone(other),
         ):
-            with pytest.raises(ProbeError, match="another LlamaForProbedGeneration"):
+            with pytest.raises(ProbeError, match="another LM"):
                 bind()
         probe.set_backbone(None)  # it is attached all the same
-        with pytest.raises(ProbeError, match="another LlamaForProbedGeneration"):
+        with pytest.raises(ProbeError, match="another LM"):
             probe.bind(other)
         assert probe.backbone is None and all(parameter.requires_grad for parameter in other.parameters())
         assert torch.equal(model.classify(ids)["a"].logits, expected)
@@ -172,7 +172,7 @@ class TestWhichLM:
         kept.append(attached(probe))
         kept[0].add_probe("again", probe)
         kept[0].delete_probe("a")
-        with pytest.raises(ProbeError, match="another LlamaForProbedGeneration"):
+        with pytest.raises(ProbeError, match="another LM"):
             attached(probe, seed=1)
         kept[0].delete_probe("again")
         kept.append(attached(probe, seed=1))
@@ -212,7 +212,7 @@ class TestWhichLM:
     def test_another_vocabulary(self):
         model = attached(muli(lm=None))
         model.resize_token_embeddings(VOCAB + 3)
-        with pytest.raises(ProbeError, match="this LM has 100 next tokens, the muli head weighs 97"):
+        with pytest.raises(ProbeError, match=r"100 next tokens.* 97"):
             model.generate(make_prompts(), max_new_tokens=1)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -231,7 +231,7 @@ class TestWhichLM:
         probe.set_backbone(make_lm())
         clone = copied(probe)
         assert len(pickle.dumps(probe)) < 10_000 and clone.backbone is None and probe.backbone is not None
-        with pytest.raises(ProbeError, match="has no LM: attach it to one"):
+        with pytest.raises(ProbeError, match="has no LM"):
             clone(hidden_states=[torch.randn(1, 3, HIDDEN)] * (LAYERS + 1))
         clone.bind(probe.backbone)
         ids = make_prompts()
@@ -250,12 +250,12 @@ class TestWhichLM:
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"problem_type": "regression", "num_labels": 1}, "problem_type is 'regression'; other kinds do regression"),
-        ({"normalize": "rms"}, "normalize='rms', but .* leave normalize out, or 'none'"),
-        ({"layers": [1, 4]}, "reads the final state alone: leave layers 'all'"),
-        ({"layers": [3], "num_hidden_layers": 4}, "reads the final state alone"),
-        ({"options": {"l1": 0}}, r"options\['l1'\]=0 must be a number above 0"),
-        ({"options": {"l2": 1}}, r"options has \['l2'\]; probe_type='muli' knows \['l1'\]"),
+        ({"problem_type": "regression", "num_labels": 1}, "problem_type"),
+        ({"normalize": "rms"}, "normalize='rms'"),
+        ({"layers": [1, 4]}, "layers="),
+        ({"layers": [3], "num_hidden_layers": 4}, "layers="),
+        ({"options": {"l1": 0}}, r"options\['l1'\]=0"),
+        ({"options": {"l2": 1}}, "knows"),
     ],
 )
 def test_configs_that_cannot_be(changes, words):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_probe
 
-from llama_probe import ProbeConfig, ProbeError
 from llama_probe.training.loss import ProbeLoss
 
 
@@ -66,16 +65,3 @@ def test_a_multimax_head_looks_at_the_tokens_that_are_largest():
     weights = probe(hidden_states=states, output_attentions=True).token_weights[0]
     assert (weights[:, 2] >= 0.5).all(), "where one direction is largest"
     assert (weights[:, [2, 4]].sum(-1) == 1).all()
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"num_maxima": 0}, "options\\['num_maxima'\\]=0 must be a whole number"),
-        ({"num_members": 1.5}, "options\\['num_members'\\]=1.5 must be a whole number"),
-        ({"maxima": 2}, r"options has \['maxima'\]; .* knows \['num_maxima', 'num_members'\]"),
-    ],
-)
-def test_options_of_multimax(options, words):
-    with pytest.raises(ProbeError, match=words):
-        ProbeConfig(probe_type="multimax", options=options)

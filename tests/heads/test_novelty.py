@@ -119,7 +119,7 @@ def test_it_is_saved_with_the_head_and_keeps_its_results(tmp_path):
     ],
 )
 def test_settings_that_are_refused(changes):
-    with pytest.raises(ProbeError, match="novelty="):
+    with pytest.raises(ProbeError, match="novelty"):
         ProbeConfig(**{"probe_type": "gate", "hidden_size": 8, "num_hidden_layers": 4, **changes})
 
 

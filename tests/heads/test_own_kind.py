@@ -6,7 +6,7 @@ from conftest import HIDDEN, LAYERS, make_lm, make_prompts
 from own_kind_fixture import CODE
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
-from llama_probe.heads import import_kinds, registry
+from llama_probe.heads import Aggregator, import_kinds, register_probe_type, registry
 
 
 def test_the_code_lies_beside_the_head_and_is_not_run_unasked(own_kind):
@@ -22,8 +22,13 @@ def test_trusted_it_serves(own_kind):
         model.load_probe(own_kind)
     model.load_probe(own_kind, trust_remote_code=True)
     ids = make_prompts()
-    out = model.generate(ids, max_new_tokens=2)
-    torch.testing.assert_close(out.probe_logits["head"], model.classify(ids)["head"].logits)
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    states = make_lm()(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    expected = model.probes["head"](hidden_states=states, attention_mask=mask).logits
+    for kwargs in ({}, {"prefill_chunk_size": 2}):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=2, **kwargs)
+        torch.testing.assert_close(out.probe_logits["head"], expected, atol=1e-5, rtol=0)
     assert model.classify(ids, output_attentions=True)["head"].token_weights is None
 
 
@@ -37,3 +42,17 @@ def test_a_file_that_registers_nothing(tmp_path):
     for path in (tmp_path / "empty.py", tmp_path / "gone.py"):
         with pytest.raises(ProbeError, match=path.name):
             import_kinds(path)
+
+
+def test_a_kind_must_be_complete():
+    class Half(Aggregator):
+        def update(self, state, x, mask, slots):
+            return x
+
+    with pytest.raises(TypeError, match="result"):
+        Half(1, ProbeConfig(probe_type="gate", hidden_size=4))
+
+
+def test_names_are_taken_once():
+    with pytest.raises(ValueError, match="'mha' is taken by AttentionAggregator"):
+        register_probe_type("mha")(type("Other", (Aggregator,), {}))

@@ -38,7 +38,7 @@ def test_all_scope_is_that_of_content():
 
 
 def test_refusals():
-    with pytest.raises(ProbeError, match="cannot be told from the ids: pass probe_mask"):
+    with pytest.raises(ProbeError, match="probe_mask"):
         token_mask(config(token_scope="response"), torch.ones(1, 3).long(), None)
     with pytest.raises(ProbeError, match="probe_mask"):
         token_mask(config(), None, torch.ones(1, 3))

@@ -136,10 +136,8 @@ def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
     """Raise `ProbeError` if the LM has run and did not give all wanted layers."""
     if missing := sorted(set(wanted) - set(seen)):
-        raise ProbeError(
-            f"the LM ran without giving hidden states {missing}. A decoder compiled as a whole ignores new hooks: compile its "
-            "layers one by one, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run"
-        )
+        hint = "if it is compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run"
+        raise ProbeError(f"the LM ran without giving hidden states {missing}; {hint}")
 
 
 def collect_hidden_states(

@@ -121,10 +121,8 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[dict[str
         raise ProbeError(f"{kind} is an encoder-decoder: heads read the hidden states of a causal LM")
     if (family := _REGISTERED.get(model_type)) is not None:
         if (modules := _modules(lm, family, depth)) is None:
-            raise ProbeError(
-                f"{kind} does not have the modules of register_family({model_type!r}, ...): a ModuleList {family.layers} "
-                f"of {depth} layers, {family.embeddings} and {family.norm}"
-            )
+            wanted = f"a ModuleList {family.layers} of {depth} layers, {family.embeddings} and {family.norm}"
+            raise ProbeError(f"{kind} does not have the modules of register_family({model_type!r}, ...): {wanted}")
         return modules, "registered"
     if model_type in FAMILIES and (modules := _modules(lm, FAMILIES[model_type], depth)) is not None:
         return modules, "table"

@@ -121,13 +121,22 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Check the values of `config` that this kind uses. The base class knows no options.
+        """Check the values of `config` that this kind uses. Options with a whole number as default must be one.
 
         Raises:
             ProbeError: the kind cannot be built from `config`.
         """
-        if config.options:
-            raise ProbeError(f"options has {sorted(config.options)}; probe_type={config.probe_type!r} has none")
+        if unknown := sorted(set(config.options) - set(cls.options)):
+            raise ProbeError(f"options has {unknown}; probe_type={config.probe_type!r} knows {sorted(cls.options)}")
+        for name, (default, _) in cls.options.items():
+            value = cls.option(config, name)
+            if isinstance(default, int) and not (type(value) is int and 1 <= value <= 4096):
+                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
+
+    @classmethod
+    def option(cls, config: ProbeConfig, name: str) -> Any:
+        """Return an option of `config`, or its default."""
+        return config.options.get(name, cls.options[name][0])
 
     @classmethod
     def members(cls, config: ProbeConfig) -> int:

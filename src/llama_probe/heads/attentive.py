@@ -34,7 +34,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
 
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
-        self.num_queries, self.value_rank = _sizes(config)
+        self.num_queries, self.value_rank = self.option(config, "num_queries"), self.option(config, "value_rank")
         self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
         self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
         self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.value_rank))
@@ -44,13 +44,8 @@ class AttentivePoolingAggregator(LowRankAggregator):
 
     @classmethod
     def check(cls, config):
-        allowed = {"num_queries", "value_rank"}
-        if unknown := sorted(set(config.options) - allowed):
-            raise ProbeError(f"options has {unknown}; probe_type='attentive' knows {sorted(allowed)}")
-        queries, rank = _sizes(config)
-        for name, value in (("num_queries", queries), ("value_rank", rank)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
-                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
+        super().check(config)
+        queries, rank = cls.option(config, "num_queries"), cls.option(config, "value_rank")
         if rank % queries:
             raise ProbeError(f"options: num_queries={queries} must divide value_rank={rank}")
 
@@ -90,8 +85,3 @@ class AttentivePoolingAggregator(LowRankAggregator):
         """Return the softmax of each query, averaged over queries."""
         scores, _ = self._split(self.project(x, slots), mask)
         return scores.softmax(dim=-1).mean(dim=2)
-
-
-def _sizes(config) -> tuple[int, int]:
-    """Return the number of queries and the rank of all values together."""
-    return config.options.get("num_queries", 4), config.options.get("value_rank", 8)

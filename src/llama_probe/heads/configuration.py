@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import operator
 import os
 import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +27,14 @@ from .turns import TURN_ROLES
 
 logger = logging.get_logger(__name__)
 
-POOLS = ("mean", "max")
-NORMALIZATIONS = ("none", "layernorm", "rms")
 REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
+POOLS = ("mean", "max")
+NORMALIZATIONS = ("none", "layernorm", "rms")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
 MAX_SIZE = 2**20
@@ -49,10 +47,8 @@ _NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} |
 # A lone surrogate (from JSON escapes or a non-UTF-8 shell). Tokenizers reject it.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
-# Unicode categories and bidi classes that a name must not hold: a head from the Hub could write to the terminal, start
-# a log line, or reorder the text around its labels. Joiners and direction marks of single letters are allowed.
-_CONTROLS = frozenset(["Cc", "Zl", "Zp"])
-_BIDI = frozenset(["LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"])
+# Joiners, direction marks of single letters, and spaces: names may hold these, and no other sign that is not printable.
+_MARKS = re.compile("[\u200c-\u200f\u00a0\u202f\u3000]")
 
 
 def _is_int(value: Any, least: int = 1) -> bool:
@@ -74,15 +70,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return _is_text(value) and not any(
-        unicodedata.category(sign) in _CONTROLS or unicodedata.bidirectional(sign) in _BIDI for sign in value
-    )
-
-
-def _label_index(key: Any) -> int:
-    if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]*", key):  # int() would take " 1", "+1", "01" and "1_0"
-        raise ValueError(key)
-    return int(key) if isinstance(key, str) else operator.index(key)
+    """Return True for a text that cannot write to a terminal, start a log line, or reorder the text around it."""
+    return isinstance(value, str) and _MARKS.sub("", value).isprintable()
 
 
 def _is_id(value: Any) -> bool:
@@ -95,7 +84,7 @@ def _is_marker(value: Any) -> bool:
     return value["ids"] != [] and _is_list(value["ids"], _is_id) and _is_int(value["skip"], least=0)
 
 
-def _one_of(allowed: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
+def _one_of(*allowed: str) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(allowed)}", lambda value: value in allowed
 
 
@@ -136,11 +125,11 @@ _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and v
 
 # The rule of each field: a description and a check.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "problem_type": _one_of(PROBLEM_TYPES),
-    "pool": _one_of(POOLS),
-    "normalize": _one_of(NORMALIZATIONS),
-    "token_scope": _one_of(TOKEN_SCOPES),
-    "prompt_format": _one_of((*PROMPT_FORMATS, UNKNOWN_FORMAT)),
+    "problem_type": _one_of(*PROBLEM_TYPES),
+    "pool": _one_of(*POOLS),
+    "normalize": _one_of(*NORMALIZATIONS),
+    "token_scope": _one_of(*TOKEN_SCOPES),
+    "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
     "num_attention_heads": _SIZE,
     "downcast": _SIZE,
     "hidden_size": _or_none(_SIZE),
@@ -278,10 +267,7 @@ class ProbeConfig:
             if not holds(value := getattr(self, name)):
                 raise ProbeError(f"{name}={value!r} must be {allowed}")
         if self.reads_reply and not self.causal:
-            raise ProbeError(
-                f"causal=False is not allowed with token_scope={self.token_scope!r}: a head that looks ahead cannot "
-                "follow a reply"
-            )
+            raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
         self._check_threshold()
         self._check_layers()
         self._check_novelty()
@@ -291,17 +277,13 @@ class ProbeConfig:
         if not (self.num_labels is None or _is_int(self.num_labels)):
             raise ProbeError(f"num_labels={self.num_labels!r} must be {_SIZE[0]}")
         if self.id2label is None:
-            self.num_labels = self.num_labels or 2
-            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels)}
-            return
+            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels or 2)}
         try:
-            labels = {_label_index(index): name for index, name in self.id2label.items()}
+            labels = {int(index): name for index, name in self.id2label.items() if str(int(index)) == str(index)}
         except (AttributeError, TypeError, ValueError):
-            raise ProbeError(f"id2label={self.id2label!r} must be a dict of label names by index") from None
-        if len(labels) < len(self.id2label):
-            raise ProbeError(f"id2label={self.id2label!r} names an index twice")
-        if not labels or sorted(labels) != list(range(len(labels))):
-            raise ProbeError(f"id2label has the indices {sorted(labels)}; they must be 0, 1, 2, ...")
+            labels = {}
+        if not labels or sorted(labels) != list(range(len(self.id2label))):
+            raise ProbeError(f"id2label={self.id2label!r} must be a dict of label names by index: 0, 1, 2, ...")
         if wrong := [name for name in labels.values() if not _is_name(name)]:
             raise ProbeError(f"id2label has the name {wrong[0]!r}; it must be {_NAME[0]}")
         if len(set(labels.values())) != len(labels):
@@ -311,27 +293,19 @@ class ProbeConfig:
         self.num_labels, self.id2label = len(labels), dict(sorted(labels.items()))
 
     def _check_threshold(self) -> None:
-        several = isinstance(self.threshold, list)
+        several, multi_label = isinstance(self.threshold, list), self.problem_type == "multi_label_classification"
         values = self.threshold if several else [] if self.threshold is None else [self.threshold]
         if not all(_is_number(value) and 0 <= value <= 1 for value in values):
             raise ProbeError(f"threshold={self.threshold!r} must be a number from 0 to 1, or a list of these")
-        if self.problem_type == "multi_label_classification":
-            if several and len(values) != self.num_labels:
-                raise ProbeError(
-                    f"threshold has {len(values)} values for {self.num_labels} labels; give one, or one each"
-                )
-        elif self.threshold is not None and (
-            several or self.num_labels != 2 or self.problem_type != "single_label_classification"
-        ):
-            raise ProbeError(
-                f"threshold={self.threshold!r} needs two labels (one number) or a multi-label head; this head has "
-                f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
-            )
-        if self.thresholds and (self.num_labels != 2 or self.problem_type != "single_label_classification"):
-            raise ProbeError(
-                f"thresholds={self.thresholds!r} needs two labels; this head has num_labels={self.num_labels}, "
-                f"problem_type={self.problem_type!r}"
-            )
+        if multi_label and several and len(values) != self.num_labels:
+            raise ProbeError(f"threshold has {len(values)} values for {self.num_labels} labels; give one, or one each")
+        two = self.num_labels == 2 and self.problem_type == "single_label_classification"
+        found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
+        if values and not multi_label and (several or not two):
+            needed = "needs two labels (one number) or a multi-label head"
+            raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
+        if self.thresholds and not two:
+            raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
 
     def _check_layers(self) -> None:
         if self.layers == "all":
@@ -346,10 +320,8 @@ class ProbeConfig:
         if self.novelty is None:
             return
         if not self.supports_novelty:
-            raise ProbeError(
-                f"novelty={self.novelty!r} needs a head that reads all tokens of a prompt, not "
-                f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
-            )
+            found = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
+            raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
         sized = self.layers != "all" or self.num_hidden_layers is not None
         if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
             raise ProbeError(f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}")
@@ -399,23 +371,20 @@ class ProbeConfig:
         cls,
         source: str | os.PathLike,
         *,
-        revision: str | None = None,
         subfolder: str | None = None,
         namespace: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
+        **options,
     ) -> ProbeConfig:
         """Load the config of a head folder, of a head on the Hub, or of a bundled head's alias.
 
-        The arguments are those of `load_probe`. Weights are not fetched.
+        The arguments are those of `ProbeModel.from_pretrained`. Weights are not fetched.
 
         Raises:
             ProbeError: there is no such head, or its config holds a value that is not allowed.
         """
-        options = HubOptions(revision, token, cache_dir, local_files_only, force_download, only_config=True)
-        return read_config(resolve_head(with_subfolder(source, subfolder), options=options, namespace=namespace))
+        hub = HubOptions(**options, only_config=True)
+        folder = resolve_head(with_subfolder(source, subfolder), options=hub, namespace=namespace)
+        return read_config(folder, hub.trust_remote_code)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `probe_config.json`, and no weights, into a folder.
@@ -482,9 +451,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
     kind = values.get("probe_type")
     if kind not in probe_types() and os.path.isfile(code):
         if not trust_remote_code:
-            raise ProbeError(
-                f"probe_type={kind!r} needs the code in {code}: read it, then pass trust_remote_code=True"
-            )
+            raise ProbeError(f"probe_type={kind!r} needs the code in {code}: read it, then trust_remote_code=True")
         import_kinds(code)
     try:
         config, unknown = ProbeConfig.from_dict(values)
@@ -492,8 +459,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
         raise ProbeError(f"{path}: {error}") from None
     if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
         raise ProbeError(
-            f"{path} has other values than were saved (config_sha256 differs): fetch the head again, or delete config_sha256 "
-            "if you changed them"
+            f"{path} was changed after it was saved; if by you, delete its config_sha256, else fetch it again"
         )
     if unknown:
         logger.warning(

@@ -196,6 +196,4 @@ def _check_digest(path: Path, config: ProbeConfig) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != config.weights_sha256:
-        raise ProbeError(
-            f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch the head again"
-        )
+        raise ProbeError(f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch it again")

@@ -57,10 +57,7 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
     found = fingerprint(lm)
     if not np.isfinite(found).all():
-        raise ProbeError(
-            f"the hidden states of this backbone are not finite in {facts['base_model_dtype']}; "
-            "load it in float32 or bfloat16"
-        )
+        raise ProbeError(f"hidden states are not finite in {facts['base_model_dtype']}; use float32 or bfloat16")
     return config.replace(**facts, fingerprint=found)
 
 

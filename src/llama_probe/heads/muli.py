@@ -24,8 +24,7 @@ class LogOddsClassifier(Classifier):
     def __init__(self, config: ProbeConfig):
         if config.vocab_size is None:
             raise ProbeError(
-                "vocab_size is not set, and a muli head has a weight for each next token: put it in the ProbeConfig or "
-                "pass backbone="
+                "vocab_size is None, and a muli head needs it: put it in the ProbeConfig or pass backbone="
             )
         super().__init__(config.vocab_size, config.num_labels)
         self.next_token: NextToken | None = None
@@ -51,8 +50,7 @@ class LogOddsClassifier(Classifier):
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         if self.next_token is None:
             raise ProbeError(
-                "a muli head reads the LM's next-token logits and has no LM: attach it to one (add_probe, load_probe), "
-                "pass backbone=, or call bind(lm)"
+                "this muli head has no LM, whose logits it reads: attach it, pass backbone= or call bind(lm)"
             )
         with torch.no_grad():  # there is nothing to train before the linear map
             logits = self.next_token(pooled)
@@ -62,8 +60,7 @@ class LogOddsClassifier(Classifier):
     def _check_width(self, width: int) -> None:
         if width != self.in_features:
             raise ProbeError(
-                f"this LM has {width} next tokens, the muli head weighs {self.in_features}: it was made for another LM, or "
-                "for another size of its vocabulary"
+                f"this LM has {width} next tokens, and the muli head is for {self.in_features}: another LM?"
             )
 
 
@@ -83,25 +80,17 @@ class MuliAggregator(LastItemAggregator):
 
     @classmethod
     def check(cls, config):
-        if unknown := sorted(set(config.options) - {"l1"}):
-            raise ProbeError(f"options has {unknown}; probe_type='muli' knows ['l1']")
+        super().check(config)
         strength = config.options.get("l1", 1.0)
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength < float("inf"):
             raise ProbeError(f"options['l1']={strength!r} must be a number above 0")
         if config.problem_type == "regression":
-            raise ProbeError(
-                "probe_type='muli' gives classes, and problem_type is 'regression'; other kinds do regression"
-            )
+            raise ProbeError("problem_type='regression' is not for probe_type='muli'; other kinds do regression")
         if config.normalize != "none":
-            raise ProbeError(
-                f"normalize={config.normalize!r}, but the LM's output embeddings take states as they are: with "
-                "probe_type='muli' leave normalize out, or 'none'"
-            )
+            raise ProbeError(f"normalize={config.normalize!r} must be 'none' with probe_type='muli'")
         last = config.num_hidden_layers
         if config.layers != "all" and (len(config.layers) != 1 or last not in (None, *config.layers)):
-            raise ProbeError(
-                f"layers={config.layers!r}, but probe_type='muli' reads the final state alone: leave layers 'all'"
-            )
+            raise ProbeError(f"layers={config.layers!r} must be 'all': probe_type='muli' reads the final state alone")
 
     @classmethod
     def create_classifier(cls, config):

@@ -39,17 +39,8 @@ class MultiMaxAggregator(LowRankAggregator):
         self.value = nn.Parameter(torch.randn(num_slots, rank, config.hidden_size) / math.sqrt(config.hidden_size))
 
     @classmethod
-    def check(cls, config):
-        allowed = {"num_maxima", "num_members"}
-        if unknown := sorted(set(config.options) - allowed):
-            raise ProbeError(f"options has {unknown}; probe_type='multimax' knows {sorted(allowed)}")
-        for name, value in (("num_maxima", _maxima(config)), ("num_members", cls.members(config))):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
-                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
-
-    @classmethod
     def members(cls, config):
-        return config.options.get("num_members", 16)
+        return cls.option(config, "num_members")
 
     @classmethod
     def create_layer_stage(cls, config):
@@ -136,4 +127,4 @@ class AveragedClassifier(Classifier):
 
 
 def _maxima(config) -> int:
-    return config.options.get("num_maxima", 4)
+    return MultiMaxAggregator.option(config, "num_maxima")

@@ -27,10 +27,8 @@ def novelty_layers(config: ProbeConfig) -> list[int]:
         ProbeError: the head reads replies, or the last token alone.
     """
     if not config.supports_novelty:
-        raise ProbeError(
-            f"novelty needs a head that reads all tokens of a prompt, not probe_type={config.probe_type!r}, "
-            f"token_scope={config.token_scope!r}"
-        )
+        found = f"probe_type={config.probe_type!r}, token_scope={config.token_scope!r}"
+        raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
     wanted = [depth * config.num_hidden_layers for depth in _DEPTHS]
     return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
 

@@ -72,7 +72,7 @@ class ProbeModel(nn.Module):
             config = match(backbone, config) if known else describe(backbone, config)
         if config.hidden_size is None or config.num_hidden_layers is None:
             raise ProbeError(
-                "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
+                "hidden_size and num_hidden_layers are None: put them in the ProbeConfig or pass backbone="
             )
         self.config = config
         self.results: dict[str, Any] | None = None
@@ -125,10 +125,7 @@ class ProbeModel(nn.Module):
         if other is not None and other is not without_peft(lm):
             attached = any(head is self for head in getattr(other, "probes", {}).values())
             if attached or self.backbone is not None:
-                raise ProbeError(
-                    f"this {self.config.probe_type} head serves another {type(other).__name__}: use copy.deepcopy(head), or "
-                    "take it away first (delete_probe(name), set_backbone(None))"
-                )
+                raise ProbeError(f"this {self.config.probe_type} head serves another LM: attach copy.deepcopy(head)")
         self.classifier.attach(lm, check)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,30 +155,25 @@ class ProbeModel(nn.Module):
         source: str | os.PathLike,
         backbone: nn.Module | None = None,
         *,
-        revision: str | None = None,
         subfolder: str | None = None,
         namespace: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        trust_remote_code: bool = False,
+        **options,
     ) -> ProbeModel:
         """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode.
 
         Args:
             source: a head folder, a Hub id or an alias; see `resolve_head`.
             backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
-            revision, subfolder, namespace, token, cache_dir, local_files_only, force_download, trust_remote_code: as in
-                `load_probe`.
+            subfolder, namespace: as in `load_probe`.
+            options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
 
         Raises:
             ProbeError: there is no such head, its config or weights are damaged, or it was made for another backbone.
         """
         target = None if backbone is None else target_of(backbone)
-        options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
-        folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
-        probe = read_settled(folder, lambda: cls._read(folder, trust_remote_code))
+        hub = HubOptions(**options)
+        folder = resolve_head(with_subfolder(source, subfolder), target, hub, namespace)
+        probe = read_settled(folder, lambda: cls._read(folder, hub.trust_remote_code))
         if backbone is not None:
             check_backbone(folder.name, probe.config, backbone)
             probe.set_backbone(backbone)
@@ -282,9 +274,7 @@ class ProbeModel(nn.Module):
             attention_mask = attention_mask if probe_mask is None else probe_mask
             mask = None if attention_mask is None else attention_mask.bool()
             if mask is not None and mask.shape != x.shape[1:3]:
-                raise ProbeError(
-                    f"attention_mask has the shape {tuple(mask.shape)}, the states need {tuple(x.shape[1:3])}"
-                )
+                raise ProbeError(f"attention_mask is {tuple(mask.shape)}, and the states need {tuple(x.shape[1:3])}")
         check_rows(mask)
         mask = None if mask is None else mask.to(self.device)
         return self.score(self.normalize(x), mask, labels, output_attentions, row_weights)
@@ -327,27 +317,18 @@ class ProbeModel(nn.Module):
         return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
 
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
+        """Return the states of the layers that the head reads, `[layers_read, batch, tokens, hidden_size]`."""
+        layers, width, read = self.config.num_hidden_layers + 1, self.config.hidden_size, len(self.layer_indices)
         if isinstance(hidden_states, torch.Tensor):
-            read = len(self.layer_indices)
-            if (
-                hidden_states.dim() != 4
-                or hidden_states.shape[1] not in (layers, read)
-                or hidden_states.shape[3] != width
-            ):
-                alone = "" if read == layers else f", or [batch, {read}, tokens, {width}] of the layers it reads"
-                raise ProbeError(
-                    f"hidden_states has the shape {tuple(hidden_states.shape)}; "
-                    f"it must be [batch, {layers}, tokens, {width}]{alone}"
-                )
-            picked = hidden_states if hidden_states.shape[1] == read else hidden_states[:, self.layer_indices]
-            return picked.transpose(0, 1)
-        if len(hidden_states) != layers:
-            raise ProbeError(
-                f"hidden_states has {len(hidden_states)} tensors; this head needs {layers} (embeddings first)"
-            )
-        if any(state.dim() != 3 or state.shape[-1] != width for state in hidden_states):
-            raise ProbeError(f"each of hidden_states must be [batch, tokens, {width}]")
+            shape = hidden_states.shape
+            if len(shape) != 4 or shape[1] not in (layers, read) or shape[3] != width:
+                allowed = f"[batch, {layers} (all) or {read} (the layers it reads), tokens, {width}]"
+                raise ProbeError(f"hidden_states has the shape {tuple(shape)}; it must be {allowed}")
+            return (hidden_states if shape[1] == read else hidden_states[:, self.layer_indices]).transpose(0, 1)
+        if len(hidden_states) != layers or any(state.shape[2:] != (width,) for state in hidden_states):
+            found = [tuple(state.shape) for state in hidden_states[:2]]
+            allowed = f"{layers} tensors [batch, tokens, {width}], embeddings first"
+            raise ProbeError(f"hidden_states has {len(hidden_states)} tensors {found}...; it must have {allowed}")
         return torch.stack([hidden_states[layer] for layer in self.layer_indices])
 
     # Groups of layers, while the LM runs
@@ -411,9 +392,7 @@ class ProbeModel(nn.Module):
         with torch.no_grad():  # a decorator would break the graph of torch.compile
             if state.output_attentions:
                 if earlier is not None or not last:
-                    raise ProbeError(
-                        "output_attentions needs the prompt in one pass: leave out prefill_chunk_size and cache"
-                    )
+                    raise ProbeError("output_attentions needs the prompt in one pass, without cache")
                 state.put_weights(slots, self.token_stage.weights(x, token_mask, slots))
             if self.novelty is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
@@ -435,9 +414,7 @@ class ProbeModel(nn.Module):
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != state.num_slots:
-                raise ProbeError(
-                    f"{0 if summaries is None else len(summaries)} of {state.num_slots} layers have been read"
-                )
+                raise ProbeError(f"not all of {state.num_slots} layers have been read")
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
             output.token_weights = state.weights()
             if self.novelty is not None:

@@ -49,7 +49,7 @@ def get_probe_type(name: str) -> type[Any]:
     """
     if not isinstance(name, str) or name not in _PROBE_TYPES:
         raise ProbeError(
-            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, and your own kinds once imported"
+            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}; import your own kinds"
         )
     return _PROBE_TYPES[name]
 

@@ -47,14 +47,9 @@ def token_mask(
         ProbeError: the scope needs ids and there are none, or is `"response"`: ids do not show where a reply begins.
     """
     if config.token_scope == "response":
-        raise ProbeError(
-            "token_scope='response' counts the tokens of the reply, and which these are cannot be told from the ids: pass "
-            "probe_mask=[batch, tokens], true for the reply's tokens. While generate() writes the reply, they are known"
-        )
+        raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ProbeError(
-            f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}; heads need to know the padding"
-        )
+        raise ProbeError(f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}")
     if input_ids is None and attention_mask is None:
         raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -63,8 +58,7 @@ def token_mask(
         return mask
     if input_ids is None:
         raise ProbeError(
-            f"token_scope={config.token_scope!r} is found from input_ids, which are not here (inputs_embeds?); "
-            "pass probe_mask=[batch, tokens], true for the tokens that count, or attach a head with token_scope='prompt'"
+            f"token_scope={config.token_scope!r} needs input_ids, or probe_mask= for the tokens that count"
         )
     if finds_turns:
         known = input_ids.shape[1] if partial_prompt else seen
@@ -124,17 +118,12 @@ def prompt_masks(
             entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
             raise ProbeError(f"{name} must be a tensor {shape}, not {found}{entries}")
     if source is None or 0 in source.shape[:2]:
-        raise ProbeError(
-            "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
-            "or set_active_probes([]) to generate without heads"
-        )
+        raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
     shape = source.shape[:2]
     for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
         if mask is not None and mask.shape != shape:
-            raise ProbeError(
-                f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: heads must see the whole prompt. "
-                "With a cache, pass all input_ids of the conversation, not only the new ones"
-            )
+            hint = "with a cache, pass all input_ids of the conversation"
+            raise ProbeError(f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: {hint}")
     if attention_mask is None:
         attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
     if probe_mask is not None:
@@ -173,7 +162,4 @@ def check_rows(mask: torch.Tensor | None) -> None:
     if mask is None or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    raise ProbeError(
-        f"rows {empty[:8]} hold no token that a head reads: no turn of a user, or only padding. Render prompts with the chat "
-        "template, or pass probe_mask="
-    )
+    raise ProbeError(f"rows {empty[:8]} hold no token that a head reads (a user's turn?): pass probe_mask=")

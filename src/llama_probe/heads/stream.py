@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .aggregator import join_slots, repeat_rows, take_slots
+from .aggregator import join_slots, take_slots
 
 
 class SlotStates:
@@ -102,11 +102,6 @@ class ProbeState:
         """Return the stored weights of all slots, `[batch, num_slots, tokens]`; `None` if there are none."""
         parts = [self._weights[first] for first in sorted(self._weights)]
         return torch.cat(parts).transpose(0, 1) if parts and parts[0] is not None else None
-
-    def repeated(self, repeats: int) -> ProbeState:
-        """Return a state in which each row stands `repeats` times, one after the other. Needs `keep`."""
-        num_means = 0 if self.means is None else self.means.num_slots
-        return ProbeState(self.num_slots, num_means, repeat_rows(self.joined(), repeats), self.keep)
 
 
 def in_place(x: torch.Tensor) -> torch.Tensor:
