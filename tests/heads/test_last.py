@@ -42,19 +42,6 @@ def test_only_one_layer_is_read():
     assert candidate.config.layer_indices == [LAYERS]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_chunks_that_hold_nothing_of_a_row(chunk):
-    prompts, mask = make_prompts(rows=3, length=7), torch.ones(3, 7, dtype=torch.long)
-    mask[0, :5] = 0
-    mask[1, 2:] = 0
-    probe = make_probe(probe_type="last", layers=[2])
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": probe})
-    states = make_lm()(prompts, attention_mask=mask, output_hidden_states=True).hidden_states
-    out = model.generate(prompts, attention_mask=mask, max_new_tokens=1, prefill_chunk_size=chunk)
-    expected = probe(hidden_states=states, attention_mask=mask).logits
-    torch.testing.assert_close(out.probe_logits["a"], expected, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("kind", ["last", "muli"])
 def test_what_is_kept_is_one_item_and_not_all(kind):
     probe = make_probe(probe_type=kind, normalize="none", vocab_size=VOCAB)

@@ -8,8 +8,6 @@ import weakref
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts, read_head, save_head
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.heads.muli import token_log_odds
@@ -61,40 +59,6 @@ def test_generate_gives_what_the_lms_logits_say(padding):
         assert kwargs.get("num_beams") or torch.equal(out.sequences, plain)
     torch.testing.assert_close(model(ids, attention_mask=mask).probe_logits["a"], expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.classify(ids, mask)["a"].logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_it_follows_the_lm_to_another_dtype():
-    ids = make_prompts()
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": muli(lm=None)})
-    expected = model.classify(ids)["a"].logits
-    model.to(torch.bfloat16)
-    found = model.generate(ids, max_new_tokens=2).probe_logits["a"]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_streamed_equals_whole(data):
-    batch, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 10))
-    mask = torch.zeros(batch, tokens, dtype=torch.bool)
-    for row in range(batch):
-        low = data.draw(st.integers(0, tokens - 1))
-        mask[row, low : data.draw(st.integers(low + 1, tokens))] = True
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    states = [torch.randn(batch, tokens, HIDDEN, generator=generator) for _ in range(LAYERS + 1)]
-    probe = muli()
-    cuts = sorted(data.draw(st.sets(st.integers(1, tokens), max_size=3)) | {tokens})
-    state = probe.init_state()
-    with torch.no_grad():
-        whole = probe(hidden_states=states, attention_mask=mask).logits
-        for low, high in zip([0, *cuts], cuts, strict=False):
-            x = probe.prepare(torch.stack(states)[:, :, low:high])
-            probe.step(state, range(LAYERS + 1), x, mask[:, low:high], last=high == tokens)
-        torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
-        for row in range(batch):
-            alone = [hidden[row : row + 1, mask[row]] for hidden in states]
-            torch.testing.assert_close(probe(hidden_states=alone).logits[0], whole[row], atol=1e-4, rtol=1e-4)
 
 
 def test_it_holds_a_weight_a_token_and_nothing_of_the_lm(tmp_path):

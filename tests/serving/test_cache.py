@@ -12,7 +12,6 @@ from test_reply import KINDS as REPLY_KINDS
 from tiny_families import make
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import generic
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
 from llama_probe.serving.session import session_of
@@ -298,12 +297,6 @@ class TestForward:
         after = model(new, cache=out.cache, probe_state=out.probe_state)
         assert_same(after.probe_logits, model(torch.cat([out.sequences, new[:, 1:]], 1)).probe_logits)
 
-    def test_nothing_is_said_of_names_that_the_caller_did_not_use(self, model, prompts, monkeypatch):
-        said = []
-        monkeypatch.setattr(generic.logger, "warning_once", said.append)
-        out = model.generate(prompts, max_new_tokens=2, probe_state=True)
-        assert out.probe_state is not None and not said
-
 
 class TestCost:
     def test_nothing_is_kept_or_read_unless_asked(self, model, prompts):
@@ -379,26 +372,15 @@ class TestHalting:
         found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, **call)
         assert_same(found.probe_logits, model.generate(ids, **call).probe_logits)
 
-    def test_a_reply_that_was_halted_midway(self, prompts):
+    @pytest.mark.parametrize("reply", [None, [5, 6, 7]])
+    def test_a_reply_that_was_halted_midway(self, prompts, reply):
+        """What is put in place of the rest was never run."""
         model = probed("mean", "reply")
-        out = model.generate(prompts[:1], max_new_tokens=9, probe_state=True, on_probe_token=lambda s: [s.step == 2])
-        assert out.probe_halts[0].token == 2 and out.probe_state.get_seq_length() == out.cache.get_seq_length()
+        halting = {"on_probe_token": lambda scores: [scores.step == 2], "halt_reply": reply}
+        out = model.generate(prompts[:1], max_new_tokens=9, probe_state=True, **halting)
+        assert out.probe_halts[0].token == 2 and (reply is None or out.sequences[0, 12:].tolist() == reply)
+        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() >= 12
         ids = torch.cat([out.sequences, make_prompts(1, 3, seed=1)], 1)
-        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
-        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
-
-    def test_another_reply_in_its_place_was_never_run(self, prompts):
-        model = probed("mean", "reply")
-        out = model.generate(
-            prompts[:1],
-            max_new_tokens=9,
-            probe_state=True,
-            on_probe_token=lambda s: [s.step == 2],
-            halt_reply=[5, 6, 7],
-        )
-        assert out.sequences[0, 12:].tolist() == [5, 6, 7]
-        ids = torch.cat([out.sequences, make_prompts(1, 3, seed=1)], 1)
-        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == 12
         found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
         assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
 

@@ -44,9 +44,9 @@ class TestRefusals:
 
     def test_other_tokens(self, model, first, ids):
         ids[1, 4] = (ids[1, 4] + 1) % VOCAB
-        self.check(model, first, ids, "does not begin with the 12 tokens .* differs is number 4")
+        self.check(model, first, ids, "does not begin with the 12 tokens .* number 4")
         ids = torch.cat([first.sequences[:, :9], ids[:, -4:]], 1)
-        self.check(model, first, ids, "does not begin with the 12 tokens .* differs is number 9")
+        self.check(model, first, ids, "does not begin with the 12 tokens .* number 9")
 
     def test_nothing_new(self, model, first):
         self.check(model, first, first.sequences[:, :-1], "prompt has 12 tokens, and probe_state has seen 12")
@@ -55,7 +55,7 @@ class TestRefusals:
     def test_a_cache_that_was_cropped_or_grew(self, model, first, ids):
         cache = copy.deepcopy(first.cache)
         cache.crop(-2)
-        self.check(model, first, ids, "is of 12 tokens, and the cache beside it holds 10: .*cache.crop", cache=cache)
+        self.check(model, first, ids, "is of 12 tokens, and the cache beside it holds 10", cache=cache)
         self.check(model, first, ids, "is of 12 tokens, and the cache beside it holds 0", cache=None)
         model(ids[:, 12:14], cache=first.cache)
         self.check(model, first, ids, "is of 12 tokens, and the cache beside it holds 14")
@@ -63,7 +63,7 @@ class TestRefusals:
     def test_a_cache_without_its_state(self, model, first, ids):
         self.check(model, first, ids, "has not read them: pass probe_state=", probe_state=None)
         self.check(model, first, ids, "has not read them: pass probe_state=", probe_state=True)
-        with pytest.raises(ProbeError, match="already holds 12 tokens that the heads have not seen"):
+        with pytest.raises(ProbeError, match="holds 12 tokens"):
             model(ids[:, 12:], cache=first.cache, probe_state=True)
 
     def test_other_rows(self, model, first, ids):
@@ -100,8 +100,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "kwargs, words",
         [
-            ({"num_beams": 2}, "num_beams cannot be used with probe_state.*moves rows"),
-            ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens cannot be used with probe_state"),
+            ({"num_beams": 2}, "num_beams cannot be used with probe_state"),
             ({"use_cache": False}, "use_cache=False keeps none"),
             ({"return_dict_in_generate": False}, "leave return_dict_in_generate=False out"),
             ({"probe_state": "yes"}, "probe_state is a str"),
@@ -115,17 +114,17 @@ class TestRefusals:
 
     def test_no_active_head(self, model, first, ids):
         model.set_active_probes([])
-        self.check(model, first, ids, "none is active: load_probe")
-        self.check(model, first, ids, "none is active: load_probe", probe_state=True, cache=None)
-        with pytest.raises(ProbeError, match="none is active: load_probe"):
+        self.check(model, first, ids, "none is active")
+        self.check(model, first, ids, "none is active", probe_state=True, cache=None)
+        with pytest.raises(ProbeError, match="none is active"):
             model(ids, probe_state=True)
         assert isinstance(model.generate(ids, max_new_tokens=2, probe_state=False), torch.Tensor)
 
     def test_pickling(self, first):
         for value in (first, first.probe_state):
-            with pytest.raises(ProbeError, match="probe_state cannot be pickled, nor can an output that holds one"):
+            with pytest.raises(ProbeError, match="cannot be pickled"):
                 pickle.dumps(value)
-        with pytest.raises(ProbeError, match="probe_state cannot be pickled"):
+        with pytest.raises(ProbeError, match="cannot be pickled"):
             torch.save(first.probe_state, io.BytesIO())
 
     def test_embeddings(self, model, prompts):

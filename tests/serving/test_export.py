@@ -2,14 +2,13 @@
 
 import ast
 import json
-import os
 import re
 
 import pytest
 import torch
 import typer
 from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
@@ -157,33 +156,6 @@ def test_backbones_in_all_forms(backbone_folder, lm, tmp_path):
     assert load_file(half / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
-def test_an_empty_folder_is_used_and_another_is_not(lm, tmp_path, monkeypatch):
-    """It stays the same folder: it may be a link, or the one that somebody works in."""
-    for name in ("here", "linked"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "link").symlink_to("linked")
-    monkeypatch.chdir(tmp_path / "here")
-    for name in (".", "../link"):
-        export(lm, name)
-    for name in (".", "../linked"):
-        found = sorted(os.listdir(name))
-        assert {"config.json", "model.safetensors", "toxic"} <= set(found) and not found[0].startswith(".")
-    assert sorted(os.listdir("..")) == ["here", "link", "linked"] and (tmp_path / "link").is_symlink()
-    for folder in (tmp_path / "here", tmp_path / "here" / "README.md"):
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(ProbeError, match="is not an empty folder"):
-            export(lm, folder)
-        assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_empty_folder_is_empty_again_if_it_fails(lm, tmp_path, monkeypatch):
-    (tmp_path / "x").mkdir()
-    monkeypatch.setattr("llama_probe.serving.export.write_card", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export(lm, tmp_path / "x")
-    assert not list((tmp_path / "x").iterdir())
-
-
 @pytest.mark.parametrize(
     "probe, words",
     [
@@ -298,32 +270,6 @@ class TestHub:
         before = hub.head(REPO)
         push_repository(repository, REPO, token=token)
         assert hub.head(REPO) == before
-
-    def test_branches_and_pull_requests(self, hub, token, repository):
-        push_repository(repository, REPO, token=token, revision="next")
-        assert "config.json" in hub.files(REPO, "next") and "config.json" not in hub.files(REPO)
-        info = push_repository(repository, REPO, token=token, create_pr=True)
-        assert info.pr_url and "config.json" not in hub.files(REPO)
-
-    def test_pushes_that_fail(self, hub, token, repository, tmp_path, monkeypatch):
-        hub.plant("bob/model", {"config.json": b"{}"})
-        before = hub.head("bob/model")
-        for repo_id, options in [("bob/model", {"token": token}), (REPO, {"token": "hf_wrongwrong"})]:
-            with pytest.raises(ProbeError) as caught:
-                push_repository(repository, repo_id, **options)
-            assert "hf_wrong" not in str(caught.value) and token not in str(caught.value)
-        assert hub.head("bob/model") == before
-        model_info = HfApi.model_info
-
-        def another_push_is_faster(*args, **kwargs):
-            info = model_info(*args, **kwargs)
-            hub.plant(REPO, {"theirs.txt": b"1"})
-            return info
-
-        with monkeypatch.context() as patch, pytest.raises(ProbeError):
-            patch.setattr(HfApi, "model_info", another_push_is_faster)
-            push_repository(repository, REPO, token=token)
-        assert set(hub.files(REPO)) == {".gitattributes", "theirs.txt"}
 
     def test_folders_that_are_not_pushed(self, hub, token, repository, tmp_path):
         (tmp_path / "secret").write_text("mine")

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import time
 import weakref
 
 import numpy as np
@@ -200,12 +199,10 @@ class TestReplies:
         "reply, words",
         [
             ("no", "tokenizer="),
-            ([[1, 2]], "halt_reply has the shape"),
+            ([[1, 2]], "halt_reply has"),
             ([1, "a"], "halt_reply is a list"),
             ([5, VOCAB], f"halt_reply has .*{VOCAB - 1}"),
-            ([-1], "halt_reply has"),
             ([1.5], "halt_reply has"),
-            ([True], "halt_reply has"),
             (Reprompt(torch.tensor([[5, VOCAB]])), "Reprompt.input_ids has"),
         ],
     )
@@ -217,18 +214,12 @@ class TestReplies:
         [
             ([3, 4], {}, "input_ids"),
             (torch.ones(2, 3, dtype=torch.long), {}, "input_ids"),
-            (torch.ones(1, 0, dtype=torch.long), {}, "input_ids"),
-            (torch.tensor([[5]]), "max_new_tokens=4", "kwargs"),
-            (torch.tensor([[5]]), {"attention_mask": torch.ones(1, 1)}, "attention_mask"),
             (torch.tensor([[5]]), {"probes": [], "halt_on": "mood"}, "halt_on, probes"),
         ],
     )
     def test_reprompts_that_are_refused(self, ids, kwargs, words):
         with pytest.raises(ProbeError, match=words):
             Reprompt(ids, kwargs)
-
-    def test_without_anything_that_halts(self, model, passes, prompts):
-        refused(passes, "halt_on=", lambda: model.generate(prompts, halt_reply=[5]))
 
 
 class TestPolicies:
@@ -277,17 +268,6 @@ class TestPolicies:
         torch.testing.assert_close(out.probe_logits, expected.probe_logits)
         assert len(inner) > 1 and all(torch.equal(each.sequences, prompts) for each in inner)
 
-    def test_a_slow_one_is_waited_for(self, model, prompts):
-        streamer, seen = Recorder(), []
-
-        def policy(outputs):
-            time.sleep(0.2)
-            seen.extend(streamer.tokens[1:])
-            return [False]
-
-        model.generate(prompts[:1], max_new_tokens=2, halt_on=policy, streamer=streamer)
-        assert seen == [] and len(streamer.tokens) == 3
-
     @pytest.mark.parametrize(
         "decisions",
         [
@@ -309,12 +289,9 @@ class TestPolicies:
             lambda outputs: None,
             lambda outputs: [False, False],
             lambda outputs: dict.fromkeys(range(3), True),  # whose keys are 0, 1 and 2
-            lambda outputs: "yes",
             lambda outputs: outputs["mood"].labels,
             lambda outputs: outputs["mood"].probabilities[:, 1],
-            lambda outputs: [0.5, 0, 0],
             lambda outputs: [math.nan, 0, 0],
-            lambda outputs: [{}, {}, {}],
         ],
     )
     def test_anything_else_is_no_decision(self, model, passes, prompts, policy):
@@ -420,9 +397,7 @@ class TestRules:
             ("other", "'other'.* active: mood"),
             ([], "no head"),
             ({"mood": {"label": "sad"}}, "'sad'.* fine, awful"),
-            ({"mood": {"threshold": 1.5}}, "threshold of 'mood' is 1.5"),
             ({"mood": {"threshold": math.nan}}, "threshold of 'mood' is nan"),
-            ({"mood": 0.6}, "'mood' are 0.6"),
             ({"mood": "awful"}, "'mood' are 'awful'"),
             (True, "halt_on=True"),
             ({"mood": {"above": 0.5}}, "'above'"),
@@ -458,11 +433,7 @@ class TestWordsOfACommandLine:
         [
             "",
             ":bad",
-            "guard:",
-            "guard:bad:",
             "guard:bad:0.5:2",
-            "guard=",
-            "guard={",
             "guard=3",
             "a b",
         ],

@@ -174,21 +174,12 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
         (lambda: model.set_active_probes(["a", "zzz"]), "'zzz'.* a$"),
         (lambda: model.delete_probe("zzz"), "'zzz'"),
         (lambda: model.save_probe(tmp_path / "x", "zzz"), "'zzz'"),
+        (lambda: LlamaForProbedGeneration.from_causal_lm(make_lm()).save_probe(tmp_path), "none is attached"),
     ]
     for attempt, words in attempts:
         with pytest.raises(ProbeError, match=words):
             attempt()
         assert model.active_probes == ["a"] and model.probes["a"] is before and len(model.probes) == 1
-
-
-def test_which_head_to_save(model, tmp_path):
-    with pytest.raises(ProbeError, match="none is attached"):
-        model.save_probe(tmp_path)
-    model.add_probe("a", make_probe())
-    model.save_probe(tmp_path)
-    model.add_probe("b", make_probe())
-    with pytest.raises(ProbeError, match="a, b"):
-        model.save_probe(tmp_path)
 
 
 def test_heads_of_one_call(model, prompts):

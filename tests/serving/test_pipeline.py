@@ -8,10 +8,8 @@ import pytest
 import torch
 from conftest import make_lm, make_probe, make_tokenizer, save_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
-from llama_probe.serving import pipeline as module
 from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
 
 
@@ -136,14 +134,6 @@ def test_texts_are_those_of_text_generation_and_verdicts_those_of_generate():
     json.dumps(probes)
 
 
-def test_raw_texts_do_not_go_through_the_template():
-    pipe, model = make_pipe(), LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
-    expected = model.classify(**make_tokenizer()(TEXTS[1], return_tensors="pt"))
-    (result,) = pipe(TEXTS[1], **GREEDY)
-    assert result["probes"]["length"]["score"] == pytest.approx(expected["length"].logits.item(), abs=1e-5)
-    assert result["generated_text"].startswith(TEXTS[1])
-
-
 @pytest.mark.parametrize("prompts, batch_size", [(TEXTS, 2), (CHATS, 3)], ids=["texts", "chats"])
 def test_batches_give_what_single_prompts_give(prompts, batch_size):
     pipe = make_pipe()
@@ -205,19 +195,6 @@ def test_two_threads_share_a_pipeline():
     assert all(map(close, found, expected * 3))
 
 
-def test_a_head_that_comes_when_a_call_has_begun(monkeypatch):
-    pipe = make_pipe()
-    generate = pipe.model.generate
-
-    def late(*args, **kwargs):
-        pipe.model.add_probe("late", make_probe(4))
-        pipe.model.add_probe("reply", make_probe(5, token_scope="response"))
-        return generate(*args, **kwargs)
-
-    monkeypatch.setattr(pipe.model, "generate", late)
-    assert pipe("Hi", **GREEDY)[0]["probes"].keys() == {*heads(), "late", "reply"}
-
-
 def test_the_callers_tokenizer_is_left_as_it_is():
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "right"
@@ -269,13 +246,6 @@ def test_loaded_models(repository):
     assert result["probes"] == {}
 
 
-def test_device_map(repository):
-    pipe = pipeline(TASK, model=str(repository), probe="toxic", device_map={"": "cpu"}, dtype=torch.bfloat16)
-    assert pipe.model.dtype == torch.bfloat16 and pipe.model.probes["toxic"].classifier.weight.dtype == torch.float32
-    results = pipe(CHATS, batch_size=2, **GREEDY)
-    assert [set(result["probes"]) for (result,) in results] == [{"toxic"}] * 4
-
-
 def test_wrong_heads_and_models(repository):
     lm = AutoModelForCausalLM.from_pretrained(repository)
     with pytest.raises(ProbeError, match="missing"):
@@ -300,12 +270,6 @@ def test_saving(repository, tmp_path):
     assert saved["architectures"] == ["LlamaForCausalLM"]
     again = pipeline("text-generation", model=str(tmp_path / "saved"))
     assert again(TEXTS[0], **GREEDY)[0]["generated_text"] == pipe(TEXTS[0], **GREEDY)[0]["generated_text"]
-
-
-def test_installing_twice(caplog):
-    known = PIPELINE_REGISTRY.supported_tasks[TASK]
-    module.register()
-    assert PIPELINE_REGISTRY.supported_tasks[TASK] is known and not caplog.records
 
 
 class TestClassification:

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from test_probe import cases, states_for
 
 from llama_probe import ProbeError
-from llama_probe.heads.device import acting_as
 from llama_probe.heads.probe import ProbeModel
-from llama_probe.serving.reader import StateReader, state_budget
+from llama_probe.serving.reader import StateReader
 
 
 def read(reader, states, masks, cuts, repeats=1):
@@ -89,10 +88,3 @@ def test_a_layer_that_ran_over_fewer_tokens():
     reader.begin({"a": torch.ones(1, 3, dtype=torch.bool)})
     with pytest.raises(ProbeError, match="state 2"):
         reader.on_state(2, torch.randn(1, 1, HIDDEN))
-
-
-def test_an_accelerator_gets_a_larger_budget():
-    cpu = torch.device("cpu")
-    with acting_as("cuda"):
-        large = state_budget(cpu)
-    assert large > state_budget(cpu) and large == state_budget(torch.device("cuda"))

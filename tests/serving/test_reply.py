@@ -127,7 +127,7 @@ def test_a_reply_that_is_given_is_scored_by_classify_and_forward(prompts):
         torch.testing.assert_close(whole[name].logits, logits[:, -1], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(passed[name], logits[:, -1], atol=1e-4, rtol=1e-4)
     for call in (model.classify, model):
-        with pytest.raises(ProbeError, match="pass probe_mask="):
+        with pytest.raises(ProbeError, match="probe_mask"):
             call(out.sequences)
 
 
@@ -240,17 +240,11 @@ class TestCallback:
     def test_a_wrong_number_of_decisions(self, model, prompts):
         with pytest.raises(ProbeError, match="on_probe_token returned"):
             model.generate(prompts, max_new_tokens=3, on_probe_token=lambda scores: [False])
-        with pytest.raises(ProbeError, match="on_probe_token returned a bool; it must return a list"):
-            model.generate(prompts, max_new_tokens=3, on_probe_token=lambda scores: False)
 
     def test_without_a_head_that_reads_replies(self, model, prompts):
         model.set_active_probes(["mood"])
         with pytest.raises(ProbeError, match="no active head reads replies"):
             model.generate(prompts, on_probe_token=print)
-
-    def test_what_is_no_function(self, model, prompts):
-        with pytest.raises(ProbeError, match="on_probe_token is a dict; it must be a function"):
-            model.generate(prompts, on_probe_token={"reply": {"threshold": 0.5}})
 
 
 class TestHalting:
@@ -322,10 +316,6 @@ class TestHalting:
         out = model.generate(prompts, max_new_tokens=9, on_probe_token=flag(0), stopping_criteria=[Stop()])
         assert out.sequences.shape[1] == 12 and out.probe_halts[0].token == 0
 
-    def test_without_a_dict(self, model, prompts):
-        out = model.generate(prompts, max_new_tokens=5, on_probe_token=flag(0), return_dict_in_generate=False)
-        assert isinstance(out, torch.Tensor) and out[0, 10] == 2
-
 
 class TestRefusals:
     @pytest.fixture
@@ -337,7 +327,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "kwargs, words",
         [
-            ({"num_beams": 2}, "num_beams cannot be used .*guard.*: beam search"),
+            ({"num_beams": 2}, "num_beams cannot be used .*guard"),
             ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens cannot"),
             ({"assistant_early_exit": 2}, "assistant_early_exit cannot"),
             ({"assistant_model": make_lm(seed=1)}, "assistant_model cannot"),
@@ -345,7 +335,7 @@ class TestRefusals:
             ({"dola_layers": "low"}, "dola_layers cannot"),
             ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate cannot"),
             ({"token_healing": True}, "token_healing"),
-            ({"cache_implementation": "paged"}, "continuous batching"),
+            ({"cache_implementation": "paged"}, "paged cache"),
         ],
     )
     def test_ways_to_decode(self, model, passes, prompts, kwargs, words):
@@ -356,29 +346,10 @@ class TestRefusals:
         if "num_beams" in kwargs:
             assert len(model.generate(prompts, max_new_tokens=3, **kwargs).probe_logits["mood"]) == 3
 
-    @pytest.mark.parametrize(
-        "spec, words",
-        [
-            ({"guard": {"patience": 0}}, "patience of 'guard' is 0; it must be a whole number from 1"),
-            ({"guard": {"patience": True}}, "it must be a whole number"),
-            ({"mood": {"patience": 2}}, "'mood' reads the prompt alone"),
-            ({"guard": {"after": 2}}, "allowed: label, threshold, patience"),
-        ],
-    )
-    def test_rules(self, model, passes, prompts, spec, words):
-        with pytest.raises(ProbeError, match=words):
-            model.generate(prompts, max_new_tokens=3, halt_on=spec)
-        assert not passes
-
     def test_a_policy_without_a_head_of_the_prompt(self, model, prompts):
         model.set_active_probes(["guard"])
         with pytest.raises(ProbeError, match="on_probe_token="):
             model.generate(prompts, halt_on=lambda outputs: [False] * 3)
-
-    def test_what_is_given_by_its_place(self, model, passes, prompts):
-        with pytest.raises(ProbeError, match="assistant_model cannot be used with"):
-            model.generate(prompts[:1], None, None, None, None, None, make_lm(seed=1), max_new_tokens=6)
-        assert not passes
 
     def test_passes_over_something_else(self, model, prompts, monkeypatch):
         """What is not refused by name is found out when it happens."""

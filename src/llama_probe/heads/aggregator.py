@@ -194,14 +194,6 @@ class Aggregator(nn.Module, ABC):
         return self.result(self.update(None, x, mask, slots), slots)
 
 
-def create_stages(config: ProbeConfig) -> tuple[Aggregator, Aggregator]:
-    """Builds the token stage and the layer stage of a head of `config`."""
-    kind = get_probe_type(config.probe_type)
-    token_stage = kind(len(config.layer_indices), config)
-    token_stage.causal = config.causal
-    return token_stage, kind.create_layer_stage(config)
-
-
 def join_slots(states: Sequence[Any]) -> Any:
     """Join the states of consecutive slots."""
     if len(states) == 1:

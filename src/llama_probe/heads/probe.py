@@ -20,7 +20,6 @@ from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .aggregator import create_stages
 from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
 from .folder import read_settled, read_tensors, save_head
@@ -78,8 +77,10 @@ class ProbeModel(nn.Module):
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
-        self.token_stage, self.layer_stage = create_stages(config)
-        self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        kind = get_probe_type(config.probe_type)
+        self.token_stage = kind(len(config.layer_indices), config)
+        self.token_stage.causal = config.causal
+        self.layer_stage, self.classifier = kind.create_layer_stage(config), kind.create_classifier(config)
         self.novelty = None if config.novelty is None else Novelty(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
         super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)

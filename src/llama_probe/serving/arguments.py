@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import ProbeError
 
@@ -22,17 +21,6 @@ def refuse_in_config(generation_config: GenerationConfig | None) -> None:
     found = [name for name in HEAD_ARGUMENTS if getattr(generation_config, name, None) is not None]
     if found:
         raise ProbeError(f"{', '.join(found)} in a generation_config: pass it to generate() itself, {found[0]}=...")
-
-
-def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate()` after its first two, by name."""
-    names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
-    if len(args) > len(names):
-        raise TypeError(f"generate() takes {len(names) + 2} positional arguments, and {len(args) + 2} were given")
-    named = dict(zip(names, args, strict=False))
-    if twice := sorted(set(named) & set(kwargs)):
-        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
-    return {**named, **kwargs}
 
 
 def with_setting(

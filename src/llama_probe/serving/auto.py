@@ -25,7 +25,7 @@ from ..errors import ProbeError
 from ..hub.transport import check_within_reach
 from .host import change_class
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, saved_heads
+from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, model_of, saved_heads
 
 
 _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
@@ -63,9 +63,10 @@ class AutoModelForProbedGeneration:
         else:
             loaded = load_or_find_head(lambda: load_causal_lm(place, *model_args, **kwargs), place, kwargs)
             if isinstance(loaded, HeadPlace):
-                return _load_below(loaded, model_args, kwargs, probe_strict)
-            heads = saved_heads(place, _model_of(loaded).config, kwargs)
-        cls.from_causal_lm(_model_of(loaded), heads, probe_strict)
+                arguments = loaded.arguments(kwargs)
+                return cls.from_pretrained(loaded.backbone, *model_args, probe_strict=probe_strict, **arguments)
+            heads = saved_heads(place, model_of(loaded).config, kwargs)
+        cls.from_causal_lm(model_of(loaded), heads, probe_strict)
         return loaded
 
     @classmethod
@@ -88,20 +89,6 @@ class AutoModelForProbedGeneration:
             change_class(base, plain)
             del base.probes, base._active_probes
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
-
-
-def _load_below(head: HeadPlace, model_args: tuple, kwargs: dict[str, Any], strict: bool = False):
-    """Load the backbone of a head, with the head."""
-    kwargs = head.backbone_kwargs(kwargs)
-    check_within_reach(head.backbone, kwargs)
-    heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
-    loaded = load_causal_lm(head.backbone, *model_args, **kwargs)
-    AutoModelForProbedGeneration.from_causal_lm(_model_of(loaded), heads, strict)
-    return loaded
-
-
-def _model_of(loaded: Any) -> PreTrainedModel:
-    return loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
 
 
 def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -186,8 +173,9 @@ def _or_head(original: Callable) -> Callable:
             return original(cls, place, *model_args, **kwargs)
         loaded = load_or_find_head(lambda: original(cls, place, *model_args, **kwargs), place, kwargs)
         if isinstance(loaded, HeadPlace):
-            return _load_below(loaded, model_args, kwargs)
-        model = _model_of(loaded)
+            arguments = loaded.arguments(kwargs)
+            return AutoModelForProbedGeneration.from_pretrained(loaded.backbone, *model_args, **arguments)
+        model = model_of(loaded)
         if isinstance(model, GenerationMixin) and (heads := saved_heads(place, model.config, kwargs)):
             AutoModelForProbedGeneration.from_causal_lm(model, heads)
         return loaded

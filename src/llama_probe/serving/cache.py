@@ -103,8 +103,7 @@ class ProbeCache:
         """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
         if cached != (seen := self.get_seq_length()):
             raise ProbeError(
-                f"probe_state is of {seen} tokens, and the cache beside it holds {cached}: pass both as one call returned "
-                "them, or start anew without both (after cache.crop, for example)"
+                f"probe_state is of {seen} tokens, and the cache beside it holds {cached} (after cache.crop?)"
             )
 
     def followed_by(
@@ -129,10 +128,8 @@ class ProbeCache:
 
     def _check_rows(self, prompts: int) -> None:
         if prompts != self.batch_size:
-            raise ProbeError(
-                f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: repeat or select rows of copies of "
-                "cache and state (batch_repeat_interleave, batch_select_indices)"
-            )
+            hint = "use batch_repeat_interleave or batch_select_indices of both cache and state"
+            raise ProbeError(f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: {hint}")
 
     def resume(
         self,
@@ -154,17 +151,13 @@ class ProbeCache:
         self._check_rows(len(input_ids))
         seen = self.get_seq_length()
         if input_ids.shape[1] <= seen:
-            raise ProbeError(
-                f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: pass all input_ids of the "
-                "conversation, with at least one new token"
-            )
+            hint = "pass all of the conversation, with at least one new token"
+            raise ProbeError(f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: {hint}")
         same = input_ids[:, :seen].to(self.input_ids.device) == self.input_ids
         differing = (~same & self.attention_mask).any(dim=0).nonzero().flatten()
         if len(differing):
-            raise ProbeError(
-                f"the prompt does not begin with the {seen} tokens that probe_state has seen; the first that differs is "
-                f"number {int(differing[0])}: append to out.sequences, as text encoded again may give other tokens"
-            )
+            first = f"the first that differs is number {int(differing[0])}: append to out.sequences"
+            raise ProbeError(f"the prompt does not begin with the {seen} tokens that probe_state has seen; {first}")
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
         states = {}
         for name, head in heads.items():
@@ -184,9 +177,7 @@ class ProbeCache:
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
     """Raise `ProbeError` if a state is given or asked for, and no head runs that could keep one."""
     if probe_state is not None and probe_state is not False:
-        raise ProbeError(
-            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes(...)"
-        )
+        raise ProbeError("probe_state is what heads keep, and none is active: load_probe(...) first")
 
 
 def asks_for_state(
@@ -216,7 +207,7 @@ def _versions(head: ProbeModel) -> list[tuple[int, int]]:
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
     differing = (wanted.to(kept.device).bool() != kept).any(dim=0).nonzero().flatten()
     if len(differing):
+        first = f"the first is number {int(differing[0])}"
         raise ProbeError(
-            f"{what}: of the {kept.shape[1]} tokens that the cache holds other ones count now than when probe_state was made; "
-            f"the first is number {int(differing[0])}. Start anew without cache and probe_state"
+            f"{what}: of the {kept.shape[1]} tokens that probe_state has seen other ones count now; {first}"
         )

@@ -49,12 +49,11 @@ class Reprompt:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = tuple(getattr(self.input_ids, "shape", ()))
-        if not isinstance(self.input_ids, torch.Tensor) or len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            found = f"the shape {list(shape)}" if shape else f"the type {type(self.input_ids).__name__}"
-            raise ProbeError(f"Reprompt.input_ids has {found}; it must be a tensor of shape [1, tokens]")
-        if not isinstance(self.kwargs, Mapping):
-            raise ProbeError(f"Reprompt.kwargs is a {type(self.kwargs).__name__}; it must be a dict")
+        shape = getattr(self.input_ids, "shape", ())
+        if len(shape) != 2 or shape[0] != 1 or not shape[1]:
+            raise ProbeError(
+                f"Reprompt.input_ids has the shape {list(shape)}; it must be a tensor of shape [1, tokens]"
+            )
         if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
             raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
 
@@ -111,16 +110,17 @@ class HaltRule:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
         if threshold is None and regression:
             raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
-        if isinstance(threshold, str):
-            known = config.thresholds or {}
-            if threshold not in known or label != names[1]:
-                allowed = f"a number, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
-                raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
-            threshold = known[threshold]
+        known = config.thresholds or {}
+        if isinstance(threshold, str) and label == names[-1]:
+            threshold = known.get(threshold, threshold)
         if threshold is not None:
             low, high = (-math.inf, math.inf) if regression else (0, 1)
-            if isinstance(threshold, bool) or not isinstance(threshold, Real) or not low <= threshold <= high:
-                allowed = "a number" if regression else "a number from 0 to 1"
+            if not _is_number(threshold) or not low <= threshold <= high:
+                allowed = (
+                    "a number"
+                    if regression
+                    else f"from 0 to 1, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
+                )
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
             threshold = float(threshold)
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
@@ -129,7 +129,16 @@ class HaltRule:
             raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
         index = names.index(label)
         threshold = threshold_of(config, index) if threshold is None else threshold
-        return cls(head, config, index, threshold, patience, _checked_band(head, config, unsure, ask), ask)
+        if unsure is not None or ask is not None:
+            band = unsure if isinstance(unsure, (list, tuple)) else ()
+            if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
+                raise ProbeError(
+                    f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and ask=, a function of texts"
+                )
+            if config.token_scope == "response":
+                raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
+            unsure = tuple(map(float, band))
+        return cls(head, config, index, threshold, patience, unsure, ask)
 
     def is_unsure(self, output: ProbeOutput) -> list[bool]:
         """Return for each row whether `ask` decides."""
@@ -150,25 +159,6 @@ class HaltRule:
             Halt(self.head, label, score, self.threshold) if hit else None
             for hit, score in zip(found.tolist(), scores.tolist(), strict=True)
         ]
-
-
-def _checked_band(
-    head: str, config: ProbeConfig, unsure: Sequence[float] | None, ask: Judge | None
-) -> tuple[float, float] | None:
-    if unsure is None and ask is None:
-        return None
-    if unsure is None or not callable(ask):
-        raise ProbeError(f"halt_on: {head!r} needs both unsure=(low, high) and ask=, a function of texts")
-    if config.token_scope == "response":
-        raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
-    band = list(unsure) if isinstance(unsure, (list, tuple)) else []
-    if (
-        len(band) != 2
-        or not all(isinstance(x, Real) and not isinstance(x, bool) for x in band)
-        or not band[0] < band[1]
-    ):
-        raise ProbeError(f"halt_on: unsure of {head!r} is {unsure!r}; it must be (low, high) with low < high")
-    return float(band[0]), float(band[1])
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
@@ -214,6 +204,10 @@ def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ProbeError(f"--halt-on names {head} more than once: give each head once")
         found[head] = options if label is None else {"label": label, **options}
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _number_or_name(text: str) -> float | str:
@@ -354,11 +348,9 @@ class Halter:
 def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | None]:
     """Return what a function of the user decided, as one `Halt` or `None` a row."""
     found = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(found, (list, tuple)) or len(found) != rows:
-        size = f" of length {len(found)}" if isinstance(found, (list, tuple)) else ""
-        wanted = f"it must return a list of {rows}: true, false or a Halt"
-        raise ProbeError(f"{function} returned a {type(returned).__name__}{size}; {wanted}")
-    for item in found:
-        if not isinstance(item, Halt) and item not in (None, False, True):
-            raise ProbeError(f"{function} returned {item!r} in its list; allowed: true, false, None or a Halt")
+    is_list = isinstance(found, (list, tuple)) and len(found) == rows
+    if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in found):
+        raise ProbeError(
+            f"{function} returned {str(returned)[:60]}; it must return a list of {rows}: true, false or a Halt"
+        )
     return [item if isinstance(item, Halt) else Halt() if item else None for item in found]

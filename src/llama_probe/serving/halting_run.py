@@ -206,14 +206,12 @@ def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tenso
         reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
     name = "Reprompt.input_ids" if isinstance(reply, Reprompt) else "halt_reply"
     try:
-        ids = reply.input_ids if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
+        ids = reply.input_ids[0] if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
     except (TypeError, ValueError, RuntimeError):
         raise ProbeError(f"{name} is a {type(reply).__name__}; allowed: token ids, a text or a Reprompt") from None
-    if ids is not getattr(reply, "input_ids", None) and ids.dim() != 1:
-        raise ProbeError(f"{name} has the shape {list(ids.shape)}; it must be [tokens]")
-    whole = not ids.is_floating_point() and ids.dtype != torch.bool
+    whole = ids.dim() == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
     if ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size):
-        raise ProbeError(f"{name} has {ids.flatten().tolist()[:8]}; token ids must be from 0 to {vocab_size - 1}")
+        raise ProbeError(f"{name} has {ids.tolist()[:8]}; it must be a list of token ids from 0 to {vocab_size - 1}")
     return reply if isinstance(reply, Reprompt) else ids.long()
 
 

@@ -90,12 +90,8 @@ class ProbeHostMixin:
         *,
         subfolder: str | None = None,
         namespace: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        trust_remote_code: bool = False,
         strict: bool = False,
+        **options,
     ) -> str:
         """Load a head and attach it.
 
@@ -104,9 +100,8 @@ class ProbeHostMixin:
             name: the head's name on the model. Defaults to the folder, subfolder or repository; see `default_name`.
             revision, subfolder: those of a Hub id that names none itself.
             namespace: user or organisation whose heads an alias stands for; see `probe_namespace`.
-            token, cache_dir, local_files_only, force_download: as in `from_pretrained`.
-            trust_remote_code: run the code file of a head whose kind the package does not have.
             strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
+            options: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
 
         Returns:
             The head's name.
@@ -117,10 +112,8 @@ class ProbeHostMixin:
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
-        options = HubOptions(
-            revision, token, cache_dir, local_files_only, force_download, trust_remote_code=trust_remote_code
-        )
-        self._attach(read_heads({name: source}, target_of(self), options, namespace), strict=strict)
+        hub = HubOptions(revision, **options)
+        self._attach(read_heads({name: source}, target_of(self), hub, namespace), strict=strict)
         return name
 
     def delete_probe(self, name: str) -> None:

@@ -21,7 +21,7 @@ from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.scope import check_rows, prompt_masks
 from ..hub.transport import check_within_reach
-from .arguments import HEAD_ARGUMENTS, generation_arguments, refuse_in_config, with_setting
+from .arguments import HEAD_ARGUMENTS, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
 from .halting_run import HaltingRun
@@ -34,10 +34,9 @@ from .session import (
     generation_session,
     is_inner_call,
     open_session,
-    prompt_session,
     session_of,
 )
-from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, read_heads, saved_heads
+from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, model_of, read_heads, saved_heads
 from .streaming import HoldBackStreamer
 from .texts import as_texts, classify_texts
 
@@ -130,10 +129,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = read_heads(probe, target) if probe is not None else {}
         if not isinstance(lm, ProbedGenerationMixin):
             if type(lm) is not cls._causal_lm_class:
-                raise ProbeError(
-                    f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {type(lm).__name__}; "
-                    "AutoModelForProbedGeneration.from_causal_lm takes any causal LM"
-                )
+                made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {type(lm).__name__}"
+                raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
             plain = type(lm)
             change_class(lm, cls)
             lm._install_probes()
@@ -181,13 +178,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             loaded = load(place, *model_args, **kwargs)
         else:
             loaded = load_or_find_head(lambda: load(place, *model_args, **kwargs), place, kwargs)
-            heads = None
-            if isinstance(head := loaded, HeadPlace):
-                kwargs = head.backbone_kwargs(kwargs)
-                heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
-                loaded = load(head.backbone, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model._attach(saved_heads(place, model.config, kwargs) if heads is None else heads, probe_strict)
+            if isinstance(loaded, HeadPlace):
+                arguments = loaded.arguments(kwargs)
+                return cls.from_pretrained(loaded.backbone, *model_args, probe_strict=probe_strict, **arguments)
+            heads = saved_heads(place, model_of(loaded).config, kwargs)
+        model_of(loaded)._attach(heads, probe_strict)
         return loaded
 
     def _probed_forward(self, *args, **kwargs):
@@ -313,7 +308,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         past = cached_tokens({"cache": cache})
         if asks_for_state(probe_state, input_ids, None) and probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
-        session = prompt_session(
+        session = PrefillSession(
             heads,
             inputs,
             probe_mask,
@@ -325,10 +320,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:
             if "position_ids" not in inputs and attention_mask is not None and not attention_mask[:, :past].all():
-                raise ProbeError(
-                    "the cached part of the prompts has padding, and generate() and forward() count positions differently "
-                    "there: pass position_ids, [batch, new_tokens], that go on from those of the call that filled the cache"
-                )
+                raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
         decoder = self._decoder
@@ -349,7 +341,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 "attention_mask."
             )
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs) -> Any:
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
 
         Takes what the plain `generate` takes, and
@@ -392,7 +384,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not
                 allowed; see the message.
         """
-        kwargs = generation_arguments(args, kwargs)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
@@ -407,10 +398,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if halt_reply is not None and halter is None and not inner:
             raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
         if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
-            raise ProbeError(
-                "a HoldBackStreamer waits for scores of the reply, and nothing here decides by any: pass halt_on= with a head "
-                "that reads replies (token_scope 'response' or 'all'), or on_probe_token=, or another streamer"
-            )
+            raise ProbeError("a HoldBackStreamer needs halt_on= with a head that reads replies, or on_probe_token=")
         as_dict = True
         if heads:
             as_dict = kwargs.get(
@@ -438,10 +426,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return output
         results = session.results()
         if not isinstance(output, ModelOutput):
-            raise ProbeError(
-                f"custom_generate returned a {type(output).__name__}, which cannot carry probe logits; let it return a "
-                "generate output (return_dict_in_generate), or pass return_dict_in_generate=False to go without heads"
-            )
+            hint = "let it return a generate output, or pass return_dict_in_generate=False"
+            raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
         if not as_dict:
             return output.sequences
         configs = {name: head.config for name, head in heads.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,15 +32,14 @@ class PrefillSession:
 
     Args:
         heads: the heads that read along, by name.
-        masks: for each head the tokens that count, `[prompts, prompt_tokens]`.
-        input_ids: the prompts, `[prompts, prompt_tokens]`; `None` if they are given as embeddings.
-        attention_mask: of the prompts, `[prompts, prompt_tokens]`; `None` if no token is padding.
+        inputs: whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`. Empty if nothing is to be read.
+        probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
         past: leading prompt tokens that the KV cache holds already.
         earlier: what the heads keep of these tokens.
         return_state: keep the heads' states, for `probe_cache`.
         partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
         output_attentions: also give token and layer weights.
-        shape: `(prompts, prompt_tokens)`; needed if no head reads the prompts.
+        placeholder_ids: see `prompt_masks`.
 
     Attributes:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
@@ -55,37 +54,42 @@ class PrefillSession:
     def __init__(
         self,
         heads: dict[str, ProbeModel],
-        masks: dict[str, torch.Tensor],
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        inputs: Mapping[str, Any],
+        probe_mask: torch.Tensor | None = None,
+        *,
         past: int = 0,
         earlier: ProbeCache | None = None,
         return_state: bool = False,
         partial_prompt: bool = False,
         output_attentions: bool = False,
-        shape: tuple[int, int] = (0, 0),
+        placeholder_ids: Sequence[int] = (),
     ):
+        ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        configs, masks = {name: head.config for name, head in heads.items()}, {}
+        self.prompts = self.length = 0
+        if inputs:
+            masks = prompt_masks(
+                configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past
+            )
+            self.prompts, self.length = (embeds if ids is None else ids).shape[:2]
         self.heads, self.masks = heads, masks
-        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.input_ids, self.attention_mask = ids, attention_mask
         self.seen = past
-        self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
         self.return_state, self._partial_prompt = return_state, partial_prompt
         self.cache: Cache | None = None
         self.decoder: Decoder | None = None
         states = {}
         if earlier is not None:
             earlier.check_length(past)
-            states = earlier.resume(heads, masks, input_ids, self._attended())
+            states = earlier.resume(heads, masks, ids, self._attended())
         if not partial_prompt:
             for mask in {id(mask): mask for mask in masks.values()}.values():
                 check_rows(mask)
-        self._read_masks = read_masks({name: head.config for name, head in heads.items()}, masks)
+        self._read_masks = read_masks(configs, masks)
         for name, mask in self._read_masks.items():
             if name not in states and past and bool(mask[:, :past].any()):
-                raise ProbeError(
-                    f"the cache holds {past} tokens of the prompt, and head {name!r} has not read them: pass probe_state= as the "
-                    "call that filled the cache returned it, or the whole prompt without a cache"
-                )
+                hint = "pass probe_state= of the call that filled it, or the whole prompt without a cache"
+                raise ProbeError(f"the cache holds {past} tokens, and head {name!r} has not read them: {hint}")
         keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
         self._reader = StateReader(heads, states, keep, output_attentions)
         self._taken: dict[str, ProbeOutput] | None = None
@@ -136,11 +140,8 @@ class PrefillSession:
         # Embeddings in place of the ids may have virtual tokens before them (PEFT's prompt tuning).
         same &= ids is not None or expected is None or columns == self.length - self.seen
         if rest or not repeats or not same:
-            raise ProbeError(
-                "the decoding method does not run the LM over the prompt as it was given (a part of it, other rows, or with the "
-                "virtual tokens of PEFT's prompt tuning): a part of a prompt is not scored. set_active_probes([]) generates "
-                "without heads"
-            )
+            hint = "PEFT's prompt tuning? set_active_probes([]) generates without heads"
+            raise ProbeError(f"the decoding method does not run the LM over the prompt as it was given ({hint})")
         return repeats, width
 
     def scores_alone(self, rows: int, columns: int) -> bool:

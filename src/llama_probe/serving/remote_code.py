@@ -10,7 +10,6 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from .. import heads
@@ -67,7 +66,12 @@ _LEFT_OUT = {
         "AveragedClassifier.member_logits",
     ),
     *("ProbeHostMixin.save_probe", "ProbeHostMixin.push_probe_to_hub", "ProbeHostMixin.push_to_hub", "classify_texts"),
-    *("AutoModelForProbedGeneration.from_pretrained", "Novelty.read"),
+    *(
+        "AutoModelForProbedGeneration.from_pretrained",
+        "Novelty.read",
+        "ProbeModel._stack",
+        "ProbeHostMixin._single_probe",
+    ),
 }
 # Functions that are simpler there: only Llama is exported, its heads come along, and none are bundled.
 _SIMPLER = {
@@ -77,6 +81,12 @@ _SIMPLER = {
     "bundled_heads": "lambda target=None: {}",
     "best_head": "lambda alias, heads: None",
     "check_within_reach": "lambda place, kwargs=None: None",
+    "without_waiting": "lambda reference, options: options",
+    "heads_on_hub": "lambda repo_id, options: []",
+    "_in_time": "lambda ask, what: ask()",
+    "_download_intact": "lambda *arguments: _download(*arguments)",
+    "_known": "lambda target, bundled: ['']",
+    "read_settled": "lambda folder, read: read()",
     "load_or_find_head": "lambda load, place, kwargs: load()",
     "NextToken.check": "lambda self: None",
 }
@@ -138,8 +148,14 @@ class _Module:
     """A module of the package: its imports, the names that it defines, and its text without imports."""
 
     def __init__(self, package: Path, name: str):
-        text = (package / f"{name}.py").read_text(encoding="utf-8")
-        self.tree, self.name, self.lines = ast.parse(text), name, text.splitlines(keepends=True)
+        self.name = name
+        self.read((package / f"{name}.py").read_text(encoding="utf-8"))
+        values = {name: f'_needs_package("{name.split(".")[-1]}")' for name in _LEFT_OUT} | _SIMPLER
+        for node in self.tree.body:
+            for item, path in [(node, getattr(node, "name", "")), *_methods(node)]:
+                if path in values:
+                    self.remove(item, f"{' ' * item.col_offset}{item.name} = {values[path]}\n")
+        self.read("".join(self.lines))
         self.imports = [node for node in self.tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         self.defined: dict[str, ast.stmt] = {}
         for node in self.tree.body:
@@ -161,23 +177,18 @@ class _Module:
         for node in [self.tree.body[0], *self.imports]:  # the first is the docstring
             self.replace(node, "")
 
-    def names(self, node: ast.stmt) -> list[str]:
-        return [name for name, defined in self.defined.items() if defined is node]
+    def read(self, text: str) -> None:
+        self.tree, self.lines = ast.parse(text), text.splitlines(keepends=True)
 
     def replace(self, node: ast.stmt, text: str) -> None:
         self.lines[node.lineno - 1 : node.end_lineno] = [text] + [""] * (node.end_lineno - node.lineno)
 
-    def remove(self, node: ast.stmt) -> None:
-        """Remove a definition with its decorators and the comment above it."""
+    def remove(self, node: ast.stmt, text: str = "") -> None:
+        """Replace a definition, with its decorators and the comment above it."""
         first = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", ()))]) - 1
         while self.lines[first - 1].lstrip().startswith("#"):
             first -= 1
-        self.lines[first : node.end_lineno] = [""] * (node.end_lineno - first)
-
-    def assign(self, node: ast.stmt, value: str) -> None:
-        """Put a name with a value in the place of a function."""
-        self.remove(node)
-        self.lines[node.lineno - 1] = f"{' ' * node.col_offset}{node.name} = {value}\n"
+        self.lines[first : node.end_lineno] = [text] + [""] * (node.end_lineno - first - 1)
 
     @property
     def text(self) -> str:
@@ -185,73 +196,40 @@ class _Module:
         return re.sub(r"\n{4,}", "\n\n\n", text)
 
 
-def _words(*nodes: ast.AST) -> set[str]:
-    """Return the names in some nodes that are not their own, and the attributes with a dot before them."""
+def _methods(node: ast.stmt) -> list[tuple[ast.stmt, str]]:
+    items = node.body if isinstance(node, ast.ClassDef) else []
+    return [(item, f"{node.name}.{item.name}") for item in items if isinstance(item, ast.FunctionDef)]
+
+
+def _words(node: ast.stmt) -> set[str]:
+    """Return the names in a statement, without those that its functions define for themselves."""
     found: set[str] = set()
-    for node in nodes:
-        inside = list(ast.walk(node))
+    for part in ast.iter_child_nodes(node) if isinstance(node, ast.ClassDef) else [node]:
+        inside = list(ast.walk(part))
         own = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         own |= {n.arg for n in inside if isinstance(n, ast.arg)}
-        own |= {n.name for n in inside if isinstance(n, ast.FunctionDef) and n is not node}
+        own |= {n.name for n in inside if isinstance(n, ast.FunctionDef) and n is not part}
         found |= {n.id for n in inside if isinstance(n, ast.Name)} - own
-        found |= {f".{n.attr}" for n in inside if isinstance(n, ast.Attribute)}
     return found
 
 
-def _methods(node: ast.stmt) -> list[ast.FunctionDef]:
-    return [item for item in node.body if isinstance(item, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
-
-
 def _cut(modules: list[_Module]) -> None:
-    """Remove the definitions, and private methods, that `_ROOTS` do not lead to, and put `_SIMPLER` and stubs in place."""
-    values = {name: f'_needs_package("{name.split(".")[-1]}")' for name in _LEFT_OUT} | _SIMPLER
-    statements = [(module, node) for module in modules for node in module.tree.body if node not in module.imports]
-    mentioned = set()
-    for _, node in statements:
-        for item in _methods(node) or [node]:
-            mentioned |= _words(item) - {f".{item.name}" if _methods(node) else ""}
-
-    def is_private(item: ast.FunctionDef) -> bool:
-        # torch and transformers call those that are mentioned nowhere.
-        return item.name.startswith("_") and not item.name.startswith("__") and f".{item.name}" in mentioned
-
-    words: dict[str, set[str]] = {}  # by the name of a definition, or of a private method with a dot before it
-    queue = list(_ROOTS)
-
-    def note(names: Iterable[str], *nodes: ast.AST) -> None:
-        for name in names:
-            words.setdefault(name, set()).update(_words(*nodes))
-
-    for module, node in statements:
-        names = module.names(node)
-        if not names or "register_probe_type" in _words(*getattr(node, "decorator_list", ())):
-            queue += names or _words(node)
-        value = next((values[name] for name in names if name in values), None)
-        methods = _methods(node)
-        rest = [child for child in ast.iter_child_nodes(node) if child not in methods] if methods else [node]
-        rest = rest if value is None else [ast.parse(value)]
-        note(names, *rest)
-        for item in methods:
-            value = values.get(f"{node.name}.{item.name}")
-            note([f".{item.name}"] if is_private(item) else names, item if value is None else ast.parse(value))
-    reached = set()
+    """Remove the definitions that `_ROOTS`, and classes of registered kinds, do not lead to."""
+    words, queue, reached = {}, list(_ROOTS), set()
+    for module in modules:
+        for name, node in module.defined.items():
+            words[name] = _words(node)
+            if any("register_probe_type" in ast.unparse(item) for item in getattr(node, "decorator_list", ())):
+                queue.append(name)
     while queue:
         if (name := queue.pop()) not in reached:
             reached.add(name)
             queue += words.get(name, ())
-    for module, node in statements:
-        names = module.names(node)
-        if names and not reached.intersection(names):
-            module.remove(node)
-            module.defined = {name: defined for name, defined in module.defined.items() if defined is not node}
-            continue
-        for name in values.keys() & set(names):
-            module.assign(node, values[name])
-        for item in _methods(node):
-            if (name := f"{node.name}.{item.name}") in values:
-                module.assign(item, values[name])
-            elif is_private(item) and f".{item.name}" not in reached:
-                module.remove(item)
+    for module in modules:
+        for name in module.defined.keys() - reached:
+            node = module.defined.pop(name)
+            if node not in module.defined.values():
+                module.remove(node)
 
 
 def _concatenate(file: str, modules: list[_Module], homes: dict[str, list[tuple[str, str]]]) -> str:

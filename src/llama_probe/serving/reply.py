@@ -158,8 +158,7 @@ class ReplySession:
         same = rows == len(self._live) if self._live is not None else rows and rows % self.prompt.prompts == 0
         if ids is None or not same or ids.shape[1] not in (1, whole):
             raise ProbeError(
-                "the decoding method does not run the LM over one more token of each reply, so heads cannot follow these; "
-                "set_active_probes([...]) with other heads, or [] to generate without"
+                "the decoding method does not run the LM over one more token of each reply: heads cannot follow"
             )
         if self._reader is None:
             repeats = rows // self.prompt.prompts
@@ -237,26 +236,10 @@ class ReplySession:
         }
 
 
-# Settings of generate() under which its passes are not over one more token of each reply, and what they are called.
-_NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_beams": (lambda value: value > 1, "beam search moves rows from one reply to another"),
-    "num_beam_groups": (lambda value: value > 1, "beam search moves rows from one reply to another"),
-    "constraints": (bool, "constrained beam search moves rows from one reply to another"),
-    "force_words_ids": (bool, "constrained beam search moves rows from one reply to another"),
-    "assistant_model": (lambda value: value is not None, "assisted decoding reads candidates that may be taken back"),
-    "assistant_early_exit": (
-        lambda value: value is not None,
-        "assisted decoding reads candidates that may be taken back",
-    ),
-    "prompt_lookup_num_tokens": (
-        lambda value: value is not None,
-        "prompt look-up reads candidates that may be taken back",
-    ),
-    "use_mtp": (bool, "multi-token prediction reads candidates that may be taken back"),
-    "penalty_alpha": (lambda value: value > 0, "contrastive search reads candidates that may be taken back"),
-    "dola_layers": (lambda value: value is not None, "DoLa decoding is a method of its own"),
-    "custom_generate": (lambda value: value is not None, "a decoding method of one's own may read anything"),
-}
+# Settings of generate() under which its passes are not over one more token of each reply.
+_BEAMS = ("num_beams", "num_beam_groups", "constraints", "force_words_ids")
+_CANDIDATES = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha")
+_OTHERS = ("dola_layers", "custom_generate")
 
 
 def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
@@ -266,11 +249,7 @@ def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
         what: the reason why they are to follow.
         setting: gives what the call uses for a setting, by its name; `None` if nothing says.
     """
-    for name, (refused, why) in _NOT_FOLLOWED.items():
+    for name in (*_BEAMS, *_CANDIDATES, *_OTHERS):
         value = setting(name)
-        if value is not None and refused(value):
-            raise ProbeError(
-                f"{name} cannot be used with {what}: {why}, so a reply cannot be read token by token. Allowed: greedy search "
-                f"and sampling, also with num_return_sequences. Leave {name} out, or go without these heads "
-                "(set_active_probes([...])) and without probe_state"
-            )
+        if value and not (name in _BEAMS and value == 1):
+            raise ProbeError(f"{name} cannot be used with {what}: leave it out, for greedy search or sampling")

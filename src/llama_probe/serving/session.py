@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,7 +16,6 @@ from ..backbone.cache import cached_tokens
 from ..backbone.decoder import find_decoder, without_peft
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
-from ..heads.scope import prompt_masks
 from .arguments import generation_setting, token_ids
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .prefill import PrefillSession
@@ -69,32 +68,6 @@ def is_inner_call(model: nn.Module) -> bool:
     return current is not None and (current[0] is model or current[1] is model)
 
 
-def prompt_session(
-    heads: dict[str, ProbeModel],
-    inputs: Mapping[str, Any],
-    probe_mask: torch.Tensor | None = None,
-    *,
-    past: int = 0,
-    partial_prompt: bool = False,
-    placeholder_ids: Sequence[int] = (),
-    **kwargs,
-) -> PrefillSession:
-    """Open the session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`.
-
-    Args:
-        probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
-        placeholder_ids: see `prompt_masks`.
-        past, partial_prompt, kwargs: see `PrefillSession`.
-    """
-    ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    configs = {name: head.config for name, head in heads.items()}
-    masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past)
-    shape = (embeds if ids is None else ids).shape[:2]
-    return PrefillSession(
-        heads, masks, ids, attention_mask, past, partial_prompt=partial_prompt, shape=shape, **kwargs
-    )
-
-
 def forward_session(
     heads: dict[str, ProbeModel],
     kwargs: dict[str, Any],
@@ -109,31 +82,26 @@ def forward_session(
     """
     past, ids = cached_tokens(kwargs), kwargs.get("input_ids")
     keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
-    if not isinstance(probe_state, ProbeCache):
-        if past and keep:
-            raise ProbeError(
-                f"probe_state=True begins a state, and the cache already holds {past} tokens that the heads have not seen: pass "
-                "what the call that filled it returned as probe_state (model(..., use_cache=True))"
-            )
-        if past:
-            if ids is not None and ids.shape[1] > 1 and not torch.compiler.is_dynamo_compiling():
-                logger.warning_once(_NOT_SCORED)
-            return None
-        keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
-        return prompt_session(
-            heads, kwargs, probe_mask, return_state=keep, partial_prompt=keep, placeholder_ids=placeholder_ids
-        )
-    probe_state.check_length(past)
-    ids, attention_mask = probe_state.followed_by(ids, kwargs.get("attention_mask"))
-    whole = {"input_ids": ids, "attention_mask": attention_mask}
-    return prompt_session(
+    earlier, inputs = probe_state if isinstance(probe_state, ProbeCache) else None, kwargs
+    if earlier is not None:
+        earlier.check_length(past)
+        whole = earlier.followed_by(ids, kwargs.get("attention_mask"))
+        inputs = dict(zip(("input_ids", "attention_mask"), whole, strict=True))
+    elif past:
+        if keep:
+            raise ProbeError(f"probe_state=True: the cache already holds {past} tokens that the heads have not seen")
+        if ids is not None and ids.shape[1] > 1 and not torch.compiler.is_dynamo_compiling():
+            logger.warning_once(_NOT_SCORED)
+        return None
+    keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
+    return PrefillSession(
         heads,
-        whole,
+        inputs,
         probe_mask,
         past=past,
-        earlier=probe_state,
-        return_state=True,
-        partial_prompt=True,
+        earlier=earlier,
+        return_state=keep,
+        partial_prompt=keep,
         placeholder_ids=placeholder_ids,
     )
 
@@ -175,7 +143,7 @@ def generation_session(
         refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", setting)
     if keep:
         refuse_not_followed("probe_state, for which heads read the reply", setting)
-    session = prompt_session(
+    session = PrefillSession(
         {name: head for name, head in heads.items() if head.config.token_scope != "response"},
         {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask},
         probe_mask,
@@ -195,15 +163,10 @@ def generation_session(
 
 
 _NOT_SCORED = (
-    "A pass over several tokens that goes on from a cache was not scored (probe_logits is None): heads would have to read what the "
-    "cache holds. Pass probe_state= beside it, as the call that filled it returned it, or the whole prompt without a cache. A PEFT "
-    "model that was tuned with a prefix puts such a cache before every prompt: score with the model below, "
-    "get_base_model().classify(...), or tune it with LoRA."
+    "A pass that goes on from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
+    "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
 )
-PAGED = (
-    "continuous batching (paged cache, generate_batch) mixes the tokens of many requests in one row, so heads cannot read a "
-    "prompt there; use generate(), or set_active_probes([]) to go without heads"
-)
+PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 
 
 def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:

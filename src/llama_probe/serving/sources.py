@@ -105,6 +105,10 @@ class HeadPlace:
             raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
         return self.config.base_model_name_or_path
 
+    def arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` for the backbone with the head, from those for the head."""
+        return {**self.backbone_kwargs(kwargs), "probe": {self.name: self.source}, "probe_revision": self.revision}
+
     def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
         others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
@@ -137,16 +141,11 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
 
 
-def is_local_head(place: Any) -> bool:
-    """Return True for a folder that holds a head and no model."""
-    return (
-        isinstance(place, (str, os.PathLike)) and is_head_folder(place) and not (Path(place) / "config.json").exists()
-    )
-
-
 def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
     """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises."""
-    if is_local_head(place) and (head := find_head(place, kwargs)) is not None:
+    is_path = isinstance(place, (str, os.PathLike))
+    is_head = is_path and is_head_folder(place) and not (Path(place) / "config.json").exists()
+    if is_head and (head := find_head(place, kwargs)) is not None:
         return head
     try:
         return load()
@@ -154,6 +153,11 @@ def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, 
         if (head := find_head(place, kwargs)) is None:
             raise
         return head
+
+
+def model_of(loaded: Any) -> Any:
+    """Return the model that `from_pretrained` gave, be it beside the info of `output_loading_info=True`."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def _as_list(spec: Any) -> list[Any]:
