@@ -214,6 +214,12 @@ def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(prompts, caplog):
     assert out.probe_logits and out.probe_token_logits["reply"].shape[1] == 2
 
 
+def test_arguments_by_their_place(prompts):
+    config, streamer = GenerationConfig(max_new_tokens=2, pad_token_id=0), Tokens()
+    out = probed().generate(prompts[:1], config, None, [], None, None, None, streamer, halt_on=lambda outputs: [False])
+    assert out.probe_halts == [None] and streamer.seen == [*out.sequences[0].tolist(), "end"]
+
+
 @pytest.mark.parametrize("tokens", [9, 150])
 def test_heads_do_not_run_while_tokens_are_decoded(tokens, monkeypatch):
     model = probed()

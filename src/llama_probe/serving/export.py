@@ -138,11 +138,8 @@ def push_repository(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     commit_message: str | None = None,
+    **kwargs,
 ) -> CommitInfo:
     """Upload an exported folder in one commit; repository and branch are created if missing.
 
@@ -152,7 +149,7 @@ def push_repository(
     Args:
         folder: from `export_repository`.
         repo_id: `user/name`, or a name for the own user.
-        private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
+        commit_message, kwargs: `private`, `token`, `revision`, `create_pr`, as in `PreTrainedModel.push_to_hub`.
 
     Raises:
         ProbeError: the folder is no exported repository, has links to files elsewhere, or the Hub refused the upload.
@@ -175,11 +172,8 @@ def push_repository(
         repo_id,
         {file: folder / file for file in files},
         is_stale,
-        private=private,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
         commit_message=commit_message or "Upload a model with probe heads with llama_probe",
+        **kwargs,
     )
 
 

@@ -116,11 +116,8 @@ class HaltRule:
         if threshold is not None:
             low, high = (-math.inf, math.inf) if regression else (0, 1)
             if not _is_number(threshold) or not low <= threshold <= high:
-                allowed = (
-                    "a number"
-                    if regression
-                    else f"from 0 to 1, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
-                )
+                named = f"from 0 to 1, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
+                allowed = "a number" if regression else named
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
             threshold = float(threshold)
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:

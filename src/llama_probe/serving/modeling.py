@@ -43,6 +43,9 @@ from .texts import as_texts, classify_texts
 
 logger = logging.get_logger(__name__)
 
+# Arguments of the plain `generate()` behind its first two, which may be given by their place.
+_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:]
+
 
 class ProbedGenerationMixin(ProbeHostMixin):
     """Adds probe heads to a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`.
@@ -341,7 +344,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 "attention_mask."
             )
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
 
         Takes what the plain `generate` takes, and
@@ -384,6 +387,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not
                 allowed; see the message.
         """
+        kwargs |= zip(_POSITIONAL, args, strict=False)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
