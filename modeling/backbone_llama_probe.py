@@ -5,21 +5,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import numpy as np
 import threading
 import torch
-import torch.nn.functional as F
-import transformers
 import weakref
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +20,6 @@ from math import prod
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
-from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
-from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 from typing import Any
 from .configuration_llama_probe import ProbeError
@@ -66,105 +55,13 @@ class Family:
 
 
 _LLAMA = Family("model.embed_tokens", "model.layers", "model.norm")
-# An LM inside a multimodal model.
-_INSIDE = Family("model.language_model.embed_tokens", "model.language_model.layers", "model.language_model.norm")
-
-# By `model_type`. tests/tiny_families.py has a tiny model of each.
-FAMILIES: dict[str, Family] = {
-    "deepseek_v3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3": _INSIDE,
-    "gemma3_text": _LLAMA,
-    "gpt2": Family("transformer.wte", "transformer.h", "transformer.ln_f"),
-    "gpt_neox": Family("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm"),
-    "gpt_oss": _LLAMA,
-    "llama": _LLAMA,
-    "llama4": Family("language_model.model.embed_tokens", "language_model.model.layers", "language_model.model.norm"),
-    "llama4_text": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _LLAMA,
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "phi3": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen2_5_vl": _INSIDE,
-    "qwen2_vl": _INSIDE,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _LLAMA,
-    "qwen3_vl": _INSIDE,
-}
-
-_REGISTERED: dict[str, Family] = {}
-
-# Names of final norms. Other norms, such as of embeddings that are added to each layer, may be beside them.
-_NORM_NAMES = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "layer_norm", "ln_f", "norm_f", "ln_out")
-
-# Results of the search, by class.
-_FOUND: dict[type, Family] = {}
 
 
-def register_family(model_type: str, *, embeddings: str, layers: str, norm: str, model: str | None = None) -> None:
-    """Register where the models of a family keep what heads read. This replaces the paths of a known family."""
-    for name, path in (("embeddings", embeddings), ("layers", layers), ("norm", norm), ("model", model)):
-        if path is not None and not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
-            raise ProbeError(f"{name}={path!r} must be dotted names, such as 'model.layers'")
-    _REGISTERED[model_type] = Family(embeddings, layers, norm, model)
-
-
-def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
-    """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM with `depth` decoder layers."""
-    kind, model_type = type(lm).__name__, lm.config.model_type
-    if getattr(lm.config, "is_encoder_decoder", False):
-        raise ProbeError(f"{kind} is an encoder-decoder: heads read the hidden states of a causal LM")
-    if (family := _REGISTERED.get(model_type)) is not None:
-        if (modules := _modules(lm, family, depth)) is None:
-            raise ProbeError(
-                f"{kind} does not have the modules of register_family({model_type!r}, ...): a ModuleList {family.layers} "
-                f"of {depth} layers, {family.embeddings} and {family.norm}"
-            )
-        return modules, "registered"
-    if model_type in FAMILIES and (modules := _modules(lm, FAMILIES[model_type], depth)) is not None:
-        return modules, "table"
-    if type(lm) in _FOUND and (modules := _FOUND[type(lm)].modules(lm, depth)) is not None:
-        return modules, "search"
-    candidates = list(_search(lm, depth))
-    if len(candidates) == 1 and (modules := candidates[0].modules(lm, depth)) is not None:
-        _FOUND[type(lm)] = candidates[0]
-        return modules, "search"
-    found = ", ".join(f"{each.layers} with {each.norm}" for each in candidates) or "none"
-    raise ProbeError(
-        f"the layers of {kind} were not found: it must have one ModuleList of {depth} layers beside one final norm "
-        f"(found: {found}). Give their paths: llama_probe.register_family({model_type!r}, embeddings=, layers=, norm=)"
-    )
+find_modules = lambda lm, depth: (_modules(lm, _LLAMA, depth), "table")
 
 
 def _modules(lm: nn.Module, family: Family, depth: int) -> dict[str, nn.Module] | None:
     return family.modules(lm, depth) or family.without_lm_head().modules(lm, depth)
-
-
-def _search(lm: transformers.PreTrainedModel, depth: int) -> Iterator[Family]:
-    """Yield the places in the decoder that have a list of `depth` layers beside one final norm."""
-    paths = {module: path for path, module in lm.named_modules()}
-    embeddings = paths.get(lm.get_input_embeddings())
-    if embeddings is None:
-        return
-    # An image encoder may have as many layers. Some models return another module as their decoder.
-    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
-    inside = decoder is not None and any(isinstance(module, nn.ModuleList) for module in decoder.modules())
-    for owner in (decoder if inside else lm).modules():
-        if owner not in paths or paths[owner].split(".")[0] == "probes":
-            continue
-        prefix = f"{paths[owner]}." if paths[owner] else ""
-        children = list(owner.named_children())
-        for place, (name, child) in enumerate(children):
-            if not isinstance(child, nn.ModuleList) or len(child) != depth:
-                continue
-            norms = [other for other, _ in children if other in _NORM_NAMES] or [
-                other for other, module in children[place + 1 :] if "norm" in type(module).__name__.lower()
-            ]
-            if len(norms) == 1:
-                yield Family(embeddings, prefix + name, prefix + norms[0], paths[owner])
 
 
 # From backbone/decoder.py
@@ -252,11 +149,6 @@ def without_peft(lm: nn.Module) -> nn.Module:
     return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
 
 
-def is_tensor_parallel(lm: nn.Module | None) -> bool:
-    """Return True if each process holds a part of every layer (`tp_plan`). All of them must then run the same rows."""
-    return lm is not None and (getattr(without_peft(lm), "_tp_size", None) or 1) > 1
-
-
 def find_decoder(lm: nn.Module) -> Decoder:
     """Find the decoder of a causal LM, also inside a PEFT model."""
     base = without_peft(lm)
@@ -287,10 +179,6 @@ def _usable(device: torch.device) -> torch.device:
 
 # From backbone/cache.py
 
-# Cache layers that put old and new tokens into a new tensor.
-_GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
 class _DetachedCopies(TorchFunctionMode):
     """Let `copy.deepcopy` copy tensors that require gradients, which it refuses, as detached tensors."""
 
@@ -320,22 +208,7 @@ def copy_cache(cache: Cache) -> Cache:
         return copy.deepcopy(cache)
 
 
-def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """Return a copy of a KV cache of one row, from `prefill`, for a batch."""
-    cache = copy_cache(prefix)
-    for layer in cache.layers:
-        if type(layer) in _GROW_BY_COPY and layer.is_initialized:
-            layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
-        else:
-            layer.batch_repeat_interleave(rows)
-    return cache
-
-
 # From backbone/capture.py
-
-# Tokens of the forward pass of `check_states`.
-_PROOF_TOKENS = 8
-
 
 class Capture:
     """A context manager that calls a function with each hidden state when it appears."""
@@ -434,92 +307,14 @@ def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
     """Raise `ProbeError` if the LM has run and did not give all wanted layers."""
     if missing := sorted(set(wanted) - set(seen)):
-        raise ProbeError(
-            f"the LM ran without giving hidden states {missing}. A decoder compiled as a whole ignores new hooks: compile its "
-            "layers one by one, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run"
-        )
-
-
-def collect_hidden_states(
-    lm: nn.Module,
-    layers: Collection[int],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    prefix: Cache | None = None,
-) -> list[torch.Tensor]:
-    """Run the backbone without its LM head and without gradients, and return hidden states."""
-    decoder = find_decoder(lm)
-    device = decoder.input_device
-    input_ids = input_ids.to(device)
-    attention_mask = None if attention_mask is None else attention_mask.to(device)
-    cached = {"use_cache": False}
-    if prefix is not None:
-        rows, width = len(input_ids), prefix.get_seq_length()
-        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, rows)}
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
-    states: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
-        decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
-    check_seen(layers, states)
-    return [states[layer] for layer in layers]
-
-
-def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
-    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row."""
-    decoder = find_decoder(lm)
-    input_ids = torch.tensor([list(ids)], device=decoder.input_device)
-    with torch.no_grad():
-        cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
-    return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
-
-
-def check_states(lm: nn.Module) -> None:
-    """Prove, for a family that is not in the table, that the captured states are the LM's hidden states."""
-    decoder = find_decoder(lm)
-    if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
-        return
-    layers = range(decoder.num_hidden_layers + 1)
-    listing = {} if decoder.origin == "registered" else {"output_hidden_states": True, "return_dict": True}
-    states: dict[int, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}
-
-    def on_state(layer: int, hidden: torch.Tensor) -> None:
-        states[layer], copies[layer] = hidden, hidden.clone()
-
-    ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
-    with torch.no_grad(), Capture(decoder, on_state, layers):
-        output = decoder.model(input_ids=ids, use_cache=False, **listing)
-    listed = dict(enumerate(getattr(output, "hidden_states", None) or ())) if listing else copies
-    if listing and len(listed) != len(layers):
-        listed = {}
-    shape = (1, _PROOF_TOKENS, decoder.hidden_size)
-    problem = None
-    for layer in layers:
-        if layer not in states or states[layer].shape != shape:
-            problem = f"is not [batch, tokens, {decoder.hidden_size}]"
-        elif not torch.allclose(states[layer], copies[layer], rtol=0, atol=0, equal_nan=True):
-            problem = "is changed in place by a later layer; write x = x + y for x += y in the model's code"
-        elif layer not in listed or not _close(listed[layer], states[layer]):
-            problem = (
-                f"is not in output_hidden_states; llama_probe.register_family({decoder.model_type!r}, ...) accepts it"
-            )
-        if problem is not None:
-            raise ProbeError(
-                f"hidden state {layer} of {type(without_peft(lm)).__name__} ({decoder.model_type}) {problem}"
-            )
-
-
-def _close(listed: torch.Tensor, state: torch.Tensor) -> bool:
-    return listed.shape == state.shape and torch.allclose(state.float(), listed.to(state).float(), equal_nan=True)
+        hint = "if it is compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run"
+        raise ProbeError(f"the LM ran without giving hidden states {missing}; {hint}")
 
 
 # From backbone/next_token.py
 
 # Config fields with a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
-# Tokens of the forward pass of `check`.
-_CHECK_TOKENS = 8
 
 
 class NextToken:
@@ -561,190 +356,4 @@ class NextToken:
         logits = embeddings(hidden.to(device, dtype)).float() * self.factor
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    @torch.no_grad()
-    def check(self) -> None:
-        """Run the LM over a few tokens and compare its logits. Models with offloaded weights are not checked."""
-        lm = self.lm
-        if any(parameter.is_meta for parameter in lm.parameters()):
-            return
-        decoder = find_decoder(lm)
-        last = decoder.num_hidden_layers
-        vocab_size = lm.config.get_text_config(decoder=True).vocab_size
-        ids = torch.arange(1, _CHECK_TOKENS + 1, device=decoder.input_device)[None] % vocab_size
-        states: dict[int, torch.Tensor] = {}
-        # The plain class's forward does not run attached heads.
-        forward = getattr(type(lm), "_causal_lm_class", type(lm)).forward
-        with Capture(decoder, states.__setitem__, [last]):
-            expected = forward(lm, input_ids=ids, use_cache=False).logits[0, -1].float()
-        check_seen([last], states)
-        found = self(states[last][0, -1:])[0].to(expected.device)
-        # 2 % of the largest logit: above the rounding of bf16, far below any unknown factor.
-        if found.shape != expected.shape or (found - expected).abs().max() > 0.02 * expected.abs().max():
-            known = ", ".join((*_FACTORS, *_DIVISORS, "final_logit_softcapping"))
-            raise ProbeError(f"{type(lm).__name__} changes its logits by more than {known}: use another probe_type")
-
-
-# From backbone/fingerprint.py
-
-_TOKENS, _DEPTHS, _DIRECTIONS = 32, 4, 8
-
-# Largest relative distance that rounding explains, by bits a weight of the coarser side.
-_TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.06, 4: 0.4}
-
-
-def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
-    """Return 32 numbers that summarize a backbone, comparable between machines, dtypes and devices."""
-    decoder = find_decoder(lm)
-    vocab_size = vocab_size or _vocab_size(lm)
-    # Multiplicative hashing spreads the ids, and gives the same ones everywhere.
-    ids = torch.tensor([[(i * 2654435761 + 17) % vocab_size for i in range(1, _TOKENS + 1)]])
-    layers = [max(1, round(decoder.num_hidden_layers * k / _DEPTHS)) for k in range(1, _DEPTHS + 1)]
-    training = [module for module in lm.modules() if module.training]
-    try:
-        lm.eval()
-        states = collect_hidden_states(lm, layers, ids)
-    finally:
-        for module in training:
-            module.training = True
-    # NumPy keeps the stream of RandomState fixed; torch does not promise this.
-    directions = np.random.RandomState(0).standard_normal((decoder.hidden_size, _DIRECTIONS))
-    summary = []
-    for hidden in states:
-        # First token is skipped: many models park outliers there.
-        hidden = hidden[0, 1:].float().cpu()  # [n, D]
-        mean = F.layer_norm(hidden, hidden.shape[-1:]).mean(dim=0).numpy()  # [D]
-        summary.append(mean @ directions / np.sqrt(decoder.hidden_size))
-    return [round(float(value), 6) for value in np.concatenate(summary)]
-
-
-def distance(recorded: list[float], found: list[float]) -> float:
-    """Return the relative distance of two fingerprints: 0 for equal ones, about 1.4 for unrelated models."""
-    if len(recorded) != len(found):
-        return float("inf")
-    a, b = np.asarray(recorded), np.asarray(found)
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))
-
-
-def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, str | None]) -> float:
-    """Return the distance that rounding explains between two copies of one model."""
-    if recorded[1] == found[1]:
-        recorded, found = (recorded[0], None), (found[0], None)
-    return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
-
-
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the sha256 of a tokenizer's chat template, or None if it has no template."""
-    template = tokenizer.chat_template
-    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
-
-
-def backbone_facts(lm: nn.Module) -> dict[str, Any]:
-    """Return what a head records of its backbone beside sizes and fingerprint, by `ProbeConfig` field."""
-    base = without_peft(lm)
-    config = base.config
-    return {
-        # An exported repository has another name, and gives the name of its backbone in the config.
-        "base_model_name_or_path": getattr(config, "base_model_name_or_path", None) or config._name_or_path or None,
-        "base_model_revision": getattr(config, "_commit_hash", None),
-        "base_model_type": config.model_type,
-        # A probed class adds heads to a plain class, and the plain one is recorded.
-        "base_model_class": getattr(base, "_causal_lm_class", type(base)).__name__,
-        "vocab_size": _vocab_size(base),
-        "base_model_dtype": str(base.dtype).removeprefix("torch."),
-        "base_model_quantization": _quantization(config),
-    }
-
-
-def _vocab_size(lm: nn.Module) -> int:
-    return without_peft(lm).config.get_text_config(decoder=True).vocab_size
-
-
-def _quantization(config) -> str | None:
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return getattr(config, "dequantized_from", None)  # set by `demo_backbone` in `loading.py`
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "quantized"
-    bits = settings.get("bits") or settings.get("nbits")
-    for name, value in (("load_in_4bit", 4), ("load_in_8bit", 8)):
-        if settings.get(name) or settings.get(f"_{name}"):
-            bits = value
-    return f"{method}-{bits}bit" if bits else str(method)  # such as `bitsandbytes-4bit`
-
-
-def _bits(dtype: str | None, quantization: str | None) -> int:
-    if quantization is not None:
-        return 8 if any(name in quantization for name in ("8bit", "fp8", "int8")) else 4
-    if dtype is not None and "float8" in dtype:
-        return 8
-    return 32 if dtype in ("float32", "float64") else 16
-
-
-# From backbone/passes.py
-
-# Fixed cost of a forward pass, in tokens.
-_PASS_COST = 64
-# Tokens in the KV cache of a row that count as one token in a batch.
-_CACHED_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The `rows` that a backbone runs over together, after `skip` tokens of a common start in the KV cache `prefix`."""
-
-    rows: list[int]
-    prefix: Cache | None = None
-    skip: int = 0
-
-
-def plan_passes(
-    lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequence[int], batch_tokens: int
-) -> list[Pass]:
-    """Plan forward passes over all prompts, and run the backbone once over a start that many of them share."""
-    # The last token of a row always runs: its output is wanted.
-    unread = [min(count, len(ids) - 1) for count, ids in zip(unread, prompts, strict=True)]
-    start = shared_start(prompts, unread)
-    prefix = prefill(lm, start) if start else None
-    skip = 0 if prefix is None else len(start)
-    after, whole = [], []
-    for row, ids in enumerate(prompts):
-        (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
-    passes = [
-        Pass(rows, prefix, skip) for rows in _batches(after, prompts, batch_tokens, skip // _CACHED_TOKENS - skip)
-    ]
-    return passes + [Pass(rows) for rows in _batches(whole, prompts, batch_tokens)]
-
-
-def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[int]:
-    """Return the start to run once instead of once a row, so that the fewest tokens run; it may be empty."""
-    rows: Iterable[int] = range(len(prompts))
-    path: list[int] = []
-    most, best = 0, 0
-    while True:
-        following = defaultdict(list)
-        for row in rows:
-            if unread[row] > len(path):
-                following[prompts[row][len(path)]].append(row)
-        if not following:
-            return path[:best]
-        token, rows = max(following.items(), key=lambda item: len(item[1]))
-        path.append(token)
-        saved = (len(rows) - 1) * len(path) - _PASS_COST
-        if saved > most:
-            most, best = saved, len(path)
-
-
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group rows of similar length, the largest batch first."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def _batches(rows: list[int], prompts: Sequence[Sequence[int]], batch_tokens: int, more: int = 0) -> list[list[int]]:
-    batches = length_batches([len(prompts[row]) + more for row in rows], batch_tokens)
-    return [[rows[i] for i in batch] for batch in batches]
+    check = lambda self: None

@@ -5,42 +5,24 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import importlib.util
-import inspect
 import json
 import math
 import numpy as np
-import operator
 import os
-import platform
 import re
-import shutil
 import sys
-import tempfile
-import threading
 import torch
-import transformers
-import unicodedata
-import uuid
 from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from contextlib import ExitStack
 from contextlib import contextmanager
 from contextlib import suppress
-from contextvars import copy_context
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
-from functools import partial
-from huggingface_hub import CommitInfo
-from huggingface_hub import CommitOperationAdd
-from huggingface_hub import CommitOperationDelete
-from huggingface_hub import HfApi
+from huggingface_hub import _CACHED_NO_EXIST
 from huggingface_hub import constants
 from huggingface_hub import hf_hub_download
 from huggingface_hub import try_to_load_from_cache
@@ -50,28 +32,28 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.errors import RevisionNotFoundError
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 from pathlib import Path
 from pathlib import PurePosixPath
-from queue import Empty
-from queue import SimpleQueue
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
-from types import MappingProxyType
 from types import ModuleType
 from types import SimpleNamespace
 from typing import Any
-from typing import TypeVar
+
+
+def _needs_package(name):
+    def missing(*args, **kwargs):
+        raise ImportError(f"{name} needs the package: pip install llama_probe")
+
+    return missing
 
 
 # From errors.py
@@ -95,89 +77,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
 # The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
 PENDING, _GONE = ".new-files", ".gone"
-_TEMPORARY = ".tmp"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# What a file is to hold: a text in UTF-8, bytes, or a function that writes the file.
-Content = str | bytes | Callable[[Path], object]
-
-
-def check_writable(folder: Path, content: str) -> None:
-    """Check, before any work is done, that a folder can be made or written into."""
-    try:
-        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    except OSError as error:  # for example a name that is too long
-        raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
-    if there.exists() and not there.is_dir():
-        raise ProbeError(f"{there} is a file; name a folder for {content}")
-    if there.exists() and not os.access(there, os.W_OK):
-        raise ProbeError(f"{there} is not writable; name another folder for {content}, or change its permissions")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and the missing folders above it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
-
-
-def check_new_folder(folder: Path) -> None:
-    """Raise `ProbeError` unless a folder is missing or empty."""
-    if (folder.exists() or folder.is_symlink()) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ProbeError(f"{folder} exists and is not an empty folder; name another one, or remove it")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a scratch folder whose files are moved into `folder` at the end; nothing is left behind on an error."""
-    check_new_folder(folder)
-    make_folder(folder.parent)
-    exists = folder.is_dir()
-    with tempfile.TemporaryDirectory(dir=folder if exists else folder.parent, prefix=f".{folder.name}.") as scratch:
-        written = Path(scratch) / "new"
-        written.mkdir()
-        yield written
-        if not exists:
-            written.replace(folder)
-            return
-        # The config comes last: it is what makes the folder a head or a model.
-        for item in sorted(written.iterdir(), key=lambda item: item.name.endswith("config.json")):
-            item.replace(folder / item.name)
-
-
-def write_atomically(writers: dict[Path, Content]) -> None:
-    """Write each file under a temporary name, then rename all of them; on an error no target changes."""
-    with ExitStack() as stack:
-        written: list[tuple[Path, Path]] = []
-        for target, write in writers.items():
-            _check_no_folder(target)
-            temporary = stack.enter_context(_scratch(partial(_temporary_file, target)))
-            _write(write, temporary, target)
-            # mkstemp makes private files; these should be as readable as any other file of the user.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
-            written.append((temporary, target))
-        for temporary, target in written:
-            with _explained(target):
-                temporary.replace(target)
-
-
-def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str] = ()) -> None:
-    """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones."""
-    for name in (*writers, *gone):
-        _check_no_folder(folder / name)
-    with _scratch(partial(_temporary_folder, folder)) as stage:
-        for name, write in writers.items():
-            _write(write, stage / name, folder / name)
-        for name in gone:
-            _write(Path.touch, stage / f"{name}{_GONE}", folder / name)
-        _switch(stage, folder)
-    settle(folder)
 
 
 def current_file(folder: str | os.PathLike, name: str) -> Path:
@@ -185,154 +86,6 @@ def current_file(folder: str | os.PathLike, name: str) -> Path:
     pending = Path(folder) / PENDING
     found = (pending / name, pending / f"{name}{_GONE}")
     return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
-
-
-def folder_state(folder: str | os.PathLike, name: str) -> tuple:
-    """Return what changes whenever `replace_files` replaces a file, or moves any file to its place."""
-    try:
-        pending = sorted(os.listdir(Path(folder) / PENDING))
-    except OSError:
-        pending = []
-    try:
-        status = os.stat(current_file(folder, name))
-    except OSError:
-        return (pending,)
-    return pending, status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def settle(folder: str | os.PathLike) -> None:
-    """Move the files that a killed `replace_files` has left in `PENDING` to their places."""
-    folder = Path(folder)
-    pending = folder / PENDING
-    if not pending.is_dir() or pending.is_symlink():
-        return
-    with _explained(folder):
-        for name in sorted(os.listdir(pending)):
-            with suppress(FileNotFoundError):  # another process settles the folder, too
-                if name.endswith(_GONE):
-                    (folder / name.removesuffix(_GONE)).unlink(missing_ok=True)
-                    (pending / name).unlink()
-                else:
-                    (pending / name).replace(folder / name)
-        with suppress(OSError):
-            pending.rmdir()
-
-
-def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove temporary files that killed processes have left in a folder."""
-    patterns = [f"{PENDING}.*{_TEMPORARY}", *(f".{name}.*{_TEMPORARY}" for name in names)]
-    for path in folder.iterdir():
-        if any(map(path.match, patterns)) and (handle := lock(path)) is not None:
-            _remove(path)
-            os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _temporary_file(target: Path) -> Path:
-    with _explained(target):
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_TEMPORARY, dir=target.parent)
-    os.close(handle)
-    return Path(name)
-
-
-def _temporary_folder(folder: Path) -> Path:
-    path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
-    with _explained(folder):
-        path.mkdir()
-    return path
-
-
-@contextmanager
-def _scratch(make: Callable[[], Path]) -> Iterator[Path]:
-    """Give a temporary file or folder, and remove it at the end if it is still there."""
-    path = make()
-    while (handle := lock(path)) is None or not path.exists():  # taken for a leftover before it was locked
-        if handle is not None:
-            os.close(handle)
-        path = make()
-    try:
-        yield path
-    finally:
-        _remove(path)
-        os.close(handle)
-
-
-def lock(path: Path) -> int | None:
-    """Return a handle that holds the lock of a file or folder; None if another process holds it, or it is not there."""
-    if fcntl is None:  # Windows, which renames no open files
-        return os.open(os.devnull, os.O_RDONLY)
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return os.open(os.devnull, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    except OSError:  # the file system has no locks
-        pass
-    return handle
-
-
-def _switch(stage: Path, folder: Path) -> None:
-    for _ in range(100):
-        settle(folder)
-        try:
-            stage.rename(folder / PENDING)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
-                raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
-        else:
-            return
-    raise ProbeError(f"{folder} cannot be written: others save into it all the time")
-
-
-def _write(content: Content, path: Path, target: Path) -> None:
-    with _explained(target):
-        if callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _check_no_folder(target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        raise ProbeError(f"{target} is a folder, and a file of this name is to be written; remove it or rename it")
-
-
-@contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = DISK_FULL if is_disk_full(error) else getattr(error, "strerror", None) or error
-        raise ProbeError(f"{target} cannot be written: {reason}") from error
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Return True if the error says that the disk, or the user's quota on it, is full."""
-    if isinstance(error, SafetensorError):  # it carries the system's error as text only
-        return any(f"os error {number}" in str(error) for number in _NO_ROOM)
-    return isinstance(error, OSError) and error.errno in _NO_ROOM
-
-
-def environment() -> dict[str, str]:
-    """Return the versions that results depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "llama_probe": package_version(),
-    }
 
 
 def package_version() -> str:
@@ -355,8 +108,6 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
-# Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.
-LATER_RESULTS = ("evaluations", "thresholds_from", "novelty")
 
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 
@@ -370,14 +121,6 @@ def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
     """Return the head folders inside a folder, by name."""
     items = sorted(item for item in Path(folder).iterdir() if not item.name.startswith("."))
     return {item.name: item for item in items if is_head_folder(item)}
-
-
-def check_output(folder: str | os.PathLike) -> None:
-    """Check that a head can be written into a folder without the loss of anything but a head."""
-    folder = Path(folder)
-    check_writable(folder, "the head")
-    if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
-        raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
@@ -431,33 +174,9 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
     return read_json(path) if os.path.isfile(path) else None
 
 
-def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the run of the seed whose head was kept."""
-    try:
-        return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
-    except (LookupError, TypeError, StopIteration) as error:
-        raise ProbeError(f"{RESULTS_NAME} has no run for chosen_seed; delete it to load the head without") from error
-
-
-def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the training run wrote of a head's results; None if there is nothing of it."""
-    return {key: value for key, value in (results or {}).items() if key not in LATER_RESULTS} or None
-
-
-def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """Return the halting rules in a head's results, by label; empty if none were measured."""
-    results = training_results(results)
-    return {} if results is None else chosen_run(results).get("halting", {}).get("labels", {})
-
-
 # From hub/transport.py
 
-T = TypeVar("T")
-
 _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
-_REFUSED = (400, 401, 403, 404, 413, 422)  # answers to a commit after which nothing of it can be there
-_OVERTAKEN = (409, 412)
-_PATIENCE = 5  # times the client's timeout, for all files of a head
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -524,216 +243,55 @@ def check_subfolder(subfolder: str | None) -> None:
 
 def download_head(reference: HubReference, options: HubOptions = HubOptions()) -> Path:
     """Fetch the files of a head, all of one commit, into the Hub's cache."""
-    return _in_time(lambda: _download_head(reference, options), str(reference))
 
-
-def _download_head(reference: HubReference, options: HubOptions) -> Path:
-    config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
-    if options.only_config:
+    def fetch() -> Path:
+        config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
+        if not options.only_config:
+            commit = extract_commit_hash(str(config), None)
+            _fetch(reference, WEIGHTS_NAME, commit, options)
+            for name in HEAD_FILES[2:]:
+                _fetch_optional(reference, name, commit, options)
         return config.parent
-    commit = extract_commit_hash(str(config), None)
-    _fetch(reference, WEIGHTS_NAME, commit, options)
-    for name in HEAD_FILES:
-        if name not in (CONFIG_NAME, WEIGHTS_NAME):
-            _fetch_optional(reference, name, commit, options)
-    return config.parent
+
+    return _in_time(fetch, str(reference))
 
 
-def _in_time(ask: Callable[[], T], what: str) -> T:
-    """Call a function that asks the Hub, in a thread that is left alone if it takes too long."""
-    seconds, answer = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT, SimpleQueue()
-
-    def run() -> None:
-        try:
-            answer.put((ask(), None))
-        except BaseException as error:
-            answer.put((None, error))
-
-    threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
-    try:
-        value, error = answer.get(timeout=seconds)
-    except Empty:
-        raise ProbeError(
-            f"{what} was not fetched within {seconds:g} s; for a slow connection, set HF_HUB_DOWNLOAD_TIMEOUT above "
-            f"{constants.HF_HUB_DOWNLOAD_TIMEOUT:g}"
-        ) from None
-    if error is not None:
-        raise error
-    return value
+_in_time = lambda ask, what: ask()
 
 
-def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
-    """Return options for a head that may not exist: with `local_files_only` if the Hub cannot be reached."""
-    revision = reference.revision or options.revision
-    path = reference.path(CONFIG_NAME)
-    cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
-    if options.local_files_only or isinstance(cached, str):  # the client needs no connection for it
-        return options
-    return (
-        options
-        if _hub_answers(reference.repo_id, path, revision, options.token)
-        else replace(options, local_files_only=True)
-    )
+without_waiting = lambda reference, options: options
 
 
-def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Check that a Hub id is cached or that the Hub answers. The client would try for over a minute, file by file."""
-    given = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
-    reference = HubReference.parse(str(place)) if given else None
-    options = HubOptions.beside(kwargs)
-    if reference is None or options.local_files_only:
-        return
-    name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
-    if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
-        return
-    if not _hub_answers(reference.repo_id, "config.json", None, options.token):
-        raise ProbeError(
-            f"{reference.repo_id} is not in the cache, and the Hub does not answer; the demo model needs no Hub: run "
-            "`llama-probe demo`, or load llama_probe.backbone.loading.demo_backbone()"
-        )
+check_within_reach = lambda place, kwargs=None: None
 
 
-def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> bool:
-    """Ask the Hub once for a file; False if there is no answer."""
-    try:
-        _in_time(lambda: HfApi(token=token).file_exists(repo_id, path, revision=revision), path)
-    except HfHubHTTPError:
-        return True
-    except (*_FAILED, ProbeError):
-        return False
-    return True
-
-
-def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
-    """Return the subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read."""
-    if options.local_files_only:
-        return []
-    try:
-        files = set(HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision))
-    except (*_FAILED, OfflineModeIsEnabled):
-        return []
-    ends = (f"/{CONFIG_NAME}", f"/{WEIGHTS_NAME}")
-    folders = {file.removesuffix(ends[0]) for file in files if file.endswith(ends[0])}
-    found = [folder for folder in folders if f"{folder}{ends[1]}" in files and _is_asked_for(f"{repo_id}:{folder}")]
-    return ([""] if {CONFIG_NAME, WEIGHTS_NAME} <= files else []) + sorted(found)
-
-
-def _is_asked_for(text: str) -> bool:
-    try:
-        return HubReference.parse(text) is not None
-    except ProbeError:
-        return False
-
-
-def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
-    """Return `repo_id`, with the user's own name before it if it has none."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ProbeError(f"repo_id={repo_id!r} is not allowed: {error}") from None
-    with _push_errors(repo_id, token):
-        return repo_id if "/" in repo_id else HfApi(token=token).get_full_repo_name(repo_id)
-
-
-def commit_files(
-    repo_id: str,
-    files: Mapping[str, Path | bytes],
-    stale: Callable[[str], bool],
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload with llama_probe",
-    only_if_missing: Collection[str] = (),
-) -> CommitInfo:
-    """Upload files in one commit; create the repository and the branch if they are missing."""
-    repo_id = full_repo_id(repo_id, token)
-    api = HfApi(token=token, library_name="llama_probe", library_version=package_version())
-    with _push_errors(repo_id, token):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
-        there = {item.rfilename for item in info.siblings or []}
-        wanted = {path: data for path, data in files.items() if path not in only_if_missing or path not in there}
-        added = [CommitOperationAdd(path, data) for path, data in wanted.items()]
-        deleted = [path for path in sorted(there - set(files)) if stale(path)]
-        try:
-            return api.create_commit(
-                repo_id,
-                [*added, *map(CommitOperationDelete, deleted)],
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=info.sha,
-            )
-        except (*_FAILED, RuntimeError) as error:
-            if _status(error) in _REFUSED:
-                raise
-            found = None if create_pr else _branch_with(api, repo_id, revision, wanted, deleted, info.sha)
-            if found is None and _status(error) not in _OVERTAKEN:
-                raise ProbeError(
-                    f"the push to {repo_id} failed, and it is not known if it was kept: look at its page before you push again; "
-                    f"the Hub said: {hide_secrets(_first_line(error), token)}"
-                ) from None
-            if found in (None, info.sha):
-                raise
-            return CommitInfo(
-                f"{api.endpoint}/{repo_id}/commit/{found}", commit_message, "", found, _endpoint=api.endpoint
-            )
-
-
-def _branch_with(
-    api: HfApi,
-    repo_id: str,
-    revision: str | None,
-    wanted: Mapping[str, Path | bytes],
-    deleted: Collection[str],
-    before: str,
-) -> str | None:
-    """Return the commit of a branch if it is `before` or has the files of a push; None if it has others or is not reached."""
-    try:
-        commit = api.model_info(repo_id, revision=revision).sha
-        if commit == before:
-            return before
-        found = {item.path: item for item in api.get_paths_info(repo_id, [*wanted, *deleted], revision=commit)}
-    except (*_FAILED, RuntimeError, ValueError):
-        return None
-    contents = {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items()}
-    same = found.keys() == contents.keys() and all(_is_same(found[path], data) for path, data in contents.items())
-    return commit if same else None
-
-
-def _is_same(file: Any, content: bytes) -> bool:
-    lfs = getattr(file, "lfs", None)
-    return lfs.sha256 == hashlib.sha256(content).hexdigest() if lfs else file.blob_id == _git_digest(content)
+heads_on_hub = lambda repo_id, options: []
 
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
+    repo_id = reference.repo_id
     plain = reference.revision is None and reference.subfolder is None
     # `a/b` may have been meant for a folder.
-    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(reference.repo_id) else ""
+    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(repo_id) else ""
     try:
-        return _download_intact(reference, name, revision, options)
+        return _download(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
-        at = f" at {revision}" if revision else ""
         refused = isinstance(error.__cause__, HfHubHTTPError)
         why = f"the Hub refused: {_first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
-        problem = f"{name} of {reference} is not in the cache{at}, and {hide_secrets(why, options.token)}{no_folder}"
+        problem = f"{name} of {reference} is not in the cache, and {hide_secrets(why, options.token)}{no_folder}"
     except EntryNotFoundError:
         at = replace(options, revision=reference.revision or options.revision)
-        heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(reference.repo_id, at)]
-        hint = f"; heads in it: {', '.join(heads)}" if heads else ""
-        problem = f"{reference} is not a head: it has no {name}{hint}"
+        heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(repo_id, at)]
+        problem = f"{reference} is not a head: it has no {name}" + (
+            f"; heads in it: {', '.join(heads)}" if heads else ""
+        )
     except RevisionNotFoundError:
-        problem = f"{reference.repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
+        problem = f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
     except GatedRepoError:
-        problem = f"{reference.repo_id} is gated: ask for access on its page, and log in or pass token="
+        problem = f"{repo_id} is gated: ask for access on its page, and log in or pass token="
     except RepositoryNotFoundError:
         problem = (
-            f"{reference.repo_id} does not exist on the Hub, or this token may not read it: log in (hf auth login) or "
-            f"pass token={no_folder}"
+            f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
         )
     except _FAILED as error:
         problem = f"{name} of {reference} could not be fetched: {hide_secrets(_first_line(error), options.token)}"
@@ -741,96 +299,52 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
 
 
 def _fetch_optional(reference: HubReference, name: str, commit: str | None, options: HubOptions) -> None:
-    if not options.force_download:
-        path = reference.path(name)
-        cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
-        # A mark that the commit has no such file, or a path.
-        if cached is not None and (not isinstance(cached, str) or _is_intact(Path(cached))):
-            return
-    try:
-        _download_intact(reference, name, commit, options)
-    except (EntryNotFoundError, *_FAILED):  # a file that only describes the head must not keep it from running
+    path = reference.path(name)
+    cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
+    if cached is _CACHED_NO_EXIST and not options.force_download:
         return
+    # A file that only describes the head must not keep it from running.
+    with suppress(EntryNotFoundError, *_FAILED):
+        _download(reference, name, commit, options)
 
 
-def _download_intact(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
+def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     """Download a file, and once more if it is damaged, be it in the cache or on its way."""
-    path = _download(reference, name, revision, options)
-    if (
-        _is_intact(path) or options.local_files_only or constants.HF_HUB_OFFLINE
-    ):  # a damaged head is refused when it is read
-        return path
-    path = _download(reference, name, revision, replace(options, force_download=True))
-    if not _is_intact(path):
-        raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
-    return path
+    settings = {
+        "subfolder": reference.subfolder,
+        "revision": revision,
+        "token": options.token,
+        "cache_dir": options.cache_dir,
+        "local_files_only": options.local_files_only,
+        "library_name": "llama_probe",
+        "library_version": package_version(),
+    }
+    is_local = options.local_files_only or constants.HF_HUB_OFFLINE
+    try:
+        for force in (options.force_download, True):
+            path = Path(hf_hub_download(reference.repo_id, name, force_download=force, **settings))
+            if is_local or _is_intact(path):  # a damaged head is refused when it is read
+                return path
+    except ValueError as error:  # with force_download the client wraps the HTTP error
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise error.__cause__ from None
+        raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
+    raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
 
 
 def _is_intact(path: Path) -> bool:
     """Return False if a file of the cache has another content than the digest says that its blob is named by."""
     blob = path.resolve()
-    if re.fullmatch("[0-9a-f]{64}", blob.name):
-        return blob.name == hashlib.sha256(blob.read_bytes()).hexdigest()
-    if re.fullmatch("[0-9a-f]{40}", blob.name):
-        return blob.name == _git_digest(blob.read_bytes())
-    return True
+    digest = {64: _sha256, 40: _git_digest}.get(len(blob.name))
+    return digest is None or not re.fullmatch("[0-9a-f]+", blob.name) or blob.name == digest(blob.read_bytes())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _git_digest(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
-    try:
-        path = hf_hub_download(
-            reference.repo_id,
-            name,
-            subfolder=reference.subfolder,
-            revision=revision,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-            force_download=options.force_download,
-            library_name="llama_probe",
-            library_version=package_version(),
-        )
-    except ValueError as error:  # with force_download the client wraps the HTTP error
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise error.__cause__ from None
-        raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
-    return Path(path)
-
-
-@contextmanager
-def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
-    try:
-        yield
-    except ProbeError:
-        raise
-    except OfflineModeIsEnabled:
-        raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
-    except (*_FAILED, RuntimeError, ValueError) as error:
-        # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
-        raise ProbeError(_push_refused(repo_id, error, token)) from None
-
-
-def _push_refused(repo_id: str, error: Exception, token: str | bool | None) -> str:
-    status = _status(error)
-    error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-    what = " ".join(str(error).split()) if isinstance(error, ValueError) else _first_line(error)
-    said = hide_secrets(getattr(error, "server_message", None) or what, token)
-    if status in _OVERTAKEN:
-        return f"somebody else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
-    if status == 401:
-        return f"the Hub does not know this token: log in (hf auth login) or pass token=; it said: {said}"
-    if status in (403, 404):
-        return f"this token may not write to {repo_id}: use one with the role 'write'; the Hub said: {said}"
-    return f"the push to {repo_id} failed and nothing was uploaded: {said}"
-
-
-def _status(error: Exception) -> int | None:
-    error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def hide_secrets(text: str, token: str | bool | None = None) -> str:
@@ -883,52 +397,10 @@ class Target:
         return (hidden_size, num_hidden_layers) == (self.hidden_size, self.num_hidden_layers)
 
 
-def bundled_heads(target: Target | None = None) -> dict[str, Path]:
-    """Return the folders of the heads that ship with the package, by alias; with a target only those that fit it."""
-    package = Path(__file__).resolve().parents[1]
-    # An editable install or a checkout has the second.
-    places = (package / "hub_cards", package.parents[1] / "hub_cards")
-    root = next((path for path in places if path.is_dir()), None)
-    heads = {} if root is None else list_heads(root)
-    if target is None:
-        return heads
-    sizes = {
-        alias: map(read_config_values(head).get, ("hidden_size", "num_hidden_layers")) for alias, head in heads.items()
-    }
-    return {alias: head for alias, head in heads.items() if target.fits(*sizes[alias])}
+bundled_heads = lambda target=None: {}
 
 
-def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
-    """Return the head among `alias-KIND` with the best validation score, or None if there is none."""
-    ranked: dict[str, list[tuple[float, int, Path]]] = {}
-    for name, folder in heads.items():
-        stem, _, kind = name.rpartition("-")
-        if stem != alias or read_config_values(folder).get("probe_type") != kind:
-            continue
-        try:
-            results = read_results(folder)
-            metric = results["recipe"]["metric"]
-            score = float(results["summary"]["validation"][metric]["mean"])
-            if math.isfinite(score):
-                ranked.setdefault(metric, []).append((score, -int(results["num_parameters"]), folder))
-        except (TypeError, KeyError, ValueError, OverflowError):  # no results, or none that can be compared
-            continue
-    if not ranked:
-        return None
-    return max(max(ranked.values(), key=len), key=lambda entry: entry[:2])[2]
-
-
-def probe_namespace(namespace: str | None = None) -> str | None:
-    """Return the Hub user for aliases: the argument, else the variable `LLAMA_PROBE_NAMESPACE`, else None."""
-    chosen = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE") or None
-    if chosen is not None and (not isinstance(chosen, str) or not re.fullmatch(r"[\w.-]+", chosen)):
-        raise ProbeError(f"namespace={chosen!r} must be the name of a user or organisation on the Hub")
-    return chosen
-
-
-def alias_repository(target: Target, namespace: str) -> str:
-    """Return the Hub id of a namespace's heads for a backbone; each head is a subfolder."""
-    return f"{namespace}/{Path(target.name_or_path or 'unknown').name}-probes"
+best_head = lambda alias, heads: None
 
 
 def resolve_head(
@@ -960,7 +432,7 @@ def resolve_head(
     else:
         told = f"probe={source!r} is neither a folder nor a bundled head"
     found: list[str] = []  # names of heads that exist, for the message
-    for place, revision in _places(target, options, probe_namespace(namespace)):
+    for place, revision in _places(target, options, namespace):
         if isinstance(place, Path):
             heads = list_heads(place)
             if (chosen := _choose(source, heads)) is not None:
@@ -983,26 +455,22 @@ def _choose(alias: str, heads: Mapping[str, Path]) -> Path | None:
 
 def _places(target: Target | None, options: HubOptions, namespace: str | None) -> Iterator[tuple[Path | str, Any]]:
     """Give the folders and Hub ids where an alias may be for a target, with the revision to ask for."""
+    namespace = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE")
+    if namespace and not (isinstance(namespace, str) and re.fullmatch(r"[\w.-]+", namespace)):
+        raise ProbeError(f"namespace={namespace!r} must be the name of a user or organisation on the Hub")
     if target is None or not target.name_or_path:
         return
     local = os.path.isdir(target.name_or_path)
     if local:
         yield Path(target.name_or_path), None
     if namespace:
-        yield alias_repository(target, namespace), options.revision
+        yield f"{namespace}/{Path(target.name_or_path).name}-probes", options.revision
     if not local and target.name_or_path.count("/") == 1:
         # One repository holds both: the head and the backbone come from the same commit.
         yield target.name_or_path, options.revision or target.revision
 
 
-def _known(target: Target | None, bundled: Mapping[str, Path]) -> list[str]:
-    heads = f"bundled heads: {', '.join(bundled) or 'none'}"
-    if target is None:
-        return [heads]
-    sizes = f"hidden_size={target.hidden_size}, num_hidden_layers={target.num_hidden_layers}"
-    others = ", ".join(alias for alias in bundled_heads() if alias not in bundled)
-    hint = "set LLAMA_PROBE_NAMESPACE or pass a namespace to look on the Hub"
-    return [f"{heads} for {sizes}", *([f"for other sizes: {others}"] if others else []), hint]
+_known = lambda target, bundled: ['']
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
@@ -1077,7 +545,7 @@ def get_probe_type(name: str) -> type[Any]:
     """Return the class that is registered under `name`."""
     if not isinstance(name, str) or name not in _PROBE_TYPES:
         raise ProbeError(
-            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, and your own kinds once imported"
+            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}; import your own kinds"
         )
     return _PROBE_TYPES[name]
 
@@ -1102,14 +570,6 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
     if set(_PROBE_TYPES.values()) == before:
         raise ProbeError(f"{path} registers no kind of head: decorate its class with register_probe_type")
     return module
-
-
-def kind_code(probe_type: str) -> bytes | None:
-    """Return the source file of a kind from outside the package; None for the package's own and those typed into a session."""
-    kind = get_probe_type(probe_type)
-    own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
-    file = None if own or kind.__module__ == "__main__" else inspect.getsourcefile(kind)
-    return None if file is None else Path(file).read_bytes()
 
 
 @contextmanager
@@ -1229,14 +689,14 @@ def _running_max(values: Any) -> Any:
 
 # From heads/configuration.py
 
-POOLS = ("mean", "max")
-NORMALIZATIONS = ("none", "layernorm", "rms")
 REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
+POOLS = ("mean", "max")
+NORMALIZATIONS = ("none", "layernorm", "rms")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
 MAX_SIZE = 2**20
@@ -1249,10 +709,8 @@ _NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} |
 # A lone surrogate (from JSON escapes or a non-UTF-8 shell). Tokenizers reject it.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
-# Unicode categories and bidi classes that a name must not hold: a head from the Hub could write to the terminal, start
-# a log line, or reorder the text around its labels. Joiners and direction marks of single letters are allowed.
-_CONTROLS = frozenset(["Cc", "Zl", "Zp"])
-_BIDI = frozenset(["LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"])
+# Joiners, direction marks of single letters, and spaces: names may hold these, and no other sign that is not printable.
+_MARKS = re.compile("[\u200c-\u200f\u00a0\u202f\u3000]")
 
 
 def _is_int(value: Any, least: int = 1) -> bool:
@@ -1274,15 +732,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return _is_text(value) and not any(
-        unicodedata.category(sign) in _CONTROLS or unicodedata.bidirectional(sign) in _BIDI for sign in value
-    )
-
-
-def _label_index(key: Any) -> int:
-    if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]*", key):  # int() would take " 1", "+1", "01" and "1_0"
-        raise ValueError(key)
-    return int(key) if isinstance(key, str) else operator.index(key)
+    """Return True for a text that cannot write to a terminal, start a log line, or reorder the text around it."""
+    return isinstance(value, str) and _MARKS.sub("", value).isprintable()
 
 
 def _is_id(value: Any) -> bool:
@@ -1295,7 +746,7 @@ def _is_marker(value: Any) -> bool:
     return value["ids"] != [] and _is_list(value["ids"], _is_id) and _is_int(value["skip"], least=0)
 
 
-def _one_of(allowed: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
+def _one_of(*allowed: str) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(allowed)}", lambda value: value in allowed
 
 
@@ -1336,11 +787,11 @@ _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and v
 
 # The rule of each field: a description and a check.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "problem_type": _one_of(PROBLEM_TYPES),
-    "pool": _one_of(POOLS),
-    "normalize": _one_of(NORMALIZATIONS),
-    "token_scope": _one_of(TOKEN_SCOPES),
-    "prompt_format": _one_of((*PROMPT_FORMATS, UNKNOWN_FORMAT)),
+    "problem_type": _one_of(*PROBLEM_TYPES),
+    "pool": _one_of(*POOLS),
+    "normalize": _one_of(*NORMALIZATIONS),
+    "token_scope": _one_of(*TOKEN_SCOPES),
+    "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
     "num_attention_heads": _SIZE,
     "downcast": _SIZE,
     "hidden_size": _or_none(_SIZE),
@@ -1429,10 +880,7 @@ class ProbeConfig:
             if not holds(value := getattr(self, name)):
                 raise ProbeError(f"{name}={value!r} must be {allowed}")
         if self.reads_reply and not self.causal:
-            raise ProbeError(
-                f"causal=False is not allowed with token_scope={self.token_scope!r}: a head that looks ahead cannot "
-                "follow a reply"
-            )
+            raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
         self._check_threshold()
         self._check_layers()
         self._check_novelty()
@@ -1442,17 +890,13 @@ class ProbeConfig:
         if not (self.num_labels is None or _is_int(self.num_labels)):
             raise ProbeError(f"num_labels={self.num_labels!r} must be {_SIZE[0]}")
         if self.id2label is None:
-            self.num_labels = self.num_labels or 2
-            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels)}
-            return
+            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels or 2)}
         try:
-            labels = {_label_index(index): name for index, name in self.id2label.items()}
+            labels = {int(index): name for index, name in self.id2label.items() if str(int(index)) == str(index)}
         except (AttributeError, TypeError, ValueError):
-            raise ProbeError(f"id2label={self.id2label!r} must be a dict of label names by index") from None
-        if len(labels) < len(self.id2label):
-            raise ProbeError(f"id2label={self.id2label!r} names an index twice")
-        if not labels or sorted(labels) != list(range(len(labels))):
-            raise ProbeError(f"id2label has the indices {sorted(labels)}; they must be 0, 1, 2, ...")
+            labels = {}
+        if not labels or sorted(labels) != list(range(len(self.id2label))):
+            raise ProbeError(f"id2label={self.id2label!r} must be a dict of label names by index: 0, 1, 2, ...")
         if wrong := [name for name in labels.values() if not _is_name(name)]:
             raise ProbeError(f"id2label has the name {wrong[0]!r}; it must be {_NAME[0]}")
         if len(set(labels.values())) != len(labels):
@@ -1462,27 +906,19 @@ class ProbeConfig:
         self.num_labels, self.id2label = len(labels), dict(sorted(labels.items()))
 
     def _check_threshold(self) -> None:
-        several = isinstance(self.threshold, list)
+        several, multi_label = isinstance(self.threshold, list), self.problem_type == "multi_label_classification"
         values = self.threshold if several else [] if self.threshold is None else [self.threshold]
         if not all(_is_number(value) and 0 <= value <= 1 for value in values):
             raise ProbeError(f"threshold={self.threshold!r} must be a number from 0 to 1, or a list of these")
-        if self.problem_type == "multi_label_classification":
-            if several and len(values) != self.num_labels:
-                raise ProbeError(
-                    f"threshold has {len(values)} values for {self.num_labels} labels; give one, or one each"
-                )
-        elif self.threshold is not None and (
-            several or self.num_labels != 2 or self.problem_type != "single_label_classification"
-        ):
-            raise ProbeError(
-                f"threshold={self.threshold!r} needs two labels (one number) or a multi-label head; this head has "
-                f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
-            )
-        if self.thresholds and (self.num_labels != 2 or self.problem_type != "single_label_classification"):
-            raise ProbeError(
-                f"thresholds={self.thresholds!r} needs two labels; this head has num_labels={self.num_labels}, "
-                f"problem_type={self.problem_type!r}"
-            )
+        if multi_label and several and len(values) != self.num_labels:
+            raise ProbeError(f"threshold has {len(values)} values for {self.num_labels} labels; give one, or one each")
+        two = self.num_labels == 2 and self.problem_type == "single_label_classification"
+        found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
+        if values and not multi_label and (several or not two):
+            needed = "needs two labels (one number) or a multi-label head"
+            raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
+        if self.thresholds and not two:
+            raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
 
     def _check_layers(self) -> None:
         if self.layers == "all":
@@ -1497,10 +933,8 @@ class ProbeConfig:
         if self.novelty is None:
             return
         if not self.supports_novelty:
-            raise ProbeError(
-                f"novelty={self.novelty!r} needs a head that reads all tokens of a prompt, not "
-                f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
-            )
+            found = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
+            raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
         sized = self.layers != "all" or self.num_hidden_layers is not None
         if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
             raise ProbeError(f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}")
@@ -1541,30 +975,9 @@ class ProbeConfig:
         """Return a checked copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        namespace: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-    ) -> ProbeConfig:
-        """Load the config of a head folder, of a head on the Hub, or of a bundled head's alias."""
-        options = HubOptions(revision, token, cache_dir, local_files_only, force_download, only_config=True)
-        return read_config(resolve_head(with_subfolder(source, subfolder), options=options, namespace=namespace))
+    from_pretrained = _needs_package("from_pretrained")
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `probe_config.json`, and no weights, into a folder."""
-        text = self.replace().to_json_string()
-        check_output(save_directory)
-        make_folder(Path(save_directory))
-        settle(save_directory)
-        write_atomically({Path(save_directory) / CONFIG_NAME: text})
+    save_pretrained = _needs_package("save_pretrained")
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` gives the same config back."""
@@ -1573,11 +986,7 @@ class ProbeConfig:
         values["label2id"] = self.label2id
         return values
 
-    def to_json_string(self) -> str:
-        """Return indented JSON that ends in a newline, with a digest of the values. The Trainer's loggers call this too."""
-        values = self.to_dict()
-        values["config_sha256"] = _digest(json.loads(json.dumps(values)))
-        return json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    to_json_string = _needs_package("to_json_string")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:
@@ -1604,9 +1013,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
     kind = values.get("probe_type")
     if kind not in probe_types() and os.path.isfile(code):
         if not trust_remote_code:
-            raise ProbeError(
-                f"probe_type={kind!r} needs the code in {code}: read it, then pass trust_remote_code=True"
-            )
+            raise ProbeError(f"probe_type={kind!r} needs the code in {code}: read it, then trust_remote_code=True")
         import_kinds(code)
     try:
         config, unknown = ProbeConfig.from_dict(values)
@@ -1614,8 +1021,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
         raise ProbeError(f"{path}: {error}") from None
     if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
         raise ProbeError(
-            f"{path} has other values than were saved (config_sha256 differs): fetch the head again, or delete config_sha256 "
-            "if you changed them"
+            f"{path} was changed after it was saved; if by you, delete its config_sha256, else fetch it again"
         )
     if unknown:
         logger.warning(

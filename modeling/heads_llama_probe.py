@@ -4,82 +4,42 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
-import json
 import math
-import numpy as np
 import os
-import tempfile
 import torch
 import torch.nn.functional as F
-import transformers
 from abc import ABC
 from abc import abstractmethod
 from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from huggingface_hub import CommitInfo
-from itertools import takewhile
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 from transformers.utils import logging
 from typing import Any
 from typing import ClassVar
-from typing import NamedTuple
-from typing import TypeVar
 from .backbone_llama_probe import NextToken
-from .backbone_llama_probe import backbone_facts
-from .backbone_llama_probe import check_states
-from .backbone_llama_probe import collect_hidden_states
-from .backbone_llama_probe import distance
 from .backbone_llama_probe import find_decoder
-from .backbone_llama_probe import fingerprint
 from .backbone_llama_probe import target_of
-from .backbone_llama_probe import template_hash
-from .backbone_llama_probe import tolerance
 from .backbone_llama_probe import without_peft
-from .configuration_llama_probe import CARD_NAME
-from .configuration_llama_probe import CODE_NAME
 from .configuration_llama_probe import CONFIG_NAME
-from .configuration_llama_probe import HALF_PAIR
-from .configuration_llama_probe import HEAD_FILES
 from .configuration_llama_probe import HubOptions
-from .configuration_llama_probe import PLOT_NAMES
-from .configuration_llama_probe import PROMPT_FORMATS
 from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
-from .configuration_llama_probe import RESULTS_NAME
 from .configuration_llama_probe import TURN_SCOPES
 from .configuration_llama_probe import WEIGHTS_NAME
-from .configuration_llama_probe import check_writable
 from .configuration_llama_probe import current_file
-from .configuration_llama_probe import folder_state
 from .configuration_llama_probe import get_probe_type
-from .configuration_llama_probe import is_head_folder
-from .configuration_llama_probe import kind_code
-from .configuration_llama_probe import make_folder
-from .configuration_llama_probe import package_version
 from .configuration_llama_probe import read_config
 from .configuration_llama_probe import read_results
 from .configuration_llama_probe import register_probe_type
-from .configuration_llama_probe import remove_leftovers
-from .configuration_llama_probe import replace_files
 from .configuration_llama_probe import resolve_head
-from .configuration_llama_probe import training_results
 from .configuration_llama_probe import turn_mask
 from .configuration_llama_probe import with_subfolder
 
@@ -89,11 +49,6 @@ def _needs_package(name):
         raise ImportError(f"{name} needs the package: pip install llama_probe")
 
     return missing
-
-
-has_own_card = _needs_package("has_own_card")
-push_folder = _needs_package("push_folder")
-renew_card = _needs_package("renew_card")
 
 
 # From heads/states.py
@@ -131,17 +86,6 @@ _ACTING_AS: str | None = None
 def device_type(device: torch.device) -> str:
     """Return the type of device, such as `"cpu"` or `"cuda"`, that choices are made for."""
     return _ACTING_AS or device.type
-
-
-@contextmanager
-def acting_as(kind: str) -> Iterator[None]:
-    """Make the choices of another type of device inside the block, in all threads. For counting operations."""
-    global _ACTING_AS
-    before, _ACTING_AS = _ACTING_AS, torch.device(kind).type
-    try:
-        yield
-    finally:
-        _ACTING_AS = before
 
 
 # From heads/aggregator.py
@@ -202,9 +146,18 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Check the values of `config` that this kind uses. The base class knows no options."""
-        if config.options:
-            raise ProbeError(f"options has {sorted(config.options)}; probe_type={config.probe_type!r} has none")
+        """Check the values of `config` that this kind uses. Options with a whole number as default must be one."""
+        if unknown := sorted(set(config.options) - set(cls.options)):
+            raise ProbeError(f"options has {unknown}; probe_type={config.probe_type!r} knows {sorted(cls.options)}")
+        for name, (default, _) in cls.options.items():
+            value = cls.option(config, name)
+            if isinstance(default, int) and not (type(value) is int and 1 <= value <= 4096):
+                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
+
+    @classmethod
+    def option(cls, config: ProbeConfig, name: str) -> Any:
+        """Return an option of `config`, or its default."""
+        return config.options.get(name, cls.options[name][0])
 
     @classmethod
     def members(cls, config: ProbeConfig) -> int:
@@ -229,9 +182,7 @@ class Aggregator(nn.Module, ABC):
     def result(self, state: Any, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
-    def projected(self, head: nn.Module) -> tuple[torch.Tensor, nn.Module] | None:
-        """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give."""
-        return None
+    projected = _needs_package("projected")
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
         """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N."""
@@ -240,14 +191,6 @@ class Aggregator(nn.Module, ABC):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
         """Summarise `[S, B, N, D]` with an optional `[B, N]` mask: `[S, B, D]`."""
         return self.result(self.update(None, x, mask, slots), slots)
-
-
-def create_stages(config: ProbeConfig) -> tuple[Aggregator, Aggregator]:
-    """Builds the token stage and the layer stage of a head of `config`."""
-    kind = get_probe_type(config.probe_type)
-    token_stage = kind(len(config.layer_indices), config)
-    token_stage.causal = config.causal
-    return token_stage, kind.create_layer_stage(config)
 
 
 def join_slots(states: Sequence[Any]) -> Any:
@@ -327,11 +270,7 @@ class LowRankAggregator(Aggregator):
     def update(self, state, x, mask, slots):
         return self.absorb(state, self.project(x, slots), mask)
 
-    def projected(self, head):
-        maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)
-        reader.config, reader.novelty = head.config.replace(normalize="none", novelty=None), None
-        reader.token_stage.projects = False
-        return maps, reader
+    projected = _needs_package("projected")
 
 
 # From heads/pooling.py
@@ -406,22 +345,7 @@ class GateAggregator(Aggregator):
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
 
-    def projected(self, head):
-        # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
-        seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
-        maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
-        config = head.config.replace(hidden_size=maps.shape[1], normalize="none", novelty=None)
-        reader = type(head)(config).eval()
-        units = torch.eye(maps.shape[1])
-        reader.load_state_dict(
-            {
-                "token_stage.weight": units[:1].expand(self.num_slots, -1),
-                "layer_stage.weight": units[1:2],
-                "classifier.weight": units[2:],
-                "classifier.bias": head.classifier.bias,
-            }
-        )
-        return maps.detach(), reader.to(head.device)
+    projected = _needs_package("projected")
 
     def weights(self, x, mask, slots):
         shares = self._shares(x, mask, slots)
@@ -472,7 +396,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
 
     def __init__(self, num_slots, config):
         super().__init__(num_slots, config)
-        self.num_queries, self.value_rank = _sizes(config)
+        self.num_queries, self.value_rank = self.option(config, "num_queries"), self.option(config, "value_rank")
         self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
         self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
         self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.value_rank))
@@ -482,13 +406,8 @@ class AttentivePoolingAggregator(LowRankAggregator):
 
     @classmethod
     def check(cls, config):
-        allowed = {"num_queries", "value_rank"}
-        if unknown := sorted(set(config.options) - allowed):
-            raise ProbeError(f"options has {unknown}; probe_type='attentive' knows {sorted(allowed)}")
-        queries, rank = _sizes(config)
-        for name, value in (("num_queries", queries), ("value_rank", rank)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
-                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
+        super().check(config)
+        queries, rank = cls.option(config, "num_queries"), cls.option(config, "value_rank")
         if rank % queries:
             raise ProbeError(f"options: num_queries={queries} must divide value_rank={rank}")
 
@@ -530,11 +449,6 @@ class AttentivePoolingAggregator(LowRankAggregator):
         return scores.softmax(dim=-1).mean(dim=2)
 
 
-def _sizes(config) -> tuple[int, int]:
-    """Return the number of queries and the rank of all values together."""
-    return config.options.get("num_queries", 4), config.options.get("value_rank", 8)
-
-
 # From heads/multimax.py
 
 @register_probe_type("multimax")
@@ -555,17 +469,8 @@ class MultiMaxAggregator(LowRankAggregator):
         self.value = nn.Parameter(torch.randn(num_slots, rank, config.hidden_size) / math.sqrt(config.hidden_size))
 
     @classmethod
-    def check(cls, config):
-        allowed = {"num_maxima", "num_members"}
-        if unknown := sorted(set(config.options) - allowed):
-            raise ProbeError(f"options has {unknown}; probe_type='multimax' knows {sorted(allowed)}")
-        for name, value in (("num_maxima", _maxima(config)), ("num_members", cls.members(config))):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
-                raise ProbeError(f"options[{name!r}]={value!r} must be a whole number from 1 to 4096")
-
-    @classmethod
     def members(cls, config):
-        return config.options.get("num_members", 16)
+        return cls.option(config, "num_members")
 
     @classmethod
     def create_layer_stage(cls, config):
@@ -640,16 +545,11 @@ class AveragedClassifier(Classifier):
     def inputs(self, pooled):
         return pooled / self.num_members
 
-    def member_logits(self, pooled):
-        if self.num_members == 1:
-            return None
-        parts = pooled.unflatten(-1, (self.num_members, -1))  # [B, M, L' R]
-        maps = self.weight.unflatten(-1, (self.num_members, -1))  # [C, M, L' R]
-        return torch.einsum("bmf,cmf->mbc", parts, maps) + self.bias
+    member_logits = _needs_package("member_logits")
 
 
 def _maxima(config) -> int:
-    return config.options.get("num_maxima", 4)
+    return MultiMaxAggregator.option(config, "num_maxima")
 
 
 # From heads/mean_attention.py
@@ -875,8 +775,7 @@ class LogOddsClassifier(Classifier):
     def __init__(self, config: ProbeConfig):
         if config.vocab_size is None:
             raise ProbeError(
-                "vocab_size is not set, and a muli head has a weight for each next token: put it in the ProbeConfig or "
-                "pass backbone="
+                "vocab_size is None, and a muli head needs it: put it in the ProbeConfig or pass backbone="
             )
         super().__init__(config.vocab_size, config.num_labels)
         self.next_token: NextToken | None = None
@@ -902,8 +801,7 @@ class LogOddsClassifier(Classifier):
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         if self.next_token is None:
             raise ProbeError(
-                "a muli head reads the LM's next-token logits and has no LM: attach it to one (add_probe, load_probe), "
-                "pass backbone=, or call bind(lm)"
+                "this muli head has no LM, whose logits it reads: attach it, pass backbone= or call bind(lm)"
             )
         with torch.no_grad():  # there is nothing to train before the linear map
             logits = self.next_token(pooled)
@@ -913,8 +811,7 @@ class LogOddsClassifier(Classifier):
     def _check_width(self, width: int) -> None:
         if width != self.in_features:
             raise ProbeError(
-                f"this LM has {width} next tokens, the muli head weighs {self.in_features}: it was made for another LM, or "
-                "for another size of its vocabulary"
+                f"this LM has {width} next tokens, and the muli head is for {self.in_features}: another LM?"
             )
 
 
@@ -930,25 +827,17 @@ class MuliAggregator(LastItemAggregator):
 
     @classmethod
     def check(cls, config):
-        if unknown := sorted(set(config.options) - {"l1"}):
-            raise ProbeError(f"options has {unknown}; probe_type='muli' knows ['l1']")
+        super().check(config)
         strength = config.options.get("l1", 1.0)
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength < float("inf"):
             raise ProbeError(f"options['l1']={strength!r} must be a number above 0")
         if config.problem_type == "regression":
-            raise ProbeError(
-                "probe_type='muli' gives classes, and problem_type is 'regression'; other kinds do regression"
-            )
+            raise ProbeError("problem_type='regression' is not for probe_type='muli'; other kinds do regression")
         if config.normalize != "none":
-            raise ProbeError(
-                f"normalize={config.normalize!r}, but the LM's output embeddings take states as they are: with "
-                "probe_type='muli' leave normalize out, or 'none'"
-            )
+            raise ProbeError(f"normalize={config.normalize!r} must be 'none' with probe_type='muli'")
         last = config.num_hidden_layers
         if config.layers != "all" and (len(config.layers) != 1 or last not in (None, *config.layers)):
-            raise ProbeError(
-                f"layers={config.layers!r}, but probe_type='muli' reads the final state alone: leave layers 'all'"
-            )
+            raise ProbeError(f"layers={config.layers!r} must be 'all': probe_type='muli' reads the final state alone")
 
     @classmethod
     def create_classifier(cls, config):
@@ -970,20 +859,6 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
         return logits
     scaled = logits / config.temperature
     return scaled.sigmoid() if config.problem_type == "multi_label_classification" else scaled.softmax(dim=-1)
-
-
-def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """log p - log(1 - p) of each of `probabilities`, fp64: it ranks rows as p does, also where p is 1 to the precision of a float."""
-    if config.problem_type == "regression":
-        return logits
-    scaled = logits.double() / config.temperature
-    if config.problem_type == "multi_label_classification":
-        return scaled
-    log_p = scaled.log_softmax(dim=-1)
-    # Only the largest p can be close to 1: 1 - p is what the others make up.
-    best, index = scaled.max(dim=-1, keepdim=True)
-    others = scaled.scatter(-1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    return (log_p - torch.log1p(-log_p.exp().clamp_max(0.75))).scatter(-1, index, best - others)
 
 
 NO_NUMBER_BECAUSE = (
@@ -1061,58 +936,7 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
     return {"label": label, "score": score, "scores": scores}
 
 
-def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
-    """Return one row's prediction as text: the label with its own probability, which need not be the largest."""
-    if label is None:
-        return "no label: unlike the training data"
-    if config.problem_type == "regression":
-        return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    names = label if isinstance(label, list) else [label]
-    return ", ".join(f"{name} ({scores[name]:{style}})" for name in names) or "no label"
-
-
-def probe_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    config: ProbeConfig,
-    class_weights: torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
-    focal_gamma: float = 0.0,
-    reduction: str = "mean",
-    row_weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error."""
-    targets = targets.to(logits.device)
-    if logits.dim() == 3:
-        turns = [None] if row_weights is None else row_weights.split(1, dim=1)
-        each = [
-            probe_loss(
-                part, targets, config, class_weights, label_smoothing, focal_gamma, reduction, turns[i % len(turns)]
-            )
-            for i, part in enumerate(logits)
-        ]
-        return torch.stack(each).mean()
-    if class_weights is not None:
-        class_weights = class_weights.to(logits.device, logits.dtype)
-    if config.problem_type == "regression":
-        rows = F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
-    elif config.problem_type == "multi_label_classification":
-        targets = targets.to(logits.dtype)
-        soft = targets * (1 - label_smoothing) + label_smoothing / 2
-        each = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
-        if focal_gamma:
-            each = each * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
-        rows = each.mean(dim=-1)
-    else:
-        rows = F.cross_entropy(
-            logits, targets.long(), weight=class_weights, label_smoothing=label_smoothing, reduction="none"
-        )
-        if focal_gamma:
-            right = logits.softmax(dim=-1).gather(1, targets.long().unsqueeze(1)).squeeze(1)
-            rows = rows * (1 - right) ** focal_gamma
-    if row_weights is not None:
-        rows = rows * row_weights[:, 0].to(rows)
-    return rows.sum() if reduction == "sum" else rows.mean()
+probe_loss = _needs_package("probe_loss")
 
 
 class DecidedMixin:
@@ -1197,14 +1021,9 @@ def token_mask(
 ) -> torch.Tensor:
     """Return which tokens count for a head."""
     if config.token_scope == "response":
-        raise ProbeError(
-            "token_scope='response' counts the tokens of the reply, and which these are cannot be told from the ids: pass "
-            "probe_mask=[batch, tokens], true for the reply's tokens. While generate() writes the reply, they are known"
-        )
+        raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ProbeError(
-            f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}; heads need to know the padding"
-        )
+        raise ProbeError(f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}")
     if input_ids is None and attention_mask is None:
         raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -1213,8 +1032,7 @@ def token_mask(
         return mask
     if input_ids is None:
         raise ProbeError(
-            f"token_scope={config.token_scope!r} is found from input_ids, which are not here (inputs_embeds?); "
-            "pass probe_mask=[batch, tokens], true for the tokens that count, or attach a head with token_scope='prompt'"
+            f"token_scope={config.token_scope!r} needs input_ids, or probe_mask= for the tokens that count"
         )
     if finds_turns:
         known = input_ids.shape[1] if partial_prompt else seen
@@ -1262,17 +1080,12 @@ def prompt_masks(
             entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
             raise ProbeError(f"{name} must be a tensor {shape}, not {found}{entries}")
     if source is None or 0 in source.shape[:2]:
-        raise ProbeError(
-            "there is no prompt for the heads to read: pass input_ids or inputs_embeds, "
-            "or set_active_probes([]) to generate without heads"
-        )
+        raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
     shape = source.shape[:2]
     for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
         if mask is not None and mask.shape != shape:
-            raise ProbeError(
-                f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: heads must see the whole prompt. "
-                "With a cache, pass all input_ids of the conversation, not only the new ones"
-            )
+            hint = "with a cache, pass all input_ids of the conversation"
+            raise ProbeError(f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: {hint}")
     if attention_mask is None:
         attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
     if probe_mask is not None:
@@ -1311,10 +1124,7 @@ def check_rows(mask: torch.Tensor | None) -> None:
     if mask is None or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    raise ProbeError(
-        f"rows {empty[:8]} hold no token that a head reads: no turn of a user, or only padding. Render prompts with the chat "
-        "template, or pass probe_mask="
-    )
+    raise ProbeError(f"rows {empty[:8]} hold no token that a head reads (a user's turn?): pass probe_mask=")
 
 
 # From heads/stream.py
@@ -1393,11 +1203,6 @@ class ProbeState:
         parts = [self._weights[first] for first in sorted(self._weights)]
         return torch.cat(parts).transpose(0, 1) if parts and parts[0] is not None else None
 
-    def repeated(self, repeats: int) -> ProbeState:
-        """Return a state in which each row stands `repeats` times, one after the other. Needs `keep`."""
-        num_means = 0 if self.means is None else self.means.num_slots
-        return ProbeState(self.num_slots, num_means, repeat_rows(self.joined(), repeats), self.keep)
-
 
 def in_place(x: torch.Tensor) -> torch.Tensor:
     """Return `x`. While `torch.compile` traces, keep its computation from being moved to where it is used."""
@@ -1414,19 +1219,6 @@ def as_slice(places: Sequence[int]) -> slice | list[int]:
 # From heads/novelty.py
 
 LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
-# Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
-_DEPTHS = (0.2, 0.4, 0.6)
-
-
-def novelty_layers(config: ProbeConfig) -> list[int]:
-    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads."""
-    if not config.supports_novelty:
-        raise ProbeError(
-            f"novelty needs a head that reads all tokens of a prompt, not probe_type={config.probe_type!r}, "
-            f"token_scope={config.token_scope!r}"
-        )
-    wanted = [depth * config.num_hidden_layers for depth in _DEPTHS]
-    return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
 
 
 @dataclass
@@ -1480,11 +1272,7 @@ class Novelty(nn.Module):
         total, count = self._means.update(states.pop(own), x[as_slice(places)].float(), mask, own)
         states.put(own, (in_place(total), count))
 
-    def read(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> MeanStates:
-        """Read whole prompts: normalised states `[layers_read, batch, tokens, hidden_size]`, as for `ProbeModel.score`."""
-        states = SlotStates(len(self.slots))
-        self.update(states, slice(0, len(x)), x, mask)
-        return MeanStates(self, *states.joined())
+    read = _needs_package("read")
 
     def distance(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Return the log distance `[batch]`, before the number of tokens is taken out; see `MeanStates`."""
@@ -1511,42 +1299,7 @@ class Novelty(nn.Module):
             found = torch.where(excess > levels[99], tail, inside)
             return found.masked_fill(count[0] == 0, float("nan"))
 
-    @classmethod
-    def fit(
-        cls,
-        config: ProbeConfig,
-        train: tuple[torch.Tensor, torch.Tensor],
-        validation: tuple[torch.Tensor, torch.Tensor],
-    ) -> Novelty:
-        """Fit the description of training rows, and calibrate it on validation rows."""
-        novelty = cls(config)
-        total, count = train
-        x = (total / count.clamp_min(1)[..., None]).transpose(0, 1).flatten(1).double()  # [rows, S * D]
-        center = x.mean(dim=0)
-        x = x - center
-        rows, width = x.shape
-        values, vectors = torch.linalg.eigh(x @ x.T / (rows - 1))
-        rank = len(novelty.directions)
-        found = x.T @ vectors.flip(1)[:, :rank]  # [S * D, rank]
-        directions = (found / found.norm(dim=0).clamp_min(1e-12)).T
-        whole = x.square().sum() / (rows - 1)
-        values = values.flip(0)[:rank]
-        rest = (whole - values.sum()) / (width - rank)
-        variances = torch.cat([values, rest[None]]).clamp_min(1e-6 * whole / width)
-        for buffer, value in (
-            (novelty.center, center),
-            (novelty.directions, directions),
-            (novelty.variances, variances),
-        ):
-            buffer.copy_(value)
-        distance, tokens = novelty.distance(*validation).double(), validation[1][0].double().clamp_min(1).log()
-        spread = (tokens - tokens.mean()).square().sum()
-        slope = ((tokens - tokens.mean()) * distance).sum() / spread.clamp_min(1e-12)
-        slope = slope.clamp(-0.5, 0)  # noise of tokens that are independent, and none
-        novelty.length.copy_(torch.stack([(distance - slope * tokens).mean(), slope]))
-        levels = torch.arange(LEVELS, dtype=torch.float64) / LEVELS
-        novelty.quantiles.copy_(torch.quantile(novelty.excess(*validation).double(), levels))
-        return novelty
+    fit = _needs_package("fit")
 
 
 def abstain_levels(
@@ -1571,10 +1324,6 @@ def abstain_levels(
 
 # From heads/match.py
 
-# Copies of one backbone may differ in these. Equal fingerprints explain the difference.
-_DIFFERS_IN_COPIES = ("base_model_revision", "base_model_dtype", "base_model_quantization")
-
-
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """Return `config` with the backbone's sizes, name and type where it has none."""
     decoder = find_decoder(lm)
@@ -1591,186 +1340,18 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     )
 
 
-def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with all that a new head records of its backbone, the fingerprint included."""
-    config = match(lm, config)
-    check_states(lm)
-    facts = backbone_facts(lm)
-    facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
-    found = fingerprint(lm)
-    if not np.isfinite(found).all():
-        raise ProbeError(
-            f"the hidden states of this backbone are not finite in {facts['base_model_dtype']}; "
-            "load it in float32 or bfloat16"
-        )
-    return config.replace(**facts, fingerprint=found)
+describe = _needs_package("describe")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of a comparison."""
-
-    field: str
-    recorded: Any
-    found: Any
-    verdict: str
-    fatal: bool = False
-
-
-def compare(
-    config: ProbeConfig,
-    lm: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    behaviour: bool | Callable[[int | None], list[float]] = True,
-) -> list[Check]:
-    """Compare a head's record of its backbone with a backbone, the most decisive fields first."""
-    decoder, facts = find_decoder(lm), backbone_facts(lm)
-    checks = []
-    for name in ("hidden_size", "num_hidden_layers"):
-        recorded, found = getattr(config, name), getattr(decoder, name)
-        checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
-    same_behaviour = False
-    if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
-        checks.append(_compare_fingerprints(config, lm, facts, behaviour))
-        same_behaviour = checks[-1].verdict == "same"
-    for name, found in facts.items():
-        recorded = getattr(config, name)
-        verdict = _verdict(recorded, found, name)
-        local_copy = name == "base_model_name_or_path" and found is not None and Path(found).is_dir()
-        if verdict == "differs" and same_behaviour and (name in _DIFFERS_IN_COPIES or local_copy):
-            verdict = "explained"
-        checks.append(Check(name, recorded, found, verdict))
-    if config.prompt_format == "chat" and tokenizer is not None:
-        recorded, found = config.chat_template_hash, template_hash(tokenizer)
-        checks.append(Check("chat_template_hash", recorded, found, _verdict(recorded, found)))
-    return checks
-
-
-def check_backbone(
-    name: str,
-    config: ProbeConfig,
-    lm: nn.Module,
-    strict: bool = False,
-    behaviour: bool | Callable[[int | None], list[float]] | None = None,
-) -> None:
-    """Log one warning with all that tells this backbone from the one that a head was trained on."""
-    match(lm, config)
-    check_states(lm)
-    if config.token_scope in TURN_SCOPES and config.turn_markers is None and config.prompt_format == "chat":
-        logger.warning(
-            f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
-        )
-    if behaviour is None:
-        behaviour = not any(parameter.is_meta for parameter in lm.parameters())
-    differing = [check for check in compare(config, lm, behaviour=behaviour) if check.verdict == "differs"]
-    # A head is often trained in one dtype and served in another: by itself this means nothing.
-    telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
-    if not telling:
-        return
-    message = f"head {name!r} {', '.join(map(_explain, telling))}: its scores may mean nothing here"
-    if strict:
-        raise ProbeError(f"{message}; strict=False turns this into a warning")
-    logger.warning(message)
-
-
-def _explain(check: Check) -> str:
-    if check.field == "base_model_name_or_path":
-        return f"was trained on {check.recorded}, this backbone is {check.found}"
-    if check.field == "fingerprint":
-        return f"has a fingerprint {check.found} away from this backbone's (fine-tuned since, or another model?)"
-    return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
-
-
-def _compare_fingerprints(
-    config: ProbeConfig, lm: nn.Module, facts: dict[str, Any], behaviour: bool | Callable[[int | None], list[float]]
-) -> Check:
-    precision = ("base_model_dtype", "base_model_quantization")
-    allowed = tolerance(tuple(getattr(config, name) for name in precision), tuple(facts[name] for name in precision))
-    wanted = f"within {allowed:.1%}"
-    # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
-    if not behaviour or (config.vocab_size or 0) > facts["vocab_size"]:
-        return Check("fingerprint", wanted, None, "unknown")
-    found = fingerprint(lm, config.vocab_size) if behaviour is True else behaviour(config.vocab_size)
-    apart = distance(config.fingerprint, found)
-    return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
-
-
-def _verdict(recorded: Any, found: Any, name: str = "") -> str:
-    # For the quantization, None means "not quantized". For all other fields, it means "not known".
-    if name != "base_model_quantization" and (recorded is None or found is None):
-        return "unknown"
-    if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
-        recorded, found = Path(recorded).name.lower(), Path(found).name.lower()
-    return "same" if recorded == found else "differs"
+check_backbone = lambda name, config, lm, strict=False: match(lm, config)
 
 
 # From heads/folder.py
 
-T = TypeVar("T")
-
-_TRIES = 20
 _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
-def save_head(
-    folder: str | os.PathLike,
-    config: ProbeConfig,
-    tensors: Mapping[str, torch.Tensor],
-    results: dict[str, Any] | None = None,
-) -> Path:
-    """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new one."""
-    folder = Path(folder)
-    check_writable(folder, "the head")
-    make_folder(folder)
-    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
-    digest = hashlib.sha256(weights).hexdigest()
-    saved = config.replace(
-        weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
-    )
-    contents = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
-    if (code := kind_code(config.probe_type)) is not None:
-        contents[CODE_NAME] = code
-    plots: tuple[str, ...] = ()
-    if results is not None and config.weights_sha256 not in (None, digest):
-        logger.warning("the head was trained after its results were measured: they are not saved with it")
-        results = None
-    elif results is not None:
-        contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
-        if _is_same_training(folder, results):
-            plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
-    kept = [*plots, CARD_NAME]
-    with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
-        if not has_own_card(folder):
-            kept.remove(CARD_NAME)
-            contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
-    remove_leftovers(folder, HEAD_FILES)
-    # In a folder without a head they belong to somebody.
-    gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
-    replace_files(folder, contents, gone)
-    return folder
-
-
-def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
-    """Return True if a folder holds the results of this training, and so its plots."""
-    try:
-        return training_results(read_results(folder)) == training_results(results)
-    except ProbeError:
-        return False
-
-
-def read_settled(folder: Path, read: Callable[[], T]) -> T:
-    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
-    for _ in range(_TRIES):
-        before, error = folder_state(folder, CONFIG_NAME), None
-        try:
-            found = read()
-        except ProbeError as raised:
-            error = raised
-        if folder_state(folder, CONFIG_NAME) == before:
-            if error is not None:
-                raise error
-            return found
-    raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
+read_settled = lambda folder, read: read()
 
 
 def read_tensors(
@@ -1824,9 +1405,7 @@ def _check_digest(path: Path, config: ProbeConfig) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != config.weights_sha256:
-        raise ProbeError(
-            f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch the head again"
-        )
+        raise ProbeError(f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch it again")
 
 
 # From heads/probe.py
@@ -1850,14 +1429,16 @@ class ProbeModel(nn.Module):
             config = match(backbone, config) if known else describe(backbone, config)
         if config.hidden_size is None or config.num_hidden_layers is None:
             raise ProbeError(
-                "hidden_size and num_hidden_layers are not set: put them in the ProbeConfig or pass backbone="
+                "hidden_size and num_hidden_layers are None: put them in the ProbeConfig or pass backbone="
             )
         self.config = config
         self.results: dict[str, Any] | None = None
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
-        self.token_stage, self.layer_stage = create_stages(config)
-        self.classifier = get_probe_type(config.probe_type).create_classifier(config)
+        kind = get_probe_type(config.probe_type)
+        self.token_stage = kind(len(config.layer_indices), config)
+        self.token_stage.causal = config.causal
+        self.layer_stage, self.classifier = kind.create_layer_stage(config), kind.create_classifier(config)
         self.novelty = None if config.novelty is None else Novelty(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
         super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
@@ -1872,10 +1453,7 @@ class ProbeModel(nn.Module):
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
 
-    def set_novelty(self, novelty: Novelty, settings: dict[str, Any]) -> None:
-        """Give the head a fitted `Novelty`. What was measured of the head stays true: its logits are the same."""
-        self.config = self.config.replace(novelty=settings, weights_sha256=None)
-        self.novelty = novelty.to(self.device)
+    set_novelty = _needs_package("set_novelty")
 
     def bind(self, lm: nn.Module, check: bool = True) -> None:
         """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this."""
@@ -1883,10 +1461,7 @@ class ProbeModel(nn.Module):
         if other is not None and other is not without_peft(lm):
             attached = any(head is self for head in getattr(other, "probes", {}).values())
             if attached or self.backbone is not None:
-                raise ProbeError(
-                    f"this {self.config.probe_type} head serves another {type(other).__name__}: use copy.deepcopy(head), or "
-                    "take it away first (delete_probe(name), set_backbone(None))"
-                )
+                raise ProbeError(f"this {self.config.probe_type} head serves another LM: attach copy.deepcopy(head)")
         self.classifier.attach(lm, check)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1904,9 +1479,7 @@ class ProbeModel(nn.Module):
         """Device of the head's parameters."""
         return self.classifier.weight.device
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    num_parameters = _needs_package("num_parameters")
 
     # Files and the Hub
 
@@ -1916,20 +1489,15 @@ class ProbeModel(nn.Module):
         source: str | os.PathLike,
         backbone: nn.Module | None = None,
         *,
-        revision: str | None = None,
         subfolder: str | None = None,
         namespace: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        trust_remote_code: bool = False,
+        **options,
     ) -> ProbeModel:
         """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode."""
         target = None if backbone is None else target_of(backbone)
-        options = HubOptions(revision, token, cache_dir, local_files_only, force_download)
-        folder = resolve_head(with_subfolder(source, subfolder), target, options, namespace)
-        probe = read_settled(folder, lambda: cls._read(folder, trust_remote_code))
+        hub = HubOptions(**options)
+        folder = resolve_head(with_subfolder(source, subfolder), target, hub, namespace)
+        probe = read_settled(folder, lambda: cls._read(folder, hub.trust_remote_code))
         if backbone is not None:
             check_backbone(folder.name, probe.config, backbone)
             probe.set_backbone(backbone)
@@ -1949,101 +1517,19 @@ class ProbeModel(nn.Module):
         probe.results = read_results(folder)
         return probe
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
-        """Write config, weights, results and a card into a folder, and nothing of the backbone."""
-        return save_head(save_directory, self.config, self.state_dict(), self.results)
+    save_pretrained = _needs_package("save_pretrained")
 
-    def push_to_hub(self, repo_id: str, *, name: str | None = None, **kwargs) -> CommitInfo:
-        """Upload the head in one commit: config, weights, results and a card."""
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / (name or "head")
-            save_head(folder, self.config, self.state_dict(), self.results)
-            return push_folder(folder, repo_id, **kwargs)
+    push_to_hub = _needs_package("push_to_hub")
 
     # Whole tensors
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        output_attentions: bool = False,
-        probe_mask: torch.Tensor | None = None,
-        row_weights: torch.Tensor | None = None,
-    ) -> ProbeOutput:
-        """Scores prompts from their ids (with a backbone) or from their hidden states."""
-        if (input_ids is None) == (hidden_states is None):
-            raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        if input_ids is not None:
-            if self.backbone is None:
-                raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
-            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask.bool()
-            if mask.shape != input_ids.shape:
-                raise ProbeError(f"probe_mask has the shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
-            hidden_states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
-            x = torch.stack(hidden_states)  # [S, B, T, D]
-        else:
-            x = self._stack(hidden_states)  # [S, B, T, D]
-            attention_mask = attention_mask if probe_mask is None else probe_mask
-            mask = None if attention_mask is None else attention_mask.bool()
-            if mask is not None and mask.shape != x.shape[1:3]:
-                raise ProbeError(
-                    f"attention_mask has the shape {tuple(mask.shape)}, the states need {tuple(x.shape[1:3])}"
-                )
-        check_rows(mask)
-        mask = None if mask is None else mask.to(self.device)
-        return self.score(self.normalize(x), mask, labels, output_attentions, row_weights)
+    forward = _needs_package("forward")
 
-    def score(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        row_weights: torch.Tensor | None = None,
-    ) -> ProbeOutput:
-        """Score normalised states, which several heads can share."""
-        summaries = self.token_stage(x, mask)  # [S, B, D]
-        output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
-        if self.novelty is not None and not self.training:
-            output.remember_means(self.novelty.read(x, mask))
-        if output_attentions:
-            weights = self.token_stage.weights(x, mask, slice(None))
-            output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
-        return output
+    score = _needs_package("score")
 
-    def pool(
-        self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the classifier's input, without dropout: `[batch, hidden_size]`, or the kind's own width."""
-        mask = None if attention_mask is None else attention_mask.bool().to(self.device)
-        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
-        return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
+    pool = _needs_package("pool")
 
-    def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        layers, width = self.config.num_hidden_layers + 1, self.config.hidden_size
-        if isinstance(hidden_states, torch.Tensor):
-            read = len(self.layer_indices)
-            if (
-                hidden_states.dim() != 4
-                or hidden_states.shape[1] not in (layers, read)
-                or hidden_states.shape[3] != width
-            ):
-                alone = "" if read == layers else f", or [batch, {read}, tokens, {width}] of the layers it reads"
-                raise ProbeError(
-                    f"hidden_states has the shape {tuple(hidden_states.shape)}; "
-                    f"it must be [batch, {layers}, tokens, {width}]{alone}"
-                )
-            picked = hidden_states if hidden_states.shape[1] == read else hidden_states[:, self.layer_indices]
-            return picked.transpose(0, 1)
-        if len(hidden_states) != layers:
-            raise ProbeError(
-                f"hidden_states has {len(hidden_states)} tensors; this head needs {layers} (embeddings first)"
-            )
-        if any(state.dim() != 3 or state.shape[-1] != width for state in hidden_states):
-            raise ProbeError(f"each of hidden_states must be [batch, tokens, {width}]")
-        return torch.stack([hidden_states[layer] for layer in self.layer_indices])
+    _stack = _needs_package("_stack")
 
     # Groups of layers, while the LM runs
 
@@ -2084,9 +1570,7 @@ class ProbeModel(nn.Module):
         with torch.no_grad():  # a decorator would break the graph of torch.compile
             if state.output_attentions:
                 if earlier is not None or not last:
-                    raise ProbeError(
-                        "output_attentions needs the prompt in one pass: leave out prefill_chunk_size and cache"
-                    )
+                    raise ProbeError("output_attentions needs the prompt in one pass, without cache")
                 state.put_weights(slots, self.token_stage.weights(x, token_mask, slots))
             if self.novelty is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
@@ -2104,18 +1588,14 @@ class ProbeModel(nn.Module):
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != state.num_slots:
-                raise ProbeError(
-                    f"{0 if summaries is None else len(summaries)} of {state.num_slots} layers have been read"
-                )
+                raise ProbeError(f"not all of {state.num_slots} layers have been read")
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
             output.token_weights = state.weights()
             if self.novelty is not None:
                 output.remember_means(MeanStates(self.novelty, *state.means.joined()))
         return output
 
-    def projected(self) -> tuple[torch.Tensor, ProbeModel] | None:
-        """Split the head into linear maps of its states and a head that reads what they give; see `Aggregator.projected`."""
-        return None if self.config.normalize == "none" else self.token_stage.projected(self)
+    projected = _needs_package("projected")
 
     # Shared by all
 
@@ -2150,385 +1630,3 @@ class ProbeModel(nn.Module):
             weights = self.layer_stage.weights(items, None, slice(None))
             output.layer_weights = None if weights is None else weights[0]  # [B, S]
         return output
-
-
-# From data/turns.py
-
-Chat = list[dict[str, Any]]
-
-# They share neither their first nor their last token: what all their prompts share is the template's. Common words merge
-# with a space before them, other signs do not.
-DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
-# Their white space merges with the end of what opens a turn, or with the beginning of what closes it.
-_SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
-_CALL = {"id": "call12345", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
-_ASKED = [{"role": "user", "content": "Look at it."}]
-
-
-def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, dict[str, Any]] | None:
-    """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers."""
-    try:
-        user_end, reply_end = _turn_end(render, "user"), _turn_end(render, "assistant")
-        user = _user_marker(render, (reply_end, user_end))
-        assistant = _assistant_marker(render, (user_end, reply_end))
-    except ProbeError:
-        return None
-    if not user["ids"] or not assistant["ids"] or _is_start(user["ids"], assistant["ids"]):
-        return None
-    markers = {"user": user, "assistant": assistant}
-    for role, before in (
-        ("system", []),
-        ("tool", [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]),
-    ):
-        try:
-            ids = _opening(render, before, role, (reply_end, user_end), user["ids"])
-        except ProbeError:  # many templates have no such turn
-            continue
-        others = [marker["ids"] for marker in markers.values()]
-        if ids and not any(_is_start(ids, other) for other in others):
-            markers[role] = {"ids": ids, "skip": 0}
-    return markers
-
-
-def common_start(sequences: Iterable[Sequence[int]]) -> list[int]:
-    """Return the longest beginning that sequences share."""
-    return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False))]
-
-
-def _common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
-    return common_start([list(sequence)[::-1] for sequence in sequences])[::-1]
-
-
-def _turn_end(render: Callable, role: str) -> list[int]:
-    """Return what closes the last turn of a role."""
-    before = [] if role == "user" else _ASKED
-    return _common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
-
-
-def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    stems, skips = [], []
-    for reply in (None, *DIFFERENT_TEXTS, *_SPACED_TEXTS):
-        before = [] if reply is None else [*_ASKED, {"role": "assistant", "content": reply}]
-        any_text, plain_text = _before(render, before, "user")
-        stems.append(any_text)
-        skips.append(len(plain_text) - len(any_text))
-    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
-
-
-def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    stems, skips = [], []
-    for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
-        asked = [{"role": "user", "content": text}]
-        any_text, plain_text = _before(render, asked, "assistant", _ASKED)
-        prompt = render(asked, True)
-        # The generation prompt may end before what opens a reply in the history, or go on behind it.
-        any_text, plain_text = common_start([prompt, any_text]), common_start([prompt, plain_text])
-        stems.append(any_text)
-        skips.append(len(plain_text) - len(any_text))
-    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
-
-
-def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
-    """Return what opens a turn of a role that stands behind one chat alone."""
-    ids, _ = _before(render, before, role, [] if before else _ASKED)
-    if before:
-        return ids[len(common_start([ids, render(before, False)])) :]
-    for start in range(len(ids) - 1, -1, -1):  # the template may begin with turns of its own
-        for end in filter(None, ends):
-            if ids[start : start + len(end)] == end and start + len(end) < len(ids):
-                ids = ids[start + len(end) :]
-                break
-    first = render(_ASKED, False)[0]
-    if ids[0] == first != user[0] and len(ids) > 1:
-        ids = ids[1:]
-    # Behind the marker may follow the template's own text, with the date perhaps.
-    return ids[: len(user)]
-
-
-def _before(render: Callable, before: Chat, role: str, after: Chat = []) -> tuple[list[int], list[int]]:  # noqa: B006
-    """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
-
-    def ids(texts: Sequence[str]) -> list[int]:
-        turns = (
-            {"role": role, "content": text, **({"tool_call_id": _CALL["id"]} if role == "tool" else {})}
-            for text in texts
-        )
-        found = [render([*before, turn, *after], False) for turn in turns]
-        start = common_start(found)
-        if any(len(start) == len(each) for each in found):
-            raise ProbeError(f"the chat template leaves out the content of the role {role!r}")
-        return start
-
-    return ids([*DIFFERENT_TEXTS, *_SPACED_TEXTS]), ids(DIFFERENT_TEXTS)
-
-
-def _without_ends(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
-    """Cut off what closes the turn before."""
-    for end in sorted(filter(None, ends), key=len, reverse=True):
-        if ids[: len(end)] == end and len(ids) > len(end):
-            return ids[len(end) :]
-    return ids
-
-
-def _is_start(short: list[int], long: list[int]) -> bool:
-    return long[: len(short)] == short
-
-
-# From data/prompts.py
-
-Text = str | list[dict[str, str]]
-_MARGIN = 64  # tokens
-
-
-class EncodedTexts(NamedTuple):
-    """Token ids that a head reads."""
-
-    ids: list[list[int]]
-    masks: list[list[bool]] | None = None
-    reply_lengths: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """Renders texts with the tokenizer's chat template, or as they are, and cuts them to a length."""
-
-    tokenizer: PreTrainedTokenizerBase
-    kind: str = "chat"
-    system_prompt: str | None = None
-    max_length: int | None = None
-    prefix_ids: tuple[int, ...] = ()
-    suffix_ids: tuple[int, ...] = ()
-    turn_markers: dict[str, dict[str, Any]] | None = None
-
-    @classmethod
-    def create(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        kind: str = "chat",
-        system_prompt: str | None = None,
-        max_length: int | None = None,
-    ) -> PromptFormat:
-        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats."""
-        if kind not in PROMPT_FORMATS:
-            raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
-        if kind == "chat" and not tokenizer.chat_template:
-            raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
-        if kind == "raw" and system_prompt is not None:
-            raise ProbeError("system_prompt needs prompt_format='chat'")
-        bare = cls(tokenizer, kind, system_prompt)
-        prefix, suffix = constant_parts(bare._encode_one)
-        constant = len(prefix) + len(suffix)
-        if max_length is not None and max_length <= constant:
-            raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
-        markers = learn_turn_markers(bare._encode_chat) if kind == "chat" else None
-        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), markers)
-
-    @classmethod
-    def from_config(cls, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-        """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
-        if config.prompt_format not in PROMPT_FORMATS:
-            kind = "chat" if tokenizer.chat_template else "raw"
-            logger.warning_once(
-                f"The head was trained on rows that its user tokenised: its prompt_format is unknown, and {kind!r} is used."
-            )
-            return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
-        if config.prompt_format == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
-            logger.warning("The head was trained with another chat template; its scores may be less reliable.")
-        return cls.create(tokenizer, config.prompt_format, config.system_prompt, config.max_length)
-
-    def config_fields(self) -> dict[str, Any]:
-        """Return the fields of a `ProbeConfig` that record the format."""
-        return {
-            "prompt_format": self.kind,
-            "system_prompt": self.system_prompt,
-            "max_length": self.max_length,
-            "prefix_ids": list(self.prefix_ids),
-            "turn_markers": self.turn_markers,
-            "chat_template_hash": template_hash(self.tokenizer) if self.kind == "chat" else None,
-        }
-
-    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
-        """Return the token ids of each prompt. Log how many were cut."""
-        _check_list(texts)
-        prompts, cut = [], 0
-        for text in texts:
-            ids = self._encode_start(text)
-            if self.max_length is not None and len(ids) > self.max_length:
-                cut += 1
-                ids = self._cut(ids)
-            prompts.append(ids)
-        self._report_cut(cut, len(prompts))
-        return prompts
-
-    def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
-        """Return the token ids of prompts with replies as `generate()` has read them, and the masks of the replies."""
-        _check_list(texts)
-        encoded, masks, cut = [], [], 0
-        for text in texts:
-            before, content = split_reply(text)
-            prompt = self._encode_one(before[-1]["content"] if self.kind == "raw" else before)
-            reply = self._tokenize(content, add_special_tokens=False)
-            if self.max_length is not None and len(prompt) + len(reply) > self.max_length:
-                cut += 1
-                constant = len(self.prefix_ids) + len(self.suffix_ids)
-                room = max(self.max_length - len(reply), (self.max_length + constant) // 2)
-                if len(prompt) > room:
-                    prompt = [*prompt[: room - len(self.suffix_ids)], *self.suffix_ids]
-                reply = reply[: self.max_length - len(prompt)]
-            encoded.append([*prompt, *reply])
-            masks.append([False] * len(prompt) + [True] * len(reply))
-        self._report_cut(cut, len(encoded))
-        return encoded, masks
-
-    def encode_for(self, config: ProbeConfig, texts: Sequence[Text]) -> EncodedTexts:
-        """Return what a head reads, by `encode` or `encode_replies`."""
-        if not config.reads_reply:
-            return EncodedTexts(self.encode(texts))
-        encoded, masks = self.encode_replies(texts)
-        return EncodedTexts(encoded, masks if config.token_scope == "response" else None, list(map(sum, masks)))
-
-    def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`."""
-        encoded = self.encode(texts)
-        if not encoded:
-            raise ProbeError("texts=[] has no prompt to make a batch of")
-        return pad_prompts(encoded, self.tokenizer, padding_side)
-
-    def _encode_start(self, text: Text) -> list[int]:
-        """Return the ids of a text, or of as much of a very long one as `max_length` can leave."""
-        if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
-            return self._encode_one(text)
-        # The ids near a cut may be others: the margin keeps them out of what is left.
-        ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
-        # A token for unknown characters stands for any number of them.
-        enough = len(self.prefix_ids) + self.max_length + _MARGIN
-        return ids if len(ids) > enough else self._encode_one(text)
-
-    @cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self.tokenizer.get_vocab()))
-
-    def _encode_one(self, text: Text) -> list[int]:
-        _check_text(text)
-        if self.kind == "raw":
-            if not isinstance(text, str):
-                raise ProbeError("prompt_format='raw' takes texts, not chat messages")
-            ids = self._tokenize(text)
-            bos = self.tokenizer.bos_token_id
-            # A text that spells out its BOS token would get a second one from the tokenizer.
-            return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return self._encode_chat(messages)
-
-    def _encode_chat(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> list[int]:
-        # The template has written every special token.
-        return self._tokenize(self.render(messages, generation_prompt), add_special_tokens=False)
-
-    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> str:
-        """Return chat messages as the template writes them."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # A template is a program and can raise anything.
-            raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
-
-    def _tokenize(self, text: str, **kwargs) -> list[int]:
-        if half := HALF_PAIR.search(text):
-            raise ProbeError(f"{text[:60]!r} has a lone surrogate, {half.group()!r}; was it read as UTF-8?")
-        return self.tokenizer(text, **kwargs)["input_ids"]
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        room, first = self.max_length - len(self.suffix_ids), 0
-        if self.turn_markers is not None:
-            turn = turn_mask("last_user", self.turn_markers, torch.tensor([ids]))[0]
-            first = max(0, int(turn.int().argmax()) - max(room // 2, len(self.prefix_ids)))
-        return [*ids[first : min(first + room, len(ids) - len(self.suffix_ids))], *self.suffix_ids]
-
-    def _report_cut(self, cut: int, count: int) -> None:
-        if cut:
-            logger.warning(f"{cut} of {count} prompts were cut to max_length={self.max_length} tokens")
-
-
-def _check_list(texts: Sequence[Text]) -> None:
-    """Raise `ProbeError` for a single text, turn or chat, which would pass for a list of several."""
-    is_chat = isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)
-    if isinstance(texts, (str, Mapping)) or is_chat:
-        raise ProbeError(f"texts must be a list of prompts, not one prompt: [{str(texts)[:40]!r}]")
-
-
-def _check_text(text: Text) -> None:
-    """Raise `ProbeError` unless it is a text or chat messages. The template judges their contents."""
-    is_chat = isinstance(text, Sequence) and len(text) > 0 and all(map(_has_role, text))
-    if not isinstance(text, str) and not is_chat:
-        raise ProbeError(f"a prompt must be a text or a list of chat messages, not {str(text)[:40]!r}")
-
-
-def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
-    """Return a prompt, a text or chat messages, and the reply to it as chat messages."""
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*before, {"role": "assistant", "content": reply}]
-
-
-def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
-    """Return the messages before the assistant's last turn, and its content."""
-    _check_text(text)
-    messages = [] if isinstance(text, str) else list(text)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
-        raise ProbeError(
-            f"a head that reads replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
-        )
-    return messages[:-1], messages[-1]["content"]
-
-
-def is_text(value: Any) -> bool:
-    """Return True for a text, or a list of chat messages that have a content or call a tool."""
-    if isinstance(value, str):
-        return HALF_PAIR.search(value) is None
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_turn, value))
-
-
-def _is_turn(turn: Any) -> bool:
-    if not _has_role(turn):
-        return False
-    content = turn.get("content")
-    return is_text(content) if isinstance(content, str) else content is not None or bool(turn.get("tool_calls"))
-
-
-def _has_role(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
-
-
-def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> None:
-    """Raise `ProbeError` unless heads, by name, can read the same prompts in one pass, with `replies` in them or without."""
-    (first, one), *others = configs.items()
-    for name, other in others:
-        for key in ("prompt_format", "system_prompt", "max_length", *(["token_scope"] if replies else [])):
-            a, b = getattr(one, key), getattr(other, key)
-            # Scopes of heads that read prompts may differ: the same prompt is rendered for all.
-            if a != b and (key != "token_scope" or one.reads_reply or other.reads_reply):
-                raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {a!r} and {b!r}")
-
-
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
-) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
-    if padding_side not in ("left", "right"):
-        raise ProbeError(f"padding_side={padding_side!r} is not allowed; allowed: left, right")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-
-    def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
-
-    ids = [torch.tensor(row, dtype=torch.long) for row in prompts]
-    return {"input_ids": padded(ids, pad), "attention_mask": padded(list(map(torch.ones_like, ids)), 0)}
-
-
-def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Return the token ids before and after every text, for a function from a text to the ids of its prompt."""
-    examples = [render(text) for text in DIFFERENT_TEXTS]
-    prefix = common_start(examples)
-    return prefix, common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]

@@ -8,10 +8,8 @@ import contextlib
 import copy
 import functools
 import inspect
-import json
 import math
 import os
-import re
 import threading
 import torch
 import weakref
@@ -27,14 +25,12 @@ from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import make_dataclass
 from dataclasses import replace
-from huggingface_hub import CommitInfo
 from numbers import Real
 from pathlib import Path
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers import GenerationConfig
-from transformers import GenerationMixin
 from transformers import LlamaForCausalLM
 from transformers import LogitsProcessor
 from transformers import LogitsProcessorList
@@ -46,7 +42,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils import logging
 from typing import Any
@@ -58,12 +53,10 @@ from .backbone_llama_probe import check_seen
 from .backbone_llama_probe import copy_cache
 from .backbone_llama_probe import find_decoder
 from .backbone_llama_probe import handing_states_to
-from .backbone_llama_probe import length_batches
 from .backbone_llama_probe import stay_in_layers
 from .backbone_llama_probe import target_of
 from .backbone_llama_probe import without_peft
 from .configuration_llama_probe import HubOptions
-from .configuration_llama_probe import HubReference
 from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
 from .configuration_llama_probe import Target
@@ -72,20 +65,15 @@ from .configuration_llama_probe import check_place
 from .configuration_llama_probe import check_within_reach
 from .configuration_llama_probe import default_name
 from .configuration_llama_probe import is_alias
-from .configuration_llama_probe import is_head_folder
 from .configuration_llama_probe import marker_mask
-from .configuration_llama_probe import read_config
 from .configuration_llama_probe import resolve_head
 from .configuration_llama_probe import with_subfolder
-from .configuration_llama_probe import without_waiting
 from .heads_llama_probe import DecidedMixin
 from .heads_llama_probe import MeanStates
 from .heads_llama_probe import Novelty
 from .heads_llama_probe import ProbeModel
 from .heads_llama_probe import ProbeOutput
 from .heads_llama_probe import ProbeState
-from .heads_llama_probe import PromptFormat
-from .heads_llama_probe import Text
 from .heads_llama_probe import abstain_levels
 from .heads_llama_probe import abstaining
 from .heads_llama_probe import check_backbone
@@ -93,7 +81,6 @@ from .heads_llama_probe import check_rows
 from .heads_llama_probe import describe
 from .heads_llama_probe import device_type
 from .heads_llama_probe import labels
-from .heads_llama_probe import pad_prompts
 from .heads_llama_probe import predictions
 from .heads_llama_probe import probabilities
 from .heads_llama_probe import prompt_masks
@@ -101,6 +88,16 @@ from .heads_llama_probe import read_masks
 from .heads_llama_probe import repeat_rows
 from .heads_llama_probe import select_rows
 from .heads_llama_probe import threshold_of
+
+
+def _needs_package(name):
+    def missing(*args, **kwargs):
+        raise ImportError(f"{name} needs the package: pip install llama_probe")
+
+    return missing
+
+
+Text = _needs_package("Text")
 
 
 # From serving/sources.py
@@ -174,24 +171,15 @@ class HeadPlace:
             raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
         return self.config.base_model_name_or_path
 
+    def arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` for the backbone with the head, from those for the head."""
+        return {**self.backbone_kwargs(kwargs), "probe": {self.name: self.source}, "probe_revision": self.revision}
+
     def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
         others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
         commit = self.config.base_model_revision
         return others if commit is None or Path(self.backbone).exists() else {**others, "revision": commit}
-
-
-def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
-    """Return the head that a folder, a Hub id or an alias names; None if it names none."""
-    options = replace(HubOptions.beside(kwargs, kwargs.get("revision")), only_config=True)
-    try:
-        source = with_subfolder(place, kwargs.get("subfolder") or None)
-        if (reference := HubReference.parse(str(source))) is not None and not os.path.exists(source):
-            options = without_waiting(reference, options)
-        config = read_config(resolve_head(source, options=options), options.trust_remote_code)
-        return HeadPlace(default_name(source), source, kwargs.get("revision"), config)
-    except ProbeError:
-        return None
 
 
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
@@ -203,23 +191,12 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
 
 
-def is_local_head(place: Any) -> bool:
-    """Return True for a folder that holds a head and no model."""
-    return (
-        isinstance(place, (str, os.PathLike)) and is_head_folder(place) and not (Path(place) / "config.json").exists()
-    )
+load_or_find_head = lambda load, place, kwargs: load()
 
 
-def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises."""
-    if is_local_head(place) and (head := find_head(place, kwargs)) is not None:
-        return head
-    try:
-        return load()
-    except (OSError, ValueError):
-        if (head := find_head(place, kwargs)) is None:
-            raise
-        return head
+def model_of(loaded: Any) -> Any:
+    """Return the model that `from_pretrained` gave, be it beside the info of `output_loading_info=True`."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def _as_list(spec: Any) -> list[Any]:
@@ -243,17 +220,6 @@ def refuse_in_config(generation_config: GenerationConfig | None) -> None:
     found = [name for name in HEAD_ARGUMENTS if getattr(generation_config, name, None) is not None]
     if found:
         raise ProbeError(f"{', '.join(found)} in a generation_config: pass it to generate() itself, {found[0]}=...")
-
-
-def generation_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate()` after its first two, by name."""
-    names = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]  # without self, those two and **kwargs
-    if len(args) > len(names):
-        raise TypeError(f"generate() takes {len(names) + 2} positional arguments, and {len(args) + 2} were given")
-    named = dict(zip(names, args, strict=False))
-    if twice := sorted(set(named) & set(kwargs)):
-        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
-    return {**named, **kwargs}
 
 
 def with_setting(
@@ -349,8 +315,7 @@ class ProbeCache:
         """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
         if cached != (seen := self.get_seq_length()):
             raise ProbeError(
-                f"probe_state is of {seen} tokens, and the cache beside it holds {cached}: pass both as one call returned "
-                "them, or start anew without both (after cache.crop, for example)"
+                f"probe_state is of {seen} tokens, and the cache beside it holds {cached} (after cache.crop?)"
             )
 
     def followed_by(
@@ -367,10 +332,8 @@ class ProbeCache:
 
     def _check_rows(self, prompts: int) -> None:
         if prompts != self.batch_size:
-            raise ProbeError(
-                f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: repeat or select rows of copies of "
-                "cache and state (batch_repeat_interleave, batch_select_indices)"
-            )
+            hint = "use batch_repeat_interleave or batch_select_indices of both cache and state"
+            raise ProbeError(f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: {hint}")
 
     def resume(
         self,
@@ -383,17 +346,13 @@ class ProbeCache:
         self._check_rows(len(input_ids))
         seen = self.get_seq_length()
         if input_ids.shape[1] <= seen:
-            raise ProbeError(
-                f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: pass all input_ids of the "
-                "conversation, with at least one new token"
-            )
+            hint = "pass all of the conversation, with at least one new token"
+            raise ProbeError(f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: {hint}")
         same = input_ids[:, :seen].to(self.input_ids.device) == self.input_ids
         differing = (~same & self.attention_mask).any(dim=0).nonzero().flatten()
         if len(differing):
-            raise ProbeError(
-                f"the prompt does not begin with the {seen} tokens that probe_state has seen; the first that differs is "
-                f"number {int(differing[0])}: append to out.sequences, as text encoded again may give other tokens"
-            )
+            first = f"the first that differs is number {int(differing[0])}: append to out.sequences"
+            raise ProbeError(f"the prompt does not begin with the {seen} tokens that probe_state has seen; {first}")
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
         states = {}
         for name, head in heads.items():
@@ -413,9 +372,7 @@ class ProbeCache:
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
     """Raise `ProbeError` if a state is given or asked for, and no head runs that could keep one."""
     if probe_state is not None and probe_state is not False:
-        raise ProbeError(
-            "probe_state is what heads keep, and none is active: load_probe(...) or set_active_probes(...)"
-        )
+        raise ProbeError("probe_state is what heads keep, and none is active: load_probe(...) first")
 
 
 def asks_for_state(
@@ -441,9 +398,9 @@ def _versions(head: ProbeModel) -> list[tuple[int, int]]:
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
     differing = (wanted.to(kept.device).bool() != kept).any(dim=0).nonzero().flatten()
     if len(differing):
+        first = f"the first is number {int(differing[0])}"
         raise ProbeError(
-            f"{what}: of the {kept.shape[1]} tokens that the cache holds other ones count now than when probe_state was made; "
-            f"the first is number {int(differing[0])}. Start anew without cache and probe_state"
+            f"{what}: of the {kept.shape[1]} tokens that probe_state has seen other ones count now; {first}"
         )
 
 
@@ -564,11 +521,6 @@ def _make(base: type[ModelOutput]) -> type[ModelOutput]:
 
 def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
     return probed_output_class(base)(*values)
-
-
-ProbedCausalLMOutputWithPast = probed_output_class(CausalLMOutputWithPast)
-ProbedGenerateDecoderOnlyOutput = probed_output_class(GenerateDecoderOnlyOutput)
-ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnlyOutput)
 
 
 def with_results(
@@ -742,37 +694,42 @@ class PrefillSession:
     def __init__(
         self,
         heads: dict[str, ProbeModel],
-        masks: dict[str, torch.Tensor],
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        inputs: Mapping[str, Any],
+        probe_mask: torch.Tensor | None = None,
+        *,
         past: int = 0,
         earlier: ProbeCache | None = None,
         return_state: bool = False,
         partial_prompt: bool = False,
         output_attentions: bool = False,
-        shape: tuple[int, int] = (0, 0),
+        placeholder_ids: Sequence[int] = (),
     ):
+        ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        configs, masks = {name: head.config for name, head in heads.items()}, {}
+        self.prompts = self.length = 0
+        if inputs:
+            masks = prompt_masks(
+                configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past
+            )
+            self.prompts, self.length = (embeds if ids is None else ids).shape[:2]
         self.heads, self.masks = heads, masks
-        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.input_ids, self.attention_mask = ids, attention_mask
         self.seen = past
-        self.prompts, self.length = next(iter(masks.values())).shape if masks else shape
         self.return_state, self._partial_prompt = return_state, partial_prompt
         self.cache: Cache | None = None
         self.decoder: Decoder | None = None
         states = {}
         if earlier is not None:
             earlier.check_length(past)
-            states = earlier.resume(heads, masks, input_ids, self._attended())
+            states = earlier.resume(heads, masks, ids, self._attended())
         if not partial_prompt:
             for mask in {id(mask): mask for mask in masks.values()}.values():
                 check_rows(mask)
-        self._read_masks = read_masks({name: head.config for name, head in heads.items()}, masks)
+        self._read_masks = read_masks(configs, masks)
         for name, mask in self._read_masks.items():
             if name not in states and past and bool(mask[:, :past].any()):
-                raise ProbeError(
-                    f"the cache holds {past} tokens of the prompt, and head {name!r} has not read them: pass probe_state= as the "
-                    "call that filled the cache returned it, or the whole prompt without a cache"
-                )
+                hint = "pass probe_state= of the call that filled it, or the whole prompt without a cache"
+                raise ProbeError(f"the cache holds {past} tokens, and head {name!r} has not read them: {hint}")
         keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
         self._reader = StateReader(heads, states, keep, output_attentions)
         self._taken: dict[str, ProbeOutput] | None = None
@@ -816,11 +773,8 @@ class PrefillSession:
         # Embeddings in place of the ids may have virtual tokens before them (PEFT's prompt tuning).
         same &= ids is not None or expected is None or columns == self.length - self.seen
         if rest or not repeats or not same:
-            raise ProbeError(
-                "the decoding method does not run the LM over the prompt as it was given (a part of it, other rows, or with the "
-                "virtual tokens of PEFT's prompt tuning): a part of a prompt is not scored. set_active_probes([]) generates "
-                "without heads"
-            )
+            hint = "PEFT's prompt tuning? set_active_probes([]) generates without heads"
+            raise ProbeError(f"the decoding method does not run the LM over the prompt as it was given ({hint})")
         return repeats, width
 
     def scores_alone(self, rows: int, columns: int) -> bool:
@@ -1028,8 +982,7 @@ class ReplySession:
         same = rows == len(self._live) if self._live is not None else rows and rows % self.prompt.prompts == 0
         if ids is None or not same or ids.shape[1] not in (1, whole):
             raise ProbeError(
-                "the decoding method does not run the LM over one more token of each reply, so heads cannot follow these; "
-                "set_active_probes([...]) with other heads, or [] to generate without"
+                "the decoding method does not run the LM over one more token of each reply: heads cannot follow"
             )
         if self._reader is None:
             repeats = rows // self.prompt.prompts
@@ -1103,38 +1056,18 @@ class ReplySession:
         }
 
 
-# Settings of generate() under which its passes are not over one more token of each reply, and what they are called.
-_NOT_FOLLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_beams": (lambda value: value > 1, "beam search moves rows from one reply to another"),
-    "num_beam_groups": (lambda value: value > 1, "beam search moves rows from one reply to another"),
-    "constraints": (bool, "constrained beam search moves rows from one reply to another"),
-    "force_words_ids": (bool, "constrained beam search moves rows from one reply to another"),
-    "assistant_model": (lambda value: value is not None, "assisted decoding reads candidates that may be taken back"),
-    "assistant_early_exit": (
-        lambda value: value is not None,
-        "assisted decoding reads candidates that may be taken back",
-    ),
-    "prompt_lookup_num_tokens": (
-        lambda value: value is not None,
-        "prompt look-up reads candidates that may be taken back",
-    ),
-    "use_mtp": (bool, "multi-token prediction reads candidates that may be taken back"),
-    "penalty_alpha": (lambda value: value > 0, "contrastive search reads candidates that may be taken back"),
-    "dola_layers": (lambda value: value is not None, "DoLa decoding is a method of its own"),
-    "custom_generate": (lambda value: value is not None, "a decoding method of one's own may read anything"),
-}
+# Settings of generate() under which its passes are not over one more token of each reply.
+_BEAMS = ("num_beams", "num_beam_groups", "constraints", "force_words_ids")
+_CANDIDATES = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha")
+_OTHERS = ("dola_layers", "custom_generate")
 
 
 def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
     """Raise `ProbeError` if heads cannot follow the replies that a call of `generate()` writes."""
-    for name, (refused, why) in _NOT_FOLLOWED.items():
+    for name in (*_BEAMS, *_CANDIDATES, *_OTHERS):
         value = setting(name)
-        if value is not None and refused(value):
-            raise ProbeError(
-                f"{name} cannot be used with {what}: {why}, so a reply cannot be read token by token. Allowed: greedy search "
-                f"and sampling, also with num_return_sequences. Leave {name} out, or go without these heads "
-                "(set_active_probes([...])) and without probe_state"
-            )
+        if value and not (name in _BEAMS and value == 1):
+            raise ProbeError(f"{name} cannot be used with {what}: leave it out, for greedy search or sampling")
 
 
 # From serving/session.py
@@ -1185,26 +1118,6 @@ def is_inner_call(model: nn.Module) -> bool:
     return current is not None and (current[0] is model or current[1] is model)
 
 
-def prompt_session(
-    heads: dict[str, ProbeModel],
-    inputs: Mapping[str, Any],
-    probe_mask: torch.Tensor | None = None,
-    *,
-    past: int = 0,
-    partial_prompt: bool = False,
-    placeholder_ids: Sequence[int] = (),
-    **kwargs,
-) -> PrefillSession:
-    """Open the session of whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`, in `inputs`."""
-    ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    configs = {name: head.config for name, head in heads.items()}
-    masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past)
-    shape = (embeds if ids is None else ids).shape[:2]
-    return PrefillSession(
-        heads, masks, ids, attention_mask, past, partial_prompt=partial_prompt, shape=shape, **kwargs
-    )
-
-
 def forward_session(
     heads: dict[str, ProbeModel],
     kwargs: dict[str, Any],
@@ -1215,31 +1128,26 @@ def forward_session(
     """The session of one call of `forward`, whose arguments the others are: the new tokens alone stand in `kwargs`."""
     past, ids = cached_tokens(kwargs), kwargs.get("input_ids")
     keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
-    if not isinstance(probe_state, ProbeCache):
-        if past and keep:
-            raise ProbeError(
-                f"probe_state=True begins a state, and the cache already holds {past} tokens that the heads have not seen: pass "
-                "what the call that filled it returned as probe_state (model(..., use_cache=True))"
-            )
-        if past:
-            if ids is not None and ids.shape[1] > 1 and not torch.compiler.is_dynamo_compiling():
-                logger.warning_once(_NOT_SCORED)
-            return None
-        keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
-        return prompt_session(
-            heads, kwargs, probe_mask, return_state=keep, partial_prompt=keep, placeholder_ids=placeholder_ids
-        )
-    probe_state.check_length(past)
-    ids, attention_mask = probe_state.followed_by(ids, kwargs.get("attention_mask"))
-    whole = {"input_ids": ids, "attention_mask": attention_mask}
-    return prompt_session(
+    earlier, inputs = probe_state if isinstance(probe_state, ProbeCache) else None, kwargs
+    if earlier is not None:
+        earlier.check_length(past)
+        whole = earlier.followed_by(ids, kwargs.get("attention_mask"))
+        inputs = dict(zip(("input_ids", "attention_mask"), whole, strict=True))
+    elif past:
+        if keep:
+            raise ProbeError(f"probe_state=True: the cache already holds {past} tokens that the heads have not seen")
+        if ids is not None and ids.shape[1] > 1 and not torch.compiler.is_dynamo_compiling():
+            logger.warning_once(_NOT_SCORED)
+        return None
+    keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
+    return PrefillSession(
         heads,
-        whole,
+        inputs,
         probe_mask,
         past=past,
-        earlier=probe_state,
-        return_state=True,
-        partial_prompt=True,
+        earlier=earlier,
+        return_state=keep,
+        partial_prompt=keep,
         placeholder_ids=placeholder_ids,
     )
 
@@ -1281,7 +1189,7 @@ def generation_session(
         refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", setting)
     if keep:
         refuse_not_followed("probe_state, for which heads read the reply", setting)
-    session = prompt_session(
+    session = PrefillSession(
         {name: head for name, head in heads.items() if head.config.token_scope != "response"},
         {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask},
         probe_mask,
@@ -1301,15 +1209,10 @@ def generation_session(
 
 
 _NOT_SCORED = (
-    "A pass over several tokens that goes on from a cache was not scored (probe_logits is None): heads would have to read what the "
-    "cache holds. Pass probe_state= beside it, as the call that filled it returned it, or the whole prompt without a cache. A PEFT "
-    "model that was tuned with a prefix puts such a cache before every prompt: score with the model below, "
-    "get_base_model().classify(...), or tune it with LoRA."
+    "A pass that goes on from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
+    "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
 )
-PAGED = (
-    "continuous batching (paged cache, generate_batch) mixes the tokens of many requests in one row, so heads cannot read a "
-    "prompt there; use generate(), or set_active_probes([]) to go without heads"
-)
+PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 
 
 def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
@@ -1321,9 +1224,6 @@ def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> t
 
 
 # From serving/texts.py
-
-BATCH_TOKENS = 4096  # of a pass, padding included
-
 
 def as_texts(given: Any) -> list[Text] | None:
     """Return texts, chats, or one of them as a list; None for anything else, such as token ids."""
@@ -1339,66 +1239,7 @@ def as_texts(given: Any) -> list[Text] | None:
     return list(given) if isinstance(given[0], str) or is_chat else None
 
 
-def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
-    """Return the names of heads in groups. All heads of a group read a text as the same tokens."""
-    groups: dict[tuple, list[str]] = {}
-    for name, config in configs.items():
-        reads = config.token_scope if config.reads_reply else None
-        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
-    return list(groups.values())
-
-
-def encode(
-    config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[bool]] | None]:
-    """Return the token ids of texts in a head's own format, and which tokens count if the ids do not tell."""
-    encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
-    return encoded.ids, encoded.masks
-
-
-def pad_inputs(
-    ids: list[list[int]], masks: list[list[bool]] | None, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, `attention_mask` and, with masks, `probe_mask`: `[rows, tokens]`, padded on the right."""
-    inputs = pad_prompts(ids, tokenizer)
-    if masks is not None:
-        inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
-        for row, mask in enumerate(masks):
-            inputs["probe_mask"][row, : len(mask)] = torch.tensor(mask)
-    return inputs
-
-
-def classify_texts(
-    model: Any,
-    configs: Mapping[str, ProbeConfig],
-    texts: list[Text],
-    tokenizer: PreTrainedTokenizerBase | None,
-    output_attentions: bool = False,
-) -> dict[str, ProbeOutput]:
-    """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass."""
-    if tokenizer is None:
-        raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
-    found: dict[str, ProbeOutput] = {}
-    for names in heads_by_format(configs):
-        ids, masks = encode(configs[names[0]], texts, tokenizer)
-        whole = [list(range(len(ids)))]
-        for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):
-            inputs = pad_inputs([ids[row] for row in rows], masks and [masks[row] for row in rows], tokenizer)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            part = model.classify(**inputs, probes=names, output_attentions=output_attentions)
-            if output_attentions:
-                found |= part
-                continue
-            for name, output in part.items():
-                if name not in found:
-                    blank = output.logits.new_empty(len(ids), configs[name].num_labels)
-                    found[name] = ProbeOutput.from_logits(blank, configs[name])
-                    if (means := output.means) is not None:
-                        found[name].remember_means(means.blank(len(ids)))
-                found[name].logits[rows] = output.logits
-                if output.means is not None:
-                    found[name].means.put(rows, output.means)
-    return {name: found[name] for name in configs}
+classify_texts = _needs_package("classify_texts")
 
 
 # From serving/streaming.py
@@ -1469,9 +1310,6 @@ Judge = Callable[[list[str]], Decisions]
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
-# THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
-HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
-_WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]*)(?::([^:]*))?)?", re.DOTALL)
 _OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
 _NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", *HEAD_ARGUMENTS}
 
@@ -1484,12 +1322,11 @@ class Reprompt:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = tuple(getattr(self.input_ids, "shape", ()))
-        if not isinstance(self.input_ids, torch.Tensor) or len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            found = f"the shape {list(shape)}" if shape else f"the type {type(self.input_ids).__name__}"
-            raise ProbeError(f"Reprompt.input_ids has {found}; it must be a tensor of shape [1, tokens]")
-        if not isinstance(self.kwargs, Mapping):
-            raise ProbeError(f"Reprompt.kwargs is a {type(self.kwargs).__name__}; it must be a dict")
+        shape = getattr(self.input_ids, "shape", ())
+        if len(shape) != 2 or shape[0] != 1 or not shape[1]:
+            raise ProbeError(
+                f"Reprompt.input_ids has the shape {list(shape)}; it must be a tensor of shape [1, tokens]"
+            )
         if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
             raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
 
@@ -1529,16 +1366,14 @@ class HaltRule:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
         if threshold is None and regression:
             raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
-        if isinstance(threshold, str):
-            known = config.thresholds or {}
-            if threshold not in known or label != names[1]:
-                allowed = f"a number, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
-                raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
-            threshold = known[threshold]
+        known = config.thresholds or {}
+        if isinstance(threshold, str) and label == names[-1]:
+            threshold = known.get(threshold, threshold)
         if threshold is not None:
             low, high = (-math.inf, math.inf) if regression else (0, 1)
-            if isinstance(threshold, bool) or not isinstance(threshold, Real) or not low <= threshold <= high:
-                allowed = "a number" if regression else "a number from 0 to 1"
+            if not _is_number(threshold) or not low <= threshold <= high:
+                named = f"from 0 to 1, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
+                allowed = "a number" if regression else named
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
             threshold = float(threshold)
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
@@ -1547,7 +1382,16 @@ class HaltRule:
             raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
         index = names.index(label)
         threshold = threshold_of(config, index) if threshold is None else threshold
-        return cls(head, config, index, threshold, patience, _checked_band(head, config, unsure, ask), ask)
+        if unsure is not None or ask is not None:
+            band = unsure if isinstance(unsure, (list, tuple)) else ()
+            if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
+                raise ProbeError(
+                    f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and ask=, a function of texts"
+                )
+            if config.token_scope == "response":
+                raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
+            unsure = tuple(map(float, band))
+        return cls(head, config, index, threshold, patience, unsure, ask)
 
     def is_unsure(self, output: ProbeOutput) -> list[bool]:
         """Return for each row whether `ask` decides."""
@@ -1570,25 +1414,6 @@ class HaltRule:
         ]
 
 
-def _checked_band(
-    head: str, config: ProbeConfig, unsure: Sequence[float] | None, ask: Judge | None
-) -> tuple[float, float] | None:
-    if unsure is None and ask is None:
-        return None
-    if unsure is None or not callable(ask):
-        raise ProbeError(f"halt_on: {head!r} needs both unsure=(low, high) and ask=, a function of texts")
-    if config.token_scope == "response":
-        raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
-    band = list(unsure) if isinstance(unsure, (list, tuple)) else []
-    if (
-        len(band) != 2
-        or not all(isinstance(x, Real) and not isinstance(x, bool) for x in band)
-        or not band[0] < band[1]
-    ):
-        raise ProbeError(f"halt_on: unsure of {head!r} is {unsure!r}; it must be (low, high) with low < high")
-    return float(band[0]), float(band[1])
-
-
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     """Return the options of each head in `halt_on`, which is not a function here."""
     named = [spec] if isinstance(spec, str) else spec
@@ -1606,31 +1431,8 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     return {name: dict(options or {}) for name, options in named.items()}
 
 
-def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`."""
-    found: dict[str, dict[str, Any]] = {}
-    for word in words:
-        match = _WORD.fullmatch(word)
-        head, text, label, threshold = (None,) * 4 if match is None else match.groups()
-        try:
-            options = json.loads(text) if text is not None else {}
-            if threshold is not None:
-                options["threshold"] = _number_or_name(threshold)
-        except ValueError:
-            options = None
-        if head is None or not isinstance(options, dict) or "" in (label, threshold):
-            raise ProbeError(f"--halt-on {word!r} must be {HALTING_FORMS}")
-        if head in found:
-            raise ProbeError(f"--halt-on names {head} more than once: give each head once")
-        found[head] = options if label is None else {"label": label, **options}
-    return found
-
-
-def _number_or_name(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class Halter:
@@ -1738,13 +1540,11 @@ class Halter:
 def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | None]:
     """Return what a function of the user decided, as one `Halt` or `None` a row."""
     found = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(found, (list, tuple)) or len(found) != rows:
-        size = f" of length {len(found)}" if isinstance(found, (list, tuple)) else ""
-        wanted = f"it must return a list of {rows}: true, false or a Halt"
-        raise ProbeError(f"{function} returned a {type(returned).__name__}{size}; {wanted}")
-    for item in found:
-        if not isinstance(item, Halt) and item not in (None, False, True):
-            raise ProbeError(f"{function} returned {item!r} in its list; allowed: true, false, None or a Halt")
+    is_list = isinstance(found, (list, tuple)) and len(found) == rows
+    if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in found):
+        raise ProbeError(
+            f"{function} returned {str(returned)[:60]}; it must return a list of {rows}: true, false or a Halt"
+        )
     return [item if isinstance(item, Halt) else Halt() if item else None for item in found]
 
 
@@ -1923,14 +1723,12 @@ def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tenso
         reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
     name = "Reprompt.input_ids" if isinstance(reply, Reprompt) else "halt_reply"
     try:
-        ids = reply.input_ids if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
+        ids = reply.input_ids[0] if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
     except (TypeError, ValueError, RuntimeError):
         raise ProbeError(f"{name} is a {type(reply).__name__}; allowed: token ids, a text or a Reprompt") from None
-    if ids is not getattr(reply, "input_ids", None) and ids.dim() != 1:
-        raise ProbeError(f"{name} has the shape {list(ids.shape)}; it must be [tokens]")
-    whole = not ids.is_floating_point() and ids.dtype != torch.bool
+    whole = ids.dim() == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
     if ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size):
-        raise ProbeError(f"{name} has {ids.flatten().tolist()[:8]}; token ids must be from 0 to {vocab_size - 1}")
+        raise ProbeError(f"{name} has {ids.tolist()[:8]}; it must be a list of token ids from 0 to {vocab_size - 1}")
     return reply if isinstance(reply, Reprompt) else ids.long()
 
 
@@ -1998,21 +1796,15 @@ class ProbeHostMixin:
         *,
         subfolder: str | None = None,
         namespace: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        trust_remote_code: bool = False,
         strict: bool = False,
+        **options,
     ) -> str:
         """Load a head and attach it."""
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
-        options = HubOptions(
-            revision, token, cache_dir, local_files_only, force_download, trust_remote_code=trust_remote_code
-        )
-        self._attach(read_heads({name: source}, target_of(self), options, namespace), strict=strict)
+        hub = HubOptions(revision, **options)
+        self._attach(read_heads({name: source}, target_of(self), hub, namespace), strict=strict)
         return name
 
     def delete_probe(self, name: str) -> None:
@@ -2022,14 +1814,9 @@ class ProbeHostMixin:
             self._active_probes = tuple(active for active in self._active_probes if active != name)
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
-    def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
-        """Write one head with its card into a folder."""
-        return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
+    save_probe = _needs_package("save_probe")
 
-    def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
-        """Upload one head with a card in one commit; see `llama_probe.hub.publish.push_folder`."""
-        name = self._single_probe(name, "push")
-        return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
+    push_probe_to_hub = _needs_package("push_probe_to_hub")
 
     @contextmanager
     def disable_probes(self):
@@ -2073,15 +1860,7 @@ class ProbeHostMixin:
         if push:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), save_probes=save_probes, **hub)
 
-    def push_to_hub(self, repo_id: str, *args, save_probes: bool = True, **kwargs):
-        """Upload the backbone as the plain class does, and each head into `probes/NAME`, in a commit of its own."""
-        heads = self.probes if save_probes else {}
-        if heads and kwargs.get("create_pr"):
-            raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
-        for name, head in heads.items():
-            own = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
-            head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **own)
-        return self._without_probes(heads).push_to_hub(repo_id, *args, **kwargs)
+    push_to_hub = _needs_package("push_to_hub")
 
     def _without_probes(self, saved: Iterable[str] = ()) -> nn.Module:
         """Return a plain causal LM that shares this model's parameters and caches. Its config lists the saved heads."""
@@ -2105,12 +1884,7 @@ class ProbeHostMixin:
         if check_name(name) in self.probes:
             raise ProbeError(f"a head {name!r} is attached already: choose another name or delete_probe({name!r})")
 
-    def _single_probe(self, name: str | None, what: str) -> str:
-        if name is None and len(self.probes) != 1:
-            raise ProbeError(f"name the head to {what}: {', '.join(self.probes) or 'none is attached'}")
-        name = next(iter(self.probes)) if name is None else name
-        self._require_probe(name)
-        return name
+    _single_probe = _needs_package("_single_probe")
 
     def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
         # Everything that can fail comes first, so that all heads are attached or none.
@@ -2175,6 +1949,10 @@ def change_class(model: nn.Module, cls: type) -> None:
 
 
 # From serving/modeling.py
+
+# Arguments of the plain `generate()` behind its first two, which may be given by their place.
+_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:]
+
 
 class ProbedGenerationMixin(ProbeHostMixin):
     """Adds probe heads to a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`."""
@@ -2243,10 +2021,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = read_heads(probe, target) if probe is not None else {}
         if not isinstance(lm, ProbedGenerationMixin):
             if type(lm) is not cls._causal_lm_class:
-                raise ProbeError(
-                    f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {type(lm).__name__}; "
-                    "AutoModelForProbedGeneration.from_causal_lm takes any causal LM"
-                )
+                made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {type(lm).__name__}"
+                raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
             plain = type(lm)
             change_class(lm, cls)
             lm._install_probes()
@@ -2279,13 +2055,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             loaded = load(place, *model_args, **kwargs)
         else:
             loaded = load_or_find_head(lambda: load(place, *model_args, **kwargs), place, kwargs)
-            heads = None
-            if isinstance(head := loaded, HeadPlace):
-                kwargs = head.backbone_kwargs(kwargs)
-                heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
-                loaded = load(head.backbone, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model._attach(saved_heads(place, model.config, kwargs) if heads is None else heads, probe_strict)
+            if isinstance(loaded, HeadPlace):
+                arguments = loaded.arguments(kwargs)
+                return cls.from_pretrained(loaded.backbone, *model_args, probe_strict=probe_strict, **arguments)
+            heads = saved_heads(place, model_of(loaded).config, kwargs)
+        model_of(loaded)._attach(heads, probe_strict)
         return loaded
 
     def _probed_forward(self, *args, **kwargs):
@@ -2382,7 +2156,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         past = cached_tokens({"cache": cache})
         if asks_for_state(probe_state, input_ids, None) and probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
-        session = prompt_session(
+        session = PrefillSession(
             heads,
             inputs,
             probe_mask,
@@ -2394,10 +2168,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:
             if "position_ids" not in inputs and attention_mask is not None and not attention_mask[:, :past].all():
-                raise ProbeError(
-                    "the cached part of the prompts has padding, and generate() and forward() count positions differently "
-                    "there: pass position_ids, [batch, new_tokens], that go on from those of the call that filled the cache"
-                )
+                raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
         decoder = self._decoder
@@ -2420,7 +2191,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass."""
-        kwargs = generation_arguments(args, kwargs)
+        kwargs |= zip(_POSITIONAL, args, strict=False)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
@@ -2435,10 +2206,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if halt_reply is not None and halter is None and not inner:
             raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
         if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
-            raise ProbeError(
-                "a HoldBackStreamer waits for scores of the reply, and nothing here decides by any: pass halt_on= with a head "
-                "that reads replies (token_scope 'response' or 'all'), or on_probe_token=, or another streamer"
-            )
+            raise ProbeError("a HoldBackStreamer needs halt_on= with a head that reads replies, or on_probe_token=")
         as_dict = True
         if heads:
             as_dict = kwargs.get(
@@ -2466,10 +2234,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return output
         results = session.results()
         if not isinstance(output, ModelOutput):
-            raise ProbeError(
-                f"custom_generate returned a {type(output).__name__}, which cannot carry probe logits; let it return a "
-                "generate output (return_dict_in_generate), or pass return_dict_in_generate=False to go without heads"
-            )
+            hint = "let it return a generate output, or pass return_dict_in_generate=False"
+            raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
         if not as_dict:
             return output.sequences
         configs = {name: head.config for name, head in heads.items()}

@@ -5,52 +5,28 @@
 from __future__ import annotations
 
 import copy
-import functools
-import os
-import torch
-from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import replace
-from transformers import AutoConfig
-from transformers import AutoModel
-from transformers import AutoModelForCausalLM
-from transformers import AutoModelForSequenceClassification
-from transformers import AutoTokenizer
 from transformers import GenerationConfig
 from transformers import GenerationMixin
 from transformers import LlamaForCausalLM
-from transformers import Pipeline
-from transformers import PreTrainedConfig
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
-from transformers import TextClassificationPipeline
 from transformers import TextGenerationPipeline
-from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 from typing import Any
 from .backbone_llama_probe import target_of
 from .backbone_llama_probe import without_peft
 from .configuration_llama_probe import HubOptions
-from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
-from .configuration_llama_probe import check_within_reach
-from .heads_llama_probe import ProbeOutput
-from .heads_llama_probe import abstain_levels
 from .heads_llama_probe import reply_outputs
 from .heads_llama_probe import verdict
-from .modeling_llama_probe import HeadPlace
 from .modeling_llama_probe import LlamaForProbedGeneration
 from .modeling_llama_probe import PROBED_FIELDS
 from .modeling_llama_probe import ProbeSpec
 from .modeling_llama_probe import ProbedGenerationMixin
-from .modeling_llama_probe import as_texts
 from .modeling_llama_probe import change_class
-from .modeling_llama_probe import encode
-from .modeling_llama_probe import load_heads_for
-from .modeling_llama_probe import load_or_find_head
-from .modeling_llama_probe import pad_inputs
 from .modeling_llama_probe import read_heads
-from .modeling_llama_probe import saved_heads
 
 
 def _needs_package(name):
@@ -58,10 +34,6 @@ def _needs_package(name):
         raise ImportError(f"{name} needs the package: pip install llama_probe")
 
     return missing
-
-
-LOADING_PLAIN = _needs_package("LOADING_PLAIN")
-load_causal_lm = _needs_package("load_causal_lm")
 
 
 # From serving/auto.py
@@ -75,30 +47,7 @@ class AutoModelForProbedGeneration:
     def __init__(self):
         raise ProbeError("use AutoModelForProbedGeneration.from_pretrained(...) or .from_causal_lm(...)")
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args,
-        probe: ProbeSpec | None = None,
-        probe_revision: str | None = None,
-        probe_namespace: str | None = None,
-        probe_strict: bool = False,
-        **kwargs,
-    ):
-        """Load a causal LM with heads; see `LlamaForProbedGeneration.from_pretrained`."""
-        place = pretrained_model_name_or_path
-        check_within_reach(place, kwargs)
-        if probe is not None:
-            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
-            loaded = load_causal_lm(place, *model_args, **kwargs)
-        else:
-            loaded = load_or_find_head(lambda: load_causal_lm(place, *model_args, **kwargs), place, kwargs)
-            if isinstance(loaded, HeadPlace):
-                return _load_below(loaded, model_args, kwargs, probe_strict)
-            heads = saved_heads(place, _model_of(loaded).config, kwargs)
-        cls.from_causal_lm(_model_of(loaded), heads, probe_strict)
-        return loaded
+    from_pretrained = _needs_package("from_pretrained")
 
     @classmethod
     def from_causal_lm(
@@ -116,20 +65,6 @@ class AutoModelForProbedGeneration:
             change_class(base, plain)
             del base.probes, base._active_probes
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
-
-
-def _load_below(head: HeadPlace, model_args: tuple, kwargs: dict[str, Any], strict: bool = False):
-    """Load the backbone of a head, with the head."""
-    kwargs = head.backbone_kwargs(kwargs)
-    check_within_reach(head.backbone, kwargs)
-    heads = load_heads_for(head.backbone, {head.name: head.source}, kwargs, head.revision)
-    loaded = load_causal_lm(head.backbone, *model_args, **kwargs)
-    AutoModelForProbedGeneration.from_causal_lm(_model_of(loaded), heads, strict)
-    return loaded
-
-
-def _model_of(loaded: Any) -> PreTrainedModel:
-    return loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
 
 
 def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -164,96 +99,7 @@ def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
     return cls.__new__(cls)
 
 
-class HeadConfig(PreTrainedConfig):
-    """The config of a head in `AutoConfig`: labels, kind and backbone. `config.probe` is the whole config."""
-
-    model_type = "llama_probe_head"
-
-    def __init__(self, probe: dict[str, Any] | None = None, **kwargs):
-        self.probe = probe or {}
-        for name in ("probe_type", "base_model_name_or_path", "base_model_revision", "problem_type", "id2label"):
-            kwargs.setdefault(name, self.probe.get(name))
-        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
-
-
-def install() -> None:
-    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`, and heads' ids to auto classes."""
-    for auto_class, wrap in _WRAPPED.items():
-        original = vars(auto_class)["from_pretrained"]
-        if not hasattr(original.__func__, "__without_probe__"):
-            wrapped = functools.wraps(original.__func__)(wrap(original.__func__))
-            wrapped.__without_probe__ = original
-            auto_class.from_pretrained = classmethod(wrapped)
-
-
-def _with_probe(original: Callable) -> Callable:
-    plain = _or_head(original)
-
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, probe=None, **kwargs):
-        if probe is None:
-            return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
-        # kwargs has probe_revision=, probe_namespace= and probe_strict= as well
-        return AutoModelForProbedGeneration.from_pretrained(
-            pretrained_model_name_or_path, *model_args, probe=probe, **kwargs
-        )
-
-    return from_pretrained
-
-
-def _or_head(original: Callable) -> Callable:
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        place = pretrained_model_name_or_path
-        if LOADING_PLAIN.get():
-            return original(cls, place, *model_args, **kwargs)
-        loaded = load_or_find_head(lambda: original(cls, place, *model_args, **kwargs), place, kwargs)
-        if isinstance(loaded, HeadPlace):
-            return _load_below(loaded, model_args, kwargs)
-        model = _model_of(loaded)
-        if isinstance(model, GenerationMixin) and (heads := saved_heads(place, model.config, kwargs)):
-            AutoModelForProbedGeneration.from_causal_lm(model, heads)
-        return loaded
-
-    return from_pretrained
-
-
-def _config_or_head(original: Callable) -> Callable:
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        place = pretrained_model_name_or_path
-        if LOADING_PLAIN.get():
-            return original(cls, place, **kwargs)
-        found = load_or_find_head(lambda: original(cls, place, **kwargs), place, kwargs)
-        if not isinstance(found, HeadPlace):
-            return found
-        config = HeadConfig(found.config.to_dict(), name_or_path=str(place))
-        return (config, {}) if kwargs.get("return_unused_kwargs") else config
-
-    return from_pretrained
-
-
-def _tokenizer_or_head(original: Callable) -> Callable:
-    def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
-        place = pretrained_model_name_or_path
-        found = load_or_find_head(lambda: original(cls, place, *inputs, **kwargs), place, kwargs)
-        if not isinstance(found, HeadPlace):
-            return found
-        return original(cls, found.backbone, *inputs, **found.backbone_kwargs(kwargs))
-
-    return from_pretrained
-
-
-_WRAPPED: dict[type, Callable[[Callable], Callable]] = {
-    AutoModel: _with_probe,
-    AutoModelForCausalLM: _with_probe,
-    AutoModelForSequenceClassification: _or_head,
-    AutoConfig: _config_or_head,
-    AutoTokenizer: _tokenizer_or_head,
-}
-
-
 # From serving/pipeline.py
-
-TASK = "probed-text-generation"
-
 
 class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text."""
@@ -298,78 +144,6 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         keys = probed[0] if isinstance(probed, list) else probed
         records = super().postprocess(model_outputs, *args, **kwargs)
         return [record | more for record, more in zip(records, keys, strict=True)]
-
-
-class ProbedTextClassificationPipeline(TextClassificationPipeline):
-    """`TextClassificationPipeline` of a model with heads: `pipeline("text-classification", model=...)`."""
-
-    def __init__(self, model: ProbedGenerationMixin, tokenizer=None, *, probe: str | None = None, **kwargs):
-        if probe is None and len(model.active_probes) != 1:
-            raise ProbeError(f"name one head, probe=NAME: {', '.join(model.active_probes) or 'none is active'}")
-        self.probe = model.active_probes[0] if probe is None else probe
-        if self.probe not in model.probes:
-            raise ProbeError(f"no head {self.probe!r} is attached; attached: {', '.join(model.probes)}")
-        super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
-
-    def check_model_type(self, supported_models) -> None:
-        """Accept the probed classes, which transformers does not list."""
-
-    @property
-    def _config(self) -> ProbeConfig:
-        return self.model.probes[self.probe].config
-
-    def __call__(self, inputs: Any, **kwargs) -> Any:
-        """Classify a text, a chat, or a list of them."""
-        found = super().__call__(inputs, **kwargs)
-        return [found] if isinstance(found, dict) else found  # of one chat, as of one text
-
-    def _sanitize_parameters(self, abstain_at: float | None = None, **kwargs):
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        if abstain_at is not None:
-            abstain_levels(abstain_at, {self.probe: self._config})
-            postprocess["abstain_at"] = abstain_at
-        return preprocess, forward, postprocess
-
-    def preprocess(self, inputs: Any, **kwargs) -> dict[str, torch.Tensor]:
-        return pad_inputs(
-            *encode(self._config, as_texts(getattr(inputs, "messages", inputs)), self.tokenizer), self.tokenizer
-        )
-
-    def _forward(self, model_inputs, **kwargs):
-        output = self.model.classify(**model_inputs, probes=self.probe)[self.probe]
-        novelty = {} if output.novelty is None else {"novelty": output.novelty}
-        return ModelOutput(logits=output.logits, **novelty)
-
-    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True, abstain_at=None):
-        config = self._config
-        output = ProbeOutput.from_logits(model_outputs["logits"].float(), config)
-        scores = dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True))
-        ranked = sorted(scores, key=scores.get, reverse=True)
-        if config.problem_type == "single_label_classification":  # the label comes first, whatever the threshold is
-            ranked.sort(key=lambda name: name != output.labels[0])
-        records = [{"label": name, "score": scores[name]} for name in ranked]
-        if abstain_at is not None and float(model_outputs["novelty"]) > abstain_at:
-            records.insert(0, {"label": None, "score": None})
-        return records[0] if top_k == 1 and _legacy else records[:top_k]
-
-
-def _for_probed(plain: type[Pipeline], probed: type[Pipeline]) -> type[Pipeline]:
-    """Return a class that makes the probed pipeline for a model with heads, and else the plain one."""
-
-    def create(cls, *args, **kwargs):
-        model = without_peft(kwargs.get("model", args[0] if args else None))
-        has_heads = isinstance(model, ProbedGenerationMixin) and len(model.probes) > 0
-        # Neither is a subclass of this class, so that Python does not call __init__ a second time.
-        return (probed if has_heads else plain)(*args, **kwargs)
-
-    return type(plain.__name__, (plain,), {"__new__": create, "__module__": __name__, "__doc__": plain.__doc__})
-
-
-# Tasks of transformers that also take models with heads.
-_TASKS = {
-    "text-classification": (TextClassificationPipeline, ProbedTextClassificationPipeline),
-    "text-generation": (TextGenerationPipeline, ProbedTextGenerationPipeline),
-}
 
 
 class _Listener:
@@ -435,15 +209,3 @@ def _name_classes(config) -> None:
     for task in (getattr(config, "custom_pipelines", None) or {}).values():
         if isinstance(task.get("pt"), (list, tuple)):
             task["pt"] = [item if isinstance(item, str) else item.__name__ for item in task["pt"]]
-
-
-def register() -> None:
-    """Register the task with `transformers.pipeline`, and heads with its own tasks. A second call changes nothing."""
-    tasks = PIPELINE_REGISTRY.supported_tasks
-    if TASK in tasks and tasks[TASK]["impl"] is ProbedTextGenerationPipeline:
-        return
-    PIPELINE_REGISTRY.register_pipeline(TASK, ProbedTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text")
-    # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
-    del ProbedTextGenerationPipeline._registered_impl
-    for task, classes in _TASKS.items():
-        tasks[task] = {**tasks[task], "impl": _for_probed(*classes)}

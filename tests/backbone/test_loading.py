@@ -1,10 +1,12 @@
 """Digests of an LM's weights, and GGUF files; tests/cli/test_demo.py loads the demo backbone, which is one."""
 
 import gguf
+import pytest
 import torch
 from conftest import LAYERS, SIZES, make_lm
 from transformers import AutoTokenizer
 
+from llama_probe import ProbeError
 from llama_probe.backbone.fingerprint import backbone_facts
 from llama_probe.backbone.loading import load_backbone, weights_digest
 
@@ -76,16 +78,20 @@ def write_gguf(path, lm):
     writer.close()
 
 
-def test_gguf(tmp_path, backbone_folder, prompts, monkeypatch):
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_gguf(tmp_path, backbone_folder, prompts, monkeypatch, form):
     write_gguf(tmp_path / "tiny-Q8_0.gguf", make_lm())
     given, original = [], AutoTokenizer.from_pretrained
     monkeypatch.setattr(
         AutoTokenizer, "from_pretrained", lambda *args, **kwargs: given.append(kwargs) or original(backbone_folder)
     )
-    lm, _ = load_backbone(str(tmp_path / "tiny-Q8_0.gguf"), device="cpu")
+    lm, _ = load_backbone(str(tmp_path / "tiny-Q8_0.gguf" if form == "file" else tmp_path), device="cpu")
     torch.testing.assert_close(lm(prompts).logits, make_lm()(prompts).logits)
     assert given == [{"gguf_file": "tiny-Q8_0.gguf"}]
     facts = backbone_facts(lm)
     assert facts["base_model_quantization"] == "gguf-q8_0" and facts["base_model_dtype"] == "float32"
     assert facts["base_model_name_or_path"] == str(tmp_path / "tiny-Q8_0.gguf")
     lm.save_pretrained(tmp_path / "saved")
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(ProbeError, match=r"other\.gguf"):
+        load_backbone(str(tmp_path))

@@ -20,8 +20,9 @@ def write(tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if name.endswith(".gz"):
             path.write_bytes(gzip.compress(text.encode()))
-        elif name.endswith(".csv"):
-            lines = [",".join(rows[0])] + [",".join(map(str, row.values())) for row in rows]
+        elif name.endswith((".csv", ".tsv")):
+            comma = "," if name.endswith(".csv") else "\t"
+            lines = [comma.join(rows[0])] + [comma.join(map(str, row.values())) for row in rows]
             path.write_text("\n".join(lines) + "\n")
         elif name.endswith(".parquet"):
             Dataset.from_list(rows).to_parquet(path)
@@ -39,7 +40,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.tsv", "a.parquet"])
 def test_formats(write, name):
     rows = read_labelled(write(ROWS, name))
     assert rows.texts == ["one", "two", "three"] and rows.labels.tolist() == [0, 2, 1]
@@ -55,12 +56,12 @@ def test_paths_are_not_patterns(write, name):
     assert read_labelled(path).texts == ["one", "two", "three"]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "folder/train.csv"])
+@pytest.mark.parametrize("name", ["a.csv", "folder/train.csv", "folder/train.tsv"])
 class TestCsv:
     def read(self, tmp_path, name, text, **kwargs):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        path.write_text(text if name.endswith(".csv") else text.replace(",", "\t"))
         return read_labelled(str(path.parent if "/" in name else path), **kwargs)
 
     def test_texts_stay_as_they_are(self, tmp_path, name):

@@ -76,6 +76,18 @@ def demo_backbone() -> Path:
     return folder
 
 
+def find_gguf(name: str) -> Path | None:
+    """Return the GGUF file that a path names: itself, or the only one in a folder without a `config.json`."""
+    if os.path.isfile(name) and name.endswith(".gguf"):
+        return Path(name)
+    if not os.path.isdir(name) or any((Path(name) / config).is_file() for config in _MODEL_CONFIGS):
+        return None
+    found = sorted(Path(name).glob("*.gguf"))
+    if len(found) > 1:
+        raise ProbeError(f"{name} holds several GGUF files: name one of {', '.join(file.name for file in found[:8])}")
+    return found[0] if found else None
+
+
 def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the dequantised weights and the tokenizer of a GGUF file."""
     if find_spec("gguf") is None:
@@ -142,12 +154,13 @@ def load_backbone(
     if isinstance(dtype, str):
         check_dtype(dtype)
     path = resolve_backbone(name)
-    if os.path.isdir(path) and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
+    gguf = find_gguf(path)
+    if gguf is None and os.path.isdir(path) and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
         raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
     check_within_reach(path)
     try:
-        if path.endswith(".gguf") and os.path.isfile(path):
-            lm, tokenizer = _load_gguf(Path(path), dtype)
+        if gguf is not None:
+            lm, tokenizer = _load_gguf(gguf, dtype)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
             lm = load_causal_lm(path, dtype=dtype)

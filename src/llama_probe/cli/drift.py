@@ -31,7 +31,7 @@ def drift(
     scored: Annotated[HeadOptions, Fields("Head")],
     input: Annotated[
         list[str],
-        typer.Option(help="Files of served prompts in their order, or a pattern: jsonl, csv or parquet."),
+        typer.Option(help="Files of served prompts in their order, or a pattern: jsonl, csv, tsv or parquet."),
     ],
     text_column: TextColumn = "text",
     output: Annotated[Path | None, typer.Option(help="Folder for drift.png: novelty and scores over the log.")] = None,

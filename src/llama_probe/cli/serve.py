@@ -88,7 +88,7 @@ def classify(
     backbone: HeadsBackbone = None,
     input: Annotated[
         list[str] | None,
-        typer.Option(help="Files of rows, or a pattern: parquet, jsonl or csv; the last two also with .gz."),
+        typer.Option(help="Files of rows, or a pattern: parquet, jsonl, csv or tsv; all but parquet also with .gz."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the labels of the rows of --input.")] = None,
     text_column: TextColumn = "text",

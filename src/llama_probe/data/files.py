@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # Suffix -> format.
-KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _TYPED_ROWS = 1000  # JSON lines that the types of columns are inferred from
 
 # A small file can unpack to any size, and a tokenizer takes about 400 bytes of memory a character.
@@ -57,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of rows: `parquet`, `json` (an object a line) or `csv` (with a header, all values are texts)."""
+    """A file of rows: `parquet`, `json` (an object a line), `csv` or `tsv` (with a header, all values are texts)."""
 
     path: Path
     kind: str
@@ -112,7 +112,7 @@ class InputFile:
                 names, types = schema.names, schema.types
             else:
                 with self._open() as file:
-                    names = next(_records(meter.lines(file)), [])
+                    names = next(self._records(meter.lines(file)), [])
                 types = [pa.string()] * len(names)
         for name in needed:
             if names.count(name) > 1:
@@ -195,13 +195,17 @@ class InputFile:
                 for row, line in enumerate(line for line in lines if not line.isspace()):
                     yield self._parse(row, line)
             else:
-                records = _records(lines)
+                records = self._records(lines)
                 header = next(records, [])
                 yield from (dict(zip(header, record, strict=False)) for record in records)
 
     def _open(self):
         opener = gzip.open if self.path.suffix == ".gz" else open
         return opener(self.path, "rt", encoding="utf-8-sig", newline=None if self.kind == "json" else "")
+
+    def _records(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        csv.field_size_limit(sys.maxsize)
+        return filter(None, csv.reader(lines, delimiter="\t" if self.kind == "tsv" else ","))
 
     def _parse(self, row: int, line: str) -> dict[str, Any]:
         try:
@@ -211,11 +215,6 @@ class InputFile:
         if not isinstance(value, dict):
             raise ProbeError(f"{self.path}: row {row} must be a JSON object, not {type(value).__name__}")
         return value
-
-
-def _records(lines: Iterable[str]) -> Iterator[list[str]]:
-    csv.field_size_limit(sys.maxsize)
-    return filter(None, csv.reader(lines))
 
 
 def _unpacked(batch: pa.RecordBatch) -> int:

@@ -79,7 +79,10 @@ def read_table(
     try:
         if os.path.isfile(path):
             options = _file_options([path], text_columns, needed, max_text)
-            return datasets.load_dataset(kind_of(path), data_files=glob.escape(str(path)), split="train", **options)
+            kind = kind_of(path)
+            if kind == "tsv":
+                kind, options["sep"] = "csv", "\t"
+            return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
         location, options = place.id, {}
         if os.path.isdir(path):
             location = str(path.resolve())  # The loader names rows by the folder, and `.` has no name.
@@ -143,7 +146,7 @@ def _file_options(
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         InputFile(path, kind_of(path)).check_whole(max_text)
-        if is_csv := kind_of(path) == "csv":
-            InputFile(path, "csv").fields([*text_columns, *needed])
+        if is_csv := kind_of(path) in ("csv", "tsv"):
+            InputFile(path, kind_of(path)).fields([*text_columns, *needed])
     csv_options = {**_CSV, "converters": dict.fromkeys(text_columns, str)} if is_csv else {}
     return {"description": digest.hexdigest(), **csv_options}
