@@ -5,13 +5,17 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import numpy as np
 import threading
 import torch
+import torch.nn.functional as F
 import weakref
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +24,9 @@ from math import prod
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 from typing import Any
 from .configuration_llama_probe import ProbeError
@@ -179,6 +186,10 @@ def _usable(device: torch.device) -> torch.device:
 
 # From backbone/cache.py
 
+# Cache layers that put old and new tokens into a new tensor.
+_GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 class _DetachedCopies(TorchFunctionMode):
     """Let `copy.deepcopy` copy tensors that require gradients, which it refuses, as detached tensors."""
 
@@ -206,6 +217,17 @@ def copy_cache(cache: Cache) -> Cache:
     """Return a copy of a KV cache, without gradients."""
     with _DetachedCopies():
         return copy.deepcopy(cache)
+
+
+def repeat_cache(prefix: Cache, rows: int) -> Cache:
+    """Return a copy of a KV cache of one row, from `prefill`, for a batch."""
+    cache = copy_cache(prefix)
+    for layer in cache.layers:
+        if type(layer) in _GROW_BY_COPY and layer.is_initialized:
+            layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
+        else:
+            layer.batch_repeat_interleave(rows)
+    return cache
 
 
 # From backbone/capture.py
@@ -311,6 +333,34 @@ def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
         raise ProbeError(f"the LM ran without giving hidden states {missing}; {hint}")
 
 
+def collect_hidden_states(
+    lm: nn.Module,
+    layers: Collection[int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    prefix: Cache | None = None,
+) -> list[torch.Tensor]:
+    """Run the backbone without its LM head and without gradients, and return hidden states."""
+    decoder = find_decoder(lm)
+    device = decoder.input_device
+    input_ids = input_ids.to(device)
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
+    cached = {"use_cache": False}
+    if prefix is not None:
+        rows, width = len(input_ids), prefix.get_seq_length()
+        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, rows)}
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
+    states: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
+        decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
+    check_seen(layers, states)
+    return [states[layer] for layer in layers]
+
+
+check_states = lambda lm: None
+
+
 # From backbone/next_token.py
 
 # Config fields with a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).
@@ -357,3 +407,112 @@ class NextToken:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     check = lambda self: None
+
+
+# From backbone/fingerprint.py
+
+_TOKENS, _DEPTHS, _DIRECTIONS = 32, 4, 8
+
+# Largest relative distance that rounding explains, by bits a weight of the coarser side.
+_TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.06, 4: 0.4}
+
+
+def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
+    """Return 32 numbers that summarize a backbone, comparable between machines, dtypes and devices."""
+    decoder = find_decoder(lm)
+    vocab_size = vocab_size or _vocab_size(lm)
+    # Multiplicative hashing spreads the ids, and gives the same ones everywhere.
+    ids = torch.tensor([[(i * 2654435761 + 17) % vocab_size for i in range(1, _TOKENS + 1)]])
+    layers = [max(1, round(decoder.num_hidden_layers * k / _DEPTHS)) for k in range(1, _DEPTHS + 1)]
+    training = [module for module in lm.modules() if module.training]
+    try:
+        lm.eval()
+        states = collect_hidden_states(lm, layers, ids)
+    finally:
+        for module in training:
+            module.training = True
+    # NumPy keeps the stream of RandomState fixed; torch does not promise this.
+    directions = np.random.RandomState(0).standard_normal((decoder.hidden_size, _DIRECTIONS))
+    summary = []
+    for hidden in states:
+        # First token is skipped: many models park outliers there.
+        hidden = hidden[0, 1:].float().cpu()  # [n, D]
+        mean = F.layer_norm(hidden, hidden.shape[-1:]).mean(dim=0).numpy()  # [D]
+        summary.append(mean @ directions / np.sqrt(decoder.hidden_size))
+    return [round(float(value), 6) for value in np.concatenate(summary)]
+
+
+def distance(recorded: list[float], found: list[float]) -> float:
+    """Return the relative distance of two fingerprints: 0 for equal ones, about 1.4 for unrelated models."""
+    if len(recorded) != len(found):
+        return float("inf")
+    a, b = np.asarray(recorded), np.asarray(found)
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))
+
+
+def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, str | None]) -> float:
+    """Return the distance that rounding explains between two copies of one model."""
+    if recorded[1] == found[1]:
+        recorded, found = (recorded[0], None), (found[0], None)
+    return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the sha256 of a tokenizer's chat template, or None if it has no template."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+
+
+def backbone_facts(lm: nn.Module) -> dict[str, Any]:
+    """Return what a head records of its backbone beside sizes and fingerprint, by `ProbeConfig` field."""
+    base = without_peft(lm)
+    config = base.config
+    return {
+        # An exported repository has another name, and gives the name of its backbone in the config.
+        "base_model_name_or_path": getattr(config, "base_model_name_or_path", None) or config._name_or_path or None,
+        "base_model_revision": getattr(config, "_commit_hash", None),
+        "base_model_type": config.model_type,
+        # A probed class adds heads to a plain class, and the plain one is recorded.
+        "base_model_class": getattr(base, "_causal_lm_class", type(base)).__name__,
+        "vocab_size": _vocab_size(base),
+        "base_model_dtype": str(base.dtype).removeprefix("torch."),
+        "base_model_quantization": _quantization(config),
+    }
+
+
+def _vocab_size(lm: nn.Module) -> int:
+    return without_peft(lm).config.get_text_config(decoder=True).vocab_size
+
+
+def _quantization(config) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return getattr(config, "dequantized_from", None)  # set by `demo_backbone` in `loading.py`
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "quantized"
+    bits = settings.get("bits") or settings.get("nbits")
+    for name, value in (("load_in_4bit", 4), ("load_in_8bit", 8)):
+        if settings.get(name) or settings.get(f"_{name}"):
+            bits = value
+    return f"{method}-{bits}bit" if bits else str(method)  # such as `bitsandbytes-4bit`
+
+
+def _bits(dtype: str | None, quantization: str | None) -> int:
+    if quantization is not None:
+        return 8 if any(name in quantization for name in ("8bit", "fp8", "int8")) else 4
+    if dtype is not None and "float8" in dtype:
+        return 8
+    return 32 if dtype in ("float32", "float64") else 16
+
+
+# From backbone/passes.py
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group rows of similar length, the largest batch first."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -5,20 +5,27 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import numpy as np
 import os
 import re
+import shutil
 import sys
+import threading
 import torch
+import uuid
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
@@ -39,6 +46,9 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 from pathlib import Path
 from pathlib import PurePosixPath
+from queue import Empty
+from queue import SimpleQueue
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig
@@ -47,6 +57,7 @@ from transformers.utils.hub import extract_commit_hash
 from types import ModuleType
 from types import SimpleNamespace
 from typing import Any
+from typing import TypeVar
 
 
 def _needs_package(name):
@@ -77,8 +88,61 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
 # The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
 PENDING, _GONE = ".new-files", ".gone"
+_TEMPORARY = ".tmp"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# What a file is to hold: a text in UTF-8, bytes, or a function that writes the file.
+Content = str | bytes | Callable[[Path], object]
+
+
+def check_writable(folder: Path, content: str) -> None:
+    """Check, before any work is done, that a folder can be made or written into."""
+    try:
+        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    except OSError as error:  # for example a name that is too long
+        raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
+    if there.exists() and not there.is_dir():
+        raise ProbeError(f"{there} is a file; name a folder for {content}")
+    if there.exists() and not os.access(there, os.W_OK):
+        raise ProbeError(f"{there} is not writable; name another folder for {content}, or change its permissions")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and the missing folders above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
+
+
+def write_atomically(writers: dict[Path, Content]) -> None:
+    """Write files of a folder under temporary names, then rename all of them; on an error no file changes."""
+    for target in writers:
+        _check_no_folder(target)
+    for folder in {target.parent for target in writers}:
+        with _scratch(folder) as stage:
+            inside = {target: stage / target.name for target in writers if target.parent == folder}
+            for target, path in inside.items():
+                _write(writers[target], path, target)
+            for target, path in inside.items():
+                with _explained(target):
+                    path.replace(target)
+
+
+def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str] = ()) -> None:
+    """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones."""
+    for name in (*writers, *gone):
+        _check_no_folder(folder / name)
+    with _scratch(folder) as stage:
+        for name, write in writers.items():
+            _write(write, stage / name, folder / name)
+        for name in gone:
+            _write(Path.touch, stage / f"{name}{_GONE}", folder / name)
+        _switch(stage, folder)
+    settle(folder)
 
 
 def current_file(folder: str | os.PathLike, name: str) -> Path:
@@ -86,6 +150,126 @@ def current_file(folder: str | os.PathLike, name: str) -> Path:
     pending = Path(folder) / PENDING
     found = (pending / name, pending / f"{name}{_GONE}")
     return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
+
+
+def folder_state(folder: str | os.PathLike, name: str) -> tuple:
+    """Return what changes whenever `replace_files` replaces a file, or moves any file to its place."""
+    try:
+        pending = sorted(os.listdir(Path(folder) / PENDING))
+    except OSError:
+        pending = []
+    try:
+        status = os.stat(current_file(folder, name))
+    except OSError:
+        return (pending,)
+    return pending, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def settle(folder: str | os.PathLike) -> None:
+    """Move the files that a killed `replace_files` has left in `PENDING` to their places."""
+    folder = Path(folder)
+    pending = folder / PENDING
+    if not pending.is_dir() or pending.is_symlink():
+        return
+    with _explained(folder), suppress(FileNotFoundError):  # another process settles the folder, and was faster
+        for name in sorted(os.listdir(pending)):
+            with suppress(FileNotFoundError):  # another process settles the folder, too
+                if name.endswith(_GONE):
+                    (folder / name.removesuffix(_GONE)).unlink(missing_ok=True)
+                    (pending / name).unlink()
+                else:
+                    (pending / name).replace(folder / name)
+        with suppress(OSError):
+            pending.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that killed processes have left in a folder."""
+    for path in folder.glob(f"{PENDING}.*{_TEMPORARY}"):
+        if (handle := lock(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(handle)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder in a folder, and remove it at the end if it is still there."""
+    while True:
+        path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
+        with _explained(folder):
+            path.mkdir()
+        handle = lock(path)
+        if handle is not None and path.exists():
+            break
+        if handle is not None:  # taken for a leftover before it was locked
+            os.close(handle)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def lock(path: Path) -> int | None:
+    """Return a handle that holds the lock of a file or folder; None if another process holds it, or it is not there."""
+    if fcntl is None:  # Windows, which renames no open files
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # the file system has no locks
+        pass
+    return handle
+
+
+def _switch(stage: Path, folder: Path) -> None:
+    for _ in range(100):
+        settle(folder)
+        try:
+            stage.rename(folder / PENDING)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
+                raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
+        else:
+            return
+    raise ProbeError(f"{folder} cannot be written: others save into it all the time")
+
+
+def _write(content: Content, path: Path, target: Path) -> None:
+    with _explained(target):
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _check_no_folder(target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        raise ProbeError(f"{target} is a folder, and a file of this name is to be written; remove it or rename it")
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = DISK_FULL if is_disk_full(error) else getattr(error, "strerror", None) or error
+        raise ProbeError(f"{target} cannot be written: {reason}") from error
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Return True if the error says that the disk, or the user's quota on it, is full."""
+    if isinstance(error, SafetensorError):  # it carries the system's error as text only
+        return any(f"os error {number}" in str(error) for number in _NO_ROOM)
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def package_version() -> str:
@@ -108,6 +292,8 @@ PLOT_NAMES = ("calibration.png", "layer_weights.png")
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
+# Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.
+LATER_RESULTS = ("evaluations", "thresholds_from", "novelty")
 
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 
@@ -121,6 +307,14 @@ def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
     """Return the head folders inside a folder, by name."""
     items = sorted(item for item in Path(folder).iterdir() if not item.name.startswith("."))
     return {item.name: item for item in items if is_head_folder(item)}
+
+
+def check_output(folder: str | os.PathLike) -> None:
+    """Check that a head can be written into a folder without the loss of anything but a head."""
+    folder = Path(folder)
+    check_writable(folder, "the head")
+    if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
+        raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
@@ -174,9 +368,17 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
     return read_json(path) if os.path.isfile(path) else None
 
 
+def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the training run wrote of a head's results; None if there is nothing of it."""
+    return {key: value for key, value in (results or {}).items() if key not in LATER_RESULTS} or None
+
+
 # From hub/transport.py
 
+T = TypeVar("T")
+
 _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
+_PATIENCE = 5  # times the client's timeout, for all files of a head
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -256,7 +458,27 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
     return _in_time(fetch, str(reference))
 
 
-_in_time = lambda ask, what: ask()
+def _in_time(ask: Callable[[], T], what: str) -> T:
+    """Call a function that asks the Hub, in a thread that is left alone if it takes too long."""
+    seconds, answer = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT, SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((ask(), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except Empty:
+        limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        raise ProbeError(
+            f"{what} was not fetched in {seconds:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
+        ) from None
+    if error is not None:
+        raise error
+    return value
 
 
 without_waiting = lambda reference, options: options
@@ -570,6 +792,14 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
     if set(_PROBE_TYPES.values()) == before:
         raise ProbeError(f"{path} registers no kind of head: decorate its class with register_probe_type")
     return module
+
+
+def kind_code(probe_type: str) -> bytes | None:
+    """Return the source file of a kind from outside the package; None for the package's own and those typed into a session."""
+    kind = get_probe_type(probe_type)
+    own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    file = None if own or kind.__module__ == "__main__" else inspect.getsourcefile(kind)
+    return None if file is None else Path(file).read_bytes()
 
 
 @contextmanager
@@ -977,7 +1207,13 @@ class ProbeConfig:
 
     from_pretrained = _needs_package("from_pretrained")
 
-    save_pretrained = _needs_package("save_pretrained")
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `probe_config.json`, and no weights, into a folder."""
+        text = self.replace().to_json_string()
+        check_output(save_directory)
+        make_folder(Path(save_directory))
+        settle(save_directory)
+        write_atomically({Path(save_directory) / CONFIG_NAME: text})
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` gives the same config back."""
@@ -986,7 +1222,11 @@ class ProbeConfig:
         values["label2id"] = self.label2id
         return values
 
-    to_json_string = _needs_package("to_json_string")
+    def to_json_string(self) -> str:
+        """Return indented JSON that ends in a newline, with a digest of the values. The Trainer's loggers call this too."""
+        values = self.to_dict()
+        values["config_sha256"] = _digest(json.loads(json.dumps(values)))
+        return json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:

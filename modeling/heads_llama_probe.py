@@ -6,40 +6,74 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
+import numpy as np
 import os
 import torch
 import torch.nn.functional as F
+import transformers
 from abc import ABC
 from abc import abstractmethod
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 from transformers.utils import logging
 from typing import Any
 from typing import ClassVar
+from typing import NamedTuple
+from typing import TypeVar
 from .backbone_llama_probe import NextToken
+from .backbone_llama_probe import backbone_facts
+from .backbone_llama_probe import check_states
+from .backbone_llama_probe import distance
 from .backbone_llama_probe import find_decoder
+from .backbone_llama_probe import fingerprint
 from .backbone_llama_probe import target_of
+from .backbone_llama_probe import template_hash
+from .backbone_llama_probe import tolerance
 from .backbone_llama_probe import without_peft
+from .configuration_llama_probe import CARD_NAME
+from .configuration_llama_probe import CODE_NAME
 from .configuration_llama_probe import CONFIG_NAME
+from .configuration_llama_probe import HALF_PAIR
+from .configuration_llama_probe import HEAD_FILES
 from .configuration_llama_probe import HubOptions
+from .configuration_llama_probe import PLOT_NAMES
+from .configuration_llama_probe import PROMPT_FORMATS
 from .configuration_llama_probe import ProbeConfig
 from .configuration_llama_probe import ProbeError
+from .configuration_llama_probe import RESULTS_NAME
 from .configuration_llama_probe import TURN_SCOPES
 from .configuration_llama_probe import WEIGHTS_NAME
+from .configuration_llama_probe import check_writable
 from .configuration_llama_probe import current_file
+from .configuration_llama_probe import folder_state
 from .configuration_llama_probe import get_probe_type
+from .configuration_llama_probe import is_head_folder
+from .configuration_llama_probe import kind_code
+from .configuration_llama_probe import make_folder
+from .configuration_llama_probe import package_version
 from .configuration_llama_probe import read_config
 from .configuration_llama_probe import read_results
 from .configuration_llama_probe import register_probe_type
+from .configuration_llama_probe import remove_leftovers
+from .configuration_llama_probe import replace_files
 from .configuration_llama_probe import resolve_head
+from .configuration_llama_probe import training_results
 from .configuration_llama_probe import turn_mask
 from .configuration_llama_probe import with_subfolder
 
@@ -49,6 +83,10 @@ def _needs_package(name):
         raise ImportError(f"{name} needs the package: pip install llama_probe")
 
     return missing
+
+
+has_own_card = _needs_package("has_own_card")
+renew_card = _needs_package("renew_card")
 
 
 # From heads/states.py
@@ -1219,6 +1257,8 @@ def as_slice(places: Sequence[int]) -> slice | list[int]:
 # From heads/novelty.py
 
 LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
+# Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
+_DEPTHS = (0.2, 0.4, 0.6)
 
 
 @dataclass
@@ -1324,6 +1364,10 @@ def abstain_levels(
 
 # From heads/match.py
 
+# Copies of one backbone may differ in these. Equal fingerprints explain the difference.
+_DIFFERS_IN_COPIES = ("base_model_revision", "base_model_dtype", "base_model_quantization")
+
+
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """Return `config` with the backbone's sizes, name and type where it has none."""
     decoder = find_decoder(lm)
@@ -1340,18 +1384,183 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     )
 
 
-describe = _needs_package("describe")
+def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
+    """Return `config` with all that a new head records of its backbone, the fingerprint included."""
+    config = match(lm, config)
+    check_states(lm)
+    facts = backbone_facts(lm)
+    facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
+    found = fingerprint(lm)
+    if not np.isfinite(found).all():
+        raise ProbeError(f"hidden states are not finite in {facts['base_model_dtype']}; use float32 or bfloat16")
+    return config.replace(**facts, fingerprint=found)
 
 
-check_backbone = lambda name, config, lm, strict=False: match(lm, config)
+@dataclass(frozen=True)
+class Check:
+    """One line of a comparison."""
+
+    field: str
+    recorded: Any
+    found: Any
+    verdict: str
+    fatal: bool = False
+
+
+def compare(
+    config: ProbeConfig,
+    lm: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    behaviour: bool | Callable[[int | None], list[float]] = True,
+) -> list[Check]:
+    """Compare a head's record of its backbone with a backbone, the most decisive fields first."""
+    decoder, facts = find_decoder(lm), backbone_facts(lm)
+    checks = []
+    for name in ("hidden_size", "num_hidden_layers"):
+        recorded, found = getattr(config, name), getattr(decoder, name)
+        checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
+    same_behaviour = False
+    if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
+        checks.append(_compare_fingerprints(config, lm, facts, behaviour))
+        same_behaviour = checks[-1].verdict == "same"
+    for name, found in facts.items():
+        recorded = getattr(config, name)
+        verdict = _verdict(recorded, found, name)
+        local_copy = name == "base_model_name_or_path" and found is not None and Path(found).is_dir()
+        if verdict == "differs" and same_behaviour and (name in _DIFFERS_IN_COPIES or local_copy):
+            verdict = "explained"
+        checks.append(Check(name, recorded, found, verdict))
+    if config.prompt_format == "chat" and tokenizer is not None:
+        recorded, found = config.chat_template_hash, template_hash(tokenizer)
+        checks.append(Check("chat_template_hash", recorded, found, _verdict(recorded, found)))
+    return checks
+
+
+def check_backbone(
+    name: str,
+    config: ProbeConfig,
+    lm: nn.Module,
+    strict: bool = False,
+    behaviour: bool | Callable[[int | None], list[float]] | None = None,
+) -> None:
+    """Log one warning with all that tells this backbone from the one that a head was trained on."""
+    match(lm, config)
+    check_states(lm)
+    if config.token_scope in TURN_SCOPES and config.turn_markers is None and config.prompt_format == "chat":
+        logger.warning(
+            f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
+        )
+    if behaviour is None:
+        behaviour = not any(parameter.is_meta for parameter in lm.parameters())
+    differing = [check for check in compare(config, lm, behaviour=behaviour) if check.verdict == "differs"]
+    # A head is often trained in one dtype and served in another: by itself this means nothing.
+    telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
+    if not telling:
+        return
+    message = f"head {name!r} {', '.join(map(_explain, telling))}: its scores may mean nothing here"
+    if strict:
+        raise ProbeError(f"{message}; strict=False turns this into a warning")
+    logger.warning(message)
+
+
+def _explain(check: Check) -> str:
+    if check.field == "base_model_name_or_path":
+        return f"was trained on {check.recorded}, this backbone is {check.found}"
+    if check.field == "fingerprint":
+        return f"has a fingerprint {check.found} away from this backbone's (fine-tuned since, or another model?)"
+    return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
+
+
+def _compare_fingerprints(
+    config: ProbeConfig, lm: nn.Module, facts: dict[str, Any], behaviour: bool | Callable[[int | None], list[float]]
+) -> Check:
+    precision = ("base_model_dtype", "base_model_quantization")
+    allowed = tolerance(tuple(getattr(config, name) for name in precision), tuple(facts[name] for name in precision))
+    wanted = f"within {allowed:.1%}"
+    # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
+    if not behaviour or (config.vocab_size or 0) > facts["vocab_size"]:
+        return Check("fingerprint", wanted, None, "unknown")
+    found = fingerprint(lm, config.vocab_size) if behaviour is True else behaviour(config.vocab_size)
+    apart = distance(config.fingerprint, found)
+    return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
+
+
+def _verdict(recorded: Any, found: Any, name: str = "") -> str:
+    # For the quantization, None means "not quantized". For all other fields, it means "not known".
+    if name != "base_model_quantization" and (recorded is None or found is None):
+        return "unknown"
+    if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
+        recorded, found = Path(recorded).name.lower(), Path(found).name.lower()
+    return "same" if recorded == found else "differs"
 
 
 # From heads/folder.py
 
+T = TypeVar("T")
+
+_TRIES = 20
 _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
-read_settled = lambda folder, read: read()
+def save_head(
+    folder: str | os.PathLike,
+    config: ProbeConfig,
+    tensors: Mapping[str, torch.Tensor],
+    results: dict[str, Any] | None = None,
+) -> Path:
+    """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new one."""
+    folder = Path(folder)
+    check_writable(folder, "the head")
+    make_folder(folder)
+    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    digest = hashlib.sha256(weights).hexdigest()
+    saved = config.replace(
+        weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
+    )
+    contents = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
+    if (code := kind_code(config.probe_type)) is not None:
+        contents[CODE_NAME] = code
+    plots: tuple[str, ...] = ()
+    if results is not None and config.weights_sha256 not in (None, digest):
+        logger.warning("the head was trained after its results were measured: they are not saved with it")
+        results = None
+    elif results is not None:
+        contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
+        if _is_same_training(folder, results):
+            plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
+    kept = [*plots, CARD_NAME]
+    with suppress(Exception):  # no card keeps a head from being saved
+        if not has_own_card(folder):
+            kept.remove(CARD_NAME)
+            contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
+    remove_leftovers(folder)
+    # In a folder without a head they belong to somebody.
+    gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
+    replace_files(folder, contents, gone)
+    return folder
+
+
+def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
+    """Return True if a folder holds the results of this training, and so its plots."""
+    try:
+        return training_results(read_results(folder)) == training_results(results)
+    except ProbeError:
+        return False
+
+
+def read_settled(folder: Path, read: Callable[[], T]) -> T:
+    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
+    for _ in range(_TRIES):
+        before, error = folder_state(folder, CONFIG_NAME), None
+        try:
+            found = read()
+        except ProbeError as raised:
+            error = raised
+        if folder_state(folder, CONFIG_NAME) == before:
+            if error is not None:
+                raise error
+            return found
+    raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
 
 
 def read_tensors(
@@ -1517,7 +1726,9 @@ class ProbeModel(nn.Module):
         probe.results = read_results(folder)
         return probe
 
-    save_pretrained = _needs_package("save_pretrained")
+    def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
+        """Write config, weights, results and a card into a folder, and nothing of the backbone."""
+        return save_head(save_directory, self.config, self.state_dict(), self.results)
 
     push_to_hub = _needs_package("push_to_hub")
 
@@ -1630,3 +1841,349 @@ class ProbeModel(nn.Module):
             weights = self.layer_stage.weights(items, None, slice(None))
             output.layer_weights = None if weights is None else weights[0]  # [B, S]
         return output
+
+
+# From data/turns.py
+
+Chat = list[dict[str, Any]]
+
+# They share neither their first nor their last token: what all their prompts share is the template's. Common words merge
+# with a space before them, other signs do not.
+DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
+# Their white space merges with the end of what opens a turn, or with the beginning of what closes it.
+_SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
+_CALL = {"id": "call12345", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+_ASKED = [{"role": "user", "content": "Look at it."}]
+
+
+def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, dict[str, Any]] | None:
+    """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers."""
+    try:
+        user_end, reply_end = _turn_end(render, "user"), _turn_end(render, "assistant")
+        user = _user_marker(render, (reply_end, user_end))
+        assistant = _assistant_marker(render, (user_end, reply_end))
+    except ProbeError:
+        return None
+    if not user["ids"] or not assistant["ids"] or _is_start(user["ids"], assistant["ids"]):
+        return None
+    markers = {"user": user, "assistant": assistant}
+    for role, before in (
+        ("system", []),
+        ("tool", [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]),
+    ):
+        try:
+            ids = _opening(render, before, role, (reply_end, user_end), user["ids"])
+        except ProbeError:  # many templates have no such turn
+            continue
+        others = [marker["ids"] for marker in markers.values()]
+        if ids and not any(_is_start(ids, other) for other in others):
+            markers[role] = {"ids": ids, "skip": 0}
+    return markers
+
+
+def common_start(sequences: Iterable[Sequence[int]]) -> list[int]:
+    """Return the longest beginning that sequences share."""
+    return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False))]
+
+
+def _common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
+    return common_start([list(sequence)[::-1] for sequence in sequences])[::-1]
+
+
+def _turn_end(render: Callable, role: str) -> list[int]:
+    """Return what closes the last turn of a role."""
+    before = [] if role == "user" else _ASKED
+    return _common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
+
+
+def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
+    stems, skips = [], []
+    for reply in (None, *DIFFERENT_TEXTS, *_SPACED_TEXTS):
+        before = [] if reply is None else [*_ASKED, {"role": "assistant", "content": reply}]
+        any_text, plain_text = _before(render, before, "user")
+        stems.append(any_text)
+        skips.append(len(plain_text) - len(any_text))
+    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+
+
+def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
+    stems, skips = [], []
+    for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
+        asked = [{"role": "user", "content": text}]
+        any_text, plain_text = _before(render, asked, "assistant", _ASKED)
+        prompt = render(asked, True)
+        # The generation prompt may end before what opens a reply in the history, or go on behind it.
+        any_text, plain_text = common_start([prompt, any_text]), common_start([prompt, plain_text])
+        stems.append(any_text)
+        skips.append(len(plain_text) - len(any_text))
+    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+
+
+def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
+    """Return what opens a turn of a role that stands behind one chat alone."""
+    ids, _ = _before(render, before, role, [] if before else _ASKED)
+    if before:
+        return ids[len(common_start([ids, render(before, False)])) :]
+    for start in range(len(ids) - 1, -1, -1):  # the template may begin with turns of its own
+        for end in filter(None, ends):
+            if ids[start : start + len(end)] == end and start + len(end) < len(ids):
+                ids = ids[start + len(end) :]
+                break
+    first = render(_ASKED, False)[0]
+    if ids[0] == first != user[0] and len(ids) > 1:
+        ids = ids[1:]
+    # Behind the marker may follow the template's own text, with the date perhaps.
+    return ids[: len(user)]
+
+
+def _before(render: Callable, before: Chat, role: str, after: Chat = []) -> tuple[list[int], list[int]]:  # noqa: B006
+    """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
+
+    def ids(texts: Sequence[str]) -> list[int]:
+        turns = (
+            {"role": role, "content": text, **({"tool_call_id": _CALL["id"]} if role == "tool" else {})}
+            for text in texts
+        )
+        found = [render([*before, turn, *after], False) for turn in turns]
+        start = common_start(found)
+        if any(len(start) == len(each) for each in found):
+            raise ProbeError(f"the chat template leaves out the content of the role {role!r}")
+        return start
+
+    return ids([*DIFFERENT_TEXTS, *_SPACED_TEXTS]), ids(DIFFERENT_TEXTS)
+
+
+def _without_ends(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
+    """Cut off what closes the turn before."""
+    for end in sorted(filter(None, ends), key=len, reverse=True):
+        if ids[: len(end)] == end and len(ids) > len(end):
+            return ids[len(end) :]
+    return ids
+
+
+def _is_start(short: list[int], long: list[int]) -> bool:
+    return long[: len(short)] == short
+
+
+# From data/prompts.py
+
+Text = str | list[dict[str, str]]
+_MARGIN = 64  # tokens
+
+
+class EncodedTexts(NamedTuple):
+    """Token ids that a head reads."""
+
+    ids: list[list[int]]
+    masks: list[list[bool]] | None = None
+    reply_lengths: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Renders texts with the tokenizer's chat template, or as they are, and cuts them to a length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    kind: str = "chat"
+    system_prompt: str | None = None
+    max_length: int | None = None
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
+    turn_markers: dict[str, dict[str, Any]] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: str = "chat",
+        system_prompt: str | None = None,
+        max_length: int | None = None,
+    ) -> PromptFormat:
+        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats."""
+        if kind not in PROMPT_FORMATS:
+            raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
+        if kind == "chat" and not tokenizer.chat_template:
+            raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
+        if kind == "raw" and system_prompt is not None:
+            raise ProbeError("system_prompt needs prompt_format='chat'")
+        bare = cls(tokenizer, kind, system_prompt)
+        prefix, suffix = constant_parts(bare._encode_one)
+        constant = len(prefix) + len(suffix)
+        if max_length is not None and max_length <= constant:
+            raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
+        markers = learn_turn_markers(bare._encode_chat) if kind == "chat" else None
+        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), markers)
+
+    @classmethod
+    def from_config(cls, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+        """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
+        if config.prompt_format not in PROMPT_FORMATS:
+            kind = "chat" if tokenizer.chat_template else "raw"
+            logger.warning_once(
+                f"The head was trained on rows that its user tokenised: its prompt_format is unknown, and {kind!r} is used."
+            )
+            return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
+        if config.prompt_format == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
+            logger.warning("The head was trained with another chat template; its scores may be less reliable.")
+        return cls.create(tokenizer, config.prompt_format, config.system_prompt, config.max_length)
+
+    def config_fields(self) -> dict[str, Any]:
+        """Return the fields of a `ProbeConfig` that record the format."""
+        return {
+            "prompt_format": self.kind,
+            "system_prompt": self.system_prompt,
+            "max_length": self.max_length,
+            "prefix_ids": list(self.prefix_ids),
+            "turn_markers": self.turn_markers,
+            "chat_template_hash": template_hash(self.tokenizer) if self.kind == "chat" else None,
+        }
+
+    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Return the token ids of each prompt. Log how many were cut."""
+        _check_list(texts)
+        prompts, cut = [], 0
+        for text in texts:
+            ids = self._encode_start(text)
+            if self.max_length is not None and len(ids) > self.max_length:
+                cut += 1
+                ids = self._cut(ids)
+            prompts.append(ids)
+        self._report_cut(cut, len(prompts))
+        return prompts
+
+    def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
+        """Return the token ids of prompts with replies as `generate()` has read them, and the masks of the replies."""
+        _check_list(texts)
+        encoded, masks, cut = [], [], 0
+        for text in texts:
+            before, content = split_reply(text)
+            prompt = self._encode_one(before[-1]["content"] if self.kind == "raw" else before)
+            reply = self._tokenize(content, add_special_tokens=False)
+            if self.max_length is not None and len(prompt) + len(reply) > self.max_length:
+                cut += 1
+                constant = len(self.prefix_ids) + len(self.suffix_ids)
+                room = max(self.max_length - len(reply), (self.max_length + constant) // 2)
+                if len(prompt) > room:
+                    prompt = [*prompt[: room - len(self.suffix_ids)], *self.suffix_ids]
+                reply = reply[: self.max_length - len(prompt)]
+            encoded.append([*prompt, *reply])
+            masks.append([False] * len(prompt) + [True] * len(reply))
+        self._report_cut(cut, len(encoded))
+        return encoded, masks
+
+    def encode_for(self, config: ProbeConfig, texts: Sequence[Text]) -> EncodedTexts:
+        """Return what a head reads, by `encode` or `encode_replies`."""
+        if not config.reads_reply:
+            return EncodedTexts(self.encode(texts))
+        encoded, masks = self.encode_replies(texts)
+        return EncodedTexts(encoded, masks if config.token_scope == "response" else None, list(map(sum, masks)))
+
+    def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`."""
+        return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
+
+    def _encode_start(self, text: Text) -> list[int]:
+        """Return the ids of a text, or of as much of a very long one as `max_length` can leave."""
+        if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
+            return self._encode_one(text)
+        # The ids near a cut may be others: the margin keeps them out of what is left.
+        ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
+        # A token for unknown characters stands for any number of them.
+        enough = len(self.prefix_ids) + self.max_length + _MARGIN
+        return ids if len(ids) > enough else self._encode_one(text)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def _encode_one(self, text: Text) -> list[int]:
+        _check_text(text)
+        if self.kind == "raw":
+            if not isinstance(text, str):
+                raise ProbeError("prompt_format='raw' takes texts, not chat messages")
+            ids = self._tokenize(text)
+            bos = self.tokenizer.bos_token_id
+            # A text that spells out its BOS token would get a second one from the tokenizer.
+            return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return self._encode_chat(messages)
+
+    def _encode_chat(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> list[int]:
+        # The template has written every special token.
+        return self._tokenize(self.render(messages, generation_prompt), add_special_tokens=False)
+
+    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> str:
+        """Return chat messages as the template writes them."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # A template is a program and can raise anything.
+            raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
+
+    def _tokenize(self, text: str, **kwargs) -> list[int]:
+        if half := HALF_PAIR.search(text):
+            raise ProbeError(f"{text[:60]!r} has a lone surrogate, {half.group()!r}; was it read as UTF-8?")
+        return self.tokenizer(text, **kwargs)["input_ids"]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        room, first = self.max_length - len(self.suffix_ids), 0
+        if self.turn_markers is not None:
+            turn = turn_mask("last_user", self.turn_markers, torch.tensor([ids]))[0]
+            first = max(0, int(turn.int().argmax()) - max(room // 2, len(self.prefix_ids)))
+        return [*ids[first : min(first + room, len(ids) - len(self.suffix_ids))], *self.suffix_ids]
+
+    def _report_cut(self, cut: int, count: int) -> None:
+        if cut:
+            logger.warning(f"{cut} of {count} prompts were cut to max_length={self.max_length} tokens")
+
+
+def _check_list(texts: Sequence[Text]) -> None:
+    """Raise `ProbeError` for a single text, turn or chat, which would pass for a list of several."""
+    is_chat = isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)
+    if isinstance(texts, (str, Mapping)) or is_chat:
+        raise ProbeError(f"texts must be a list of prompts, not one prompt: [{str(texts)[:40]!r}]")
+
+
+def _check_text(text: Text) -> None:
+    """Raise `ProbeError` unless it is a text or chat messages. The template judges their contents."""
+    is_chat = isinstance(text, Sequence) and len(text) > 0 and all(map(_has_role, text))
+    if not isinstance(text, str) and not is_chat:
+        raise ProbeError(f"a prompt must be a text or a list of chat messages, not {str(text)[:40]!r}")
+
+
+def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
+    """Return the messages before the assistant's last turn, and its content."""
+    _check_text(text)
+    messages = [] if isinstance(text, str) else list(text)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
+        raise ProbeError(
+            f"a head that reads replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
+        )
+    return messages[:-1], messages[-1]["content"]
+
+
+def _has_role(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
+
+    ids = [torch.tensor(row, dtype=torch.long) for row in prompts]
+    return {"input_ids": padded(ids, pad), "attention_mask": padded(list(map(torch.ones_like, ids)), 0)}
+
+
+def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """Return the token ids before and after every text, for a function from a text to the ids of its prompt."""
+    examples = [render(text) for text in DIFFERENT_TEXTS]
+    prefix = common_start(examples)
+    return prefix, common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]

@@ -53,6 +53,7 @@ from .backbone_llama_probe import check_seen
 from .backbone_llama_probe import copy_cache
 from .backbone_llama_probe import find_decoder
 from .backbone_llama_probe import handing_states_to
+from .backbone_llama_probe import length_batches
 from .backbone_llama_probe import stay_in_layers
 from .backbone_llama_probe import target_of
 from .backbone_llama_probe import without_peft
@@ -74,6 +75,8 @@ from .heads_llama_probe import Novelty
 from .heads_llama_probe import ProbeModel
 from .heads_llama_probe import ProbeOutput
 from .heads_llama_probe import ProbeState
+from .heads_llama_probe import PromptFormat
+from .heads_llama_probe import Text
 from .heads_llama_probe import abstain_levels
 from .heads_llama_probe import abstaining
 from .heads_llama_probe import check_backbone
@@ -81,6 +84,7 @@ from .heads_llama_probe import check_rows
 from .heads_llama_probe import describe
 from .heads_llama_probe import device_type
 from .heads_llama_probe import labels
+from .heads_llama_probe import pad_prompts
 from .heads_llama_probe import predictions
 from .heads_llama_probe import probabilities
 from .heads_llama_probe import prompt_masks
@@ -95,9 +99,6 @@ def _needs_package(name):
         raise ImportError(f"{name} needs the package: pip install llama_probe")
 
     return missing
-
-
-Text = _needs_package("Text")
 
 
 # From serving/sources.py
@@ -1225,6 +1226,9 @@ def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> t
 
 # From serving/texts.py
 
+BATCH_TOKENS = 4096  # of a pass, padding included
+
+
 def as_texts(given: Any) -> list[Text] | None:
     """Return texts, chats, or one of them as a list; None for anything else, such as token ids."""
     if hasattr(given, "tolist") and not isinstance(given, torch.Tensor):  # an array or a column of a table
@@ -1239,7 +1243,66 @@ def as_texts(given: Any) -> list[Text] | None:
     return list(given) if isinstance(given[0], str) or is_chat else None
 
 
-classify_texts = _needs_package("classify_texts")
+def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
+    """Return the names of heads in groups. All heads of a group read a text as the same tokens."""
+    groups: dict[tuple, list[str]] = {}
+    for name, config in configs.items():
+        reads = config.token_scope if config.reads_reply else None
+        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
+    return list(groups.values())
+
+
+def encode(
+    config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[bool]] | None]:
+    """Return the token ids of texts in a head's own format, and which tokens count if the ids do not tell."""
+    encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
+    return encoded.ids, encoded.masks
+
+
+def pad_inputs(
+    ids: list[list[int]], masks: list[list[bool]] | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `attention_mask` and, with masks, `probe_mask`: `[rows, tokens]`, padded on the right."""
+    inputs = pad_prompts(ids, tokenizer)
+    if masks is not None:
+        inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+        for row, mask in enumerate(masks):
+            inputs["probe_mask"][row, : len(mask)] = torch.tensor(mask)
+    return inputs
+
+
+def classify_texts(
+    model: Any,
+    configs: Mapping[str, ProbeConfig],
+    texts: list[Text],
+    tokenizer: PreTrainedTokenizerBase | None,
+    output_attentions: bool = False,
+) -> dict[str, ProbeOutput]:
+    """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass."""
+    if tokenizer is None:
+        raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
+    found: dict[str, ProbeOutput] = {}
+    for names in heads_by_format(configs):
+        ids, masks = encode(configs[names[0]], texts, tokenizer)
+        whole = [list(range(len(ids)))]
+        for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):
+            inputs = pad_inputs([ids[row] for row in rows], masks and [masks[row] for row in rows], tokenizer)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            part = model.classify(**inputs, probes=names, output_attentions=output_attentions)
+            if output_attentions:
+                found |= part
+                continue
+            for name, output in part.items():
+                if name not in found:
+                    blank = output.logits.new_empty(len(ids), configs[name].num_labels)
+                    found[name] = ProbeOutput.from_logits(blank, configs[name])
+                    if (means := output.means) is not None:
+                        found[name].remember_means(means.blank(len(ids)))
+                found[name].logits[rows] = output.logits
+                if output.means is not None:
+                    found[name].means.put(rows, output.means)
+    return {name: found[name] for name in configs}
 
 
 # From serving/streaming.py
@@ -1814,7 +1877,9 @@ class ProbeHostMixin:
             self._active_probes = tuple(active for active in self._active_probes if active != name)
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
-    save_probe = _needs_package("save_probe")
+    def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
+        """Write one head with its card into a folder."""
+        return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
 
     push_probe_to_hub = _needs_package("push_probe_to_hub")
 

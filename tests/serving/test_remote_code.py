@@ -190,6 +190,11 @@ def check(pipe):
 
 for source in (local, remote):
     pipe = check(pipeline("probed-text-generation", model=source, probe="toxic", trust_remote_code=True))
+pipe.save_pretrained("saved-by-pipeline")
+kept = type(AutoModelForCausalLM.from_pretrained("saved-by-pipeline")).__name__
+assert kept == ("LlamaForProbedGeneration" if package else "LlamaForCausalLM"), "the package attaches the heads again"
+texts = both.classify([PROMPT], tokenizer=tokenizer, probes="mood")["mood"]
+assert texts.logits.shape == (1, 2) and len(texts.labels) == 1
 if package:
     loaded = AutoModelForCausalLM.from_pretrained(local, trust_remote_code=True)
     loaded.load_probe("own", trust_remote_code=True)  # its kind is known to the package and to the repository's code
@@ -218,8 +223,6 @@ else:
     for call, error in (
         (lambda: AutoModel.from_pretrained(local, probe="toxic"), TypeError),  # no code without trust_remote_code=True
         (lambda: both.push_probe_to_hub("alice/x", "toxic"), ImportError),
-        (lambda: both.save_pretrained("with-heads"), ImportError),
-        (lambda: both.classify(["a text"], tokenizer=tokenizer), ImportError),
     ):
         try:
             call()

@@ -20,10 +20,11 @@ from .pipeline import TASK
 # Modules by file, in the order of their imports. A name from any other module of the package becomes a stub.
 _FILES = {
     "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/turns heads/configuration",
-    "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture backbone/next_token",
+    "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture backbone/next_token "
+    "backbone/fingerprint backbone/passes",
     "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "
     "heads/attentive heads/multimax heads/mean_attention heads/attention heads/muli heads/decision heads/scope "
-    "heads/stream heads/novelty heads/match heads/folder heads/probe",
+    "heads/stream heads/novelty heads/match heads/folder heads/probe data/turns data/prompts",
     "modeling": "serving/sources serving/arguments serving/cache serving/outputs serving/reader serving/prefill serving/reply "
     "serving/session serving/texts serving/streaming serving/halting serving/halting_run serving/host serving/modeling",
     "pipeline": "serving/auto serving/pipeline",
@@ -44,49 +45,37 @@ CUSTOM_PIPELINES = {
 _ROOTS = ("LlamaForProbedGeneration", "HoldBackStreamer", "Reprompt", "ProbedTextGenerationPipeline", *heads.__all__)
 # Functions and methods that serving does without. To call one says that it needs the package.
 _LEFT_OUT = {
-    *(
-        "ProbeConfig.from_pretrained",
-        "ProbeConfig.save_pretrained",
-        "ProbeConfig.to_json_string",
-        "describe",
-        "save_head",
-    ),
-    *("ProbeModel.forward", "ProbeModel.score", "ProbeModel.pool", "ProbeModel.projected", "ProbeModel.set_novelty"),
-    *(
-        "ProbeModel.num_parameters",
-        "ProbeModel.save_pretrained",
-        "ProbeModel.push_to_hub",
-        "Novelty.fit",
-        "probe_loss",
-    ),
-    *(
-        "Aggregator.projected",
-        "LowRankAggregator.projected",
-        "GateAggregator.projected",
-        "AveragedClassifier.member_logits",
-    ),
-    *("ProbeHostMixin.save_probe", "ProbeHostMixin.push_probe_to_hub", "ProbeHostMixin.push_to_hub", "classify_texts"),
-    *(
-        "AutoModelForProbedGeneration.from_pretrained",
-        "Novelty.read",
-        "ProbeModel._stack",
-        "ProbeHostMixin._single_probe",
-    ),
+    "Aggregator.projected",
+    "AutoModelForProbedGeneration.from_pretrained",
+    "AveragedClassifier.member_logits",
+    "GateAggregator.projected",
+    "LowRankAggregator.projected",
+    "Novelty.fit",
+    "Novelty.read",
+    "ProbeConfig.from_pretrained",
+    "ProbeHostMixin._single_probe",
+    "ProbeHostMixin.push_probe_to_hub",
+    "ProbeHostMixin.push_to_hub",
+    "ProbeModel._stack",
+    "ProbeModel.forward",
+    "ProbeModel.num_parameters",
+    "ProbeModel.pool",
+    "ProbeModel.projected",
+    "ProbeModel.push_to_hub",
+    "ProbeModel.score",
+    "ProbeModel.set_novelty",
+    "probe_loss",
 }
 # Functions that are simpler there: only Llama is exported, its heads come along, and none are bundled.
 _SIMPLER = {
     "find_modules": 'lambda lm, depth: (_modules(lm, _LLAMA, depth), "table")',
     "check_states": "lambda lm: None",
-    "check_backbone": "lambda name, config, lm, strict=False: match(lm, config)",
     "bundled_heads": "lambda target=None: {}",
     "best_head": "lambda alias, heads: None",
     "check_within_reach": "lambda place, kwargs=None: None",
     "without_waiting": "lambda reference, options: options",
     "heads_on_hub": "lambda repo_id, options: []",
-    "_in_time": "lambda ask, what: ask()",
-    "_download_intact": "lambda *arguments: _download(*arguments)",
     "_known": "lambda target, bundled: ['']",
-    "read_settled": "lambda folder, read: read()",
     "load_or_find_head": "lambda load, place, kwargs: load()",
     "NextToken.check": "lambda self: None",
 }
