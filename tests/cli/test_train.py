@@ -96,7 +96,7 @@ def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
         "plot {0} --output x",
         "push {0} a/b",
     ):
-        assert "trust_remote_code" in refuse(*line.format(tmp_path / "mine").split())
+        assert "trust_remote_code" in refuse(*line.format(tmp_path / "mine").split()).replace("-", "_")
     assert succeed("inspect", tmp_path / "mine", "--trust-remote-code", "--json")["probe_type"] == "mean_of_mine"
     assert "mine" in succeed("classify", "good morning", *head, "--trust-remote-code")[0]["labels"]
     (tmp_path / "broken.py").write_text("1 / 0")

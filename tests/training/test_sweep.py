@@ -16,7 +16,7 @@ from llama_probe.experiments.reproduction.reproduction import summarize_trials
 from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.hub.folder import read_results
 from llama_probe.training import shared
-from llama_probe.training.recipe import Recipe
+from llama_probe.training.recipe import COMMON, Recipe
 from llama_probe.training.run import TrainingRun
 from llama_probe.training.shared import CHECKPOINT_NAME, SharedTraining
 from llama_probe.training.sweep import SETUP_NAME, SearchSpace, Sweep, split_drawn
@@ -53,7 +53,7 @@ def test_every_draw_can_be_built(hidden_size):
         head, recipe = split_drawn(one)
         base.replace(**head)
         Recipe(**recipe)
-        low, high = space.values(one["probe_type"])["learning_rate"]
+        low, high = (COMMON | get_probe_type(one["probe_type"]).search_space)["learning_rate"]
         assert low <= recipe["learning_rate"] <= high
     assert Counter(one["probe_type"] for one in drawn).keys() == set(kinds)
     assert len({one["num_attention_heads"] for one in drawn if one["probe_type"] == "mha"}) > 1

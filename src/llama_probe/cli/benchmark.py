@@ -8,7 +8,6 @@ import sys
 from typing import Annotated
 
 import typer
-from rich import box
 from transformers.utils import logging
 
 from ..errors import ProbeError
@@ -20,27 +19,9 @@ from .console import create_console, escape, print_table
 from .options import BACKBONE, DTYPE, Fields, Json
 
 
-_STYLE = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
 _BENCHMARK = Fields(
     "Benchmark",
-    help={
-        "backbone": f"{BACKBONE[:-1]}; with --random-weights also a shape, such as llama-3b.",
-        "probes": "A head folder, a Hub id or an alias. Repeatable.",
-        "kinds": "A kind of head, with fresh weights. Repeatable. Default, without --probe: pooling, gate and mha.",
-        "many": "Number of mha heads to measure together; 0 for none.",
-        "tokens": "Tokens of a prompt. Repeatable.",
-        "batch_sizes": "Prompts of a batch. Repeatable.",
-        "new_tokens": "Tokens to generate. With more than 1, also the time of each.",
-        "pairs": "Timed runs of each system, alternating with the plain model.",
-        "device": "auto (an accelerator if there is one), cpu, cuda, cuda:1 ...",
-        "dtype": DTYPE,
-        "naive": "Also measure heads on the tensors of output_hidden_states=True.",
-        "guards": "A model that reads each prompt first: a sequence classifier, an encoder-decoder or a causal LM, as a folder "
-        "or a Hub id; with --random-weights also t5-large, llama-7b or llama-8b. Repeatable.",
-        "random_weights": "Read only the configs of backbone and guards, and draw random weights: the times are the same.",
-        "compile": "Run the backbone with torch.compile, with heads and without.",
-    },
-    names={"probes": "probe", "kinds": "kind", "batch_sizes": "batch-size", "guards": "guard", "compile": "compile"},
+    help={"backbone": f"{BACKBONE[:-1]}; with --random-weights also a shape, such as llama-3b.", "dtype": DTYPE},
 )
 
 
@@ -77,9 +58,9 @@ def benchmark(
         print(json.dumps(report))
         return
     if operations:
-        print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]), **_STYLE)
+        print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]))
         return
     for title, rows in benchmark_report.by_load(report).items():
-        print_table(title, *benchmark_report.columns(rows), **_STYLE)
+        print_table(title, *benchmark_report.columns(rows))
     for note in benchmark_report.notes(report):
         create_console().print(escape(note))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich import markup
 from rich.console import Console
@@ -32,16 +31,19 @@ def create_console(stderr: bool = False) -> Console:
 
 
 def print_table(
-    title: str | None, columns: Iterable[str], rows: Iterable[Sequence[str | Text]], left: int = 1, **style: Any
+    title: str | None,
+    columns: Iterable[str],
+    rows: Iterable[Sequence[str | Text]],
+    left: int = 1,
+    show_lines: bool = False,
 ) -> None:
     """Print a table. Long cells continue on the next line, so that a narrow terminal or a log cuts nothing.
 
     Args:
         rows: cells; a `Text` may have a style, other texts are escaped.
         left: so many columns are aligned to the left, the others to the right.
-        style: arguments of `rich.table.Table`.
     """
-    table = Table(title=title and escape(title), **style)
+    table = Table(title=title and escape(title), show_lines=show_lines)
     for number, name in enumerate(columns):
         table.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
     for row in rows:

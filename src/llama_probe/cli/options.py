@@ -31,9 +31,8 @@ from ..errors import ProbeError
 PANELS = {
     name: panel
     for panel, names in {
-        "Data": "train eval test extra extra_weights text_column label_column label_names problem_type validation_share "
-        "test_share folds slice_columns max_rows augment augment_share system_prompts max_extra_rows data_dir prompt_column "
-        "max_text prompt_format system_prompt max_length data benign slice_column input keep_column text",
+        "Data": "text_column label_column max_rows data_dir prompt_column max_text prompt_format system_prompt max_length data "
+        "benign slice_column input keep_column text",
         "Selection and threshold": "metric patience threshold_rule max_false_positive_rate num_seeds rate",
         "Head": "probe probes imports trust_remote_code",
         "Card": "license base_model record tag",
@@ -223,7 +222,7 @@ def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callab
         for _, _, members in groups.values()
         for name, option in members.items()
     }
-    typed = re.compile(rf"(?<![-\w])({'|'.join(options)})=")
+    typed = re.compile(rf"(?<![-\w])({'|'.join(options)})(=True\b|(?==))")
 
     def run(imports: Any = None, help_all: bool = False, **given: Any) -> None:
         try:
@@ -233,7 +232,7 @@ def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callab
                 script.listen()
             function(**given)
         except ProbeError as error:
-            raise ProbeError(typed.sub(lambda found: f"{options[found[1]]}=", str(error))) from error
+            raise ProbeError(typed.sub(lambda found: options[found[1]], str(error))) from error
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(parameters)
@@ -249,25 +248,6 @@ class Command(TyperCommand):
             if given.count(param) > 1 and not param.multiple and not param.is_eager:
                 ctx.fail(f"{'/'.join([*param.opts, *param.secondary_opts])} is given twice: give it once")
         return super().parse_args(ctx, args)
-
-
-@dataclass
-class RunOptions:
-    """The options of `TrainingRun` that `train` and `sweep` share; its attributes tell what they are."""
-
-    output: Path = field(metadata={"help": "Folder for the head."})
-    backbone: str = field(default="demo", metadata={"help": BACKBONE})
-    prompt_format: str = field(default="chat", metadata={"help": "chat (the model's template) or raw."})
-    system_prompt: str | None = field(default=None, metadata={"help": "A system turn of your own."})
-    max_length: int | None = field(default=512, metadata={"help": "Cut prompts to this many tokens."})
-    dtype: str = field(default="auto", metadata={"help": DTYPE})
-    cache: bool = field(
-        default=True, metadata={"help": "Run the backbone once and keep its hidden states on disk while training."}
-    )
-    cache_dir: Path | None = field(default=None, metadata={"help": "Keep the hidden states here for later runs."})
-    novelty: bool = field(default=True, metadata={"help": "Fit how unlike the training data a prompt is."})
-    resume: bool = field(default=False, metadata={"help": "Resume a run that was stopped."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the head that --output holds."})
 
 
 def split_names(text: str) -> list[str]:

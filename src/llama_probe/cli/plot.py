@@ -30,7 +30,7 @@ from ..serving.auto import AutoModelForProbedGeneration
 from .console import print_table
 from .head import HeadOptions
 from .options import Dtype, Fields, HeadsBackbone, Json, TrustRemoteCode
-from .rows import ROWS_HELP, LabelledRows
+from .rows import LabelledRows
 
 
 class _Drawing(NamedTuple):
@@ -44,7 +44,7 @@ class _Drawing(NamedTuple):
 
 def plot(
     output: Annotated[Path, typer.Option(help="Folder for the files. Files of the same names are replaced.")],
-    rows: Annotated[LabelledRows, Fields("Data", help=ROWS_HELP)],
+    rows: Annotated[LabelledRows, Fields("Data")],
     probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")] = "safety",
     text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
     backbone: HeadsBackbone = None,

@@ -15,49 +15,26 @@ from ..experiments.reproduction.report import REPORT_NAME
 from ..experiments.reproduction.reproduction import DATA, Reproduction
 from ..experiments.reproduction.workbench import Workbench
 from .console import print_table
-from .options import BACKBONE, DTYPE, Fields, Json, command_line
+from .options import BACKBONE, DTYPE, Fields, Json, command_line, split_names
 from .rows import ROWS_HELP
-
-
-def parse_names(text: str) -> list[str]:
-    """Return the names in a text with commas, without empty ones."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_lists(texts: list[str]) -> list[str] | None:
     """Return the names in texts with commas; None if there is none."""
-    return parse_names(",".join(texts)) or None
+    return split_names(",".join(texts)) if texts else None
 
 
 _BENCH = Fields(
     "Backbone and data",
     of=Workbench,
-    help={
-        "backbone": BACKBONE,
-        "data_dir": ROWS_HELP["data_dir"],
-        "max_rows": "Use at most this many training, validation and test rows, for a quick look.",
-        "max_length": "Cut prompts to this many tokens.",
-        "dtype": DTYPE,
-    },
+    help={"backbone": BACKBONE, "data_dir": ROWS_HELP["data_dir"], "dtype": DTYPE},
     defaults={"backbone": "demo"},
 )
 _REPORT = Fields(
     "Report",
     of=Reproduction,
-    help={
-        "output": "Folder for the report, the plots and the heads.",
-        "data": "Data sets with commas, each NAME or NAME:SPLIT (the split to train on).",
-        "methods": "Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, "
-        "multimax-small, multimax-half, or kinds of head. Default: all.",
-        "only": "main, ood, downcast, layers, sensitivity or few-labels, with commas. Repeatable. Default: all.",
-        "epochs": "Maximum number of epochs of each head.",
-        "patience": "Stop a head after this many epochs without gain.",
-        "shots": "Examples of each label in few-shot prompts.",
-        "trials": "Configurations of the sweep for sensitivity.",
-        "sweep": "Folder of a finished sweep to read sensitivity from, instead of a new one.",
-    },
     defaults={"data": ",".join(DATA)},
-    parse={"data": parse_names, "methods": parse_names, "only": parse_lists},
+    parse={"data": split_names, "methods": split_names, "only": parse_lists},
 )
 
 

@@ -9,21 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from ..data.files import MAX_TEXT
-from ..data.known import BENCHMARKS
+from ..data.sources import ROWS_HELP as DATA
+from ..data.sources import setting
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import check_output, is_head_folder
 
 
-# The forms of a data argument, for its help.
-DATA = (
-    f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data "
-    "set (ID@REVISION:CONFIGURATION:SPLIT or a part of it)"
-)
 ROWS_HELP = {
-    "data": f"Labelled rows to measure the head on: {DATA}.",
     "text_column": "Column of the texts.",
-    "label_column": "Column of the labels.",
     "prompt_column": "Column of the prompts, if the texts are replies to them; for heads that read replies.",
     "data_dir": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
     "max_text": "Characters of the longest text; a file may have 512 times as many. Guards the memory.",
@@ -35,19 +29,15 @@ PromptColumn = Annotated[str | None, typer.Option(help=ROWS_HELP["prompt_column"
 
 @dataclass
 class LabelledRows:
-    """Labelled rows to measure a head on.
+    """Labelled rows to measure a head on, as arguments of `read_labelled`."""
 
-    Attributes:
-        data: name of a data set, file, folder or Hub data set. The other attributes are those of `read_labelled`.
-    """
-
-    data: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    prompt_column: str | None = None
-    data_dir: Path | None = None
-    max_text: int = MAX_TEXT
-    benign: bool = False
+    data: str | None = setting(None, f"Labelled rows to measure the head on: {DATA}.")
+    text_column: str = setting("text", ROWS_HELP["text_column"])
+    label_column: str = setting("label", "Column of the labels.")
+    prompt_column: str | None = setting(None, ROWS_HELP["prompt_column"])
+    data_dir: Path | None = setting(None, ROWS_HELP["data_dir"])
+    max_text: int = setting(MAX_TEXT, ROWS_HELP["max_text"])
+    benign: bool = setting(False, "The rows need no label column: all of them have the first label.", "benign")
 
     def read(self, config: ProbeConfig) -> Any:
         """Return the rows as `LabelledTexts`, with the labels of a head."""

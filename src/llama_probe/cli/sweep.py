@@ -11,26 +11,22 @@ import typer
 
 from ..data.sources import DataSources
 from ..distributed import is_main, process_group
-from ..heads import get_probe_type, probe_types
 from ..hub.card import CardFacts
+from ..training.options import RunOptions
 from ..training.recipe import Recipe
 from ..training.run import TrainingRun
 from ..training.sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
 from .console import print_table
-from .options import Fields, Json, RunOptions, split_names
+from .options import BACKBONE, DTYPE, Fields, Json, split_names
 from .train import describe_data
 
 
 _DATA = "train eval test data_dir text_column label_column label_names validation_share max_rows"
 _RUN_HELP = {
+    "backbone": BACKBONE,
+    "dtype": DTYPE,
     "output": "Folder for the table, the plot and the best head.",
     "cache": "Keep hidden states on disk instead of one backbone pass an epoch. Default: only with --cache-dir.",
-}
-_KINDS = ", ".join(name for name in probe_types() if not get_probe_type(name).convex)
-_SEARCH_HELP = {
-    "trials": "Configurations to draw.",
-    "keep": "Share of configurations that continues after the epochs 1, 2, 4, ...; 1 for all.",
-    "resume": "Resume a sweep that was stopped.",
 }
 
 
@@ -49,15 +45,8 @@ def sweep(
         DataSources,
         Fields("Data", only=_DATA, parse={"label_names": split_names}),
     ],
-    space: Annotated[
-        SearchSpace,
-        Fields(
-            "Search",
-            help={"probe_types": f"A kind to search: {_KINDS}. Repeatable."},
-            names={"probe_types": "probe-type"},
-        ),
-    ],
-    search: Annotated[dict[str, Any], Fields("Search", of=Sweep, help=_SEARCH_HELP)],
+    space: Annotated[SearchSpace, Fields("Search")],
+    search: Annotated[dict[str, Any], Fields("Search", of=Sweep)],
     recipe: Annotated[
         Recipe,
         Fields(

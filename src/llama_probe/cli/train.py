@@ -17,9 +17,10 @@ from ..errors import ProbeError
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.card import CardFacts, with_spread
+from ..training.options import RunOptions
 from ..training.recipe import AUTO, Recipe
 from .console import print_table
-from .options import Fields, Json, RunOptions, command_line, split_names
+from .options import BACKBONE, DTYPE, Fields, Json, command_line, split_names
 
 
 def parse_layers(text: str) -> str | list[int]:
@@ -89,7 +90,7 @@ _CARD = Fields(
 
 
 def train(
-    run: Annotated[RunOptions, Fields("Runtime")],
+    run: Annotated[RunOptions, Fields("Runtime", help={"backbone": BACKBONE, "dtype": DTYPE})],
     data: Annotated[
         DataSources,
         Fields("Data", defaults={"folds": None}, parse={"label_names": split_names}),

@@ -38,6 +38,7 @@ from ..hub.folder import check_output, is_head_folder
 from .arguments import SHARED, ProbeTrainingArguments
 from .fitting import check_convex, fit_classifier
 from .loss import ProbeLoss
+from .options import RunOptions
 from .recipe import Recipe, complete
 from .results import describe_rows, describe_run, judge
 from .rows import TrainingData
@@ -56,45 +57,25 @@ class _Trained(NamedTuple):
     logits: torch.Tensor
 
 
-@dataclass
-class TrainingRun:
+@dataclass(kw_only=True)
+class TrainingRun(RunOptions):
     """A run that trains one head a seed on the same rows, keeps the best by validation, and writes its folder.
 
     Attributes:
-        backbone: `"demo"`, a folder or a Hub id.
         data: the rows; see `DataSources`.
-        output: folder of the head.
         head: fields of `ProbeConfig`. Open fields here and in `recipe` are filled in by `complete`.
         recipe: hyper-parameters; see `Recipe`.
-        prompt_format, system_prompt, max_length: see `PromptFormat`.
-        dtype: dtype of the backbone's weights.
         seeds: one head each. The first also splits the rows. A head that is fitted uses the first alone.
-        cache: keep hidden states on disk during the run, so that the backbone runs once.
-        cache_dir: keep the states here for later runs.
-        novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
-        resume: resume a run that was stopped from its checkpoints. The number of processes may differ.
-        overwrite: replace the head that `output` holds.
         card: facts for the card that are not measured.
 
     Raises:
         ProbeError: the seeds are not allowed, or `cache_dir` is set without `cache`.
     """
 
-    backbone: str
     data: DataSources
-    output: Path
     head: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
-    prompt_format: str = "chat"
-    system_prompt: str | None = None
-    max_length: int | None = 512
-    dtype: str = "auto"
     seeds: list[int] = field(default_factory=lambda: [0])
-    cache: bool = True
-    cache_dir: Path | None = None
-    novelty: bool = True
-    resume: bool = False
-    overwrite: bool = False
     card: CardFacts = field(default_factory=CardFacts)
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.sources import setting
 from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
@@ -37,7 +38,9 @@ _RECIPE_FIELDS = {item.metadata.get("option", item.name): item.name for item in 
 class SearchSpace:
     """Kinds to search, by default those of arXiv 2601.13288, each over `COMMON` and its own `Aggregator.search_space`."""
 
-    probe_types: Sequence[str] = ("pooling", "gate", "mha")
+    probe_types: Sequence[str] = setting(
+        ("pooling", "gate", "mha"), "A kind to search, all but muli. Repeatable.", "probe-type"
+    )
 
     def __post_init__(self):
         if not self.probe_types:
@@ -45,10 +48,6 @@ class SearchSpace:
         for name in self.probe_types:
             if get_probe_type(name).convex:
                 raise ProbeError(f"probe_type={name!r} is fitted and cannot be searched: use llama-probe train")
-
-    def values(self, kind: str) -> dict[str, tuple[float, float] | list]:
-        """Return the ranges and choices of a kind by name, `probe_type` included."""
-        return {"probe_type": list(self.probe_types), **COMMON, **get_probe_type(kind).search_space}
 
     def draw(self, base: ProbeConfig, number: int, seed: int) -> dict[str, Any]:
         """Draw a configuration at random. Kinds take turns.
@@ -63,7 +62,7 @@ class SearchSpace:
         """
         rng = np.random.default_rng((seed, number))
         kind = self.probe_types[number % len(self.probe_types)]
-        space = self.values(kind) | {"probe_type": [kind]}
+        space = {"probe_type": [kind], **COMMON, **get_probe_type(kind).search_space}
         choices = {name: values for name, values in space.items() if isinstance(values, list)}
         combined = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
         rng.shuffle(combined)
@@ -106,16 +105,13 @@ class Sweep:
         training: backbone, data, prompts and output. Its `recipe` gives epochs, metric and patience, its `head` the fields that
             all configurations share.
         space: kinds to search.
-        trials: number of configurations.
-        keep: share that continues after the epochs 1, 2, 4, ...; see `SharedTraining`.
-        resume: resume a sweep that was stopped.
     """
 
     training: TrainingRun
     space: SearchSpace = field(default_factory=SearchSpace)
-    trials: int = 100
-    keep: float = 0.5
-    resume: bool = False
+    trials: int = setting(100, "Configurations to draw.")
+    keep: float = setting(0.5, "Share of configurations that continues after the epochs 1, 2, 4, ...; 1 for all.")
+    resume: bool = setting(False, "Resume a sweep that was stopped.")
 
     def run(self) -> dict[str, Any]:
         """Draw, train, rank and save.

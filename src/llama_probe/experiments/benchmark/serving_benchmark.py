@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...backbone.loading import choose_device, model_id
+from ...data.sources import setting
 from ...errors import ProbeError
 from ...files import environment
 from ...heads.configuration import ProbeConfig
@@ -26,7 +27,7 @@ from ...serving.auto import AutoModelForProbedGeneration
 from ...serving.sources import read_heads
 from ..paper import serving_ratio
 from .footprint import peak_memory
-from .models import ModelPlan
+from .models import SHAPES, ModelPlan
 from .operations import count_operations
 from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
 from .timing import Timing, clock_of, spread, time_pairs
@@ -39,41 +40,43 @@ _LEAST = {"many": 0, "new_tokens": 1, "pairs": 1, "warmup": 0, "tokens": 1, "bat
 
 @dataclass
 class ServingBenchmark:
-    """Options of a benchmark.
+    """Options of a benchmark, as the metadata of each field describes them. Every combination of lists is measured.
 
     Attributes:
         backbone: `"demo"`, a folder or a Hub id; with `random_weights` also one of `SHAPES`.
-        probes: head folders, Hub ids or aliases.
-        kinds: kinds of heads with fresh weights; `KINDS` if there are neither kinds nor probes.
-        many: number of heads of `MANY_KIND` that run at once; 0 leaves them out.
-        tokens, batch_sizes: every combination is measured.
-        new_tokens: tokens to generate.
-        pairs: timed runs of each system, in turn with the plain model. warmup: untimed pairs before them.
-        device: see `choose_device`. dtype: of backbone and guards.
-        naive: also run each head on the tensors that `output_hidden_states=True` returns.
-        guards: models that read the prompt before the plain model does.
-        random_weights: make the weights of backbone and guards instead of loading them. The times are the same.
-        compile: compile the backbone with `torch.compile`, with heads and without. Guards are not compiled.
+        dtype: of backbone and guards.
+        warmup: untimed pairs before the timed ones.
 
     Raises:
         ProbeError: a value is not allowed, or a config cannot be read.
     """
 
     backbone: str = "demo"
-    probes: Sequence[str] = ()
-    kinds: Sequence[str] | None = None
-    many: int = 8
-    tokens: Sequence[int] = (64, 512)
-    batch_sizes: Sequence[int] = (1,)
-    new_tokens: int = 1
-    pairs: int = 9
+    probes: Sequence[str] = setting((), "A head folder, a Hub id or an alias. Repeatable.", "probe")
+    kinds: Sequence[str] | None = setting(
+        None,
+        "A kind of head, with fresh weights. Repeatable. Default, without --probe: pooling, gate and mha.",
+        "kind",
+    )
+    many: int = setting(8, "Number of mha heads to measure together; 0 for none.")
+    tokens: Sequence[int] = setting((64, 512), "Tokens of a prompt. Repeatable.")
+    batch_sizes: Sequence[int] = setting((1,), "Prompts of a batch. Repeatable.", "batch-size")
+    new_tokens: int = setting(1, "Tokens to generate. With more than 1, also the time of each.")
+    pairs: int = setting(9, "Timed runs of each system, alternating with the plain model.")
     warmup: int = 2
-    device: str = "auto"
+    device: str = setting("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1 ...")
     dtype: str = "auto"
-    naive: bool = True
-    guards: Sequence[str] = ()
-    random_weights: bool = False
-    compile: bool = False
+    naive: bool = setting(True, "Also measure heads on the tensors of output_hidden_states=True.")
+    guards: Sequence[str] = setting(
+        (),
+        "A model that reads each prompt first: a sequence classifier, an encoder-decoder or a causal LM, as a folder or a Hub "
+        f"id; with --random-weights also one of {', '.join(SHAPES)}. Repeatable.",
+        "guard",
+    )
+    random_weights: bool = setting(
+        False, "Read only the configs of backbone and guards, and draw random weights: the times are the same."
+    )
+    compile: bool = setting(False, "Run the backbone with torch.compile, with heads and without.", "compile")
     clock: Callable[[], float] = field(init=False, repr=False)
     _device: torch.device = field(init=False, repr=False)
     _lm: ModelPlan = field(init=False, repr=False)

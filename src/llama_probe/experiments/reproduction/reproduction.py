@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...backbone.decoder import find_decoder
 from ...backbone.loading import model_id
+from ...data.sources import setting
 from ...distributed import claimed
 from ...errors import ProbeError
 from ...evaluation.resume import same_settings
@@ -40,16 +41,13 @@ TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
 class Reproduction:
     """The whole comparison. Finished parts stay in the output folder and are not done again.
 
-    An output folder is for one backbone, one set of rows and one set of settings.
+    An output folder is for one backbone, one set of rows and one set of settings. The metadata of a field has its help.
 
     Attributes:
-        output: folder for `report.md`, `report.json`, the plots, the trained heads and the finished parts.
         data: data sets, see `Workbench.task`. `ood` uses the first safety data set. `downcast` and `sensitivity` use it too, or
             else the first data set.
         methods: names from `method_names`. Defaults to all.
         only: some of `PARTS`. Defaults to all.
-        epochs, patience: of heads. shots: examples a label of few-shot prompting.
-        trials: configurations of the search for `sensitivity`. sweep: folder of a finished sweep, in place of a search.
         command: the command as typed, for the report.
 
     Raises:
@@ -57,15 +55,19 @@ class Reproduction:
     """
 
     bench: Workbench
-    output: Path
-    data: Sequence[str] = DATA
-    methods: Sequence[str] | None = None
-    only: Sequence[str] | None = None
-    epochs: int = 6
-    patience: int = 3
-    shots: int = 4
-    trials: int = 12
-    sweep: Path | None = None
+    output: Path = field(metadata={"help": "Folder for the report, the plots and the heads."})
+    data: Sequence[str] = setting(DATA, "Data sets with commas, each NAME or NAME:SPLIT (the split to train on).")
+    methods: Sequence[str] | None = setting(
+        None,
+        "Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, multimax-small, "
+        "multimax-half, or kinds of head. Default: all.",
+    )
+    only: Sequence[str] | None = setting(None, f"{', '.join(PARTS)}, with commas. Repeatable. Default: all.")
+    epochs: int = setting(6, "Maximum number of epochs of each head.")
+    patience: int = setting(3, "Stop a head after this many epochs without gain.")
+    shots: int = setting(4, "Examples of each label in few-shot prompts.")
+    trials: int = setting(12, "Configurations of the sweep for sensitivity.")
+    sweep: Path | None = setting(None, "Folder of a finished sweep to read sensitivity from, instead of a new one.")
     command: str = ""
     comparison: Comparison = field(init=False)
 

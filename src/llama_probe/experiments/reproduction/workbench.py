@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...backbone.loading import load_backbone, model_id, weights_digest
 from ...data.known import BENCHMARKS, Benchmark, find_benchmark
 from ...data.prompts import PromptFormat
-from ...data.sources import DataSources
+from ...data.sources import DataSources, setting
 from ...data.states import StateCache
 from ...data.texts import LabelledTexts, read_labelled
 from ...errors import ProbeError
@@ -29,23 +29,21 @@ SAFETY = ("toxicchat", "wildguardmix")
 
 @dataclass
 class Workbench:
-    """A backbone and the data sets known by name, loaded on first use.
+    """A backbone and the data sets known by name, loaded on first use. The metadata of a field has its help.
 
     Attributes:
         backbone: `"demo"`, a folder or a Hub id. dtype: dtype of its weights.
         scratch: folder for hidden states that `close` deletes.
         data_dir: local copies of the data sets, see `read_benchmark`.
         seeds: one run of each method a seed. The first one also splits and draws the rows.
-        max_rows: most training, validation and test rows each.
-        max_length: prompts are cut to so many tokens.
     """
 
     backbone: str
     scratch: Path
     data_dir: str | os.PathLike | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    max_rows: int | None = None
-    max_length: int = 512
+    max_rows: int | None = setting(None, "Use at most this many training, validation and test rows, for a quick look.")
+    max_length: int = setting(512, "Cut prompts to this many tokens.")
     dtype: str = "auto"
     _tasks: dict[str, Task] = field(default_factory=dict, init=False, repr=False)
 
