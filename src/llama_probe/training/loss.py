@@ -39,8 +39,6 @@ class ProbeLoss:
             raise ProbeError(f"class_weights has {len(self.class_weights)} values for {self.config.num_labels} labels")
         if not 0 <= self.label_smoothing < 1:
             raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
-        if self.focal_gamma < 0:
-            raise ProbeError(f"focal_gamma={self.focal_gamma} must be at least 0")
 
     @classmethod
     def create(cls, recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> ProbeLoss:

@@ -15,6 +15,7 @@ from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies,
 from ..evaluation.metrics import summarize
 from ..evaluation.report import predict_logits, report
 from ..files import environment
+from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from .recipe import Recipe
 from .rows import TrainingData
@@ -32,7 +33,7 @@ def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[s
         replies also `halting`: its rules, see `halting_rules`.
     """
     parts = data.parts
-    result = decide(probe, logits, parts["validation"].labels, data.recipe)
+    probe.config, result = decide(probe.config, logits, parts["validation"].labels, data.recipe)
     if "test" in parts:
         slices = {column: parts["test"].columns[column] for column in data.sources.slice_columns}
         logits = predict_logits(probe, data.datasets["test"])
@@ -42,19 +43,18 @@ def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[s
     return result
 
 
-def decide(probe: ProbeModel, logits: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> dict[str, Any]:
-    """Fit the head's temperature and threshold on validation rows, and measure it on these. Its config is replaced.
+def decide(
+    config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, recipe: Recipe
+) -> tuple[ProbeConfig, dict[str, Any]]:
+    """Fit temperature and threshold on validation rows, and measure these.
 
     Returns:
-        `temperature`, `threshold` and `validation`.
+        The config with both, and `temperature`, `threshold` and `validation`.
     """
     rules = recipe.max_false_positive_rate, recipe.threshold_rule
-    probe.config = calibrate(probe.config, logits, torch.from_numpy(labels), *rules)
-    return {
-        "temperature": probe.config.temperature,
-        "threshold": probe.config.threshold,
-        "validation": report(probe.config, logits, labels),
-    }
+    config = calibrate(config, logits, torch.from_numpy(labels), *rules)
+    fitted = {"temperature": config.temperature, "threshold": config.threshold}
+    return config, {**fitted, "validation": report(config, logits, labels)}
 
 
 def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:

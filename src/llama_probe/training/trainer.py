@@ -7,7 +7,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,9 @@ class ProbeTrainer(Trainer):
             raise ProbeError("give one of model=ProbeModel(...), model_init= and backbone=")
         if probe_config is not None and backbone is None:
             raise ProbeError("probe_config needs backbone=; a model has its own config")
+        known = [item.name for item in fields(ProbeConfig)]
+        if unknown := [name for name in probe_config or {} if name not in known]:
+            raise ProbeError(f"probe_config has no {unknown[0]!r}; learning rates and the like go into args=")
         self._columns, self._tokenizer = column_mapping, processing_class
         self._prompts: PromptFormat | None = None
         self._cached: dict[int, tuple[Dataset, Dataset]] = {}
@@ -323,7 +326,8 @@ class ProbeTrainer(Trainer):
             per_device_train_batch_size=self.args.per_device_train_batch_size * devices,
         )
         self.logits = predict_logits(probe, dataset)
-        run = {"seed": self.args.seed, "epochs": self.state.epoch, **decide(probe, self.logits, labels, recipe)}
+        probe.config, found = decide(probe.config, self.logits, labels, recipe)
+        run = {"seed": self.args.seed, "epochs": self.state.epoch, **found}
         rows = {"train": self.train_dataset, "validation": dataset}
         rows = {name: {"source": "own rows", "rows": len(part)} for name, part in rows.items() if part is not None}
         probe.results = describe_run(probe, rows, recipe, [run], self.args.seed)

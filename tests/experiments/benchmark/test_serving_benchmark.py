@@ -15,7 +15,7 @@ from llama_probe import ProbeError
 from llama_probe.experiments.benchmark.models import ModelPlan
 from llama_probe.experiments.benchmark.serving_benchmark import Measured, ServingBenchmark, row
 from llama_probe.experiments.benchmark.serving_systems import Load, System
-from llama_probe.experiments.benchmark.timing import Timing
+from llama_probe.experiments.benchmark.timing import Timing, time_pairs
 
 
 CPU = torch.device("cpu")
@@ -98,6 +98,13 @@ def test_ones_own_heads(folder, tmp_path):
     (tmp_path / "mine").rename(tmp_path / "mha")
     with pytest.raises(ProbeError, match="'mha'"):
         create(folder, probes=[str(tmp_path / "mha")], kinds=["mha"]).execute()
+
+
+def test_the_order_of_pairs_alternates():
+    log, ticks = [], itertools.count()
+    first, second = (lambda _, name=name: log.append(name) for name in "ab")
+    timed = time_pairs(first, second, pairs=3, warmup=1, clock=lambda: float(next(ticks)))
+    assert log == ["a", "b", "a", "b", "b", "a", "a", "b"] and timed == [(Timing(1.0), Timing(1.0))] * 3
 
 
 PLAIN = Measured([(Timing(2.0, 0.5), Timing(2.0, 0.5))], 1_000_000)

@@ -3,37 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm, make_prompts
+from conftest import make_prompts
 
 from llama_probe import ProbeConfig
 from llama_probe.data.states import StateCache
 from llama_probe.experiments.reproduction.learning_curves import draw_rows, summarize_curve, train_on_few
 from llama_probe.heads.match import describe
-
-
-def prompts(rows, seed):
-    """Prompts with a label that says if token 11 occurs."""
-    found, labels = [], []
-    for row in range(rows):
-        ids = make_prompts(1, 4 + row % 5, seed=1000 * seed + row)[0].tolist()
-        ids = [12 if token == 11 else token for token in ids]
-        if row % 2:
-            ids[row % len(ids)] = 11
-        found.append(ids)
-        labels.append(row % 2)
-    return found, np.array(labels)
-
-
-def test_more_rows_help(tmp_path):
-    lm = make_lm()
-    config = describe(lm, ProbeConfig(probe_type="gate"))
-    cache = StateCache(tmp_path, torch.float32)
-    (train, labels), (test, test_labels) = prompts(64, 1), prompts(40, 2)
-    sets = [(cache.dataset(lm, config, ids, marks), marks) for ids, marks in ((train, labels), (test, test_labels))]
-    heads = {"gate": {"probe_type": "gate"}}
-    few, many = (train_on_few(config, *sets, heads, size, 0)[0] for size in (8, 64))
-    assert (many["rows"], many["seed"], many["head"]) == (64, 0, "gate")
-    assert many["auprc"] > few["auprc"] + 0.05
 
 
 def test_the_draw():

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ...data.texts import LabelledTexts
 from ...errors import ProbeError
-from ...evaluation.calibration import BEST_F1, calibrate
+from ...evaluation.calibration import BEST_F1
 from ...evaluation.metrics import summarize
 from ...evaluation.report import predict_together, report, score_together
 from ...heads.configuration import ProbeConfig
@@ -25,6 +25,8 @@ from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
 from ...training.fitting import fit_classifier
 from ...training.loss import ProbeLoss
+from ...training.recipe import Recipe
+from ...training.results import decide
 from ...training.shared import SharedTraining
 from .baselines import BASELINES, SEEDED, class_logits, fit_tfidf
 from .learning_curves import SIZES, train_on_few
@@ -220,14 +222,8 @@ def judge(
 
     The threshold is that of the best F1, as usual in comparisons. `llama-probe train` has a steadier one.
     """
-    labels = task.parts["validation"].labels
-    config = calibrate(config, validation, torch.from_numpy(labels), threshold_rule=BEST_F1)
-    return config, {
-        "temperature": config.temperature,
-        "threshold": config.threshold,
-        "validation": report(config, validation, labels),
-        "test": report(config, test, task.parts["test"].labels, task.slices),
-    }
+    config, found = decide(config, validation, task.parts["validation"].labels, Recipe(threshold_rule=BEST_F1))
+    return config, found | {"test": report(config, test, task.parts["test"].labels, task.slices)}
 
 
 def group_layers(
@@ -277,6 +273,5 @@ def _result(task: Task, runs: list[dict[str, Any]], num_parameters: int) -> dict
 def _tfidf_elsewhere(task: Task, rows: LabelledTexts) -> dict[str, Any]:
     model, count = fit_tfidf(task.parts["train"]), task.labels.num_labels
     validation = class_logits(model, task.parts["validation"].texts, count)
-    labels = torch.from_numpy(task.parts["validation"].labels)
-    config = calibrate(task.labels, validation, labels, threshold_rule=BEST_F1)
+    config, _ = decide(task.labels, validation, task.parts["validation"].labels, Recipe(threshold_rule=BEST_F1))
     return report(config, class_logits(model, rows.texts, count), rows.labels)
