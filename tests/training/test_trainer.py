@@ -240,7 +240,7 @@ class TestProbeTrainer:
             ({"model": head()}, "backbone"),
             ({"model": make_lm()}, "ProbeModel"),
             ({"rows": [("a", "1")] * 9, "model": head(make_lm(vocab_size=260), id2label={0: "0", 1: "1"})}, "'1'"),
-            ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "column_mapping"),
+            ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "words"),
             ({"rows": ANSWERS, "column_mapping": {"review": "text"}}, "review"),
             ({"args": TrainingArguments("never")}, "ProbeTrainingArguments"),
             ({"model": head(probe_type="muli", vocab_size=260)}, "muli"),

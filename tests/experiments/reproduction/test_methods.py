@@ -1,25 +1,12 @@
 """Methods that are compared, and the heads that are trained for each."""
 
-import pytest
 from conftest import HIDDEN
 
-from llama_probe import ProbeConfig, ProbeError
-from llama_probe.experiments.reproduction import methods
-from llama_probe.experiments.reproduction.methods import HEADS, check_methods, downcast_methods, head_methods
-from llama_probe.heads import get_probe_type, registry
+from llama_probe import ProbeConfig
+from llama_probe.experiments.reproduction.methods import HEADS, downcast_methods
 
 
 class TestMethods:
-    def test_other_registered_kinds_join_by_themselves(self, monkeypatch):
-        monkeypatch.setattr(methods, "probe_types", lambda: ["gate", "mine", "pooling"])
-        monkeypatch.setitem(registry._PROBE_TYPES, "mine", get_probe_type("gate"))
-        found = head_methods()
-        assert set(found) == {"layer-linear", "pooling", "gate", "mine"}, "kinds that are not there are left out"
-        assert found["mine"].head["probe_type"] == "mine"
-        assert check_methods(["mine", "tfidf"]) == ["tfidf", "mine"]
-        with pytest.raises(ProbeError, match="'mha'"):
-            check_methods(["mha"])
-
     def test_candidates(self):
         base = ProbeConfig(probe_type="pooling", hidden_size=HIDDEN, num_hidden_layers=3)
         linear = HEADS["layer-linear"].candidates("layer-linear", base, 5)

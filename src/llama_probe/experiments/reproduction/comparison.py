@@ -30,7 +30,7 @@ from ...training.results import decide
 from ...training.shared import SharedTraining
 from .baselines import BASELINES, SEEDED, class_logits, fit_tfidf
 from .learning_curves import SIZES, train_on_few
-from .methods import HeadMethod, head_methods
+from .methods import HEADS, HeadMethod
 from .part_store import PartStore
 from .workbench import Task, Workbench
 
@@ -53,8 +53,7 @@ class Comparison:
 
     def main(self, task: Task, names: Sequence[str]) -> None:
         """Score every method on the validation and test rows of a data set: parts `main/DATA/METHOD`."""
-        heads = head_methods()
-        self.train(task, {name: heads[name] for name in names if name in heads})
+        self.train(task, {name: HEADS[name] for name in names if name in HEADS})
         for name in self.store.missing(f"main/{task.name}", [name for name in names if name in BASELINES]):
             self._baseline(task, name)
 
@@ -142,9 +141,9 @@ class Comparison:
         parts = self.store.missing(f"ood/{task.name}/{test_set}", names)
         if not parts:
             return
-        rows, heads = self.bench.test_rows(test_set), head_methods()
+        rows = self.bench.test_rows(test_set)
         logger.warning(f"{', '.join(parts)}, trained on {task.source}, on {test_set}")
-        seeds = {name: self.bench.seeds[: 1 if heads[name].convex else None] for name in parts if name in heads}
+        seeds = {name: self.bench.seeds[: 1 if HEADS[name].convex else None] for name in parts if name in HEADS}
         keys = [(name, seed) for name, several in seeds.items() for seed in several]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
         if keys:
@@ -189,7 +188,7 @@ class Comparison:
             return
         logger.warning(f"learning curves of {', '.join(parts)} on {task.source}")
         sets = [(task.dataset(name), task.parts[name].labels) for name in ("train", "test")]
-        heads, scratch = {name: head_methods()[name].head for name in parts}, self._scratch(parts.values())
+        heads, scratch = {name: HEADS[name].head for name in parts}, self._scratch(parts.values())
         rows = {name: len(part) for name, part in task.parts.items()}
         sizes, points = [size for size in SIZES if size <= rows["train"]] or [rows["train"]], []
         for size, seed in tqdm(list(product(sizes, self.bench.seeds)), desc="learning curves", leave=False):

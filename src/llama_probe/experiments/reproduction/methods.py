@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ProbeError
-from ...heads import get_probe_type, probe_types
+from ...heads import get_probe_type
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
 from ...training.loss import ProbeLoss
@@ -66,7 +66,7 @@ class HeadMethod:
         return found
 
 
-# In the order of the tables. Other registered kinds follow.
+# In the order of the tables.
 HEADS: dict[str, HeadMethod] = {
     "layer-linear": HeadMethod.create("pooling", each_layer=True),
     "last-token": HeadMethod.create("last"),
@@ -75,28 +75,16 @@ HEADS: dict[str, HeadMethod] = {
     "multimax-half": HeadMethod.create("multimax", {"num_maxima": 2, "num_members": 7}, every=2, learning_rate=5e-3),
     "multimax": HeadMethod.create("multimax"),
 }
-
-
-def head_methods() -> dict[str, HeadMethod]:
-    """Return the methods of `HEADS` whose kind is registered, and every other registered kind."""
-    kinds = probe_types()
-    found = {name: method for name, method in HEADS.items() if method.head["probe_type"] in kinds}
-    covered = {method.head["probe_type"] for method in found.values()}
-    return found | {kind: HeadMethod.create(kind) for kind in kinds if kind not in covered}
-
-
-def method_names() -> list[str]:
-    """Return the names of all methods: baselines, then heads."""
-    return [*BASELINES, *head_methods()]
+METHODS = (*BASELINES, *HEADS)
 
 
 def check_methods(names: Iterable[str]) -> list[str]:
     """Return the names in the order of the tables."""
-    wanted, known = list(names), method_names()
-    unknown = [name for name in wanted if name not in known]
+    wanted = list(names)
+    unknown = [name for name in wanted if name not in METHODS]
     if unknown or not wanted:
-        raise ProbeError(f"methods={','.join(unknown or wanted)!r} must name some of: {', '.join(known)}")
-    return [name for name in known if name in wanted]
+        raise ProbeError(f"methods={','.join(unknown)!r} must name some of: {', '.join(METHODS)}")
+    return [name for name in METHODS if name in wanted]
 
 
 def downcast_methods(hidden_size: int) -> dict[str, HeadMethod]:

@@ -25,7 +25,7 @@ from ...training.recipe import Recipe
 from ...training.run import TrainingRun
 from ...training.sweep import SWEEP_NAME, SearchSpace, Sweep, read_sweep
 from .comparison import Comparison
-from .methods import check_methods, downcast_methods, head_methods, method_names
+from .methods import HEADS, METHODS, check_methods, downcast_methods
 from .report import write_report
 from .workbench import SAFETY, Workbench, file_name, known_source, metric_of
 
@@ -46,7 +46,7 @@ class Reproduction:
     Attributes:
         data: data sets, see `Workbench.task`. `ood` uses the first safety data set. `downcast` and `sensitivity` use it too, or
             else the first data set.
-        methods: names from `method_names`. Defaults to all.
+        methods: some of `METHODS`. Defaults to all.
         only: some of `PARTS`. Defaults to all.
         command: the command as typed, for the report.
 
@@ -73,7 +73,7 @@ class Reproduction:
 
     def __post_init__(self):
         self.output = Path(self.output)
-        self.methods = check_methods(method_names() if self.methods is None else self.methods)
+        self.methods = check_methods(METHODS if self.methods is None else self.methods)
         for name in self.only or ():
             if name not in PARTS:
                 raise ProbeError(f"only={name!r} is not allowed; allowed: {', '.join(PARTS)}")
@@ -144,7 +144,7 @@ class Reproduction:
                 yield partial(comparison.main, task, self.methods)
         if "ood" in self.only and safety is not None and self._ood_methods:
             task = self.bench.task(safety)
-            yield partial(comparison.main, task, [name for name in self._ood_methods if name in head_methods()])
+            yield partial(comparison.main, task, [name for name in self._ood_methods if name in HEADS])
             for name in TEST_SETS:
                 if self._at_hand(name):
                     yield partial(comparison.out_of_distribution, task, self._ood_methods, name)
@@ -173,19 +173,19 @@ class Reproduction:
 
     @property
     def _ood_methods(self) -> list[str]:
-        return [name for name in self.methods if name in head_methods() or name == "tfidf"]
+        return [name for name in self.methods if name in HEADS or name == "tfidf"]
 
     @property
     def _layered(self) -> list[str]:
-        kinds = {name: method.head["probe_type"] for name, method in head_methods().items()}
+        kinds = {name: method.head["probe_type"] for name, method in HEADS.items()}
         weighted = {name for name, kind in kinds.items() if kind != "pooling" and get_probe_type(kind).reads == "all"}
         return [name for name in self.methods if name in weighted]
 
     @property
     def _trained_kinds(self) -> list[str]:
         """Trained methods that are a kind of head without changes, for the comparison on few labels."""
-        heads = {name: head for name, head in head_methods().items() if head.head["probe_type"] == name}
-        return [name for name in self.methods if name in heads and not heads[name].convex]
+        kinds = [name for name, method in HEADS.items() if method.head["probe_type"] == name and not method.convex]
+        return [name for name in self.methods if name in kinds]
 
     def _at_hand(self, test_set: str) -> bool:
         try:
