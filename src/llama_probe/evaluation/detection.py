@@ -103,11 +103,11 @@ def halting_scores(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:
         scores: for each reply the probability of the label after each token, `[reply_tokens]`.
         patience: consecutive tokens that must reach the threshold.
     """
-    return np.array([_held(values, patience).max(initial=0.0) for values in scores])
+    return np.array([_least(values, patience).max(initial=0.0) for values in scores])
 
 
-def _held(values: np.ndarray, patience: int) -> np.ndarray:
-    """Return what the tokens from each one on reach, as many as the patience."""
+def _least(values: np.ndarray, patience: int) -> np.ndarray:
+    """Return the least score in each window of so many tokens."""
     if len(values) < patience:
         return np.zeros(0)
     return np.lib.stride_tricks.sliding_window_view(values, patience).min(axis=1)
@@ -126,7 +126,7 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
         are halted; `delay`: over detected replies the `median` and the 90th percentile (`p90`) of the tokens read when
         they are halted, and the median `share` of the reply (each None if none is detected).
     """
-    reached = [np.flatnonzero(_held(values, patience) >= threshold) for values in scores]
+    reached = [np.flatnonzero(_least(values, patience) >= threshold) for values in scores]
     halted, positives = np.array([len(places) > 0 for places in reached]), positives.astype(bool)
     delay: dict[str, float | None] = dict.fromkeys(("median", "p90", "share"))
     if len(hits := np.flatnonzero(halted & positives)):
@@ -189,7 +189,7 @@ def apply_rules(
     Labels that the head no longer has, because they were renamed, are left out.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in filter(config.label2id.__contains__, rules):
+    for name in [name for name in rules if name in config.label2id]:
         index = config.label2id[name]
         positives, scores = has_label(labels, index, config), _scores(config, followed, index)
         found[name] = [

@@ -105,8 +105,6 @@ def renew_card(
     """
     from jinja2 import TemplateError  # torch depends on jinja2
 
-    if not _TEMPLATE.is_file():  # code that a repository carries (trust_remote_code) comes without it
-        raise ProbeError("cards need the package llama_probe: this copy of its code has no card_template.md")
     try:
         old = read_card(folder).data if os.path.isfile(current_file(folder, CARD_NAME)) else ModelCardData()
     except ProbeError:  # there is nothing to keep

@@ -138,19 +138,15 @@ def resolve_head(
     if not is_alias(source):
         reference = HubReference.parse(str(source))
         if reference is None:
-            raise ProbeError(
-                f"probe={str(source)!r} is neither a folder nor a bundled head nor a Hub id (user/repo@revision:subfolder); "
-                + _known(None, bundled_heads(target))[0]
-            )
+            told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
+            raise ProbeError(f"{told}; {_known(target)}")
         return download_head(reference, options)
-    bundled = bundled_heads(target)
-    if (chosen := _choose(source, bundled)) is not None:
+    told = f"probe={source!r} is neither a folder nor a bundled head"
+    if (chosen := _choose(source, bundled_heads(target))) is not None:
         if options.revision is None:
             return chosen
         told = f"probe={source!r} is a bundled head and has no revision {options.revision!r}"
-    else:
-        told = f"probe={source!r} is neither a folder nor a bundled head"
-    found: list[str] = []  # names of heads that exist, for the message
+    found = [told, _known(target)]  # and names of heads that exist, for the message
     for place, revision in _places(target, options, namespace):
         if isinstance(place, Path):
             heads = list_heads(place)
@@ -165,7 +161,7 @@ def resolve_head(
         except ProbeError as error:
             heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
             found += [f"in {place}: {', '.join(heads)}" if heads else str(error)]
-    raise ProbeError("; ".join([told, *_known(target, bundled), *found]))
+    raise ProbeError("; ".join(found))
 
 
 def _choose(alias: str, heads: Mapping[str, Path]) -> Path | None:
@@ -189,14 +185,13 @@ def _places(target: Target | None, options: HubOptions, namespace: str | None) -
         yield target.name_or_path, options.revision or target.revision
 
 
-def _known(target: Target | None, bundled: Mapping[str, Path]) -> list[str]:
-    heads = f"bundled heads: {', '.join(bundled) or 'none'}"
+def _known(target: Target | None) -> str:
+    everything = ", ".join(bundled_heads()) or "none"
     if target is None:
-        return [heads]
+        return f"bundled heads: {everything}"
+    fitting = ", ".join(bundled_heads(target)) or "none"
     sizes = f"hidden_size={target.hidden_size}, num_hidden_layers={target.num_hidden_layers}"
-    others = ", ".join(alias for alias in bundled_heads() if alias not in bundled)
-    hint = "set LLAMA_PROBE_NAMESPACE or pass a namespace to look on the Hub"
-    return [f"{heads} for {sizes}", *([f"for other sizes: {others}"] if others else []), hint]
+    return f"bundled heads: {fitting} for {sizes}, of {everything}; set LLAMA_PROBE_NAMESPACE to look for others"
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
