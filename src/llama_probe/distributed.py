@@ -7,6 +7,7 @@ at once.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -34,15 +35,10 @@ _TRAINING_TIMEOUT, _TIMEOUT = timedelta(minutes=10), timedelta(days=7)
 _RESUME = "what was finished is kept: give the same command with --resume to go on"
 
 # Parts of the back ends' messages when the connection to another process is lost.
-_LOST = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "socket closed",
-    "remote process exited",
-    "timed out waiting",
-    "watchdog",
-    "connection refused",
+_LOST = re.compile(
+    "connection (closed by peer|reset by peer|refused)|broken pipe|socket closed|remote process exited|timed out waiting"
+    "|watchdog",
+    re.IGNORECASE,
 )
 
 # For all communication but training steps; None unless the work is divided.
@@ -82,7 +78,7 @@ def process_group() -> Iterator[None]:
             dist.destroy_process_group()
     except (RuntimeError, OSError) as error:
         text = str(error).strip()
-        if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in _LOST):
+        if not isinstance(error, dist.DistError) and not _LOST.search(text):
             raise
         raise ProbeError(f"another process of this run has ended ({text.splitlines()[0]}); {_RESUME}") from error
     finally:

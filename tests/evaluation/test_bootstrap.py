@@ -67,18 +67,6 @@ def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
             np.testing.assert_allclose(found[name][index], value, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_intervals_are_those_of_a_slow_loop(kind):
-    config, rows = CONFIGS[kind], 12
-    probs, labels = make_rows(config, rows, seed=3)
-    found = intervals([score_statistic(probs, labels, config)], rows, resamples=8, seed=5)
-    generator = np.random.default_rng(5)
-    resamples = [slow(config, probs, labels, generator.integers(0, rows, rows)) for _ in range(8)]
-    for name, value in found.items():
-        expected = np.nanquantile([resample[name] for resample in resamples], [0.025, 0.975], axis=0)
-        np.testing.assert_allclose(value, expected.T, rtol=1e-5, err_msg=name)
-
-
 def mean_of(values):
     values = np.asarray(values, dtype=float)
     return lambda weights: {"mean": weights @ values / len(values)}

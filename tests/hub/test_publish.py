@@ -1,7 +1,5 @@
 """Heads pushed to a Hub and pulled back: the real client against a server on loopback."""
 
-import threading
-
 import pytest
 from conftest import make_lm, make_probe, read_head, save_head
 from hub_server.heads import contents, plain, same_weights
@@ -141,24 +139,6 @@ class TestPush:
         model.push_probe_to_hub(REPO, "other", license="mit")
         assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["other"])
         assert "theirs.txt" in hub.files(REPO)
-
-    def test_two_threads_at_once(self, hub, token, tmp_path):
-        folders = [save_head(make_probe(seed=seed), tmp_path / str(seed) / "mood") for seed in (0, 1)]
-        make_probe(seed=5).push_to_hub(REPO, license="mit")
-        outcomes = []
-
-        def push(folder):
-            try:
-                outcomes.append(push_folder(folder, REPO, license="mit").oid)
-            except ProbeError as error:
-                outcomes.append(str(error))
-
-        threads = [threading.Thread(target=push, args=(folder,)) for folder in folders]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        read_head(download_head(HubReference(REPO)))  # weights and config are of one push
-        assert all(len(outcome) == 40 or "somebody else pushed" in outcome for outcome in outcomes)
-        assert hub.head(REPO) in outcomes
 
     @pytest.mark.parametrize(
         "role, words",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve, roc_curve
 from transformers.utils import logging
@@ -31,18 +32,13 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeCon
     Args:
         logits (`torch.FloatTensor` of shape `[rows, num_labels]`), labels: of validation rows.
     """
-    log_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     logits = logits.double()
-    optimizer = torch.optim.LBFGS([log_temperature], lr=0.5, max_iter=100, line_search_fn="strong_wolfe")
 
-    def closure():
-        optimizer.zero_grad()
-        loss = probe_loss(logits / log_temperature.exp(), labels, config)
-        loss.backward()
-        return loss
+    def loss(log_temperature: float) -> float:
+        return float(probe_loss(logits / math.exp(log_temperature), labels, config))
 
-    optimizer.step(closure)
-    return float(log_temperature.detach().exp().clamp(0.05, 20.0))
+    bounds = math.log(0.05), math.log(20.0)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x)
 
 
 def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
