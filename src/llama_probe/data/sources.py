@@ -190,12 +190,11 @@ class DataSources:
             validation = validation.at_most(self.max_eval_rows, seed)
         if self.test is not None:
             parts["test"] = self._read(self.test, "test", train)
-            if tested := self._benchmark(self.test):  # A local copy may lack a slice of the table.
-                absent = set(tested.slices) - set(parts["test"].columns)
-                self.slice_columns = [column for column in self.slice_columns if column not in absent]
-        there = parts["test"].columns if "test" in parts else {}
-        if missing := [column for column in self.slice_columns if column not in there]:
+        tested, there = self._benchmark(self.test), parts["test"].columns if "test" in parts else {}
+        missing = [column for column in self.slice_columns if column not in there]
+        if not set(missing) <= set(tested.slices if tested else ()):  # a local copy may lack a slice of the table
             raise ProbeError(f"slice_columns={missing} must be columns of test rows: {', '.join(there) or 'none'}")
+        self.slice_columns = [column for column in self.slice_columns if column in there]
         tests = {name: rows.at_most(self.max_eval_rows, seed) for name, rows in parts.items()}
         parts = {"train": train, "validation": validation, **tests}
         if self.extra:

@@ -23,17 +23,14 @@ Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]
 _BLOCK = 2**18  # weights a block; 2 MiB fit into the processor's cache
 
 
-def intervals(
-    statistics: Sequence[Statistic], rows: int, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, Any]:
-    """Return a percentile interval for each number of the statistics.
+def intervals(statistics: Sequence[Statistic], rows: int, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Return a 95 % percentile interval for each number of the statistics.
 
     Args:
         statistics: with different names. All see the same resamples.
         rows: number of rows to resample.
         resamples: number of resamples. A metric ignores those in which it is undefined.
         seed: the same seed gives the same intervals.
-        level: share of the resamples inside an interval. The rest is halved on either side.
 
     Returns:
         By name `[low, high]`, or a list of these for statistics by label. None in place of an interval if the metric is
@@ -48,14 +45,14 @@ def intervals(
         for statistic in statistics:
             for name, values in statistic(weights).items():
                 found.setdefault(name, []).append(values)
-    return {name: _percentiles(np.concatenate(values), level) for name, values in found.items()}
+    return {name: _percentiles(np.concatenate(values)) for name, values in found.items()}
 
 
-def _percentiles(values: np.ndarray, level: float) -> Any:
+def _percentiles(values: np.ndarray) -> Any:
     if values.ndim == 2:
-        return [_percentiles(column, level) for column in values.T]
+        return [_percentiles(column) for column in values.T]
     defined = values[~np.isnan(values)]
-    return np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist() if len(defined) else None
+    return np.quantile(defined, [0.025, 0.975]).tolist() if len(defined) else None
 
 
 def score_statistic(
