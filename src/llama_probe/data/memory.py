@@ -56,7 +56,8 @@ def rows_in_memory(
     prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
     text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
     if text is None:
-        raise ProbeError(f"{name} has none of: {', '.join(TEXT_COLUMNS)}; it has: {', '.join(columns)}")
+        had = ", ".join(columns)
+        raise ProbeError(f"{name} has none of: {', '.join(TEXT_COLUMNS)}; it has: {had} (column_mapping renames)")
     return label_rows(name, columns, text, label, label_names, own, problem_type, prompt)
 
 
