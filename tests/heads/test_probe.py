@@ -372,7 +372,7 @@ class TestRefusals:
             ({"hidden_states": states[:-1]}, "4 tensors.* 5 tensors"),
             ({"hidden_states": torch.randn(2, 4, 5, HIDDEN)}, r"\[batch, 5 .*tokens, 32\]"),
             ({"hidden_states": [state[..., :-1] for state in states]}, "32"),
-            ({"hidden_states": states, "attention_mask": torch.ones(2, 4)}, "attention_mask"),
+            ({"hidden_states": states, "attention_mask": torch.ones(2, 4)}, "mask has the shape"),
             ({"hidden_states": states, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}, r"rows \[1\]"),
         ],
     )

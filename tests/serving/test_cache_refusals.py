@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import io
-import pickle
 
 import pytest
 import torch
@@ -119,13 +117,6 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="none is active"):
             model(ids, probe_state=True)
         assert isinstance(model.generate(ids, max_new_tokens=2, probe_state=False), torch.Tensor)
-
-    def test_pickling(self, first):
-        for value in (first, first.probe_state):
-            with pytest.raises(ProbeError, match="cannot be pickled"):
-                pickle.dumps(value)
-        with pytest.raises(ProbeError, match="cannot be pickled"):
-            torch.save(first.probe_state, io.BytesIO())
 
     def test_embeddings(self, model, prompts):
         embeds = model.get_input_embeddings()(prompts)

@@ -94,7 +94,7 @@ class C:
 
 
 def test_what_serving_does_not_use_is_left_out(package, monkeypatch):
-    monkeypatch.setattr(remote_code, "_LEFT_OUT", {"C.save"})
+    monkeypatch.setattr(remote_code, "_LEFT_OUT", {"C": "save"})
     files, spaces = package('"""B."""\n\nlogger = 1\n', USES), {}
     assert files["first_llama_probe.py"].count("logger = 1") == 1, "the same definition is there once"
     exec(files["first_llama_probe.py"], spaces)

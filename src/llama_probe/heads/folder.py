@@ -95,7 +95,7 @@ def save_head(
         if _is_same_training(folder, results):
             plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
     kept = [*plots, CARD_NAME]
-    with suppress(Exception):  # no card keeps a head from being saved
+    with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
         if not has_own_card(folder):
             kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()

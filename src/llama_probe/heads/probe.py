@@ -265,19 +265,16 @@ class ProbeModel(nn.Module):
         if input_ids is not None:
             if self.backbone is None:
                 raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
-            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask.bool()
-            if mask.shape != input_ids.shape:
-                raise ProbeError(f"probe_mask has the shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
-            hidden_states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
-            x = torch.stack(hidden_states)  # [S, B, T, D]
+            probe_mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
+            states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
+            x = torch.stack(states)  # [S, B, T, D]
         else:
             x = self._stack(hidden_states)  # [S, B, T, D]
-            attention_mask = attention_mask if probe_mask is None else probe_mask
-            mask = None if attention_mask is None else attention_mask.bool()
-            if mask is not None and mask.shape != x.shape[1:3]:
-                raise ProbeError(f"attention_mask is {tuple(mask.shape)}, and the states need {tuple(x.shape[1:3])}")
+        mask = attention_mask if probe_mask is None else probe_mask
+        if mask is not None and mask.shape != x.shape[1:3]:
+            raise ProbeError(f"the mask has the shape {tuple(mask.shape)}, and the prompts have {tuple(x.shape[1:3])}")
+        mask = None if mask is None else mask.bool().to(self.device)
         check_rows(mask)
-        mask = None if mask is None else mask.to(self.device)
         return self.score(self.normalize(x), mask, labels, output_attentions, row_weights)
 
     def score(

@@ -32,9 +32,6 @@ class HeadReference(weakref.ref):
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
         return self
 
-    def __reduce__(self):
-        raise ProbeError("probe_state cannot be pickled, nor can an output that holds one: keep its input_ids")
-
 
 @dataclass(frozen=True)
 class CachedHead:

@@ -137,13 +137,6 @@ class HaltRule:
             unsure = tuple(map(float, band))
         return cls(head, config, index, threshold, patience, unsure, ask)
 
-    def is_unsure(self, output: ProbeOutput) -> list[bool]:
-        """Return for each row whether `ask` decides."""
-        if self.unsure is None:
-            return [False] * len(output.logits)
-        scores, (low, high) = output.probabilities[:, self.index], self.unsure
-        return ((low <= scores) & (scores < high)).tolist()
-
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
         """Return the reason to halt each row, or `None`, without regard to patience."""
         probs = output.probabilities
@@ -290,11 +283,14 @@ class Halter:
     def _asked(self, rule: HaltRule, output: ProbeOutput) -> list[Halt | None]:
         """Return the flags of a rule; in its band those of the function that it asks."""
         found = rule.halts(output)
-        rows = [row for row, unsure in enumerate(rule.is_unsure(output)) if unsure]
+        if rule.unsure is None:
+            return found
+        scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
+        rows = ((low <= scores) & (scores < high)).nonzero().flatten().tolist()
         if not rows:
             return found
         said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
-        scores, label = output.probabilities[:, rule.index], rule.config.id2label[rule.index]
+        label = rule.config.id2label[rule.index]
         for row, halt in zip(rows, said, strict=True):
             own = Halt(rule.head, label, float(scores[row]), rule.threshold)
             found[row] = own if halt == Halt() else halt

@@ -22,15 +22,6 @@ from .session import outside_sessions
 from .streaming import HoldBackStreamer
 
 
-# Fields of the output that hold one entry a new token, by the setting that asks for them.
-_PER_TOKEN = {
-    "output_scores": "scores",
-    "output_logits": "logits",
-    "output_attentions": "attentions",
-    "output_hidden_states": "hidden_states",
-}
-
-
 class AllHalted(Exception):
     """Leaves the plain `generate()` after the prefill if no prompt is left to reply to."""
 
@@ -185,7 +176,8 @@ class HaltingRun:
         if prompt is None:  # the plain output for embeddings holds new tokens alone
             prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.model.device)
         sequences = prompt.repeat_interleave(self.copies, dim=0)
-        none = {name: () for setting, name in _PER_TOKEN.items() if self._setting(setting)}
+        per_token = ("scores", "logits", "attentions", "hidden_states")
+        none = {name: () for name in per_token if self._setting(f"output_{name}")}
         if (self._setting("num_beams") or 1) == 1:
             return GenerateDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
         rows = len(sequences)

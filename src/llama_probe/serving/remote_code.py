@@ -43,28 +43,18 @@ CUSTOM_PIPELINES = {
 }
 # What serving starts from. The code of a head's own kind imports the names of `heads`; registered kinds are added.
 _ROOTS = ("LlamaForProbedGeneration", "HoldBackStreamer", "Reprompt", "ProbedTextGenerationPipeline", *heads.__all__)
-# Functions and methods that serving does without. To call one says that it needs the package.
+# Methods by class, and functions, that serving does without. To call one says that it needs the package.
 _LEFT_OUT = {
-    "Aggregator.projected",
-    "AutoModelForProbedGeneration.from_pretrained",
-    "AveragedClassifier.member_logits",
-    "GateAggregator.projected",
-    "LowRankAggregator.projected",
-    "Novelty.fit",
-    "Novelty.read",
-    "ProbeConfig.from_pretrained",
-    "ProbeHostMixin._single_probe",
-    "ProbeHostMixin.push_probe_to_hub",
-    "ProbeHostMixin.push_to_hub",
-    "ProbeModel._stack",
-    "ProbeModel.forward",
-    "ProbeModel.num_parameters",
-    "ProbeModel.pool",
-    "ProbeModel.projected",
-    "ProbeModel.push_to_hub",
-    "ProbeModel.score",
-    "ProbeModel.set_novelty",
-    "probe_loss",
+    "ProbeConfig": "from_pretrained",
+    "ProbeModel": "forward score pool projected set_novelty num_parameters push_to_hub _stack",
+    "Aggregator": "projected",
+    "LowRankAggregator": "projected",
+    "GateAggregator": "projected",
+    "AveragedClassifier": "member_logits",
+    "Novelty": "fit read",
+    "ProbeHostMixin": "push_probe_to_hub push_to_hub _single_probe",
+    "AutoModelForProbedGeneration": "from_pretrained",
+    "": "probe_loss",
 }
 # Functions that are simpler there: only Llama is exported, its heads come along, and none are bundled.
 _SIMPLER = {
@@ -139,11 +129,15 @@ class _Module:
     def __init__(self, package: Path, name: str):
         self.name = name
         self.read((package / f"{name}.py").read_text(encoding="utf-8"))
-        values = {name: f'_needs_package("{name.split(".")[-1]}")' for name in _LEFT_OUT} | _SIMPLER
         for node in self.tree.body:
-            for item, path in [(node, getattr(node, "name", "")), *_methods(node)]:
-                if path in values:
-                    self.remove(item, f"{' ' * item.col_offset}{item.name} = {values[path]}\n")
+            methods = node.body if isinstance(node, ast.ClassDef) else []
+            for owner, item in [("", node), *((node.name, method) for method in methods)]:
+                if not isinstance(item, ast.FunctionDef):
+                    continue
+                if item.name in _LEFT_OUT.get(owner, "").split():
+                    self.remove(item, f'{" " * item.col_offset}{item.name} = _needs_package("{item.name}")\n')
+                elif (value := _SIMPLER.get(f"{owner}.{item.name}".lstrip("."))) is not None:
+                    self.remove(item, f"{' ' * item.col_offset}{item.name} = {value}\n")
         self.read("".join(self.lines))
         self.imports = [node for node in self.tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         self.defined: dict[str, ast.stmt] = {}
@@ -183,11 +177,6 @@ class _Module:
     def text(self) -> str:
         text = re.sub(r"\n{3,}(?= )", "\n\n", "".join(self.lines).strip())
         return re.sub(r"\n{4,}", "\n\n\n", text)
-
-
-def _methods(node: ast.stmt) -> list[tuple[ast.stmt, str]]:
-    items = node.body if isinstance(node, ast.ClassDef) else []
-    return [(item, f"{node.name}.{item.name}") for item in items if isinstance(item, ast.FunctionDef)]
 
 
 def _words(node: ast.stmt) -> set[str]:
