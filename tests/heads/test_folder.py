@@ -347,7 +347,7 @@ def test_unknown_keys_are_reported_and_left_out(folder, caplog):
         (b" " * (5 * 2**20), "larger than"),
         (
             b'{"hidden_size": 1048576, "num_hidden_layers": 1048576, "downcast": 1, "num_attention_heads": 1}',
-            "has the shape|cannot be built|other tensors",
+            "has the shape|cannot be built|does not fit",
         ),
     ],
 )

@@ -52,18 +52,13 @@ def groups_read(monkeypatch, budget, tokens=8):
     return sizes
 
 
-def test_layers_go_together_as_the_budget_allows(monkeypatch):
+LAYER = 2 * 4 * HIDDEN * 5  # bytes of two fp32 tensors of five tokens
+
+
+@pytest.mark.parametrize("budget, groups", [(1, [1] * (LAYERS + 1)), (2 * LAYER, [2, 2, 1]), (1 << 30, [LAYERS + 1])])
+def test_layers_go_together_as_the_budget_allows(monkeypatch, budget, groups):
     """Two tensors of a group, fp32, fit into the budget. Columns at both ends that no head reads are left out."""
-    assert groups_read(monkeypatch, 1) == [(1, 5)] * (LAYERS + 1)
-
-
-def test_a_larger_budget_takes_fewer_groups(monkeypatch):
-    layer = 2 * 4 * HIDDEN * 5
-    assert [size for size, _ in groups_read(monkeypatch, 2 * layer)] == [2, 2, 1]
-
-
-def test_all_layers_at_once(monkeypatch):
-    assert [size for size, _ in groups_read(monkeypatch, 1 << 30)] == [LAYERS + 1]
+    assert groups_read(monkeypatch, budget) == [(size, 5) for size in groups]
 
 
 def test_a_pass_in_which_nothing_counts_is_not_read(monkeypatch):

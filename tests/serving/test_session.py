@@ -139,14 +139,6 @@ def test_an_empty_cache_may_be_passed(prompts, cache):
     assert_same(model.generate(prompts, cache=cache, max_new_tokens=3).probe_logits, reference(prompts))
 
 
-def test_custom_generate_callable(prompts):
-    def once(model, input_ids, generation_config, **kwargs):
-        return model._sample(input_ids=input_ids, generation_config=generation_config, **kwargs)
-
-    out = probed().generate(prompts, custom_generate=once, max_new_tokens=3)
-    assert_same(out.probe_logits, reference(prompts))
-
-
 def test_custom_generate_that_calls_the_model_itself(prompts):
     def greedy(model, input_ids, generation_config, **kwargs):
         out = model(input_ids, use_cache=True)

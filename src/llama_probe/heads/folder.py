@@ -178,9 +178,7 @@ def _check_header_size(path: Path) -> None:
 def _check_header(path: Path, file, shapes: Mapping[str, torch.Size]) -> None:
     missing, unexpected = sorted(set(shapes) - set(file.keys())), sorted(set(file.keys()) - set(shapes))
     if missing or unexpected:
-        raise ProbeError(
-            f"{path} has other tensors than its config: missing {missing[:4]}, unexpected {unexpected[:4]}"
-        )
+        raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
     for name, shape in shapes.items():
         found = file.get_slice(name)
         if list(found.get_shape()) != list(shape):

@@ -23,9 +23,7 @@ class LogOddsClassifier(Classifier):
 
     def __init__(self, config: ProbeConfig):
         if config.vocab_size is None:
-            raise ProbeError(
-                "vocab_size is None, and a muli head needs it: put it in the ProbeConfig or pass backbone="
-            )
+            raise ProbeError("vocab_size is None: put it in the ProbeConfig of a muli head or pass backbone=")
         super().__init__(config.vocab_size, config.num_labels)
         self.next_token: NextToken | None = None
 
@@ -49,9 +47,7 @@ class LogOddsClassifier(Classifier):
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         if self.next_token is None:
-            raise ProbeError(
-                "this muli head has no LM, whose logits it reads: attach it, pass backbone= or call bind(lm)"
-            )
+            raise ProbeError("this muli head has no LM: attach it, pass backbone= or call bind(lm)")
         with torch.no_grad():  # there is nothing to train before the linear map
             logits = self.next_token(pooled)
             self._check_width(logits.shape[-1])
@@ -59,9 +55,7 @@ class LogOddsClassifier(Classifier):
 
     def _check_width(self, width: int) -> None:
         if width != self.in_features:
-            raise ProbeError(
-                f"this LM has {width} next tokens, and the muli head is for {self.in_features}: another LM?"
-            )
+            raise ProbeError(f"this LM has {width} next tokens, and the muli head is for {self.in_features}")
 
 
 @register_probe_type("muli")

@@ -48,9 +48,7 @@ def get_probe_type(name: str) -> type[Any]:
         ProbeError: no kind has this name. The message lists those that exist.
     """
     if not isinstance(name, str) or name not in _PROBE_TYPES:
-        raise ProbeError(
-            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}; import your own kinds"
-        )
+        raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, your own")
     return _PROBE_TYPES[name]
 
 

@@ -57,9 +57,7 @@ def token_mask(
     if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
         return mask
     if input_ids is None:
-        raise ProbeError(
-            f"token_scope={config.token_scope!r} needs input_ids, or probe_mask= for the tokens that count"
-        )
+        raise ProbeError(f"token_scope={config.token_scope!r} needs input_ids, or probe_mask=[batch, tokens]")
     if finds_turns:
         known = input_ids.shape[1] if partial_prompt else seen
         # Padding may have the id of a marker.

@@ -99,9 +99,7 @@ class ProbeCache:
     def check_length(self, cached: int) -> None:
         """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
         if cached != (seen := self.get_seq_length()):
-            raise ProbeError(
-                f"probe_state is of {seen} tokens, and the cache beside it holds {cached} (after cache.crop?)"
-            )
+            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
 
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -205,6 +203,4 @@ def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
     differing = (wanted.to(kept.device).bool() != kept).any(dim=0).nonzero().flatten()
     if len(differing):
         first = f"the first is number {int(differing[0])}"
-        raise ProbeError(
-            f"{what}: of the {kept.shape[1]} tokens that probe_state has seen other ones count now; {first}"
-        )
+        raise ProbeError(f"{what}: of the {kept.shape[1]} tokens that were seen other ones count now; {first}")

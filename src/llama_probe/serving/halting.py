@@ -51,9 +51,7 @@ class Reprompt:
     def __post_init__(self) -> None:
         shape = getattr(self.input_ids, "shape", ())
         if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            raise ProbeError(
-                f"Reprompt.input_ids has the shape {list(shape)}; it must be a tensor of shape [1, tokens]"
-            )
+            raise ProbeError(f"Reprompt.input_ids has the shape {list(shape)}; it must be [1, tokens]")
         if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
             raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
 
@@ -129,9 +127,7 @@ class HaltRule:
         if unsure is not None or ask is not None:
             band = unsure if isinstance(unsure, (list, tuple)) else ()
             if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
-                raise ProbeError(
-                    f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and ask=, a function of texts"
-                )
+                raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
             unsure = tuple(map(float, band))
@@ -343,7 +339,5 @@ def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | Non
     found = returned.tolist() if hasattr(returned, "tolist") else returned
     is_list = isinstance(found, (list, tuple)) and len(found) == rows
     if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in found):
-        raise ProbeError(
-            f"{function} returned {str(returned)[:60]}; it must return a list of {rows}: true, false or a Halt"
-        )
+        raise ProbeError(f"{function} returned {str(returned)[:60]}, not a list of {rows}: true, false or a Halt")
     return [item if isinstance(item, Halt) else Halt() if item else None for item in found]

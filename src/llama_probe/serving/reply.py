@@ -157,9 +157,7 @@ class ReplySession:
         rows = 0 if ids is None else len(ids)
         same = rows == len(self._live) if self._live is not None else rows and rows % self.prompt.prompts == 0
         if ids is None or not same or ids.shape[1] not in (1, whole):
-            raise ProbeError(
-                "the decoding method does not run the LM over one more token of each reply: heads cannot follow"
-            )
+            raise ProbeError("the decoding method does not run the LM over one more token of each reply")
         if self._reader is None:
             repeats = rows // self.prompt.prompts
             states = {name: self.prompt.state(name, repeats) for name in self.heads}
