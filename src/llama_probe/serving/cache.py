@@ -55,10 +55,7 @@ class ProbeCache:
     that one shared prefix serves any number of prompts. Each of them needs a copy of the cache, which transformers changes in
     place.
 
-    Per layer and row, in fp32: `pooling` and `gate` keep `hidden_size` numbers, `attentive` `2 num_queries + value_rank`,
-    `multimax` `num_members * num_maxima`, `last` and `muli` the last state, and `mha` `3 hidden_size / downcast` numbers a
-    token, because its tokens attend both ways (`2 hidden_size / downcast` where it is causal). Novelty keeps `hidden_size` numbers
-    for each of its up to three layers.
+    The numbers that each kind keeps are in docs/serving.md; novelty keeps `hidden_size` for each of its up to three layers.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over.
