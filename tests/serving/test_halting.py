@@ -305,41 +305,38 @@ def output_of(logits, **changes):
     return config, ProbeOutput.from_logits(torch.tensor(logits, dtype=torch.float32), config)
 
 
+TWO, MANY = [[0.0, 0.1], [0.0, 1.0]], [[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]
+SEVERAL = {"num_labels": 3, "problem_type": "multi_label_classification", "threshold": [0.5, 0.9, 0.5]}
+
+
 class TestRules:
+    @pytest.mark.parametrize(
+        "logits, changes, options, halted",
+        [
+            (TWO, {"threshold": 0.6}, {}, [False, True]),
+            (TWO, {"thresholds": {"fpr-2%": 0.6}}, {"threshold": "fpr-2%"}, [False, True]),
+            (TWO, {"thresholds": {"fpr-2%": 0.6}}, *read_halting(["h:LABEL_1:fpr-2%"]).values(), [False, True]),
+            (MANY, {"num_labels": 3}, {"label": "LABEL_2"}, [True, False]),
+            (MANY, {"num_labels": 3}, {"label": "LABEL_2", "threshold": 0.1}, [True, True]),
+            ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_1"}, [False]),  # its saved threshold is 0.9
+            ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_2"}, [True]),
+            ([[2.5], [3.5]], {"num_labels": 1, "problem_type": "regression"}, {"threshold": 3}, [False, True]),
+        ],
+    )
+    def test_what_a_rule_halts(self, logits, changes, options, halted):
+        config, output = output_of(logits, **changes)
+        found = HaltRule.create("h", config, **options).halts(output)
+        assert [halt is not None for halt in found] == halted
+
     def test_as_the_head_decides(self, model, prompts):
         out = model.generate(prompts, max_new_tokens=2, halt_on="mood")
-        assert [halt is not None for halt in out.probe_halts] == [
-            label == "awful" for label in out.probe_labels["mood"]
-        ]
-        config, output = output_of([[0.0, 0.1], [0.0, 1.0]], threshold=0.6)
-        assert [halt is not None for halt in HaltRule.create("h", config).halts(output)] == [False, True]
+        labels = out.probe_labels["mood"]
+        assert [halt is not None for halt in out.probe_halts] == [label == "awful" for label in labels]
 
     def test_a_label_and_a_threshold(self):
         config, output = output_of([[2.0, 0.0], [0.0, 0.5]], id2label={0: "no", 1: "yes"}, temperature=2.0)
         found = HaltRule.create("h", config, "no", 0.6).halts(output)
         assert found[1] is None and found[0] == Halt("h", "no", pytest.approx(1 / (1 + math.exp(-1))), 0.6)
-
-    def test_one_of_many_labels(self):
-        config, output = output_of([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]], num_labels=3)
-        found = HaltRule.create("h", config, "LABEL_2").halts(output)
-        assert found[0].label == "LABEL_2" and found[1] is None, "where it is the likeliest"
-        assert all(HaltRule.create("h", config, "LABEL_2", 0.1).halts(output))
-
-    def test_several_labels_at_once(self):
-        several = {"num_labels": 3, "problem_type": "multi_label_classification", "threshold": [0.5, 0.9, 0.5]}
-        config, output = output_of([[0.0, 1.0, 1.0]], **several)
-        assert HaltRule.create("h", config, "LABEL_1").halts(output) == [None], "its saved threshold is 0.9"
-        assert HaltRule.create("h", config, "LABEL_2").halts(output)[0].threshold == 0.5
-
-    def test_values(self):
-        config, output = output_of([[2.5], [3.5]], num_labels=1, problem_type="regression")
-        assert [h is not None for h in HaltRule.create("h", config, threshold=3).halts(output)] == [False, True]
-
-    def test_a_threshold_by_name(self):
-        config, output = output_of([[0.0, 0.1], [0.0, 1.0]], thresholds={"fpr-2%": 0.6, "fpr-0.5%": 0.9})
-        (options,) = read_halting(["h:LABEL_1:fpr-2%"]).values()
-        assert [h is not None for h in HaltRule.create("h", config, **options).halts(output)] == [False, True]
-        assert HaltRule.create("h", config, threshold="fpr-0.5%").threshold == 0.9
 
     def test_a_threshold_may_be_numpys(self, model, prompts):
         out = model.generate(prompts, max_new_tokens=2, halt_on={"mood": {"threshold": np.float32(0.0)}})
