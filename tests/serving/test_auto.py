@@ -161,6 +161,6 @@ class TestAHeadsId:
 def test_without_a_network_the_hub_is_asked_once(hub, monkeypatch, load):
     waits = []  # between repeated requests
     monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": waits.append}))
-    with hub.down(), pytest.raises(ProbeError, match=r"^org/tiny .* demo model [^\n]*$"):
+    with hub.down(), pytest.raises(ProbeError, match=r"^org/tiny [^\n]*llama-probe demo[^\n]*$"):
         load("org/tiny")
     assert not waits

@@ -144,74 +144,53 @@ def install() -> None:
 
     Calls without `probe=`, for places that hold a model, reach the original. A second call changes nothing.
     """
-    for auto_class, wrap in _WRAPPED.items():
+    for auto_class, on_head in _WRAPPED.items():
         original = vars(auto_class)["from_pretrained"]
         if not hasattr(original.__func__, "__without_probe__"):
-            wrapped = functools.wraps(original.__func__)(wrap(original.__func__))
+            takes_probe = auto_class in (AutoModel, AutoModelForCausalLM)
+            wrapped = functools.wraps(original.__func__)(_wrapped(original.__func__, on_head, takes_probe))
             wrapped.__without_probe__ = original
             auto_class.from_pretrained = classmethod(wrapped)
 
 
-def _with_probe(original: Callable) -> Callable:
-    plain = _or_head(original)
-
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, probe=None, **kwargs):
-        if probe is None:
-            return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
-        # kwargs has probe_revision=, probe_namespace= and probe_strict= as well
-        return AutoModelForProbedGeneration.from_pretrained(
-            pretrained_model_name_or_path, *model_args, probe=probe, **kwargs
-        )
-
-    return from_pretrained
-
-
-def _or_head(original: Callable) -> Callable:
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+def _wrapped(original: Callable, on_head: Callable, takes_probe: bool) -> Callable:
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         place = pretrained_model_name_or_path
+        if takes_probe and (probe := kwargs.pop("probe", None)) is not None:
+            # kwargs has probe_revision=, probe_namespace= and probe_strict= as well
+            return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=probe, **kwargs)
+        load = functools.partial(original, cls)
         if LOADING_PLAIN.get():
-            return original(cls, place, *model_args, **kwargs)
-        loaded = load_or_find_head(lambda: original(cls, place, *model_args, **kwargs), place, kwargs)
-        if isinstance(loaded, HeadPlace):
-            arguments = loaded.arguments(kwargs)
-            return AutoModelForProbedGeneration.from_pretrained(loaded.backbone, *model_args, **arguments)
-        model = model_of(loaded)
+            return load(place, *args, **kwargs)
+        found = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
+        if isinstance(found, HeadPlace):
+            return on_head(load, found, args, kwargs)
+        model = model_of(found)
         if isinstance(model, GenerationMixin) and (heads := saved_heads(place, model.config, kwargs)):
             AutoModelForProbedGeneration.from_causal_lm(model, heads)
-        return loaded
+        return found
 
     return from_pretrained
 
 
-def _config_or_head(original: Callable) -> Callable:
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        place = pretrained_model_name_or_path
-        if LOADING_PLAIN.get():
-            return original(cls, place, **kwargs)
-        found = load_or_find_head(lambda: original(cls, place, **kwargs), place, kwargs)
-        if not isinstance(found, HeadPlace):
-            return found
-        config = HeadConfig(found.config.to_dict(), name_or_path=str(place))
-        return (config, {}) if kwargs.get("return_unused_kwargs") else config
-
-    return from_pretrained
+def _model(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **head.arguments(kwargs))
 
 
-def _tokenizer_or_head(original: Callable) -> Callable:
-    def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
-        place = pretrained_model_name_or_path
-        found = load_or_find_head(lambda: original(cls, place, *inputs, **kwargs), place, kwargs)
-        if not isinstance(found, HeadPlace):
-            return found
-        return original(cls, found.backbone, *inputs, **found.backbone_kwargs(kwargs))
-
-    return from_pretrained
+def _config(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
+    config = HeadConfig(head.config.to_dict(), name_or_path=str(head.source))
+    return (config, {}) if kwargs.get("return_unused_kwargs") else config
 
 
-_WRAPPED: dict[type, Callable[[Callable], Callable]] = {
-    AutoModel: _with_probe,
-    AutoModelForCausalLM: _with_probe,
-    AutoModelForSequenceClassification: _or_head,
-    AutoConfig: _config_or_head,
-    AutoTokenizer: _tokenizer_or_head,
+def _tokenizer(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return load(head.backbone, *args, **head.backbone_kwargs(kwargs))
+
+
+# What an auto class gives for a head.
+_WRAPPED: dict[type, Callable] = {
+    AutoModel: _model,
+    AutoModelForCausalLM: _model,
+    AutoModelForSequenceClassification: _model,
+    AutoConfig: _config,
+    AutoTokenizer: _tokenizer,
 }
