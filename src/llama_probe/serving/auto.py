@@ -22,10 +22,9 @@ from transformers import (
 from ..backbone.decoder import without_peft
 from ..backbone.loading import LOADING_PLAIN, load_causal_lm
 from ..errors import ProbeError
-from ..hub.transport import check_within_reach
 from .host import change_class
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, model_of, saved_heads
+from .sources import HeadPlace, ProbeSpec, load_or_find_head, load_with_heads, model_of, saved_heads
 
 
 _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
@@ -56,16 +55,9 @@ class AutoModelForProbedGeneration:
         Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
         """
         place = pretrained_model_name_or_path
-        check_within_reach(place, kwargs)
-        if probe is not None:
-            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
-            loaded = load_causal_lm(place, *model_args, **kwargs)
-        else:
-            loaded = load_or_find_head(lambda: load_causal_lm(place, *model_args, **kwargs), place, kwargs)
-            if isinstance(loaded, HeadPlace):
-                arguments = loaded.arguments(kwargs)
-                return cls.from_pretrained(loaded.backbone, *model_args, probe_strict=probe_strict, **arguments)
-            heads = saved_heads(place, model_of(loaded).config, kwargs)
+        loaded, heads = load_with_heads(
+            load_causal_lm, place, model_args, kwargs, probe, probe_revision, probe_namespace
+        )
         cls.from_causal_lm(model_of(loaded), heads, probe_strict)
         return loaded
 
@@ -174,7 +166,8 @@ def _wrapped(original: Callable, on_head: Callable, takes_probe: bool) -> Callab
 
 
 def _model(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **head.arguments(kwargs))
+    kwargs = {"probe": {head.name: head.source}, "probe_revision": head.revision, **head.backbone_kwargs(kwargs)}
+    return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **kwargs)
 
 
 def _config(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:

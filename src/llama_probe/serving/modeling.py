@@ -20,7 +20,6 @@ from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.scope import check_rows, prompt_masks
-from ..hub.transport import check_within_reach
 from .arguments import HEAD_ARGUMENTS, refuse_in_config, with_setting
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
@@ -36,7 +35,7 @@ from .session import (
     open_session,
     session_of,
 )
-from .sources import HeadPlace, ProbeSpec, load_heads_for, load_or_find_head, model_of, read_heads, saved_heads
+from .sources import ProbeSpec, load_with_heads, model_of, read_heads
 from .streaming import HoldBackStreamer
 from .texts import as_texts, classify_texts
 
@@ -174,17 +173,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
-        place, load = pretrained_model_name_or_path, super().from_pretrained
-        check_within_reach(place, kwargs)
-        if probe is not None:
-            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
-            loaded = load(place, *model_args, **kwargs)
-        else:
-            loaded = load_or_find_head(lambda: load(place, *model_args, **kwargs), place, kwargs)
-            if isinstance(loaded, HeadPlace):
-                arguments = loaded.arguments(kwargs)
-                return cls.from_pretrained(loaded.backbone, *model_args, probe_strict=probe_strict, **arguments)
-            heads = saved_heads(place, model_of(loaded).config, kwargs)
+        load, place = super().from_pretrained, pretrained_model_name_or_path
+        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision, probe_namespace)
         model_of(loaded)._attach(heads, probe_strict)
         return loaded
 

@@ -93,9 +93,7 @@ class ProbedOutputMixin(DecidedMixin):
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
         """Probabilities `[prompts, num_labels]` by head name, with the saved temperature."""
-        if self.probe_logits is None:
-            return None
-        return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_logits.items()}
+        return self._probabilities(self.probe_logits)
 
     @property
     def probe_labels(self) -> dict[str, list[Any]] | None:
@@ -132,9 +130,12 @@ class ProbedOutputMixin(DecidedMixin):
     @property
     def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
         """Probabilities in the shape of `probe_token_logits`, with the saved temperature."""
-        if self.probe_token_logits is None:
+        return self._probabilities(self.probe_token_logits)
+
+    def _probabilities(self, logits: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        if logits is None:
             return None
-        return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_token_logits.items()}
+        return {name: probabilities(each, self.config_of(name)) for name, each in logits.items()}
 
 
 _LOGITS = "dict[str, torch.Tensor] | None"

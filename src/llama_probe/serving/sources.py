@@ -13,7 +13,7 @@ from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
 from ..hub.folder import is_head_folder
 from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
-from ..hub.transport import HubOptions, HubReference, without_waiting
+from ..hub.transport import HubOptions, HubReference, check_within_reach, without_waiting
 
 
 UNNAMED = "probe"
@@ -69,23 +69,6 @@ def read_heads(
     }
 
 
-def load_heads_for(
-    backbone: str | os.PathLike,
-    spec: ProbeSpec | None,
-    kwargs: Mapping[str, Any],
-    revision: str | None = None,
-    namespace: str | None = None,
-) -> dict[str, ProbeModel]:
-    """Load heads for a backbone, a folder or a Hub id, that is not loaded yet; see `read_heads`.
-
-    `kwargs` are those of the backbone's `from_pretrained`: its token, cache and offline settings apply.
-    """
-    options = HubOptions.beside(kwargs, revision)
-    sources = named_sources(spec)
-    target = Target.read(backbone, kwargs, options) if any(map(is_alias, sources.values())) else None
-    return read_heads(sources, target, options, namespace)
-
-
 @dataclass(frozen=True)
 class HeadPlace:
     """A head whose id stands for a model: the head names its backbone.
@@ -104,10 +87,6 @@ class HeadPlace:
         if self.config.base_model_name_or_path is None:
             raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
         return self.config.base_model_name_or_path
-
-    def arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` for the backbone with the head, from those for the head."""
-        return {**self.backbone_kwargs(kwargs), "probe": {self.name: self.source}, "probe_revision": self.revision}
 
     def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
@@ -153,6 +132,33 @@ def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, 
         if (head := find_head(place, kwargs)) is None:
             raise
         return head
+
+
+def load_with_heads(
+    load: Callable[..., Any],
+    place: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    probe: ProbeSpec | None = None,
+    revision: str | None = None,
+    namespace: str | None = None,
+) -> tuple[Any, dict[str, ProbeModel]]:
+    """Return what `load(place, *args, **kwargs)` gives, and the heads for it, which are loaded first.
+
+    `token`, `cache_dir` and the offline settings among `kwargs` apply to the heads too. Without `probe`, heads that are saved
+    beside the model are loaded. The place of a head stands for its backbone with this head.
+    """
+    check_within_reach(place, kwargs)
+    if probe is not None:
+        options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
+        target = Target.read(place, kwargs, options) if any(map(is_alias, sources.values())) else None
+        heads = read_heads(sources, target, options, namespace)
+        return load(place, *args, **kwargs), heads
+    loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
+    if not isinstance(head := loaded, HeadPlace):
+        return loaded, saved_heads(place, model_of(loaded).config, kwargs)
+    probe, kwargs = {head.name: head.source}, head.backbone_kwargs(kwargs)
+    return load_with_heads(load, head.backbone, args, kwargs, probe, head.revision)
 
 
 def model_of(loaded: Any) -> Any:
