@@ -641,19 +641,15 @@ def resolve_head(
     if not is_alias(source):
         reference = HubReference.parse(str(source))
         if reference is None:
-            raise ProbeError(
-                f"probe={str(source)!r} is neither a folder nor a bundled head nor a Hub id (user/repo@revision:subfolder); "
-                + _known(None, bundled_heads(target))[0]
-            )
+            told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
+            raise ProbeError(f"{told}; {_known(target)}")
         return download_head(reference, options)
-    bundled = bundled_heads(target)
-    if (chosen := _choose(source, bundled)) is not None:
+    told = f"probe={source!r} is neither a folder nor a bundled head"
+    if (chosen := _choose(source, bundled_heads(target))) is not None:
         if options.revision is None:
             return chosen
         told = f"probe={source!r} is a bundled head and has no revision {options.revision!r}"
-    else:
-        told = f"probe={source!r} is neither a folder nor a bundled head"
-    found: list[str] = []  # names of heads that exist, for the message
+    found = [told, _known(target)]  # and names of heads that exist, for the message
     for place, revision in _places(target, options, namespace):
         if isinstance(place, Path):
             heads = list_heads(place)
@@ -668,7 +664,7 @@ def resolve_head(
         except ProbeError as error:
             heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
             found += [f"in {place}: {', '.join(heads)}" if heads else str(error)]
-    raise ProbeError("; ".join([told, *_known(target, bundled), *found]))
+    raise ProbeError("; ".join(found))
 
 
 def _choose(alias: str, heads: Mapping[str, Path]) -> Path | None:
@@ -692,7 +688,7 @@ def _places(target: Target | None, options: HubOptions, namespace: str | None) -
         yield target.name_or_path, options.revision or target.revision
 
 
-_known = lambda target, bundled: ['']
+_known = lambda *arguments: ['']
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
@@ -766,9 +762,7 @@ def probe_types() -> list[str]:
 def get_probe_type(name: str) -> type[Any]:
     """Return the class that is registered under `name`."""
     if not isinstance(name, str) or name not in _PROBE_TYPES:
-        raise ProbeError(
-            f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}; import your own kinds"
-        )
+        raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, your own")
     return _PROBE_TYPES[name]
 
 
@@ -1260,9 +1254,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
     except ProbeError as error:
         raise ProbeError(f"{path}: {error}") from None
     if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
-        raise ProbeError(
-            f"{path} was changed after it was saved; if by you, delete its config_sha256, else fetch it again"
-        )
+        raise ProbeError(f"{path} was changed after it was saved: delete its config_sha256 if you did, or fetch it")
     if unknown:
         logger.warning(
             f"{path}: ignored unknown keys (another version?): {', '.join(repr(key)[:60] for key in unknown[:8])}"

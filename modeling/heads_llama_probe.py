@@ -812,9 +812,7 @@ class LogOddsClassifier(Classifier):
 
     def __init__(self, config: ProbeConfig):
         if config.vocab_size is None:
-            raise ProbeError(
-                "vocab_size is None, and a muli head needs it: put it in the ProbeConfig or pass backbone="
-            )
+            raise ProbeError("vocab_size is None: put it in the ProbeConfig of a muli head or pass backbone=")
         super().__init__(config.vocab_size, config.num_labels)
         self.next_token: NextToken | None = None
 
@@ -838,9 +836,7 @@ class LogOddsClassifier(Classifier):
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         if self.next_token is None:
-            raise ProbeError(
-                "this muli head has no LM, whose logits it reads: attach it, pass backbone= or call bind(lm)"
-            )
+            raise ProbeError("this muli head has no LM: attach it, pass backbone= or call bind(lm)")
         with torch.no_grad():  # there is nothing to train before the linear map
             logits = self.next_token(pooled)
             self._check_width(logits.shape[-1])
@@ -848,9 +844,7 @@ class LogOddsClassifier(Classifier):
 
     def _check_width(self, width: int) -> None:
         if width != self.in_features:
-            raise ProbeError(
-                f"this LM has {width} next tokens, and the muli head is for {self.in_features}: another LM?"
-            )
+            raise ProbeError(f"this LM has {width} next tokens, and the muli head is for {self.in_features}")
 
 
 @register_probe_type("muli")
@@ -1069,9 +1063,7 @@ def token_mask(
     if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
         return mask
     if input_ids is None:
-        raise ProbeError(
-            f"token_scope={config.token_scope!r} needs input_ids, or probe_mask= for the tokens that count"
-        )
+        raise ProbeError(f"token_scope={config.token_scope!r} needs input_ids, or probe_mask=[batch, tokens]")
     if finds_turns:
         known = input_ids.shape[1] if partial_prompt else seen
         # Padding may have the id of a marker.
@@ -1529,7 +1521,7 @@ def save_head(
         if _is_same_training(folder, results):
             plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
     kept = [*plots, CARD_NAME]
-    with suppress(Exception):  # no card keeps a head from being saved
+    with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
         if not has_own_card(folder):
             kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
@@ -1596,9 +1588,7 @@ def _check_header_size(path: Path) -> None:
 def _check_header(path: Path, file, shapes: Mapping[str, torch.Size]) -> None:
     missing, unexpected = sorted(set(shapes) - set(file.keys())), sorted(set(file.keys()) - set(shapes))
     if missing or unexpected:
-        raise ProbeError(
-            f"{path} has other tensors than its config: missing {missing[:4]}, unexpected {unexpected[:4]}"
-        )
+        raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
     for name, shape in shapes.items():
         found = file.get_slice(name)
         if list(found.get_shape()) != list(shape):

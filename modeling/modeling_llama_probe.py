@@ -142,20 +142,6 @@ def read_heads(
     }
 
 
-def load_heads_for(
-    backbone: str | os.PathLike,
-    spec: ProbeSpec | None,
-    kwargs: Mapping[str, Any],
-    revision: str | None = None,
-    namespace: str | None = None,
-) -> dict[str, ProbeModel]:
-    """Load heads for a backbone, a folder or a Hub id, that is not loaded yet; see `read_heads`."""
-    options = HubOptions.beside(kwargs, revision)
-    sources = named_sources(spec)
-    target = Target.read(backbone, kwargs, options) if any(map(is_alias, sources.values())) else None
-    return read_heads(sources, target, options, namespace)
-
-
 @dataclass(frozen=True)
 class HeadPlace:
     """A head whose id stands for a model: the head names its backbone."""
@@ -171,10 +157,6 @@ class HeadPlace:
         if self.config.base_model_name_or_path is None:
             raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
         return self.config.base_model_name_or_path
-
-    def arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` for the backbone with the head, from those for the head."""
-        return {**self.backbone_kwargs(kwargs), "probe": {self.name: self.source}, "probe_revision": self.revision}
 
     def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
@@ -193,6 +175,29 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
 
 
 load_or_find_head = lambda load, place, kwargs: load()
+
+
+def load_with_heads(
+    load: Callable[..., Any],
+    place: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    probe: ProbeSpec | None = None,
+    revision: str | None = None,
+    namespace: str | None = None,
+) -> tuple[Any, dict[str, ProbeModel]]:
+    """Return what `load(place, *args, **kwargs)` gives, and the heads for it, which are loaded first."""
+    check_within_reach(place, kwargs)
+    if probe is not None:
+        options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
+        target = Target.read(place, kwargs, options) if any(map(is_alias, sources.values())) else None
+        heads = read_heads(sources, target, options, namespace)
+        return load(place, *args, **kwargs), heads
+    loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
+    if not isinstance(head := loaded, HeadPlace):
+        return loaded, saved_heads(place, model_of(loaded).config, kwargs)
+    probe, kwargs = {head.name: head.source}, head.backbone_kwargs(kwargs)
+    return load_with_heads(load, head.backbone, args, kwargs, probe, head.revision)
 
 
 def model_of(loaded: Any) -> Any:
@@ -266,9 +271,6 @@ class HeadReference(weakref.ref):
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
         return self
 
-    def __reduce__(self):
-        raise ProbeError("probe_state cannot be pickled, nor can an output that holds one: keep its input_ids")
-
 
 @dataclass(frozen=True)
 class CachedHead:
@@ -315,9 +317,7 @@ class ProbeCache:
     def check_length(self, cached: int) -> None:
         """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
         if cached != (seen := self.get_seq_length()):
-            raise ProbeError(
-                f"probe_state is of {seen} tokens, and the cache beside it holds {cached} (after cache.crop?)"
-            )
+            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
 
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -400,9 +400,7 @@ def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
     differing = (wanted.to(kept.device).bool() != kept).any(dim=0).nonzero().flatten()
     if len(differing):
         first = f"the first is number {int(differing[0])}"
-        raise ProbeError(
-            f"{what}: of the {kept.shape[1]} tokens that probe_state has seen other ones count now; {first}"
-        )
+        raise ProbeError(f"{what}: of the {kept.shape[1]} tokens that were seen other ones count now; {first}")
 
 
 # From serving/outputs.py
@@ -453,9 +451,7 @@ class ProbedOutputMixin(DecidedMixin):
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
         """Probabilities `[prompts, num_labels]` by head name, with the saved temperature."""
-        if self.probe_logits is None:
-            return None
-        return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_logits.items()}
+        return self._probabilities(self.probe_logits)
 
     @property
     def probe_labels(self) -> dict[str, list[Any]] | None:
@@ -483,9 +479,12 @@ class ProbedOutputMixin(DecidedMixin):
     @property
     def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
         """Probabilities in the shape of `probe_token_logits`, with the saved temperature."""
-        if self.probe_token_logits is None:
+        return self._probabilities(self.probe_token_logits)
+
+    def _probabilities(self, logits: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        if logits is None:
             return None
-        return {name: probabilities(logits, self.config_of(name)) for name, logits in self.probe_token_logits.items()}
+        return {name: probabilities(each, self.config_of(name)) for name, each in logits.items()}
 
 
 _LOGITS = "dict[str, torch.Tensor] | None"
@@ -982,9 +981,7 @@ class ReplySession:
         rows = 0 if ids is None else len(ids)
         same = rows == len(self._live) if self._live is not None else rows and rows % self.prompt.prompts == 0
         if ids is None or not same or ids.shape[1] not in (1, whole):
-            raise ProbeError(
-                "the decoding method does not run the LM over one more token of each reply: heads cannot follow"
-            )
+            raise ProbeError("the decoding method does not run the LM over one more token of each reply")
         if self._reader is None:
             repeats = rows // self.prompt.prompts
             states = {name: self.prompt.state(name, repeats) for name in self.heads}
@@ -1387,9 +1384,7 @@ class Reprompt:
     def __post_init__(self) -> None:
         shape = getattr(self.input_ids, "shape", ())
         if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            raise ProbeError(
-                f"Reprompt.input_ids has the shape {list(shape)}; it must be a tensor of shape [1, tokens]"
-            )
+            raise ProbeError(f"Reprompt.input_ids has the shape {list(shape)}; it must be [1, tokens]")
         if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
             raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
 
@@ -1448,20 +1443,11 @@ class HaltRule:
         if unsure is not None or ask is not None:
             band = unsure if isinstance(unsure, (list, tuple)) else ()
             if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
-                raise ProbeError(
-                    f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and ask=, a function of texts"
-                )
+                raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
             unsure = tuple(map(float, band))
         return cls(head, config, index, threshold, patience, unsure, ask)
-
-    def is_unsure(self, output: ProbeOutput) -> list[bool]:
-        """Return for each row whether `ask` decides."""
-        if self.unsure is None:
-            return [False] * len(output.logits)
-        scores, (low, high) = output.probabilities[:, self.index], self.unsure
-        return ((low <= scores) & (scores < high)).tolist()
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
         """Return the reason to halt each row, or `None`, without regard to patience."""
@@ -1555,11 +1541,14 @@ class Halter:
     def _asked(self, rule: HaltRule, output: ProbeOutput) -> list[Halt | None]:
         """Return the flags of a rule; in its band those of the function that it asks."""
         found = rule.halts(output)
-        rows = [row for row, unsure in enumerate(rule.is_unsure(output)) if unsure]
+        if rule.unsure is None:
+            return found
+        scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
+        rows = ((low <= scores) & (scores < high)).nonzero().flatten().tolist()
         if not rows:
             return found
         said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
-        scores, label = output.probabilities[:, rule.index], rule.config.id2label[rule.index]
+        label = rule.config.id2label[rule.index]
         for row, halt in zip(rows, said, strict=True):
             own = Halt(rule.head, label, float(scores[row]), rule.threshold)
             found[row] = own if halt == Halt() else halt
@@ -1605,22 +1594,11 @@ def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | Non
     found = returned.tolist() if hasattr(returned, "tolist") else returned
     is_list = isinstance(found, (list, tuple)) and len(found) == rows
     if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in found):
-        raise ProbeError(
-            f"{function} returned {str(returned)[:60]}; it must return a list of {rows}: true, false or a Halt"
-        )
+        raise ProbeError(f"{function} returned {str(returned)[:60]}, not a list of {rows}: true, false or a Halt")
     return [item if isinstance(item, Halt) else Halt() if item else None for item in found]
 
 
 # From serving/halting_run.py
-
-# Fields of the output that hold one entry a new token, by the setting that asks for them.
-_PER_TOKEN = {
-    "output_scores": "scores",
-    "output_logits": "logits",
-    "output_attentions": "attentions",
-    "output_hidden_states": "hidden_states",
-}
-
 
 class AllHalted(Exception):
     """Leaves the plain `generate()` after the prefill if no prompt is left to reply to."""
@@ -1765,7 +1743,8 @@ class HaltingRun:
         if prompt is None:  # the plain output for embeddings holds new tokens alone
             prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.model.device)
         sequences = prompt.repeat_interleave(self.copies, dim=0)
-        none = {name: () for setting, name in _PER_TOKEN.items() if self._setting(setting)}
+        per_token = ("scores", "logits", "attentions", "hidden_states")
+        none = {name: () for name in per_token if self._setting(f"output_{name}")}
         if (self._setting("num_beams") or 1) == 1:
             return GenerateDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
         rows = len(sequences)
@@ -2113,17 +2092,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         **kwargs,
     ):
         """`PreTrainedModel.from_pretrained` with heads."""
-        place, load = pretrained_model_name_or_path, super().from_pretrained
-        check_within_reach(place, kwargs)
-        if probe is not None:
-            heads = load_heads_for(place, probe, kwargs, probe_revision, probe_namespace)
-            loaded = load(place, *model_args, **kwargs)
-        else:
-            loaded = load_or_find_head(lambda: load(place, *model_args, **kwargs), place, kwargs)
-            if isinstance(loaded, HeadPlace):
-                arguments = loaded.arguments(kwargs)
-                return cls.from_pretrained(loaded.backbone, *model_args, probe_strict=probe_strict, **arguments)
-            heads = saved_heads(place, model_of(loaded).config, kwargs)
+        load, place = super().from_pretrained, pretrained_model_name_or_path
+        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision, probe_namespace)
         model_of(loaded)._attach(heads, probe_strict)
         return loaded
 
