@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow"
 
-# Tests on the demo backbone, which the first of them prepares.
+# Tests on the demo backbone, which the first of them prepares, and in several processes.
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 

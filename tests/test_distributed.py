@@ -70,6 +70,7 @@ class TestClaimed:
             pass
 
 
+@pytest.mark.slow
 class TestTwoNodes:
     """Two agents on loopback with a process each."""
 
@@ -148,6 +149,7 @@ class TestTwoNodes:
         assert found[0]["in_parts"]["split"] == [weight.shape[0], weight.shape[1] // 2]
 
 
+@pytest.mark.slow
 def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, backbone_folder):
     write_rows(tmp_path / "rows.jsonl", 41)
     output = tmp_path / "head"

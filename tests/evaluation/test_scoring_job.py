@@ -225,6 +225,7 @@ def classify(backbone, probes, inputs, output, *options):
     return torchrun("-m", "llama_probe.cli", "classify", *named, "--backbone", backbone, "--output", output, *options)
 
 
+@pytest.mark.slow
 def test_two_processes_one_killed_then_one_alone(tmp_path, backbone_folder, heads, run):
     """A job of two processes resumes with one."""
     inputs = [write(tmp_path / f"{name}.parquet", 150) for name in "ab"]
