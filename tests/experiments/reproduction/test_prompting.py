@@ -88,10 +88,6 @@ class TestExamples:
         assert all(label_of[text] == label for text, label in examples)
         assert not {text for text, _ in examples} & set(validation.texts)
 
-    def test_depend_on_the_seed_alone(self, rows, tokenizer):
-        assert draw_examples(rows, 2, 1, tokenizer) == draw_examples(rows, 2, 1, tokenizer)
-        assert draw_examples(rows, 2, 1, tokenizer) != draw_examples(rows, 2, 2, tokenizer)
-
     def test_are_cut_and_are_as_many_as_there_are(self, rows, tokenizer):
         assert len(draw_examples(rows, 30, 0, tokenizer)) == 60
         assert {text for text, _ in draw_examples(rows, 2, 0, tokenizer, max_tokens=4)} == {"text"}

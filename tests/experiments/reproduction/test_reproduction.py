@@ -173,6 +173,7 @@ def test_a_sweep_in_place_of_a_search(reproduction, tmp_path):
         {"score": score, "status": status, "params": own}
         for own, score, status in zip(params, (0.1, 0.4, 0.7), ("finished", "pruned", "finished"), strict=True)
     ]
+    trials.append({**TRIAL, "score": None, "status": "failed"})
     first, second = write_sweep(tmp_path / "0" / "study", *trials), write_sweep(tmp_path / "1" / "study", TRIAL)
     report = reproduction(only=("sensitivity",), sweep=first).execute()
     assert report["sensitivity"]["kinds"] == {
