@@ -165,19 +165,18 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
 
 def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
     """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares."""
-    from sklearn.metrics import ConfusionMatrixDisplay
-
     matrix, count = np.array(inspection["confusion"]), len(names)
     if matrix.shape != (count, count):
         raise ProbeError(f"a confusion of {count} labels has {count} rows and columns, not the shape {matrix.shape}")
     cell = min(max(6.0 / count, 0.36), 1.0)  # inches
     figure = new_figure((cell * count + 3.2, cell * count + 2.2))
     axes = figure.subplots()
-    text = {"fontsize": 9 if cell > 0.7 else 6.5}
-    shares = ConfusionMatrixDisplay(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
-    shares.plot(ax=axes, cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 1}, text_kw=text)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (line, column), rows in np.ndenumerate(matrix):
-        shares.text_[line, column].set_text(f"{rows:,}" if rows else "")
+        if rows:
+            style = {"fontsize": 9 if cell > 0.7 else 6.5, "color": "white" if shares[line, column] > 0.6 else "black"}
+            axes.text(column, line, f"{rows:,}", ha="center", va="center", **style)
     lines = [f"{name} ({total:,})" for name, total in zip(names, matrix.sum(axis=1), strict=True)]
     axes.set_xticks(range(count), names, rotation=0 if count < 4 else 90, **_NAMES)
     axes.set_yticks(range(count), lines, **_NAMES)
