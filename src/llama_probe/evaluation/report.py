@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from ..data.states import SharedStates, iterate_states
 from ..distributed import merge_rows
-from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, log_odds, predictions, probabilities, threshold_of
 from ..heads.probe import ProbeModel
@@ -195,12 +194,7 @@ def detailed_report(
         single-label heads, `confusion`. With resamples `bootstrap`: `resamples`, `seed` and `level`; and `intervals`
         beside the metrics of all rows, of each slice and of each label, and beside the calibration errors: by metric
         `[low, high]`, or None if the metric is undefined in all resamples.
-
-    Raises:
-        ProbeError: `resamples` is below 0.
     """
-    if resamples < 0:
-        raise ProbeError(f"resamples={resamples} must be 0 (no intervals) or more")
     result = report(config, logits, labels, slices)
     probs, ranked = probabilities(logits.float(), config).numpy(), log_odds(logits.float(), config).numpy()
     classes = config.problem_type != "regression"
