@@ -28,7 +28,7 @@ from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .scope import check_rows, token_mask
 from .states import normalize, without_autocast
-from .stream import ProbeState, as_slice
+from .stream import ProbeState, as_slice, in_place
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -391,14 +391,14 @@ class ProbeModel(nn.Module):
             if state.output_attentions:
                 if earlier is not None or not last:
                     raise ProbeError("output_attentions needs the prompt in one pass, without cache")
-                state.put_weights(slots, self.token_stage.weights(x, token_mask, slots))
+                state.weights.put(slots, self.token_stage.weights(x, token_mask, slots))
             if self.novelty is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
             seen = self.token_stage.update(earlier, x, token_mask, slots)
             if state.keep or not last:
                 state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
-                state.put_summary(slots, self.token_stage.result(seen, slots))
+                state.summaries.put(slots, in_place(self.token_stage.result(seen, slots)))
 
     @without_autocast
     def finish(self, state: ProbeState) -> ProbeOutput:
@@ -408,13 +408,13 @@ class ProbeModel(nn.Module):
             ProbeError: not every layer has been read.
         """
         with torch.no_grad():
-            summaries = state.summaries()
+            summaries, weights = state.summaries.joined(), state.weights.joined()
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != state.num_slots:
                 raise ProbeError(f"not all of {state.num_slots} layers have been read")
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
-            output.token_weights = state.weights()
+            output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None:
                 output.remember_means(MeanStates(self.novelty, *state.means.joined()))
         return output

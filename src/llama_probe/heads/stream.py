@@ -62,6 +62,8 @@ class ProbeState:
     Attributes:
         tokens: token-stage state.
         means: sums for the mean states; `None` if `num_means` is 0.
+        summaries: `[slots, batch, width]` of slots that have read the last token.
+        weights: how much each token counted, `[slots, batch, tokens]`, if `output_attentions`.
     """
 
     def __init__(
@@ -77,31 +79,12 @@ class ProbeState:
         tokens, means = state if num_means and state is not None else (state, None)
         self.tokens = SlotStates(num_slots, tokens)
         self.means = SlotStates(num_means, means) if num_means else None
-        self._weights: dict[int, torch.Tensor | None] = {}
-        self._summaries: dict[int, torch.Tensor] = {}
-
-    def put_summary(self, slots: slice, summary: torch.Tensor) -> None:
-        """Store the summaries `[slots, batch, width]` of slots that have read the last token."""
-        self._summaries[slots.start] = in_place(summary)
+        self.summaries, self.weights = SlotStates(num_slots), SlotStates(num_slots)
 
     def joined(self) -> Any:
         """Return what all slots keep, as one; `None` if nothing has been read."""
         tokens = self.tokens.joined()
         return tokens if self.means is None or tokens is None else (tokens, self.means.joined())
-
-    def summaries(self) -> torch.Tensor | None:
-        """Return the stored summaries `[slots, batch, width]`, in the order of the slots; `None` if there are none."""
-        parts = [self._summaries[first] for first in sorted(self._summaries)]
-        return join_slots(parts) if parts else None
-
-    def put_weights(self, slots: slice, weights: torch.Tensor | None) -> None:
-        """Store how much each token counted, `[slots, batch, tokens]`; `None` if the kind does not say."""
-        self._weights[slots.start] = weights
-
-    def weights(self) -> torch.Tensor | None:
-        """Return the stored weights of all slots, `[batch, num_slots, tokens]`; `None` if there are none."""
-        parts = [self._weights[first] for first in sorted(self._weights)]
-        return torch.cat(parts).transpose(0, 1) if parts and parts[0] is not None else None
 
 
 def in_place(x: torch.Tensor) -> torch.Tensor:
