@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCardData
+from jinja2 import Environment, StrictUndefined
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -45,14 +46,7 @@ _OWN_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|additional_chat_templates/.*"
 )
-_CARD = Path(__file__).with_name("export_card.md")  # fields in braces
-_CALL = """\
-tokenizer = AutoTokenizer.from_pretrained({name})
-prompt = {prompt}
-inputs = tokenizer{encode}return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=40)
-print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-print({found})"""
+_CARD = Path(__file__).with_name("export_card.md")
 
 
 def export_repository(
@@ -241,37 +235,23 @@ def _card(
     )
     rows = []
     for head in heads:
-        config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
-        data, labels = (
-            facts.get("dataset_name") or facts.get("dataset"),
-            ", ".join(map(code, config.id2label.values())).replace("|", "\\|"),
-        )
-        row = [f"[`{head}`]({head}/README.md)", config.probe_type, labels]
-        row += [cell(text or "not stated") for text in (data, facts.get("license"))]
-        rows.append(f"| {' | '.join(row)} |")
-    first, quoted = read_config(repository / heads[0]), quote(name)
-    chat = tokenizer.chat_template and first.prompt_format != "raw"
+        facts, file = (read_results(repository / head) or {}).get("card", {}), f"{head}/{CODE_NAME}"
+        own_code = file if (repository / file).is_file() else None
+        rows.append({"name": head, "config": read_config(repository / head), "facts": facts, "code": own_code})
+    first = rows[0]["config"]
+    chat = bool(tokenizer.chat_template) and first.prompt_format != "raw"
     prompt = example_chat(first.system_prompt) if chat else '"Write me a short poem about rain."'
-    found = f'out.probe_labels["{heads[0]}"], out.probe_probabilities["{heads[0]}"]'
-    if first.token_scope == "response":  # such a head does not score the prompt
-        found = f'out.probe_token_probabilities["{heads[0]}"]'
-    kinds = [f"{head}/{CODE_NAME}" for head in heads if (repository / head / CODE_NAME).is_file()]
-    encode = ".apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, " if chat else "(prompt, "
-    return _CARD.read_text(encoding="utf-8").format(
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)  # noqa: S701 - no HTML
+    environment.filters |= {each.__name__: each for each in (cell, code, quote, word)}
+    return environment.from_string(_CARD.read_text(encoding="utf-8")).render(
         metadata=metadata.to_yaml(),
-        title=word(name.split("/")[-1]),
-        base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "A Llama model",
-        rows="\n".join(rows),
-        version=package_version(),
-        name=quoted,
-        head=heads[0],
-        call=_CALL.format(name=quoted, prompt=prompt, encode=encode, found=found),
-        task=TASK,
+        heads=rows,
+        base=base_model,
+        name=name,
+        chat=chat,
         prompt=prompt,
-        kinds="".join(f" and {code(file)}" for file in kinds),
-        runs=", ".join(map(code, kinds)) if kinds else "no code of the repository",
-        trust=", trust_remote_code=True" if f"{heads[0]}/{CODE_NAME}" in kinds else "",
-        plain=code(f"AutoModelForCausalLM.from_pretrained({quoted})"),
+        version=package_version(),
+        task=TASK,
     )
 
 
