@@ -1207,31 +1207,12 @@ class ProbeState:
         tokens, means = state if num_means and state is not None else (state, None)
         self.tokens = SlotStates(num_slots, tokens)
         self.means = SlotStates(num_means, means) if num_means else None
-        self._weights: dict[int, torch.Tensor | None] = {}
-        self._summaries: dict[int, torch.Tensor] = {}
-
-    def put_summary(self, slots: slice, summary: torch.Tensor) -> None:
-        """Store the summaries `[slots, batch, width]` of slots that have read the last token."""
-        self._summaries[slots.start] = in_place(summary)
+        self.summaries, self.weights = SlotStates(num_slots), SlotStates(num_slots)
 
     def joined(self) -> Any:
         """Return what all slots keep, as one; `None` if nothing has been read."""
         tokens = self.tokens.joined()
         return tokens if self.means is None or tokens is None else (tokens, self.means.joined())
-
-    def summaries(self) -> torch.Tensor | None:
-        """Return the stored summaries `[slots, batch, width]`, in the order of the slots; `None` if there are none."""
-        parts = [self._summaries[first] for first in sorted(self._summaries)]
-        return join_slots(parts) if parts else None
-
-    def put_weights(self, slots: slice, weights: torch.Tensor | None) -> None:
-        """Store how much each token counted, `[slots, batch, tokens]`; `None` if the kind does not say."""
-        self._weights[slots.start] = weights
-
-    def weights(self) -> torch.Tensor | None:
-        """Return the stored weights of all slots, `[batch, num_slots, tokens]`; `None` if there are none."""
-        parts = [self._weights[first] for first in sorted(self._weights)]
-        return torch.cat(parts).transpose(0, 1) if parts and parts[0] is not None else None
 
 
 def in_place(x: torch.Tensor) -> torch.Tensor:
@@ -1772,26 +1753,26 @@ class ProbeModel(nn.Module):
             if state.output_attentions:
                 if earlier is not None or not last:
                     raise ProbeError("output_attentions needs the prompt in one pass, without cache")
-                state.put_weights(slots, self.token_stage.weights(x, token_mask, slots))
+                state.weights.put(slots, self.token_stage.weights(x, token_mask, slots))
             if self.novelty is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
             seen = self.token_stage.update(earlier, x, token_mask, slots)
             if state.keep or not last:
                 state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
-                state.put_summary(slots, self.token_stage.result(seen, slots))
+                state.summaries.put(slots, in_place(self.token_stage.result(seen, slots)))
 
     @without_autocast
     def finish(self, state: ProbeState) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`."""
         with torch.no_grad():
-            summaries = state.summaries()
+            summaries, weights = state.summaries.joined(), state.weights.joined()
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != state.num_slots:
                 raise ProbeError(f"not all of {state.num_slots} layers have been read")
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
-            output.token_weights = state.weights()
+            output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None:
                 output.remember_means(MeanStates(self.novelty, *state.means.joined()))
         return output

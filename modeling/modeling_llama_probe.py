@@ -436,13 +436,6 @@ class ProbedOutputMixin(DecidedMixin):
             return made, values, *rest
         return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
-    def __getitem__(self, key):
-        if key == "input_ids":  # tokenizer.batch_decode(output) looks for them
-            raise KeyError(
-                "this is an output, not token ids: decode its .sequences, or pass tokenizer= and read .texts"
-            )
-        return super().__getitem__(key)
-
     def remember(self, configs: dict[str, ProbeConfig], novelties: dict[str, Novelty]) -> None:
         """Store the configs of the heads by name, and the `Novelty` of those that have one, if the output has none."""
         self.__dict__.setdefault("_probe_configs", configs)
