@@ -15,7 +15,7 @@ from .configuration import ProbeConfig
 
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Applies the saved temperature: softmax for single-label heads, sigmoid for multi-label ones.
+    """Apply the saved temperature: softmax for single-label heads, sigmoid for multi-label ones.
 
     Args:
         logits (`torch.FloatTensor` of shape `[batch, num_labels]`): as the head gave them.
@@ -30,9 +30,9 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """log p - log(1 - p) of each of `probabilities`, fp64: it ranks rows as p does, also where p is 1 to the precision of a float.
+    """Return log p - log(1 - p) of each of `probabilities`, in fp64. It ranks rows as p does, even if p rounds to 1.
 
-    A head whose validation rows are told apart without an error has a low temperature, and so gives 1 to many rows.
+    A head that makes no error on its validation rows has a low temperature, and gives 1 to many rows.
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, num_labels]`).
@@ -59,14 +59,13 @@ NO_NUMBER_BECAUSE = (
 
 
 def check_numbers(scores: torch.Tensor) -> None:
-    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and
-    cannot be measured."""
+    """Raise `ProbeError` if a score of `[rows, num_labels]` is not a finite number."""
     if wrong := int((~scores.isfinite()).any(dim=-1).sum()):
         raise ProbeError(f"the head gives no number for {wrong} of {len(scores)} rows: {NO_NUMBER_BECAUSE}")
 
 
 def threshold_of(config: ProbeConfig, index: int) -> float | None:
-    """The probability from which a head gives a label, by its index; `None` where it gives the label with the largest one."""
+    """Return the probability from which a head gives the label of an index; `None` if the largest probability decides."""
     if config.problem_type == "multi_label_classification":
         threshold = 0.5 if config.threshold is None else config.threshold
         return threshold[index] if isinstance(threshold, list) else threshold
@@ -74,7 +73,7 @@ def threshold_of(config: ProbeConfig, index: int) -> float | None:
 
 
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Applies the saved threshold to `[batch, num_labels]` probabilities.
+    """Apply the saved threshold to `[batch, num_labels]` probabilities.
 
     Returns:
         Single-label: class indices `[batch]`. Multi-label: booleans `[batch, num_labels]`. Regression: the values.
@@ -95,13 +94,13 @@ def labels(
     novelty: torch.Tensor | None = None,
     abstain_at: float | None = None,
 ) -> list[Any]:
-    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression).
+    """Return the label of each row: a name (single-label), a list of names (multi-label), or a list of floats (regression).
 
     Args:
         novelty (`[batch]`, *optional*): with `abstain_at`, rows of a larger novelty get `None`.
 
     Raises:
-        ProbeError: a probability is no number. Compared with a threshold it would pass for the harmless label.
+        ProbeError: a probability is not a number. Below any threshold, it would pass for harmless.
     """
     found = predictions(probs, config).tolist()
     if config.problem_type != "regression":
@@ -179,7 +178,7 @@ def probe_loss(
     reduction: str = "mean",
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
+    """Return the loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
 
     Args:
         logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`). Of several heads in one, which learn from the mean of
@@ -238,7 +237,7 @@ class DecidedMixin:
         self.__dict__["_abstain_at"] = at
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
-        """The config of a head, by its name where there are several.
+        """Return the config of a head, by its name if there are several.
 
         Raises:
             ProbeError: the output is a copy, which knows none.
@@ -272,7 +271,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
-        """Logits together with the config that turns them into labels."""
+        """Return an output of logits and the config that turns them into labels."""
         output = cls(logits=logits)
         output.__dict__["_probe_configs"] = {None: config}
         return output

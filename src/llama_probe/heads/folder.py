@@ -100,7 +100,7 @@ def save_head(
             kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
     remove_leftovers(folder)
-    # In a folder without a head they belong to somebody.
+    # In a folder without a head they are the user's.
     gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
     replace_files(folder, contents, gone)
     return folder

@@ -63,7 +63,7 @@ class MuliAggregator(LastItemAggregator):
     """The final state of the last token, as it is: the classifier makes next-token logits of it.
 
     `options`: `l1`, the strength of the L1 penalty at fitting: the mean loss + l1 * sum |w| over standardised features is
-    smallest. Chosen by validation rows where left out. Such a head is fitted as a convex problem, in `llama_probe.training.fitting`.
+    smallest. Defaults to a choice by validation rows. Such a head is fitted as a convex problem, in `llama_probe.training.fitting`.
     """
 
     # Only the L1 penalty regularises the fit.

@@ -48,7 +48,7 @@ class MeanStates:
     count: torch.Tensor
 
     def blank(self, rows: int) -> MeanStates:
-        """Return means of so many rows, to `put` batches into."""
+        """Return means of `rows` rows, to `put` batches into."""
         return MeanStates(self.of, *(x.new_empty(len(x), rows, *x.shape[2:]) for x in (self.total, self.count)))
 
     def put(self, rows: list[int], batch: MeanStates) -> None:
@@ -127,7 +127,7 @@ class Novelty(nn.Module):
         return squared.clamp_min(1e-12).log() / 2
 
     def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, less what is expected of so many tokens."""
+        """Return the log distance `[batch]`, less what its number of tokens leads to."""
         return self.distance(total, count) - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
 
     def forward(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

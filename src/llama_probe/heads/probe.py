@@ -145,7 +145,7 @@ class ProbeModel(nn.Module):
         return self.classifier.weight.device
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
+        """Return the number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     # Files and the Hub
@@ -236,7 +236,7 @@ class ProbeModel(nn.Module):
         probe_mask: torch.Tensor | None = None,
         row_weights: torch.Tensor | None = None,
     ) -> ProbeOutput:
-        """Scores prompts from their ids (with a backbone) or from their hidden states.
+        """Score prompts from their ids (with a backbone) or from their hidden states.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): prompts; needs `backbone`.
@@ -290,7 +290,7 @@ class ProbeModel(nn.Module):
         Args:
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
                 that the head reads, ascending.
-            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count; all where left out.
+            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count. Defaults to all.
             labels, output_attentions, row_weights: see `forward`.
         """
         summaries = self.token_stage(x, mask)  # [S, B, D]
@@ -373,7 +373,7 @@ class ProbeModel(nn.Module):
             layers: indices of the states, ascending, 0 (embeddings) to L (after the final norm). Between the first and the
                 last of them no layer that the head reads is left out; others are ignored.
             x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
-            token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count; all if left out.
+            token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count. Defaults to all.
             last: no token that counts follows.
 
         Raises:
@@ -430,7 +430,7 @@ class ProbeModel(nn.Module):
     # Shared by all
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """States as the token stage takes them: fp32, on the head's device, normalised as the config says."""
+        """Return states as the token stage takes them: fp32, on the head's device, normalised as the config says."""
         return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
 
     def score_summaries(

@@ -12,7 +12,7 @@ _EPS = {"layernorm": 1e-5, "rms": 1e-6}
 
 
 def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
-    """States of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
+    """Return states of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
 
     In half precision the result is rounded, and what it is calculated from is not.
     """
@@ -24,7 +24,7 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
 
 
 def without_autocast(method: Callable) -> Callable:
-    """Keeps a `torch.autocast`, which is meant for the LM, away from a method of something with a `device`."""
+    """Switch `torch.autocast`, which is meant for the LM, off in a method of an object with a `device`."""
 
     @functools.wraps(method)
     def apart(self, *args, **kwargs):

@@ -92,7 +92,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():  # what follows is for a forward() that somebody has wrapped
+        if torch.compiler.is_dynamo_compiling():  # the rest is for a wrapped forward()
             return output
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
@@ -111,14 +111,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def from_causal_lm(
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
-        """Turns a loaded causal LM into this class, in place, and attaches heads.
+        """Turn a loaded causal LM into this class, in place, and attach heads.
 
         Nothing is copied: weights, device placement, quantisation and injected LoRA layers stay as they are.
 
         Args:
-            lm: the model; of the plain class that this one is made from. A PEFT model is unwrapped.
+            lm: a model of the plain class that this one is made from. A PEFT model is unwrapped.
             probe: heads; see `read_heads`.
-            strict: raise, rather than warn, where a head was trained on another backbone; see `check_backbone`.
+            strict: raise if a head was trained on another backbone. Defaults to a warning; see `check_backbone`.
 
         Returns:
             `lm` itself.
@@ -157,18 +157,18 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_strict: bool = False,
         **kwargs,
     ):
-        """`PreTrainedModel.from_pretrained` with heads.
+        """Load a model as `PreTrainedModel.from_pretrained` does, with heads.
 
         Args:
-            pretrained_model_name_or_path: without `probe`, a head is allowed as well: its backbone is loaded.
-            probe: a head folder, a Hub id (`user/repo`, with `@revision` and `:subfolder` where wanted), an alias, a
-                `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Where left out, the heads
-                that `save_pretrained` has kept beside the model are attached; `[]` for none.
-            probe_revision: of heads on the Hub that name none. `revision` is that of the backbone alone.
-            probe_namespace: user or organisation whose heads aliases stand for; see `probe_namespace`.
-            probe_strict: raise, rather than warn, where a head was trained on another backbone.
-            kwargs: those of the plain class. `token`, `cache_dir`, `local_files_only` and `force_download` count for
-                the heads as well.
+            pretrained_model_name_or_path: a model. Without `probe` it may be a head, whose backbone is then loaded.
+            probe: a head folder, a Hub id (`user/repo`, optionally with `@revision` and `:subfolder`), an alias, a
+                `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Defaults to the heads
+                that `save_pretrained` has kept beside the model; `[]` for none.
+            probe_revision: revision of heads on the Hub that name none. `revision` is the backbone's.
+            probe_namespace: user or organisation that aliases are looked up in; see `probe_namespace`.
+            probe_strict: raise if a head was trained on another backbone. Defaults to a warning.
+            kwargs: as in the plain class. `token`, `cache_dir`, `local_files_only` and `force_download` are used for the
+                heads too.
 
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
@@ -187,7 +187,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return super().forward(**kwargs)
         compiling = torch.compiler.is_dynamo_compiling()
         if session is None and not compiling and (running := session_of(self)) is not None:
-            # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
+            # A decoding method calls the model itself: first over the prompt, then for other purposes.
             if running.complete:
                 return super().forward(**kwargs)
             session = running
@@ -211,7 +211,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
                 return self._differentiable_forward(heads, configs, kwargs, probe_mask)
             session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
-            if session is None:  # a later step of somebody's own decoding loop
+            if session is None:  # a later step of the caller's own decoding loop
                 return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
         with session.reading(decoder, kwargs) as inputs:
             output = super().forward(**inputs)
@@ -254,29 +254,28 @@ class ProbedGenerationMixin(ProbeHostMixin):
         abstain_at: float | dict[str, float] | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
-        """Scores prompts without generating: the backbone runs once, without its LM head.
+        """Score prompts without generating. The backbone runs once, without its LM head.
 
         Example:
             >>> model.classify(["Well done!", "I hate it."], tokenizer=tokenizer)["mood"].labels
             ['good', 'bad']
 
         Args:
-            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*), or texts or chats: one or a list of them.
-                Texts are rendered as each head was trained, and batched by length; `probes`, `output_attentions`,
-                `tokenizer` and `abstain_at` are then the only other arguments.
+            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): or a text, a chat, or a list of these.
+                They are rendered as each head was trained, and batched by length. The only other arguments are then
+                `probes`, `output_attentions`, `tokenizer` and `abstain_at`.
             attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
             inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
                 `token_scope`.
-            output_attentions: also returns `token_weights` and `layer_weights` of each head.
-            cache: of tokens that all of these prompts begin with, row by row; the backbone runs over the others. It stays as it
-                is: a copy is used.
-            probe_state: what was returned beside the cache.
-            probes: names of the heads that run in this call; the active ones where left out.
-            tokenizer: of the backbone, for texts.
-            abstain_at: novelty from 0 to 1 above which a row's label is `None`, such as 0.99; a dict has it by head.
-            kwargs: passed to the backbone; of wrappers that read images, `pixel_values` and the like as well. Tokens that
-                stand for these do not count, unless `probe_mask` says so.
+            output_attentions: return `token_weights` and `layer_weights` of each head too.
+            cache: KV cache of the first tokens of each prompt. The backbone runs over the other tokens, on a copy of it.
+            probe_state: the state that was returned with the cache.
+            probes: names of the heads that run in this call. Defaults to the active heads.
+            tokenizer: the backbone's tokenizer, for texts.
+            abstain_at: novelty from 0 to 1, such as 0.99, above which a row's label is `None`; or a dict of these by head.
+            kwargs: passed to the backbone, with `pixel_values` and the like for models that read images. Image tokens do
+                not count unless `probe_mask` says so.
 
         Returns:
             `ProbeOutput` by head name.
@@ -335,54 +334,50 @@ class ProbedGenerationMixin(ProbeHostMixin):
             )
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
-        """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass.
+        """Generate as `GenerationMixin.generate` does. Every active head scores the prompt in the same pass.
 
-        Takes what the plain `generate` takes, and
+        It takes these arguments beside those of the plain `generate`:
 
-        - `probes`: names of the heads that run in this call; the active ones where left out. Each thread may have its own.
-        - `abstain_at`: a novelty from 0 to 1, such as 0.99: `probe_labels` are `None` for prompts above it. A dict has it by
-          head. It changes no logits, and halts nothing.
-        - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Where left out, it is up to the heads'
-          `token_scope`, and tokens that stand for images, films or sounds do not count;
-        - `halt_on`: prompts that get no reply from the model: a head's name, several, a dict of names with `label` and
-          `threshold`, or a function of the outputs; see `Halter`. It is decided at the end of the prefill. Where every
-          prompt is halted, no token is decoded; else the others go on as they would. A head that reads replies halts
-          these at the token that it flags, or at the n-th in a row with `patience` n; the token stays, and the end of the
-          sequence follows. With `token_scope="all"` the score of the prompt comes first, as one of these, and may halt before
-          the reply.
-        - `halt_reply`: what halted prompts get in place of a reply, or of the rest of one: token ids, a text (then pass
-          `tokenizer=` as well), or a `Reprompt`. Nothing where left out.
-        - `on_probe_token`: called with a `TokenScores` after each token of the replies that the LM has read. It may
-          return a list with one entry a row, true or a `Halt` where the reply is to end. Where it raises, no further
-          token is written.
-        - `probe_state`: `True` returns what the heads keep beside the cache, as `probe_state`; given to a later call with
-          `cache=`, they score the whole of a prompt that goes on from there - the next turn of a chat - and only its new
-          tokens are run. See `ProbeCache`. For this they read the reply as well, without scoring it, and so it needs greedy
-          search or sampling.
+        - `probes`: names of the heads that run in this call. Defaults to the active heads. Threads may differ in it.
+        - `abstain_at`: a novelty from 0 to 1, such as 0.99, or a dict of these by head. `probe_labels` are `None` for
+          prompts above it. Logits and halts stay the same.
+        - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Defaults to the heads' `token_scope`, without the
+          tokens of images, films and sounds.
+        - `halt_on`: which prompts get no reply: a head's name, a list of names, a dict name -> `label` and `threshold`, or a
+          function of the outputs; see `Halter`. It is decided at the end of the prefill. If all prompts are halted, no
+          token is decoded. A head that reads replies halts a reply at the token that it flags, or with `patience` n at the
+          n-th flagged token in a row. That token stays, and the sequence ends after it. With `token_scope="all"` the score
+          of the prompt counts as the first token's and may halt before the reply.
+        - `halt_reply`: token ids, a text (needs `tokenizer=`) or a `Reprompt`, in place of the reply or of its rest.
+          Defaults to nothing.
+        - `on_probe_token`: called with a `TokenScores` after each reply token that the LM has read. It may return a list
+          with an entry per row: true or a `Halt` ends the reply. If it raises, no further token is written.
+        - `probe_state`: `True` returns the heads' state as `out.probe_state`. Pass it to the next call with `cache=`: the
+          heads then score the whole conversation, and only its new tokens run. See `ProbeCache`. The heads also read the
+          reply for it, so it needs greedy search or sampling.
 
-        Heads that read replies score them token by token: see `ProbedOutputMixin`. They need greedy search or sampling,
-        and decode without `torch.compile`.
+        Heads that read replies score each token; see `ProbedOutputMixin`. They need greedy search or sampling, and decode
+        without `torch.compile`.
 
-        `return_dict_in_generate` is `True` unless it is given; with `False` the plain tensor is returned, and heads run
-        only where they may halt. Decode `out.sequences`, not `out`; with `tokenizer=` the new texts are `out.texts`.
+        `return_dict_in_generate` defaults to `True`. With `False` the plain tensor is returned, and heads run only if they
+        may halt. Decode `out.sequences`, not `out`. With `tokenizer=`, `out.texts` has the new texts.
 
         Returns:
             `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
-            `probe_logits`, a dict of `[prompts, num_labels]` by head name - one row a prompt, however many beams or
-            return sequences it has - with `probe_probabilities`, `probe_labels` and `probe_novelty`, with `halt_on` `probe_halts`, and with
-            heads that read replies `probe_token_logits` and `probe_token_probabilities`. Heads with
-            `token_scope="response"` say nothing of the prompt, and are in the latter two only.
+            `probe_logits`, a dict of `[prompts, num_labels]` by head name. Beams and return sequences share the row of their
+            prompt. It also has `probe_probabilities`, `probe_labels` and `probe_novelty`; with `halt_on`, `probe_halts`; with
+            heads that read replies, `probe_token_logits` and `probe_token_probabilities`. Heads with
+            `token_scope="response"` are only in these two.
 
         Raises:
-            ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not
-                allowed; see the message.
+            ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not allowed.
         """
         kwargs |= zip(_POSITIONAL, args, strict=False)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
             refuse_in_config(config)
-        # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
+        # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
         levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
@@ -441,7 +436,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         return probed
 
     def generate_batch(self, *args, **kwargs):
-        """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
+        """Run continuous batching without active heads: heads cannot read its paged passes."""
         self._refuse_paged()
         return super().generate_batch(*args, **kwargs)
 

@@ -36,10 +36,10 @@ class StateReader:
 
     Args:
         heads: the heads, by name.
-        states: token-stage states that heads go on from, by name; see `ProbeState.joined`. Others start anew.
+        states: token-stage states to resume, by head name; see `ProbeState.joined`. Other heads start anew.
         keep: names of the heads whose state is kept after the last token.
         output_attentions: also give token and layer weights.
-        budget: bytes; see `state_budget`, which is asked where it is left out.
+        budget: bytes. Defaults to `state_budget(device)`.
 
     Attributes:
         layers: indices of the states that are read.

@@ -25,8 +25,8 @@ from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 logger = logging.get_logger(__name__)
 
 
-# The generate() call that this thread is in: (model, its assistant, session). Heads are decided once, by the outermost
-# call of a model; calls that the decoding method makes for its own ends (assistants, early exits) run without heads.
+# The generate() call of this thread: (model, its assistant, session). The outermost call of a model decides on heads.
+# Calls that the decoding method makes itself (assistants, early exits) run without them.
 _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] = ContextVar(
     "probe_session", default=None
 )
@@ -34,7 +34,7 @@ _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] 
 
 @contextmanager
 def open_session(model: nn.Module, assistant: nn.Module | None, session: PrefillSession):
-    """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block; it ends with that."""
+    """Have `session_of(model)` return `session` in this thread and inside the block. Close it at the end."""
     token = _CURRENT.set((model, without_peft(assistant), session))
     try:
         yield session
@@ -48,7 +48,7 @@ def open_session(model: nn.Module, assistant: nn.Module | None, session: Prefill
 
 @contextmanager
 def outside_sessions():
-    """Inside the block no call is one of the decoding method's own: code of the user's calls models with their heads."""
+    """Let the user's code call models with their heads inside the block, from within a decoding method."""
     token = _CURRENT.set(None)
     try:
         yield
@@ -57,7 +57,7 @@ def outside_sessions():
 
 
 def session_of(model: nn.Module) -> PrefillSession | None:
-    """The session of the `generate()` call that `model` is in, or `None`."""
+    """Return the session of the `generate()` call that `model` is in, or `None`."""
     current = _CURRENT.get()
     return current[2] if current is not None and current[0] is model else None
 
@@ -75,10 +75,10 @@ def forward_session(
     probe_state: ProbeCache | bool | None,
     placeholder_ids: Sequence[int] = (),
 ) -> PrefillSession | None:
-    """The session of one call of `forward`, whose arguments the others are: the new tokens alone stand in `kwargs`.
+    """Return the session of one call of `forward` with the arguments `kwargs`, which hold only the new tokens.
 
-    A state is kept where it is asked for, and where `use_cache=True` is. `None` for a later step of somebody's own decoding loop:
-    the prompt is behind it.
+    It keeps a state if `probe_state` or `use_cache=True` asks for one. Return `None` for a later step of the caller's own
+    decoding loop.
     """
     past, ids = cached_tokens(kwargs), kwargs.get("input_ids")
     keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
@@ -115,7 +115,7 @@ def generation_session(
     probe_mask: torch.Tensor | None,
     probe_state: ProbeCache | bool | None,
 ) -> PrefillSession:
-    """The session of one call of `generate()`, whose arguments the others are."""
+    """Return the session of one call of `generate()` with these arguments."""
     if not heads:
         refuse_without_heads(probe_state)
         return PrefillSession({}, {})
@@ -134,7 +134,7 @@ def generation_session(
     elif isinstance(inputs, torch.Tensor) and inputs.dim() == 3:
         ids, embeds = None, inputs
     mask = kwargs.get("attention_mask")
-    if mask is None and isinstance(ids, torch.Tensor):  # what is none is refused, with the other tensors
+    if mask is None and isinstance(ids, torch.Tensor):  # anything else is refused with the other tensors
         mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
     keep = asks_for_state(probe_state, ids, setting("use_cache"))
     decoder = find_decoder(model)
@@ -163,14 +163,14 @@ def generation_session(
 
 
 _NOT_SCORED = (
-    "A pass that goes on from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
+    "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
     "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
 )
 PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 
 
 def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
-    """The mask that generate() infers where none is given: padding is told from the pad id, unless that is an eos id."""
+    """Return the mask that generate() infers: false for pad ids, unless the pad id is an eos id."""
     pad = next(iter(token_ids(pad_token_id)), None)
     if pad is None or pad in token_ids(eos_token_id) or not bool((input_ids == pad).any()):
         return None

@@ -136,7 +136,7 @@ class _Problem:
         self.loss = lambda z: loss(ProbeOutput(logits=self._widen(z)), labels)
 
     def _widen(self, z: torch.Tensor) -> torch.Tensor:
-        """Outputs `[rows, outputs]` to logits `[rows, num_labels]`."""
+        """Map outputs `[rows, outputs]` to logits `[rows, num_labels]`."""
         return F.pad(z, (1, 0)) if self.one else z
 
     @property
