@@ -168,10 +168,9 @@ def test_refusals(reproduction, changes, field, no_backbone):
 
 
 def test_a_sweep_in_place_of_a_search(reproduction, tmp_path):
-    params = [{"probe_type": "gate", "gate_learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
     trials = [
-        {"score": score, "status": status, "params": own}
-        for own, score, status in zip(params, (0.1, 0.4, 0.7), ("finished", "pruned", "finished"), strict=True)
+        {"score": score, "status": status, "params": {"probe_type": "gate", "learning_rate": rate}}
+        for score, status, rate in ((0.1, "finished", 1e-4), (0.4, "pruned", 1e-3), (0.7, "finished", 1e-2))
     ]
     trials.append({**TRIAL, "score": None, "status": "failed"})
     first, second = write_sweep(tmp_path / "0" / "study", *trials), write_sweep(tmp_path / "1" / "study", TRIAL)

@@ -42,7 +42,7 @@ def train_on_few(
     Returns:
         One entry a head: `rows`, `seed` and `head`, and the metrics of `score_logits`.
     """
-    rows, candidates = draw_rows(train[1], config, size, seed), []
+    rows, candidates = draw_rows(train[1], size, seed), []
     for name, head in heads.items():
         recipe, head = complete(Recipe(), head, size)
         # The number gives the dropout. It must not depend on the heads beside this one.
@@ -67,13 +67,12 @@ def summarize_curve(curve: Sequence[dict[str, Any]], metric: str) -> dict[int, d
     return found
 
 
-def draw_rows(labels: np.ndarray, config: ProbeConfig, size: int, seed: int) -> np.ndarray:
+def draw_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Draw `size` rows, ascending, among them one of each label if `size` allows it.
 
     The rows of a smaller size are part of those of a larger one with the same seed.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
-    if config.problem_type == "single_label_classification":
-        first = [int(np.argmax(labels[order] == label)) for label in np.unique(labels)]
-        order = np.concatenate([order[first], np.delete(order, first)])
+    first = [int(np.argmax(labels[order] == label)) for label in np.unique(labels)]
+    order = np.concatenate([order[first], np.delete(order, first)])
     return np.sort(order[:size])

@@ -234,7 +234,6 @@ class Reproduction:
             "only": list(self.only),
             "backbone": {
                 "name": Path(model_id(bench.backbone)).name,
-                "model_type": decoder.model_type,
                 "num_parameters": sum(parameter.numel() for parameter in bench.lm.parameters()),
                 "num_hidden_layers": decoder.num_hidden_layers,
                 "hidden_size": decoder.hidden_size,
@@ -268,7 +267,7 @@ def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
     for kind in sorted({trial["params"]["probe_type"] for trial in trials}):
         own = [trial for trial in trials if trial["params"]["probe_type"] == kind]
         scores = [trial["score"] for trial in own]
-        rates = [next(v for k, v in trial["params"].items() if k.endswith("learning_rate")) for trial in own]
+        rates = [trial["params"]["learning_rate"] for trial in own]
         related = float(spearmanr(rates, scores).statistic) if len(own) > 2 and len(set(scores)) > 1 else None
         summary = {"trials": len(own), "best": max(scores), "median": float(np.median(scores)), "worst": min(scores)}
         found[kind] = {**summary, "learning_rate": related}
