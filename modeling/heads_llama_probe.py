@@ -95,7 +95,7 @@ _EPS = {"layernorm": 1e-5, "rms": 1e-6}
 
 
 def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
-    """States of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`."""
+    """Return states of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`."""
     if kind == "layernorm":
         return torch.layer_norm(x, x.shape[-1:], eps=_EPS[kind])
     if kind == "rms":
@@ -104,7 +104,7 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
 
 
 def without_autocast(method: Callable) -> Callable:
-    """Keeps a `torch.autocast`, which is meant for the LM, away from a method of something with a `device`."""
+    """Switch `torch.autocast`, which is meant for the LM, off in a method of an object with a `device`."""
 
     @functools.wraps(method)
     def apart(self, *args, **kwargs):
@@ -886,7 +886,7 @@ def token_log_odds(log_p: torch.Tensor) -> torch.Tensor:
 # From heads/decision.py
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Applies the saved temperature: softmax for single-label heads, sigmoid for multi-label ones."""
+    """Apply the saved temperature: softmax for single-label heads, sigmoid for multi-label ones."""
     if config.problem_type == "regression":
         return logits
     scaled = logits / config.temperature
@@ -900,13 +900,13 @@ NO_NUMBER_BECAUSE = (
 
 
 def check_numbers(scores: torch.Tensor) -> None:
-    """Raises `ProbeError` where what a head gives for some row `[rows, num_labels]` is not a number: that is no label, and"""
+    """Raise `ProbeError` if a score of `[rows, num_labels]` is not a finite number."""
     if wrong := int((~scores.isfinite()).any(dim=-1).sum()):
         raise ProbeError(f"the head gives no number for {wrong} of {len(scores)} rows: {NO_NUMBER_BECAUSE}")
 
 
 def threshold_of(config: ProbeConfig, index: int) -> float | None:
-    """The probability from which a head gives a label, by its index; `None` where it gives the label with the largest one."""
+    """Return the probability from which a head gives the label of an index; `None` if the largest probability decides."""
     if config.problem_type == "multi_label_classification":
         threshold = 0.5 if config.threshold is None else config.threshold
         return threshold[index] if isinstance(threshold, list) else threshold
@@ -914,7 +914,7 @@ def threshold_of(config: ProbeConfig, index: int) -> float | None:
 
 
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Applies the saved threshold to `[batch, num_labels]` probabilities."""
+    """Apply the saved threshold to `[batch, num_labels]` probabilities."""
     if config.problem_type == "regression":
         return probs
     if config.problem_type == "multi_label_classification":
@@ -931,7 +931,7 @@ def labels(
     novelty: torch.Tensor | None = None,
     abstain_at: float | None = None,
 ) -> list[Any]:
-    """Label names a row: a text (single-label), a list of texts (multi-label), or a list of floats (regression)."""
+    """Return the label of each row: a name (single-label), a list of names (multi-label), or a list of floats (regression)."""
     found = predictions(probs, config).tolist()
     if config.problem_type != "regression":
         check_numbers(probs)
@@ -984,7 +984,7 @@ class DecidedMixin:
         self.__dict__["_abstain_at"] = at
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
-        """The config of a head, by its name where there are several."""
+        """Return the config of a head, by its name if there are several."""
         configs = self.__dict__.get("_probe_configs", {})
         if name not in configs:
             raise ProbeError("this output has lost its head configs (a copy or a gather does that); use its logits")
@@ -1004,7 +1004,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
-        """Logits together with the config that turns them into labels."""
+        """Return an output of logits and the config that turns them into labels."""
         output = cls(logits=logits)
         output.__dict__["_probe_configs"] = {None: config}
         return output
@@ -1243,7 +1243,7 @@ class MeanStates:
     count: torch.Tensor
 
     def blank(self, rows: int) -> MeanStates:
-        """Return means of so many rows, to `put` batches into."""
+        """Return means of `rows` rows, to `put` batches into."""
         return MeanStates(self.of, *(x.new_empty(len(x), rows, *x.shape[2:]) for x in (self.total, self.count)))
 
     def put(self, rows: list[int], batch: MeanStates) -> None:
@@ -1296,7 +1296,7 @@ class Novelty(nn.Module):
         return squared.clamp_min(1e-12).log() / 2
 
     def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, less what is expected of so many tokens."""
+        """Return the log distance `[batch]`, less what its number of tokens leads to."""
         return self.distance(total, count) - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
 
     def forward(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -1507,7 +1507,7 @@ def save_head(
             kept.remove(CARD_NAME)
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
     remove_leftovers(folder)
-    # In a folder without a head they belong to somebody.
+    # In a folder without a head they are the user's.
     gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
     replace_files(folder, contents, gone)
     return folder
@@ -1782,7 +1782,7 @@ class ProbeModel(nn.Module):
     # Shared by all
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """States as the token stage takes them: fp32, on the head's device, normalised as the config says."""
+        """Return states as the token stage takes them: fp32, on the head's device, normalised as the config says."""
         return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
 
     def score_summaries(

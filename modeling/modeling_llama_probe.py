@@ -1066,8 +1066,8 @@ def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
 logger = logging.get_logger(__name__)
 
 
-# The generate() call that this thread is in: (model, its assistant, session). Heads are decided once, by the outermost
-# call of a model; calls that the decoding method makes for its own ends (assistants, early exits) run without heads.
+# The generate() call of this thread: (model, its assistant, session). The outermost call of a model decides on heads.
+# Calls that the decoding method makes itself (assistants, early exits) run without them.
 _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] = ContextVar(
     "probe_session", default=None
 )
@@ -1075,7 +1075,7 @@ _CURRENT: ContextVar[tuple[nn.Module, nn.Module | None, PrefillSession] | None] 
 
 @contextmanager
 def open_session(model: nn.Module, assistant: nn.Module | None, session: PrefillSession):
-    """Makes `session` the one that `session_of(model)` finds, in this thread and inside the block; it ends with that."""
+    """Have `session_of(model)` return `session` in this thread and inside the block. Close it at the end."""
     token = _CURRENT.set((model, without_peft(assistant), session))
     try:
         yield session
@@ -1089,7 +1089,7 @@ def open_session(model: nn.Module, assistant: nn.Module | None, session: Prefill
 
 @contextmanager
 def outside_sessions():
-    """Inside the block no call is one of the decoding method's own: code of the user's calls models with their heads."""
+    """Let the user's code call models with their heads inside the block, from within a decoding method."""
     token = _CURRENT.set(None)
     try:
         yield
@@ -1098,7 +1098,7 @@ def outside_sessions():
 
 
 def session_of(model: nn.Module) -> PrefillSession | None:
-    """The session of the `generate()` call that `model` is in, or `None`."""
+    """Return the session of the `generate()` call that `model` is in, or `None`."""
     current = _CURRENT.get()
     return current[2] if current is not None and current[0] is model else None
 
@@ -1116,7 +1116,7 @@ def forward_session(
     probe_state: ProbeCache | bool | None,
     placeholder_ids: Sequence[int] = (),
 ) -> PrefillSession | None:
-    """The session of one call of `forward`, whose arguments the others are: the new tokens alone stand in `kwargs`."""
+    """Return the session of one call of `forward` with the arguments `kwargs`, which hold only the new tokens."""
     past, ids = cached_tokens(kwargs), kwargs.get("input_ids")
     keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
     earlier, inputs = probe_state if isinstance(probe_state, ProbeCache) else None, kwargs
@@ -1152,7 +1152,7 @@ def generation_session(
     probe_mask: torch.Tensor | None,
     probe_state: ProbeCache | bool | None,
 ) -> PrefillSession:
-    """The session of one call of `generate()`, whose arguments the others are."""
+    """Return the session of one call of `generate()` with these arguments."""
     if not heads:
         refuse_without_heads(probe_state)
         return PrefillSession({}, {})
@@ -1171,7 +1171,7 @@ def generation_session(
     elif isinstance(inputs, torch.Tensor) and inputs.dim() == 3:
         ids, embeds = None, inputs
     mask = kwargs.get("attention_mask")
-    if mask is None and isinstance(ids, torch.Tensor):  # what is none is refused, with the other tensors
+    if mask is None and isinstance(ids, torch.Tensor):  # anything else is refused with the other tensors
         mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
     keep = asks_for_state(probe_state, ids, setting("use_cache"))
     decoder = find_decoder(model)
@@ -1200,14 +1200,14 @@ def generation_session(
 
 
 _NOT_SCORED = (
-    "A pass that goes on from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
+    "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
     "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
 )
 PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 
 
 def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
-    """The mask that generate() infers where none is given: padding is told from the pad id, unless that is an eos id."""
+    """Return the mask that generate() infers: false for pad ids, unless the pad id is an eos id."""
     pad = next(iter(token_ids(pad_token_id)), None)
     if pad is None or pad in token_ids(eos_token_id) or not bool((input_ids == pad).any()):
         return None
@@ -2033,7 +2033,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():  # what follows is for a forward() that somebody has wrapped
+        if torch.compiler.is_dynamo_compiling():  # the rest is for a wrapped forward()
             return output
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
@@ -2052,7 +2052,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def from_causal_lm(
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
-        """Turns a loaded causal LM into this class, in place, and attaches heads."""
+        """Turn a loaded causal LM into this class, in place, and attach heads."""
         lm = without_peft(lm)
         target = target_of(lm)
         heads = read_heads(probe, target) if probe is not None else {}
@@ -2084,7 +2084,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_strict: bool = False,
         **kwargs,
     ):
-        """`PreTrainedModel.from_pretrained` with heads."""
+        """Load a model as `PreTrainedModel.from_pretrained` does, with heads."""
         load, place = super().from_pretrained, pretrained_model_name_or_path
         loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision, probe_namespace)
         model_of(loaded)._attach(heads, probe_strict)
@@ -2099,7 +2099,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return super().forward(**kwargs)
         compiling = torch.compiler.is_dynamo_compiling()
         if session is None and not compiling and (running := session_of(self)) is not None:
-            # A decoding method that calls the model by itself: first over the prompt, then for its own ends.
+            # A decoding method calls the model itself: first over the prompt, then for other purposes.
             if running.complete:
                 return super().forward(**kwargs)
             session = running
@@ -2123,7 +2123,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
                 return self._differentiable_forward(heads, configs, kwargs, probe_mask)
             session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
-            if session is None:  # a later step of somebody's own decoding loop
+            if session is None:  # a later step of the caller's own decoding loop
                 return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
         with session.reading(decoder, kwargs) as inputs:
             output = super().forward(**inputs)
@@ -2166,7 +2166,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         abstain_at: float | dict[str, float] | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
-        """Scores prompts without generating: the backbone runs once, without its LM head."""
+        """Score prompts without generating. The backbone runs once, without its LM head."""
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
@@ -2218,13 +2218,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
             )
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
-        """`GenerationMixin.generate`, with the prompt scored by every active head in the same pass."""
+        """Generate as `GenerationMixin.generate` does. Every active head scores the prompt in the same pass."""
         kwargs |= zip(_POSITIONAL, args, strict=False)
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
             refuse_in_config(config)
-        # A decoding method knows nothing of heads: what asks them is the user's code, a streamer perhaps.
+        # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
         levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
@@ -2283,7 +2283,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         return probed
 
     def generate_batch(self, *args, **kwargs):
-        """Continuous batching, without active heads: its paged passes return nothing that a head could read."""
+        """Run continuous batching without active heads: heads cannot read its paged passes."""
         self._refuse_paged()
         return super().generate_batch(*args, **kwargs)
 
