@@ -86,7 +86,7 @@ with tempfile.TemporaryDirectory() as folder:
     rows.write_text("\n".join(lines))
     # As `llama-probe train` does: kind, learning rate and epochs follow from the number of rows, and folds validate.
     data = DataSources(str(rows), label_names=list(PROMPTS), folds=None)
-    run = TrainingRun("demo", data, output=Path(folder) / "topic")
+    run = TrainingRun(Path(folder) / "topic", data=data)
     with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints a line an epoch
         results = run.run()
     model = AutoModel.from_pretrained(demo_backbone(), probe={"topic": run.output})
