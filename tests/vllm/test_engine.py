@@ -1,32 +1,27 @@
 """One engine: prompts in chunks, many at once, a cache too small for all of them, and a guard."""
 
 import pytest
-import torch
-from tiny_engine import HIDDEN, PREFIX, TinyServing, tiny  # noqa: F401 - a fixture
+from tiny_engine import (  # noqa: F401 - fixtures
+    HIDDEN,
+    PREFIX,
+    PROMPTS,
+    TinyServing,
+    generate,
+    make_ids,
+    running,
+    threshold,
+    tiny,
+)
 
 from llama_probe.heads.aggregator import Aggregator
 from llama_probe.heads.gate import GateAggregator
 from llama_probe.heads.low_rank import LowRankAggregator
-from llama_probe.vllm import engine_kwargs
 from llama_probe.vllm.state_cache import cache_growth
 
 
 vllm = pytest.importorskip("vllm")
 
-LENGTHS = (1, 5, 17, 31, 32, 33, 64, 90, 120, 150, 200)
 BLOCK, BLOCKS, NEW = 128, 5, 50
-
-
-def make_ids(length: int, seed: int) -> list[int]:
-    return torch.randint(4, 260, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-PROMPTS = [PREFIX * (seed % 2) + make_ids(length, seed) for seed, length in enumerate(LENGTHS)]
-
-
-@pytest.fixture(scope="module")
-def threshold(tiny: TinyServing) -> float:  # noqa: F811
-    return tiny.threshold(PROMPTS)
 
 
 @pytest.fixture(scope="module", params=["features", "states"])
@@ -40,46 +35,19 @@ def kept(request) -> str:
 
 @pytest.fixture(scope="module")
 def llm(tiny: TinyServing, threshold: float, kept):  # noqa: F811
-    kwargs = engine_kwargs(
-        tiny.backbone,
-        tiny.heads,
-        halt_on={"guard": {"label": "bad", "threshold": threshold}},
-        dtype="float32",
-        max_model_len=256,
-        max_num_batched_tokens=32,
-        max_num_seqs=8,
-        num_gpu_blocks_override=BLOCKS,
-        block_size=BLOCK,
-        enforce_eager=True,
-        disable_log_stats=False,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # one process less to start, and its scheduler can be looked at
-        engine = vllm.LLM(**kwargs)
+    with running(tiny, threshold, block_size=BLOCK, num_gpu_blocks_override=BLOCKS, disable_log_stats=False) as engine:
         yield engine
-        engine.llm_engine.engine_core.shutdown()
-
-
-def generate(llm, prompts, max_tokens=1, **params):
-    params = vllm.SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
-    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
 def preemptions(llm) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
-def is_flagged(tiny, ids, threshold) -> bool:  # noqa: F811
-    return float(tiny.reference(ids).probe_probabilities["guard"][0, 1]) >= threshold
-
-
 def test_scores_and_texts_are_those_of_transformers(llm, tiny, threshold):  # noqa: F811
     before = preemptions(llm)
     outputs = generate(llm, PROMPTS, max_tokens=NEW)
     assert preemptions(llm) > before  # some were thrown out of the cache and began anew
-    flagged = [is_flagged(tiny, ids, threshold) for ids in PROMPTS]
+    flagged = [tiny.is_flagged(ids, threshold) for ids in PROMPTS]
     assert 0 < sum(flagged) < len(PROMPTS)
     for ids, output, halted in zip(PROMPTS, outputs, flagged, strict=True):
         tiny.check(output.kv_transfer_params["probes"], ids)
@@ -97,9 +65,7 @@ def test_scores_and_texts_are_those_of_transformers(llm, tiny, threshold):  # no
 
 
 def test_what_is_in_the_prefix_cache_counts(llm, tiny, threshold):  # noqa: F811
-    ids = next(
-        ids for ids in (make_ids(120, seed) for seed in range(100, 200)) if not is_flagged(tiny, ids, threshold)
-    )
+    ids = next(ids for ids in (make_ids(120, seed) for seed in range(100, 200)) if not tiny.is_flagged(ids, threshold))
     (first,) = generate(llm, [ids], max_tokens=20)
     # The next turn: its first block has eight tokens that were written while decoding.
     following = [*ids, *first.outputs[0].token_ids, *make_ids(30, 1)]
@@ -109,11 +75,6 @@ def test_what_is_in_the_prefix_cache_counts(llm, tiny, threshold):  # noqa: F811
     (again,) = generate(llm, [following])
     assert again.num_cached_tokens == BLOCK
     assert again.kv_transfer_params == second.kv_transfer_params
-
-
-def test_one_token_is_enough(llm, tiny):  # noqa: F811
-    for ids, output in zip(PROMPTS[:3], generate(llm, PROMPTS[:3], max_tokens=1), strict=True):
-        tiny.check(output.kv_transfer_params["probes"], ids)
 
 
 def test_a_request_chooses_heads_but_not_to_go_unguarded(llm, tiny):  # noqa: F811
@@ -140,17 +101,10 @@ def test_a_stream_has_the_scores_from_its_first_token_on(llm, tiny, threshold): 
         for output in llm.llm_engine.step():
             streams[output.request_id].append(output)
     for ids, outputs in zip(PROMPTS, streams.values(), strict=True):
-        flagged = is_flagged(tiny, ids, threshold)
+        flagged = tiny.is_flagged(ids, threshold)
         assert [len(output.outputs[0].token_ids) for output in outputs] == ([0] if flagged else [1] * 4)
         tiny.check(outputs[0].kv_transfer_params["probes"], ids)
         assert all(output.kv_transfer_params == outputs[0].kv_transfer_params for output in outputs)
-
-
-def test_several_replies_to_a_prompt(llm, tiny):  # noqa: F811
-    params = vllm.SamplingParams(n=3, max_tokens=3, temperature=1.0)
-    (output,) = llm.generate([{"prompt_token_ids": PROMPTS[3]}], params, use_tqdm=False)
-    assert len(output.outputs) == 3
-    tiny.check(output.kv_transfer_params["probes"], PROMPTS[3])
 
 
 def test_aborted_requests_leave_nothing_behind(llm):

@@ -3,15 +3,12 @@
 import conftest
 import pytest
 import torch
-from tiny_engine import PREFIX, SIZES, make_serving
+from tiny_engine import PREFIX, SIZES, generate, make_serving, running
 from tiny_families import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llama_probe.vllm import engine_kwargs
 from llama_probe.vllm.compatibility import ARCHITECTURES
 
-
-vllm = pytest.importorskip("vllm")
 
 FAMILIES = {made: family for family, (_, made, _) in TINY.items() if made in ARCHITECTURES}
 BLOCK = 32
@@ -31,25 +28,15 @@ def make_backbone(family: str):
 
 
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"LlamaForCausalLM"}))
-def test_scores_and_texts_are_those_of_transformers(architecture, tmp_path, monkeypatch):
+def test_scores_and_texts_are_those_of_transformers(architecture, tmp_path):
     serving = make_serving(tmp_path, make_backbone(FAMILIES[architecture]))
     assert serving.model.config.architectures == [architecture]
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    llm = vllm.LLM(
-        **engine_kwargs(serving.backbone, serving.heads, dtype="float32", max_model_len=128, block_size=BLOCK),
-        max_num_batched_tokens=32,
-        max_num_seqs=4,
-        enforce_eager=True,
-    )
-    try:
-        prompts = [PREFIX + torch.randint(4, 260, (length,)).tolist() for length in (5, 40, 77)]
-        params = vllm.SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    prompts = [PREFIX + torch.randint(4, 260, (length,)).tolist() for length in (5, 40, 77)]
+    with running(serving, threshold=1.0, block_size=BLOCK) as llm:
         for again in (False, True):
-            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            outputs = generate(llm, prompts, 8)
             for ids, output in zip(prompts, outputs, strict=True):
                 serving.check(output.kv_transfer_params["probes"], ids)
                 reference = serving.reference(ids, max_new_tokens=8).sequences[0, len(ids) :].tolist()
                 assert list(output.outputs[0].token_ids) == reference
             assert bool(outputs[-1].num_cached_tokens) == again
-    finally:
-        llm.llm_engine.engine_core.shutdown()

@@ -1,5 +1,7 @@
 """Tiny random backbones that vLLM's CPU kernels take, heads for them, and what transformers says with these."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import pytest
 import torch
 from conftest import make_lm, make_probe, make_tokenizer
 from transformers import PreTrainedModel
+from vllm import LLM, RequestOutput, SamplingParams
 
 from llama_probe import AutoModelForProbedGeneration
+from llama_probe.vllm import engine_kwargs
 
 
 HIDDEN = 128
@@ -34,6 +38,14 @@ HEADS = {
     "size": {"probe_type": "last", "num_labels": 1, "problem_type": "regression"},
     "mood": {"probe_type": "multimax", "options": {"num_maxima": 2, "num_members": 3}, "num_labels": 2},
 }
+LENGTHS = (1, 5, 17, 31, 32, 33, 64, 90, 120, 150, 200)
+
+
+def make_ids(length: int, seed: int) -> list[int]:
+    return torch.randint(4, 260, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [PREFIX * (seed % 2) + make_ids(length, seed) for seed, length in enumerate(LENGTHS)]
 
 
 @dataclass
@@ -56,6 +68,9 @@ class TinyServing:
         low, high = max(((scores[i - 1], scores[i]) for i in middle), key=lambda pair: pair[1] - pair[0])
         assert high - low > 1e-3
         return (low + high) / 2
+
+    def is_flagged(self, ids: list[int], threshold: float) -> bool:
+        return float(self.reference(ids).probe_probabilities["guard"][0, 1]) >= threshold
 
     def check(self, probes: dict, ids: list[int], heads=tuple(HEADS)) -> None:
         """Raises where what vLLM says of a prompt is not what transformers says."""
@@ -90,3 +105,30 @@ def make_serving(folder: Path, lm: PreTrainedModel) -> TinyServing:
 def tiny(tmp_path_factory) -> TinyServing:
     """A Llama."""
     return make_serving(tmp_path_factory.mktemp("serving"), make_lm(**SIZES))
+
+
+@pytest.fixture(scope="module")
+def threshold(tiny: TinyServing) -> float:
+    """At which `guard` halts about half of `PROMPTS`."""
+    return tiny.threshold(PROMPTS)
+
+
+@contextmanager
+def running(tiny: TinyServing, threshold: float, processes: int = 1, **changes) -> Iterator[LLM]:
+    """An engine that halts by `guard` and takes prompts in chunks. One process of it can be looked at."""
+    sizes = {"max_model_len": 256, "max_num_batched_tokens": 32, "max_num_seqs": 8}
+    kwargs = {"dtype": "float32", "enforce_eager": True, **sizes, **changes}
+    halt_on = {"guard": {"label": "bad", "threshold": threshold}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes > 1)))
+        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads of earlier engines do not survive a fork
+        llm = LLM(**engine_kwargs(tiny.backbone, tiny.heads, halt_on=halt_on, **kwargs))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 1, lora=None, **params) -> list[RequestOutput]:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
+    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, lora_request=lora)

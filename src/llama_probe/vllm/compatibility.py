@@ -26,6 +26,7 @@ ARCHITECTURES = (
 )
 PREFIX = "Probed"
 
+KEY = "llama_probe"  # in vLLM's `additional_config`
 CONNECTOR = "ProbeConnector"
 # Fields of vLLM's KVTransferConfig. Nothing is loaded from elsewhere, so the role is that of a producer.
 TRANSFER = {
@@ -33,16 +34,18 @@ TRANSFER = {
     "kv_connector_module_path": "llama_probe.vllm.connector",
     "kv_role": "kv_producer",
 }
+# Connectors of vLLM's that also store what heads read, and so may stand beside ours. Without it a prompt that they find gets
+# the scores of another.
+STORES = ("ExampleConnector",)
 SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
 
 @dataclass(frozen=True)
 class Restriction:
-    """One setting of the engine, and what it may be.
+    """A setting of the engine, its allowed values, and why no others.
 
     Attributes:
         argument: of `vllm.LLM`, and with dashes of the command line.
-        allowed: its values. reason: why no others.
         found: reads it off a complete config.
     """
 
@@ -53,6 +56,8 @@ class Restriction:
 
     def check(self, value: Any) -> None:
         """Raises `ProbeError` where the value is not allowed."""
+        if isinstance(value, Mapping):  # `speculative_config`; vLLM finds a method that is not named
+            value = value.get("method")
         if value not in self.allowed:
             allowed = " or ".join(repr(item) for item in self.allowed if item is not None) or "nothing"
             raise ProbeError(
@@ -60,26 +65,12 @@ class Restriction:
             )
 
 
-_FLOAT_CACHES = ("auto", "bfloat16", "float16", None)
-
 RESTRICTIONS = (
     Restriction(
-        "pipeline_parallel_size",
-        (1, None),
-        "a head reads the states of all layers, and each stage of a pipeline has some of them",
-        lambda config: config.parallel_config.pipeline_parallel_size,
-    ),
-    Restriction(
         "speculative_config",
-        (None,),
-        "drafts that are rejected leave states in the cache, which was not tested with any method",
-        lambda config: config.speculative_config,
-    ),
-    Restriction(
-        "enable_lora",
-        (False, None),
-        "adapters change the states, and heads on them were not tested",
-        lambda config: config.lora_config is not None,
+        ("ngram", "draft_model", None),
+        "EAGLE and extract_hidden_states take the states between the layers for themselves, others were not tested",
+        lambda config: getattr(config.speculative_config, "method", None),
     ),
     Restriction(
         "decode_context_parallel_size",
@@ -95,45 +86,21 @@ RESTRICTIONS = (
     ),
     Restriction(
         "kv_cache_dtype",
-        _FLOAT_CACHES,
-        "states are kept in the model's dtype, and beside a quantised cache this was not tested",
+        ("auto", "bfloat16", "float16", None),
+        "vLLM's cache layer for states refuses to be quantised, and rounded keys and values change the states",
         lambda config: config.cache_config.cache_dtype,
-    ),
-    Restriction(
-        "enable_dbo",
-        (False, None),
-        "micro-batches that overlap were not tested",
-        lambda config: config.parallel_config.enable_dbo,
-    ),
-    Restriction(
-        "ubatch_size",
-        (0, 1, None),
-        "micro-batches that overlap were not tested",
-        lambda config: config.parallel_config.ubatch_size,
     ),
     Restriction(
         "kv_offloading_size",
         (None,),
-        "it takes a connector of its own, an engine has one, and the heads need it",
+        "it takes the engine's only connector, which heads need, and vLLM offloads on GPUs alone, which were not tested",
         lambda config: config.cache_config.kv_offloading_size,
-    ),
-    Restriction(
-        "model_impl",
-        ("auto", "vllm", None),
-        "heads read the states of vLLM's own model classes",
-        lambda config: str(config.model_config.model_impl),
     ),
     Restriction(
         "runner",
         ("auto", "generate", None),
         "pooling models return no text, and have no heads",
         lambda config: config.model_config.runner_type,
-    ),
-    Restriction(
-        "kv_transfer_config",
-        (None, CONNECTOR),
-        "an engine has one connector, and the heads need it",
-        lambda config: getattr(config.kv_transfer_config, "kv_connector", None),
     ),
     Restriction(
         "scheduler_cls",
@@ -157,6 +124,34 @@ def check_config(config: VllmConfig) -> None:
     """Raises `ProbeError` where a complete config does not go with heads, wherever it comes from."""
     for restriction in RESTRICTIONS:
         restriction.check(restriction.found(config))
+    transfer = config.kv_transfer_config
+    if transfer is None or transfer.kv_connector == CONNECTOR:
+        return
+    names = [each["kv_connector"] for each in transfer.kv_connector_extra_config.get("connectors", ())]
+    if CONNECTOR not in names or set(names) - {CONNECTOR, *STORES}:
+        raise ProbeError(
+            f"kv_transfer_config has {names or transfer.kv_connector}; heads need {CONNECTOR}, and beside it {STORES}"
+        )
+    if config.scheduler_config.enable_chunked_prefill:
+        raise ProbeError("kv_transfer_config needs enable_chunked_prefill=False: prompts are stored after a chunk")
+
+
+def transfer_config(beside: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it.
+
+    Raises:
+        ProbeError: the other one is not in `STORES`.
+    """
+    if beside is None:
+        return TRANSFER
+    if not isinstance(beside, Mapping) or beside.get("kv_connector") not in STORES:
+        found = beside.get("kv_connector") if isinstance(beside, Mapping) else beside
+        raise ProbeError(
+            f"kv_transfer_config={found!r} does not go with heads: it must be a dict whose kv_connector is "
+            f"{' or '.join(STORES)}, which also stores what heads read"
+        )
+    connectors = {"connectors": [TRANSFER, dict(beside)]}
+    return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": connectors}
 
 
 def check_version(allow_untested: bool = False) -> None:

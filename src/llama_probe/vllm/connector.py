@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -71,7 +71,6 @@ class ProbeConnector(KVConnectorBase_V1):
         self._answers: dict[str, dict[str, Any]] = {}
         # In a worker
         self._scorer: Scorer | None = None
-        self._found: dict[str, dict[str, list[float] | str]] = {}
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -144,6 +143,8 @@ class ProbeConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         caches = get_layers_from_vllm_config(self._vllm_config, StateCache)
         if not caches:
+            if self._vllm_config.parallel_config.pipeline_parallel_size > 1 and not get_pp_group().is_last_rank:
+                return  # the last stage has the states of all
             named = ", ".join(self._vllm_config.model_config.architectures)
             raise ProbeError(
                 f"this engine has heads, and its model is {named}, which keeps no states for them: make its arguments with "
@@ -167,8 +168,11 @@ class ProbeConnector(KVConnectorBase_V1):
         pass
 
     def wait_for_save(self) -> None:
-        self._found.update(self._scorer.score(self._get_connector_metadata().jobs))
+        pass
 
     def build_connector_worker_meta(self) -> ScoredPrompts | None:
-        found, self._found = self._found, {}
+        """Score this step's prompts. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
+        if self._scorer is None:
+            return None
+        found = self._scorer.score(self._get_connector_metadata().jobs)
         return ScoredPrompts(found) if found and self._scorer.runs else None

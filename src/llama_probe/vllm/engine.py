@@ -17,7 +17,7 @@ from ..hub.transport import HubOptions
 from ..serving.halting import HaltSpec, options_by_head
 from ..serving.sources import ProbeSpec, named_sources
 from .backbone_check import check_heads
-from .compatibility import SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
+from .compatibility import SCHEDULER, check_arguments, check_version, probed_architecture, transfer_config
 from .settings import KEY, ProbeSettings
 
 
@@ -50,7 +50,7 @@ def engine_kwargs(
             that means nothing here must not serve.
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
-        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict.
 
     Raises:
         ProbeError: vLLM is missing or of another version, an argument does not go with heads, the model's class has no
@@ -59,6 +59,7 @@ def engine_kwargs(
     """
     check_version(allow_untested_vllm)
     check_arguments(kwargs)
+    transfer = transfer_config(kwargs.pop("kv_transfer_config", None))
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     if not isinstance(overrides, Mapping) or "architectures" in overrides:
         raise ProbeError("hf_overrides must be a dict without architectures: heads need the model class of their own")
@@ -102,7 +103,7 @@ def engine_kwargs(
         **kwargs,
         "hf_overrides": {**overrides, "architectures": [architecture]},
         "scheduler_cls": SCHEDULER,
-        "kv_transfer_config": KVTransferConfig(**TRANSFER),
+        "kv_transfer_config": KVTransferConfig(**transfer),
         "additional_config": {**additional, KEY: settings.to_dict()},
     }
 

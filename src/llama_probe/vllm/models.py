@@ -10,8 +10,14 @@ import functools
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.sequence import IntermediateTensors
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
+    reserve_aux_intermediate_tensor_slots,
+    verify_supports_aux_hidden_states_over_pp,
+)
 
 from .cache_plan import CachePlan, Projector
 from .compatibility import ARCHITECTURES, PREFIX, check_config, check_version
@@ -30,9 +36,14 @@ def _with_states(base: type[nn.Module]) -> type[nn.Module]:
             self._read = settings.layers
             if below := tuple(layer for layer in settings.layers if layer < last):
                 self.set_aux_hidden_state_layers(below)
+            self.probe_states = self.probe_features = None
+            if get_pp_group().world_size > 1:
+                verify_supports_aux_hidden_states_over_pp(self, "heads")
+                reserve_aux_intermediate_tensor_slots(self)
+            if not get_pp_group().is_last_rank:
+                return
             heads = settings.read_heads()
             self._plan = CachePlan(heads)
-            self.probe_states = self.probe_features = None
             # vLLM orders its caches by the number in their names, and the layers have those below.
             if self._plan.layers:
                 name = maybe_prefix(prefix, f"{STATES}.{last}")
@@ -46,6 +57,11 @@ def _with_states(base: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:
             output = super().forward(*args, **kwargs)
+            if isinstance(output, IntermediateTensors):  # of a stage, to the next; the last one gets the states of all
+                for given in (*args, *kwargs.values()):
+                    if isinstance(given, IntermediateTensors):
+                        output.tensors = given.tensors | output.tensors
+                return output
             # States between the layers come in order, before the last, which is the one after the final norm.
             final, below = output if isinstance(output, tuple) else (output, [])
             states = dict(zip(self._read, [*below, final], strict=False))

@@ -9,14 +9,22 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
+from .connector import ProbeConnector, ScoredPrompts
+
 
 class _Probed:
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        connectors = getattr(self.connector, "sub_connectors", [self.connector])  # of a MultiConnector
+        self.probes = next(each for each in connectors if isinstance(each, ProbeConnector))
+
     def update_from_output(self, scheduler_output, model_runner_output):
         """As vLLM's. What the workers found comes first, so that it goes out with the very first token."""
         from_workers = model_runner_output.kv_connector_output
-        scored = from_workers and from_workers.kv_connector_worker_meta
-        if scored:
-            self.connector.take_in(scored)
+        said = from_workers and from_workers.kv_connector_worker_meta
+        for scored in getattr(said, "metadata", [said]):  # of a MultiConnector, by connector
+            if isinstance(scored, ScoredPrompts):
+                self.probes.take_in(scored)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
             for output in batch.outputs:
@@ -24,16 +32,16 @@ class _Probed:
                 # way: so all that may be delivered carry it.
                 request = self.requests.get(output.request_id)
                 if output.kv_transfer_params is None and request is not None and _may_be_delivered(request):
-                    output.kv_transfer_params = self.connector.answer(output.request_id)
+                    output.kv_transfer_params = self.probes.answer(output.request_id)
         return outputs
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """As vLLM's: a request whose prompt comes in pieces gets the next one. It is scored, and may be halted, anew."""
         super()._update_request_as_session(session, update)
-        self.connector.on_longer_prompt(session)
+        self.probes.on_longer_prompt(session)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
-        known = self.connector.answer(request.request_id)
+        known = self.probes.answer(request.request_id)
         halted = known and known.get("halted")
         if not halted:
             return super()._update_request_with_output(request, new_token_ids, is_stale=is_stale)
