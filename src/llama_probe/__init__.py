@@ -8,11 +8,15 @@ import importlib
 import sys
 from typing import Any
 
+import llama_probe_command
+
 from .errors import ProbeError
 
 
+if sys.argv[:1] == ["-m"] and "llama_probe.vllm" in sys.orig_argv:  # Python looks for the module that it is to run
+    llama_probe_command.starting = True
 # Commands import what they need, because all of this takes seconds: too long for `--help` or a refusal.
-if not getattr(sys.modules.get("llama_probe_command"), "starting", False):
+if not llama_probe_command.starting:
     from .backbone.families import register_family
     from .files import package_version
     from .heads.configuration import ProbeConfig
@@ -54,8 +58,7 @@ def __getattr__(name: str) -> Any:
     """Import the trainer on first use: it needs the packages of the extra `train`. In a command, import all names so."""
     if name in ("ProbeTrainer", "ProbeTrainingArguments"):
         return getattr(importlib.import_module(".training.trainer", __name__), name)
-    script = sys.modules.get("llama_probe_command")
-    if name in __all__ and getattr(script, "starting", False):
-        script.starting = False
+    if name in __all__ and llama_probe_command.starting:
+        llama_probe_command.starting = False
         return getattr(importlib.reload(sys.modules[__name__]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from llama_probe import Halt, LlamaForProbedGeneration, ProbeConfig, ProbeError, Reprompt
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
-from llama_probe.serving.halting import Halter, HaltRule, read_halting
+from llama_probe.serving.halting import Halter, HaltRule
+from llama_probe.serving.halting_words import read_halting
 
 
 MODES = {

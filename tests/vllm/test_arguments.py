@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +18,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
+from llama_probe import vllm as heads
 from llama_probe.heads.match import describe
-from llama_probe.vllm import __main__ as command_line
 from llama_probe.vllm import compatibility, engine_kwargs
 from llama_probe.vllm.__main__ import server_arguments
 from llama_probe.vllm.backbone_check import check_heads
@@ -59,18 +61,14 @@ def test_layers_that_no_head_reads_are_not_kept(tiny, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"pipeline_parallel_size": 2}, "each stage of a pipeline has some of them"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "drafts that are rejected"),
-        ({"enable_lora": True}, "adapters change the states"),
-        ({"kv_cache_dtype": "fp8"}, "beside a quantised cache"),
+        ({"speculative_config": {"method": "eagle3", "model": "a"}}, "for themselves"),
+        ({"kv_cache_dtype": "fp8"}, "change the states"),
         ({"decode_context_parallel_size": 2}, "on several devices"),
         ({"runner": "pooling"}, "pooling models return no text"),
-        ({"ubatch_size": 2}, "micro-batches"),
-        ({"kv_offloading_size": 1.0}, "a connector of its own"),
-        ({"model_impl": "transformers"}, "vLLM's own model classes"),
+        ({"kv_offloading_size": 1.0}, "only connector"),
         ({"additional_config": [1]}, "must be a dict"),
         ({"scheduler_cls": "mine.Scheduler"}, "one scheduler"),
-        ({"kv_transfer_config": {"kv_connector": "NixlConnector"}}, "one connector"),
+        ({"kv_transfer_config": {"kv_connector": "NixlConnector"}}, "ExampleConnector"),
         ({"hf_overrides": {"architectures": ["Other"]}}, "model class of their own"),
     ],
 )
@@ -156,8 +154,12 @@ def test_weights_that_are_not_at_hand(elsewhere, caplog, how):
 
 def test_a_complete_config_is_checked_as_well(tiny):  # noqa: F811
     config = EngineArgs(**engine_kwargs(tiny.backbone, tiny.heads)).create_engine_config()
-    config.parallel_config.pipeline_parallel_size = 2
-    with pytest.raises(ProbeError, match="pipeline_parallel_size=2 does not go with heads"):
+    config.parallel_config.decode_context_parallel_size = 2
+    with pytest.raises(ProbeError, match="decode_context_parallel_size=2 does not go with heads"):
+        check_config(config)
+    config.parallel_config.decode_context_parallel_size = 1
+    config.kv_transfer_config.kv_connector = "OffloadingConnector"
+    with pytest.raises(ProbeError, match="heads need ProbeConnector"):
         check_config(config)
     config.additional_config = {}
     with pytest.raises(ProbeError, match=r"llama_probe.vllm.engine_kwargs"):
@@ -168,7 +170,9 @@ def test_a_model_that_keeps_no_states_is_refused():
     connector = ProbeConnector.__new__(ProbeConnector)
     model = SimpleNamespace(architectures=["LlamaForCausalLM"])
     compilation = SimpleNamespace(static_forward_context={})
-    connector._vllm_config = SimpleNamespace(model_config=model, compilation_config=compilation)
+    connector._vllm_config = SimpleNamespace(
+        model_config=model, compilation_config=compilation, parallel_config=SimpleNamespace(pipeline_parallel_size=1)
+    )
     with pytest.raises(ProbeError, match="its model is LlamaForCausalLM, which keeps no states"):
         connector.register_kv_caches({})
 
@@ -215,14 +219,7 @@ def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):  # noqa: F811
     [
         (lambda outputs: [True], "in another process"),
         ("nobody", "no head 'nobody' is active"),
-        ({"guard": {"threshold": 2}}, "from 0 to 1"),
-        ({"guard": {"patience": 3}}, "reads the prompt alone"),
-        ("tone", "needs a label"),
-        ({}, "names no head"),
-        (7, "halt_on=7 must be"),
-        ([["guard"]], "must be a head"),
-        ({"guard": 0.5}, "0.5"),
-        ({"guard": "0.5"}, "0.5"),
+        ({"guard": {"unsure": (0.4, 0.6), "ask": print}}, "leave unsure and ask out"),
     ],
 )
 def test_halting_that_is_not_allowed(tiny, halt_on, reason):  # noqa: F811
@@ -244,12 +241,6 @@ def test_the_command_line(tiny):  # noqa: F811
     assert list(settings["heads"]) == list(HEADS) and settings["halt_on"] == {"guard": {"threshold": 0.6}}
     for wrong, reason in (
         (["--probe", "a=b", "--probe", "c"], "give every head a name"),
-        (["--probe", tiny.heads["guard"], "--halt-on", "guard={"], r"must be HEAD\[:LABEL"),
-        (["--probe", tiny.heads["guard"], "--halt-on", "guard=3"], r"must be HEAD\[:LABEL"),
-        (
-            ["--probe", tiny.heads["guard"], "--halt-on", "guard", "--halt-on", 'guard={"label": "fine"}'],
-            "--halt-on names guard more",
-        ),
         (["--probe", "a=b", "--probe", "a=c"], "--probe names a more than once"),
     ):
         with pytest.raises(ProbeError, match=reason):
@@ -263,7 +254,7 @@ def test_what_vllm_and_heads_must_both_know(tiny, monkeypatch):  # noqa: F811
         asked.update(kwargs)
         return engine_kwargs(model, probe, **kwargs)
 
-    monkeypatch.setattr(command_line, "engine_kwargs", noted)
+    monkeypatch.setattr(heads, "engine_kwargs", noted, raising=False)
     options = ["--revision", "main", "--hf-overrides", '{"a": 1}', "--additional-config", '{"b": 2}', "--seed", "3"]
     words = server_arguments([str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", *options])
     assert (asked["revision"], asked["hf_overrides"], asked["additional_config"]) == ("main", {"a": 1}, {"b": 2})
@@ -277,13 +268,12 @@ def test_what_vllm_and_heads_must_both_know(tiny, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize(
     "words",
     [
-        ["--pipeline-parallel-size", "2"],
-        ["--pipeline_parallel_size=2"],
-        ["-pp", "2"],
-        ["--speculative-config", '{"method": "ngram"}'],
+        ["--decode-context-parallel-size", "2"],
+        ["--decode_context_parallel_size=2"],
+        ["-dcp", "2"],
+        ["--speculative-config", '{"method": "eagle3"}'],
         ["--speculative_config.method", "ngram"],
-        ["--enable-lora"],
-        ["--kv-cache-dtype", "fp8"],
+        ["--kv-transfer-config", '{"kv_connector": "NixlConnector"}'],
         ["--hf-overrides.rope_theta", "1"],
         ["--additional_config.x=1"],
     ],
@@ -292,6 +282,14 @@ def test_what_vllm_and_heads_must_both_know(tiny, monkeypatch):  # noqa: F811
 def test_vllms_own_options_are_refused_before_it_starts(tiny, words):  # noqa: F811
     with pytest.raises(ProbeError, match=r"does not go with heads|as one JSON"):
         server_arguments([str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", *words])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--halt-on", "guard={"], ["-dcp", "2"]], ids=str)
+def test_help_and_refusals_import_next_to_nothing(words):
+    line = [sys.executable, "-X", "importtime", "-m", "llama_probe.vllm", "lm", "--probe", "head", *words]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ") or "error: " in done.stderr
+    assert "llama_probe.errors" in done.stderr and "torch" not in done.stderr.split("error: ")[0]
 
 
 def test_what_halted_requests_get(tiny):  # noqa: F811
@@ -305,7 +303,7 @@ def test_what_halted_requests_get(tiny):  # noqa: F811
 
 
 def test_options_that_go_with_heads_are_handed_on(tiny):  # noqa: F811
-    rest = ["--max_model_len", "64", "--pipeline-parallel-size", "1", "--no-enable-lora"]
+    rest = ["--max_model_len", "64", "--decode-context-parallel-size", "1", "--enable-lora"]
     words = server_arguments(
         [str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", "--hf_overrides", '{"rope_theta": 5}', *rest]
     )

@@ -22,6 +22,7 @@ from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
+from ..serving.halting_words import read_halting
 from ..serving.sources import read_heads
 from .console import print_table, printable
 from .options import AbstainAt, Dtype, HeadsBackbone, Json, Probes, TrustRemoteCode, backbone_of
@@ -50,11 +51,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Reply to prompts, with the labels of each head from the same pass."""
-    rules = {}
-    if halt_on:
-        from ..serving.halting import read_halting  # this and the model take seconds to import
-
-        rules = read_halting(halt_on)
+    rules = read_halting(halt_on or [])
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -26,9 +24,6 @@ Judge = Callable[[list[str]], Decisions]
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
-# THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
-HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
-_WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]*)(?::([^:]*))?)?", re.DOTALL)
 _OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
 _NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", *HEAD_ARGUMENTS}
 
@@ -168,39 +163,8 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     return {name: dict(options or {}) for name, options in named.items()}
 
 
-def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`.
-
-    Raises:
-        ProbeError: a word has another form, or two words name one head.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for word in words:
-        match = _WORD.fullmatch(word)
-        head, text, label, threshold = (None,) * 4 if match is None else match.groups()
-        try:
-            options = json.loads(text) if text is not None else {}
-            if threshold is not None:
-                options["threshold"] = _number_or_name(threshold)
-        except ValueError:
-            options = None
-        if head is None or not isinstance(options, dict) or "" in (label, threshold):
-            raise ProbeError(f"--halt-on {word!r} must be {HALTING_FORMS}")
-        if head in found:
-            raise ProbeError(f"--halt-on names {head} more than once: give each head once")
-        found[head] = options if label is None else {"label": label, **options}
-    return found
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _number_or_name(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 class Halter:

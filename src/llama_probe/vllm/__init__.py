@@ -21,7 +21,15 @@ requests that are halted before a token is delivered. `middleware`, `payloads`, 
 clients see over HTTP.
 """
 
-from .engine import engine_kwargs
+import importlib
+from typing import Any
 
 
 __all__ = ["engine_kwargs"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the function on first use: that takes seconds, too long for `--help` or a refusal of the server."""
+    if name in __all__:
+        return getattr(importlib.import_module(".engine", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,19 +8,22 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .. import vllm as heads
 from ..errors import ProbeError
-from ..serving.halting import HALTING_FORMS, read_halting
-from .compatibility import RESTRICTED, TRANSFER, check_arguments
-from .engine import engine_kwargs
-from .settings import KEY
+from ..serving.halting_words import HALTING_FORMS, read_halting
+from .compatibility import KEY, RESTRICTED, check_arguments, transfer_config
 
 
 # Options of vLLM's that have a short form, by it.
 _SHORT = {
-    "-pp": "pipeline_parallel_size",
     "-dcp": "decode_context_parallel_size",
     "-pcp": "prefill_context_parallel_size",
     "-sc": "speculative_config",
+}
+_JSON = {
+    "hf_overrides": "of the backbone's config",
+    "additional_config": "beside what heads put there",
+    "kv_transfer_config": "of a connector beside that of heads",
 }
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
@@ -70,17 +73,19 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     theirs = parser.add_argument_group("options of vLLM's that heads must know of")
     theirs.add_argument("--revision", help="of the backbone")
     theirs.add_argument("--download-dir", help="where to keep the backbone")
-    theirs.add_argument("--hf-overrides", type=_json, metavar="JSON", help="of the backbone's config")
-    theirs.add_argument("--additional-config", type=_json, metavar="JSON", help="beside what heads put there")
+    for name, meaning in _JSON.items():
+        theirs.add_argument(f"--{name.replace('_', '-')}", type=_json, metavar="JSON", help=meaning)
     ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
     _check_theirs(rest)
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
-    known = {name: getattr(ours, name) for name in ("revision", "download_dir", "hf_overrides", "additional_config")}
-    arguments = engine_kwargs(
+    probe, halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
+    known = {name: getattr(ours, name) for name in ("revision", "download_dir", *_JSON)}
+    transfer = transfer_config(ours.kv_transfer_config)
+    arguments = heads.engine_kwargs(  # whose import takes seconds: all that is known without it is refused before
         ours.model,
-        _heads(ours.probe),
-        halt_on=None if ours.halt_on is None else read_halting(ours.halt_on),
+        probe,
+        halt_on=halt_on,
         probe_revision=ours.probe_revision,
         probe_namespace=ours.probe_namespace,
         probe_strict=ours.probe_strict,
@@ -89,7 +94,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         **{name: value for name, value in known.items() if value is not None},
     )
     arguments["additional_config"][KEY] |= {"hide_scores": ours.hide_scores, "halt_reply": ours.halt_reply}
-    arguments["kv_transfer_config"] = TRANSFER
+    arguments["kv_transfer_config"] = transfer
     words = ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():
         words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
@@ -119,7 +124,7 @@ def _check_theirs(words: Sequence[str]) -> None:
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         name, dot, _ = name.partition(".")
-        if dot and name in ("--hf-overrides", "--additional-config"):
+        if dot and name.removeprefix("--").replace("-", "_") in (*_JSON, "speculative_config"):
             raise ProbeError(f"{word} must be written as one JSON: {name} '{{...}}'")
         argument = _SHORT.get(name, name.removeprefix("--").replace("-", "_"))
         if not word.startswith("-") or argument not in RESTRICTED:

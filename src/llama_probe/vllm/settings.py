@@ -12,12 +12,13 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
 from ..serving.halting import Halter, HaltRule
+from .compatibility import KEY
 
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KEY, _LAYERS = "llama_probe", "layers"
+_LAYERS = "layers"
 
 
 @dataclass(frozen=True)
