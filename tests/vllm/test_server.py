@@ -213,15 +213,6 @@ def test_the_next_token_of_a_halted_prompt_has_no_score(url, chats, flagged):  #
         assert error.value.code == 400 and "guard halts this prompt" in error.value.read().decode()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_requests_for_heads_that_are_not_there(client, stream):
-    params = {"extra_body": {"kv_transfer_params": {"probes": ["nowhere"]}}, "stream": stream}
-    with pytest.raises(openai.BadRequestError, match=r"nowhere.*guard, tone"):
-        ask(client, TEXTS[0], **params)
-    with pytest.raises(openai.BadRequestError, match="must be a list of heads"):
-        client.responses.create(model="tiny", input="a", **params)
-
-
 def test_streams_of_texts(client, tiny, chats, flagged):  # noqa: F811
     prompts = list(chats.values())
     options = {"max_tokens": 3, "temperature": 0.0, "extra_body": {"ignore_eos": True}}

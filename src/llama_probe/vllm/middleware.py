@@ -65,7 +65,8 @@ class ProbeStreams:
             send = _LabelResponse(send, asked, scores).send
             scope = _as_completion(scope)
         else:
-            receive, send = _checked(receive, settings), _Response(send, scores).send
+            receive = _rewritten(receive, functools.partial(check_request, settings))
+            send = _Response(send, scores).send
         token = _scores.set(scores)
         try:
             await self.app(scope, receive, send)
@@ -195,40 +196,23 @@ def _rewritten(receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> An
     return rewritten
 
 
-def _checked(receive: Any, settings: ProbeSettings) -> Any:
-    """Return `receive` with a check of the heads that the body asks for.
+async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
+    """Return a request's body.
 
-    It raises where the server reads the body, after its authentication, and the server answers.
+    Raises:
+        HTTPException: its `kv_transfer_params.probes` is not a list of the engine's heads.
     """
-    body: list[bytes] = []
-
-    async def checked() -> dict[str, Any]:
-        message = await receive()
-        if message["type"] == "http.request":
-            body.append(message.get("body", b""))
-            if not message.get("more_body"):
-                whole = b"".join(body)
-                body.clear()
-                check_request(whole, settings)
-        return message
-
-    return checked
-
-
-def check_request(body: bytes, settings: ProbeSettings) -> None:
-    """Raise `HTTPException` if a request's `kv_transfer_params.probes` is not a list of the engine's heads."""
     if b"kv_transfer_params" not in body:
-        return
+        return body
     try:
-        params = json.loads(body)["kv_transfer_params"]
-        asked = params.get("probes")
+        asked = json.loads(body)["kv_transfer_params"].get("probes")
     except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong, if anything is
-        return
+        return body
     if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
-        return
-    known = ", ".join(settings.heads)
+        return body
     found = json.dumps(asked)
     found = found if len(found) <= 200 else f"{found[:200]}..."
+    known = ", ".join(settings.heads)
     raise HTTPException(400, f"kv_transfer_params.probes is {found}; it must be a list of heads, of {known}")
 
 

@@ -71,8 +71,7 @@ class Scorer:
     @torch.inference_mode()
     def score(self, jobs: Sequence[ScoringJob]) -> dict[str, dict[str, list[float] | str]]:
         """By request and head the logits, finite or not, or why there are none. Ranks that run no heads have no logits."""
-        found: dict[str, dict[str, list[float] | str]] = {job.request_id: {} for job in jobs}
-        order = {job.request_id: job.heads for job in jobs}
+        found = {job.request_id: dict.fromkeys(job.heads) for job in jobs}
         prompts = []
         for job in jobs:
             prompt = _Prompt(job, {})
@@ -85,11 +84,10 @@ class Scorer:
         for batch in _batches(prompts, self.kernel_block_size):
             logits = self._score(batch)
             for row, prompt in enumerate(batch):
-                said = found[prompt.job.request_id]
-                said |= {name: rows[row].tolist() for name, rows in logits.items()}
-        # in the order in which heads were asked for
+                found[prompt.job.request_id] |= {name: rows[row].tolist() for name, rows in logits.items()}
         return {
-            request: {name: said[name] for name in order[request] if name in said} for request, said in found.items()
+            request: {name: logits for name, logits in said.items() if logits is not None}
+            for request, said in found.items()
         }
 
     def _score(self, prompts: Sequence[_Prompt]) -> dict[str, torch.Tensor]:
