@@ -592,7 +592,7 @@ def _maxima(config) -> int:
 
 # From heads/mean_attention.py
 
-# Below so many items the fewest calls are fastest.
+# Items below which the fewest calls are fastest.
 _LEAST_ITEMS = 48
 # Attention scores held at once: a megabyte a thread.
 _SCORES = 1 << 18

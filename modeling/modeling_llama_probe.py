@@ -315,7 +315,7 @@ class ProbeCache:
         return f"ProbeCache({rows} rows of {tokens} tokens, heads: {', '.join(self.heads) or 'none'})"
 
     def check_length(self, cached: int) -> None:
-        """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
+        """Raise `ProbeError` unless a KV cache of `cached` tokens can belong to this state."""
         if cached != (seen := self.get_seq_length()):
             raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
 
@@ -771,7 +771,7 @@ class PrefillSession:
         return repeats, width
 
     def scores_alone(self, rows: int, columns: int) -> bool:
-        """Return True if scores are all that is asked of one pass over so many rows and columns; see `take`."""
+        """Return True if one pass over `rows` and `columns` need only give scores; see `take`."""
         whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
         return whole and not self.return_state and self.reply is None
 
@@ -882,7 +882,7 @@ class ReplyRecorder:
         self._token_masks: list[torch.Tensor] = []
 
     def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
-        """Begin, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
+        """Begin once, with one row per prompt or return sequence. `closed` rows have no reply."""
         if self._open is not None:
             return
         repeats = rows // self.prompt.prompts
@@ -921,7 +921,7 @@ class ReplyRecorder:
         self._reader.end()
 
     def probe_cache(self, rows: int, length: int) -> ProbeCache:
-        """Return what the heads keep of prompts and replies, for a KV cache of so many rows and tokens of both together."""
+        """Return the state of the heads over prompts and replies, for a KV cache of `rows` rows and `length` tokens."""
         self.start(rows)
         taken_back = max(0, self.prompt.length + len(self._tokens) - length)
         self._read(max(0, len(self._waiting) - taken_back))

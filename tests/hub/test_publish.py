@@ -133,7 +133,7 @@ class TestPush:
         model.push_probe_to_hub(REPO, "mood", license="mit")
         hub.faults.run(lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")
         model.add_probe("other", make_probe(seed=3))
-        with pytest.raises(ProbeError, match=r"somebody else pushed .* push again"):
+        with pytest.raises(ProbeError, match=r"someone else pushed .* push again"):
             model.push_probe_to_hub(REPO, "other", license="mit")
         assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"]) and "theirs.txt" in hub.files(REPO)
         model.push_probe_to_hub(REPO, "other", license="mit")

@@ -41,7 +41,7 @@ def print_table(
 
     Args:
         rows: cells; a `Text` may have a style, other texts are escaped.
-        left: so many columns are aligned to the left, the others to the right.
+        left: this many columns are aligned to the left, the others to the right.
     """
     table = Table(title=title and escape(title), show_lines=show_lines)
     for number, name in enumerate(columns):

@@ -81,7 +81,7 @@ class DataSources:
     )
     folds: int | None = setting(
         0,
-        "Without --eval: train on all rows, and validate each of so many folds by a head trained on the others; 0 "
+        "Without --eval: train on all rows, and validate each of this many folds by a head trained on the others; 0 "
         f"holds a share back. Default: {FOLDS} for fewer than {FEW_ROWS} rows, else 0.",
     )
     slice_columns: list[str] = setting(
@@ -91,7 +91,7 @@ class DataSources:
     )
     max_rows: list[int] | None = setting(
         None,
-        "Use at most so many training rows, drawn at random. Given again, so many of each --train in turn; 0 for all.",
+        "Use at most this many training rows, drawn at random. Given again, this many of each --train in turn; 0 for all.",
     )
     augment: list[str] = setting(
         list,
@@ -102,7 +102,7 @@ class DataSources:
     system_prompts: str | None = setting(
         None, "File with texts for --augment system_prompt, in the column of the texts."
     )
-    max_extra_rows: int | None = setting(None, "And at most so many of each --extra, drawn at random.")
+    max_extra_rows: int | None = setting(None, "And at most this many of each --extra, drawn at random.")
     max_eval_rows: int | None = None
     data_dir: str | os.PathLike | None = setting(
         None, "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."

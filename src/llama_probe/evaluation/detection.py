@@ -107,7 +107,7 @@ def halting_scores(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:
 
 
 def _least(values: np.ndarray, patience: int) -> np.ndarray:
-    """Return the least score in each window of so many tokens."""
+    """Return the least score in each window of this many tokens."""
     if len(values) < patience:
         return np.zeros(0)
     return np.lib.stride_tricks.sliding_window_view(values, patience).min(axis=1)

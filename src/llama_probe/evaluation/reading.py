@@ -99,7 +99,7 @@ class Reading:
         """Return positions and weights of the heaviest tokens, heaviest first.
 
         Args:
-            count: at most so many.
+            count: at most this many.
             slot: row of `weights`. Defaults to all layers together.
         """
         weights = self.token_weights if slot is None else self.weights[slot]

@@ -1,4 +1,4 @@
-"""Does a head say the same of a request, whatever stands around it?"""
+"""How often a head still flags a request in another wrapping."""
 
 from __future__ import annotations
 

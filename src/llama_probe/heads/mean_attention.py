@@ -7,7 +7,7 @@ import torch
 from .device import device_type
 
 
-# Below so many items the fewest calls are fastest.
+# Items below which the fewest calls are fastest.
 _LEAST_ITEMS = 48
 # Attention scores held at once: a megabyte a thread.
 _SCORES = 1 << 18

@@ -32,7 +32,7 @@ def turn_mask(
         scope: `"last_user"`, `"user"` or `"turns"`; see `ProbeConfig.token_scope`.
         markers: see `ProbeConfig.turn_markers`.
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`).
-        known: a reply that begins within so many first tokens is the LM's own, even if no turn follows it.
+        known: number of first tokens; a reply that begins within them is the LM's own, even if no turn follows it.
     """
     # Eager ids are copied to the host: on a GPU the same lines are 25 kernel launches.
     traced = torch.compiler.is_dynamo_compiling()

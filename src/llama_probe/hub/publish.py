@@ -40,7 +40,7 @@ def push_folder(
     """Upload a head folder in one commit: config, weights and card, with the results and plots that it holds.
 
     The uploaded card names the repository. A card that a person edited is uploaded as it is, with `tags` and `license`.
-    The folder is not changed. Its weights are not read: load it first if it comes from somebody else.
+    The folder is not changed. Its weights are not read: load it first if it comes from someone else.
 
     Args:
         folder: a head folder.

@@ -428,7 +428,7 @@ def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
         said = f"the Hub said: {hide_secrets(getattr(error, 'server_message', None) or what, token)}"
         problem = f"the push to {repo_id} failed and nothing was uploaded; {said}"
         if status in _OVERTAKEN:
-            problem = f"somebody else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
+            problem = f"someone else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
         elif status == 401:
             problem = f"the Hub does not know this token: log in (hf auth login) or pass token=; {said}"
         elif status in (403, 404):

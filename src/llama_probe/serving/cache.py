@@ -94,7 +94,7 @@ class ProbeCache:
         return f"ProbeCache({rows} rows of {tokens} tokens, heads: {', '.join(self.heads) or 'none'})"
 
     def check_length(self, cached: int) -> None:
-        """Raise `ProbeError` unless a cache of so many tokens can be the one that belongs to it."""
+        """Raise `ProbeError` unless a KV cache of `cached` tokens can belong to this state."""
         if cached != (seen := self.get_seq_length()):
             raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
 

@@ -145,7 +145,7 @@ class PrefillSession:
         return repeats, width
 
     def scores_alone(self, rows: int, columns: int) -> bool:
-        """Return True if scores are all that is asked of one pass over so many rows and columns; see `take`."""
+        """Return True if one pass over `rows` and `columns` need only give scores; see `take`."""
         whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
         return whole and not self.return_state and self.reply is None
 

@@ -43,7 +43,7 @@ class ReplyRecorder:
         self._token_masks: list[torch.Tensor] = []
 
     def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
-        """Begin, once, on replies of so many rows, which are prompts or return sequences of each; `closed` ones have none."""
+        """Begin once, with one row per prompt or return sequence. `closed` rows have no reply."""
         if self._open is not None:
             return
         repeats = rows // self.prompt.prompts
@@ -82,7 +82,7 @@ class ReplyRecorder:
         self._reader.end()
 
     def probe_cache(self, rows: int, length: int) -> ProbeCache:
-        """Return what the heads keep of prompts and replies, for a KV cache of so many rows and tokens of both together."""
+        """Return the state of the heads over prompts and replies, for a KV cache of `rows` rows and `length` tokens."""
         self.start(rows)
         taken_back = max(0, self.prompt.length + len(self._tokens) - length)
         self._read(max(0, len(self._waiting) - taken_back))

@@ -25,7 +25,7 @@ class ProbeTrainingArguments(TrainingArguments):
 
     Args:
         label_smoothing_factor, focal_gamma, class_weights: see `ProbeLoss` and `Recipe`.
-        patience: stop after so many evaluations without a better metric. None: never.
+        patience: stop after this many evaluations without a better metric. None: never.
         max_false_positive_rate, threshold_rule: how the threshold is chosen; see `Recipe`.
         cache_states: run the backbone once and keep its hidden states on disk while training.
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
@@ -58,7 +58,7 @@ class ProbeTrainingArguments(TrainingArguments):
     hub_strategy: str = setting("end", "When to push: end, or every_save.")
     focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
     class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
-    patience: int | None = setting(3, "Stop after so many evaluations without a better metric.")
+    patience: int | None = setting(3, "Stop after this many evaluations without a better metric.")
     max_false_positive_rate: float | None = setting(
         None, "Highest share of negative rows that the threshold may flag."
     )

@@ -152,7 +152,7 @@ class Learner:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
     def restore(self, tensors: dict[str, torch.Tensor], epoch: int, history: History) -> None:
-        """Load a checkpoint that was written after so many epochs."""
+        """Load a checkpoint that was written after `epoch` epochs."""
         parts: dict[str, dict] = {"weights": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             part, rest = name.split(".", 1)

@@ -39,7 +39,7 @@ class Recipe:
     label_smoothing: float | None = setting(None, "Label smoothing. Default: by kind (0.05; 0 for a fitted head).")
     focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
     class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
-    patience: int | None = setting(3, "Stop after so many epochs without a better metric.")
+    patience: int | None = setting(3, "Stop after this many epochs without a better metric.")
     metric: str | None = setting(None, "Validation metric to choose by. Default: by problem type.")
     max_false_positive_rate: float | None = setting(
         None,
