@@ -69,6 +69,16 @@ def answer(scheduler, step: SchedulerOutput, found: dict[str, list[float]]):
     return {output.request_id: output for batch in batches.values() for output in batch.outputs}
 
 
+def test_a_token_without_scores_is_not_delivered(scheduler):
+    request = add(scheduler, "late", 10)
+    step = scheduler.schedule()
+    output = ModelRunnerOutput(["late"], {"late": 0}, [[7]])
+    (batch,) = scheduler.update_from_output(step, output).values()
+    (given,) = batch.outputs
+    assert given.new_token_ids == [] and given.kv_transfer_params["halted"]["head"] == "guard"
+    assert request.status == RequestStatus.FINISHED_STOPPED
+
+
 def test_prompts_are_scored_when_their_last_chunk_runs(scheduler):
     add(scheduler, "long", 40)
     first = scheduler.schedule()

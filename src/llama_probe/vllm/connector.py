@@ -83,7 +83,7 @@ class ProbeConnector(KVConnectorBase_V1):
         self._prompts[request.request_id] = request
 
     def on_longer_prompt(self, request: Request) -> None:
-        """A request that takes its prompt in pieces goes on: what was known of it is of another prompt."""
+        """Forget the answer of a request whose prompt comes in pieces: it was for a shorter prompt."""
         self._answers.pop(request.request_id, None)
         self._prompts[request.request_id] = request
 
@@ -116,7 +116,7 @@ class ProbeConnector(KVConnectorBase_V1):
         return ScoringJobs(jobs)
 
     def _heads(self, request: Request) -> list[str]:
-        """Those that a request asks for, and those that may halt it; all where it says nothing."""
+        """Return the heads that a request asks for and those that may halt it; all if it asks for none."""
         asked = (request.kv_transfer_params or {}).get("probes")
         if not isinstance(asked, (list, tuple)):
             return list(self.settings.heads)
@@ -124,10 +124,15 @@ class ProbeConnector(KVConnectorBase_V1):
         return [name for name in self.settings.heads if name in asked or name in guards]
 
     def take_in(self, scored: ScoredPrompts) -> None:
-        """Keeps what the workers found, until the requests are finished."""
+        """Keep what the workers found until the requests are finished."""
         for request_id, found in scored.found.items():
             if request_id in self._running:  # not aborted meanwhile
                 self._answers[request_id] = answer(self.settings, found)
+
+    def refuse_unscored(self, request_id: str) -> None:
+        """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""
+        if self.settings.halt_on is not None and request_id not in self._answers:
+            self.take_in(ScoredPrompts({request_id: {}}))
 
     def answer(self, request_id: str) -> dict[str, Any] | None:
         """Return the answer for a running request; `None` before its prompt is complete."""

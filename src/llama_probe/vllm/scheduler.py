@@ -41,6 +41,8 @@ class _Probed:
         self.probes.on_longer_prompt(session)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
+        if new_token_ids and not is_stale:
+            self.probes.refuse_unscored(request.request_id)
         known = self.probes.answer(request.request_id)
         halted = known and known.get("halted")
         if not halted:
