@@ -29,7 +29,7 @@ MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
 def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
-    """The command line of vLLM's server for one of ours: what is not ours goes through.
+    """Return the command line of vLLM's server for one of ours. Options that are not ours go through.
 
     Raises:
         ProbeError: see `engine_kwargs`.
@@ -146,7 +146,7 @@ def _json(text: str) -> Any:
 
 
 def main() -> None:
-    """Serves until it is stopped."""
+    """Serve until the process is stopped."""
     try:
         words = server_arguments()
     except ProbeError as error:

@@ -55,7 +55,7 @@ class Restriction:
     found: Callable[[VllmConfig], Any]
 
     def check(self, value: Any) -> None:
-        """Raises `ProbeError` where the value is not allowed."""
+        """Raise `ProbeError` if the value is not allowed."""
         if isinstance(value, Mapping):  # `speculative_config`; vLLM finds a method that is not named
             value = value.get("method")
         if value not in self.allowed:
@@ -115,13 +115,13 @@ RESTRICTED = frozenset(restriction.argument for restriction in RESTRICTIONS)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises `ProbeError` where arguments of `vllm.LLM` do not go with heads."""
+    """Raise `ProbeError` if arguments of `vllm.LLM` do not go with heads."""
     for restriction in RESTRICTIONS:
         restriction.check(arguments.get(restriction.argument))
 
 
 def check_config(config: VllmConfig) -> None:
-    """Raises `ProbeError` where a complete config does not go with heads, wherever it comes from."""
+    """Raise `ProbeError` if a complete config does not go with heads."""
     for restriction in RESTRICTIONS:
         restriction.check(restriction.found(config))
     transfer = config.kv_transfer_config
@@ -155,7 +155,7 @@ def transfer_config(beside: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def check_version(allow_untested: bool = False) -> None:
-    """Raises `ProbeError` where vLLM is not installed, or of a version that was not tested, unless that is allowed."""
+    """Raise `ProbeError` if vLLM is not installed, or is of an untested version and that is not allowed."""
     tested = " and ".join(f"{version}.x" for version in TESTED_VLLM)
     try:
         from vllm.version import __version__ as found
@@ -171,7 +171,7 @@ def check_version(allow_untested: bool = False) -> None:
 
 
 def probed_architecture(architectures: list[str] | None) -> str:
-    """The name of the model class with heads, for the architectures that a model's config names.
+    """Return the name of the model class with heads, for the architectures that a model's config names.
 
     Raises:
         ProbeError: there is none.

@@ -33,7 +33,7 @@ def engine_kwargs(
     allow_untested_vllm: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
+    """Return arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
 
     Every request is scored by all heads, or by those that it asks for, in the pass over its prompt; see
     `llama_probe.vllm`. What a head knows of its backbone is compared with the one at hand; see `check_heads`.

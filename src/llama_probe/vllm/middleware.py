@@ -143,7 +143,7 @@ class _Response:
         await self._send(message)
 
     def _waits(self, more: bool) -> bool:
-        """True if the body so far cannot be sent yet."""
+        """Return True if the body so far cannot be sent yet."""
         if self._is_stream:
             return more and self._body.startswith(_UNSCORED) and not self.scores.are_known
         return more and self._is_json and self.scores.are_known

@@ -6,7 +6,7 @@ from .compatibility import ARCHITECTURES, PREFIX
 
 
 def register() -> None:
-    """Tells vLLM of the classes, by name: none is imported before it is used, and plain models are not touched."""
+    """Register the classes with vLLM, by name: none is imported before it is used, and plain models are not touched."""
     from vllm import ModelRegistry
 
     for name in ARCHITECTURES:

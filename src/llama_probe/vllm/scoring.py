@@ -91,7 +91,7 @@ class Scorer:
         }
 
     def _score(self, prompts: Sequence[_Prompt]) -> dict[str, torch.Tensor]:
-        """Logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
+        """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
         lengths = torch.tensor([prompt.job.num_tokens for prompt in prompts])
         width = int(lengths.max())
         names = list(prompts[0].masks)
@@ -122,7 +122,7 @@ class Scorer:
     def _read_states(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Logits by head, of prompts `[prompts, blocks]`, for the tokens that count and those that are none `[prompts, width]`."""
+        """Return logits by head, of prompts `[prompts, blocks]`, for the tokens that count and those that are none `[prompts, width]`."""
         heads = {name: self.heads[name] for name in masks}
         reader = StateReader(heads) if self.runs else None
         wanted = {layer for head in heads.values() for layer in head.layer_indices}
@@ -143,7 +143,7 @@ class Scorer:
     def _read_features(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Logits by head, of the same, for heads that read features."""
+        """Return logits by head, of the same prompts, for heads that read features."""
         states = {name: self.heads[name].init_state() for name in masks}
         width = next(iter(masks.values())).shape[1]
         for start, stop, part in self._pieces(blocks, width):
@@ -181,7 +181,7 @@ class Scorer:
 
 
 def _neighbours(places: Sequence[int], most: int) -> Iterator[slice]:
-    """Ascending places as ranges, of at most so many, and at least one."""
+    """Yield ascending places as ranges of at most `most` places."""
     first = 0
     for i in range(1, len(places) + 1):
         if i == len(places) or places[i] != places[i - 1] + 1 or i - first >= most:
@@ -190,7 +190,7 @@ def _neighbours(places: Sequence[int], most: int) -> Iterator[slice]:
 
 
 def _batches(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
-    """Prompts that go through the heads together: the same heads can read them, and they are of about one length.
+    """Yield prompts that go through the heads together: of the same heads, and of about one length.
 
     Args:
         size: tokens a block of the cache; blocks are read as a whole.

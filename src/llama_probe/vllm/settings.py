@@ -41,7 +41,7 @@ class ProbeSettings:
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
-        """The settings that `engine_kwargs` has put into an engine's config.
+        """Return the settings that `engine_kwargs` has put into an engine's config.
 
         Raises:
             ProbeError: there are none.
@@ -79,7 +79,7 @@ class ProbeSettings:
 
     @cached_property
     def flags(self) -> list[HaltRule]:
-        """Rules by which a label is flagged: those of `halt_on`, and the heads' own thresholds for other heads and labels.
+        """Return the rules by which a label is flagged: those of `halt_on`, and the heads' own thresholds for other heads and labels.
 
         A head of two labels flags the second, a multi-label head any. Others flag what `halt_on` names.
         """
@@ -98,6 +98,6 @@ class ProbeSettings:
         return sorted(rules.values(), key=lambda rule: (order.index(rule.head), rule.index))
 
     def read_heads(self) -> dict[str, ProbeModel]:
-        """The heads by name, on the CPU, in eval mode."""
+        """Load the heads, by name, on the CPU and in eval mode."""
         with torch.device("cpu"):  # vLLM asks for them while it builds a model for another device
             return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}

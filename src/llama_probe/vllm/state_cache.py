@@ -74,11 +74,11 @@ class StateCache(CacheOnlyAttentionLayer):
 
     @property
     def kernel_block_size(self) -> int:
-        """Tokens in a block of the cache. A block of the scheduler's is one of these or several."""
+        """The number of tokens in a block of the cache. A block of the scheduler's is one of these or several."""
         return self.kv_cache.shape[2]
 
     def forward(self, states: Sequence[torch.Tensor]) -> None:
-        """Writes the states of this step's tokens.
+        """Write the states of this step's tokens.
 
         Args:
             states: one tensor `[tokens, width]` a state, ascending; padding may follow the tokens.
@@ -103,7 +103,7 @@ class StateCache(CacheOnlyAttentionLayer):
             self.kv_cache[:, number][blocks, places] = state[: len(slots), own].to(self.kv_cache.dtype)
 
     def read(self, states: slice, block_ids: torch.Tensor) -> torch.Tensor:
-        """Some states of all tokens in some blocks, in the model's dtype. With tensor parallelism every rank must call it alike.
+        """Return some states of all tokens in some blocks, in the model's dtype. With tensor parallelism every rank must call it.
 
         Args:
             states: which of the states that are kept.
