@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from llama_probe import ProbeError
 from llama_probe.cli import app
 from llama_probe.data.states import PromptDataset
-from llama_probe.distributed import claimed
+from llama_probe.distributed import check_shared, claimed
 from llama_probe.evaluation.report import inspect_head, predict_logits
 from llama_probe.training.results import judge
 from llama_probe.training.run import CHECKPOINTS
@@ -68,6 +68,13 @@ class TestClaimed:
         (tmp_path / "file").touch()
         with pytest.raises(ProbeError, match="file"), claimed(tmp_path / "file"):
             pass
+
+
+def test_one_process_marks_no_folder(tmp_path, monkeypatch):
+    """A kill would leave the mark behind."""
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: pytest.fail("a mark for other ranks"))
+    check_shared(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.slow

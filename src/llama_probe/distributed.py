@@ -170,9 +170,11 @@ def on_main(function: Callable[[], T]) -> T:
 
 def check_shared(folder: Path) -> None:
     """Make a folder, and check that all ranks see the same one."""
+    on_main(lambda: make_folder(folder))
+    if world_size() == 1:
+        return
 
     def mark() -> str:
-        make_folder(folder)
         try:
             return tempfile.mkdtemp(prefix=".ranks.", dir=folder)
         except OSError as error:
