@@ -180,17 +180,19 @@ def _rewritten(receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> An
 
     It is rewritten where the server reads it, after its authentication, and the server answers what that raises.
     """
-    body, complete = b"", False
+    parts: list[bytes] = []
+    complete = False
 
     async def rewritten() -> dict[str, Any]:
-        nonlocal body, complete
+        nonlocal complete
         while True:
             message = await receive()
             if complete or message["type"] != "http.request":
                 return message
-            body += message.get("body", b"")
+            parts.append(message.get("body", b""))
             if not message.get("more_body"):
-                complete = True
+                complete, body = True, b"".join(parts)
+                parts.clear()
                 return {"type": "http.request", "body": await rewrite(body)}
 
     return rewritten
