@@ -67,7 +67,7 @@ class PrefillSession:
         ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         configs, masks = {name: head.config for name, head in heads.items()}, {}
         self.prompts = self.length = 0
-        if inputs:
+        if heads or inputs:
             masks = prompt_masks(
                 configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past
             )
