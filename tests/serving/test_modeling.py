@@ -50,6 +50,15 @@ class TestForward:
         assert torch.equal(out[0], make_lm()(prompts, mask).logits)
         torch.testing.assert_close(out[-1]["a"], whole(model.probes["a"], prompts))
 
+    @pytest.mark.parametrize("args, kwargs", [([None] * 12, {}), ([None, []], {"logits_processor": []})])
+    def test_too_many_positional_arguments_of_generate(self, model, prompts, args, kwargs):
+        with pytest.raises(TypeError, match="positional"):
+            model.generate(prompts, *args, **kwargs)
+
+    def test_no_prompt(self, model):
+        with pytest.raises(ProbeError, match="there is no prompt"):
+            model()
+
     def test_a_later_step_of_an_own_loop_is_not_scored(self, model, prompts):
         first = model(prompts, use_cache=True)
         assert first.probe_logits is not None

@@ -43,7 +43,7 @@ from .texts import as_texts, classify_texts
 logger = logging.get_logger(__name__)
 
 # Arguments of the plain `generate()` behind its first two, which may be given by their place.
-_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:]
+_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
 
 
 class ProbedGenerationMixin(ProbeHostMixin):
@@ -372,7 +372,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not allowed.
         """
-        kwargs |= zip(_POSITIONAL, args, strict=False)
+        named = dict(zip(_POSITIONAL, args, strict=False))
+        if len(named) < len(args) or named.keys() & kwargs.keys():
+            raise TypeError("generate() got too many positional arguments, or one of them by name as well")
+        kwargs |= named
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
@@ -432,7 +435,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         probed = with_results(output, results, configs, halts, token_logits, state, texts)
-        probed.abstain(levels)
+        if levels:
+            probed.abstain(levels)
         return probed
 
     def generate_batch(self, *args, **kwargs):
