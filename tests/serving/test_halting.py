@@ -201,6 +201,8 @@ class TestReplies:
         [
             ("no", "tokenizer="),
             ([[1, 2]], "halt_reply has"),
+            (torch.zeros(1, 0), "halt_reply has"),
+            (5, "halt_reply has 5"),
             ([1, "a"], "halt_reply is a list"),
             ([5, VOCAB], f"halt_reply has .*{VOCAB - 1}"),
             ([1.5], "halt_reply has"),
@@ -213,7 +215,8 @@ class TestReplies:
     @pytest.mark.parametrize(
         "ids, kwargs, words",
         [
-            ([3, 4], {}, "input_ids"),
+            ([[3, 4]], {}, "input_ids is a list"),
+            (np.array([[3, 4]]), {}, "input_ids is a ndarray"),
             (torch.ones(2, 3, dtype=torch.long), {}, "input_ids"),
             (torch.tensor([[5]]), {"probes": [], "halt_on": "mood"}, "halt_on, probes"),
         ],

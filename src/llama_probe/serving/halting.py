@@ -44,9 +44,11 @@ class Reprompt:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = getattr(self.input_ids, "shape", ())
+        is_tensor = isinstance(self.input_ids, torch.Tensor)
+        shape = tuple(self.input_ids.shape) if is_tensor else ()
         if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            raise ProbeError(f"Reprompt.input_ids has the shape {list(shape)}; it must be [1, tokens]")
+            found = f"has the shape {list(shape)}" if is_tensor else f"is a {type(self.input_ids).__name__}"
+            raise ProbeError(f"Reprompt.input_ids {found}; it must be a tensor of shape [1, tokens]")
         if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
             raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
 

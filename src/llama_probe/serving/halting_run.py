@@ -201,9 +201,10 @@ def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tenso
         ids = reply.input_ids[0] if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
     except (TypeError, ValueError, RuntimeError):
         raise ProbeError(f"{name} is a {type(reply).__name__}; allowed: token ids, a text or a Reprompt") from None
-    whole = ids.dim() == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
-    if ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size):
-        raise ProbeError(f"{name} has {ids.tolist()[:8]}; it must be a list of token ids from 0 to {vocab_size - 1}")
+    whole = not ids.is_floating_point() and ids.dtype != torch.bool
+    if ids.dim() != 1 or (ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size)):
+        found = ids.tolist()[:8] if ids.dim() else ids.item()
+        raise ProbeError(f"{name} has {found}; it must be a list of token ids from 0 to {vocab_size - 1}")
     return reply if isinstance(reply, Reprompt) else ids.long()
 
 
