@@ -74,7 +74,8 @@ def test_abstaining(model, prompts):
     out = model.generate(prompts, max_new_tokens=1, probes="a", abstain_at=at)
     assert out.probe_labels == {"a": expected}
     assert model.classify(prompts, probes="a", abstain_at=at)["a"].labels == expected
-    assert model.generate(prompts, max_new_tokens=1, probes="a").probe_labels == {"a": labels}
+    plain = model.generate(prompts, max_new_tokens=1, probes="a")
+    assert plain.probe_labels == {"a": labels} and plain.abstain_at is None
     out, found = (
         model.generate(prompts, max_new_tokens=1, abstain_at={"a": at}),
         model.classify(prompts, abstain_at={"a": at}),
@@ -120,7 +121,8 @@ def test_texts_and_pipelines():
     classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
     labels = model.classify(texts, tokenizer=tokenizer, abstain_at=at)["a"].labels
     assert labels.count(None) == 1
-    assert [each["label"] for each in classify(texts, abstain_at=at)] == labels
+    for level in (at, {"a": at}):
+        assert [each["label"] for each in classify(texts, abstain_at=level)] == labels
     every = classify(texts[labels.index(None)], abstain_at=at, top_k=None)
     assert every[0]["label"] is None and len(every) == 4
     with pytest.raises(ProbeError, match="abstain_at=7"):

@@ -143,11 +143,10 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         found = super().__call__(inputs, **kwargs)
         return [found] if isinstance(found, dict) else found  # of one chat, as of one text
 
-    def _sanitize_parameters(self, abstain_at: float | None = None, **kwargs):
+    def _sanitize_parameters(self, abstain_at: float | dict[str, float] | None = None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if abstain_at is not None:
-            abstain_levels(abstain_at, {self.probe: self._config})
-            postprocess["abstain_at"] = abstain_at
+            postprocess["abstain_at"] = abstain_levels(abstain_at, {self.probe: self._config}).get(self.probe)
         return preprocess, forward, postprocess
 
     def preprocess(self, inputs: Any, **kwargs) -> dict[str, torch.Tensor]:
