@@ -380,6 +380,13 @@ class TestRefusals:
         with pytest.raises(ProbeError, match=words):
             make_probe()(**inputs)
 
+    def test_a_wrong_mask_is_refused_before_the_backbone_runs(self):
+        lm, probe = make_lm(), make_probe()
+        probe.set_backbone(lm)
+        lm.forward = lm.model.forward = None
+        with pytest.raises(ProbeError, match="mask has the shape"):
+            probe(make_prompts(), probe_mask=torch.ones(2, 4))
+
     def test_sizes_are_needed(self):
         with pytest.raises(ProbeError, match="hidden_size and num_hidden_layers"):
             ProbeModel(ProbeConfig())

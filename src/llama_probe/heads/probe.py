@@ -266,15 +266,18 @@ class ProbeModel(nn.Module):
             if self.backbone is None:
                 raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
             probe_mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
-            states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
-            x = torch.stack(states)  # [S, B, T, D]
+            shape = input_ids.shape
         else:
             x = self._stack(hidden_states)  # [S, B, T, D]
+            shape = x.shape[1:3]
         mask = attention_mask if probe_mask is None else probe_mask
-        if mask is not None and mask.shape != x.shape[1:3]:
-            raise ProbeError(f"the mask has the shape {tuple(mask.shape)}, and the prompts have {tuple(x.shape[1:3])}")
+        if mask is not None and mask.shape != shape:
+            raise ProbeError(f"the mask has the shape {tuple(mask.shape)}, and the prompts have {tuple(shape)}")
         mask = None if mask is None else mask.bool().to(self.device)
         check_rows(mask)
+        if input_ids is not None:
+            states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
+            x = torch.stack(states)
         return self.score(self.normalize(x), mask, labels, output_attentions, row_weights)
 
     def score(
