@@ -458,7 +458,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
     except ProbeError as error:
         raise ProbeError(f"{path}: {error}") from None
     if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
-        raise ProbeError(f"{path} was changed after it was saved: delete its config_sha256 if you did, or fetch it")
+        raise ProbeError(f"{path} was changed after it was saved: fetch it again, or remove config_sha256 if you did")
     if unknown:
         logger.warning(
             f"{path}: ignored unknown keys (another version?): {', '.join(repr(key)[:60] for key in unknown[:8])}"
