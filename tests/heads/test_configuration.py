@@ -70,7 +70,19 @@ def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["غير ضار", "می\u200cخواهم", "שלום\u200f!", "क्\u200dष", "👩\u200d💻", "❤️", "未分類", "né"]
+    "name",
+    [
+        "غير ضار",
+        "می\u200cخواهم",
+        "שלום\u200f!",
+        "क्\u200dष",
+        "👩\u200d💻",
+        "❤️",
+        "未分類",
+        "né",
+        "Zug\u00adabteil",
+        "\U0001fae9",
+    ],
 )
 def test_labels_of_all_languages(name):
     config, _ = ProbeConfig.from_dict(json.loads(ProbeConfig(id2label={0: name, 1: "b"}).to_json_string()))
