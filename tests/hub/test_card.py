@@ -201,6 +201,7 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
         }
         results["environment"] = {"torch": "2.13.0+cpu", "<b>": "1"}
         results["data"]["train"]["source"] = "50% of <script>"
+        results["data"]["validation"] = results["data"]["train"] | {"source": "<img/src=x> folds of train"}
         for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
             part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
             for rows in (part, part["slices"]["who"]["a|b\nc"]):
@@ -213,7 +214,7 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
     assert r", trained on rain # Evil: \[." in text and r"\# CC0. &lt;h1>Evil&lt;/h1> Rows: train" in text
     assert "gives one of ``a`b<script>``, ````x ## Title ``` | y````" in text
     assert "torch 2.13.0+cpu, `<b> 1`" in text and "(`50% of <script>`" in text and "class: `<i>`;" in text
-    assert r"| test, who = a\|b c | 10 |" in text
+    assert r"| test, who = a\|b c | 10 |" in text and "the others of 0 folds" in text
     assert "````\ntrain\n```\n# Evil\n````" in text and "- English ```." in text
     text = text.replace("````\ntrain\n```\n# Evil\n````", "```\n```")
     marks = ("#", "```", "<", "---")
