@@ -61,10 +61,13 @@ def test_weights_are_loaded_unless_they_are_random(tmp_path):
 
 
 def test_refusals(backbone_folder, tmp_path):
-    for name, config in (("masked", BertConfig(architectures=["BertForMaskedLM"])), ("b", BERT)):
+    quantized = LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    for name, config in (("masked", BertConfig(architectures=["BertForMaskedLM"])), ("small", quantized), ("b", BERT)):
         config.save_pretrained(tmp_path / name)
     with pytest.raises(ProbeError, match="BertForMaskedLM"):
         read(tmp_path / "masked")
+    with pytest.raises(ProbeError, match="quantised"):
+        read(tmp_path / "small", guards=False)
     with pytest.raises(ProbeError, match="cannot be loaded"):
         read(tmp_path / "b", random_weights=False).load(CPU)
     with pytest.raises(ProbeError, match="'t5-large'"):

@@ -88,7 +88,8 @@ class ModelPlan:
             guards: allow a sequence classifier and an encoder-decoder as well.
 
         Raises:
-            ProbeError: there is no such config, the model has too few positions, or it neither classifies nor generates.
+            ProbeError: there is no such config, the model has too few positions, it neither classifies nor generates, or
+                random weights were asked of a quantised model.
         """
         check_dtype(dtype)
         try:
@@ -97,6 +98,8 @@ class ModelPlan:
         except (OSError, ValueError) as error:
             shapes = f"a folder, a Hub id or, with --random-weights, one of {', '.join(SHAPES)}"
             raise ProbeError(f"no config of {name!r}: {_first_line(error)}. Give {shapes}") from error
+        if random_weights and getattr(config, "quantization_config", None) is not None:
+            raise ProbeError(f"{name} is quantised, which random weights are not: leave out --random-weights")
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and tokens > longest:
             raise ProbeError(f"{name} has {longest} positions, too few for {tokens} tokens: give fewer --tokens")
