@@ -271,6 +271,7 @@ TRAIN = "train --train {rows} --output {out} "
         ("benchmark --operations --as tpu", "tpu"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
         ("evaluate --probe toxicchat-gate --data {rows} --record mine", "--record"),
+        ("evaluate --probe me/not-fetched --data {rows} --record mine", "--record"),
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
         (TRAIN + "--epoch 3", "--epoch"),

@@ -21,7 +21,7 @@ class HeadOptions:
     """A head and its backbone, loaded in two steps: what the head refuses comes before the backbone.
 
     Attributes:
-        backbone: defaults to the one that the head records.
+        backbone: defaults to the one that the head records, which `load` sets.
         head, prompts: set by `load` and `attach`.
     """
 
@@ -34,11 +34,9 @@ class HeadOptions:
     head: ProbeModel = field(init=False, repr=False)
     prompts: PromptFormat = field(init=False, repr=False)
 
-    def __post_init__(self):
-        self.backbone = backbone_of(self.probe, self.backbone)
-
     def load(self) -> ProbeModel:
         """Load the head without its backbone."""
+        self.backbone = backbone_of(self.probe, self.backbone)
         folder = resolve_head(self.probe, backbone_target(self.backbone))
         self.head = ProbeModel.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         return self.head
