@@ -92,9 +92,9 @@ def test_a_button_a_layer():
 
 def test_hostile_texts_and_names_stay_text():
     label = HOSTILE.translate(dict.fromkeys(map(ord, "\u202e\u2066")))  # names of labels cannot have these
-    names = {"id2label": {0: label, 1: "$digest ${x}"}}
+    names = {"id2label": {0: label, 1: "{{ digest }} {% x %}"}}
     tokens = [HOSTILE, "a", HOSTILE + "\r", "<eos>"]
-    reading = make_reading(tokens, 1, label, {label: 0.9, "$digest ${x}": 0.1}, **names)
+    reading = make_reading(tokens, 1, label, {label: 0.9, "{{ digest }} {% x %}": 0.1}, **names)
     page = reading_page(dataclasses.replace(reading, head=HOSTILE))
     parsed = Parsed(page)
     (script,) = parsed.all("script")
@@ -102,7 +102,7 @@ def test_hostile_texts_and_names_stay_text():
     (policy,) = [e["content"] for e in parsed.all("meta") if e.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
     assert not parsed.all("img") and not any(key.startswith("on") for e in parsed.elements for key in e)
-    assert not set("\u202e\u2066\r") & set(page) and "\\u202eabc\\u2066" in page and "$digest ${x}" in page
+    assert not set("\u202e\u2066\r") & set(page) and "\\u202eabc\\u2066" in page and "{{ digest }} {% x %}" in page
     assert tokens_of(page)[2]["text"] == HOSTILE.replace("\u202e", "\\u202e").replace("\u2066", "\\u2066") + "␍"
 
 
