@@ -121,7 +121,7 @@ class ScoringJob:
     of `TextScorer`. `_manifest.json` lies beside the parquet files.
 
     Attributes:
-        inputs: paths or patterns of parquet, jsonl, json (an object a line) or csv files; all but parquet also `.gz`.
+        inputs: paths or patterns of parquet, jsonl, json (an object a line), csv or tsv files; all but parquet also `.gz`.
         output: folder.
         probes, backbone, dtype, batch_tokens: see `TextScorer`.
         text_column: column of the texts, or of chat messages.

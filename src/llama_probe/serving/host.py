@@ -99,7 +99,7 @@ class ProbeHostMixin:
             id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
             name: the head's name on the model. Defaults to the folder, subfolder or repository; see `default_name`.
             revision, subfolder: those of a Hub id that names none itself.
-            namespace: user or organisation whose heads an alias stands for; see `probe_namespace`.
+            namespace: user or organisation whose heads an alias stands for; see `resolve_head`.
             strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
             options: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
 

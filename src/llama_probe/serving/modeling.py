@@ -165,7 +165,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Defaults to the heads
                 that `save_pretrained` has kept beside the model; `[]` for none.
             probe_revision: revision of heads on the Hub that name none. `revision` is the backbone's.
-            probe_namespace: user or organisation that aliases are looked up in; see `probe_namespace`.
+            probe_namespace: user or organisation that aliases are looked up in; see `resolve_head`.
             probe_strict: raise if a head was trained on another backbone. Defaults to a warning.
             kwargs: as in the plain class. `token`, `cache_dir`, `local_files_only` and `force_download` are used for the
                 heads too.
