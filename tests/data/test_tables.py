@@ -133,6 +133,7 @@ def test_a_table_that_does_not_fit_into_memory(tmp_path):
         ("a.jsonl", b"", "holds no rows"),
         ("a.csv", b"text,label\n", "holds no rows"),
         ("a.csv", b"", "holds no rows"),
+        ("a.csv", b"text,label,id\na,0,123456789012345678901\n", "more than 64 bits"),
         ("missing.csv", None, "there is no file"),
         ("folder/", None, "cannot be read"),
     ],

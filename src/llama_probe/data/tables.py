@@ -98,6 +98,10 @@ def read_table(
         words = reason(error)
         if any(part in words for part in ("StopIteration", "corresponds to no data", "No columns to parse")):
             raise ProbeError(f"{source} holds no rows") from error
+        if "int too large" in words:
+            raise ProbeError(
+                f"{source} has a number of more than 64 bits: give it as a text, in jsonl or parquet"
+            ) from error
         known = "" if "/" in place.id else f" (data sets known by name: {', '.join(BENCHMARKS)})"
         raise ProbeError(f"{source} cannot be read as a file, a folder or a Hub data set: {words}{known}") from error
     if split not in data:
