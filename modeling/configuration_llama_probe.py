@@ -933,8 +933,8 @@ _NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} |
 # A lone surrogate (from JSON escapes or a non-UTF-8 shell). Tokenizers reject it.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 
-# Joiners, direction marks of single letters, and spaces: names may hold these, and no other sign that is not printable.
-_MARKS = re.compile("[\u200c-\u200f\u00a0\u202f\u3000]")
+# Control characters, line breaks, characters that reorder the text around them, and letters that are never drawn.
+_NOT_IN_NAMES = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\U000e0000-\\U000e007f]")
 
 
 def _is_int(value: Any, least: int = 1) -> bool:
@@ -957,7 +957,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_name(value: Any) -> bool:
     """Return True for a text that cannot write to a terminal, start a log line, or reorder the text around it."""
-    return isinstance(value, str) and _MARKS.sub("", value).isprintable()
+    return _is_text(value) and _NOT_IN_NAMES.search(value) is None
 
 
 def _is_id(value: Any) -> bool:
@@ -1114,7 +1114,9 @@ class ProbeConfig:
         if not (self.num_labels is None or _is_int(self.num_labels)):
             raise ProbeError(f"num_labels={self.num_labels!r} must be {_SIZE[0]}")
         if self.id2label is None:
-            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels or 2)}
+            self.num_labels = self.num_labels or 2
+            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels)}
+            return
         try:
             labels = {int(index): name for index, name in self.id2label.items() if str(int(index)) == str(index)}
         except (AttributeError, TypeError, ValueError):
@@ -1254,7 +1256,7 @@ def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> P
     except ProbeError as error:
         raise ProbeError(f"{path}: {error}") from None
     if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
-        raise ProbeError(f"{path} was changed after it was saved: delete its config_sha256 if you did, or fetch it")
+        raise ProbeError(f"{path} was changed after it was saved: fetch it again, or remove config_sha256 if you did")
     if unknown:
         logger.warning(
             f"{path}: ignored unknown keys (another version?): {', '.join(repr(key)[:60] for key in unknown[:8])}"

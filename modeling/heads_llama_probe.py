@@ -1154,7 +1154,7 @@ def check_rows(mask: torch.Tensor | None) -> None:
     if mask is None or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    raise ProbeError(f"rows {empty[:8]} hold no token that a head reads (a user's turn?): pass probe_mask=")
+    raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")
 
 
 # From heads/stream.py

@@ -700,7 +700,7 @@ class PrefillSession:
         ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         configs, masks = {name: head.config for name, head in heads.items()}, {}
         self.prompts = self.length = 0
-        if inputs:
+        if heads or inputs:
             masks = prompt_masks(
                 configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past
             )
@@ -1375,9 +1375,11 @@ class Reprompt:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = getattr(self.input_ids, "shape", ())
+        is_tensor = isinstance(self.input_ids, torch.Tensor)
+        shape = tuple(self.input_ids.shape) if is_tensor else ()
         if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            raise ProbeError(f"Reprompt.input_ids has the shape {list(shape)}; it must be [1, tokens]")
+            found = f"has the shape {list(shape)}" if is_tensor else f"is a {type(self.input_ids).__name__}"
+            raise ProbeError(f"Reprompt.input_ids {found}; it must be a tensor of shape [1, tokens]")
         if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
             raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
 
@@ -1761,9 +1763,10 @@ def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tenso
         ids = reply.input_ids[0] if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
     except (TypeError, ValueError, RuntimeError):
         raise ProbeError(f"{name} is a {type(reply).__name__}; allowed: token ids, a text or a Reprompt") from None
-    whole = ids.dim() == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
-    if ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size):
-        raise ProbeError(f"{name} has {ids.tolist()[:8]}; it must be a list of token ids from 0 to {vocab_size - 1}")
+    whole = not ids.is_floating_point() and ids.dtype != torch.bool
+    if ids.dim() != 1 or (ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size)):
+        found = ids.tolist()[:8] if ids.dim() else ids.item()
+        raise ProbeError(f"{name} has {found}; it must be a list of token ids from 0 to {vocab_size - 1}")
     return reply if isinstance(reply, Reprompt) else ids.long()
 
 
@@ -1988,7 +1991,7 @@ def change_class(model: nn.Module, cls: type) -> None:
 # From serving/modeling.py
 
 # Arguments of the plain `generate()` behind its first two, which may be given by their place.
-_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:]
+_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
 
 
 class ProbedGenerationMixin(ProbeHostMixin):
@@ -2219,7 +2222,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """Generate as `GenerationMixin.generate` does. Every active head scores the prompt in the same pass."""
-        kwargs |= zip(_POSITIONAL, args, strict=False)
+        named = dict(zip(_POSITIONAL, args, strict=False))
+        if len(named) < len(args) or named.keys() & kwargs.keys():
+            raise TypeError("generate() got too many positional arguments, or one of them by name as well")
+        kwargs |= named
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         for config in (generation_config, self.generation_config):
@@ -2279,7 +2285,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         probed = with_results(output, results, configs, halts, token_logits, state, texts)
-        probed.abstain(levels)
+        if levels:
+            probed.abstain(levels)
         return probed
 
     def generate_batch(self, *args, **kwargs):
