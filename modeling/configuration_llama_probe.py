@@ -1140,7 +1140,7 @@ class ProbeConfig:
             raise ProbeError(f"threshold has {len(values)} values for {self.num_labels} labels; give one, or one each")
         two = self.num_labels == 2 and self.problem_type == "single_label_classification"
         found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
-        if values and not multi_label and (several or not two):
+        if self.threshold is not None and not multi_label and (several or not two):
             needed = "needs two labels (one number) or a multi-label head"
             raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
         if self.thresholds and not two:

@@ -35,7 +35,7 @@ MULTI_LABEL = "multi_label_classification"
         ({"dropout": -(10**400)}, "dropout=-1000+"),
         *[({"threshold": value}, "threshold=.* from 0 to 1") for value in (10**400, 1.5, "x", [0.1, None])],
         ({"fingerprint": [0.5, 10**400]}, "fingerprint="),
-        ({"threshold": [0.1, 0.2]}, "threshold=.*needs two labels"),
+        *[({"threshold": value}, "threshold=.*needs two labels") for value in ([0.1, 0.2], [])],
         *[
             ({"thresholds": v}, "thresholds=")
             for v in ([0.5], {"": 0.5}, {"a\nb": 0.5}, {"a": 1.5}, {"a": "x"}, {1: 0.5})
