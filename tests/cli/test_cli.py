@@ -262,6 +262,8 @@ TRAIN = "train --train {rows} --output {out} "
         ("inspect nothing-here", "nothing-here"),
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
+        ("inspect {backbone} --revision main", "--revision"),
+        ("pull a/b@v1 --revision main", "--revision"),
         ("inspect toxicchat-mha --revision v2", "v2"),
         ("inspect toxicchat-mha --markdown", "--markdown"),
         ("classify x --probe nothing-here", "nothing-here"),
@@ -285,7 +287,7 @@ TRAIN = "train --train {rows} --output {out} "
     ],
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, line, named):
-    words = line.format(rows=rows / "train.jsonl", out=tmp_path / "out").split()
+    words = line.format(rows=rows / "train.jsonl", out=tmp_path / "out", backbone=backbone_folder).split()
     if words[0] in ("train", "sweep", "reproduce"):
         words += ["--backbone", backbone_folder]
     assert named in refuse(*words)

@@ -20,7 +20,7 @@ from ..hub.card import results_table
 from ..hub.resolve import bundled_heads, resolve_head
 from ..hub.transport import HubOptions
 from .console import print_table
-from .options import Dtype, Json, Revision, TrustRemoteCode
+from .options import Dtype, Json, Revision, TrustRemoteCode, check_revision
 
 
 _VERDICTS = {
@@ -56,6 +56,7 @@ def inspect(
     if probe is None:
         _list_bundled(as_json)
         return
+    check_revision(probe, revision)
     target = None if backbone is None else backbone_target(backbone)
     folder = resolve_head(probe, target, HubOptions(revision))
     head = ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -78,6 +78,12 @@ def backbone_of(probe: str, backbone: str | None) -> str:
     return name_of_backbone(config.get("base_model_name_or_path"))
 
 
+def check_revision(head: str, revision: str | None) -> None:
+    """Raise `ProbeError` if `--revision` is beside a folder, or a head that names a revision itself."""
+    if revision is not None and (os.path.isdir(head) or "@" in head):
+        raise ProbeError(f"--revision {revision} is for a head on the Hub that names no revision, not for {head}")
+
+
 def import_files(paths: Sequence[Path] | None) -> None:
     """Import the Python files of `--import`, which register kinds of heads.
 

@@ -13,7 +13,7 @@ from ..heads.probe import ProbeModel
 from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
-from .options import CreatePr, Json, Private, PushRevision, Revision, TrustRemoteCode
+from .options import CreatePr, Json, Private, PushRevision, Revision, TrustRemoteCode, check_revision
 
 
 def push(
@@ -58,6 +58,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Copy a head from the Hub into a folder."""
+    check_revision(head, revision)
     check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
     folder = pull_head(head, output, HubOptions(revision, force_download=force_download), check=check)
     print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")
