@@ -60,7 +60,7 @@ def main(head: str) -> None:
         done = subprocess.run([sys.executable, __file__, engine, head], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))  # vLLM logs there
         tokens = found.pop("tokens")
         for case, figures in found.items():
             if plain is None:

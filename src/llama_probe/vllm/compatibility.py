@@ -91,6 +91,24 @@ RESTRICTIONS = (
         lambda config: config.cache_config.cache_dtype,
     ),
     Restriction(
+        "enable_dbo",
+        (False, None),
+        "micro-batches that overlap were not tested",
+        lambda config: config.parallel_config.enable_dbo,
+    ),
+    Restriction(
+        "ubatch_size",
+        (0, 1, None),
+        "micro-batches that overlap were not tested",
+        lambda config: config.parallel_config.ubatch_size,
+    ),
+    Restriction(
+        "model_impl",
+        ("auto", "vllm", None),
+        "heads read the states of vLLM's own model classes",
+        lambda config: str(config.model_config.model_impl),
+    ),
+    Restriction(
         "kv_offloading_size",
         (None,),
         "it takes the engine's only connector, which heads need, and vLLM offloads on GPUs alone, which were not tested",
