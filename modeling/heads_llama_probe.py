@@ -10,6 +10,7 @@ import json
 import math
 import numpy as np
 import os
+import time
 import torch
 import torch.nn.functional as F
 import transformers
@@ -1471,7 +1472,7 @@ def _verdict(recorded: Any, found: Any, name: str = "") -> str:
 
 T = TypeVar("T")
 
-_TRIES = 20
+_TRIES, _PAUSE = 100, 0.01  # seconds; more than the clock of a file system needs to tell two saves apart
 _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
@@ -1530,9 +1531,11 @@ def read_settled(folder: Path, read: Callable[[], T]) -> T:
         except ProbeError as raised:
             error = raised
         if folder_state(folder, CONFIG_NAME) == before:
-            if error is not None:
+            if error is None:
+                return found
+            time.sleep(_PAUSE)
+            if folder_state(folder, CONFIG_NAME) == before:
                 raise error
-            return found
     raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
 
 

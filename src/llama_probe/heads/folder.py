@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -47,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
-_TRIES = 20
+_TRIES, _PAUSE = 100, 0.01  # seconds; more than the clock of a file system needs to tell two saves apart
 _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
@@ -127,9 +128,11 @@ def read_settled(folder: Path, read: Callable[[], T]) -> T:
         except ProbeError as raised:
             error = raised
         if folder_state(folder, CONFIG_NAME) == before:
-            if error is not None:
+            if error is None:
+                return found
+            time.sleep(_PAUSE)
+            if folder_state(folder, CONFIG_NAME) == before:
                 raise error
-            return found
     raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
 
 
