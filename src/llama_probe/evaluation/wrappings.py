@@ -1,4 +1,4 @@
-"""How often a head still flags a request in another wrapping."""
+"""The share of flagged requests that a head still flags in another wrapping."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ..data.sources import setting
 
 @dataclass
 class RunOptions:
-    """Where a head is trained, and in what format. The metadata of each field has its help.
+    """Settings of the place and the format in which a head is trained. The metadata of each field has its help.
 
     Attributes:
         backbone: `"demo"`, a folder or a Hub id. dtype: of its weights.
