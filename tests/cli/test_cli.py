@@ -205,6 +205,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     config = read_config(guard)
     assert config.token_scope == "response" and config.causal and config.prefix_ids
     assert succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["auroc"] > 0.9
+    assert "while they are written" in succeed("evaluate", *data, "--probe", guard, "--data", rows)
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")
     (row,) = succeed(*args, "guard:awful:0")

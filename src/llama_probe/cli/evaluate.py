@@ -197,6 +197,8 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
         print_table(title, ("wrapping", "kept"), [(name, f"{share:.3f}") for name, share in found["kept"].items()])
     if found := result.get("asking"):
         _print_asking(found)
+    for label, rules in result.get("halting", {}).items():
+        _print_halting(label, rules)
 
 
 def _print_parts(title: str, parts: dict[str, dict[str, Any]]) -> None:
@@ -222,6 +224,18 @@ def _print_asking(found: list[dict[str, Any]]) -> None:
         rows.append((f"{row['share']:.1%}", band, _number(row["recall"]), _number(row["false_alarms"])))
     columns = ("share asked", "between", "recall", "false alarms")
     print_table("with a judge for the rows nearest to the threshold", columns, rows, left=2)
+
+
+def _print_halting(label: str, rules: list[dict[str, Any]]) -> None:
+    columns = ("patience", "threshold", "detected", "in vain", "delay, median", "90 % below", "of the reply")
+    rows = []
+    for rule in rules:
+        found, delay = rule["test"], rule["test"]["delay"]
+        cells = [found["detected"], found["false_halts"], delay["median"], delay["p90"], delay["share"]]
+        forms = (".1%", ".1%", ".0f", ".0f", ".0%")
+        shown = ["-" if cell is None else f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True)]
+        rows.append((f"{rule['patience']}{' *' if rule['chosen'] else ''}", f"{rule['threshold']:.3f}", *shown))
+    print_table(f"replies halted by {label} while they are written", columns, rows, left=0)
 
 
 def _print_confusion(names: list[str], matrix: list[list[int]]) -> None:
