@@ -153,6 +153,8 @@ def test_at_most_so_many_rows(reproduction, tmp_path):
         ({"chosen": ["svm"]}, "methods='svm'"),
         ({"chosen": []}, "methods"),
         ({"only": ["table 9"]}, "only='table 9'"),
+        ({"only": ["ood"], "data": ["emotion"]}, "only='ood'"),
+        ({"only": ["layers"], "chosen": ["tfidf"]}, "only='layers'"),
         ({"data": ["xstest"]}, "data='xstest'"),
         ({"data": ["goemotions"]}, "data='goemotions'"),
         ({"data": ["emotion", "emotion"]}, "data="),

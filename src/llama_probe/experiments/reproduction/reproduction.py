@@ -88,6 +88,12 @@ class Reproduction:
             self.sweep = Path(self.sweep)
             if not (self.sweep / SWEEP_NAME).is_file():
                 raise ProbeError(f"sweep={self.sweep} holds no {SWEEP_NAME}: give the folder of a finished sweep")
+        suited = {"ood": self._safety_source and self._ood_methods, "layers": self._layered}
+        for name, found in (suited | {"few-labels": self._trained_kinds}).items():
+            if name in (self.only or ()) and not found:
+                raise ProbeError(f"only={name!r} has nothing to do with these data and methods")
+        if self.sweep is not None and "sensitivity" not in (self.only or PARTS):
+            raise ProbeError(f"sweep={self.sweep} is read for sensitivity: add it to only, or leave sweep out")
         self.only = list(PARTS if self.only is None else self.only)
         self.comparison = Comparison(self.bench, self.output, self.epochs, self.patience, self.shots)
 
