@@ -911,7 +911,7 @@ def _running_max(values: Any) -> Any:
     return np.maximum.accumulate(values, axis=1) if isinstance(values, np.ndarray) else values.cummax(1).values
 
 
-# From heads/configuration.py
+# From heads/rules.py
 
 REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
@@ -924,11 +924,6 @@ UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
 MAX_SIZE = 2**20
-
-# Fields that say nothing about scores. The config's digest covers all others, and these may be changed by hand.
-_NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} | {
-    f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")
-}
 
 # A lone surrogate (from JSON escapes or a non-UTF-8 shell). Tokenizers reject it.
 HALF_PAIR = re.compile("[\\ud800-\\udfff]")
@@ -945,6 +940,10 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**63  # torch takes no larger int
     return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
@@ -994,7 +993,7 @@ _THRESHOLDS = (
     lambda value: (
         isinstance(value, dict)
         and all(_is_name(name) and name.strip() for name in value)
-        and all(_is_number(number) and 0 <= number <= 1 for number in value.values())
+        and all(map(_is_share, value.values()))
     ),
 )
 _NOVELTY = (
@@ -1007,15 +1006,24 @@ _NOVELTY = (
         and _is_int(value["rank"])
     ),
 )
+_THRESHOLD = (
+    "a number from 0 to 1, a list of these, or None",
+    lambda value: value is None or _is_share(value) or (value != [] and _is_list(value, _is_share)),
+)
+_LAYERS = (
+    "'all' or a list of different state indices from 0",
+    lambda value: value == "all" or (_is_list(value, _is_id) and len(set(value)) == len(value) > 0),
+)
 _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
 
 # The rule of each field: a description and a check.
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "problem_type": _one_of(*PROBLEM_TYPES),
     "pool": _one_of(*POOLS),
     "normalize": _one_of(*NORMALIZATIONS),
     "token_scope": _one_of(*TOKEN_SCOPES),
     "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
+    "layers": _LAYERS,
     "num_attention_heads": _SIZE,
     "downcast": _SIZE,
     "hidden_size": _or_none(_SIZE),
@@ -1029,6 +1037,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
+    "threshold": _THRESHOLD,
     "thresholds": _or_none(_THRESHOLDS),
     "novelty": _or_none(_NOVELTY),
     "fingerprint": _or_none(_NUMBERS),
@@ -1038,6 +1047,42 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("base_model_type", "base_model_class", "base_model_dtype"), _or_none(_NAME)),
     **dict.fromkeys(("base_model_quantization", "weights_sha256"), _or_none(_NAME)),
     **dict.fromkeys(("llama_probe_version", "transformers_version"), _or_none(_NAME)),
+}
+
+
+def check_fields(values: dict[str, Any]) -> None:
+    """Raise `ProbeError` for the first field that breaks its rule. The message names the field and what is allowed."""
+    for name, (allowed, holds) in RULES.items():
+        if not holds(values[name]):
+            raise ProbeError(f"{name}={values[name]!r} must be {allowed}")
+
+
+def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:
+    """Return the number of labels and their names by index, `LABEL_0` and so on if they have none."""
+    if not (num_labels is None or _is_int(num_labels)):
+        raise ProbeError(f"num_labels={num_labels!r} must be {_SIZE[0]}")
+    if id2label is None:
+        return num_labels or 2, {index: f"LABEL_{index}" for index in range(num_labels or 2)}
+    try:
+        labels = {int(index): name for index, name in id2label.items() if str(int(index)) == str(index)}
+    except (AttributeError, TypeError, ValueError):
+        labels = {}
+    if not labels or sorted(labels) != list(range(len(id2label))):
+        raise ProbeError(f"id2label={id2label!r} must be a dict of label names by index: 0, 1, 2, ...")
+    if wrong := [name for name in labels.values() if not _is_name(name)]:
+        raise ProbeError(f"id2label has the name {wrong[0]!r}; it must be {_NAME[0]}")
+    if len(set(labels.values())) != len(labels):
+        raise ProbeError(f"id2label has the names {list(labels.values())}; each name must occur once")
+    if num_labels not in (None, len(labels)):
+        raise ProbeError(f"num_labels={num_labels} but id2label names {len(labels)}; leave num_labels out")
+    return len(labels), dict(sorted(labels.items()))
+
+
+# From heads/configuration.py
+
+# Fields that say nothing about scores. The config's digest covers all others, and these may be changed by hand.
+_NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} | {
+    f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")
 }
 
 
@@ -1094,15 +1139,13 @@ class ProbeConfig:
     transformers_version: str | None = None
 
     def __post_init__(self):
-        self._check_labels()
+        self.num_labels, self.id2label = named_labels(self.num_labels, self.id2label)
         kind = get_probe_type(self.probe_type)
         if self.normalize is None:
             self.normalize = kind.normalize
         if self.causal is None:
             self.causal = self.reads_reply
-        for name, (allowed, holds) in _RULES.items():
-            if not holds(value := getattr(self, name)):
-                raise ProbeError(f"{name}={value!r} must be {allowed}")
+        check_fields(vars(self))
         if self.reads_reply and not self.causal:
             raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
         self._check_threshold()
@@ -1110,34 +1153,11 @@ class ProbeConfig:
         self._check_novelty()
         kind.check(self)
 
-    def _check_labels(self) -> None:
-        if not (self.num_labels is None or _is_int(self.num_labels)):
-            raise ProbeError(f"num_labels={self.num_labels!r} must be {_SIZE[0]}")
-        if self.id2label is None:
-            self.num_labels = self.num_labels or 2
-            self.id2label = {index: f"LABEL_{index}" for index in range(self.num_labels)}
-            return
-        try:
-            labels = {int(index): name for index, name in self.id2label.items() if str(int(index)) == str(index)}
-        except (AttributeError, TypeError, ValueError):
-            labels = {}
-        if not labels or sorted(labels) != list(range(len(self.id2label))):
-            raise ProbeError(f"id2label={self.id2label!r} must be a dict of label names by index: 0, 1, 2, ...")
-        if wrong := [name for name in labels.values() if not _is_name(name)]:
-            raise ProbeError(f"id2label has the name {wrong[0]!r}; it must be {_NAME[0]}")
-        if len(set(labels.values())) != len(labels):
-            raise ProbeError(f"id2label has the names {list(labels.values())}; each name must occur once")
-        if self.num_labels not in (None, len(labels)):
-            raise ProbeError(f"num_labels={self.num_labels} but id2label names {len(labels)}; leave num_labels out")
-        self.num_labels, self.id2label = len(labels), dict(sorted(labels.items()))
-
     def _check_threshold(self) -> None:
         several, multi_label = isinstance(self.threshold, list), self.problem_type == "multi_label_classification"
-        values = self.threshold if several else [] if self.threshold is None else [self.threshold]
-        if not all(_is_number(value) and 0 <= value <= 1 for value in values):
-            raise ProbeError(f"threshold={self.threshold!r} must be a number from 0 to 1, or a list of these")
-        if multi_label and several and len(values) != self.num_labels:
-            raise ProbeError(f"threshold has {len(values)} values for {self.num_labels} labels; give one, or one each")
+        if multi_label and several and len(self.threshold) != self.num_labels:
+            given = len(self.threshold)
+            raise ProbeError(f"threshold has {given} values for {self.num_labels} labels; give one, or one each")
         two = self.num_labels == 2 and self.problem_type == "single_label_classification"
         found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
         if self.threshold is not None and not multi_label and (several or not two):
@@ -1149,8 +1169,6 @@ class ProbeConfig:
     def _check_layers(self) -> None:
         if self.layers == "all":
             return
-        if not self.layers or not _is_list(self.layers, _is_id) or len(set(self.layers)) != len(self.layers):
-            raise ProbeError(f"layers={self.layers!r} must be 'all' or a list of different state indices from 0")
         self.layers = sorted(self.layers)
         if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
             raise ProbeError(f"layers={self.layers!r} must be from 0 to num_hidden_layers={self.num_hidden_layers}")

@@ -10,7 +10,7 @@ from datasets import Dataset
 from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS, find_benchmark
 from llama_probe.data.texts import benchmark_splits, read_labelled
-from llama_probe.heads.configuration import PROBLEM_TYPES
+from llama_probe.heads.rules import PROBLEM_TYPES
 
 
 def jsonl(path, rows):

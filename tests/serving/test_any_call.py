@@ -13,7 +13,7 @@ from test_probe import KINDS
 from tiny_families import IMAGE, LAYERS, TINY, tiny
 
 from llama_probe import AutoModelForProbedGeneration
-from llama_probe.heads.configuration import TURN_SCOPES
+from llama_probe.heads.rules import TURN_SCOPES
 from llama_probe.heads.turns import turn_mask
 from llama_probe.serving import reader
 

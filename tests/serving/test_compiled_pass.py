@@ -19,7 +19,7 @@ from torch._inductor.fx_passes.post_grad import reorder_for_locality
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.backbone.capture import _LISTENING
-from llama_probe.heads.configuration import TURN_SCOPES
+from llama_probe.heads.rules import TURN_SCOPES
 from llama_probe.serving import reader
 
 

@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from ..backbone.fingerprint import template_hash
 from ..errors import ProbeError
-from ..heads.configuration import HALF_PAIR, PROMPT_FORMATS, ProbeConfig
+from ..heads.configuration import ProbeConfig
+from ..heads.rules import HALF_PAIR, PROMPT_FORMATS
 from ..heads.turns import turn_mask
 from .turns import DIFFERENT_TEXTS, common_start, learn_turn_markers
 

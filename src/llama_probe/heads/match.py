@@ -16,7 +16,8 @@ from ..backbone.capture import check_states
 from ..backbone.decoder import find_decoder
 from ..backbone.fingerprint import backbone_facts, distance, fingerprint, template_hash, tolerance
 from ..errors import ProbeError
-from .configuration import TURN_SCOPES, ProbeConfig
+from .configuration import ProbeConfig
+from .rules import TURN_SCOPES
 
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from .aggregator import get_probe_type, last_valid
-from .configuration import TURN_SCOPES, ProbeConfig
+from .configuration import ProbeConfig
+from .rules import TURN_SCOPES
 from .turns import turn_mask
 
 

@@ -39,8 +39,9 @@ from ..evaluation.metrics import compute_metrics as metrics_of
 from ..evaluation.novelty import can_fit, fit_novelty
 from ..evaluation.report import inspect_head, predict_logits
 from ..heads import get_probe_type
-from ..heads.configuration import PROMPT_FORMATS, ProbeConfig
+from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
+from ..heads.rules import PROMPT_FORMATS
 from ..hub.card import CardFacts
 from .arguments import ProbeTrainingArguments
 from .loss import ProbeLoss
