@@ -143,10 +143,21 @@ def test_replies(tmp_path, backbone_folder, run, scope):
     assert found[2]["guard_label"] is None, "there is no reply"
 
 
-def test_heads_that_read_other_prompts(tmp_path, backbone_folder, heads):
-    make_probe(probe_type="gate", prompt_format="raw", max_length=64).save_pretrained(tmp_path / "raw")
-    with pytest.raises(ProbeError, match="prompt_format"):
-        TextScorer([heads[0], str(tmp_path / "raw")], str(backbone_folder))
+def test_heads_of_other_formats_score_as_they_do_alone(tmp_path, backbone_folder, heads):
+    make_probe(probe_type="gate", prompt_format="raw", max_length=8).save_pretrained(tmp_path / "raw")
+    both = [heads[0], str(tmp_path / "raw")]
+    together = TextScorer(both, str(backbone_folder))(texts(9))
+    alone = [TextScorer([head], str(backbone_folder))(texts(9)) for head in both]
+    for columns in alone:
+        for name in (name for name in columns if name.endswith("probabilities")):
+            for a, b in zip(together[name], columns[name], strict=True):
+                assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_heads_of_prompts_and_of_replies_do_not_mix(tmp_path, backbone_folder, heads):
+    make_probe(probe_type="gate", prompt_format="chat", token_scope="response").save_pretrained(tmp_path / "reply")
+    with pytest.raises(ProbeError, match=r"reply.*mood"):
+        TextScorer([heads[0], str(tmp_path / "reply")], str(backbone_folder))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from ..data.files import MAX_TEXT
 from ..data.prompts import PromptFormat, check_alike
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
-from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
@@ -56,7 +55,10 @@ def generate(
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
     model, tokenizer = _load(probe, backbone, dtype, trust_remote_code, rules=rules, abstain_at=abstain_at)
-    prompt_format = PromptFormat.from_config(_uncut(next(iter(model.probes.values())).config), tokenizer)
+    config = next(iter(model.probes.values())).config.replace(
+        max_length=None
+    )  # a prompt that gets a reply stays whole
+    prompt_format = PromptFormat.from_config(config, tokenizer)
     halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
     rows = []
     for start in range(0, len(texts), _BATCH):
@@ -171,7 +173,7 @@ def _load(
     heads = _read_heads(probes, backbone, trust_remote_code)
     configs = {name: head.config for name, head in heads.items()}
     if replies:
-        check_alike({name: _uncut(config) for name, config in configs.items()})
+        check_alike(configs)
     abstain_levels(abstain_at, configs)
     followers = [name for name, config in configs.items() if config.token_scope == "response"]
     if followers and not replies:
@@ -187,11 +189,6 @@ def _load(
     with contextlib.redirect_stdout(sys.stderr):
         lm, tokenizer = load_backbone(backbone, dtype)
         return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
-
-
-def _uncut(config: ProbeConfig) -> ProbeConfig:
-    """Return the config of a head for a prompt that gets a reply, and so stays whole."""
-    return config.replace(max_length=None)
 
 
 def _rows(

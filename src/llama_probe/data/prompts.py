@@ -285,14 +285,12 @@ def _has_role(turn: Any) -> bool:
     return isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
 
 
-def check_alike(configs: Mapping[str, ProbeConfig], replies: bool = False) -> None:
-    """Raise `ProbeError` unless heads, by name, can read the same prompts in one pass, with `replies` in them or without."""
+def check_alike(configs: Mapping[str, ProbeConfig]) -> None:
+    """Raise `ProbeError` unless heads, by name, read prompts that are rendered alike and stay whole."""
     (first, one), *others = configs.items()
     for name, other in others:
-        for key in ("prompt_format", "system_prompt", "max_length", *(["token_scope"] if replies else [])):
-            a, b = getattr(one, key), getattr(other, key)
-            # Scopes of heads that read prompts may differ: the same prompt is rendered for all.
-            if a != b and (key != "token_scope" or one.reads_reply or other.reads_reply):
+        for key in ("prompt_format", "system_prompt"):
+            if (a := getattr(one, key)) != (b := getattr(other, key)):
                 raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {a!r} and {b!r}")
 
 

@@ -21,7 +21,7 @@ from ..backbone.cache import repeat_cache
 from ..backbone.loading import backbone_target, load_backbone
 from ..backbone.passes import plan_passes
 from ..data.files import MAX_TEXT, Chunk, InputFile
-from ..data.prompts import PromptFormat, Text, check_alike, exchange, is_text
+from ..data.prompts import Text, exchange, is_text
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
 from ..errors import ProbeError
 from ..files import remove_leftovers, write_atomically
@@ -30,7 +30,7 @@ from ..heads.probe import ProbeModel
 from ..heads.scope import prompt_masks, read_masks
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.sources import read_heads
-from ..serving.texts import pad_inputs
+from ..serving.texts import encode, heads_by_format, pad_inputs
 from .resume import check_settings
 
 
@@ -45,23 +45,20 @@ class TextScorer:
     """A backbone with heads, as a function from texts to columns.
 
     Args:
-        probes: heads, as for `probe=`. All must read prompts in the same format.
+        probes: heads, as for `probe=`. Those of one prompt format share a pass. All read prompts, or all read replies.
         backbone: `"demo"`, a folder or a Hub id.
         dtype: of the backbone's weights.
         batch_tokens: tokens of a forward pass, padding included.
 
     Raises:
-        ProbeError: a head is not found, or the heads cannot share a pass.
+        ProbeError: a head is not found, or some heads read prompts and others replies.
     """
 
     def __init__(self, probes: Any, backbone: str = "demo", dtype: str = "auto", batch_tokens: int = 4096):
-        self.heads = read_heads(probes, backbone_target(backbone))
-        check_alike({name: head.config for name, head in self.heads.items()}, replies=True)
+        self.heads = _read_heads(probes, backbone)
         self.batch_tokens = batch_tokens
         lm, self.tokenizer = load_backbone(backbone, dtype)
         self.model = AutoModelForProbedGeneration.from_causal_lm(lm, self.heads)
-        self.config = next(iter(self.heads.values())).config
-        self.prompt_format = PromptFormat.from_config(self.config, self.tokenizer)
 
     def __call__(self, texts: Sequence[Text | None]) -> dict[str, list[Any]]:
         """Score texts.
@@ -78,14 +75,15 @@ class TextScorer:
         columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
         if not rows:
             return columns
-        encoded = self.prompt_format.encode_for(self.config, [texts[row] for row in rows])
-        inputs = pad_inputs(encoded.ids, encoded.masks, self.tokenizer)
-        for each in plan_passes(self.model, encoded.ids, self._count_unread(**inputs), self.batch_tokens):
-            batch, width = each.rows, max(len(encoded.ids[i]) for i in each.rows)
-            part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
-            cache = None if each.prefix is None else repeat_cache(each.prefix, len(batch))
-            for name, output in self.model.classify(**part, cache=cache).items():
-                self._fill(columns, name, output, [rows[i] for i in batch])
+        for names in heads_by_format({name: head.config for name, head in self.heads.items()}):
+            ids, masks = encode(self.heads[names[0]].config, [texts[row] for row in rows], self.tokenizer)
+            inputs = pad_inputs(ids, masks, self.tokenizer)
+            for each in plan_passes(self.model, ids, self._count_unread(names, **inputs), self.batch_tokens):
+                batch, width = each.rows, max(len(ids[i]) for i in each.rows)
+                part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
+                cache = None if each.prefix is None else repeat_cache(each.prefix, len(batch))
+                for name, output in self.model.classify(**part, cache=cache, probes=names).items():
+                    self._fill(columns, name, output, [rows[i] for i in batch])
         return columns
 
     def _fill(self, columns: dict[str, list[Any]], name: str, found: ProbeOutput, rows: list[int]) -> None:
@@ -101,10 +99,14 @@ class TextScorer:
                 columns[f"{name}_{kind}"][row] = value
 
     def _count_unread(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, probe_mask: torch.Tensor | None = None
+        self,
+        names: Sequence[str],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        probe_mask: torch.Tensor | None = None,
     ) -> list[int]:
-        """Count the first tokens of each prompt that no head reads."""
-        configs = {name: head.config for name, head in self.heads.items()}
+        """Count the first tokens of each prompt that none of these heads reads."""
+        configs = {name: self.heads[name].config for name in names}
         masks = read_masks(configs, prompt_masks(configs, input_ids, None, attention_mask, probe_mask))
         return torch.stack(list(masks.values())).any(dim=0).int().argmax(dim=1).tolist()
 
@@ -161,8 +163,7 @@ class ScoringJob:
         with process_group(), claimed(self.output):
             check_shared(self.output)
             files, kept = on_main(self._survey)
-            heads = read_heads(self.probes, backbone_target(self.backbone))
-            check_alike({name: head.config for name, head in heads.items()}, replies=True)
+            heads = _read_heads(self.probes, self.backbone)
             plan, done = on_main(lambda: self._begin(files, heads))
             if not plan["complete"]:
                 schema = pa.schema({"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)})
@@ -266,6 +267,16 @@ class ScoringJob:
         plan = {**plan, "complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
         _write_manifest(self.output / MANIFEST_NAME, plan)
         return plan
+
+
+def _read_heads(probes: Any, backbone: str) -> dict[str, ProbeModel]:
+    heads = read_heads(probes, backbone_target(backbone))
+    by_reads = {head.config.reads_reply: name for name, head in heads.items()}
+    if len(by_reads) == 2:
+        raise ProbeError(
+            f"{by_reads[True]!r} reads replies and {by_reads[False]!r} prompts: score them one after the other"
+        )
+    return heads
 
 
 def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:

@@ -106,7 +106,7 @@ _NOVELTY = (
 )
 _THRESHOLD = (
     "a number from 0 to 1, a list of these, or None",
-    lambda value: value is None or _is_share(value) or (value != [] and _is_list(value, _is_share)),
+    lambda value: value is None or _is_share(value) or _is_list(value, _is_share),
 )
 _LAYERS = (
     "'all' or a list of different state indices from 0",
