@@ -1,5 +1,6 @@
 """The middleware before a server of a few routes and an engine that says what it is told to."""
 
+import asyncio
 import json
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -97,6 +98,25 @@ def test_a_body_in_pieces_is_checked_as_a_whole():
     assert engine.asked == 0
     good = body.replace("nowhere", "guard")
     assert client.post("/complete", content=(piece.encode() for piece in good)).json()["asked"] == json.loads(good)
+
+
+def test_a_file_that_is_sent_is_handed_on_piece_by_piece():
+    pieces, seen = iter([b"first", b"second"]), []
+
+    async def receive():
+        return {"type": "http.request", "body": next(pieces), "more_body": True}
+
+    async def server(scope, receive, send):
+        seen.append((await receive())["body"])
+
+    kind = [(b"content-type", b"multipart/form-data; boundary=x")]
+    app = client_of(Engine({})).app
+    asyncio.run(
+        ProbeStreams(server)(
+            {"type": "http", "method": "POST", "path": "/", "headers": kind, "app": app}, receive, None
+        )
+    )
+    assert seen == [b"first"] and next(pieces) == b"second", "the second piece has not been asked for"
 
 
 def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores():

@@ -65,7 +65,8 @@ class ProbeStreams:
             send = _LabelResponse(send, asked, scores).send
             scope = _as_completion(scope)
         else:
-            receive = _rewritten(receive, functools.partial(check_request, settings))
+            if not _is_upload(scope):  # files, which may be large, name no heads
+                receive = _rewritten(receive, functools.partial(check_request, settings))
             send = _Response(send, scores).send
         token = _scores.set(scores)
         try:
@@ -167,6 +168,10 @@ class _Response:
 def _path(scope: dict[str, Any]) -> str:
     """Return the path of a request, without `--root-path`."""
     return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
+def _is_upload(scope: dict[str, Any]) -> bool:
+    return dict(scope["headers"]).get(b"content-type", b"").lower().startswith(b"multipart/form-data")
 
 
 def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
