@@ -201,4 +201,6 @@ class TestAliases:
             for alias in ("moood", "mine"):
                 with pytest.raises(ProbeError, match=r"org/tiny:mine is not in the cache|org/tiny:moood is not in"):
                     resolve_head(alias, target, namespace=named)
+            with pytest.raises(ProbeError, match=r"alice/tiny-probes:moood is not in"):
+                resolve_head("alice/tiny-probes:moood")
         assert resolve_head("mine", target, namespace=named).name == "mine"

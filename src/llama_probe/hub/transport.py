@@ -179,9 +179,9 @@ def _in_time(ask: Callable[[], T], what: str) -> T:
 
 
 def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
-    """Return options for a head that may not exist: with `local_files_only` if the Hub cannot be reached.
+    """Return options for a head: with `local_files_only` if it is not cached and the Hub does not answer one request.
 
-    The client repeats a failed request for half a minute. That is too long for a mistyped alias, so this asks once.
+    The client would repeat a failed request for half a minute.
     """
     revision, path = reference.revision or options.revision, reference.path(CONFIG_NAME)
     cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
@@ -219,7 +219,7 @@ def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | boo
         _in_time(lambda: HfApi(token=token).file_exists(repo_id, path, revision=revision), path)
     except HfHubHTTPError:
         return True
-    except (*_FAILED, ProbeError):
+    except _FAILED:
         return False
     return True
 

@@ -13,7 +13,7 @@ from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
 from ..hub.folder import is_head_folder
 from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
-from ..hub.transport import HubOptions, HubReference, check_within_reach, without_waiting
+from ..hub.transport import HubOptions, check_within_reach
 
 
 UNNAMED = "probe"
@@ -103,8 +103,6 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
     options = replace(HubOptions.beside(kwargs, kwargs.get("revision")), only_config=True)
     try:
         source = with_subfolder(place, kwargs.get("subfolder") or None)
-        if (reference := HubReference.parse(str(source))) is not None and not os.path.exists(source):
-            options = without_waiting(reference, options)
         config = read_config(resolve_head(source, options=options), options.trust_remote_code)
         return HeadPlace(default_name(source), source, kwargs.get("revision"), config)
     except ProbeError:
