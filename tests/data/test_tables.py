@@ -37,7 +37,7 @@ def parquet(**columns) -> bytes:
         ("nyu-mll/glue:sst2:validation", TablePlace("nyu-mll/glue", None, "sst2", "validation")),
         ("ann/mood::dev", TablePlace("ann/mood", None, None, "dev")),
         ("ann/mood@refs/pr/1:en", TablePlace("ann/mood", "refs/pr/1", "en")),
-        ("rows.csv", TablePlace("rows.csv")),
+        ("rows.txt", TablePlace("rows.txt")),
         ("a:b:c:d", TablePlace("a:b:c:d")),
     ],
 )

@@ -86,7 +86,8 @@ def test_what_it_leaves(rows, backbone_folder, tmp_path, monkeypatch):
 
 def test_heads_that_follow_replies_learn_from_cut_ones(backbone_folder, tmp_path, monkeypatch):
     lines = [{"prompt": f"what no {i}", "text": "good no bad no good no", "label": i % 2} for i in range(40)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     seen, original = [], shared.collect_hidden_states
     monkeypatch.setattr(
         shared, "collect_hidden_states", lambda *args: (seen.extend(args[3].sum(dim=1).tolist()), original(*args))[1]

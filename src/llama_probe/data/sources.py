@@ -13,7 +13,7 @@ from ..errors import ProbeError
 from .augmentation import AUGMENTATIONS, SHARE, augment, check_augmentations
 from .files import MAX_TEXT
 from .known import BENCHMARKS, Benchmark, find_benchmark
-from .tables import read_table
+from .tables import TablePlace, read_table
 from .texts import LabelledTexts, benchmark_splits, read_labelled, warn_of_labels
 
 
@@ -132,6 +132,8 @@ class DataSources:
             self.slice_columns = list(tested.slices)
         sources = [source for source in (*self.train, self.eval, self.test, *self.extra) if source is not None]
         named = list(map(self._benchmark, sources))
+        for source in (source for source, benchmark in zip(sources, named, strict=True) if benchmark is None):
+            TablePlace.parse(source)  # raises
         prompts = {benchmark.exchange[0] for benchmark in named if benchmark and benchmark.exchange}
         own = (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, *prompts)
         if own and all(named):

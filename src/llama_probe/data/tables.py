@@ -42,9 +42,20 @@ class TablePlace:
 
     @classmethod
     def parse(cls, source: str) -> TablePlace:
-        """Parse a source. An existing path is taken as it is."""
+        """Parse a source. An existing path is taken as it is.
+
+        Raises:
+            ProbeError: it is blank, a file that does not exist, or a file or folder with a revision or split behind it.
+        """
+        if not source.strip():
+            raise ProbeError(f"{source!r} names no rows: give a file, a folder or a Hub data set")
         match = None if os.path.exists(source) else _PLACE.fullmatch(source)
-        return cls(source) if match is None else cls(*(part or None for part in match.groups()))
+        place = cls(source) if match is None else cls(*(part or None for part in match.groups()))
+        if (os.path.isfile(place.id) and place.id != source) or (os.path.isdir(place.id) and place.revision):
+            raise ProbeError(f"{source}: {place.id} is on this machine and has no {source[len(place.id) :]}")
+        if kind_of(Path(place.id)) and not os.path.exists(place.id):
+            raise ProbeError(f"there is no file {place.id}")
+        return place
 
 
 def read_table(
@@ -70,12 +81,6 @@ def read_table(
 
     place = TablePlace.parse(source)
     path, split = Path(place.id), place.split or split
-    if not source.strip():
-        raise ProbeError(f"{source!r} names no rows: give a file, a folder or a Hub data set")
-    if (os.path.isfile(path) and place.id != source) or (os.path.isdir(path) and place.revision):
-        raise ProbeError(f"{source}: {path} is on this machine and has no {source[len(place.id) :]}")
-    if kind_of(path) and not os.path.exists(path):
-        raise ProbeError(f"there is no file {path}")
     try:
         if os.path.isfile(path):
             options = _file_options([path], text_columns, needed, max_text)
