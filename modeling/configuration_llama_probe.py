@@ -643,7 +643,7 @@ def resolve_head(
         if reference is None:
             told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
             raise ProbeError(f"{told}; {_known(target)}")
-        return download_head(reference, options)
+        return download_head(reference, without_waiting(reference, options))
     told = f"probe={source!r} is neither a folder nor a bundled head"
     if (chosen := _choose(source, bundled_heads(target))) is not None:
         if options.revision is None:
@@ -658,8 +658,8 @@ def resolve_head(
             found += [f"in {place}: {', '.join(heads) or 'none'}"]
             continue
         reference = HubReference(place, revision, source)
-        options = without_waiting(reference, options)
         try:
+            options = without_waiting(reference, options)
             return download_head(reference, options)
         except ProbeError as error:
             heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]

@@ -14,10 +14,11 @@ import typer
 from ..data.files import MAX_TEXT, InputFile
 from ..data.prompts import is_text
 from ..errors import ProbeError
-from ..evaluation.novelty import FAR, compare_log
+from ..evaluation.novelty import compare_log
 from ..evaluation.plots import drift_plot, png_writer
 from ..evaluation.report import predict_rows
 from ..files import check_writable, make_folder, write_atomically
+from ..heads.novelty import FAR
 from .console import create_console, escape, print_table
 from .head import HeadOptions
 from .options import Fields, Json

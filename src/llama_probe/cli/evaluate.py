@@ -17,8 +17,8 @@ from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.asking import asked, check_shares
-from ..evaluation.novelty import FAR, against_others
 from ..heads.configuration import ProbeConfig
+from ..heads.novelty import FAR
 from ..hub.folder import measured_rules, read_results
 from .console import create_console, print_table
 from .head import HeadOptions
@@ -79,20 +79,21 @@ def evaluate(
     check_shares(ask or ())
     if judge_column is not None and not ask:
         raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
-    # These take seconds to import.
-    from ..evaluation.detection import apply_rules, follow_replies
-    from ..evaluation.metrics import is_binary
-    from ..evaluation.report import (
-        describe_evaluation,
-        detailed_report,
-        flagged_share,
-        predict_rows,
-        without_undefined,
-    )
-    from ..evaluation.wrappings import kept_labels
-
     with process_group(), contextlib.redirect_stdout(sys.stderr):
         head = scored.load()
+        # These take seconds to import.
+        from ..evaluation.detection import apply_rules, follow_replies
+        from ..evaluation.metrics import is_binary
+        from ..evaluation.novelty import against_others
+        from ..evaluation.report import (
+            describe_evaluation,
+            detailed_report,
+            flagged_share,
+            predict_rows,
+            without_undefined,
+        )
+        from ..evaluation.wrappings import kept_labels
+
         if against and head.novelty is None:
             raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
         rules = measured_rules(head.results) if head.config.reads_reply else {}

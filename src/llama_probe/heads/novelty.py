@@ -15,6 +15,7 @@ from .pooling import PoolingAggregator
 from .stream import SlotStates, as_slice, in_place
 
 
+FAR = 0.99  # from this novelty on, a prompt counts as unlike the training data
 LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
 # Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
 _DEPTHS = (0.2, 0.4, 0.6)
