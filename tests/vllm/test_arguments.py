@@ -161,6 +161,9 @@ def test_a_complete_config_is_checked_as_well(tiny):  # noqa: F811
     config.kv_transfer_config.kv_connector = "OffloadingConnector"
     with pytest.raises(ProbeError, match="heads need ProbeConnector"):
         check_config(config)
+    config.kv_transfer_config = None
+    with pytest.raises(ProbeError, match="heads need ProbeConnector"):
+        check_config(config)
     config.additional_config = {}
     with pytest.raises(ProbeError, match=r"llama_probe.vllm.engine_kwargs"):
         ProbeSettings.of(config)

@@ -143,13 +143,15 @@ def check_config(config: VllmConfig) -> None:
     for restriction in RESTRICTIONS:
         restriction.check(restriction.found(config))
     transfer = config.kv_transfer_config
-    if transfer is None or transfer.kv_connector == CONNECTOR:
+    connector = getattr(transfer, "kv_connector", None)
+    if connector == CONNECTOR:
         return
-    names = [each["kv_connector"] for each in transfer.kv_connector_extra_config.get("connectors", ())]
+    names = (
+        [each["kv_connector"] for each in transfer.kv_connector_extra_config.get("connectors", ())] if transfer else []
+    )
     if CONNECTOR not in names or set(names) - {CONNECTOR, *STORES}:
-        raise ProbeError(
-            f"kv_transfer_config has {names or transfer.kv_connector}; heads need {CONNECTOR}, and beside it {STORES}"
-        )
+        needed = f"heads need {CONNECTOR}, and allow {' or '.join(STORES)} beside it"
+        raise ProbeError(f"kv_transfer_config has {', '.join(names) or connector}; {needed}")
     if config.scheduler_config.enable_chunked_prefill:
         raise ProbeError("kv_transfer_config needs enable_chunked_prefill=False: prompts are stored after a chunk")
 
