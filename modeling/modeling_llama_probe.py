@@ -2173,13 +2173,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
         heads = self._active_heads(probes)
         if not heads:
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
-        levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
+        configs = {name: head.config for name, head in heads.items()}
+        levels = abstain_levels(abstain_at, configs)
         if (texts := as_texts(input_ids)) is not None:
             others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
             others |= {"cache": cache, "probe_state": probe_state, **kwargs}
             if given := [name for name, value in others.items() if value is not None]:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
-            configs = {name: head.config for name, head in heads.items()}
             return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         self._warn_of_padding(input_ids, attention_mask, probe_mask)
@@ -2233,10 +2233,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
-        levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
-        halter = None
+        configs = {name: head.config for name, head in heads.items()}
+        levels, halter = abstain_levels(abstain_at, configs), None
         if not inner and (halt_on is not None or on_token is not None):
-            halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_token)
+            halter = Halter(halt_on, configs, on_token)
         if halt_reply is not None and halter is None and not inner:
             raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
         if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
@@ -2266,28 +2266,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 output = run.generate(super().generate, inputs)
         if not heads:
             return output
-        results = session.results()
-        if not isinstance(output, ModelOutput):
-            hint = "let it return a generate output, or pass return_dict_in_generate=False"
-            raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
-        if not as_dict:
-            return output.sequences
-        configs = {name: head.config for name, head in heads.items()}
-        ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
-        new_tokens = output.sequences.shape[1] - (0 if ids is None else ids.shape[1])  # embeddings are not returned
-        rows, token_logits, state = len(output.sequences), None, None
-        if reply is not None:
-            token_logits = reply.logits(rows, new_tokens) or None
-            if reply.recorder is not None:
-                state = reply.recorder.probe_cache(rows, cached_tokens(output))
-        halts, texts = None if halter is None else halter.halts, None
-        if (tokenizer := kwargs.get("tokenizer")) is not None:
-            written = output.sequences[:, output.sequences.shape[1] - new_tokens :]
-            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        probed = with_results(output, results, configs, halts, token_logits, state, texts)
+        probed = _with_probes(output, session, reply, configs, halter, inputs, kwargs)
         if levels:
             probed.abstain(levels)
-        return probed
+        return probed if as_dict else probed.sequences
 
     def generate_batch(self, *args, **kwargs):
         """Run continuous batching without active heads: heads cannot read its paged passes."""
@@ -2306,3 +2288,31 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
+
+
+def _with_probes(
+    output: Any,
+    session: PrefillSession,
+    reply: ReplySession | None,
+    configs: dict[str, ProbeConfig],
+    halter: Halter | None,
+    inputs: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> ModelOutput:
+    """Return the output of the plain `generate(inputs, **kwargs)` with what heads say of its prompts and replies."""
+    results = session.results()
+    if not isinstance(output, ModelOutput):
+        hint = "let it return a generate output, or pass return_dict_in_generate=False"
+        raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
+    ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
+    rows, columns = output.sequences.shape
+    new_tokens = columns - (0 if ids is None else ids.shape[1])  # embeddings are not returned
+    token_logits = state = texts = None
+    if reply is not None:
+        token_logits = reply.logits(rows, new_tokens) or None
+        if reply.recorder is not None:
+            state = reply.recorder.probe_cache(rows, cached_tokens(output))
+    if (tokenizer := kwargs.get("tokenizer")) is not None:
+        texts = tokenizer.batch_decode(output.sequences[:, columns - new_tokens :], skip_special_tokens=True)
+    halts = None if halter is None else halter.halts
+    return with_results(output, results, configs, halts, token_logits, state, texts)
