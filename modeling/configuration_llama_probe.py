@@ -69,7 +69,7 @@ def _needs_package(name):
 
 # From errors.py
 
-# A message may quote a file or an answer of somebody else. Longer ones are cut.
+# A message may quote a file or a server's answer. Longer ones are cut.
 _LONGEST, _SHORT = 1000, 300
 
 
@@ -459,7 +459,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
 
 
 def _in_time(ask: Callable[[], T], what: str) -> T:
-    """Call a function that asks the Hub, in a thread that is left alone if it takes too long."""
+    """Call a function that asks the Hub, in a thread that is abandoned if it takes too long."""
     seconds, answer = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT, SimpleQueue()
 
     def run() -> None:
@@ -843,7 +843,7 @@ def turn_mask(
             "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
             "all of it, and its scores may be less reliable."
         )
-    # A prompt that goes on may still get markers.
+    # A prompt that continues may still get markers.
     whole = ~marked if known < input_ids.shape[1] else marked & False
     mask = (_mask(scope, begins, known) | whole)[:, :-1]
     return mask if traced else torch.from_numpy(mask).to(input_ids.device)
@@ -1195,7 +1195,7 @@ class ProbeConfig:
 
     @property
     def skips_replies(self) -> bool:
-        """True if the LM's own replies do not count in the prompt that goes on behind them."""
+        """True if the LM's own replies do not count in a prompt that continues after them."""
         return self.token_scope == "user" and self.turn_markers is not None
 
     @property

@@ -1886,7 +1886,7 @@ def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, 
         asked = [{"role": "user", "content": text}]
         any_text, plain_text = _before(render, asked, "assistant", _ASKED)
         prompt = render(asked, True)
-        # The generation prompt may end before what opens a reply in the history, or go on behind it.
+        # The generation prompt may end before what opens a reply in the history, or continue after it.
         any_text, plain_text = common_start([prompt, any_text]), common_start([prompt, plain_text])
         stems.append(any_text)
         skips.append(len(plain_text) - len(any_text))
@@ -2060,9 +2060,9 @@ class PromptFormat:
         """Return the ids of a text, or of as much of a very long one as `max_length` can leave."""
         if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
             return self._encode_one(text)
-        # The ids near a cut may be others: the margin keeps them out of what is left.
+        # The ids near a cut may be others: the margin keeps them out of the result.
         ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
-        # A token for unknown characters stands for any number of them.
+        # One token may stand for any number of unknown characters.
         enough = len(self.prefix_ids) + self.max_length + _MARGIN
         return ids if len(ids) > enough else self._encode_one(text)
 

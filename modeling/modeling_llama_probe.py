@@ -1356,7 +1356,7 @@ class HoldBackStreamer(BaseStreamer):
 
 # From serving/halting.py
 
-# One entry a prompt or a row: true, a `Halt` with the reason, or false or None to go on.
+# One entry a prompt or a row: true, a `Halt` with the reason, or false or None to continue.
 Decisions = Sequence[Any]
 HaltPolicy = Callable[[dict[str, ProbeOutput]], Decisions]
 Judge = Callable[[list[str]], Decisions]
@@ -1518,7 +1518,7 @@ class Halter:
 
     @property
     def all_halted(self) -> bool:
-        """True if no prompt is left to reply to."""
+        """True if every prompt is halted."""
         return self.halts is not None and None not in self.halts
 
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
@@ -1596,7 +1596,7 @@ def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | Non
 # From serving/halting_run.py
 
 class AllHalted(Exception):
-    """Leaves the plain `generate()` after the prefill if no prompt is left to reply to."""
+    """Leaves the plain `generate()` after the prefill if every prompt is halted."""
 
 
 class _HaltedToEnd(LogitsProcessor):

@@ -1,6 +1,6 @@
 """The one error that the package raises at its borders."""
 
-# A message may quote a file or an answer of somebody else. Longer ones are cut.
+# A message may quote a file or a server's answer. Longer ones are cut.
 _LONGEST, _SHORT = 1000, 300
 
 

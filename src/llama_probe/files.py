@@ -74,7 +74,7 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a scratch folder whose files are moved into `folder` at the end; nothing is left behind on an error.
+    """Give a scratch folder whose files are moved into `folder` at the end; nothing remains after an error.
 
     An empty folder that exists is filled, not replaced: it may be a link, a mount, or a working directory.
 

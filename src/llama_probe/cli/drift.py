@@ -70,7 +70,7 @@ def drift(
 
 
 def _texts(patterns: list[str], column: str, max_text: int) -> list[Any]:
-    """Return the texts of all files in their order; rows without one are left out."""
+    """Return the texts of all files in their order; rows without one are skipped."""
     texts: list[Any] = []
     for file in InputFile.find(patterns):
         if column not in (fields := file.fields([column], max_text)):

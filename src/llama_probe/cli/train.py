@@ -68,7 +68,7 @@ _HEAD = Fields(
         "l1=0.003 of muli. Repeatable.",
         "normalize": "layernorm, rms or none, before the token stage. Default: layernorm, for muli none.",
         "dropout": "Dropout on summaries. Default: by kind.",
-        "layer_dropout": "Probability that a layer is left out of a training step. Default: by kind.",
+        "layer_dropout": "Probability that a layer is zeroed in a training step. Default: by kind.",
     },
     names={"options": "option"},
     defaults={"probe_type": "auto", "token_scope": "last_user", "dropout": None, "layer_dropout": None},
@@ -117,7 +117,7 @@ def train(
                 results = job.run()
             except KeyboardInterrupt:
                 if is_main() and (job.output / CHECKPOINTS).is_dir():
-                    print("stopped: the same command with --resume goes on from the last epoch", file=sys.stderr)
+                    print("stopped: the same command with --resume continues from the last epoch", file=sys.stderr)
                 raise
         if not is_main():
             return

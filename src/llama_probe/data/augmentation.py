@@ -15,7 +15,7 @@ from .texts import LabelledTexts
 SHARE = 0.15  # of the rows, copied by each augmentation
 _LEAD_IN_WORDS, _QUOTE_WORDS, _REPLY_WORDS = (8, 80), (50, 1000), (10, 100)
 
-# What stands before and after the text: `a` and `b` are the two parts of a document.
+# Places of a text in a document, whose two parts are `a` and `b`.
 _QUOTES = (
     "{a}\n\n{text}\n\n{b}",
     "{a} {text} {b}",

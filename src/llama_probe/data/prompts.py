@@ -183,9 +183,9 @@ class PromptFormat:
         """
         if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
             return self._encode_one(text)
-        # The ids near a cut may be others: the margin keeps them out of what is left.
+        # The ids near a cut may be others: the margin keeps them out of the result.
         ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
-        # A token for unknown characters stands for any number of them.
+        # One token may stand for any number of unknown characters.
         enough = len(self.prefix_ids) + self.max_length + _MARGIN
         return ids if len(ids) > enough else self._encode_one(text)
 

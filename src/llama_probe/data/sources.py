@@ -260,7 +260,7 @@ class DataSources:
             allowed = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in judged])
             found.append(allowed.at_most(self.max_extra_rows, seed))
             if left_out := len(rows) - len(allowed):
-                logger.warning(f"{left_out} rows of {source} are left out: they are validation or test rows as well")
+                logger.warning(f"{left_out} rows of {source} are skipped: they are validation or test rows as well")
         if not any(map(len, found)):
             raise ProbeError(f"extra={self.extra} has no rows beside the validation and test rows")
         return replace(LabelledTexts.join(found), columns={})

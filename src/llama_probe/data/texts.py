@@ -65,7 +65,7 @@ class LabelledTexts:
 
     @classmethod
     def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:
-        """Return the rows of all parts, whose labels are alike. Columns that are not in all parts are left out."""
+        """Return the rows of all parts, whose labels are alike. Columns that are not in all parts are dropped."""
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -300,7 +300,7 @@ def read_benchmark(
     pairs = zip(columns["text"], columns["label"], strict=True)
     full = [row for row, pair in enumerate(pairs) if not _is_empty(*pair)]
     if missing := len(columns["text"]) - len(full):
-        logger.warning(f"{missing} rows of {benchmark.name}:{split} have no text or no label and are left out.")
+        logger.warning(f"{missing} rows of {benchmark.name}:{split} have no text or no label and are skipped.")
         columns = {name: [values[row] for row in full] for name, values in columns.items()}
     return columns
 

@@ -81,7 +81,7 @@ def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, 
         asked = [{"role": "user", "content": text}]
         any_text, plain_text = _before(render, asked, "assistant", _ASKED)
         prompt = render(asked, True)
-        # The generation prompt may end before what opens a reply in the history, or go on behind it.
+        # The generation prompt may end before what opens a reply in the history, or continue after it.
         any_text, plain_text = common_start([prompt, any_text]), common_start([prompt, plain_text])
         stems.append(any_text)
         skips.append(len(plain_text) - len(any_text))

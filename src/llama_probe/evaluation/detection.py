@@ -150,7 +150,7 @@ def halting_rules(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return, for each label and each patience of `PATIENCES`, the threshold that detects most replies.
 
-    Labels are the second of two, else all. Regression heads have none. Labels of no row or of each row are left out.
+    Labels are the second of two, else all. Regression heads have none. Labels of no row or of each row are skipped.
 
     Args:
         config: of the head.
@@ -186,7 +186,7 @@ def apply_rules(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rules of `halting_rules`, each with `test`: what it does to further rows, see `detection`.
 
-    Labels that the head no longer has, because they were renamed, are left out.
+    Labels that the head no longer has, because they were renamed, are skipped.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for name in [name for name in rules if name in config.label2id]:

@@ -207,5 +207,5 @@ def printable(text: str) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Return at most `width` characters of a text. The last is a mark if some are left out."""
+    """Return at most `width` characters of a text. The last is a mark if some are cut."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -68,8 +68,8 @@ class TextScorer:
 
         Returns:
             For each head `NAME_label` - a label, or a list of labels (multi-label) - and `NAME_probabilities`, by label;
-            for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. None if a text is not scored, or if the head gives no number: one such
-            text must not stop a job over millions.
+            for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. None if a text is not scored, or if
+            the head gives no number: one such text must not stop a job over millions.
         """
         rows = [row for row, text in enumerate(texts) if not _is_blank(text)]
         columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
@@ -120,7 +120,7 @@ class ScoringJob:
     number of them.
 
     Columns of the output: `file` and `row`, the place of a row (rows count from 0 in each file), `keep_columns`, and those
-    of `TextScorer`. `_manifest.json` lies beside the parquet files.
+    of `TextScorer`. `_manifest.json` is beside the parquet files.
 
     Attributes:
         inputs: paths or patterns of parquet, jsonl, json (an object a line), csv or tsv files; all but parquet also `.gz`.
@@ -214,7 +214,9 @@ class ScoringJob:
             _write_manifest(path, plan)
             return plan, set()
         if not self.resume:
-            raise ProbeError(f"{self.output} holds a scoring job already: go on with --resume, or give another folder")
+            raise ProbeError(
+                f"{self.output} holds a scoring job already: continue with --resume, or give another folder"
+            )
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             before, complete = {name: found[name] for name in begun}, found["complete"]

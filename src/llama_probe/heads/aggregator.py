@@ -76,8 +76,8 @@ class Aggregator(nn.Module, ABC):
     and tokens. Serving calls it with groups of layers and chunks of tokens. Both run the same code.
 
     A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows`
-    and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may go on
-    from it. No code of a kind may branch on the values of a tensor while `torch.compile` traces it.
+    and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may
+    continue from it. No code of a kind may branch on the values of a tensor while `torch.compile` traces it.
 
     Args:
         num_slots (`int`): number of independent summaries.
@@ -91,7 +91,7 @@ class Aggregator(nn.Module, ABC):
         auto_up_to: `probe_type="auto"` takes, of all kinds, the smallest value that is at least the number of training rows.
             0: never.
         search_space: further hyper-parameters of a sweep, by field or option: a tuple (low, high) is a range, a list has
-            choices. Combinations that `check` refuses are left out.
+            choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
         half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.
         convex: if True, the classifier alone is learned, as a convex problem (`llama_probe.training.fitting`).

@@ -188,7 +188,7 @@ class ProbeConfig:
 
     @property
     def skips_replies(self) -> bool:
-        """True if the LM's own replies do not count in the prompt that goes on behind them."""
+        """True if the LM's own replies do not count in a prompt that continues after them."""
         return self.token_scope == "user" and self.turn_markers is not None
 
     @property

@@ -60,7 +60,7 @@ def save_head(
 ) -> Path:
     """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new one.
 
-    Results are left out, with a warning, if the weights have changed since they were measured. Results, plots and card
+    Results are dropped, with a warning, if the weights have changed since they were measured. Results, plots and card
     of another head in the folder are removed; a card that a person wrote or edited is kept. Results of another version
     give no card.
 

@@ -66,7 +66,7 @@ class Novelty(nn.Module):
     """The distance of a prompt's mean states from those of a head's training rows.
 
     The distance is that of Mahalanobis, with the covariance of probabilistic PCA (Tipping and Bishop, 1999): a few directions and
-    one variance for all others. The mean of many tokens lies closer to the centre than that of few, so the distance is
+    one variance for all others. The mean of many tokens is closer to the centre than that of few, so the distance is
     divided by what validation rows of that length have. Novelty is the share of validation rows with a smaller distance:
     0.99 is their 99th percentile. Beyond it the distances are extrapolated with an exponential tail, up to 1.
 

@@ -339,7 +339,7 @@ class ProbeModel(nn.Module):
 
         Args:
             state: state of earlier tokens, from `ProbeState.joined`.
-            keep: keep what is needed to go on after the last token.
+            keep: keep what is needed to continue after the last token.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
         """
         num_means = 0 if self.novelty is None else len(self.novelty.slots)
@@ -374,7 +374,7 @@ class ProbeModel(nn.Module):
         Args:
             state: from `init_state`.
             layers: indices of the states, ascending, 0 (embeddings) to L (after the final norm). Between the first and the
-                last of them no layer that the head reads is left out; others are ignored.
+                last of them no layer that the head reads is missing; others are ignored.
             x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
             token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count. Defaults to all.
             last: no token that counts follows.

@@ -31,14 +31,14 @@ def token_mask(
     counts of a chat without such a turn; a row without any marker is read whole. Without `turn_markers` these scopes are
     `"content"`.
 
-    With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is left out of each row that begins with it,
+    With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is not counted in a row that begins with it,
     after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
     so once.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
-        partial_prompt: the prompts may go on. Nothing counts yet of a row that ends within the constant prefix.
+        partial_prompt: the prompts may continue. Nothing counts yet in a row that ends within the constant prefix.
         seen: leading tokens that heads have read in an earlier call.
 
     Returns:

@@ -55,7 +55,7 @@ class ProbeState:
     Args:
         num_slots: number of layers that the head reads, S.
         num_means: number of layers whose mean states are kept, for novelty.
-        state: state to go on from, as `joined` returned it.
+        state: state to continue from, as `joined` returned it.
         keep: keep the token-stage state after the last token, so that further tokens can follow.
         output_attentions: keep how much each token counted.
 

@@ -49,7 +49,7 @@ def turn_mask(
             "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
             "all of it, and its scores may be less reliable."
         )
-    # A prompt that goes on may still get markers.
+    # A prompt that continues may still get markers.
     whole = ~marked if known < input_ids.shape[1] else marked & False
     mask = (_mask(scope, begins, known) | whole)[:, :-1]
     return mask if traced else torch.from_numpy(mask).to(input_ids.device)

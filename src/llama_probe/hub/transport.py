@@ -153,7 +153,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
 
 
 def _in_time(ask: Callable[[], T], what: str) -> T:
-    """Call a function that asks the Hub, in a thread that is left alone if it takes too long.
+    """Call a function that asks the Hub, in a thread that is abandoned if it takes too long.
 
     The client's own timeout is for each read, and a Hub that sends one byte a second never exceeds it.
     """
@@ -195,7 +195,7 @@ def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = Map
     """Check that a Hub id is cached or that the Hub answers. The client would try for over a minute, file by file.
 
     Args:
-        place: folder, file or Hub id of a backbone or a head. Anything else is left to the caller.
+        place: folder, file or Hub id of a backbone or a head. Anything else is not checked.
         kwargs: keyword arguments of its `from_pretrained`, for the token, the cache and offline settings.
 
     Raises:

@@ -82,7 +82,7 @@ def export_repository(
 
     Raises:
         ProbeError: the folder is not empty, the backbone is no plain Llama or cannot be saved, or a head is missing, does
-            not fit, has a kind without a code file or the name of a file. Nothing is left behind then.
+            not fit, has a kind without a code file or the name of a file. Nothing is written then.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)

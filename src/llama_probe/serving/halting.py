@@ -17,7 +17,7 @@ from .arguments import HEAD_ARGUMENTS
 from .outputs import Halt, TokenScores
 
 
-# One entry a prompt or a row: true, a `Halt` with the reason, or false or None to go on.
+# One entry a prompt or a row: true, a `Halt` with the reason, or false or None to continue.
 Decisions = Sequence[Any]
 HaltPolicy = Callable[[dict[str, ProbeOutput]], Decisions]
 Judge = Callable[[list[str]], Decisions]
@@ -223,7 +223,7 @@ class Halter:
 
     @property
     def all_halted(self) -> bool:
-        """True if no prompt is left to reply to."""
+        """True if every prompt is halted."""
         return self.halts is not None and None not in self.halts
 
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:

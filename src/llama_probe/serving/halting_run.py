@@ -23,7 +23,7 @@ from .streaming import HoldBackStreamer
 
 
 class AllHalted(Exception):
-    """Leaves the plain `generate()` after the prefill if no prompt is left to reply to."""
+    """Leaves the plain `generate()` after the prefill if every prompt is halted."""
 
 
 class _HaltedToEnd(LogitsProcessor):

@@ -85,7 +85,7 @@ class SharedTraining:
         return [learner for learner in mine if learner.history.status == "live"]
 
     def run(self, resume: bool = False) -> list[Learner]:
-        """Train until no candidate is live, or go on from the checkpoint in `folder`.
+        """Train until no candidate is live, or continue from the checkpoint in `folder`.
 
         Returns:
             All learners, best first, with their best weights loaded. Failed ones come last, as they are.

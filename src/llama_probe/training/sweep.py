@@ -143,7 +143,7 @@ class Sweep:
             raise ProbeError(f"num_train_epochs={epochs} must be a whole number from 1")
         output = Path(self.training.output)
         if not self.resume and on_main(lambda: any((output / name).exists() for name in (SETUP_NAME, SWEEP_NAME))):
-            raise ProbeError(f"{output} holds a sweep already: go on with --resume, or give another folder")
+            raise ProbeError(f"{output} holds a sweep already: continue with --resume, or give another folder")
         check_shared(output)
 
     def _search(self, output: Path, data: TrainingData) -> dict[str, Any]:

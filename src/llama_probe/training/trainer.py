@@ -61,8 +61,9 @@ class _RenderedRows(PromptDataset):
 class ProbeTrainer(Trainer):
     """A `Trainer` for heads on a frozen backbone. Takes texts, chats or token ids with labels.
 
-    After training, temperature and threshold are fitted on the rows of `eval_dataset`, and novelty on all rows. `save_model` and `push_to_hub` then
-    write a head with its results and its card. All else is the Trainer's: resuming, reporting, several devices.
+    After training it fits temperature and threshold on the rows of `eval_dataset`, and novelty on all rows. `save_model` and
+    `push_to_hub` then write a head with its results and its card. All else is the Trainer's: resuming, reporting, several
+    devices.
 
     Under `torchrun` it trains with DDP, which synchronises only the head. The frozen backbone may be sharded with FSDP:
     apply `fully_shard` to each layer and to the decoder (`lm.model`), which is what heads run.
@@ -84,7 +85,7 @@ class ProbeTrainer(Trainer):
         compute_metrics: defaults to the metrics of the head's problem type.
         callbacks: further callbacks.
         backbone: instead of `model`: a folder, a Hub id, `"demo"`, or a loaded LM. The head is then made for the labels.
-        probe_config: fields of `ProbeConfig` of the head for `backbone`. Those that are left out are chosen.
+        probe_config: fields of `ProbeConfig` of the head for `backbone`. Missing fields are chosen.
         column_mapping: names from the rows to the columns above, such as `{"review": "text"}`.
         kwargs: further arguments of `Trainer`.
 

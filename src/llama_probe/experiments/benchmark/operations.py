@@ -46,7 +46,7 @@ def count_operations(
 
     Args:
         tokens: lengths of the prompt. The batch is one prompt.
-        as_device: `"cuda"` or `"cpu"`. The choices for such a device are taken, whatever the model is on.
+        as_device: `"cuda"` or `"cpu"`. The choices for such a device are made on any device.
 
     Returns:
         One dict a length and system: `system`, `tokens`; `prefill`: operations of `generate(max_new_tokens=1)`; `step`:

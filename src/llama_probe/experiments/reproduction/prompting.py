@@ -27,7 +27,7 @@ Example = tuple[str, int]
 
 
 class Instruction(NamedTuple):
-    """The question before every text, and the reply that stands for each label index."""
+    """The question before every text, and the reply for each label index."""
 
     question: str
     verbalisers: tuple[str, ...]
@@ -58,7 +58,7 @@ def draw_examples(
 class LabelPrompt:
     """A renderer of texts under an instruction, with the tokenizer's chat template if it has one.
 
-    Examples become earlier turns of the chat. The question stands in its first turn. `max_length` is for tokens that differ from
+    Examples become earlier turns of the chat. The question is in its first turn. `max_length` is for tokens that differ from
     row to row: a longer text is cut at its end.
     """
 
@@ -131,7 +131,7 @@ def _score_batch(lm, batch: dict[str, torch.Tensor], labels, shared: Pass) -> to
     """Return `[rows, labels]` of left-padded rows that follow the cached start of a pass."""
     input_ids, mask = (batch[name].to(lm.device) for name in ("input_ids", "attention_mask"))
     rows = len(input_ids)
-    # Padding lies between the start and the row, so positions do not follow from the columns.
+    # Padding is between the start and the row, so positions do not follow from the columns.
     positions = (shared.skip + mask.cumsum(dim=1) - 1).clamp_min(0)
     mask = torch.cat([mask.new_ones(rows, shared.skip), mask], dim=1)
     kept = {} if shared.prefix is None else {"cache": repeat_cache(shared.prefix, rows)}

@@ -197,7 +197,7 @@ class Reproduction:
         try:
             rows = self.bench.test_rows(test_set)
         except ProbeError as error:
-            logger.warning(f"{test_set} is left out: {error}")
+            logger.warning(f"{test_set} is skipped: {error}")
             return False
         same_settings(self._settings_path(f"test-{test_set}"), {"rows": rows.digest()[:16]})
         return True
@@ -262,7 +262,7 @@ class Reproduction:
 def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Summarise the validation metric of each kind over the configurations of a sweep, as in the paper's figure 3.
 
-    Failed configurations are left out.
+    Failed configurations are skipped.
 
     Returns:
         By kind `trials`, `best`, `median` and `worst` score, and `learning_rate`: Spearman's rank correlation of score and
