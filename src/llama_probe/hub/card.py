@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from jinja2 import Environment, StrictUndefined, TemplateError
 
 from ..errors import ProbeError
 from ..files import current_file, settle, write_atomically
@@ -103,8 +104,6 @@ def renew_card(
     Raises:
         ProbeError: the head has values that this version cannot read.
     """
-    from jinja2 import TemplateError  # torch depends on jinja2
-
     try:
         old = read_card(folder).data if os.path.isfile(current_file(folder, CARD_NAME)) else ModelCardData()
     except ProbeError:  # there is nothing to keep
@@ -237,8 +236,6 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _card(folder: Path, config: dict[str, Any], results, plots: Sequence[str], source, license, tags) -> ModelCard:
-    from jinja2 import Environment, StrictUndefined
-
     values = {name: (results or {}).get(name) for name in LATER_RESULTS}
     results = training_results(results)
     facts = CardFacts(**results["card"]) if results else CardFacts()
