@@ -37,9 +37,11 @@ test-all: $(VENV)/.test
 attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
-# Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails.
+# Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails. The two files that take longest come
+# first; pytest-xdist would begin with those of most tests.
 test-vllm: $(VLLM_VENV)/.test-vllm
-	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm -n 2 --dist loadfile -m "not slow" --timeout 300
+	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm/test_features.py tests/vllm/test_server.py tests/vllm \
+		-n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --timeout 300
 
 # The demo backbone is prepared by the main environment.
 test-vllm-slow: $(VLLM_VENV)/.test-vllm $(VENV)/.demo
