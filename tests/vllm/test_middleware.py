@@ -96,6 +96,8 @@ def test_a_body_in_pieces_is_checked_as_a_whole():
     client = client_of(engine)
     assert client.post("/complete", content=(piece.encode() for piece in body)).status_code == 400
     assert engine.asked == 0
+    forged = [("content-type", "application/json"), ("content-type", "multipart/form-data")]
+    assert client.post("/complete", content=body, headers=forged).status_code == 400
     good = body.replace("nowhere", "guard")
     assert client.post("/complete", content=(piece.encode() for piece in good)).json()["asked"] == json.loads(good)
 

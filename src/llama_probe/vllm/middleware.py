@@ -171,7 +171,8 @@ def _path(scope: dict[str, Any]) -> str:
 
 
 def _is_upload(scope: dict[str, Any]) -> bool:
-    return dict(scope["headers"]).get(b"content-type", b"").lower().startswith(b"multipart/form-data")
+    # Of two such headers the server takes the first.
+    return HTTPConnection(scope).headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
 def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
