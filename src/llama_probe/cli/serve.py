@@ -55,10 +55,9 @@ def generate(
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
     model, tokenizer = _load(probe, backbone, dtype, trust_remote_code, rules=rules, abstain_at=abstain_at)
-    config = next(iter(model.probes.values())).config.replace(
-        max_length=None
-    )  # a prompt that gets a reply stays whole
-    prompt_format = PromptFormat.from_config(config, tokenizer)
+    config = next(iter(model.probes.values())).config
+    # A prompt that gets a reply stays whole.
+    prompt_format = PromptFormat.from_config(config.replace(max_length=None), tokenizer)
     halting = {"halt_on": rules, "halt_reply": halt_reply, "tokenizer": tokenizer} if rules else {}
     rows = []
     for start in range(0, len(texts), _BATCH):

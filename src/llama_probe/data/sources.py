@@ -132,8 +132,9 @@ class DataSources:
             self.slice_columns = list(tested.slices)
         sources = [source for source in (*self.train, self.eval, self.test, *self.extra) if source is not None]
         named = list(map(self._benchmark, sources))
-        for source in (source for source, benchmark in zip(sources, named, strict=True) if benchmark is None):
-            TablePlace.parse(source)  # raises
+        for source, benchmark in zip(sources, named, strict=True):
+            if benchmark is None:
+                TablePlace.parse(source)  # raises for a file that does not exist
         prompts = {benchmark.exchange[0] for benchmark in named if benchmark and benchmark.exchange}
         own = (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, *prompts)
         if own and all(named):

@@ -19,7 +19,8 @@ from .pipeline import TASK
 
 # Modules by file, in the order of their imports. A name from any other module of the package becomes a stub.
 _FILES = {
-    "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/turns heads/rules heads/configuration",
+    "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/turns heads/rules "
+    "heads/configuration",
     "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture backbone/next_token "
     "backbone/fingerprint backbone/passes",
     "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "

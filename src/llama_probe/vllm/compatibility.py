@@ -146,9 +146,8 @@ def check_config(config: VllmConfig) -> None:
     connector = getattr(transfer, "kv_connector", None)
     if connector == CONNECTOR:
         return
-    names = (
-        [each["kv_connector"] for each in transfer.kv_connector_extra_config.get("connectors", ())] if transfer else []
-    )
+    others = getattr(transfer, "kv_connector_extra_config", {}).get("connectors", ())
+    names = [each["kv_connector"] for each in others]
     if CONNECTOR not in names or set(names) - {CONNECTOR, *STORES}:
         needed = f"heads need {CONNECTOR}, and allow {' or '.join(STORES)} beside it"
         raise ProbeError(f"kv_transfer_config has {', '.join(names) or connector}; {needed}")
