@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import Cache
 
 from ..errors import ProbeError
 from .cache import repeat_cache
@@ -145,7 +145,7 @@ def collect_hidden_states(
     layers: Collection[int],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    prefix: Cache | None = None,
+    prefix: transformers.Cache | None = None,
 ) -> list[torch.Tensor]:
     """Run the backbone without its LM head and without gradients, and return hidden states.
 
@@ -176,7 +176,7 @@ def collect_hidden_states(
     return [states[layer] for layer in layers]
 
 
-def prefill(lm: nn.Module, ids: Sequence[int]) -> Cache | None:
+def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
     """Run the backbone over the first tokens of many prompts, and return its KV cache for one row.
 
     Returns:

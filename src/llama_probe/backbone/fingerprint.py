@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from .capture import collect_hidden_states
 from .decoder import find_decoder, without_peft
@@ -79,7 +79,7 @@ def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, 
     return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_hash(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
     """Return the sha256 of a tokenizer's chat template, or None if it has no template."""
     template = tokenizer.chat_template
     return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ProbeError
 from ..files import new_folder
@@ -82,7 +81,9 @@ def find_gguf(name: str) -> Path | None:
     return found[0] if found else None
 
 
-def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(
+    path: Path, dtype: str | torch.dtype
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Load the dequantised weights and the tokenizer of a GGUF file."""
     if find_spec("gguf") is None:
         raise ProbeError(f"{path} needs the package gguf: pip install 'llama_probe[demo]'")
@@ -93,7 +94,7 @@ def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[transformers.PreTr
     # Fingerprints need the precision of the original weights.
     lm.config.dequantized_from = f"gguf-{re.split(r'[.-]', path.stem)[-1].lower()}"
     lm.config._name_or_path = str(path)
-    return lm, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return lm, transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def resolve_backbone(name: str) -> str:
@@ -134,7 +135,7 @@ def load_backbone(
     name: str,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Load a causal LM in eval mode with its tokenizer.
 
     Args:
@@ -156,7 +157,7 @@ def load_backbone(
         if gguf is not None:
             lm, tokenizer = _load_gguf(gguf, dtype)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             lm = load_causal_lm(path, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

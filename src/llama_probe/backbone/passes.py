@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import transformers
 from torch import nn
-from transformers import Cache
 
 from .capture import prefill
 
@@ -23,7 +23,7 @@ class Pass:
     """The `rows` that a backbone runs over together, after `skip` tokens of a common start in the KV cache `prefix`."""
 
     rows: list[int]
-    prefix: Cache | None = None
+    prefix: transformers.Cache | None = None
     skip: int = 0
 
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..backbone.fingerprint import template_hash
@@ -54,7 +54,7 @@ class PromptFormat:
         turn_markers: what opens the turns of a chat; see `ProbeConfig.turn_markers`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: transformers.PreTrainedTokenizerBase
     kind: str = "chat"
     system_prompt: str | None = None
     max_length: int | None = None
@@ -65,7 +65,7 @@ class PromptFormat:
     @classmethod
     def create(
         cls,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         kind: str = "chat",
         system_prompt: str | None = None,
         max_length: int | None = None,
@@ -91,7 +91,7 @@ class PromptFormat:
         return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), markers)
 
     @classmethod
-    def from_config(cls, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
         """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
         if config.prompt_format not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
@@ -295,7 +295,7 @@ def check_alike(configs: Mapping[str, ProbeConfig]) -> None:
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
+    prompts: Sequence[Sequence[int]], tokenizer: transformers.PreTrainedTokenizerBase, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..backbone.capture import check_states
@@ -83,7 +83,7 @@ class Check:
 def compare(
     config: ProbeConfig,
     lm: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     behaviour: bool | Callable[[int | None], list[float]] = True,
 ) -> list[Check]:
     """Compare a head's record of its backbone with a backbone, the most decisive fields first.

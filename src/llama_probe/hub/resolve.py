@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import AutoConfig
 
 from ..errors import ProbeError
 from .folder import list_heads, read_config_values, read_results
@@ -52,7 +52,7 @@ class Target:
         """
         revision = kwargs.get("revision")
         try:
-            config = AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 name_or_path,
                 revision=revision,
                 subfolder=kwargs.get("subfolder") or "",
