@@ -15,6 +15,7 @@ from scipy.optimize import Bounds, minimize
 
 
 _GROWTH = 64  # features that join the working set at least
+_ITERATIONS = 2000  # for each strength and working set
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -55,12 +56,7 @@ def standardize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fit_path(
-    x: torch.Tensor,
-    loss: Loss,
-    outputs: int,
-    strengths: Sequence[float],
-    tolerance: float = 1e-3,
-    max_iterations: int = 2000,
+    x: torch.Tensor, loss: Loss, outputs: int, strengths: Sequence[float], tolerance: float = 1e-3
 ) -> list[SparseModel]:
     """Minimise `loss(x weight^T + bias) + l1 * sum |weight|` for each strength. Biases have no penalty.
 
@@ -69,14 +65,13 @@ def fit_path(
         loss: mean loss over the rows of fp64 outputs `[rows, outputs]`; smooth and convex.
         strengths: strengths of the penalty, descending: each fit starts from the one before.
         tolerance: allowed error of the conditions of a minimum, as a share of the strength. Nearly equal features may need
-            more than `max_iterations`.
-        max_iterations: iterations for each strength and working set.
+            more than `_ITERATIONS`.
 
     Returns:
         One model a strength.
     """
     weight, bias = x.new_zeros(outputs, x.shape[1]), x.new_zeros(outputs)
-    _, bias = _minimize(x[:, :0], loss, weight[:, :0], bias, 0.0, tolerance, max_iterations)
+    _, bias = _minimize(x[:, :0], loss, weight[:, :0], bias, 0.0, tolerance)
     steepest = _slope(x, loss, weight, bias).abs().amax(dim=0)  # [features]
     found = []
     for l1 in strengths:
@@ -90,9 +85,7 @@ def fit_path(
                 break
             active[missed.topk(min(count, max(_GROWTH, int(active.sum())))).indices] = True
             columns = active.nonzero().flatten()
-            weight[:, columns], bias = _minimize(
-                x[:, columns], loss, weight[:, columns], bias, l1, tolerance, max_iterations
-            )
+            weight[:, columns], bias = _minimize(x[:, columns], loss, weight[:, columns], bias, l1, tolerance)
             steepest = _slope(x, loss, weight, bias).abs().amax(dim=0)
             solved = True
         found.append(SparseModel(l1, weight.clone(), bias.clone()))
@@ -102,7 +95,7 @@ def fit_path(
 def largest_strength(x: torch.Tensor, loss: Loss, outputs: int) -> float:
     """Return the smallest strength at which all weights are zero. The arguments are those of `fit_path`."""
     weight, bias = x.new_zeros(outputs, x.shape[1]), x.new_zeros(outputs)
-    _, bias = _minimize(x[:, :0], loss, weight[:, :0], bias, 0.0, 1e-4, 1000)
+    _, bias = _minimize(x[:, :0], loss, weight[:, :0], bias, 0.0, 1e-4)
     return float(_slope(x, loss, weight, bias).abs().max())
 
 
@@ -123,13 +116,7 @@ def _slope(x: torch.Tensor, loss: Loss, weight: torch.Tensor, bias: torch.Tensor
 
 
 def _minimize(
-    x: torch.Tensor,
-    loss: Loss,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    l1: float,
-    tolerance: float,
-    max_iterations: int,
+    x: torch.Tensor, loss: Loss, weight: torch.Tensor, bias: torch.Tensor, l1: float, tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run L-BFGS-B over all columns of `x`, from a starting point, in fp64.
 
@@ -147,7 +134,7 @@ def _minimize(
     given = torch.cat([weight.clamp_min(0.0).flatten(), (-weight).clamp_min(0.0).flatten(), bias])
     lowest = np.where(np.arange(len(given)) < 2 * count, 0.0, -np.inf)
     enough = tolerance * (l1 or 1e-2)
-    options = {"gtol": enough, "ftol": 0.0, "maxiter": max_iterations}
+    options = {"gtol": enough, "ftol": 0.0, "maxiter": _ITERATIONS}
     found = minimize(
         objective, given.double().numpy(), jac=True, method="L-BFGS-B", bounds=Bounds(lowest), options=options
     )
