@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from training_runs import run_of
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.evaluation.metrics import score
+from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.report import predict_logits
 from llama_probe.training import fitting
 from llama_probe.training import run as training_run
@@ -50,9 +50,9 @@ def rows(count, seed, label_of):
     return States(states, label_of(fresh().classifier.inputs(states)).numpy())
 
 
-def fit(probe, label_of, loss=None, metric="accuracy", folds=(), count=300):
-    parts = [rows(count, 0, label_of), rows(100, 1, label_of)]
-    return fit_classifier(probe, *parts, loss or ProbeLoss(probe.config), metric, None, folds), parts
+def fit(probe, label_of, loss=None, metric="accuracy"):
+    parts = [rows(300, 0, label_of), rows(100, 1, label_of)]
+    return fit_classifier(probe, *parts, loss or ProbeLoss(probe.config), metric), parts
 
 
 def likely(token):
@@ -70,7 +70,7 @@ def test_a_token_that_tells_is_found():
     assert probe.config.options == {"l1": fitted.facts["l1"]}
     found = predict_logits(probe, validation)
     torch.testing.assert_close(found, fitted.logits, atol=1e-3, rtol=1e-3)
-    assert score(found.softmax(-1).numpy(), validation.labels, probe.config)["auprc"] > 0.95
+    assert score_logits(found, validation.labels, probe.config)["auprc"] > 0.95
 
 
 def test_a_strong_penalty_leaves_nothing_but_the_frequencies():
@@ -81,22 +81,19 @@ def test_a_strong_penalty_leaves_nothing_but_the_frequencies():
     assert float(share) == pytest.approx(train.labels.mean(), abs=0.01)
 
 
-def test_several_labels_at_once_and_classes():
-    def three(odds):
-        return odds[:, [3, 50, 77]].argmax(dim=1)
-
-    probe = fresh(num_labels=3)
-    _, (_, validation) = fit(probe, three)
-    assert (predict_logits(probe, validation).argmax(-1).numpy() == validation.labels).mean() > 0.9
-
-    def each(odds):
-        return (odds[:, [3, 50, 77]] > -4.5).float()
-
-    probe = fresh(num_labels=3, problem_type="multi_label_classification")
-    fitted, (_, validation) = fit(probe, each, metric="auprc")
+@pytest.mark.parametrize(
+    "problem, label_of, metric",
+    [
+        ("single_label_classification", lambda odds: odds.argmax(dim=1), "accuracy"),
+        ("multi_label_classification", lambda odds: (odds > -4.5).float(), "auprc"),
+    ],
+)
+def test_three_labels(problem, label_of, metric):
+    probe = fresh(num_labels=3, problem_type=problem)
+    fitted, (_, validation) = fit(probe, lambda odds: label_of(odds[:, [3, 50, 77]]), metric=metric)
     found = predict_logits(probe, validation)
     torch.testing.assert_close(found, fitted.logits, atol=1e-3, rtol=1e-3)
-    assert score(found.sigmoid().numpy(), validation.labels, probe.config)["auprc"] > 0.9
+    assert score_logits(found, validation.labels, probe.config)[metric] > 0.9
 
 
 def test_folds_judge_each_row_by_a_model_that_did_not_see_it():
@@ -115,15 +112,14 @@ def test_folds_judge_each_row_by_a_model_that_did_not_see_it():
 
 
 def test_the_loss_of_the_recipe_counts():
-    plain, weighted = fresh(options={"l1": 5}), fresh(options={"l1": 5})
-    rare = lambda odds: (torch.arange(len(odds)) % 10 == 0).long()  # noqa: E731
     shares = []
-    for probe, weights in ((plain, None), (weighted, [1.0, 9.0])):
-        fitted, _ = fit(probe, rare, ProbeLoss(probe.config, weights))
+    for weights in (None, [1.0, 9.0]):
+        probe = fresh(options={"l1": 5})
+        fitted, _ = fit(
+            probe, lambda odds: (torch.arange(len(odds)) % 10 == 0).long(), ProbeLoss(probe.config, weights)
+        )
         shares.append(float(fitted.logits.softmax(-1)[0, 1]))
     assert shares == pytest.approx([0.1, 0.5], abs=0.01)
-    with pytest.raises(ProbeError, match="focal_gamma"):
-        fit(fresh(), likely(41), ProbeLoss(plain.config, focal_gamma=2.0))
 
 
 def test_a_metric_that_is_not_defined():

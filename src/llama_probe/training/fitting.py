@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from ..data.states import iterate_states
 from ..distributed import merge_rows, on_main
-from ..errors import ProbeError
 from ..evaluation.metrics import check_metric, score_logits
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
@@ -56,15 +55,14 @@ def fit_classifier(
         probe: a head of a `convex` kind, bound to its LM. Its classifier and `options["l1"]` of its config are written. An
             `l1` in the config is used; otherwise the best of a path.
         train, validation: two `StateDataset`, or two `PromptDataset` with `lm`.
-        loss: a loss without focal weights.
+        loss: a loss without focal weights, which are not convex.
         metric: metric of the validation rows that chooses the strength; larger is better.
         lm: the frozen backbone; None if the states are cached.
         folds: row indices of `train` that take turns as validation rows. The classifier is then fitted to all rows.
 
     Raises:
-        ProbeError: the loss is not convex, or the metric is not defined on the validation rows.
+        ProbeError: the metric is not defined on the validation rows.
     """
-    check_convex(loss.focal_gamma)
     probe.eval()
     pooled = _pooled_vectors(probe, train, lm)
     validated = None if folds else _pooled_vectors(probe, validation, lm)
@@ -99,12 +97,6 @@ def fit_classifier(
         probe.classifier.bias.copy_(bias)
     probe.config = probe.config.replace(options={**probe.config.options, "l1": strength})
     return Fitted(logits, {"l1": strength, "nonzero_weights": int((weight != 0).sum())})
-
-
-def check_convex(focal_gamma: float) -> None:
-    """Raise `ProbeError` for focal weights, which are not convex."""
-    if focal_gamma:
-        raise ProbeError(f"focal_gamma={focal_gamma} must be 0: this kind of head is fitted as a convex problem")
 
 
 def _pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None) -> torch.Tensor:
@@ -168,7 +160,5 @@ class _Problem:
 
 def _best(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, metric: str) -> int:
     """Return the first best of models with logits `[models, rows, num_labels]`."""
-    if len(logits) == 1:
-        return 0
     check_metric(metric, labels, config)
     return int(np.argmax([score_logits(one, labels, config)[metric] for one in logits]))

@@ -36,7 +36,7 @@ from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
 from ..hub.folder import check_output, is_head_folder
 from .arguments import SHARED, ProbeTrainingArguments
-from .fitting import check_convex, fit_classifier
+from .fitting import fit_classifier
 from .loss import ProbeLoss
 from .options import RunOptions
 from .recipe import Recipe, complete
@@ -189,9 +189,11 @@ class TrainingRun(RunOptions):
                 f"{config.probe_type} head: give one"
             )
         if kind.convex:
-            check_convex(recipe.focal_gamma)
+            reason = f"probe_type={config.probe_type!r} is fitted"
+            if recipe.focal_gamma:
+                raise ProbeError(f"focal_gamma={recipe.focal_gamma} must be 0: {reason}")
             if "extra" in parts:
-                raise ProbeError(f"extra={self.data.extra} must be empty: probe_type={config.probe_type!r} is fitted")
+                raise ProbeError(f"extra={self.data.extra} must be empty: {reason}")
         if config.reads_reply:
             for rows in parts.values():
                 for text in rows.texts:
