@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from conftest import HIDDEN, LAYERS
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, StackDataset
 
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.data.states import ProbeCollator, PromptDataset
@@ -24,18 +24,10 @@ def test_replies_are_cut_and_prompts_are_not():
     assert len(rows) == 2 and ids[0] == [1, 2, 3, 4, 5], "the rows themselves stay whole"
 
 
-class StateRows(torch.utils.data.Dataset):
+def state_rows(labels, seed=0):
     """Random states; the label is said by whoever makes them."""
-
-    def __init__(self, labels, seed=0):
-        self.labels = labels
-        self.states = torch.randn(len(labels), LAYERS + 1, 4, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, row):
-        return {"input_ids": [1, 2, 3, 4], "hidden_states": self.states[row], "labels": self.labels[row]}
+    states = torch.randn(len(labels), LAYERS + 1, 4, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    return StackDataset(input_ids=[[1, 2, 3, 4]] * len(labels), hidden_states=states, labels=labels)
 
 
 OWN = np.arange(24) % 2
@@ -43,7 +35,7 @@ EXTRA = np.arange(16) % 2
 
 
 def mixed(extra_labels, weights):
-    return ConcatDataset([StateRows(OWN), WeightedRows(StateRows(extra_labels, seed=1), weights)])
+    return ConcatDataset([state_rows(OWN), WeightedRows(state_rows(extra_labels, seed=1), weights)])
 
 
 def test_rows_without_a_weight_count_for_one():
@@ -68,7 +60,7 @@ def test_members_take_turns():
         loss(probe(**batch), labels, num_items_in_batch=1).backward()
         return probe.classifier.weight.grad.unflatten(1, (5, -1)).transpose(0, 1).clone()
 
-    both, own = gradient(mixed(EXTRA, [0.0, 2.0])), gradient(StateRows(OWN))
-    extra = gradient(StateRows(EXTRA, seed=1))
+    both, own = gradient(mixed(EXTRA, [0.0, 2.0])), gradient(state_rows(OWN))
+    extra = gradient(state_rows(EXTRA, seed=1))
     torch.testing.assert_close(both[::2], own[::2])
     torch.testing.assert_close(both[1::2], own[1::2] + 2 * extra[1::2])
