@@ -1,45 +1,28 @@
 """The search: draws, ranking, files, and resuming after a kill."""
 
-import dataclasses
 import json
-import shutil
 from collections import Counter
 
 import pytest
-import torch
-from conftest import HIDDEN, make_lm, read_head
+from conftest import HIDDEN, read_head
+from hub_server.heads import same_weights
+from training_runs import run_of, write
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.data.sources import DataSources
 from llama_probe.evaluation.plots import sensitivity_plot
 from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.hub.folder import read_results
 from llama_probe.training import shared
 from llama_probe.training.recipe import COMMON, Recipe
-from llama_probe.training.run import TrainingRun
 from llama_probe.training.shared import CHECKPOINT_NAME, SharedTraining
 from llama_probe.training.sweep import SETUP_NAME, SearchSpace, Sweep, split_drawn
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rows")
-    for name, count in (("train", 60), ("test", 20)):
-        lines = [{"text": f"{'good' if i % 3 else 'bad'} no {i}", "label": int(i % 3 == 0)} for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
-
-
-def sweep(rows, backbone, output, trials=6, kinds=("gate", "mha", "pooling", "attentive"), resume=False, **changes):
-    run = TrainingRun(
-        backbone=str(backbone),
-        output=output,
-        data=DataSources(train=str(rows / "train.jsonl"), test=str(rows / "test.jsonl")),
-        recipe=Recipe(num_train_epochs=3),
-        cache=False,
-        **changes,
-    )
-    return Sweep(run, SearchSpace(kinds), trials, keep=0.5, resume=resume)
+def sweep(folder, backbone="never-loaded", trials=4, kinds=("gate", "mha"), keep=0.5, resume=False, **changes):
+    """A short search into `folder / "head"`; `changes` go to its run."""
+    run = run_of(folder, backbone, 3, **{"rows": 60, **changes})
+    run.cache = False
+    return Sweep(run, SearchSpace(kinds), trials, keep, resume)
 
 
 @pytest.mark.parametrize("hidden_size", [HIDDEN, 576, 3072])
@@ -60,20 +43,22 @@ def test_every_draw_can_be_built(hidden_size):
         SearchSpace(["mha"]).draw(base.replace(hidden_size=7), 0, 0)
 
 
-def test_what_it_leaves(rows, backbone_folder, tmp_path, monkeypatch):
-    result = sweep(rows, backbone_folder, tmp_path).run()
-    assert json.loads((tmp_path / "sweep.json").read_text()) == result
+def test_what_it_leaves(backbone_folder, tmp_path, monkeypatch):
+    kinds, output = ("gate", "mha", "pooling", "attentive"), tmp_path / "head"
+    search = sweep(tmp_path, backbone_folder, 6, kinds, test=write(tmp_path / "test.jsonl", 20))
+    result = search.run()
+    assert json.loads((output / "sweep.json").read_text()) == result
     left = ["head", "sensitivity.png", "setup.json", "sweep.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert sorted(path.name for path in output.iterdir()) == left
     scores = [trial["score"] for trial in result["trials"]]
     assert len(scores) == 6 and scores == sorted(scores, reverse=True)
     assert scores == [max(trial["scores"]) for trial in result["trials"]]
     shares = Counter(trial["params"]["probe_type"] for trial in result["trials"])
     assert len(shares) == 4 and max(shares.values()) - min(shares.values()) <= 1, "kinds in turn"
-    best, head, results = result["trials"][0], read_head(tmp_path / "head"), read_results(tmp_path / "head")
+    best, head, results = result["trials"][0], read_head(output / "head"), read_results(output / "head")
     assert head.config.probe_type == best["params"]["probe_type"]
     assert results["runs"][0]["validation"]["auprc"] == pytest.approx(best["score"], abs=1e-4)
-    assert results["runs"][0]["test"]["rows"] == 20 and (tmp_path / "head" / "README.md").is_file()
+    assert results["runs"][0]["test"]["rows"] == 20 and (output / "head" / "README.md").is_file()
     shown = best["options"].split("--learning-rate ")[1].split()[0]
     assert results["recipe"]["learning_rate"] == pytest.approx(float(shown), rel=0.01)
     axes = sensitivity_plot(result).axes
@@ -81,34 +66,30 @@ def test_what_it_leaves(rows, backbone_folder, tmp_path, monkeypatch):
     assert sum(len(points.get_offsets()) for points in axes[0].collections) == 6, "every trial has a learning rate"
 
     monkeypatch.setattr(SharedTraining, "_train_epoch", lambda *args: pytest.fail("nothing is left to train"))
-    assert sweep(rows, backbone_folder, tmp_path, resume=True).run() == result
+    search.resume = True
+    assert search.run() == result
 
 
 def test_heads_that_follow_replies_learn_from_cut_ones(backbone_folder, tmp_path, monkeypatch):
     lines = [{"prompt": f"what no {i}", "text": "good no bad no good no", "label": i % 2} for i in range(40)]
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     seen, original = [], shared.collect_hidden_states
     monkeypatch.setattr(
         shared, "collect_hidden_states", lambda *args: (seen.extend(args[3].sum(dim=1).tolist()), original(*args))[1]
     )
-    search = sweep(tmp_path, backbone_folder, tmp_path / "out", 2, ("gate",), head={"token_scope": "response"})
-    search.training.data = DataSources(train=str(tmp_path / "train.jsonl"), prompt_column="prompt")
-    search.run()
+    changes = {"train": str(tmp_path / "train.jsonl"), "prompt_column": "prompt"}
+    sweep(tmp_path, backbone_folder, 2, ("gate",), head={"token_scope": "response"}, **changes).run()
     whole = max(seen)
     assert len(seen) == 3 * 40
     # Half of 34 training rows, in 3 epochs, are cut, at times by none of their tokens.
     assert 20 < len(seen) - seen.count(whole) - seen.count(whole - 1) < 60
-    assert read_head(tmp_path / "out" / "head").config.token_scope == "response"
+    assert read_head(tmp_path / "head" / "head").config.token_scope == "response"
 
 
-def test_a_killed_sweep_resumes(rows, backbone_folder, tmp_path, monkeypatch):
-    shutil.copytree(backbone_folder, tmp_path / "backbone")
-    shutil.copytree(rows, tmp_path / "rows")
-
+def test_a_killed_sweep_resumes(backbone_folder, tmp_path, monkeypatch):
     def search(name, **changes):
-        values = {"trials": 4, "kinds": ("gate", "mha"), **changes}
-        return sweep(tmp_path / "rows", tmp_path / "backbone", tmp_path / name, **values)
+        (tmp_path / name).mkdir(exist_ok=True)
+        return sweep(tmp_path / name, backbone_folder, **changes)
 
     whole = search("whole").run()
     original = SharedTraining._train_epoch
@@ -121,38 +102,27 @@ def test_a_killed_sweep_resumes(rows, backbone_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(SharedTraining, "_train_epoch", die)
         search("cut").run()
-    assert (tmp_path / "cut" / CHECKPOINT_NAME).exists()
+    assert (tmp_path / "cut" / "head" / CHECKPOINT_NAME).exists()
     with pytest.raises(ProbeError, match="--resume"):
         search("cut").run()
-    with pytest.raises(ProbeError, match=f"{SETUP_NAME}.*trials"):
-        search("cut", resume=True, trials=7).run()
-    train = tmp_path / "rows" / "train.jsonl"
-    before = train.read_text()
-    train.write_text(before.replace("no 7", "no 77"))
-    with pytest.raises(ProbeError, match="rows"):
-        search("cut", resume=True).run()
-    train.write_text(before)
-    make_lm(seed=1, vocab_size=260).save_pretrained(tmp_path / "backbone")
-    with pytest.raises(ProbeError, match="backbone_weights"):
-        search("cut", resume=True).run()
-    make_lm(vocab_size=260).save_pretrained(tmp_path / "backbone")
+    for changes, name in (({"trials": 7}, "trials"), ({"rows": 61}, r"rows\.train")):
+        with pytest.raises(ProbeError, match=f"{SETUP_NAME}.*{name}"):
+            search("cut", resume=True, **changes).run()
     assert search("cut", resume=True).run() == whole
-    one, other = (read_head(tmp_path / name / "head").state_dict() for name in ("whole", "cut"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_weights(*(read_head(tmp_path / name / "head" / "head") for name in ("whole", "cut")))
 
 
 @pytest.mark.parametrize(
     "changes, name",
     [
-        ({"trials": 0}, "trials=0"),
-        ({"keep": 0.0}, r"keep=0\.0"),
+        ({"trials": 0}, "trials"),
+        ({"keep": 0.0}, "keep"),
         ({"kinds": ()}, "probe_types"),
-        ({"kinds": ("lstm",)}, "probe_type='lstm'"),
-        ({"kinds": ("gate", "muli")}, "probe_type='muli'"),
+        ({"kinds": ("lstm",)}, "lstm"),
+        ({"kinds": ("gate", "muli")}, "muli"),
     ],
 )
-def test_refusals_leave_nothing_behind(rows, tmp_path, changes, name):
-    keep = changes.pop("keep", 0.5)
+def test_refusals_leave_nothing_behind(tmp_path, changes, name):
     with pytest.raises(ProbeError, match=name):
-        dataclasses.replace(sweep(rows, "never-loaded", tmp_path / "study", **changes), keep=keep).run()
-    assert not (tmp_path / "study").exists()
+        sweep(tmp_path, **changes).run()
+    assert not (tmp_path / "head").exists()

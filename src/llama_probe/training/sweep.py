@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..data.sources import setting
-from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
+from ..distributed import claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
 from ..evaluation.report import predict_logits
@@ -125,11 +125,11 @@ class Sweep:
         Raises:
             ProbeError: a setting or a row is wrong, raised before training.
         """
-        with process_group(), claimed(Path(self.training.output)):
+        output = self.training.output
+        with process_group(), claimed(output):
             self._check()
             # A config of the default kind; each draw replaces its kind.
             head = {**self.training.head, "probe_type": AUTO}
-            output = Path(self.training.output)
             with replace(self.training, output=output / HEAD_FOLDER, head=head).prepare() as data:
                 return self._search(output, data)
 
@@ -141,18 +141,17 @@ class Sweep:
         epochs = self.training.recipe.num_train_epochs
         if epochs is not None and not (epochs >= 1 and float(epochs).is_integer()):
             raise ProbeError(f"num_train_epochs={epochs} must be a whole number from 1")
-        output = Path(self.training.output)
+        output = self.training.output
         if not self.resume and on_main(lambda: any((output / name).exists() for name in (SETUP_NAME, SWEEP_NAME))):
             raise ProbeError(f"{output} holds a sweep already: continue with --resume, or give another folder")
-        check_shared(output)
 
     def _search(self, output: Path, data: TrainingData) -> dict[str, Any]:
         seed = self.training.seeds[0]
         drawn = [self.space.draw(data.config, number, seed) for number in range(self.trials)]
         settings = {"trials": self.trials, "keep": self.keep, "seed": seed, **data.settings(), "drawn": drawn}
         on_main(lambda: same_settings(output / SETUP_NAME, settings))
-        if on_main(lambda: self._is_finished(output)):
-            return on_main(lambda: read_sweep(output))
+        if finished := on_main(lambda: _read_finished(output)):
+            return finished
         epochs = int(data.recipe.num_train_epochs)
         training = SharedTraining(
             [self._candidate(number, values, data) for number, values in enumerate(drawn)],
@@ -181,11 +180,6 @@ class Sweep:
             (output / CHECKPOINT_NAME).unlink(missing_ok=True)
         return result
 
-    def _is_finished(self, output: Path) -> bool:
-        """Return True if all is trained and written: the checkpoint is removed last."""
-        written = (output / SWEEP_NAME).is_file() and is_head_folder(output / HEAD_FOLDER)
-        return written and not (output / CHECKPOINT_NAME).exists()
-
     def _candidate(self, number: int, drawn: dict[str, Any], data: TrainingData) -> Candidate:
         head, own = split_drawn(drawn)
         recipe, seed = replace(data.recipe, **own), self.training.seeds[0]
@@ -206,6 +200,12 @@ class Sweep:
 def read_sweep(folder: Path) -> dict[str, Any]:
     """Read the `sweep.json` of a finished sweep."""
     return json.loads((folder / SWEEP_NAME).read_text(encoding="utf-8"))
+
+
+def _read_finished(folder: Path) -> dict[str, Any] | None:
+    """Read the `sweep.json` if all is trained and written: the checkpoint is removed last."""
+    written = (folder / SWEEP_NAME).is_file() and is_head_folder(folder / HEAD_FOLDER)
+    return read_sweep(folder) if written and not (folder / CHECKPOINT_NAME).exists() else None
 
 
 def _describe_trial(learner: Learner, drawn: dict[str, Any]) -> dict[str, Any]:
