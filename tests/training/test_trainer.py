@@ -1,11 +1,13 @@
 """Training with the stock Trainer: only the head is trained, saved and resumed."""
 
+import copy
 import gc
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_prompts, make_tokenizer, read_head
+from hub_server.heads import same_weights
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -60,10 +62,6 @@ def trainer_for(probe, folder, patience=None, metric="auprc", callbacks=(), **ch
     )
 
 
-def snapshot(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
 @pytest.mark.parametrize("tokenizer", [None, make_tokenizer()])
 def test_the_stock_trainer_alone_will_do(tmp_path, tokenizer, caplog):
     """No helper of this package: rows of a data set, the tokenizer or its collator, and the head's own loss."""
@@ -85,7 +83,8 @@ def test_the_stock_trainer_alone_will_do(tmp_path, tokenizer, caplog):
     assert "special tokens" not in caplog.text.lower() and "PAD/BOS/EOS" not in caplog.text
 
 
-ANSWERS = [(f"{'good' if i % 2 else 'bad'} number {i}", "good" if i % 2 else "bad") for i in range(32)]
+MORE_ANSWERS = [(f"{word} number {i}", word) for i in range(60) for word in ("bad", "good")]
+ANSWERS = MORE_ANSWERS[:32]
 
 
 def mood(folder, rows=ANSWERS, held_back=ANSWERS[:12], **changes):
@@ -98,7 +97,7 @@ def mood(folder, rows=ANSWERS, held_back=ANSWERS[:12], **changes):
 
 class TestProbeTrainer:
     def test_novelty_is_fitted_if_there_are_rows_enough(self, tmp_path, backbone_folder):
-        rows = [(f"{'good' if i % 2 else 'bad'} number {i}", "good" if i % 2 else "bad") for i in range(120)]
+        rows = MORE_ANSWERS
         given = {"backbone": str(backbone_folder), "probe_config": {"probe_type": "pooling"}, "num_train_epochs": 1}
         for wanted, held, novelty in ((True, rows[:50], True), (True, rows[:12], False), (False, rows[:50], False)):
             trainer = mood(tmp_path / "out", rows[50:], held, novelty=wanted, **given)
@@ -133,14 +132,12 @@ class TestProbeTrainer:
         # The states were cached in half precision.
         torch.testing.assert_close(found.logits, trainer.logits[:8], atol=2e-2, rtol=1e-2)
 
-    @pytest.mark.parametrize("kind", ["dict", "frame", "dataset", "dicts"])
+    @pytest.mark.parametrize("kind", ["dict", "frame", "dataset"])
     def test_rows_of_any_kind(self, tmp_path, kind):
         columns = {"review": [text for text, _ in ANSWERS], "mood": [int(label == "good") for _, label in ANSWERS]}
         given = columns
         if kind == "frame":
             given = pytest.importorskip("pandas").DataFrame(columns)
-        if kind == "dicts":
-            given = [{"review": text, "mood": label} for text, label in zip(*columns.values(), strict=True)]
         if kind == "dataset":
             from datasets import ClassLabel, Dataset
 
@@ -236,37 +233,28 @@ class TestProbeTrainer:
             ({"model": None}, "backbone"),
             ({"backbone": "demo"}, "one of"),
             ({"probe_config": {"probe_type": "gate"}}, "backbone"),
-            ({"processing_class": None}, "processing_class"),
             ({"model": head()}, "backbone"),
-            ({"model": make_lm()}, "ProbeModel"),
-            ({"rows": [("a", "1")] * 9, "model": head(make_lm(vocab_size=260), id2label={0: "0", 1: "1"})}, "'1'"),
             ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "words"),
             ({"rows": ANSWERS, "column_mapping": {"review": "text"}}, "review"),
-            ({"args": TrainingArguments("never")}, "ProbeTrainingArguments"),
             ({"model": head(probe_type="muli", vocab_size=260)}, "muli"),
-            ({"held_back": [("a", "other"), ("b", "good")]}, "other"),
             ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
         ],
     )
-    def test_mistakes_are_told_in_one_line(self, tmp_path, changes, words):
+    def test_mistakes_beside_those_of_the_page_on_troubleshooting(self, tmp_path, changes, words):
         changes = {"model": head(make_lm(vocab_size=260)), "processing_class": make_tokenizer(), **changes}
         given = {"train_dataset": changes.pop("rows", ANSWERS), "eval_dataset": changes.pop("held_back", ANSWERS)}
-        args = changes.pop("args", None) or ProbeTrainingArguments(str(tmp_path), use_cpu=True)
-        with pytest.raises(ProbeError, match=words) as caught:
-            ProbeTrainer(args=args, **given, **changes)
-        assert "\n" not in str(caught.value)
+        with pytest.raises(ProbeError, match=words):
+            ProbeTrainer(args=ProbeTrainingArguments(str(tmp_path), use_cpu=True), **given, **changes)
 
 
 def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):
     lm = make_lm()
-    before = snapshot(lm)
     probe = head(lm)
     trainer = trainer_for(probe, tmp_path, num_train_epochs=8)
     assert trainer.evaluate(trainer.train_dataset)["eval_accuracy"] < 0.7
     trainer.train()
     assert trainer.evaluate(trainer.train_dataset)["eval_accuracy"] > 0.95
-    for name, tensor in lm.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    assert same_weights(lm, make_lm())
     assert not lm.training and all(p.grad is None for p in lm.parameters())
     saved = load_file(next(tmp_path.glob("checkpoint-*")) / "model.safetensors")
     assert saved.keys() == probe.state_dict().keys(), "checkpoints hold only the head"
@@ -286,9 +274,7 @@ def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path):
         trainer_for(cut, tmp_path / "cut", load_best_model_at_end=False, callbacks=[Kill()]).train()
     set_seed(8)
     trainer_for(resumed, tmp_path / "cut", load_best_model_at_end=False).train(resume_from_checkpoint=True)
-    for name, tensor in whole.state_dict().items():
-        assert not torch.equal(cut.state_dict()[name], tensor)
-        assert torch.equal(resumed.state_dict()[name], tensor)
+    assert same_weights(resumed, whole) and not same_weights(cut, whole)
 
 
 def test_early_stopping_counts_across_a_stop(tmp_path):
@@ -313,21 +299,14 @@ def test_cached_states_train_as_the_live_backbone_does(tmp_path):
         torch.testing.assert_close(cached.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_a_bf16_backbone_with_an_fp32_head(tmp_path):
-    probe = head(make_lm().bfloat16())
-    trainer_for(probe, tmp_path, num_train_epochs=1).train()
-    assert {p.dtype for p in probe.parameters()} == {torch.float32} and probe.backbone.dtype == torch.bfloat16
-
-
 def test_a_lora_adapted_backbone(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     lm = get_peft_model(make_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    before = snapshot(lm)
+    before = copy.deepcopy(lm)
     probe = head(lm)
     trainer_for(probe, tmp_path, num_train_epochs=1).train()
-    for name, tensor in lm.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    assert same_weights(lm, before)
     plain = head(make_lm())
     plain.load_state_dict(probe.state_dict())
     data = PromptDataset(*dataset(4))
@@ -391,8 +370,6 @@ def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, monkeypatch, strategy)
     if strategy == "end":
         trainer.push_to_hub()
     back = ProbeModel.from_pretrained("alice/mood")
-    assert back.config.id2label == {0: "bad", 1: "good"}
-    for name, tensor in probe.state_dict().items():
-        assert torch.equal(back.state_dict()[name], tensor)
+    assert back.config.id2label == {0: "bad", 1: "good"} and same_weights(back, probe)
     files = set(HfApi().list_repo_files("alice/mood"))
     assert {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME} <= files <= {*HEAD_FILES, ".gitattributes"}, "and no pickle"

@@ -321,11 +321,10 @@ class ProbeTrainer(Trainer):
             The head's `results`, which `save_model` writes into `results.json` and the card.
         """
         probe, dataset, labels = self.model, self._with_states(self.eval_dataset), labels_of(self.eval_dataset)
-        devices = max(1, self.args.n_gpu) * world_size()
         recipe = replace(
             self.args.recipe(),
             label_smoothing=self._label_smoothing,
-            per_device_train_batch_size=self.args.per_device_train_batch_size * devices,
+            per_device_train_batch_size=self.args.train_batch_size * world_size(),
         )
         self.logits = predict_logits(probe, dataset)
         probe.config, found = decide(probe.config, self.logits, labels, recipe)
