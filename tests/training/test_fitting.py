@@ -1,7 +1,5 @@
 """Heads that are fitted: what is found, how the strength is chosen, and runs from rows to a folder."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -133,7 +131,8 @@ def test_runs(tmp_path, backbone_folder, cache, folds, monkeypatch):
     monkeypatch.setattr(training_run, "ProbeTrainer", lambda *args, **kwargs: pytest.fail("nothing is trained"))
     monkeypatch.setattr(fitting, "PATH", fitting.PATH[[0, 8]])
     changes = {"head": {"probe_type": "muli"}, "folds": folds, "test_share": 0.2}
-    run = dataclasses.replace(run_of(tmp_path, backbone_folder, rows=60, seeds=[4, 5], **changes), cache=cache)
+    run = run_of(tmp_path, backbone_folder, rows=60, seeds=[4, 5], **changes)
+    run.cache = cache
     results = run.run()
     (only,) = results["runs"]
     assert only["seed"] == 4 and only["l1"] > 0 and "epochs" not in only and results["recipe"]["label_smoothing"] == 0

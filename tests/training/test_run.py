@@ -11,14 +11,13 @@ from torch.utils.data import Subset
 from training_runs import run_of, write
 
 from llama_probe import ProbeError
-from llama_probe.data.sources import DataSources
+from llama_probe.distributed import claimed
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score
 from llama_probe.evaluation.report import predict_logits
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import run as training_run
-from llama_probe.training.recipe import Recipe
-from llama_probe.training.run import CHECKPOINTS, TrainingRun, _last_checkpoint
+from llama_probe.training.run import CHECKPOINTS, _last_checkpoint
 from llama_probe.training.sweep import Sweep
 
 
@@ -60,15 +59,10 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rat
     words = ("fine, all is good", "fine, BAD BAD BAD BAD!")
     lines = [{"ask": f"number {i}?", "text": words[i % 2] + "!" * (i % 3), "label": i % 2} for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    results = TrainingRun(
-        backbone=str(backbone_folder),
-        data=DataSources(
-            train=str(tmp_path / "a.jsonl"), prompt_column="ask", test_share=0.25, label_names=["fine", "awful"]
-        ),
-        output=tmp_path / "guard",
-        head={"probe_type": "gate", "token_scope": "response"},
-        recipe=Recipe(num_train_epochs=4, learning_rate=0.03, max_false_positive_rate=rate),
-    ).run()
+    changes = {"train": str(tmp_path / "a.jsonl"), "prompt_column": "ask", "label_names": ["fine", "awful"]}
+    changes |= {"head": {"probe_type": "gate", "token_scope": "response"}, "test_share": 0.25}
+    run = run_of(tmp_path, backbone_folder, 4, learning_rate=0.03, max_false_positive_rate=rate, **changes)
+    results = run.run()
     found = results["runs"][0]["halting"]
     assert found["max_false_halts"] == (0.05 if rate is None else 0)
     rules = found["labels"]["awful"]
@@ -76,7 +70,7 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rat
     (best,) = [rule for rule in rules if rule["chosen"]]
     assert best["test"]["rows"] == 25 and best["test"]["detected"] > 0.5
     assert best["test"]["delay"]["median"] > len("fine, "), "the two begin alike, a token a letter"
-    assert "halted by `awful`" in (tmp_path / "guard" / "README.md").read_text()
+    assert "halted by `awful`" in (run.output / "README.md").read_text()
 
 
 @pytest.mark.parametrize("folds", [0, 2])
@@ -177,24 +171,14 @@ class TestOutput:
             run_of(tmp_path, backbone_folder).run()
         assert not (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
 
-    def test_a_second_run_into_the_same_folder_is_refused(self, tmp_path, backbone_folder, monkeypatch):
-        run, train = run_of(tmp_path, backbone_folder), TrainingRun._train_all
-
-        def train_beside_another(first, data):
-            with pytest.raises(ProbeError, match="another run"):
-                run.run()
-            return train(first, data)
-
-        monkeypatch.setattr(TrainingRun, "_train_all", train_beside_another)
-        run.run()
-        assert read_head(tmp_path / "head").results["chosen_seed"] == 0
+    def test_a_second_run_into_the_same_folder_is_refused(self, tmp_path):
+        with claimed(tmp_path / "head"), pytest.raises(ProbeError, match="another run"):
+            run_of(tmp_path).run()
 
 
 class TestRefusals:
     def test_a_metric_that_is_not_defined_on_the_validation_rows(self, tmp_path):
-        alike = tmp_path / "alike.jsonl"
-        alike.write_text("\n".join(json.dumps({"text": f"no {i}", "label": 1}) for i in range(5)))
-        run = run_of(tmp_path, eval=str(alike))
+        run = run_of(tmp_path, eval=write(tmp_path / "alike.jsonl", 1))
         for wanted in (run, Sweep(run, trials=2)):
             with pytest.raises(ProbeError, match="auprc"):
                 wanted.run()

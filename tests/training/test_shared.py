@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm
+from hub_server.heads import same_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset
@@ -58,8 +59,7 @@ def train(folder, lm, data, candidates=CANDIDATES, epochs=4, **kwargs):
 
 
 def same(one, other) -> bool:
-    pairs = zip(one.probe.state_dict().values(), other.probe.state_dict().values(), strict=True)
-    return one.history == other.history and all(torch.equal(a, b) for a, b in pairs)
+    return one.history == other.history and same_weights(one.probe, other.probe)
 
 
 @pytest.fixture(scope="module")
