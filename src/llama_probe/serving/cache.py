@@ -89,10 +89,6 @@ class ProbeCache:
             for name, kept in self.heads.items()
         }
 
-    def __repr__(self) -> str:
-        rows, tokens = self.input_ids.shape
-        return f"ProbeCache({rows} rows of {tokens} tokens, heads: {', '.join(self.heads) or 'none'})"
-
     def check_length(self, cached: int) -> None:
         """Raise `ProbeError` unless a KV cache of `cached` tokens can belong to this state."""
         if cached != (seen := self.get_seq_length()):

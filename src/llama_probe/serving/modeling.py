@@ -29,14 +29,7 @@ from .host import ProbeHostMixin, change_class
 from .outputs import ProbedOutputMixin, with_results, with_scores
 from .prefill import PrefillSession, traced_reader
 from .reply import ReplySession
-from .session import (
-    PAGED,
-    forward_session,
-    generation_session,
-    is_inner_call,
-    open_session,
-    session_of,
-)
+from .session import PAGED, forward_session, generation_session, is_inner_call, open_session, session_of
 from .sources import ProbeSpec, load_with_heads, model_of, read_heads
 from .streaming import HoldBackStreamer
 from .texts import as_texts, classify_texts
@@ -61,12 +54,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        base = next(
-            (c for c in cls.__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, ProbedGenerationMixin)),
-            None,
-        )
-        if base is None:
-            return
+        models = (each for each in cls.__mro__ if issubclass(each, PreTrainedModel))
+        base = next(each for each in models if not issubclass(each, ProbedGenerationMixin))
         cls._causal_lm_class = base
         cls._forward_names = tuple(inspect.signature(base.forward).parameters)[1:]
 
@@ -131,21 +120,21 @@ class ProbedGenerationMixin(ProbeHostMixin):
         lm = without_peft(lm)
         target = target_of(lm)
         heads = read_heads(probe, target) if probe is not None else {}
-        if not isinstance(lm, ProbedGenerationMixin):
-            if type(lm) is not cls._causal_lm_class:
-                made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {type(lm).__name__}"
-                raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
-            plain = type(lm)
-            change_class(lm, cls)
-            lm._install_probes()
-            try:
-                lm._attach(heads, strict)
-            except BaseException:
-                del lm.probes, lm._active_probes
-                change_class(lm, plain)
-                raise
-        else:
+        if isinstance(lm, ProbedGenerationMixin):
             lm._attach(heads, strict)
+            return lm
+        plain = type(lm)
+        if plain is not cls._causal_lm_class:
+            made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {plain.__name__}"
+            raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
+        change_class(lm, cls)
+        lm._install_probes()
+        try:
+            lm._attach(heads, strict)
+        except BaseException:
+            del lm.probes, lm._active_probes
+            change_class(lm, plain)
+            raise
         return lm
 
     @classmethod
@@ -423,19 +412,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probed.abstain(levels)
         return probed if as_dict else probed.sequences
 
-    def generate_batch(self, *args, **kwargs):
-        """Run continuous batching without active heads: heads cannot read its paged passes."""
-        self._refuse_paged()
-        return super().generate_batch(*args, **kwargs)
-
     def init_continuous_batching(self, *args, **kwargs):
-        """See `generate_batch`."""
-        self._refuse_paged()
-        return super().init_continuous_batching(*args, **kwargs)
-
-    def _refuse_paged(self) -> None:
+        """Start continuous batching, also for `generate_batch`, without active heads: they cannot read its paged passes."""
         if self._active_probes:
             raise ProbeError(PAGED)
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):

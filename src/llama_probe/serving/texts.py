@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.passes import length_batches
@@ -55,9 +56,7 @@ def pad_inputs(
     """Return `input_ids`, `attention_mask` and, with masks, `probe_mask`: `[rows, tokens]`, padded on the right."""
     inputs = pad_prompts(ids, tokenizer)
     if masks is not None:
-        inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
-        for row, mask in enumerate(masks):
-            inputs["probe_mask"][row, : len(mask)] = torch.tensor(mask)
+        inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, masks)), batch_first=True)
     return inputs
 
 
