@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_lm, make_probe, make_prompts, make_tokenizer
+from observers import Recorder, passes_of
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import Halt, LlamaForProbedGeneration, ProbeConfig, ProbeError, Reprompt
 from llama_probe.heads import probe_types
@@ -33,35 +33,23 @@ MODES = {
 PAD = 0
 
 
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], False
-
-    def put(self, value):
-        self.tokens.append(value.flatten().tolist())
-
-    def end(self):
-        self.ended = True
-
-
 def flag(*rows):
     """A policy that halts these prompts."""
     return lambda outputs: [i in rows for i in range(len(outputs["mood"].logits))]
 
 
+def probed(lm=None, **changes):
+    return LlamaForProbedGeneration.from_causal_lm(lm or make_lm(), {"mood": make_probe(**changes)})
+
+
 @pytest.fixture
 def model():
-    lm = LlamaForProbedGeneration.from_causal_lm(make_lm())
-    lm.add_probe("mood", make_probe(id2label={0: "fine", 1: "awful"}))
-    return lm
+    return probed(id2label={0: "fine", 1: "awful"})
 
 
 @pytest.fixture
 def passes(model):
-    """Widths of the LM's forward passes."""
-    widths = []
-    model.model.register_forward_hook(lambda module, args, output: widths.append(output[0].shape[1]))
-    return widths
+    return passes_of(model)
 
 
 def refused(passes, words, call):
@@ -84,8 +72,7 @@ def test_nothing_is_decoded_if_all_are_halted(model, passes, prompts, mode):
 
 @pytest.mark.parametrize("mode, eos", [*((mode, 2) for mode in MODES), ("greedy", None), ("beams", None)])
 def test_the_others_get_what_they_would_have_got(prompts, mode, eos):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(eos_token_id=eos))
-    model.add_probe("mood", make_probe())
+    model = probed(make_lm(eos_token_id=eos))
     torch.manual_seed(3)
     free = model.generate(prompts, max_new_tokens=5, **MODES[mode])
     torch.manual_seed(3)
@@ -97,13 +84,6 @@ def test_the_others_get_what_they_would_have_got(prompts, mode, eos):
     width = out.sequences.shape[1]  # the halted row may have been the longest
     assert torch.equal(out.sequences, expected[:, :width]) and (expected[:, width:] == PAD).all()
     torch.testing.assert_close(out.probe_logits["mood"], free.probe_logits["mood"])
-
-
-def test_a_streamer_receives_no_token(model, prompts):
-    for rows, puts in (((0,), 1), ((1,), 6)):
-        streamer = Recorder()
-        model.generate(prompts[:1], max_new_tokens=5, streamer=streamer, halt_on=flag(*rows))
-        assert streamer.tokens[0] == prompts[0].tolist() and len(streamer.tokens) == puts and streamer.ended
 
 
 @pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}])
@@ -178,14 +158,13 @@ class TestReplies:
         assert out.sequences[2, 9:].tolist() == [5, 6, 7, 8, 9, 10]
 
     def test_a_text(self):
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260))
-        model.add_probe("mood", make_probe())
+        model = probed(make_lm(vocab_size=260))
         tokenizer, ids, text = make_tokenizer(), make_prompts(1), "I would rather not."
         streamer = Recorder()
         out = model.generate(ids, halt_on=flag(0), halt_reply=text, tokenizer=tokenizer, streamer=streamer)
         assert tokenizer.decode(out.sequences[0, ids.shape[1] :]) == text
         assert streamer.tokens[0] == ids[0].tolist() and streamer.ended
-        assert tokenizer.decode([token for part in streamer.tokens[1:] for token in part]) == text
+        assert tokenizer.decode(streamer.reply) == text
 
     def test_a_refusal_that_the_model_writes(self, model, passes, prompts):
         again = make_prompts(rows=1, length=4, seed=7)
@@ -398,7 +377,6 @@ class TestRules:
             ("other", "'other'.* active: mood"),
             ([], "no head"),
             ({"mood": {"label": "sad"}}, "'sad'.* fine, awful"),
-            ({"mood": {"threshold": math.nan}}, "threshold of 'mood' is nan"),
             ({"mood": "awful"}, "'mood' are 'awful'"),
             (True, "halt_on=True"),
             ({"mood": {"above": 0.5}}, "'above'"),
@@ -430,19 +408,8 @@ class TestWordsOfACommandLine:
         assert read_halting(words) == found
 
     @pytest.mark.parametrize(
-        "word",
-        [
-            "",
-            ":bad",
-            "guard:bad:0.5:2",
-            "guard=3",
-            "a b",
-        ],
+        "words", [[""], [":bad"], ["guard:bad:0.5:2"], ["guard=3"], ["a b"], ["guard:bad:0.9", "guard"]]
     )
-    def test_other_words(self, word):
+    def test_other_words(self, words):
         with pytest.raises(ProbeError, match="--halt-on"):
-            read_halting([word])
-
-    def test_a_head_that_is_named_twice(self):
-        with pytest.raises(ProbeError, match="guard"):
-            read_halting(["guard:bad:0.9", "guard"])
+            read_halting(words)

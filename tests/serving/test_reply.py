@@ -5,8 +5,8 @@ import torch
 from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from observers import Recorder, assert_no_hooks, hooks_in_passes, passes_of
 from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import Halt, LlamaForProbedGeneration, ProbeError, Reprompt
 
@@ -30,17 +30,6 @@ MODES = {
     "no cache": {"use_cache": False},
     "guidance": {"guidance_scale": 1.5},
 }
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], 0
-
-    def put(self, value):
-        self.tokens.append(value.flatten().tolist())
-
-    def end(self):
-        self.ended += 1
 
 
 def probed(heads, **lm_changes):
@@ -148,28 +137,18 @@ def test_what_is_said_of_the_prompt(prompts):
 
 @pytest.mark.parametrize("scope", ["response", "all"])
 def test_text_and_passes_are_those_of_the_plain_model(prompts, scope):
-    def run(model, **kwargs):
-        calls = []
-        handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-        out = model.generate(prompts, max_new_tokens=5, eos_token_id=None, **kwargs)
-        handle.remove()
-        return (out if isinstance(out, torch.Tensor) else out.sequences), len(calls)
-
+    plain, ours = make_lm(), probed({"a": make_probe(token_scope=scope)})
+    plain_passes, passes = passes_of(plain), passes_of(ours)
     for kwargs in ({}, {"prefill_chunk_size": 3}, {"use_cache": False}):
-        plain, ours = run(make_lm(), **kwargs), run(probed({"a": make_probe(token_scope=scope)}), **kwargs)
-        assert torch.equal(plain[0], ours[0]) and plain[1] == ours[1]
+        kwargs = {"max_new_tokens": 5, "eos_token_id": None, **kwargs}
+        assert torch.equal(ours.generate(prompts, **kwargs).sequences, plain.generate(prompts, **kwargs))
+        assert passes == plain_passes
 
 
 @pytest.mark.parametrize("scope, hooks", [("prompt", 0), ("content", 0), ("response", LAYERS + 1)])
 def test_only_heads_that_read_the_reply_cost_anything_in_decoding(prompts, scope, hooks):
     model = probed({"a": make_probe(token_scope=scope)})
-    found = []
-
-    def count(*_):
-        modules = [*model.model.layers, model.model.norm]
-        found.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
-
-    model.model.rotary_emb.register_forward_hook(count)
+    found = hooks_in_passes(model)
     model.generate(prompts, max_new_tokens=3, eos_token_id=None)
     assert found == [0 if scope == "response" else LAYERS + 1, hooks, hooks]
 
@@ -183,23 +162,11 @@ def test_layers_are_handled_together(prompts, monkeypatch):
     assert slots == [LAYERS + 1] * 4
 
 
-def test_a_cached_prompt_is_no_matter_to_a_head_of_the_reply(prompts):
-    model = probed({"guard": guard()})
-    whole = model.generate(prompts, max_new_tokens=3)
-    cached = model.generate(prompts, cache=make_lm()(prompts[:, :5], use_cache=True).cache, max_new_tokens=3)
-    torch.testing.assert_close(cached.probe_token_logits, whole.probe_token_logits, equal_nan=True)
-
-
 def test_prompts_given_as_embeddings(prompts):
     model = probed({"guard": guard()})
     whole = model.generate(prompts, max_new_tokens=4)
     embedded = model.generate(inputs_embeds=model.get_input_embeddings()(prompts), max_new_tokens=4)
     torch.testing.assert_close(embedded.probe_token_logits, whole.probe_token_logits, equal_nan=True)
-
-
-def test_one_token_has_no_score(prompts):
-    out = probed({"guard": guard()}).generate(prompts, max_new_tokens=1)
-    assert out.probe_token_logits["guard"].shape == (3, 0, 2)
 
 
 class TestCallback:
@@ -233,8 +200,7 @@ class TestCallback:
                 prompts[:1], max_new_tokens=9, eos_token_id=None, on_probe_token=callback, streamer=streamer
             )
         assert len(streamer.tokens) == 1 + 3 and streamer.ended == 1
-        for module in model.modules():
-            assert not module._forward_hooks and not module._forward_pre_hooks
+        assert_no_hooks(model)
         assert len(model.generate(prompts, max_new_tokens=2).probe_token_logits["guard"]) == 3
 
     def test_a_wrong_number_of_decisions(self, model, prompts):
@@ -251,10 +217,9 @@ class TestHalting:
     def test_decoding_ends_with_the_last_row(self, prompts):
         for eos in (2, None):
             model = probed({"guard": guard()}, eos_token_id=eos)
-            calls = []
-            model.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            passes = passes_of(model)
             out = model.generate(prompts, max_new_tokens=9, halt_on={"guard": {"threshold": 0.0}})
-            assert len(calls) == 2 and out.sequences.shape[1] == 9 + 2
+            assert passes == [9, 1] and out.sequences.shape[1] == 9 + 2
             assert [halt.token for halt in out.probe_halts] == [0, 0, 0]
 
     def test_beside_a_head_that_halts_prompts(self, model, prompts):
@@ -293,7 +258,7 @@ class TestHalting:
             and (out.sequences[1:, free.shape[1] :] == 0).all()
         )
         model.generate(prompts[:1], on_probe_token=flag(1), streamer=streamer, **kwargs)
-        assert [t for part in streamer.tokens[1:] for t in part] == [*free[0, 9:11].tolist(), 5, 6, 7, 8, 9, 10, 11, 2]
+        assert streamer.reply == [*free[0, 9:11].tolist(), 5, 6, 7, 8, 9, 10, 11, 2]
         assert streamer.ended == 1
 
     def test_a_rest_that_the_model_writes(self, model, prompts):
@@ -304,8 +269,7 @@ class TestHalting:
             out = model.generate(prompts[:1], on_probe_token=flag(1), streamer=streamer, **kwargs)
             assert out.sequences[0, 11:].tolist() == written
             assert out.probe_token_logits["guard"].shape[1] == 2, "its own tokens are not scored"
-            for module in model.modules():
-                assert not module._forward_hooks and not module._forward_pre_hooks
+            assert_no_hooks(model)
         assert streamer.tokens[3:-1] == [[token] for token in written] and streamer.ended == 1
 
     def test_a_stop_of_ones_own(self, model, prompts):
@@ -318,12 +282,6 @@ class TestHalting:
 
 
 class TestRefusals:
-    @pytest.fixture
-    def passes(self, model):
-        calls = []
-        model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-        return calls
-
     @pytest.mark.parametrize(
         "kwargs, words",
         [
@@ -338,7 +296,8 @@ class TestRefusals:
             ({"cache_implementation": "paged"}, "paged cache"),
         ],
     )
-    def test_ways_to_decode(self, model, passes, prompts, kwargs, words):
+    def test_ways_to_decode(self, model, prompts, kwargs, words):
+        passes = passes_of(model)
         with pytest.raises(ProbeError, match=words):
             model.generate(prompts, max_new_tokens=3, **kwargs)
         assert not passes, "before any work"
@@ -403,10 +362,8 @@ class TestPadTokens:
         call = {"max_new_tokens": 6, "logits_processor": [Say([10, 0, 13, 14, 11, 12])], "stopping_criteria": [stop]}
         out = model.generate(prompts[:2], probe_state=True, **call)
         assert out.sequences[:, 9:].tolist() == [[10, 0, 0, 0, 0, 0], [10, 0, 13, 14, 11, 12]]
-        unread = [
-            [False] + [True] * 4,
-            [False, True] + [False] * 3,
-        ]  # of the other reply as well: nothing tells it apart
+        # the one of the other reply as well: nothing tells it apart
+        unread = [[False] + [True] * 4, [False, True] + [False] * 3]
         assert out.probe_token_logits["both"][..., 0].isnan().tolist() == unread
         assert (~out.probe_state.attention_mask[:, 9:]).tolist() == unread
 

@@ -1,26 +1,17 @@
 """generate() with heads: the same tokens as the plain model, and the logits of a plain pass over the prompt."""
 
-import copy
-
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts, make_tokenizer
-from transformers import (
-    BatchEncoding,
-    DynamicCache,
-    GenerationConfig,
-    StaticCache,
-)
+from conftest import make_lm, make_probe, make_prompts, make_tokenizer
+from observers import Recorder, assert_no_hooks, passes_of
+from transformers import BatchEncoding, DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.serving.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
-from llama_probe.serving.reader import StateReader
 
 
 KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
-TOLERANCE = 1e-5
 
 
 def heads(**changes):
@@ -28,27 +19,20 @@ def heads(**changes):
 
 
 def probed(**lm_changes):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes))
-    for name, head in heads().items():
-        model.add_probe(name, head)
-    return model
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads())
 
 
-def reference(prompt_ids, attention_mask=None, **lm_changes):
+def reference(prompt_ids, attention_mask=None):
     """Logits from a plain `output_hidden_states` pass and the heads' whole-tensor path."""
     with torch.no_grad():
-        states = make_lm(**lm_changes)(
-            prompt_ids, attention_mask=attention_mask, output_hidden_states=True
-        ).hidden_states
+        states = make_lm()(prompt_ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states
         return {
             name: head(hidden_states=states, attention_mask=attention_mask).logits for name, head in heads().items()
         }
 
 
 def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, logits in expected.items():
-        torch.testing.assert_close(found[name], logits, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def left_padded(prompts):
@@ -81,11 +65,13 @@ def test_equals_the_plain_model(mode, prompts):
     kwargs = {"max_new_tokens": 6, **MODES[mode]}
     ids, mask = left_padded(prompts)
     plain_model, model = make_lm(), probed()
+    plain_passes, passes = passes_of(plain_model), passes_of(model)
     torch.manual_seed(5)
     plain = plain_model.generate(ids, attention_mask=mask, **kwargs)
     torch.manual_seed(5)
     out = model.generate(ids, attention_mask=mask, **kwargs)
     assert torch.equal(out.sequences, plain if isinstance(plain, torch.Tensor) else plain.sequences)
+    assert passes == plain_passes, "no forward pass is added"
     assert_same(out.probe_logits, reference(ids, mask))
 
 
@@ -132,10 +118,10 @@ def test_padding_is_found_without_a_mask(prompts, eos):
         assert_same(out.probe_logits, reference(ids, expected))
 
 
-@pytest.mark.parametrize("cache", [DynamicCache, "static"])
-def test_an_empty_cache_may_be_passed(prompts, cache):
+@pytest.mark.parametrize("cache_type, options", [(DynamicCache, {}), (StaticCache, {"max_cache_len": 32})])
+def test_an_empty_cache_may_be_passed(prompts, cache_type, options):
     model = probed()
-    cache = StaticCache(config=model.config, max_cache_len=32) if cache == "static" else cache(config=model.config)
+    cache = cache_type(config=model.config, **options)
     assert_same(model.generate(prompts, cache=cache, max_new_tokens=3).probe_logits, reference(prompts))
 
 
@@ -151,26 +137,12 @@ def test_custom_generate_that_calls_the_model_itself(prompts):
     assert_same(out.probe_logits, reference(prompts))
 
 
-def test_no_forward_pass_is_added(prompts):
-    def passes(model, **kwargs):
-        calls = []
-        handle = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-        model.generate(prompts, max_new_tokens=5, eos_token_id=None, **kwargs)
-        handle.remove()
-        return len(calls)
-
-    for kwargs in ({}, {"num_beams": 2}, {"prefill_chunk_size": 3}):
-        assert passes(probed(), **kwargs) == passes(make_lm(), **kwargs)
-    assert passes(probed()) == 5
-
-
 def test_no_hook_is_left_behind(prompts):
     model = probed()
     model.generate(prompts, max_new_tokens=2)
     with pytest.raises(RuntimeError):
         model.generate(prompts, max_new_tokens=2, stopping_criteria=[_raise])
-    for module in model.modules():
-        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert_no_hooks(model)
 
 
 def _raise(*_, **__):
@@ -179,11 +151,9 @@ def _raise(*_, **__):
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_heads_stay_in_fp32_under_autocast(prompts, together):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
-    for name, head in heads().items():
-        for number in range(together):
-            model.add_probe(f"{name}-{number}", copy.deepcopy(head))
-    model.add_probe("reply", make_probe(probe_type="mha", token_scope="all"))
+    alike = {f"{name}-{number}": head for number in range(together) for name, head in heads().items()}
+    alike["reply"] = make_probe(probe_type="mha", token_scope="all")
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), alike)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = make_lm()(prompts, output_hidden_states=True).hidden_states
         out = model.generate(prompts, max_new_tokens=4, eos_token_id=None)
@@ -207,43 +177,11 @@ def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(prompts, caplog):
 
 
 def test_arguments_by_their_place(prompts):
-    config, streamer = GenerationConfig(max_new_tokens=2, pad_token_id=0), Tokens()
+    config, streamer = GenerationConfig(max_new_tokens=2, pad_token_id=0), Recorder()
     out = probed().generate(prompts[:1], config, None, [], None, None, None, streamer, halt_on=lambda outputs: [False])
-    assert out.probe_halts == [None] and streamer.seen == [*out.sequences[0].tolist(), "end"]
-
-
-@pytest.mark.parametrize("tokens", [9, 150])
-def test_heads_do_not_run_while_tokens_are_decoded(tokens, monkeypatch):
-    model = probed()
-    read, original = [], StateReader.on_state
-
-    def count(self, layer, hidden):
-        read.append(layer)
-        return original(self, layer, hidden)
-
-    monkeypatch.setattr(StateReader, "on_state", count)
-    model.generate(make_prompts(1, tokens), max_new_tokens=6, eos_token_id=None)
-    assert read == list(range(LAYERS + 1))
-
-
-class Tokens(BaseStreamer):
-    def __init__(self):
-        self.seen = []
-
-    def put(self, value):
-        self.seen.extend(value.flatten().tolist())
-
-    def end(self):
-        self.seen.append("end")
-
-
-def test_streamers_see_what_the_plain_model_streams():
-    ids = make_prompts(rows=1)
-    plain, ours = Tokens(), Tokens()
-    make_lm().generate(ids, streamer=plain, max_new_tokens=5)
-    out = probed().generate(ids, streamer=ours, max_new_tokens=5)
-    assert ours.seen == plain.seen
-    assert_same(out.probe_logits, reference(ids))
+    prompt, reply = out.sequences[0, :9].tolist(), out.sequences[0, 9:].tolist()
+    assert out.probe_halts == [None] and streamer.ended == 1
+    assert (streamer.tokens[0], streamer.reply) == (prompt, reply)
 
 
 def test_output_types(prompts):
@@ -291,26 +229,25 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="attention_mask has the shape"):
             probed().generate(prompts[:, 5:], attention_mask=torch.ones_like(prompts), cache=cache, max_new_tokens=2)
 
-    def test_a_cached_prefix_that_does_not_matter_to_the_kind_is_fine(self, prompts):
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe(probe_type="last")})
-        cache = make_lm()(prompts[:, :5], use_cache=True).cache
+    def test_a_cached_prefix_that_no_head_reads_is_fine(self, prompts):
+        prompts[:, :3] = torch.tensor([7, 8, 9])
+        heads = {
+            "last": make_probe(probe_type="last"),
+            "content": make_probe(token_scope="content", prefix_ids=[7, 8, 9]),
+            "reply": make_probe(token_scope="response"),
+        }
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), heads)
+        whole = model.generate(prompts, max_new_tokens=3)
+        cache = make_lm()(prompts[:, :3], use_cache=True).cache
         reused = model.generate(prompts, cache=cache, max_new_tokens=3)
-        assert_same(reused.probe_logits, model.generate(prompts, max_new_tokens=3).probe_logits)
-
-    def test_a_cached_prefix_that_does_not_count_is_fine(self, prompts):
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm())
-        ids = prompts.clone()
-        ids[:, :3] = torch.tensor([7, 8, 9])
-        model.add_probe("a", make_probe(token_scope="content", prefix_ids=[7, 8, 9]))
-        whole = model.generate(ids, max_new_tokens=3)
-        cache = make_lm()(ids[:, :3], use_cache=True).cache
-        reused = model.generate(ids, cache=cache, max_new_tokens=3)
         assert torch.equal(whole.sequences, reused.sequences)
         assert_same(reused.probe_logits, whole.probe_logits)
+        torch.testing.assert_close(reused.probe_token_logits, whole.probe_token_logits, equal_nan=True)
 
     def test_no_prompt(self, prompts):
         model = probed()
         for call in (
+            model,
             lambda: model.generate(max_new_tokens=2),
             lambda: model.generate(prompts[:0], max_new_tokens=2),
             lambda: model(prompts[:0]),
@@ -345,16 +282,15 @@ class TestRefusals:
 
     def test_a_layer_that_does_not_run_over_the_whole_prompt(self, prompts):
         """It is found out before anything is written."""
-        model, streamer = probed(), Tokens()
+        model, streamer = probed(), Recorder()
         model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, -1:])
         with pytest.raises(ProbeError, match="state 4 has 1 tokens of 9"):
             model.generate(prompts[:1], streamer=streamer, max_new_tokens=4)
-        assert len(streamer.seen) == 9
+        assert streamer.tokens == [prompts[0].tolist()]
 
     def test_content_scope_needs_ids_or_a_mask(self, prompts):
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm())
         head = make_probe(token_scope="content", prefix_ids=prompts[0, :3].tolist())
-        model.add_probe("a", head)
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": head})
         embeds = model.get_input_embeddings()(prompts[:1])
         with pytest.raises(ProbeError, match="probe_mask"):
             model.generate(inputs_embeds=embeds, max_new_tokens=2)

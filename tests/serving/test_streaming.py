@@ -1,14 +1,12 @@
 """HoldBackStreamer: nothing is shown that a head has flagged, and nothing is lost that none has."""
 
-import threading
-
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts, make_tokenizer
+from conftest import make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reply import Recorder, flag, guard, probed
-from transformers import TextIteratorStreamer
+from observers import Recorder
+from test_reply import flag, guard, probed
 
 from llama_probe import HoldBackStreamer, ProbeError, Reprompt
 
@@ -16,10 +14,6 @@ from llama_probe import HoldBackStreamer, ProbeError, Reprompt
 @pytest.fixture
 def model():
     return probed({"guard": guard()})
-
-
-def shown(recorder):
-    return [token for part in recorder.tokens[1:] for token in part]
 
 
 @settings(max_examples=100, deadline=None)
@@ -34,17 +28,17 @@ def test_a_token_is_shown_once_it_and_what_follows_is_clear(flags, tokens, ends)
         streamer.scored(flagged)
         # the latest run of tokens + 1 clear ones, and everything before, but for the last `tokens`
         runs = [t for t in range(tokens, token + 1) if not any(flags[t - tokens : t + 1])]
-        assert shown(recorder) == list(range(runs[-1] - tokens + 1 if runs else 0))
+        assert recorder.reply == list(range(runs[-1] - tokens + 1 if runs else 0))
         streamer.put(torch.tensor([token + 1]))
-    before = shown(recorder)
+    before = recorder.reply
     if ends:
         streamer.end()
-        assert shown(recorder) == list(range(len(flags) + 1)), "the reply came to its own end"
+        assert recorder.reply == list(range(len(flags) + 1)), "the reply came to its own end"
     else:
         streamer.halt(torch.tensor([7, 8]))
         streamer.put(torch.tensor([2]))
         streamer.end()
-        assert shown(recorder) == [*before, 7, 8]
+        assert recorder.reply == [*before, 7, 8]
     assert recorder.ended == 1
 
 
@@ -56,7 +50,7 @@ def test_a_reply_without_a_flag_is_shown_whole(model, tokens):
     for _ in range(2):  # it serves one call after another
         recorder.tokens.clear()
         out = model.generate(ids, max_new_tokens=6, streamer=streamer, halt_on={"guard": {"threshold": 1.0}})
-        assert recorder.tokens[0] == ids[0].tolist() and shown(recorder) == out.sequences[0, 9:].tolist()
+        assert recorder.tokens[0] == ids[0].tolist() and recorder.reply == out.sequences[0, 9:].tolist()
     assert recorder.ended == 2
 
 
@@ -68,18 +62,7 @@ def test_what_is_held_goes_with_a_halt(model, tokens, seen):
         recorder = Recorder()
         kwargs = {"halt_reply": reply, "on_probe_token": flag(3), "max_new_tokens": 8, "eos_token_id": None}
         model.generate(ids, streamer=HoldBackStreamer(recorder, tokens), **kwargs)
-        assert shown(recorder) == [*free[:seen], *(reply or [])] and recorder.ended == 1
-
-
-def test_a_token_is_shown_as_soon_as_may_be(model):
-    recorder, counts = Recorder(), []
-
-    def callback(scores):
-        counts.append(len(shown(recorder)))
-
-    streamer = HoldBackStreamer(recorder, 2)
-    model.generate(make_prompts(1), max_new_tokens=7, eos_token_id=None, streamer=streamer, on_probe_token=callback)
-    assert counts == [0, 0, 0, 1, 2, 3]
+        assert recorder.reply == [*free[:seen], *(reply or [])] and recorder.ended == 1
 
 
 def test_an_error_shows_nothing_more(model):
@@ -93,7 +76,7 @@ def test_an_error_shows_nothing_more(model):
         model.generate(
             make_prompts(1), max_new_tokens=9, eos_token_id=None, streamer=streamer, on_probe_token=callback
         )
-    assert len(shown(recorder)) == 1 and recorder.ended == 1
+    assert len(recorder.reply) == 1 and recorder.ended == 1
     model.generate(make_prompts(1), max_new_tokens=3, streamer=streamer, on_probe_token=lambda scores: None)
     assert recorder.ended == 2, "and it can be used again"
 
@@ -116,7 +99,7 @@ def test_nothing_of_a_reply_is_shown_with_the_next_where_the_stream_breaks(model
         model.generate(ids, max_new_tokens=9, **clear)
     streamer.streamer = recorder
     out = model.generate(ids, max_new_tokens=9, **clear)
-    assert recorder.tokens[0] == ids[0].tolist() and shown(recorder) == out.sequences[0, 9:].tolist()
+    assert recorder.tokens[0] == ids[0].tolist() and recorder.reply == out.sequences[0, 9:].tolist()
 
 
 def test_a_prompt_that_is_halted(model):
@@ -129,7 +112,7 @@ def test_a_prompt_that_is_halted(model):
         halt_on={"both": {"threshold": 0.0}},
         halt_reply=[5, 6],
     )
-    assert shown(recorder) == [5, 6] == out.sequences[0, 9:].tolist() and recorder.ended == 1
+    assert recorder.reply == [5, 6] == out.sequences[0, 9:].tolist() and recorder.ended == 1
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
@@ -152,29 +135,6 @@ def test_a_refusal_that_fails_ends_the_stream(model, threshold, holding):
     assert recorder.ended == 1
     model.generate(ids, max_new_tokens=3, streamer=streamer, on_probe_token=flag(), halt_reply=[5])
     assert recorder.ended == 2 and recorder.tokens.count(ids[0].tolist()) == 2, "and it can be used again"
-
-
-def test_with_an_iterator_in_another_thread():
-    model, tokenizer = probed({"guard": guard()}, vocab_size=260), make_tokenizer()
-    inner = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
-    kwargs = {
-        "max_new_tokens": 8,
-        "eos_token_id": None,
-        "on_probe_token": flag(4),
-        "halt_reply": "No.",
-        "tokenizer": tokenizer,
-    }
-    found = {}
-
-    def work():
-        found["out"] = model.generate(make_prompts(1), streamer=HoldBackStreamer(inner, 2), **kwargs)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    text = "".join(inner)
-    thread.join()
-    reply = found["out"].sequences[0, 9:].tolist()
-    assert text == tokenizer.decode(reply[:2] + reply[5:]), "two of the five, and what was put in place of the rest"
 
 
 def test_refusals(model, prompts):
