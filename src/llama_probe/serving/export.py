@@ -63,8 +63,9 @@ def export_repository(
 ) -> Path:
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
-    Loading it needs transformers, torch and safetensors. Without `probe=` and `trust_remote_code=True` it is the plain
-    backbone. A head of a kind from outside the package brings the code of its kind along.
+    Return its absolute path. Loading it needs transformers, torch and safetensors. Without `probe=` and
+    `trust_remote_code=True` it is the plain backbone. A head of a kind from outside the package brings the code of its
+    kind along.
 
     Args:
         backbone: `"demo"`, a folder, a Hub id, or a loaded `LlamaForCausalLM` with or without heads.
@@ -76,9 +77,6 @@ def export_repository(
         license: licence of the whole, for the card: the strictest of the backbone and the heads.
         repo_id: the repository that it will be pushed to, for the cards.
         trust_remote_code: run the code file of a head whose kind the package does not have.
-
-    Returns:
-        The folder.
 
     Raises:
         ProbeError: the folder is not empty, the backbone is no plain Llama or cannot be saved, or a head is missing, does

@@ -70,12 +70,9 @@ class ProbeHostMixin:
             self._active_probes = tuple(names)
 
     def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
-        """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`.
+        """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`, and return it.
 
         The head moves to the device of the model's last layer and becomes active.
-
-        Returns:
-            The head.
 
         Raises:
             ProbeError: the name is taken or not allowed, or the head has another hidden size or layer count.
@@ -93,7 +90,7 @@ class ProbeHostMixin:
         strict: bool = False,
         **options,
     ) -> str:
-        """Load a head and attach it.
+        """Load a head, attach it and return its name.
 
         Args:
             id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
@@ -102,9 +99,6 @@ class ProbeHostMixin:
             namespace: user or organisation whose heads an alias stands for; see `resolve_head`.
             strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
             options: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
-
-        Returns:
-            The head's name.
 
         Raises:
             ProbeError: the head cannot be read or does not fit. The model is not changed.
@@ -128,14 +122,7 @@ class ProbeHostMixin:
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
-        """Write one head with its card into a folder.
-
-        Args:
-            dir: the folder.
-            name: name of the head. Defaults to the only one.
-
-        Returns:
-            The folder.
+        """Write one head with its card into the folder `dir`, and return the folder. `name` defaults to the only head.
 
         Raises:
             ProbeError: no head has that name, or none is named and several are attached.

@@ -102,7 +102,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def from_causal_lm(
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
-        """Turn a loaded causal LM into this class, in place, and attach heads.
+        """Turn a loaded causal LM into this class, in place, attach heads and return it.
 
         Nothing is copied: weights, device placement, quantisation and injected LoRA layers stay as they are.
 
@@ -110,9 +110,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
             lm: a model of the plain class that this one is made from. A PEFT model is unwrapped.
             probe: heads; see `read_heads`.
             strict: raise if a head was trained on another backbone. Defaults to a warning; see `check_backbone`.
-
-        Returns:
-            `lm` itself.
 
         Raises:
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
