@@ -1,13 +1,14 @@
 """Heads on a model: attached, switched, saved and removed by name."""
 
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
 import torch
 from conftest import VOCAB, make_lm, make_probe, make_prompts, save_head
+from observers import assert_no_hooks
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -60,12 +61,8 @@ def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
 
     def scores():
         out = model.generate(prompts, max_new_tokens=4, do_sample=False)
-        logits = [
-            model.classify(prompts)["mood"].logits,
-            model(prompts).probe_logits["mood"],
-            out.probe_logits["mood"],
-        ]
-        return [*logits, out.probe_token_logits["mood"]] if scope == "all" else logits
+        logits = [model.classify(prompts)["mood"].logits, model(prompts).probe_logits["mood"]]
+        return [*logits, out.probe_logits, out.probe_token_logits]
 
     before = scores()
     model.train()
@@ -154,11 +151,6 @@ def test_names(model, name):
         model.add_probe(name, make_probe())
 
 
-def test_a_head_whose_folder_is_called_as_a_method_of_torch_modules(model, prompts, tmp_path):
-    name = model.load_probe(save_head(make_probe(), tmp_path / "train"))
-    assert list(model.classify(prompts)) == [name] == ["train-head"]
-
-
 def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
     model.add_probe("a", make_probe())
     before = model.probes["a"]
@@ -207,33 +199,22 @@ def test_heads_of_one_call(model, prompts):
                 call(prompts, probes=odd)
 
 
-@pytest.fixture
-def threads():
-    """Runs functions at the same time, again and again for a second; threads take turns as often as they can."""
-    interval = sys.getswitchinterval()
+def at_once(*jobs, seconds):
+    """Run functions at the same time, again and again; threads take turns as often as they can."""
+    interval, end = sys.getswitchinterval(), time.monotonic() + seconds
+
+    def repeat(job):
+        rounds = 0
+        while rounds < 3 or time.monotonic() < end:
+            job()
+            rounds += 1
+
     sys.setswitchinterval(1e-5)
-
-    def run(*jobs, seconds=1.0):
-        errors, rounds, end = [], [0] * len(jobs), time.monotonic() + seconds
-
-        def repeat(number, job):
-            try:
-                while rounds[number] < 3 or time.monotonic() < end:
-                    job()
-                    rounds[number] += 1
-            except BaseException as error:
-                errors.append(error)
-
-        running = [threading.Thread(target=repeat, args=pair) for pair in enumerate(jobs)]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
-        if errors:
-            raise errors[0]
-
-    yield run
-    sys.setswitchinterval(interval)
+    try:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(repeat, jobs))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def a_job(model, name, seed):
@@ -247,12 +228,8 @@ def a_job(model, name, seed):
             ids = torch.cat([first.sequences, more], 1)
             second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs)
             passed = model(prompts, probes=name)
-            found = [
-                first.sequences,
-                second.sequences,
-                passed.logits,
-                model.classify(prompts, probes=name)[name].logits,
-            ]
+            found = [first.sequences, second.sequences, passed.logits]
+            found.append(model.classify(prompts, probes=name)[name].logits)
             for output in (first, second, passed):
                 assert list(output.probe_logits) == [name]
                 found.append(output.probe_logits[name])
@@ -267,7 +244,7 @@ def a_job(model, name, seed):
     return compare
 
 
-def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, folder, threads):
+def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, folder):
     model.add_probe("gate", make_probe(probe_type="gate"))
     model.add_probe("mha", make_probe(seed=1, probe_type="mha"))
     prompts = make_prompts(1)
@@ -290,10 +267,9 @@ def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, fo
         for name, logits in active.probe_logits.items():
             torch.testing.assert_close(found.probe_logits[name], logits, atol=1e-5, rtol=1e-5)
 
-    threads(a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap, seconds=1.5)
+    at_once(a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap, seconds=1.5)
     assert list(model.probes) == ["gate", "mha"] and set(model.active_probes) == {"gate", "mha"}
-    for module in model.modules():
-        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert_no_hooks(model)
 
 
 def test_no_head_is_lost_where_threads_attach_and_delete_at_once(model, monkeypatch):
@@ -309,10 +285,7 @@ def test_no_head_is_lost_where_threads_attach_and_delete_at_once(model, monkeypa
     model.add_probe("old", make_probe())
     jobs = [lambda number=number: model.add_probe(f"head-{number}", heads[number]) for number in range(6)]
     jobs.insert(3, lambda: model.delete_probe("old"))
-    running = [threading.Thread(target=job) for job in jobs]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(lambda job: job(), jobs))
     names = {f"head-{number}" for number in range(6)}
     assert set(model.probes) == set(model.active_probes) == names
