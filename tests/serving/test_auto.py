@@ -8,13 +8,7 @@ import pytest
 import torch
 from conftest import make_lm, make_probe, save_head
 from huggingface_hub.utils import _http
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.backbone.loading import backbone_target, load_backbone
@@ -36,39 +30,12 @@ def test_probe_gives_the_probed_class(auto_class, backbone_folder, head, prompts
     assert torch.equal(out.probe_logits["toxic"], expected.probe_logits["toxic"])
 
 
-def test_forms_of_the_argument(backbone_folder, head, tmp_path):
-    other = save_head(make_probe(seed=1), tmp_path / "mood")
-    for spec, names in (
-        (str(head), ["toxic"]),
-        ([head, str(other)], ["toxic", "mood"]),
-        ({"x": head, "y": other, "z": head}, ["x", "y", "z"]),
-        ([], []),
-    ):
-        assert AutoModel.from_pretrained(backbone_folder, probe=spec).active_probes == names
-
-
 def test_usual_arguments_work_beside_it(backbone_folder, head):
     model, info = AutoModel.from_pretrained(
         backbone_folder, probe=head, dtype=torch.bfloat16, device_map="cpu", output_loading_info=True
     )
     assert model.dtype == torch.bfloat16 and not info["missing_keys"]
     assert model.probes["toxic"].classifier.weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "spec, words",
-    [
-        ("no-such-alias", "no-such-alias"),
-        (["toxic", "toxic"], "'toxic'"),
-        ({"a b": "toxic"}, "'a b'"),
-        (3, "int"),
-        ([None], "NoneType"),
-    ],
-)
-def test_wrong_arguments(backbone_folder, head, monkeypatch, spec, words):
-    monkeypatch.chdir(head.parent)
-    with pytest.raises(ProbeError, match=words):
-        AutoModel.from_pretrained(backbone_folder, probe=spec)
 
 
 def test_another_base_model(backbone_folder, tmp_path):
