@@ -1,7 +1,6 @@
 """`halt_on` with `unsure` and `ask`: another judge decides on prompts in the band, before the first token."""
 
 import pytest
-import torch
 from conftest import make_lm, make_probe, make_tokenizer
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
@@ -94,4 +93,3 @@ def test_several_turns_are_one_text(served):
     rule = {"unsure": (0, 1), "ask": lambda texts: asked.extend(texts) or [False]}
     model.generate(**inputs, tokenizer=tokenizer, max_new_tokens=2, halt_on={"guard": rule})
     assert "one" in asked[0] and "three" in asked[0] and "two" not in asked[0] and "assistant" not in asked[0]
-    assert torch.is_tensor(inputs["input_ids"])

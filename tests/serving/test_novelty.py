@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, with_novelty
+from torch.nn.functional import pad
 from transformers import DynamicCache, pipeline
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
@@ -22,9 +23,8 @@ def model():
 
 
 def assert_same(found, expected):
-    assert found.keys() == expected.keys() == {"a", "b"}
-    for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, atol=1e-4, rtol=1e-4)
+    assert expected.keys() == {"a", "b"}
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -34,11 +34,8 @@ def test_every_way_gives_the_same(model, prompts):
     assert_same({name: out.novelty for name, out in model.classify(prompts).items() if out.means}, expected)
     for more in ({}, {"prefill_chunk_size": 4}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
         assert_same(model.generate(prompts, max_new_tokens=2, **more).probe_novelty, expected)
-    mask = torch.ones_like(prompts)
-    padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), prompts], 1)
-    found = model.generate(
-        padded, attention_mask=torch.cat([torch.zeros_like(mask[:, :2]), mask], 1), max_new_tokens=1
-    )
+    padded, mask = pad(prompts, (2, 0)), pad(torch.ones_like(prompts), (2, 0))
+    found = model.generate(padded, attention_mask=mask, max_new_tokens=1)
     assert_same(found.probe_novelty, expected)
     torch._dynamo.reset()
     assert_same(torch.compile(model, backend="eager", fullgraph=True)(prompts).probe_novelty, expected)
@@ -53,9 +50,8 @@ def test_a_conversation_that_goes_on(model):
     cache, ids, state = DynamicCache(), make_prompts(2, 7), True
     for turn in range(3):
         mask = torch.ones_like(ids)
-        out = model.generate(
-            ids, attention_mask=mask, cache=cache, probe_state=state, max_new_tokens=3, eos_token_id=None
-        )
+        kwargs = {"cache": cache, "probe_state": state, "max_new_tokens": 3, "eos_token_id": None}
+        out = model.generate(ids, attention_mask=mask, **kwargs)
         assert_same(out.probe_novelty, model(ids, attention_mask=mask).probe_novelty)
         cache, state = out.cache, out.probe_state
         ids = torch.cat([out.sequences, make_prompts(2, 4, seed=turn)], 1)
@@ -76,10 +72,8 @@ def test_abstaining(model, prompts):
     assert model.classify(prompts, probes="a", abstain_at=at)["a"].labels == expected
     plain = model.generate(prompts, max_new_tokens=1, probes="a")
     assert plain.probe_labels == {"a": labels} and plain.abstain_at is None
-    out, found = (
-        model.generate(prompts, max_new_tokens=1, abstain_at={"a": at}),
-        model.classify(prompts, abstain_at={"a": at}),
-    )
+    out = model.generate(prompts, max_new_tokens=1, abstain_at={"a": at})
+    found = model.classify(prompts, abstain_at={"a": at})
     assert out.probe_labels["a"] == found["a"].labels == expected
     assert None not in out.probe_labels["old"] + found["old"].labels
     for call in (model.classify, model.generate):

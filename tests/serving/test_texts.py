@@ -1,8 +1,10 @@
 """classify(): text in, labels out."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_probe, make_tokenizer
+from transformers.utils import logging
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
@@ -45,7 +47,6 @@ def test_each_head_reads_its_own_format(model, monkeypatch):
 
 
 def test_one_text_one_chat_and_an_array(model):
-    np = pytest.importorskip("numpy")
     model.add_probe("a", make_probe(**fields()))
     expected = alone(model, "a", TEXTS[:1])
     chat = [{"role": "user", "content": TEXTS[0]}]
@@ -87,8 +88,6 @@ def test_mistakes(model, given, words):
 @pytest.mark.parametrize("call", ["classify", "__call__"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_without_a_mask_is_warned_of(model, caplog, call, side):
-    from transformers.utils import logging
-
     logging.get_logger("llama_probe").warning_once.__func__.cache_clear()
     model.add_probe("a", make_probe(**fields()))
     inputs = PromptFormat.create(TOKENIZER).batch(TEXTS, side)
