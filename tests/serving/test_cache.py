@@ -7,6 +7,7 @@ import torch
 from conftest import LAYERS, make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from observers import hooks_in_passes, passes_of
 from test_probe import SIZES, cases, read, states_for
 from test_reply import KINDS as REPLY_KINDS
 from tiny_families import make
@@ -51,11 +52,12 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], logits, atol=tolerance, rtol=1e-5, equal_nan=True)
 
 
-def tokens_run(model):
-    """A list that gets the number of columns of each pass of the LM."""
-    widths = []
-    model.model.embed_tokens.register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
-    return widths
+def assert_goes_on(model, out, cached):
+    """What follows a call, which left so many tokens in the cache, is scored as the whole conversation is."""
+    assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == cached
+    ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
+    found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
+    assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
 
 
 @settings(max_examples=150, deadline=None)
@@ -87,7 +89,7 @@ MODES = {
 def test_a_conversation_of_ten_turns(mode, cache_type):
     """Each turn runs its own tokens and nothing else, and is scored as the whole conversation is."""
     model, fresh = probed(), probed()
-    widths = tokens_run(model)
+    widths = passes_of(model)
     kwargs = {"max_new_tokens": 5, "eos_token_id": None, **MODES[mode]}
     ids, state = make_prompts(1, 9), True
     cache = DynamicCache() if cache_type == "dynamic" else StaticCache(config=model.config, max_cache_len=400)
@@ -152,7 +154,7 @@ class TestSharedPrefix:
 
     def test_it_is_run_once_for_many_prompts(self, prefix):
         model = probed(*[name for name in KINDS if name != "reply"])
-        widths = tokens_run(model)
+        widths = passes_of(model)
         shared = model(prefix, use_cache=True)
         for seed in (1, 2):  # the state stays as it is, the cache is copied
             new = make_prompts(4, 5, seed=seed)
@@ -203,8 +205,8 @@ class TestSharedPrefix:
         assert_same(out.probe_logits, model.generate(ids, max_new_tokens=3).probe_logits)
 
     def test_a_prompt_that_leaves_the_constant_prefix(self, prefix):
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm())
-        model.add_probe("content", make_probe(token_scope="content", prefix_ids=prefix[0, :4].tolist()))
+        head = make_probe(token_scope="content", prefix_ids=prefix[0, :4].tolist())
+        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"content": head})
         shared = model(prefix[:, :2], use_cache=True)
         ids = torch.cat([prefix[:, :2], make_prompts(1, 5)], 1)
         with pytest.raises(ProbeError, match=r"tokens that 'content' reads: of the 2 tokens .* other ones count now"):
@@ -291,22 +293,10 @@ class TestForward:
         embeds = model.get_input_embeddings()(prompts)
         assert model(inputs_embeds=embeds, use_cache=True).probe_state is None
 
-    def test_generate_goes_on_from_it_and_it_from_generate(self, model, prompts):
-        out = model.generate(prompts, max_new_tokens=3, probe_state=True, eos_token_id=None)
-        new = torch.cat([out.sequences[:, -1:], make_prompts(3, 2, seed=1)], 1)
-        after = model(new, cache=out.cache, probe_state=out.probe_state)
-        assert_same(after.probe_logits, model(torch.cat([out.sequences, new[:, 1:]], 1)).probe_logits)
-
 
 class TestCost:
     def test_nothing_is_kept_or_read_unless_asked(self, model, prompts):
-        found = []
-
-        def count(*_):
-            modules = [*model.model.layers, model.model.norm]
-            found.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
-
-        model.model.rotary_emb.register_forward_hook(count)
+        found = hooks_in_passes(model)
         out = model.generate(prompts, max_new_tokens=3, eos_token_id=None)
         assert found == [LAYERS + 1, 0, 0] and out.probe_state is None
         found.clear()
@@ -346,10 +336,8 @@ class TestCost:
 class TestHalting:
     def test_a_refused_prompt_goes_on_with_the_refusal(self, model, prompts):
         out = model.generate(prompts[:1], probe_state=True, halt_on=lambda outputs: [True], halt_reply=[5, 6])
-        assert out.probe_halts[0] and out.probe_state.get_seq_length() == out.cache.get_seq_length() == 9
-        ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
-        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
-        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
+        assert out.probe_halts[0]
+        assert_goes_on(model, out, cached=9)
 
     def test_a_turn_halts_by_the_score_of_the_whole(self, model, prompts):
         first = model.generate(prompts[:1], max_new_tokens=3, probe_state=True, eos_token_id=None)
@@ -379,10 +367,7 @@ class TestHalting:
         halting = {"on_probe_token": lambda scores: [scores.step == 2], "halt_reply": reply}
         out = model.generate(prompts[:1], max_new_tokens=9, probe_state=True, **halting)
         assert out.probe_halts[0].token == 2 and (reply is None or out.sequences[0, 12:].tolist() == reply)
-        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() >= 12
-        ids = torch.cat([out.sequences, make_prompts(1, 3, seed=1)], 1)
-        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
-        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
+        assert_goes_on(model, out, cached=12)
 
 
 def test_tokens_that_generate_takes_back(model):
@@ -409,18 +394,12 @@ def test_tokens_that_generate_takes_back(model):
 def test_a_cache_that_the_model_makes_itself():
     """MiniMax takes none that is not its own."""
     lm = make("minimax", "MiniMaxForCausalLM", {"num_local_experts": 2, "head_dim": 8})
-    model = AutoModelForProbedGeneration.from_causal_lm(
-        lm, {"gate": make_probe(probe_type="gate", num_hidden_layers=3)}
-    )
+    head = make_probe(probe_type="gate", num_hidden_layers=3)
+    model = AutoModelForProbedGeneration.from_causal_lm(lm, {"gate": head})
     for halted in (False, True):
-        ids = make_prompts(1, 9)
-        out = model.generate(
-            ids, max_new_tokens=4, probe_state=True, eos_token_id=None, halt_on=lambda _, on=halted: [on]
-        )
-        assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == (9 if halted else 12)
-        ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
-        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=1)
-        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
+        call = {"max_new_tokens": 4, "probe_state": True, "eos_token_id": None}
+        out = model.generate(make_prompts(1, 9), halt_on=lambda _, on=halted: [on], **call)
+        assert_goes_on(model, out, cached=9 if halted else 12)
 
 
 def test_a_head_that_was_switched_off_is_left_out(model, prompts):

@@ -6,7 +6,8 @@ import gc
 import pytest
 import torch
 from conftest import VOCAB, make_probe, make_prompts
-from test_cache import assert_same, probed, tokens_run
+from observers import passes_of
+from test_cache import assert_same, probed
 
 from llama_probe import ProbeError
 
@@ -34,7 +35,7 @@ class TestRefusals:
         return torch.cat([first.sequences, make_prompts(3, 4, seed=1)], 1)
 
     def check(self, model, first, ids, words, **kwargs):
-        widths = tokens_run(model)
+        widths = passes_of(model)
         call = {"cache": first.cache, "probe_state": first.probe_state, "max_new_tokens": 2, **kwargs}
         with pytest.raises(ProbeError, match=words):
             model.generate(ids, **call)
@@ -105,7 +106,7 @@ class TestRefusals:
         ],
     )
     def test_settings(self, model, prompts, kwargs, words):
-        widths = tokens_run(model)
+        widths = passes_of(model)
         with pytest.raises(ProbeError, match=words):
             model.generate(prompts, max_new_tokens=2, **{"probe_state": True, **kwargs})
         assert not widths
