@@ -6,7 +6,7 @@ import accelerate
 import pytest
 import torch
 from conftest import LAYERS, make_lm, make_probe
-from peft import get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_modeling import whole
 from transformers import AutoModelForCausalLM
@@ -72,8 +72,6 @@ def test_quantised_backbones(dtype, prompts, tmp_path):
 
 
 def test_lora_inside_and_around(prompts):
-    from peft import LoraConfig
-
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 
     def adapt(model):
@@ -92,8 +90,6 @@ def test_lora_inside_and_around(prompts):
 
 
 def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
-    from peft import LoraConfig
-
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(), ALL_KINDS)
     before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
     around = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).train()
@@ -108,8 +104,6 @@ def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
 @torch.no_grad()
 def test_virtual_tokens_before_the_prompt(prompts):
     """PEFT's prompt tuning runs the LM over embeddings, of which the prompt's are not the first: only a mask can tell."""
-    from peft import PromptTuningConfig
-
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ProbeError, match=r"does not run the LM over the prompt as it was given.*PEFT's prompt tuning"):
@@ -118,19 +112,6 @@ def test_virtual_tokens_before_the_prompt(prompts):
     out = tuned(input_ids=prompts, probe_mask=mask, output_hidden_states=True)
     expected = model.probes["a"](hidden_states=out.hidden_states, attention_mask=mask).logits
     torch.testing.assert_close(out.probe_logits["a"], expected)
-
-
-def test_offloaded_layers(prompts, tmp_path):
-    make_lm().save_pretrained(tmp_path / "lm")
-    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
-    device_map |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=copy.deepcopy(ALL_KINDS)
-    )
-    out = model.generate(prompts, max_new_tokens=3)
-    assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=3))
-    torch.testing.assert_close(out.probe_logits["mha"], whole(ALL_KINDS["mha"], prompts))
-    check_all_kinds(model, prompts)
 
 
 def test_heads_that_were_offloaded_with_the_model_are_refused(prompts):
@@ -143,12 +124,13 @@ def test_heads_that_were_offloaded_with_the_model_are_refused(prompts):
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_an_output_that_accelerate_rebuilds_knows_its_labels(prompts, tmp_path, place):
+def test_offloaded_layers(prompts, tmp_path, place):
+    """accelerate rebuilds the outputs, which know their labels all the same."""
     plain = LlamaForProbedGeneration.from_causal_lm(make_lm(), copy.deepcopy(ALL_KINDS))
     expected = plain(prompts, use_cache=True)
     make_lm().save_pretrained(tmp_path / "lm")
     # with one device only for all, accelerate puts no hook around the whole
-    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
     device_map |= {f"model.layers.{i}": place if i else "disk" for i in range(LAYERS)}
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=copy.deepcopy(ALL_KINDS)
@@ -161,3 +143,4 @@ def test_an_output_that_accelerate_rebuilds_knows_its_labels(prompts, tmp_path, 
     turn = model(prompts, attention_mask=torch.ones_like(longer), **going_on)
     assert turn.probe_labels == plain(longer).probe_labels
     assert list(out.keys()) == list(expected.keys())
+    check_all_kinds(model, prompts)
