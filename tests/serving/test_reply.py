@@ -195,22 +195,25 @@ class TestCallback:
                 raise RuntimeError("out of order")
 
         streamer = Recorder()
+        call = {"max_new_tokens": 9, "eos_token_id": None, "on_probe_token": callback, "streamer": streamer}
         with pytest.raises(RuntimeError, match="out of order"):
-            model.generate(
-                prompts[:1], max_new_tokens=9, eos_token_id=None, on_probe_token=callback, streamer=streamer
-            )
+            model.generate(prompts[:1], **call)
         assert len(streamer.tokens) == 1 + 3 and streamer.ended == 1
         assert_no_hooks(model)
         assert len(model.generate(prompts, max_new_tokens=2).probe_token_logits["guard"]) == 3
 
-    def test_a_wrong_number_of_decisions(self, model, prompts):
-        with pytest.raises(ProbeError, match="on_probe_token returned"):
-            model.generate(prompts, max_new_tokens=3, on_probe_token=lambda scores: [False])
-
-    def test_without_a_head_that_reads_replies(self, model, prompts):
-        model.set_active_probes(["mood"])
-        with pytest.raises(ProbeError, match="no active head reads replies"):
-            model.generate(prompts, on_probe_token=print)
+    @pytest.mark.parametrize(
+        "active, kwargs, words",
+        [
+            ("guard", {"on_probe_token": lambda scores: [False]}, "on_probe_token returned"),
+            ("mood", {"on_probe_token": print}, "no active head reads replies"),
+            ("guard", {"halt_on": lambda outputs: [False] * 3}, "on_probe_token="),
+        ],
+    )
+    def test_functions_that_are_refused(self, model, prompts, active, kwargs, words):
+        model.set_active_probes(active)
+        with pytest.raises(ProbeError, match=words):
+            model.generate(prompts, max_new_tokens=3, **kwargs)
 
 
 class TestHalting:
@@ -253,10 +256,8 @@ class TestHalting:
         kwargs = {"max_new_tokens": 6, "halt_reply": [5, 6, 7, 8, 9, 10, 11]}
         out = model.generate(prompts, on_probe_token=flag(1), **kwargs)
         assert out.sequences[0, 9:].tolist() == [*free[0, 9:11].tolist(), 5, 6, 7, 8, 9, 10, 11]
-        assert (
-            torch.equal(out.sequences[1:, : free.shape[1]], free[1:])
-            and (out.sequences[1:, free.shape[1] :] == 0).all()
-        )
+        assert torch.equal(out.sequences[1:, : free.shape[1]], free[1:])
+        assert (out.sequences[1:, free.shape[1] :] == 0).all()
         model.generate(prompts[:1], on_probe_token=flag(1), streamer=streamer, **kwargs)
         assert streamer.reply == [*free[0, 9:11].tolist(), 5, 6, 7, 8, 9, 10, 11, 2]
         assert streamer.ended == 1
@@ -304,11 +305,6 @@ class TestRefusals:
         model.set_active_probes(["mood"])
         if "num_beams" in kwargs:
             assert len(model.generate(prompts, max_new_tokens=3, **kwargs).probe_logits["mood"]) == 3
-
-    def test_a_policy_without_a_head_of_the_prompt(self, model, prompts):
-        model.set_active_probes(["guard"])
-        with pytest.raises(ProbeError, match="on_probe_token="):
-            model.generate(prompts, halt_on=lambda outputs: [False] * 3)
 
     def test_passes_over_something_else(self, model, prompts, monkeypatch):
         """What is not refused by name is found out when it happens."""

@@ -72,10 +72,9 @@ def test_an_error_shows_nothing_more(model):
 
     recorder = Recorder()
     streamer = HoldBackStreamer(recorder, 2)
+    call = {"max_new_tokens": 9, "eos_token_id": None, "streamer": streamer, "on_probe_token": callback}
     with pytest.raises(RuntimeError, match="out of order"):
-        model.generate(
-            make_prompts(1), max_new_tokens=9, eos_token_id=None, streamer=streamer, on_probe_token=callback
-        )
+        model.generate(make_prompts(1), **call)
     assert len(recorder.reply) == 1 and recorder.ended == 1
     model.generate(make_prompts(1), max_new_tokens=3, streamer=streamer, on_probe_token=lambda scores: None)
     assert recorder.ended == 2, "and it can be used again"
@@ -104,14 +103,8 @@ def test_nothing_of_a_reply_is_shown_with_the_next_where_the_stream_breaks(model
 
 def test_a_prompt_that_is_halted(model):
     model.add_probe("both", make_probe(token_scope="all"))
-    recorder = Recorder()
-    out = model.generate(
-        make_prompts(1),
-        max_new_tokens=3,
-        streamer=HoldBackStreamer(recorder, 2),
-        halt_on={"both": {"threshold": 0.0}},
-        halt_reply=[5, 6],
-    )
+    recorder, halting = Recorder(), {"halt_on": {"both": {"threshold": 0.0}}, "halt_reply": [5, 6]}
+    out = model.generate(make_prompts(1), max_new_tokens=3, streamer=HoldBackStreamer(recorder, 2), **halting)
     assert recorder.reply == [5, 6] == out.sequences[0, 9:].tolist() and recorder.ended == 1
 
 
@@ -122,16 +115,10 @@ def test_a_refusal_that_fails_ends_the_stream(model, threshold, holding):
     model.add_probe("both", make_probe(token_scope="all"))
     recorder, ids = Recorder(), make_prompts(1)
     streamer = HoldBackStreamer(recorder, 0) if holding else recorder
+    halting = {"halt_on": {"both": {"threshold": threshold}}, "on_probe_token": flag(2)}
+    halting["halt_reply"] = Reprompt(ids, {"bogus": 1})
     with pytest.raises(ValueError, match="bogus"):
-        model.generate(
-            ids,
-            max_new_tokens=5,
-            eos_token_id=None,
-            streamer=streamer,
-            halt_on={"both": {"threshold": threshold}},
-            on_probe_token=flag(2),
-            halt_reply=Reprompt(ids, {"bogus": 1}),
-        )
+        model.generate(ids, max_new_tokens=5, eos_token_id=None, streamer=streamer, **halting)
     assert recorder.ended == 1
     model.generate(ids, max_new_tokens=3, streamer=streamer, on_probe_token=flag(), halt_reply=[5])
     assert recorder.ended == 2 and recorder.tokens.count(ids[0].tolist()) == 2, "and it can be used again"
