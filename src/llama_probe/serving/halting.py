@@ -216,16 +216,6 @@ class Halter:
         """True if tokens of the replies are decided on."""
         return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
 
-    @property
-    def asks(self) -> bool:
-        """True if a rule has a function to ask."""
-        return any(rule.ask is not None for rule in self.rules)
-
-    @property
-    def all_halted(self) -> bool:
-        """True if every prompt is halted."""
-        return self.halts is not None and None not in self.halts
-
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
         """Decide on the prompts; the first rule that flags one counts.
 

@@ -81,7 +81,7 @@ class HaltingRun:
         self.streamer = kwargs.get("streamer")
         self.copies = self._setting("num_return_sequences") or 1
         session.on_complete = self._decide
-        if halter.asks:
+        if any(rule.ask is not None for rule in halter.rules):
             if kwargs.get("tokenizer") is None or session.input_ids is None:
                 raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
             halter.texts = self._texts
@@ -122,7 +122,7 @@ class HaltingRun:
     def _decide(self, outputs: dict[str, ProbeOutput]) -> None:
         with outside_sessions():
             halts = self.halter.decide(outputs, self.session.prompts)
-        if self.halter.all_halted:
+        if None not in halts:
             if self.streamer is not None:
                 self._put_reply()
                 self.streamer.end()

@@ -39,7 +39,6 @@ class StateReader:
         states: token-stage states to resume, by head name; see `ProbeState.joined`. Other heads start anew.
         keep: names of the heads whose state is kept after the last token.
         output_attentions: also give token and layer weights.
-        budget: bytes. Defaults to `state_budget(device)`.
 
     Attributes:
         layers: indices of the states that are read.
@@ -51,7 +50,6 @@ class StateReader:
         states: Mapping[str, Any] | None = None,
         keep: Collection[str] = (),
         output_attentions: bool = False,
-        budget: int | None = None,
     ):
         self.heads = dict(heads)
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
@@ -62,7 +60,7 @@ class StateReader:
             name: head.init_state((states or {}).get(name), name in keep, output_attentions)
             for name, head in self.heads.items()
         }
-        self._whole, self._budget = output_attentions, budget
+        self._whole = output_attentions
         self._masks: dict[str, torch.Tensor | None] = {}
         self._rows, self._columns = slice(None), slice(None)
         self._last = True
@@ -113,8 +111,7 @@ class StateReader:
             self._flush()  # the next layers are on another device
         if not self._held:
             # At most two of these are there at once, in fp32: the states and their stack, or the stack and its normalised copy.
-            size = 2 * 4 * hidden.numel()
-            budget = state_budget(hidden.device) if self._budget is None else self._budget
+            size, budget = 2 * 4 * hidden.numel(), state_budget(hidden.device)
             self._group = next((group for group in (len(self.layers), *_GROUPS) if group * size <= budget), 1)
         self._held.append((layer, hidden))
         if len(self._held) >= self._group:
