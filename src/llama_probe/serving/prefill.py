@@ -232,14 +232,14 @@ def traced_reader(
     if session is None and ((ids is None and embeds is None) or cached_tokens(inputs)):
         return None
     rows, columns = (embeds if ids is None else ids).shape[:2]
-    if session is not None and not session.scores_alone(rows, columns):
-        return None
     configs = {name: head.config for name, head in heads.items()}
-    masks = session.masks if session is not None else None
-    if masks is None:
-        attention_mask = inputs.get("attention_mask")
-        placeholder_ids = _placeholder_ids(lm)
-        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholder_ids)
+    if session is None:
+        attention_mask, placeholders = inputs.get("attention_mask"), _placeholder_ids(lm)
+        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
+    elif session.scores_alone(rows, columns):
+        masks = session.masks
+    else:
+        return None
     if not _stay_in_layers(lm):
         return None
     reader = StateReader(heads)
