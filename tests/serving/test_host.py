@@ -86,12 +86,6 @@ def test_gradients_flow_through_an_attached_head_in_training(model, prompts, kin
         assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
-def test_a_fresh_head_takes_the_backbones_sizes(model):
-    head = model.add_probe("new", ProbeConfig(probe_type="gate", num_labels=4))
-    assert head.config.hidden_size == 32 and head.config.num_hidden_layers == 4
-    assert head.config.base_model_type == "llama" and not head.training
-
-
 def test_heads_are_fp32_whatever_the_default_dtype_is(model, folder, prompts):
     heads = {kind: ProbeConfig(probe_type=kind, downcast=4, vocab_size=VOCAB) for kind in probe_types()}
     torch.set_default_dtype(torch.bfloat16)
@@ -104,6 +98,7 @@ def test_heads_are_fp32_whatever_the_default_dtype_is(model, folder, prompts):
         torch.set_default_dtype(torch.float32)
     assert {parameter.dtype for parameter in model.probes.parameters()} == {torch.float32}
     assert {logits.dtype for logits in out.probe_logits.values()} == {torch.float32}
+    assert not any(head.training for head in model.probes.values())
     torch.testing.assert_close(out.probe_logits["toxic"], model.classify(prompts)["toxic"].logits)
 
 

@@ -73,7 +73,6 @@ def test_weights(model):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"input_ids": TEXTS}, "tokenizer="),
         ({"input_ids": TEXTS, "tokenizer": TOKENIZER, "attention_mask": torch.ones(4, 4)}, "attention_mask"),
         ({"input_ids": [], "tokenizer": TOKENIZER}, "input_ids"),
         ({"input_ids": [[1, 2]]}, "input_ids"),
