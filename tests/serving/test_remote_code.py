@@ -150,6 +150,14 @@ assert plain == ["LlamaModel", "LlamaForCausalLM"] * 2, plain
 assert not [name for name in sys.modules if name.startswith("transformers_modules")]
 print("plain models are loaded", file=sys.stderr)
 
+def refused(call, error, words=""):
+    try:
+        call()
+    except error as found:
+        assert words in str(found)
+        return
+    raise AssertionError("it worked")
+
 def close(logits, expected):
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), atol=1e-5, rtol=0)
 
@@ -205,30 +213,17 @@ if package:
     close(converted.classify(**inputs)["toxic"].logits, expected)
     loaded = AutoModelForCausalLM.from_pretrained(local, trust_remote_code=True)
     loaded.load_probe("toxic")
-    try:
-        llama_probe.AutoModelForProbedGeneration.from_causal_lm(loaded, local + "/toxic")
-        raise AssertionError("heads of two copies of the code are on one model")
-    except llama_probe.ProbeError as error:
-        assert "load_probe" in str(error)
-    try:
-        pipeline("probed-text-generation", model=local, probe="toxic")
-        raise AssertionError("the code of a repository ran without trust_remote_code=True")
-    except ValueError as error:
-        assert "trust_remote_code=True" in str(error)
+    convert = llama_probe.AutoModelForProbedGeneration.from_causal_lm
+    refused(lambda: convert(loaded, local + "/toxic"), llama_probe.ProbeError, "load_probe")  # of another copy of the code
+    make = lambda: pipeline("probed-text-generation", model=local, probe="toxic")
+    refused(make, ValueError, "trust_remote_code=True")  # the code of a repository
     pipe = pipeline(
         "probed-text-generation", model=local, probe="toxic", pipeline_class=ProbedTextGenerationPipeline
     )
     assert type(check(pipe).model) is llama_probe.LlamaForProbedGeneration
 else:
-    for call, error in (
-        (lambda: AutoModel.from_pretrained(local, probe="toxic"), TypeError),  # no code without trust_remote_code=True
-        (lambda: both.push_probe_to_hub("alice/x", "toxic"), ImportError),
-    ):
-        try:
-            call()
-            raise AssertionError("it worked")
-        except error:
-            pass
+    refused(lambda: AutoModel.from_pretrained(local, probe="toxic"), TypeError)  # no code without trust_remote_code=True
+    refused(lambda: both.push_probe_to_hub("alice/x", "toxic"), ImportError)
 
 for block in re.findall("```python\\n(.*?)```", Path(local, "README.md").read_text(), flags=re.DOTALL):
     if package or "import llama_probe" not in block:
