@@ -3,7 +3,7 @@
 import copy
 import pickle
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -280,11 +280,8 @@ def test_threads_with_different_heads(prompts):
 
     for name in "ab":
         generate(name)
-    threads = [threading.Thread(target=generate, args=(name,)) for name in "abab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(generate, "abab"))
     assert len(found) == 3 * 6
     for name, logits in found:
         torch.testing.assert_close(logits, {name: expected[name]}, rtol=1e-5, atol=1e-5)
@@ -303,11 +300,6 @@ def test_beside_a_thread_that_compiles(by_torch, prompts, monkeypatch):
     assert torch.equal(out.sequences, expected.sequences)
     torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
     assert bool(model.model.norm._forward_hooks) == by_torch, "what is not compiled keeps no hooks"
-
-
-@pytest.fixture
-def small_budget(monkeypatch):
-    monkeypatch.setattr(reader, "state_budget", lambda device: 1)
 
 
 def kept_at_once(model, ids):
@@ -335,7 +327,8 @@ def kept_at_once(model, ids):
 
 
 @torch.no_grad()
-def test_states_are_not_kept_until_the_lm_has_run(small_budget):
+def test_states_are_not_kept_until_the_lm_has_run(monkeypatch):
+    monkeypatch.setattr(reader, "state_budget", lambda device: 1)
     deep = 3
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=deep))
     ids = torch.randint(2, VOCAB, (1, 64))

@@ -9,6 +9,7 @@ import torch
 import typer
 from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
@@ -210,8 +211,7 @@ def test_backbones_that_are_refused(lm, tmp_path):
 
 
 def test_adapters_are_refused(lm, tmp_path):
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(lm, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted = get_peft_model(lm, LoraConfig(target_modules=["q_proj"]))
     for backbone in (adapted, adapted.get_base_model()):
         with pytest.raises(ProbeError, match=r"merge_and_unload\(\)"):
             export(backbone, tmp_path / "x")

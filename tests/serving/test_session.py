@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer
 from observers import Recorder, assert_no_hooks, passes_of
+from peft import LoraConfig, get_peft_model
 from transformers import BatchEncoding, DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -94,8 +95,6 @@ def test_a_probed_assistant_runs_without_its_heads(wrapped):
     assistant = LlamaForProbedGeneration.from_causal_lm(make_lm(seed=1))
     assistant.add_probe("own", make_probe())
     if wrapped:
-        from peft import LoraConfig, get_peft_model
-
         assistant = get_peft_model(assistant, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     out = probed().generate(ids, assistant_model=assistant, max_new_tokens=8, do_sample=False)
     assert_same(out.probe_logits, reference(ids))
