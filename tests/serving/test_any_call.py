@@ -19,10 +19,8 @@ from llama_probe.serving import reader
 
 
 FAMILIES = sorted(set(TINY) - {"llama4"})  # the forward of its whole model fails by itself
-PREFIX = [
-    5,
-    6,
-]  # what all prompts begin with: heads over the "content" leave it out, those over turns take it for a user's
+# What all prompts begin with: heads over the "content" leave it out, those over turns take it for a user's.
+PREFIX = [5, 6]
 TURNS = {
     role: {"ids": [token], "skip": skip} for role, token, skip in (("user", 5, 1), ("assistant", 8, 0), ("tool", 9, 2))
 }
@@ -126,9 +124,7 @@ def check_text_and_scores(family, drawn, alike, batch, way):
         forward = model(**batch, position_ids=positions).probe_logits
     classified = {name: output.logits for name, output in model.classify(**batch).items()}
     for found in (out.probe_logits, forward, classified):
-        assert found.keys() == wanted.keys()
-        for name, logits in wanted.items():
-            torch.testing.assert_close(found[name], logits, **TOLERANCE)
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
 @settings(max_examples=50, deadline=None)
