@@ -214,7 +214,8 @@ if package:
     loaded = AutoModelForCausalLM.from_pretrained(local, trust_remote_code=True)
     loaded.load_probe("toxic")
     convert = llama_probe.AutoModelForProbedGeneration.from_causal_lm
-    refused(lambda: convert(loaded, local + "/toxic"), llama_probe.ProbeError, "load_probe")  # of another copy of the code
+    # the loaded head is of another copy of the code
+    refused(lambda: convert(loaded, local + "/toxic"), llama_probe.ProbeError, "load_probe")
     make = lambda: pipeline("probed-text-generation", model=local, probe="toxic")
     refused(make, ValueError, "trust_remote_code=True")  # the code of a repository
     pipe = pipeline(
@@ -222,7 +223,7 @@ if package:
     )
     assert type(check(pipe).model) is llama_probe.LlamaForProbedGeneration
 else:
-    refused(lambda: AutoModel.from_pretrained(local, probe="toxic"), TypeError)  # no code without trust_remote_code=True
+    refused(lambda: AutoModel.from_pretrained(local, probe="toxic"), TypeError)  # no code without leave
     refused(lambda: both.push_probe_to_hub("alice/x", "toxic"), ImportError)
 
 for block in re.findall("```python\\n(.*?)```", Path(local, "README.md").read_text(), flags=re.DOTALL):

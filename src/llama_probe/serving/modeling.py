@@ -410,7 +410,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         return probed if as_dict else probed.sequences
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Start continuous batching, also for `generate_batch`, without active heads: they cannot read its paged passes."""
+        """Start continuous batching, also for `generate_batch`, without heads: they cannot read its paged passes."""
         if self._active_probes:
             raise ProbeError(PAGED)
         return super().init_continuous_batching(*args, **kwargs)
