@@ -7,11 +7,11 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from queue import Empty, SimpleQueue
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from transformers.utils.hub import extract_commit_hash
 
 from ..errors import ProbeError
@@ -157,25 +158,20 @@ def _in_time(ask: Callable[[], T], what: str) -> T:
 
     The client's own timeout is for each read, and a Hub that sends one byte a second never exceeds it.
     """
-    seconds, answer = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT, SimpleQueue()
+    limit, answer = constants.HF_HUB_DOWNLOAD_TIMEOUT, Future()
 
     def run() -> None:
         try:
-            answer.put((ask(), None))
+            answer.set_result(ask())
         except BaseException as error:
-            answer.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
-    try:
-        value, error = answer.get(timeout=seconds)
-    except Empty:
-        limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    if not wait([answer], _PATIENCE * limit).done:
         raise ProbeError(
-            f"{what} was not fetched in {seconds:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
-        ) from None
-    if error is not None:
-        raise error
-    return value
+            f"{what} was not fetched in {_PATIENCE * limit:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
+        )
+    return answer.result()
 
 
 def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
@@ -329,7 +325,7 @@ def _branch_with(
     for path, data in wanted.items():
         content, file = data if isinstance(data, bytes) else data.read_bytes(), found.pop(path, None)
         lfs = getattr(file, "lfs", None)
-        if file is None or (lfs.sha256 != _sha256(content) if lfs else file.blob_id != _git_digest(content)):
+        if file is None or (lfs.sha256 != _sha256(content) if lfs else file.blob_id != git_hash(content)):
             return None
     return None if found else commit
 
@@ -401,16 +397,12 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
 def _is_intact(path: Path) -> bool:
     """Return False if a file of the cache has another content than the digest says that its blob is named by."""
     blob = path.resolve()
-    digest = {64: _sha256, 40: _git_digest}.get(len(blob.name))
+    digest = {64: _sha256, 40: git_hash}.get(len(blob.name))
     return digest is None or not re.fullmatch("[0-9a-f]+", blob.name) or blob.name == digest(blob.read_bytes())
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _git_digest(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 @contextmanager
