@@ -45,12 +45,12 @@ def check_writable(folder: Path, content: str) -> None:
         ProbeError: the folder or one above it is a file, or the user may not write there.
     """
     try:
-        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        there = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:  # for example a name that is too long
         raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
-    if there.exists() and not there.is_dir():
+    if not there.is_dir():
         raise ProbeError(f"{there} is a file; name a folder for {content}")
-    if there.exists() and not os.access(there, os.W_OK):
+    if not os.access(there, os.W_OK):
         raise ProbeError(f"{there} is not writable; name another folder for {content}, or change its permissions")
 
 
