@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_server.fixture import hub  # noqa: F401 - a fixture for all tests
+from hub_server.fixture import alices_token, hub  # noqa: F401 - fixtures for all tests
 from own_kind_fixture import own_kind  # noqa: F401
 from reproduction_fixture import copies, everything, finished, reproduction  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

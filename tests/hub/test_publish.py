@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import make_lm, make_probe, read_head, save_head
-from hub_server.heads import contents, plain, same_weights
+from hub_server.heads import plain, plant_model, same_weights
 from huggingface_hub import HfApi, constants
 from transformers import AutoModel
 
@@ -17,17 +17,17 @@ OWN_CARD = "---\nlicense: mit\n---\nMy own words.\n"
 
 
 @pytest.fixture
-def token(hub, monkeypatch):
-    """Alice's write token, logged in."""
-    token = hub.add_user("alice")
-    monkeypatch.setenv("HF_TOKEN", token)
-    return token
-
-
-@pytest.fixture
 def model():
     model = LlamaForProbedGeneration.from_causal_lm(make_lm())
     model.add_probe("mood", make_probe(id2label={0: "bad", 1: "good"}, threshold=0.4, temperature=2.0))
+    return model
+
+
+@pytest.fixture
+def pushed(token, model):
+    """The model, with the head "mood" pushed, and a head "other" that is not."""
+    model.push_probe_to_hub(REPO, "mood", license="mit")
+    model.add_probe("other", make_probe(seed=3))
     return model
 
 
@@ -36,12 +36,16 @@ def folder(tmp_path):
     return save_head(make_probe(), tmp_path / "mood")
 
 
+def on_hub(revision=None):
+    return ProbeModel.from_pretrained(REPO, revision=revision)
+
+
 class TestPush:
     def test_round_trip(self, hub, token, model):
         info = model.push_probe_to_hub(REPO, "mood", private=True, tags=["mine"], license="mit")
         assert hub.repositories[REPO].private and len(hub.repositories[REPO].commits) == 2, "one after the first"
         assert set(hub.files(REPO)) >= {CONFIG_NAME, WEIGHTS_NAME, "README.md"} and info.oid == hub.head(REPO)
-        back = ProbeModel.from_pretrained(REPO)
+        back = on_hub()
         assert same_weights(back, model.probes["mood"])
         assert back.config.id2label == {0: "bad", 1: "good"} and back.config.temperature == 2.0
         assert model.load_probe(REPO, "again") == "again" and model.load_probe(REPO, token=token, name="b") == "b"
@@ -62,18 +66,15 @@ class TestPush:
         with pytest.raises(ProbeError, match=f"heads in it: {REPO}:mood, {REPO}:topic"):
             model.load_probe(REPO, "root")
 
-    def test_branches_and_pull_requests(self, hub, token, model):
-        model.push_probe_to_hub(REPO, "mood", license="mit")
+    def test_branches_and_pull_requests(self, hub, pushed):
         main = hub.head(REPO)
-        model.add_probe("v2", make_probe(seed=2))
         for _ in range(2):
-            model.push_probe_to_hub(REPO, "v2", revision="next", license="mit")
-        request = model.push_probe_to_hub(REPO, "v2", create_pr=True, license="mit")
-        assert hub.head(REPO) == main
-        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"])
+            pushed.push_probe_to_hub(REPO, "other", revision="next", license="mit")
+        request = pushed.push_probe_to_hub(REPO, "other", create_pr=True, license="mit")
+        assert hub.head(REPO) == main and same_weights(on_hub(), pushed.probes["mood"])
         for revision in ("next", request.pr_revision):
-            assert same_weights(ProbeModel.from_pretrained(f"{REPO}@{revision}"), model.probes["v2"])
-            assert same_weights(ProbeModel.from_pretrained(REPO, revision=revision), model.probes["v2"])
+            for head in (ProbeModel.from_pretrained(f"{REPO}@{revision}"), on_hub(revision)):
+                assert same_weights(head, pushed.probes["other"])
 
     def test_what_a_new_version_no_longer_has_goes_away(self, hub, token, model):
         hub.plant(REPO, {"results.json": b"{}", "notes.txt": b"mine"})
@@ -81,39 +82,30 @@ class TestPush:
         assert "results.json" not in hub.files(REPO) and "notes.txt" in hub.files(REPO)
 
     @pytest.mark.parametrize("fault", ["refuse_upload", "cut_upload", "forbid", "answer"])
-    def test_an_interrupted_push_leaves_the_branch_where_it_was(self, hub, token, model, fault):
-        model.push_probe_to_hub(REPO, "mood", license="mit")
+    def test_an_interrupted_push_leaves_the_branch_where_it_was(self, hub, token, pushed, fault):
         before, files = hub.head(REPO), hub.files(REPO)
-        model.add_probe("other", make_probe(seed=3))
         arguments = {"answer": {"status": 500, "path": "/commit/"}}.get(fault, {})
         injected = getattr(hub.faults, fault)(times=None, **arguments)
         with pytest.raises(ProbeError) as raised:
-            model.push_probe_to_hub(REPO, "other", license="mit")
+            pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert injected.hits and token not in str(raised.value)
         assert hub.head(REPO) == before and hub.files(REPO) == files
-        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"])
+        assert same_weights(on_hub(), pushed.probes["mood"])
 
-    def test_a_push_whose_answer_is_lost(self, hub, token, model):
+    def test_a_push_whose_answer_is_lost(self, hub, pushed):
         """The commit was kept: it is no failure, and never `nothing was uploaded`."""
-        model.push_probe_to_hub(REPO, "mood", license="mit")
-        model.add_probe("other", make_probe(seed=3))
         hub.faults.lose(path="/commit/")
-        info = model.push_probe_to_hub(REPO, "other", license="mit")
+        info = pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert info.oid == hub.head(REPO) and info.oid in info.commit_url
-        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["other"])
+        assert same_weights(on_hub(), pushed.probes["other"])
 
-    def test_a_push_of_which_nobody_knows(self, hub, token, model):
-        model.push_probe_to_hub(REPO, "mood", license="mit")
-        model.add_probe("other", make_probe(seed=3))
+    @pytest.mark.parametrize("create_pr", [False, True])
+    def test_a_push_of_which_nobody_knows(self, hub, pushed, create_pr):
         hub.faults.lose(path="/commit/", times=None)
-        hub.faults.answer(500, path="/paths-info/", times=None)
+        if not create_pr:
+            hub.faults.answer(500, path="/paths-info/", times=None)
         with pytest.raises(ProbeError, match="not known"):
-            model.push_probe_to_hub(REPO, "other", license="mit")
-        hub.faults.clear()
-        hub.faults.lose(path="/commit/", times=None)
-        model.probes["other"].classifier.bias.data += 1
-        with pytest.raises(ProbeError, match="not known"):
-            model.push_probe_to_hub(REPO, "other", license="mit", create_pr=True)
+            pushed.push_probe_to_hub(REPO, "other", license="mit", create_pr=create_pr)
 
     def test_no_path_of_this_machine_is_pushed(self, hub, token, tmp_path, caplog):
         head = make_probe(base_model_name_or_path="/home/me/secret plans/lm-1")
@@ -126,29 +118,25 @@ class TestPush:
         push_folder(folder, REPO)
         assert "the backbone '/home/me/secret plans/lm-1'" in caplog.text
         assert not any(b"secret" in content for content in hub.files(REPO).values())
-        assert ProbeModel.from_pretrained(REPO).config.base_model_name_or_path == "lm-1"
+        assert on_hub().config.base_model_name_or_path == "lm-1"
         assert read_head(folder).config.base_model_name_or_path == "/home/me/secret plans/lm-1", "the folder is kept"
 
-    def test_two_at_once(self, hub, token, model):
-        model.push_probe_to_hub(REPO, "mood", license="mit")
+    def test_two_at_once(self, hub, pushed):
         hub.faults.run(lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")
-        model.add_probe("other", make_probe(seed=3))
         with pytest.raises(ProbeError, match=r"someone else pushed .* push again"):
-            model.push_probe_to_hub(REPO, "other", license="mit")
-        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["mood"]) and "theirs.txt" in hub.files(REPO)
-        model.push_probe_to_hub(REPO, "other", license="mit")
-        assert same_weights(ProbeModel.from_pretrained(REPO), model.probes["other"])
-        assert "theirs.txt" in hub.files(REPO)
+            pushed.push_probe_to_hub(REPO, "other", license="mit")
+        assert same_weights(on_hub(), pushed.probes["mood"]) and "theirs.txt" in hub.files(REPO)
+        pushed.push_probe_to_hub(REPO, "other", license="mit")
+        assert same_weights(on_hub(), pushed.probes["other"]) and "theirs.txt" in hub.files(REPO)
 
     @pytest.mark.parametrize(
         "role, words",
         [("read", "may not write .* role 'write'"), ("wrong", "does not know this token"), ("bob", "may not write")],
     )
-    def test_tokens_that_may_not(self, hub, token, model, role, words):
-        model.push_probe_to_hub(REPO, "mood", license="mit")
+    def test_tokens_that_may_not(self, hub, token, pushed, role, words):
         used = {"read": hub.add_user("alice", "read"), "wrong": "hf_" + "x" * 34, "bob": hub.add_user("bob")}[role]
         with pytest.raises(ProbeError, match=words) as raised:
-            model.push_probe_to_hub(REPO, "mood", token=used, license="apache-2.0")
+            pushed.push_probe_to_hub(REPO, "mood", token=used, license="apache-2.0")
         assert used not in str(raised.value) and token not in str(raised.value)
 
     @pytest.mark.parametrize(
@@ -220,15 +208,15 @@ class TestPush:
 
     def test_a_folder_of_the_cache(self, hub, token, tmp_path):
         """Its files are links to blobs beside the folder."""
-        hub.plant("bob/heads", {f"a/{name}": data for name, data in contents(make_probe(), tmp_path / "mood").items()})
+        plant_model(hub, "bob/heads", make_probe(), "a/")
         push_folder(download_head(HubReference("bob/heads", None, "a")), REPO)
         assert same_weights(read_head(pull_head(REPO, tmp_path / "pulled")), make_probe())
 
 
 class TestPullIntoAFolder:
     @pytest.fixture
-    def head(self, hub, tmp_path):
-        hub.plant(REPO, contents(make_probe(), tmp_path / "planted"))
+    def head(self, hub):
+        plant_model(hub, REPO, make_probe())
         return REPO
 
     def test_paths_that_lead_outside(self, hub, head, tmp_path):

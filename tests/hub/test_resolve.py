@@ -5,7 +5,7 @@ import math
 
 import pytest
 from conftest import make_lm, make_probe, save_head
-from hub_server.heads import contents, plain, same_weights
+from hub_server.heads import plain, plant_model, same_weights
 from huggingface_hub.utils import _http
 from transformers import AutoModel
 
@@ -152,11 +152,10 @@ class TestAliasesWithoutAKind:
 
 class TestAliases:
     @pytest.fixture
-    def named(self, hub, tmp_path):
+    def named(self, hub):
         """Alice's heads for org/tiny."""
-        files = contents(make_probe(seed=4), tmp_path / "planted")
         for alias in ("mood", "toxicchat-mha"):  # the second is bundled for another backbone
-            hub.plant("alice/tiny-probes", {f"{alias}/{name}": data for name, data in files.items()})
+            plant_model(hub, "alice/tiny-probes", make_probe(seed=4), f"{alias}/")
         return "alice"
 
     @pytest.mark.parametrize("how", ["argument", "variable"])
@@ -174,15 +173,13 @@ class TestAliases:
     def test_one_alias_is_another_head_on_another_backbone(self, hub, named, monkeypatch, tmp_path):
         monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", named)
         make_lm(hidden_size=16).save_pretrained(tmp_path / "small")
-        files = contents(make_probe(hidden_size=16), tmp_path / "planted-small")
-        hub.plant("alice/small-probes", {f"mood/{name}": data for name, data in files.items()})
+        plant_model(hub, "alice/small-probes", make_probe(hidden_size=16), "mood/")
         assert AutoModel.from_pretrained(tmp_path / "small", probe="mood").probes["mood"].config.hidden_size == 16
         assert AutoModel.from_pretrained(plain(hub), probe="mood").probes["mood"].config.hidden_size == 32
 
-    def test_a_head_in_the_backbones_own_repository(self, hub, named, tmp_path):
+    def test_a_head_in_the_backbones_own_repository(self, hub, named):
         backbone = plain(hub)
-        files = contents(make_probe(seed=6), tmp_path / "own")
-        hub.plant(backbone, {f"mine/{name}": data for name, data in files.items()})
+        plant_model(hub, backbone, make_probe(seed=6), "mine/")
         model = AutoModel.from_pretrained(backbone, probe="mine")
         assert same_weights(model.probes["mine"], make_probe(seed=6))
         with pytest.raises(ProbeError, match="in org/tiny: mine"):
@@ -190,9 +187,9 @@ class TestAliases:
         with pytest.raises(ProbeError, match="in alice/tiny-probes: mood, toxicchat-mha; in org/tiny: mine"):
             model.load_probe("weather", namespace=named)
 
-    def test_a_hub_out_of_reach_is_asked_once(self, hub, named, monkeypatch, tmp_path):
+    def test_a_hub_out_of_reach_is_asked_once(self, hub, named, monkeypatch):
         backbone = plain(hub)
-        hub.plant(backbone, {f"mine/{name}": data for name, data in contents(make_probe(), tmp_path / "own").items()})
+        plant_model(hub, backbone, make_probe(), "mine/")
         target = Target(backbone, 32, 4)
         cached = resolve_head("mood", target, namespace=named)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("the client repeats its request"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import make_probe
-from hub_server.heads import contents, plain, same_weights
+from hub_server.heads import plain, plant_model, same_weights
 from huggingface_hub import constants
 from transformers import AutoModel
 
@@ -17,14 +17,6 @@ from llama_probe.hub.transport import HubOptions, HubReference, download_head, h
 
 
 REPO = "alice/mood"
-
-
-@pytest.fixture
-def token(hub, monkeypatch):
-    """Alice's write token, logged in."""
-    token = hub.add_user("alice")
-    monkeypatch.setenv("HF_TOKEN", token)
-    return token
 
 
 @pytest.mark.parametrize(
@@ -56,8 +48,8 @@ def test_references_that_lead_outside(text):
 
 class TestPull:
     @pytest.fixture
-    def head(self, hub, tmp_path):
-        hub.plant(REPO, contents(make_probe(), tmp_path / "planted"))
+    def head(self, hub):
+        plant_model(hub, REPO, make_probe())
         return REPO
 
     def test_requests_of_a_warm_pull(self, hub, head):
@@ -67,9 +59,9 @@ class TestPull:
             download_head(reference)
             assert len(hub.requests) == expected, hub.requests
 
-    def test_a_new_commit_is_seen_and_an_old_one_stays(self, hub, head, tmp_path):
+    def test_a_new_commit_is_seen_and_an_old_one_stays(self, hub, head):
         old = hub.head(head)
-        hub.plant(head, contents(make_probe(seed=1), tmp_path / "new"))
+        plant_model(hub, head, make_probe(seed=1))
         assert same_weights(ProbeModel.from_pretrained(head), make_probe(seed=1))
         assert same_weights(ProbeModel.from_pretrained(f"{head}@{old}"), make_probe())
 
@@ -115,11 +107,10 @@ class TestPull:
         ],
     )
     def test_what_is_not_there(self, hub, head, source, words):
-        files = hub.files(head)
         for folder in ("topic", "a:b", "c d"):  # nobody can ask for the last two
-            hub.plant(head, {f"{folder}/{name}": data for name, data in files.items()})
+            plant_model(hub, head, make_probe(), f"{folder}/")
         hub.plant("alice/text", {"notes.txt": b"hello"})
-        hub.plant("alice/half", {CONFIG_NAME: files[CONFIG_NAME], "pytorch_model.bin": b"\x80\x04."})
+        hub.plant("alice/half", {CONFIG_NAME: hub.files(head)[CONFIG_NAME], "pytorch_model.bin": b"\x80\x04."})
         with pytest.raises(ProbeError, match=words):
             ProbeModel.from_pretrained(source)
         assert not hub.count("GET", ".bin"), "a pickle is not fetched"
@@ -133,18 +124,14 @@ class TestPull:
         hub.faults.clear()
         assert ProbeModel.from_pretrained(head)
 
-    def test_a_truncated_download(self, hub, head):
-        hub.faults.truncate(path=WEIGHTS_NAME, times=None, declared=False)
-        with pytest.raises(ProbeError, match=r"could not be fetched"):
+    @pytest.mark.parametrize("damage, hits", [("truncate", 1), ("wrong_sha", 2)])
+    def test_every_download_is_damaged(self, hub, head, damage, hits):
+        fault = getattr(hub.faults, damage)(path=WEIGHTS_NAME, times=None, declared=False)
+        with pytest.raises(ProbeError, match=rf"{WEIGHTS_NAME} .*(could not be fetched|arrived damaged twice)"):
             ProbeModel.from_pretrained(head)
+        assert fault.hits == hits
         hub.faults.clear()
         assert ProbeModel.from_pretrained(head), "nothing damaged was kept"
-
-    def test_other_bytes_than_announced(self, hub, head):
-        fault = hub.faults.wrong_sha(path=WEIGHTS_NAME, times=None)
-        with pytest.raises(ProbeError, match=r"safetensors .* arrived damaged twice"):
-            ProbeModel.from_pretrained(head)
-        assert fault.hits == 2
 
     @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "README.md"])
     def test_a_wrong_bit_on_the_way_or_in_the_cache(self, hub, head, name):
@@ -171,9 +158,9 @@ class TestRevisions:
     """A head's revision is never the backbone's, nor the other way round."""
 
     @pytest.fixture
-    def head(self, hub, tmp_path):
-        hub.plant(REPO, contents(make_probe(), tmp_path / "one"), branch="main")
-        hub.plant(REPO, contents(make_probe(seed=1), tmp_path / "two"), branch="next")
+    def head(self, hub):
+        plant_model(hub, REPO, make_probe())
+        plant_model(hub, REPO, make_probe(seed=1), branch="next")
         return REPO
 
     def test_of_the_head(self, hub, head):

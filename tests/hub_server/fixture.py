@@ -1,4 +1,4 @@
-"""The fixture `hub`: a server, and the `huggingface_hub` and `transformers` of this process pointed at it."""
+"""The fixtures `hub`, a server that the `huggingface_hub` and `transformers` of this process are pointed at, and `token`."""
 
 import os
 import sys
@@ -83,3 +83,11 @@ def hub(pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     yield server
     close_session()
     assert not server.errors, server.errors[0]
+
+
+@pytest.fixture(name="token")
+def alices_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The write token of the user alice, who is logged in."""
+    token = hub.add_user("alice")
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from conftest import make_lm
+from transformers import PreTrainedModel
 
 from llama_probe import ProbeModel
 
@@ -14,15 +15,16 @@ def same_weights(one: ProbeModel, other: ProbeModel) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def contents(probe: ProbeModel, folder) -> dict[str, bytes]:
-    """The files of a head."""
-    return {path.name: path.read_bytes() for path in probe.save_pretrained(folder).iterdir()}
+def plant_model(hub, repo_id: str, model: PreTrainedModel | ProbeModel, start: str = "", branch: str = "main") -> None:
+    """Commit the files of a head or a backbone, with `start` before their names, to a repository that may be new."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder, "model"))
+        files = {f"{start}{path.name}": path.read_bytes() for path in Path(folder, "model").iterdir()}
+    hub.plant(repo_id, files, branch=branch)
 
 
 def plain(hub) -> str:
     """A tiny backbone on the Hub."""
     if "org/tiny" not in hub.repositories:
-        with tempfile.TemporaryDirectory() as folder:
-            make_lm().save_pretrained(folder)
-            hub.plant("org/tiny", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+        plant_model(hub, "org/tiny", make_lm())
     return "org/tiny"

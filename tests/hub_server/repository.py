@@ -99,11 +99,8 @@ def card_data(files: Mapping[str, Blob]) -> dict:
 
 def check_card(text: str) -> dict:
     match = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r?\n|$)", text, re.DOTALL)
-    try:
-        data = (yaml.safe_load(match.group(1)) if match else None) or {}
-        tags = data.get("tags", [])
-    except (yaml.YAMLError, AttributeError) as error:
-        raise Refusal(400, f"the metadata is not valid YAML: {error}".replace("\n", " ")) from None
+    data = (yaml.safe_load(match.group(1)) if match else None) or {}
+    tags = data.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise Refusal(400, '"tags" must be an array of strings')
     return json.loads(json.dumps(data, default=str))
