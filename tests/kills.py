@@ -1,9 +1,12 @@
-"""Kill a function before each of its file operations, in a child process."""
+"""Kill a function in a child process, before each of its file operations or after a while; and fill the disk."""
 
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -50,6 +53,30 @@ def each_kill(
             break
         yield number
     assert number, "the action has no operation on the folder"
+
+
+def kill_after(seconds: float, action: Callable[[], object]) -> None:
+    """Run an action in a child that is killed after some seconds, if it has not come to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Leave room for `size` bytes in each file that is written in the block."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def _end_before(number: int, folder: str) -> None:

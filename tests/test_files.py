@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_probe, save_head
+from kills import full_disk
 from safetensors.torch import save_file
 
 from llama_probe import ProbeError
@@ -14,17 +15,10 @@ from llama_probe.hub.folder import check_output
     "write", [lambda path: path.write_bytes(bytes(2**16)), lambda path: save_file({"w": torch.zeros(2**14)}, path)]
 )
 def test_a_full_disk_changes_nothing_and_is_named(tmp_path, write):
-    import resource
-
     kept = tmp_path / "kept"
     kept.write_text("as it was")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
-    try:
-        with pytest.raises(ProbeError, match=r"kept cannot be written: there is no room"):
-            write_atomically({kept: write})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(2**12), pytest.raises(ProbeError, match="kept cannot be written: there is no room"):
+        write_atomically({kept: write})
     assert kept.read_text() == "as it was" and list(tmp_path.iterdir()) == [kept]
 
 

@@ -27,14 +27,14 @@ class Hung(BaseException):
 
 
 @contextmanager
-def limited(seconds: float = SECONDS) -> Iterator[None]:
-    """Raise `Hung` in the block once it has lasted for some seconds."""
+def limited() -> Iterator[None]:
+    """Raise `Hung` in the block once it has lasted for `SECONDS`."""
 
     def end(*_) -> None:
         raise Hung
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ class Tally:
     rng: random.Random = field(default_factory=lambda: random.Random(SEED))
     counts: Counter = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-    start: tuple[int, int] = field(default_factory=lambda: memory())
+    start: tuple[int, int] = field(default_factory=memory)
     grown: float = 0
 
     def times(self, count: int) -> range:

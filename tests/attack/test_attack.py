@@ -6,10 +6,7 @@ Each try is refused with a `ProbeError`, or is harmless. The table at the end sa
 
 import gzip
 import json
-import os
-import resource
 import shutil
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +20,7 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, read_head, save_head
 from hub_server.heads import same_weights
-from kills import each_kill
+from kills import each_kill, full_disk, kill_after
 from mutators import VALUES, changed, damage_head, damaged
 from training_runs import run_of
 
@@ -49,14 +46,8 @@ def outputs(head) -> list:
     """What a user of a head gets from it."""
     with torch.no_grad():
         output = head(hidden_states=STATES)
-    config = head.config
-    return [
-        output.logits.tolist(),
-        output.probabilities.tolist(),
-        output.labels,
-        config.token_scope,
-        config.max_length,
-    ]
+    scores = [output.logits.tolist(), output.probabilities.tolist(), output.labels]
+    return [*scores, head.config.token_scope, head.config.max_length]
 
 
 @pytest.fixture
@@ -74,30 +65,26 @@ def heads(tmp_path) -> tuple[Path, Path]:
 
 def test_head_folders(tally, heads, tmp_path):
     """No crash and no other scores; a card can be made, or not."""
-    expected = outputs(read_head(heads[0]))
+    expected, folder = outputs(read_head(heads[0])), tmp_path / "damaged"
     for number in tally.times(10_000):
-        folder = tmp_path / "damaged"
         shutil.copytree(heads[0], folder)
         is_owner = damage_head(tally.rng, folder, heads[1])
-
-        def load(folder=folder):
-            return outputs(read_head(folder))
 
         def judge(found, is_owner=is_owner):
             return found == expected or (is_owner and bool(torch.tensor(found[1]).isfinite().all()))
 
-        tally.attempt(load, judge, number)
-        tally.attempt(lambda folder=folder: write_card(folder), lambda _: True, number)
+        tally.attempt(lambda: outputs(read_head(folder)), judge, number)
+        tally.attempt(lambda: write_card(folder), lambda _: True, number)
         shutil.rmtree(folder)
 
 
 def test_configs(tally):
     """A config that is taken gives numbers, and is the same when it is read again."""
-    kinds, sizes = (
-        ("mha", "gate", "pooling", "multimax", "attentive"),
-        {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS},
-    )
-    plain = [ProbeConfig(probe_type=kind, downcast=4, **sizes).to_dict() for kind in kinds]
+    kinds = ("mha", "gate", "pooling", "multimax", "attentive")
+    plain = [
+        ProbeConfig(probe_type=kind, downcast=4, hidden_size=HIDDEN, num_hidden_layers=LAYERS).to_dict()
+        for kind in kinds
+    ]
     for number in tally.times(10_000):
         values = dict(tally.rng.choice(plain))
         for _ in range(tally.rng.randrange(1, 4)):
@@ -175,35 +162,28 @@ def test_kills_of_a_save_at_random(tally, heads, tmp_path):
     for head in both:
         save_head(head, place)
         allowed.append(found_in(place))
+
+    def save_in_turn():
+        while True:
+            for head in both:
+                save_head(head, place)
+
     for number in tally.times(1000):
-        child = os.fork()
-        if child == 0:
-            while True:
-                for head in both:
-                    save_head(head, place)
-        time.sleep(0.01 + 0.05 * tally.rng.random())
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        kill_after(0.01 + 0.05 * tally.rng.random(), save_in_turn)
         whole = found_in(place) in allowed and outputs(read_head(place))
         tally.add("harmless" if whole else "lost", number)
     save_head(both[0], place)
     assert {path.name for path in place.iterdir()} == set(allowed[0])
 
 
-def some(tally, last: int, count: int):
-    """Numbers of operations to kill at, and one that is never reached."""
-    yield from sorted(tally.rng.sample(range(last), min(last, len(tally.times(count)))))
-    yield 10**9
-
-
-def resumed(tally, tmp_path, action, resume, judge, last, count=200) -> None:
-    """Kill an action at some of its operations; it must resume, and end as it would have."""
+def resumed(tally, tmp_path, run, judge, last) -> None:
+    """Kill `run(resume=False)` at some of its first operations; it must resume, and end as it would have."""
     output = tmp_path / "killed"
-    for number in each_kill(
-        action, output, lambda: shutil.rmtree(output, ignore_errors=True), some(tally, last, count)
-    ):
+    some = sorted(tally.rng.sample(range(last), min(last, len(tally.times(200)))))
+    numbers = iter([*some, 10**9])  # the last one is never reached
+    for number in each_kill(lambda: run(False), output, lambda: shutil.rmtree(output, ignore_errors=True), numbers):
         try:
-            resume()
+            run(True)
             tally.add("harmless" if judge(output) else "lost", number)
         except ProbeError as error:
             tally.add("lost", f"{number}: {error}")
@@ -215,7 +195,7 @@ def test_kills_of_train(tally, backbone_folder, tmp_path):
         training.output = tmp_path / "killed"
         return training.run()
 
-    resumed(tally, tmp_path, lambda: run(False), lambda: run(True), lambda output: bool(read_head(output).results), 60)
+    resumed(tally, tmp_path, run, lambda output: bool(read_head(output).results), 60)
 
 
 def test_kills_of_sweep(tally, backbone_folder, tmp_path):
@@ -224,17 +204,10 @@ def test_kills_of_sweep(tally, backbone_folder, tmp_path):
         training.output, training.cache = tmp_path / "killed", False
         return Sweep(training, SearchSpace(("gate", "pooling")), 2, keep=0.5, resume=resume).run()
 
-    resumed(
-        tally,
-        tmp_path,
-        lambda: run(False),
-        lambda: run(True),
-        lambda output: bool(read_head(output / "head").results),
-        60,
-    )
+    resumed(tally, tmp_path, run, lambda output: bool(read_head(output / "head").results), 60)
 
 
-def test_kills_of_classify(tally, backbone_folder, heads, tmp_path):
+def test_kills_of_classify(tally, backbone_folder, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"number {i}"}) for i in range(20)))
     head = save_head(make_probe(probe_type="gate", prompt_format="chat"), tmp_path / "head")
@@ -248,7 +221,7 @@ def test_kills_of_classify(tally, backbone_folder, heads, tmp_path):
         rows = pq.read_table(output)["row"].to_pylist()
         return sorted(rows) == list(range(20)) and len(list(output.iterdir())) == 5
 
-    resumed(tally, tmp_path, lambda: run(False), lambda: run(True), judge, 40)
+    resumed(tally, tmp_path, run, judge, 40)
 
 
 def test_kills_of_pull(tally, hub, heads, tmp_path):
@@ -265,9 +238,8 @@ def test_kills_of_pull(tally, hub, heads, tmp_path):
         tally.add("harmless" if whole and found_in(place) == found_in(heads[0]) else "lost", number)
 
 
-def test_kills_of_push_at_random(tally, hub, heads, monkeypatch):
+def test_kills_of_push_at_random(tally, hub, token, heads):
     """The branch holds the head before or the one that was pushed, and the next push succeeds."""
-    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
     both, allowed = [read_head(folder) for folder in heads], []
     for head in both:
         head.results = None  # they would give no card
@@ -276,21 +248,15 @@ def test_kills_of_push_at_random(tally, hub, heads, monkeypatch):
         seconds = time.monotonic() - start
         allowed.append(hub.files(REPO))
     for number in tally.times(200):
-        child = os.fork()
-        if child == 0:
-            both[number % 2].push_to_hub(REPO, license="mit")
-            os._exit(0)
-        time.sleep(seconds * tally.rng.random())
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        head = both[number % 2]
+        kill_after(seconds * tally.rng.random(), lambda head=head: head.push_to_hub(REPO, license="mit"))
         whole = hub.files(REPO) in allowed
-        both[number % 2].push_to_hub(REPO, license="mit")
+        head.push_to_hub(REPO, license="mit")
         tally.add("harmless" if whole and hub.files(REPO) == allowed[number % 2] else "lost", number)
 
 
-def test_a_hub_with_faults(tally, hub, heads, tmp_path, monkeypatch):
+def test_a_hub_with_faults(tally, hub, token, heads, tmp_path):
     """A pull gives the head or a refusal; a push that is said to have failed has left the branch as it was."""
-    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
     old, new = (read_head(folder) for folder in heads)
     old.results = new.results = None  # they would give no card
     old.push_to_hub(REPO, license="mit")
@@ -316,17 +282,11 @@ def test_a_hub_with_faults(tally, hub, heads, tmp_path, monkeypatch):
             continue
         try:
             head.push_to_hub(REPO, license="mit")
-            pushed = True
         except ProbeError as error:
-            pushed = None if "not known" in str(error) else False
-        hub.faults.clear()
-        there = same_weights(read_head(REPO, force_download=True), head)
-        if pushed is None:
-            tally.add("refused")
-        elif pushed:
-            tally.add("harmless" if there else "lost", number)
+            tally.add("refused" if hub.head(REPO) == before or "not known" in str(error) else "lost", number)
         else:
-            tally.add("refused" if hub.head(REPO) == before else "lost", number)
+            hub.faults.clear()
+            tally.add("harmless" if same_weights(read_head(REPO, force_download=True), head) else "lost", number)
 
 
 def test_full_disks(tally, heads, tmp_path):
@@ -335,12 +295,9 @@ def test_full_disks(tally, heads, tmp_path):
     for number in tally.times(1000):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(heads[0], place)
-        before, limits = found_in(place), resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (tally.rng.randrange(4000), limits[1]))
-        try:
+        before = found_in(place)
+        with full_disk(tally.rng.randrange(4000)):
             outcome = tally.attempt(lambda: save_head(new, place), lambda _: True, number)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if outcome == "refused" and (found_in(place) != before or len(list(place.iterdir())) != len(before)):
             tally.add("lost", number)
 
