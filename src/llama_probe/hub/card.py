@@ -105,8 +105,8 @@ def renew_card(
         ProbeError: the head has values that this version cannot read.
     """
     try:
-        old = read_card(folder).data if os.path.isfile(current_file(folder, CARD_NAME)) else ModelCardData()
-    except ProbeError:  # there is nothing to keep
+        old = read_card(folder).data
+    except ProbeError:  # there is none, or nothing to keep
         old = ModelCardData()
     kept = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
     kept = [tag for tag in kept if tag not in ("llama_probe", "probe") and not tag.startswith("probe-")]

@@ -109,12 +109,13 @@ def pull_head(
     Raises:
         ProbeError: the head cannot be fetched or is damaged, or the folder is not empty or cannot be made.
     """
-    if HubReference.parse(source) is None:
+    reference = HubReference.parse(source)
+    if reference is None:
         raise ProbeError(f"{source!r} is not a Hub id: write user/repo, with @revision and :subfolder if needed")
     target = Path(folder) if folder is not None else Path(default_name(source))
     check_writable(target, "the head")
     check_new_folder(target)
-    cached = download_head(HubReference.parse(source), options)
+    cached = download_head(reference, options)
     check(cached)
     with new_folder(target) as copy:
         _copy_head(cached, copy)

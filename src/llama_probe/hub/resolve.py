@@ -15,14 +15,7 @@ from torch import nn
 
 from ..errors import ProbeError
 from .folder import list_heads, read_config_values, read_results
-from .transport import (
-    HubOptions,
-    HubReference,
-    check_subfolder,
-    download_head,
-    heads_on_hub,
-    without_waiting,
-)
+from .transport import HubOptions, HubReference, check_subfolder, download_head, heads_on_hub, without_waiting
 
 
 _ALIAS = re.compile(r"[\w-]+")
