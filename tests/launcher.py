@@ -15,19 +15,16 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment() -> dict:
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "USE_LIBUV": "0"}
-
-
 def torchrun(*args, nodes: int = 1, node: int = 0, port: int | None = None) -> subprocess.Popen:
     """Two processes on one node, or one on each of two."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--node_rank", node,
         "--nproc_per_node", 2 // nodes, "--master_addr", "127.0.0.1", "--master_port", port or free_port(), *args,
     ]  # fmt: skip
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "USE_LIBUV": "0"}
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
 
 

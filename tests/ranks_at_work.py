@@ -47,10 +47,6 @@ def sweep(folder: Path, name: str) -> Sweep:
     return Sweep(run(folder, name, cache=False), SearchSpace(), 4, 0.5)
 
 
-def folded(folder: Path, name: str) -> dict:
-    return run(folder, name, folds=2, cache=False).run()
-
-
 def sparse(folder: Path, name: str) -> dict:
     return run(folder, name, head={"probe_type": "muli", "options": {"l1": 0.01}}).run()
 
@@ -134,7 +130,7 @@ def main(folder: Path) -> None:
             "world_size": world_size(),
             "logits": predict_logits(head, dataset, batch_tokens=14).tolist(),
             "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
-            "folded": folded(folder, "folded"),
+            "folded": run(folder, "folded", folds=2, cache=False).run(),
             "scored": scored(folder, "scored"),
             "sparse": sparse(folder, "sparse"),
             "sweep": sweep(folder, "sweep").run(),

@@ -44,12 +44,6 @@ def folder(tmp_path):
     return folder
 
 
-def change(folder, file, edit):
-    values = json.loads((folder / file).read_text())
-    edit(values)
-    (folder / file).write_text(json.dumps(values))
-
-
 def create_card(folder, **given):
     """The card that a save of the head would write."""
     plots = [name for name in PLOT_NAMES if (folder / name).is_file()]
@@ -58,10 +52,6 @@ def create_card(folder, **given):
 
 def card_of(folder) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
-
-
-def code_of(folder) -> str:
-    return create_card(folder).content.split("```python\n")[1].split("```")[0]
 
 
 def test_the_chosen_seed_and_the_spread(folder):
@@ -96,8 +86,7 @@ def test_a_saved_head_gets_a_card_that_a_person_may_edit(folder):
     generated = card_of(folder)
     assert "## Results" not in generated and "Nothing was measured" in generated, "the results were of other weights"
     assert "- mine" in generated and "license: cc0-1.0" in generated and 'probe="weather"' in generated
-    marker = next(line for line in generated.splitlines() if line.startswith("<!--"))
-    for own in (generated.replace(marker, "My own words."), "", "---\n- a\n---\n"):
+    for own in (generated.replace(MARKER, "My own words."), "", "---\n- a\n---\n"):
         (folder / "README.md").write_text(own, encoding="utf-8")
         save_head(probe, folder)
         write_card(folder)
@@ -134,7 +123,8 @@ def test_the_usage_block_works_when_pasted(kind, tmp_path, backbone_folder, monk
         token_scope="response" if kind == "response" else "content",
     )
     monkeypatch.chdir(tmp_path)
-    exec(code_of(save_head(probe, tmp_path / 'my "good" head')), {})
+    text = create_card(save_head(probe, tmp_path / 'my "good" head')).content
+    exec(text.split("```python\n")[1].split("```")[0], {})
     assert ("Halt(" if kind == "response" else "LABEL_") in capsys.readouterr().out
 
 
@@ -172,12 +162,12 @@ def test_a_page_shows_the_bundled_results():
 def test_a_card_that_takes_long_to_read(folder, content):
     """A save replaces it, and others refuse it, in a second."""
     (folder / "README.md").write_text(content)
-    start = time.monotonic()
+    start = time.process_time()
     for work in (write_card, read_card):
         with contextlib.suppress(ProbeError):
             work(folder)
     save_head(read_head(folder), folder)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_hostile_texts_begin_nothing_of_their_own(folder):
@@ -191,23 +181,22 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
     )
     (folder / "probe_config.json").write_text(config.to_json_string())
 
-    def edit(results):
-        results["card"] |= {
-            "dataset_name": "rain\n\n# Evil: [",
-            "data_note": "# CC0.\n\n<h1>Evil</h1>",
-            "language": "en\nevil: true",
-            "limits": ["English\n```", "```"],
-            "command": "train\n```\n# Evil",
-        }
-        results["environment"] = {"torch": "2.13.0+cpu", "<b>": "1"}
-        results["data"]["train"]["source"] = "50% of <script>"
-        results["data"]["validation"] = results["data"]["train"] | {"source": "<img/src=x> folds of train"}
-        for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
-            part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
-            for rows in (part, part["slices"]["who"]["a|b\nc"]):
-                rows["a | b\n# Evil <img src=x> [here](x)"] = rows["f1"]
-
-    change(folder, "results.json", edit)
+    results = read_results(folder)
+    results["card"] |= {
+        "dataset_name": "rain\n\n# Evil: [",
+        "data_note": "# CC0.\n\n<h1>Evil</h1>",
+        "language": "en\nevil: true",
+        "limits": ["English\n```", "```"],
+        "command": "train\n```\n# Evil",
+    }
+    results["environment"] = {"torch": "2.13.0+cpu", "<b>": "1"}
+    results["data"]["train"]["source"] = "50% of <script>"
+    results["data"]["validation"] = results["data"]["train"] | {"source": "<img/src=x> folds of train"}
+    for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
+        part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
+        for rows in (part, part["slices"]["who"]["a|b\nc"]):
+            rows["a | b\n# Evil <img src=x> [here](x)"] = rows["f1"]
+    (folder / "results.json").write_text(json.dumps(results))
     card = create_card(folder)
     text, data = card.content, card.data.to_dict()
     assert "evil" not in data and data["license"] == "cc0-1.0" and "49" not in text.split("## Results")[0]
@@ -244,7 +233,7 @@ EVALUATION = {
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_what_was_measured_and_fitted_after_training(folder, trained):
-    before = card_of(folder) if (folder / "README.md").exists() else create_card(folder).content
+    before = create_card(folder).content
     config = read_config(folder).replace(threshold=0.31, thresholds={"fpr-2%": 0.31, "fpr-0.5%": 0.64})
     (folder / "probe_config.json").write_text(config.to_json_string())
     later = {
@@ -254,7 +243,7 @@ def test_what_was_measured_and_fitted_after_training(folder, trained):
         },
         "thresholds_from": {"sources": ["sets/a.jsonl"], "rows": 2000, "rates": {"fpr-2%": 0.02, "fpr-0.5%": 0.005}},
     }
-    change(folder, "results.json", lambda results: (None if trained else results.clear(), results.update(later)))
+    (folder / "results.json").write_text(json.dumps(later | (read_results(folder) if trained else {})))
     text = create_card(folder).content
     assert "| fpr-0.5% | 0.640 | 0.5% |" in text and "2,000 rows" in text and "sets/a.jsonl" in text
     row = (
