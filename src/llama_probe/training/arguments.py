@@ -9,7 +9,6 @@ import torch
 from transformers import TrainingArguments
 
 from ..data.sources import setting
-from ..distributed import world_size
 from ..errors import ProbeError
 from .recipe import Recipe
 
@@ -88,7 +87,7 @@ class ProbeTrainingArguments(TrainingArguments):
         """Take what is open from a complete recipe, whose batch size is that of all processes."""
         self.label_smoothing_factor = 0.0  # the parent would smooth a second time
         if self.per_device_train_batch_size is None:
-            devices = max(1, self.n_gpu) * world_size()
+            devices = max(1, self.n_gpu) * self.world_size
             self.per_device_train_batch_size = math.ceil(recipe.per_device_train_batch_size / devices)
         for name in ("learning_rate", "num_train_epochs"):
             setattr(self, name, getattr(recipe, name))

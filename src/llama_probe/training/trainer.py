@@ -31,7 +31,7 @@ from ..data.memory import is_table, is_tokenized, rows_in_memory
 from ..data.prompts import PromptFormat
 from ..data.states import ProbeCollator, PromptDataset, StateCache
 from ..data.texts import LabelledTexts, ends_with_reply, warn_of_labels
-from ..distributed import is_main, world_size
+from ..distributed import is_main
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
@@ -324,7 +324,7 @@ class ProbeTrainer(Trainer):
         recipe = replace(
             self.args.recipe(),
             label_smoothing=self._label_smoothing,
-            per_device_train_batch_size=self.args.train_batch_size * world_size(),
+            per_device_train_batch_size=self.args.train_batch_size * self.args.world_size,
         )
         self.logits = predict_logits(probe, dataset)
         probe.config, found = decide(probe.config, self.logits, labels, recipe)
