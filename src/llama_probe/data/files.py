@@ -55,12 +55,17 @@ class Chunk:
         return len(next(iter(self.columns.values())))
 
 
-@dataclass(frozen=True)
 class InputFile:
-    """A file of rows: `parquet`, `json` (an object a line), `csv` or `tsv` (with a header, all values are texts)."""
+    """A file of rows: `parquet`, `json` (an object a line), `csv` or `tsv` (with a header, all values are texts).
 
-    path: Path
-    kind: str
+    Raises:
+        ProbeError: the name ends with none of `KINDS`.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.kind = path, kind_of(path)
+        if self.kind is None or path.name.endswith(".parquet.gz"):
+            raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
 
     @classmethod
     def find(cls, patterns: Sequence[str]) -> list[InputFile]:
@@ -73,10 +78,7 @@ class InputFile:
                 raise ProbeError(f"there is no file {pattern}: give files or patterns, such as 'rows/*.parquet'")
             for path in found:
                 paths.setdefault(path.resolve(), path)
-        for path in paths.values():
-            if kind_of(path) is None or path.name.endswith(".parquet.gz"):
-                raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
-        return [cls(path, kind_of(path)) for path in paths.values()]
+        return list(map(cls, paths.values()))
 
     def identity(self) -> dict[str, Any]:
         """Return path, size in bytes and time of the last change, to recognise the file by."""

@@ -15,7 +15,7 @@ from ..errors import ProbeError
 from ..hub.card import read_card
 from ..hub.folder import CARD_NAME
 from ..hub.publish import check_links
-from .files import KINDS, MAX_TEXT, InputFile, kind_of
+from .files import MAX_TEXT, InputFile, kind_of
 from .known import BENCHMARKS
 
 
@@ -149,13 +149,11 @@ def _file_options(
     """Check local files, and return the options of `load_dataset` for them."""
     # The loader caches by path and time of change alone: a digest of the contents tells files apart.
     digest, is_csv = hashlib.sha256(), False
-    for path in files:
-        if kind_of(path) is None:
-            raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
-        with path.open("rb") as file:
+    for source in map(InputFile, files):
+        with source.path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-        InputFile(path, kind_of(path)).check_whole(max_text)
-        if is_csv := kind_of(path) in ("csv", "tsv"):
-            InputFile(path, kind_of(path)).fields([*text_columns, *needed])
+        source.check_whole(max_text)
+        if is_csv := source.kind in ("csv", "tsv"):
+            source.fields([*text_columns, *needed])
     csv_options = {**_CSV, "converters": dict.fromkeys(text_columns, str)} if is_csv else {}
     return {"description": digest.hexdigest(), **csv_options}
