@@ -17,7 +17,7 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.rules import HALF_PAIR, PROMPT_FORMATS
 from ..heads.turns import turn_mask
-from .turns import DIFFERENT_TEXTS, common_start, learn_turn_markers
+from .turns import DIFFERENT_TEXTS, common_end, common_start, learn_turn_markers
 
 
 logger = logging.get_logger(__name__)
@@ -311,4 +311,4 @@ def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[
     """Return the token ids before and after every text, for a function from a text to the ids of its prompt."""
     examples = [render(text) for text in DIFFERENT_TEXTS]
     prefix = common_start(examples)
-    return prefix, common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]
+    return prefix, common_end(ids[len(prefix) :] for ids in examples)

@@ -55,37 +55,36 @@ def common_start(sequences: Iterable[Sequence[int]]) -> list[int]:
     return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False))]
 
 
-def _common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
+def common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
+    """Return the longest end that sequences share."""
     return common_start([list(sequence)[::-1] for sequence in sequences])[::-1]
 
 
 def _turn_end(render: Callable, role: str) -> list[int]:
     """Return what closes the last turn of a role."""
     before = [] if role == "user" else _ASKED
-    return _common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
+    return common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
 
 
 def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    stems, skips = [], []
-    for reply in (None, *DIFFERENT_TEXTS, *_SPACED_TEXTS):
-        before = [] if reply is None else [*_ASKED, {"role": "assistant", "content": reply}]
-        any_text, plain_text = _before(render, before, "user")
-        stems.append(any_text)
-        skips.append(len(plain_text) - len(any_text))
-    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+    replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
+    return _marker([_before(render, before, "user") for before in ([], *replies)], ends)
 
 
 def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    stems, skips = [], []
+    starts = []
     for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
         asked = [{"role": "user", "content": text}]
-        any_text, plain_text = _before(render, asked, "assistant", _ASKED)
         prompt = render(asked, True)
         # The generation prompt may end before what opens a reply in the history, or continue after it.
-        any_text, plain_text = common_start([prompt, any_text]), common_start([prompt, plain_text])
-        stems.append(any_text)
-        skips.append(len(plain_text) - len(any_text))
-    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+        starts.append([common_start([prompt, ids]) for ids in _before(render, asked, "assistant", _ASKED)])
+    return _marker(starts, ends)
+
+
+def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> dict[str, Any]:
+    """Return the marker of a role from the ids before its turns in several chats; see `_before`."""
+    skip = min(len(plain_text) - len(any_text) for any_text, plain_text in starts)
+    return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}
 
 
 def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
@@ -105,7 +104,7 @@ def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]
     return ids[: len(user)]
 
 
-def _before(render: Callable, before: Chat, role: str, after: Chat = []) -> tuple[list[int], list[int]]:  # noqa: B006
+def _before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
     """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
 
     def ids(texts: Sequence[str]) -> list[int]:
