@@ -112,7 +112,8 @@ def augment(
         return rows
     if rows.labels.ndim != 1:
         raise ProbeError(f"augment={list(names)} needs rows with one label each, not {rows.problem_type}")
-    harmless = [text for text, label in zip(rows.texts, rows.labels, strict=True) if label == 0 and _is_words(text)]
+    texts = (text for text, label in zip(rows.texts, rows.labels, strict=True) if label == 0)
+    harmless = [text for text in texts if isinstance(text, str) and text.strip()]
     if not harmless and set(names) != {"system_prompt"}:
         raise ProbeError(f"augment={list(names)} draws from the texts with label 0, and there are none")
     augmenter, parts = Augmenter(harmless, system_prompts, np.random.default_rng(seed)), [rows]
@@ -135,7 +136,3 @@ def _rewrite(messages: list[dict[str, str]], change: Callable[[str], str]) -> li
         return messages
     changed = {**messages[last], "content": change(messages[last]["content"])}
     return [*messages[:last], changed, *messages[last + 1 :]]
-
-
-def _is_words(text: Text) -> bool:
-    return isinstance(text, str) and bool(text.strip())

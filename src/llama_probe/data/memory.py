@@ -11,9 +11,6 @@ from .labels import read_labels
 from .texts import LabelledTexts, label_rows
 
 
-TEXT_COLUMNS = ("text", "messages", "prompt and response", "input_ids")
-
-
 def is_table(data: Any) -> bool:
     """Return True for rows that `rows_in_memory` reads, and False for a torch data set."""
     return isinstance(data, (Mapping, list, tuple)) or hasattr(data, "column_names") or hasattr(data, "columns")
@@ -56,8 +53,8 @@ def rows_in_memory(
     prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
     text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
     if text is None:
-        had = ", ".join(columns)
-        raise ProbeError(f"{name} has none of: {', '.join(TEXT_COLUMNS)}; it has: {had} (column_mapping renames)")
+        needed, had = "text, messages, prompt and response, input_ids", ", ".join(columns)
+        raise ProbeError(f"{name} has none of: {needed}; it has: {had} (column_mapping renames)")
     return label_rows(name, columns, text, label, label_names, own, problem_type, prompt)
 
 

@@ -85,9 +85,7 @@ class DataSources:
         f"holds a share back. Default: {FOLDS} for fewer than {FEW_ROWS} rows, else 0.",
     )
     slice_columns: list[str] = setting(
-        list,
-        "Report test rows also by this column; a named data set may have its own.",
-        "--slice-column",
+        list, "Report test rows also by this column; a named data set may have its own.", "--slice-column"
     )
     max_rows: list[int] | None = setting(
         None,

@@ -103,12 +103,6 @@ class StateDataset(Dataset):
         return {"input_ids": self.tokens[row], "hidden_states": states, "labels": self.labels[row]}
 
 
-def check_cache(cache: bool, cache_dir: str | os.PathLike | None) -> None:
-    """Raise `ProbeError` if `cache_dir` is given and `cache` is False."""
-    if cache_dir is not None and not cache:
-        raise ProbeError(f"cache_dir={str(cache_dir)!r} and cache=False (--no-cache) exclude each other")
-
-
 class StateCache:
     """A folder of cached hidden states with one entry, a subfolder, for each set of prompts.
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..backbone.loading import DEMO, DEMO_NOTE, load_backbone, model_id, weights_digest
 from ..data.prompts import PromptFormat, split_reply
 from ..data.sources import FOLDS, DataSources
-from ..data.states import PromptDataset, StateCache, check_cache
+from ..data.states import PromptDataset, StateCache
 from ..data.texts import LabelledTexts
 from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
@@ -81,7 +81,8 @@ class TrainingRun(RunOptions):
     def __post_init__(self):
         if not self.seeds or min(self.seeds) < 0 or max(self.seeds) >= 2**32:
             raise ProbeError(f"seeds={self.seeds} must be at least one whole number from 0 and below 2**32")
-        check_cache(self.cache, self.cache_dir)
+        if self.cache_dir is not None and not self.cache:
+            raise ProbeError(f"cache_dir={str(self.cache_dir)!r} and cache=False (--no-cache) exclude each other")
 
     def run(self) -> dict[str, Any]:
         """Train, measure and save.
