@@ -69,20 +69,17 @@ def score_statistic(
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
         tp, given, support = weights @ hits, weights @ flagged, weights @ positive
-        counts = {
-            "f1": _ratio(2 * tp, given + support),
-            "precision": _ratio(tp, given),
-            "recall": _ratio(tp, support),
-        }
+        counts = {"f1": _ratio(2 * tp, given + support), "precision": _ratio(tp, given), "recall": _ratio(tp, support)}
         areas = dict(zip(("auprc", "auroc"), np.stack([r.areas(weights) for r in rankings], axis=2), strict=True))
         found = {"accuracy": weights @ right / weights.sum(axis=1)}
         if is_binary(config):
             found |= {name: values[:, 1] for name, values in {**counts, **areas}.items()}
         else:
-            # A mean leaves out labels that no row has or is given.
+            # A mean leaves out labels that no row has or is given, and areas that are undefined (NaN).
             met = (given + support > 0).sum(axis=1).astype(np.float64)
             found |= {name: _ratio(values.sum(axis=1), met) for name, values in counts.items()}
-            found |= {name: _mean_of_defined(values) for name, values in areas.items()}
+            means = {name: np.ma.masked_invalid(values).mean(axis=1) for name, values in areas.items()}
+            found |= {name: values.filled(np.nan) for name, values in means.items()}
         return found | {f"label_{name}": values for name, values in {**counts, **areas}.items()}
 
     return statistic
@@ -152,11 +149,7 @@ def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
         unexplained = np.full(squared.shape, np.nan)
         np.divide(squared, variance, out=unexplained, where=variance > scale)
         absolute = weights @ np.abs(errors) / rows
-        return {
-            "mse": squared.mean(axis=1),
-            "mae": absolute.mean(axis=1),
-            "r2": (1 - unexplained).mean(axis=1),
-        }
+        return {"mse": squared.mean(axis=1), "mae": absolute.mean(axis=1), "r2": (1 - unexplained).mean(axis=1)}
 
     return statistic
 
@@ -164,13 +157,6 @@ def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Divide; 0 / 0 is 0, as in `score`."""
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
-
-
-def _mean_of_defined(values: np.ndarray) -> np.ndarray:
-    """Return the mean over labels `[resamples, labels]` without NaN; NaN if there are none."""
-    defined = ~np.isnan(values)
-    total, count = np.where(defined, values, 0.0).sum(axis=1), defined.sum(axis=1)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def share_interval(count: int, rows: int) -> tuple[float, float]:

@@ -30,11 +30,7 @@ def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
 
 
 def fit_novelty(
-    probe: ProbeModel,
-    train: Dataset,
-    validation: Dataset,
-    logits: torch.Tensor | None = None,
-    progress: bool = False,
+    probe: ProbeModel, train: Dataset, validation: Dataset, logits: torch.Tensor | None = None, progress: bool = False
 ) -> dict[str, Any]:
     """Fit a head's `Novelty` on training rows and calibrate it on validation rows. At most 2,000 of each count.
 
@@ -55,7 +51,7 @@ def fit_novelty(
         if len(rows) < MIN_ROWS:
             raise ProbeError(f"novelty needs at least {MIN_ROWS} {name} rows, not {len(rows)}")
     given = None if logits is None else logits[_places(validation)]
-    train, validation = _some(train), _some(validation)
+    train, validation = (Subset(rows, _places(rows)) for rows in (train, validation))
     settings = {"layers": layers, "rank": min(_RANK, len(train) // 8, len(layers) * probe.config.hidden_size // 2)}
     probe.set_novelty(Novelty(probe.config.replace(novelty=settings)), settings)  # it reads, and is fitted to that
     learned, _ = _mean_states(probe, train, progress)
@@ -68,10 +64,6 @@ def fit_novelty(
 def _places(dataset: Dataset) -> list[int]:
     rows = np.random.default_rng(0).permutation(len(dataset))[:MAX_ROWS]
     return sorted(rows.tolist())
-
-
-def _some(dataset: Dataset) -> Dataset:
-    return dataset if len(dataset) <= MAX_ROWS else Subset(dataset, _places(dataset))
 
 
 def _mean_states(
@@ -90,27 +82,20 @@ def _said(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {}
     names = list(config.id2label.values())
     if config.problem_type != "regression":
-        found["labels"] = dict(zip(names, _label_shares(config, probs).tolist(), strict=True))
+        given = predictions(probs, config)
+        if config.problem_type == "single_label_classification":
+            given = torch.nn.functional.one_hot(given, config.num_labels)
+        found["labels"] = dict(zip(names, given.double().mean(dim=0).tolist(), strict=True))
     levels = np.quantile(probs.numpy(), _LEVELS, axis=0)  # [levels, num_labels]
     return found | {"scores": {name: levels[:, i].round(5).tolist() for i, name in enumerate(names)}}
 
 
-def _label_shares(config: ProbeConfig, probs: torch.Tensor) -> torch.Tensor:
-    """Return the share of rows with each label `[num_labels]`, for probabilities `[rows, num_labels]`."""
-    found = predictions(probs, config)
-    if config.problem_type == "single_label_classification":
-        found = torch.nn.functional.one_hot(found, config.num_labels)
-    return found.double().mean(dim=0)
-
-
-def against_others(
-    own: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000, seed: int = 0
-) -> dict:
+def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000) -> dict[str, Any]:
     """Measure how well novelty tells a head's own kind of rows from others.
 
     Args:
         own (`[rows]`): novelty of rows like the training data. others: novelty of other rows, by name.
-        resamples, seed: of the bootstrap that gives the 95 % intervals; no intervals with 0.
+        resamples: of the bootstrap that gives the 95 % intervals; no intervals with 0.
 
     Returns:
         `own`: `rows`, and `far`, the share above 0.99; `against`: the same by name, with `auroc` and its `interval`.
@@ -122,7 +107,7 @@ def against_others(
         part = _far(other) | {"auroc": float(ranking.areas(np.ones((1, len(scores))))[1, 0])}
         if resamples:
             statistic = lambda weights, ranking=ranking: {"auroc": ranking.areas(weights)[1]}  # noqa: E731
-            part["interval"] = intervals([statistic], len(scores), resamples, seed)["auroc"]
+            part["interval"] = intervals([statistic], len(scores), resamples)["auroc"]
         found["against"][name] = part
     return found
 
@@ -132,11 +117,7 @@ def _far(novelty: torch.Tensor) -> dict[str, Any]:
 
 
 def compare_log(
-    config: ProbeConfig,
-    reference: Mapping[str, Any],
-    logits: torch.Tensor,
-    novelty: torch.Tensor,
-    top: int = 20,
+    config: ProbeConfig, reference: Mapping[str, Any], logits: torch.Tensor, novelty: torch.Tensor, top: int = 20
 ) -> dict[str, Any]:
     """Compare what a head says of a log of prompts with what it said of its validation rows.
 
@@ -153,11 +134,9 @@ def compare_log(
     """
     probs = probabilities(logits.float(), config)
     said = _said(config, logits)
-    low, high = share_interval(int((novelty > FAR).sum()), len(novelty))
-    found: dict[str, Any] = {
-        "rows": len(novelty),
-        "novelty": {**_far(novelty), "interval": [low, high], "median": float(novelty.median())},
-    }
+    interval = list(share_interval(int((novelty > FAR).sum()), len(novelty)))
+    far = {**_far(novelty), "interval": interval, "median": float(novelty.median())}
+    found: dict[str, Any] = {"rows": len(novelty), "novelty": far}
     labels = {}
     for name, share in said.get("labels", {}).items():
         low, high = share_interval(round(share * len(novelty)), len(novelty))

@@ -95,14 +95,9 @@ class Reading:
         """
         return max(float(weights.max()), 2 * self.even_share)
 
-    def top_tokens(self, count: int, slot: int | None = None) -> list[tuple[int, float]]:
-        """Return positions and weights of the heaviest tokens, heaviest first.
-
-        Args:
-            count: at most this many.
-            slot: row of `weights`. Defaults to all layers together.
-        """
-        weights = self.token_weights if slot is None else self.weights[slot]
+    def top_tokens(self, count: int, slot: int) -> list[tuple[int, float]]:
+        """Return positions and weights of the `count` heaviest tokens in a row of `weights`, heaviest first."""
+        weights = self.weights[slot]
         order = np.argsort(-weights, kind="stable")[:count]
         return [(int(i), float(weights[i])) for i in order if self.counted[i]]
 

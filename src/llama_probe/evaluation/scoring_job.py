@@ -78,7 +78,13 @@ class TextScorer:
         for names in heads_by_format({name: head.config for name, head in self.heads.items()}):
             ids, masks = encode(self.heads[names[0]].config, [texts[row] for row in rows], self.tokenizer)
             inputs = pad_inputs(ids, masks, self.tokenizer)
-            for each in plan_passes(self.model, ids, self._count_unread(names, **inputs), self.batch_tokens):
+            configs = {name: self.heads[name].config for name in names}
+            given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
+            read = torch.stack(list(read_masks(configs, prompt_masks(configs, *given)).values())).any(dim=0)
+            unread = (
+                read.int().argmax(dim=1).tolist()
+            )  # the first tokens of each prompt that none of these heads reads
+            for each in plan_passes(self.model, ids, unread, self.batch_tokens):
                 batch, width = each.rows, max(len(ids[i]) for i in each.rows)
                 part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
                 cache = None if each.prefix is None else repeat_cache(each.prefix, len(batch))
@@ -97,18 +103,6 @@ class TextScorer:
         for kind, values in cells.items():
             for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
                 columns[f"{name}_{kind}"][row] = value
-
-    def _count_unread(
-        self,
-        names: Sequence[str],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        probe_mask: torch.Tensor | None = None,
-    ) -> list[int]:
-        """Count the first tokens of each prompt that none of these heads reads."""
-        configs = {name: self.heads[name].config for name in names}
-        masks = read_masks(configs, prompt_masks(configs, input_ids, None, attention_mask, probe_mask))
-        return torch.stack(list(masks.values())).any(dim=0).int().argmax(dim=1).tolist()
 
 
 @dataclass
