@@ -95,11 +95,7 @@ FAMILIES = {
         "metaspace",
     ),
     "qwen": (_QWEN, ["<|im_start|>", "<|im_end|>"], "llama3"),
-    "gpt-oss": (
-        _GPT_OSS,
-        ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>", "<|call|>"],
-        "llama3",
-    ),
+    "gpt-oss": (_GPT_OSS, ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>", "<|call|>"], "llama3"),
     "olmo": (  # its role markers are text
         _turns(
             f"<|{_ROLE}|>\n",

@@ -26,10 +26,6 @@ def turns(text):
     return [{"role": "user", "content": text}] if isinstance(text, str) else text
 
 
-def test_no_name_changes_nothing(rows):
-    assert augment(rows, [], seed=0) is rows
-
-
 def copies(rows, *args, **kwargs):
     """The rows that were added."""
     new = augment(rows, *args, **{"share": 1.0, **kwargs})
@@ -38,23 +34,19 @@ def copies(rows, *args, **kwargs):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_labels_and_the_text_stay(rows, name):
+def test_labels_and_the_text_stay_and_nothing_harmful_is_added(rows, name):
     new = copies(rows, [name], 0, SYSTEM)
     assert (new.labels == rows.labels).all() and new.columns == rows.columns
     for text, old in zip(new.texts, rows.texts, strict=True):
         assert text != old
         assert old in turns(text)[-1]["content"]
         assert turns(text)[-1]["role"] == "user"
-
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_what_is_added_is_never_harmful(rows, name):
-    for text, old in zip(copies(rows, [name], 0, SYSTEM).texts, rows.texts, strict=True):
         assert sum(turn["content"].count("BAD") for turn in turns(text)) == old.count("BAD")
 
 
 def test_seed_and_share(rows):
     names = list(AUGMENTATIONS)
+    assert augment(rows, [], seed=0) is rows
     assert augment(rows, names, 3, SYSTEM).texts == augment(rows, names, 3, SYSTEM).texts
     assert augment(rows, names, 3, SYSTEM).texts != augment(rows, names, 4, SYSTEM).texts
     assert len(copies(rows, ["lead_in", "quote"], 3, share=0.25)) == 2 * 20
@@ -80,8 +72,6 @@ def test_a_quote_can_be_long(rows):
 
 
 def test_refused(rows):
-    with pytest.raises(ProbeError, match="rot13"):
-        augment(rows, ["rot13"], 0)
     with pytest.raises(ProbeError, match="system_prompt"):
         augment(rows, ["system_prompt"], 0)
     with pytest.raises(ProbeError, match="label 0"):

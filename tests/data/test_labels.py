@@ -38,11 +38,6 @@ def test_single_labels(values, names, expected, found):
     assert read(values, names) == (expected, found, "single_label")
 
 
-def test_names_that_look_like_numbers():
-    assert read(["3.5", "4"], None, "single_label_classification") == ([0, 1], ["3.5", "4"], "single_label")
-    assert read(["3.5", "4"], None, "regression") == ([[3.5], [4.0]], ["value"], "regression")
-
-
 def test_several_labels():
     names = ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert read([[0, 2], []]) == ([[1, 0, 1], [0, 0, 0]], names, "multi_label")
@@ -56,6 +51,7 @@ def test_values():
     assert read([0.5, 2]) == ([[0.5], [2.0]], ["value"], "regression")
     cents = [Decimal("0.50"), Decimal("2.00")]
     assert read(cents) == ([[0.5], [2.0]], ["value"], "regression")
+    assert read(["3.5", "4"], None, "regression") == ([[3.5], [4.0]], ["value"], "regression")
     assert read([0, 1], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
     assert read([False, True], None, "regression") == ([[0.0], [1.0]], ["value"], "regression")
     assert read([0.5, -1e15])[0][1] == [np.float32(-1e15)]

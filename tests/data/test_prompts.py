@@ -1,14 +1,14 @@
 """Prompts are the same in training and in serving, have one BOS token and are cut to a length."""
 
-import logging
 from unittest.mock import patch
 
 import pytest
 import torch
+from chat_templates import chat_tokenizer
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llama_probe import ProbeConfig, ProbeError
@@ -138,39 +138,21 @@ class TestReplies:
 
 def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
     prompts = PromptFormat.create(tokenizer, max_length=60)
-    logger = logging.getLogger("llama_probe.data.prompts")
-    logger.addHandler(caplog.handler)
-    try:
-        short, long = prompts.encode(["Hi", "a" * 200])
-    finally:
-        logger.removeHandler(caplog.handler)
+    short, long = prompts.encode(["Hi", "a" * 200])
     assert len(long) == 60 and len(short) < 60
     assert tuple(long[-len(prompts.suffix_ids) :]) == prompts.suffix_ids
     assert tuple(long[: len(prompts.prefix_ids)]) == prompts.prefix_ids
     assert "1 of 2 prompts were cut to max_length=60 tokens" in caplog.text
 
 
-@pytest.fixture(scope="module")
-def merging():
-    """A tokenizer with tokens of up to 12 characters."""
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<bos>", "<eos>"])
-    words.train_from_iterator(["the cat sat on the mat, aaaaaaaaaaaa    bbbb abab"] * 9, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>")
-    fast.chat_template = make_tokenizer().chat_template
-    return fast
+PARTS = ["the bread ", "w", "word", "    ", "\n", "☂", "<|im_end|>", "flour,", "Instructions"]
 
 
-@given(
-    parts=st.lists(st.sampled_from(["the cat ", "a", "ab", "    ", "\n", "☂", "<eos>", "mat,"]), min_size=1),
-    data=st.data(),
-)
+@given(parts=st.lists(st.sampled_from(PARTS), min_size=1), max_length=st.integers(60, 99))
 @settings(deadline=None, max_examples=15)
-def test_a_long_text_is_cut_before_and_after_the_tokenizer_alike(merging, parts, data):
+def test_a_long_text_is_cut_before_and_after_the_tokenizer_alike(parts, max_length):
     text = "".join(parts) * (4_000 // len("".join(parts)))
-    prompts = PromptFormat.create(merging, max_length=data.draw(st.integers(60, 99)))
+    prompts = PromptFormat.create(chat_tokenizer("chatml"), max_length=max_length)
     whole = prompts._cut(prompts._encode_one(text))
     with patch.object(PromptFormat, "_tokenize", autospec=True, side_effect=PromptFormat._tokenize) as tokenize:
         assert prompts.encode([text]) == [whole]

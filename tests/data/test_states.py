@@ -36,20 +36,6 @@ def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("scope", ["content", "prompt"])
-def test_cached_equals_live(tmp_path, lm, scope):
-    probe, collate = make_head(lm, token_scope=scope), ProbeCollator()
-    live = PromptDataset(PROMPTS, LABELS)
-    cached = StateCache(tmp_path, torch.float32).dataset(lm, probe.config, PROMPTS, LABELS, batch_tokens=20)
-    assert len(cached) == len(list(cached)) == len(live)
-    batches = [collate([data[row] for row in range(5)]) for data in (live, cached)]
-    assert torch.equal(batches[0]["labels"], batches[1]["labels"])
-    with torch.no_grad():
-        a, b = (probe(**batch) for batch in batches)
-    torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(a.loss, b.loss)
-
-
 @pytest.mark.parametrize("kind", ["mha", "gate", "last"])
 def test_masks_replace_the_scope(tmp_path, lm, kind):
     probe = make_head(lm, probe_type=kind, token_scope="response")
@@ -71,6 +57,7 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
     "changes, shape",
     [
         ({}, (5, 11, 32)),
+        ({"token_scope": "prompt"}, (5, 14, 32)),
         ({"layers": [1, 4]}, (2, 11, 32)),
         ({"probe_type": "last"}, (1, 1, 32)),
         ({"probe_type": "last", "layers": [0, 3]}, (1, 1, 32)),
@@ -78,17 +65,19 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
 )
 def test_only_what_the_head_reads_is_kept(tmp_path, lm, changes, shape):
     probe, collate = make_head(lm, **changes), ProbeCollator()
-    cached = StateCache(tmp_path / "own", torch.float32).dataset(lm, probe.config, PROMPTS, LABELS)
-    assert cached[1]["hidden_states"].shape == shape
-    assert [cached[row]["input_ids"] for row in range(5)] == [ids[3:][-shape[1] :] for ids in PROMPTS]
+    cached = StateCache(tmp_path / "own", torch.float32).dataset(lm, probe.config, PROMPTS, LABELS, batch_tokens=20)
+    assert cached[1]["hidden_states"].shape == shape and len(cached) == len(list(cached)) == 5
+    counted = [ids if probe.config.token_scope == "prompt" else ids[3:] for ids in PROMPTS]
+    assert [cached[row]["input_ids"] for row in range(5)] == [ids[-shape[1] :] for ids in counted]
     whole = StateCache(tmp_path / "whole", torch.float32)
-    whole.dataset(lm, HEAD, PROMPTS, LABELS)
+    whole.dataset(lm, make_head(lm, token_scope=probe.config.token_scope).config, PROMPTS, LABELS)
     served = whole.dataset(lm, probe.config, PROMPTS, LABELS)
-    assert served[1]["hidden_states"].shape == (5, 11, 32), "an entry with all states serves every head"
+    assert served[1]["hidden_states"].shape == (5, len(counted[1]), 32), "an entry with all states serves every head"
     live = PromptDataset(PROMPTS, LABELS)
-    expected, *found = (probe(**collate([data[row] for row in range(5)])).logits for data in (live, cached, served))
-    for logits in found:
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    expected, *found = (probe(**collate([data[row] for row in range(5)])) for data in (live, cached, served))
+    for output in found:
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.loss, expected.loss)
 
 
 def test_an_entry_is_found_again_and_only_for_the_same(tmp_path, lm):
@@ -102,10 +91,9 @@ def test_an_entry_is_found_again_and_only_for_the_same(tmp_path, lm):
     assert names(cache.folder) == first and len(first) == 1, "labels and the LM's path do not matter"
     changed = make_lm()
     changed.model.layers[0].mlp.up_proj.weight.data.add_(0.01)
-    other_config = make_lm(rope_theta=100.0)
     others = [
         (changed, HEAD, PROMPTS),
-        (other_config, HEAD, PROMPTS),
+        (make_lm(rope_theta=100.0), HEAD, PROMPTS),
         (lm, HEAD, PROMPTS[:4]),
         (lm, HEAD.replace(token_scope="prompt"), PROMPTS),
     ]

@@ -1,7 +1,5 @@
 """Labelled rows from files and folders."""
 
-import gzip
-import json
 import os
 
 import numpy as np
@@ -15,19 +13,14 @@ from llama_probe.data.texts import read_labelled
 @pytest.fixture
 def write(tmp_path):
     def write(rows, name="rows.jsonl"):
-        path = tmp_path / name
+        path, table = tmp_path / name, Dataset.from_list(rows)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        if name.endswith(".gz"):
-            path.write_bytes(gzip.compress(text.encode()))
-        elif name.endswith((".csv", ".tsv")):
-            comma = "," if name.endswith(".csv") else "\t"
-            lines = [comma.join(rows[0])] + [comma.join(map(str, row.values())) for row in rows]
-            path.write_text("\n".join(lines) + "\n")
-        elif name.endswith(".parquet"):
-            Dataset.from_list(rows).to_parquet(path)
+        if path.suffix == ".parquet":
+            table.to_parquet(path)
+        elif path.suffix in (".csv", ".tsv"):
+            table.to_csv(path, sep="," if path.suffix == ".csv" else "\t")
         else:
-            path.write_text(text)
+            table.to_json(path)
         return str(path)
 
     return write

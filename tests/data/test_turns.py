@@ -106,7 +106,7 @@ def test_a_chat_without_a_user_is_refused(family):
 
 
 @pytest.mark.parametrize("scope", ["last_user", "user", "turns"])
-def test_raw_text_is_read_whole(scope, caplog):
+def test_raw_text_is_read_whole(scope):
     config = ProbeConfig(probe_type="gate", token_scope=scope, **_fields("chatml"))
     ids = chat_tokenizer("chatml")(ASK, return_tensors="pt")["input_ids"]
     assert token_mask(config, ids, None).all() and not token_mask(config, ids, None, partial_prompt=True).any()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, make_lm, make_probe
+from conftest import make_lm, make_probe
 from sklearn.metrics import roc_auc_score
 
 from llama_probe import ProbeError
@@ -80,4 +80,3 @@ def test_a_log_of_other_heads(kind):
     reference = fit_novelty(probe, rows, dataset(prompts(50, 3, 40, 1)))
     found = compare_log(probe.config, reference, *predict_rows(probe, rows))
     assert found["rows"] == 50 and ("labels" in found) == (kind != "regression")
-    assert probe.config.hidden_size == HIDDEN

@@ -77,11 +77,8 @@ def test_chunked_is_whole_for_several_heads(tmp_path, backbone_folder, heads, ru
         assert row["mood_label"] == whole["mood_label"][i] and row["topics_label"] == whole["topics_label"][i]
         assert row["mood_probabilities"] == pytest.approx(whole["mood_probabilities"][i], abs=1e-5)
         assert row["size_values"] == pytest.approx(whole["size_values"][i], abs=1e-4)
-        assert (
-            row["topics_novelty"] == pytest.approx(whole["topics_novelty"][i], abs=1e-4)
-            and 0 <= row["topics_novelty"] <= 1
-        )
-        assert "mood_novelty" not in row
+        assert row["topics_novelty"] == pytest.approx(whole["topics_novelty"][i], abs=1e-4)
+        assert 0 <= row["topics_novelty"] <= 1 and "mood_novelty" not in row
     assert len({round(row["mood_probabilities"]["awful"], 5) for row in rows}) > 10, "or any order would pass"
 
 
