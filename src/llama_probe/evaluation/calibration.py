@@ -230,24 +230,24 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
         edges = {"low": round(i / _BINS, 4), "high": round((i + 1) / _BINS, 4), "rows": int(rows.sum())}
         means = {"confidence": confidence[rows].mean(), "frequency": holds[rows].mean()}
         table.append(edges | {name: round(float(value), 4) for name, value in means.items()})
-    gaps = calibration_gaps(logits, labels, config), calibration_gaps(logits, labels, config.replace(temperature=1.0))
-    errors = (round(float(np.abs(part.mean(axis=0)).sum()), 4) for part in gaps)
-    return dict(zip(("error", "error_uncalibrated"), errors, strict=True)) | {"bins": table}
+    gaps = calibration_gaps(logits, labels, config)
+    return {name: round(float(np.abs(part.mean(axis=0)).sum()), 4) for name, part in gaps.items()} | {"bins": table}
 
 
-def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> np.ndarray:
-    """Return what each row adds to the expected calibration error of `reliability`.
+def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, np.ndarray]:
+    """Return what each row adds to `error` and `error_uncalibrated` of `reliability`, by name.
 
     Returns:
-        `[rows, bins]`: confidence minus truth, in the bin of the confidence; for multi-label heads the mean over the
+        `[rows, bins]` each: confidence minus truth, in the bin of the confidence; for multi-label heads the mean over the
         labels. With weights `[rows]` that sum to n, the error is the sum of `|weights @ gaps| / n`.
     """
-    confidence, holds = _confidence(logits, labels, config)
-    each = len(confidence) // max(len(labels), 1)
-    gaps = np.zeros((len(labels), _BINS))
-    rows = np.arange(len(confidence)) // each
-    np.add.at(gaps, (rows, _bin_of(confidence)), (confidence.astype(np.float64) - holds) / each)
-    return gaps
+    found = {}
+    for name, judge in (("error", config), ("error_uncalibrated", config.replace(temperature=1.0))):
+        confidence, holds = _confidence(logits, labels, judge)
+        each = len(confidence) // max(len(labels), 1)
+        rows, found[name] = np.arange(len(confidence)) // each, np.zeros((len(labels), _BINS))
+        np.add.at(found[name], (rows, _bin_of(confidence)), (confidence.astype(np.float64) - holds) / each)
+    return found
 
 
 def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -208,8 +208,7 @@ def detailed_report(
     result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
     statistics = [score_statistic(probs, labels, config, ranked)]
     if classes:
-        gaps = {"error": calibration_gaps(logits, labels, config)}
-        gaps["error_uncalibrated"] = calibration_gaps(logits, labels, config.replace(temperature=1.0))
+        gaps = calibration_gaps(logits, labels, config)
         statistics.append(
             lambda weights: {
                 name: np.abs(weights @ part).sum(axis=1) / weights.sum(axis=1) for name, part in gaps.items()
