@@ -37,7 +37,8 @@ _STEP = 64  # rows of a parquet file that are decoded before they are measured
 
 def kind_of(path: Path) -> str | None:
     """Return the format of a file by its suffix, or by the one before `.gz`. None if it is not in `KINDS`."""
-    return KINDS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
+    kind = KINDS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
+    return None if path.suffix == ".gz" and kind == "parquet" else kind
 
 
 @dataclass
@@ -64,8 +65,8 @@ class InputFile:
 
     def __init__(self, path: Path):
         self.path, self.kind = path, kind_of(path)
-        if self.kind is None or path.name.endswith(".parquet.gz"):
-            raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, each also with .gz")
+        if self.kind is None:
+            raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, all but parquet also with .gz")
 
     @classmethod
     def find(cls, patterns: Sequence[str]) -> list[InputFile]:

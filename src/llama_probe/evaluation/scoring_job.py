@@ -81,9 +81,8 @@ class TextScorer:
             configs = {name: self.heads[name].config for name in names}
             given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
             read = torch.stack(list(read_masks(configs, prompt_masks(configs, *given)).values())).any(dim=0)
-            unread = (
-                read.int().argmax(dim=1).tolist()
-            )  # the first tokens of each prompt that none of these heads reads
+            # The first tokens of each prompt that none of these heads reads.
+            unread = read.int().argmax(dim=1).tolist()
             for each in plan_passes(self.model, ids, unread, self.batch_tokens):
                 batch, width = each.rows, max(len(ids[i]) for i in each.rows)
                 part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
