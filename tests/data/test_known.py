@@ -104,6 +104,10 @@ ON_HUB = {
         ["User: Q\n\nAssistant: A", "User: Q\n\nAssistant: B"], [0, 1],
         {name: [row[name] for row in BEAVERS] for name in ("prompt", "response", "category")},
     ),
+    "beavertails_prompts": (
+        "test", (None, "30k_test"), BEAVERS, ["Q", "Q"], [0, 1],
+        {name: [row[name] for row in BEAVERS] for name in ("prompt", "response", "category")},
+    ),
 }  # fmt: skip
 
 

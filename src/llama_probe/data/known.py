@@ -7,7 +7,7 @@ The ids, configurations, splits and columns are those of public code in 2026. No
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
@@ -269,3 +269,12 @@ _ALL = (
 )
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+# The prompts alone, a row a reply, for heads that read no replies.
+BENCHMARKS["beavertails_prompts"] = replace(
+    BENCHMARKS["beavertails"],
+    name="beavertails_prompts",
+    title="BeaverTails-30k, prompts",
+    text="prompt",
+    note="Prompts of BeaverTails-30k (the label is of prompt and reply together), CC BY-NC 4.0: non-commercial use only.",
+    exchange=None,
+)
