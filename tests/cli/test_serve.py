@@ -26,7 +26,7 @@ TWO = {0: "None", 1: "[some]"}
 def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
     model = SimpleNamespace(probes={"mood": SimpleNamespace(config=ProbeConfig(**config))})
     row = {"prompt": "[b]hi", "labels": {"mood": label}, "probabilities": {"mood": found}}
-    serve._print_rows([row], model, as_json=False)
+    serve._print_rows([row], model)
     printed = capsys.readouterr().out
     assert [cell.strip() for cell in printed.splitlines()[3].strip("│ ").split("│")] == ["[b]hi", shown]
 

@@ -6,16 +6,14 @@ import re
 
 import pytest
 import torch
-import typer
+from command_line import succeed
 from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
-from typer.testing import CliRunner
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
-from llama_probe.cli.export import export as export_command
 from llama_probe.heads import registry
 from llama_probe.heads.configuration import read_config
 from llama_probe.hub.folder import HEAD_FILES, read_results
@@ -283,13 +281,9 @@ class TestHub:
 
     def test_the_command(self, hub, token, backbone_folder, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", token)
-        app = typer.Typer()
-        app.command()(export_command)
         head = save_head(toxic(), tmp_path / "toxic")
-        options = ["--backbone", backbone_folder, "--probe", head, "--license", "mit", "--push", REPO, "--json"]
-        done = CliRunner().invoke(app, [str(tmp_path / "out"), *map(str, options)])
-        assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout) == {
+        options = ("--backbone", backbone_folder, "--probe", head, "--license", "mit", "--push", REPO, "--json")
+        assert succeed("export", tmp_path / "out", *options) == {
             "folder": str(tmp_path / "out"),
             "commit": hub.head(REPO),
             "url": f"{hub.url}/{REPO}/commit/{hub.head(REPO)}",

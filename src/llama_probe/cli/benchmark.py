@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 from transformers.utils import logging
@@ -16,7 +14,7 @@ from ..experiments.benchmark.operations import DEVICES
 from ..experiments.benchmark.operations import columns as operation_columns
 from ..experiments.benchmark.serving_benchmark import ServingBenchmark
 from .console import create_console, escape, print_table
-from .options import BACKBONE, DTYPE, Fields, Json
+from .options import BACKBONE, DTYPE, Fields, Result
 
 
 _BENCHMARK = Fields(
@@ -40,8 +38,7 @@ def benchmark(
             "--as", metavar="DEVICE", help="With --operations: choose as on cuda or cpu. Default: as on --device."
         ),
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Measure what heads cost while the model serves, next to the plain model."""
     if as_device is not None and not operations:
         raise ProbeError(f"--as {as_device} needs --operations")
@@ -50,16 +47,17 @@ def benchmark(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            report = settings.count_operations(as_device) if operations else settings.execute()
+        report = settings.count_operations(as_device) if operations else settings.execute()
     finally:
         logging.set_verbosity(verbosity)
-    if as_json:
-        print(json.dumps(report))
-        return
-    if operations:
-        print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]))
-        return
+    return report, partial(_print_operations if operations else _print_times, report)
+
+
+def _print_operations(report: dict[str, Any]) -> None:
+    print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]))
+
+
+def _print_times(report: dict[str, Any]) -> None:
     for title, rows in benchmark_report.by_load(report).items():
         print_table(title, *benchmark_report.columns(rows))
     for note in benchmark_report.notes(report):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -18,7 +16,7 @@ from ..evaluation.novelty import MAX_ROWS, MIN_ROWS, fit_novelty
 from ..heads.novelty import novelty_layers
 from .console import create_console, escape, print_table
 from .head import HeadOptions
-from .options import Fields, Json
+from .options import Fields, Result
 from .rows import DATA, ROWS_HELP, TextColumn, check_head_folder, read_texts, short_name
 
 
@@ -52,8 +50,7 @@ def calibrate(
     text_column: TextColumn = "text",
     data_dir: Annotated[Path | None, typer.Option(help=ROWS_HELP["data_dir"])] = None,
     max_text: Annotated[int, typer.Option(min=1, help=ROWS_HELP["max_text"])] = MAX_TEXT,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Fit thresholds of a head on rows that it should flag seldom, or how unlike its training data a prompt is."""
     check_head_folder(scored.probe, "calibrate")
     if not benign and not novelty_data:
@@ -64,7 +61,7 @@ def calibrate(
     from ..evaluation.calibration import check_rates, with_rates
     from ..evaluation.report import predict_logits
 
-    with process_group(), contextlib.redirect_stdout(sys.stderr):
+    with process_group():
         head = scored.load()
         if novelty_data:
             novelty_layers(head.config)
@@ -98,21 +95,20 @@ def calibrate(
             sources = [short_name(source) for source in (*novelty_data, *(novelty_validation or ()))]
             later["novelty"] = {"sources": sources, **fitted}
         if not is_main():
-            return
+            return None
         head.results = (head.results or {}) | later
         head.save_pretrained(scored.probe)
-    if as_json:
-        print(json.dumps(found | ({"novelty": later["novelty"]} if novelty_data else {})))
-        return
     if novelty_data:
-        counts = later["novelty"]["rows"]
-        create_console().print(
-            escape(
-                f"{scored.probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}"
-            )
-        )
-    if not benign:
-        return
-    rows = [(name, f"{threshold:.4f}") for name, threshold in head.config.thresholds.items()]
-    title = f"{scored.probe} on {len(texts):,} rows that it should not flag"
-    print_table(title, ("threshold", "from a probability of"), rows)
+        found["novelty"] = later["novelty"]
+    return found, partial(_print, scored.probe, found)
+
+
+def _print(probe: str, found: dict[str, Any]) -> None:
+    if "novelty" in found:
+        counts = found["novelty"]["rows"]
+        told = f"{probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}"
+        create_console().print(escape(told))
+    if "thresholds" in found:
+        rows = [(name, f"{threshold:.4f}") for name, threshold in found["thresholds"].items()]
+        title = f"{probe} on {found['rows']:,} rows that it should not flag"
+        print_table(title, ("threshold", "from a probability of"), rows)

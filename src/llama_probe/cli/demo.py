@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +17,7 @@ from ..backbone.loading import demo_backbone
 from ..errors import ProbeError
 from ..serving.auto import AutoModelForProbedGeneration
 from .console import create_console, escape
-from .options import Json
+from .options import Result
 
 
 HEADS = ("safety", "emotion-mha")
@@ -82,22 +82,23 @@ def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
 
 def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 24,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."""
-    console = create_console(stderr=as_json)
+    console = create_console(stderr=True)
     console.print(
         "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it."
     )
     console.print("Preparing it (half a minute the first time) ...\n")
-    rows = []
-    for row in run_demo(max_new_tokens):
+    replies = run_demo(max_new_tokens)
+    return replies, partial(_print, replies)
+
+
+def _print(replies: Iterable[dict[str, Any]]) -> None:
+    """Print each reply when it is there, and the time of all."""
+    console, rows = create_console(), []
+    for row in replies:
         rows.append(row)
-        if not as_json:
-            _print_reply(console, row)
-    if as_json:
-        print(json.dumps(rows))
-        return
+        _print_reply(console, row)
     if any(None in row["labels"].values() for row in rows):
         console.print("?: the prompt is unlike what the head was trained on")
     # The median of the pairs: one pause of the machine would dominate a sum.

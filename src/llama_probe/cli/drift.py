@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +19,7 @@ from ..files import check_writable, make_folder, write_atomically
 from ..heads.novelty import FAR
 from .console import create_console, escape, print_table
 from .head import HeadOptions
-from .options import Fields, Json
+from .options import Fields, Result
 from .rows import ROWS_HELP, TextColumn
 
 
@@ -39,34 +37,27 @@ def drift(
     top: Annotated[int, typer.Option(min=0, help="Rows to name as most worth labelling.")] = 20,
     max_rows: Annotated[int, typer.Option(min=1, help="Rows to read at most, spread evenly over the log.")] = 5000,
     max_text: Annotated[int, typer.Option(min=1, help=ROWS_HELP["max_text"])] = MAX_TEXT,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Compare a log of served prompts with the rows that a head was trained on."""
     if output is not None:
         check_writable(output, "the plot")
-    with contextlib.redirect_stdout(sys.stderr):
-        head = scored.load()
-        reference = (head.results or {}).get("novelty")
-        if head.novelty is None or reference is None:
-            raise ProbeError(f"{scored.probe} has no novelty to compare with; calibrate --novelty-data fits it")
-        texts = _texts(input, text_column, max_text)
-        rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
-        scored.attach()
-        logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]), progress=True)
-        found = compare_log(head.config, reference, logits, novelty, top)
-        for row in found["worth_labelling"]:
-            row["row"] = rows[row["row"]]
-            row["text"] = texts[row["row"]]
-        if output is not None:
-            figure = drift_plot(head.config, logits, novelty, reference)
-            make_folder(output)
-            write_atomically({output / "drift.png": png_writer(lambda: figure)})
-    if as_json:
-        print(json.dumps(found))
-        return
-    _print(scored.probe, found)
+    head = scored.load()
+    reference = (head.results or {}).get("novelty")
+    if head.novelty is None or reference is None:
+        raise ProbeError(f"{scored.probe} has no novelty to compare with; calibrate --novelty-data fits it")
+    texts = _texts(input, text_column, max_text)
+    rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
+    scored.attach()
+    logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]), progress=True)
+    found = compare_log(head.config, reference, logits, novelty, top)
+    for row in found["worth_labelling"]:
+        row["row"] = rows[row["row"]]
+        row["text"] = texts[row["row"]]
     if output is not None:
-        print(f"written: {output / 'drift.png'}")
+        figure = drift_plot(head.config, logits, novelty, reference)
+        make_folder(output)
+        write_atomically({output / "drift.png": png_writer(lambda: figure)})
+    return found, partial(_print, scored.probe, found, output)
 
 
 def _texts(patterns: list[str], column: str, max_text: int) -> list[Any]:
@@ -82,7 +73,7 @@ def _texts(patterns: list[str], column: str, max_text: int) -> list[Any]:
     return texts
 
 
-def _print(probe: str, found: dict[str, Any]) -> None:
+def _print(probe: str, found: dict[str, Any], output: Path | None) -> None:
     novelty, (low, high) = found["novelty"], found["novelty"]["interval"]
     create_console().print(
         escape(
@@ -102,12 +93,13 @@ def _print(probe: str, found: dict[str, Any]) -> None:
         for name, part in found["scores"].items()
     ]
     print_table("deciles 10, 50 and 90 % of the scores", ("score", "log", "validation rows"), rows)
-    if not found["worth_labelling"]:
-        return
     rows = []
     for row in found["worth_labelling"]:
         text = row["text"] if isinstance(row["text"], str) else row["text"][-1]["content"]
         text = " ".join(str(text).split())
         text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
         rows.append((f"{row['row']:,}", f"{row['novelty']:.3f}", f"{row['unsure']:.2f}", text))
-    print_table("most worth labelling: new, and unsure", ("row", "novelty", "unsure", "text"), rows, left=4)
+    if rows:
+        print_table("most worth labelling: new, and unsure", ("row", "novelty", "unsure", "text"), rows, left=4)
+    if output is not None:
+        print(f"written: {output / 'drift.png'}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import sys
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from ..heads.novelty import FAR
 from ..hub.folder import measured_rules, read_results
 from .console import create_console, print_table
 from .head import HeadOptions
-from .options import Fields, Json
+from .options import Fields, Result
 from .rows import LabelledRows, check_head_folder, read_texts, short_name
 
 
@@ -70,8 +68,7 @@ def evaluate(
     bootstrap: Annotated[
         int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
     ] = 1000,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Score a head on labelled rows, with its saved temperature and threshold."""
     probe = scored.probe
     if record is not None:
@@ -79,7 +76,7 @@ def evaluate(
     check_shares(ask or ())
     if judge_column is not None and not ask:
         raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
-    with process_group(), contextlib.redirect_stdout(sys.stderr):
+    with process_group():
         head = scored.load()
         # These take seconds to import.
         from ..evaluation.detection import apply_rules, follow_replies
@@ -115,7 +112,7 @@ def evaluate(
             name: predict_rows(head, scored.dataset(texts), progress=True)[1] for name, texts in others.items()
         }
         if not is_main():
-            return
+            return None
         result = detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
         if is_binary(head.config):
             result = without_undefined(result, labelled.labels) | {"flagged": flagged_share(head.config, logits)}
@@ -133,12 +130,7 @@ def evaluate(
                 result, source=short_name(rows.data)
             )
             head.save_pretrained(probe)
-    if as_json:
-        print(json.dumps(result))
-        return
-    _print_report(f"{probe} on {rows.data}", result, head.config.temperature)
-    if bootstrap:
-        create_console().print(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows.")
+    return result, partial(_print_report, f"{probe} on {rows.data}", result, head.config.temperature, bootstrap)
 
 
 def _select(rows: LabelledRows, config: Any, columns: list[str], limit: int | None) -> tuple[Any, dict[str, list]]:
@@ -169,7 +161,7 @@ def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
     return np.array([known[value] for value in values])
 
 
-def _print_report(title: str, result: dict[str, Any], temperature: float) -> None:
+def _print_report(title: str, result: dict[str, Any], temperature: float, bootstrap: int) -> None:
     parts = {"all rows": {name: value for name, value in result.items() if not isinstance(value, (dict, list))}}
     if "intervals" in result:
         parts["all rows"]["intervals"] = result["intervals"]
@@ -200,6 +192,8 @@ def _print_report(title: str, result: dict[str, Any], temperature: float) -> Non
         _print_asking(found)
     for label, rules in result.get("halting", {}).items():
         _print_halting(label, rules)
+    if bootstrap:
+        create_console().print(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows.")
 
 
 def _print_parts(title: str, parts: dict[str, dict[str, Any]]) -> None:

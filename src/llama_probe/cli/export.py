@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +12,8 @@ from ..evaluation.plots import write_plots
 from ..hub.card import write_card
 from ..hub.folder import list_heads
 from ..serving.export import export_repository, push_repository
-from .options import Backbone, CreatePr, Dtype, Json, Private, Probes, PushRevision, TrustRemoteCode
+from .options import Backbone, CreatePr, Dtype, Private, Probes, PushRevision, Result, TrustRemoteCode
+from .share import commit_facts, print_commit
 
 
 def export(
@@ -31,30 +30,28 @@ def export(
     revision: PushRevision = None,
     create_pr: CreatePr = False,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Write a Hub repository that runs backbone and heads without this package."""
-    info = None
-    with contextlib.redirect_stdout(sys.stderr):
-        folder = export_repository(
-            backbone,
-            output,
-            probe,
-            dtype=dtype,
-            base_model=base_model,
-            license=license,
-            repo_id=push,
-            trust_remote_code=trust_remote_code,
-        )
-        for name, head in list_heads(folder).items():
-            if write_plots(head):
-                write_card(head, source=f"{push}:{name}" if push else None)  # shows the plots
-        if push is not None:
-            info = push_repository(folder, push, private=private, revision=revision, create_pr=create_pr)
-    if as_json:
-        pushed = {} if info is None else {"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}
-        print(json.dumps({"folder": str(folder), **pushed}))
-        return
+    folder = export_repository(
+        backbone,
+        output,
+        probe,
+        dtype=dtype,
+        base_model=base_model,
+        license=license,
+        repo_id=push,
+        trust_remote_code=trust_remote_code,
+    )
+    for name, head in list_heads(folder).items():
+        if write_plots(head):
+            write_card(head, source=f"{push}:{name}" if push else None)  # shows the plots
+    pushed = {}
+    if push is not None:
+        pushed = commit_facts(push_repository(folder, push, private=private, revision=revision, create_pr=create_pr))
+    return {"folder": str(folder), **pushed}, partial(_print, output, pushed)
+
+
+def _print(output: Path, pushed: dict[str, str | None]) -> None:
     print(f"repository written to {output}; its README.md tells how to use it")
-    if info is not None:
-        print(f"pushed: {info.pr_url or info.commit_url}")
+    if pushed:
+        print_commit(pushed)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..errors import ProbeError
-from ..heads.configuration import read_config
-from ..heads.match import compare
+from ..heads.configuration import ProbeConfig, read_config
+from ..heads.match import Check, compare
 from ..heads.probe import ProbeModel
 from ..hub.card import results_table
 from ..hub.resolve import bundled_heads, resolve_head
 from ..hub.transport import HubOptions
 from .console import print_table
-from .options import Dtype, Json, Revision, TrustRemoteCode, check_revision
+from .options import Dtype, Result, Revision, TrustRemoteCode, check_revision
 
 
 _VERDICTS = {
@@ -43,39 +42,32 @@ def inspect(
         bool, typer.Option(help="Print the bundled heads and their results as a Markdown table.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Show a head, check it against a backbone, or list the bundled heads."""
-    if markdown and (probe or as_json):
-        raise ProbeError(f"--markdown lists all bundled heads: leave out {probe or '--json'}")
+    if markdown and probe:
+        raise ProbeError(f"--markdown lists all bundled heads: leave out {probe}")
     if probe is None and (backbone or revision):
         raise ProbeError("--backbone and --revision need a head: name it first")
-    if markdown:
-        print(results_table(bundled_heads().values()))
-        return
     if probe is None:
-        _list_bundled(as_json)
-        return
+        heads = bundled_heads()
+        configs = {alias: read_config(folder) for alias, folder in heads.items()}
+        show = partial(print, results_table(heads.values())) if markdown else partial(_print_heads, configs)
+        return {alias: config.to_dict() for alias, config in configs.items()}, show
     check_revision(probe, revision)
     target = None if backbone is None else backbone_target(backbone)
     folder = resolve_head(probe, target, HubOptions(revision))
     head = ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if backbone is not None:
-        _compare(probe, head.config, backbone, dtype, as_json)
-        return
+        lm, tokenizer = load_backbone(backbone, dtype)
+        lm.config._name_or_path = model_id(backbone)
+        checks = compare(head.config, lm, tokenizer)
+        return [asdict(check) for check in checks], partial(_print_checks, probe, backbone, checks)
     values = head.config.to_dict() | {"num_parameters": head.num_parameters()}
-    if as_json:
-        print(json.dumps(values))
-        return
     rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in sorted(values.items())]
-    print_table(probe, ("field", "value"), rows, left=2)
+    return values, partial(print_table, probe, ("field", "value"), rows, left=2)
 
 
-def _list_bundled(as_json: bool) -> None:
-    configs = {alias: read_config(folder) for alias, folder in bundled_heads().items()}
-    if as_json:
-        print(json.dumps({alias: config.to_dict() for alias, config in configs.items()}))
-        return
+def _print_heads(configs: dict[str, ProbeConfig]) -> None:
     rows = [
         (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
         for alias, config in configs.items()
@@ -83,14 +75,7 @@ def _list_bundled(as_json: bool) -> None:
     print_table("bundled heads", ("alias", "kind", "labels", "backbone"), rows, left=4)
 
 
-def _compare(probe: str, config: Any, backbone: str, dtype: str, as_json: bool) -> None:
-    with contextlib.redirect_stdout(sys.stderr):
-        lm, tokenizer = load_backbone(backbone, dtype)
-    lm.config._name_or_path = model_id(backbone)
-    checks = compare(config, lm, tokenizer)
-    if as_json:
-        print(json.dumps([asdict(check) for check in checks]))
-        return
+def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:
     rows = []
     for check in checks:
         cells = ("-" if value is None else str(value) for value in (check.recorded, check.found))

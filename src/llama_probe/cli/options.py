@@ -8,8 +8,10 @@ A command takes a dataclass like any other argument. Every field with a `help` i
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import dataclasses
 import inspect
+import json
 import os
 import re
 import shlex
@@ -50,7 +52,6 @@ TRUST_REMOTE_CODE = "Run the code file of a head whose kind is not part of this 
 Backbone = Annotated[str, typer.Option(help=BACKBONE)]
 HeadsBackbone = Annotated[str | None, typer.Option("--backbone", help=f"{BACKBONE} Default: the head's own.")]
 Dtype = Annotated[str, typer.Option(help=DTYPE)]
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
 Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")]
 Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias. Repeatable.")]
@@ -124,6 +125,10 @@ def _show_all(context: typer.Context, wanted: bool) -> None:
 HelpAll = Annotated[
     bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show all options and exit.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
+
+# The results of a command as JSON values, and a function that prints them for people; None on a rank that prints nothing.
+Result = tuple[Any, Callable[[], object]] | None
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
@@ -201,10 +206,11 @@ def _option_type(hint: Any) -> Any:
     return parts[0]
 
 
-def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callable[..., None]:
+def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Callable[..., None]:
     """Return `function` for typer: a parameter that is annotated with `Fields` becomes one option a field.
 
-    An error of the library that begins with a field, `max_rows=0 must be ...`, names the option instead.
+    Its result is printed, as JSON with `--json`. All that it prints itself goes to standard error. An error of the library that
+    begins with a field, `max_rows=0 must be ...`, names the option instead.
 
     Args:
         own_kinds: add the option `--import`.
@@ -219,6 +225,7 @@ def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callab
             parameters += options.values()
         else:
             parameters.append(_parameter(parameter.name, parameter.annotation, parameter.default))
+    parameters.append(_parameter("as_json", Json, False))
     if own_kinds:
         parameters.append(_parameter("imports", Import))
     parameters.append(_parameter("help_all", HelpAll, False))
@@ -230,13 +237,17 @@ def as_command(function: Callable[..., None], own_kinds: bool = False) -> Callab
     }
     typed = re.compile(rf"(?<![-\w])({'|'.join(options)})(=True\b|(?==))")
 
-    def run(imports: Any = None, help_all: bool = False, **given: Any) -> None:
+    def run(as_json: bool, imports: Any = None, help_all: bool = False, **given: Any) -> None:
         try:
             for name, (fields, owner, members) in groups.items():
                 given[name] = fields.build(owner, {member: given.pop(member) for member in members})
             if script := sys.modules.get("llama_probe_command"):
                 script.listen()
-            function(**given)
+            with contextlib.redirect_stdout(sys.stderr):
+                result = function(**given)
+            if result is not None:
+                values, show = result
+                print(json.dumps(values, default=list)) if as_json else show()
         except ProbeError as error:
             raise ProbeError(typed.sub(lambda found: options[found[1]], str(error))) from error
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +26,7 @@ from ..hub.resolve import check_name, default_name
 from ..serving.auto import AutoModelForProbedGeneration
 from .console import print_table
 from .head import HeadOptions
-from .options import Dtype, Fields, HeadsBackbone, Json, TrustRemoteCode
+from .options import Dtype, Fields, HeadsBackbone, Result, TrustRemoteCode
 from .rows import LabelledRows
 
 
@@ -50,8 +47,7 @@ def plot(
     backbone: HeadsBackbone = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Draw what a head looked at in texts, and how well it does.
 
     For each text: a heat map of its tokens and the layers (PNG), and a page with the coloured text (HTML). For the head:
@@ -63,30 +59,29 @@ def plot(
     check_writable(output, "the plots")
     new_figure()  # raises if matplotlib is missing
     readings, labelled, scored = [], None, HeadOptions(probe, backbone, dtype, trust_remote_code)
-    with contextlib.redirect_stdout(sys.stderr):
-        name = check_name(default_name(probe))
-        head = scored.load()
-        inspection = (head.results or {}).get("inspection")
-        if rows.data is not None:
-            labelled = rows.read(head.config)
-        elif not texts and not inspection:
-            raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
-        if texts or labelled is not None:
-            lm, tokenizer = load_backbone(scored.backbone, dtype)
-            model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
-            readings = read_texts(model, tokenizer, texts) if texts else []
-            if labelled is not None:
-                from ..evaluation.report import inspect_head  # needs packages that drawing does not need
+    name = check_name(default_name(probe))
+    head = scored.load()
+    inspection = (head.results or {}).get("inspection")
+    if rows.data is not None:
+        labelled = rows.read(head.config)
+    elif not texts and not inspection:
+        raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
+    if texts or labelled is not None:
+        lm, tokenizer = load_backbone(scored.backbone, dtype)
+        model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
+        readings = read_texts(model, tokenizer, texts) if texts else []
+        if labelled is not None:
+            from ..evaluation.report import inspect_head  # needs packages that drawing does not need
 
-                head.set_backbone(model)
-                prompts, masks, _ = PromptFormat.from_config(head.config, tokenizer).encode_for(
-                    head.config, labelled.texts
-                )
-                dataset = PromptDataset(prompts, labelled.labels, masks)
-                inspection = {
-                    "split": Path(rows.data).name,
-                    **inspect_head(head, dataset, labelled.labels, progress=True),
-                }
+            head.set_backbone(model)
+            prompts, masks, _ = PromptFormat.from_config(head.config, tokenizer).encode_for(
+                head.config, labelled.texts
+            )
+            dataset = PromptDataset(prompts, labelled.labels, masks)
+            inspection = {
+                "split": Path(rows.data).name,
+                **inspect_head(head, dataset, labelled.labels, progress=True),
+            }
     drawings = [drawing for number, reading in enumerate(readings, 1) for drawing in _draw_text(reading, number)]
     try:
         drawings += _draw_head(inspection or {}, head.config)
@@ -95,10 +90,8 @@ def plot(
     make_folder(output)
     write_atomically({output / item.name: item.write for item in drawings})
     files = [{"file": str(output / item.name), "shows": item.shows, **item.facts} for item in drawings]
-    if as_json:
-        print(json.dumps({"files": files}))
-        return
-    print_table(None, ("file", "shows"), [(item["file"], item["shows"]) for item in files], left=2)
+    shown = [(item["file"], item["shows"]) for item in files]
+    return {"files": files}, partial(print_table, None, ("file", "shows"), shown, left=2)
 
 
 def _draw_text(reading: Reading, number: int) -> list[_Drawing]:

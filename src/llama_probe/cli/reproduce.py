@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +13,7 @@ from ..experiments.reproduction.report import REPORT_NAME
 from ..experiments.reproduction.reproduction import DATA, Reproduction
 from ..experiments.reproduction.workbench import Workbench
 from .console import print_table
-from .options import BACKBONE, DTYPE, Fields, Json, command_line, split_names
+from .options import BACKBONE, DTYPE, Fields, Result, command_line, split_names
 from .rows import ROWS_HELP
 
 
@@ -42,16 +40,15 @@ def reproduce(
     bench: Annotated[dict[str, Any], _BENCH],
     report: Annotated[dict[str, Any], _REPORT],
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each method that depends on chance.")] = 3,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes."""
     output: Path = report["output"]
     workbench = Workbench(scratch=output / ".states", seeds=list(range(seeds)), **bench)
-    with contextlib.redirect_stdout(sys.stderr):
-        results = Reproduction(workbench, command=command_line(), **report).execute()
-    if as_json:
-        print(json.dumps(results))
-        return
+    results = Reproduction(workbench, command=command_line(), **report).execute()
+    return results, partial(_print, results, output)
+
+
+def _print(results: dict[str, Any], output: Path) -> None:
     for source, by_method in results["main"].items():
         shown = {name: result for name, result in by_method.items() if result is not None}
         found = columns(source)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ from ..hub.transport import HubOptions
 from ..serving.halting_words import read_halting
 from ..serving.sources import read_heads
 from .console import print_table, printable
-from .options import AbstainAt, Dtype, HeadsBackbone, Json, Probes, TrustRemoteCode, backbone_of
+from .options import AbstainAt, Dtype, HeadsBackbone, Probes, Result, TrustRemoteCode, backbone_of
 from .rows import PromptColumn, TextColumn
 
 
@@ -47,8 +46,7 @@ def generate(
     abstain_at: AbstainAt = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Reply to prompts, with the labels of each head from the same pass."""
     rules = read_halting(halt_on or [])
     if halt_reply is not None and not rules:
@@ -74,7 +72,7 @@ def generate(
             for row, halt in zip(found, out.probe_halts, strict=True):
                 row["halted"] = None if halt is None else dataclasses.asdict(halt)
         rows += found
-    _print_rows(rows, model, as_json)
+    return rows, partial(_print_rows, rows, model)
 
 
 def classify(
@@ -102,8 +100,7 @@ def classify(
     ] = MAX_TEXT,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Label prompts, or the rows of files (--input), without a reply.
 
     With --input the rows of any number of files are read a chunk at a time, and each chunk becomes a parquet file in
@@ -119,8 +116,14 @@ def classify(
         settings = {"text_column": text_column, "prompt_column": prompt_column, "keep_columns": keep_column or []}
         settings |= {"chunk_rows": chunk_rows, "resume": resume, "dtype": dtype, "max_text": max_text}
         probes = _read_heads(probe, backbone, True) if trust_remote_code else probe
-        _score_files(files, output, probes, backbone, as_json, settings)
-        return
+        from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
+
+        with process_group():
+            done = ScoringJob(files, output, probes, backbone, **settings).execute()
+            if not is_main():
+                return None
+        summary = f"{done['rows']:,} rows in {len(done['parts'])} files in {output}; {MANIFEST_NAME} lists them"
+        return done, partial(print, summary)
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
     texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
@@ -129,18 +132,8 @@ def classify(
     labels = {name: output.labels for name, output in found.items()}
     novelty = {name: output.novelty for name, output in found.items() if output.novelty is not None}
     probabilities = {name: output.probabilities for name, output in found.items()}
-    _print_rows(_rows(texts, labels, probabilities, novelty), model, as_json)
-
-
-def _score_files(files: list[str], output: Path, probes: Any, backbone: str, as_json: bool, settings: dict) -> None:
-    from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
-
-    with process_group():
-        with contextlib.redirect_stdout(sys.stderr):
-            done = ScoringJob(files, output, probes, backbone, **settings).execute()
-        if is_main():
-            summary = f"{done['rows']:,} rows in {len(done['parts'])} files in {output}; {MANIFEST_NAME} lists them"
-            print(json.dumps(done) if as_json else summary)
+    rows = _rows(texts, labels, probabilities, novelty)
+    return rows, partial(_print_rows, rows, model)
 
 
 def _read_prompts(prompts: list[str] | None) -> list[str]:
@@ -185,9 +178,8 @@ def _load(
         Halter(rules, configs)
     from ..serving.auto import AutoModelForProbedGeneration
 
-    with contextlib.redirect_stdout(sys.stderr):
-        lm, tokenizer = load_backbone(backbone, dtype)
-        return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
+    lm, tokenizer = load_backbone(backbone, dtype)
+    return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
 
 
 def _rows(
@@ -215,10 +207,7 @@ def _add_reply_scores(rows: list[dict], name: str, logits: Any, config: Any) -> 
         row["probabilities"][name] = [] if output is None else output.probabilities[0].tolist()
 
 
-def _print_rows(rows: list[dict], model: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows))
-        return
+def _print_rows(rows: list[dict], model: Any) -> None:
     replies, heads = "reply" in rows[0], list(rows[0]["labels"])
     lines = []
     for row in rows:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub import CommitInfo
 
 from ..heads.probe import ProbeModel
 from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
-from .options import CreatePr, Json, Private, PushRevision, Revision, TrustRemoteCode, check_revision
+from .options import CreatePr, Private, PushRevision, Result, Revision, TrustRemoteCode, check_revision
 
 
 def push(
@@ -27,8 +27,7 @@ def push(
     tag: Annotated[list[str] | None, typer.Option(help="A further tag for the card. Repeatable.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the head, if its results do not state it.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Upload a head folder to the Hub in one commit."""
     folder = resolve_head(head)
     ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)  # raises if the head is damaged
@@ -43,10 +42,18 @@ def push(
         tags=tag or [],
         license=license,
     )
-    if as_json:
-        print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}))
-    else:
-        print(f"pushed: {info.pr_url or info.commit_url}")
+    pushed = commit_facts(info)
+    return pushed, partial(print_commit, pushed)
+
+
+def commit_facts(info: CommitInfo) -> dict[str, str | None]:
+    """Return the JSON values of a commit."""
+    return {"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}
+
+
+def print_commit(pushed: dict[str, str | None]) -> None:
+    """Print the address of a commit, or of its pull request."""
+    print(f"pushed: {pushed['pull_request'] or pushed['url']}")
 
 
 def pull(
@@ -55,10 +62,9 @@ def pull(
     revision: Revision = None,
     force_download: Annotated[bool, typer.Option("--force-download", help="Fetch cached files again.")] = False,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Copy a head from the Hub into a folder."""
     check_revision(head, revision)
     check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
     folder = pull_head(head, output, HubOptions(revision, force_download=force_download), check=check)
-    print(json.dumps({"folder": str(folder)}) if as_json else f"head written to {folder}")
+    return {"folder": str(folder)}, partial(print, f"head written to {folder}")

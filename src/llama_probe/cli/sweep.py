@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +16,7 @@ from ..training.recipe import Recipe
 from ..training.run import TrainingRun
 from ..training.sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
 from .console import print_table
-from .options import BACKBONE, DTYPE, Fields, Json, split_names
+from .options import BACKBONE, DTYPE, Fields, Result, split_names
 from .train import describe_data
 
 
@@ -58,20 +57,20 @@ def sweep(
     ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws, the split, the weights and the row order.")] = 0,
     license: Annotated[str | None, typer.Option(help="Licence of the best head, for its card.")] = None,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Search kinds and hyper-parameters; all configurations share each pass of the backbone."""
     if run["cache"] is None:
         run["cache"] = run["cache_dir"] is not None
     card = describe_data(CardFacts(license=license), data)
     job = TrainingRun(data=data, recipe=recipe, seeds=[seed], card=card, **run)
-    with process_group(), contextlib.redirect_stdout(sys.stderr):
+    with process_group():
         result = Sweep(job, space, **search).run()
         if not is_main():
-            return
-    if as_json:
-        print(json.dumps(result))
-        return
+            return None
+    return result, partial(_print, result, job.output)
+
+
+def _print(result: dict[str, Any], output: Path) -> None:
     metric = result["metric"]
     rows = []
     for place, trial in enumerate(result["trials"][:20], start=1):
@@ -80,4 +79,4 @@ def sweep(
         rows.append((str(place), trial["options"], trial["status"], *numbers))
     columns = ("", "options of llama-probe train", "status", metric, "epoch", "parameters")
     print_table(f"{len(result['trials'])} configurations by validation {metric}", columns, rows, left=3)
-    print(f"the best head is in {job.output / HEAD_FOLDER}; all configurations in {job.output / SWEEP_NAME}")
+    print(f"the best head is in {output / HEAD_FOLDER}; all configurations in {output / SWEEP_NAME}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +20,7 @@ from ..hub.card import CardFacts, with_spread
 from ..training.options import RunOptions
 from ..training.recipe import AUTO, Recipe
 from .console import print_table
-from .options import BACKBONE, DTYPE, Fields, Json, command_line, split_names
+from .options import BACKBONE, DTYPE, Fields, Result, command_line, split_names
 
 
 def parse_layers(text: str) -> str | list[int]:
@@ -102,8 +102,7 @@ def train(
     num_seeds: Annotated[
         int, typer.Option(min=1, max=1000, help="Train this many heads and keep the best by validation.")
     ] = 1,
-    as_json: Json = False,
-) -> None:
+) -> Result:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
     from ..training.run import CHECKPOINTS, TrainingRun
 
@@ -111,21 +110,15 @@ def train(
     facts = describe_data(CardFacts(**card), data)
     job = TrainingRun(data=data, head=head, recipe=recipe, seeds=seeds, card=facts, **vars(run))
     with process_group():
-        # The Trainer logs to standard output, which is for the results.
-        with contextlib.redirect_stdout(sys.stderr):
-            try:
-                results = job.run()
-            except KeyboardInterrupt:
-                if is_main() and (job.output / CHECKPOINTS).is_dir():
-                    print("stopped: the same command with --resume continues from the last epoch", file=sys.stderr)
-                raise
+        try:
+            results = job.run()
+        except KeyboardInterrupt:
+            if is_main() and (job.output / CHECKPOINTS).is_dir():
+                print("stopped: the same command with --resume continues from the last epoch", file=sys.stderr)
+            raise
         if not is_main():
-            return
-        if as_json:
-            print(json.dumps(results))
-            return
-        _print_summary(results)
-        print(f"head written to {job.output}")
+            return None
+    return results, partial(_print, results, job.output)
 
 
 def describe_data(card: CardFacts, data: DataSources) -> CardFacts:
@@ -145,7 +138,7 @@ def describe_data(card: CardFacts, data: DataSources) -> CardFacts:
     return card
 
 
-def _print_summary(results: dict[str, Any]) -> None:
+def _print(results: dict[str, Any], output: Path) -> None:
     title = f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters"
     seeds = [f"seed {run['seed']}{' *' if run['seed'] == results['chosen_seed'] else ''}" for run in results["runs"]]
     rows = []
@@ -156,3 +149,4 @@ def _print_summary(results: dict[str, Any]) -> None:
                 cells += [with_spread(value, ".4f")] if len(seeds) > 1 else []
                 rows.append((f"{split} ({summary['rows']})", metric, *cells))
     print_table(title, ("rows", "metric", *seeds, *(["mean ± sd"] if len(seeds) > 1 else [])), rows, left=2)
+    print(f"head written to {output}")
