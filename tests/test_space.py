@@ -1,6 +1,5 @@
 """The Gradio Space: its functions on tiny models, and the page in headless Chromium on the demo backbone (slow)."""
 
-import configparser
 import functools
 import importlib.util
 import os
@@ -17,7 +16,7 @@ import yaml
 from conftest import make_probe, save_head
 from packaging.requirements import Requirement
 from packaging.version import Version
-from repository import ROOT
+from repository import ROOT, SETUP
 
 from llama_probe import __version__
 
@@ -173,13 +172,11 @@ def test_the_folder_can_be_pushed():
     header = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
     assert header["sdk"] == "gradio" and (SPACE / header["app_file"]).is_file()
     assert len(header["short_description"]) <= 60
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    extras = config["options.extras_require"]
+    extras = SETUP["options.extras_require"]
     (gradio,) = (Requirement(line) for line in extras["space"].split() if line.startswith("gradio"))
     assert gradio.specifier.contains(header["sdk_version"])
     (needed,) = map(Requirement, (SPACE / "requirements.txt").read_text().split())
-    assert needed.name == config["metadata"]["name"] and needed.extras <= set(extras)
+    assert needed.name == SETUP["metadata"]["name"] and needed.extras <= set(extras)
     assert needed.specifier.contains(Version(__version__))
 
 

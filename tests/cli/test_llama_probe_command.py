@@ -1,11 +1,10 @@
 """The entry point of the console script."""
 
-import configparser
 import subprocess
 import sys
 
 import pytest
-from repository import ROOT
+from repository import SETUP
 
 
 # Ctrl-C while a module is imported.
@@ -28,9 +27,7 @@ sys.argv = ["llama-probe", "inspect"]
 
 
 def interrupted(name: str, handler: str = "default_int_handler") -> subprocess.CompletedProcess:
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    module, _, function = config["options.entry_points"]["console_scripts"].partition("= ")[2].partition(":")
+    module, _, function = SETUP["options.entry_points"]["console_scripts"].partition("= ")[2].partition(":")
     code = INTERRUPTED.format(name=name, handler=handler, module=module, function=function)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
