@@ -20,7 +20,8 @@ def copies(tmp_path_factory):
         rows = []
         for i in range(shift, shift + count):
             words = ("kind", "rude", "odd", "sad", "shy", "loud")[i % labels]
-            rows.append({"text": f"{words} no {i}", "label": i % labels, "human_annotation": i % 4 < 2})
+            label = [i % 3 + 1, 27] if name == "goemotions" else i % labels
+            rows.append({"text": f"{words} no {i}", "label": label, "human_annotation": i % 4 < 2})
         path = folder / name / f"{split}.jsonl.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
@@ -31,6 +32,8 @@ def copies(tmp_path_factory):
     put("emotion", "validation", 12, 60, labels=6)
     put("emotion", "test", 12, 80, labels=6)
     put("xstest", "test", 8, 200)
+    put("goemotions", "train", 40)
+    put("goemotions", "test", 12, 100)
     return folder
 
 
