@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_probe.cli.console import create_console, escape, print_table
+from llama_probe.cli.console import escape, print_table, print_text
 
 
 @pytest.mark.parametrize("width", [20, 80])
@@ -17,7 +17,7 @@ def test_nothing_of_a_cell_is_cut(capsys, monkeypatch, width):
 
 def test_a_cell_controls_neither_the_terminal_nor_the_markup(capsys):
     print_table("[b]", ("prompt", ":fire:"), [("[red]a\x1b]0;title\x07\x9b31m\nb", ":x:")])
-    create_console().print(escape("[b] :smile:"))
+    print_text("[b] :smile:")
     printed = capsys.readouterr().out
     assert r"[red]a\x1b]0;title\x07\x9b31m" in printed and not {"\x1b", "\x07", "\x9b"} & set(printed)
     assert "[b]" in printed.splitlines()[0] and ":fire:" in printed and ":x:" in printed and "\n[b] :smile:" in printed

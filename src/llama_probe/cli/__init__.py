@@ -89,9 +89,7 @@ _DIVIDED = ("train", "sweep", "evaluate", "calibrate", "classify")
 _MANY_BATCHES = (*_DIVIDED, "reproduce", "drift")
 
 # Commands that load heads, so that --import can register a kind for them.
-_OWN_KINDS = (
-    *("train", "sweep", "evaluate", "calibrate", "drift", "generate", "classify", "inspect", "export", "push", "plot"),
-)
+_OWN_KINDS = (*_DIVIDED, "drift", "generate", "inspect", "export", "push", "plot")
 
 # The extra that brings an optional package.
 EXTRAS = dict.fromkeys(

@@ -13,7 +13,7 @@ from ..experiments.benchmark import report as benchmark_report
 from ..experiments.benchmark.operations import DEVICES
 from ..experiments.benchmark.operations import columns as operation_columns
 from ..experiments.benchmark.serving_benchmark import ServingBenchmark
-from .console import create_console, escape, print_table
+from .console import print_table, print_text
 from .options import BACKBONE, DTYPE, Fields, Result
 
 
@@ -61,4 +61,4 @@ def _print_times(report: dict[str, Any]) -> None:
     for title, rows in benchmark_report.by_load(report).items():
         print_table(title, *benchmark_report.columns(rows))
     for note in benchmark_report.notes(report):
-        create_console().print(escape(note))
+        print_text(note)

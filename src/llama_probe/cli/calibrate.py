@@ -14,7 +14,7 @@ from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.novelty import MAX_ROWS, MIN_ROWS, fit_novelty
 from ..heads.novelty import novelty_layers
-from .console import create_console, escape, print_table
+from .console import print_table, print_text
 from .head import HeadOptions
 from .options import Fields, Result
 from .rows import DATA, ROWS_HELP, TextColumn, check_head_folder, read_texts, short_name
@@ -106,8 +106,7 @@ def calibrate(
 def _print(probe: str, found: dict[str, Any]) -> None:
     if "novelty" in found:
         counts = found["novelty"]["rows"]
-        told = f"{probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}"
-        create_console().print(escape(told))
+        print_text(f"{probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}")
     if "thresholds" in found:
         rows = [(name, f"{threshold:.4f}") for name, threshold in found["thresholds"].items()]
         title = f"{probe} on {found['rows']:,} rows that it should not flag"

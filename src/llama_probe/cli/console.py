@@ -30,6 +30,11 @@ def create_console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, emoji=False)
 
 
+def print_text(text: str) -> None:
+    """Print a text between tables, as it is."""
+    create_console().print(escape(text))
+
+
 def print_table(
     title: str | None,
     columns: Iterable[str],

@@ -17,7 +17,7 @@ from ..evaluation.plots import drift_plot, png_writer
 from ..evaluation.report import predict_rows
 from ..files import check_writable, make_folder, write_atomically
 from ..heads.novelty import FAR
-from .console import create_console, escape, print_table
+from .console import print_table, print_text
 from .head import HeadOptions
 from .options import Fields, Result
 from .rows import ROWS_HELP, TextColumn
@@ -75,11 +75,9 @@ def _texts(patterns: list[str], column: str, max_text: int) -> list[Any]:
 
 def _print(probe: str, found: dict[str, Any], output: Path | None) -> None:
     novelty, (low, high) = found["novelty"], found["novelty"]["interval"]
-    create_console().print(
-        escape(
-            f"{found['rows']:,} prompts. Novelty above {FAR}: {novelty['far']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
-            f"1.0% of the validation rows). Median {novelty['median']:.2f} (0.50)."
-        )
+    print_text(
+        f"{found['rows']:,} prompts. Novelty above {FAR}: {novelty['far']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
+        f"1.0% of the validation rows). Median {novelty['median']:.2f} (0.50)."
     )
     if "labels" in found:
         rows = []

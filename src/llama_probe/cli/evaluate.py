@@ -18,7 +18,7 @@ from ..evaluation.asking import asked, check_shares
 from ..heads.configuration import ProbeConfig
 from ..heads.novelty import FAR
 from ..hub.folder import measured_rules, read_results
-from .console import create_console, print_table
+from .console import print_table, print_text
 from .head import HeadOptions
 from .options import Fields, Result
 from .rows import LabelledRows, check_head_folder, read_texts, short_name
@@ -79,16 +79,9 @@ def evaluate(
     with process_group():
         head = scored.load()
         # These take seconds to import.
-        from ..evaluation.detection import apply_rules, follow_replies
+        from ..evaluation import detection, report
         from ..evaluation.metrics import is_binary
         from ..evaluation.novelty import against_others
-        from ..evaluation.report import (
-            describe_evaluation,
-            detailed_report,
-            flagged_share,
-            predict_rows,
-            without_undefined,
-        )
         from ..evaluation.wrappings import kept_labels
 
         if against and head.novelty is None:
@@ -104,20 +97,21 @@ def evaluate(
         ids, masks, lengths = scored.prompts.encode_for(head.config, labelled.texts)
         dataset, followed = PromptDataset(ids, labelled.labels, masks), None
         if lengths is None:
-            logits, novelty = predict_rows(head, dataset, progress=True)
+            logits, novelty = report.predict_rows(head, dataset, progress=True)
         else:
-            followed = follow_replies(head, dataset, lengths, head.backbone, progress=True)
+            followed = detection.follow_replies(head, dataset, lengths, head.backbone, progress=True)
             logits = torch.stack([tokens[-1] for tokens in followed])
         novelties = {
-            name: predict_rows(head, scored.dataset(texts), progress=True)[1] for name, texts in others.items()
+            name: report.predict_rows(head, scored.dataset(texts), progress=True)[1] for name, texts in others.items()
         }
         if not is_main():
             return None
-        result = detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
+        result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
         if is_binary(head.config):
-            result = without_undefined(result, labelled.labels) | {"flagged": flagged_share(head.config, logits)}
+            result = report.without_undefined(result, labelled.labels)
+            result["flagged"] = report.flagged_share(head.config, logits)
         if followed is not None and rules:
-            result["halting"] = apply_rules(head.config, rules, followed, labelled.labels)
+            result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
         if others:
             result["novelty"] = against_others(novelty, novelties, bootstrap)
         if wrappings:
@@ -126,9 +120,8 @@ def evaluate(
             result["asking"] = asked(head.config, logits, labelled.labels, ask, verdicts)
         if record is not None:
             head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
-            head.results.setdefault("evaluations", {})[record] = describe_evaluation(
-                result, source=short_name(rows.data)
-            )
+            measured = report.describe_evaluation(result, source=short_name(rows.data))
+            head.results.setdefault("evaluations", {})[record] = measured
             head.save_pretrained(probe)
     return result, partial(_print_report, f"{probe} on {rows.data}", result, head.config.temperature, bootstrap)
 
@@ -173,13 +166,13 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
         if "confusion" in result:
             _print_confusion(list(result["labels"]), result["confusion"])
         found = result["calibration"]
-        create_console().print(
+        print_text(
             f"Expected calibration error: {_cell(found, 'error', ' ')} with the saved temperature {temperature:.3f}, "
             f"{_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
         )
     if found := result.get("flagged"):
         low, high = found["interval"]
-        create_console().print(
+        print_text(
             f"Flagged from a probability of {found['threshold']:.3f} on: {found['share']:.1%} of the rows "
             f"(95 % interval {low:.1%} to {high:.1%})."
         )
@@ -193,7 +186,7 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
     for label, rules in result.get("halting", {}).items():
         _print_halting(label, rules)
     if bootstrap:
-        create_console().print(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows.")
+        print_text(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows.")
 
 
 def _print_parts(title: str, parts: dict[str, dict[str, Any]]) -> None:
@@ -235,7 +228,7 @@ def _print_halting(label: str, rules: list[dict[str, Any]]) -> None:
 
 def _print_confusion(names: list[str], matrix: list[list[int]]) -> None:
     if len(names) > _MAX_CONFUSION:
-        create_console().print(f"The confusion matrix of the {len(names)} labels is in the output of --json.")
+        print_text(f"The confusion matrix of the {len(names)} labels is in the output of --json.")
         return
     rows = [(name, *(f"{count:,}" for count in counts)) for name, counts in zip(names, matrix, strict=True)]
     print_table("true labels (rows) and labels from the head (columns)", ("", *names), rows)

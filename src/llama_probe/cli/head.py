@@ -9,6 +9,7 @@ import numpy as np
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.prompts import PromptFormat
+from ..data.sources import setting
 from ..data.states import PromptDataset
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
@@ -26,11 +27,9 @@ class HeadOptions:
     """
 
     probe: str = field(metadata={"help": PROBE})
-    backbone: str | None = field(default=None, metadata={"help": f"{BACKBONE} Default: the head's own."})
-    dtype: str = field(default="auto", metadata={"help": DTYPE})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": TRUST_REMOTE_CODE, "option": "--trust-remote-code"}
-    )
+    backbone: str | None = setting(None, f"{BACKBONE} Default: the head's own.")
+    dtype: str = setting("auto", DTYPE)
+    trust_remote_code: bool = setting(False, TRUST_REMOTE_CODE, "trust-remote-code")
     head: ProbeModel = field(init=False, repr=False)
     prompts: PromptFormat = field(init=False, repr=False)
 

@@ -247,7 +247,7 @@ def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Call
                 result = function(**given)
             if result is not None:
                 values, show = result
-                print(json.dumps(values, default=list)) if as_json else show()
+                print(json.dumps(values, default=list)) if as_json else show()  # demo yields its replies one by one
         except ProbeError as error:
             raise ProbeError(typed.sub(lambda found: options[found[1]], str(error))) from error
 

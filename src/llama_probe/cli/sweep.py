@@ -40,10 +40,7 @@ def sweep(
             defaults={"cache": None},
         ),
     ],
-    data: Annotated[
-        DataSources,
-        Fields("Data", only=_DATA, parse={"label_names": split_names}),
-    ],
+    data: Annotated[DataSources, Fields("Data", only=_DATA, parse={"label_names": split_names})],
     space: Annotated[SearchSpace, Fields("Search")],
     search: Annotated[dict[str, Any], Fields("Search", of=Sweep)],
     recipe: Annotated[

@@ -91,10 +91,7 @@ _CARD = Fields(
 
 def train(
     run: Annotated[RunOptions, Fields("Runtime", help={"backbone": BACKBONE, "dtype": DTYPE})],
-    data: Annotated[
-        DataSources,
-        Fields("Data", defaults={"folds": None}, parse={"label_names": split_names}),
-    ],
+    data: Annotated[DataSources, Fields("Data", defaults={"folds": None}, parse={"label_names": split_names})],
     head: Annotated[dict[str, Any], _HEAD],
     recipe: Annotated[Recipe, Fields("Optimisation")],
     card: Annotated[dict[str, Any], _CARD],
