@@ -268,7 +268,6 @@ TRAIN = "train --train {rows} --output {out} "
         ("pull a/b@v1 --revision main", "--revision"),
         ("inspect toxicchat-mha --revision v2", "v2"),
         ("inspect toxicchat-mha --markdown", "--markdown"),
-        ("classify x --probe nothing-here", "nothing-here"),
         ("classify x --input y", "--output"),
         ("benchmark --backbone no/such", "no/such"),
         ("benchmark --as cuda", "--operations"),
