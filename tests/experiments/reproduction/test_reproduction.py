@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ def dig(value, path):
     return value
 
 
-def write_sweep(folder, *trials, text=None):
+def write_sweep(folder, *trials):
     folder.mkdir(parents=True)
-    (folder / "sweep.json").write_text(text or json.dumps({"metric": "auprc", "trials": trials}))
+    (folder / "sweep.json").write_text(json.dumps({"metric": "auprc", "trials": trials}))
     return folder
 
 
@@ -161,7 +162,7 @@ def test_at_most_so_many_rows(reproduction, tmp_path):
         ({"epochs": 0}, "epochs=0"),
         ({"trials": 0}, "trials=0"),
         ({"max_rows": 0}, "max_rows="),
-        ({"only": ["sensitivity"], "sweep": "nowhere"}, "sweep=nowhere"),
+        ({"only": ["sensitivity"], "sweep": Path("nowhere")}, "sweep=nowhere"),
     ],
 )
 def test_refusals(reproduction, changes, field, no_backbone):

@@ -25,8 +25,11 @@ from ...backbone.loading import check_dtype, load_causal_lm, resolve_backbone
 from ...errors import ProbeError
 
 
-# vocab_size, hidden_size, intermediate_size, layers, heads, key-value heads, max_position_embeddings, tie_word_embeddings.
 # llama-7b has the dimensions of WildGuard, llama-8b those of Llama Guard 3.
+_LLAMA_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"),
+)
 _LLAMAS = {
     "llama-3b": (128256, 3072, 8192, 28, 24, 8, 131072, True),
     "llama-7b": (32000, 4096, 11008, 32, 32, 32, 8192, False),
@@ -48,18 +51,7 @@ _GUARDS = {
 def _shape_config(name: str) -> PreTrainedConfig:
     if name == "t5-large":
         return T5Config(architectures=["T5ForConditionalGeneration"], decoder_start_token_id=0, **_T5_LARGE)
-    vocab, hidden, intermediate, layers, heads, kv_heads, positions, tied = _LLAMAS[name]
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=positions,
-        tie_word_embeddings=tied,
-    )
+    return LlamaConfig(architectures=["LlamaForCausalLM"], **dict(zip(_LLAMA_FIELDS, _LLAMAS[name], strict=True)))
 
 
 @dataclass(frozen=True)

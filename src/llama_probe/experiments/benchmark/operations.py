@@ -87,13 +87,5 @@ def _count_step(system: System, reply: Load) -> int:
 def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return titles and cells of the table of operations."""
     header = ["system", "tokens", "prefill", "its ratio", "a further token", "its ratio"]
-    lines = []
-    for row in rows:
-        counts = (
-            f"{row['prefill']:,}",
-            f"{row['prefill_ratio']:.3f}x",
-            f"{row['step']:,}",
-            f"{row['step_ratio']:.3f}x",
-        )
-        lines.append([row["system"], f"{row['tokens']:,}", *counts])
-    return header, lines
+    forms = {"tokens": "{:,}", "prefill": "{:,}", "prefill_ratio": "{:.3f}x", "step": "{:,}", "step_ratio": "{:.3f}x"}
+    return header, [[row["system"], *(form.format(row[name]) for name, form in forms.items())] for row in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,7 @@ def draw_examples(
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
+@dataclass
 class LabelPrompt:
     """A renderer of texts under an instruction, with the tokenizer's chat template if it has one.
 
@@ -62,15 +64,12 @@ class LabelPrompt:
     row to row: a longer text is cut at its end.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        instruction: Instruction,
-        examples: Sequence[Example] = (),
-        max_length: int = 512,
-    ):
-        self.tokenizer, self.instruction, self.examples = tokenizer, instruction, examples
-        self.max_length = max_length
+    tokenizer: PreTrainedTokenizerBase
+    instruction: Instruction
+    examples: Sequence[Example] = ()
+    max_length: int = 512
+
+    def __post_init__(self):
         self.prefix_ids, self.suffix_ids = constant_parts(self._ids)
 
     @property

@@ -72,7 +72,6 @@ class Reproduction:
     comparison: Comparison = field(init=False)
 
     def __post_init__(self):
-        self.output = Path(self.output)
         self.methods = check_methods(METHODS if self.methods is None else self.methods)
         for name in self.only or ():
             if name not in PARTS:
@@ -84,12 +83,10 @@ class Reproduction:
         for name in ("epochs", "patience", "shots", "trials"):
             if (value := getattr(self, name)) < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
-        if self.sweep is not None:
-            self.sweep = Path(self.sweep)
-            if not (self.sweep / SWEEP_NAME).is_file():
-                raise ProbeError(f"sweep={self.sweep} holds no {SWEEP_NAME}: give the folder of a finished sweep")
-        suited = {"ood": self._safety_source and self._ood_methods, "layers": self._layered}
-        for name, found in (suited | {"few-labels": self._trained_kinds}).items():
+        if self.sweep is not None and not (self.sweep / SWEEP_NAME).is_file():
+            raise ProbeError(f"sweep={self.sweep} holds no {SWEEP_NAME}: give the folder of a finished sweep")
+        ood = self._safety_source and self._ood_methods
+        for name, found in {"ood": ood, "layers": self._layered, "few-labels": self._trained_kinds}.items():
             if name in (self.only or ()) and not found:
                 raise ProbeError(f"only={name!r} has nothing to do with these data and methods")
         if self.sweep is not None and "sensitivity" not in (self.only or PARTS):
@@ -123,8 +120,7 @@ class Reproduction:
 
     def _check_settings(self) -> None:
         """Compare settings, rows and weights with those of an earlier run in the folder, and write what is new."""
-        own = {"epochs": self.epochs, "patience": self.patience, "shots": self.shots}
-        settings: dict[str, Any] = {"run": {**self.bench.settings, **own}}
+        settings: dict[str, Any] = {"run": self._run_settings}
         searched = [] if self.sweep else [self._primary]
         for source in self.data if set(self.only) - {"sensitivity"} else searched:
             parts = self.bench.task(source).parts
@@ -138,6 +134,10 @@ class Reproduction:
         settings["weights"] = {"weights": self.bench.weights}  # loads the backbone
         for name, values in settings.items():
             same_settings(self._settings_path(name), values)
+
+    @property
+    def _run_settings(self) -> dict[str, Any]:
+        return {**self.bench.settings, "epochs": self.epochs, "patience": self.patience, "shots": self.shots}
 
     def _settings_path(self, name: str) -> Path:
         return self.output / "settings" / f"{name}.json"
@@ -236,7 +236,7 @@ class Reproduction:
         found: dict[str, Any] = {
             "command": self.command,
             "environment": environment(),
-            "settings": {**bench.settings, "epochs": self.epochs, "patience": self.patience, "shots": self.shots},
+            "settings": self._run_settings,
             "only": list(self.only),
             "backbone": {
                 "name": Path(model_id(bench.backbone)).name,

@@ -50,13 +50,7 @@ class Workbench:
     @property
     def settings(self) -> dict[str, Any]:
         """All that results depend on, beside the rows and the weights."""
-        return {
-            "backbone": self.backbone,
-            "dtype": self.dtype,
-            "seeds": list(self.seeds),
-            "max_rows": self.max_rows,
-            "max_length": self.max_length,
-        }
+        return {name: getattr(self, name) for name in ("backbone", "dtype", "seeds", "max_rows", "max_length")}
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
