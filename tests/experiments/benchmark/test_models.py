@@ -3,21 +3,14 @@
 import pytest
 import torch
 from conftest import make_lm, make_prompts
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, T5Config
+from tiny_guards import BERT, T5
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig
 
 from llama_probe import ProbeError
 from llama_probe.experiments.benchmark.models import ModelPlan, ask_guard, held_bytes
 
 
 CPU = torch.device("cpu")
-T5 = T5Config(
-    vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
-    architectures=["T5ForConditionalGeneration"],
-)  # fmt: skip
-BERT = BertConfig(
-    vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=3,
-    architectures=["BertForSequenceClassification"],
-)  # fmt: skip
 LLAMA = make_lm(num_hidden_layers=1, pad_token_id=None).config
 CLASSIFIER = LlamaConfig(**{**LLAMA.to_diff_dict(), "architectures": ["LlamaForSequenceClassification"]})
 LLAMA.architectures = ["LlamaForCausalLM"]
@@ -70,8 +63,6 @@ def test_refusals(backbone_folder, tmp_path):
         read(tmp_path / "small", guards=False)
     with pytest.raises(ProbeError, match="cannot be loaded"):
         read(tmp_path / "b", random_weights=False).load(CPU)
-    with pytest.raises(ProbeError, match="'t5-large'"):
-        read("t5-large", random_weights=False)
     assert read(backbone_folder, tokens=512).config
     with pytest.raises(ProbeError, match="512 positions"):
         read(backbone_folder, tokens=513)

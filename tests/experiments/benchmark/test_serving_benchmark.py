@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import make_lm, make_probe, save_head
+from tiny_guards import BERT
 from torch._dynamo.testing import CompileCounter
-from transformers import BertConfig
 
 from llama_probe import ProbeError
 from llama_probe.experiments.benchmark.models import ModelPlan
@@ -36,11 +36,7 @@ def create(folder, **changes):
 
 @pytest.fixture
 def guard(tmp_path):
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=64, architectures=["BertForSequenceClassification"],
-    )  # fmt: skip
-    config.save_pretrained(tmp_path / "guard")
+    BERT.save_pretrained(tmp_path / "guard")
     return str(tmp_path / "guard")
 
 
@@ -181,7 +177,7 @@ def test_one_guard_at_a_time(folder, guard, tmp_path, monkeypatch):
             alive.append(weakref.ref(loaded))
         return loaded
 
-    BertConfig.from_pretrained(guard).save_pretrained(tmp_path / "other")
+    BERT.save_pretrained(tmp_path / "other")
     monkeypatch.setattr(ModelPlan, "load", load)
     create(folder, pairs=1, kinds=[], guards=[guard, str(tmp_path / "other")], random_weights=True).execute()
     assert len(alive) == 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
-from transformers import T5Config
+from tiny_guards import T5
 
 from llama_probe.experiments.benchmark.models import ModelPlan
 from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, generate, plain_system, systems
@@ -23,10 +23,7 @@ def model():
 
 @pytest.fixture
 def guards(tmp_path):
-    T5Config(
-        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
-        architectures=["T5ForConditionalGeneration"],
-    ).save_pretrained(tmp_path / "guard")  # fmt: skip
+    T5.save_pretrained(tmp_path / "guard")
     return [ModelPlan.read(str(tmp_path / "guard"), "auto", True, 20, guards=True)]
 
 
