@@ -1,16 +1,13 @@
 """The main job on the demo backbone. Slow: the first test prepares it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from command_line import succeed
 from transformers import AutoModel, AutoTokenizer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.backbone import loading as backbones
 from llama_probe.backbone.loading import demo_backbone, load_backbone, model_id
-from llama_probe.cli.demo import run_demo
 from llama_probe.heads.scope import token_mask
 
 
@@ -124,19 +121,11 @@ def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
 
 @pytest.mark.slow
 def test_the_demo_command():
-    code = "from llama_probe.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "demo", "--max-new-tokens", "5"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    shown = succeed("demo", "--max-new-tokens", 5)
     for words in ("I finally got the job", "joy", "harmful", "token for token"):
-        assert words in done.stdout
-    assert len(done.stdout.splitlines()) < 30
-
-
-@pytest.mark.slow
-def test_the_heads_are_right_in_the_demo():
-    rows = list(run_demo(max_new_tokens=1))
+        assert words in shown
+    assert len(shown.splitlines()) < 30
+    rows = succeed("demo", "--max-new-tokens", 1, "--json")
     assert [row["labels"]["safety"] for row in rows] == ["harmless"] * 4 + ["harmful"] * 2
     emotions = [row["labels"]["emotion-mha"] for row in rows]
     assert emotions == ["joy", "sadness", "anger", None, None, None], "None where the prompt tells of no feeling"
