@@ -4,6 +4,7 @@ import json
 
 import pytest
 from command_line import call, refuse, succeed, write_rows
+from own_kind_fixture import CODE
 
 from llama_probe import ProbeModel
 from llama_probe.heads import registry
@@ -69,21 +70,12 @@ def test_a_fitted_head(train, rows, backbone_folder, tmp_path):
     assert "normalize" in refuse(*args, "--normalize", "rms", "--output", tmp_path / "c")
 
 
-KIND = """
-from llama_probe.heads import get_probe_type, register_probe_type
-
-@register_probe_type("mean_of_mine")
-class Mine(get_probe_type("pooling")):
-    pass
-"""
-
-
 def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
     known = dict(registry._PROBE_TYPES)
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))
-    (tmp_path / "kind.py").write_text(KIND)
-    words = (*train, "--probe-type", "mean_of_mine", "--output", tmp_path / "mine")
-    assert "mean_of_mine" in refuse(*words)
+    (tmp_path / "kind.py").write_text(CODE)  # without weights of layers
+    words = (*train, "--probe-type", "top", "--output", tmp_path / "mine")
+    assert "top" in refuse(*words)
     given = ("--import", tmp_path / "kind.py")
     succeed(*words, *given)
     head = ("--probe", tmp_path / "mine", "--backbone", backbone_folder, "--json")
@@ -97,7 +89,7 @@ def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
         "push {0} a/b",
     ):
         assert "trust_remote_code" in refuse(*line.format(tmp_path / "mine").split()).replace("-", "_")
-    assert succeed("inspect", tmp_path / "mine", "--trust-remote-code", "--json")["probe_type"] == "mean_of_mine"
+    assert succeed("inspect", tmp_path / "mine", "--trust-remote-code", "--json")["probe_type"] == "top"
     assert "mine" in succeed("classify", "good morning", *head, "--trust-remote-code")[0]["labels"]
     (tmp_path / "broken.py").write_text("1 / 0")
     for name in ("broken.py", "nowhere.py"):

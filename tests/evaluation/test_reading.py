@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.reading import printable, read_texts, token_texts
+from llama_probe.heads import Aggregator, get_probe_type
 
 
 TEXTS = ["good morning", "日本語 🎉 é\n\tbye"]
@@ -87,11 +88,14 @@ def test_weights_that_say_little_are_noted(model, read):
     assert "not learned where to look" in read("good morning", "all").note
 
 
-def test_heads_and_texts_that_cannot_be_read(model, read):
+def test_heads_and_texts_that_cannot_be_read(model, read, monkeypatch):
     model.add_probe("raw", make_probe(prompt_format="raw"))
     for text, head, words in (("x", None, "head=None"), ("x", "other", "head='other'"), ("", "raw", "empty text")):
         with pytest.raises(ProbeError, match=words):
             read(text, head)
+    monkeypatch.setattr(get_probe_type("gate"), "weights", Aggregator.weights)  # as a kind of one's own may be
+    with pytest.raises(ProbeError, match="'gate'"):
+        read("x", "all")
 
 
 def test_bytes_that_make_no_character(tokenizer):

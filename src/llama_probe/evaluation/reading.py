@@ -119,7 +119,8 @@ def read_texts(
         head: name of an active head. Defaults to the only one.
 
     Raises:
-        ProbeError: no active head has that name, several are active and none is named, or a text is empty.
+        ProbeError: no active head has that name, several are active and none is named, its kind has no weights, or a text is
+            empty.
     """
     active = model.active_probes
     if head is None and len(active) == 1:
@@ -134,6 +135,8 @@ def read_texts(
             raise ProbeError("an empty text cannot be read: it has no tokens")
         input_ids = torch.tensor([ids], device=model.device)
         output = model.classify(input_ids, output_attentions=True)[head]
+        if output.token_weights is None or output.layer_weights is None:
+            raise ProbeError(f"head={head!r} has no weights to show: its kind {config.probe_type!r} gives none")
         readings.append(
             Reading(
                 head=head,

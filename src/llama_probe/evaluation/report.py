@@ -113,22 +113,27 @@ def inspect_head(
             head's own.
 
     Returns:
-        `layer_weights`: `layers`, and `by_label`: for each label that occurs the mean weight of each layer over its rows,
-        `[layers_read]`. But for regression `calibration` (see `reliability`), `confusion` (single-label) or `outcomes`
+        `layer_weights`, if the kind of head has any: `layers`, and `by_label`: for each label that occurs the mean weight of
+        each layer over its rows, `[layers_read]`. But for regression `calibration` (see `reliability`), `confusion` (single-label) or `outcomes`
         (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
     """
     config = probe.config
     batches = score_batches(probe, dataset, batch_tokens, progress, output_attentions=True)
-    own, weights = collect(len(dataset), ((rows, [found.logits, found.layer_weights]) for rows, found in batches))
+    parts = (
+        (rows, [out.logits] if out.layer_weights is None else [out.logits, out.layer_weights]) for rows, out in batches
+    )
+    own, *weights = collect(len(dataset), parts)
     logits = own if logits is None else logits
-    by_label = {}
-    for index, name in config.id2label.items():
-        rows = slice(None)
-        if config.problem_type != "regression":
-            rows = np.flatnonzero(has_label(labels, index, config))
-        if len(weights[rows]):
-            by_label[name] = [round(value, 5) for value in weights[rows].mean(dim=0).tolist()]
-    found: dict[str, Any] = {"layer_weights": {"layers": probe.layer_indices, "by_label": by_label}}
+    found: dict[str, Any] = {}
+    if weights:
+        by_label = {}
+        for index, name in config.id2label.items():
+            rows = slice(None)
+            if config.problem_type != "regression":
+                rows = np.flatnonzero(has_label(labels, index, config))
+            if len(weights[0][rows]):
+                by_label[name] = [round(value, 5) for value in weights[0][rows].mean(dim=0).tolist()]
+        found["layer_weights"] = {"layers": probe.layer_indices, "by_label": by_label}
     if config.problem_type == "regression":
         return found
     probs = probabilities(logits.float(), config).numpy()
