@@ -1,6 +1,7 @@
-"""`python -m llama_probe.vllm` as a process, and OpenAI's client for it."""
+"""`python -m llama_probe.vllm` as a process, and a question to it by OpenAI's client."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,6 +11,16 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tiny_engine import TinyServing
+
+
+def guarded(tiny: TinyServing, heads: Sequence[str], threshold: float, options: str) -> list[str]:
+    """The arguments of a server called `tiny`, with `guard` and further heads."""
+    probes = [word for name in heads for word in ("--probe", f"{name}={tiny.heads[name]}")]
+    common = "--served-model-name tiny --dtype float32 --enforce-eager --max-model-len 512 --max-num-seqs 8"
+    halting = ["--halt-on", f'guard={{"threshold": {threshold}}}']
+    return [str(tiny.backbone), *probes, *halting, *common.split(), *shlex.split(options)]
 
 
 @contextmanager
@@ -46,3 +57,9 @@ def _answers(port: int) -> bool:
             return response.status == 200
     except OSError:
         return False
+
+
+def ask(client, text: str, **kwargs):
+    messages = [{"role": "user", "content": text}]
+    options = {"temperature": 0.0, "max_tokens": 4, **kwargs}
+    return client.chat.completions.create(model="tiny", messages=messages, **options)

@@ -1,5 +1,8 @@
 """The demo backbone and its bundled heads, served and asked as a user would."""
 
+import shlex
+
+import openai
 import pytest
 import torch
 from http_server import serving
@@ -10,24 +13,14 @@ from llama_probe.backbone.loading import demo_backbone
 from llama_probe.cli.demo import HEADS, PROMPTS
 
 
-openai = pytest.importorskip("openai")
-
-
 @pytest.mark.slow
 def test_the_demo_over_http(tmp_path):
     folder = demo_backbone()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForProbedGeneration.from_pretrained(folder, probe=list(HEADS), dtype=torch.float32)
-    arguments = ["demo", *(word for head in HEADS for word in ("--probe", head)), "--dtype", "float32"]
-    arguments += [
-        "--enforce-eager",
-        "--max-model-len",
-        "512",
-        "--halt-on",
-        'toxicchat-mha={"threshold": 0.5}',
-        "--served-model-name",
-        "demo",
-    ]
+    options = """--dtype float32 --enforce-eager --max-model-len 512 --halt-on 'toxicchat-mha={"threshold": 0.5}'"""
+    arguments = ["demo", *(word for head in HEADS for word in ("--probe", head)), *shlex.split(options)]
+    arguments += ["--served-model-name", "demo"]
     halted = 0
     with (
         serving(arguments, tmp_path / "log") as url,

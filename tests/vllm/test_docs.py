@@ -9,7 +9,6 @@ import urllib.request
 import pytest
 from http_server import serving
 from repository import ROOT
-from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
 
 
 LINE = re.compile(r"^ *python -m llama_probe\.vllm \S+ (.*)$", re.MULTILINE)
@@ -22,12 +21,12 @@ def command_lines() -> set[str]:
     }
 
 
-def test_there_is_one_on_a_page_of_docs():
-    assert any(LINE.search(page.read_text()) for page in (ROOT / "docs").glob("*.md"))
+def test_there_is_one():
+    assert command_lines()
 
 
 @pytest.mark.parametrize("line", sorted(command_lines()))
-def test_it_serves(line, tiny: TinyServing, tmp_path, monkeypatch):  # noqa: F811
+def test_it_serves(line, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (name,) = re.findall(r"--probe (\S+)", line)
     shutil.copytree(tiny.heads["guard"], name)

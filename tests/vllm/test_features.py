@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_engine import PROMPTS, TinyServing, generate, make_ids, running, threshold, tiny  # noqa: F401 - fixtures
+from tiny_engine import PROMPTS, TinyServing, generate, next_turn, running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -17,30 +17,19 @@ from llama_probe import AutoModelForProbedGeneration
 NEW = 20
 
 
-def check(llm, tiny: TinyServing, threshold: float, prompts=PROMPTS, lora=None) -> None:  # noqa: F811
-    halted = 0
-    for ids, output in zip(prompts, generate(llm, prompts, NEW, lora), strict=True):
-        tiny.check(output.kv_transfer_params["probes"], ids)
-        assert bool(output.kv_transfer_params["halted"]) == tiny.is_flagged(ids, threshold)
-        if output.kv_transfer_params["halted"]:
-            halted += 1
-            assert list(output.outputs[0].token_ids) == []
-        else:
-            expected = tiny.reference(ids, max_new_tokens=NEW).sequences[0, len(ids) :].tolist()
-            assert list(output.outputs[0].token_ids) == expected
-    assert lora is not None or 0 < halted < len(prompts)
+def check(llm, tiny: TinyServing, threshold: float, prompts=PROMPTS, lora=None) -> None:
+    tiny.check_replies(generate(llm, prompts, NEW, lora), prompts, threshold, NEW)
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_speculation(tiny, threshold, tmp_path, method):  # noqa: F811
+def test_speculation(tiny, threshold, tmp_path, method):
     config = {"method": method, "num_speculative_tokens": 3}
     if method == "ngram":
         config |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
     if method == "draft_model":  # one that is often right
         lm = AutoModelForCausalLM.from_pretrained(tiny.backbone)
-        lm.model.layers[-1].mlp.down_proj.weight.data += 0.02 * torch.randn_like(
-            lm.model.layers[-1].mlp.down_proj.weight
-        )
+        weight = lm.model.layers[-1].mlp.down_proj.weight
+        weight.data += 0.02 * torch.randn_like(weight)
         lm.save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(tiny.backbone).save_pretrained(tmp_path)
         config["model"] = str(tmp_path)
@@ -48,19 +37,12 @@ def test_speculation(tiny, threshold, tmp_path, method):  # noqa: F811
     processes = 2 if method == "ngram" else 1
     with running(tiny, threshold, processes, speculative_config=config, disable_log_stats=False) as llm:
         check(llm, tiny, threshold)
-        counted = {
-            metric.name: metric.value
-            for metric in llm.get_metrics()
-            if metric.name.endswith(("draft_tokens", "accepted_tokens"))
-        }
-        drafts, accepted = (counted[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+        names = [f"vllm:spec_decode_num_{kind}_tokens" for kind in ("draft", "accepted")]
+        counted = {metric.name: metric.value for metric in llm.get_metrics() if metric.name in names}
+        drafts, accepted = map(counted.get, names)
         assert (method == "draft_model") <= accepted < drafts
-        fine = next(ids for ids in (make_ids(120, seed) for seed in range(100)) if not tiny.is_flagged(ids, threshold))
-        (first,) = generate(llm, [fine], NEW)
-        following = [*fine, *first.outputs[0].token_ids, *make_ids(30, 1)]
-        (second,) = generate(llm, [following])
-        assert second.num_cached_tokens > len(fine)  # tokens of the reply, some of which were drafts
-        tiny.check(second.kv_transfer_params["probes"], following)
+        _, second = next_turn(llm, tiny, threshold)
+        assert second.num_cached_tokens > 120  # tokens of the reply, some of which were drafts
         params = SamplingParams(max_tokens=9, ignore_eos=True, temperature=0, output_kind=RequestOutputKind.DELTA)
         for number, ids in enumerate(PROMPTS):
             llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params)
@@ -73,7 +55,7 @@ def test_speculation(tiny, threshold, tmp_path, method):  # noqa: F811
             assert sum(len(output.outputs[0].token_ids) for output in outputs) in (0, 9)
 
 
-def test_adapters(tiny, threshold, tmp_path):  # noqa: F811
+def test_adapters(tiny, threshold, tmp_path):
     """A request with an adapter is scored on the states that the adapter makes."""
     lm, tensors = AutoModelForCausalLM.from_pretrained(tiny.backbone), {}
     for number, layer in enumerate(lm.model.layers):
@@ -95,7 +77,7 @@ def test_adapters(tiny, threshold, tmp_path):  # noqa: F811
             check(llm, tiny, threshold, prompts)
 
 
-def test_a_connector_that_stores_caches(tiny, threshold, tmp_path):  # noqa: F811
+def test_a_connector_that_stores_caches(tiny, threshold, tmp_path):
     stored = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     stored["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path)}
     changes = {"kv_transfer_config": stored, "enable_chunked_prefill": False, "max_num_batched_tokens": 512}
@@ -109,7 +91,7 @@ def test_a_connector_that_stores_caches(tiny, threshold, tmp_path):  # noqa: F81
         tiny.check(output.kv_transfer_params["probes"], PROMPTS[-1])
 
 
-def test_a_pipeline(tiny, threshold):  # noqa: F811
+def test_a_pipeline(tiny, threshold):
     # vLLM's stages on a CPU fail if nothing is compiled.
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
     with running(tiny, threshold, processes=2, pipeline_parallel_size=2, **compiled) as llm:

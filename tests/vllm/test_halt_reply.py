@@ -1,27 +1,20 @@
 """A server that hides its scores, and says a text in place of a halted reply."""
 
+import anthropic
+import openai
 import pytest
-from http_server import serving
-from tiny_chats import ask, chats, flagged  # noqa: F401 - fixtures
-from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
-
-
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
+from http_server import ask, guarded, serving
 
 
 @pytest.fixture(scope="module")
-def hiding(tiny: TinyServing, flagged, tmp_path_factory):  # noqa: F811
-    heads = [word for name in ("guard", "topics", "size") for word in ("--probe", f"{name}={tiny.heads[name]}")]
-    arguments = [str(tiny.backbone), *heads, "--halt-on", f'guard={{"threshold": {flagged["threshold"]}}}']
-    arguments += ["--hide-scores", "--halt-reply", "I cannot help.", "--served-model-name", "tiny"]
-    arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"]
-    arguments += ["--api-key", "none"]
+def hiding(tiny, flagged, tmp_path_factory):
+    options = "--hide-scores --halt-reply 'I cannot help.' --api-key none"
+    arguments = guarded(tiny, ["guard", "topics", "size"], flagged["threshold"], options)
     with serving(arguments, tmp_path_factory.mktemp("hiding") / "log") as url:
         yield url
 
 
-def test_scores_are_hidden_and_halted_requests_get_a_reply(hiding, chats, flagged):  # noqa: F811
+def test_scores_are_hidden_and_halted_requests_get_a_reply(hiding, chats, flagged):
     reply = "I cannot help."
     text = next(text for text in chats if flagged[text])
     other = next(text for text in chats if not flagged[text])
@@ -57,16 +50,6 @@ def test_scores_are_hidden_and_halted_requests_get_a_reply(hiding, chats, flagge
             streamed = stream.get_final_message()
         for message in (client.messages.create(**options), streamed):
             assert (message.content[0].text, message.stop_reason) == (reply, "refusal")
-
-
-def test_moderations_of_hidden_scores(hiding, chats, flagged):  # noqa: F811
-    with openai.OpenAI(base_url=hiding, api_key="none", timeout=250, max_retries=0) as client:
-        said = client.moderations.create(input=list(chats)).results
-    for text, result in zip(chats, said, strict=True):
-        categories = result.categories.to_dict()
-        assert set(categories) == {"guard/bad", "topics/LABEL_0", "topics/LABEL_1", "topics/LABEL_2"}
-        assert categories["guard/bad"] == flagged[text] and result.flagged == any(categories.values())
-        assert result.category_scores.to_dict() == {name: float(found) for name, found in categories.items()}
 
 
 def test_labels_are_for_those_with_the_key(hiding):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_engine import TinyServing, tiny  # noqa: F401 - a fixture
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
@@ -22,7 +21,7 @@ FINE, BAD = [9.0, -9.0], [-9.0, 9.0]
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "async"])
-def scheduler(request, tiny: TinyServing):  # noqa: F811
+def scheduler(request, tiny):
     kwargs = engine_kwargs(tiny.backbone, {"guard": tiny.heads["guard"]}, halt_on="guard")
     kwargs |= {"max_num_batched_tokens": CHUNK, "max_model_len": 128, "enable_prefix_caching": False}
     config = EngineArgs(**kwargs).create_engine_config()
@@ -124,21 +123,20 @@ def test_a_score_that_is_no_number_halts_its_prompt_and_no_other(scheduler):
     assert out["fine"].new_token_ids == [7] and out["fine"].kv_transfer_params["halted"] is None
 
 
-def test_who_waits_for_the_end_gets_the_scores_there(scheduler):
-    add(scheduler, "whole", 5, RequestOutputKind.FINAL_ONLY)
-    outs = []
-    for number in range(5):
-        step = scheduler.schedule()
-        outs.append(answer(scheduler, step, {} if number else {"whole": FINE})["whole"])
-    assert [out.kv_transfer_params is None for out in outs] == [True] * 4 + [False]
-    assert outs[-1].kv_transfer_params["probes"]["guard"]["logits"] == FINE
-
-
-def test_where_the_front_end_may_end_a_reply_each_output_has_the_scores(scheduler):
-    add(scheduler, "whole", 5, RequestOutputKind.FINAL_ONLY, stop=["end"], detokenize=True)
-    for number in range(3):
+@pytest.mark.parametrize(
+    ("changes", "have_scores"),
+    [
+        ({}, [False] * 4 + [True]),
+        ({"stop": ["end"], "detokenize": True}, [True] * 5),  # the front end may end the reply at any of them
+    ],
+    ids=["last", "each"],
+)
+def test_who_waits_for_the_end_gets_the_scores_there(scheduler, changes, have_scores):
+    add(scheduler, "whole", 5, RequestOutputKind.FINAL_ONLY, **changes)
+    for number, has_scores in enumerate(have_scores):
         out = answer(scheduler, scheduler.schedule(), {} if number else {"whole": FINE})["whole"]
-        assert out.kv_transfer_params["probes"]["guard"]["logits"] == FINE
+        assert (out.kv_transfer_params is not None) == has_scores
+        assert not has_scores or out.kv_transfer_params["probes"]["guard"]["logits"] == FINE
 
 
 def test_a_prompt_that_comes_in_pieces_is_scored_after_each(scheduler):

@@ -7,9 +7,6 @@ import torch
 from conftest import make_probe
 from torch import nn
 
-
-pytest.importorskip("vllm")
-
 from llama_probe.vllm import cache_plan, scoring
 from llama_probe.vllm.cache_plan import CachePlan, Projector
 from llama_probe.vllm.scoring import Scorer, ScoringJob

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_probe, make_tokenizer
 from transformers import PreTrainedModel
 from vllm import LLM, RequestOutput, SamplingParams
 
@@ -88,6 +88,23 @@ class TinyServing:
                 assert list(said["scores"]) == list(config.id2label.values())
                 assert list(said["scores"].values()) == pytest.approx(probabilities, abs=1e-3)
 
+    def check_replies(
+        self, outputs: Sequence[RequestOutput], prompts: Sequence[list[int]], threshold: float, new: int
+    ):
+        """Raises where a prompt's scores, its halt or its `new` tokens are not those of transformers."""
+        for ids, output in zip(prompts, outputs, strict=True):
+            self.check(output.kv_transfer_params["probes"], ids)
+            (reply,), why = output.outputs, output.kv_transfer_params["halted"]
+            if self.is_flagged(ids, threshold):
+                assert (reply.text, list(reply.token_ids)) == ("", [])
+                assert (reply.finish_reason, reply.stop_reason) == ("stop", "guard")
+                assert (why["head"], why["label"], why["threshold"]) == ("guard", "bad", threshold)
+                assert why["score"] == output.kv_transfer_params["probes"]["guard"]["scores"]["bad"]
+            else:
+                expected = self.reference(ids, max_new_tokens=new).sequences[0, len(ids) :]
+                assert list(reply.token_ids) == expected.tolist()
+                assert (reply.finish_reason, why) == ("length", None)
+
 
 def make_serving(folder: Path, lm: PreTrainedModel) -> TinyServing:
     """A backbone and heads of each kind of problem, reading all layers, some, or one, as folders."""
@@ -99,18 +116,6 @@ def make_serving(folder: Path, lm: PreTrainedModel) -> TinyServing:
         probe.classifier.weight.data *= 0.2  # logits of the size that trained heads give
         probe.save_pretrained(heads[name])
     return TinyServing(folder / "lm", heads, AutoModelForProbedGeneration.from_pretrained(folder / "lm", probe=heads))
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> TinyServing:
-    """A Llama."""
-    return make_serving(tmp_path_factory.mktemp("serving"), make_lm(**SIZES))
-
-
-@pytest.fixture(scope="module")
-def threshold(tiny: TinyServing) -> float:
-    """At which `guard` halts about half of `PROMPTS`."""
-    return tiny.threshold(PROMPTS)
 
 
 @contextmanager
@@ -132,3 +137,13 @@ def running(tiny: TinyServing, threshold: float, processes: int = 1, **changes) 
 def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 1, lora=None, **params) -> list[RequestOutput]:
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, lora_request=lora)
+
+
+def next_turn(llm: LLM, tiny: TinyServing, threshold: float) -> tuple[list[int], RequestOutput]:
+    """Ask a prompt of 120 tokens, then the same with its reply of 20 and 30 more; the second prompt and its output."""
+    ids = next(ids for ids in (make_ids(120, seed) for seed in range(100, 200)) if not tiny.is_flagged(ids, threshold))
+    (first,) = generate(llm, [ids], max_tokens=20)
+    following = [*ids, *first.outputs[0].token_ids, *make_ids(30, 1)]
+    (second,) = generate(llm, [following])
+    tiny.check(second.kv_transfer_params["probes"], following)
+    return following, second
