@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from fastapi import HTTPException
-from starlette.requests import HTTPConnection
+from starlette.requests import Request
 
 from ..errors import ProbeError
 from .label_routes import COMPLETIONS, LABEL_ROUTES, LabelRequest, TextEncoder
@@ -59,20 +59,32 @@ class ProbeStreams:
         settings = self._settings
         model = (state.args.served_model_name or [state.args.model])[0]
         scores = Scores(model, has_text=bool(settings.halt_reply))
+        _scores.set(scores)  # for this request alone, which has a task of its own
         if route := LABEL_ROUTES.get(_path(scope)):
-            asked = route(settings, HTTPConnection(scope).query_params)
-            receive = _rewritten(receive, functools.partial(self._completion, asked, state.engine_client))
-            send = _LabelResponse(send, asked, scores).send
-            scope = _as_completion(scope)
-        else:
-            if not _is_upload(scope):  # files, which may be large, name no heads
-                receive = _rewritten(receive, functools.partial(check_request, settings))
-            send = _Response(send, scores).send
-        token = _scores.set(scores)
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            _scores.reset(token)
+            await self._label(route(settings, Request(scope).query_params), scores, scope, receive, send)
+            return
+        if not _is_upload(scope):  # files, which may be large, name no heads
+            receive = _rewritten(scope, receive, functools.partial(check_request, settings))
+        await self.app(scope, receive, _Response(send, scores).send)
+
+    async def _label(
+        self, asked: LabelRequest, scores: Scores, scope: dict[str, Any], receive: Any, send: Any
+    ) -> None:
+        """Answer a request for labels by one for completions. Errors are handed on."""
+        messages: list[dict[str, Any]] = []
+
+        async def keep(message: dict[str, Any]) -> None:
+            messages.append(message)
+
+        rewrite = functools.partial(self._completion, asked, scope["app"].state.engine_client)
+        await self.app(_as_completion(scope), _rewritten(scope, receive, rewrite), keep)
+        start, *parts = messages
+        status, body = start["status"], b"".join(part.get("body", b"") for part in parts)
+        if status == 200:
+            status, body = asked.response(body, scores.prompts)
+        headers = [*_without_length(start), (b"content-length", str(len(body)).encode())]
+        await send({**start, "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     async def _completion(self, asked: LabelRequest, engine: Any, body: bytes) -> bytes:
         """Return the body of the request for completions that answers one for labels."""
@@ -86,30 +98,6 @@ class ProbeStreams:
             return await asyncio.get_running_loop().run_in_executor(self._thread, encoded)
         except ProbeError as error:
             raise HTTPException(501, str(error)) from None
-
-
-class _LabelResponse:
-    """The response to a request for labels, made of the one to the request for completions. Errors are handed on."""
-
-    def __init__(self, send: Any, asked: LabelRequest, scores: Scores):
-        self._send, self._asked, self._scores = send, asked, scores
-        self._start: dict[str, Any] = {}
-        self._body = b""
-
-    async def send(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self._start = message
-            return
-        self._body += message.get("body", b"")
-        if message.get("more_body", False):
-            return
-        status, body = self._start["status"], self._body
-        if status == 200:
-            status, body = self._asked.response(body, self._scores.prompts)
-        headers = [item for item in self._start["headers"] if item[0].lower() != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await self._send({**self._start, "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
 
 
 class _Response:
@@ -172,34 +160,32 @@ def _path(scope: dict[str, Any]) -> str:
 
 def _is_upload(scope: dict[str, Any]) -> bool:
     # Of two such headers the server takes the first.
-    return HTTPConnection(scope).headers.get("content-type", "").lower().startswith("multipart/form-data")
+    return Request(scope).headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
 def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
     path = scope["path"].removesuffix(_path(scope)) + COMPLETIONS
-    headers = [item for item in scope["headers"] if item[0].lower() != b"content-length"]
+    headers = _without_length(scope)
     return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
 
 
-def _rewritten(receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Any:
+def _without_length(message: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    return [item for item in message["headers"] if item[0].lower() != b"content-length"]
+
+
+def _rewritten(scope: dict[str, Any], receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Any:
     """Return `receive` with another body.
 
     It is rewritten where the server reads it, after its authentication, and the server answers what that raises.
     """
-    parts: list[bytes] = []
-    complete = False
+    is_read = False
 
     async def rewritten() -> dict[str, Any]:
-        nonlocal complete
-        while True:
-            message = await receive()
-            if complete or message["type"] != "http.request":
-                return message
-            parts.append(message.get("body", b""))
-            if not message.get("more_body"):
-                complete, body = True, b"".join(parts)
-                parts.clear()
-                return {"type": "http.request", "body": await rewrite(body)}
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        is_read = True
+        return {"type": "http.request", "body": await rewrite(await Request(scope, receive).body())}
 
     return rewritten
 
@@ -243,13 +229,10 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
                     "beam search does not go with heads that halt requests (--halt-on): leave use_beam_search out"
                 )
             return outputs
-        scores = _scores.get(None)
+        if (scores := _scores.get(None)) is None:
+            return outputs
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
-        return (
-            outputs
-            if scores is None
-            else noting(outputs, request_id, scores, scores.add(request_id, sampling_params.n))
-        )
+        return noting(outputs, request_id, scores, scores.add(request_id, sampling_params.n))
 
     async def noting(outputs: AsyncIterator[Any], request_id: str, scores: Scores, place: int) -> AsyncIterator[Any]:
         async for output in outputs:
