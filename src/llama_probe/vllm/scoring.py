@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
@@ -43,7 +44,7 @@ class ScoringJob:
 
 @dataclass
 class _Prompt:
-    """A job, and for each head that can read it the tokens that count, `[1, num_tokens]`."""
+    """A job, and for each head that can read it the tokens that count, `[num_tokens]`."""
 
     job: ScoringJob
     masks: dict[str, torch.Tensor]
@@ -94,13 +95,11 @@ class Scorer:
         """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
         lengths = torch.tensor([prompt.job.num_tokens for prompt in prompts])
         width = int(lengths.max())
-        names = list(prompts[0].masks)
-        masks = {name: torch.zeros(len(prompts), width, dtype=torch.bool) for name in names}
-        blocks = torch.zeros(len(prompts), max(len(prompt.job.block_ids) for prompt in prompts), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            blocks[row, : len(prompt.job.block_ids)] = torch.tensor(prompt.job.block_ids)
-            for name in names:
-                masks[name][row, : prompt.job.num_tokens] = prompt.masks[name][0]
+        masks = {
+            name: pad_sequence([prompt.masks[name] for prompt in prompts], batch_first=True)  # [prompts, width]
+            for name in prompts[0].masks
+        }
+        blocks = pad_sequence([torch.tensor(prompt.job.block_ids) for prompt in prompts], batch_first=True)
         # What lies behind a shorter prompt may be anything, and anything may be no number.
         padding = None if (lengths == width).all() else (torch.arange(width) >= lengths[:, None]).to(self.device)
         splits = self.block_size // self.kernel_block_size
@@ -111,13 +110,19 @@ class Scorer:
                 found |= read(own, blocks, padding)
         return found
 
-    def _pieces(self, blocks: torch.Tensor, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield the tokens of prompts in pieces: first, stop, and the blocks `[prompts, blocks]` that hold them."""
-        size = self.kernel_block_size
+    def _pieces(
+        self, blocks: torch.Tensor, masks: dict[str, torch.Tensor]
+    ) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+        """Yield the tokens of prompts in pieces: which, the blocks `[prompts, blocks]` that hold them, and if they are the last."""
+        size, width = self.kernel_block_size, next(iter(masks.values())).shape[1]
         step = max(_TOKENS // (len(blocks) * size), 1) * size
         for start in range(0, width, step):
             stop = min(start + step, width)
-            yield start, stop, blocks[:, start // size : -(-stop // size)]  # blocks are read whole
+            yield (
+                slice(start, stop),
+                blocks[:, start // size : -(-stop // size)],
+                stop == width,
+            )  # blocks are read whole
 
     def _read_states(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
@@ -127,12 +132,11 @@ class Scorer:
         reader = StateReader(heads) if self.runs else None
         wanted = {layer for head in heads.values() for layer in head.layer_indices}
         places = [place for place, layer in enumerate(self.plan.layers) if layer in wanted]
-        width = next(iter(masks.values())).shape[1]
-        for start, stop, part in self._pieces(blocks, width):
+        for tokens, part, last in self._pieces(blocks, masks):
             if reader is not None:
-                reader.begin({name: mask[:, start:stop] for name, mask in masks.items()}, last=stop == width)
+                reader.begin({name: mask[:, tokens] for name, mask in masks.items()}, last)
             for states in _neighbours(places, _TOKENS // (part.numel() * self.kernel_block_size)):
-                hidden = self._numbers(self.states, states, part, padding, start, stop)  # [S, prompts, tokens, D]
+                hidden = self._numbers(self.states, states, part, padding, tokens)  # [S, prompts, tokens, D]
                 if reader is not None:
                     for layer, each in zip(self.plan.layers[states], hidden, strict=True):
                         reader.on_state(layer, each)
@@ -145,11 +149,10 @@ class Scorer:
     ) -> dict[str, torch.Tensor]:
         """Return logits by head, of the same prompts, for heads that read features."""
         states = {name: self.heads[name].init_state() for name in masks}
-        width = next(iter(masks.values())).shape[1]
-        for start, stop, part in self._pieces(blocks, width):
-            features = self._numbers(self.features, slice(0, 1), part, padding, start, stop)[0]  # [prompts, tokens, F]
+        for tokens, part, last in self._pieces(blocks, masks):
+            features = self._numbers(self.features, slice(0, 1), part, padding, tokens)[0]  # [prompts, tokens, F]
             for name, state in states.items() if self.runs else ():
-                head, mask = self.heads[name], masks[name][:, start:stop]
+                head, mask = self.heads[name], masks[name][:, tokens]
                 counted = mask.any(dim=0).nonzero().flatten().tolist()
                 if not counted:
                     continue
@@ -157,27 +160,21 @@ class Scorer:
                 own = features[:, columns, self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
                 own = head.prepare(own.permute(2, 0, 1, 3))  # [S, prompts, tokens, rank]
                 mask = None if bool(mask[:, columns].all()) else mask[:, columns].to(self.device)
-                head.step(state, head.layer_indices, own, mask, last=stop == width)
+                head.step(state, head.layer_indices, own, mask, last=last)
         return {name: self.heads[name].finish(state).logits for name, state in states.items()} if self.runs else {}
 
     def _numbers(
-        self,
-        cache: StateCache,
-        states: slice,
-        blocks: torch.Tensor,
-        padding: torch.Tensor | None,
-        start: int,
-        stop: int,
+        self, cache: StateCache, states: slice, blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice
     ) -> torch.Tensor:
         """Return what is cached of some tokens, `[S, prompts, tokens, width]`, 0 behind the end of a prompt."""
-        found = cache.read(states, blocks)[:, :, : stop - start]
-        return found if padding is None else found.masked_fill(padding[:, start:stop, None], 0)
+        found = cache.read(states, blocks)[:, :, : tokens.stop - tokens.start]
+        return found if padding is None else found.masked_fill(padding[:, tokens, None], 0)
 
     def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:
         ids = None if job.token_ids is None else torch.tensor([job.token_ids])
-        mask = token_mask(head.config, ids, torch.ones(1, job.num_tokens, dtype=torch.long)).bool()
+        mask = token_mask(head.config, ids, torch.ones(1, job.num_tokens, dtype=torch.long))
         check_rows(mask)
-        return mask
+        return mask[0]
 
 
 def _neighbours(places: Sequence[int], most: int) -> Iterator[slice]:
