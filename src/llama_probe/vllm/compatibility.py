@@ -65,6 +65,8 @@ class Restriction:
             )
 
 
+_SPREAD = "the states of a prompt would lie on several devices"
+_OVERLAP = "micro-batches that overlap were not tested"
 RESTRICTIONS = (
     Restriction(
         "speculative_config",
@@ -75,13 +77,13 @@ RESTRICTIONS = (
     Restriction(
         "decode_context_parallel_size",
         (1, None),
-        "the states of a prompt would lie on several devices",
+        _SPREAD,
         lambda config: config.parallel_config.decode_context_parallel_size,
     ),
     Restriction(
         "prefill_context_parallel_size",
         (1, None),
-        "the states of a prompt would lie on several devices",
+        _SPREAD,
         lambda config: config.parallel_config.prefill_context_parallel_size,
     ),
     Restriction(
@@ -90,23 +92,13 @@ RESTRICTIONS = (
         "vLLM's cache layer for states refuses to be quantised, and rounded keys and values change the states",
         lambda config: config.cache_config.cache_dtype,
     ),
-    Restriction(
-        "enable_dbo",
-        (False, None),
-        "micro-batches that overlap were not tested",
-        lambda config: config.parallel_config.enable_dbo,
-    ),
-    Restriction(
-        "ubatch_size",
-        (0, 1, None),
-        "micro-batches that overlap were not tested",
-        lambda config: config.parallel_config.ubatch_size,
-    ),
+    Restriction("enable_dbo", (False, None), _OVERLAP, lambda config: config.parallel_config.enable_dbo),
+    Restriction("ubatch_size", (0, 1, None), _OVERLAP, lambda config: config.parallel_config.ubatch_size),
     Restriction(
         "model_impl",
         ("auto", "vllm", None),
         "heads read the states of vLLM's own model classes",
-        lambda config: str(config.model_config.model_impl),
+        lambda config: config.model_config.model_impl,
     ),
     Restriction(
         "kv_offloading_size",
@@ -127,8 +119,6 @@ RESTRICTIONS = (
         lambda config: config.scheduler_config.scheduler_cls,
     ),
 )
-
-
 RESTRICTED = frozenset(restriction.argument for restriction in RESTRICTIONS)
 
 

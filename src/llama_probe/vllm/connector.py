@@ -103,16 +103,9 @@ class ProbeConnector(KVConnectorBase_V1):
             if request is None or computed[request_id] + scheduled < request.num_prompt_tokens:
                 continue
             del self._prompts[request_id]
-            blocks = -(-request.num_prompt_tokens // self._block_size)
-            jobs.append(
-                ScoringJob(
-                    request_id,
-                    request.prompt_token_ids,
-                    request.num_prompt_tokens,
-                    self._kv_cache_manager.get_block_ids(request_id)[0][:blocks],
-                    self._heads(request),
-                )
-            )
+            tokens = request.num_prompt_tokens
+            blocks = self._kv_cache_manager.get_block_ids(request_id)[0][: -(-tokens // self._block_size)]
+            jobs.append(ScoringJob(request_id, request.prompt_token_ids, tokens, blocks, self._heads(request)))
         return ScoringJobs(jobs)
 
     def _heads(self, request: Request) -> list[str]:

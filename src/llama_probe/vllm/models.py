@@ -25,7 +25,10 @@ from .settings import ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache
 
 
-def _with_states(base: type[nn.Module]) -> type[nn.Module]:
+@functools.cache
+def _probed(name: str) -> type[nn.Module]:
+    base = ModelRegistry.models[name].load_model_cls()
+
     class Probed(base):
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
             settings = ProbeSettings.of(vllm_config)
@@ -71,13 +74,8 @@ def _with_states(base: type[nn.Module]) -> type[nn.Module]:
                 self.probe_features([self._projector.project(states)])
             return final
 
-    Probed.__name__ = Probed.__qualname__ = PREFIX + base.__name__
+    Probed.__name__ = Probed.__qualname__ = PREFIX + name
     return Probed
-
-
-@functools.cache
-def _probed(name: str) -> type[nn.Module]:
-    return _with_states(ModelRegistry.models[name].load_model_cls())
 
 
 def __getattr__(name: str) -> type[nn.Module]:

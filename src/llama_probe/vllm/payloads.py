@@ -127,13 +127,11 @@ class Scores:
             return []
         head = {"id": self.request_id.rpartition("-")[0], "object": "text_completion"}
         head |= {"created": int(time.time()), "model": self.model}
-        silent = [
-            index
+        return [
+            self._with_scores({**head, "choices": [{"index": index, "text": "", "logprobs": None}]})
             for index in range(self.copies * len(self.prompts))
             if index not in self.told and _is_halted(self._of(index))
         ]
-        choices = ({"index": index, "text": "", "logprobs": None} for index in silent)
-        return [self._with_scores({**head, "choices": [choice]}) for choice in choices]
 
     def _of(self, index: int) -> dict[str, Any] | None:
         prompt = index // self.copies

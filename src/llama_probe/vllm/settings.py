@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ class ProbeSettings:
     """
 
     heads: dict[str, str]
-    halt_on: dict[str, dict[str, Any]] | None = field(default=None)
+    halt_on: dict[str, dict[str, Any]] | None = None
     allow_untested_vllm: bool = False
     hide_scores: bool = False
     halt_reply: str | None = None

@@ -112,9 +112,8 @@ class StateCache(CacheOnlyAttentionLayer):
         Returns:
             `[states, prompts, blocks * kernel_block_size, width]`.
         """
-        found = self.kv_cache[:, states].index_select(
-            0, block_ids.flatten()
-        )  # [prompts * blocks, S, block_size, share]
+        # [prompts * blocks, S, block_size, share]
+        found = self.kv_cache[:, states].index_select(0, block_ids.flatten())
         share = found.transpose(0, 1).reshape(found.shape[1], len(block_ids), -1, self.head_size)
         return share if self.ranks == 1 else all_gather(share, dim=-1)[..., : self.width]
 
