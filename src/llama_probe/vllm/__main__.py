@@ -66,7 +66,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     )
     parser.add_argument(
         "--skip-fingerprints",
-        action="store_true",
+        dest="compare_fingerprints",
+        action="store_false",
         help="compare sizes alone, which spares reading the weights once more",
     )
     parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
@@ -79,21 +80,13 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     _check_theirs(rest)
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
-    probe, halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
-    known = {name: getattr(ours, name) for name in ("revision", "download_dir", *_JSON)}
+    ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
     transfer = transfer_config(ours.kv_transfer_config)
-    arguments = heads.engine_kwargs(  # whose import takes seconds: all that is known without it is refused before
-        ours.model,
-        probe,
-        halt_on=halt_on,
-        probe_revision=ours.probe_revision,
-        probe_namespace=ours.probe_namespace,
-        probe_strict=ours.probe_strict,
-        compare_fingerprints=not ours.skip_fingerprints,
-        allow_untested_vllm=ours.allow_untested_vllm,
-        **{name: value for name, value in known.items() if value is not None},
-    )
-    arguments["additional_config"][KEY] |= {"hide_scores": ours.hide_scores, "halt_reply": ours.halt_reply}
+    given = {name: value for name, value in vars(ours).items() if value is not None}
+    of_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply")}
+    # Its import takes seconds: all that is known without it is refused before.
+    arguments = heads.engine_kwargs(**given)
+    arguments["additional_config"][KEY] |= of_server
     arguments["kv_transfer_config"] = transfer
     words = ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():
