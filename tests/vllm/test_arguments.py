@@ -174,13 +174,12 @@ def test_a_complete_config_is_checked_as_well(tiny):
         ProbeSettings.of(config)
 
 
-def test_a_model_that_keeps_no_states_is_refused():
+def test_a_model_that_keeps_no_states_is_refused(monkeypatch):
+    monkeypatch.setattr("llama_probe.vllm.connector.get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
     connector = ProbeConnector.__new__(ProbeConnector)
     model = SimpleNamespace(architectures=["LlamaForCausalLM"])
     compilation = SimpleNamespace(static_forward_context={})
-    connector._vllm_config = SimpleNamespace(
-        model_config=model, compilation_config=compilation, parallel_config=SimpleNamespace(pipeline_parallel_size=1)
-    )
+    connector._vllm_config = SimpleNamespace(model_config=model, compilation_config=compilation)
     with pytest.raises(ProbeError, match="its model is LlamaForCausalLM, which keeps no states"):
         connector.register_kv_caches({})
 
@@ -189,9 +188,8 @@ def test_versions_that_were_not_tested(tiny, monkeypatch):
     monkeypatch.setattr("vllm.version.__version__", "0.33.1")
     with pytest.raises(ProbeError, match=r"vLLM 0.33.1 was not tested with heads \(0.32.x was\)"):
         engine_kwargs(tiny.backbone, tiny.heads)
-    assert engine_kwargs(tiny.backbone, tiny.heads, allow_untested_vllm=True)["additional_config"]["llama_probe"][
-        "allow_untested_vllm"
-    ]
+    allowed = engine_kwargs(tiny.backbone, tiny.heads, allow_untested_vllm=True)
+    assert allowed["additional_config"]["llama_probe"]["allow_untested_vllm"]
 
 
 def test_models_without_a_place_for_heads(tiny, tmp_path, monkeypatch):
@@ -209,9 +207,8 @@ def test_models_without_a_place_for_heads(tiny, tmp_path, monkeypatch):
     ("config", "reason"),
     [
         ({"hidden_size": 32}, "hidden_size=32"),
-        ({"token_scope": "response"}, "heads read prompts alone"),
-        ({"token_scope": "all"}, "heads read prompts alone"),
-        ({"probe_type": "muli", "vocab_size": 260}, "more of the LM than its states"),
+        ({"token_scope": "all"}, "token_scope='all'"),
+        ({"probe_type": "muli", "vocab_size": 260}, "muli"),
     ],
 )
 def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):

@@ -139,10 +139,10 @@ class ProbeConnector(KVConnectorBase_V1):
     # In a worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if not get_pp_group().is_last_rank:
+            return  # the last stage has the states of all
         caches = get_layers_from_vllm_config(self._vllm_config, StateCache)
         if not caches:
-            if self._vllm_config.parallel_config.pipeline_parallel_size > 1 and not get_pp_group().is_last_rank:
-                return  # the last stage has the states of all
             named = ", ".join(self._vllm_config.model_config.architectures)
             raise ProbeError(
                 f"this engine has heads, and its model is {named}, which keeps no states for them: make its arguments with "
