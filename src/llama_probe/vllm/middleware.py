@@ -120,16 +120,14 @@ class _Response:
             self._is_json = message["status"] == 200 and content_type.startswith(b"application/json")
             self._start = message
             return
-        if message["type"] == "http.response.body":
-            self._body += message.get("body", b"")
-            if self._waits(message.get("more_body", False)):
-                return
-            message = {**message, "body": self._with_scores()}
-            self._body = b""
+        self._body += message.get("body", b"")
+        if self._waits(message.get("more_body", False)):
+            return
+        body, self._body = self._with_scores(), b""
         if self._start is not None:
-            await self._send({**self._start, "headers": self._headers(message)})
+            await self._send({**self._start, "headers": self._headers(body)})
             self._start = None
-        await self._send(message)
+        await self._send({**message, "body": body})
 
     def _waits(self, more: bool) -> bool:
         """Return True if the body so far cannot be sent yet."""
@@ -138,16 +136,14 @@ class _Response:
         return more and self._is_json and self.scores.are_known
 
     def _with_scores(self) -> bytes:
-        if self._is_stream and self._body:
+        if self._is_stream:
             return self.scores.stream(self._body)
-        if not self._is_json or not self.scores.are_known:
-            return self._body
-        return self.scores.complete(self._body)
+        return self.scores.complete(self._body) if self._is_json and self.scores.are_known else self._body
 
-    def _headers(self, message: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    def _headers(self, body: bytes) -> list[tuple[bytes, bytes]]:
         added = {}
         if self._is_json and self.scores.are_known:
-            added[b"content-length"] = str(len(message["body"])).encode()
+            added[b"content-length"] = str(len(body)).encode()
         if header := self.scores.header:
             added[_HEADER] = header
         return [item for item in self._start["headers"] if item[0].lower() not in added] + list(added.items())
@@ -165,8 +161,7 @@ def _is_upload(scope: dict[str, Any]) -> bool:
 
 def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
     path = scope["path"].removesuffix(_path(scope)) + COMPLETIONS
-    headers = _without_length(scope)
-    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": _without_length(scope)}
 
 
 def _without_length(message: dict[str, Any]) -> list[tuple[bytes, bytes]]:

@@ -73,15 +73,13 @@ class Scorer:
     def score(self, jobs: Sequence[ScoringJob]) -> dict[str, dict[str, list[float] | str]]:
         """By request and head the logits, finite or not, or why there are none. Ranks that run no heads have no logits."""
         found = {job.request_id: dict.fromkeys(job.heads) for job in jobs}
-        prompts = []
-        for job in jobs:
-            prompt = _Prompt(job, {})
-            for name in job.heads:
+        prompts = [_Prompt(job, {}) for job in jobs]
+        for prompt in prompts:
+            for name in prompt.job.heads:
                 try:
-                    prompt.masks[name] = self._mask(self.heads[name], job)
+                    prompt.masks[name] = self._mask(self.heads[name], prompt.job)
                 except ProbeError as error:
-                    found[job.request_id][name] = str(error)
-            prompts.append(prompt)
+                    found[prompt.job.request_id][name] = str(error)
         for batch in _batches(prompts, self.kernel_block_size):
             logits = self._score(batch)
             for row, prompt in enumerate(batch):
