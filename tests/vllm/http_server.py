@@ -1,5 +1,6 @@
-"""`python -m llama_probe.vllm` as a process, and a question to it by OpenAI's client."""
+"""`python -m llama_probe.vllm` as a process, and questions to it."""
 
+import json
 import os
 import shlex
 import signal
@@ -63,3 +64,8 @@ def ask(client, text: str, **kwargs):
     messages = [{"role": "user", "content": text}]
     options = {"temperature": 0.0, "max_tokens": 4, **kwargs}
     return client.chat.completions.create(model="tiny", messages=messages, **options)
+
+
+def post(url: str, body: dict):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=250)

@@ -4,10 +4,9 @@ import json
 import re
 import shlex
 import shutil
-import urllib.request
 
 import pytest
-from http_server import serving
+from http_server import post, serving
 from repository import ROOT
 
 
@@ -34,8 +33,6 @@ def test_it_serves(line, tiny, tmp_path, monkeypatch):
     arguments = [str(tiny.backbone), *shlex.split(line), *small.split()]
     with serving(arguments, tmp_path / "log") as url:
         body = {"model": str(tiny.backbone), "prompt": [1, 30, 31, 40, 41], "max_tokens": 2}
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=250) as response:
+        with post(f"{url}/completions", body) as response:
             said = json.load(response)["kv_transfer_params"]
     assert list(said["probes"]) == [name] and "halted" in said

@@ -35,9 +35,8 @@ def test_scores_are_hidden_and_halted_requests_get_a_reply(hiding, chats, flagge
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == reply
         assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, "content_filter"]
         texts = list(client.completions.create(model="tiny", prompt=chats[text], stream=True))
-        assert [(chunk.choices[0].text, chunk.choices[0].finish_reason) for chunk in texts] == [
-            (reply, "content_filter")
-        ]
+        (choice,) = (chunk.choices[0] for chunk in texts)
+        assert (choice.text, choice.finish_reason) == (reply, "content_filter")
         assert texts[0].kv_transfer_params["halted"] == said["halted"]
         written = client.responses.create(model="tiny", input=text)
         assert (written.output_text, written.status) == (reply, "incomplete")

@@ -106,13 +106,8 @@ def test_hidden_scores_are_decisions(serve):
     client, _ = serve(hide_scores=True)
     (result,) = client.post("/v1/moderations", json={"input": "a"}).json()["results"]
     assert result["category_scores"] == {"guard/bad": 1.0, "raw/yes": 0.0, "topics/a": 1.0, "topics/b": 0.0}
-    expected = {
-        "guard": ("bad", [0.0, 1.0]),
-        "topics": ("a", [1.0, 0.0]),
-        "mood": ("glad", [0.0, 1.0, 0.0]),
-        "size": (None, []),
-    }
-    for head, (label, probs) in expected.items():
+    values = {"guard": [0.0, 1.0], "topics": [1.0, 0.0], "mood": [0.0, 1.0, 0.0], "size": []}
+    for (head, probs), label in zip(values.items(), ("bad", "a", "glad", None), strict=True):
         (row,) = client.post("/classify", json={"input": "a", "probe": head}).json()["data"]
         assert (row["label"], row["probs"]) == (label, probs)
 
@@ -175,9 +170,8 @@ def test_an_input_without_a_score_is_an_error(serve):
         client, _ = serve(["guard"], logits={"guard": logits})
         for path in ("/v1/moderations", "/classify"):
             response = client.post(path, json={"input": "a"})
-            assert (
-                response.status_code == 400 and "input 0 has no score of guard" in response.json()["error"]["message"]
-            )
+            assert response.status_code == 400
+            assert "input 0 has no score of guard" in response.json()["error"]["message"]
 
 
 def test_the_path_may_have_a_prefix(serve):

@@ -58,12 +58,9 @@ def answer(scheduler, step: SchedulerOutput, found: dict[str, list[float]]):
         for name in names
     ]
     meta = ScoredPrompts({name: {"guard": logits} for name, logits in found.items()}) if found else None
-    output = ModelRunnerOutput(
-        names,
-        {name: place for place, name in enumerate(names)},
-        tokens,
-        kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=meta),
-    )
+    places = {name: place for place, name in enumerate(names)}
+    said = KVConnectorOutput(kv_connector_worker_meta=meta)
+    output = ModelRunnerOutput(names, places, tokens, kv_connector_output=said)
     batches = scheduler.update_from_output(step, output)
     return {output.request_id: output for batch in batches.values() for output in batch.outputs}
 

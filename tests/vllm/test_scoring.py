@@ -1,5 +1,6 @@
 """Heads on cached states say of every prompt what they say of its states alone, whatever else is scored and lies around."""
 
+import functools
 import math
 
 import pytest
@@ -22,8 +23,6 @@ HEADS = {
     "multimax": make_probe(4, probe_type="multimax", options={"num_maxima": 2, "num_members": 3}),
     "last": make_probe(5, probe_type="last"),
 }
-
-
 PLANS = {False: CachePlan(HEADS, projected=False), True: CachePlan(HEADS, projected=True)}
 
 
@@ -50,9 +49,8 @@ class Served:
     def __init__(self, projected: bool, blocks: int, kernel_block_size: int = BLOCK, runs: bool = True):
         self.plan, self.reads = PLANS[projected], []
         sizes = (len(self.plan.layers), HIDDEN), (1, self.plan.width)
-        self.caches = [
-            make_cache(self.reads, blocks, kernel_block_size, *size) if all(size) else None for size in sizes
-        ]
+        makes = functools.partial(make_cache, self.reads, blocks, kernel_block_size)
+        self.caches = [makes(*size) if all(size) else None for size in sizes]
         self.scorer = Scorer(self.plan, *self.caches, BLOCK, runs)
 
     def fill(self, lengths: list[int], heads: list[list[str]]):
@@ -65,10 +63,8 @@ class Served:
             ids = [5, 6, *torch.randint(7, 20, (length,)).tolist()][:length]
             jobs.append(ScoringJob(f"request-{number}", ids, length, block_ids, names))
             states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
-            kept = [
-                written[self.plan.layers],
-                projector.project(dict(enumerate(written)))[None] if self.plan.width else None,
-            ]
+            features = projector.project(dict(enumerate(written)))[None] if self.plan.width else None
+            kept = written[self.plan.layers], features
             for cache, numbers in zip(self.caches, kept, strict=True):
                 for token in range(length if cache is not None else 0):
                     slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK

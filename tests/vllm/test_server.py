@@ -8,7 +8,7 @@ import urllib.request
 import anthropic
 import openai
 import pytest
-from http_server import ask, guarded, serving
+from http_server import ask, guarded, post, serving
 from tiny_engine import HEADS
 
 from llama_probe.vllm.payloads import Scores
@@ -48,10 +48,8 @@ def test_complete_responses(client, tiny, chats, flagged):
 @pytest.mark.parametrize("copies", [1, 2])
 def test_streams_of_chats_at_the_same_time(url, tiny, chats, flagged, copies):
     async def stream(client, text):
-        chunks = await ask(
-            client, text, stream=True, n=copies, temperature=copies - 1, extra_body={"ignore_eos": True}
-        )
-        return [chunk async for chunk in chunks]
+        options = {"n": copies, "temperature": copies - 1, "extra_body": {"ignore_eos": True}}
+        return [chunk async for chunk in await ask(client, text, stream=True, **options)]
 
     async def all_streams():
         async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
@@ -115,11 +113,6 @@ def test_invocations(url, tiny, chats, flagged):
         assert (first["choices"][0]["finish_reason"] == "content_filter") == flagged[text]
 
 
-def post(url: str, body: dict):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    return urllib.request.urlopen(request, timeout=250)
-
-
 def test_the_header_of_a_stream(client):
     response = ask(client.with_raw_response, "alpha", stream=True)
     said = next(iter(response.parse())).kv_transfer_params
@@ -167,16 +160,11 @@ def test_metrics(url, client, chats, flagged):
     client.completions.create(model="tiny", prompt=list(chats.values()), n=2, temperature=1.0, max_tokens=2)
     after = counted()
     grown = {name: value - before.get(name, 0) for name, value in after.items() if "_total" in name}
-    assert {name for name in grown if name.startswith("llama_probe_scored_total")} == {
-        f'llama_probe_scored_total{{probe="{name}"}}' for name in HEADS
-    }
-    for name in HEADS:
-        assert grown[f'llama_probe_scored_total{{probe="{name}"}}'] == len(chats)
-    halted = sum(flagged[text] for text in chats)
-    assert (
-        grown['llama_probe_halted_total{probe="guard"}'] == grown['llama_probe_flagged_total{probe="guard"}'] == halted
-    )
-    assert grown['llama_probe_halted_total{probe="tone"}'] == grown['llama_probe_flagged_total{probe="tone"}'] == 0
+    scored = {name: value for name, value in grown.items() if name.startswith("llama_probe_scored_total")}
+    assert scored == {f'llama_probe_scored_total{{probe="{name}"}}': len(chats) for name in HEADS}
+    for head, halted in (("guard", sum(flagged[text] for text in chats)), ("tone", 0)):
+        assert grown[f'llama_probe_halted_total{{probe="{head}"}}'] == halted
+        assert grown[f'llama_probe_flagged_total{{probe="{head}"}}'] == halted
 
 
 def test_the_next_token_of_a_halted_prompt_has_no_score(url, chats, flagged):
@@ -211,9 +199,8 @@ def test_complete_responses_to_several_prompts(client, tiny, chats, flagged):
     options = {"max_tokens": 3, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
     whole = client.completions.create(model="tiny", prompt=list(chats.values()), **options)
     messages = [[{"role": "user", "content": text}] for text in chats]
-    batch = client.post(
-        "/chat/completions/batch", cast_to=dict, body={"model": "tiny", "messages": messages, "max_tokens": 3}
-    )
+    body = {"model": "tiny", "messages": messages, "max_tokens": 3}
+    batch = client.post("/chat/completions/batch", cast_to=dict, body=body)
     for response in (whole.model_dump(), batch):
         assert response["kv_transfer_params"] is None and len(response["choices"]) == len(chats)
         for choice, (text, ids) in zip(response["choices"], chats.items(), strict=True):
@@ -221,11 +208,10 @@ def test_complete_responses_to_several_prompts(client, tiny, chats, flagged):
             tiny.check(said["probes"], ids)
             assert (choice["stop_reason"] == "guard") == flagged[text] == (said["halted"] is not None)
             assert (choice["finish_reason"] == "content_filter") == flagged[text]
-    twice = client.completions.create(
-        model="tiny", prompt=list(chats.values())[:2], n=2, **options | {"temperature": 1.0}
-    )
+    prompts = list(chats.values())[:2]
+    twice = client.completions.create(model="tiny", prompt=prompts, n=2, **options | {"temperature": 1.0})
     for choice in twice.choices:
-        tiny.check(choice.kv_transfer_params["probes"], list(chats.values())[choice.index // 2])
+        tiny.check(choice.kv_transfer_params["probes"], prompts[choice.index // 2])
 
 
 def test_replies_that_a_text_ends_have_scores(client, tiny, chats, flagged):
