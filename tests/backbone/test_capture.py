@@ -1,4 +1,4 @@
-"""Capture: equal to output_hidden_states, for any subset of layers, with no hook left behind."""
+"""Captured states: equal to output_hidden_states, for any subset of layers, with no hook left behind."""
 
 import threading
 
@@ -8,7 +8,7 @@ from conftest import HIDDEN, LAYERS, make_probe
 
 from llama_probe import AutoModelForProbedGeneration
 from llama_probe.backbone.capture import (
-    Capture,
+    capturing,
     collect_hidden_states,
     handing_states_to,
     prefill,
@@ -52,7 +52,7 @@ def test_hooks_go_even_after_an_error(lm, prompts):
     def fail(layer, hidden):
         raise RuntimeError("inside")
 
-    with pytest.raises(RuntimeError, match="inside"), Capture(find_decoder(lm), fail, [0, 2]):
+    with pytest.raises(RuntimeError, match="inside"), capturing(find_decoder(lm), fail, [0, 2]):
         lm(prompts)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.modules())
 
@@ -65,7 +65,7 @@ def in_another_thread(function, *args) -> None:
 
 def test_only_the_opening_thread_is_heard(lm, prompts):
     seen = []
-    with Capture(find_decoder(lm), lambda layer, hidden: seen.append(layer), ALL):
+    with capturing(find_decoder(lm), lambda layer, hidden: seen.append(layer), ALL):
         in_another_thread(lm, prompts)
         assert seen == []
         lm(prompts)
@@ -75,7 +75,7 @@ def test_only_the_opening_thread_is_heard(lm, prompts):
 def test_a_hook_that_is_half_registered_does_not_break_another_thread(lm, prompts):
     """Another thread may run a layer after torch has noted the hook, and before it has noted that it takes keywords."""
     done = []
-    with Capture(find_decoder(lm), lambda layer, hidden: None, [0]):
+    with capturing(find_decoder(lm), lambda layer, hidden: None, [0]):
         lm.model.layers[0]._forward_pre_hooks_with_kwargs.clear()
         in_another_thread(lambda: done.append(lm(prompts)))
     assert done

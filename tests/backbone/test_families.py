@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel, register_family
 from llama_probe.backbone import families
-from llama_probe.backbone.capture import Capture, check_states, collect_hidden_states
+from llama_probe.backbone.capture import capturing, check_states, collect_hidden_states
 from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.families import FAMILIES
 from llama_probe.backbone.fingerprint import fingerprint
@@ -55,7 +55,7 @@ def test_capture_equals_output_hidden_states(family):
     decoder = find_decoder(lm)
     assert decoder.origin == "table" and decoder.embeddings is lm.get_input_embeddings()
     states = {}
-    with Capture(decoder, states.__setitem__, range(LAYERS + 1)):
+    with capturing(decoder, states.__setitem__, range(LAYERS + 1)):
         lm(**inputs)
     expected = lm(**inputs, output_hidden_states=True).hidden_states
     assert len(expected) == len(states) == LAYERS + 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Collection, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,15 @@ from .decoder import Decoder, find_decoder, without_peft
 _PROOF_TOKENS = 8
 
 
-class Capture:
-    """A context manager that calls a function with each hidden state when it appears.
+@contextmanager
+def capturing(
+    decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]
+) -> Iterator[None]:
+    """Call a function with each hidden state when it appears, inside the block.
 
     Hidden state 0 is the input of the first layer (right for `inputs_embeds` and for models that scale their embeddings or
     add positions to them), hidden state i the output of layer i, and hidden state L the output of the final norm: equal to
-    `output_hidden_states`. The hooks exist only inside the `with` block, and only for the thread that opened it, so that two
+    `output_hidden_states`. The hooks exist only inside the block, and only for the thread that opened it, so that two
     threads can run one model.
 
     Args:
@@ -35,52 +38,37 @@ class Capture:
         on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
         layers: indices of the hidden states.
     """
+    thread, last = threading.get_ident(), decoder.num_hidden_layers
 
-    def __init__(self, decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]):
-        self.decoder = decoder
-        self.on_state = on_state
-        self.layers = frozenset(layers)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._thread: int | None = None
+    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
+    def before(_, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        if threading.get_ident() == thread:
+            on_state(0, _first_input(args, kwargs))
 
-    def __enter__(self) -> Capture:
-        self._thread = threading.get_ident()
-        layers, last = self.decoder.layers, self.decoder.num_hidden_layers
-        try:
-            for layer in sorted(self.layers):
-                if layer == 0:
-                    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
-                    hook = layers[0].register_forward_pre_hook(partial(self._before, layer), with_kwargs=True)
-                else:
-                    # A user's hook on the next layer may change the state in place: then on_state gets a copy.
-                    copied = layer < last and bool(layers[layer]._forward_pre_hooks)
-                    module = self.decoder.norm if layer == last else layers[layer - 1]
-                    hook = module.register_forward_hook(partial(self._after, layer, copied))
-                self._handles.append(hook)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def after(layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+        if threading.get_ident() == thread:
+            on_state(layer, _output(output).clone() if copied else _output(output))
 
-    def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _before(self, layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        if threading.get_ident() == self._thread:
-            self.on_state(layer, _first_input(args, kwargs))
-
-    def _after(self, layer: int, copied: bool, _, args: tuple, output: Any) -> None:
-        if threading.get_ident() == self._thread:
-            hidden = output[0] if isinstance(output, tuple) else output
-            self.on_state(layer, hidden.clone() if copied else hidden)
+    with ExitStack() as hooks:
+        for layer in sorted(set(layers)):
+            if layer == 0:
+                hooks.enter_context(decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                # A user's hook on the next layer may change the state in place: then on_state gets a copy.
+                copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
+                module = decoder.norm if layer == last else decoder.layers[layer - 1]
+                hooks.enter_context(module.register_forward_hook(partial(after, layer, copied)))
+        yield
 
 
 def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
     if args:
         return args[0]
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def _output(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 class _Listening(threading.local):
@@ -113,8 +101,8 @@ def stay_in_layers(lm: nn.Module) -> bool:
 
 
 @contextmanager
-def handing_states_to(on_state: Callable[[int, torch.Tensor], None]):
-    """Hand the states of an LM with permanent hooks to `on_state` inside the block, in this thread, as `Capture` would."""
+def handing_states_to(on_state: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Hand the states of an LM with permanent hooks to `on_state` inside the block, in this thread, as `capturing` does."""
     _LISTENING.on_state = on_state
     try:
         yield
@@ -123,14 +111,14 @@ def handing_states_to(on_state: Callable[[int, torch.Tensor], None]):
 
 
 def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-    # Torch may call it without kwargs; see `Capture.__enter__`.
+    # Torch may call it without kwargs; see `capturing`.
     if _LISTENING.on_state is not None:
         _LISTENING.on_state(layer, _first_input(args, kwargs))
 
 
 def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
     if _LISTENING.on_state is not None:
-        _LISTENING.on_state(layer, output[0] if isinstance(output, tuple) else output)
+        _LISTENING.on_state(layer, _output(output))
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
@@ -170,7 +158,7 @@ def collect_hidden_states(
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
     states: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
+    with torch.no_grad(), capturing(decoder, states.__setitem__, layers):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
     check_seen(layers, states)
     return [states[layer] for layer in layers]
@@ -210,7 +198,7 @@ def check_states(lm: nn.Module) -> None:
         states[layer], copies[layer] = hidden, hidden.clone()
 
     ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
-    with torch.no_grad(), Capture(decoder, on_state, layers):
+    with torch.no_grad(), capturing(decoder, on_state, layers):
         output = decoder.model(input_ids=ids, use_cache=False, **listing)
     listed = dict(enumerate(getattr(output, "hidden_states", None) or ())) if listing else copies
     if listing and len(listed) != len(layers):

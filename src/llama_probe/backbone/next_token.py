@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ProbeError
-from .capture import Capture, check_seen
+from .capture import capturing, check_seen
 from .decoder import find_decoder, without_peft
 
 
@@ -86,7 +86,7 @@ class NextToken:
         states: dict[int, torch.Tensor] = {}
         # The plain class's forward does not run attached heads.
         forward = getattr(type(lm), "_causal_lm_class", type(lm)).forward
-        with Capture(decoder, states.__setitem__, [last]):
+        with capturing(decoder, states.__setitem__, [last]):
             expected = forward(lm, input_ids=ids, use_cache=False).logits[0, -1].float()
         check_seen([last], states)
         found = self(states[last][0, -1:])[0].to(expected.device)

@@ -13,7 +13,7 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTok
 from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import cached_tokens, copy_cache
-from ..backbone.capture import Capture, check_seen, handing_states_to
+from ..backbone.capture import capturing, check_seen, handing_states_to
 from ..backbone.decoder import target_of, without_peft
 from ..data.prompts import Text
 from ..errors import ProbeError
@@ -217,7 +217,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         placeholders = decoder.placeholder_ids
         masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
         layers = {layer for head in heads.values() for layer in head.layer_indices}
-        with Capture(decoder, states.__setitem__, layers):
+        with capturing(decoder, states.__setitem__, layers):
             output = super().forward(**decoder.whole(kwargs))
         check_seen(layers, states)
         results = {}

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Cache
 
 from ..backbone.cache import cached_tokens
-from ..backbone.capture import Capture, stay_in_layers
+from ..backbone.capture import capturing, stay_in_layers
 from ..backbone.decoder import Decoder, find_decoder
 from ..errors import ProbeError
 from ..heads import repeat_rows
@@ -121,7 +121,7 @@ class PrefillSession:
         cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
         masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
         self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
-        with Capture(decoder, self._reader.on_state, self._reader.layers):
+        with capturing(decoder, self._reader.on_state, self._reader.layers):
             yield decoder.whole(inputs)
         self._reader.end()
         self.seen = stop

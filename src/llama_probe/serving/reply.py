@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from ..backbone.capture import Capture
+from ..backbone.capture import capturing
 from ..backbone.decoder import Decoder
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
@@ -126,7 +126,7 @@ class ReplySession:
         self._pad = pad_token_id
         self._reader: StateReader | None = None
         # Open from the first pass that is read to the end of the session; what other passes give is not wanted.
-        self._capture: Capture | None = None
+        self._capture: AbstractContextManager[None] | None = None
         self._reading = False
         self._live: torch.Tensor | None = None
         self._ended: torch.Tensor | None = None
@@ -164,7 +164,7 @@ class ReplySession:
             self._reader = StateReader(self.heads, states, keep=self.heads)
         if self._capture is None:
             layers = self._reader.layers | (set() if self.recorder is None else set(self.recorder.layers))
-            self._capture = Capture(decoder, self._on_state, layers)
+            self._capture = capturing(decoder, self._on_state, layers)
             self._capture.__enter__()
         if self.recorder is not None:
             self.recorder.start(rows, self._ended)
@@ -196,7 +196,7 @@ class ReplySession:
     def close(self) -> None:
         """Remove the hooks from the LM. Call it at the end."""
         if self._capture is not None:
-            self._capture.__exit__()
+            self._capture.__exit__(None, None, None)
             self._capture = None
 
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
