@@ -1,4 +1,4 @@
-"""An LM's KV cache: find it in arguments and outputs, copy it, repeat it for a batch."""
+"""An LM's KV cache: count its tokens, copy it, repeat it for a batch."""
 
 from __future__ import annotations
 
@@ -26,18 +26,12 @@ class _DetachedCopies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """Return the KV cache in the arguments of a forward pass, or in an output of the LM, or None."""
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Return the number of tokens in the KV cache among a forward pass's arguments, or in an output of the LM; 0 without one."""
     cache = kwargs.get("cache")
     if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns about the older name
         cache = kwargs.get("past_key_values")
-    return cache
-
-
-def cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Return the number of tokens in the cache that `given_cache` finds, 0 without a cache."""
-    cache = given_cache(kwargs)
-    return int(cache.get_seq_length()) if cache is not None else 0
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def copy_cache(cache: Cache) -> Cache:

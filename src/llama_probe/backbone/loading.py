@@ -69,16 +69,18 @@ def demo_backbone() -> Path:
     return folder
 
 
-def find_gguf(name: str) -> Path | None:
-    """Return the GGUF file that a path names: itself, or the only one in a folder without a `config.json`."""
+def _find_gguf(name: str) -> Path | None:
+    """Return the GGUF file that a path names: itself, or the only one in a folder, which must have it or a config."""
     if os.path.isfile(name) and name.endswith(".gguf"):
         return Path(name)
     if not os.path.isdir(name) or any((Path(name) / config).is_file() for config in _MODEL_CONFIGS):
         return None
     found = sorted(Path(name).glob("*.gguf"))
+    if not found:
+        raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
     if len(found) > 1:
         raise ProbeError(f"{name} holds several GGUF files: name one of {', '.join(file.name for file in found[:8])}")
-    return found[0] if found else None
+    return found[0]
 
 
 def _load_gguf(
@@ -132,9 +134,7 @@ def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> tran
 
 
 def load_backbone(
-    name: str,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
+    name: str, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Load a causal LM in eval mode with its tokenizer.
 
@@ -149,9 +149,7 @@ def load_backbone(
     if isinstance(dtype, str):
         check_dtype(dtype)
     path = resolve_backbone(name)
-    gguf = find_gguf(path)
-    if gguf is None and os.path.isdir(path) and not any((Path(path) / config).is_file() for config in _MODEL_CONFIGS):
-        raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
+    gguf = _find_gguf(path)
     check_within_reach(path)
     try:
         if gguf is not None:
