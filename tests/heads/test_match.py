@@ -16,8 +16,8 @@ def described(lm) -> ProbeConfig:
     return describe(lm, ProbeConfig(probe_type="gate", base_model_name_or_path="org/tiny"))
 
 
-def verdicts(config, lm, **kwargs) -> dict[str, str]:
-    return {check.field: check.verdict for check in compare(config, lm, **kwargs)}
+def verdicts(config, lm) -> dict[str, str]:
+    return {check.field: check.verdict for check in compare(config, lm)}
 
 
 def rounded_to_8_bits(lm):
@@ -93,7 +93,6 @@ def test_the_fingerprint_explains_another_commit(lm):
     lm.config._commit_hash = "b" * 40
     assert verdicts(config, lm)["base_model_revision"] == "explained"
     assert verdicts(config.replace(fingerprint=None), lm)["base_model_revision"] == "differs"
-    assert verdicts(config, lm, behaviour=False)["base_model_revision"] == "differs"
 
 
 def test_the_fingerprint_explains_a_local_folder_but_not_another_name(lm, tmp_path):
