@@ -240,6 +240,9 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def masked_max(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Take the maximum per dimension of `[S, B, N, D]` over the items where the mask is true: `[S, B, D]`."""
-    if mask is not None:
-        x = x.masked_fill(~mask[None, :, :, None], float("-inf"))
-    return x.amax(dim=2)
+    return drop_masked(x, mask).amax(dim=2)
+
+
+def drop_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Put -inf into `[S, B, N, D]` where the `[B, N]` mask is false."""
+    return x if mask is None else x.masked_fill(~mask[None, :, :, None], float("-inf"))

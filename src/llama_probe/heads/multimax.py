@@ -11,8 +11,7 @@ import math
 import torch
 from torch import nn
 
-from ..errors import ProbeError
-from .aggregator import Aggregator, Classifier, register_probe_type
+from .aggregator import Aggregator, Classifier, drop_masked, masked_max, register_probe_type
 from .low_rank import LowRankAggregator
 
 
@@ -53,13 +52,8 @@ class MultiMaxAggregator(LowRankAggregator):
     def projection(self, slots):
         return self.value[slots]
 
-    @staticmethod
-    def _masked(projected: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Put -inf where the mask is false: `[S, B, n, M R]`."""
-        return projected if mask is None else projected.masked_fill(~mask[None, :, :, None], float("-inf"))
-
     def absorb(self, state, projected, mask):
-        top = self._masked(projected, mask).amax(dim=2)  # [S, B, M R]
+        top = masked_max(projected, mask)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 
     def result(self, state, slots):
@@ -68,7 +62,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     def weights(self, x, mask, slots):
         """Return the share of the directions that have their largest value at the item."""
-        projected = self._masked(self.project(x, slots), mask)  # [S, B, N, M R]
+        projected = drop_masked(self.project(x, slots), mask)  # [S, B, N, M R]
         best = projected.argmax(dim=2, keepdim=True)
         return torch.zeros_like(projected).scatter_(2, best, 1.0).mean(dim=-1)
 
@@ -86,8 +80,6 @@ class WeightedLayers(Aggregator):
         self.bias = nn.Parameter(torch.zeros(layers, self.num_members))
 
     def update(self, state, x, mask, slots):
-        if mask is not None:
-            raise ProbeError("the layers that a multimax head reads all count")
         return x if state is None else torch.cat([state, x], dim=2)
 
     def _shares(self, items: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .aggregator import Aggregator, masked_max, register_probe_type
+from .aggregator import Aggregator, drop_masked, masked_max, register_probe_type
 
 
 @register_probe_type("pooling")
@@ -39,8 +39,6 @@ class PoolingAggregator(Aggregator):
         if self.pool == "mean":
             valid = x.new_ones(batch, items) if mask is None else mask.to(x.dtype)
             return (valid / valid.sum(dim=1, keepdim=True).clamp_min(1.0)).expand(slot_count, batch, items)
-        if mask is not None:
-            x = x.masked_fill(~mask[None, :, :, None], float("-inf"))
-        winners = x.argmax(dim=2)  # [S, B, D]
+        winners = drop_masked(x, mask).argmax(dim=2)  # [S, B, D]
         ones = torch.ones_like(winners, dtype=x.dtype)
         return x.new_zeros(slot_count, batch, items).scatter_add_(2, winners, ones) / x.shape[-1]
