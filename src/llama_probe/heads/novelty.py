@@ -22,14 +22,7 @@ _DEPTHS = (0.2, 0.4, 0.6)
 
 
 def novelty_layers(config: ProbeConfig) -> list[int]:
-    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads.
-
-    Raises:
-        ProbeError: the head reads replies, or the last token alone.
-    """
-    if not config.supports_novelty:
-        found = f"probe_type={config.probe_type!r}, token_scope={config.token_scope!r}"
-        raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
+    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads."""
     wanted = [depth * config.num_hidden_layers for depth in _DEPTHS]
     return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
 
@@ -171,12 +164,9 @@ class Novelty(nn.Module):
         values = values.flip(0)[:rank]
         rest = (whole - values.sum()) / (width - rank)
         variances = torch.cat([values, rest[None]]).clamp_min(1e-6 * whole / width)
-        for buffer, value in (
-            (novelty.center, center),
-            (novelty.directions, directions),
-            (novelty.variances, variances),
-        ):
-            buffer.copy_(value)
+        novelty.center.copy_(center)
+        novelty.directions.copy_(directions)
+        novelty.variances.copy_(variances)
         distance, tokens = novelty.distance(*validation).double(), validation[1][0].double().clamp_min(1).log()
         spread = (tokens - tokens.mean()).square().sum()
         slope = ((tokens - tokens.mean()) * distance).sum() / spread.clamp_min(1e-12)
