@@ -218,12 +218,7 @@ class ProbeConfig:
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | os.PathLike,
-        *,
-        subfolder: str | None = None,
-        namespace: str | None = None,
-        **options,
+        cls, source: str | os.PathLike, *, subfolder: str | None = None, namespace: str | None = None, **options
     ) -> ProbeConfig:
         """Load the config of a head folder, of a head on the Hub, or of a bundled head's alias.
 

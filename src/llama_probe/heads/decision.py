@@ -89,10 +89,7 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def labels(
-    probs: torch.Tensor,
-    config: ProbeConfig,
-    novelty: torch.Tensor | None = None,
-    abstain_at: float | None = None,
+    probs: torch.Tensor, config: ProbeConfig, novelty: torch.Tensor | None = None, abstain_at: float | None = None
 ) -> list[Any]:
     """Return the label of each row: a name (single-label), a list of names (multi-label), or a list of floats (regression).
 

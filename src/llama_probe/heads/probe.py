@@ -220,9 +220,7 @@ class ProbeModel(nn.Module):
             ProbeError: the Hub refused, with its reason. Nothing is uploaded then.
         """
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / (name or "head")
-            save_head(folder, self.config, self.state_dict(), self.results)
-            return push_folder(folder, repo_id, **kwargs)
+            return push_folder(self.save_pretrained(Path(scratch) / (name or "head")), repo_id, **kwargs)
 
     # Whole tensors
 

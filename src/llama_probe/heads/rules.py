@@ -13,10 +13,7 @@ from .turns import TURN_ROLES
 
 REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
-POOLS = ("mean", "max")
-NORMALIZATIONS = ("none", "layernorm", "rms")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
@@ -104,10 +101,7 @@ _NOVELTY = (
         and _is_int(value["rank"])
     ),
 )
-_THRESHOLD = (
-    "a number from 0 to 1, a list of these, or None",
-    lambda value: value is None or _is_share(value) or _is_list(value, _is_share),
-)
+_THRESHOLD = ("a number from 0 to 1, a list of these", lambda value: _is_share(value) or _is_list(value, _is_share))
 _LAYERS = (
     "'all' or a list of different state indices from 0",
     lambda value: value == "all" or (_is_list(value, _is_id) and len(set(value)) == len(value) > 0),
@@ -117,9 +111,9 @@ _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and v
 # The rule of each field: a description and a check.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "problem_type": _one_of(*PROBLEM_TYPES),
-    "pool": _one_of(*POOLS),
-    "normalize": _one_of(*NORMALIZATIONS),
-    "token_scope": _one_of(*TOKEN_SCOPES),
+    "pool": _one_of("mean", "max"),
+    "normalize": _one_of("none", "layernorm", "rms"),
+    "token_scope": _one_of(*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES),
     "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
     "layers": _LAYERS,
     "num_attention_heads": _SIZE,
@@ -135,7 +129,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
-    "threshold": _THRESHOLD,
+    "threshold": _or_none(_THRESHOLD),
     "thresholds": _or_none(_THRESHOLDS),
     "novelty": _or_none(_NOVELTY),
     "fingerprint": _or_none(_NUMBERS),

@@ -133,12 +133,11 @@ def prompt_masks(
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
     masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        alike = next((other for other in masks if _scope(configs[other]) == _scope(config)), None)
-        if alike is None:
+        mask = next((masks[other] for other in masks if _scope(configs[other]) == _scope(config)), None)
+        if mask is None:
             mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
-            masks[name] = mask if text is None else mask & text.to(mask.device)
-        else:
-            masks[name] = masks[alike]
+            mask = mask if text is None else mask & text.to(mask.device)
+        masks[name] = mask
     return masks
 
 

@@ -8,18 +8,15 @@ from collections.abc import Callable
 import torch
 
 
-_EPS = {"layernorm": 1e-5, "rms": 1e-6}
-
-
 def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     """Return states of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
 
     In half precision the result is rounded, and what it is calculated from is not.
     """
     if kind == "layernorm":
-        return torch.layer_norm(x, x.shape[-1:], eps=_EPS[kind])
+        return torch.layer_norm(x, x.shape[-1:], eps=1e-5)
     if kind == "rms":
-        return torch.rms_norm(x, x.shape[-1:], eps=_EPS[kind])
+        return torch.rms_norm(x, x.shape[-1:], eps=1e-6)
     return x
 
 

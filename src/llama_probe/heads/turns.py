@@ -13,9 +13,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A tool's result comes from outside, as a user's text does.
-USER_ROLES = ("user", "tool")
-TURN_ROLES = (*USER_ROLES, "assistant", "system")
+TURN_ROLES = ("user", "tool", "assistant", "system")  # a tool's result comes from outside, as a user's text does
 
 
 def turn_mask(
