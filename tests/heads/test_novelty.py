@@ -1,47 +1,11 @@
-"""How unlike its training data a prompt is: the same in each way of reading, calibrated, and saved with the head."""
+"""How unlike its training data a prompt is: calibrated, and saved with the head. `test_probe.py` has the ways of reading."""
 
 import pytest
 import torch
 from conftest import HIDDEN, make_probe, read_head, save_head, with_novelty
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from test_probe import SIZES, cases, read, states_for
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.heads.novelty import Novelty, abstain_levels, novelty_layers
-
-
-def fitted(case):
-    config, mask, cuts, seed = case
-    assume(config["probe_type"] != "last" and config["hidden_size"] > 1)
-    return with_novelty(make_probe(seed, **config)), states_for(config, mask, seed), mask, cuts
-
-
-@settings(max_examples=80, deadline=None)
-@given(cases(), SIZES, st.booleans(), st.booleans())
-def test_streamed_and_resumed_equal_whole(case, sizes, keep, resume):
-    probe, states, mask, cuts = fitted(case)
-    state = probe.init_state(keep=keep or resume)
-    for low, high in zip([0, *cuts], cuts, strict=False):
-        read(probe, state, states, slice(low, high), mask, sizes, last=high == cuts[-1])
-        if resume and high != cuts[-1]:
-            state = probe.init_state(state.joined(), keep=True)
-    with torch.no_grad():
-        whole, found = probe(hidden_states=states, attention_mask=mask), probe.finish(state)
-    torch.testing.assert_close(found.novelty, whole.novelty, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.logits, whole.logits, atol=1e-5, rtol=1e-5)
-    assert whole.novelty.shape == (len(mask),) and ((whole.novelty >= 0) & (whole.novelty <= 1)).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(cases())
-def test_padding_and_batching_change_nothing(case):
-    probe, states, mask, _ = fitted(case)
-    with torch.no_grad():
-        batched = probe(hidden_states=states, attention_mask=mask).novelty
-        for row in range(len(mask)):
-            alone = tuple(state[row : row + 1, mask[row]] for state in states)
-            torch.testing.assert_close(probe(hidden_states=alone).novelty[0], batched[row], atol=1e-5, rtol=1e-5)
 
 
 def sums(rows, tokens, shift=0.0, seed=0):

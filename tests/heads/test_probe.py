@@ -54,6 +54,21 @@ def states_for(config, mask, seed):
     return tuple(torch.randn(shape, generator=generator) * growth**i for i in range(config["num_hidden_layers"] + 1))
 
 
+def made(case, novelty=False):
+    """The head of a case, with a novelty if it can have one, its states, its mask and its cuts."""
+    config, mask, cuts, seed = case
+    probe = make_probe(seed, **config)
+    if novelty and probe.config.supports_novelty and probe.config.hidden_size > 1:
+        with_novelty(probe)
+    return probe, states_for(config, mask, seed), mask, cuts
+
+
+def assert_alike(found, expected):
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    if expected.novelty is not None:
+        torch.testing.assert_close(found.novelty, expected.novelty, atol=1e-5, rtol=1e-5)
+
+
 def groups_of(layers, sizes):
     """Cut `layers` into consecutive groups; sizes are used in turn."""
     first, turn = 0, 0
@@ -74,27 +89,28 @@ SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
 
 
 @settings(max_examples=150, deadline=None)
-@given(cases(), SIZES, st.booleans())
-def test_streamed_equals_whole(case, sizes, keep):
-    config, mask, cuts, seed = case
-    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
-    state = probe.init_state(keep=keep)
+@given(cases(), SIZES, st.booleans(), st.booleans(), st.booleans())
+def test_streamed_and_resumed_equal_whole(case, sizes, keep, resume, novelty):
+    probe, states, mask, cuts = made(case, novelty)
+    state = probe.init_state(keep=keep or resume)
     with torch.no_grad():
-        whole = probe(hidden_states=states, attention_mask=mask).logits
+        whole = probe(hidden_states=states, attention_mask=mask)
         for turn, (low, high) in enumerate(zip([0, *cuts], cuts, strict=False)):
-            read(probe, state, states, slice(low, high), mask, sizes[turn:] + sizes[:turn], last=high == cuts[-1])
-        torch.testing.assert_close(probe.finish(state).logits, whole, atol=1e-5, rtol=1e-5)
+            last = high == cuts[-1]
+            read(probe, state, states, slice(low, high), mask, sizes[turn:] + sizes[:turn], last)
+            if resume and not last:
+                state = probe.init_state(state.joined(), keep=True)
+        assert_alike(probe.finish(state), whole)
+    if (found := whole.novelty) is not None:
+        assert found.shape == (len(mask),) and ((found >= 0) & (found <= 1)).all()
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.booleans())
 def test_a_head_of_projected_states_scores_as_the_head_does(case, novelty):
-    config, mask, cuts, seed = case
-    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
-    if novelty and config["probe_type"] != "last" and config["hidden_size"] > 1:
-        probe = with_novelty(probe)
+    probe, states, mask, cuts = made(case, novelty)
     split = probe.projected()
-    if config["probe_type"] in ("pooling", "last") or config["normalize"] == "none":
+    if probe.config.probe_type in ("pooling", "last") or probe.config.normalize == "none":
         assert split is None
         return
     maps, reader = split
@@ -113,9 +129,7 @@ def test_a_head_of_projected_states_scores_as_the_head_does(case, novelty):
 @given(cases(), st.integers(1, 2), SIZES)
 def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats, sizes):
     """Token by token from the first cut on, each score is that of all tokens so far, read at once."""
-    config, mask, cuts, seed = case
-    config |= {"token_scope": "all", "causal": True}
-    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    probe, states, mask, cuts = made((case[0] | {"token_scope": "all", "causal": True}, *case[1:]))
     cut, length = cuts[0], mask.shape[1]
     mask[:, 0] = True  # of the prompt something counts
     with torch.no_grad():
@@ -134,27 +148,26 @@ def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats, sizes):
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases())
-def test_padding_and_batching_change_nothing(case):
-    config, mask, _, seed = case
-    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+@given(cases(), st.booleans())
+def test_padding_and_batching_change_nothing(case, novelty):
+    probe, states, mask, _ = made(case, novelty)
     with torch.no_grad():
-        batched = probe(hidden_states=states, attention_mask=mask).logits
+        batched = probe(hidden_states=states, attention_mask=mask)
         # what stands on masked positions must not matter
         other = tuple(torch.where(mask.unsqueeze(-1), state, state * 7 + 3) for state in states)
-        torch.testing.assert_close(
-            probe(hidden_states=other, attention_mask=mask).logits, batched, atol=1e-5, rtol=1e-5
-        )
-        for row in range(len(mask)):
-            alone = tuple(state[row : row + 1, mask[row]] for state in states)
-            torch.testing.assert_close(probe(hidden_states=alone).logits[0], batched[row], atol=1e-5, rtol=1e-5)
+        assert_alike(probe(hidden_states=other, attention_mask=mask), batched)
+        alone = [
+            probe(hidden_states=[state[row : row + 1, kept] for state in states]) for row, kept in enumerate(mask)
+        ]
+    for name in ("logits", "novelty") if batched.novelty is not None else ("logits",):
+        rows = torch.cat([getattr(output, name) for output in alone])
+        torch.testing.assert_close(rows, getattr(batched, name), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_weights_are_distributions(case):
-    config, mask, _, seed = case
-    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
+    probe, states, mask, _ = made(case)
     layers = len(probe.layer_indices)
     with torch.no_grad():
         whole = probe(hidden_states=states, attention_mask=mask, output_attentions=True)
@@ -386,10 +399,6 @@ class TestRefusals:
         lm.forward = lm.model.forward = None
         with pytest.raises(ProbeError, match="mask has the shape"):
             probe(make_prompts(), probe_mask=torch.ones(2, 4))
-
-    def test_sizes_are_needed(self):
-        with pytest.raises(ProbeError, match="hidden_size and num_hidden_layers"):
-            ProbeModel(ProbeConfig())
 
     def test_another_backbone(self):
         with pytest.raises(ProbeError, match="hidden_size=64 in the head's config, but this backbone has 32"):
