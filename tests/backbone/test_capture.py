@@ -7,30 +7,11 @@ import torch
 from conftest import HIDDEN, LAYERS, make_probe
 
 from llama_probe import AutoModelForProbedGeneration
-from llama_probe.backbone.capture import (
-    capturing,
-    collect_hidden_states,
-    handing_states_to,
-    prefill,
-    stay_in_layers,
-)
+from llama_probe.backbone.capture import capturing, collect_hidden_states, handing_states_to, stay_in_layers
 from llama_probe.backbone.decoder import find_decoder
 
 
 ALL = range(LAYERS + 1)
-
-
-def test_a_shared_prefix_runs_once(lm, prompts):
-    prefix = torch.tensor([[5, 6, 7]]).expand(len(prompts), -1)
-    mask = torch.ones_like(prompts)
-    mask[1, -3:] = 0
-    whole = collect_hidden_states(
-        lm, ALL, torch.cat([prefix, prompts], 1), torch.cat([torch.ones_like(prefix), mask], 1)
-    )
-    cache = prefill(lm, [5, 6, 7])
-    for _ in range(2):  # the cache may be used again
-        for a, b in zip(whole, collect_hidden_states(lm, ALL, prompts, mask, cache), strict=True):
-            torch.testing.assert_close(b[mask.bool()], a[:, 3:][mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_that_change_a_layers_input_in_place_leave_the_captured_state(lm, prompts):
