@@ -16,12 +16,7 @@ LAYERS, VOCAB = 3, 96
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
-SIZES = {
-    **conftest.SIZES,
-    "vocab_size": VOCAB,
-    "num_hidden_layers": LAYERS,
-    "max_position_embeddings": 64,
-}
+SIZES = {**conftest.SIZES, "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "max_position_embeddings": 64}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOW = {"sliding_window": 4}  # shorter than the prompts
 ALTERNATING = {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -217,11 +212,7 @@ def with_images(family: str):
 def plain_pass(lm, inputs, new_tokens=4):
     """The tokens that the plain model writes, and the hidden states of its pass over the prompts."""
     out = lm.generate(
-        **inputs,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_hidden_states=True,
+        **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_hidden_states=True
     )
     return out.sequences, out.hidden_states[0]
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import SIZES, make_prompts
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from tiny_families import padded_prompts, tiny
 
 from llama_probe.backbone.cache import copy_cache, repeat_cache
 from llama_probe.backbone.capture import prefill
@@ -12,16 +11,11 @@ from llama_probe.backbone.capture import prefill
 START = [5, 6, 7, 8, 9]
 
 
-@pytest.fixture(params=["full", "sliding"])
-def lm(request):
-    if request.param == "full":
-        return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)).eval()
-
-
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # whose layers see all tokens, or the last four
 @torch.no_grad()
-def test_rows_share_the_memory_of_a_prefix_until_the_lm_adds_to_them(lm):
-    prompts, prefix = make_prompts(), prefill(lm, START)
+def test_rows_share_the_memory_of_a_prefix_until_the_lm_adds_to_them(family):
+    lm, prompts = tiny(family), padded_prompts()["input_ids"]
+    prefix = prefill(lm, START)
     memory = prefix.layers[0].keys.untyped_storage().nbytes()
     repeated = copy_cache(repeat_cache(prefix, 3))
     for part in (repeated.layers[-1].keys, repeated.layers[-1].values):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import SIZES, VOCAB, make_lm, make_probe, make_prompts
+from conftest import SIZES, make_lm, make_probe, make_prompts
 from transformers import LlamaForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
@@ -11,14 +11,13 @@ from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.next_token import NextToken
 
 
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
-    "llama": SIZES,
-    "tied llama": {**SIZES, "tie_word_embeddings": True},
-    "cohere": {**SIZES, "logit_scale": 0.25},
-    "gemma2": {**SIZES, "head_dim": 8, "final_logit_softcapping": 3.0},
-    "granite": {**SIZES, "logits_scaling": 4.0},
-    "gpt2": GPT2,
+    "llama": {},
+    "tied llama": {"tie_word_embeddings": True},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
+    "granite": {"logits_scaling": 4.0},
+    "gpt2": {},
 }
 
 
@@ -27,7 +26,7 @@ FAMILIES = {
 @torch.no_grad()
 def test_it_gives_the_logits_of_the_lm(family, dtype):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family.split()[-1], **FAMILIES[family])
+    config = transformers.AutoConfig.for_model(family.split()[-1], **SIZES, **FAMILIES[family])
     lm, prompts = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval(), make_prompts()
     out, next_token = lm(prompts, output_hidden_states=True), NextToken(lm)
     next_token.check()
