@@ -11,30 +11,28 @@ def config(**changes):
     return ProbeConfig(probe_type="gate", **{"token_scope": "content", "prefix_ids": [7, 8], **changes})
 
 
-def test_prompt_scope_is_the_attention_mask():
-    ids = torch.tensor([[7, 8, 9, 0]])
-    mask = torch.tensor([[1, 1, 1, 0]])
-    assert token_mask(config(token_scope="prompt"), ids, mask).tolist() == [[True, True, True, False]]
-    assert token_mask(config(token_scope="prompt"), ids, None).all()
-    assert token_mask(config(prefix_ids=[]), ids, mask).tolist() == [[True, True, True, False]]
-
-
-def test_content_scope_leaves_the_prefix_out_on_either_padding():
-    ids = torch.tensor([[7, 8, 5, 7, 8], [0, 0, 7, 8, 5], [7, 8, 5, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    expected = [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
-    assert token_mask(config(), ids, mask).int().tolist() == expected
-
-
-def test_a_prompt_that_begins_otherwise_is_read_whole():
-    ids = torch.tensor([[7, 9, 5], [8, 7, 8], [0, 0, 7]])
-    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 1]])
-    assert torch.equal(token_mask(config(), ids, mask), mask.bool())
-
-
-def test_all_scope_is_that_of_content():
-    ids = torch.tensor([[7, 8, 5, 7, 8]])
-    assert token_mask(config(token_scope="all"), ids, None).int().tolist() == [[0, 0, 1, 1, 1]]
+@pytest.mark.parametrize(
+    "changes, ids, attention_mask, expected",
+    [
+        ({"token_scope": "prompt"}, [[7, 8, 9, 0]], [[1, 1, 1, 0]], [[1, 1, 1, 0]]),
+        ({"token_scope": "prompt"}, [[7, 8, 9, 0]], None, [[1, 1, 1, 1]]),
+        ({"prefix_ids": []}, [[7, 8, 9, 0]], [[1, 1, 1, 0]], [[1, 1, 1, 0]]),
+        ({}, [[7, 8, 5, 7, 8]], None, [[0, 0, 1, 1, 1]]),
+        ({"token_scope": "all"}, [[7, 8, 5, 7, 8]], None, [[0, 0, 1, 1, 1]]),
+        # behind and before padding
+        (
+            {},
+            [[0, 0, 7, 8, 5], [7, 8, 5, 0, 0]],
+            [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]],
+            [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]],
+        ),
+        # rows that begin otherwise are read whole
+        ({}, [[7, 9, 5], [8, 7, 8], [0, 0, 7]], [[1, 1, 1], [1, 1, 1], [0, 0, 1]], [[1, 1, 1], [1, 1, 1], [0, 0, 1]]),
+    ],
+)
+def test_tokens_that_count(changes, ids, attention_mask, expected):
+    attention_mask = None if attention_mask is None else torch.tensor(attention_mask)
+    assert token_mask(config(**changes), torch.tensor(ids), attention_mask).int().tolist() == expected
 
 
 def test_refusals():
