@@ -31,7 +31,10 @@ MULTI_LABEL = "multi_label_classification"
         ({"hidden_size": 32, "downcast": 4, "num_attention_heads": 3}, "num_attention_heads=3 must divide"),
         ({"dropout": 1.0}, "dropout=1.0 must be a number at least 0 and below 1"),
         ({"layer_dropout": "half"}, "layer_dropout='half'"),
-        *[({"temperature": value}, "temperature=.* above 0") for value in (0, float("nan"), 10**400, 10**300)],
+        *[
+            ({"temperature": v}, "temperature=.* above 0")
+            for v in (0, -1, 1e-40, 1e-7, float("nan"), 10**400, 10**300)
+        ],
         ({"dropout": -(10**400)}, "dropout=-1000+"),
         *[({"threshold": value}, "threshold=.* from 0 to 1") for value in (10**400, 1.5, "x", [0.1, None])],
         ({"fingerprint": [0.5, 10**400]}, "fingerprint="),
@@ -103,15 +106,9 @@ def test_indices_that_are_not_plain_numbers_or_come_twice(key):
         ProbeConfig(id2label={0: "a", 1: "b", key: "c"} if key == "1" else {0: "a", key: "b"})
 
 
-@pytest.mark.parametrize("value", [1e-40, 1e-7, 0, -1])
-def test_temperatures_that_give_no_number(value):
-    with pytest.raises(ProbeError, match="temperature"):
-        ProbeConfig(temperature=value)
-    assert (
-        ProbeOutput.from_logits(torch.tensor([[900.0, -900.0]]), ProbeConfig(temperature=1e-6))
-        .probabilities.isfinite()
-        .all()
-    )
+def test_the_lowest_temperature_gives_numbers():
+    output = ProbeOutput.from_logits(torch.tensor([[900.0, -900.0]]), ProbeConfig(temperature=1e-6))
+    assert output.probabilities.isfinite().all()
 
 
 def test_messages_are_cut():
@@ -154,10 +151,3 @@ def test_a_config_by_the_name_of_its_head(tmp_path):
     assert ProbeConfig.from_pretrained(tmp_path / "a" / "head").threshold == 0.25
     with pytest.raises(ProbeError, match="'toxicat'"):
         ProbeConfig.from_pretrained("toxicat")
-
-
-def test_replace_checks_again():
-    config = ProbeConfig()
-    assert config.replace(pool="max").pool == "max" and config.pool == "mean"
-    with pytest.raises(ProbeError, match="pool"):
-        config.replace(pool="median")

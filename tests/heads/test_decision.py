@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_probe import ProbeConfig, ProbeError, ProbeOutput
-from llama_probe.heads.decision import check_numbers, labels, log_odds, predictions, probabilities, probe_loss
+from llama_probe.heads.decision import check_numbers, labels, log_odds, probabilities, probe_loss
 
 
 def config(**changes):
@@ -75,12 +75,6 @@ def test_focal_weights_favour_hard_rows(problem_type):
     target = torch.tensor([1]) if problem_type.startswith("single") else torch.tensor([[0.0, 1.0]])
     ratios = [probe_loss(x, target, head, focal_gamma=2.0) / probe_loss(x, target, head) for x in (sure, unsure)]
     assert ratios[0] < 0.01 < ratios[1] < 1
-
-
-def test_predictions_keep_their_shape():
-    probs = torch.rand(4, 3)
-    assert predictions(probs, config(num_labels=3)).shape == (4,)
-    assert predictions(probs, config(num_labels=3, problem_type="multi_label_classification")).shape == (4, 3)
 
 
 def test_an_output_without_its_config_says_so():
