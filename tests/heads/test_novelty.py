@@ -87,6 +87,12 @@ def test_settings_that_are_refused(changes):
         ProbeConfig(**{"probe_type": "gate", "hidden_size": 8, "num_hidden_layers": 4, **changes})
 
 
+def test_heads_that_cannot_tell_it():
+    for changes in ({"probe_type": "last"}, {"token_scope": "all"}):
+        with pytest.raises(ProbeError, match=next(iter(changes))):
+            novelty_layers(make_probe(**changes).config)
+
+
 def test_abstaining_needs_novelty():
     configs = {"a": make_probe().config}
     assert abstain_levels(None, configs) == {}

@@ -116,11 +116,8 @@ class Scorer:
         step = max(_TOKENS // (len(blocks) * size), 1) * size
         for start in range(0, width, step):
             stop = min(start + step, width)
-            yield (
-                slice(start, stop),
-                blocks[:, start // size : -(-stop // size)],
-                stop == width,
-            )  # blocks are read whole
+            part = blocks[:, start // size : -(-stop // size)]  # blocks are read whole
+            yield slice(start, stop), part, stop == width
 
     def _read_states(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
