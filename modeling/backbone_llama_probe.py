@@ -11,11 +11,14 @@ import numpy as np
 import threading
 import torch
 import torch.nn.functional as F
+import transformers
 import weakref
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import ExitStack
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +27,6 @@ from math import prod
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
-from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
@@ -199,18 +201,12 @@ class _DetachedCopies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """Return the KV cache in the arguments of a forward pass, or in an output of the LM, or None."""
+def cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Return the number of tokens in the KV cache among a forward pass's arguments, or in an output of the LM; 0 without one."""
     cache = kwargs.get("cache")
     if cache is None and not isinstance(kwargs, ModelOutput):  # an output warns about the older name
         cache = kwargs.get("past_key_values")
-    return cache
-
-
-def cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """Return the number of tokens in the cache that `given_cache` finds, 0 without a cache."""
-    cache = given_cache(kwargs)
-    return int(cache.get_seq_length()) if cache is not None else 0
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def copy_cache(cache: Cache) -> Cache:
@@ -232,54 +228,42 @@ def repeat_cache(prefix: Cache, rows: int) -> Cache:
 
 # From backbone/capture.py
 
-class Capture:
-    """A context manager that calls a function with each hidden state when it appears."""
+@contextmanager
+def capturing(
+    decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]
+) -> Iterator[None]:
+    """Call a function with each hidden state when it appears, inside the block."""
+    thread, last = threading.get_ident(), decoder.num_hidden_layers
 
-    def __init__(self, decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]):
-        self.decoder = decoder
-        self.on_state = on_state
-        self.layers = frozenset(layers)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._thread: int | None = None
+    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
+    def before(_, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        if threading.get_ident() == thread:
+            on_state(0, _first_input(args, kwargs))
 
-    def __enter__(self) -> Capture:
-        self._thread = threading.get_ident()
-        layers, last = self.decoder.layers, self.decoder.num_hidden_layers
-        try:
-            for layer in sorted(self.layers):
-                if layer == 0:
-                    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
-                    hook = layers[0].register_forward_pre_hook(partial(self._before, layer), with_kwargs=True)
-                else:
-                    # A user's hook on the next layer may change the state in place: then on_state gets a copy.
-                    copied = layer < last and bool(layers[layer]._forward_pre_hooks)
-                    module = self.decoder.norm if layer == last else layers[layer - 1]
-                    hook = module.register_forward_hook(partial(self._after, layer, copied))
-                self._handles.append(hook)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def after(layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+        if threading.get_ident() == thread:
+            on_state(layer, _output(output).clone() if copied else _output(output))
 
-    def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _before(self, layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        if threading.get_ident() == self._thread:
-            self.on_state(layer, _first_input(args, kwargs))
-
-    def _after(self, layer: int, copied: bool, _, args: tuple, output: Any) -> None:
-        if threading.get_ident() == self._thread:
-            hidden = output[0] if isinstance(output, tuple) else output
-            self.on_state(layer, hidden.clone() if copied else hidden)
+    with ExitStack() as hooks:
+        for layer in sorted(set(layers)):
+            if layer == 0:
+                hooks.enter_context(decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                # A user's hook on the next layer may change the state in place: then on_state gets a copy.
+                copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
+                module = decoder.norm if layer == last else decoder.layers[layer - 1]
+                hooks.enter_context(module.register_forward_hook(partial(after, layer, copied)))
+        yield
 
 
 def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
     if args:
         return args[0]
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def _output(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 class _Listening(threading.local):
@@ -306,8 +290,8 @@ def stay_in_layers(lm: nn.Module) -> bool:
 
 
 @contextmanager
-def handing_states_to(on_state: Callable[[int, torch.Tensor], None]):
-    """Hand the states of an LM with permanent hooks to `on_state` inside the block, in this thread, as `Capture` would."""
+def handing_states_to(on_state: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Hand the states of an LM with permanent hooks to `on_state` inside the block, in this thread, as `capturing` does."""
     _LISTENING.on_state = on_state
     try:
         yield
@@ -316,14 +300,14 @@ def handing_states_to(on_state: Callable[[int, torch.Tensor], None]):
 
 
 def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-    # Torch may call it without kwargs; see `Capture.__enter__`.
+    # Torch may call it without kwargs; see `capturing`.
     if _LISTENING.on_state is not None:
         _LISTENING.on_state(layer, _first_input(args, kwargs))
 
 
 def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
     if _LISTENING.on_state is not None:
-        _LISTENING.on_state(layer, output[0] if isinstance(output, tuple) else output)
+        _LISTENING.on_state(layer, _output(output))
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
@@ -338,7 +322,7 @@ def collect_hidden_states(
     layers: Collection[int],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    prefix: Cache | None = None,
+    prefix: transformers.Cache | None = None,
 ) -> list[torch.Tensor]:
     """Run the backbone without its LM head and without gradients, and return hidden states."""
     decoder = find_decoder(lm)
@@ -352,7 +336,7 @@ def collect_hidden_states(
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
     states: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), Capture(decoder, states.__setitem__, layers):
+    with torch.no_grad(), capturing(decoder, states.__setitem__, layers):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
     check_seen(layers, states)
     return [states[layer] for layer in layers]
@@ -457,7 +441,7 @@ def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, 
     return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_hash(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
     """Return the sha256 of a tokenizer's chat template, or None if it has no template."""
     template = tokenizer.chat_template
     return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None

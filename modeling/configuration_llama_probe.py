@@ -18,11 +18,14 @@ import shutil
 import sys
 import threading
 import torch
+import transformers
 import uuid
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait
 from contextlib import contextmanager
 from contextlib import suppress
 from contextvars import copy_context
@@ -42,16 +45,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 from pathlib import Path
 from pathlib import PurePosixPath
-from queue import Empty
-from queue import SimpleQueue
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
 from types import ModuleType
@@ -101,12 +102,12 @@ Content = str | bytes | Callable[[Path], object]
 def check_writable(folder: Path, content: str) -> None:
     """Check, before any work is done, that a folder can be made or written into."""
     try:
-        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        there = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:  # for example a name that is too long
         raise ProbeError(f"{str(folder)[:60]!r} cannot be a folder: {error.strerror}") from None
-    if there.exists() and not there.is_dir():
+    if not there.is_dir():
         raise ProbeError(f"{there} is a file; name a folder for {content}")
-    if there.exists() and not os.access(there, os.W_OK):
+    if not os.access(there, os.W_OK):
         raise ProbeError(f"{there} is not writable; name another folder for {content}, or change its permissions")
 
 
@@ -460,25 +461,20 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
 
 def _in_time(ask: Callable[[], T], what: str) -> T:
     """Call a function that asks the Hub, in a thread that is abandoned if it takes too long."""
-    seconds, answer = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT, SimpleQueue()
+    limit, answer = constants.HF_HUB_DOWNLOAD_TIMEOUT, Future()
 
     def run() -> None:
         try:
-            answer.put((ask(), None))
+            answer.set_result(ask())
         except BaseException as error:
-            answer.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
-    try:
-        value, error = answer.get(timeout=seconds)
-    except Empty:
-        limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    if not wait([answer], _PATIENCE * limit).done:
         raise ProbeError(
-            f"{what} was not fetched in {seconds:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
-        ) from None
-    if error is not None:
-        raise error
-    return value
+            f"{what} was not fetched in {_PATIENCE * limit:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
+        )
+    return answer.result()
 
 
 without_waiting = lambda reference, options: options
@@ -557,16 +553,12 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
 def _is_intact(path: Path) -> bool:
     """Return False if a file of the cache has another content than the digest says that its blob is named by."""
     blob = path.resolve()
-    digest = {64: _sha256, 40: _git_digest}.get(len(blob.name))
+    digest = {64: _sha256, 40: git_hash}.get(len(blob.name))
     return digest is None or not re.fullmatch("[0-9a-f]+", blob.name) or blob.name == digest(blob.read_bytes())
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _git_digest(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def hide_secrets(text: str, token: str | bool | None = None) -> str:
@@ -601,7 +593,7 @@ class Target:
         """Read the target from a backbone's `config.json`; None if that has no sizes."""
         revision = kwargs.get("revision")
         try:
-            config = AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 name_or_path,
                 revision=revision,
                 subfolder=kwargs.get("subfolder") or "",
@@ -819,9 +811,7 @@ def _as_package() -> Iterator[None]:
 
 logger = logging.get_logger(__name__)
 
-# A tool's result comes from outside, as a user's text does.
-USER_ROLES = ("user", "tool")
-TURN_ROLES = (*USER_ROLES, "assistant", "system")
+TURN_ROLES = ("user", "tool", "assistant", "system")  # a tool's result comes from outside, as a user's text does
 
 
 def turn_mask(
@@ -915,10 +905,7 @@ def _running_max(values: Any) -> Any:
 
 REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
-POOLS = ("mean", "max")
-NORMALIZATIONS = ("none", "layernorm", "rms")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-TOKEN_SCOPES = (*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES)
 PROMPT_FORMATS = ("chat", "raw")
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
@@ -1006,10 +993,7 @@ _NOVELTY = (
         and _is_int(value["rank"])
     ),
 )
-_THRESHOLD = (
-    "a number from 0 to 1, a list of these, or None",
-    lambda value: value is None or _is_share(value) or _is_list(value, _is_share),
-)
+_THRESHOLD = ("a number from 0 to 1, a list of these", lambda value: _is_share(value) or _is_list(value, _is_share))
 _LAYERS = (
     "'all' or a list of different state indices from 0",
     lambda value: value == "all" or (_is_list(value, _is_id) and len(set(value)) == len(value) > 0),
@@ -1019,9 +1003,9 @@ _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and v
 # The rule of each field: a description and a check.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "problem_type": _one_of(*PROBLEM_TYPES),
-    "pool": _one_of(*POOLS),
-    "normalize": _one_of(*NORMALIZATIONS),
-    "token_scope": _one_of(*TOKEN_SCOPES),
+    "pool": _one_of("mean", "max"),
+    "normalize": _one_of("none", "layernorm", "rms"),
+    "token_scope": _one_of(*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES),
     "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
     "layers": _LAYERS,
     "num_attention_heads": _SIZE,
@@ -1037,7 +1021,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
     "turn_markers": _or_none(_MARKERS),
-    "threshold": _THRESHOLD,
+    "threshold": _or_none(_THRESHOLD),
     "thresholds": _or_none(_THRESHOLDS),
     "novelty": _or_none(_NOVELTY),
     "fingerprint": _or_none(_NUMBERS),

@@ -30,7 +30,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 from transformers.utils import logging
 from typing import Any
@@ -92,15 +91,12 @@ renew_card = _needs_package("renew_card")
 
 # From heads/states.py
 
-_EPS = {"layernorm": 1e-5, "rms": 1e-6}
-
-
 def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     """Return states of any shape `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`."""
     if kind == "layernorm":
-        return torch.layer_norm(x, x.shape[-1:], eps=_EPS[kind])
+        return torch.layer_norm(x, x.shape[-1:], eps=1e-5)
     if kind == "rms":
-        return torch.rms_norm(x, x.shape[-1:], eps=_EPS[kind])
+        return torch.rms_norm(x, x.shape[-1:], eps=1e-6)
     return x
 
 
@@ -278,9 +274,12 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def masked_max(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Take the maximum per dimension of `[S, B, N, D]` over the items where the mask is true: `[S, B, D]`."""
-    if mask is not None:
-        x = x.masked_fill(~mask[None, :, :, None], float("-inf"))
-    return x.amax(dim=2)
+    return drop_masked(x, mask).amax(dim=2)
+
+
+def drop_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Put -inf into `[S, B, N, D]` where the `[B, N]` mask is false."""
+    return x if mask is None else x.masked_fill(~mask[None, :, :, None], float("-inf"))
 
 
 # From heads/low_rank.py
@@ -346,9 +345,7 @@ class PoolingAggregator(Aggregator):
         if self.pool == "mean":
             valid = x.new_ones(batch, items) if mask is None else mask.to(x.dtype)
             return (valid / valid.sum(dim=1, keepdim=True).clamp_min(1.0)).expand(slot_count, batch, items)
-        if mask is not None:
-            x = x.masked_fill(~mask[None, :, :, None], float("-inf"))
-        winners = x.argmax(dim=2)  # [S, B, D]
+        winners = drop_masked(x, mask).argmax(dim=2)  # [S, B, D]
         ones = torch.ones_like(winners, dtype=x.dtype)
         return x.new_zeros(slot_count, batch, items).scatter_add_(2, winners, ones) / x.shape[-1]
 
@@ -522,13 +519,8 @@ class MultiMaxAggregator(LowRankAggregator):
     def projection(self, slots):
         return self.value[slots]
 
-    @staticmethod
-    def _masked(projected: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Put -inf where the mask is false: `[S, B, n, M R]`."""
-        return projected if mask is None else projected.masked_fill(~mask[None, :, :, None], float("-inf"))
-
     def absorb(self, state, projected, mask):
-        top = self._masked(projected, mask).amax(dim=2)  # [S, B, M R]
+        top = masked_max(projected, mask)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 
     def result(self, state, slots):
@@ -537,7 +529,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     def weights(self, x, mask, slots):
         """Return the share of the directions that have their largest value at the item."""
-        projected = self._masked(self.project(x, slots), mask)  # [S, B, N, M R]
+        projected = drop_masked(self.project(x, slots), mask)  # [S, B, N, M R]
         best = projected.argmax(dim=2, keepdim=True)
         return torch.zeros_like(projected).scatter_(2, best, 1.0).mean(dim=-1)
 
@@ -552,8 +544,6 @@ class WeightedLayers(Aggregator):
         self.bias = nn.Parameter(torch.zeros(layers, self.num_members))
 
     def update(self, state, x, mask, slots):
-        if mask is not None:
-            raise ProbeError("the layers that a multimax head reads all count")
         return x if state is None else torch.cat([state, x], dim=2)
 
     def _shares(self, items: torch.Tensor) -> torch.Tensor:
@@ -927,10 +917,7 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def labels(
-    probs: torch.Tensor,
-    config: ProbeConfig,
-    novelty: torch.Tensor | None = None,
-    abstain_at: float | None = None,
+    probs: torch.Tensor, config: ProbeConfig, novelty: torch.Tensor | None = None, abstain_at: float | None = None
 ) -> list[Any]:
     """Return the label of each row: a name (single-label), a list of names (multi-label), or a list of floats (regression)."""
     found = predictions(probs, config).tolist()
@@ -1127,12 +1114,11 @@ def prompt_masks(
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
     masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        alike = next((other for other in masks if _scope(configs[other]) == _scope(config)), None)
-        if alike is None:
+        mask = next((masks[other] for other in masks if _scope(configs[other]) == _scope(config)), None)
+        if mask is None:
             mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
-            masks[name] = mask if text is None else mask & text.to(mask.device)
-        else:
-            masks[name] = masks[alike]
+            mask = mask if text is None else mask & text.to(mask.device)
+        masks[name] = mask
     return masks
 
 
@@ -1384,8 +1370,8 @@ class Check:
 def compare(
     config: ProbeConfig,
     lm: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    behaviour: bool | Callable[[int | None], list[float]] = True,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    take: Callable[[int | None], list[float]] | None = None,
 ) -> list[Check]:
     """Compare a head's record of its backbone with a backbone, the most decisive fields first."""
     decoder, facts = find_decoder(lm), backbone_facts(lm)
@@ -1395,7 +1381,7 @@ def compare(
         checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
     same_behaviour = False
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
-        checks.append(_compare_fingerprints(config, lm, facts, behaviour))
+        checks.append(_compare_fingerprints(config, lm, facts, take))
         same_behaviour = checks[-1].verdict == "same"
     for name, found in facts.items():
         recorded = getattr(config, name)
@@ -1415,7 +1401,7 @@ def check_backbone(
     config: ProbeConfig,
     lm: nn.Module,
     strict: bool = False,
-    behaviour: bool | Callable[[int | None], list[float]] | None = None,
+    take: Callable[[int | None], list[float]] | None = None,
 ) -> None:
     """Log one warning with all that tells this backbone from the one that a head was trained on."""
     match(lm, config)
@@ -1424,9 +1410,7 @@ def check_backbone(
         logger.warning(
             f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
         )
-    if behaviour is None:
-        behaviour = not any(parameter.is_meta for parameter in lm.parameters())
-    differing = [check for check in compare(config, lm, behaviour=behaviour) if check.verdict == "differs"]
+    differing = [check for check in compare(config, lm, take=take) if check.verdict == "differs"]
     # A head is often trained in one dtype and served in another: by itself this means nothing.
     telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
     if not telling:
@@ -1446,15 +1430,16 @@ def _explain(check: Check) -> str:
 
 
 def _compare_fingerprints(
-    config: ProbeConfig, lm: nn.Module, facts: dict[str, Any], behaviour: bool | Callable[[int | None], list[float]]
+    config: ProbeConfig, lm: nn.Module, facts: dict[str, Any], take: Callable[[int | None], list[float]] | None
 ) -> Check:
     precision = ("base_model_dtype", "base_model_quantization")
     allowed = tolerance(tuple(getattr(config, name) for name in precision), tuple(facts[name] for name in precision))
     wanted = f"within {allowed:.1%}"
     # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
-    if not behaviour or (config.vocab_size or 0) > facts["vocab_size"]:
+    offloaded = take is None and any(parameter.is_meta for parameter in lm.parameters())
+    if offloaded or (config.vocab_size or 0) > facts["vocab_size"]:
         return Check("fingerprint", wanted, None, "unknown")
-    found = fingerprint(lm, config.vocab_size) if behaviour is True else behaviour(config.vocab_size)
+    found = fingerprint(lm, config.vocab_size) if take is None else take(config.vocab_size)
     apart = distance(config.fingerprint, found)
     return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
 
@@ -1860,37 +1845,36 @@ def common_start(sequences: Iterable[Sequence[int]]) -> list[int]:
     return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False))]
 
 
-def _common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
+def common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
+    """Return the longest end that sequences share."""
     return common_start([list(sequence)[::-1] for sequence in sequences])[::-1]
 
 
 def _turn_end(render: Callable, role: str) -> list[int]:
     """Return what closes the last turn of a role."""
     before = [] if role == "user" else _ASKED
-    return _common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
+    return common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
 
 
 def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    stems, skips = [], []
-    for reply in (None, *DIFFERENT_TEXTS, *_SPACED_TEXTS):
-        before = [] if reply is None else [*_ASKED, {"role": "assistant", "content": reply}]
-        any_text, plain_text = _before(render, before, "user")
-        stems.append(any_text)
-        skips.append(len(plain_text) - len(any_text))
-    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+    replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
+    return _marker([_before(render, before, "user") for before in ([], *replies)], ends)
 
 
 def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    stems, skips = [], []
+    starts = []
     for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
         asked = [{"role": "user", "content": text}]
-        any_text, plain_text = _before(render, asked, "assistant", _ASKED)
         prompt = render(asked, True)
         # The generation prompt may end before what opens a reply in the history, or continue after it.
-        any_text, plain_text = common_start([prompt, any_text]), common_start([prompt, plain_text])
-        stems.append(any_text)
-        skips.append(len(plain_text) - len(any_text))
-    return {"ids": _without_ends(_common_end(stems), ends), "skip": min(skips)}
+        starts.append([common_start([prompt, ids]) for ids in _before(render, asked, "assistant", _ASKED)])
+    return _marker(starts, ends)
+
+
+def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> dict[str, Any]:
+    """Return the marker of a role from the ids before its turns in several chats; see `_before`."""
+    skip = min(len(plain_text) - len(any_text) for any_text, plain_text in starts)
+    return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}
 
 
 def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
@@ -1910,7 +1894,7 @@ def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]
     return ids[: len(user)]
 
 
-def _before(render: Callable, before: Chat, role: str, after: Chat = []) -> tuple[list[int], list[int]]:  # noqa: B006
+def _before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
     """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
 
     def ids(texts: Sequence[str]) -> list[int]:
@@ -1957,7 +1941,7 @@ class EncodedTexts(NamedTuple):
 class PromptFormat:
     """Renders texts with the tokenizer's chat template, or as they are, and cuts them to a length."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: transformers.PreTrainedTokenizerBase
     kind: str = "chat"
     system_prompt: str | None = None
     max_length: int | None = None
@@ -1968,7 +1952,7 @@ class PromptFormat:
     @classmethod
     def create(
         cls,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         kind: str = "chat",
         system_prompt: str | None = None,
         max_length: int | None = None,
@@ -1989,7 +1973,7 @@ class PromptFormat:
         return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), markers)
 
     @classmethod
-    def from_config(cls, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
         """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
         if config.prompt_format not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
@@ -2144,7 +2128,7 @@ def _has_role(turn: Any) -> bool:
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
+    prompts: Sequence[Sequence[int]], tokenizer: transformers.PreTrainedTokenizerBase, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -2160,4 +2144,4 @@ def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[
     """Return the token ids before and after every text, for a function from a text to the ids of its prompt."""
     examples = [render(text) for text in DIFFERENT_TEXTS]
     prefix = common_start(examples)
-    return prefix, common_start([ids[: len(prefix) - 1 if prefix else None : -1] for ids in examples])[::-1]
+    return prefix, common_end(ids[len(prefix) :] for ids in examples)

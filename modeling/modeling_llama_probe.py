@@ -19,6 +19,7 @@ from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,9 +47,9 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging
 from typing import Any
 from typing import ClassVar
-from .backbone_llama_probe import Capture
 from .backbone_llama_probe import Decoder
 from .backbone_llama_probe import cached_tokens
+from .backbone_llama_probe import capturing
 from .backbone_llama_probe import check_seen
 from .backbone_llama_probe import copy_cache
 from .backbone_llama_probe import find_decoder
@@ -131,7 +132,7 @@ def read_heads(
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
-    """Load all heads of a `probe=` argument, before any model is changed."""
+    """Load all heads of a `probe=` argument, by name (see `named_sources`), before any model is changed."""
     return {
         name: source
         if isinstance(source, ProbeModel)
@@ -309,10 +310,6 @@ class ProbeCache:
             name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))
             for name, kept in self.heads.items()
         }
-
-    def __repr__(self) -> str:
-        rows, tokens = self.input_ids.shape
-        return f"ProbeCache({rows} rows of {tokens} tokens, heads: {', '.join(self.heads) or 'none'})"
 
     def check_length(self, cached: int) -> None:
         """Raise `ProbeError` unless a KV cache of `cached` tokens can belong to this state."""
@@ -577,7 +574,6 @@ class StateReader:
         states: Mapping[str, Any] | None = None,
         keep: Collection[str] = (),
         output_attentions: bool = False,
-        budget: int | None = None,
     ):
         self.heads = dict(heads)
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
@@ -588,7 +584,7 @@ class StateReader:
             name: head.init_state((states or {}).get(name), name in keep, output_attentions)
             for name, head in self.heads.items()
         }
-        self._whole, self._budget = output_attentions, budget
+        self._whole = output_attentions
         self._masks: dict[str, torch.Tensor | None] = {}
         self._rows, self._columns = slice(None), slice(None)
         self._last = True
@@ -629,8 +625,7 @@ class StateReader:
             self._flush()  # the next layers are on another device
         if not self._held:
             # At most two of these are there at once, in fp32: the states and their stack, or the stack and its normalised copy.
-            size = 2 * 4 * hidden.numel()
-            budget = state_budget(hidden.device) if self._budget is None else self._budget
+            size, budget = 2 * 4 * hidden.numel(), state_budget(hidden.device)
             self._group = next((group for group in (len(self.layers), *_GROUPS) if group * size <= budget), 1)
         self._held.append((layer, hidden))
         if len(self._held) >= self._group:
@@ -747,7 +742,7 @@ class PrefillSession:
         cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
         masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
         self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
-        with Capture(decoder, self._reader.on_state, self._reader.layers):
+        with capturing(decoder, self._reader.on_state, self._reader.layers):
             yield decoder.whole(inputs)
         self._reader.end()
         self.seen = stop
@@ -842,14 +837,14 @@ def traced_reader(
     if session is None and ((ids is None and embeds is None) or cached_tokens(inputs)):
         return None
     rows, columns = (embeds if ids is None else ids).shape[:2]
-    if session is not None and not session.scores_alone(rows, columns):
-        return None
     configs = {name: head.config for name, head in heads.items()}
-    masks = session.masks if session is not None else None
-    if masks is None:
-        attention_mask = inputs.get("attention_mask")
-        placeholder_ids = _placeholder_ids(lm)
-        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholder_ids)
+    if session is None:
+        attention_mask, placeholders = inputs.get("attention_mask"), _placeholder_ids(lm)
+        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
+    elif session.scores_alone(rows, columns):
+        masks = session.masks
+    else:
+        return None
     if not _stay_in_layers(lm):
         return None
     reader = StateReader(heads)
@@ -950,7 +945,7 @@ class ReplySession:
         self._pad = pad_token_id
         self._reader: StateReader | None = None
         # Open from the first pass that is read to the end of the session; what other passes give is not wanted.
-        self._capture: Capture | None = None
+        self._capture: AbstractContextManager[None] | None = None
         self._reading = False
         self._live: torch.Tensor | None = None
         self._ended: torch.Tensor | None = None
@@ -981,7 +976,7 @@ class ReplySession:
             self._reader = StateReader(self.heads, states, keep=self.heads)
         if self._capture is None:
             layers = self._reader.layers | (set() if self.recorder is None else set(self.recorder.layers))
-            self._capture = Capture(decoder, self._on_state, layers)
+            self._capture = capturing(decoder, self._on_state, layers)
             self._capture.__enter__()
         if self.recorder is not None:
             self.recorder.start(rows, self._ended)
@@ -1013,7 +1008,7 @@ class ReplySession:
     def close(self) -> None:
         """Remove the hooks from the LM. Call it at the end."""
         if self._capture is not None:
-            self._capture.__exit__()
+            self._capture.__exit__(None, None, None)
             self._capture = None
 
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -1256,9 +1251,7 @@ def pad_inputs(
     """Return `input_ids`, `attention_mask` and, with masks, `probe_mask`: `[rows, tokens]`, padded on the right."""
     inputs = pad_prompts(ids, tokenizer)
     if masks is not None:
-        inputs["probe_mask"] = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
-        for row, mask in enumerate(masks):
-            inputs["probe_mask"][row, : len(mask)] = torch.tensor(mask)
+        inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, masks)), batch_first=True)
     return inputs
 
 
@@ -1511,16 +1504,6 @@ class Halter:
         """True if tokens of the replies are decided on."""
         return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
 
-    @property
-    def asks(self) -> bool:
-        """True if a rule has a function to ask."""
-        return any(rule.ask is not None for rule in self.rules)
-
-    @property
-    def all_halted(self) -> bool:
-        """True if every prompt is halted."""
-        return self.halts is not None and None not in self.halts
-
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
         """Decide on the prompts; the first rule that flags one counts."""
         if self.policy is not None:
@@ -1643,7 +1626,7 @@ class HaltingRun:
         self.streamer = kwargs.get("streamer")
         self.copies = self._setting("num_return_sequences") or 1
         session.on_complete = self._decide
-        if halter.asks:
+        if any(rule.ask is not None for rule in halter.rules):
             if kwargs.get("tokenizer") is None or session.input_ids is None:
                 raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
             halter.texts = self._texts
@@ -1684,7 +1667,7 @@ class HaltingRun:
     def _decide(self, outputs: dict[str, ProbeOutput]) -> None:
         with outside_sessions():
             halts = self.halter.decide(outputs, self.session.prompts)
-        if self.halter.all_halted:
+        if None not in halts:
             if self.streamer is not None:
                 self._put_reply()
                 self.streamer.end()
@@ -1823,7 +1806,7 @@ class ProbeHostMixin:
             self._active_probes = tuple(names)
 
     def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
-        """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`."""
+        """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`, and return it."""
         return self._attach({name: config})[name]
 
     def load_probe(
@@ -1837,7 +1820,7 @@ class ProbeHostMixin:
         strict: bool = False,
         **options,
     ) -> str:
-        """Load a head and attach it."""
+        """Load a head, attach it and return its name."""
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
@@ -1853,7 +1836,7 @@ class ProbeHostMixin:
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
-        """Write one head with its card into a folder."""
+        """Write one head with its card into the folder `dir`, and return the folder. `name` defaults to the only head."""
         return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
 
     push_probe_to_hub = _needs_package("push_probe_to_hub")
@@ -2003,12 +1986,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        base = next(
-            (c for c in cls.__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, ProbedGenerationMixin)),
-            None,
-        )
-        if base is None:
-            return
+        models = (each for each in cls.__mro__ if issubclass(each, PreTrainedModel))
+        base = next(each for each in models if not issubclass(each, ProbedGenerationMixin))
         cls._causal_lm_class = base
         cls._forward_names = tuple(inspect.signature(base.forward).parameters)[1:]
 
@@ -2055,25 +2034,25 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def from_causal_lm(
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
     ) -> PreTrainedModel:
-        """Turn a loaded causal LM into this class, in place, and attach heads."""
+        """Turn a loaded causal LM into this class, in place, attach heads and return it."""
         lm = without_peft(lm)
         target = target_of(lm)
         heads = read_heads(probe, target) if probe is not None else {}
-        if not isinstance(lm, ProbedGenerationMixin):
-            if type(lm) is not cls._causal_lm_class:
-                made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {type(lm).__name__}"
-                raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
-            plain = type(lm)
-            change_class(lm, cls)
-            lm._install_probes()
-            try:
-                lm._attach(heads, strict)
-            except BaseException:
-                del lm.probes, lm._active_probes
-                change_class(lm, plain)
-                raise
-        else:
+        if isinstance(lm, ProbedGenerationMixin):
             lm._attach(heads, strict)
+            return lm
+        plain = type(lm)
+        if plain is not cls._causal_lm_class:
+            made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {plain.__name__}"
+            raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
+        change_class(lm, cls)
+        lm._install_probes()
+        try:
+            lm._attach(heads, strict)
+        except BaseException:
+            del lm.probes, lm._active_probes
+            change_class(lm, plain)
+            raise
         return lm
 
     @classmethod
@@ -2144,7 +2123,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         placeholders = decoder.placeholder_ids
         masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
         layers = {layer for head in heads.values() for layer in head.layer_indices}
-        with Capture(decoder, states.__setitem__, layers):
+        with capturing(decoder, states.__setitem__, layers):
             output = super().forward(**decoder.whole(kwargs))
         check_seen(layers, states)
         results = {}
@@ -2271,19 +2250,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probed.abstain(levels)
         return probed if as_dict else probed.sequences
 
-    def generate_batch(self, *args, **kwargs):
-        """Run continuous batching without active heads: heads cannot read its paged passes."""
-        self._refuse_paged()
-        return super().generate_batch(*args, **kwargs)
-
     def init_continuous_batching(self, *args, **kwargs):
-        """See `generate_batch`."""
-        self._refuse_paged()
-        return super().init_continuous_batching(*args, **kwargs)
-
-    def _refuse_paged(self) -> None:
+        """Start continuous batching, also for `generate_batch`, without heads: they cannot read its paged passes."""
         if self._active_probes:
             raise ProbeError(PAGED)
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
