@@ -1194,6 +1194,33 @@ def generation_session(
     return session
 
 
+def with_probes(
+    output: Any,
+    session: PrefillSession,
+    reply: ReplySession | None,
+    configs: dict[str, ProbeConfig],
+    halts: list[Halt | None] | None,
+    inputs: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> ModelOutput:
+    """Return the output of the plain `generate(inputs, **kwargs)` with what heads say of its prompts and replies."""
+    results = session.results()
+    if not isinstance(output, ModelOutput):
+        hint = "let it return a generate output, or pass return_dict_in_generate=False"
+        raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
+    ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
+    rows, columns = output.sequences.shape
+    new_tokens = columns - (0 if ids is None else ids.shape[1])  # embeddings are not returned
+    token_logits = state = texts = None
+    if reply is not None:
+        token_logits = reply.logits(rows, new_tokens) or None
+        if reply.recorder is not None:
+            state = reply.recorder.probe_cache(rows, cached_tokens(output))
+    if (tokenizer := kwargs.get("tokenizer")) is not None:
+        texts = tokenizer.batch_decode(output.sequences[:, columns - new_tokens :], skip_special_tokens=True)
+    return with_results(output, results, configs, halts, token_logits, state, texts)
+
+
 _NOT_SCORED = (
     "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
     "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
@@ -2245,7 +2272,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 output = run.generate(super().generate, inputs)
         if not heads:
             return output
-        probed = _with_probes(output, session, reply, configs, halter, inputs, kwargs)
+        halts = None if halter is None else halter.halts
+        probed = with_probes(output, session, reply, configs, halts, inputs, kwargs)
         if levels:
             probed.abstain(levels)
         return probed if as_dict else probed.sequences
@@ -2259,31 +2287,3 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
-
-
-def _with_probes(
-    output: Any,
-    session: PrefillSession,
-    reply: ReplySession | None,
-    configs: dict[str, ProbeConfig],
-    halter: Halter | None,
-    inputs: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> ModelOutput:
-    """Return the output of the plain `generate(inputs, **kwargs)` with what heads say of its prompts and replies."""
-    results = session.results()
-    if not isinstance(output, ModelOutput):
-        hint = "let it return a generate output, or pass return_dict_in_generate=False"
-        raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
-    ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
-    rows, columns = output.sequences.shape
-    new_tokens = columns - (0 if ids is None else ids.shape[1])  # embeddings are not returned
-    token_logits = state = texts = None
-    if reply is not None:
-        token_logits = reply.logits(rows, new_tokens) or None
-        if reply.recorder is not None:
-            state = reply.recorder.probe_cache(rows, cached_tokens(output))
-    if (tokenizer := kwargs.get("tokenizer")) is not None:
-        texts = tokenizer.batch_decode(output.sequences[:, columns - new_tokens :], skip_special_tokens=True)
-    halts = None if halter is None else halter.halts
-    return with_results(output, results, configs, halts, token_logits, state, texts)

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from ..backbone.cache import cached_tokens, copy_cache
 from ..backbone.capture import capturing, check_seen, handing_states_to
 from ..backbone.decoder import target_of, without_peft
 from ..data.prompts import Text
 from ..errors import ProbeError
-from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.scope import check_rows, prompt_masks
@@ -26,10 +25,17 @@ from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class
-from .outputs import ProbedOutputMixin, with_results, with_scores
+from .outputs import ProbedOutputMixin, with_scores
 from .prefill import PrefillSession, traced_reader
-from .reply import ReplySession
-from .session import PAGED, forward_session, generation_session, is_inner_call, open_session, session_of
+from .session import (
+    PAGED,
+    forward_session,
+    generation_session,
+    is_inner_call,
+    open_session,
+    session_of,
+    with_probes,
+)
 from .sources import ProbeSpec, load_with_heads, model_of, read_heads
 from .streaming import HoldBackStreamer
 from .texts import as_texts, classify_texts
@@ -404,7 +410,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 output = run.generate(super().generate, inputs)
         if not heads:
             return output
-        probed = _with_probes(output, session, reply, configs, halter, inputs, kwargs)
+        halts = None if halter is None else halter.halts
+        probed = with_probes(output, session, reply, configs, halts, inputs, kwargs)
         if levels:
             probed.abstain(levels)
         return probed if as_dict else probed.sequences
@@ -418,31 +425,3 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
 class LlamaForProbedGeneration(ProbedGenerationMixin, LlamaForCausalLM):
     """`LlamaForCausalLM` with probe heads."""
-
-
-def _with_probes(
-    output: Any,
-    session: PrefillSession,
-    reply: ReplySession | None,
-    configs: dict[str, ProbeConfig],
-    halter: Halter | None,
-    inputs: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> ModelOutput:
-    """Return the output of the plain `generate(inputs, **kwargs)` with what heads say of its prompts and replies."""
-    results = session.results()
-    if not isinstance(output, ModelOutput):
-        hint = "let it return a generate output, or pass return_dict_in_generate=False"
-        raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
-    ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
-    rows, columns = output.sequences.shape
-    new_tokens = columns - (0 if ids is None else ids.shape[1])  # embeddings are not returned
-    token_logits = state = texts = None
-    if reply is not None:
-        token_logits = reply.logits(rows, new_tokens) or None
-        if reply.recorder is not None:
-            state = reply.recorder.probe_cache(rows, cached_tokens(output))
-    if (tokenizer := kwargs.get("tokenizer")) is not None:
-        texts = tokenizer.batch_decode(output.sequences[:, columns - new_tokens :], skip_special_tokens=True)
-    halts = None if halter is None else halter.halts
-    return with_results(output, results, configs, halts, token_logits, state, texts)

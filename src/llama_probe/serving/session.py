@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import cached_tokens
 from ..backbone.decoder import find_decoder, without_peft
 from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from .arguments import generation_setting, token_ids
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
+from .outputs import Halt, with_results
 from .prefill import PrefillSession
 from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 
@@ -160,6 +162,33 @@ def generation_session(
         recorder = ReplyRecorder(session, ends) if keep else None
         session.reply = ReplySession(followers, session, ends, pad, recorder)
     return session
+
+
+def with_probes(
+    output: Any,
+    session: PrefillSession,
+    reply: ReplySession | None,
+    configs: dict[str, ProbeConfig],
+    halts: list[Halt | None] | None,
+    inputs: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> ModelOutput:
+    """Return the output of the plain `generate(inputs, **kwargs)` with what heads say of its prompts and replies."""
+    results = session.results()
+    if not isinstance(output, ModelOutput):
+        hint = "let it return a generate output, or pass return_dict_in_generate=False"
+        raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
+    ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
+    rows, columns = output.sequences.shape
+    new_tokens = columns - (0 if ids is None else ids.shape[1])  # embeddings are not returned
+    token_logits = state = texts = None
+    if reply is not None:
+        token_logits = reply.logits(rows, new_tokens) or None
+        if reply.recorder is not None:
+            state = reply.recorder.probe_cache(rows, cached_tokens(output))
+    if (tokenizer := kwargs.get("tokenizer")) is not None:
+        texts = tokenizer.batch_decode(output.sequences[:, columns - new_tokens :], skip_special_tokens=True)
+    return with_results(output, results, configs, halts, token_logits, state, texts)
 
 
 _NOT_SCORED = (
