@@ -1346,10 +1346,10 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 
 def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """Return `config` with all that a new head records of its backbone, the fingerprint included."""
-    config = match(lm, config)
-    check_states(lm)
     facts = backbone_facts(lm)
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
+    config = match(lm, config)
+    check_states(lm)
     found = fingerprint(lm)
     if not np.isfinite(found).all():
         raise ProbeError(f"hidden states are not finite in {facts['base_model_dtype']}; use float32 or bfloat16")

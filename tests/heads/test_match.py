@@ -41,6 +41,12 @@ def fine_tuned(lm):
     return lm.eval()
 
 
+def test_a_head_trained_on_an_exported_repository_is_for_its_backbone(lm):
+    lm.config._name_or_path, lm.config.base_model_name_or_path = "user/exported", "org/base"
+    assert describe(lm, ProbeConfig(probe_type="gate")).base_model_name_or_path == "org/base"
+    assert described(lm).base_model_name_or_path == "org/tiny"
+
+
 def test_a_backbone_whose_states_are_not_finite_takes_no_new_head(lm):
     lm.model.layers[1].mlp.down_proj.weight.data *= 1e5
     described(lm)

@@ -52,10 +52,10 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     Raises:
         ProbeError: the config is for other sizes, `check_states` refuses the backbone, or its hidden states are not finite.
     """
-    config = match(lm, config)
-    check_states(lm)
     facts = backbone_facts(lm)
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
+    config = match(lm, config)
+    check_states(lm)
     found = fingerprint(lm)
     if not np.isfinite(found).all():
         raise ProbeError(f"hidden states are not finite in {facts['base_model_dtype']}; use float32 or bfloat16")
