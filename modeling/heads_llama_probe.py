@@ -1371,7 +1371,7 @@ def compare(
     config: ProbeConfig,
     lm: nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
-    take: Callable[[int | None], list[float]] | None = None,
+    take_fingerprint: Callable[[int | None], list[float]] | None = None,
 ) -> list[Check]:
     """Compare a head's record of its backbone with a backbone, the most decisive fields first."""
     decoder, facts = find_decoder(lm), backbone_facts(lm)
@@ -1381,7 +1381,7 @@ def compare(
         checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
     same_behaviour = False
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
-        checks.append(_compare_fingerprints(config, lm, facts, take))
+        checks.append(_compare_fingerprints(config, lm, facts, take_fingerprint))
         same_behaviour = checks[-1].verdict == "same"
     for name, found in facts.items():
         recorded = getattr(config, name)
@@ -1401,7 +1401,7 @@ def check_backbone(
     config: ProbeConfig,
     lm: nn.Module,
     strict: bool = False,
-    take: Callable[[int | None], list[float]] | None = None,
+    take_fingerprint: Callable[[int | None], list[float]] | None = None,
 ) -> None:
     """Log one warning with all that tells this backbone from the one that a head was trained on."""
     match(lm, config)
@@ -1410,7 +1410,9 @@ def check_backbone(
         logger.warning(
             f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
         )
-    differing = [check for check in compare(config, lm, take=take) if check.verdict == "differs"]
+    differing = [
+        check for check in compare(config, lm, take_fingerprint=take_fingerprint) if check.verdict == "differs"
+    ]
     # A head is often trained in one dtype and served in another: by itself this means nothing.
     telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
     if not telling:
@@ -1430,16 +1432,19 @@ def _explain(check: Check) -> str:
 
 
 def _compare_fingerprints(
-    config: ProbeConfig, lm: nn.Module, facts: dict[str, Any], take: Callable[[int | None], list[float]] | None
+    config: ProbeConfig,
+    lm: nn.Module,
+    facts: dict[str, Any],
+    take_fingerprint: Callable[[int | None], list[float]] | None,
 ) -> Check:
     precision = ("base_model_dtype", "base_model_quantization")
     allowed = tolerance(tuple(getattr(config, name) for name in precision), tuple(facts[name] for name in precision))
     wanted = f"within {allowed:.1%}"
     # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
-    offloaded = take is None and any(parameter.is_meta for parameter in lm.parameters())
+    offloaded = take_fingerprint is None and any(parameter.is_meta for parameter in lm.parameters())
     if offloaded or (config.vocab_size or 0) > facts["vocab_size"]:
         return Check("fingerprint", wanted, None, "unknown")
-    found = fingerprint(lm, config.vocab_size) if take is None else take(config.vocab_size)
+    found = fingerprint(lm, config.vocab_size) if take_fingerprint is None else take_fingerprint(config.vocab_size)
     apart = distance(config.fingerprint, found)
     return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
 

@@ -76,7 +76,7 @@ def test_layers_that_no_head_reads_are_not_kept(tiny, tmp_path):
         {"probe": []},
         {"probe": {"odd": make_probe(hidden_size=HIDDEN)}},
     ],
-    ids=str,
+    ids=lambda arguments: next(iter(arguments)),  # the same in each process
 )
 def test_arguments_that_do_not_go_with_heads(tiny, arguments):
     with pytest.raises(ProbeError, match=f"(?i){next(iter(arguments))}"):

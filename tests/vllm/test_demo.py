@@ -18,7 +18,7 @@ def test_the_demo_over_http(tmp_path):
     folder = demo_backbone()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForProbedGeneration.from_pretrained(folder, probe=list(HEADS), dtype=torch.float32)
-    options = """--dtype float32 --enforce-eager --max-model-len 512 --halt-on 'toxicchat-mha={"threshold": 0.5}'"""
+    options = """--dtype float32 --enforce-eager --max-model-len 512 --halt-on 'safety={"threshold": 0.5}'"""
     arguments = ["demo", *(word for head in HEADS for word in ("--probe", head)), *shlex.split(options)]
     arguments += ["--served-model-name", "demo"]
     halted = 0
@@ -32,7 +32,7 @@ def test_the_demo_over_http(tmp_path):
                 chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
             expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-            flagged = float(expected.probe_probabilities["toxicchat-mha"][0, 1]) >= 0.5
+            flagged = float(expected.probe_probabilities["safety"][0, 1]) >= 0.5
             response = client.chat.completions.create(model="demo", messages=chat, max_tokens=8, temperature=0.0)
             said = response.kv_transfer_params
             for name in HEADS:
