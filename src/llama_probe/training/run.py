@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -204,7 +204,7 @@ class TrainingRun(RunOptions):
         datasets, trained = data.datasets, data.trained
         if not data.folds:
             trainer = self._fit(seed, data, trained, datasets["validation"], checkpoints)
-            logits = trainer.logits
+            logits = predict_logits(trainer.model, datasets["validation"])
         else:
             logits = torch.empty(len(datasets["train"]), data.config.num_labels)
             bar = tqdm(data.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
@@ -239,12 +239,12 @@ class TrainingRun(RunOptions):
             metric_for_best_model=recipe.metric,
             per_device_train_batch_size=math.ceil(recipe.per_device_train_batch_size / world_size()),
             label_smoothing_factor=recipe.label_smoothing,
-            novelty=False,  # of the chosen head alone, in `save`
             **{name: getattr(recipe, name) for name in SHARED if name != "per_device_train_batch_size"},
         )
         probe, loss = ProbeModel(data.config, backbone=data.lm), ProbeLoss.create(recipe, data.config, data.labels)
         trainer = ProbeTrainer(probe, args, None, train, validation, compute_loss_func=loss)
-        trainer.train(_last_checkpoint(checkpoints) if self.resume else None)
+        # Not its own `train`, which also judges the head: `judge` does so for each seed, and `save` inspects the chosen one.
+        Trainer.train(trainer, _last_checkpoint(checkpoints) if self.resume else None)
         return trainer
 
     def save(
