@@ -14,7 +14,7 @@ SOURCES := src tests examples
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all attack test-vllm test-vllm-slow style quality versions audit docs package clean
+.PHONY: demo test test-slow test-all attack test-vllm style quality versions audit docs package clean
 
 SCALE ?= 1
 SEED ?= 0
@@ -37,16 +37,12 @@ test-all: $(VENV)/.test
 attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
-# Engines of vLLM on tiny models, on the CPU, a GB each. Where one hangs, the test fails. The two files that take longest come
-# first; pytest-xdist would begin with those of most tests.
-test-vllm: $(VLLM_VENV)/.test-vllm
-	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm/test_features.py tests/vllm/test_server.py tests/vllm \
-		-n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --timeout 300
-
-# The demo backbone is prepared by the main environment.
-test-vllm-slow: $(VLLM_VENV)/.test-vllm $(VENV)/.demo
+# Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. Where one
+# hangs, the test fails. The files that take longest come first; pytest-xdist would begin with those of most tests.
+test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
-	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest tests/vllm -m slow --timeout 600
+	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(addprefix tests/vllm/test_,features.py server.py demo.py) tests/vllm \
+		-n 2 --dist loadfile --no-loadscope-reorder --timeout 300
 
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES)
