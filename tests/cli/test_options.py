@@ -121,7 +121,13 @@ def test_the_start_imports_no_torch(words):
 
 
 @pytest.mark.parametrize(
-    "words", [["train", "--train=x", "--output=x", "--probe-type=x"], ["classify", "x", "--probe=x"]]
+    "words",
+    [
+        ["train", "--train=x", "--output=x", "--probe-type=x"],
+        ["classify", "x", "--probe=x"],
+        ["drift", "--input=x", "--probe=x"],
+        ["calibrate", "--benign=x", "--probe=x"],
+    ],
 )
 def test_a_refusal_comes_before_the_model_classes(words):
     code = (

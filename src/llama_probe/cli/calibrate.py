@@ -12,8 +12,7 @@ import typer
 from ..data.files import MAX_TEXT
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
-from ..evaluation.novelty import MAX_ROWS, MIN_ROWS, fit_novelty
-from ..heads.novelty import novelty_layers
+from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
 from .console import print_table, print_text
 from .head import HeadOptions
 from .options import Fields, Result
@@ -57,12 +56,13 @@ def calibrate(
         raise ProbeError("calibrate needs rows: give --benign for thresholds, or --novelty-data")
     if novelty_validation and not novelty_data:
         raise ProbeError(f"--novelty-validation {novelty_validation[0]} needs --novelty-data")
-    # These take seconds to import.
-    from ..evaluation.calibration import check_rates, with_rates
-    from ..evaluation.report import predict_logits
-
     with process_group():
         head = scored.load()
+        # These take seconds to import.
+        from ..evaluation.calibration import check_rates, with_rates
+        from ..evaluation.novelty import fit_novelty
+        from ..evaluation.report import predict_logits
+
         if novelty_data:
             novelty_layers(head.config)
         if benign:

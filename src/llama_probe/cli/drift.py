@@ -12,9 +12,6 @@ import typer
 from ..data.files import MAX_TEXT, InputFile
 from ..data.prompts import is_text
 from ..errors import ProbeError
-from ..evaluation.novelty import compare_log
-from ..evaluation.plots import drift_plot, png_writer
-from ..evaluation.report import predict_rows
 from ..files import check_writable, make_folder, write_atomically
 from ..heads.novelty import FAR
 from .console import print_table, print_text
@@ -45,6 +42,11 @@ def drift(
     reference = (head.results or {}).get("novelty")
     if head.novelty is None or reference is None:
         raise ProbeError(f"{scored.probe} has no novelty to compare with; calibrate --novelty-data fits it")
+    # These take seconds to import.
+    from ..evaluation.novelty import compare_log
+    from ..evaluation.plots import drift_plot, png_writer
+    from ..evaluation.report import predict_rows
+
     texts = _texts(input, text_column, max_text)
     rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
     scored.attach()

@@ -12,14 +12,12 @@ from torch.utils.data import Dataset, Subset
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
-from ..heads.novelty import FAR, Novelty, novelty_layers
+from ..heads.novelty import FAR, MAX_ROWS, MIN_ROWS, Novelty, novelty_layers
 from ..heads.probe import ProbeModel
 from .bootstrap import Ranking, intervals, share_interval
 from .report import collect, score_batches
 
 
-MAX_ROWS = 2000  # of either kind; more change nothing
-MIN_ROWS = 40  # of either kind
 _RANK = 64
 _LEVELS = tuple(round(0.1 * i, 1) for i in range(11))  # quantiles of scores that are kept
 

@@ -17,6 +17,7 @@ from .stream import SlotStates, as_slice, in_place
 
 FAR = 0.99  # from this novelty on, a prompt counts as unlike the training data
 LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
+MIN_ROWS, MAX_ROWS = 40, 2000  # of training and of validation, each, to fit it; more change nothing
 # Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
 _DEPTHS = (0.2, 0.4, 0.6)
 
