@@ -269,7 +269,7 @@ _ALL = (
 )
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
-# The prompts alone, a row a reply, for heads that read no replies.
+# The prompts alone, for heads that read no replies. A prompt with several replies has a row for each.
 BENCHMARKS["beavertails_prompts"] = replace(
     BENCHMARKS["beavertails"],
     name="beavertails_prompts",
