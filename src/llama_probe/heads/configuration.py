@@ -169,12 +169,16 @@ class ProbeConfig:
     def _check_novelty(self) -> None:
         if self.novelty is None:
             return
-        if not self.supports_novelty:
-            found = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
-            raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
+        self.check_supports_novelty()
         sized = self.layers != "all" or self.num_hidden_layers is not None
         if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
             raise ProbeError(f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}")
+
+    def check_supports_novelty(self) -> None:
+        """Raise `ProbeError` for a head that reads replies, or the last token alone."""
+        if not self.supports_novelty:
+            found = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
+            raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
 
     @property
     def supports_novelty(self) -> bool:
