@@ -39,7 +39,7 @@ def test_labels_and_the_text_stay_and_nothing_harmful_is_added(rows, name):
     assert (new.labels == rows.labels).all() and new.columns == rows.columns
     for text, old in zip(new.texts, rows.texts, strict=True):
         assert text != old
-        assert old in turns(text)[-1]["content"]
+        assert old in turns(text)[0 if name == "later_turns" else -1]["content"]
         assert turns(text)[-1]["role"] == "user"
         assert sum(turn["content"].count("BAD") for turn in turns(text)) == old.count("BAD")
 
@@ -52,6 +52,12 @@ def test_seed_and_share(rows):
     assert len(copies(rows, ["lead_in", "quote"], 3, share=0.25)) == 2 * 20
 
 
+def test_rare_labels_are_copied_as_often(rows):
+    rows = rows_of(rows.texts[:60], rows.labels[:60])
+    assert np.bincount(copies(rows, ["lead_in"], 0, share=0.5).labels).tolist() == [15, 15]
+    assert np.bincount(copies(rows, ["lead_in"], 0, share=0.8).labels).tolist() == [28, 20]
+
+
 def test_chats_keep_their_turns_and_their_system_prompt(rows):
     chat = [
         {"role": "system", "content": "mine"},
@@ -62,7 +68,10 @@ def test_chats_keep_their_turns_and_their_system_prompt(rows):
     rows = rows_of([*rows.texts, chat], [*rows.labels, 1])
     for name in AUGMENTATIONS:
         new = copies(rows, [name], 0, SYSTEM).texts[-1]
-        assert new[0] == chat[0] and new[-3:-1] == chat[1:3] and "last" in new[-1]["content"]
+        if name == "later_turns":
+            assert new[:4] == chat and len(new) == 6
+        else:
+            assert new[0] == chat[0] and new[-3:-1] == chat[1:3] and "last" in new[-1]["content"]
     assert chat[-1]["content"] == "last"
 
 

@@ -103,6 +103,13 @@ def test_weights_of_extra_rows(backbone_folder, tmp_path):
         run_of(tmp_path, head={"probe_type": "muli"}, extra=changes["extra"]).run()
 
 
+def test_later_turns_are_for_heads_that_read_earlier_ones(tmp_path):
+    for scope in ("last_user", "response"):
+        with pytest.raises(ProbeError, match="token_scope"):
+            run_of(tmp_path, augment=["later_turns"], head={"token_scope": scope})
+    run_of(tmp_path, augment=["later_turns"], head={"token_scope": "user"})
+
+
 class TestResuming:
     @pytest.fixture
     def stopped(self, backbone_folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Wrapped copies of rows, so that a head learns what stays the same: system prompts, lead-ins, quotes, earlier turns."""
+"""Wrapped copies of rows, so that a head learns what stays the same: system prompts, lead-ins, quotes, other turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .texts import LabelledTexts
 
 
 SHARE = 0.15  # of the rows, copied by each augmentation
-_LEAD_IN_WORDS, _QUOTE_WORDS, _REPLY_WORDS = (8, 80), (50, 1000), (10, 100)
+_LEAD_IN_WORDS, _QUOTE_WORDS, _TURN_WORDS = (8, 80), (50, 1000), (2, 60)
 
 # Places of a text in a document, whose two parts are `a` and `b`.
 _QUOTES = (
@@ -32,7 +32,7 @@ _BREAKS = (" ", "\n", "\n\n")
 class Augmenter:
     """The texts that augmentations draw from, and the state of the draw.
 
-    `harmless` texts are for lead-ins, quotes and earlier turns, `system_prompts` for system turns.
+    `harmless` texts are for lead-ins, quotes and other turns, `system_prompts` for system turns.
     """
 
     harmless: Sequence[str]
@@ -60,11 +60,17 @@ class Augmenter:
     def earlier_turns(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """Put a harmless exchange before the user's first turn."""
         start = int(messages[0]["role"] == "system")
-        turns = [
-            {"role": "user", "content": self._one(self.harmless)},
-            {"role": "assistant", "content": self._words(*_REPLY_WORDS)},
-        ]
-        return [*messages[:start], *turns, *messages[start:]]
+        return [*messages[:start], self._user_turn(), self._reply(), *messages[start:]]
+
+    def later_turns(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Put a reply and a harmless turn of the user last."""
+        return [*messages, self._reply(), self._user_turn()]
+
+    def _user_turn(self) -> dict[str, str]:
+        return {"role": "user", "content": " ".join(self._one(self.harmless).split(" ")[: _TURN_WORDS[1]])}
+
+    def _reply(self) -> dict[str, str]:
+        return {"role": "assistant", "content": self._words(*_TURN_WORDS)}
 
     def _one(self, items: Sequence[str]) -> str:
         return items[int(self.rng.integers(len(items)))]
@@ -82,6 +88,7 @@ AUGMENTATIONS: dict[str, Callable[[Augmenter, list[dict[str, str]]], list[dict[s
     "lead_in": Augmenter.lead_in,
     "quote": Augmenter.quote,
     "earlier_turns": Augmenter.earlier_turns,
+    "later_turns": Augmenter.later_turns,
     "system_prompt": Augmenter.system_prompt,
 }
 
@@ -101,8 +108,8 @@ def augment(
 ) -> LabelledTexts:
     """Return the rows, and behind them wrapped copies of some of them with the same labels.
 
-    Each augmentation copies a random share of the rows, which have one label each. Lead-ins, documents and earlier turns are
-    texts of the rows with label 0.
+    Each augmentation copies a random share of the rows, which have one label each: as many of each label, while there are
+    rows with it. Lead-ins, documents and other turns are texts of the rows with label 0.
 
     Raises:
         ProbeError: a name or the share is not allowed, the rows are not single-label, or there is nothing to draw from.
@@ -118,10 +125,19 @@ def augment(
         raise ProbeError(f"augment={list(names)} draws from the texts with label 0, and there are none")
     augmenter, parts = Augmenter(harmless, system_prompts, np.random.default_rng(seed)), [rows]
     for name in names:
-        drawn = augmenter.rng.permutation(len(rows))[: max(1, round(share * len(rows)))]
-        copies = rows.select(sorted(drawn.tolist()))
+        copies = rows.select(_draw(rows.labels, max(1, round(share * len(rows))), augmenter.rng))
         parts.append(replace(copies, texts=[_wrap(augmenter, AUGMENTATIONS[name], text) for text in copies.texts]))
     return LabelledTexts.join(parts)
+
+
+def _draw(labels: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
+    """Return the places of `count` random rows, of each label in turn."""
+    order = rng.permutation(len(labels))
+    turn = np.empty(len(order), dtype=int)  # how many rows with the same label come before
+    for label in np.unique(labels):
+        same = labels[order] == label
+        turn[same] = np.arange(same.sum())
+    return sorted(order[np.argsort(turn, kind="stable")[:count]].tolist())
 
 
 def _wrap(augmenter: Augmenter, step: Callable, text: Text) -> Text:

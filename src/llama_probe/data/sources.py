@@ -96,7 +96,9 @@ class DataSources:
         f"Add wrapped copies of training rows: {', '.join(AUGMENTATIONS)}. What is added comes from rows "
         "with label 0, and from --system-prompts. Repeatable.",
     )
-    augment_share: float = setting(SHARE, "Share of the training rows that each --augment copies.")
+    augment_share: float = setting(
+        SHARE, "Copies that each --augment makes, as a share of the training rows: as many of each label."
+    )
     system_prompts: str | None = setting(
         None, "File with texts for --augment system_prompt, in the column of the texts."
     )

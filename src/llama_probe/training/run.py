@@ -69,7 +69,7 @@ class TrainingRun(RunOptions):
         card: facts for the card that are not measured.
 
     Raises:
-        ProbeError: the seeds are not allowed, or `cache_dir` is set without `cache`.
+        ProbeError: the seeds are not allowed, `cache_dir` is set without `cache`, or `head` cannot learn from `data.augment`.
     """
 
     data: DataSources
@@ -83,6 +83,11 @@ class TrainingRun(RunOptions):
             raise ProbeError(f"seeds={self.seeds} must be at least one whole number from 0 and below 2**32")
         if self.cache_dir is not None and not self.cache:
             raise ProbeError(f"cache_dir={str(self.cache_dir)!r} and cache=False (--no-cache) exclude each other")
+        scope = self.head.get("token_scope", "last_user")
+        if "later_turns" in self.data.augment and scope in ("last_user", "response"):
+            raise ProbeError(
+                f"token_scope={scope!r} does not read what comes before augment=['later_turns']: use 'user'"
+            )
 
     def run(self) -> dict[str, Any]:
         """Train, measure and save.
