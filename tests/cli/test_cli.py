@@ -160,6 +160,9 @@ def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
         }
     } and kept == results  # fmt: skip
     assert report["flagged"]["threshold"] == config.threshold and report["accuracy"] == 1 - report["flagged"]["share"]
+    named = report["flagged"]["named"]
+    assert {name: part["threshold"] for name, part in named.items()} == config.thresholds
+    assert named["fpr-10%"]["share"] == report["flagged"]["share"] >= named["fpr-2.5%"]["share"]
     assert (head / "probe_model.safetensors").read_bytes() == weights and (head / "calibration.png").exists()
     assert "| plain (" in (head / "README.md").read_text() and "fpr-2.5%" in (head / "README.md").read_text()
     assert "'label'" in refuse(*measure), "without --benign"

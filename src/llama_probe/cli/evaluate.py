@@ -171,11 +171,12 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
             f"{_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
         )
     if found := result.get("flagged"):
-        low, high = found["interval"]
-        print_text(
-            f"Flagged from a probability of {found['threshold']:.3f} on: {found['share']:.1%} of the rows "
-            f"(95 % interval {low:.1%} to {high:.1%})."
-        )
+        for name, part in {"Flagged": found, **found.get("named", {})}.items():
+            low, high = part["interval"]
+            print_text(
+                f"{name}, from a probability of {part['threshold']:.3f} on: {part['share']:.1%} of the rows "
+                f"(95 % interval {low:.1%} to {high:.1%})."
+            )
     if found := result.get("novelty"):
         _print_novelty(found)
     if found := result.get("wrappings"):

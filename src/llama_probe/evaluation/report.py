@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ..data.states import SharedStates, iterate_states
 from ..distributed import merge_rows
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, log_odds, predictions, probabilities, threshold_of
+from ..heads.decision import ProbeOutput, log_odds, predictions, probabilities
 from ..heads.probe import ProbeModel
 from .bootstrap import intervals, score_statistic, share_interval
 from .calibration import calibration_gaps, reliability, threshold_table
@@ -239,15 +239,19 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
         logits (`[rows, 2]`).
 
     Returns:
-        `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`.
+        `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`. If the head has further thresholds, `named` has the
+        same of each.
     """
-    flagged = predictions(probabilities(logits.float(), config), config)
-    threshold = threshold_of(config, 1)
-    return {
-        "share": float(flagged.double().mean()),
-        "interval": list(share_interval(int(flagged.sum()), len(flagged))),
-        "threshold": 0.5 if threshold is None else threshold,
-    }
+    probs = probabilities(logits.float(), config)
+
+    def share(config: ProbeConfig) -> dict[str, Any]:
+        flagged = predictions(probs, config)
+        interval = list(share_interval(int(flagged.sum()), len(flagged)))
+        threshold = 0.5 if config.threshold is None else config.threshold
+        return {"share": float(flagged.double().mean()), "interval": interval, "threshold": threshold}
+
+    named = {name: share(config.replace(threshold=value)) for name, value in (config.thresholds or {}).items()}
+    return share(config) | ({"named": named} if named else {})
 
 
 def without_undefined(result: dict[str, Any], labels: np.ndarray) -> dict[str, Any]:
