@@ -57,7 +57,7 @@ COMMANDS = {
         "probe data text_column label_column slice_column record backbone bootstrap as_json",
         "llama-probe evaluate --probe my-head --data test.csv",
         "llama-probe evaluate --probe toxicchat --data toxicchat:test --bootstrap 0"),
-    "calibrate": Entry("calibrate", "Fit thresholds of a head on rows that it should flag seldom, or how unlike its training data a prompt is.",
+    "calibrate": Entry("calibrate", "Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is.",
         "probe benign rate novelty_data text_column backbone as_json",
         "llama-probe calibrate --probe my-head --benign ordinary-prompts.csv --rate 0.01"),
     "drift": Entry("drift", "Compare a log of served prompts with the rows that a head was trained on.", "",

@@ -29,7 +29,7 @@ def calibrate(
     rate: Annotated[
         list[float],
         typer.Option(
-            help="Share of these rows that may be flagged. The first one's threshold is the head's. Repeatable."
+            help="Share of these rows that may be flagged. The first gives the head's own threshold. Repeatable."
         ),
     ] = [0.02, 0.005],  # noqa: B006 - typer copies it
     novelty_data: Annotated[
@@ -50,7 +50,7 @@ def calibrate(
     data_dir: Annotated[Path | None, typer.Option(help=ROWS_HELP["data_dir"])] = None,
     max_text: Annotated[int, typer.Option(min=1, help=ROWS_HELP["max_text"])] = MAX_TEXT,
 ) -> Result:
-    """Fit thresholds of a head on rows that it should flag seldom, or how unlike its training data a prompt is."""
+    """Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is."""
     check_head_folder(scored.probe, "calibrate")
     if not benign and not novelty_data:
         raise ProbeError("calibrate needs rows: give --benign for thresholds, or --novelty-data")

@@ -102,7 +102,7 @@ class DataSources:
     system_prompts: str | None = setting(
         None, "File with texts for --augment system_prompt, in the column of the texts."
     )
-    max_extra_rows: int | None = setting(None, "And at most this many of each --extra, drawn at random.")
+    max_extra_rows: int | None = setting(None, "Use at most this many rows of each --extra, drawn at random.")
     max_eval_rows: int | None = None
     data_dir: str | os.PathLike | None = setting(
         None, "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."

@@ -57,7 +57,8 @@ class ProbeConfig:
             tools wrote, in all turns. `"turns"`: all turns. These are found by `turn_markers`. `"prompt"`: the whole
             prompt. `"content"`: all but `prefix_ids`. `"response"`: the reply. `"all"`: `"content"` and the reply. Heads
             that read replies score each token of them.
-        causal: if True, the token stage makes nothing of a token from later ones, as scores of a growing reply need.
+        causal: if True, what the token stage computes of a token does not depend on later ones. Scores of a reply that is
+            being written need that.
             Defaults to True for the scopes that read replies, else False. Only `mha` differs.
         prefix_ids: token ids of the constant beginning of every prompt.
         turn_markers: by role (`"user"`, `"assistant"`, and where the template has them `"system"` and `"tool"`) what

@@ -255,7 +255,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         token_weights (`[batch, layers_read, tokens]`, *optional*): how much each token counted in the summary of each
             layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
-        member_logits (`[members, batch, num_labels]`, *optional*): while a head learns that is several in one.
+        member_logits (`[members, batch, num_labels]`, *optional*): in training, of a head that averages several members.
         row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
     """
 

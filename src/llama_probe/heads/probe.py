@@ -42,9 +42,8 @@ class ProbeModel(nn.Module):
     There are two ways in. `forward` takes whole tensors, for training. `init_state`, `step` and `finish` take groups of
     layers and chunks of tokens while the LM runs. They agree to 1e-5 in fp32.
 
-    Parameters are always fp32; the states are cast where they come in, but for `step` with states in half precision of 128
-    tokens or more: there kinds of low rank apply their maps in that dtype. Casting the module to another dtype moves it to
-    the device and leaves its dtype.
+    Parameters are always fp32. States are cast to fp32 where they come in, except in `step` for more than 128 tokens in half
+    precision: some kinds then apply their first linear maps in that dtype. Casting the module to another dtype leaves it in fp32.
 
     Args:
         config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
@@ -119,8 +118,7 @@ class ProbeModel(nn.Module):
             check: see `Classifier.attach`.
 
         Raises:
-            ProbeError: the LM does not have it, or the head needs it of another LM that it is attached to, or that is its
-                backbone.
+            ProbeError: `lm` does not have it, or the head already uses that of another LM.
         """
         other = self.classifier.lm
         if other is not None and other is not without_peft(lm):

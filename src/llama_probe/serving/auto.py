@@ -31,7 +31,7 @@ _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
 
 
 class AutoModelForProbedGeneration:
-    """Picks the probed class of any causal LM that transformers can load."""
+    """Load or convert any causal LM of transformers, with heads; its class is made from the plain one."""
 
     def __init__(self):
         raise ProbeError("use AutoModelForProbedGeneration.from_pretrained(...) or .from_causal_lm(...)")

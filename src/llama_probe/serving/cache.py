@@ -104,7 +104,7 @@ class ProbeCache:
             attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out if nothing is padding so far.
 
         Raises:
-            ProbeError: the rows are others, or the mask is needed.
+            ProbeError: the number of rows differs, or the mask is needed.
         """
         self._check_rows(len(input_ids))
         if attention_mask is None:
@@ -134,7 +134,7 @@ class ProbeCache:
             input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts.
 
         Raises:
-            ProbeError: they begin otherwise, other tokens of them count, or a head is not the one that made the state.
+            ProbeError: the prompts begin with other tokens, other tokens count, or the state was made by another head.
         """
         self._check_rows(len(input_ids))
         seen = self.get_seq_length()

@@ -64,7 +64,7 @@ class ProbeTrainingArguments(TrainingArguments):
     threshold_rule: str = setting("expected-f1", "expected-f1 or best-f1.")
     cache_states: bool = setting(True, "Run the backbone once and keep its hidden states on disk while training.")
     cache_dir: str | None = setting(None, "Keep the hidden states here for later runs.")
-    novelty: bool = setting(True, "Fit how unlike the training data a prompt is.")
+    novelty: bool = setting(True, "Fit novelty: how unlike the training data a prompt is.")
 
     def __post_init__(self):
         if self.cache_dir is not None and not self.cache_states:

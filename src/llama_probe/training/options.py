@@ -27,6 +27,6 @@ class RunOptions:
     dtype: str = "auto"
     cache: bool = setting(True, "Run the backbone once and keep its hidden states on disk while training.")
     cache_dir: Path | None = setting(None, "Keep the hidden states here for later runs.")
-    novelty: bool = setting(True, "Fit how unlike the training data a prompt is.")
+    novelty: bool = setting(True, "Fit novelty: how unlike the training data a prompt is.")
     resume: bool = setting(False, "Resume a run that was stopped.")
     overwrite: bool = setting(False, "Replace the head that --output holds.")

@@ -315,7 +315,7 @@ class ProbeTrainer(Trainer):
         return output
 
     def judge(self) -> dict[str, Any]:
-        """Fit the head's temperature, threshold and novelty, the first two on the evaluation rows, and measure it on these.
+        """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the head on the evaluation rows.
 
         Returns:
             The head's `results`, which `save_model` writes into `results.json` and the card.

@@ -36,7 +36,7 @@ def engine_kwargs(
     """Return arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
 
     Every request is scored by all heads, or by those that it asks for, in the pass over its prompt; see
-    `llama_probe.vllm`. What a head knows of its backbone is compared with the one at hand; see `check_heads`.
+    `llama_probe.vllm`. The backbone that each head records is compared with `model`; see `check_heads`.
 
     Args:
         model: folder or Hub id of the backbone; `"demo"` for the demo backbone.
