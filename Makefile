@@ -8,6 +8,8 @@ VLLM_BIN := $(VLLM_VENV)/bin
 # One thread a process: on tiny models more of them only wait for each other.
 VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 # Python compiles what is imported, when it is; pip would compile every file of every package, which takes longer than the rest.
+# It keeps what it compiled, also where the environment says otherwise: else each process compiles torch and vLLM anew.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL)
 SOURCES := src tests examples
