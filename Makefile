@@ -40,11 +40,14 @@ attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
 # Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. Where one
-# hangs, the test fails. The files that take longest come first; pytest-xdist would begin with those of most tests.
+# hangs, the test fails. The files that take longest come first; pytest-xdist would begin with those of most tests. Each is named
+# once: beside their folder, pytest would drop the files.
+VLLM_TESTS := $(addprefix tests/vllm/test_,features.py server.py demo.py halt_reply.py)
+VLLM_TESTS += $(filter-out $(VLLM_TESTS),$(wildcard tests/vllm/test_*.py))
+
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
-	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(addprefix tests/vllm/test_,features.py server.py demo.py) tests/vllm \
-		-n 2 --dist loadfile --no-loadscope-reorder --timeout 300
+	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(VLLM_TESTS) -n 2 --dist loadfile --no-loadscope-reorder --timeout 300
 
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES)
