@@ -54,7 +54,7 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub):
 def run_shell(block: str, backbone: Path) -> None:
     for line in block.strip().splitlines():
         program, *words = shlex.split(line)
-        if program == "pip" or words[:2] == ["-m", "llama_probe.vllm"]:  # tests/vllm/test_docs.py runs these
+        if program == "pip" or words[:2] == ["-m", "llama_probe.vllm"]:  # tests/vllm/test_demo.py runs these
             continue
         if program == "torchrun":
             program, words = divided(words, backbone)
