@@ -120,23 +120,24 @@ def test_the_start_imports_no_torch(words):
     assert done.stdout.endswith("False\n"), done.stderr
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["train", "--train=x", "--output=x", "--probe-type=x"],
-        ["classify", "x", "--probe=x"],
-        ["drift", "--input=x", "--probe=x"],
-        ["calibrate", "--benign=x", "--probe=x"],
-    ],
-)
-def test_a_refusal_comes_before_the_model_classes(words):
-    code = (
-        "import sys, llama_probe_command as c\ntry: c.main()\n"
-        "except SystemExit: print({'transformers.modeling_utils', 'datasets', 'sklearn'} & set(sys.modules))\n"
-        "import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "set()\n" and "llama-probe: " in done.stderr, done.stderr
+def test_a_refusal_comes_before_the_model_classes():
+    """Of several in one process, since what is imported stays."""
+    code = """
+import llama_probe_command as c, shlex, sys
+for line in sys.stdin:
+    sys.argv = shlex.split(line)
+    try: c.main()
+    except SystemExit: print({'transformers.modeling_utils', 'datasets', 'sklearn'} & set(sys.modules))
+import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__"""
+    lines = [
+        "llama-probe train --train=x --output=x --probe-type=x",
+        "llama-probe classify x --probe=x",
+        "llama-probe drift --input=x --probe=x",
+        "llama-probe calibrate --benign=x --probe=x",
+    ]
+    done = subprocess.run([sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == len(lines) * "set()\n", done.stderr
+    assert done.stderr.count("llama-probe: ") == len(lines)
 
 
 def test_defaults_of_lists():
