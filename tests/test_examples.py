@@ -1,7 +1,10 @@
 """The scripts of the examples folder. Slow: they run on the demo backbone."""
 
 import ast
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
 
@@ -14,15 +17,22 @@ from llama_probe.backbone import loading
 FOLDER = ROOT / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
 CHECKED = ("moderation.py", "routing.py", "chat.py")  # their output has a test below
+ALONE = ("quickstart.py", "ray_scoring.py")  # these import the package for its effect, or start a cluster
 REFUSAL = "Sorry, I would rather not reply to that."
 
 
 def run(name: str, *options: str, lines: tuple[str, ...] = ()) -> str:
-    """Return what an example prints, with these lines on its standard input."""
-    typed = "".join(f"{line}\n" for line in lines)
-    done = subprocess.run([sys.executable, FOLDER / name, *options], input=typed, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Return what an example prints in this process, with these lines on its standard input."""
+    typed, printed = io.StringIO("".join(f"{line}\n" for line in lines)), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [name, *options])
+        patch.setattr(sys, "stdin", typed)
+        try:
+            runpy.run_path(str(FOLDER / name), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -58,11 +68,18 @@ def test_the_head_of_the_notebook_is_right(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in CHECKED])
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {*CHECKED, *ALONE}))
 def test_it_runs(name):
+    assert run(name, *(["--steps", "1"] if name == "fingerprint_distances.py" else [])).strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_it_runs_in_a_process_of_its_own(name):
     if name == "ray_scoring.py":
         pytest.importorskip("ray")
-    assert run(name, *(["--steps", "1"] if name == "fingerprint_distances.py" else [])).strip()
+    done = subprocess.run([sys.executable, FOLDER / name], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 @pytest.mark.slow
