@@ -21,7 +21,8 @@ from repository import ROOT, SETUP
 from llama_probe import __version__
 
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'llama_probe[space]'")
+if importlib.util.find_spec("gradio") is None:  # importing it takes seconds, in every worker
+    pytest.skip("gradio is not installed: pip install 'llama_probe[space]'", allow_module_level=True)
 
 SPACE = ROOT / "examples" / "space"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from test_probe import KINDS
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
-from torch._inductor.fx_passes.post_grad import reorder_for_locality
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.backbone.capture import _LISTENING
@@ -304,6 +303,8 @@ def test_beside_a_thread_that_compiles(by_torch, prompts, monkeypatch):
 
 def kept_at_once(model, ids):
     """The most results of operations, as large as a state, that are needed at once in the order in which inductor runs them."""
+    from torch._inductor.fx_passes.post_grad import reorder_for_locality  # takes seconds to import, in every worker
+
     found = []
 
     def look(module, _):
