@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -205,14 +205,6 @@ def block(text: str) -> str:
 def word(text: str) -> str:
     """Return a name for a sentence: as code if it holds more than letters, digits and the like."""
     return " ".join(text.split()) if re.fullmatch(r"[\w.,:/+% -]*", text) else code(text)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table; all columns but the first are numbers."""
-    yield f"| {' | '.join(header)} |"
-    yield f"|---|{'---:|' * (len(header) - 1)}"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-    yield ""
 
 
 def quote(value: Any) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 from ...data.known import find_benchmark
 from ...evaluation.plots import png_writer, sensitivity_plot
 from ...files import write_atomically
-from ...hub.card import table
 from .. import paper
 from .columns import Column, cell, columns
 from .figures import layer_groups_plot, learning_curves_plot, methods_plot
@@ -37,7 +36,8 @@ def _done(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(table(header, rows)).rstrip()
+    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([first, f"|---|{'---:|' * (len(header) - 1)}", *others])
 
 
 def _blocks(report: dict[str, Any], plots: list[str], finished: bool) -> Iterator[str]:
