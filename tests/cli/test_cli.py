@@ -236,9 +236,8 @@ def test_inspect(trained, backbone_folder, tmp_path):
     assert "cannot run on this backbone" in succeed("inspect", output, "--backbone", tmp_path / "other")
 
 
-def test_push_pull_and_use(trained, backbone_folder, hub, tmp_path, monkeypatch):
+def test_push_pull_and_use(trained, backbone_folder, hub, token, tmp_path, monkeypatch):
     output, _ = trained
-    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
     pushed = succeed("push", output, "alice/mood", "--private", "--subfolder", "v1", "--tag", "mine", "--json")
     assert pushed["commit"] == hub.head("alice/mood") and hub.repositories["alice/mood"].private
     assert set(hub.files("alice/mood")) >= {f"v1/{path.name}" for path in output.iterdir()}

@@ -68,8 +68,7 @@ class TestAHeadsId:
     """The id of a head is enough: its config names the backbone."""
 
     @pytest.fixture(params=["folder", "hub", "subfolder"])
-    def place(self, request, backbone_folder, tmp_path, hub, monkeypatch):
-        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+    def place(self, request, backbone_folder, tmp_path, token, monkeypatch):
         probe = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
         if request.param == "folder":
             return str(save_head(probe, tmp_path / "mood")), {}

@@ -101,8 +101,7 @@ class TestSavingTheBackbone:
         assert type(model) is LlamaForProbedGeneration and set(model.probes) == {"a", "b"}
 
     @pytest.mark.parametrize("push", [False, True])
-    def test_heads_are_kept_and_attached_again(self, model, prompts, tmp_path, hub, monkeypatch, push):
-        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+    def test_heads_are_kept_and_attached_again(self, model, prompts, tmp_path, token, push):
         model.set_active_probes(["a", "b"])
         place = tmp_path / "here"
         if push:

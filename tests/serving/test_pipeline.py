@@ -283,8 +283,7 @@ class TestClassification:
             value = model.classify(TEXTS[0], tokenizer=make_tokenizer())[name].probabilities
             assert max(record["score"] for record in records) == pytest.approx(value.max().item(), abs=1e-5)
 
-    def test_the_id_of_a_head(self, backbone_folder, tmp_path, hub, monkeypatch):
-        monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+    def test_the_id_of_a_head(self, backbone_folder, tmp_path, token, monkeypatch):
         monkeypatch.chdir(backbone_folder.parent)  # a pushed head keeps the name of a local backbone, and not its path
         head = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
         head.push_to_hub("alice/mood")

@@ -361,8 +361,7 @@ class TestLoss:
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, monkeypatch, strategy):
-    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+def test_what_the_trainer_pushes_is_a_head(tmp_path, token, strategy):
     probe = head(make_lm(), id2label={0: "bad", 1: "good"})
     changes = {"push_to_hub": True, "hub_model_id": "alice/mood", "num_train_epochs": 1, "hub_strategy": strategy}
     trainer = trainer_for(probe, tmp_path, **changes)
