@@ -161,15 +161,14 @@ def _copy_head(source: Path, target: Path) -> None:
 
 
 def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:
-    path = folder / CARD_NAME
     if has_own_card(folder):
         card = read_card(folder)
         if tags or license is not None:
             card.data.license = license or card.data.license
             card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
-            path.write_text(str(card), encoding="utf-8")
+            card.save(folder / CARD_NAME)
     else:
-        write_card(folder, source, license or (read_card(folder).data.license if path.is_file() else None), tags)
+        write_card(folder, source, license, tags)
     if read_card(folder).data.license is None:
         logger.warning(f"the card of {source} gives no license: pass license=, the stricter of backbone and data")
 
