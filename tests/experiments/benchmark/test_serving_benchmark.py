@@ -85,15 +85,17 @@ def test_the_backbone_compiled(tmp_path, monkeypatch):
     assert report["settings"]["compile"] and all(found["above_base_mb"] is None for found in report["rows"])
 
 
-def test_ones_own_heads(folder, tmp_path):
+def test_ones_own_heads(folder, tmp_path, monkeypatch):
     save_head(make_probe(probe_type="mha"), tmp_path / "mine")
     assert create(folder, probes=[str(tmp_path / "mine")], kinds=None).kinds == ()
     report = create(folder, probes=[str(tmp_path / "mine")], kinds=["mha"]).execute()
     first, second = report["rows"][2:]
     assert (first["system"], second["system"]) == ("mine", "mha") and first["paper_ratio"] == second["paper_ratio"]
     (tmp_path / "mine").rename(tmp_path / "mha")
-    with pytest.raises(ProbeError, match="'mha'"):
-        create(folder, probes=[str(tmp_path / "mha")], kinds=["mha"]).execute()
+    monkeypatch.setattr(ModelPlan, "load", lambda *args: pytest.fail("refused too late"))
+    for changes in ({"probes": [str(tmp_path / "mha")], "kinds": ["mha"]}, {"kinds": ["mha", "mha"]}):
+        with pytest.raises(ProbeError, match="'mha'"):
+            create(folder, **changes).execute()
 
 
 def test_the_order_of_pairs_alternates():

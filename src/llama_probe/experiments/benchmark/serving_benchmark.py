@@ -155,6 +155,9 @@ class ServingBenchmark:
         if self.probes:
             target = Target(model_id(self.backbone), text.hidden_size, text.num_hidden_layers)
             heads = read_heads(list(self.probes), target)
+        names = [*heads, *self.kinds]
+        if twice := [kind for kind in self.kinds if names.count(kind) > 1]:
+            raise ProbeError(f"kind={twice[0]!r} names two heads: give each kind once, and no head the name of a kind")
         model = AutoModelForProbedGeneration.from_causal_lm(self._lm.load(self._device), heads)
         for kind in self.kinds:
             model.add_probe(kind, self._fresh[kind])
