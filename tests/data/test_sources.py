@@ -38,6 +38,7 @@ def train(tmp_path):
         ({"augment": ["rot13"]}, "augment="),
         ({"augment": ["lead_in"], "augment_share": 1.5}, "augment_share=1.5"),
         ({"augment": ["system_prompt"]}, "system_prompts"),
+        ({"augment": ["lead_in"], "system_prompts": "a.csv"}, "system_prompts"),
         ({"max_extra_rows": -1}, "max_extra_rows=-1"),
         ({"extra": ["b.jsonl"], "extra_weights": [-0.1, 1.0]}, "extra_weights="),
         ({"extra": ["b.jsonl"], "extra_weights": [0.0]}, "extra_weights="),

@@ -147,6 +147,8 @@ class DataSources:
         if limits is not None and (len(limits) not in (1, len(self.train)) or min(limits) < (len(limits) == 1)):
             raise ProbeError(f"max_rows={limits} must be one number from 1, or one from 0 for each of train")
         check_augmentations(self.augment, self.augment_share, self.system_prompts is not None)
+        if self.system_prompts is not None and "system_prompt" not in self.augment:
+            raise ProbeError(f"system_prompts={self.system_prompts!r} needs augment=['system_prompt']")
         for name in ("max_text", "max_extra_rows", "max_eval_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
