@@ -15,7 +15,7 @@ from llama_probe.training import shared as shared_training
 from llama_probe.training.learners import Candidate, Learner
 from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import CutReplies, WeightedRows
-from llama_probe.training.shared import SharedTraining
+from llama_probe.training.shared import CHECKPOINT_NAME, SharedTraining
 
 
 def rows(count: int, seed: int) -> PromptDataset:
@@ -154,6 +154,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lm, killed_af
     again = SharedTraining(CANDIDATES, *data, "auprc", folder=tmp_path / "cut", lm=lm, **arguments)
     resumed = {learner.candidate.number: learner for learner in again.run(resume=True)}
     assert all(same(resumed[number], whole[number]) for number in whole)
+
+
+def test_a_damaged_checkpoint(tmp_path, lm, data):
+    (tmp_path / CHECKPOINT_NAME).write_bytes(b"cut")
+    with pytest.raises(ProbeError, match=CHECKPOINT_NAME):
+        SharedTraining(CANDIDATES, *data, "auprc", 4, tmp_path, lm).run(resume=True)
 
 
 def test_halving_keeps_the_better_ones(tmp_path, lm, data):

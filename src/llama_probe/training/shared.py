@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -247,11 +247,14 @@ class SharedTraining:
         path = self.folder / CHECKPOINT_NAME
         by_number = {str(learner.candidate.number): learner for learner in self.learners}
         tensors: dict[str, dict[str, torch.Tensor]] = {number: {} for number in by_number}
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                number, name = key.split(".", 1)
-                tensors[number][name] = file.get_tensor(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    number, name = key.split(".", 1)
+                    tensors[number][name] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ProbeError(f"{path} is damaged, delete it to train anew: {error}") from None
         self.epoch = state["epoch"]
         for number, learner in by_number.items():
             learner.restore(tensors[number], self.epoch, History(**state["learners"][number]))
