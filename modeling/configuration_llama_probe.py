@@ -424,7 +424,6 @@ class HubOptions:
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
     force_download: bool = False
-    only_config: bool = False
     trust_remote_code: bool = False
 
     @classmethod
@@ -444,12 +443,12 @@ def check_subfolder(subfolder: str | None) -> None:
         raise ProbeError(f"subfolder={subfolder!r} must be a relative path inside the repository")
 
 
-def download_head(reference: HubReference, options: HubOptions = HubOptions()) -> Path:
-    """Fetch the files of a head, all of one commit, into the Hub's cache."""
+def download_head(reference: HubReference, options: HubOptions = HubOptions(), *, only_config: bool = False) -> Path:
+    """Fetch the files of a head, or its config alone, all of one commit, into the Hub's cache."""
 
     def fetch() -> Path:
         config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
-        if not options.only_config:
+        if not only_config:
             commit = extract_commit_hash(str(config), None)
             _fetch(reference, WEIGHTS_NAME, commit, options)
             for name in HEAD_FILES[2:]:
@@ -622,6 +621,8 @@ def resolve_head(
     target: Target | None = None,
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     namespace: str | None = None,
+    *,
+    only_config: bool = False,
 ) -> Path:
     """Return the folder of a head, and fetch it first if it is on the Hub."""
     if source == "":  # pathlib would take it for the current folder
@@ -635,7 +636,7 @@ def resolve_head(
         if reference is None:
             told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
             raise ProbeError(f"{told}; {_known(target)}")
-        return download_head(reference, without_waiting(reference, options))
+        return download_head(reference, without_waiting(reference, options), only_config=only_config)
     told = f"probe={source!r} is neither a folder nor a bundled head"
     if (chosen := _choose(source, bundled_heads(target))) is not None:
         if options.revision is None:
@@ -652,7 +653,7 @@ def resolve_head(
         reference = HubReference(place, revision, source)
         try:
             options = without_waiting(reference, options)
-            return download_head(reference, options)
+            return download_head(reference, options, only_config=only_config)
         except ProbeError as error:
             heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
             found += [f"in {place}: {', '.join(heads)}" if heads else str(error)]

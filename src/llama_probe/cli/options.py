@@ -73,9 +73,8 @@ def backbone_of(probe: str, backbone: str | None) -> str:
     from ..backbone.loading import name_of_backbone
     from ..hub.folder import read_config_values
     from ..hub.resolve import resolve_head
-    from ..hub.transport import HubOptions
 
-    config = read_config_values(resolve_head(probe, options=HubOptions(only_config=True)))
+    config = read_config_values(resolve_head(probe, only_config=True))
     return name_of_backbone(config.get("base_model_name_or_path"))
 
 

@@ -232,8 +232,8 @@ class ProbeConfig:
         Raises:
             ProbeError: there is no such head, or its config holds a value that is not allowed.
         """
-        hub = HubOptions(**options, only_config=True)
-        folder = resolve_head(with_subfolder(source, subfolder), options=hub, namespace=namespace)
+        hub = HubOptions(**options)
+        folder = resolve_head(with_subfolder(source, subfolder), options=hub, namespace=namespace, only_config=True)
         return read_config(folder, hub.trust_remote_code)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:

@@ -107,6 +107,8 @@ def resolve_head(
     target: Target | None = None,
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     namespace: str | None = None,
+    *,
+    only_config: bool = False,
 ) -> Path:
     """Return the folder of a head, and fetch it first if it is on the Hub.
 
@@ -118,6 +120,7 @@ def resolve_head(
         target: the backbone. Without one, an alias names a bundled head.
         options: for the Hub. The revision is the head's.
         namespace: a Hub user. Defaults to the variable `LLAMA_PROBE_NAMESPACE`.
+        only_config: fetch the head's config, but not its weights, results, card and plots.
 
     Raises:
         ProbeError: there is no such head; the message lists those that exist.
@@ -133,7 +136,7 @@ def resolve_head(
         if reference is None:
             told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
             raise ProbeError(f"{told}; {_known(target)}")
-        return download_head(reference, without_waiting(reference, options))
+        return download_head(reference, without_waiting(reference, options), only_config=only_config)
     told = f"probe={source!r} is neither a folder nor a bundled head"
     if (chosen := _choose(source, bundled_heads(target))) is not None:
         if options.revision is None:
@@ -150,7 +153,7 @@ def resolve_head(
         reference = HubReference(place, revision, source)
         try:
             options = without_waiting(reference, options)
-            return download_head(reference, options)
+            return download_head(reference, options, only_config=only_config)
         except ProbeError as error:
             heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
             found += [f"in {place}: {', '.join(heads)}" if heads else str(error)]

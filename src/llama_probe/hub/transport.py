@@ -98,7 +98,6 @@ class HubOptions:
         cache_dir: replaces the cache in `HF_HOME`.
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all calls.
         force_download: fetch cached files again.
-        only_config: fetch a head's config, but not its weights, results, card and plots.
         trust_remote_code: run the code file of a head whose kind the package does not have.
     """
 
@@ -107,7 +106,6 @@ class HubOptions:
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
     force_download: bool = False
-    only_config: bool = False
     trust_remote_code: bool = False
 
     @classmethod
@@ -127,8 +125,8 @@ def check_subfolder(subfolder: str | None) -> None:
         raise ProbeError(f"subfolder={subfolder!r} must be a relative path inside the repository")
 
 
-def download_head(reference: HubReference, options: HubOptions = HubOptions()) -> Path:
-    """Fetch the files of a head, all of one commit, into the Hub's cache.
+def download_head(reference: HubReference, options: HubOptions = HubOptions(), *, only_config: bool = False) -> Path:
+    """Fetch the files of a head, or its config alone, all of one commit, into the Hub's cache.
 
     If everything is cached, the Hub is asked once for a branch or a tag, and not at all for a commit.
 
@@ -143,7 +141,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions()) -
 
     def fetch() -> Path:
         config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
-        if not options.only_config:
+        if not only_config:
             commit = extract_commit_hash(str(config), None)
             _fetch(reference, WEIGHTS_NAME, commit, options)
             for name in HEAD_FILES[2:]:

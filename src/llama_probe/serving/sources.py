@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,10 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
 
     `kwargs` are those of `from_pretrained`; `revision` and `subfolder` are the head's.
     """
-    options = replace(HubOptions.beside(kwargs, kwargs.get("revision")), only_config=True)
+    options = HubOptions.beside(kwargs, kwargs.get("revision"))
     try:
         source = with_subfolder(place, kwargs.get("subfolder") or None)
-        config = read_config(resolve_head(source, options=options), options.trust_remote_code)
+        config = read_config(resolve_head(source, options=options, only_config=True), options.trust_remote_code)
         return HeadPlace(default_name(source), source, kwargs.get("revision"), config)
     except ProbeError:
         return None
