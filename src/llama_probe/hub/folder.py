@@ -46,18 +46,18 @@ def check_output(folder: str | os.PathLike) -> None:
         raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
 
 
-def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Read a file of limited size."""
+def read_bytes(path: Path) -> bytes:
+    """Read a file of at most `MAX_BYTES`."""
     try:
         # Files of /proc have the size 0, and reading one may never end.
         if path.stat().st_size == 0:
             return b""
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ProbeError(f"{path} cannot be read: {error.strerror}") from None
-    if len(content) > limit:
-        raise ProbeError(f"{path} is larger than {limit} bytes and is not read")
+    if len(content) > MAX_BYTES:
+        raise ProbeError(f"{path} is larger than {MAX_BYTES} bytes and is not read")
     return content
 
 
