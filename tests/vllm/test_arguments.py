@@ -1,5 +1,6 @@
 """What is refused before an engine is started, and by an engine that was started some other way."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -172,6 +173,14 @@ def test_a_complete_config_is_checked_as_well(tiny):
     config.additional_config = {}
     with pytest.raises(ProbeError, match=r"llama_probe.vllm.engine_kwargs"):
         ProbeSettings.of(config)
+
+
+def test_a_stored_prompt_is_read_in_one_chunk(tiny):
+    kwargs = engine_kwargs(tiny.backbone, tiny.heads, kv_transfer_config={"kv_connector": "ExampleConnector"})
+    for chunked in (False, True):
+        config = EngineArgs(**kwargs, enable_chunked_prefill=chunked).create_engine_config()
+        with pytest.raises(ProbeError, match="enable_chunked_prefill") if chunked else contextlib.nullcontext():
+            check_config(config)
 
 
 def test_a_model_that_keeps_no_states_is_refused(monkeypatch):
