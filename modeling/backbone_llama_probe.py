@@ -331,10 +331,7 @@ def collect_hidden_states(
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     cached = {"use_cache": False}
     if prefix is not None:
-        rows, width = len(input_ids), prefix.get_seq_length()
-        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, rows)}
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
+        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, len(input_ids))}
     states: dict[int, torch.Tensor] = {}
     with torch.no_grad(), capturing(decoder, states.__setitem__, layers):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)

@@ -169,7 +169,7 @@ def test_values_too_large_are_refused(tmp_path, lm):
 
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk(tmp_path, lm, monkeypatch, foreseen):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if foreseen:

@@ -75,7 +75,9 @@ def test_heads_that_follow_replies_learn_from_cut_ones(backbone_folder, tmp_path
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     seen, original = [], shared.collect_hidden_states
     monkeypatch.setattr(
-        shared, "collect_hidden_states", lambda *args: (seen.extend(args[3].sum(dim=1).tolist()), original(*args))[1]
+        shared,
+        "collect_hidden_states",
+        lambda *args: (seen.extend(args[2].ne(0).sum(dim=1).tolist()), original(*args))[1],
     )
     changes = {"train": str(tmp_path / "train.jsonl"), "prompt_column": "prompt"}
     sweep(tmp_path, backbone_folder, 2, ("gate",), head={"token_scope": "response"}, **changes).run()

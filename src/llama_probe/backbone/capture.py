@@ -141,8 +141,9 @@ def collect_hidden_states(
         lm: a causal LM, or a PEFT model around one.
         layers: indices of the hidden states.
         input_ids (`[B, T]`): token ids, on any device.
-        attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device.
-        prefix: a KV cache from `prefill`, of tokens that come before every row.
+        attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device. Rows that are padded on the right do
+            not need it: no token sees the padding behind it, and attention without a mask is faster.
+        prefix: a KV cache from `prefill`, of tokens that come before every row. Not together with `attention_mask`.
 
     Returns:
         One tensor `[B, T, D]` for each of `layers`, in their order and in the backbone's dtype.
@@ -153,10 +154,7 @@ def collect_hidden_states(
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     cached = {"use_cache": False}
     if prefix is not None:
-        rows, width = len(input_ids), prefix.get_seq_length()
-        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, rows)}
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(rows, width), attention_mask], dim=1)
+        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, len(input_ids))}
     states: dict[int, torch.Tensor] = {}
     with torch.no_grad(), capturing(decoder, states.__setitem__, layers):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)

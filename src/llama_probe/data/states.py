@@ -323,9 +323,8 @@ def iterate_states(
             if lm is None:
                 states, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
             else:
-                ids, attention_mask = (batch[name][:, each.skip :] for name in ("input_ids", "attention_mask"))
-                mask = counted_tokens(config, batch)[:, each.skip :]
-                states = torch.stack(collect_hidden_states(lm, layers, ids, attention_mask, each.prefix))
+                ids, mask = batch["input_ids"][:, each.skip :], counted_tokens(config, batch)[:, each.skip :]
+                states = torch.stack(collect_hidden_states(lm, layers, ids, prefix=each.prefix))
             yield each.rows, states, mask
             bar.update(len(each.rows) * (world_size() if divided else 1))
 

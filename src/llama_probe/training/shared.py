@@ -203,7 +203,7 @@ class SharedTraining:
             # All ranks run the backbone, even with too few batches: it may be sharded over them.
             own = turn[min(rank(), len(turn) - 1)]
             layers = range(config.num_hidden_layers + 1)
-            states = torch.stack(collect_hidden_states(self.lm, layers, own["input_ids"], own["attention_mask"]))
+            states = torch.stack(collect_hidden_states(self.lm, layers, own["input_ids"]))
             for source, batch in enumerate(turn):
                 mask = counted_tokens(config, batch)
                 x = states if source == rank() else states.new_empty(len(states), *mask.shape, states.shape[-1])
