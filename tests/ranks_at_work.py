@@ -20,7 +20,7 @@ from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.training.arguments import ProbeTrainingArguments
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
-from llama_probe.training.sweep import SearchSpace, Sweep
+from llama_probe.training.sweep import Sweep
 from llama_probe.training.trainer import ProbeTrainer
 
 
@@ -44,7 +44,7 @@ def run(folder: Path, name: str, **changes) -> TrainingRun:
 
 
 def sweep(folder: Path, name: str) -> Sweep:
-    return Sweep(run(folder, name, cache=False), SearchSpace(), 4, 0.5)
+    return Sweep(training=run(folder, name, cache=False), trials=4)
 
 
 def sparse(folder: Path, name: str) -> dict:

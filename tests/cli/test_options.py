@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from llama_probe import ProbeError, cli
 from llama_probe.cli.options import Command, Fields, as_command, command_line
 from llama_probe.experiments.reproduction.reproduction import DATA
-from llama_probe.training.sweep import SearchSpace
+from llama_probe.training.search_space import SearchSpace
 
 
 @dataclass
@@ -124,16 +124,18 @@ def test_a_refusal_comes_before_the_model_classes():
     """Of several in one process, since what is imported stays."""
     code = """
 import llama_probe_command as c, shlex, sys
+heavy = {'transformers.modeling_utils', 'datasets', 'sklearn', 'scipy', 'matplotlib'}
 for line in sys.stdin:
     sys.argv = shlex.split(line)
     try: c.main()
-    except SystemExit: print({'transformers.modeling_utils', 'datasets', 'sklearn'} & set(sys.modules))
+    except SystemExit: print(heavy & set(sys.modules))
 import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__"""
     lines = [
         "llama-probe train --train=x --output=x --probe-type=x",
         "llama-probe classify x --probe=x",
         "llama-probe drift --input=x --probe=x",
         "llama-probe calibrate --benign=x --probe=x",
+        "llama-probe sweep --train=x.csv --output=x",
     ]
     done = subprocess.run([sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == len(lines) * "set()\n", done.stderr

@@ -186,7 +186,7 @@ class TestOutput:
 class TestRefusals:
     def test_a_metric_that_is_not_defined_on_the_validation_rows(self, tmp_path):
         run = run_of(tmp_path, eval=write(tmp_path / "alike.jsonl", 1))
-        for wanted in (run, Sweep(run, trials=2)):
+        for wanted in (run, Sweep(training=run, trials=2)):
             with pytest.raises(ProbeError, match="auprc"):
                 wanted.run()
         assert not (tmp_path / "head").exists(), "before any work"

@@ -14,15 +14,16 @@ from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.hub.folder import read_results
 from llama_probe.training import shared
 from llama_probe.training.recipe import COMMON, Recipe
+from llama_probe.training.search_space import SearchSpace, split_drawn
 from llama_probe.training.shared import CHECKPOINT_NAME, SharedTraining
-from llama_probe.training.sweep import SETUP_NAME, SearchSpace, Sweep, split_drawn
+from llama_probe.training.sweep import SETUP_NAME, Sweep
 
 
 def sweep(folder, backbone="never-loaded", trials=4, kinds=("gate", "mha"), keep=0.5, resume=False, **changes):
     """A short search into `folder / "head"`; `changes` go to its run."""
     run = run_of(folder, backbone, 3, **{"rows": 60, **changes})
     run.cache = False
-    return Sweep(run, SearchSpace(kinds), trials, keep, resume)
+    return Sweep(training=run, space=SearchSpace(kinds), trials=trials, keep=keep, resume=resume)
 
 
 @pytest.mark.parametrize("hidden_size", [HIDDEN, 576, 3072])

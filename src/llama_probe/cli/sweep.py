@@ -11,10 +11,9 @@ import typer
 from ..data.sources import DataSources
 from ..distributed import is_main, process_group
 from ..hub.card import CardFacts
-from ..training.options import RunOptions
+from ..training.options import HEAD_FOLDER, SWEEP_NAME, RunOptions, SweepOptions
 from ..training.recipe import Recipe
-from ..training.run import TrainingRun
-from ..training.sweep import HEAD_FOLDER, SWEEP_NAME, SearchSpace, Sweep
+from ..training.search_space import SearchSpace
 from .console import print_table
 from .options import BACKBONE, DTYPE, Fields, Result, split_names
 from .train import describe_data
@@ -31,10 +30,9 @@ _RUN_HELP = {
 
 def sweep(
     run: Annotated[
-        dict[str, Any],
+        RunOptions,
         Fields(
             "Runtime",
-            of=RunOptions,
             only="backbone output max_length prompt_format dtype cache cache_dir",
             help=_RUN_HELP,
             defaults={"cache": None},
@@ -42,7 +40,7 @@ def sweep(
     ],
     data: Annotated[DataSources, Fields("Data", only=_DATA, parse={"label_names": split_names})],
     space: Annotated[SearchSpace, Fields("Search")],
-    search: Annotated[dict[str, Any], Fields("Search", of=Sweep)],
+    search: Annotated[SweepOptions, Fields("Search")],
     recipe: Annotated[
         Recipe,
         Fields(
@@ -56,12 +54,16 @@ def sweep(
     license: Annotated[str | None, typer.Option(help="Licence of the best head, for its card.")] = None,
 ) -> Result:
     """Search kinds and hyper-parameters; all configurations share each pass of the backbone."""
-    if run["cache"] is None:
-        run["cache"] = run["cache_dir"] is not None
+    # These take seconds to import.
+    from ..training.run import TrainingRun
+    from ..training.sweep import Sweep
+
+    if run.cache is None:
+        run.cache = run.cache_dir is not None
     card = describe_data(CardFacts(license=license), data)
-    job = TrainingRun(data=data, recipe=recipe, seeds=[seed], card=card, **run)
+    job = TrainingRun(data=data, recipe=recipe, seeds=[seed], card=card, **vars(run))
     with process_group():
-        result = Sweep(job, space, **search).run()
+        result = Sweep(training=job, space=space, **vars(search)).run()
         if not is_main():
             return None
     return result, partial(_print, result, job.output)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..backbone.loading import check_dtype
 from ..data.sources import setting
+from ..errors import ProbeError
+
+
+SWEEP_NAME, HEAD_FOLDER = "sweep.json", "head"  # what a sweep leaves in its folder
 
 
 @dataclass
@@ -17,6 +22,9 @@ class RunOptions:
         prompt_format, system_prompt, max_length: see `PromptFormat`.
         novelty: fit it if the head can tell it and there are rows enough.
         resume: from the checkpoints of a stopped run. The number of processes may differ.
+
+    Raises:
+        ProbeError: a value is not allowed, or `cache_dir` is set without `cache`.
     """
 
     output: Path = field(metadata={"help": "Folder for the head."})
@@ -30,3 +38,27 @@ class RunOptions:
     novelty: bool = setting(True, "Fit novelty: how unlike the training data a prompt is.")
     resume: bool = setting(False, "Resume a run that was stopped.")
     overwrite: bool = setting(False, "Replace the head that --output holds.")
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        if self.cache_dir is not None and self.cache is False:
+            raise ProbeError(f"cache_dir={str(self.cache_dir)!r} and cache=False (--no-cache) exclude each other")
+
+
+@dataclass
+class SweepOptions:
+    """Settings of a search. The metadata of each field has its help.
+
+    Raises:
+        ProbeError: a number is not allowed.
+    """
+
+    trials: int = setting(100, "Configurations to draw.")
+    keep: float = setting(0.5, "Share of configurations that continues after the epochs 1, 2, 4, ...; 1 for all.")
+    resume: bool = setting(False, "Resume a sweep that was stopped.")
+
+    def __post_init__(self):
+        if self.trials < 1:
+            raise ProbeError(f"trials={self.trials} must be at least 1")
+        if not 0 < self.keep <= 1:
+            raise ProbeError(f"keep={self.keep} must be above 0 and at most 1")

@@ -69,7 +69,7 @@ class TrainingRun(RunOptions):
         card: facts for the card that are not measured.
 
     Raises:
-        ProbeError: the seeds are not allowed, `cache_dir` is set without `cache`, or `head` cannot learn from `data.augment`.
+        ProbeError: the seeds or another value are not allowed, or `head` cannot learn from `data.augment`.
     """
 
     data: DataSources
@@ -79,10 +79,9 @@ class TrainingRun(RunOptions):
     card: CardFacts = field(default_factory=CardFacts)
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.seeds or min(self.seeds) < 0 or max(self.seeds) >= 2**32:
             raise ProbeError(f"seeds={self.seeds} must be at least one whole number from 0 and below 2**32")
-        if self.cache_dir is not None and not self.cache:
-            raise ProbeError(f"cache_dir={str(self.cache_dir)!r} and cache=False (--no-cache) exclude each other")
         scope = self.head.get("token_scope", "last_user")
         if "later_turns" in self.data.augment and scope in ("last_user", "response"):
             raise ProbeError(

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..data.sources import setting
 from ..distributed import claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
@@ -19,84 +14,22 @@ from ..evaluation.report import predict_logits
 from ..evaluation.resume import same_settings
 from ..files import remove_leftovers, write_atomically
 from ..heads import get_probe_type
-from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
 from .learners import Candidate, Learner
-from .recipe import AUTO, COMMON, Recipe
+from .options import HEAD_FOLDER, SWEEP_NAME, SweepOptions
+from .recipe import AUTO
 from .results import judge
 from .rows import TrainingData
 from .run import TrainingRun
+from .search_space import SearchSpace, split_drawn
 from .shared import CHECKPOINT_NAME, SharedTraining
 
 
-SETUP_NAME, SWEEP_NAME, HEAD_FOLDER = "setup.json", "sweep.json", "head"
-
-_RECIPE_FIELDS = {item.metadata.get("option", item.name): item.name for item in fields(Recipe)}
+SETUP_NAME = "setup.json"
 
 
-@dataclass
-class SearchSpace:
-    """Kinds to search, by default those of arXiv 2601.13288, each over `COMMON` and its own `Aggregator.search_space`."""
-
-    probe_types: Sequence[str] = setting(
-        ("pooling", "gate", "mha"), "A kind to search, all but muli. Repeatable.", "probe-type"
-    )
-
-    def __post_init__(self):
-        if not self.probe_types:
-            raise ProbeError("probe_types=[] must name at least one kind of head")
-        for name in self.probe_types:
-            if get_probe_type(name).convex:
-                raise ProbeError(f"probe_type={name!r} is fitted and cannot be searched: use llama-probe train")
-
-    def draw(self, base: ProbeConfig, number: int, seed: int) -> dict[str, Any]:
-        """Draw a configuration at random. Kinds take turns.
-
-        Args:
-            base: config that the choices must fit.
-            number, seed: of the draw. It does not depend on other draws.
-
-        Returns:
-            `probe_type` and the hyper-parameters by name: fields of `ProbeConfig`, options of the kind, and options of
-            `llama-probe train`.
-        """
-        rng = np.random.default_rng((seed, number))
-        kind = self.probe_types[number % len(self.probe_types)]
-        space = {"probe_type": [kind], **COMMON, **get_probe_type(kind).search_space}
-        choices = {name: values for name, values in space.items() if isinstance(values, list)}
-        combined = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
-        rng.shuffle(combined)
-        fitting = next((drawn for drawn in combined if _fits(base, drawn)), None)
-        if fitting is None:
-            raise ProbeError(f"probe_type={kind!r} has no choices that fit hidden_size={base.hidden_size}: {choices}")
-        return {name: fitting[name] if name in fitting else _draw_from(rng, name, space[name]) for name in space}
-
-
-def _draw_from(rng: np.random.Generator, name: str, limits: tuple[float, float]) -> float:
-    if name == "learning_rate":
-        return float(np.exp(rng.uniform(*np.log(limits))))
-    return float(rng.uniform(*limits))
-
-
-def _fits(base: ProbeConfig, drawn: dict[str, Any]) -> bool:
-    try:
-        base.replace(**split_drawn(drawn)[0])
-    except ProbeError:
-        return False
-    return True
-
-
-def split_drawn(drawn: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide a configuration of `SearchSpace.draw` into fields of `ProbeConfig` and fields of `Recipe`."""
-    known = get_probe_type(drawn["probe_type"]).options
-    recipe = {_RECIPE_FIELDS[name]: value for name, value in drawn.items() if name in _RECIPE_FIELDS}
-    options = {name: value for name, value in drawn.items() if name in known}
-    head = {name: value for name, value in drawn.items() if name not in options and name not in _RECIPE_FIELDS}
-    return head | {"options": options}, recipe
-
-
-@dataclass
-class Sweep:
+@dataclass(kw_only=True)
+class Sweep(SweepOptions):
     """A search that draws configurations, trains them side by side, and keeps the best by validation.
 
     The processes of `torchrun` divide rows and configurations, and find what one process finds; see `SharedTraining`.
@@ -109,9 +42,6 @@ class Sweep:
 
     training: TrainingRun
     space: SearchSpace = field(default_factory=SearchSpace)
-    trials: int = setting(100, "Configurations to draw.")
-    keep: float = setting(0.5, "Share of configurations that continues after the epochs 1, 2, 4, ...; 1 for all.")
-    resume: bool = setting(False, "Resume a sweep that was stopped.")
 
     def run(self) -> dict[str, Any]:
         """Draw, train, rank and save.
@@ -134,10 +64,6 @@ class Sweep:
                 return self._search(output, data)
 
     def _check(self) -> None:
-        if self.trials < 1:
-            raise ProbeError(f"trials={self.trials} must be at least 1")
-        if not 0 < self.keep <= 1:
-            raise ProbeError(f"keep={self.keep} must be above 0 and at most 1")
         epochs = self.training.recipe.num_train_epochs
         if epochs is not None and not (epochs >= 1 and float(epochs).is_integer()):
             raise ProbeError(f"num_train_epochs={epochs} must be a whole number from 1")

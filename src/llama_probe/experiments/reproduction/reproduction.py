@@ -21,9 +21,10 @@ from ...errors import ProbeError
 from ...evaluation.resume import same_settings
 from ...files import environment
 from ...heads import get_probe_type
+from ...training.options import SWEEP_NAME
 from ...training.recipe import Recipe
 from ...training.run import TrainingRun
-from ...training.sweep import SWEEP_NAME, SearchSpace, Sweep, read_sweep
+from ...training.sweep import Sweep, read_sweep
 from .comparison import Comparison
 from .methods import HEADS, METHODS, check_methods, downcast_methods
 from .report import write_report
@@ -220,7 +221,7 @@ class Reproduction:
             cache_dir=bench.scratch,
         )
         # Nothing is pruned: the score after one epoch tells the learning rate more than the final score.
-        return Sweep(run, SearchSpace(), self.trials, keep=1.0, resume=True).run()
+        return Sweep(training=run, trials=self.trials, keep=1.0, resume=True).run()
 
     def report(self) -> dict[str, Any]:
         """Collect the finished parts of `data` and `methods`, also those that this call does not ask for."""
