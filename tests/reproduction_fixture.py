@@ -47,7 +47,7 @@ def create_reproduction(
 
     seeds = list(changes.pop("seeds", (0, 1)))
     bench = Workbench(str(backbone), output / ".states", copies, seeds, max_rows, 64)
-    return Reproduction(bench, output, data, chosen, only, **{"epochs": 2, "shots": 2, **changes})
+    return Reproduction(output, data, chosen, only, bench=bench, **{"epochs": 2, "shots": 2, **changes})
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from llama_probe import ProbeError, cli
 from llama_probe.cli.options import Command, Fields, as_command, command_line
-from llama_probe.experiments.reproduction.reproduction import DATA
+from llama_probe.experiments.reproduction.options import DATA
 from llama_probe.training.search_space import SearchSpace
 
 
@@ -136,6 +136,7 @@ import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__""
         "llama-probe drift --input=x --probe=x",
         "llama-probe calibrate --benign=x --probe=x",
         "llama-probe sweep --train=x.csv --output=x",
+        "llama-probe reproduce --output=x --dtype=x",
     ]
     done = subprocess.run([sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == len(lines) * "set()\n", done.stderr

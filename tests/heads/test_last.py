@@ -5,6 +5,7 @@ import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig
+from llama_probe.experiments.reproduction.comparison import candidates_of
 from llama_probe.experiments.reproduction.methods import HEADS
 
 
@@ -37,7 +38,8 @@ def test_only_one_layer_is_read():
     for layers, read in (("all", [LAYERS]), ([3, 1], [3])):
         config = ProbeConfig(probe_type="last", layers=layers, **sizes)
         assert config.layer_indices == read and config.layers == (layers if layers == "all" else sorted(layers))
-    (candidate,) = HEADS["last-token"].candidates("last-token", ProbeConfig(probe_type="gate", **sizes), 0)
+    base = ProbeConfig(probe_type="gate", **sizes)
+    (candidate,) = candidates_of(HEADS["last-token"], "last-token", base, 0)
     assert candidate.config.layer_indices == [LAYERS]
 
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..experiments.reproduction.columns import cell, columns
-from ..experiments.reproduction.report import REPORT_NAME
-from ..experiments.reproduction.reproduction import DATA, Reproduction
+from ..experiments.reproduction.options import DATA, ReproductionOptions
 from ..experiments.reproduction.workbench import Workbench
 from .console import print_table
 from .options import BACKBONE, DTYPE, Fields, Result, command_line, split_names
@@ -30,7 +29,6 @@ _BENCH = Fields(
 )
 _REPORT = Fields(
     "Report",
-    of=Reproduction,
     defaults={"data": ",".join(DATA)},
     parse={"data": split_names, "methods": split_names, "only": parse_lists},
 )
@@ -38,17 +36,20 @@ _REPORT = Fields(
 
 def reproduce(
     bench: Annotated[dict[str, Any], _BENCH],
-    report: Annotated[dict[str, Any], _REPORT],
+    report: Annotated[ReproductionOptions, _REPORT],
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each method that depends on chance.")] = 3,
 ) -> Result:
     """Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes."""
-    output: Path = report["output"]
-    workbench = Workbench(scratch=output / ".states", seeds=list(range(seeds)), **bench)
-    results = Reproduction(workbench, command=command_line(), **report).execute()
-    return results, partial(_print, results, output)
+    workbench = Workbench(scratch=report.output / ".states", seeds=list(range(seeds)), **bench)
+    from ..experiments.reproduction.reproduction import Reproduction  # takes seconds to import
+
+    results = Reproduction(bench=workbench, command=command_line(), **vars(report)).execute()
+    return results, partial(_print, results, report.output)
 
 
 def _print(results: dict[str, Any], output: Path) -> None:
+    from ..experiments.reproduction.report import REPORT_NAME
+
     for source, by_method in results["main"].items():
         shown = {name: result for name, result in by_method.items() if result is not None}
         found = columns(source)

@@ -3,18 +3,19 @@
 from conftest import HIDDEN
 
 from llama_probe import ProbeConfig
+from llama_probe.experiments.reproduction.comparison import candidates_of
 from llama_probe.experiments.reproduction.methods import HEADS, downcast_methods
 
 
 class TestMethods:
     def test_candidates(self):
         base = ProbeConfig(probe_type="pooling", hidden_size=HIDDEN, num_hidden_layers=3)
-        linear = HEADS["layer-linear"].candidates("layer-linear", base, 5)
+        linear = candidates_of(HEADS["layer-linear"], "layer-linear", base, 5)
         assert [candidate.config.layers for candidate in linear] == [[0], [1], [2], [3]]
-        gates = [HEADS["gate"].candidates("gate", base, seed)[0] for seed in (0, 1)]
+        gates = [candidates_of(HEADS["gate"], "gate", base, seed)[0] for seed in (0, 1)]
         assert len({candidate.number for candidate in [*linear, *gates]}) == 6
         assert [candidate.seed for candidate in gates] == [0, 1] and gates[0].config.layers == "all"
-        (half,) = HEADS["multimax-half"].candidates("multimax-half", base, 0)
+        (half,) = candidates_of(HEADS["multimax-half"], "multimax-half", base, 0)
         assert half.config.layers == [0, 2] and half.learning_rate == 5e-3
 
     def test_downcasts_can_be_built(self):

@@ -24,11 +24,12 @@ from ...heads.configuration import ProbeConfig
 from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
 from ...training.fitting import fit_classifier
+from ...training.learners import Candidate
 from ...training.loss import ProbeLoss
 from ...training.recipe import Recipe
 from ...training.results import decide
 from ...training.shared import SharedTraining
-from .baselines import BASELINES, SEEDED, class_logits, fit_tfidf
+from .baselines import SCORERS, SEEDED, class_logits, fit_tfidf
 from .learning_curves import SIZES, train_on_few
 from .methods import HEADS, HeadMethod
 from .part_store import PartStore
@@ -54,7 +55,7 @@ class Comparison:
     def main(self, task: Task, names: Sequence[str]) -> None:
         """Score every method on the validation and test rows of a data set: parts `main/DATA/METHOD`."""
         self.train(task, {name: HEADS[name] for name in names if name in HEADS})
-        for name in self.store.missing(f"main/{task.name}", [name for name in names if name in BASELINES]):
+        for name in self.store.missing(f"main/{task.name}", [name for name in names if name in SCORERS]):
             self._baseline(task, name)
 
     def train(self, task: Task, methods: dict[str, HeadMethod], group: str = "main") -> None:
@@ -70,7 +71,7 @@ class Comparison:
             return
         seeds = self.bench.seeds
         candidates = {
-            (name, seed): methods[name].candidates(f"{group}/{name}", task.config, seed)
+            (name, seed): candidates_of(methods[name], f"{group}/{name}", task.config, seed)
             for name, seed in product(parts, seeds)
         }
         scratch = self._scratch(parts.values())
@@ -125,7 +126,7 @@ class Comparison:
 
         def run(seed: int | None) -> dict[str, Any]:
             logger.warning(f"{name} on {task.source}" + ("" if seed is None else f", seed {seed}"))
-            scored = BASELINES[name](task, seed, self.shots)
+            scored = SCORERS[name](task, seed, self.shots)
             _, judged = judge(task.labels, scored.validation, scored.test, task)
             return {"run": {"seed": seed, **scored.chosen, **judged}, "num_parameters": scored.num_parameters}
 
@@ -212,6 +213,24 @@ class Comparison:
     def _head_folder(self, group: str, task: Task, name: str, seed: int) -> Path:
         kept = "" if group == "main" else f"{group}-"
         return self.folder / "heads" / task.name / f"{kept}{name}-seed-{seed}"
+
+
+def candidates_of(method: HeadMethod, name: str, base: ProbeConfig, seed: int) -> list[Candidate]:
+    """Return the candidates to train for a seed: one, or one a layer.
+
+    Name and seed give a candidate's number, and with it its dropout. Results do not depend on other methods beside it.
+    """
+    config = base.replace(**method.head)
+    states = range(0, config.num_hidden_layers + 1, method.every)
+    if method.every > 1:
+        config = config.replace(layers=list(states))
+    found = []
+    for layer in states if method.each_layer else [None]:
+        own = config if layer is None else config.replace(layers=[layer])
+        number = zlib.crc32(f"{name}/{layer}/{seed}".encode())
+        loss = ProbeLoss(own, label_smoothing=method.label_smoothing)
+        found.append(Candidate(number, own, loss, method.learning_rate, seed=seed))
+    return found
 
 
 def judge(

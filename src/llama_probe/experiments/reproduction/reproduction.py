@@ -15,83 +15,42 @@ from transformers.utils import logging
 
 from ...backbone.decoder import find_decoder
 from ...backbone.loading import model_id
-from ...data.sources import setting
 from ...distributed import claimed
 from ...errors import ProbeError
 from ...evaluation.resume import same_settings
 from ...files import environment
-from ...heads import get_probe_type
 from ...training.options import SWEEP_NAME
 from ...training.recipe import Recipe
 from ...training.run import TrainingRun
 from ...training.sweep import Sweep, read_sweep
 from .comparison import Comparison
-from .methods import HEADS, METHODS, check_methods, downcast_methods
+from .methods import HEADS, downcast_methods
+from .options import PARTS, ReproductionOptions
 from .report import write_report
-from .workbench import SAFETY, Workbench, file_name, known_source, metric_of
+from .workbench import Workbench, file_name, known_source, metric_of
 
 
 logger = logging.get_logger(__name__)
 
-PARTS = ("main", "ood", "downcast", "layers", "sensitivity", "few-labels")
-DATA = ("toxicchat", "sst2", "emotion", "imdb")
 TEST_SETS = ("xstest", "openai_moderation", "aegis", "beavertails", "advbench")
 
 
-@dataclass
-class Reproduction:
+@dataclass(kw_only=True)
+class Reproduction(ReproductionOptions):
     """The whole comparison. Finished parts stay in the output folder and are not done again.
 
-    An output folder is for one backbone, one set of rows and one set of settings. The metadata of a field has its help.
+    An output folder is for one backbone, one set of rows and one set of settings.
 
     Attributes:
-        data: data sets, see `Workbench.task`. `ood` uses the first safety data set. `downcast` and `sensitivity` use it too, or
-            else the first data set.
-        methods: some of `METHODS`. Defaults to all.
-        only: some of `PARTS`. Defaults to all.
         command: the command as typed, for the report.
-
-    Raises:
-        ProbeError: a name is unknown, or a value not allowed.
     """
 
     bench: Workbench
-    output: Path = field(metadata={"help": "Folder for the report, the plots and the heads."})
-    data: Sequence[str] = setting(DATA, "Data sets with commas, each NAME or NAME:SPLIT (the split to train on).")
-    methods: Sequence[str] | None = setting(
-        None,
-        "Methods with commas: tfidf, zero-shot, few-shot, prototypes, layer-linear, last-token, muli, multimax-small, "
-        "multimax-half, or kinds of head. Default: all.",
-    )
-    only: Sequence[str] | None = setting(None, f"{', '.join(PARTS)}, with commas. Repeatable. Default: all.")
-    epochs: int = setting(6, "Maximum number of epochs of each head.")
-    patience: int = setting(3, "Stop a head after this many epochs without gain.")
-    shots: int = setting(4, "Examples of each label in few-shot prompts.")
-    trials: int = setting(12, "Configurations of the sweep for sensitivity.")
-    sweep: Path | None = setting(None, "Folder of a finished sweep to read sensitivity from, instead of a new one.")
     command: str = ""
     comparison: Comparison = field(init=False)
 
     def __post_init__(self):
-        self.methods = check_methods(METHODS if self.methods is None else self.methods)
-        for name in self.only or ():
-            if name not in PARTS:
-                raise ProbeError(f"only={name!r} is not allowed; allowed: {', '.join(PARTS)}")
-        if not self.data or len(set(self.data)) != len(self.data):
-            raise ProbeError(f"data={','.join(self.data)!r} must name at least one data set, each once")
-        for source in self.data:
-            known_source(source)
-        for name in ("epochs", "patience", "shots", "trials"):
-            if (value := getattr(self, name)) < 1:
-                raise ProbeError(f"{name}={value} must be at least 1")
-        if self.sweep is not None and not (self.sweep / SWEEP_NAME).is_file():
-            raise ProbeError(f"sweep={self.sweep} holds no {SWEEP_NAME}: give the folder of a finished sweep")
-        ood = self._safety_source and self._ood_methods
-        for name, found in {"ood": ood, "layers": self._layered, "few-labels": self._trained_kinds}.items():
-            if name in (self.only or ()) and not found:
-                raise ProbeError(f"only={name!r} has nothing to do with these data and methods")
-        if self.sweep is not None and "sensitivity" not in (self.only or PARTS):
-            raise ProbeError(f"sweep={self.sweep} is read for sensitivity: add it to only, or leave sweep out")
+        super().__post_init__()
         self.only = list(PARTS if self.only is None else self.only)
         self.comparison = Comparison(self.bench, self.output, self.epochs, self.patience, self.shots)
 
@@ -169,30 +128,6 @@ class Reproduction:
         if "few-labels" in self.only:
             for task in tasks:
                 yield partial(comparison.few_labels, task, self._trained_kinds)
-
-    @property
-    def _safety_source(self) -> str | None:
-        return next((source for source in self.data if known_source(source).name in SAFETY), None)
-
-    @property
-    def _primary(self) -> str:
-        return self._safety_source or self.data[0]
-
-    @property
-    def _ood_methods(self) -> list[str]:
-        return [name for name in self.methods if name in HEADS or name == "tfidf"]
-
-    @property
-    def _layered(self) -> list[str]:
-        kinds = {name: method.head["probe_type"] for name, method in HEADS.items()}
-        weighted = {name for name, kind in kinds.items() if kind != "pooling" and get_probe_type(kind).reads == "all"}
-        return [name for name in self.methods if name in weighted]
-
-    @property
-    def _trained_kinds(self) -> list[str]:
-        """Trained methods that are a kind of head without changes, for the comparison on few labels."""
-        kinds = [name for name, method in HEADS.items() if method.head["probe_type"] == name and not method.convex]
-        return [name for name in self.methods if name in kinds]
 
     def _at_hand(self, test_set: str) -> bool:
         try:

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...backbone.loading import load_backbone, model_id, weights_digest
+from ...backbone.loading import check_dtype, load_backbone, model_id, weights_digest
 from ...data.known import BENCHMARKS, Benchmark, find_benchmark
 from ...data.prompts import PromptFormat
 from ...data.sources import DataSources, setting
@@ -36,6 +36,9 @@ class Workbench:
         scratch: folder for hidden states that `close` deletes.
         data_dir: local copies of the data sets, see `read_benchmark`.
         seeds: one run of each method a seed. The first one also splits and draws the rows.
+
+    Raises:
+        ProbeError: the dtype is not allowed.
     """
 
     backbone: str
@@ -47,22 +50,25 @@ class Workbench:
     dtype: str = "auto"
     _tasks: dict[str, Task] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self):
+        check_dtype(self.dtype)
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that results depend on, beside the rows and the weights."""
         return {name: getattr(self, name) for name in ("backbone", "dtype", "seeds", "max_rows", "max_length")}
 
     @cached_property
-    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _loaded(self) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         return load_backbone(self.backbone, self.dtype)
 
     @property
-    def lm(self) -> PreTrainedModel:
+    def lm(self) -> transformers.PreTrainedModel:
         """The frozen LM."""
         return self._loaded[0]
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """The LM's tokenizer."""
         return self._loaded[1]
 
