@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..backbone.loading import backbone_target, load_backbone
+from ..backbone.loading import backbone_target, check_dtype, load_backbone
 from ..data.prompts import PromptFormat
 from ..data.sources import setting
 from ..data.states import PromptDataset
@@ -35,6 +35,7 @@ class HeadOptions:
 
     def load(self) -> ProbeModel:
         """Load the head without its backbone."""
+        check_dtype(self.dtype)
         self.backbone = backbone_of(self.probe, self.backbone)
         folder = resolve_head(self.probe, backbone_target(self.backbone))
         self.head = ProbeModel.from_pretrained(folder, trust_remote_code=self.trust_remote_code)

@@ -23,7 +23,6 @@ from ..evaluation.reading import Reading, read_texts
 from ..files import check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
-from ..serving.auto import AutoModelForProbedGeneration
 from .console import print_table
 from .head import HeadOptions
 from .options import Dtype, Fields, HeadsBackbone, Result, TrustRemoteCode
@@ -57,16 +56,18 @@ def plot(
     if not all(item.strip() for item in texts):
         raise ProbeError("--text must hold words; one is empty")
     check_writable(output, "the plots")
-    new_figure()  # raises if matplotlib is missing
     readings, labelled, scored = [], None, HeadOptions(probe, backbone, dtype, trust_remote_code)
     name = check_name(default_name(probe))
     head = scored.load()
+    new_figure()  # raises if matplotlib is missing
     inspection = (head.results or {}).get("inspection")
     if rows.data is not None:
         labelled = rows.read(head.config)
     elif not texts and not inspection:
         raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
     if texts or labelled is not None:
+        from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
+
         lm, tokenizer = load_backbone(scored.backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
         readings = read_texts(model, tokenizer, texts) if texts else []

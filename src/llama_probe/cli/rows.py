@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from ..data.files import MAX_TEXT
+from ..data.known import find_benchmark
 from ..data.sources import ROWS_HELP as DATA
 from ..data.sources import setting
+from ..data.tables import TablePlace
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import check_output, is_head_folder
@@ -38,6 +40,10 @@ class LabelledRows:
     data_dir: Path | None = setting(None, ROWS_HELP["data_dir"])
     max_text: int = setting(MAX_TEXT, ROWS_HELP["max_text"])
     benign: bool = setting(False, "The rows need no label column: all of them have the first label.", "benign")
+
+    def __post_init__(self):
+        if self.data is not None and find_benchmark(self.data) is None:
+            TablePlace.parse(self.data)  # raises for a file that does not exist
 
     def read(self, config: ProbeConfig) -> Any:
         """Return the rows as `LabelledTexts`, with the labels of a head."""

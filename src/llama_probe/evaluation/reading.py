@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from ..data.prompts import PromptFormat, Text
 from ..errors import ProbeError
@@ -108,7 +108,10 @@ class Reading:
 
 
 def read_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], head: str | None = None
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    head: str | None = None,
 ) -> list[Reading]:
     """Run texts through a model with heads, one at a time, and return what one of the heads looked at.
 
@@ -154,7 +157,7 @@ def read_texts(
     return readings
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     r"""Return the text of each token, with its spaces.
 
     If a character takes several tokens, the first has its text and the others have `""`. Bytes that make no character
@@ -187,7 +190,7 @@ def _template_mask(prompt_format: PromptFormat, ids: Sequence[int]) -> list[bool
     return found
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def _decode(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     # SentencePiece decoders drop the first space.
     marked = str(tokenizer.convert_ids_to_tokens(int(ids[0]))).startswith("\u2581")
