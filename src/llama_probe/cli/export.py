@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from ..backbone.loading import backbone_target, check_dtype
 from ..evaluation.plots import write_plots
+from ..files import check_new_folder
 from ..hub.card import write_card
 from ..hub.folder import list_heads
-from ..serving.export import export_repository, push_repository
+from ..hub.transport import HubOptions
+from ..serving.sources import read_heads
 from .options import Backbone, CreatePr, Dtype, Private, Probes, PushRevision, Result, TrustRemoteCode
 from .share import commit_facts, print_commit
 
@@ -32,15 +35,13 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Write a Hub repository that runs backbone and heads without this package."""
+    check_new_folder(output.absolute())
+    check_dtype(dtype)
+    heads = read_heads(probe, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
+    from ..serving.export import export_repository, push_repository  # takes seconds to import
+
     folder = export_repository(
-        backbone,
-        output,
-        probe,
-        dtype=dtype,
-        base_model=base_model,
-        license=license,
-        repo_id=push,
-        trust_remote_code=trust_remote_code,
+        backbone, output, heads, dtype=dtype, base_model=base_model, license=license, repo_id=push
     )
     for name, head in list_heads(folder).items():
         if write_plots(head):
