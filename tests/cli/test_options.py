@@ -139,6 +139,7 @@ import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__""
         "llama-probe reproduce --output=x --dtype=x",
         "llama-probe plot x --output=x",
         "llama-probe export x --probe=x",
+        "llama-probe benchmark --probe=x",
     ]
     done = subprocess.run([sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == len(lines) * "set()\n", done.stderr

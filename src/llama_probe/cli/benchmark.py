@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging
 
+from ..backbone.loading import backbone_target
 from ..errors import ProbeError
-from ..experiments.benchmark import report as benchmark_report
-from ..experiments.benchmark.operations import DEVICES
-from ..experiments.benchmark.operations import columns as operation_columns
-from ..experiments.benchmark.serving_benchmark import ServingBenchmark
+from ..experiments.benchmark.options import DEVICES, BenchmarkOptions
+from ..serving.sources import read_heads
 from .console import print_table, print_text
 from .options import BACKBONE, DTYPE, Fields, Result
 
@@ -24,7 +23,7 @@ _BENCHMARK = Fields(
 
 
 def benchmark(
-    settings: Annotated[ServingBenchmark, _BENCHMARK],
+    settings: Annotated[BenchmarkOptions, _BENCHMARK],
     operations: Annotated[
         bool,
         typer.Option(
@@ -44,21 +43,29 @@ def benchmark(
         raise ProbeError(f"--as {as_device} needs --operations")
     if as_device not in (None, *DEVICES):
         raise ProbeError(f"--as {as_device} must be one of {', '.join(DEVICES)}")
-    verbosity = logging.get_verbosity()
+    if settings.probes and not settings.random_weights:  # a shape of random weights is no backbone
+        read_heads(settings.probes, backbone_target(settings.backbone))  # raises
+    from ..experiments.benchmark.serving_benchmark import ServingBenchmark  # takes seconds to import
+
+    bench, verbosity = ServingBenchmark(**vars(settings)), logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts
     try:
-        report = settings.count_operations(as_device) if operations else settings.execute()
+        report = bench.count_operations(as_device) if operations else bench.execute()
     finally:
         logging.set_verbosity(verbosity)
     return report, partial(_print_operations if operations else _print_times, report)
 
 
 def _print_operations(report: dict[str, Any]) -> None:
-    print_table(f"operations of a pass, as on {report['as_device']}", *operation_columns(report["rows"]))
+    from ..experiments.benchmark.operations import columns
+
+    print_table(f"operations of a pass, as on {report['as_device']}", *columns(report["rows"]))
 
 
 def _print_times(report: dict[str, Any]) -> None:
-    for title, rows in benchmark_report.by_load(report).items():
-        print_table(title, *benchmark_report.columns(rows))
-    for note in benchmark_report.notes(report):
+    from ..experiments.benchmark.report import by_load, columns, notes
+
+    for title, rows in by_load(report).items():
+        print_table(title, *columns(rows))
+    for note in notes(report):
         print_text(note)

@@ -7,19 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    T5Config,
-)
+import transformers
 
 from ...backbone.loading import check_dtype, load_causal_lm, resolve_backbone
 from ...errors import ProbeError
@@ -39,19 +29,22 @@ _T5_LARGE = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "nu
 # Public dimensions that random weights take by name.
 SHAPES = ("t5-large", *_LLAMAS)
 
-# Endings of the architectures that can guard.
+# Endings of the architectures that can guard, with the auto classes that load them.
+_CAUSAL_LM = "AutoModelForCausalLM"
 _GUARDS = {
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
-    "ForCausalLM": AutoModelForCausalLM,
-    "LMHeadModel": AutoModelForCausalLM,
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForCausalLM": _CAUSAL_LM,
+    "LMHeadModel": _CAUSAL_LM,
 }
 
 
-def _shape_config(name: str) -> PreTrainedConfig:
+def _shape_config(name: str) -> transformers.PreTrainedConfig:
     if name == "t5-large":
-        return T5Config(architectures=["T5ForConditionalGeneration"], decoder_start_token_id=0, **_T5_LARGE)
-    return LlamaConfig(architectures=["LlamaForCausalLM"], **dict(zip(_LLAMA_FIELDS, _LLAMAS[name], strict=True)))
+        architectures = ["T5ForConditionalGeneration"]
+        return transformers.T5Config(architectures=architectures, decoder_start_token_id=0, **_T5_LARGE)
+    sizes = dict(zip(_LLAMA_FIELDS, _LLAMAS[name], strict=True))
+    return transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **sizes)
 
 
 @dataclass(frozen=True)
@@ -60,15 +53,15 @@ class ModelPlan:
 
     Attributes:
         name: `"demo"`, a folder or a Hub id. With `random_weights` also one of `SHAPES`, which comes first.
-        auto_class: the class that loads it.
+        auto_class: name of the class of transformers that loads it.
         random_weights: make the weights instead of loading them.
     """
 
     name: str
-    config: PreTrainedConfig
+    config: transformers.PreTrainedConfig
     dtype: torch.dtype
     random_weights: bool
-    auto_class: Any = AutoModelForCausalLM
+    auto_class: str = _CAUSAL_LM
 
     @classmethod
     def read(cls, name: str, dtype: str, random_weights: bool, tokens: int, guards: bool = False) -> ModelPlan:
@@ -86,7 +79,8 @@ class ModelPlan:
         check_dtype(dtype)
         try:
             shaped = random_weights and name in SHAPES
-            config = _shape_config(name) if shaped else AutoConfig.from_pretrained(resolve_backbone(name))
+            read = transformers.AutoConfig.from_pretrained
+            config = _shape_config(name) if shaped else read(resolve_backbone(name))
         except (OSError, ValueError) as error:
             shapes = f"a folder, a Hub id or, with --random-weights, one of {', '.join(SHAPES)}"
             raise ProbeError(f"no config of {name!r}: {_first_line(error)}. Give {shapes}") from error
@@ -95,7 +89,7 @@ class ModelPlan:
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and tokens > longest:
             raise ProbeError(f"{name} has {longest} positions, too few for {tokens} tokens: give fewer --tokens")
-        auto_class, architectures = AutoModelForCausalLM, config.architectures or []
+        auto_class, architectures = _CAUSAL_LM, config.architectures or []
         if guards:
             suited = (made for ending, made in _GUARDS.items() if any(a.endswith(ending) for a in architectures))
             if (auto_class := next(suited, None)) is None:
@@ -104,16 +98,17 @@ class ModelPlan:
         return cls(name, config, own if dtype == "auto" else getattr(torch, dtype), random_weights, auto_class)
 
     @property
-    def text_config(self) -> PreTrainedConfig:
+    def text_config(self) -> transformers.PreTrainedConfig:
         """The config of the decoder."""
         return self.config.get_text_config(decoder=True)
 
-    def load(self, device: torch.device) -> PreTrainedModel:
+    def load(self, device: torch.device) -> transformers.PreTrainedModel:
         """Load or make the weights, in eval mode on the device."""
+        auto_class = getattr(transformers, self.auto_class)
         if self.random_weights:
             with device:
-                return self.auto_class.from_config(self.config, dtype=self.dtype).eval()
-        load = load_causal_lm if self.auto_class is AutoModelForCausalLM else self.auto_class.from_pretrained
+                return auto_class.from_config(self.config, dtype=self.dtype).eval()
+        load = load_causal_lm if self.auto_class == _CAUSAL_LM else auto_class.from_pretrained
         try:
             return load(resolve_backbone(self.name), dtype=self.dtype).to(device).eval()
         except (OSError, ValueError) as error:
@@ -130,7 +125,9 @@ def held_bytes(models: Iterable[torch.nn.Module]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
 
-def ask_guard(guard: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def ask_guard(
+    guard: transformers.PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
     """Return one answer a prompt: a classifier's logits, or ids with one new token. Only its cost matters.
 
     Args:

@@ -15,8 +15,6 @@ from ...heads.device import acting_as
 from .serving_systems import AGAIN, BASE, Load, System, plain_system, systems
 
 
-DEVICES = ("cuda", "cpu")
-
 _aten = torch.ops.aten
 # Operations that touch no data, beside views.
 _METADATA = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}

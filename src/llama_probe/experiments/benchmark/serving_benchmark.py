@@ -6,7 +6,7 @@ Every system is timed in turn with the plain model, so that both run under the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...backbone.loading import choose_device, model_id
-from ...data.sources import setting
 from ...errors import ProbeError
 from ...files import environment
 from ...heads.configuration import ProbeConfig
@@ -27,56 +26,24 @@ from ...serving.auto import AutoModelForProbedGeneration
 from ...serving.sources import read_heads
 from ..paper import serving_ratio
 from .footprint import peak_memory
-from .models import SHAPES, ModelPlan
+from .models import ModelPlan
 from .operations import count_operations
+from .options import BenchmarkOptions
 from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
 from .timing import Timing, clock_of, spread, time_pairs
 
 
-KINDS = ("pooling", "gate", "mha")
 _PAPER_TOKENS = 512  # longest prompt of the paper's table
-_LEAST = {"many": 0, "new_tokens": 1, "pairs": 1, "warmup": 0, "tokens": 1, "batch_sizes": 1}
 
 
 @dataclass
-class ServingBenchmark:
-    """Options of a benchmark, as the metadata of each field describes them. Every combination of lists is measured.
-
-    Attributes:
-        backbone: `"demo"`, a folder or a Hub id; with `random_weights` also one of `SHAPES`.
-        dtype: of backbone and guards.
-        warmup: untimed pairs before the timed ones.
+class ServingBenchmark(BenchmarkOptions):
+    """A benchmark with these options. It reads the configs of backbone and guards at once.
 
     Raises:
         ProbeError: a value is not allowed, or a config cannot be read.
     """
 
-    backbone: str = "demo"
-    probes: Sequence[str] = setting((), "A head folder, a Hub id or an alias. Repeatable.", "probe")
-    kinds: Sequence[str] | None = setting(
-        None,
-        "A kind of head, with fresh weights. Repeatable. Default, without --probe: pooling, gate and mha.",
-        "kind",
-    )
-    many: int = setting(8, "Number of mha heads to measure together; 0 for none.")
-    tokens: Sequence[int] = setting((64, 512), "Tokens of a prompt. Repeatable.")
-    batch_sizes: Sequence[int] = setting((1,), "Prompts of a batch. Repeatable.", "batch-size")
-    new_tokens: int = setting(1, "Tokens to generate. With more than 1, also the time of each.")
-    pairs: int = setting(9, "Timed runs of each system, alternating with the plain model.")
-    warmup: int = 2
-    device: str = setting("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1 ...")
-    dtype: str = "auto"
-    naive: bool = setting(True, "Also measure heads on the tensors of output_hidden_states=True.")
-    guards: Sequence[str] = setting(
-        (),
-        "A model that reads each prompt first: a sequence classifier, an encoder-decoder or a causal LM, as a folder or a Hub "
-        f"id; with --random-weights also one of {', '.join(SHAPES)}. Repeatable.",
-        "guard",
-    )
-    random_weights: bool = setting(
-        False, "Read only the configs of backbone and guards, and draw random weights: the times are the same."
-    )
-    compile: bool = setting(False, "Run the backbone with torch.compile, with heads and without.", "compile")
     clock: Callable[[], float] = field(init=False, repr=False)
     _device: torch.device = field(init=False, repr=False)
     _lm: ModelPlan = field(init=False, repr=False)
@@ -84,12 +51,7 @@ class ServingBenchmark:
     _fresh: dict[str, ProbeConfig] = field(init=False, repr=False)
 
     def __post_init__(self):
-        if self.kinds is None:
-            self.kinds = () if self.probes else KINDS
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if (value if isinstance(value, int) else min(value)) < least:
-                raise ProbeError(f"{name}={value} must be at least {least}")
+        super().__post_init__()
         self._device = choose_device(self.device)
         self.clock = clock_of(self._device)
         longest, made = max(self.tokens), (self.dtype, self.random_weights)
