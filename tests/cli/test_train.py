@@ -83,7 +83,7 @@ def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_PROBE_TYPES", known)  # as in another process
     for line in (
         "classify x --probe {0}",
-        "evaluate --data x.csv --probe {0}",
+        "evaluate --data sst2 --probe {0}",
         "inspect {0}",
         "plot {0} --output x",
         "push {0} a/b",
