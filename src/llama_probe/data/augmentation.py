@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 
 import numpy as np
 
@@ -132,12 +133,9 @@ def augment(
 
 def _draw(labels: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
     """Return the places of `count` random rows, of each label in turn."""
-    order = rng.permutation(len(labels))
-    turn = np.empty(len(order), dtype=int)  # how many rows with the same label come before
-    for label in np.unique(labels):
-        same = labels[order] == label
-        turn[same] = np.arange(same.sum())
-    return sorted(order[np.argsort(turn, kind="stable")[:count]].tolist())
+    by_label = [rng.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)]
+    turns = (row for rows in zip_longest(*by_label) for row in rows if row is not None)
+    return sorted(islice(turns, count))
 
 
 def _wrap(augmenter: Augmenter, step: Callable, text: Text) -> Text:
