@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from ...backbone.loading import check_dtype, load_causal_lm, resolve_backbone
+from ...backbone.loading import load_causal_lm, resolve_backbone
 from ...errors import ProbeError
 
 
@@ -76,7 +76,6 @@ class ModelPlan:
             ProbeError: there is no such config, the model has too few positions, it neither classifies nor generates, or
                 random weights were asked of a quantised model.
         """
-        check_dtype(dtype)
         try:
             shaped = random_weights and name in SHAPES
             read = transformers.AutoConfig.from_pretrained

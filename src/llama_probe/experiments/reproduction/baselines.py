@@ -23,7 +23,6 @@ from ...errors import ProbeError
 from ...evaluation.metrics import score_logits
 from ...heads.aggregator import masked_mean
 from ...heads.configuration import ProbeConfig
-from .methods import BASELINES
 from .prompting import Example, Instruction, LabelPrompt, draw_examples, label_log_likelihoods
 from .workbench import Task
 
@@ -129,7 +128,10 @@ def _validation_score(task: Task, logits: torch.Tensor) -> float:
 
 
 # Functions of the task, a seed and the number of few-shot examples a label. Those that are not `SEEDED` run once.
-SCORERS: dict[str, Callable[[Task, int | None, int], Scored]] = dict(
-    zip(BASELINES, (_tfidf, _zero_shot, _few_shot, _prototypes), strict=True)
-)
+SCORERS: dict[str, Callable[[Task, int | None, int], Scored]] = {
+    "tfidf": _tfidf,
+    "zero-shot": _zero_shot,
+    "few-shot": _few_shot,
+    "prototypes": _prototypes,
+}
 SEEDED = ("few-shot",)
