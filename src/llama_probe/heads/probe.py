@@ -43,7 +43,8 @@ class ProbeModel(nn.Module):
     layers and chunks of tokens while the LM runs. They agree to 1e-5 in fp32.
 
     Parameters are always fp32. States are cast to fp32 where they come in, except in `step` for more than 128 tokens in half
-    precision: some kinds then apply their first linear maps in that dtype. Casting the module to another dtype leaves it in fp32.
+    precision: some kinds then apply their first linear maps in that dtype. Casting the module to another dtype leaves its
+    parameters in fp32.
 
     Args:
         config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.

@@ -16,8 +16,8 @@ class HoldBackStreamer(BaseStreamer):
         streamer = HoldBackStreamer(TextStreamer(tokenizer, skip_prompt=True), tokens=8)
         model.generate(**inputs, streamer=streamer, halt_on={"guard": {"threshold": 0.5}})
 
-    A token is shown once it and the next `tokens` are scored and `halt_on` flagged none of them. A flag that
-    does not halt yet (`patience`) holds the tokens before it until `tokens` later ones are clear. A halt drops the held tokens: neither a
+    A token is shown once it and the next `tokens` are scored and `halt_on` flagged none of them. A flag that does not halt
+    yet (`patience`) holds the tokens before it until `tokens` later ones are clear. A halt drops the held tokens: neither a
     flagged token nor the `tokens` before it were shown. Then follow the `halt_reply` of the call and the end. A reply that
     ends by itself is shown whole; its last token is the only one without a score.
 
