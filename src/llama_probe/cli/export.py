@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..backbone.loading import backbone_target, check_dtype
+from ..backbone.loading import backbone_target
 from ..evaluation.plots import write_plots
 from ..files import check_new_folder
 from ..hub.card import write_card
@@ -36,7 +36,6 @@ def export(
 ) -> Result:
     """Write a Hub repository that runs backbone and heads without this package."""
     check_new_folder(output.absolute())
-    check_dtype(dtype)
     heads = read_heads(probe, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
     from ..serving.export import export_repository, push_repository  # takes seconds to import
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..backbone.loading import backbone_target, check_dtype, load_backbone
+from ..backbone.loading import DtypeName, backbone_target, load_backbone
 from ..data.prompts import PromptFormat
 from ..data.sources import setting
 from ..data.states import PromptDataset
@@ -28,14 +28,13 @@ class HeadOptions:
 
     probe: str = field(metadata={"help": PROBE})
     backbone: str | None = setting(None, f"{BACKBONE} Default: the head's own.")
-    dtype: str = setting("auto", DTYPE)
+    dtype: DtypeName = setting("auto", DTYPE)
     trust_remote_code: bool = setting(False, TRUST_REMOTE_CODE, "trust-remote-code")
     head: ProbeModel = field(init=False, repr=False)
     prompts: PromptFormat = field(init=False, repr=False)
 
     def load(self) -> ProbeModel:
         """Load the head without its backbone."""
-        check_dtype(self.dtype)
         self.backbone = backbone_of(self.probe, self.backbone)
         folder = resolve_head(self.probe, backbone_target(self.backbone))
         self.head = ProbeModel.from_pretrained(folder, trust_remote_code=self.trust_remote_code)

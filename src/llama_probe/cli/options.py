@@ -26,7 +26,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..backbone.loading import DtypeName, name_of_backbone
 from ..errors import ProbeError
+from ..heads import import_kinds
+from ..hub.folder import read_config_values
+from ..hub.resolve import resolve_head
 
 
 # Titles in `--help` of options that several commands have, or that are not from a dataclass of one title.
@@ -45,13 +49,13 @@ PANELS = {
 }
 
 BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."
-DTYPE = "dtype of the backbone: auto, float32, bfloat16 or float16."
+DTYPE = "dtype of the backbone."
 PROBE = "A head folder, a Hub id (user/repo@revision:subfolder) or an alias."
 TRUST_REMOTE_CODE = "Run the code file of a head whose kind is not part of this package. Read it first."
 
 Backbone = Annotated[str, typer.Option(help=BACKBONE)]
 HeadsBackbone = Annotated[str | None, typer.Option("--backbone", help=f"{BACKBONE} Default: the head's own.")]
-Dtype = Annotated[str, typer.Option(help=DTYPE)]
+Dtype = Annotated[DtypeName, typer.Option(help=DTYPE)]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
 Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")]
 Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias. Repeatable.")]
@@ -70,10 +74,6 @@ def backbone_of(probe: str, backbone: str | None) -> str:
     """Return the backbone that was given, or else the one that a head records."""
     if backbone is not None:
         return backbone
-    from ..backbone.loading import name_of_backbone
-    from ..hub.folder import read_config_values
-    from ..hub.resolve import resolve_head
-
     config = read_config_values(resolve_head(probe, only_config=True))
     return name_of_backbone(config.get("base_model_name_or_path"))
 
@@ -90,8 +90,6 @@ def import_files(paths: Sequence[Path] | None) -> None:
     Raises:
         ProbeError: a file does not exist, raises an error or registers no kind.
     """
-    from ..heads import import_kinds
-
     for path in paths or ():
         try:
             import_kinds(path)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..backbone.loading import backbone_target
 from ..data.sources import DataSources
 from ..distributed import is_main, process_group
 from ..hub.card import CardFacts
@@ -26,6 +27,10 @@ _RUN_HELP = {
     "output": "Folder for the table, the plot and the best head.",
     "cache": "Keep hidden states on disk instead of one backbone pass an epoch. Default: only with --cache-dir.",
 }
+
+
+def _whole(epochs: int) -> int:
+    return epochs
 
 
 def sweep(
@@ -48,12 +53,14 @@ def sweep(
             only="num_train_epochs patience metric",
             help={"num_train_epochs": "Maximum number of epochs."},
             defaults={"num_train_epochs": 8},
+            parse={"num_train_epochs": _whole},
         ),
     ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws, the split, the weights and the row order.")] = 0,
     license: Annotated[str | None, typer.Option(help="Licence of the best head, for its card.")] = None,
 ) -> Result:
     """Search kinds and hyper-parameters; all configurations share each pass of the backbone."""
+    backbone_target(run.backbone)  # raises if the Hub must be asked and does not answer
     # These take seconds to import.
     from ..training.run import TrainingRun
     from ..training.sweep import Sweep

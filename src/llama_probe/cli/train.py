@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..backbone.loading import backbone_target
 from ..data.known import find_benchmark
 from ..data.sources import DataSources
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
-from ..heads import get_probe_type
+from ..heads import get_probe_type, probe_types
 from ..heads.configuration import ProbeConfig
 from ..hub.card import CardFacts, with_spread
 from ..training.options import RunOptions
@@ -52,21 +53,25 @@ def parse_kind(name: str) -> str:
     return name
 
 
+_KIND_OPTIONS = "; ".join(
+    f"{kind}: " + ", ".join(f"{name} ({text})" for name, (_, text) in get_probe_type(kind).options.items())
+    for kind in probe_types()
+    if get_probe_type(kind).options
+)
 _HEAD = Fields(
     "Head",
     of=ProbeConfig,
     help={
-        "probe_type": "Kind of head: pooling, gate, mha, attentive, multimax, last or muli; auto: by number of rows.",
+        "probe_type": f"Kind of head: {', '.join(probe_types())}; auto: by number of rows.",
         "layers": "State indices with commas, 0 (embeddings) to the number of layers, or all.",
         "token_scope": "last_user (the user's last turn), user (all turns of users), turns (all turns), prompt (every token) or "
         "content (without the constant prefix); response (the reply) or all (content and reply) for a head that follows replies, "
         "from rows with --prompt-column or chats that end with the assistant.",
-        "pool": "mean or max.",
+        "pool": "How pooling and mha pool.",
         "num_attention_heads": "Attention heads of mha.",
         "downcast": "mha works in hidden_size / downcast dimensions.",
-        "options": "NAME=NUMBER of the kind, such as num_members=4 or num_maxima=2 of multimax, num_queries=4 of attentive, "
-        "l1=0.003 of muli. Repeatable.",
-        "normalize": "layernorm, rms or none, before the token stage. Default: layernorm, for muli none.",
+        "options": f"NAME=NUMBER of the kind. Repeatable. {_KIND_OPTIONS}.",
+        "normalize": "How states are normalised before the token stage. Default: by kind.",
         "dropout": "Dropout on summaries. Default: by kind.",
         "layer_dropout": "Probability that a layer is zeroed in a training step. Default: by kind.",
     },
@@ -101,7 +106,8 @@ def train(
     ] = 1,
 ) -> Result:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
-    from ..training.run import CHECKPOINTS, TrainingRun
+    backbone_target(run.backbone)  # raises if the Hub must be asked and does not answer
+    from ..training.run import CHECKPOINTS, TrainingRun  # takes seconds to import
 
     seeds = list(range(seed, seed + num_seeds))
     facts = describe_data(CardFacts(**card), data)

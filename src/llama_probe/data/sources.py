@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import ProbeError
+from ..heads.rules import ProblemType
 from .augmentation import AUGMENTATIONS, SHARE, augment, check_augmentations
 from .files import MAX_TEXT
 from .known import BENCHMARKS, Benchmark, find_benchmark
@@ -61,16 +62,14 @@ class DataSources:
     )
     extra_weights: list[float] = setting(
         lambda: [1.0],
-        "Weight of the rows of --extra in the loss; the other rows weigh 1. Given again, the members of a multimax "
-        "head take turns: with 0 and 0.3 every other one learns without them.",
+        "Weight of the rows of --extra in the loss; the other rows weigh 1. Given again, the members of a head of "
+        "several take turns: with 0 and 0.3 every other one learns without them.",
         "--extra-weight",
     )
     text_column: str = setting("text", "Column of the texts.")
     label_column: str = setting("label", "Column of the labels.")
     label_names: list[str] | None = setting(None, "Names of the labels 0, 1, ..., with commas.")
-    problem_type: str | None = setting(
-        None, "single_label_classification, multi_label_classification or regression; default: told by the labels."
-    )
+    problem_type: ProblemType | None = setting(None, "What labels are. Default: told by the labels.")
     validation_share: float | None = setting(
         None,
         "Share of the training rows held back instead of --eval or --folds; "

@@ -19,7 +19,7 @@ from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_value
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .registry import get_probe_type, import_kinds, probe_types
-from .rules import REPLY_SCOPES, UNKNOWN_FORMAT, check_fields, named_labels
+from .rules import REPLY_SCOPES, UNKNOWN_FORMAT, Normalize, Pool, ProblemType, TokenScope, check_fields, named_labels
 
 
 logger = logging.get_logger(__name__)
@@ -92,17 +92,17 @@ class ProbeConfig:
     probe_type: str = "mha"
     num_labels: int | None = None
     id2label: dict[int, str] | None = None
-    problem_type: str = "single_label_classification"
+    problem_type: ProblemType = "single_label_classification"
 
-    pool: str = "mean"
+    pool: Pool = "mean"
     num_attention_heads: int = 2
     downcast: int = 32
-    normalize: str | None = None
+    normalize: Normalize | None = None
     dropout: float = 0.0
     layer_dropout: float = 0.0
     layers: str | list[int] = "all"
 
-    token_scope: str = "prompt"
+    token_scope: TokenScope = "prompt"
     causal: bool | None = None
     prefix_ids: list[int] = field(default_factory=list)
     turn_markers: dict[str, dict[str, Any]] | None = None

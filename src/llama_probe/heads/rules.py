@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import ProbeError
 from .turns import TURN_ROLES
@@ -13,8 +13,12 @@ from .turns import TURN_ROLES
 
 REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-PROMPT_FORMATS = ("chat", "raw")
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+Pool = Literal["mean", "max"]
+Normalize = Literal["none", "layernorm", "rms"]
+TokenScope = Literal["last_user", "user", "turns", "prompt", "content", "response", "all"]
+RenderedFormat = Literal["chat", "raw"]
+PROMPT_FORMATS = get_args(RenderedFormat)
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
@@ -110,10 +114,10 @@ _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and v
 
 # The rule of each field: a description and a check.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "problem_type": _one_of(*PROBLEM_TYPES),
-    "pool": _one_of("mean", "max"),
-    "normalize": _one_of("none", "layernorm", "rms"),
-    "token_scope": _one_of(*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES),
+    "problem_type": _one_of(*get_args(ProblemType)),
+    "pool": _one_of(*get_args(Pool)),
+    "normalize": _one_of(*get_args(Normalize)),
+    "token_scope": _one_of(*get_args(TokenScope)),
     "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
     "layers": _LAYERS,
     "num_attention_heads": _SIZE,

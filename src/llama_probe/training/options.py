@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..backbone.loading import check_dtype
+from ..backbone.loading import DtypeName
 from ..data.sources import setting
 from ..errors import ProbeError
+from ..heads.rules import RenderedFormat
 
 
 SWEEP_NAME, HEAD_FOLDER = "sweep.json", "head"  # what a sweep leaves in its folder
@@ -29,10 +30,10 @@ class RunOptions:
 
     output: Path = field(metadata={"help": "Folder for the head."})
     backbone: str = "demo"
-    prompt_format: str = setting("chat", "chat (the model's template) or raw.")
+    prompt_format: RenderedFormat = setting("chat", "The model's chat template, or texts as they are.")
     system_prompt: str | None = setting(None, "A system turn of your own.")
     max_length: int | None = setting(512, "Cut prompts to this many tokens.")
-    dtype: str = "auto"
+    dtype: DtypeName = "auto"
     cache: bool = setting(True, "Run the backbone once and keep its hidden states on disk while training.")
     cache_dir: Path | None = setting(None, "Keep the hidden states here for later runs.")
     novelty: bool = setting(True, "Fit novelty: how unlike the training data a prompt is.")
@@ -40,7 +41,8 @@ class RunOptions:
     overwrite: bool = setting(False, "Replace the head that --output holds.")
 
     def __post_init__(self):
-        check_dtype(self.dtype)
+        if self.max_length is not None and self.max_length < 1:
+            raise ProbeError(f"max_length={self.max_length} must be at least 1")
         if self.cache_dir is not None and self.cache is False:
             raise ProbeError(f"cache_dir={str(self.cache_dir)!r} and cache=False (--no-cache) exclude each other")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..data.sources import setting
 from ..errors import ProbeError
@@ -12,6 +12,7 @@ from ..heads import get_probe_type, probe_types
 
 
 AUTO = "auto"
+Metric = Literal["accuracy", "f1", "precision", "recall", "auprc", "auroc", "r2"]
 
 
 @dataclass
@@ -40,13 +41,13 @@ class Recipe:
     focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
     class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
     patience: int | None = setting(3, "Stop after this many epochs without a better metric.")
-    metric: str | None = setting(None, "Validation metric to choose by. Default: by problem type.")
+    metric: Metric | None = setting(None, "Validation metric to choose by. Default: by problem type.")
     max_false_positive_rate: float | None = setting(
         None,
         "Choose the threshold of the highest recall that flags at most this share of the negative validation rows, "
         "such as 0.01. Default: --threshold-rule.",
     )
-    threshold_rule: str = setting(
+    threshold_rule: Literal["expected-f1", "best-f1"] = setting(
         "expected-f1",
         "expected-f1: the threshold of the best F1 that a logistic fit to the validation rows expects. best-f1: that of "
         "the rows themselves, which depends more on chance.",

@@ -24,7 +24,7 @@ class SearchSpace:
     """Kinds to search, by default those of arXiv 2601.13288, each over `COMMON` and its own `Aggregator.search_space`."""
 
     probe_types: Sequence[str] = setting(
-        ("pooling", "gate", "mha"), "A kind to search, all but muli. Repeatable.", "probe-type"
+        ("pooling", "gate", "mha"), "A kind to search, unless it is fitted. Repeatable.", "probe-type"
     )
 
     def __post_init__(self):

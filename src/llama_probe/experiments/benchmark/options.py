@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...backbone.loading import check_dtype, choose_device
+from ...backbone.loading import DtypeName, check_dtype, choose_device
 from ...data.sources import setting
 from ...errors import ProbeError
 from ...heads import get_probe_type
@@ -44,7 +44,7 @@ class BenchmarkOptions:
     pairs: int = setting(9, "Timed runs of each system, alternating with the plain model.")
     warmup: int = 2
     device: str = setting("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1 ...")
-    dtype: str = "auto"
+    dtype: DtypeName = "auto"
     naive: bool = setting(True, "Also measure heads on the tensors of output_hidden_states=True.")
     guards: Sequence[str] = setting(
         (),

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from torch.utils.data import Dataset
 
-from ...backbone.loading import check_dtype, load_backbone, model_id, weights_digest
+from ...backbone.loading import DtypeName, load_backbone, model_id, weights_digest
 from ...data.known import BENCHMARKS, Benchmark, find_benchmark
 from ...data.prompts import PromptFormat
 from ...data.sources import DataSources, setting
@@ -36,9 +36,6 @@ class Workbench:
         scratch: folder for hidden states that `close` deletes.
         data_dir: local copies of the data sets, see `read_benchmark`.
         seeds: one run of each method a seed. The first one also splits and draws the rows.
-
-    Raises:
-        ProbeError: the dtype is not allowed.
     """
 
     backbone: str
@@ -47,11 +44,8 @@ class Workbench:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_rows: int | None = setting(None, "Use at most this many training, validation and test rows, for a quick look.")
     max_length: int = setting(512, "Cut prompts to this many tokens.")
-    dtype: str = "auto"
+    dtype: DtypeName = "auto"
     _tasks: dict[str, Task] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self):
-        check_dtype(self.dtype)
 
     @property
     def settings(self) -> dict[str, Any]:
