@@ -234,6 +234,8 @@ def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Call
     }
     typed = re.compile(rf"(?<![-\w])({'|'.join(options)})(=True\b|(?==))")
 
+    resumes = any(parameter.name == "resume" for parameter in parameters)
+
     def run(as_json: bool, imports: Any = None, help_all: bool = False, **given: Any) -> None:
         try:
             for name, (fields, owner, members) in groups.items():
@@ -245,6 +247,10 @@ def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Call
             if result is not None:
                 values, show = result
                 print(json.dumps(values, default=list)) if as_json else show()  # demo yields its replies one by one
+        except KeyboardInterrupt:
+            if resumes and given.get("output", "in a group") and os.environ.get("RANK", "0") == "0":
+                print("stopped: the same command with --resume continues", file=sys.stderr)
+            raise
         except ProbeError as error:
             raise ProbeError(typed.sub(lambda found: options[found[1]], str(error))) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,18 +106,13 @@ def train(
 ) -> Result:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
     backbone_target(run.backbone)  # raises if the Hub must be asked and does not answer
-    from ..training.run import CHECKPOINTS, TrainingRun  # takes seconds to import
+    from ..training.run import TrainingRun  # takes seconds to import
 
     seeds = list(range(seed, seed + num_seeds))
     facts = describe_data(CardFacts(**card), data)
     job = TrainingRun(data=data, head=head, recipe=recipe, seeds=seeds, card=facts, **vars(run))
     with process_group():
-        try:
-            results = job.run()
-        except KeyboardInterrupt:
-            if is_main() and (job.output / CHECKPOINTS).is_dir():
-                print("stopped: the same command with --resume continues from the last epoch", file=sys.stderr)
-            raise
+        results = job.run()
         if not is_main():
             return None
     return results, partial(_print, results, job.output)
