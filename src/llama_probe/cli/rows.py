@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +11,14 @@ import typer
 from ..data.files import MAX_TEXT
 from ..data.known import find_benchmark
 from ..data.sources import ROWS_HELP as DATA
-from ..data.sources import setting
+from ..data.sources import DataSources, setting
 from ..data.tables import TablePlace
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import check_output, is_head_folder
 
 
-ROWS_HELP = {
-    "text_column": "Column of the texts.",
-    "prompt_column": "Column of the prompts, if the texts are replies to them; for heads that read replies.",
-    "data_dir": "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
-    "max_text": "Characters of the longest text; a file may have 512 times as many. Guards the memory.",
-}
+ROWS_HELP = {item.name: item.metadata.get("help") for item in fields(DataSources)}
 
 TextColumn = Annotated[str, typer.Option(help=ROWS_HELP["text_column"])]
 PromptColumn = Annotated[str | None, typer.Option(help=ROWS_HELP["prompt_column"])]
@@ -35,7 +30,7 @@ class LabelledRows:
 
     data: str | None = setting(None, f"Labelled rows to measure the head on: {DATA}.")
     text_column: str = setting("text", ROWS_HELP["text_column"])
-    label_column: str = setting("label", "Column of the labels.")
+    label_column: str = setting("label", ROWS_HELP["label_column"])
     prompt_column: str | None = setting(None, ROWS_HELP["prompt_column"])
     data_dir: Path | None = setting(None, ROWS_HELP["data_dir"])
     max_text: int = setting(MAX_TEXT, ROWS_HELP["max_text"])
