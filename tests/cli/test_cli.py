@@ -261,7 +261,8 @@ TRAIN = "train --train {rows} --output {out} "
     [
         ("destroy", "destroy"),
         ("inspect a b", "unexpected extra argument"),
-        ("evaluate", "--probe"),
+        ("evaluate", "--data"),
+        ("calibrate", "--probe"),
         ("evaluate --probe toxicchat-mha --data no.csv --bootstrap 1000000000", "--bootstrap"),
         ("inspect nothing-here", "nothing-here"),
         ("inspect --backbone demo", "--backbone"),

@@ -29,7 +29,7 @@ _MAX_AGAINST = 500  # rows of each other kind of texts
 
 
 def evaluate(
-    scored: Annotated[HeadOptions, Fields("Head")],
+    scored: Annotated[HeadOptions, Fields("Head", defaults={"probe": "safety"})],
     rows: Annotated[LabelledRows, Fields("Data", defaults={"data": dataclasses.MISSING})],
     slice_column: Annotated[
         list[str] | None,
