@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..files import new_folder
 from ..hub.resolve import Target
 from ..hub.transport import HubOptions, check_within_reach
@@ -159,9 +159,8 @@ def load_backbone(
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             lm = load_causal_lm(path, dtype=dtype)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
-        raise ProbeError(f"the backbone {name!r} cannot be loaded: {reason}{missing}") from error
+        raise ProbeError(f"the backbone {name!r} cannot be loaded: {first_line(error)}{missing}") from error
     return lm.to(choose_device() if device is None else device).eval(), tokenizer
 
 

@@ -23,7 +23,7 @@ from ..backbone.passes import plan_passes
 from ..data.files import MAX_TEXT, Chunk, InputFile
 from ..data.prompts import Text, exchange, is_text
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..files import remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
@@ -315,7 +315,7 @@ def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[Any
     try:
         return pa.array(values, column.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        reason = f"must be {column.type} as in the first file: {str(error).splitlines()[0]}"
+        reason = f"must be {column.type} as in the first file: {first_line(error)}"
         raise ProbeError(f"{file.path}: from row {chunk.first_row} on, column {column.name!r} {reason}") from None
 
 

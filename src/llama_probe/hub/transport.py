@@ -41,7 +41,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from transformers.utils.hub import extract_commit_hash
 
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..files import package_version
 from .folder import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 
@@ -293,7 +293,7 @@ def commit_files(
                 raise
             found = None if create_pr else _branch_with(api, repo_id, revision, wanted, deleted, info.sha)
             if found is None and _status(error) not in _OVERTAKEN:
-                said = hide_secrets(_first_line(error), token)
+                said = hide_secrets(first_line(error), token)
                 raise ProbeError(
                     f"the push to {repo_id} failed, and it is not known if it was kept: look at its page; the Hub said: {said}"
                 ) from None
@@ -337,7 +337,7 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
         return _download(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
         refused = isinstance(error.__cause__, HfHubHTTPError)
-        why = f"the Hub refused: {_first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
+        why = f"the Hub refused: {first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
         problem = f"{name} of {reference} is not in the cache, and {hide_secrets(why, options.token)}{no_folder}"
     except EntryNotFoundError:
         at = replace(options, revision=reference.revision or options.revision)
@@ -354,7 +354,7 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
             f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
         )
     except _FAILED as error:
-        problem = f"{name} of {reference} could not be fetched: {hide_secrets(_first_line(error), options.token)}"
+        problem = f"{name} of {reference} could not be fetched: {hide_secrets(first_line(error), options.token)}"
     raise ProbeError(problem)
 
 
@@ -388,7 +388,7 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
     except ValueError as error:  # with force_download the client wraps the HTTP error
         if isinstance(error.__cause__, HfHubHTTPError):
             raise error.__cause__ from None
-        raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
+        raise ProbeError(f"{name} of {reference} could not be fetched: {first_line(error)}") from None
     raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
 
 
@@ -414,7 +414,7 @@ def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
     except (*_FAILED, RuntimeError, ValueError) as error:
         # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
         status, error = _status(error), error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-        what = " ".join(str(error).split()) if isinstance(error, ValueError) else _first_line(error)
+        what = " ".join(str(error).split()) if isinstance(error, ValueError) else first_line(error)
         said = f"the Hub said: {hide_secrets(getattr(error, 'server_message', None) or what, token)}"
         problem = f"the push to {repo_id} failed and nothing was uploaded; {said}"
         if status in _OVERTAKEN:
@@ -436,8 +436,3 @@ def hide_secrets(text: str, token: str | bool | None = None) -> str:
     if isinstance(token, str) and token:
         text = text.replace(token, "***")
     return re.sub(r"(hf|api_org)_[A-Za-z0-9]{8,}", "***", text)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

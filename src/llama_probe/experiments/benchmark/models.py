@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from ...backbone.loading import load_causal_lm, resolve_backbone
-from ...errors import ProbeError
+from ...errors import ProbeError, first_line
 
 
 # llama-7b has the dimensions of WildGuard, llama-8b those of Llama Guard 3.
@@ -82,7 +82,7 @@ class ModelPlan:
             config = _shape_config(name) if shaped else read(resolve_backbone(name))
         except (OSError, ValueError) as error:
             shapes = f"a folder, a Hub id or, with --random-weights, one of {', '.join(SHAPES)}"
-            raise ProbeError(f"no config of {name!r}: {_first_line(error)}. Give {shapes}") from error
+            raise ProbeError(f"no config of {name!r}: {first_line(error)}. Give {shapes}") from error
         if random_weights and getattr(config, "quantization_config", None) is not None:
             raise ProbeError(f"{name} is quantised, which random weights are not: leave out --random-weights")
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -111,11 +111,7 @@ class ModelPlan:
         try:
             return load(resolve_backbone(self.name), dtype=self.dtype).to(device).eval()
         except (OSError, ValueError) as error:
-            raise ProbeError(f"{self.name!r} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+            raise ProbeError(f"{self.name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def held_bytes(models: Iterable[torch.nn.Module]) -> int:
