@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from llama_probe import ProbeError
 from llama_probe.backbone.fingerprint import backbone_facts
-from llama_probe.backbone.loading import load_backbone, weights_digest
+from llama_probe.backbone.loading import load_backbone, load_causal_lm, weights_digest
 
 
 class Packed(torch.Tensor):
@@ -88,6 +88,7 @@ def test_gguf(tmp_path, backbone_folder, prompts, monkeypatch, form):
     lm, _ = load_backbone(str(tmp_path / "tiny-Q8_0.gguf" if form == "file" else tmp_path), device="cpu")
     torch.testing.assert_close(lm(prompts).logits, make_lm()(prompts).logits)
     assert given == [{"gguf_file": "tiny-Q8_0.gguf"}]
+    assert load_causal_lm(tmp_path / "tiny-Q8_0.gguf").config.dequantized_from == "gguf-q8_0"
     facts = backbone_facts(lm)
     assert facts["base_model_quantization"] == "gguf-q8_0" and facts["base_model_dtype"] == "float32"
     assert facts["base_model_name_or_path"] == str(tmp_path / "tiny-Q8_0.gguf")

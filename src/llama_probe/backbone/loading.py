@@ -62,7 +62,7 @@ def demo_backbone() -> Path:
     gguf = next(Path(find_spec(_DEMO_PACKAGE).origin).parent.glob("*.gguf"))
     try:
         with new_folder(folder) as scratch:
-            for part in _load_gguf(gguf, torch.float32):
+            for part in load_backbone(str(gguf), torch.float32, device="cpu"):
                 part.save_pretrained(scratch)
     except (OSError, ProbeError):
         if not (folder / "config.json").is_file():  # else another process was faster
@@ -84,20 +84,19 @@ def _find_gguf(name: str) -> Path | None:
     return found[0]
 
 
-def _load_gguf(
-    path: Path, dtype: str | torch.dtype
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """Load the dequantised weights and the tokenizer of a GGUF file."""
+def _load_gguf(path: Path, *model_args, dtype: str | torch.dtype = "auto", **kwargs) -> transformers.PreTrainedModel:
+    """Load the dequantised weights of a GGUF file."""
     if find_spec("gguf") is None:
         raise ProbeError(f"{path} needs the package gguf: pip install 'llama_probe[demo]'")
-    lm = load_causal_lm(path.parent, gguf_file=path.name, dtype=torch.float32 if dtype == "auto" else dtype)
+    kwargs |= {"gguf_file": path.name, "dtype": torch.float32 if dtype == "auto" else dtype}
+    lm = load_causal_lm(path.parent, *model_args, **kwargs)
     # The weights are dequantised, but the quantiser would still refuse to save them.
     lm.hf_quantizer = None
     vars(lm.config).pop("quantization_config", None)
     # Fingerprints need the precision of the original weights.
     lm.config.dequantized_from = f"gguf-{re.split(r'[.-]', path.stem)[-1].lower()}"
     lm.config._name_or_path = str(path)
-    return lm, transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return lm
 
 
 def resolve_backbone(name: str) -> str:
@@ -118,8 +117,10 @@ LOADING_PLAIN: ContextVar[bool] = ContextVar("loading_plain", default=False)
 def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> transformers.PreTrainedModel:
     """Load a model with `AutoModelForCausalLM`, or with `AutoModelForImageTextToText` if only that has its type.
 
-    Heads that were saved beside it are not loaded.
+    A GGUF file is dequantised. Heads that were saved beside the model are not loaded.
     """
+    if str(pretrained_model_name_or_path).endswith(".gguf") and os.path.isfile(pretrained_model_name_or_path):
+        return _load_gguf(Path(pretrained_model_name_or_path), *model_args, **kwargs)
     token = LOADING_PLAIN.set(True)
     try:
         for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
@@ -153,11 +154,9 @@ def load_backbone(
     gguf = _find_gguf(path)
     check_within_reach(path)
     try:
-        if gguf is not None:
-            lm, tokenizer = _load_gguf(gguf, dtype)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            lm = load_causal_lm(path, dtype=dtype)
+        place = {"gguf_file": gguf.name} if gguf is not None else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path if gguf is None else gguf.parent, **place)
+        lm = load_causal_lm(gguf or path, dtype=dtype)
     except (OSError, ValueError) as error:
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {first_line(error)}{missing}") from error
