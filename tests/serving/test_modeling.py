@@ -8,7 +8,14 @@ import torch
 from conftest import LAYERS, make_lm, make_probe, make_prompts, save_head
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.serving import session as generation
@@ -110,7 +117,8 @@ class TestSavingTheBackbone:
         else:
             model.save_pretrained(place)
         expected = model(prompts).probe_logits
-        for auto_class in (AutoModelForProbedGeneration, LlamaForProbedGeneration, AutoModelForCausalLM):
+        auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+        for auto_class in (AutoModelForProbedGeneration, LlamaForProbedGeneration, *auto_classes):
             loaded = auto_class.from_pretrained(place)
             torch.testing.assert_close(loaded(prompts).probe_logits, expected)
         assert AutoModelForCausalLM.from_pretrained(place, probe=[]).active_probes == []

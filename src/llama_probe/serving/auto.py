@@ -158,8 +158,11 @@ def _wrapped(original: Callable, on_head: Callable, takes_probe: bool) -> Callab
         if isinstance(found, HeadPlace):
             return on_head(load, found, args, kwargs)
         model = model_of(found)
-        if isinstance(model, GenerationMixin) and (heads := saved_heads(place, model.config, kwargs)):
-            AutoModelForProbedGeneration.from_causal_lm(model, heads)
+        if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
+            return found
+        if not isinstance(model, GenerationMixin):  # of `AutoModel`, which heads cannot be attached to
+            return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=heads, **kwargs)
+        AutoModelForProbedGeneration.from_causal_lm(model, heads)
         return found
 
     return from_pretrained
