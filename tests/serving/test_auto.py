@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.backbone.loading import backbone_target, load_backbone
 from llama_probe.serving import auto
+from llama_probe.serving.sources import load_or_find_head
 
 
 @pytest.fixture
@@ -105,6 +106,11 @@ class TestAHeadsId:
         for auto_class in (AutoConfig, AutoModelForCausalLM, AutoTokenizer, AutoModelForProbedGeneration):
             with pytest.raises(OSError):
                 auto_class.from_pretrained(str(tmp_path / "nothing"))
+
+
+def test_the_hub_is_not_asked_for_a_bundled_head(monkeypatch):
+    monkeypatch.setattr(auto, "load_or_find_head", lambda load, *rest: load_or_find_head(pytest.fail, *rest))
+    assert AutoConfig.from_pretrained("toxicchat-gate").probe["probe_type"] == "gate"
 
 
 @pytest.mark.parametrize(

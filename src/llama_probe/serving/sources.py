@@ -116,9 +116,12 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
 
 
 def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises."""
-    is_path = isinstance(place, (str, os.PathLike))
-    is_head = is_path and is_head_folder(place) and not (Path(place) / "config.json").exists()
+    """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises.
+
+    The Hub is not asked for a model with the name of a bundled head.
+    """
+    is_folder = isinstance(place, (str, os.PathLike)) and os.path.isdir(place)
+    is_head = is_head_folder(place) and not Path(place, "config.json").exists() if is_folder else is_alias(place)
     if is_head and (head := find_head(place, kwargs)) is not None:
         return head
     try:
