@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
@@ -167,7 +166,6 @@ def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
     return probed_output_class(base)(*values)
 
 
-ProbedCausalLMOutputWithPast = probed_output_class(CausalLMOutputWithPast)
 ProbedGenerateDecoderOnlyOutput = probed_output_class(GenerateDecoderOnlyOutput)
 ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnlyOutput)
 
