@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -150,9 +151,9 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         return preprocess, forward, postprocess
 
     def preprocess(self, inputs: Any, **kwargs) -> dict[str, torch.Tensor]:
-        return pad_inputs(
-            *encode(self._config, as_texts(getattr(inputs, "messages", inputs)), self.tokenizer), self.tokenizer
-        )
+        given = getattr(inputs, "messages", inputs)
+        given = given["text"] if isinstance(given, Mapping) else given
+        return pad_inputs(*encode(self._config, as_texts(given), self.tokenizer), self.tokenizer)
 
     def _forward(self, model_inputs, **kwargs):
         output = self.model.classify(**model_inputs, probes=self.probe)[self.probe]
