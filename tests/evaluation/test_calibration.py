@@ -56,6 +56,8 @@ def test_the_threshold_has_the_best_f1():
     assert best_f1_threshold(np.array([0.2, 0.8]), np.array([0, 1])) == pytest.approx(0.5)
     apart = (scores > 0.5).astype(int)
     assert f1_at(expected_f1_threshold(scores, apart), scores, apart) == 1
+    close = 0.5 + 1e-3 * (scores - 0.5)  # as at a high temperature
+    assert f1_at(expected_f1_threshold(close, apart), close, apart) == 1
 
 
 def test_the_best_expected_f1_is_twice_its_threshold():

@@ -69,6 +69,7 @@ def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     ranked = scores[order].astype(np.float64)
     bounded = ranked.clip(1e-7, 1 - 1e-7)
     log_odds = np.log(bounded / (1 - bounded))[:, None]
+    log_odds /= log_odds.std() or 1.0  # else the penalty of the fit counts for more, the closer the scores are
     fit = LogisticRegression(C=100.0, max_iter=1000).fit(log_odds, positives[order])
     likely = fit.predict_proba(log_odds)[:, 1]
     f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
