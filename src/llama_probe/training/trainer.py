@@ -390,7 +390,7 @@ class ProbeTrainer(Trainer):
         private: bool | None = None,
         **kwargs,
     ) -> CommitInfo | None:
-        """Upload the head in one commit: config, weights, results and card, and no pickle.
+        """Write the head into `args.output_dir`, and upload it in one commit: config, weights, results and card, and no pickle.
 
         The repository is `args.hub_model_id`, or the user's with the name of `args.output_dir`.
 
@@ -398,14 +398,16 @@ class ProbeTrainer(Trainer):
             blocking: has no effect; heads are small.
             kwargs: `tags`, `license` and the like; see `push_folder`.
         """
-        token = token or self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+        token, repo_id = token or self.args.hub_token, self.hub_model_id or self.args.hub_model_id
+        if repo_id is None or "/" not in repo_id:
+            self.init_hf_repo(token=token, private=private)  # it asks the Hub for the user's name
+            repo_id = self.hub_model_id
         if not self.is_world_process_zero():
             return None
+        self.model.save_pretrained(self.args.output_dir)  # before the Hub can refuse
         revision = revision or self.args.hub_revision
         return self.model.push_to_hub(
-            self.hub_model_id, token=token, revision=revision, commit_message=commit_message, **kwargs
+            repo_id, token=token, revision=revision, private=private, commit_message=commit_message, **kwargs
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
