@@ -4,8 +4,6 @@ Run it with `python examples/routing.py` (extras `train` and `demo`). Training t
 prompt once, and the head has about 2,000 parameters.
 """
 
-import contextlib
-import io
 import json
 import tempfile
 from pathlib import Path
@@ -87,8 +85,7 @@ with tempfile.TemporaryDirectory() as folder:
     # As `llama-probe train` does: kind, learning rate and epochs follow from the number of rows, and folds validate.
     data = DataSources(str(rows), label_names=list(PROMPTS), folds=None)
     run = TrainingRun(Path(folder) / "topic", data=data)
-    with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints a line an epoch
-        results = run.run()
+    results = run.run()
     model = AutoModel.from_pretrained(demo_backbone(), probe={"topic": run.output})
 
 validation = results["summary"]["validation"]["accuracy"]["mean"]
@@ -99,11 +96,10 @@ print(
 
 tokenizer = AutoTokenizer.from_pretrained(demo_backbone())
 inputs = PromptFormat.from_config(model.probes["topic"].config, tokenizer).batch(REQUESTS)
-out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+out = model.generate(**inputs, max_new_tokens=12, do_sample=False, tokenizer=tokenizer)
 
 table = Table("request", "topic", "probability", "the reply begins")
 scores = out.probe_probabilities["topic"].max(dim=-1).values.tolist()
-for request, topic, score, reply in zip(REQUESTS, out.probe_labels["topic"], scores, replies, strict=True):
+for request, topic, score, reply in zip(REQUESTS, out.probe_labels["topic"], scores, out.texts, strict=True):
     table.add_row(request, topic, f"{score:.2f}", " ".join(reply.split()))
 Console().print(table)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import Trainer, set_seed
+from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -247,6 +247,8 @@ class TrainingRun(RunOptions):
         )
         probe, loss = ProbeModel(data.config, backbone=data.lm), ProbeLoss.create(recipe, data.config, data.labels)
         trainer = ProbeTrainer(probe, args, None, train, validation, compute_loss_func=loss)
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(_Progress)
         # Not its own `train`, which also judges the head: `judge` does so for each seed, and `save` inspects the chosen one.
         Trainer.train(trainer, _last_checkpoint(checkpoints) if self.resume else None)
         return trainer
@@ -287,6 +289,17 @@ class TrainingRun(RunOptions):
             write_plots(self.output)
             write_card(self.output)
         return results
+
+
+class _Progress(ProgressCallback):
+    """Shows the metrics of the last epoch behind the bar, where the parent prints a dict for each."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show what was measured of the validation rows."""
+        if self.training_bar is not None:
+            numbers = {name.removeprefix("eval_"): value for name, value in (logs or {}).items()}
+            metric = args.metric_for_best_model.removeprefix("eval_")
+            self.training_bar.set_postfix({key: value for key, value in numbers.items() if key in ("loss", metric)})
 
 
 def _last_checkpoint(folder: Path) -> str | None:
