@@ -36,11 +36,11 @@ out = model.generate(
     **inputs,
     max_new_tokens=40,
     do_sample=False,
+    tokenizer=tokenizer,
     halt_on={"safety": {"label": "harmful"}},  # at the head's saved threshold
     halt_reply=Reprompt(render(REFUSE)["input_ids"], {"max_new_tokens": 40, "do_sample": False}),
 )
-replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-for prompt, reply, halt in zip(PROMPTS, replies, out.probe_halts, strict=True):
+for prompt, reply, halt in zip(PROMPTS, out.texts, out.probe_halts, strict=True):
     print(f"> {prompt}")
     if halt is not None:
         print(f"  [halted: {halt.label} {halt.score:.2f}, threshold {halt.threshold:.2f}]")

@@ -11,12 +11,12 @@ from llama_probe.backbone.loading import demo_backbone
 
 path = demo_backbone()  # or a Hub id or folder that the heads were trained for
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModel.from_pretrained(path, probe=["toxicchat-mha", "sst2-mha"])
+model = AutoModel.from_pretrained(path, probe=["safety", "sst2-mha"])
 
 chat = [{"role": "user", "content": "This film was a delight from start to finish."}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+out = model.generate(**inputs, max_new_tokens=30, do_sample=False, tokenizer=tokenizer)
 
-print("reply: ", tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+print("reply: ", out.texts[0])
 for name, labels in out.probe_labels.items():
     print(f"{name}: {labels[0]} {out.probe_probabilities[name][0].tolist()}")
