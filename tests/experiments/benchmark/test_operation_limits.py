@@ -1,6 +1,7 @@
 """Heads add few operations to a pass of a model of the demo backbone's sizes, with the choices for an accelerator."""
 
 import pytest
+import torch
 from conftest import make_lm, with_novelty
 
 from llama_probe.experiments.benchmark.operations import count_operations
@@ -14,12 +15,12 @@ LAYERS, HIDDEN = 30, 576
 ONE, EIGHT, STEP = 1.03, 1.10, 1.05
 
 
-@pytest.fixture(scope="module")
-def rows():
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def rows(request):
     lm = make_lm(
         hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3, intermediate_size=16
     )  # fmt: skip
-    model = AutoModelForProbedGeneration.from_causal_lm(lm)
+    model = AutoModelForProbedGeneration.from_causal_lm(lm.to(request.param))
     for kind in probe_types():
         model.add_probe(kind, fresh_config(kind, HIDDEN, LAYERS))
     with_novelty(model.add_probe("multimax-novelty", fresh_config("multimax", HIDDEN, LAYERS)))
@@ -44,7 +45,9 @@ def test_operations_of_a_step_that_a_head_follows(rows, kind):
 
 
 @pytest.mark.parametrize("tokens", [16, 512])
-def test_novelty_adds_two_operations(rows, tokens):
+def test_novelty_adds_few_operations(rows, tokens):
     kind = "multimax"
-    assert 0 < rows[f"{kind}-novelty", tokens]["prefill"] - rows[kind, tokens]["prefill"] <= 2
+    assert (
+        0 < rows[f"{kind}-novelty", tokens]["prefill"] - rows[kind, tokens]["prefill"] <= 3
+    )  # one is a cast from bf16
     assert rows[f"{kind}-novelty", tokens]["prefill_ratio"] <= ONE
