@@ -8,7 +8,6 @@ from conftest import LAYERS, make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import hooks_in_passes, passes_of
-from test_probe import SIZES, cases, read, states_for
 from test_reply import KINDS as REPLY_KINDS
 from tiny_families import make
 from transformers import DynamicCache, StaticCache
@@ -58,20 +57,6 @@ def assert_goes_on(model, out, cached):
     ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
     found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
     assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
-
-
-@settings(max_examples=150, deadline=None)
-@given(cases(), st.data())
-def test_chunks_with_a_state_between_them_equal_the_whole(case, data):
-    config, mask, cuts, seed = case
-    probe, states = make_probe(seed, **config), states_for(config, mask, seed)
-    joined, low = None, 0
-    for high in cuts:
-        state = probe.init_state(joined, keep=True)
-        read(probe, state, states, slice(low, high), mask, data.draw(SIZES))
-        joined, low = state.joined(), high
-    found, whole = probe.finish(state).logits, probe(hidden_states=states, attention_mask=mask).logits
-    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
 MODES = {
