@@ -58,7 +58,9 @@ from transformers.utils.hub import extract_commit_hash
 from types import ModuleType
 from types import SimpleNamespace
 from typing import Any
+from typing import Literal
 from typing import TypeVar
+from typing import get_args
 
 
 def _needs_package(name):
@@ -80,6 +82,12 @@ class ProbeError(ValueError):
     def __init__(self, message: object = ""):
         text = str(message)
         super().__init__(text if len(text) <= _LONGEST else f"{text[:_SHORT]}... ({len(text)} characters)")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error that says something, or the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 # From files.py
@@ -494,7 +502,7 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
         return _download(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
         refused = isinstance(error.__cause__, HfHubHTTPError)
-        why = f"the Hub refused: {_first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
+        why = f"the Hub refused: {first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
         problem = f"{name} of {reference} is not in the cache, and {hide_secrets(why, options.token)}{no_folder}"
     except EntryNotFoundError:
         at = replace(options, revision=reference.revision or options.revision)
@@ -511,7 +519,7 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
             f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
         )
     except _FAILED as error:
-        problem = f"{name} of {reference} could not be fetched: {hide_secrets(_first_line(error), options.token)}"
+        problem = f"{name} of {reference} could not be fetched: {hide_secrets(first_line(error), options.token)}"
     raise ProbeError(problem)
 
 
@@ -545,7 +553,7 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
     except ValueError as error:  # with force_download the client wraps the HTTP error
         if isinstance(error.__cause__, HfHubHTTPError):
             raise error.__cause__ from None
-        raise ProbeError(f"{name} of {reference} could not be fetched: {_first_line(error)}") from None
+        raise ProbeError(f"{name} of {reference} could not be fetched: {first_line(error)}") from None
     raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
 
 
@@ -565,11 +573,6 @@ def hide_secrets(text: str, token: str | bool | None = None) -> str:
     if isinstance(token, str) and token:
         text = text.replace(token, "***")
     return re.sub(r"(hf|api_org)_[A-Za-z0-9]{8,}", "***", text)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 # From hub/resolve.py
@@ -906,8 +909,12 @@ def _running_max(values: Any) -> Any:
 
 REPLY_SCOPES = ("response", "all")
 TURN_SCOPES = ("last_user", "user", "turns")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-PROMPT_FORMATS = ("chat", "raw")
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+Pool = Literal["mean", "max"]
+Normalize = Literal["none", "layernorm", "rms"]
+TokenScope = Literal["last_user", "user", "turns", "prompt", "content", "response", "all"]
+RenderedFormat = Literal["chat", "raw"]
+PROMPT_FORMATS = get_args(RenderedFormat)
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
@@ -1003,10 +1010,10 @@ _NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and v
 
 # The rule of each field: a description and a check.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "problem_type": _one_of(*PROBLEM_TYPES),
-    "pool": _one_of("mean", "max"),
-    "normalize": _one_of("none", "layernorm", "rms"),
-    "token_scope": _one_of(*TURN_SCOPES, "prompt", "content", *REPLY_SCOPES),
+    "problem_type": _one_of(*get_args(ProblemType)),
+    "pool": _one_of(*get_args(Pool)),
+    "normalize": _one_of(*get_args(Normalize)),
+    "token_scope": _one_of(*get_args(TokenScope)),
     "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
     "layers": _LAYERS,
     "num_attention_heads": _SIZE,
@@ -1083,17 +1090,17 @@ class ProbeConfig:
     probe_type: str = "mha"
     num_labels: int | None = None
     id2label: dict[int, str] | None = None
-    problem_type: str = "single_label_classification"
+    problem_type: ProblemType = "single_label_classification"
 
-    pool: str = "mean"
+    pool: Pool = "mean"
     num_attention_heads: int = 2
     downcast: int = 32
-    normalize: str | None = None
+    normalize: Normalize | None = None
     dropout: float = 0.0
     layer_dropout: float = 0.0
     layers: str | list[int] = "all"
 
-    token_scope: str = "prompt"
+    token_scope: TokenScope = "prompt"
     causal: bool | None = None
     prefix_ids: list[int] = field(default_factory=list)
     turn_markers: dict[str, dict[str, Any]] | None = None

@@ -2217,10 +2217,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
         pad = self.config.get_text_config(decoder=True).pad_token_id
         unmasked = all(mask is None for mask in masks) and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
-        if pad is None or not unmasked or len(input_ids) < 2 or not input_ids.numel() or input_ids.is_meta:
+        if pad is None or not unmasked or not input_ids.numel() or input_ids.is_meta:
             return
-        padded = (input_ids[:, [0, -1]] == pad).any(dim=1)
-        if bool(padded.any()) and not bool(padded.all()):
+        ends = torch.stack([input_ids[:, :2], input_ids[:, -2:].flip(1)]) == pad  # [2, B, 2], from the edge inwards
+        padded = ends[..., 0].any(dim=0)
+        # A single pad token that all rows have may be the template's own.
+        if bool(ends.all(dim=-1).any()) or (bool(padded.any()) and not bool(padded.all())):
             logger.warning_once(
                 "Rows are padded and there is no attention_mask: heads score the padding as text. Pass the tokenizer's "
                 "attention_mask."
