@@ -52,49 +52,60 @@ class CachePlan:
 class Projector:
     """Makes features of the states of tokens.
 
+    Heads that read the same layers, normalised alike, share one product with all their maps.
+
     Args:
         heads: of the plan, by name. plan: with features.
     """
 
     def __init__(self, heads: Mapping[str, ProbeModel], plan: CachePlan):
         self.plan = plan
-        self.layers = {name: heads[name].layer_indices for name in plan.readers}
-        self.kinds = {name: heads[name].config.normalize for name in plan.readers}
-        self._read = sorted({layer for layers in self.layers.values() for layer in layers})
-        self._maps = {name: maps.transpose(1, 2) for name, maps in plan.maps.items()}  # [S, D, rank]
+        self._groups: dict[tuple[tuple[int, ...], str | None], list[str]] = {}  # heads by layers and normalisation
+        for name in plan.readers:
+            alike = tuple(heads[name].layer_indices), heads[name].config.normalize
+            self._groups.setdefault(alike, []).append(name)
+        self._maps = {  # [S, D, ranks]
+            alike: torch.cat([plan.maps[name] for name in names], dim=1).transpose(1, 2)
+            for alike, names in self._groups.items()
+        }
+        self._read = sorted({layer for layers, _ in self._groups for layer in layers})
 
     def project(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Return `[tokens, width]`, in the model's dtype, for states `[tokens, hidden_size]` by layer."""
         first = states[self._read[0]]
         features = first.new_empty(len(first), self.plan.width)
+        # [tokens, S, rank]
         rooms = {
             name: features[:, self.plan.columns[name]].unflatten(1, (len(layers), -1))
-            for name, layers in self.layers.items()
+            for (layers, _), names in self._groups.items()
+            for name in names
         }
         # At most two of a group's states are there at once: their stack, and its normalised copy.
-        group = max(1, state_budget(first.device) // max(1, 2 * first.numel() * first.element_size()))
-        for begin in range(0, len(self._read), group):
-            some = self._read[begin : begin + group]
+        size = max(1, state_budget(first.device) // max(1, 2 * first.numel() * first.element_size()))
+        for begin in range(0, len(self._read), size):
+            some = self._read[begin : begin + size]
             x, normalized = torch.stack([states[layer] for layer in some]), {}  # [S, tokens, D]
-            for name, layers in self.layers.items():
+            for (layers, kind), names in self._groups.items():
                 places = [place for place, layer in enumerate(some) if layer in layers]
                 if not places:
                     continue
-                kind = self.kinds[name]
                 if kind not in normalized:
                     normalized[kind] = normalize(x, kind)
                 own = normalized[kind] if len(places) == len(some) else normalized[kind][places]
                 slot = layers.index(some[places[0]])
                 slots = slice(slot, slot + len(places))
-                found = torch.bmm(own, self._maps_as(own, name)[slots])  # [S, tokens, rank]
-                rooms[name][:, slots] = found.transpose(0, 1)
+                found = torch.bmm(own, self._maps_as(own, (layers, kind))[slots]).transpose(0, 1)  # [tokens, S, ranks]
+                ranks = [rooms[name].shape[-1] for name in names]
+                for name, part in zip(names, found.split(ranks, dim=-1), strict=True):
+                    rooms[name][:, slots] = part
         return features
 
-    def _maps_as(self, states: torch.Tensor, name: str) -> torch.Tensor:
-        """Return a head's maps beside states. They are moved once, before an engine records anything."""
-        if (self._maps[name].device, self._maps[name].dtype) != (states.device, states.dtype):
-            self._maps[name] = self._maps[name].to(states.device, states.dtype)
-        return self._maps[name]
+    def _maps_as(self, states: torch.Tensor, alike: tuple[tuple[int, ...], str | None]) -> torch.Tensor:
+        """Return the maps of a group beside states. They are moved once, before an engine records anything."""
+        maps = self._maps[alike]
+        if (maps.device, maps.dtype) != (states.device, states.dtype):
+            self._maps[alike] = maps.to(states.device, states.dtype)
+        return self._maps[alike]
 
 
 def _layers(heads: Iterable[ProbeModel]) -> list[int]:
