@@ -144,8 +144,10 @@ def test_classification_of_chats_and_tokens(serve):
 
 @pytest.mark.parametrize("path", ["/v1/moderations", "/classify?probe=guard"])
 @pytest.mark.parametrize(
-    "given", [None, [], 7, {}, ["a", 7], [{"type": "image_url", "image_url": {"url": "x"}}], [[]], "\udc80"], ids=repr
-)
+    "given",
+    [None, [], 7, {}, ["a", 7], [{"type": "image_url", "image_url": {"url": "x"}}], [[]], [True], [[5, False]], "\udc80"],
+    ids=repr,
+)  # fmt: skip
 def test_other_inputs_are_refused_before_the_engine_is_asked(serve, path, given):
     client, engine = serve(["guard"])
     for body in (json.dumps({"input": given}), "[1"):

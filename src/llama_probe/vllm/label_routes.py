@@ -209,7 +209,8 @@ def _classified(said: Mapping[str, Any], config: ProbeConfig) -> tuple[str | Non
 
 
 def _is_ids(given: Any) -> bool:
-    return isinstance(given, list) and len(given) > 0 and _all(given, int)
+    # Not isinstance: True is an int.
+    return isinstance(given, list) and len(given) > 0 and all(type(item) is int for item in given)
 
 
 def _all(items: Sequence[Any], kind: type) -> bool:
