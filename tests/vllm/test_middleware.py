@@ -81,6 +81,21 @@ def test_heads_that_are_not_there_are_refused_before_the_engine_is_asked(asked):
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"kv\u005ftransfer_params": {"probes": ["nowhere"]}}',
+        '{"kv_transfer_params": {"probes": ["nowhere"]}}'.encode("utf-16"),
+        b"[" * 100_000,
+    ],
+    ids=["escape", "utf-16", "nested"],
+)
+def test_bodies_are_read_as_the_server_reads_them(body):
+    engine = Engine({"probes": {"guard": BAD}})
+    assert client_of(engine).post("/complete", content=body).status_code == 400
+    assert engine.asked == 0
+
+
+@pytest.mark.parametrize(
     "body", [{}, {"kv_transfer_params": None}, {"kv_transfer_params": {"probes": None}}, {"kv_transfer_params": [1]},
              {"kv_transfer_params": {"probes": []}}, {"kv_transfer_params": {"probes": ["tone"]}}, "kv_transfer_params"],
     ids=str,

@@ -189,12 +189,13 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     """Return a request's body.
 
     Raises:
-        HTTPException: its `kv_transfer_params.probes` is not a list of the engine's heads.
+        HTTPException: its `kv_transfer_params.probes` is not a list of the engine's heads, or it is nested too deeply.
     """
-    if b"kv_transfer_params" not in body:
-        return body
     try:
+        # It is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
         asked = json.loads(body)["kv_transfer_params"].get("probes")
+    except RecursionError:
+        raise HTTPException(400, "the body is nested too deeply") from None
     except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong, if anything is
         return body
     if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
