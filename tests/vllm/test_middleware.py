@@ -9,7 +9,9 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
+from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRATEGIES
 
+from llama_probe.vllm.compatibility import ARCHITECTURES, PREFIX
 from llama_probe.vllm.middleware import ProbeStreams
 from llama_probe.vllm.payloads import Scores
 from llama_probe.vllm.settings import KEY
@@ -147,6 +149,11 @@ def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores():
 
 def test_a_stream_that_fails_before_its_scores_is_an_error():
     assert client_of(Engine({})).post("/fails").status_code == 500
+
+
+def test_structured_decisions_are_off():
+    """vLLM answers /v1/systemone for classes of some names. A halted prompt would have no probabilities to answer with."""
+    assert READ_STRATEGIES and not READ_STRATEGIES.keys() & {PREFIX + name for name in ARCHITECTURES}
 
 
 def test_what_the_header_says():

@@ -23,7 +23,7 @@ from .settings import ProbeSettings
 
 
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")  # ends the id of a request that a beam search makes
-_NEXT_TOKEN = ("generative-scoring-", "decision-")  # begin the ids of requests for the next token's probabilities
+_NEXT_TOKEN = "generative-scoring-"  # begins the ids of requests for the next token's probabilities
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
 _HEADER = b"x-llama-probe"
 
