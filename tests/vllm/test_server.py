@@ -119,6 +119,26 @@ def test_the_header_of_a_stream(client):
     assert response.headers["x-llama-probe"] == Scores("tiny", prompts=[said]).header.decode()
 
 
+def test_the_header_in_other_clients(monkeypatch, url, client, chats):
+    """As docs/scaling.md shows."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import asks GitHub for prices
+    import litellm
+    from langchain_openai import ChatOpenAI
+
+    text = next(iter(chats))
+    raw = ask(client.with_raw_response, text)
+    said = raw.headers["x-llama-probe"]
+    assert said == Scores("tiny", prompts=[raw.parse().kv_transfer_params]).header.decode()
+    messages = [{"role": "user", "content": text}]
+    options = {"api_base": url, "api_key": "none", "temperature": 0.0, "max_tokens": 4}
+    for stream in (False, True):
+        response = litellm.completion("hosted_vllm/tiny", messages, stream=stream, **options)
+        assert response._hidden_params["additional_headers"]["llm_provider-x-llama-probe"] == said
+    chat = ChatOpenAI(model="tiny", base_url=url, api_key="none", max_tokens=4, include_response_headers=True)
+    assert chat.invoke(text).response_metadata["headers"]["x-llama-probe"] == said
+    assert next(chat.stream(text)).response_metadata["headers"]["x-llama-probe"] == said
+
+
 def test_moderations(client, tiny, chats, flagged):
     said = client.moderations.create(input=list(chats), model="tiny")
     assert said.id.startswith("modr-") and said.model == "tiny"
