@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
 
@@ -12,6 +13,47 @@ from http_server import ask, guarded, post, serving
 from tiny_engine import HEADS
 
 from llama_probe.vllm.payloads import Scores
+
+
+LONG = "far too long " * 2000
+CHAT = [{"role": "user", "content": LONG}]
+# A body with a prompt above the server's 512 tokens, by route.
+ROUTES = {
+    "v1/chat/completions": {"messages": CHAT},
+    "v1/chat/completions/batch": {"messages": [CHAT]},
+    "v1/completions": {"prompt": LONG},
+    "v1/responses": {"input": LONG},
+    "v1/messages": {"messages": CHAT, "max_tokens": 4},
+    "v1/moderations": {"input": LONG},
+    "classify": {"input": LONG, "probe": "tone"},
+    "generative_scoring": {"query": LONG, "items": ["a"], "label_token_ids": [40, 41]},
+    "invocations": {"messages": CHAT},
+}
+MALFORMED = {
+    "empty": b"",
+    "cut off": b'{"model": "tiny", "messages": [',
+    "no object": b"[1]",
+    "null": b"null",
+    "no UTF-8": b'{"model": "tiny", "input": "\xff"}',
+    "nothing asked": b'{"model": "tiny"}',
+    "wrong types": b'{"model": "tiny", "messages": 7, "prompt": {"a": 1}, "input": 7, "query": 7, "items": 7}',
+    "nested": b"[" * 100_000,
+    "an unknown head": rb'{"model": "tiny", "prompt": "a", "kv\u005ftransfer_params": {"probes": ["nowhere"]}}',
+}
+
+
+def status(url: str, path: str, body: bytes) -> int:
+    request = urllib.request.Request(url.removesuffix("v1") + path, body, {"Content-Type": "application/json"})
+    try:
+        return urllib.request.urlopen(request, timeout=250).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def metrics(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(url.removesuffix("v1") + "metrics", timeout=250) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +181,37 @@ def test_the_header_in_other_clients(monkeypatch, url, client, chats):
     assert next(chat.stream(text)).response_metadata["headers"]["x-llama-probe"] == said
 
 
+@pytest.mark.parametrize("path", sorted(ROUTES.keys() - {"generative_scoring"}))  # vLLM cuts its prompts
+def test_prompts_that_are_too_long(url, path):
+    assert status(url, path, json.dumps({"model": "tiny", **ROUTES[path]}).encode()) == 400
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_bodies(url, kind):
+    found = {path: status(url, path, MALFORMED[kind]) for path in ROUTES}
+    assert found == dict.fromkeys(ROUTES, 400)
+
+
+def test_clients_that_go_away(url, client, chats, flagged):
+    text = min((text for text in chats if not flagged[text]), key=lambda text: len(chats[text]))
+    new, name = 500 - len(chats[text]), "vllm:generation_tokens_total"
+
+    def total(name: str) -> float:
+        return sum(value for label, value in metrics(url).items() if label.startswith(name))
+
+    before = total(name)
+    for _ in range(8):
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, text, timeout=0.2, max_tokens=new, extra_body={"ignore_eos": True})
+        with ask(client, text, stream=True, max_tokens=new, extra_body={"ignore_eos": True}) as stream:
+            next(iter(stream))
+    end = time.monotonic() + 100
+    while ask(client, text).choices and total("vllm:num_requests_running"):  # a step counts what runs
+        assert time.monotonic() < end, "requests of clients that are gone still run"
+        time.sleep(0.2)
+    assert 0 < total(name) - before < 16 * new / 2
+
+
 def test_moderations(client, tiny, chats, flagged):
     said = client.moderations.create(input=list(chats), model="tiny")
     assert said.id.startswith("modr-") and said.model == "tiny"
@@ -170,16 +243,9 @@ def test_classification(url, tiny, chats):
 
 
 def test_metrics(url, client, chats, flagged):
-    def counted() -> dict[str, float]:
-        with urllib.request.urlopen(url.removesuffix("v1") + "metrics", timeout=250) as response:
-            lines = response.read().decode().splitlines()
-        ours = (line.rpartition(" ") for line in lines if line.startswith("llama_probe"))
-        return {name: float(value) for name, _, value in ours}
-
-    before = counted()
+    before = metrics(url)
     client.completions.create(model="tiny", prompt=list(chats.values()), n=2, temperature=1.0, max_tokens=2)
-    after = counted()
-    grown = {name: value - before.get(name, 0) for name, value in after.items() if "_total" in name}
+    grown = {name: value - before.get(name, 0) for name, value in metrics(url).items() if "_total" in name}
     scored = {name: value for name, value in grown.items() if name.startswith("llama_probe_scored_total")}
     assert scored == {f'llama_probe_scored_total{{probe="{name}"}}': len(chats) for name in HEADS}
     for head, halted in (("guard", sum(flagged[text] for text in chats)), ("tone", 0)):
