@@ -153,7 +153,11 @@ def test_weights_that_are_not_at_hand(elsewhere, caplog, how):
         config = json.loads((backbone / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
         (backbone / "config.json").write_text(json.dumps(config))
-    assert engine_kwargs(backbone, head, probe_strict=True)["model"] == str(backbone)
+    with pytest.raises(ProbeError, match="--skip-fingerprints or --no-probe-strict"):
+        engine_kwargs(backbone, head, probe_strict=True)
+    assert engine_kwargs(backbone, head, probe_strict=True, compare_fingerprints=False)
+    assert take_warnings(caplog) == []
+    assert engine_kwargs(backbone, head)["model"] == str(backbone)
     (said,) = take_warnings(caplog)
     assert "not checked" in said and "llama-probe inspect" in said
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..backbone.fingerprint import fingerprint
+from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 
@@ -36,11 +37,11 @@ def check_heads(
     strict: bool = False,
     cache_dir: str | None = None,
 ) -> None:
-    """Warns, once for a head, of all that tells the backbone from the one it was trained on; see `check_backbone`.
+    """Warn, once for a head, of all that tells the backbone from the one it was trained on; see `check_backbone`.
 
     For the fingerprints the backbone runs over 32 tokens, on the CPU, with one layer in memory at a time: its weights are
-    fetched, and read from their files, as vLLM is about to do. Where that cannot be - they are quantised, no safetensors, or
-    not to be had - nothing is compared, and that is said.
+    fetched, and read from their files, as vLLM is about to do. Quantised, damaged or missing weights are not compared, and a
+    warning says so.
 
     Args:
         configs: of the heads, by name.
@@ -48,7 +49,7 @@ def check_heads(
         cache_dir: where vLLM keeps what it fetches (its `download_dir`), so that this is fetched once.
 
     Raises:
-        ProbeError: with `strict`, instead of a warning.
+        ProbeError: with `strict`, instead of each of these warnings.
     """
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         try:
@@ -67,6 +68,12 @@ def check_heads(
             )
         except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
+            if strict:  # a guard of another backbone would let everything through
+                raise ProbeError(
+                    f"the weights of {model} cannot be compared with those that the heads were trained on: {reason}. "
+                    "To serve all the same: --skip-fingerprints or --no-probe-strict "
+                    "(compare_fingerprints=False or probe_strict=False)"
+                ) from None
             logger.warning(
                 "whether the heads were trained on this backbone is not checked, its weights cannot be read beforehand: "
                 f"{reason}. llama-probe inspect HEAD --backbone MODEL does it"

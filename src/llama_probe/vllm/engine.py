@@ -46,8 +46,8 @@ def engine_kwargs(
             `Halter`. They end before their first token is delivered, with the finish reason `"stop"` and the head's name as
             the stop reason. A prompt that such a head cannot score gets no reply either.
         probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
-        probe_strict: raise instead of warn if a head was trained on another backbone. Defaults to True with `halt_on`: a guard
-            that means nothing here must not serve.
+        probe_strict: raise instead of warn if a head was trained on another backbone, or if the weights cannot be compared.
+            Defaults to True with `halt_on`: a guard that means nothing here must not serve.
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict.
@@ -55,7 +55,7 @@ def engine_kwargs(
     Raises:
         ProbeError: vLLM is missing or of another version, an argument does not go with heads, the model's class has no
             place for them, a head cannot be read, does not fit, or needs what an engine does not give it, `halt_on` is
-            not allowed, or with `probe_strict` a head was trained on another backbone.
+            not allowed, or with `probe_strict` a head was, or may have been, trained on another backbone.
     """
     check_version(allow_untested_vllm)
     check_arguments(kwargs)
