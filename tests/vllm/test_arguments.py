@@ -271,6 +271,8 @@ def test_options_of_vllms(tiny, monkeypatch):
         (["--probe", "guard=c"], "--probe names guard"),
         (["--halt-reply", "No."], "--halt-reply"),
         (["--halt-reply", "", "--halt-on", "guard"], "--halt-reply"),
+        (["--model", "other"], "--model"),
+        (["--model=other"], "--model"),
         (["--decode-context-parallel-size", "2"], "decode_context_parallel_size"),
         (["--decode_context_parallel_size=2"], "decode_context_parallel_size"),
         (["-dcp", "2"], "decode_context_parallel_size"),

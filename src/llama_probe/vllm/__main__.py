@@ -120,6 +120,8 @@ def _check_theirs(words: Sequence[str]) -> None:
         if dot and name.removeprefix("--").replace("-", "_") in (*_JSON, "speculative_config"):
             raise ProbeError(f"{word} must be written as one JSON: {name} '{{...}}'")
         argument = _SHORT.get(name, name.removeprefix("--").replace("-", "_"))
+        if name == "--model":
+            raise ProbeError("--model is refused: heads are compared with the model that comes first, before --probe")
         if not word.startswith("-") or argument not in RESTRICTED:
             continue
         follows = words[place + 1] if place + 1 < len(words) else "--"
