@@ -277,16 +277,55 @@ def test_options_of_vllms(tiny, monkeypatch):
         (["--decode_context_parallel_size=2"], "decode_context_parallel_size"),
         (["-dcp", "2"], "decode_context_parallel_size"),
         (["--speculative-config", '{"method": "eagle3"}'], "speculative_config"),
-        (["--speculative_config.method", "ngram"], "one JSON: --speculative-config"),
+        (["--speculative_config.method", "eagle3"], "speculative_config"),
+        (["--speculative-config", '{"model": "eagle"}'], "speculative_config"),
+        (["--spec-method", "eagle3"], "speculative_config"),
+        (["--spec-model", "eagle"], "speculative_config"),
+        (["--decode-context-parallel", "2"], "decode_context_parallel_size"),
+        (["--runne=pooling"], "runner"),
         (["--kv-transfer-config", '{"kv_connector": "NixlConnector"}'], "kv_transfer_config"),
-        (["--hf-overrides.rope_theta", "1"], "one JSON: --hf-overrides"),
-        (["--additional_config.x=1"], "one JSON: --additional-config"),
+        (["--kv-transfer", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'], "--kv-transfer-config"),
+        (["--hf-overrides.rope_theta", "1"], "--hf-overrides"),
+        (["--hf_overrid", '{"architectures": ["Other"]}'], "--hf-overrides"),
+        (["--additional_config.x=1"], "--additional-config"),
+        (["--revisio", "other"], "--revision"),
     ],
     ids=str,
 )
 def test_options_that_are_refused(tiny, words, named):
     with pytest.raises(ProbeError, match=named):
         command_line(tiny, *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("model: other", "--model"),
+        ("scheduler-cls: mine.Scheduler", "scheduler_cls"),
+        ("speculative-config: {method: eagle3}", "speculative_config"),
+        ("hf_overrides: {rope_theta: 1}", "--hf-overrides"),
+    ],
+)
+def test_lines_of_a_config_file_that_are_refused(tiny, tmp_path, line, named):
+    file = tmp_path / "options.yaml"
+    file.write_text(f"seed: 3\n{line}\n")
+    with pytest.raises(ProbeError, match=named):
+        command_line(tiny, "--config", str(file))
+    file.write_text("seed: 3\n")
+    assert command_line(tiny, "--config", str(file))[-2:] == ["--config", str(file)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--speculative-config.method", "ngram"],
+        ["--spec-method", "draft_model"],
+        ["--compilation-config.debug_dump_path", "a"],
+    ],
+    ids=str,
+)
+def test_options_in_parts_that_go_with_heads(tiny, words):
+    assert command_line(tiny, *words)[-2:] == words
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--halt-on", "guard={"], ["-dcp", "2"]], ids=str)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
 from ..serving.halting_words import HALTING_FORMS, read_halting
-from .compatibility import KEY, RESTRICTED, check_arguments, transfer_config
+from .compatibility import KEY, RESTRICTED, check_arguments, check_version, transfer_config
 
 
 # Options of vLLM's that have a short form, by it.
@@ -25,6 +26,9 @@ _JSON = {
     "additional_config": "beside what heads put there",
     "kv_transfer_config": "of a connector beside that of heads",
 }
+# vLLM's parser may find none of these in the words that are left for it.
+_READ_HERE = ("model", "revision", "download_dir", *_JSON)
+_PROGRAM = "python -m llama_probe.vllm"
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
@@ -35,7 +39,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         ProbeError: see `engine_kwargs`.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m llama_probe.vllm",
+        prog=_PROGRAM,
         description="Serve a model with heads over OpenAI's API. Options of vLLM's own server may follow.",
         allow_abbrev=False,
     )
@@ -77,14 +81,16 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     for name, meaning in _JSON.items():
         theirs.add_argument(f"--{name.replace('_', '-')}", type=_json, metavar="JSON", help=meaning)
     ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
-    _check_theirs(rest)
+    _check_words(rest)
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
     ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
     transfer = transfer_config(ours.kv_transfer_config)
     given = {name: value for name, value in vars(ours).items() if value is not None}
     of_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply")}
-    # Its import takes seconds: all that is known without it is refused before.
+    # From here on imports take seconds: all that is known without them was refused before.
+    check_version(ours.allow_untested_vllm)
+    _check_parsed(rest)
     arguments = heads.engine_kwargs(**given)
     arguments["additional_config"][KEY] |= of_server
     arguments["kv_transfer_config"] = transfer
@@ -107,30 +113,47 @@ def _heads(texts: list[str]) -> dict[str, str] | list[str]:
 
 
 def _with_dashes(word: str) -> str:
-    """Spell an option as this parser does. vLLM takes underscores as well."""
-    name, equals, value = word.partition("=")
-    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+    """Spell an option as this parser does. vLLM takes underscores as well, but not dashes in a key after a dot."""
+    name, rest = re.match(r"([^.=]*)(.*)", word, re.DOTALL).groups()
+    return name.replace("_", "-") + rest if word.startswith("--") else word
 
 
-def _check_theirs(words: Sequence[str]) -> None:
-    """Raise `ProbeError` for an option of vLLM's own that heads do not go with, before vLLM is loaded."""
-    for place, word in enumerate(words):
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse options of vLLM's that are spelled in full, before vLLM is loaded. `_check_parsed` finds the others."""
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         name, equals, value = word.partition("=")
-        name, dot, _ = name.partition(".")
-        if dot and name.removeprefix("--").replace("-", "_") in (*_JSON, "speculative_config"):
-            raise ProbeError(f"{word} must be written as one JSON: {name} '{{...}}'")
         argument = _SHORT.get(name, name.removeprefix("--").replace("-", "_"))
         if name == "--model":
-            raise ProbeError("--model is refused: heads are compared with the model that comes first, before --probe")
+            _check_not_given({"model": word})
         if not word.startswith("-") or argument not in RESTRICTED:
             continue
-        follows = words[place + 1] if place + 1 < len(words) else "--"
-        text = value if equals or dot else "true" if follows.startswith("--") else follows
+        text = value if equals else "true" if following.startswith("--") else following
         try:
             given = json.loads(text)
         except ValueError:
             given = text
         check_arguments({argument: given})
+
+
+def _check_parsed(words: Sequence[str]) -> None:
+    """Refuse what vLLM's own parser finds in the words: abbreviations, parts of a JSON, lines of a `--config` file."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog=_PROGRAM, usage="%(prog)s MODEL --probe HEAD [options]"))
+    # A name that is there already gets no default: another value than None comes from a word.
+    parsed = vars(parser.parse_args(list(words), argparse.Namespace(**dict.fromkeys(_READ_HERE))))
+    _check_not_given(parsed)
+    check_arguments(parsed)
+
+
+def _check_not_given(arguments: Mapping[str, Any]) -> None:
+    if arguments.get("model") is not None:
+        raise ProbeError("--model is refused: heads are compared with the model that comes first, before --probe")
+    for name in _READ_HERE:
+        if arguments.get(name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ProbeError(f"{option} must stand on the command line, under its full name, and JSON in one piece")
 
 
 def _json(text: str) -> Any:

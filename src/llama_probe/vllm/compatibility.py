@@ -56,8 +56,8 @@ class Restriction:
 
     def check(self, value: Any) -> None:
         """Raise `ProbeError` if the value is not allowed."""
-        if isinstance(value, Mapping):  # `speculative_config`; vLLM finds a method that is not named
-            value = value.get("method")
+        if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
+            value = value.get("method") or "unnamed"
         if value not in self.allowed:
             allowed = " or ".join(repr(item) for item in self.allowed if item is not None) or "nothing"
             raise ProbeError(
@@ -124,6 +124,10 @@ RESTRICTED = frozenset(restriction.argument for restriction in RESTRICTIONS)
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise `ProbeError` if arguments of `vllm.LLM` do not go with heads."""
+    # vLLM adds these to `speculative_config`.
+    apart = {key: arguments[f"spec_{key}"] for key in ("method", "model", "tokens") if arguments.get(f"spec_{key}")}
+    if apart:
+        arguments = {**arguments, "speculative_config": {**(arguments.get("speculative_config") or {}), **apart}}
     for restriction in RESTRICTIONS:
         restriction.check(arguments.get(restriction.argument))
 
