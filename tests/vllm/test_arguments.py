@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,16 @@ def test_layers_that_no_head_reads_are_not_kept(tiny, tmp_path):
         make_probe(hidden_size=HIDDEN, **{**HEADS["tone"], "layers": layers}).save_pretrained(tmp_path / "head")
         hashes.add(EngineArgs(**engine_kwargs(tiny.backbone, tmp_path / "head")).create_engine_config().compute_hash())
     assert len(hashes) == 2
+
+
+def test_the_model_runner_that_was_tested_is_used(tiny, monkeypatch):
+    for given, taken in (("1", "1"), (None, "0")):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", given or "")
+        if given is None:
+            monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+        kwargs = engine_kwargs(tiny.backbone, tiny.heads)
+        assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == taken
+    assert EngineArgs(**kwargs).create_engine_config().use_v2_model_runner is False
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def engine_kwargs(
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))
+    # On a GPU vLLM would choose its second model runner, with which heads were not tested.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm.config import KVTransferConfig
 
     return {
