@@ -139,6 +139,15 @@ def test_backbones_of_the_hub_are_fetched_once(elsewhere, hub, caplog, tmp_path,
     assert sorted(path.name for path in Path(weights).glob("*.safetensors")) == ["model.safetensors"]
 
 
+def test_a_hub_that_does_not_answer(tiny, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ProbeError, match="the Hub does not answer"):
+        engine_kwargs("alice/lm", tiny.heads)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("architecture", compatibility.ARCHITECTURES)
 def test_backbones_of_each_family_are_known_again(architecture, tmp_path, caplog):
     family = next(name for name, (_, made, _) in TINY.items() if made == architecture)

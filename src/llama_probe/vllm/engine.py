@@ -13,7 +13,7 @@ from ..errors import ProbeError
 from ..heads.aggregator import Classifier
 from ..heads.probe import ProbeModel
 from ..hub.resolve import Target, resolve_head
-from ..hub.transport import HubOptions
+from ..hub.transport import HubOptions, check_within_reach
 from ..serving.halting import HaltSpec, options_by_head
 from ..serving.sources import ProbeSpec, named_sources
 from .backbone_check import check_heads
@@ -66,6 +66,7 @@ def engine_kwargs(
     if not isinstance(additional, Mapping):
         raise ProbeError(f"additional_config is a {type(additional).__name__}; beside heads it must be a dict")
     model = resolve_backbone(os.fspath(model))
+    check_within_reach(model)
     options = HubOptions(probe_revision)
     target = Target.read(model, kwargs, options)
     if target is None:
