@@ -348,7 +348,9 @@ def test_options_in_parts_that_go_with_heads(tiny, words):
     assert command_line(tiny, *words)[-2:] == words
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--halt-on", "guard={"], ["-dcp", "2"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--halt-on", "guard={"], ["--halt-on", "nobody"], ["-dcp", "2"]], ids=str
+)
 def test_help_and_refusals_import_next_to_nothing(words):
     line = [sys.executable, "-X", "importtime", "-m", "llama_probe.vllm", "lm", "--probe", "head", *words]
     done = subprocess.run(line, capture_output=True, text=True)

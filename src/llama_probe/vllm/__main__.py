@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
     ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
+    if unknown := [name for name in ours.halt_on or {} if not _may_be_named(name, ours.probe)]:
+        raise ProbeError(f"--halt-on names {', '.join(unknown)}, and no --probe does")
     transfer = transfer_config(ours.kv_transfer_config)
     given = {name: value for name, value in vars(ours).items() if value is not None}
     of_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply")}
@@ -110,6 +113,14 @@ def _heads(texts: list[str]) -> dict[str, str] | list[str]:
     if any(sign for _, sign, _ in named):
         raise ProbeError("--probe: give every head a name (NAME=HEAD), or none")
     return texts
+
+
+def _may_be_named(name: str, probes: dict[str, str] | list[str]) -> bool:
+    """Return False if no head has this name. That of a source is known exactly only after imports that take seconds."""
+    if isinstance(probes, dict):
+        return name in probes
+    spelled = (re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.realpath(source)) for source in probes)
+    return any(name.removesuffix("-head") in source for source in spelled)
 
 
 def _with_dashes(word: str) -> str:
