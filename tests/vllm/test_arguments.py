@@ -231,6 +231,12 @@ def test_models_without_a_place_for_heads(tiny, tmp_path, monkeypatch):
     config.save_pretrained(tmp_path)
     with pytest.raises(ProbeError, match="this model is Gemma3ForCausalLM"):
         engine_kwargs(tmp_path, tiny.heads)
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ProbeError, match="pipeline_parallel_size=2"):
+        engine_kwargs(tmp_path, tiny.heads, pipeline_parallel_size=2)
+    with pytest.raises(ProbeError, match="pipeline_parallel_size=2"):
+        server_arguments([str(tmp_path), "--probe", tiny.heads["guard"], "-pp", "2"])
     (tmp_path / "config.json").unlink()
     with pytest.raises(ProbeError, match="cannot be read"):
         engine_kwargs(tmp_path, tiny.heads)
@@ -272,7 +278,7 @@ def test_options_of_vllms(tiny, monkeypatch):
         return engine_kwargs(model, probe, **kwargs)
 
     monkeypatch.setattr(heads, "engine_kwargs", noted, raising=False)
-    both_know = ["--revision", "main", "--hf_overrides", '{"a": 1}', "--additional-config", '{"b": 2}']
+    both_know = ["--revision", "main", "--hf_overrides", '{"a": 1}', "--additional-config", '{"b": 2}', "-pp", "1"]
     rest = ["--max_model_len", "64", "--decode-context-parallel-size", "1", "--seed", "3", "--enable-lora"]
     *words, flag = command_line(tiny, *both_know, *rest)
     assert (asked["revision"], asked["hf_overrides"], asked["additional_config"]) == ("main", {"a": 1}, {"b": 2})
@@ -280,6 +286,7 @@ def test_options_of_vllms(tiny, monkeypatch):
     assert len(words) == 2 * len(given)  # each option once
     assert json.loads(given["--hf-overrides"]) == {"a": 1, "architectures": ["ProbedLlamaForCausalLM"]}
     assert set(json.loads(given["--additional-config"])) == {"b", "llama_probe"}
+    assert given["--pipeline-parallel-size"] == "1"
     assert (given["--revision"], given["--max-model-len"], given["--seed"]) == ("main", "64", "3")
     assert given["--decode-context-parallel-size"] == "1" and flag == "--enable-lora"
 
@@ -309,6 +316,7 @@ def test_options_of_vllms(tiny, monkeypatch):
         (["--hf_overrid", '{"architectures": ["Other"]}'], "--hf-overrides"),
         (["--additional_config.x=1"], "--additional-config"),
         (["--revisio", "other"], "--revision"),
+        (["--pipeline-parallel", "2"], "--pipeline-parallel-size"),
     ],
     ids=str,
 )

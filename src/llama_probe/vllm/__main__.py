@@ -28,7 +28,7 @@ _JSON = {
     "kv_transfer_config": "of a connector beside that of heads",
 }
 # vLLM's parser may find none of these in the words that are left for it.
-_READ_HERE = ("model", "revision", "download_dir", *_JSON)
+_READ_HERE = ("model", "revision", "download_dir", "pipeline_parallel_size", *_JSON)
 _PROGRAM = "python -m llama_probe.vllm"
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
@@ -79,6 +79,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     theirs = parser.add_argument_group("options of vLLM's that heads must know of")
     theirs.add_argument("--revision", help="of the backbone")
     theirs.add_argument("--download-dir", help="where to keep the backbone")
+    theirs.add_argument("--pipeline-parallel-size", "-pp", type=int, metavar="N", help="stages that share the layers")
     for name, meaning in _JSON.items():
         theirs.add_argument(f"--{name.replace('_', '-')}", type=_json, metavar="JSON", help=meaning)
     ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))

@@ -24,6 +24,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
+IN_ONE_STAGE = ("Qwen3MoeForCausalLM",)  # vLLM's class passes no states to the next stage of a pipeline
 PREFIX = "Probed"
 
 KEY = "llama_probe"  # in vLLM's `additional_config`
@@ -183,14 +184,19 @@ def check_version(allow_untested: bool = False) -> None:
         )
 
 
-def probed_architecture(architectures: list[str] | None) -> str:
+def probed_architecture(architectures: list[str] | None, pipeline_parallel_size: int = 1) -> str:
     """Return the name of the model class with heads, for the architectures that a model's config names.
 
     Raises:
-        ProbeError: there is none.
+        ProbeError: there is none, or none for a pipeline.
     """
     named = architectures or []
     for name in named:
+        if name in IN_ONE_STAGE and pipeline_parallel_size > 1:
+            raise ProbeError(
+                f"pipeline_parallel_size={pipeline_parallel_size} does not go with heads on {name}: vLLM's class passes "
+                "no states between layers to the next stage. Use tensor_parallel_size"
+            )
         if name in ARCHITECTURES:
             return PREFIX + name
     raise ProbeError(

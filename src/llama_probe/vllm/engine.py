@@ -72,7 +72,7 @@ def engine_kwargs(
     if target is None:
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
     hf_config = AutoConfig.from_pretrained(model, revision=target.revision)
-    architecture = probed_architecture(hf_config.architectures)
+    architecture = probed_architecture(hf_config.architectures, kwargs.get("pipeline_parallel_size", 1))
     heads = {}
     for name, source in named_sources(probe).items():
         if isinstance(source, ProbeModel):
