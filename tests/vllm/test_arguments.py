@@ -1,5 +1,6 @@
 """What is refused before an engine is started, and by an engine that was started some other way."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,11 +18,13 @@ from tiny_families import TINY
 from tiny_families import tiny as make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.api_server import entry
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe import vllm as heads
 from llama_probe.heads.match import describe
+from llama_probe.vllm import __main__ as server
 from llama_probe.vllm import compatibility, engine_kwargs
 from llama_probe.vllm.__main__ import server_arguments
 from llama_probe.vllm.backbone_check import check_heads
@@ -364,6 +367,46 @@ def test_help_and_refusals_import_next_to_nothing(words):
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.stdout.startswith("usage: ") or "error: " in done.stderr
     assert "llama_probe.errors" in done.stderr and "torch" not in done.stderr.split("error: ")[0]
+
+
+def test_a_cache_larger_than_the_memory(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "900000")
+    with pytest.raises(ProbeError, match="VLLM_CPU_KVCACHE_SPACE=900000"):
+        command_line(tiny)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_server_that_nobody_stopped_exits_with_one_line(monkeypatch, is_stopped):
+    async def shutdown():
+        pass
+
+    async def dummy_shutdown():
+        pass
+
+    async def build_and_serve():
+        return shutdown() if is_stopped else dummy_shutdown()
+
+    async def run():
+        await (await entry.build_and_serve())
+
+    monkeypatch.setattr(server, "server_arguments", list)
+    monkeypatch.setattr(sys, "argv", ["server"])
+    monkeypatch.setattr(entry, "build_and_serve", build_and_serve)
+    monkeypatch.setattr(entry, "main", lambda: asyncio.run(run()))
+    with contextlib.nullcontext() if is_stopped else pytest.raises(SystemExit, match="the engine died"):
+        server.main()
+
+
+def test_an_engine_that_does_not_start_is_one_line(monkeypatch):
+    def fail():
+        raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+
+    monkeypatch.setattr(server, "server_arguments", list)
+    monkeypatch.setattr(sys, "argv", ["server"])
+    monkeypatch.setattr(entry, "build_and_serve", entry.build_and_serve)
+    monkeypatch.setattr(entry, "main", fail)
+    with pytest.raises(SystemExit, match=r"^error: Engine core .* root cause .*SPACE$"):
+        server.main()
 
 
 def test_a_guard_of_another_backbone_does_not_serve(tiny, tmp_path):

@@ -89,6 +89,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
     if unknown := [name for name in ours.halt_on or {} if not _may_be_named(name, ours.probe)]:
         raise ProbeError(f"--halt-on names {', '.join(unknown)}, and no --probe does")
+    _check_memory()
     transfer = transfer_config(ours.kv_transfer_config)
     given = {name: value for name, value in vars(ours).items() if value is not None}
     of_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply")}
@@ -168,6 +169,14 @@ def _check_not_given(arguments: Mapping[str, Any]) -> None:
             raise ProbeError(f"{option} must stand on the command line, under its full name, and JSON in one piece")
 
 
+def _check_memory() -> None:
+    """Refuse a KV cache on the CPU that the machine cannot hold. vLLM finds that in a worker, with three tracebacks."""
+    asked = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    if asked > there:
+        raise ProbeError(f"VLLM_CPU_KVCACHE_SPACE={asked} is more than the machine's memory, which is {there} GiB")
+
+
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
@@ -176,15 +185,40 @@ def _json(text: str) -> Any:
 
 
 def main() -> None:
-    """Serve until the process is stopped."""
+    """Serve until the process is stopped. If the engine fails, exit with one line and status 1."""
     try:
-        words = server_arguments()
+        serve(server_arguments())
     except ProbeError as error:
         sys.exit(f"error: {error}")
-    from vllm.entrypoints.launchers.api_server.entry import main as serve
 
+
+def serve(words: Sequence[str]) -> None:
+    """Run vLLM's server with these arguments.
+
+    Raises:
+        ProbeError: the engine did not start, or died.
+    """
+    from vllm.entrypoints.launchers.api_server import entry
+
+    build_and_serve = entry.build_and_serve
+
+    async def serve_until_stopped(*args: Any, **kwargs: Any) -> Any:
+        rest = await build_and_serve(*args, **kwargs)
+        # After a signal the rest is uvicorn's shutdown. Without one only a dead engine ends the server.
+        if rest.__name__ != "shutdown":
+            await rest
+            raise ProbeError("the engine died, and the server with it; see above")
+        return rest
+
+    entry.build_and_serve = serve_until_stopped
     sys.argv = [sys.argv[0], *words]
-    serve()
+    try:
+        entry.main()
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise ProbeError(
+            f"{said}; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
+        ) from error
 
 
 if __name__ == "__main__":
