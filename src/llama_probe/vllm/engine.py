@@ -120,11 +120,11 @@ def _check_head(name: str, head: ProbeModel, target: Target) -> None:
         )
     if config.reads_reply:
         raise ProbeError(
-            f"head {name!r} follows replies (token_scope={config.token_scope!r}), and on vLLM heads read prompts alone; "
-            "generate() of transformers runs it"
+            f"head {name!r} follows replies (token_scope={config.token_scope!r}), which vLLM scores too late: "
+            "async scheduling is a token ahead. generate() of transformers runs it"
         )
     if type(head.classifier).attach is not Classifier.attach:
         raise ProbeError(
-            f"head {name!r} ({config.probe_type}) needs more of the LM than its states, which vLLM does not give it; "
+            f"head {name!r} ({config.probe_type}) needs the LM's output embeddings, and on vLLM a head reads states alone; "
             "generate() of transformers runs it"
         )
