@@ -157,7 +157,7 @@ def load_backbone(
         place = {"gguf_file": gguf.name} if gguf is not None else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path if gguf is None else gguf.parent, **place)
         lm = load_causal_lm(gguf or path, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # the first if the package gguf is missing
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {first_line(error)}{missing}") from error
     return lm.to(choose_device() if device is None else device).eval(), tokenizer

@@ -248,6 +248,7 @@ def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Call
                 values, show = result
                 print(json.dumps(values, default=list)) if as_json else show()  # demo yields its replies one by one
         except KeyboardInterrupt:
+            # `classify` has no output, unless it reads files.
             if resumes and given.get("output", "in a group") and os.environ.get("RANK", "0") == "0":
                 print("stopped: the same command with --resume continues", file=sys.stderr)
             raise
