@@ -43,10 +43,18 @@ def left_padded(prompts):
     return ids, mask
 
 
-MODES = {  # beside those of `test_any_call`
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 3},
     "beams x return sequences": {"num_beams": 4, "num_return_sequences": 2},
+    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 3},
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
     "no cache": {"use_cache": False},
     "guidance": {"guidance_scale": 1.5},
+}
+MORE_MODES = {
     "chunks of one": {"prefill_chunk_size": 1},
     "one token": {"max_new_tokens": 1},
     "all scores": {"output_scores": True, "output_logits": True},
@@ -54,9 +62,9 @@ MODES = {  # beside those of `test_any_call`
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *MORE_MODES])
 def test_equals_the_plain_model(mode, prompts):
-    kwargs = {"max_new_tokens": 6, **MODES[mode]}
+    kwargs = {"max_new_tokens": 6, **(MODES | MORE_MODES)[mode]}
     ids, mask = left_padded(prompts)
     plain_model, model = make_lm(), probed()
     plain_passes, passes = passes_of(plain_model), passes_of(model)
