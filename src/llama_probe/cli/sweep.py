@@ -30,6 +30,7 @@ _RUN_HELP = {
 
 
 def _whole(epochs: int) -> int:
+    """Make `--epochs` a whole number: the type of the option is that of this argument."""
     return epochs
 
 

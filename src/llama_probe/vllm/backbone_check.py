@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..backbone.fingerprint import fingerprint
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 
@@ -67,7 +67,7 @@ def check_heads(
                 use_safetensors=True,
             )
         except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             if strict:  # a guard of another backbone would let everything through
                 raise ProbeError(
                     f"the weights of {model} cannot be compared with those that the heads were trained on: {reason}. "
