@@ -49,17 +49,18 @@ def test_groups_without_a_row(tmp_path):
     with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
         for start, stop in ((0, 0), (0, 3), (3, 3), (3, 5), (5, 5)):
             writer.write_table(table.slice(start, stop - start))
-    file = InputFile(tmp_path / "a.parquet")
-    chunks = [chunk.columns["text"] for chunk in file.chunks(["text"], 2, lambda _: True)]
-    assert chunks == [["a", "b"], ["c", "d"], ["e"]]
+    assert rows_of(InputFile(tmp_path / "a.parquet")) == [["a", "b"], ["c", "d"], ["e"]]
 
 
-def test_columns_that_are_there_twice(tmp_path):
-    pq.write_table(pa.Table.from_arrays([["a"], [1], ["b"]], ["text", "id", "text"]), tmp_path / "a.parquet")
-    file = InputFile(tmp_path / "a.parquet")
-    assert list(file.fields(["id"])) == ["text", "id"]
-    with pytest.raises(ProbeError, match="'text'"):
-        file.fields(["id", "text"])
+def rows_of(file, size=2, limit=1000):
+    return [chunk.columns["text"] for chunk in file.chunks(["text"], size, lambda _: True, limit)]
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"}, {"text": "b"}]', '\n[\n{"text":\n"a"},\n{"text": "b"}]\n'])
+def test_an_array_of_rows(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    file = InputFile(tmp_path / "a.json")
+    assert rows_of(file) == [["a", "b"]] and list(file.fields()) == ["text"]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
@@ -92,6 +93,9 @@ def test_a_large_file_is_never_held(tmp_path, name):
     [
         ("a.txt", b"x", r"a\.txt"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "row 1"),
+        ("a.jsonl", b'{"text": "a"}\n["text"]', "row 1"),
+        ("a.csv", b"text,label\na,0\nI say, no,1\n", "row 1"),
+        ("a.csv", b"text,label,text\na,0,b\n", "2 columns 'text'"),
         ("b.parquet", b"PAR1 and nothing else", r"b\.parquet"),
         ("b.jsonl.gz", b"PAR1 and nothing else", r"b\.jsonl\.gz"),
     ],
@@ -99,9 +103,16 @@ def test_a_large_file_is_never_held(tmp_path, name):
 def test_what_cannot_be_read(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ProbeError, match=words):
-        list(InputFile.find([str(tmp_path / name)])[0].chunks(["text"], 5, lambda _: True))
+        rows_of(*InputFile.find([str(tmp_path / name)]))
     with pytest.raises(ProbeError, match="nothing-here"):
         InputFile.find(["nothing-here*.parquet"])
+
+
+def test_a_column_of_a_parquet_file_that_is_there_twice(tmp_path):
+    pq.write_table(pa.Table.from_arrays([["a"], ["b"]], ["text", "text"]), tmp_path / "a.parquet")
+    for read in (rows_of, InputFile.read, InputFile.fields):
+        with pytest.raises(ProbeError, match="'text'"):
+            read(InputFile(tmp_path / "a.parquet"))
 
 
 def test_patterns_and_files_named_twice(tmp_path):
@@ -137,9 +148,9 @@ def test_small_files_that_unpack_to_much(tmp_path, name):
     tracemalloc.start()
     with pytest.raises(ProbeError, match="max_text"):
         file.fields(max_text=200_000)
-        list(file.chunks(["text"], 2048, lambda _: True, 200_000))
+        rows_of(file, 2048, 200_000)
     with pytest.raises(ProbeError, match="max_text"):
-        file.check_whole(200_000)
+        file.read(25_000)
     peak, arrow = tracemalloc.get_traced_memory()[1], pa.total_allocated_bytes()
     tracemalloc.stop()
     assert peak < 80e6 and arrow < 80e6
@@ -150,11 +161,11 @@ def test_a_limit_that_is_raised(tmp_path):
     file.path.write_text("".join(json.dumps({"text": "x" * 600}) + "\n" for _ in range(200)))
     for size, limit in ((200, 1000), (10, 599)):
         with pytest.raises(ProbeError, match="max_text"):
-            list(file.chunks(["text"], size, lambda _: True, limit))
-    assert len(list(file.chunks(["text"], 10, lambda _: True, 1000))) == 20
+            rows_of(file, size, limit)
+    assert len(rows_of(file, 10)) == 20
     with pytest.raises(ProbeError, match="max_text"):
-        file.check_whole(100)
-    file.check_whole(1000)
+        file.read(100)
+    assert len(file.read(1000)) == 200
 
 
 def test_lengths_of_chats():

@@ -66,7 +66,7 @@ def _texts(patterns: list[str], column: str, max_text: int) -> list[Any]:
     """Return the texts of all files in their order; rows without one are skipped."""
     texts: list[Any] = []
     for file in InputFile.find(patterns):
-        if column not in (fields := file.fields([column], max_text)):
+        if column not in (fields := file.fields(max_text)):
             raise ProbeError(f"{file.path} has no column {column!r}; it has: {', '.join(fields) or 'none'}")
         for chunk in file.chunks([column], 2048, lambda _number: True, max_text):
             texts += [text for text in chunk.columns[column] if text is not None and is_text(text) and text]

@@ -1,4 +1,4 @@
-"""Files with any number of rows, read a chunk at a time: parquet, JSON lines and csv."""
+"""Files with any number of rows, read a row at a time: parquet, JSON and csv."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import json
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice, takewhile
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 # Suffix -> format.
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-_TYPED_ROWS = 1000  # JSON lines that the types of columns are inferred from
+_TYPED_ROWS = 1000  # JSON rows that the types of columns are inferred from
 
 # A small file can unpack to any size, and a tokenizer takes about 400 bytes of memory a character.
 MAX_TEXT = 500_000  # characters of one text
 # So many texts of the largest size may be in memory as a chunk, and as a whole file.
 _CHUNK_TEXTS, _FILE_TEXTS = 64, 512
-_ROW_COST = 100  # characters that a row counts as beside its text
+_ROW_COST = 100  # characters that a row of a whole file counts as beside its text
 _STEP = 64  # rows of a parquet file that are decoded before they are measured
 
 
@@ -57,7 +57,7 @@ class Chunk:
 
 
 class InputFile:
-    """A file of rows: `parquet`, `json` (an object a line), `csv` or `tsv` (with a header, all values are texts).
+    """A file of rows: `parquet`, `json` (an object a line, or one array), `csv` or `tsv` (with a header, all values are texts).
 
     Raises:
         ProbeError: the name ends with none of `KINDS`.
@@ -95,53 +95,42 @@ class InputFile:
         with _reading(self.path):
             return pq.read_metadata(self.path).num_rows
 
-    def fields(self, needed: Sequence[str] = (), max_text: int = MAX_TEXT) -> dict[str, pa.DataType]:
-        """Return names and types of the columns. The types of JSON lines come from the first 1,000 rows.
+    def fields(self, max_text: int = MAX_TEXT) -> dict[str, pa.DataType]:
+        """Return names and types of the columns. The types of JSON come from the first 1,000 rows.
 
         Raises:
-            ProbeError: the file cannot be read, a needed column is there twice, or a row is larger than 64 texts of `max_text`.
+            ProbeError: the file cannot be read, a column is there twice, or a row is larger than 64 texts of `max_text`.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        meter = _Meter(self.path, "a row", max_text, _CHUNK_TEXTS)
         with _reading(self.path):
-            meter = _Meter(self.path, "a row", max_text, _CHUNK_TEXTS)
+            if self.kind == "parquet":
+                schema = pq.read_schema(self.path)
+                return dict(zip(self._check_names(schema.names), schema.types, strict=True))
             if self.kind == "json":
                 first = takewhile(lambda _: meter.used < meter.limit / 2, self._rows(meter))
                 rows = list(islice(first, _TYPED_ROWS))
                 return {name: _infer_type([row.get(name) for row in rows]) for row in rows for name in row}
-            if self.kind == "parquet":
-                schema = pq.read_schema(self.path)
-                names, types = schema.names, schema.types
-            else:
-                with self._open() as file:
-                    names = next(self._records(meter.lines(file)), [])
-                types = [pa.string()] * len(names)
-        for name in needed:
-            if names.count(name) > 1:
-                raise ProbeError(f"{self.path} has {names.count(name)} columns {name!r}: leave one")
-        return dict(zip(names, types, strict=True))
+            with self._open() as file:
+                return dict.fromkeys(self._check_names(next(self._records(meter.lines(file)), [])), pa.string())
 
-    def check_whole(self, max_text: int = MAX_TEXT) -> None:
-        """Check that a file is not damaged and can be held in memory.
+    def read(self, max_text: int = MAX_TEXT) -> list[dict[str, Any]]:
+        """Return all rows, with their values by column name.
 
         Raises:
-            ProbeError: it is damaged, a text file is not in UTF-8 (some JSON readers pass wrong bytes on), or it unpacks to
-                more than 512 texts of `max_text` characters.
+            ProbeError: the file is damaged, not in UTF-8, has a column twice, or unpacks to more than 512 texts of `max_text`
+                characters.
         """
         meter = _Meter(self.path, "it", max_text, _FILE_TEXTS)
-        with _reading(self.path):
-            if self.kind == "parquet":
-                import pyarrow.parquet as pq
-
-                meter.add(self.rows() * _ROW_COST)
-                with pq.ParquetFile(self.path, pre_buffer=False) as file:
-                    for batch in file.iter_batches(_STEP):
-                        meter.add(_unpacked(batch))
-                return
-            with self._open() as file:
-                while piece := file.read(2**20):
-                    meter.add(len(piece) + piece.count("\n") * _ROW_COST)
+        meter.add((self.rows() or 0) * _ROW_COST)
+        found = []
+        for row in self._rows(meter):
+            found.append(row)
+            if self.kind != "parquet":
+                meter.add(_ROW_COST)
+        return found
 
     def chunks(
         self, columns: Sequence[str], size: int, wanted: Callable[[int], bool], max_text: int = MAX_TEXT
@@ -154,70 +143,78 @@ class InputFile:
             ProbeError: the file cannot be read, or a text or a chunk is too large.
         """
         meter = _Meter(self.path, "a chunk of rows", max_text, _CHUNK_TEXTS)
-        with _reading(self.path):
-            blocks = self._parquet_blocks if self.kind == "parquet" else self._text_blocks
-            for number, block in enumerate(blocks(columns, size, meter)):
-                if wanted(number):
-                    chunk = Chunk(number, number * size, block())
-                    for name, values in chunk.columns.items():
-                        for row, value in enumerate(values, start=chunk.first_row):
-                            check_length(f"{self.path}: row {row}: {name}", value, max_text)
-                    yield chunk
-                meter.used = 0
+        step = max(step for step in range(1, _STEP + 1) if size % step == 0)
+        rows = self._rows(meter, list(columns), step)
+        for number in count():
+            if not (block := list(islice(rows, size))):
+                return
+            if wanted(number):
+                chunk = Chunk(number, number * size, {name: [row.get(name) for row in block] for name in columns})
+                for name, values in chunk.columns.items():
+                    for row, value in enumerate(values, start=chunk.first_row):
+                        check_length(f"{self.path}: row {row}: {name}", value, max_text)
+                yield chunk
+            meter.used = 0
 
-    def _parquet_blocks(self, columns: Sequence[str], size: int, meter: _Meter) -> Iterator[Callable[[], dict]]:
-        """Yield for each chunk a function that returns its values by column."""
-        import pyarrow as pa
+    def _rows(self, meter: _Meter, columns: list[str] | None = None, step: int = _STEP) -> Iterator[dict[str, Any]]:
+        """Yield the rows. Of a parquet file only `columns` are read, `step` rows at a time."""
+        with _reading(self.path):
+            if self.kind == "parquet":
+                yield from self._parquet_rows(meter, columns, step)
+                return
+            with self._open() as file:
+                yield from (self._objects if self.kind == "json" else self._cells)(meter.lines(file))
+
+    def _parquet_rows(self, meter: _Meter, columns: list[str] | None, step: int) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as pq
 
-        def values(parts: list[pa.RecordBatch]) -> dict[str, list[Any]]:
-            return pa.Table.from_batches(parts).to_pydict()
-
         with pq.ParquetFile(self.path, pre_buffer=False) as file:
-            parts, rows = [], 0
-            for batch in file.iter_batches(min(size, _STEP), columns=list(columns)):
-                while len(batch):
-                    parts.append(batch.slice(0, size - rows))
-                    rows, batch = rows + len(parts[-1]), batch.slice(len(parts[-1]))
-                    meter.add(_unpacked(parts[-1]))
-                    if rows == size:
-                        yield partial(values, parts)
-                        parts, rows = [], 0
-            if parts:
-                yield partial(values, parts)
+            self._check_names(file.schema_arrow.names)
+            for batch in file.iter_batches(step, columns=columns):
+                meter.add(_unpacked(batch))
+                yield from batch.to_pylist()
 
-    def _text_blocks(self, columns: Sequence[str], size: int, meter: _Meter) -> Iterator[Callable[[], dict]]:
-        rows = ({name: row.get(name) for name in columns} for row in self._rows(meter))
-        while block := list(islice(rows, size)):
-            yield partial(lambda block: {name: [row[name] for row in block] for name in columns}, block)
+    def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+        lines = filter(str.strip, lines)
+        first = next(lines, None)
+        if first is None:
+            return
+        if first.lstrip().startswith("["):
+            rows = self._parse("its array", first + "".join(lines))
+        else:
+            rows = (self._parse(f"row {row}", line) for row, line in enumerate(chain([first], lines)))
+        for row, value in enumerate(rows):
+            if not isinstance(value, dict):
+                raise ProbeError(f"{self.path}: row {row} must be a JSON object, not {type(value).__name__}")
+            yield value
 
-    def _rows(self, meter: _Meter) -> Iterator[dict[str, Any]]:
-        with _reading(self.path), self._open() as file:
-            lines = meter.lines(file)
-            if self.kind == "json":
-                for row, line in enumerate(line for line in lines if not line.isspace()):
-                    yield self._parse(row, line)
-            else:
-                records = self._records(lines)
-                header = next(records, [])
-                yield from (dict(zip(header, record, strict=False)) for record in records)
+    def _parse(self, what: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ProbeError(f"{self.path}: {what} is not JSON: {error}") from None
 
-    def _open(self):
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        return opener(self.path, "rt", encoding="utf-8-sig", newline=None if self.kind == "json" else "")
+    def _cells(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+        records = self._records(lines)
+        header = self._check_names(next(records, []))
+        for row, record in enumerate(records):
+            if any(record[len(header) :]):
+                raise ProbeError(f"{self.path}: row {row} has more cells than the header: put its text into quotes")
+            yield dict(zip(header, record, strict=False))
 
     def _records(self, lines: Iterable[str]) -> Iterator[list[str]]:
         csv.field_size_limit(sys.maxsize)
         return filter(None, csv.reader(lines, delimiter="\t" if self.kind == "tsv" else ","))
 
-    def _parse(self, row: int, line: str) -> dict[str, Any]:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ProbeError(f"{self.path}: row {row} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ProbeError(f"{self.path}: row {row} must be a JSON object, not {type(value).__name__}")
-        return value
+    def _open(self):
+        opener = gzip.open if self.path.suffix == ".gz" else open
+        return opener(self.path, "rt", encoding="utf-8-sig", newline=None if self.kind == "json" else "")
+
+    def _check_names(self, names: Sequence[str]) -> Sequence[str]:
+        for name, times in Counter(filter(None, names)).items():
+            if times > 1:
+                raise ProbeError(f"{self.path} has {times} columns {name!r}: leave one")
+        return names
 
 
 def _unpacked(batch: pa.RecordBatch) -> int:
@@ -269,8 +266,7 @@ def _reading(path: Path) -> Iterator[None]:
     # pyarrow raises NotImplementedError for parquet files that it cannot read.
     except (OSError, EOFError, ValueError, NotImplementedError, csv.Error, zlib.error) as error:
         advice = ": save it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ProbeError(f"{path} cannot be read: {reason}{advice}") from error
+        raise ProbeError(f"{path} cannot be read: {first_line(error)}{advice}") from error
 
 
 def _infer_type(values: list[Any]) -> pa.DataType:

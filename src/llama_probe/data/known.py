@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ProbeError
 
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Row = dict[str, Any]
 
@@ -57,17 +54,17 @@ class Benchmark:
     question: str | None = None
     verbalisers: tuple[str, ...] = ()
 
-    def convert(self, table: Dataset) -> dict[str, list[Any]]:
-        """Convert rows of the Hub into the columns `text`, `label` (which may be None) and those of `columns` that they have."""
-        sources = {"text": self.text, "label": self.label}
-        sources |= {name: name for name in self.columns if name in table.column_names}
+    def convert(self, table: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Convert columns of the Hub into `text`, `label` (which may be None) and those of `columns` that they have."""
+        rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        sources = {"text": self.text, "label": self.label} | {name: name for name in self.columns if name in table}
         try:
             return {
-                name: [source(row) if callable(source) else row[source] for row in table]
+                name: [source(row) if callable(source) else row[source] for row in rows]
                 for name, source in sources.items()
             }
         except KeyError as error:
-            raise ProbeError(f"{self.name} has no column {error}; it has: {', '.join(table.column_names)}") from None
+            raise ProbeError(f"{self.name} has no column {error}; it has: {', '.join(table)}") from None
 
 
 def find_benchmark(source: str) -> tuple[Benchmark, str | None] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ProbeError
 from .labels import read_labels
+from .tables import dataset_columns
 from .texts import LabelledTexts, label_rows
 
 
@@ -86,10 +87,7 @@ def _read_columns(name: str, data: Any) -> tuple[dict[str, list[Any]], dict[str,
     if hasattr(data, "column_names"):  # of the library datasets
         if not hasattr(data, "features") or isinstance(data, Mapping) or not hasattr(data, "__len__"):
             raise ProbeError(f"{name} must be one split in memory, such as data['train'], not {type(data).__name__}")
-        features = {column: getattr(kind, "feature", kind) for column, kind in data.features.items()}
-        names = {column: kind.names for column, kind in features.items() if hasattr(kind, "names")}
-        plain = data.with_format(None)
-        return {column: list(plain[column]) for column in plain.column_names}, names
+        return dataset_columns(data)
     if hasattr(data, "columns"):  # a DataFrame; a missing value is None here
         found = data.astype(object).where(data.notna(), None)
         return {str(column): found[column].tolist() for column in found.columns}, {}

@@ -227,10 +227,10 @@ class DataSources:
     def _augment(self, rows: LabelledTexts, seed: int) -> LabelledTexts:
         prompts = []
         if "system_prompt" in self.augment:
-            table = read_table(self.system_prompts, text_columns=[self.text_column])
-            if self.text_column not in table.column_names:
+            columns, _ = read_table(self.system_prompts, text_columns=[self.text_column])
+            if self.text_column not in columns:
                 raise ProbeError(f"system_prompts={self.system_prompts!r} has no column {self.text_column!r}")
-            prompts = [text for text in table[self.text_column] if text]
+            prompts = [text for text in columns[self.text_column] if text]
         return augment(rows, self.augment, seed, prompts, self.augment_share)
 
     @staticmethod

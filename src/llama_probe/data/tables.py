@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from .known import BENCHMARKS
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Words such as None and NA may be labels. One chunk lets all rows decide the type of a column.
-_CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 2**31 - 1}
+Columns = dict[str, list[Any]]
+LabelNames = dict[str, list[str]]
+
 _PLACE = re.compile(r"([^:@]+)(?:@([^:]+))?(?::([^:]*)(?::([^:]+))?)?")
 
 
@@ -59,59 +60,55 @@ class TablePlace:
 
 
 def read_table(
-    source: str,
-    split: str = "train",
-    text_columns: Sequence[str] = (),
-    needed: Sequence[str] = (),
-    max_text: int = MAX_TEXT,
-) -> Dataset:
+    source: str, split: str = "train", text_columns: Sequence[str] = (), max_text: int = MAX_TEXT
+) -> tuple[Columns, LabelNames]:
     """Read a csv, json(l) or parquet file (also .gz), a folder of such files, or a Hub data set.
 
     Args:
         source: see `TablePlace`.
         split: split of a folder or a Hub data set, if `source` names none.
         text_columns: columns whose csv cells stay texts: `007` is not a number there.
-        needed: further columns that a csv file must not have twice.
-        max_text: see `InputFile.check_whole`.
+        max_text: see `InputFile.read`.
+
+    Returns:
+        The values of each column, and the label names that the data itself gives, by column.
 
     Raises:
         ProbeError: the source cannot be read or is too large, a column is there twice, or a folder names files outside it.
     """
-    import datasets
-
     place = TablePlace.parse(source)
-    path, split = Path(place.id), place.split or split
+    split, features = place.split or split, None
     try:
-        if os.path.isfile(path):
-            options = _file_options([path], text_columns, needed, max_text)
-            kind = kind_of(path)
-            if kind == "tsv":
-                kind, options["sep"] = "csv", "\t"
-            return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
-        location, options = place.id, {}
-        if os.path.isdir(path):
-            location = str(path.resolve())  # The loader names rows by the folder, and `.` has no name.
-            _check_card(Path(location))
-            builder = datasets.load_dataset_builder(location, place.configuration)
-            files = [Path(name) for part in (builder.config.data_files or {}).values() for name in part]
-            check_links(Path(location), map(str, files))
-            options = _file_options(files, text_columns, needed, max_text)
-        data = datasets.load_dataset(location, place.configuration, revision=place.revision, **options)
+        if os.path.isfile(place.id):
+            return _read_files([place.id], text_columns, max_text)
+        import datasets
+
+        if os.path.isdir(place.id):
+            folder = Path(place.id).resolve()  # The loader names rows by the folder, and `.` has no name.
+            _check_card(folder)
+            builder = datasets.load_dataset_builder(str(folder), place.configuration)
+            splits, features = builder.config.data_files or {}, builder.info.features
+            check_links(folder, chain.from_iterable(splits.values()))
+        else:
+            splits = datasets.load_dataset(place.id, place.configuration, revision=place.revision)
+        if split not in splits:
+            raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(splits)}")
+        if isinstance(splits, datasets.DatasetDict):
+            return dataset_columns(splits[split])
+        columns, names = _read_files(splits[split], text_columns, max_text)
+        return columns, names | _label_names(features or {})
     except ProbeError:
         raise
     except Exception as error:  # The loaders raise dozens of types for bad input.
-        words = reason(error)
-        if any(part in words for part in ("StopIteration", "corresponds to no data", "No columns to parse")):
-            raise ProbeError(f"{source} holds no rows") from error
-        if "int too large" in words:
-            raise ProbeError(
-                f"{source} has a number of more than 64 bits: give it as a text, in jsonl or parquet"
-            ) from error
         known = "" if "/" in place.id else f" (data sets known by name: {', '.join(BENCHMARKS)})"
-        raise ProbeError(f"{source} cannot be read as a file, a folder or a Hub data set: {words}{known}") from error
-    if split not in data:
-        raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(data)}")
-    return data[split]
+        words = f"{source} cannot be read as a file, a folder or a Hub data set: {reason(error)}{known}"
+        raise ProbeError(words) from error
+
+
+def dataset_columns(data: Dataset) -> tuple[Columns, LabelNames]:
+    """Return the columns of a `datasets.Dataset`, and the label names that it gives, by column."""
+    plain = data.with_format(None)
+    return {name: list(plain[name]) for name in plain.column_names}, _label_names(data.features)
 
 
 def reason(error: BaseException) -> str:
@@ -143,17 +140,37 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _file_options(
-    files: Sequence[Path], text_columns: Sequence[str], needed: Sequence[str], max_text: int
-) -> dict[str, Any]:
-    """Check local files, and return the options of `load_dataset` for them."""
-    # The loader caches by path and time of change alone: a digest of the contents tells files apart.
-    digest, is_csv = hashlib.sha256(), False
-    for source in map(InputFile, files):
-        with source.path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        source.check_whole(max_text)
-        if is_csv := source.kind in ("csv", "tsv"):
-            source.fields([*text_columns, *needed])
-    csv_options = {**_CSV, "converters": dict.fromkeys(text_columns, str)} if is_csv else {}
-    return {"description": digest.hexdigest(), **csv_options}
+def _read_files(paths: Sequence[str], text_columns: Sequence[str], max_text: int) -> tuple[Columns, LabelNames]:
+    """Return the rows of files of one format."""
+    files = [InputFile(Path(path)) for path in paths]
+    rows = [row for file in files for row in file.read(max_text)]
+    if not rows:
+        raise ProbeError(f"{', '.join(map(str, paths))} holds no rows")
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
+    names: LabelNames = {}
+    if files[0].kind in ("csv", "tsv"):
+        columns = {name: cells if name in text_columns else _typed(cells) for name, cells in columns.items()}
+    if files[0].kind == "parquet":
+        import pyarrow.parquet as pq
+        from datasets import Features
+
+        names = _label_names(Features.from_arrow_schema(pq.read_schema(files[0].path)))
+    return columns, names
+
+
+def _typed(cells: list[str | None]) -> list[Any]:
+    """Return the cells of a csv column as whole numbers, numbers or truth values if all are; an empty one is None."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = pa.array([cell or None for cell in cells], pa.string())
+    for kind in (pa.int64(), pa.float64(), pa.bool_()):
+        with suppress(pa.ArrowInvalid):
+            return pc.utf8_trim_whitespace(column).cast(kind).to_pylist()
+    return column.to_pylist()
+
+
+def _label_names(features: Mapping[str, Any]) -> LabelNames:
+    """Return the names of the class labels, or lists of them, by column."""
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
+    return {column: kind.names for column, kind in kinds.items() if hasattr(kind, "names")}

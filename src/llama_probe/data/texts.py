@@ -20,7 +20,7 @@ from .files import MAX_TEXT, check_length, kind_of
 from .known import Benchmark, HubSplit, find_benchmark
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
-from .tables import read_table, reason
+from .tables import dataset_columns, read_table, reason
 
 
 logger = logging.get_logger(__name__)
@@ -191,7 +191,7 @@ def read_labelled(
         data_dir: local copies of the data sets known by name; see `read_benchmark`.
         prompt_column: column of the prompts, texts or chat messages, if the texts are replies. The texts are then chat
             messages.
-        max_text: characters of the longest text; see also `InputFile.check_whole`.
+        max_text: characters of the longest text; see also `InputFile.read`.
         benign: read no label column: every row has the first of `label_names`.
 
     Raises:
@@ -215,16 +215,11 @@ def read_labelled(
         if prompt_column is not None:
             text_column = replies
     else:
-        from datasets import ClassLabel
-
         needed = [text_column, *([] if prompt_column is None else [prompt_column]), label_column]
         if len(set(needed)) < len(needed):
             raise ProbeError(f"columns {', '.join(needed)}: texts, prompts and labels need columns of their own")
-        table = read_table(source, split, needed[:-1], [] if benign else [label_column], max_text)
-        columns = {name: table[name][:] for name in table.column_names}
-        feature = table.features.get(label_column)
-        feature = getattr(feature, "feature", feature)
-        own_names = feature.names if isinstance(feature, ClassLabel) and problem_type != "regression" else None
+        columns, names = read_table(source, split, needed[:-1], max_text)
+        own_names = None if problem_type == "regression" else names.get(label_column)
     if benign:
         own_names, columns[label_column] = None, [label_names[0]] * len(next(iter(columns.values())))
     for name in (text_column, label_column, prompt_column):
@@ -280,23 +275,21 @@ def read_benchmark(
     Raises:
         ProbeError: there is no such split or local copy, or the Hub does not give the data.
     """
-    import datasets
-
     splits = benchmark_splits(benchmark, data_dir)
     if split not in splits:
         raise ProbeError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(splits)}")
     if data_dir is not None:
-        table = read_table(str(splits[split]), text_columns=["text"])
+        columns, _ = read_table(str(splits[split]), text_columns=["text"])
     else:
+        import datasets
+
         name, configuration = benchmark.splits[split]
         try:
-            table = datasets.load_dataset(benchmark.hub_id, configuration, split=name)
+            columns, _ = dataset_columns(datasets.load_dataset(benchmark.hub_id, configuration, split=name))
         except Exception as error:  # The loaders raise dozens of types.
             raise ProbeError(f"{benchmark.hub_id} cannot be loaded: {reason(error)} (or pass data_dir)") from error
-    if data_dir is not None and {"text", "label"} <= set(table.column_names):
-        columns = {name: table[name][:] for name in table.column_names}
-    else:
-        columns = benchmark.convert(table)
+    if data_dir is None or not {"text", "label"} <= columns.keys():
+        columns = benchmark.convert(columns)
     pairs = zip(columns["text"], columns["label"], strict=True)
     full = [row for row, pair in enumerate(pairs) if not _is_empty(*pair)]
     if missing := len(columns["text"]) - len(full):

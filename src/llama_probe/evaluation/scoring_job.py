@@ -175,7 +175,7 @@ class ScoringJob:
         files = InputFile.find(self.inputs)
         kept: dict[str, pa.DataType] = {}
         for file in files:
-            fields = file.fields(self._needed, self.max_text)
+            fields = file.fields(self.max_text)
             # An empty file of json lines has no columns to check.
             missing = [name for name in self._needed if name not in fields] if fields or file.kind != "json" else []
             if missing:
