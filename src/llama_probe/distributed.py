@@ -23,13 +23,13 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from .errors import ProbeError
-from .files import lock, make_folder
+from .files import check_writable, lock, make_folder
 
 
 T = TypeVar("T")
 
-# A process that dies closes its connections, which the others notice at once. The timeouts are for machines that vanish. In
-# training all ranks do the same at the same time; elsewhere one may work for long while the others wait.
+# For machines that vanish: a process that dies closes its connections, which the others notice at once. In training all ranks
+# do the same at the same time; elsewhere one may work for long while the others wait.
 _TRAINING_TIMEOUT, _TIMEOUT = timedelta(minutes=10), timedelta(days=7)
 
 _RESUME = "what was finished is kept: give the same command with --resume to go on"
@@ -111,11 +111,7 @@ def share(items: Sequence[T]) -> list[T]:
     All ranks get equally many, because a backbone that is sharded over them must run on all: some items are done twice if
     they do not divide evenly. `merge_rows` puts results in their places.
     """
-    world = world_size()
-    if world == 1 or not items:
-        return list(items)
-    rounds = -(-len(items) // world)
-    return [items[(number * world + rank()) % len(items)] for number in range(rounds)]
+    return [items[(first + rank()) % len(items)] for first in range(0, len(items), world_size())]
 
 
 def merge_rows(rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
@@ -156,34 +152,28 @@ def on_main(function: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return function()
-    box: list[Any] = [None, None]
+    box: list[Any] = [None]
     if is_main():
         try:
             box[0] = function()
         except ProbeError as error:
-            box[1] = str(error)
+            box[0] = error
     dist.broadcast_object_list(box, 0, _group)
-    if box[1] is not None:
-        raise ProbeError(box[1])
+    if isinstance(box[0], ProbeError):
+        raise box[0]
     return box[0]
 
 
 def check_shared(folder: Path) -> None:
     """Make a folder, and check that all ranks see the same one."""
     on_main(lambda: make_folder(folder))
+    on_main(lambda: check_writable(folder, "what all processes write"))
     if world_size() == 1:
         return
-
-    def mark() -> str:
-        try:
-            return tempfile.mkdtemp(prefix=".ranks.", dir=folder)
-        except OSError as error:
-            raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
-
-    name = Path(on_main(mark)).name
-    blind = [number for number, sees in enumerate(gather((folder / name).exists())) if not sees]
+    mark = folder / Path(on_main(lambda: tempfile.mkdtemp(prefix=".ranks.", dir=folder))).name
+    blind = [number for number, sees in enumerate(gather(mark.exists())) if not sees]
     if is_main():
-        (folder / name).rmdir()
+        mark.rmdir()
     if blind:
         raise ProbeError(f"{folder} must be on a file system that all machines share; ranks {blind} do not see it")
 

@@ -9,9 +9,11 @@ from itertools import islice, zip_longest
 import numpy as np
 
 from ..errors import ProbeError
-from .prompts import Text
+from .prompts import Text, as_chat
 from .texts import LabelledTexts
 
+
+Chat = list[dict[str, str]]
 
 SHARE = 0.15  # of the rows, copied by each augmentation
 _LEAD_IN_WORDS, _QUOTE_WORDS, _TURN_WORDS = (8, 80), (50, 1000), (2, 60)
@@ -31,7 +33,7 @@ _BREAKS = (" ", "\n", "\n\n")
 
 @dataclass
 class Augmenter:
-    """The texts that augmentations draw from, and the state of the draw.
+    """The texts that augmentations draw from, and the state of the draw. Each public method is an augmentation.
 
     `harmless` texts are for lead-ins, quotes and other turns, `system_prompts` for system turns.
     """
@@ -40,32 +42,32 @@ class Augmenter:
     system_prompts: Sequence[str]
     rng: np.random.Generator
 
-    def system_prompt(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """Put a system turn first, unless there is one."""
-        if messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self._one(self.system_prompts)}, *messages]
-
-    def lead_in(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def lead_in(self, messages: Chat) -> Chat:
         """Put the first words of a harmless text before the last text of the user."""
         words = self._words(*_LEAD_IN_WORDS)
         return _rewrite(messages, lambda text: words + self._one(_BREAKS) + text)
 
-    def quote(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def quote(self, messages: Chat) -> Chat:
         """Put the last text of the user before, into or behind a harmless document."""
         words = self._words(*_QUOTE_WORDS).split(" ")
         cut = int(self.rng.integers(1, len(words) + 1))
         a, b = " ".join(words[:cut]), " ".join(words[cut:])
         return _rewrite(messages, lambda text: self._one(_QUOTES).format(a=a, b=b, text=text).strip())
 
-    def earlier_turns(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def earlier_turns(self, messages: Chat) -> Chat:
         """Put a harmless exchange before the user's first turn."""
         start = int(messages[0]["role"] == "system")
         return [*messages[:start], self._user_turn(), self._reply(), *messages[start:]]
 
-    def later_turns(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def later_turns(self, messages: Chat) -> Chat:
         """Put a reply and a harmless turn of the user last."""
         return [*messages, self._reply(), self._user_turn()]
+
+    def system_prompt(self, messages: Chat) -> Chat:
+        """Put a system turn first, unless there is one."""
+        if messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self._one(self.system_prompts)}, *messages]
 
     def _user_turn(self) -> dict[str, str]:
         return {"role": "user", "content": " ".join(self._one(self.harmless).split(" ")[: _TURN_WORDS[1]])}
@@ -85,13 +87,7 @@ class Augmenter:
         return " ".join(words[:count]).strip()
 
 
-AUGMENTATIONS: dict[str, Callable[[Augmenter, list[dict[str, str]]], list[dict[str, str]]]] = {
-    "lead_in": Augmenter.lead_in,
-    "quote": Augmenter.quote,
-    "earlier_turns": Augmenter.earlier_turns,
-    "later_turns": Augmenter.later_turns,
-    "system_prompt": Augmenter.system_prompt,
-}
+AUGMENTATIONS = ("lead_in", "quote", "earlier_turns", "later_turns", "system_prompt")
 
 
 def check_augmentations(names: Sequence[str], share: float, has_system_prompts: bool) -> None:
@@ -109,8 +105,8 @@ def augment(
 ) -> LabelledTexts:
     """Return the rows, and behind them wrapped copies of some of them with the same labels.
 
-    Each augmentation copies a random share of the rows, which have one label each: as many of each label, while there are
-    rows with it. Lead-ins, documents and other turns are texts of the rows with label 0.
+    Each augmentation copies a random share of the rows: as many of each label, while there are rows with it. Lead-ins,
+    documents and other turns are texts of the rows with label 0.
 
     Raises:
         ProbeError: a name or the share is not allowed, the rows are not single-label, or there is nothing to draw from.
@@ -120,30 +116,31 @@ def augment(
         return rows
     if rows.labels.ndim != 1:
         raise ProbeError(f"augment={list(names)} needs rows with one label each, not {rows.problem_type}")
-    texts = (text for text, label in zip(rows.texts, rows.labels, strict=True) if label == 0)
-    harmless = [text for text in texts if isinstance(text, str) and text.strip()]
+    harmless = [
+        text for text, label in zip(rows.texts, rows.labels, strict=True) if label == 0 and isinstance(text, str)
+    ]
     if not harmless and set(names) != {"system_prompt"}:
         raise ProbeError(f"augment={list(names)} draws from the texts with label 0, and there are none")
     augmenter, parts = Augmenter(harmless, system_prompts, np.random.default_rng(seed)), [rows]
     for name in names:
         copies = rows.select(_draw(rows.labels, max(1, round(share * len(rows))), augmenter.rng))
-        parts.append(replace(copies, texts=[_wrap(augmenter, AUGMENTATIONS[name], text) for text in copies.texts]))
+        parts.append(replace(copies, texts=[_wrap(getattr(augmenter, name), text) for text in copies.texts]))
     return LabelledTexts.join(parts)
 
 
 def _draw(labels: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
-    """Return the places of `count` random rows, of each label in turn."""
+    """Return `count` random rows, of each label in turn."""
     by_label = [rng.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)]
     turns = (row for rows in zip_longest(*by_label) for row in rows if row is not None)
     return sorted(islice(turns, count))
 
 
-def _wrap(augmenter: Augmenter, step: Callable, text: Text) -> Text:
-    messages = step(augmenter, [{"role": "user", "content": text}] if isinstance(text, str) else list(text))
+def _wrap(step: Callable[[Chat], Chat], text: Text) -> Text:
+    messages = step(as_chat(text))
     return messages[0]["content"] if isinstance(text, str) and len(messages) == 1 else messages
 
 
-def _rewrite(messages: list[dict[str, str]], change: Callable[[str], str]) -> list[dict[str, str]]:
+def _rewrite(messages: Chat, change: Callable[[str], str]) -> Chat:
     """Change the content of the user's last turn, if it is a text."""
     last = max((place for place, turn in enumerate(messages) if turn["role"] == "user"), default=None)
     if last is None or not isinstance(messages[last].get("content"), str):

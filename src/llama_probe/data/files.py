@@ -10,7 +10,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice, takewhile
@@ -43,10 +43,7 @@ def kind_of(path: Path) -> str | None:
 
 @dataclass
 class Chunk:
-    """Consecutive rows of a file: `columns` holds their values by column name, None where a row has no value.
-
-    All chunks but a file's last have the same number of rows.
-    """
+    """Consecutive rows of a file: `columns` holds their values by column name, None where a row has no value."""
 
     number: int
     first_row: int
@@ -104,15 +101,16 @@ class InputFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        meter = _Meter(self.path, "a row", max_text, _CHUNK_TEXTS)
+        meter = _Meter(self.path, "a row", max_text * _CHUNK_TEXTS)
         with _reading(self.path):
             if self.kind == "parquet":
                 schema = pq.read_schema(self.path)
                 return dict(zip(self._check_names(schema.names), schema.types, strict=True))
             if self.kind == "json":
                 first = takewhile(lambda _: meter.used < meter.limit / 2, self._rows(meter))
-                rows = list(islice(first, _TYPED_ROWS))
-                return {name: _infer_type([row.get(name) for row in rows]) for row in rows for name in row}
+                return {
+                    name: _infer_type(values) for name, values in by_column(list(islice(first, _TYPED_ROWS))).items()
+                }
             with self._open() as file:
                 return dict.fromkeys(self._check_names(next(self._records(meter.lines(file)), [])), pa.string())
 
@@ -123,7 +121,7 @@ class InputFile:
             ProbeError: the file is damaged, not in UTF-8, has a column twice, or unpacks to more than 512 texts of `max_text`
                 characters.
         """
-        meter = _Meter(self.path, "it", max_text, _FILE_TEXTS)
+        meter = _Meter(self.path, "it", max_text * _FILE_TEXTS)
         meter.add((self.rows() or 0) * _ROW_COST)
         found = []
         for row in self._rows(meter):
@@ -135,14 +133,14 @@ class InputFile:
     def chunks(
         self, columns: Sequence[str], size: int, wanted: Callable[[int], bool], max_text: int = MAX_TEXT
     ) -> Iterator[Chunk]:
-        """Yield the chunks of `size` rows whose numbers are wanted. No more than one is in memory.
+        """Yield the chunks of `size` rows whose numbers are wanted, one at a time. The last may have fewer rows.
 
         A chunk may unpack to 64 texts of `max_text` characters.
 
         Raises:
             ProbeError: the file cannot be read, or a text or a chunk is too large.
         """
-        meter = _Meter(self.path, "a chunk of rows", max_text, _CHUNK_TEXTS)
+        meter = _Meter(self.path, "a chunk of rows", max_text * _CHUNK_TEXTS)
         step = max(step for step in range(1, _STEP + 1) if size % step == 0)
         rows = self._rows(meter, list(columns), step)
         for number in count():
@@ -159,20 +157,19 @@ class InputFile:
     def _rows(self, meter: _Meter, columns: list[str] | None = None, step: int = _STEP) -> Iterator[dict[str, Any]]:
         """Yield the rows. Of a parquet file only `columns` are read, `step` rows at a time."""
         with _reading(self.path):
-            if self.kind == "parquet":
-                yield from self._parquet_rows(meter, columns, step)
+            if self.kind != "parquet":
+                with self._open() as file:
+                    yield from (self._objects if self.kind == "json" else self._cells)(meter.lines(file))
                 return
-            with self._open() as file:
-                yield from (self._objects if self.kind == "json" else self._cells)(meter.lines(file))
+            import pyarrow.parquet as pq
 
-    def _parquet_rows(self, meter: _Meter, columns: list[str] | None, step: int) -> Iterator[dict[str, Any]]:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(self.path, pre_buffer=False) as file:
-            self._check_names(file.schema_arrow.names)
-            for batch in file.iter_batches(step, columns=columns):
-                meter.add(_unpacked(batch))
-                yield from batch.to_pylist()
+            with pq.ParquetFile(self.path, pre_buffer=False) as file:
+                self._check_names(file.schema_arrow.names)
+                for batch in file.iter_batches(step, columns=columns):
+                    # A dictionary repeats its values in the rows.
+                    decoded = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
+                    meter.add(sum(column.nbytes for column in decoded))
+                    yield from batch.to_pylist()
 
     def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         lines = filter(str.strip, lines)
@@ -217,24 +214,22 @@ class InputFile:
         return names
 
 
-def _unpacked(batch: pa.RecordBatch) -> int:
-    """Return the bytes of a batch if each row has its own values."""
-    columns = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
-    return sum(column.nbytes for column in columns)
+def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of rows by column name, None where a row has none."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
 
 
 class _Meter:
     """Counts the characters that are read into memory, and raises if they are too many. `used` may be set back to 0."""
 
-    def __init__(self, path: Path, what: str, max_text: int, texts: int):
-        self.path, self.what, self.limit, self.used = path, what, max_text * texts, 0
+    def __init__(self, path: Path, what: str, limit: int):
+        self.path, self.what, self.limit, self.used = path, what, limit, 0
 
     def add(self, characters: int) -> None:
         self.used += characters
         if self.used > self.limit:
-            raise ProbeError(
-                f"{self.path}: {self.what} has more than {self.limit:,} characters; max_text (--max-text) raises it"
-            )
+            limit = f"{self.limit:,} characters; max_text (--max-text) raises it"
+            raise ProbeError(f"{self.path}: {self.what} has more than {limit}")
 
     def lines(self, file: TextIO) -> Iterator[str]:
         """Yield the lines of a file; none longer than the limit is read."""

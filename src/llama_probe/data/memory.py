@@ -7,8 +7,9 @@ from itertools import compress
 from typing import Any
 
 from ..errors import ProbeError
+from .files import by_column
 from .labels import read_labels
-from .tables import dataset_columns
+from .tables import Columns, LabelNames, dataset_columns
 from .texts import LabelledTexts, label_rows
 
 
@@ -40,11 +41,11 @@ def rows_in_memory(
         ProbeError: a column is missing, or a text or label is not allowed.
     """
     columns, own_names = _read_columns(name, data)
-    for old, new in (column_mapping or {}).items():
-        if old not in columns or (new in columns and new not in column_mapping):
+    renamed = column_mapping or {}
+    for old, new in renamed.items():
+        if old not in columns or (new in columns and new not in renamed):
             raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
-    rename = {column: column for column in columns} | dict(column_mapping or {})
-    columns, own_names = ({rename[name]: found[name] for name in found} for found in (columns, own_names))
+    columns, own_names = ({renamed.get(name, name): found[name] for name in found} for found in (columns, own_names))
     label = next((column for column in ("label", "labels") if column in columns), None)
     if label is None:
         raise ProbeError(f"{name} has no column 'label'; it has: {', '.join(columns)} (column_mapping renames)")
@@ -66,13 +67,12 @@ def is_tokenized(rows: LabelledTexts) -> bool:
 
 
 def _tokenized(name, columns, label, own_names, label_names, problem_type) -> LabelledTexts:
-    attention = columns.get("attention_mask")
-
     def read(column: str) -> list[list]:
         rows = list(map(_as_list, columns[column]))
-        if attention is None:
+        if "attention_mask" not in columns:
             return rows
-        return [list(compress(row, mask)) for row, mask in zip(rows, map(_as_list, attention), strict=True)]
+        masks = map(_as_list, columns["attention_mask"])
+        return [list(compress(row, mask)) for row, mask in zip(rows, masks, strict=True)]
 
     ids = read("input_ids")
     if not ids or not all(ids):
@@ -82,7 +82,7 @@ def _tokenized(name, columns, label, own_names, label_names, problem_type) -> La
     return rows.renamed(label_names) if own_names and label_names else rows
 
 
-def _read_columns(name: str, data: Any) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
     """Return the columns of a table, and the label names that it gives, by column."""
     if hasattr(data, "column_names"):  # of the library datasets
         if not hasattr(data, "features") or isinstance(data, Mapping) or not hasattr(data, "__len__"):
@@ -101,8 +101,7 @@ def _read_columns(name: str, data: Any) -> tuple[dict[str, list[Any]], dict[str,
         rows = [{"text": text, "label": label} for text, label in rows]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
-    names = dict.fromkeys(key for row in rows for key in row)
-    return {column: [row.get(column) for row in rows] for column in names}, {}
+    return by_column(rows), {}
 
 
 def _as_list(values: Any) -> Any:

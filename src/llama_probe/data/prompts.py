@@ -27,11 +27,10 @@ _MARGIN = 64  # tokens
 
 
 class EncodedTexts(NamedTuple):
-    """Token ids that a head reads.
+    """Token ids of texts.
 
     Attributes:
-        ids: token ids of each text.
-        masks: the counted tokens of each text, if `token_mask` cannot tell them from the ids.
+        masks: the counted tokens, if `token_mask` cannot tell them from the ids.
         reply_lengths: tokens of the reply that ends each text, for heads that read replies.
     """
 
@@ -73,8 +72,7 @@ class PromptFormat:
         """Create a format and find its constant prefix and suffix, and what opens the turns of its chats.
 
         Raises:
-            ProbeError: the kind is unknown, the tokenizer has no chat template, or `max_length` leaves no room for a
-                text.
+            ProbeError: the kind is unknown, there is no chat template, or `max_length` leaves no room for a text.
         """
         if kind not in PROMPT_FORMATS:
             raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
@@ -93,15 +91,15 @@ class PromptFormat:
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
         """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
-        if config.prompt_format not in PROMPT_FORMATS:
+        kind = config.prompt_format
+        if kind not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
             logger.warning_once(
                 f"The head was trained on rows that its user tokenised: its prompt_format is unknown, and {kind!r} is used."
             )
-            return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
-        if config.prompt_format == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
+        elif kind == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
-        return cls.create(tokenizer, config.prompt_format, config.system_prompt, config.max_length)
+        return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of a `ProbeConfig` that record the format."""
@@ -202,7 +200,7 @@ class PromptFormat:
             bos = self.tokenizer.bos_token_id
             # A text that spells out its BOS token would get a second one from the tokenizer.
             return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        messages = as_chat(text)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return self._encode_chat(messages)
@@ -251,21 +249,25 @@ def _check_text(text: Text) -> None:
         raise ProbeError(f"a prompt must be a text or a list of chat messages, not {str(text)[:40]!r}")
 
 
+def as_chat(text: Text) -> list[dict[str, str]]:
+    """Return a text or chat messages as chat messages."""
+    return [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+
+
 def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
-    """Return a prompt, a text or chat messages, and the reply to it as chat messages."""
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*before, {"role": "assistant", "content": reply}]
+    """Return a prompt and the reply to it as chat messages."""
+    return [*as_chat(prompt), {"role": "assistant", "content": reply}]
 
 
 def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
     """Return the messages before the assistant's last turn, and its content."""
     _check_text(text)
-    messages = [] if isinstance(text, str) else list(text)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
+    *before, last = as_chat(text)
+    if not before or last["role"] != "assistant" or not str(last["content"]).strip():
         raise ProbeError(
             f"a head that reads replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
         )
-    return messages[:-1], messages[-1]["content"]
+    return before, last["content"]
 
 
 def is_text(value: Any) -> bool:
@@ -276,9 +278,10 @@ def is_text(value: Any) -> bool:
 
 
 def _is_turn(turn: Any) -> bool:
-    content = turn.get("content") if _has_role(turn) else None
-    has_call = _has_role(turn) and bool(turn.get("tool_calls"))
-    return is_text(content) if isinstance(content, str) else content is not None or has_call
+    if not _has_role(turn):
+        return False
+    content = turn.get("content")
+    return is_text(content) if isinstance(content, str) else content is not None or bool(turn.get("tool_calls"))
 
 
 def _has_role(turn: Any) -> bool:
@@ -299,12 +302,11 @@ def pad_prompts(
 ) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-
-    def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
-
     ids = [torch.tensor(row, dtype=torch.long) for row in prompts]
-    return {"input_ids": padded(ids, pad), "attention_mask": padded(list(map(torch.ones_like, ids)), 0)}
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=padding_side),
+        "attention_mask": pad_sequence(list(map(torch.ones_like, ids)), batch_first=True, padding_side=padding_side),
+    }
 
 
 def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:

@@ -130,13 +130,12 @@ class DataSources:
         if not self.slice_columns and (tested := self._benchmark(self.test)):
             self.slice_columns = list(tested.slices)
         sources = [source for source in (*self.train, self.eval, self.test, *self.extra) if source is not None]
-        named = list(map(self._benchmark, sources))
-        for source, benchmark in zip(sources, named, strict=True):
-            if benchmark is None:
-                TablePlace.parse(source)  # raises for a file that does not exist
-        prompts = {benchmark.exchange[0] for benchmark in named if benchmark and benchmark.exchange}
+        files = [source for source in sources if find_benchmark(source) is None]
+        for source in files:
+            TablePlace.parse(source)  # raises for a file that does not exist
+        prompts = {known.exchange[0] for known in map(self._benchmark, sources) if known and known.exchange}
         own = (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, *prompts)
-        if own and all(named):
+        if own and not files:
             raise ProbeError(f"text_column, label_column, prompt_column are for files, not for {', '.join(sources)}")
 
     def _check(self) -> None:

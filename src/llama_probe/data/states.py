@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 _STATES, _META = "states.bin", "meta.json"
 _SCRATCH = ".states-"
-_ABANDONED = 24 * 3600  # seconds without a write after which the scratch folder of a killed run is removed
+_ABANDONED = 24 * 3600  # seconds without a write after which a later run removes the scratch folder of a killed one
 _FORMAT = 2
 
 
@@ -70,24 +71,17 @@ class PromptDataset(Dataset):
 
 
 class StateDataset(Dataset):
-    """Hidden states and labels, mapped from disk.
+    """Hidden states of an entry of a `StateCache`, mapped from disk, and labels as in `LabelledTexts`.
 
     Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`. S is the number
     of states L+1, or of the layers that the head reads.
-
-    Args:
-        folder: an entry of a `StateCache`.
-        labels (`[rows, ...]`): labels as in `LabelledTexts`.
-
-    Raises:
-        ValueError, LookupError, OSError or RuntimeError: the entry is missing or damaged.
     """
 
     def __init__(self, folder: Path, labels: np.ndarray):
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         self.labels = labels
         self.tokens: list[list[int]] = meta["tokens"]
-        self.offsets = _offsets(map(len, self.tokens))
+        self.offsets = list(accumulate(map(len, self.tokens), initial=0))
         self.num_states, self.hidden_size = meta["shape"]
         size = self.offsets[-1] * self.num_states * self.hidden_size
         self.states = torch.from_file(
@@ -108,9 +102,8 @@ class StateCache:
 
     An entry holds the tokens and layers that a head reads. It is found by the prompts, the scope, the dtype, the
     backbone's weights and config, and by what is read. An entry with all states of all counted tokens serves every
-    head. A missing or damaged entry is computed in a scratch folder and then renamed, so that several runs can share a
-    cache. The scratch folder of a killed run is removed by a later run, a day after the last write. In a process group
-    each rank computes a share of the rows; all ranks must see the same folder.
+    head. Several runs can share a cache. In a process group each rank computes a share of the rows; all ranks must see the
+    same folder.
 
     Args:
         folder: folder of the cache, which is created.
@@ -129,15 +122,13 @@ class StateCache:
         batch_tokens: int = 4096,
         masks: Sequence[Sequence[bool]] | None = None,
     ) -> StateDataset:
-        """Return the hidden states of prompts, from disk or computed now.
+        """Return the hidden states of the prompts of a `PromptDataset`, from disk or computed now.
 
         Args:
             lm: the frozen LM.
             config: config of a head, which tells what is read.
-            prompts: token ids of each row.
-            labels (`[rows, ...]`): labels as in `LabelledTexts`.
+            prompts, labels, masks: see `PromptDataset`.
             batch_tokens: tokens of a forward pass, padding included.
-            masks: the counted tokens of each row, in place of the scope.
 
         Raises:
             ProbeError: the disk is too small, a state does not fit the dtype, or a row has no counted token.
@@ -168,7 +159,8 @@ class StateCache:
             check_rows(mask)
             read.append(tokens_read(config, mask)[0])
             tokens.append(ids[0, read[-1]].tolist())
-        offsets, shape = _offsets(map(len, tokens)), (len(config.layer_indices), find_decoder(lm).hidden_size)
+        offsets = list(accumulate(map(len, tokens), initial=0))
+        shape = (len(config.layer_indices), find_decoder(lm).hidden_size)
         token_bytes = math.prod(shape) * self.dtype.itemsize
         size = offsets[-1] * token_bytes
         logger.warning(
@@ -181,16 +173,16 @@ class StateCache:
         scratch = on_main(lambda: self._make_scratch(size, too_small))
         try:
             rows_of = PromptDataset(prompts, np.zeros(len(prompts)), read)
-            passes = iterate_states(rows_of, config, lm, batch_tokens, True, config.layer_indices, divided=True)
+            batches = iterate_states(rows_of, config, lm, batch_tokens, True, config.layer_indices, divided=True)
             # Not mapped: ranks on other machines may share the file over a network.
             with (scratch / _STATES).open("r+b") as file:
-                for rows, batch, counted in passes:
-                    batch = batch.to("cpu", self.dtype)  # [S, B, T, D]
-                    if not bool(batch.isfinite().all()):
+                for rows, states, counted in batches:
+                    states = states.to("cpu", self.dtype)  # [S, B, T, D]
+                    if not bool(states.isfinite().all()):
                         raise ProbeError(f"a hidden state is too large for {self.dtype}; cache as bfloat16 or float32")
                     for i, row in enumerate(rows):
                         file.seek(offsets[row] * token_bytes)
-                        file.write(batch[:, i, counted[i]].flatten().view(torch.uint8).numpy())
+                        file.write(states[:, i, counted[i]].flatten().view(torch.uint8).numpy())
             barrier()
             if is_main():
                 meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
@@ -222,10 +214,6 @@ class StateCache:
         return scratch
 
 
-def _offsets(lengths) -> list[int]:
-    return np.concatenate([[0], np.cumsum(list(lengths), dtype=np.int64)]).tolist()
-
-
 def _is_whole(entry: Path) -> bool:
     """Return True if an entry of the cache can be read."""
     try:
@@ -249,10 +237,8 @@ class ProbeCollator:
         if labels.is_floating_point():
             # The Trainer ignores labels of -100, which may be a value here.
             labels = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
-        batch = {
-            "attention_mask": _pad([torch.ones(length, dtype=torch.long) for length in lengths]),
-            "labels": labels,
-        }
+        ones = [torch.ones(length, dtype=torch.long) for length in lengths]
+        batch = {"attention_mask": pad_sequence(ones, batch_first=True), "labels": labels}
         if "hidden_states" in rows[0]:
             first = rows[0]["hidden_states"]
             states = first.new_zeros(len(first), len(rows), max(lengths), first.shape[-1])
@@ -260,17 +246,13 @@ class ProbeCollator:
                 states[:, i, : lengths[i]] = row["hidden_states"]
             batch["hidden_states"] = states.transpose(0, 1)
         else:
-            batch["input_ids"] = _pad([torch.as_tensor(row["input_ids"]) for row in rows])
+            batch["input_ids"] = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True)
         if "probe_mask" in rows[0]:
-            batch["probe_mask"] = _pad([torch.as_tensor(row["probe_mask"]) for row in rows])
+            batch["probe_mask"] = pad_sequence([torch.as_tensor(row["probe_mask"]) for row in rows], batch_first=True)
         weights = [row.get("row_weights") for row in rows]
         if (some := next(filter(None, weights), None)) is not None:
             batch["row_weights"] = torch.tensor([each or [1.0] * len(some) for each in weights])
         return batch
-
-
-def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
-    return pad_sequence(rows, batch_first=True)
 
 
 def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -303,8 +285,6 @@ def iterate_states(
         row counts may be missing.
     """
     collate = ProbeCollator()
-    if lm is None and len(dataset) and "hidden_states" not in dataset[0]:
-        raise ProbeError("these rows have no hidden states: pass a backbone, ProbeModel(config, backbone=...)")
     prompts, unread = [], []
     for first in range(0, len(dataset), 512):
         part = [dataset[row] for row in range(first, min(first + 512, len(dataset)))]
@@ -330,18 +310,14 @@ def iterate_states(
 
 
 class SharedStates:
-    """The hidden states of a batch, normalised once for all heads with the same `normalize`.
-
-    Args:
-        states (`[S, B, T, D]`): states of all layers, or of those that every head reads.
-    """
+    """The hidden states `[S, B, T, D]` of all layers, or of those that every head reads, normalised once for all heads."""
 
     def __init__(self, states: torch.Tensor):
         self.states = states
         self._normalized: dict[str, torch.Tensor] = {}
 
     def __call__(self, probe: ProbeModel) -> torch.Tensor:
-        """Return the argument of `probe.score`: normalised states `[S, B, T, D]` of the layers that the head reads."""
+        """Return the argument of `probe.score`: normalised states of the layers that the head reads."""
         kind = probe.config.normalize
         if kind not in self._normalized:
             self._normalized[kind] = probe.normalize(self.states)

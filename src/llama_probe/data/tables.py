@@ -15,7 +15,7 @@ from ..errors import ProbeError
 from ..hub.card import read_card
 from ..hub.folder import CARD_NAME
 from ..hub.publish import check_links
-from .files import MAX_TEXT, InputFile, kind_of
+from .files import MAX_TEXT, InputFile, by_column, kind_of
 from .known import BENCHMARKS
 
 
@@ -77,7 +77,7 @@ def read_table(
         ProbeError: the source cannot be read or is too large, a column is there twice, or a folder names files outside it.
     """
     place = TablePlace.parse(source)
-    split, features = place.split or split, None
+    split = place.split or split
     try:
         if os.path.isfile(place.id):
             return _read_files([place.id], text_columns, max_text)
@@ -86,8 +86,7 @@ def read_table(
         if os.path.isdir(place.id):
             folder = Path(place.id).resolve()  # The loader names rows by the folder, and `.` has no name.
             _check_card(folder)
-            builder = datasets.load_dataset_builder(str(folder), place.configuration)
-            splits, features = builder.config.data_files or {}, builder.info.features
+            splits = datasets.load_dataset_builder(str(folder), place.configuration).config.data_files or {}
             check_links(folder, chain.from_iterable(splits.values()))
         else:
             splits = datasets.load_dataset(place.id, place.configuration, revision=place.revision)
@@ -95,8 +94,7 @@ def read_table(
             raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(splits)}")
         if isinstance(splits, datasets.DatasetDict):
             return dataset_columns(splits[split])
-        columns, names = _read_files(splits[split], text_columns, max_text)
-        return columns, names | _label_names(features or {})
+        return _read_files(splits[split], text_columns, max_text)
     except ProbeError:
         raise
     except Exception as error:  # The loaders raise dozens of types for bad input.
@@ -146,8 +144,7 @@ def _read_files(paths: Sequence[str], text_columns: Sequence[str], max_text: int
     rows = [row for file in files for row in file.read(max_text)]
     if not rows:
         raise ProbeError(f"{', '.join(map(str, paths))} holds no rows")
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
-    names: LabelNames = {}
+    columns, names = by_column(rows), {}
     if files[0].kind in ("csv", "tsv"):
         columns = {name: cells if name in text_columns else _typed(cells) for name, cells in columns.items()}
     if files[0].kind == "parquet":

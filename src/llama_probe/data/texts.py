@@ -20,7 +20,7 @@ from .files import MAX_TEXT, check_length, kind_of
 from .known import Benchmark, HubSplit, find_benchmark
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
-from .tables import dataset_columns, read_table, reason
+from .tables import Columns, dataset_columns, read_table, reason
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ class LabelledTexts:
     labels: np.ndarray
     label_names: list[str]
     problem_type: str
-    columns: dict[str, list[Any]]
+    columns: Columns
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -156,9 +156,8 @@ def warn_of_labels(counts: Mapping[str, int]) -> None:
         return
     for name in rare:
         folded = {other.strip().casefold(): other for other in counts if other != name}
-        alike = get_close_matches(name.strip().casefold(), folded, 1, 0.75)
-        best = folded[alike[0]] if alike else None
-        doubt = f"; is it {best!r}, which {counts[best]} have?" if alike else ""
+        alike = [folded[other] for other in get_close_matches(name.strip().casefold(), folded, 1, 0.75)]
+        doubt = f"; is it {alike[0]!r}, which {counts[alike[0]]} have?" if alike else ""
         logger.warning(f"Only {counts[name]} of {sum(counts.values())} training rows have the label {name!r}{doubt}")
 
 
@@ -182,15 +181,14 @@ def read_labelled(
     """Read labelled rows; see `read_labels` for the meaning of labels.
 
     Args:
-        source: a data set of `BENCHMARKS` as `NAME` or `NAME:SPLIT`, else a file, a folder or a Hub id (see
-            `read_table`). A file or folder with the name of a benchmark is written `./imdb`.
+        source: a data set of `BENCHMARKS` as `NAME` or `NAME:SPLIT`, else a source of `read_table`. A file or folder with
+            the name of a benchmark is written `./imdb`.
         text_column, label_column: columns of rows that are not known by name.
         label_names: names by index. Names of the data set itself are matched with them; see `LabelledTexts.renamed`.
         problem_type: as in `ProbeConfig`. Defaults to the one that the labels imply.
         split: the split to read, if `source` names none.
         data_dir: local copies of the data sets known by name; see `read_benchmark`.
-        prompt_column: column of the prompts, texts or chat messages, if the texts are replies. The texts are then chat
-            messages.
+        prompt_column: column of the prompts, texts or chat messages, if the texts are replies to them.
         max_text: characters of the longest text; see also `InputFile.read`.
         benign: read no label column: every row has the first of `label_names`.
 
@@ -199,7 +197,13 @@ def read_labelled(
             and names do not fit.
     """
     known = find_benchmark(source)
-    if known is not None:
+    if known is None:
+        needed = [name for name in (text_column, prompt_column, label_column) if name is not None]
+        if len(set(needed)) < len(needed):
+            raise ProbeError(f"columns {', '.join(needed)}: texts, prompts and labels need columns of their own")
+        columns, names = read_table(source, split, needed[:-1], max_text)
+        own_names = None if problem_type == "regression" else names.get(label_column)
+    else:
         benchmark, own_split = known
         if os.path.exists(source):
             logger.warning(f"{source} is the data set known by that name; write ./{source} for the path")
@@ -214,19 +218,13 @@ def read_labelled(
         own_names, problem_type = benchmark.label_names, problem_type or benchmark.problem_type
         if prompt_column is not None:
             text_column = replies
-    else:
-        needed = [text_column, *([] if prompt_column is None else [prompt_column]), label_column]
-        if len(set(needed)) < len(needed):
-            raise ProbeError(f"columns {', '.join(needed)}: texts, prompts and labels need columns of their own")
-        columns, names = read_table(source, split, needed[:-1], max_text)
-        own_names = None if problem_type == "regression" else names.get(label_column)
     if benign:
         own_names, columns[label_column] = None, [label_names[0]] * len(next(iter(columns.values())))
     for name in (text_column, label_column, prompt_column):
         if name is not None and name not in columns:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
-    if known is not None and text_column != "text":
-        columns.pop("text", None)  # of a benchmark whose replies are read in place of its texts
+    if known is not None and prompt_column is not None:
+        columns.pop("text", None)  # the replies are read in its place
     return label_rows(
         source, columns, text_column, label_column, label_names, own_names, problem_type, prompt_column, max_text
     )
@@ -234,7 +232,7 @@ def read_labelled(
 
 def label_rows(
     source: str,
-    columns: dict[str, list[Any]],
+    columns: Columns,
     text_column: str,
     label_column: str,
     label_names: Sequence[str] | None = None,
@@ -249,24 +247,26 @@ def label_rows(
         own_names: names that the data itself gives its labels; they are matched with `label_names`.
     """
     columns = dict(columns)
-    texts, values = list(columns.pop(text_column)), columns.pop(label_column)
+    texts, values = columns.pop(text_column), columns.pop(label_column)
     if not texts:
         raise ProbeError(f"{source} holds no rows")
-    for row, (text, value) in enumerate(zip(texts, values, strict=True)):
+    prompts = [None] * len(texts) if prompt_column is None else columns.pop(prompt_column)
+    found: list[Text] = []
+    for row, (text, value, prompt) in enumerate(zip(texts, values, prompts, strict=True)):
         if _is_empty(text, value):
             raise ProbeError(f"{source}: row {row} has no text or no label")
-        texts[row] = _read_text(source, row, text)
-        check_length(f"{source}: row {row}", texts[row], max_text)
-    if prompt_column is not None:
-        pairs = zip(columns.pop(prompt_column), texts, strict=True)
-        texts = [_read_exchange(source, row, prompt, reply) for row, (prompt, reply) in enumerate(pairs)]
-    rows = LabelledTexts(texts, *read_labels(source, values, own_names or label_names, problem_type), columns)
+        text = _read_text(source, row, text)
+        check_length(f"{source}: row {row}", text, max_text)
+        if prompt_column is not None:
+            if prompt in (None, "", []) or not isinstance(text, str):
+                raise ProbeError(f"{source}: row {row} has no prompt, or its reply is not a text")
+            text = exchange(_read_text(source, row, prompt), text)
+        found.append(text)
+    rows = LabelledTexts(found, *read_labels(source, values, own_names or label_names, problem_type), columns)
     return rows.renamed(label_names) if own_names and label_names else rows
 
 
-def read_benchmark(
-    benchmark: Benchmark, split: str, data_dir: str | os.PathLike | None = None
-) -> dict[str, list[Any]]:
+def read_benchmark(benchmark: Benchmark, split: str, data_dir: str | os.PathLike | None) -> Columns:
     """Return the columns `text`, `label` and further ones of a data set known by name, without rows that lack either.
 
     With `data_dir`, `data_dir/NAME/SPLIT.jsonl.gz` (or another format of `read_table`) is read instead of the Hub. Its rows have
@@ -298,7 +298,7 @@ def read_benchmark(
     return columns
 
 
-def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None = None) -> dict[str, Path | HubSplit]:
+def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None) -> dict[str, Path | HubSplit]:
     """Return the splits on the Hub, or with `data_dir` the files in `data_dir/NAME`, by name."""
     if data_dir is None:
         return dict(benchmark.splits)
@@ -318,9 +318,3 @@ def _read_text(source: str, row: int, text: Any) -> Text:
     if is_text(text):
         return text
     raise ProbeError(f"{source}: {str(text)[:60]!r} in row {row} must be a text, or a list of chat messages")
-
-
-def _read_exchange(source: str, row: int, prompt: Any, reply: Text) -> list[dict[str, str]]:
-    if prompt in (None, "", []) or not isinstance(reply, str):
-        raise ProbeError(f"{source}: row {row} has no prompt, or its reply is not a text")
-    return exchange(_read_text(source, row, prompt), reply)
