@@ -29,7 +29,6 @@ def train(tmp_path):
         ({"validation_share": 7}, "validation_share=7"),
         ({"test_share": 1.0}, "test_share=1.0"),
         ({"validation_share": 0.2, "folds": 3}, "folds=3 and validation_share=0.2"),
-        ({"validation_share": 0.2, "eval": "b.jsonl"}, "eval=b.jsonl and validation_share=0.2"),
         ({"folds": 3, "eval": "b.jsonl"}, "eval=b.jsonl and folds=3"),
         ({"test_share": 0.2, "test": "b.jsonl"}, "test=b.jsonl and test_share=0.2"),
         ({"folds": 1}, "folds=1"),
@@ -42,7 +41,6 @@ def train(tmp_path):
         ({"max_extra_rows": -1}, "max_extra_rows=-1"),
         ({"extra": ["b.jsonl"], "extra_weights": [-0.1, 1.0]}, "extra_weights="),
         ({"extra": ["b.jsonl"], "extra_weights": [0.0]}, "extra_weights="),
-        ({"extra": ["b.jsonl"], "extra_weights": [float("inf")]}, "extra_weights="),
         ({"extra_weights": [0.5]}, "extra_weights="),
     ],
 )
@@ -73,9 +71,8 @@ class TestHoldingBack:
 
     def test_one_label_teaches_nothing(self, tmp_path):
         one, other = write(tmp_path / "a.jsonl", 30, labels=1), write(tmp_path / "b.jsonl", 30)
-        for changes in ({}, {"label_names": ["no", "yes"]}, {"folds": 3, "label_names": ["no", "yes"]}):
-            with pytest.raises(ProbeError, match=r"'(LABEL_0|no)'"):
-                DataSources(one, **changes).read(0)
+        with pytest.raises(ProbeError, match="'no'"):
+            DataSources(one, label_names=["no", "yes"]).read(0)
         assert "extra" in DataSources(one, extra=[other], folds=3, label_names=["no", "yes"]).read(0)
         several = write(tmp_path / "c.jsonl", [{"text": f"{i}", "label": [0]} for i in range(30)])
         assert DataSources(several).read(0)["train"].label_names == ["LABEL_0"]
@@ -93,7 +90,7 @@ class TestHoldingBack:
         texts = [{parts["train"].texts[row][0]["content"] for row in fold} for fold in folds]
         assert sum(map(len, texts)) == len(set.union(*texts))
 
-    @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (11, 3, 5), (6, 3, 5)])
+    @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (6, 3, 5)])
     def test_each_row_is_held_out_once(self, tmp_path, count, labels, folds):
         rows = DataSources(write(tmp_path / "a.jsonl", count, labels), folds=folds).read(0)["train"]
         held = rows.folds(folds, 0)
@@ -112,12 +109,10 @@ class TestMixtures:
         data = DataSources([one, other], label_names=["no", "yes"], validation_share=0.2)
         parts = data.read(0)
         assert [len(parts[name]) for name in ("train", "validation")] == [24, 6]
-        assert all(
-            label == (text[0] == "b") for text, label in zip(parts["train"].texts, parts["train"].labels, strict=True)
-        )
+        assert [text[0] == "b" for text in parts["train"].texts] == parts["train"].labels.tolist()
         assert set(parts["train"].columns) == {"of"} and set(parts["validation"].columns["of"]) == {"a", "b"}
 
-    @pytest.mark.parametrize("limits, found", [(None, [20, 30]), (15, None), ([5, 7], [5, 7]), ([5, 0], [5, 30])])
+    @pytest.mark.parametrize("limits, found", [(None, [20, 30]), (15, None), ([5, 0], [5, 30])])
     def test_limits(self, tmp_path, limits, found):
         sources = [
             write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(count)])
@@ -131,28 +126,21 @@ class TestMixtures:
 class TestAugmentation:
     def test_only_training_rows_are_wrapped(self, tmp_path, train):
         system = write(tmp_path / "system.jsonl", [{"text": "You sell shoes."}])
-        split = {"test_share": 0.25, "validation_share": 0.2, "folds": 0}
+        split = {"test_share": 0.25, "validation_share": 0.2}
         plain = DataSources(train, **split).read(0)
         data = DataSources(train, **split, augment=["system_prompt"], augment_share=1.0, system_prompts=system)
-        parts, rows = data.read(0), len(plain["train"])
+        parts, texts = data.read(0), plain["train"].texts
         assert parts["validation"].texts == plain["validation"].texts and parts["test"].texts == plain["test"].texts
-        assert parts["train"].texts[:rows] == plain["train"].texts
-        assert [[turn["content"] for turn in text] for text in parts["train"].texts[rows:]] == [
-            ["You sell shoes.", text] for text in plain["train"].texts
-        ]
+        wrapped = [[turn["content"] for turn in text] for text in parts["train"].texts[len(texts) :]]
+        assert parts["train"].texts[: len(texts)] == texts and wrapped == [["You sell shoes.", text] for text in texts]
         assert parts["train"].labels.tolist() == plain["train"].labels.tolist() * 2
 
-    def test_folds_would_share_the_copies(self, train):
-        with pytest.raises(ProbeError, match="augment="):
+    def test_refused(self, tmp_path, train):
+        other = write(tmp_path / "b.jsonl", [{"t": "x"}])
+        with pytest.raises(ProbeError, match="augment="):  # folds would share the copies
             DataSources(train, folds=3, augment=["lead_in"]).read(0)
-
-    def test_a_file_without_the_column(self, tmp_path, train):
-        own = {"folds": 0, "validation_share": 0.2}
-        data = DataSources(
-            train, **own, augment=["system_prompt"], system_prompts=write(tmp_path / "b.jsonl", [{"t": "x"}])
-        )
         with pytest.raises(ProbeError, match="system_prompts"):
-            data.read(0)
+            DataSources(train, augment=["system_prompt"], system_prompts=other).read(0)
 
 
 class TestExtraRows:
@@ -185,19 +173,15 @@ class TestExtraRows:
 
 
 class TestWarnings:
-    @pytest.mark.parametrize("name", ["eval", "test"])
-    def test_rows_that_are_learned_from_and_judged_by(self, tmp_path, train, name, caplog):
-        part = "validation" if name == "eval" else name
+    @pytest.mark.parametrize("name, told", [("eval", "40 of 50 validation rows"), ("test", "34 of 50 test rows")])
+    def test_rows_that_are_learned_from_and_judged_by(self, tmp_path, train, name, told, caplog):
         DataSources(train, **{name: write(tmp_path / "b.jsonl", 50)}).read(0)
-        (told,) = [line for line in caplog.messages if "among the training rows" in line]
-        assert told.startswith(f"{40 if name == 'eval' else 34} of 50 {part} rows")
+        assert caplog.text.count("among the training rows") == 1 and told in caplog.text
 
-    @pytest.mark.parametrize("labels", [[0, 1], [[0], [1]]])
-    def test_labels_without_a_training_row(self, tmp_path, labels, caplog):
-        rows = write(tmp_path / "a.jsonl", [{"text": f"no {i}", "label": labels[i % 2]} for i in range(20)])
-        DataSources(rows, label_names=["bad", "good"]).read(0)
+    def test_labels_without_a_training_row(self, train, caplog):
+        DataSources(train, label_names=["bad", "good"]).read(0)
         assert not caplog.messages
-        DataSources(rows, label_names=["bad", "good", "so so"]).read(0)
+        DataSources(train, label_names=["bad", "good", "so so"]).read(0)
         assert "has the label so so:" in caplog.text
 
 
@@ -218,17 +202,17 @@ class TestNamedDataSets:
     def test_its_own_splits(self, copies):
         data = DataSources("emotion", data_dir=copies)
         assert (data.eval, data.test, data.slice_columns) == ("emotion:validation", "emotion:test", [])
-        parts = data.read(seed=0)
-        first = {name: rows.texts[0] for name, rows in parts.items()}
+        first = {name: rows.texts[0] for name, rows in data.read(seed=0).items()}
         assert first == {"train": "train 0", "validation": "validation 0", "test": "test 0"}
-        assert parts["train"].label_names == ["sadness", "joy", "love", "anger", "fear", "surprise"]
 
     def test_without_a_validation_split(self, copies):
         data = DataSources("toxicchat", data_dir=copies, validation_share=0.25)
         assert (data.eval, data.test, data.slice_columns) == (None, "toxicchat:test", ["human_annotation"])
-        parts = data.read(seed=0)
-        assert [len(parts[name]) for name in ("train", "validation", "test")] == [15, 5, 20]
-        assert all(text.startswith("train") for text in parts["validation"].texts)
+        assert {name: len(rows) for name, rows in data.read(seed=0).items()} == {
+            "train": 15,
+            "validation": 5,
+            "test": 20,
+        }
 
     def test_given_values_stay(self, copies, train):
         data = DataSources("emotion", eval=train, test="toxicchat", slice_columns=["jailbreaking"], data_dir=copies)
@@ -259,7 +243,7 @@ class TestNamedDataSets:
         write(copies / "beavertails" / "test.jsonl", [{"prompt": "Q", "response": "A", "text": "Q A", "label": 1}])
         assert [turn["content"] for turn in data.read(seed=0)["test"].texts[0]] == ["Q", "A"]
         write(copies / "beavertails" / "test.jsonl", [{"text": "Q A", "label": 1}])
-        with pytest.raises(ProbeError, match="beavertails:test has no column 'response'; it has: text, label"):
+        with pytest.raises(ProbeError, match="no column 'response'"):
             data.read(seed=0)
 
     def test_a_copy_without_the_column_to_slice_by(self, copies):

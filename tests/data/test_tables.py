@@ -33,11 +33,9 @@ def parquet(**columns) -> bytes:
     "source, place",
     [
         ("nyu-mll/glue", TablePlace("nyu-mll/glue")),
-        ("nyu-mll/glue:sst2", TablePlace("nyu-mll/glue", None, "sst2")),
         ("nyu-mll/glue:sst2:validation", TablePlace("nyu-mll/glue", None, "sst2", "validation")),
         ("ann/mood::dev", TablePlace("ann/mood", None, None, "dev")),
         ("ann/mood@refs/pr/1:en", TablePlace("ann/mood", "refs/pr/1", "en")),
-        ("rows.txt", TablePlace("rows.txt")),
         ("a:b:c:d", TablePlace("a:b:c:d")),
     ],
 )
@@ -63,20 +61,14 @@ def test_a_folder_with_configurations(tmp_path):
     assert read_table(f"{tmp_path}:en", text_columns=["text"])[0]["text"] == ["007"]
     assert read_table(f"{tmp_path}:fr", "test")[0]["text"] == ["bien"]
     assert read_table(f"{tmp_path}:fr:train", "test")[0]["text"] == ["bon"]
-    for word, named in (
-        ("", "'en', 'fr'"),
-        (":de", "'en', 'fr'"),
-        (":fr:dev", "'dev'; it has: train, test"),
-        ("@v1", "@v1"),
-        ("/en.csv:train", ":train"),
-    ):
+    for word, named in ((":de", "'en', 'fr'"), (":fr:dev", "'dev'; it has: train, test"), ("@v1", "@v1")):
         with pytest.raises(ProbeError, match=named):
             read_table(f"{tmp_path}{word}")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.csv", "/secret.csv", "http://127.0.0.1:9/a.csv", "hf://datasets/a/b/c.csv", "zip://a.csv::b.zip"],
+    ["../secret.csv", "/secret.csv", "http://127.0.0.1:9/a.csv", "zip://a.csv::b.zip"],
 )
 @pytest.mark.parametrize("key", ["data_files", "data_dir", "split", "link", "yaml"])
 def test_a_folder_that_names_rows_outside(tmp_path, name, key):
@@ -105,10 +97,8 @@ def test_folders_of_other_files(tmp_path):
 
 
 def test_a_table_that_does_not_fit_into_memory(tmp_path):
-    pq.write_table(
-        pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0] * 5_000_000, pa.int32()), ["x"])}),
-        tmp_path / "a.parquet",
-    )
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 5_000_000, pa.int32()), ["x"])
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     with pytest.raises(ProbeError, match="max_text"):
         read_table(str(tmp_path / "a.parquet"))
     (tmp_path / "b.csv").write_text("text,label\n" + "x" * 600 + ",0\n" + "y" * 600 + ",1\n")
@@ -121,7 +111,6 @@ def test_a_table_that_does_not_fit_into_memory(tmp_path):
     "name, content, named",
     [
         ("a.txt", b"x", r"no known format; allowed: \.json"),
-        ("rows.csv.bak", b"text,label\na,b\n", "no known format"),
         ("a.jsonl", b"{", "row 0 is not JSON"),
         ("a.jsonl", '{"text": "é"}'.encode("cp1252"), "cannot be read.*0xe9"),
         ("a.csv", "text,label\né,0\n".encode("utf-16"), "cannot be read.*0xff"),
@@ -129,7 +118,6 @@ def test_a_table_that_does_not_fit_into_memory(tmp_path):
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00 and nothing else", "cannot be read"),
         ("a.jsonl", b"", "holds no rows"),
         ("a.csv", b"text,label\n", "holds no rows"),
-        ("a.csv", b"", "holds no rows"),
         ("missing.csv", None, "there is no file"),
         ("folder/", None, "cannot be read"),
     ],

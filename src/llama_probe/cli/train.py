@@ -125,7 +125,7 @@ def describe_data(card: CardFacts, data: DataSources) -> CardFacts:
     if len(data.train) == 1 and (known := find_benchmark(data.train[0])) is not None:
         found = known[0]
         facts = {"license": found.license, "dataset": found.hub_id, "dataset_name": found.title}
-        facts |= {"data_note": found.note, "language": found.language}
+        facts |= {"data_note": found.note, "language": "en"}
         changes |= {name: value for name, value in facts.items() if not getattr(card, name)}
     card = dataclasses.replace(card, **changes)
     notes = [found[0].note for source in sources if (found := find_benchmark(source)) is not None]

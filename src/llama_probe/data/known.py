@@ -21,7 +21,7 @@ HubSplit = tuple[str, str | None]  # a split of a Hub data set, and its configur
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set known by name.
+    """A data set known by name, in English.
 
     Attributes:
         name, title: name on the command line, and in a sentence.
@@ -46,7 +46,6 @@ class Benchmark:
     label_names: tuple[str, ...]
     license: str
     note: str
-    language: str = "en"
     problem_type: str = "single_label_classification"
     exchange: tuple[str, str] | None = None
     columns: tuple[str, ...] = ()
@@ -73,9 +72,7 @@ def find_benchmark(source: str) -> tuple[Benchmark, str | None] | None:
     Return None for anything else: a file, a folder (`./imdb`) or another Hub data set.
     """
     name, _, split = str(source).partition(":")
-    if name not in BENCHMARKS:
-        return None
-    return BENCHMARKS[name], split or None
+    return (BENCHMARKS[name], split or None) if name in BENCHMARKS else None
 
 
 _MODERATION_CATEGORIES = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
@@ -98,9 +95,8 @@ def _aegis_vote(row: Row) -> int | None:
 
 
 def _dialogue(row: Row) -> str | None:
-    return (
-        None if None in (row["prompt"], row["response"]) else f"User: {row['prompt']}\n\nAssistant: {row['response']}"
-    )
+    prompt, reply = row["prompt"], row["response"]
+    return None if None in (prompt, reply) else f"User: {prompt}\n\nAssistant: {reply}"
 
 
 _GO_EMOTIONS = (

@@ -47,6 +47,8 @@ def read_labels(
             raise ProbeError(f"{source}: label_names={list(label_names)} must be one name for a regression")
         return _read_values(source, flat), list(label_names or ["value"]), problem_type
     found, names = _read_names(source, flat, label_names, several)
+    if not label_names and not 1 <= len(names) <= _MAX_LABELS:
+        raise ProbeError(f"{source}: {len(names):,} labels; 1 to {_MAX_LABELS:,} are allowed without label_names")
     index = {name: i for i, name in enumerate(names)}
     if missing := sorted(set(found) - set(names)):
         raise ProbeError(f"{source}: labels without a name: {missing[:5]}; label_names: {', '.join(names[:100])}")
@@ -75,7 +77,7 @@ def _read_names(
 ) -> tuple[list[str], list[str]]:
     """Return each label as a name, and all names."""
     if all(isinstance(item, str) for item in flat):
-        return flat, list(label_names or _check_count(source, sorted(set(flat))))
+        return flat, list(label_names or sorted(set(flat)))
     truths = all(isinstance(item, bool) for item in flat)
     try:
         numbers = list(map(int, flat))
@@ -91,16 +93,8 @@ def _read_names(
     else:
         used = sorted(set(numbers))
         is_index = several or used == list(range(len(used))) or (used[0] >= 0 and used[-1] <= 1)
-        names = list(map(str, used))
-        if is_index:
-            names = [f"LABEL_{i}" for i in _check_count(source, range(used[-1] + 1))]
-        _check_count(source, names)
+        # One too many names are refused.
+        names = [f"LABEL_{i}" for i in range(min(used[-1], _MAX_LABELS) + 1)] if is_index else list(map(str, used))
     if not set(written) & set(names):
         written = [names[number] if 0 <= number < len(names) else str(number) for number in numbers]
     return written, names
-
-
-def _check_count(source: str, names: Sequence[Any]) -> Sequence[Any]:
-    if not 1 <= len(names) <= _MAX_LABELS:
-        raise ProbeError(f"{source}: {len(names):,} labels; 1 to {_MAX_LABELS:,} are allowed without label_names")
-    return names
