@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS, find_benchmark
-from llama_probe.data.texts import benchmark_splits, read_labelled
+from llama_probe.data.texts import read_labelled
 from llama_probe.heads.rules import ProblemType
 
 
@@ -19,14 +19,12 @@ def jsonl(path, rows):
 
 @pytest.fixture
 def on_hub(monkeypatch):
-    """Lets the Hub have rows by configuration and split."""
+    """Lets the Hub have rows by id, configuration and split."""
+    rows = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *place, split: Dataset.from_list(rows[*place, split]))
 
-    def put(name, rows):
-        def load(hub_id, configuration, *, split):
-            assert hub_id == BENCHMARKS[name].hub_id
-            return Dataset.from_list(rows[configuration, split])
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
+    def put(name, configuration, split, given):
+        rows[BENCHMARKS[name].hub_id, configuration, split] = given
 
     return put
 
@@ -116,7 +114,7 @@ ON_HUB = {
 @pytest.mark.parametrize("name", ON_HUB)
 def test_rows_as_they_are_on_the_hub(on_hub, name):
     split, place, rows, texts, labels, columns = ON_HUB[name]
-    on_hub(name, {place: rows})
+    on_hub(name, *place, rows)
     for found in (read_labelled(name, split=split), read_labelled(f"{name}:{split}")):
         assert found.texts == texts and found.columns == columns
         assert found.label_names == list(BENCHMARKS[name].label_names)
@@ -125,27 +123,21 @@ def test_rows_as_they_are_on_the_hub(on_hub, name):
 
 
 def test_replies_of_a_benchmark(on_hub):
-    on_hub("beavertails", {(None, "30k_test"): BEAVERS})
+    on_hub("beavertails", None, "30k_test", BEAVERS)
     rows = read_labelled("beavertails", split="test", prompt_column="prompt")
     asked = {"role": "user", "content": "Q"}
     assert rows.texts == [[asked, {"role": "assistant", "content": reply}] for reply in "AB"]
     assert rows.labels.tolist() == [0, 1] and list(rows.columns) == ["category"]
-    with pytest.raises(ProbeError, match="prompt_column='prompt'"):
-        read_labelled("beavertails", split="test", prompt_column="question")
+    for changes in ({"prompt_column": "question"}, {"label_column": "stars"}):
+        with pytest.raises(ProbeError, match="prompt_column='prompt'"):
+            read_labelled("beavertails", split="test", **changes)
 
 
-def test_rows_of_another_shape(on_hub):
-    on_hub("imdb", {(None, "train"): [{"review": "a", "label": 1}]})
+def test_rows_that_the_hub_does_not_give(on_hub):
+    on_hub("imdb", None, "train", [{"review": "a", "label": 1}])
     with pytest.raises(ProbeError, match=r"imdb.*'text'.*review, label"):
         read_labelled("imdb")
-
-
-def test_a_hub_out_of_reach(monkeypatch):
-    def load(*args, **kwargs):
-        raise ConnectionError("no way there")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ProbeError, match=r"dair-ai/emotion.*no way there"):
+    with pytest.raises(ProbeError, match=r"dair-ai/emotion.*'split', 'validation'"):
         read_labelled("emotion", split="validation")
 
 
@@ -156,7 +148,6 @@ class TestLocalCopies:
         rows = [{"id": "a", "text": "fine", "label": 1}, {"id": "b", "text": "dull", "label": 0}]
         jsonl(folder / "sst2" / "train.jsonl.gz", rows)
         jsonl(folder / "sst2" / "train_sentences.jsonl.gz", rows[:1])
-        jsonl(folder / "sst2" / "test.jsonl", rows[1:])
         jsonl(folder / "goemotions" / "test.jsonl.gz", [{"id": "x", "text": "wow", "label": [0, 27]}])
         jsonl(folder / "wildguardmix" / "train.jsonl.gz", [{"text": "a", "label": "harmful"}])
         jsonl(folder / "xstest" / "test.jsonl", [{"prompt": "a", "label": "unsafe", "type": "x"}])
@@ -169,8 +160,6 @@ class TestLocalCopies:
         assert rows.texts == ["fine", "dull"] and rows.labels.tolist() == [1, 0]
         assert rows.label_names == ["negative", "positive"] and rows.columns == {"id": ["a", "b"]}
         assert read_labelled("sst2:train_sentences", data_dir=str(copies)).texts == ["fine"]
-        assert read_labelled("sst2", split="test", data_dir=copies).texts == ["dull"]
-        assert list(benchmark_splits(BENCHMARKS["sst2"], copies)) == ["test", "train", "train_sentences"]
         assert read_labelled("goemotions:test", data_dir=copies).labels.nonzero()[1].tolist() == [0, 27]
         assert read_labelled("wildguardmix", data_dir=copies).labels.tolist() == [1], "names of labels do as well"
         rows = read_labelled("xstest", split="test", data_dir=copies)
@@ -179,7 +168,7 @@ class TestLocalCopies:
     @pytest.mark.parametrize(
         "source, named",
         [
-            ("sst2:validation", "no split 'validation'; it has: test, train, train_sentences"),
+            ("sst2:validation", "no split 'validation'; it has: train, train_sentences"),
             ("imdb", "DIR/imdb/SPLIT.jsonl.gz"),
             ("emotion", "'9'"),
         ],
@@ -187,8 +176,3 @@ class TestLocalCopies:
     def test_wrong_copies(self, copies, source, named):
         with pytest.raises(ProbeError, match=named):
             read_labelled(source, data_dir=copies)
-
-
-def test_a_column_that_does_not_fit():
-    with pytest.raises(ProbeError, match="label_column"):
-        read_labelled("imdb", label_column="stars")

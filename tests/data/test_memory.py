@@ -39,9 +39,8 @@ def test_tokens_without_their_padding():
 def test_names_that_the_data_gives():
     from datasets import ClassLabel, Dataset, DatasetDict
 
-    kinds = Dataset.from_dict({"words": ["a", "b"], "kind": [1, 0]}).cast_column(
-        "kind", ClassLabel(names=["no", "yes"])
-    )
+    kinds = Dataset.from_dict({"words": ["a", "b"], "kind": [1, 0]})
+    kinds = kinds.cast_column("kind", ClassLabel(names=["no", "yes"]))
     mapping = {"words": "text", "kind": "label"}
     assert rows_in_memory("rows", kinds.with_format("torch"), mapping).label_names == ["no", "yes"]
     assert rows_in_memory("rows", kinds, mapping, ["yes", "no"]).labels.tolist() == [0, 1]
@@ -59,7 +58,6 @@ def test_a_missing_cell_of_a_frame():
     "counts, told",
     [
         ({"positive": 40, "postive": 1, "negative": 30}, ["'postive'; is it 'positive', which 40 have?"]),
-        ({"Positive": 2, "positive": 40}, ["'Positive'; is it 'positive'"]),
         ({"a": 40, "b": 1}, ["'b'"]),
         ({"yes": 3, "yesterday": 40, "no": 0}, ["No training row has the label no"]),
         ({"one": 1, "two": 2}, []),

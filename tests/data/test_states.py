@@ -36,7 +36,7 @@ def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["mha", "gate", "last"])
+@pytest.mark.parametrize("kind", ["mha", "last"])
 def test_masks_replace_the_scope(tmp_path, lm, kind):
     probe = make_head(lm, probe_type=kind, token_scope="response")
     masks = [[i >= len(ids) // 2 for i in range(len(ids))] for ids in PROMPTS]
@@ -60,7 +60,6 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
         ({"token_scope": "prompt"}, (5, 14, 32)),
         ({"layers": [1, 4]}, (2, 11, 32)),
         ({"probe_type": "last"}, (1, 1, 32)),
-        ({"probe_type": "last", "layers": [0, 3]}, (1, 1, 32)),
     ],
 )
 def test_only_what_the_head_reads_is_kept(tmp_path, lm, changes, shape):
@@ -105,20 +104,16 @@ def test_an_entry_is_found_again_and_only_for_the_same(tmp_path, lm):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda entry: (entry / "states.bin").write_bytes(b"short"),
-        lambda entry: (entry / "states.bin").unlink(),
-        lambda entry: (entry / "meta.json").write_text('{"shape": [5'),
-        lambda entry: (entry / "meta.json").write_text("{}"),
-        lambda entry: (entry / "meta.json").unlink(),
-    ],
+    "name, content",
+    [("states.bin", "short"), ("states.bin", None), ("meta.json", '{"shape": [5'), ("meta.json", "{}")],
 )
-def test_a_damaged_entry_is_computed_anew(tmp_path, lm, damage):
+def test_a_damaged_entry_is_computed_anew(tmp_path, lm, name, content):
     cache = StateCache(tmp_path)
     whole = cache.dataset(lm, HEAD, PROMPTS, LABELS)[1]["hidden_states"].clone()
     (entry,) = tmp_path.iterdir()
-    damage(entry)
+    (entry / name).unlink()
+    if content is not None:
+        (entry / name).write_text(content)
     assert torch.equal(cache.dataset(lm, HEAD, PROMPTS, LABELS)[1]["hidden_states"], whole)
     assert list(tmp_path.iterdir()) == [entry]
 

@@ -1,10 +1,12 @@
 """A head finds what users wrote in the ids, whatever the template, the system prompt and the white space."""
 
+from functools import cache
+
 import pytest
 import torch
 from chat_templates import FAMILIES, NO_MARKERS, chat_tokenizer
 
-from llama_probe import ProbeConfig
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.scope import check_rows, token_mask
 
@@ -24,8 +26,7 @@ def assistant(content):
 
 def read(family, chat, scope, cut=slice(None), padding=(0, 0), ids=None):
     """Return the text that a head reads of a chat, rendered as a server does."""
-    tokenizer = chat_tokenizer(family)
-    config = ProbeConfig(probe_type="gate", token_scope=scope, **_fields(family))
+    tokenizer, config = chat_tokenizer(family), config_of(family, scope)
     if ids is None:
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"][cut]
@@ -36,23 +37,22 @@ def read(family, chat, scope, cut=slice(None), padding=(0, 0), ids=None):
     return tokenizer.decode(row[0][mask])
 
 
-def _fields(family):
+@cache
+def config_of(family, scope):
     fields = PromptFormat.create(chat_tokenizer(family)).config_fields()
-    return {name: fields[name] for name in ("prefix_ids", "turn_markers")}
+    return ProbeConfig(probe_type="gate", **{**fields, "token_scope": scope})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 class TestFamilies:
     @pytest.mark.parametrize("scope", ["last_user", "user"])
-    @pytest.mark.parametrize("space", ["", "\n", "\n\n", "\n\n\n", " ", "    ", "\t", "\r\n", " \n "])
-    def test_white_space_and_system_prompts_change_nothing(self, family, scope, space):
+    def test_white_space_and_system_prompts_change_nothing(self, family, scope):
         plain = read(family, [user(ASK)], scope)
         assert ASK in plain and "system" not in plain and "user" not in plain
         systems = [[]] if family in NO_SYSTEM else [[], [SYSTEM], [{**SYSTEM, "content": SYSTEM["content"] * 20}]]
-        for system in systems:
-            found = read(family, [*system, user(space + ASK)], scope)
-            assert found.strip() == plain.strip()
-            assert "Be kind" not in found
+        for space in ("", "\n", "\n\n", "\n\n\n", " ", "    ", "\t", "\r\n", " \n "):
+            for system in systems:
+                assert read(family, [*system, user(space + ASK)], scope).strip() == plain.strip()
 
     def test_several_turns(self, family):
         chat = [user(ASK), assistant(REPLY), user(AGAIN)]
@@ -98,16 +98,14 @@ class TestFamilies:
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(NO_SYSTEM) - {"deepseek"}))
 def test_a_chat_without_a_user_is_refused(family):
-    tokenizer = chat_tokenizer(family)
-    config = ProbeConfig(probe_type="gate", token_scope="user", **_fields(family))
-    ids = tokenizer.apply_chat_template([SYSTEM], add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    with pytest.raises(Exception, match=r"rows \[0\] hold no token that a head reads"):
-        check_rows(token_mask(config, ids, None))
+    ids = chat_tokenizer(family).apply_chat_template([SYSTEM], add_generation_prompt=True, return_tensors="pt")
+    with pytest.raises(ProbeError, match=r"rows \[0\]"):
+        check_rows(token_mask(config_of(family, "user"), ids["input_ids"], None))
 
 
 @pytest.mark.parametrize("scope", ["last_user", "user", "turns"])
 def test_raw_text_is_read_whole(scope):
-    config = ProbeConfig(probe_type="gate", token_scope=scope, **_fields("chatml"))
+    config = config_of("chatml", scope)
     ids = chat_tokenizer("chatml")(ASK, return_tensors="pt")["input_ids"]
     assert token_mask(config, ids, None).all() and not token_mask(config, ids, None, partial_prompt=True).any()
 
