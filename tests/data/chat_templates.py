@@ -66,16 +66,6 @@ FAMILIES = {
         ["<|im_start|>", "<|im_end|>"],
         "gpt2",
     ),
-    "smollm": (
-        _turns(
-            f"<|im_start|>{_ROLE}\n",
-            "<|im_end|>\n",
-            "<|im_start|>assistant\n",
-            head="{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}",
-        ),
-        ["<|im_start|>", "<|im_end|>"],
-        "gpt2",
-    ),
     "llama3": (
         _turns(
             f"<|start_header_id|>{_ROLE}<|end_header_id|>\n\n",

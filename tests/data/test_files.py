@@ -16,15 +16,13 @@ from llama_probe.data.files import InputFile, check_length
 
 def write(path, count: int, group: int = 7):
     """Write `id` and `text` in the format of the name."""
-    columns = {"id": list(range(count)), "text": [f"number {i}" for i in range(count)]}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = [{"id": i, "text": f"number {i}"} for i in range(count)]
     if path.suffix == ".parquet":
-        pq.write_table(pa.table(columns), path, row_group_size=group)
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
     else:
-        lines = [f"{row['id']},{row['text']}" for row in rows]
-        is_csv, opener = path.name == "a.csv", gzip.open if path.suffix == ".gz" else open
-        with opener(path, "wt", encoding="utf-8") as file:
-            file.write("\n".join(["id,text", *lines]) if is_csv else "\n\n".join(map(json.dumps, rows)))
+        cells = ["id,text", *(f"{row['id']},{row['text']}" for row in rows)]
+        text = "\n".join(cells) if path.suffix == ".csv" else "\n\n".join(map(json.dumps, rows))
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
 
@@ -67,15 +65,12 @@ def test_an_array_of_rows(tmp_path, text):
 def test_a_large_file_is_never_held(tmp_path, name):
     path, text, rows = tmp_path / name, "x" * 2000, 20_000
     if name == "a.parquet":
-        schema = pa.schema([("text", pa.string())])
-        with pq.ParquetWriter(path, schema, use_dictionary=False, compression="none") as writer:
-            for _ in range(20):
-                writer.write_table(pa.table({"text": [text] * (rows // 20)}, schema))
+        table = pa.table({"text": [text] * rows})
+        pq.write_table(table, path, row_group_size=1000, use_dictionary=False, compression="none")
+        del table
     else:
         line = json.dumps({"text": text}) if name == "a.jsonl" else text
-        with path.open("w") as file:
-            file.write("text\n" if name == "a.csv" else "")
-            file.writelines(f"{line}\n" for _ in range(rows))
+        path.write_text("\n".join([*(["text"] if name == "a.csv" else []), *[line] * rows]))
     assert path.stat().st_size > 40e6
     (file,) = InputFile.find([str(path)])
     tracemalloc.start()
@@ -97,7 +92,6 @@ def test_a_large_file_is_never_held(tmp_path, name):
         ("a.csv", b"text,label\na,0\nI say, no,1\n", "row 1"),
         ("a.csv", b"text,label,text\na,0,b\n", "2 columns 'text'"),
         ("b.parquet", b"PAR1 and nothing else", r"b\.parquet"),
-        ("b.jsonl.gz", b"PAR1 and nothing else", r"b\.jsonl\.gz"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, content, words):

@@ -66,7 +66,7 @@ class Benchmark:
             raise ProbeError(f"{self.name} has no column {error}; it has: {', '.join(table)}") from None
 
 
-def find_benchmark(source: str) -> tuple[Benchmark, str | None] | None:
+def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
     """Return the data set that `NAME` or `NAME:SPLIT` means, and the split or None.
 
     Return None for anything else: a file, a folder (`./imdb`) or another Hub data set.

@@ -163,7 +163,7 @@ class DataSources:
 
     @staticmethod
     def _benchmark(source: str | None) -> Benchmark | None:
-        known = None if source is None else find_benchmark(source)
+        known = find_benchmark(source)
         return None if known is None else known[0]
 
     def read(self, seed: int) -> dict[str, LabelledTexts]:
@@ -181,7 +181,7 @@ class DataSources:
         parts = self._read_train(seed)
         train = parts.pop("train")
         few = self.eval is None and len(train) < FEW_ROWS
-        if FOLDS * few if self.folds is None else self.folds:
+        if few if self.folds is None else self.folds:
             validation = train
             if self.augment:
                 raise ProbeError(f"augment={self.augment} cannot be used with folds: set eval or validation_share")
@@ -241,9 +241,7 @@ class DataSources:
             rows = parts.get(name, train)
             if rows is not train and (seen := sum(str(text) in texts for text in rows.texts)):
                 logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
-        counts = train.label_counts()
-        if "extra" in parts:
-            counts = {name: count + parts["extra"].label_counts()[name] for name, count in counts.items()}
+        counts = LabelledTexts.join([parts[name] for name in ("train", "extra") if name in parts]).label_counts()
         present = [name for name, count in counts.items() if count]
         if train.labels.ndim == 1 and len(present) == 1:
             raise ProbeError(f"all training rows have the label {present[0]!r}: there is nothing to tell apart")
