@@ -33,14 +33,10 @@ def prompts() -> list[list[int]]:
 
 def run(folder: Path, name: str, **changes) -> TrainingRun:
     """A short one on the rows that the test has written."""
-    values = {
-        "backbone": str(folder / "backbone"),
-        "output": folder / name,
-        "data": DataSources(train=str(folder / "rows.jsonl"), folds=changes.pop("folds", 0), test_share=0.3),
-        "head": {"probe_type": "gate"},
-        "recipe": Recipe(num_train_epochs=2, learning_rate=0.03),
-    }
-    return TrainingRun(**{**values, **changes})
+    data = DataSources(train=str(folder / "rows.jsonl"), folds=changes.pop("folds", 0), test_share=0.3)
+    recipe = Recipe(num_train_epochs=2, learning_rate=0.03)
+    values = {"backbone": str(folder / "backbone"), "head": {"probe_type": "gate"}} | changes
+    return TrainingRun(output=folder / name, data=data, recipe=recipe, **values)
 
 
 def sweep(folder: Path, name: str) -> Sweep:
@@ -85,7 +81,6 @@ def sharded(folder: Path) -> dict:
     arguments = ProbeTrainingArguments(str(folder / "sharded"), num_train_epochs=2, per_device_train_batch_size=2)
     trainer = ProbeTrainer(trained, arguments, None, dataset, dataset)
     trainer.train()
-    weights = torch.cat([tensor.flatten() for tensor in trained.state_dict().values()])
     frozen = all(
         torch.equal(getattr(a, "full_tensor", lambda a=a: a)(), b)
         for a, b in zip(lm.model.parameters(), whole.model.parameters(), strict=True)
@@ -93,7 +88,7 @@ def sharded(folder: Path) -> dict:
     return {
         "share": pieces / sum(parameter.numel() for parameter in whole.model.parameters()),
         "difference": (found[0] - found[1]).abs().max().item(),
-        "weights": weights.tolist(),
+        "weights": torch.cat([tensor.flatten() for tensor in trained.state_dict().values()]).tolist(),
         "digest": weights_digest(lm) == weights_digest(whole),
         "frozen": frozen,
         "trainer_world": trainer.args.world_size,

@@ -48,10 +48,6 @@ def test_names_and_paths(tmp_path, monkeypatch, caplog):
     assert read_labelled("imdb", data_dir="copies").texts == ["known"] and "./imdb" in caplog.text
 
 
-def toxicchat(text, toxicity, human):
-    return {"conv_id": text, "user_input": text, "human_annotation": human, "toxicity": toxicity, "jailbreaking": 0}
-
-
 def wildguard(prompt, label):
     return {"prompt": prompt, "adversarial": False, "prompt_harm_label": label, "subcategory": "benign"}
 
@@ -65,12 +61,12 @@ BEAVERS = [
     {"prompt": "Q", "response": "A", "category": {"violence": False}, "is_safe": True},
     {"prompt": "Q", "response": "B", "category": {"violence": True}, "is_safe": False},
 ]
+BEAVERS_COLUMNS = {name: [row[name] for row in BEAVERS] for name in ("prompt", "response", "category")}
 # The split, its configuration and split on the Hub, the rows there, and the texts, labels and columns that come of them.
 ON_HUB = {
     "toxicchat": (
-        "train", ("toxicchat0124", "train"), [toxicchat("hello", 0, True), toxicchat("grr, you", 1, False)],
-        ["hello", "grr, you"], [0, 1],
-        {"conv_id": ["hello", "grr, you"], "human_annotation": [True, False], "jailbreaking": [0, 0]},
+        "train", ("toxicchat0124", "train"), [{"user_input": "grr", "toxicity": 1, "human_annotation": False, "x": 0}],
+        ["grr"], [1], {"human_annotation": [False]},
     ),
     "wildguardmix": (
         "train", ("wildguardtrain", "train"),
@@ -101,13 +97,9 @@ ON_HUB = {
     ),
     "beavertails": (
         "test", (None, "30k_test"), BEAVERS,
-        ["User: Q\n\nAssistant: A", "User: Q\n\nAssistant: B"], [0, 1],
-        {name: [row[name] for row in BEAVERS] for name in ("prompt", "response", "category")},
+        ["User: Q\n\nAssistant: A", "User: Q\n\nAssistant: B"], [0, 1], BEAVERS_COLUMNS,
     ),
-    "beavertails_prompts": (
-        "test", (None, "30k_test"), BEAVERS, ["Q", "Q"], [0, 1],
-        {name: [row[name] for row in BEAVERS] for name in ("prompt", "response", "category")},
-    ),
+    "beavertails_prompts": ("test", (None, "30k_test"), BEAVERS, ["Q", "Q"], [0, 1], BEAVERS_COLUMNS),
 }  # fmt: skip
 
 
