@@ -54,27 +54,20 @@ def test_train_writes_a_head_folder(trained):
 
 
 def test_benchmark(served, backbone_folder):
-    args = (
-        "benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8, "--batch-size", 2, "--pairs", 1,
-        "--device", "cpu", "--guard", backbone_folder, "--random-weights",
-    )  # fmt: skip
-    report = succeed(*args, "--json")
+    args = ("benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8)
+    timed = (*args, "--batch-size", 2, "--pairs", 1, "--device", "cpu", "--guard", backbone_folder, "--random-weights")
     systems = ["base", "base again", "mood", "mha", "2 x mha", "naive mood", "naive mha", "guard tiny-chat"]
-    assert [row["system"] for row in report["rows"]] == systems
-    shown = succeed(*args, "--no-naive")
+    assert [row["system"] for row in succeed(*timed, "--json")["rows"]] == systems
+    shown = succeed(*timed, "--no-naive")
     for part in ("batch 2, 8 tokens, 1 new", "2 x mha", "guard tiny-chat", "base again", "random weights"):
         assert part in shown
     assert "naive" not in shown
-
-
-def test_benchmark_counts_operations(served):
-    args = ("benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8, "--operations", "--as", "cuda")
-    report = succeed(*args, "--json")
+    counted = (*args, "--operations", "--as", "cuda")
+    report = succeed(*counted, "--json")
     assert report["as_device"] == "cuda"
     assert [row["system"] for row in report["rows"]] == ["base", "mood", "mha", "mha-reply", "2 x mha"]
     assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
-    shown = succeed(*args)
-    assert "2 x mha" in shown and "1.000x" in shown
+    assert "1.000x" in succeed(*counted)
 
 
 def test_evaluate(trained, served, rows):
@@ -84,7 +77,6 @@ def test_evaluate(trained, served, rows):
     expected = next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])["test"]
     for metric in ("rows", "accuracy", "f1", "auprc"):
         assert found[metric] == pytest.approx(expected[metric], abs=0.02)
-    assert found["bootstrap"] == {"resamples": 50, "seed": 0, "level": 0.95}
     low, high = found["intervals"]["auprc"]
     assert low - 1e-9 <= found["auprc"] <= high + 1e-9 and set(found["labels"]) == {"fine", "awful"}
     assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
@@ -122,43 +114,28 @@ def test_the_backbone_is_the_heads_own(trained, rows, tmp_path):
     assert "nowhere/at-all" in refuse("classify", "good morning", "--probe", tmp_path / "lost")
 
 
-def test_evaluate_measures_a_head_whose_results_are_of_another_version(trained, rows, backbone_folder, tmp_path):
-    shutil.copytree(trained[0], tmp_path / "head")
-    (tmp_path / "head" / "results.json").write_text("{}")
-    args = ("--probe", tmp_path / "head", "--backbone", backbone_folder, "--data", rows / "test.jsonl", "--json")
-    assert succeed("evaluate", *args)["rows"] == 20
-
-
 def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
     shutil.copytree(trained[0], head := tmp_path / "mood")
-    served = ("--probe", head, "--backbone", backbone_folder)
-    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"text": f"good number {i}"}) for i in range(30)))
-    plain, weights = tmp_path / "plain.jsonl", (head / "probe_model.safetensors").read_bytes()
-    assert "rows" in refuse("calibrate", *served) and "34 rows" in refuse(
-        "calibrate", *served, "--benign", plain, "--rate", 0.03
-    )
-    more = tmp_path / "more.jsonl"
-    more.write_text("\n".join(json.dumps({"text": f"good number {i}"}) for i in range(30, 43)))
+    served, weights = ("--probe", head, "--backbone", backbone_folder), (head / "probe_model.safetensors").read_bytes()
+    plain, more = tmp_path / "plain.jsonl", tmp_path / "more.jsonl"
+    for path, numbers in ((plain, range(30)), (more, range(30, 43))):
+        path.write_text("\n".join(json.dumps({"text": f"good number {i}"}) for i in numbers))
+    assert "rows" in refuse("calibrate", *served)
+    assert "34 rows" in refuse("calibrate", *served, "--benign", plain, "--rate", 0.03)
     args = ("calibrate", *served, "--benign", plain, "--benign", more, "--rate", 0.1, "--rate", 0.025)
     found = succeed(*args, "--json")
     config, results = read_config(head), json.loads((head / "results.json").read_text())
-    assert (
-        config.thresholds == found["thresholds"]
-        and config.threshold == config.thresholds["fpr-10%"] <= config.thresholds["fpr-2.5%"]
-    )
+    assert config.thresholds == found["thresholds"]
+    assert config.threshold == config.thresholds["fpr-10%"] <= config.thresholds["fpr-2.5%"]
     assert results["thresholds_from"]["rates"] == {"fpr-10%": 0.1, "fpr-2.5%": 0.025}
     assert results["thresholds_from"]["rows"] == 30 + 13 and results["runs"] == trained[1]["runs"]
     measure = ("evaluate", *served, "--data", plain, "--bootstrap", 9)
     report = succeed(*measure, "--benign", "--record", "plain", "--json")
     assert report["recall"] is None and report["auroc"] is None and report["confusion"][1] == [0, 0]
     kept = json.loads((head / "results.json").read_text())
-    assert kept.pop("evaluations") == {
-        "plain": {
-            "source": f"{tmp_path.name}/plain.jsonl", "rows": 30, "flagged": report["flagged"],
-            "metrics": {key: report[key] for key in ("accuracy", "f1", "precision", "recall", "auprc", "auroc")},
-            "intervals": {"accuracy": report["intervals"]["accuracy"]},
-        }
-    } and kept == results  # fmt: skip
+    recorded = kept.pop("evaluations")["plain"]
+    assert recorded["source"] == f"{tmp_path.name}/plain.jsonl" and recorded["flagged"] == report["flagged"]
+    assert recorded["metrics"].items() <= report.items() and kept == results
     assert report["flagged"]["threshold"] == config.threshold and report["accuracy"] == 1 - report["flagged"]["share"]
     named = report["flagged"]["named"]
     assert {name: part["threshold"] for name, part in named.items()} == config.thresholds
@@ -177,15 +154,15 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
     shown = succeed(command, "good evening", *served)
     assert "good evening" in shown and "mood" in shown
     head = ProbeModel.from_pretrained(trained[0])
+    config = head.config
     for name, changes in {"raw": {"prompt_format": "raw"}, "short": {"max_length": 63}}.items():
-        head.config = head.config.replace(**changes)
+        head.config = config.replace(**changes)
         save_head(head, tmp_path / name)
         options = command, "bad luck", *served, "--probe", tmp_path / name
         if command == "generate" and name == "raw":
             assert "prompt_format" in refuse(*options), "a reply has one prompt"
         else:
             assert set(succeed(*options, "--json")[0]["labels"]) == {"mood", name}
-        head.config = head.config.replace(prompt_format="chat")
 
 
 def test_halting(served):
@@ -260,28 +237,22 @@ TRAIN = "train --train {rows} --output {out} "
     "line, named",
     [
         ("destroy", "destroy"),
-        ("inspect a b", "unexpected extra argument"),
         ("evaluate", "--data"),
         ("calibrate", "--probe"),
-        ("evaluate --probe toxicchat-mha --data no.csv --bootstrap 1000000000", "--bootstrap"),
         ("inspect nothing-here", "nothing-here"),
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
-        ("inspect {backbone} --revision main", "--revision"),
         ("pull a/b@v1 --revision main", "--revision"),
         ("inspect toxicchat-mha --revision v2", "v2"),
         ("inspect toxicchat-mha --markdown", "--markdown"),
         ("classify x --input y", "--output"),
-        ("benchmark --backbone no/such", "no/such"),
         ("benchmark --as cuda", "--operations"),
         ("benchmark --operations --as tpu", "tpu"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
         ("evaluate --probe toxicchat-gate --data {rows} --record mine", "--record"),
-        ("evaluate --probe me/not-fetched --data {rows} --record mine", "--record"),
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
         (TRAIN + "--epoch 3", "--epoch"),
-        (TRAIN + "--epochs few", "--epochs"),
         (TRAIN + "--option rank=low", "--option"),
         (TRAIN + "--layers top", "--layers"),
         (TRAIN + "--epochs 0", "--epochs=0"),

@@ -21,7 +21,4 @@ def test_a_cell_controls_neither_the_terminal_nor_the_markup(capsys):
     printed = capsys.readouterr().out
     assert r"[red]a\x1b]0;title\x07\x9b31m" in printed and not {"\x1b", "\x07", "\x9b"} & set(printed)
     assert "[b]" in printed.splitlines()[0] and ":fire:" in printed and ":x:" in printed and "\n[b] :smile:" in printed
-
-
-def test_a_cell_does_not_turn_the_text_next_to_it():
     assert escape("a\u202eb\u2069 שלום 👩\u200d💻") == r"a\u202eb\u2069 " + "שלום 👩\u200d💻"

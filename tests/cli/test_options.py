@@ -15,8 +15,6 @@ from typer.testing import CliRunner
 
 from llama_probe import ProbeError, cli
 from llama_probe.cli.options import Command, Fields, as_command, command_line
-from llama_probe.experiments.reproduction.options import DATA
-from llama_probe.training.search_space import SearchSpace
 
 
 @dataclass
@@ -81,14 +79,8 @@ def test_an_error_names_the_options():
 def test_an_option_that_takes_one_value_is_given_once():
     assert "--rate is given twice" in run("--source", "a", "--rate", "1", "--rate=2")[0].stderr
     assert "--kept/--no-kept is given twice" in run("--source", "a", "--kept", "--no-kept")[0].stderr
-
-
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_each_command_has_its_line(name):
-    """The list of commands does not import them."""
-    command = cli.load_command(name)
-    assert all(param.help for param in command.params)
-    assert command.help.partition("\n")[0] == cli.COMMANDS[name].summary
+    done = call("train", "--limit", "a", "--limit", "b", "--help-all", "--help")
+    assert done.returncode == 0 and "--limit" in done.stdout
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -96,6 +88,7 @@ def test_help_shows_the_first_options_and_help_all_the_others(name):
     command, entry = cli.load_command(name), cli.COMMANDS[name]
     options = {param.name: param for param in command.params}
     assert set(entry.first) <= set(options), "they exist"
+    assert all(param.help for param in command.params) and command.help.partition("\n")[0] == entry.summary
     shown, whole, short = (call(name, word).stdout for word in ("--help", "--help-all", "-h"))
     assert shown == short and all(line in shown for line in entry.examples)
     hidden = [param.opts[0] for param in command.params if param.hidden]
@@ -146,13 +139,6 @@ import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__""
     assert done.stderr.count("llama-probe: ") == len(lines)
 
 
-def test_defaults_of_lists():
-    defaults = {param.opts[0]: param.default for param in cli.load_command("reproduce").params}
-    assert defaults["--data"] == ",".join(DATA) and defaults["--methods"] is None
-    defaults = {param.opts[0]: param.default for param in cli.load_command("sweep").params}
-    assert defaults["--probe-type"] == list(SearchSpace().probe_types)
-
-
 @pytest.mark.parametrize(
     "words, line",
     [
@@ -164,8 +150,3 @@ def test_defaults_of_lists():
 def test_the_command_is_a_line_for_a_shell(monkeypatch, words, line):
     monkeypatch.setattr(sys, "argv", ["llama-probe", "train", *words])
     assert command_line() == f"llama-probe train {line}"
-
-
-def test_repeatable_options_and_help_may_be_given_again():
-    done = call("train", "--limit", "a", "--limit", "b", "--help-all", "--help")
-    assert done.returncode == 0 and "--limit" in done.stdout

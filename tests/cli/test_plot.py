@@ -13,24 +13,21 @@ from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation import plots
 
 
+BIN = {"low": 0.5, "high": 0.6, "rows": 4, "confidence": 0.55, "frequency": 0.5}
 INSPECTION = {
     "split": "test",
     "layer_weights": {"layers": [0, 1, 2, 3, 4], "by_label": {"fine": [0.2] * 5, "awful": [0.1, 0.1, 0.1, 0.1, 0.6]}},
-    "calibration": {
-        "error": 0.1,
-        "error_uncalibrated": 0.2,
-        "bins": [{"low": 0.5, "high": 0.6, "rows": 4, "confidence": 0.55, "frequency": 0.5}],
-    },
+    "calibration": {"error": 0.1, "error_uncalibrated": 0.2, "bins": [BIN]},
     "confusion": [[3, 1], [0, 2]],
 }
 
 
 @pytest.fixture
 def make_head(tmp_path):
-    def make_head(name="mood", inspection=None, **changes):
+    def make_head(inspection=None, **changes):
         content = PromptFormat.create(make_tokenizer()).config_fields() | {"token_scope": "content"}
         values = {"probe_type": "gate", "id2label": {0: "fine", 1: "awful"}, **content, **changes}
-        folder = save_head(make_probe(**values), tmp_path / name)
+        folder = save_head(make_probe(**values), tmp_path / "mood")
         if inspection is not None:
             (folder / "results.json").write_text(json.dumps({"inspection": inspection}))
         return folder
@@ -67,8 +64,7 @@ def test_texts(make_head, backbone_folder, tmp_path):
 
 
 def test_labelled_rows(make_head, backbone_folder, rows, tmp_path, monkeypatch):
-    drawn = {}
-    plain = plots.confusion_plot
+    drawn, plain = {}, plots.confusion_plot
     monkeypatch.setattr(plots, "confusion_plot", lambda found, names: drawn.update(found) or plain(found, names))
     args = ("plot", make_head(inspection=INSPECTION), "--backbone", backbone_folder, "--output", tmp_path / "out")
     found = succeed(*args, *rows([0, 1, 0, 1, 1, 0, 1]), "--text", "hello", "--json")
@@ -102,7 +98,6 @@ def test_measurements_of_the_head_need_no_backbone(make_head, tmp_path, monkeypa
     [
         (None, "", "--data"),
         (None, "--data no.jsonl", "no.jsonl"),
-        ({"calibration": 3}, "", "cannot be drawn"),
         ([1], "", "cannot be drawn"),
         ({**INSPECTION, "confusion": [[1]]}, "", "cannot be drawn"),
     ],

@@ -1,7 +1,6 @@
 """Prompts of `llama-probe generate` and `classify`, and their table."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 from command_line import call, refuse
@@ -10,23 +9,22 @@ from llama_probe import ProbeConfig
 from llama_probe.cli import serve
 
 
-TWO = {0: "None", 1: "[some]"}
+TWO = {"id2label": {0: "None", 1: "[some]"}}
 
 
 @pytest.mark.parametrize(
     "config, label, found, shown",
     [
-        ({"id2label": TWO, "threshold": 0.9}, "None", [0.36, 0.64], "None (0.36)"),
-        ({"id2label": TWO}, "[some]", [0.25, 0.75], "[some] (0.75)"),
-        ({"id2label": TWO}, None, [], "-"),
-        ({"id2label": TWO, "problem_type": "multi_label_classification"}, [], [0.1, 0.2], "no label"),
+        (TWO | {"threshold": 0.9}, "None", [0.36, 0.64], "None (0.36)"),
+        (TWO, "[some]", [0.25, 0.75], "[some] (0.75)"),
+        (TWO, None, [], "-"),
+        (TWO | {"problem_type": "multi_label_classification"}, [], [0.1, 0.2], "no label"),
         ({"id2label": {0: "size"}, "problem_type": "regression"}, [3.25], [3.25], "size 3.25"),
     ],
 )
 def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
-    model = SimpleNamespace(probes={"mood": SimpleNamespace(config=ProbeConfig(**config))})
     row = {"prompt": "[b]hi", "labels": {"mood": label}, "probabilities": {"mood": found}}
-    serve._print_rows([row], model)
+    serve._print_rows([row], {"mood": ProbeConfig(**config)})
     printed = capsys.readouterr().out
     assert [cell.strip() for cell in printed.splitlines()[3].strip("│ ").split("│")] == ["[b]hi", shown]
 

@@ -21,7 +21,7 @@ class Entry:
 
     Args:
         module: the module with the function of its name.
-        summary: its line in `llama-probe --help`, and the first line of its docstring.
+        summary: the first line of its docstring, which is not imported for the list.
         first: names of the options that its `--help` shows beside required ones, with spaces; all of them if empty.
         examples: lines below its help.
     """
@@ -76,7 +76,7 @@ COMMANDS = {
         "llama-probe push my-head user/my-head --private"),
     "pull": Entry("share", "Copy a head from the Hub into a folder.", "",
         "llama-probe pull user/my-head --output my-head"),
-    "export": Entry("export", "Write a Hub repository that runs backbone and heads without this package.",
+    "export": Entry("share", "Write a Hub repository that runs backbone and heads without this package.",
         "output probe backbone push license private as_json",
         "llama-probe export guarded --probe safety"),
 }
@@ -91,10 +91,8 @@ _MANY_BATCHES = (*_DIVIDED, "reproduce", "drift")
 # Commands that load heads, so that --import can register a kind for them.
 _OWN_KINDS = (*_DIVIDED, "drift", "generate", "inspect", "export", "push", "plot")
 
-# The extra that brings an optional package.
-EXTRAS = dict.fromkeys(
-    ("accelerate", "datasets", "evaluate", "optuna", "peft", "pyarrow", "scipy", "sklearn"), "train"
-)
+# Packages of the extra `train`.
+_TRAIN = ("accelerate", "datasets", "evaluate", "optuna", "peft", "pyarrow", "scipy", "sklearn")
 
 # The base of typer's errors about a command line: its own class or click's, depending on its version.
 _UsageError = typer.BadParameter.__base__
@@ -173,10 +171,9 @@ def main() -> None:
         command = "llama-probe" if error.ctx is None else error.ctx.command_path
         _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").split(".")[0])
-        if extra is None:
+        if (error.name or "").split(".")[0] not in _TRAIN:
             raise
-        _refuse(f"this command needs {error.name}: pip install 'llama_probe[{extra}]'")
+        _refuse(f"this command needs {error.name}: pip install 'llama_probe[train]'")
     except OSError as error:
         from ..files import DISK_FULL, is_disk_full
 

@@ -13,17 +13,14 @@ from ..errors import ProbeError
 from ..experiments.benchmark.options import DEVICES, BenchmarkOptions
 from ..serving.sources import read_heads
 from .console import print_table, print_text
-from .options import BACKBONE, DTYPE, Fields, Result
+from .options import BACKBONE, Fields, Result
 
 
-_BENCHMARK = Fields(
-    "Benchmark",
-    help={"backbone": f"{BACKBONE[:-1]}; with --random-weights also a shape, such as llama-3b.", "dtype": DTYPE},
-)
+_HELP = {"backbone": f"{BACKBONE[:-1]}; with --random-weights also a shape, such as llama-3b."}
 
 
 def benchmark(
-    settings: Annotated[BenchmarkOptions, _BENCHMARK],
+    settings: Annotated[BenchmarkOptions, Fields("Benchmark", help=_HELP)],
     operations: Annotated[
         bool,
         typer.Option(

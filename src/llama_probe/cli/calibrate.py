@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from ..data.files import MAX_TEXT
+from ..data.sources import ROWS_HELP, DataSources
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
 from .console import print_table, print_text
-from .head import HeadOptions
+from .inputs import HeadOptions, check_head_folder, read_texts, short_name
 from .options import Fields, Result
-from .rows import DATA, ROWS_HELP, TextColumn, check_head_folder, read_texts, short_name
 
 
 def calibrate(
     scored: Annotated[
         HeadOptions, Fields("Head", help={"probe": "A head folder. Its thresholds, or its novelty, are replaced."})
     ],
+    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only="text_column data_dir max_text")],
     benign: Annotated[
-        list[str] | None, typer.Option(help=f"Rows to flag seldom; they need no label column: {DATA}. Repeatable.")
+        list[str] | None,
+        typer.Option(help=f"Rows to flag seldom; they need no label column: {ROWS_HELP}. Repeatable."),
     ] = None,
     rate: Annotated[
         list[float],
@@ -46,9 +46,6 @@ def calibrate(
         int,
         typer.Option(min=MIN_ROWS, help="Rows of each --novelty-data and --novelty-validation at most, at random."),
     ] = MAX_ROWS,
-    text_column: TextColumn = "text",
-    data_dir: Annotated[Path | None, typer.Option(help=ROWS_HELP["data_dir"])] = None,
-    max_text: Annotated[int, typer.Option(min=1, help=ROWS_HELP["max_text"])] = MAX_TEXT,
 ) -> Result:
     """Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is."""
     check_head_folder(scored.probe, "calibrate")
@@ -69,8 +66,8 @@ def calibrate(
             check_rates(head.config, rate)
 
         def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
-            options = (text_column, data_dir, max_text, split, limit)
-            return [text for source in sources or () for text in read_texts(source, head.config, *options)]
+            each = (read_texts(source, head.config, limit, split=split, **columns) for source in sources or ())
+            return [text for texts in each for text in texts]
 
         train, validation = read(novelty_data, "train"), read(novelty_validation, "validation")
         texts = read(benign, "test", None)

@@ -51,24 +51,22 @@ def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
 
-        def timed(heads, inputs=inputs):
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "tokenizer": tokenizer}
+        runs = {}
+        # The order alternates, so that neither run always has the warmer cache.
+        for heads in ((), HEADS) if turn % 2 else (HEADS, ()):
             model.set_active_probes(heads)
             start = time.perf_counter()
-            abstain_at = ABSTAIN_AT if heads else None
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, abstain_at=abstain_at)
-            return out, time.perf_counter() - start
-
-        # The order alternates, so that neither run always has the warmer cache.
-        runs = {heads: timed(heads) for heads in (((), HEADS) if turn % 2 else (HEADS, ()))}
+            out = model.generate(**inputs, **options, abstain_at=ABSTAIN_AT if heads else None)
+            runs[heads] = out, time.perf_counter() - start
         (plain, seconds_without), (out, seconds) = runs[()], runs[HEADS]
         if not torch.equal(out.sequences, plain):
             raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
         if turn == 0:
             continue
-        reply = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         yield {
             "prompt": prompt,
-            "reply": reply.strip(),
+            "reply": out.texts[0].strip(),
             "labels": {name: found[0] for name, found in out.probe_labels.items()},
             "novelty": {name: float(values) for name, values in out.probe_novelty.items()},
             "probabilities": {

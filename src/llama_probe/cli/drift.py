@@ -9,15 +9,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..data.files import MAX_TEXT, InputFile
+from ..data.files import InputFile
 from ..data.prompts import is_text
+from ..data.sources import DataSources
 from ..errors import ProbeError
 from ..files import check_writable, make_folder, write_atomically
 from ..heads.novelty import FAR
 from .console import print_table, print_text
-from .head import HeadOptions
+from .inputs import HeadOptions
 from .options import Fields, Result
-from .rows import ROWS_HELP, TextColumn
 
 
 _SHOWN = 160  # characters of a text that are printed
@@ -29,11 +29,10 @@ def drift(
         list[str],
         typer.Option(help="Files of served prompts in their order, or a pattern: jsonl, csv, tsv or parquet."),
     ],
-    text_column: TextColumn = "text",
+    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only="text_column max_text")],
     output: Annotated[Path | None, typer.Option(help="Folder for drift.png: novelty and scores over the log.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Rows to name as most worth labelling.")] = 20,
     max_rows: Annotated[int, typer.Option(min=1, help="Rows to read at most, spread evenly over the log.")] = 5000,
-    max_text: Annotated[int, typer.Option(min=1, help=ROWS_HELP["max_text"])] = MAX_TEXT,
 ) -> Result:
     """Compare a log of served prompts with the rows that a head was trained on."""
     if output is not None:
@@ -47,7 +46,7 @@ def drift(
     from ..evaluation.plots import drift_plot, png_writer
     from ..evaluation.report import predict_rows
 
-    texts = _texts(input, text_column, max_text)
+    texts = _texts(input, columns["text_column"], columns["max_text"])
     rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
     scored.attach()
     logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]), progress=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import torch
 import typer
 
 from ..data.known import find_benchmark
+from ..data.sources import ROWS_HELP, DataSources
 from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
@@ -19,9 +19,8 @@ from ..heads.configuration import ProbeConfig
 from ..heads.novelty import FAR
 from ..hub.folder import measured_rules, read_results
 from .console import print_table, print_text
-from .head import HeadOptions
+from .inputs import BENIGN, ROW_FIELDS, HeadOptions, check_head_folder, check_source, read_rows, read_texts, short_name
 from .options import Fields, Result
-from .rows import LabelledRows, check_head_folder, read_texts, short_name
 
 
 _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
@@ -30,7 +29,9 @@ _MAX_AGAINST = 500  # rows of each other kind of texts
 
 def evaluate(
     scored: Annotated[HeadOptions, Fields("Head", defaults={"probe": "safety"})],
-    rows: Annotated[LabelledRows, Fields("Data", defaults={"data": dataclasses.MISSING})],
+    data: Annotated[str, typer.Option(help=f"Labelled rows to measure the head on: {ROWS_HELP}.")],
+    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only=ROW_FIELDS)],
+    benign: Annotated[bool, typer.Option("--benign", help=BENIGN)] = False,
     slice_column: Annotated[
         list[str] | None,
         typer.Option(help="Report also by the values of this column. Named data sets have their own. Repeatable."),
@@ -71,6 +72,7 @@ def evaluate(
 ) -> Result:
     """Score a head on labelled rows, with its saved temperature and threshold."""
     probe = scored.probe
+    check_source(data)
     if record is not None:
         check_head_folder(probe, "--record")
     check_shares(ask or ())
@@ -87,12 +89,15 @@ def evaluate(
         if against and head.novelty is None:
             raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
         rules = measured_rules(head.results) if head.config.reads_reply else {}
-        labelled, slices = _select(rows, head.config, slice_column or [], max_rows)
+        labelled = read_rows(data, head.config, benign, **columns).at_most(max_rows, seed=0)
+        slices = _slices(labelled.columns, data, slice_column)
         if ask and not is_binary(head.config):
             raise ProbeError(f"--ask needs a head with two labels; {probe} has {head.config.num_labels}")
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
-        shared = {"data_dir": rows.data_dir, "max_text": rows.max_text, "split": "test", "limit": _MAX_AGAINST}
-        others = {short_name(source): read_texts(source, head.config, "text", **shared) for source in against or ()}
+        place = {"split": "test", "data_dir": columns["data_dir"], "max_text": columns["max_text"]}
+        others = {}
+        for source in against or ():
+            others[short_name(source)] = read_texts(source, head.config, _MAX_AGAINST, **place)
         scored.attach()
         ids, masks, lengths = scored.prompts.encode_for(head.config, labelled.texts)
         dataset, followed = PromptDataset(ids, labelled.labels, masks), None
@@ -101,9 +106,9 @@ def evaluate(
         else:
             followed = detection.follow_replies(head, dataset, lengths, head.backbone, progress=True)
             logits = torch.stack([tokens[-1] for tokens in followed])
-        novelties = {
-            name: report.predict_rows(head, scored.dataset(texts), progress=True)[1] for name, texts in others.items()
-        }
+        novelties = {}
+        for name, texts in others.items():
+            _, novelties[name] = report.predict_rows(head, scored.dataset(texts), progress=True)
         if not is_main():
             return None
         result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
@@ -120,25 +125,19 @@ def evaluate(
             result["asking"] = asked(head.config, logits, labelled.labels, ask, verdicts)
         if record is not None:
             head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
-            measured = report.describe_evaluation(result, source=short_name(rows.data))
+            measured = report.describe_evaluation(result, source=short_name(data))
             head.results.setdefault("evaluations", {})[record] = measured
             head.save_pretrained(probe)
-    return result, partial(_print_report, f"{probe} on {rows.data}", result, head.config.temperature, bootstrap)
+    return result, partial(_print_report, f"{probe} on {data}", result, head.config.temperature, bootstrap)
 
 
-def _select(rows: LabelledRows, config: Any, columns: list[str], limit: int | None) -> tuple[Any, dict[str, list]]:
-    """Return `limit` of the rows at most, and the columns to report by."""
-    labelled = rows.read(config).at_most(limit, seed=0)
-    found = labelled.columns
-    for column in columns:
+def _slices(found: dict[str, list], source: str, columns: list[str] | None) -> dict[str, list]:
+    """Return the columns to report by: those that were asked for, or those of a named data set."""
+    for column in columns or ():
         if column not in found:
-            raise ProbeError(
-                f"--slice-column {column!r} must be a column of {rows.data}: {', '.join(found) or 'none'}"
-            )
-    known = find_benchmark(rows.data)
-    if known is not None and not columns:
-        columns = [column for column in known[0].slices if column in found]
-    return labelled, {column: found[column] for column in columns}
+            raise ProbeError(f"--slice-column {column!r} must be a column of {source}: {', '.join(found) or 'none'}")
+    known = find_benchmark(source)
+    return {column: found[column] for column in columns or (known[0].slices if known else ()) if column in found}
 
 
 def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
@@ -146,11 +145,9 @@ def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
     if column not in labelled.columns:
         raise ProbeError(f"--judge-column {column!r} must be a column: {', '.join(labelled.columns) or 'none'}")
     known = {name: index for index, label in config.id2label.items() for name in (label, index, str(index))}
-    values = labelled.columns[column]
+    values, allowed = labelled.columns[column], ", ".join(config.id2label.values())
     if unknown := [value for value in values if value not in known]:
-        raise ProbeError(
-            f"--judge-column {column!r} has {unknown[0]!r}; allowed: {', '.join(config.id2label.values())}"
-        )
+        raise ProbeError(f"--judge-column {column!r} has {unknown[0]!r}; allowed: {allowed}")
     return np.array([known[value] for value in values])
 
 
@@ -209,7 +206,7 @@ def _print_novelty(found: dict[str, Any]) -> None:
 def _print_asking(found: list[dict[str, Any]]) -> None:
     rows = []
     for row in found:
-        band = "-" if row["band"] is None else " and ".join(map(_number, row["band"]))
+        band = " and ".join(map(_number, row["band"] or ())) or "-"
         rows.append((f"{row['share']:.1%}", band, _number(row["recall"]), _number(row["false_alarms"])))
     columns = ("share asked", "between", "recall", "false alarms")
     print_table("with a judge for the rows nearest to the threshold", columns, rows, left=2)
@@ -219,11 +216,10 @@ def _print_halting(label: str, rules: list[dict[str, Any]]) -> None:
     columns = ("patience", "threshold", "detected", "in vain", "delay, median", "90 % below", "of the reply")
     rows = []
     for rule in rules:
-        found, delay = rule["test"], rule["test"]["delay"]
-        cells = [found["detected"], found["false_halts"], delay["median"], delay["p90"], delay["share"]]
-        forms = (".1%", ".1%", ".0f", ".0f", ".0%")
-        shown = ["-" if cell is None else f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True)]
-        rows.append((f"{rule['patience']}{' *' if rule['chosen'] else ''}", f"{rule['threshold']:.3f}", *shown))
+        found = rule["test"] | rule["test"]["delay"]
+        forms = {"detected": ".1%", "false_halts": ".1%", "median": ".0f", "p90": ".0f", "share": ".0%"}
+        cells = ["-" if found[name] is None else f"{found[name]:{form}}" for name, form in forms.items()]
+        rows.append((f"{rule['patience']}{' *' if rule['chosen'] else ''}", f"{rule['threshold']:.3f}", *cells))
     print_table(f"replies halted by {label} while they are written", columns, rows, left=0)
 
 

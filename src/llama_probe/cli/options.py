@@ -49,23 +49,15 @@ PANELS = {
 }
 
 BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."
-DTYPE = "dtype of the backbone."
+HEADS_BACKBONE = f"{BACKBONE} Default: the head's own."
 PROBE = "A head folder, a Hub id (user/repo@revision:subfolder) or an alias."
+PROBES = "A head folder, a Hub id or an alias. Repeatable."
 TRUST_REMOTE_CODE = "Run the code file of a head whose kind is not part of this package. Read it first."
+# Help of fields that mean the same in every dataclass.
+_HELP = {"backbone": BACKBONE, "dtype": "dtype of the backbone."}
 
 Backbone = Annotated[str, typer.Option(help=BACKBONE)]
-HeadsBackbone = Annotated[str | None, typer.Option("--backbone", help=f"{BACKBONE} Default: the head's own.")]
-Dtype = Annotated[DtypeName, typer.Option(help=DTYPE)]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
-Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")]
-Probes = Annotated[list[str], typer.Option("--probe", help="A head folder, a Hub id or an alias. Repeatable.")]
-PushRevision = Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")]
-AbstainAt = Annotated[
-    float | None,
-    typer.Option(
-        help="Novelty from 0 to 1 above which a prompt gets no label, such as 0.99; see calibrate --novelty-data."
-    ),
-]
+Dtype = Annotated[DtypeName, typer.Option(help=_HELP["dtype"])]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_REMOTE_CODE)]
 
@@ -84,12 +76,7 @@ def check_revision(head: str, revision: str | None) -> None:
         raise ProbeError(f"--revision {revision} is for a head on the Hub that names no revision, not for {head}")
 
 
-def import_files(paths: Sequence[Path] | None) -> None:
-    """Import the Python files of `--import`, which register kinds of heads.
-
-    Raises:
-        ProbeError: a file does not exist, raises an error or registers no kind.
-    """
+def _import_files(paths: Sequence[Path] | None) -> None:
     for path in paths or ():
         try:
             import_kinds(path)
@@ -104,7 +91,7 @@ Import = Annotated[
     typer.Option(
         "--import",
         metavar="FILE.py",
-        callback=import_files,
+        callback=_import_files,
         help="A Python file that registers a kind of head of your own. Repeatable.",
     ),
 ]
@@ -134,16 +121,15 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
 
 @dataclass(frozen=True)
 class Fields:
-    """The options that a dataclass becomes, as metadata of a parameter: `Annotated[Recipe, Fields("Training")]`.
+    """The options that a dataclass becomes, as metadata of a parameter.
 
-    A field becomes an option if it has a help text: `help` in its metadata, or in `help` here. If the option is not called
-    like the field, `option` in the metadata, or `names` here, names it. A list becomes a repeatable option.
+    A field becomes an option if it has a help text. A list becomes a repeatable option.
 
     Attributes:
         panel: title of the options in `--help`.
         of: a dataclass. The parameter then gets a dict of its fields instead of an instance.
         only: names of fields, with spaces. Defaults to every field with a help text.
-        help, names, defaults: by field, help text, option and default that are not in the dataclass, or differ from it.
+        help, names, defaults: by field, help text, option and default that differ from the dataclass and its metadata.
         parse: by field, a function that makes its value from what was typed. Its argument's type is the option's.
     """
 
@@ -160,20 +146,18 @@ class Fields:
         hints = typing.get_type_hints(owner)
         found = {}
         for item in dataclasses.fields(owner):
-            text = self.help.get(item.name, item.metadata.get("help"))
+            text = self.help.get(item.name) or item.metadata.get("help") or _HELP.get(item.name)
             if text is None or (self.only is not None and item.name not in self.only.split()):
                 continue
             default = item.default if item.default_factory is MISSING else item.default_factory()
             default = self.defaults.get(item.name, default)
+            if isinstance(default, (tuple, list, dict)):
+                default = list(default)
             kind = _option_type(hints[item.name])
             if parse := self.parse.get(item.name):
                 (kind,) = (part.annotation for part in inspect.signature(parse, eval_str=True).parameters.values())
-                default = [] if default == {} else default
             option = typer.Option(self._option(item), help=text, rich_help_panel=self.panel)
-            if default is MISSING:
-                default = inspect.Parameter.empty
-            elif isinstance(default, (tuple, list)):
-                default = list(default)
+            default = inspect.Parameter.empty if default is MISSING else default
             found[item.name] = _parameter(item.name, Annotated[kind | None, option], default)
         return found
 
@@ -233,7 +217,6 @@ def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Call
         for name, option in members.items()
     }
     typed = re.compile(rf"(?<![-\w])({'|'.join(options)})(=True\b|(?==))")
-
     resumes = any(parameter.name == "resume" for parameter in parameters)
 
     def run(as_json: bool, imports: Any = None, help_all: bool = False, **given: Any) -> None:

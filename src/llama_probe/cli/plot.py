@@ -13,6 +13,7 @@ import typer
 
 from ..backbone.loading import load_backbone
 from ..data.prompts import PromptFormat
+from ..data.sources import ROWS_HELP, DataSources
 from ..data.states import PromptDataset
 from ..errors import ProbeError
 from ..evaluation import plots
@@ -24,9 +25,8 @@ from ..files import check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
 from .console import print_table
-from .head import HeadOptions
-from .options import Dtype, Fields, HeadsBackbone, Result, TrustRemoteCode
-from .rows import LabelledRows
+from .inputs import BENIGN, ROW_FIELDS, HeadOptions, check_source, read_rows
+from .options import Fields, Result
 
 
 class _Drawing(NamedTuple):
@@ -40,12 +40,12 @@ class _Drawing(NamedTuple):
 
 def plot(
     output: Annotated[Path, typer.Option(help="Folder for the files. Files of the same names are replaced.")],
-    rows: Annotated[LabelledRows, Fields("Data")],
+    options: Annotated[dict[str, Any], Fields("Head", of=HeadOptions, only="backbone dtype trust_remote_code")],
+    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only=ROW_FIELDS)],
     probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")] = "safety",
     text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
-    backbone: HeadsBackbone = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    data: Annotated[str | None, typer.Option(help=f"Labelled rows to measure the head on: {ROWS_HELP}.")] = None,
+    benign: Annotated[bool, typer.Option("--benign", help=BENIGN)] = False,
 ) -> Result:
     """Draw what a head looked at in texts, and how well it does.
 
@@ -56,33 +56,31 @@ def plot(
     if not all(item.strip() for item in texts):
         raise ProbeError("--text must hold words; one is empty")
     check_writable(output, "the plots")
-    readings, labelled, scored = [], None, HeadOptions(probe, backbone, dtype, trust_remote_code)
+    if data is not None:
+        check_source(data)
+    readings, labelled, scored = [], None, HeadOptions(probe, **options)
     name = check_name(default_name(probe))
     head = scored.load()
     new_figure()  # raises if matplotlib is missing
     inspection = (head.results or {}).get("inspection")
-    if rows.data is not None:
-        labelled = rows.read(head.config)
+    if data is not None:
+        labelled = read_rows(data, head.config, benign, **columns)
     elif not texts and not inspection:
         raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
     if texts or labelled is not None:
         from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
 
-        lm, tokenizer = load_backbone(scored.backbone, dtype)
+        lm, tokenizer = load_backbone(scored.backbone, scored.dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
         readings = read_texts(model, tokenizer, texts) if texts else []
         if labelled is not None:
             from ..evaluation.report import inspect_head  # needs packages that drawing does not need
 
             head.set_backbone(model)
-            prompts, masks, _ = PromptFormat.from_config(head.config, tokenizer).encode_for(
-                head.config, labelled.texts
-            )
-            dataset = PromptDataset(prompts, labelled.labels, masks)
-            inspection = {
-                "split": Path(rows.data).name,
-                **inspect_head(head, dataset, labelled.labels, progress=True),
-            }
+            encoded = PromptFormat.from_config(head.config, tokenizer).encode_for(head.config, labelled.texts)
+            dataset = PromptDataset(encoded.ids, labelled.labels, encoded.masks)
+            measured = inspect_head(head, dataset, labelled.labels, progress=True)
+            inspection = {"split": Path(data).name, **measured}
     drawings = [drawing for number, reading in enumerate(readings, 1) for drawing in _draw_text(reading, number)]
     try:
         drawings += _draw_head(inspection or {}, head.config)
@@ -100,11 +98,9 @@ def _draw_text(reading: Reading, number: int) -> list[_Drawing]:
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40]
     stem = f"{number:02}-{words}".strip("-")
     facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
-    page = reading_page(reading)
+    page, shows = reading_page(reading), f"tokens and layers: {reading.verdict}"
     return [
-        _Drawing(
-            f"{stem}.png", f"tokens and layers: {reading.verdict}", png_writer(partial(heat_map, reading)), facts
-        ),
+        _Drawing(f"{stem}.png", shows, png_writer(partial(heat_map, reading)), facts),
         _Drawing(f"{stem}.html", "the coloured text", lambda path: path.write_text(page, encoding="utf-8"), facts),
     ]
 
@@ -114,16 +110,16 @@ def _draw_head(inspection: dict[str, Any], config: ProbeConfig) -> list[_Drawing
     if not isinstance(inspection, dict):
         raise TypeError("they are not a JSON object")
     names = list(config.id2label.values())
-    parts = {
-        "layer_weights": (plots.layer_weights_plot, "how much each layer counts"),
-        "calibration": (plots.calibration_plot, "reliability: how often the head is right against how sure it is"),
-        "confusion": (partial(plots.confusion_plot, names=names), "confusion: true labels against given ones"),
-        "outcomes": (plots.outcomes_plot, "each label: rows where it is found, missed, or wrongly given"),
-    }
-    if len(names) > plots.MAX_CONFUSION:
-        del parts["confusion"]
-    figures = {part: draw(inspection) for part, (draw, _) in parts.items() if part in inspection}
-    return [
-        _Drawing(f"{part}.png", parts[part][1], png_writer(lambda figure=figure: figure), {})
-        for part, figure in figures.items()
+    confusion = partial(plots.confusion_plot, names=names)
+    parts = [
+        ("layer_weights", plots.layer_weights_plot, "how much each layer counts"),
+        ("calibration", plots.calibration_plot, "reliability: how often the head is right against how sure it is"),
+        ("confusion", confusion, "confusion: true labels against given ones"),
+        ("outcomes", plots.outcomes_plot, "each label: rows where it is found, missed, or wrongly given"),
     ]
+    drawings = []
+    for part, draw, shows in parts:
+        if part in inspection and (draw is not confusion or len(names) <= plots.MAX_CONFUSION):
+            figure = draw(inspection)
+            drawings.append(_Drawing(f"{part}.png", shows, png_writer(lambda figure=figure: figure), {}))
+    return drawings

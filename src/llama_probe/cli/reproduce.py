@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.sources import DataSources
 from ..experiments.reproduction.columns import cell, columns
 from ..experiments.reproduction.options import DATA, ReproductionOptions
 from ..experiments.reproduction.workbench import Workbench
 from .console import print_table
-from .options import BACKBONE, DTYPE, Fields, Result, command_line, split_names
-from .rows import ROWS_HELP
+from .options import Fields, Result, command_line, split_names
 
 
 def parse_lists(texts: list[str]) -> list[str] | None:
@@ -21,12 +21,7 @@ def parse_lists(texts: list[str]) -> list[str] | None:
     return split_names(",".join(texts)) if texts else None
 
 
-_BENCH = Fields(
-    "Backbone and data",
-    of=Workbench,
-    help={"backbone": BACKBONE, "data_dir": ROWS_HELP["data_dir"], "dtype": DTYPE},
-    defaults={"backbone": "demo"},
-)
+_BENCH = Fields("Backbone and data", of=Workbench, defaults={"backbone": "demo"})
 _REPORT = Fields(
     "Report",
     defaults={"data": ",".join(DATA)},
@@ -36,11 +31,12 @@ _REPORT = Fields(
 
 def reproduce(
     bench: Annotated[dict[str, Any], _BENCH],
+    place: Annotated[dict[str, Any], Fields("Data", of=DataSources, only="data_dir")],
     report: Annotated[ReproductionOptions, _REPORT],
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each method that depends on chance.")] = 3,
 ) -> Result:
     """Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes."""
-    workbench = Workbench(scratch=report.output / ".states", seeds=list(range(seeds)), **bench)
+    workbench = Workbench(scratch=report.output / ".states", seeds=list(range(seeds)), **place, **bench)
     from ..experiments.reproduction.reproduction import Reproduction  # takes seconds to import
 
     results = Reproduction(bench=workbench, command=command_line(), **vars(report)).execute()

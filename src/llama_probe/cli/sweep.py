@@ -16,14 +16,12 @@ from ..training.options import HEAD_FOLDER, SWEEP_NAME, RunOptions, SweepOptions
 from ..training.recipe import Recipe
 from ..training.search_space import SearchSpace
 from .console import print_table
-from .options import BACKBONE, DTYPE, Fields, Result, split_names
+from .options import Fields, Result, split_names
 from .train import describe_data
 
 
 _DATA = "train eval test data_dir text_column label_column label_names validation_share max_rows"
 _RUN_HELP = {
-    "backbone": BACKBONE,
-    "dtype": DTYPE,
     "output": "Folder for the table, the plot and the best head.",
     "cache": "Keep hidden states on disk instead of one backbone pass an epoch. Default: only with --cache-dir.",
 }

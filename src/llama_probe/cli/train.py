@@ -20,7 +20,7 @@ from ..hub.card import CardFacts, with_spread
 from ..training.options import RunOptions
 from ..training.recipe import AUTO, Recipe
 from .console import print_table
-from .options import BACKBONE, DTYPE, Fields, Result, command_line, split_names
+from .options import Fields, Result, command_line, split_names
 
 
 def parse_layers(text: str) -> str | list[int]:
@@ -80,7 +80,6 @@ _HEAD = Fields(
 )
 _CARD = Fields(
     "Card",
-    of=CardFacts,
     help={
         "license": "Licence of the head. Default: that of a named --train.",
         "dataset": "Hub id of the data. Default: that of a named --train.",
@@ -94,11 +93,11 @@ _CARD = Fields(
 
 
 def train(
-    run: Annotated[RunOptions, Fields("Runtime", help={"backbone": BACKBONE, "dtype": DTYPE})],
+    run: Annotated[RunOptions, Fields("Runtime")],
     data: Annotated[DataSources, Fields("Data", defaults={"folds": None}, parse={"label_names": split_names})],
     head: Annotated[dict[str, Any], _HEAD],
     recipe: Annotated[Recipe, Fields("Optimisation")],
-    card: Annotated[dict[str, Any], _CARD],
+    card: Annotated[CardFacts, _CARD],
     seed: Annotated[int, typer.Option(min=0, help="First seed.", rich_help_panel="Optimisation")] = 0,
     num_seeds: Annotated[
         int, typer.Option(min=1, max=1000, help="Train this many heads and keep the best by validation.")
@@ -109,7 +108,7 @@ def train(
     from ..training.run import TrainingRun  # takes seconds to import
 
     seeds = list(range(seed, seed + num_seeds))
-    facts = describe_data(CardFacts(**card), data)
+    facts = describe_data(card, data)
     job = TrainingRun(data=data, head=head, recipe=recipe, seeds=seeds, card=facts, **vars(run))
     with process_group():
         results = job.run()

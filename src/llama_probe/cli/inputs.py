@@ -1,0 +1,103 @@
+"""Inputs of the commands that measure a head: the head with its backbone, and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backbone.loading import DtypeName, backbone_target, load_backbone
+from ..data.known import find_benchmark
+from ..data.prompts import PromptFormat
+from ..data.sources import setting
+from ..data.states import PromptDataset
+from ..data.tables import TablePlace
+from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
+from ..heads.match import check_backbone
+from ..heads.probe import ProbeModel
+from ..hub.folder import check_output, is_head_folder
+from ..hub.resolve import resolve_head
+from .options import HEADS_BACKBONE, PROBE, TRUST_REMOTE_CODE, backbone_of
+
+
+@dataclass
+class HeadOptions:
+    """A head and its backbone, loaded in two steps: what the head refuses comes before the backbone.
+
+    Attributes:
+        backbone: defaults to the one that the head records, which `load` sets.
+        head, prompts: set by `load` and `attach`.
+    """
+
+    probe: str = field(metadata={"help": PROBE})
+    backbone: str | None = setting(None, HEADS_BACKBONE)
+    dtype: DtypeName = "auto"
+    trust_remote_code: bool = setting(False, TRUST_REMOTE_CODE, "trust-remote-code")
+    head: ProbeModel = field(init=False, repr=False)
+    prompts: PromptFormat = field(init=False, repr=False)
+
+    def load(self) -> ProbeModel:
+        """Load the head without its backbone."""
+        self.backbone = backbone_of(self.probe, self.backbone)
+        folder = resolve_head(self.probe, backbone_target(self.backbone))
+        self.head = ProbeModel.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        return self.head
+
+    def attach(self) -> None:
+        """Load the backbone, and bind the head to it."""
+        lm, tokenizer = load_backbone(self.backbone, self.dtype)
+        check_backbone(self.probe, self.head.config, lm)
+        self.head.to(lm.device).set_backbone(lm)
+        self.prompts = PromptFormat.from_config(self.head.config, tokenizer)
+
+    def dataset(self, texts: Sequence) -> PromptDataset:
+        """Return texts without labels, rendered as the head was trained."""
+        ids, masks, _ = self.prompts.encode_for(self.head.config, texts)
+        return PromptDataset(ids, np.zeros(len(ids)), masks)
+
+
+# Fields of `DataSources` that say where labelled rows have what; arguments of `read_rows`.
+ROW_FIELDS = "text_column label_column prompt_column data_dir max_text"
+BENIGN = "The rows need no label column: all of them have the first label."
+
+
+def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> Any:
+    """Return labelled rows as `LabelledTexts`, with the labels of a head."""
+    from ..data.texts import read_labelled  # needs datasets
+
+    names = list(config.id2label.values())
+    if benign and (config.num_labels, config.problem_type) != (2, "single_label_classification"):
+        raise ProbeError(f"--benign needs a head with two labels; this one has {', '.join(names)}")
+    options |= {"label_names": names, "problem_type": config.problem_type, "split": "test", "benign": benign}
+    return read_labelled(source, **options)
+
+
+def read_texts(source: str, config: ProbeConfig, limit: int | None, **options: Any) -> list[Any]:
+    """Return the texts of rows that need no labels; a random part of them if there are more than `limit`."""
+    from ..data.texts import read_labelled  # needs datasets
+
+    names, kind = list(config.id2label.values()), "single_label_classification"
+    rows = read_labelled(source, label_names=names, problem_type=kind, benign=True, **options)
+    return rows.at_most(limit, seed=0).texts
+
+
+def check_source(source: str) -> None:
+    """Raise `ProbeError` if rows are in a file that does not exist."""
+    if find_benchmark(source) is None:
+        TablePlace.parse(source)
+
+
+def check_head_folder(probe: str, option: str) -> None:
+    """Raise `ProbeError` unless `--probe` names a head folder on this machine, which an option can write into."""
+    if not is_head_folder(probe):
+        raise ProbeError(f"{option} writes into a head folder on this machine, and --probe {probe} is none")
+    check_output(probe)
+
+
+def short_name(source: str) -> str:
+    """Return the last two parts of a path: the others differ between machines."""
+    return "/".join(Path(source).parts[-2:])
