@@ -7,20 +7,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
 from ..serving.halting_words import HALTING_FORMS, read_halting
-from .compatibility import KEY, RESTRICTED, check_arguments, check_version, transfer_config
+from .compatibility import KEY, RESTRICTIONS, check_arguments, check_version, transfer_config
 
 
-# Options of vLLM's that have a short form, by it.
-_SHORT = {
-    "-dcp": "decode_context_parallel_size",
-    "-pcp": "prefill_context_parallel_size",
-    "-sc": "speculative_config",
+# Options of vLLM's that are restricted, and their short forms.
+_RESTRICTED = {restriction.argument: () for restriction in RESTRICTIONS if restriction.argument != "enable_dbo"} | {
+    "decode_context_parallel_size": ("-dcp",),
+    "prefill_context_parallel_size": ("-pcp",),
+    "speculative_config": ("-sc",),
 }
 _JSON = {
     "hf_overrides": "of the backbone's config",
@@ -81,9 +81,11 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     theirs.add_argument("--download-dir", help="where to keep the backbone")
     theirs.add_argument("--pipeline-parallel-size", "-pp", type=int, metavar="N", help="stages that share the layers")
     for name, meaning in _JSON.items():
-        theirs.add_argument(f"--{name.replace('_', '-')}", type=_json, metavar="JSON", help=meaning)
+        theirs.add_argument(_option(name), type=_json, metavar="JSON", help=meaning)
+    for name, short in _RESTRICTED.items():
+        theirs.add_argument(*short, _option(name), type=_json_or_text, help=argparse.SUPPRESS)
     ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
-    _check_words(rest)
+    check_arguments(vars(ours))
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
     ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
@@ -101,8 +103,12 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     arguments["kv_transfer_config"] = transfer
     words = ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():
-        words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+        words += [_option(name), value if isinstance(value, str) else json.dumps(value)]
     return words + rest
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _heads(texts: list[str]) -> dict[str, str] | list[str]:
@@ -131,23 +137,6 @@ def _with_dashes(word: str) -> str:
     return name.replace("_", "-") + rest if word.startswith("--") else word
 
 
-def _check_words(words: Sequence[str]) -> None:
-    """Refuse options of vLLM's that are spelled in full, before vLLM is loaded. `_check_parsed` finds the others."""
-    for word, following in zip(words, [*words, "--"][1:], strict=True):
-        name, equals, value = word.partition("=")
-        argument = _SHORT.get(name, name.removeprefix("--").replace("-", "_"))
-        if name == "--model":
-            _check_not_given({"model": word})
-        if not word.startswith("-") or argument not in RESTRICTED:
-            continue
-        text = value if equals else "true" if following.startswith("--") else following
-        try:
-            given = json.loads(text)
-        except ValueError:
-            given = text
-        check_arguments({argument: given})
-
-
 def _check_parsed(words: Sequence[str]) -> None:
     """Refuse what vLLM's own parser finds in the words: abbreviations, parts of a JSON, lines of a `--config` file."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -156,17 +145,13 @@ def _check_parsed(words: Sequence[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog=_PROGRAM, usage="%(prog)s MODEL --probe HEAD [options]"))
     # A name that is there already gets no default: another value than None comes from a word.
     parsed = vars(parser.parse_args(list(words), argparse.Namespace(**dict.fromkeys(_READ_HERE))))
-    _check_not_given(parsed)
-    check_arguments(parsed)
-
-
-def _check_not_given(arguments: Mapping[str, Any]) -> None:
-    if arguments.get("model") is not None:
-        raise ProbeError("--model is refused: heads are compared with the model that comes first, before --probe")
     for name in _READ_HERE:
-        if arguments.get(name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise ProbeError(f"{option} must stand on the command line, under its full name, and JSON in one piece")
+        if parsed[name] is not None:
+            what = (
+                "comes first, before --probe" if name == "model" else "must have its full name, and JSON in one piece"
+            )
+            raise ProbeError(f"{_option(name)} cannot be read here: it {what}")
+    check_arguments(parsed)
 
 
 def _check_memory() -> None:
@@ -182,6 +167,13 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,80 +47,52 @@ class Restriction:
 
     Attributes:
         argument: of `vllm.LLM`, and with dashes of the command line.
-        found: reads it off a complete config.
+        place: of the setting in a complete config.
     """
 
     argument: str
     allowed: tuple[Any, ...]
     reason: str
-    found: Callable[[VllmConfig], Any]
+    place: str
 
     def check(self, value: Any) -> None:
         """Raise `ProbeError` if the value is not allowed."""
         if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
             value = value.get("method") or "unnamed"
-        if value not in self.allowed:
-            allowed = " or ".join(repr(item) for item in self.allowed if item is not None) or "nothing"
+        if value is not None and value not in self.allowed:
+            allowed = " or ".join(map(repr, self.allowed)) or "nothing"
             raise ProbeError(
                 f"{self.argument}={value!r} does not go with heads: {self.reason}. Allowed is {allowed}, or leave it out"
             )
 
+    def check_config(self, config: VllmConfig) -> None:
+        """Raise `ProbeError` if the value in a complete config is not allowed."""
+        value: Any = config
+        for name in self.place.split("."):
+            value = getattr(value, name, None)
+        self.check(value)
 
+
+_EAGLE = "EAGLE and extract_hidden_states take the states between the layers for themselves, others were not tested"
 _SPREAD = "the states of a prompt would lie on several devices"
+_ROUNDED = "vLLM's cache layer for states refuses to be quantised, and rounded keys and values change the states"
 _OVERLAP = "micro-batches that overlap were not tested"
+_CLASSES = "heads read the states of vLLM's own model classes"
+_OFFLOADED = "it takes the engine's only connector, which heads need, and was not tested"
+_POOLING = "pooling models return no text, and have no heads"
+_SCHEDULED = "an engine has one scheduler, and the heads need theirs"
 RESTRICTIONS = (
-    Restriction(
-        "speculative_config",
-        ("ngram", "draft_model", None),
-        "EAGLE and extract_hidden_states take the states between the layers for themselves, others were not tested",
-        lambda config: getattr(config.speculative_config, "method", None),
-    ),
-    Restriction(
-        "decode_context_parallel_size",
-        (1, None),
-        _SPREAD,
-        lambda config: config.parallel_config.decode_context_parallel_size,
-    ),
-    Restriction(
-        "prefill_context_parallel_size",
-        (1, None),
-        _SPREAD,
-        lambda config: config.parallel_config.prefill_context_parallel_size,
-    ),
-    Restriction(
-        "kv_cache_dtype",
-        ("auto", "bfloat16", "float16", None),
-        "vLLM's cache layer for states refuses to be quantised, and rounded keys and values change the states",
-        lambda config: config.cache_config.cache_dtype,
-    ),
-    Restriction("enable_dbo", (False, None), _OVERLAP, lambda config: config.parallel_config.enable_dbo),
-    Restriction("ubatch_size", (0, 1, None), _OVERLAP, lambda config: config.parallel_config.ubatch_size),
-    Restriction(
-        "model_impl",
-        ("auto", "vllm", None),
-        "heads read the states of vLLM's own model classes",
-        lambda config: config.model_config.model_impl,
-    ),
-    Restriction(
-        "kv_offloading_size",
-        (None,),
-        "it takes the engine's only connector, which heads need, and vLLM offloads on GPUs alone, which were not tested",
-        lambda config: config.cache_config.kv_offloading_size,
-    ),
-    Restriction(
-        "runner",
-        ("auto", "generate", None),
-        "pooling models return no text, and have no heads",
-        lambda config: config.model_config.runner_type,
-    ),
-    Restriction(
-        "scheduler_cls",
-        (None, SCHEDULER),
-        "an engine has one scheduler, and the heads need theirs",
-        lambda config: config.scheduler_config.scheduler_cls,
-    ),
+    Restriction("speculative_config", ("ngram", "draft_model"), _EAGLE, "speculative_config.method"),
+    Restriction("decode_context_parallel_size", (1,), _SPREAD, "parallel_config.decode_context_parallel_size"),
+    Restriction("prefill_context_parallel_size", (1,), _SPREAD, "parallel_config.prefill_context_parallel_size"),
+    Restriction("kv_cache_dtype", ("auto", "bfloat16", "float16"), _ROUNDED, "cache_config.cache_dtype"),
+    Restriction("enable_dbo", (False,), _OVERLAP, "parallel_config.enable_dbo"),
+    Restriction("ubatch_size", (0, 1), _OVERLAP, "parallel_config.ubatch_size"),
+    Restriction("model_impl", ("auto", "vllm"), _CLASSES, "model_config.model_impl"),
+    Restriction("kv_offloading_size", (), _OFFLOADED, "cache_config.kv_offloading_size"),
+    Restriction("runner", ("auto", "generate"), _POOLING, "model_config.runner_type"),
+    Restriction("scheduler_cls", (SCHEDULER,), _SCHEDULED, "scheduler_config.scheduler_cls"),
 )
-RESTRICTED = frozenset(restriction.argument for restriction in RESTRICTIONS)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -136,7 +108,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 def check_config(config: VllmConfig) -> None:
     """Raise `ProbeError` if a complete config does not go with heads."""
     for restriction in RESTRICTIONS:
-        restriction.check(restriction.found(config))
+        restriction.check_config(config)
     transfer = config.kv_transfer_config
     connector = getattr(transfer, "kv_connector", None)
     if connector == CONNECTOR:
@@ -151,17 +123,12 @@ def check_config(config: VllmConfig) -> None:
 
 
 def transfer_config(beside: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it.
-
-    Raises:
-        ProbeError: the other one is not in `STORES`.
-    """
+    """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it, which must be in `STORES`."""
     if beside is None:
         return TRANSFER
     if not isinstance(beside, Mapping) or beside.get("kv_connector") not in STORES:
-        found = beside.get("kv_connector") if isinstance(beside, Mapping) else beside
         raise ProbeError(
-            f"kv_transfer_config={found!r} does not go with heads: it must be a dict whose kv_connector is "
+            f"kv_transfer_config={beside!r} does not go with heads: it must be a dict whose kv_connector is "
             f"{' or '.join(STORES)}, which also stores what heads read"
         )
     connectors = {"connectors": [TRANSFER, dict(beside)]}
@@ -185,11 +152,7 @@ def check_version(allow_untested: bool = False) -> None:
 
 
 def probed_architecture(architectures: list[str] | None, pipeline_parallel_size: int = 1) -> str:
-    """Return the name of the model class with heads, for the architectures that a model's config names.
-
-    Raises:
-        ProbeError: there is none, or none for a pipeline.
-    """
+    """Return the name of the model class with heads, for the architectures that a model's config names."""
     named = architectures or []
     for name in named:
         if name in IN_ONE_STAGE and pipeline_parallel_size > 1:
