@@ -77,26 +77,25 @@ def calibrate(
         found, later = {}, {}
         if benign:
             head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts), progress=True), rate)
-            later["thresholds_from"] = found = {
-                "sources": [short_name(source) for source in benign],
+            later["thresholds_from"] = {
+                "sources": list(map(short_name, benign)),
                 "rows": len(texts),
                 "rates": dict(zip(head.config.thresholds, rate, strict=True)),
             }
-            found = found | {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
+            found |= later["thresholds_from"]
+            found |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
         if novelty_data:
             if not validation:
                 held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
                 validation = [text for row, text in enumerate(train) if row in held]
                 train = [text for row, text in enumerate(train) if row not in held]
             fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation), progress=True)
-            sources = [short_name(source) for source in (*novelty_data, *(novelty_validation or ()))]
-            later["novelty"] = {"sources": sources, **fitted}
+            sources = list(map(short_name, (*novelty_data, *(novelty_validation or ()))))
+            found["novelty"] = later["novelty"] = {"sources": sources, **fitted}
         if not is_main():
             return None
         head.results = (head.results or {}) | later
         head.save_pretrained(scored.probe)
-    if novelty_data:
-        found["novelty"] = later["novelty"]
     return found, partial(_print, scored.probe, found)
 
 

@@ -37,11 +37,7 @@ def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
     """Reply to each prompt with and without heads.
 
     Yields:
-        A dict a prompt: `prompt`, `reply`, `labels`, `probabilities` and `novelty` by head, `seconds`, `seconds_without_heads`. A
-        label is `None` if the prompt is unlike what the head was trained on.
-
-    Raises:
-        ProbeError: the demo backbone is not installed, or a reply differs from the one without heads.
+        A dict a prompt: `prompt`, `reply`, `labels`, `probabilities` and `novelty` by head, `seconds`, `seconds_without_heads`.
     """
     path = demo_backbone()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -82,17 +78,15 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 24,
 ) -> Result:
     """Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."""
-    console = create_console(stderr=True)
-    console.print(
-        "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it."
+    create_console(stderr=True).print(
+        "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it.\n"
+        "Preparing it (half a minute the first time) ...\n"
     )
-    console.print("Preparing it (half a minute the first time) ...\n")
     replies = run_demo(max_new_tokens)
     return replies, partial(_print, replies)
 
 
 def _print(replies: Iterable[dict[str, Any]]) -> None:
-    """Print each reply when it is there, and the time of all."""
     console, rows = create_console(), []
     for row in replies:
         rows.append(row)
@@ -108,7 +102,6 @@ def _print(replies: Iterable[dict[str, Any]]) -> None:
 
 
 def _print_reply(console: Console, row: dict[str, Any]) -> None:
-    """Print a prompt with its labels, and the beginning of the reply."""
     verdict = ""
     for name, label in row["labels"].items():
         if label is None:

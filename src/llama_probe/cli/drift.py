@@ -46,7 +46,7 @@ def drift(
     from ..evaluation.plots import drift_plot, png_writer
     from ..evaluation.report import predict_rows
 
-    texts = _texts(input, columns["text_column"], columns["max_text"])
+    texts = _texts(input, **columns)
     rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
     scored.attach()
     logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]), progress=True)
@@ -61,16 +61,16 @@ def drift(
     return found, partial(_print, scored.probe, found, output)
 
 
-def _texts(patterns: list[str], column: str, max_text: int) -> list[Any]:
+def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Any]:
     """Return the texts of all files in their order; rows without one are skipped."""
     texts: list[Any] = []
     for file in InputFile.find(patterns):
-        if column not in (fields := file.fields(max_text)):
-            raise ProbeError(f"{file.path} has no column {column!r}; it has: {', '.join(fields) or 'none'}")
-        for chunk in file.chunks([column], 2048, lambda _number: True, max_text):
-            texts += [text for text in chunk.columns[column] if text is not None and is_text(text) and text]
+        if text_column not in (fields := file.fields(max_text)):
+            raise ProbeError(f"{file.path} has no column {text_column!r}; it has: {', '.join(fields) or 'none'}")
+        for chunk in file.chunks([text_column], 2048, lambda _number: True, max_text):
+            texts += [text for text in chunk.columns[text_column] if text and is_text(text)]
     if not texts:
-        raise ProbeError(f"--input {', '.join(patterns)} holds no texts in the column {column!r}")
+        raise ProbeError(f"--input {', '.join(patterns)} holds no texts in the column {text_column!r}")
     return texts
 
 

@@ -46,9 +46,9 @@ def inspect(
     """Show a head, check it against a backbone, or list the bundled heads."""
     if markdown and probe:
         raise ProbeError(f"--markdown lists all bundled heads: leave out {probe}")
-    if probe is None and (backbone or revision):
-        raise ProbeError("--backbone and --revision need a head: name it first")
     if probe is None:
+        if backbone or revision:
+            raise ProbeError("--backbone and --revision need a head: name it first")
         heads = bundled_heads()
         configs = {alias: read_config(folder) for alias, folder in heads.items()}
         show = partial(print, results_table(heads.values())) if markdown else partial(_print_heads, configs)
@@ -68,10 +68,9 @@ def inspect(
 
 
 def _print_heads(configs: dict[str, ProbeConfig]) -> None:
-    rows = [
-        (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
-        for alias, config in configs.items()
-    ]
+    rows = []
+    for alias, config in configs.items():
+        rows.append((alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path))
     print_table("bundled heads", ("alias", "kind", "labels", "backbone"), rows, left=4)
 
 
