@@ -34,11 +34,7 @@ MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
 def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
-    """Return the command line of vLLM's server for one of ours. Options that are not ours go through.
-
-    Raises:
-        ProbeError: see `engine_kwargs`.
-    """
+    """Return the command line of vLLM's server for one of ours. Options that are not ours go through."""
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         description="Serve a model with heads over OpenAI's API. Options of vLLM's own server may follow.",
@@ -112,15 +108,12 @@ def _option(name: str) -> str:
 
 
 def _heads(texts: list[str]) -> dict[str, str] | list[str]:
-    named = [text.partition("=") for text in texts]
-    if all(sign for _, sign, _ in named):
-        names = [name for name, _, _ in named]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ProbeError(f"--probe names {', '.join(twice)} more than once: give each name once")
-        return {name: source for name, _, source in named}
-    if any(sign for _, sign, _ in named):
-        raise ProbeError("--probe: give every head a name (NAME=HEAD), or none")
-    return texts
+    named = dict(text.split("=", 1) for text in texts if "=" in text)
+    if not named:
+        return texts
+    if len(named) < len(texts):
+        raise ProbeError(f"--probe {', '.join(texts)}: give every head a name of its own (NAME=HEAD), or none")
+    return named
 
 
 def _may_be_named(name: str, probes: dict[str, str] | list[str]) -> bool:
@@ -185,11 +178,7 @@ def main() -> None:
 
 
 def serve(words: Sequence[str]) -> None:
-    """Run vLLM's server with these arguments.
-
-    Raises:
-        ProbeError: the engine did not start, or died.
-    """
+    """Run vLLM's server with these arguments. Raise `ProbeError` if the engine does not start, or dies."""
     from vllm.entrypoints.launchers.api_server import entry
 
     build_and_serve = entry.build_and_serve

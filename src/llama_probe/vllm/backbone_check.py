@@ -37,14 +37,12 @@ def check_heads(
     strict: bool = False,
     cache_dir: str | None = None,
 ) -> None:
-    """Warn, once for a head, of all that tells the backbone from the one it was trained on; see `check_backbone`.
+    """Warn of heads, whose configs are by name, that were trained on another backbone; see `check_backbone`.
 
-    For the fingerprints the backbone runs over 32 tokens, on the CPU, with one layer in memory at a time: its weights are
-    fetched, and read from their files, as vLLM is about to do. Quantised, damaged or missing weights are not compared, and a
-    warning says so.
+    For the fingerprints the backbone runs over 32 tokens, on the CPU, with one layer in memory at a time. Quantised, damaged
+    or missing weights are not compared, and a warning says so.
 
     Args:
-        configs: of the heads, by name.
         model, revision: folder or Hub id of a model of one of `ARCHITECTURES`.
         cache_dir: where vLLM keeps what it fetches (its `download_dir`), so that this is fetched once.
 
@@ -68,16 +66,11 @@ def check_heads(
             )
         except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
             reason = first_line(error)
+            found = f"the weights of {model} cannot be compared with those that the heads were trained on: {reason}."
             if strict:  # a guard of another backbone would let everything through
-                raise ProbeError(
-                    f"the weights of {model} cannot be compared with those that the heads were trained on: {reason}. "
-                    "To serve all the same: --skip-fingerprints or --no-probe-strict "
-                    "(compare_fingerprints=False or probe_strict=False)"
-                ) from None
-            logger.warning(
-                "whether the heads were trained on this backbone is not checked, its weights cannot be read beforehand: "
-                f"{reason}. llama-probe inspect HEAD --backbone MODEL does it"
-            )
+                anyway = "--skip-fingerprints or --no-probe-strict (compare_fingerprints=False or probe_strict=False)"
+                raise ProbeError(f"{found} To serve all the same: {anyway}") from None
+            logger.warning(f"{found} llama-probe inspect HEAD --backbone MODEL does it")
             return
         take = functools.cache(functools.partial(fingerprint, lm))
         for name, config in configs.items():

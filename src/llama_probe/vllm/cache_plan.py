@@ -44,9 +44,10 @@ class CachePlan:
         self.maps = {name: maps for name, (maps, _) in splits.items()}
         self.layers, self.width = others, size
         self.columns: dict[str, slice] = {}
+        first = 0
         for name, maps in self.maps.items():
-            first = max((columns.stop for columns in self.columns.values()), default=0)
             self.columns[name] = slice(first, first + maps.shape[0] * maps.shape[1])
+            first = self.columns[name].stop
 
 
 class Projector:

@@ -20,7 +20,7 @@ from ..errors import ProbeError
 from .answers import answer
 from .cache_plan import CachePlan
 from .scoring import Scorer, ScoringJob
-from .settings import ProbeSettings
+from .settings import HOW_TO, ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache, cache_growth
 
 
@@ -60,12 +60,9 @@ class ProbeConnector(KVConnectorBase_V1):
         self.settings = ProbeSettings.of(vllm_config)
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
-            raise ProbeError(
-                f"this model's caches are of {len(groups)} kinds, and states can be kept beside one kind alone"
-            )
+            raise ProbeError(f"this model has {len(groups)} kinds of caches, and states can be kept beside one alone")
         self._block_size = groups[0].kv_cache_spec.block_size
-        # In the scheduler's process: requests that are not finished, those of them whose prompts are not complete, and what
-        # is known of the others.
+        # In the scheduler's process: requests that are not finished, those whose prompts are not complete, and answers.
         self._running: set[str] = set()
         self._prompts: dict[str, Request] = {}
         self._answers: dict[str, dict[str, Any]] = {}
@@ -145,8 +142,7 @@ class ProbeConnector(KVConnectorBase_V1):
         if not caches:
             named = ", ".join(self._vllm_config.model_config.architectures)
             raise ProbeError(
-                f"this engine has heads, and its model is {named}, which keeps no states for them: make its arguments with "
-                "llama_probe.vllm.engine_kwargs(model, probe=...), or serve with python -m llama_probe.vllm MODEL --probe HEAD"
+                f"this engine has heads, and its model is {named}, which keeps no states for them: {HOW_TO}"
             )
         runs = get_tensor_model_parallel_rank() == 0
         if runs:

@@ -53,9 +53,8 @@ def engine_kwargs(
         kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict.
 
     Raises:
-        ProbeError: vLLM is missing or of another version, an argument does not go with heads, the model's class has no
-            place for them, a head cannot be read, does not fit, or needs what an engine does not give it, `halt_on` is
-            not allowed, or with `probe_strict` a head was, or may have been, trained on another backbone.
+        ProbeError: vLLM is missing or of another version, an argument, the model's class or a head does not go with the
+            others, or with `probe_strict` a head was, or may have been, trained on another backbone.
     """
     check_version(allow_untested_vllm)
     check_arguments(kwargs)
@@ -76,24 +75,20 @@ def engine_kwargs(
     heads = {}
     for name, source in named_sources(probe).items():
         if isinstance(source, ProbeModel):
-            raise ProbeError(
-                f"head {name!r} is a ProbeModel, and the engine's processes read folders: save_pretrained it first"
-            )
+            raise ProbeError(f"probe={name!r} is in memory, and the engine's processes read folders: save it first")
         folder = resolve_head(source, target, options, probe_namespace).resolve()
         _check_head(name, ProbeModel.from_pretrained(folder), target)
         heads[name] = str(folder)
     if not heads:
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
+    functions = (
+        "halt_on takes no functions here, because the engine decides in another process: name heads and thresholds"
+    )
     if callable(halt_on):
-        raise ProbeError(
-            "halt_on is a function, and the engine decides in another process: name heads, as in "
-            "{'toxicchat-mha': {'threshold': 0.6}}"
-        )
+        raise ProbeError(functions)
     settings = ProbeSettings(heads, None if halt_on is None else options_by_head(halt_on), allow_untested_vllm)
     if any(rule.ask is not None for rule in settings.rules):
-        raise ProbeError(
-            "halt_on: ask is a function, and the engine decides in another process: leave unsure and ask out"
-        )
+        raise ProbeError(functions)
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))

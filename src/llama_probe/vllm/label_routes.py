@@ -10,7 +10,6 @@ import copy
 import functools
 import json
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,28 +27,17 @@ COMPLETIONS = "/v1/completions"
 
 
 class TextEncoder:
-    """Turns texts into the prompts that heads were trained to read.
-
-    Args:
-        configs: of the heads, by name.
-        tokenizer: of the served model. It is copied: the server's own may be at work in another thread.
-
-    Raises:
-        ProbeError: the tokenizer is none of transformers'.
-    """
+    """Turns texts into the prompts that heads, whose configs are by name, were trained to read."""
 
     def __init__(self, configs: Mapping[str, ProbeConfig], tokenizer: Any):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ProbeError(f"texts need a tokenizer of transformers, not {type(tokenizer).__name__}")
+        # The server's own may be at work in another thread.
         self._configs, tokenizer = configs, copy.deepcopy(tokenizer)
         self._format = functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
 
     def encode(self, heads: Sequence[str], texts: Sequence[Text]) -> tuple[list[list[int]], dict[str, range]]:
-        """Return token ids of prompts, and for each head the places of its own, one a text.
-
-        Raises:
-            ProbeError: a text cannot be rendered.
-        """
+        """Return token ids of prompts, and for each head the places of its own, one a text."""
         prompts: list[list[int]] = []
         places = {}
         for group in heads_by_format({name: self._configs[name] for name in heads}):
@@ -58,7 +46,7 @@ class TextEncoder:
         return prompts, places
 
 
-class LabelRequest(ABC):
+class LabelRequest:
     """One request to such a route.
 
     Attributes:
@@ -70,17 +58,13 @@ class LabelRequest(ABC):
         self.settings, self.query = settings, query
         self._places: dict[str, range] = {}
 
-    @abstractmethod
     def read(self, body: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
-        """Return the names of the heads that answer, and the inputs: texts, chats or token ids.
+        """Return the names of the heads that answer, and the inputs: texts, chats or token ids."""
+        raise NotImplementedError
 
-        Raises:
-            ProbeError: the body has no such thing.
-        """
-
-    @abstractmethod
     def results(self, said: Mapping[str, list[dict[str, Any]]], completion: Mapping[str, Any]) -> dict[str, Any]:
         """Return the response, for what each head says of each input."""
+        raise NotImplementedError
 
     def completion(self, body: bytes, encoder: TextEncoder) -> bytes:
         """Return the body of the request for completions.
@@ -102,7 +86,9 @@ class LabelRequest(ABC):
         asked = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "kv_transfer_params": {"probes": heads}}
         return json.dumps({"model": request.get("model"), **asked}).encode()
 
-    def response(self, completion: bytes, known: Sequence[Mapping[str, Any]]) -> tuple[int, bytes]:
+    def response(
+        self, completion: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
+    ) -> tuple[int, dict[str, Any]]:
         """Return status and body for the completions and what the engine says of each prompt.
 
         An input that a head cannot score is an error: it must not pass for one that is fine.
@@ -112,9 +98,10 @@ class LabelRequest(ABC):
             for place, row in enumerate(rows):
                 if "error" in row:
                     message = f"input {place} has no score of {name}: {row['error']}"
-                    error = {"message": message, "type": "BadRequestError", "param": "input", "code": 400}
-                    return 400, json.dumps({"error": error}).encode()
-        return 200, json.dumps(self.results(said, json.loads(completion)), ensure_ascii=False).encode()
+                    return 400, {
+                        "error": {"message": message, "type": "BadRequestError", "param": "input", "code": 400}
+                    }
+        return 200, self.results(said, completion)
 
 
 class Moderations(LabelRequest):
@@ -159,17 +146,17 @@ class Classification(LabelRequest):
             return [head], [body["messages"]]
         given = body.get("input")
         inputs = given if isinstance(given, list) and not _is_ids(given) else [given]
-        if not inputs or not (_all(inputs, str) or all(map(_is_ids, inputs))):
+        if not _are_texts(inputs) and not (inputs and all(map(_is_ids, inputs))):
             raise ProbeError("input must be a text, a list of texts, or token ids")
         return [head], inputs
 
     def results(self, said, completion):
         ((head, rows),) = said.items()
         config = self.settings.configs[head]
-        data = [
-            {"index": index, "label": label, "probs": values, "num_classes": config.num_labels}
-            for index, (label, values) in enumerate(_classified(row, config) for row in rows)
-        ]
+        data = []
+        for index, row in enumerate(rows):
+            label, values = _classified(row, config)
+            data.append({"index": index, "label": label, "probs": values, "num_classes": config.num_labels})
         tokens = completion["usage"]["prompt_tokens"]
         return {
             "id": f"classify-{completion['id'].removeprefix('cmpl-')}",
@@ -186,13 +173,12 @@ LABEL_ROUTES: dict[str, type[LabelRequest]] = {"/v1/moderations": Moderations, "
 
 def _moderated(given: Any) -> list[str]:
     """Return the texts of an `input`. Content parts are one text, as OpenAI's API answers them with one result."""
-    inputs = [given] if isinstance(given, str) else given
-    if isinstance(inputs, list) and inputs:
-        if _all(inputs, str):
-            return inputs
-        parts = [part.get("text") for part in inputs if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) == len(inputs) and _all(parts, str):
-            return ["\n".join(parts)]
+    inputs = given if isinstance(given, list) else [given]
+    if _are_texts(inputs):
+        return inputs
+    parts = [part.get("text") for part in inputs if isinstance(part, dict) and part.get("type") == "text"]
+    if len(parts) == len(inputs) and _are_texts(parts):
+        return ["\n".join(parts)]
     raise ProbeError("input must be a text, a list of texts, or a list of content parts of type text")
 
 
@@ -213,5 +199,5 @@ def _is_ids(given: Any) -> bool:
     return isinstance(given, list) and len(given) > 0 and all(type(item) is int for item in given)
 
 
-def _all(items: Sequence[Any], kind: type) -> bool:
-    return all(isinstance(item, kind) for item in items)
+def _are_texts(items: Sequence[Any]) -> bool:
+    return len(items) > 0 and all(isinstance(item, str) for item in items)

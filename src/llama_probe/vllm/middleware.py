@@ -13,7 +13,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from fastapi import HTTPException
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from ..errors import ProbeError
 from .label_routes import COMPLETIONS, LABEL_ROUTES, LabelRequest, TextEncoder
@@ -25,7 +27,6 @@ from .settings import ProbeSettings
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")  # ends the id of a request that a beam search makes
 _NEXT_TOKEN = "generative-scoring-"  # begins the ids of requests for the next token's probabilities
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
-_HEADER = b"x-llama-probe"
 
 
 class ProbeStreams:
@@ -36,7 +37,6 @@ class ProbeStreams:
     responses of them; what it has no place for is added to their bytes, see `Scores`.
 
     It answers `/v1/moderations` and `/classify` itself, by a request to the server's `/v1/completions`; see `label_routes`.
-
     A request for unknown heads is refused. So is beam search beside `halt_on`: each of its steps is a prompt of its own, and
     a beam that ended would be an error inside of vLLM.
     """
@@ -63,9 +63,8 @@ class ProbeStreams:
         if route := LABEL_ROUTES.get(_path(scope)):
             await self._label(route(settings, Request(scope).query_params), scores, scope, receive, send)
             return
-        if not _is_upload(scope):  # files, which may be large, name no heads
-            receive = _rewritten(scope, receive, functools.partial(check_request, settings))
-        await self.app(scope, receive, _Response(send, scores).send)
+        checked = _rewritten(scope, receive, functools.partial(check_request, settings))
+        await self.app(scope, checked, _Response(send, scores).send)
 
     async def _label(
         self, asked: LabelRequest, scores: Scores, scope: dict[str, Any], receive: Any, send: Any
@@ -78,13 +77,13 @@ class ProbeStreams:
 
         rewrite = functools.partial(self._completion, asked, scope["app"].state.engine_client)
         await self.app(_as_completion(scope), _rewritten(scope, receive, rewrite), keep)
-        start, *parts = messages
-        status, body = start["status"], b"".join(part.get("body", b"") for part in parts)
-        if status == 200:
-            status, body = asked.response(body, scores.prompts)
-        headers = [*_without_length(start), (b"content-length", str(len(body)).encode())]
-        await send({**start, "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        if messages[0]["status"] != 200:
+            for message in messages:
+                await send(message)
+            return
+        completion = json.loads(b"".join(message.get("body", b"") for message in messages))
+        status, found = asked.response(completion, scores.prompts)
+        await JSONResponse(found, status)(scope, receive, send)
 
     async def _completion(self, asked: LabelRequest, engine: Any, body: bytes) -> bytes:
         """Return the body of the request for completions that answers one for labels."""
@@ -101,14 +100,10 @@ class ProbeStreams:
 
 
 class _Response:
-    """One response on its way. Its start waits for its first body, when the scores are known.
-
-    Attributes:
-        scores: of the request that it answers.
-    """
+    """One response on its way. Its start waits for its first body, when the scores are known."""
 
     def __init__(self, send: Any, scores: Scores):
-        self._send, self.scores = send, scores
+        self._send, self._scores = send, scores
         self._start: dict[str, Any] | None = None
         self._is_stream = self._is_json = False
         self._body = b""
@@ -132,21 +127,21 @@ class _Response:
     def _waits(self, more: bool) -> bool:
         """Return True if the body so far cannot be sent yet."""
         if self._is_stream:
-            return more and self._body.startswith(_UNSCORED) and not self.scores.are_known
-        return more and self._is_json and self.scores.are_known
+            return more and self._body.startswith(_UNSCORED) and not self._scores.are_known
+        return more and self._is_json and self._scores.are_known
 
     def _with_scores(self) -> bytes:
         if self._is_stream:
-            return self.scores.stream(self._body)
-        return self.scores.complete(self._body) if self._is_json and self.scores.are_known else self._body
+            return self._scores.stream(self._body)
+        return self._scores.complete(self._body) if self._is_json and self._scores.are_known else self._body
 
     def _headers(self, body: bytes) -> list[tuple[bytes, bytes]]:
-        added = {}
-        if self._is_json and self.scores.are_known:
-            added[b"content-length"] = str(len(body)).encode()
-        if header := self.scores.header:
-            added[_HEADER] = header
-        return [item for item in self._start["headers"] if item[0].lower() not in added] + list(added.items())
+        headers = MutableHeaders(raw=list(self._start["headers"]))
+        if self._is_json and self._scores.are_known:
+            headers["content-length"] = str(len(body))
+        if said := self._scores.header:
+            headers["x-llama-probe"] = said
+        return headers.raw
 
 
 def _path(scope: dict[str, Any]) -> str:
@@ -154,18 +149,11 @@ def _path(scope: dict[str, Any]) -> str:
     return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
-def _is_upload(scope: dict[str, Any]) -> bool:
-    # Of two such headers the server takes the first.
-    return Request(scope).headers.get("content-type", "").lower().startswith("multipart/form-data")
-
-
 def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
     path = scope["path"].removesuffix(_path(scope)) + COMPLETIONS
-    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": _without_length(scope)}
-
-
-def _without_length(message: dict[str, Any]) -> list[tuple[bytes, bytes]]:
-    return [item for item in message["headers"] if item[0].lower() != b"content-length"]
+    headers = MutableHeaders(raw=list(scope["headers"]))
+    del headers["content-length"]
+    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers.raw}
 
 
 def _rewritten(scope: dict[str, Any], receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Any:
@@ -186,11 +174,7 @@ def _rewritten(scope: dict[str, Any], receive: Any, rewrite: Callable[[bytes], A
 
 
 async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
-    """Return a request's body.
-
-    Raises:
-        HTTPException: its `kv_transfer_params.probes` is not a list of the engine's heads, or it is nested too deeply.
-    """
+    """Return a request's body, if its `kv_transfer_params.probes` is a list of the engine's heads; else raise status 400."""
     try:
         # It is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
         asked = json.loads(body)["kv_transfer_params"].get("probes")
@@ -200,19 +184,17 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
         return body
     if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
         return body
-    found = json.dumps(asked)
-    found = found if len(found) <= 200 else f"{found[:200]}..."
     known = ", ".join(settings.heads)
-    raise HTTPException(400, f"kv_transfer_params.probes is {found}; it must be a list of heads, of {known}")
+    raise HTTPException(
+        400, f"kv_transfer_params.probes is {json.dumps(asked)[:200]}; it must be a list of heads, of {known}"
+    )
 
 
 _scores: ContextVar[Scores] = ContextVar("llama_probe_scores")
 
 
 def _listen(engine: Any, settings: ProbeSettings) -> None:
-    """Have an engine client note and count what its outputs say of heads. Once a client."""
-    if hasattr(engine, "_llama_probe_listens"):
-        return
+    """Have an engine client note and count what its outputs say of heads."""
     announce(settings.heads)
     generate = engine.generate
 
@@ -248,4 +230,3 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
             yield output
 
     engine.generate = listening
-    engine._llama_probe_listens = True

@@ -57,13 +57,13 @@ class Scores:
         return next((known for known in reversed(self.prompts) if known), None)
 
     @property
-    def header(self) -> bytes | None:
+    def header(self) -> str | None:
         """The value of `x-llama-probe`, for a response to one prompt."""
         if len(self.prompts) != 1 or not self.prompts[0]:
             return None
         items = (_item(quote(name, safe=""), said) for name, said in self.prompts[0]["probes"].items())
         value = ", ".join(item for item in items if item)
-        return value.encode() if 0 < len(value) <= _LONGEST else None
+        return value if 0 < len(value) <= _LONGEST else None
 
     def complete(self, body: bytes) -> bytes:
         """Return a complete response with scores in each of several choices, and with the halt."""

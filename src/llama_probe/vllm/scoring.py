@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -33,6 +33,7 @@ class ScoringJob:
         num_tokens: of the prompt.
         block_ids: where its tokens lie, in order.
         heads: names of those to run.
+        masks: for each head that can read it the tokens that count, `[num_tokens]`. Set by `Scorer`.
     """
 
     request_id: str
@@ -40,14 +41,7 @@ class ScoringJob:
     num_tokens: int
     block_ids: list[int]
     heads: list[str]
-
-
-@dataclass
-class _Prompt:
-    """A job, and for each head that can read it the tokens that count, `[num_tokens]`."""
-
-    job: ScoringJob
-    masks: dict[str, torch.Tensor]
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Scorer:
@@ -71,33 +65,32 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, jobs: Sequence[ScoringJob]) -> dict[str, dict[str, list[float] | str]]:
-        """By request and head the logits, finite or not, or why there are none. Ranks that run no heads have no logits."""
-        found = {job.request_id: dict.fromkeys(job.heads) for job in jobs}
-        prompts = [_Prompt(job, {}) for job in jobs]
-        for prompt in prompts:
-            for name in prompt.job.heads:
+        """Return by request and head the logits, finite or not, or why there are none. Ranks that run no heads have no logits."""
+        found: dict[str, dict[str, list[float] | str]] = {job.request_id: {} for job in jobs}
+        for job in jobs:
+            for name in job.heads:
                 try:
-                    prompt.masks[name] = self._mask(self.heads[name], prompt.job)
+                    job.masks[name] = self._mask(self.heads[name], job)
                 except ProbeError as error:
-                    found[prompt.job.request_id][name] = str(error)
-        for batch in _batches(prompts, self.kernel_block_size):
+                    found[job.request_id][name] = str(error)
+        for batch in _batches(jobs, self.kernel_block_size):
             logits = self._score(batch)
-            for row, prompt in enumerate(batch):
-                found[prompt.job.request_id] |= {name: rows[row].tolist() for name, rows in logits.items()}
-        return {
-            request: {name: logits for name, logits in said.items() if logits is not None}
-            for request, said in found.items()
-        }
+            for row, job in enumerate(batch):
+                found[job.request_id] |= {name: rows[row].tolist() for name, rows in logits.items()}
+        for job in jobs:
+            said = found[job.request_id]
+            found[job.request_id] = {name: said[name] for name in job.heads if name in said}
+        return found
 
-    def _score(self, prompts: Sequence[_Prompt]) -> dict[str, torch.Tensor]:
+    def _score(self, jobs: Sequence[ScoringJob]) -> dict[str, torch.Tensor]:
         """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
-        lengths = torch.tensor([prompt.job.num_tokens for prompt in prompts])
+        lengths = torch.tensor([job.num_tokens for job in jobs])
         width = int(lengths.max())
         masks = {
-            name: pad_sequence([prompt.masks[name] for prompt in prompts], batch_first=True)  # [prompts, width]
-            for name in prompts[0].masks
+            name: pad_sequence([job.masks[name] for job in jobs], batch_first=True)  # [prompts, width]
+            for name in jobs[0].masks
         }
-        blocks = pad_sequence([torch.tensor(prompt.job.block_ids) for prompt in prompts], batch_first=True)
+        blocks = pad_sequence([torch.tensor(job.block_ids) for job in jobs], batch_first=True)
         # What lies behind a shorter prompt may be anything, and anything may be no number.
         padding = None if (lengths == width).all() else (torch.arange(width) >= lengths[:, None]).to(self.device)
         splits = self.block_size // self.kernel_block_size
@@ -181,24 +174,24 @@ def _neighbours(places: Sequence[int], most: int) -> Iterator[slice]:
             first = i
 
 
-def _batches(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
+def _batches(jobs: Sequence[ScoringJob], size: int) -> Iterator[list[ScoringJob]]:
     """Yield prompts that go through the heads together: of the same heads, and of about one length.
 
     Args:
         size: tokens a block of the cache; blocks are read as a whole.
     """
-    together: dict[tuple[str, ...], list[_Prompt]] = {}
-    for prompt in prompts:
-        if prompt.masks:
-            together.setdefault(tuple(prompt.masks), []).append(prompt)
+    together: dict[tuple[str, ...], list[ScoringJob]] = {}
+    for job in jobs:
+        if job.masks:
+            together.setdefault(tuple(job.masks), []).append(job)
     for alike in together.values():
-        alike.sort(key=lambda prompt: prompt.job.num_tokens, reverse=True)
-        batch: list[_Prompt] = []
-        for prompt in alike:
-            width = batch[0].job.num_tokens if batch else 0
+        alike.sort(key=lambda job: job.num_tokens, reverse=True)
+        batch: list[ScoringJob] = []
+        for job in alike:
+            width = batch[0].num_tokens if batch else 0
             read = -(-width // size) * size * (len(batch) + 1)
-            if batch and (read > _TOKENS or prompt.job.num_tokens < _SHORTEST * width):
+            if batch and (read > _TOKENS or job.num_tokens < _SHORTEST * width):
                 yield batch
                 batch = []
-            batch.append(prompt)
+            batch.append(job)
         yield batch

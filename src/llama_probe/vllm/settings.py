@@ -18,12 +18,16 @@ from .compatibility import KEY
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+HOW_TO = (
+    "make its arguments with llama_probe.vllm.engine_kwargs(model, probe=...), or serve with "
+    "python -m llama_probe.vllm MODEL --probe HEAD"
+)
 _LAYERS = "layers"
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Plain JSON types only.
+    """The heads' settings, in plain JSON types.
 
     Attributes:
         heads: folders by name; every process of the engine must be able to read them.
@@ -41,17 +45,10 @@ class ProbeSettings:
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
-        """Return the settings that `engine_kwargs` has put into an engine's config.
-
-        Raises:
-            ProbeError: there are none.
-        """
+        """Return the settings that `engine_kwargs` has put into an engine's config."""
         additional = vllm_config.additional_config
         if not isinstance(additional, dict) or KEY not in additional:
-            raise ProbeError(
-                "this engine has a probed model and no heads: make its arguments with llama_probe.vllm.engine_kwargs(model, "
-                "probe=...), or serve with python -m llama_probe.vllm MODEL --probe HEAD"
-            )
+            raise ProbeError(f"this engine has a probed model and no heads: {HOW_TO}")
         return cls(**{name: value for name, value in additional[KEY].items() if name != _LAYERS})
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,11 +67,7 @@ class ProbeSettings:
 
     @cached_property
     def rules(self) -> list[HaltRule]:
-        """By which requests are halted.
-
-        Raises:
-            ProbeError: what `halt_on` says is not allowed.
-        """
+        """The rules by which requests are halted."""
         return [] if self.halt_on is None else Halter(self.halt_on, self.configs).rules
 
     @cached_property

@@ -48,7 +48,6 @@ class StateCache(CacheOnlyAttentionLayer):
     keeps its share of every state: `width / ranks` of the dimensions, rounded up.
 
     Args:
-        vllm_config: of the engine.
         num_states: number of states a token; 1 for features.
         width: numbers of a state.
         prefix: the layer's name; must contain a number that no other layer's does.
@@ -103,14 +102,9 @@ class StateCache(CacheOnlyAttentionLayer):
             self.kv_cache[:, number][blocks, places] = state[: len(slots), own].to(self.kv_cache.dtype)
 
     def read(self, states: slice, block_ids: torch.Tensor) -> torch.Tensor:
-        """Return some states of all tokens in some blocks, in the model's dtype. With tensor parallelism every rank must call it.
+        """Return `[states, prompts, blocks * kernel_block_size, width]`: some states of all tokens in blocks `[prompts, blocks]`.
 
-        Args:
-            states: which of the states that are kept.
-            block_ids (`torch.LongTensor` of shape `[prompts, blocks]`): of the cache.
-
-        Returns:
-            `[states, prompts, blocks * kernel_block_size, width]`.
+        They are in the model's dtype. With tensor parallelism every rank must call it.
         """
         # [prompts * blocks, S, block_size, share]
         found = self.kv_cache[:, states].index_select(0, block_ids.flatten())
