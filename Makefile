@@ -42,7 +42,7 @@ attack: $(VENV)/.test
 # Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. Where one
 # hangs, the test fails. The files that take longest come first; pytest-xdist would begin with those of most tests. Each is named
 # once: beside their folder, pytest would drop the files.
-VLLM_TESTS := $(addprefix tests/vllm/test_,features.py server.py demo.py halt_reply.py)
+VLLM_TESTS := $(addprefix tests/vllm/test_,features.py server.py demo.py)
 VLLM_TESTS += $(filter-out $(VLLM_TESTS),$(wildcard tests/vllm/test_*.py))
 
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test

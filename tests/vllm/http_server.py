@@ -16,6 +16,9 @@ from pathlib import Path
 from tiny_engine import TinyServing
 
 
+HEADERS = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+
+
 def guarded(tiny: TinyServing, heads: Sequence[str], threshold: float, options: str) -> list[str]:
     """The arguments of a server called `tiny`, with `guard` and further heads."""
     probes = [word for name in heads for word in ("--probe", f"{name}={tiny.heads[name]}")]
@@ -67,5 +70,4 @@ def ask(client, text: str, **kwargs):
 
 
 def post(url: str, body: dict):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    return urllib.request.urlopen(request, timeout=250)
+    return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), HEADERS), timeout=250)

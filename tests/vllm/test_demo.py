@@ -4,10 +4,11 @@ import itertools
 import re
 import shlex
 
+import anthropic
 import openai
 import pytest
 import torch
-from http_server import serving
+from http_server import ask, serving
 from repository import ROOT
 from transformers import AutoTokenizer
 
@@ -18,60 +19,90 @@ from llama_probe.serving.halting_words import read_halting
 
 
 LINE = re.compile(r"^ *python -m llama_probe\.vllm \S+ (.*)$", re.MULTILINE)
+REPLY = "I cannot help."
+pytestmark = pytest.mark.slow
 
 
-def command_lines() -> set[str]:
-    """What follows the name of the model; each once."""
-    return {
-        line for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) for line in LINE.findall(page.read_text())
-    }
+@pytest.fixture(scope="module")
+def words() -> list[str]:
+    """The options of all lines together, and the heads of `llama-probe demo`."""
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    lines = [shlex.split(line) for page in pages for line in LINE.findall(page.read_text())]
+    assert lines
+    options = [pair for line in lines for pair in zip(line[::2], line[1::2], strict=True)]
+    options += [("--probe", head) for head in HEADS]
+    return list(itertools.chain.from_iterable(dict.fromkeys(options)))
 
 
-def test_there_is_one():
-    assert command_lines()
+@pytest.fixture(scope="module")
+def url(words, tmp_path_factory):
+    options = "--dtype float32 --enforce-eager --max-model-len 512 --served-model-name tiny"
+    arguments = ["demo", *words, "--halt-reply", REPLY, *options.split()]
+    with serving(arguments, tmp_path_factory.mktemp("demo") / "log") as url:
+        yield url
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", sorted(command_lines()))
-def test_the_demo_over_http(line, tmp_path):
-    """With the heads of `llama-probe demo` beside those of the line. The guard of the demo halts, too."""
-    words = shlex.split(line)
-    words += [word for head in HEADS if head not in words for word in ("--probe", head)]
-    if "safety" not in shlex.split(line):
-        words += ["--halt-on", 'safety={"threshold": 0.5}']
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="none", timeout=250) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(demo_backbone())
+
+
+def test_labels_and_replies_are_those_of_transformers(client, words, tokenizer):
     heads, halting = (
         [word for option, word in itertools.pairwise(words) if option == name] for name in ("--probe", "--halt-on")
     )
-    folder = demo_backbone()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = LlamaForProbedGeneration.from_pretrained(folder, probe=heads, dtype=torch.float32)
+    model = LlamaForProbedGeneration.from_pretrained(demo_backbone(), probe=heads, dtype=torch.float32)
     thresholds = {
         head: rule.get("threshold", ProbeConfig.from_pretrained(head).threshold)
         for head, rule in read_halting(halting).items()
     }
-    options = "--dtype float32 --enforce-eager --max-model-len 512 --served-model-name demo"
     halted = 0
-    with (
-        serving(["demo", *words, *options.split()], tmp_path / "log") as url,
-        openai.OpenAI(base_url=url, api_key="none", timeout=250) as client,
-    ):
-        for text in PROMPTS:
-            chat = [{"role": "user", "content": text}]
-            inputs = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-            expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-            found = expected.probe_probabilities
-            flagged = any(float(found[head][0, 1]) >= threshold for head, threshold in thresholds.items())
-            response = client.chat.completions.create(model="demo", messages=chat, max_tokens=8, temperature=0.0)
-            said = response.kv_transfer_params
-            for name in heads:
-                logits = torch.tensor(said["probes"][name]["logits"])
-                torch.testing.assert_close(logits, expected.probe_logits[name][0], rtol=0, atol=1e-3)
-                assert said["probes"][name]["label"] == expected.probe_labels[name][0]
-            assert (said["halted"] is not None) == flagged
-            halted += flagged
-            new = expected.sequences[0, inputs["input_ids"].shape[1] :]
-            reply = "" if flagged else tokenizer.decode(new, skip_special_tokens=True)
-            assert (response.choices[0].message.content or "").strip() == reply.strip()
+    for text in PROMPTS:
+        chat = [{"role": "user", "content": text}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        expected = model.generate(**inputs, max_new_tokens=8, do_sample=False, tokenizer=tokenizer)
+        found = expected.probe_probabilities
+        flagged = any(float(found[head][0, 1]) >= threshold for head, threshold in thresholds.items())
+        response = ask(client, text, max_tokens=8)
+        said = response.kv_transfer_params
+        for name in heads:
+            logits = torch.tensor(said["probes"][name]["logits"])
+            torch.testing.assert_close(logits, expected.probe_logits[name][0], rtol=0, atol=1e-3)
+            assert said["probes"][name]["label"] == expected.probe_labels[name][0]
+        assert (said["halted"] is not None) == flagged
+        halted += flagged
+        assert response.choices[0].message.content.strip() == (REPLY if flagged else expected.texts[0].strip())
     assert 0 < halted < len(PROMPTS)
+
+
+def test_halted_requests_get_a_reply(url, client, tokenizer):
+    text = PROMPTS[4]
+    response = ask(client, text)
+    said, (choice,) = response.kv_transfer_params, response.choices
+    assert (choice.message.content, choice.finish_reason) == (REPLY, "content_filter")
+    assert response.usage.completion_tokens == 0 and said["halted"]["head"] == "safety"
+    chunks = list(ask(client, text, stream=True))
+    assert chunks[0].kv_transfer_params == said
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == REPLY
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, "content_filter"]
+    chat = [{"role": "user", "content": text}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    (chunk,) = client.completions.create(model="tiny", prompt=ids, stream=True)
+    assert (chunk.choices[0].text, chunk.choices[0].finish_reason) == (REPLY, "content_filter")
+    assert chunk.kv_transfer_params["halted"] == said["halted"]
+    written = client.responses.create(model="tiny", input=text)
+    assert (written.output_text, written.status) == (REPLY, "incomplete")
+    last = list(client.responses.create(model="tiny", input=text, stream=True))[-1]
+    assert (last.response.output_text, last.type) == (REPLY, "response.incomplete")
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", timeout=250) as messages:
+        options = {"model": "tiny", "max_tokens": 4, "messages": chat}
+        with messages.messages.stream(**options) as stream:
+            streamed = stream.get_final_message()
+        for message in (messages.messages.create(**options), streamed):
+            assert (message.content[0].text, message.stop_reason) == (REPLY, "refusal")

@@ -1,24 +1,66 @@
-"""What vLLM can do beside heads, an engine each: scores, halts and texts stay those of transformers."""
+"""What vLLM can do beside heads, an engine each, and each of another family: scores, halts and texts are those of transformers."""
 
-import json
-
+import conftest
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny_engine import PROMPTS, TinyServing, generate, next_turn, running
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_engine import PROMPTS, SIZES, TinyServing, generate, make_serving, next_turn, running
+from tiny_families import TINY
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
-from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from llama_probe import AutoModelForProbedGeneration
+from llama_probe.heads.aggregator import Aggregator
+from llama_probe.heads.gate import GateAggregator
+from llama_probe.heads.low_rank import LowRankAggregator
+from llama_probe.vllm.compatibility import ARCHITECTURES
 
 
 NEW = 20
+FAMILIES = {
+    "states": "mistral",
+    "ngram": "phi3",
+    "draft_model": "qwen3",
+    "connector": "qwen3_moe",
+    "pipeline": "qwen2",
+}
 
 
-def check(llm, tiny: TinyServing, threshold: float, prompts=PROMPTS, lora=None) -> None:
-    tiny.check_replies(generate(llm, prompts, NEW, lora), prompts, threshold, NEW)
+@pytest.fixture
+def tiny(request, tmp_path) -> TinyServing:
+    """The family of a test, by the name of the test or its parameter."""
+    name = request.node.name.partition("_")[2]
+    family = FAMILIES[request.node.callspec.params["method"] if "callspec" in vars(request.node) else name]
+    experts = TINY[family][2] if family.endswith("_moe") else {}
+    window = {"sliding_window": 16}  # shorter than the prompts, where a family has one
+    sizes = {**conftest.SIZES, **experts, **SIZES, "head_dim": 32, **window}
+    torch.manual_seed(0)
+    return make_serving(tmp_path, AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval())
+
+
+@pytest.fixture
+def threshold(tiny) -> float:
+    return tiny.threshold(PROMPTS)
+
+
+def check(llm, tiny: TinyServing, threshold: float, times: int = 1) -> None:
+    """Ask all prompts, and again: then they are in the prefix cache."""
+    for again in range(times):
+        outputs = generate(llm, PROMPTS, NEW)
+        tiny.check_replies(outputs, PROMPTS, threshold, NEW)
+        assert bool(outputs[-1].num_cached_tokens) == bool(again)
+
+
+def test_each_family_has_an_engine():
+    tested = {TINY[family][1] for family in FAMILIES.values()}
+    assert tested | {"LlamaForCausalLM"} == set(ARCHITECTURES)
+
+
+def test_states(tiny, threshold, monkeypatch):
+    """Heads of all kinds read the states, as kinds without features do."""
+    for kind in (GateAggregator, LowRankAggregator):
+        monkeypatch.setattr(kind, "projected", Aggregator.projected)
+    with running(tiny, threshold, block_size=32) as llm:
+        check(llm, tiny, threshold, times=2)
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
@@ -30,9 +72,9 @@ def test_speculation(tiny, threshold, tmp_path, method):
         lm = AutoModelForCausalLM.from_pretrained(tiny.backbone)
         weight = lm.model.layers[-1].mlp.down_proj.weight
         weight.data += 0.02 * torch.randn_like(weight)
-        lm.save_pretrained(tmp_path)
-        AutoTokenizer.from_pretrained(tiny.backbone).save_pretrained(tmp_path)
-        config["model"] = str(tmp_path)
+        lm.save_pretrained(tmp_path / "draft")
+        AutoTokenizer.from_pretrained(tiny.backbone).save_pretrained(tmp_path / "draft")
+        config["model"] = str(tmp_path / "draft")
     # n-grams bring numba, beside which vLLM starts no second engine in a process.
     processes = 2 if method == "ngram" else 1
     with running(tiny, threshold, processes, speculative_config=config, disable_log_stats=False) as llm:
@@ -55,45 +97,23 @@ def test_speculation(tiny, threshold, tmp_path, method):
             assert sum(len(output.outputs[0].token_ids) for output in outputs) in (0, 9)
 
 
-def test_adapters(tiny, threshold, tmp_path):
-    """A request with an adapter is scored on the states that the adapter makes."""
-    lm, tensors = AutoModelForCausalLM.from_pretrained(tiny.backbone), {}
-    for number, layer in enumerate(lm.model.layers):
-        for name, linear in (("self_attn.q_proj", layer.self_attn.q_proj), ("mlp.down_proj", layer.mlp.down_proj)):
-            down, up = 0.1 * torch.randn(8, linear.in_features), 0.1 * torch.randn(linear.out_features, 8)
-            place = f"base_model.model.model.layers.{number}.{name}"
-            tensors |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
-            linear.weight.data += up @ down
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    lm.save_pretrained(tmp_path / "merged")
-    model = AutoModelForProbedGeneration.from_pretrained(tmp_path / "merged", probe=tiny.heads)
-    adapted, lora = TinyServing(tmp_path / "merged", tiny.heads, model), LoRARequest("mine", 1, str(tmp_path))
-    prompts = [ids for ids in PROMPTS if len(ids) > 3]
-    with running(tiny, threshold, enable_lora=True, max_lora_rank=8) as llm:
-        for _ in range(2):  # the second time from the prefix cache
-            check(llm, adapted, threshold, prompts, lora)
-            check(llm, tiny, threshold, prompts)
-
-
-def test_a_connector_that_stores_caches(tiny, threshold, tmp_path):
+def test_connector(tiny, threshold, tmp_path):
+    """One that stores caches."""
     stored = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    stored["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path)}
+    stored["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path / "store")}
     changes = {"kv_transfer_config": stored, "enable_chunked_prefill": False, "max_num_batched_tokens": 512}
     with running(tiny, threshold, **changes) as llm:
         check(llm, tiny, threshold)
         llm.reset_prefix_cache()
-        check(llm, tiny, threshold)
-        llm.reset_prefix_cache()
         (output,) = generate(llm, PROMPTS[-1:])
         assert output.num_cached_tokens > 0  # from the disk
+        llm.reset_prefix_cache()
+        tiny.check_replies(generate(llm, PROMPTS, NEW), PROMPTS, threshold, NEW)
         tiny.check(output.kv_transfer_params["probes"], PROMPTS[-1])
 
 
-def test_a_pipeline(tiny, threshold):
+def test_pipeline(tiny, threshold):
     # vLLM's stages on a CPU fail if nothing is compiled.
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
     with running(tiny, threshold, processes=2, pipeline_parallel_size=2, **compiled) as llm:
-        for _ in range(2):
-            check(llm, tiny, threshold)
+        check(llm, tiny, threshold, times=2)

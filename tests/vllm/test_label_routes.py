@@ -15,17 +15,13 @@ from llama_probe.vllm.settings import KEY, ProbeSettings
 
 
 TOKENIZER = make_tokenizer()
+MULTI = {"problem_type": "multi_label_classification", "threshold": [0.3, 0.9]}
 KINDS = {
-    "guard": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25, "prompt_format": "chat"},
+    "guard": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25},
     "raw": {"id2label": {0: "no", 1: "yes"}, "prompt_format": "raw"},
-    "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}, "prompt_format": "chat"},
-    "topics": {
-        "id2label": {0: "a", 1: "b"},
-        "problem_type": "multi_label_classification",
-        "threshold": [0.3, 0.9],
-        "prompt_format": "chat",
-    },
-    "size": {"num_labels": 1, "problem_type": "regression", "prompt_format": "chat"},
+    "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}},
+    "topics": {"id2label": {0: "a", 1: "b"}, **MULTI},
+    "size": {"num_labels": 1, "problem_type": "regression"},
 }
 LOGITS = {"guard": [0.9, 0.0], "raw": [2.0, 0.0], "mood": [0.0, 2.0, 1.0], "topics": [0.0, 2.0], "size": [1.5]}
 
@@ -52,7 +48,9 @@ def serve(tmp_path):
 
     def start(heads=tuple(KINDS), logits=LOGITS, halt_on=None, hide_scores=False):
         for name in heads:
-            make_probe(probe_type="pooling", **KINDS[name]).save_pretrained(tmp_path / name)
+            make_probe(**{"probe_type": "pooling", "prompt_format": "chat", **KINDS[name]}).save_pretrained(
+                tmp_path / name
+            )
         folders = {name: str(tmp_path / name) for name in heads}
         settings = ProbeSettings(folders, halt_on, hide_scores=hide_scores)
         engine, app = Engine(settings, {name: logits[name] for name in heads}), FastAPI(root_path="/api")

@@ -1,6 +1,5 @@
 """The middleware before a server of a few routes and an engine that says what it is told to."""
 
-import asyncio
 import json
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -70,31 +69,25 @@ def client_of(engine: Engine) -> TestClient:
     return TestClient(app, raise_server_exceptions=False)
 
 
-@pytest.mark.parametrize(
-    "asked", ["guard", {"guard": 1}, ["guard", "nowhere"], [1], [["guard"]], True, ["x" * 1000]], ids=str
-)
-def test_heads_that_are_not_there_are_refused_before_the_engine_is_asked(asked):
-    engine = Engine({"probes": {"guard": BAD}})
-    response = client_of(engine).post("/complete", json={"kv_transfer_params": {"probes": asked}})
-    assert response.status_code == 400 and engine.asked == 0
-    detail = response.json()["detail"]
-    assert "kv_transfer_params.probes" in detail and "guard, tone" in detail
-    assert "\n" not in detail and len(detail) < 400
+def asking(heads) -> str:
+    return json.dumps({"kv_transfer_params": {"probes": heads}})
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        rb'{"kv\u005ftransfer_params": {"probes": ["nowhere"]}}',
-        '{"kv_transfer_params": {"probes": ["nowhere"]}}'.encode("utf-16"),
-        b"[" * 100_000,
+        *map(asking, ("guard", {"guard": 1}, ["guard", "nowhere"], [["guard"]], True, ["x" * 1000])),
+        asking(["nowhere"]).encode("utf-16"),
+        asking(["nowhere"]).replace("_", r"\u005f", 1),
     ],
-    ids=["escape", "utf-16", "nested"],
 )
-def test_bodies_are_read_as_the_server_reads_them(body):
+def test_heads_that_are_not_there_are_refused_before_the_engine_is_asked(body):
     engine = Engine({"probes": {"guard": BAD}})
-    assert client_of(engine).post("/complete", content=body).status_code == 400
-    assert engine.asked == 0
+    response = client_of(engine).post("/complete", content=body)
+    assert response.status_code == 400 and engine.asked == 0
+    detail = response.json()["detail"]
+    assert "kv_transfer_params.probes" in detail and "guard, tone" in detail
+    assert "\n" not in detail and len(detail) < 400
 
 
 @pytest.mark.parametrize(
@@ -109,30 +102,12 @@ def test_other_bodies_reach_the_server_as_they_are(body):
 
 
 def test_a_body_in_pieces_is_checked_as_a_whole():
-    engine, body = Engine({"probes": {"guard": BAD}}), json.dumps({"kv_transfer_params": {"probes": ["nowhere"]}})
+    engine, body = Engine({"probes": {"guard": BAD}}), asking(["nowhere"])
     client = client_of(engine)
     assert client.post("/complete", content=(piece.encode() for piece in body)).status_code == 400
     assert engine.asked == 0
-    forged = [("content-type", "application/json"), ("content-type", "multipart/form-data")]
-    assert client.post("/complete", content=body, headers=forged).status_code == 400
     good = body.replace("nowhere", "guard")
     assert client.post("/complete", content=(piece.encode() for piece in good)).json()["asked"] == json.loads(good)
-
-
-def test_a_file_that_is_sent_is_handed_on_piece_by_piece():
-    pieces, seen = iter([b"first", b"second"]), []
-
-    async def receive():
-        return {"type": "http.request", "body": next(pieces), "more_body": True}
-
-    async def server(scope, receive, send):
-        seen.append((await receive())["body"])
-
-    kind = [(b"content-type", b"multipart/form-data; boundary=x")]
-    app = client_of(Engine({})).app
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": kind, "app": app}
-    asyncio.run(ProbeStreams(server)(scope, receive, None))
-    assert seen == [b"first"] and next(pieces) == b"second", "the second piece has not been asked for"
 
 
 def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores():
@@ -166,13 +141,13 @@ def test_what_the_header_says():
         "both": {"scores": {"x": 1.0, "y": 2.25}},
         "mute": {"error": "no turn"},
     }
-    value = Scores("m", prompts=[{"probes": probes}]).header.decode()
+    value = Scores("m", prompts=[{"probes": probes}]).header
     assert value.isascii() and value.isprintable()
     guard, rest = value.split(", ", 1)
     assert rest == "topics=(a;p=0.9 b;p=0.7), none=(), size=-1.5, both=(1 2.25), mute;error"
     assert unquote(guard) == f"guard={label};p=0.98" and " " not in guard and guard.count(";") == 1
     hidden = {"guard": {"label": "bad"}, "topics": {"label": ["a"]}, "size": {}}
-    assert Scores("m", prompts=[{"probes": hidden}]).header == b"guard=bad, topics=(a)"
+    assert Scores("m", prompts=[{"probes": hidden}]).header == "guard=bad, topics=(a)"
     assert Scores("m", prompts=[{"probes": {"size": {}}}]).header is None
     assert Scores("m", prompts=[{"probes": hidden}] * 2).header is None
     assert Scores("m", prompts=[{"probes": {"guard": {"label": "x" * 9000}}}]).header is None
