@@ -70,20 +70,6 @@ def test_text_and_labels_from_one_pass(model, tokenizer):
 
 
 @pytest.mark.slow
-def test_streamed_equals_whole_on_real_states(model, tokenizer):
-    inputs = inputs_for(tokenizer, "Tell me a joke.", "Explain how rain forms, in two sentences and simple words.")
-    states = model.model(**inputs, output_hidden_states=True).hidden_states
-    mask = inputs["attention_mask"].bool()
-    mask[:, : len(model.probes["sst2-mha"].config.prefix_ids)] &= False
-    mask[0] = inputs["attention_mask"][0].bool() & (inputs["attention_mask"][0].cumsum(0) > 24)
-    found = model.classify(**inputs)
-    for name, head in model.probes.items():
-        with torch.no_grad():
-            whole = head(hidden_states=states, attention_mask=mask).logits
-        torch.testing.assert_close(found[name].logits, whole, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
 def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
     """Heads that apply their maps in bf16, against what the LM's own bf16 changes of their logits."""
     sentences = "I loved every minute of it.", "What a shame, nobody came.", "You are an idiot.", "Rain fell all day."
@@ -115,22 +101,3 @@ def test_the_demo_command():
     assert [row["labels"]["safety"] for row in rows] == ["harmless"] * 4 + ["harmful"] * 2
     emotions = [row["labels"]["emotion-mha"] for row in rows]
     assert emotions == ["joy", "sadness", "anger", None, None, None], "None where the prompt tells of no feeling"
-
-
-@pytest.mark.slow
-def test_a_chat_runs_its_new_tokens_alone(model, tokenizer):
-    widths = []
-    handle = model.model.embed_tokens.register_forward_hook(lambda _, args, output: widths.append(args[0].shape[1]))
-    ids, state, cache = inputs_for(tokenizer, "Tell me a joke.")["input_ids"], True, {}
-    turn = "<|im_end|>\n<|im_start|>user\nYou are a stupid machine, and I hate you!<|im_end|>\n<|im_start|>assistant\n"
-    turn = tokenizer(turn, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    for _ in range(3):
-        widths.clear()
-        kwargs = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "probe_state": state, **cache}
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
-        assert sum(widths) == out.cache.get_seq_length() - (state.get_seq_length() if cache else 0)
-        for name, whole in model.classify(ids).items():
-            torch.testing.assert_close(out.probe_logits[name], whole.logits, atol=1e-5, rtol=1e-5)
-        cache, state = {"cache": out.cache}, out.probe_state
-        ids = torch.cat([out.sequences, turn], 1)
-    handle.remove()

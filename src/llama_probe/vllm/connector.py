@@ -20,7 +20,7 @@ from ..errors import ProbeError
 from .answers import answer
 from .cache_plan import CachePlan
 from .scoring import Scorer, ScoringJob
-from .settings import HOW_TO, ProbeSettings
+from .settings import ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache, cache_growth
 
 
@@ -80,7 +80,7 @@ class ProbeConnector(KVConnectorBase_V1):
         self._prompts[request.request_id] = request
 
     def on_longer_prompt(self, request: Request) -> None:
-        """Forget the answer of a request whose prompt comes in pieces: it was for a shorter prompt."""
+        """Forget the answer to a shorter prompt: this one comes in pieces."""
         self._answers.pop(request.request_id, None)
         self._prompts[request.request_id] = request
 
@@ -139,11 +139,6 @@ class ProbeConnector(KVConnectorBase_V1):
         if not get_pp_group().is_last_rank:
             return  # the last stage has the states of all
         caches = get_layers_from_vllm_config(self._vllm_config, StateCache)
-        if not caches:
-            named = ", ".join(self._vllm_config.model_config.architectures)
-            raise ProbeError(
-                f"this engine has heads, and its model is {named}, which keeps no states for them: {HOW_TO}"
-            )
         runs = get_tensor_model_parallel_rank() == 0
         if runs:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])

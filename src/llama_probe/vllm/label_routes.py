@@ -67,11 +67,7 @@ class LabelRequest:
         raise NotImplementedError
 
     def completion(self, body: bytes, encoder: TextEncoder) -> bytes:
-        """Return the body of the request for completions.
-
-        Raises:
-            HTTPException: the body is not what this route takes, or a text cannot be rendered.
-        """
+        """Return the body of the request for completions. Raise status 400 for a body that this route does not take."""
         try:
             request = json.loads(body)
             if not isinstance(request, dict):
@@ -89,14 +85,11 @@ class LabelRequest:
     def response(
         self, completion: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
     ) -> tuple[int, dict[str, Any]]:
-        """Return status and body for the completions and what the engine says of each prompt.
-
-        An input that a head cannot score is an error: it must not pass for one that is fine.
-        """
+        """Return status and body, for the completion and what the engine says of each prompt."""
         said = {name: [known[place]["probes"][name] for place in places] for name, places in self._places.items()}
         for name, rows in said.items():
             for place, row in enumerate(rows):
-                if "error" in row:
+                if "error" in row:  # it must not pass for an input that is fine
                     message = f"input {place} has no score of {name}: {row['error']}"
                     return 400, {
                         "error": {"message": message, "type": "BadRequestError", "param": "input", "code": 400}

@@ -21,11 +21,7 @@ def announce(heads: Iterable[str]) -> None:
 
 
 def count(known: Mapping[str, Any]) -> None:
-    """Count one prompt.
-
-    Args:
-        known: what the engine says of it; see `answer`.
-    """
+    """Count one prompt, by what the engine says of it; see `answer`."""
     for name, said in known["probes"].items():
         if "error" not in said:
             _SCORED.labels(name).inc()

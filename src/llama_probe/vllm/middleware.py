@@ -69,7 +69,7 @@ class ProbeStreams:
     async def _label(
         self, asked: LabelRequest, scores: Scores, scope: dict[str, Any], receive: Any, send: Any
     ) -> None:
-        """Answer a request for labels by one for completions. Errors are handed on."""
+        """Answer a request for labels by one for completions."""
         messages: list[dict[str, Any]] = []
 
         async def keep(message: dict[str, Any]) -> None:
@@ -86,8 +86,6 @@ class ProbeStreams:
         await JSONResponse(found, status)(scope, receive, send)
 
     async def _completion(self, asked: LabelRequest, engine: Any, body: bytes) -> bytes:
-        """Return the body of the request for completions that answers one for labels."""
-
         def encoded() -> bytes:
             if self._encoder is None:
                 self._encoder = TextEncoder(asked.settings.configs, engine.get_tokenizer())
@@ -157,10 +155,7 @@ def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rewritten(scope: dict[str, Any], receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Any:
-    """Return `receive` with another body.
-
-    It is rewritten where the server reads it, after its authentication, and the server answers what that raises.
-    """
+    """Return `receive` with another body, made where the server reads it: after its authentication. It answers errors."""
     is_read = False
 
     async def rewritten() -> dict[str, Any]:

@@ -18,10 +18,6 @@ from .compatibility import KEY
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-HOW_TO = (
-    "make its arguments with llama_probe.vllm.engine_kwargs(model, probe=...), or serve with "
-    "python -m llama_probe.vllm MODEL --probe HEAD"
-)
 _LAYERS = "layers"
 
 
@@ -48,7 +44,10 @@ class ProbeSettings:
         """Return the settings that `engine_kwargs` has put into an engine's config."""
         additional = vllm_config.additional_config
         if not isinstance(additional, dict) or KEY not in additional:
-            raise ProbeError(f"this engine has a probed model and no heads: {HOW_TO}")
+            raise ProbeError(
+                "this engine has no heads: make its arguments with llama_probe.vllm.engine_kwargs(model, probe=...), or serve "
+                "with python -m llama_probe.vllm MODEL --probe HEAD"
+            )
         return cls(**{name: value for name, value in additional[KEY].items() if name != _LAYERS})
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,7 +56,7 @@ class ProbeSettings:
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
-        """Return the configs of the heads, by name."""
+        """The configs of the heads, by name."""
         return {name: read_config(folder) for name, folder in self.heads.items()}
 
     @cached_property
