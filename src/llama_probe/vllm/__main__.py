@@ -42,35 +42,20 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     )
     parser.add_argument("model", help="folder or Hub id of the backbone; demo for the demo backbone")
     parser.add_argument(
-        "--probe",
-        action="append",
-        required=True,
-        metavar="[NAME=]HEAD",
-        help="folder, Hub id or alias; may be repeated",
+        "--probe", action="append", required=True, metavar="[NAME=]HEAD", help="folder, Hub id or alias; repeatable"
     )
-    parser.add_argument(
-        "--halt-on",
-        action="append",
-        metavar="HEAD[:LABEL[:THRESHOLD]]",
-        help=f"requests that get no reply: {HALTING_FORMS}; may be repeated",
-    )
+    halting = f"requests that get no reply: {HALTING_FORMS}; repeatable"
+    parser.add_argument("--halt-on", action="append", metavar="HEAD[:LABEL[:THRESHOLD]]", help=halting)
     parser.add_argument("--halt-reply", metavar="TEXT", help="what a request that is halted gets as its reply")
     parser.add_argument(
         "--hide-scores", action="store_true", help="send labels and halts alone: no logits, probabilities, thresholds"
     )
     parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
     parser.add_argument("--probe-namespace", help="whose heads aliases stand for")
-    parser.add_argument(
-        "--probe-strict",
-        action=argparse.BooleanOptionalAction,
-        help="refuse heads of another backbone; else a warning. Default: with --halt-on",
-    )
-    parser.add_argument(
-        "--skip-fingerprints",
-        dest="compare_fingerprints",
-        action="store_false",
-        help="compare sizes alone, which spares reading the weights once more",
-    )
+    strict = "refuse heads of another backbone; else a warning. Default: with --halt-on"
+    parser.add_argument("--probe-strict", action=argparse.BooleanOptionalAction, help=strict)
+    sizes = "compare sizes alone, which spares reading the weights once more"
+    parser.add_argument("--skip-fingerprints", dest="compare_fingerprints", action="store_false", help=sizes)
     parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
     theirs = parser.add_argument_group("options of vLLM's that heads must know of")
     theirs.add_argument("--revision", help="of the backbone")
@@ -140,10 +125,8 @@ def _check_parsed(words: Sequence[str]) -> None:
     parsed = vars(parser.parse_args(list(words), argparse.Namespace(**dict.fromkeys(_READ_HERE))))
     for name in _READ_HERE:
         if parsed[name] is not None:
-            what = (
-                "comes first, before --probe" if name == "model" else "must have its full name, and JSON in one piece"
-            )
-            raise ProbeError(f"{_option(name)} cannot be read here: it {what}")
+            place = "as the first argument" if name == "model" else "under its full name, JSON in one piece"
+            raise ProbeError(f"{_option(name)} is refused here: heads need it on the command line, {place}")
     check_arguments(parsed)
 
 
