@@ -144,7 +144,7 @@ class TestProbeTrainer:
             given = Dataset.from_dict(columns).cast_column("mood", ClassLabel(names=["awful", "fine"]))
         probe = head(make_lm(vocab_size=260))
         mapping = {"column_mapping": {"review": "text", "mood": "label"}, "processing_class": make_tokenizer()}
-        trainer = mood(tmp_path, given, None, model=probe, **mapping)
+        trainer = mood(tmp_path, given, None, model=probe, cache_states=False, **mapping)
         expected = {0: "awful", 1: "fine"} if kind == "dataset" else {0: "LABEL_0", 1: "LABEL_1"}
         assert probe.config.id2label == expected
         assert trainer.train_dataset.prompts == PromptFormat.create(make_tokenizer()).encode(columns["review"])
@@ -162,7 +162,7 @@ class TestProbeTrainer:
         padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
         masks = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
         rows = {"input_ids": padded, "attention_mask": masks, "label": labels}
-        trainer = mood(tmp_path, rows, None, model=head(make_lm()))
+        trainer = mood(tmp_path, rows, None, model=head(make_lm()), cache_states=False)
         assert trainer.train_dataset.prompts == prompts and trainer.model.config.prompt_format == "unknown"
         trainer.train()
         assert trainer.model.config.temperature == 1 and trainer.model.results is None, "no rows to judge it by"
@@ -181,8 +181,8 @@ class TestProbeTrainer:
         changes = {"processing_class": make_tokenizer(), "num_train_epochs": 3}
         counts = []
         for cache in (True, False):
-            trainer = mood(tmp_path / str(cache), model=head(lm), cache_states=cache, **changes)
             runs.clear()
+            trainer = mood(tmp_path / str(cache), model=head(lm), cache_states=cache, **changes)
             trainer.train()
             counts.append(len(runs))
         assert counts[0] < counts[1] / 2

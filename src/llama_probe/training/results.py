@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from ..distributed import world_size
 from ..evaluation.calibration import calibrate
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
 from ..evaluation.metrics import summarize
-from ..evaluation.report import predict_logits, report
+from ..evaluation.novelty import can_fit, fit_novelty
+from ..evaluation.report import inspect_head, predict_logits, report
 from ..files import environment
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
+from ..hub.card import CardFacts
 from .recipe import Recipe
 from .rows import TrainingData
 
@@ -69,25 +72,46 @@ def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:
     return {"max_false_halts": limit, "labels": rules}
 
 
-def describe_run(
-    probe: ProbeModel, rows: dict[str, dict[str, Any]], recipe: Recipe, runs: list[dict[str, Any]], chosen: int
-) -> dict[str, Any]:
-    """Return the contents of `results.json`, except dtype, card and inspection.
+def add_results(
+    probe: ProbeModel,
+    rows: dict[str, dict[str, Any]],
+    recipe: Recipe,
+    runs: list[dict[str, Any]],
+    inspected: tuple[str, Dataset, np.ndarray, torch.Tensor | None],
+    novelty: tuple[Dataset, Dataset, torch.Tensor] | None,
+    dtype: str | None,
+    card: CardFacts,
+    chosen: int | None = None,
+) -> None:
+    """Inspect a head whose config is decided, fit its novelty, and set its `results`, the contents of `results.json`.
 
-    `rows` holds `source` and `rows`, their number, of each part; `chosen` is the seed of `probe`.
+    Args:
+        rows: of each part its `source` and the number of its `rows`.
+        runs: results of each seed. chosen: seed of `probe`. Defaults to the first.
+        inspected: split, data set, labels and, if known, logits `[rows, num_labels]`; see `inspect_head`.
+        novelty: arguments of `fit_novelty`, which is skipped if there are too few rows. None: it is not wanted.
+        dtype: of the backbone.
     """
+    split, dataset, labels, logits = inspected
     splits = [name for name in ("validation", "test") if name in runs[0]]
-    return {
+    results = {
         "backbone": probe.config.base_model_name_or_path,
         "probe_type": probe.config.probe_type,
         "num_parameters": probe.num_parameters(),
         "data": rows,
         "recipe": asdict(recipe),
         "runs": runs,
-        "chosen_seed": chosen,
+        "chosen_seed": runs[0]["seed"] if chosen is None else chosen,
         "summary": {name: summarize([run[name] for run in runs]) for name in splits},
         "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
+        "dtype": dtype,
+        "card": asdict(card),
+        "inspection": {"split": split, **inspect_head(probe, dataset, labels, logits=logits)},
     }
+    if novelty is not None and can_fit(probe.config, *novelty[:2]):
+        sources = [rows[name]["source"] for name in ("train", "extra") if name in rows]
+        results["novelty"] = {"sources": sources, **fit_novelty(probe, *novelty)}
+    probe.results = results
 
 
 def describe_rows(data: TrainingData) -> dict[str, dict[str, Any]]:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import PreTrainedModel
 
+from ..data.prompts import EncodedTexts
 from ..data.sources import DataSources
-from ..data.states import StateCache
+from ..data.states import PromptDataset, StateCache, StateDataset
 from ..data.texts import LabelledTexts
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
@@ -77,14 +79,18 @@ class TrainingData:
             "folds": hashlib.sha256(folds.encode()).hexdigest(),
         }
 
-    def novelty_rows(self) -> tuple[Dataset, Dataset]:
-        """Return rows to fit novelty on and rows to calibrate it on: with folds, a quarter of the training rows."""
+    def novelty_rows(self, logits: torch.Tensor) -> tuple[Dataset, Dataset, torch.Tensor]:
+        """Return rows to fit novelty on, rows to calibrate it on (with folds a quarter of `train`), and logits of these.
+
+        Args:
+            logits (`[rows, num_labels]`): of the validation rows.
+        """
         if not self.folds:
-            return self.trained, self.datasets["validation"]
+            return self.trained, self.datasets["validation"], logits
         order = np.random.default_rng(0).permutation(len(self.datasets["train"])).tolist()
         held = sorted(order[: len(order) // 4])
         rest = sorted(set(range(len(self.trained))) - set(held))
-        return Subset(self.trained, rest), Subset(self.datasets["train"], held)
+        return Subset(self.trained, rest), Subset(self.datasets["train"], held), logits[held]
 
     @property
     def trained(self) -> Dataset:
@@ -96,6 +102,21 @@ class TrainingData:
         if not self.config.reads_reply:
             return rows
         return CutReplies(rows, list(chain.from_iterable(self.reply_lengths[name] for name in parts)))
+
+
+def as_dataset(
+    encoded: EncodedTexts, labels: np.ndarray, config: ProbeConfig, lm: nn.Module, cache: StateCache | None
+) -> PromptDataset | StateDataset:
+    """Return prompts with labels, or with a cache their hidden states, of what a head with this config reads."""
+    if cache is None:
+        return PromptDataset(encoded.ids, labels, encoded.masks)
+    return cache.dataset(lm, config, encoded.ids, labels, masks=encoded.masks)
+
+
+def labels_of(dataset: Dataset | LabelledTexts) -> np.ndarray:
+    """Return the labels `[rows, ...]` of a data set."""
+    found = getattr(dataset, "labels", None)
+    return np.stack([dataset[row]["labels"] for row in range(len(dataset))]) if found is None else found
 
 
 class CutReplies(Dataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +12,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..backbone.loading import DEMO, DEMO_NOTE, load_backbone, model_id, weights_digest
 from ..data.prompts import PromptFormat, split_reply
 from ..data.sources import FOLDS, DataSources
-from ..data.states import PromptDataset, StateCache
+from ..data.states import StateCache
 from ..data.texts import LabelledTexts
 from ..distributed import check_shared, claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
-from ..evaluation.novelty import can_fit, fit_novelty
 from ..evaluation.plots import write_plots
-from ..evaluation.report import inspect_head, predict_logits
+from ..evaluation.report import predict_logits
 from ..evaluation.resume import same_settings
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
@@ -40,8 +39,8 @@ from .fitting import fit_classifier
 from .loss import ProbeLoss
 from .options import RunOptions
 from .recipe import Recipe, complete
-from .results import describe_rows, describe_run, judge
-from .rows import TrainingData
+from .results import add_results, describe_rows, judge
+from .rows import TrainingData, as_dataset
 from .trainer import ProbeTrainer
 
 
@@ -122,8 +121,7 @@ class TrainingRun(RunOptions):
         else:
             trained = [self._train(seed, data, checkpoints / f"seed-{seed}") for seed in self.seeds]
         best = max(trained, key=lambda one: one.result["validation"][data.recipe.metric])
-        held_out = best.logits if data.folds else None
-        results = self.save(best.probe, data, [one.result for one in trained], best.result["seed"], held_out)
+        results = self.save(best.probe, data, [one.result for one in trained], best.result["seed"], best.logits)
         if is_main():
             shutil.rmtree(checkpoints, ignore_errors=True)
         return results
@@ -162,11 +160,9 @@ class TrainingRun(RunOptions):
         datasets: dict[str, Dataset] = {}
         reply_lengths: dict[str, list[int] | None] = {}
         for name, rows in parts.items():
-            ids, masks, reply_lengths[name] = prompts.encode_for(config, rows.texts)
-            if cache is None:
-                datasets[name] = PromptDataset(ids, rows.labels, masks)
-            else:
-                datasets[name] = cache.dataset(lm, config, ids, rows.labels, masks=masks)
+            encoded = prompts.encode_for(config, rows.texts)
+            reply_lengths[name] = encoded.reply_lengths
+            datasets[name] = as_dataset(encoded, rows.labels, config, lm, cache)
         return TrainingData(
             parts=parts,
             datasets=datasets,
@@ -249,46 +245,40 @@ class TrainingRun(RunOptions):
         trainer = ProbeTrainer(probe, args, None, train, validation, compute_loss_func=loss)
         if trainer.pop_callback(ProgressCallback) is not None:
             trainer.add_callback(_Progress)
-        # Not its own `train`, which also judges the head: `judge` does so for each seed, and `save` inspects the chosen one.
-        Trainer.train(trainer, _last_checkpoint(checkpoints) if self.resume else None)
+        trainer.train(_last_checkpoint(checkpoints) if self.resume else None, judge=False)
         return trainer
 
     def save(
-        self,
-        probe: ProbeModel,
-        data: TrainingData,
-        runs: list[dict[str, Any]],
-        chosen: int,
-        held_out: torch.Tensor | None = None,
+        self, probe: ProbeModel, data: TrainingData, runs: list[dict[str, Any]], chosen: int, logits: torch.Tensor
     ) -> dict[str, Any]:
         """Write the folder of the chosen head: weights, results, plots and card.
 
         Args:
             runs: results of each seed. chosen: seed of `probe`.
-            held_out (`[rows, num_labels]`): logits of the validation rows to judge by, if `probe` has learned from these.
+            logits (`[rows, num_labels]`): logits of the validation rows, by heads that have not learned from them.
 
         Returns:
             The results.
         """
-        card = asdict(self.card)
-        if self.backbone == DEMO:
-            card["limits"].append(DEMO_NOTE)
-        results = describe_run(probe, describe_rows(data), data.recipe, runs, chosen)
-        results |= {"dtype": self.dtype, "card": card}
+        limits = [*self.card.limits, *([DEMO_NOTE] if self.backbone == DEMO else [])]
         shown = "test" if "test" in data.parts else "validation"
-        logits = held_out if shown == "validation" else None
-        found = inspect_head(probe, data.datasets[shown], data.parts[shown].labels, logits=logits)
-        results["inspection"] = {"split": shown, **found}
-        if self.novelty and can_fit(probe.config, *(rows := data.novelty_rows())):
-            logits = held_out[rows[1].indices] if held_out is not None else None
-            sources = [results["data"][name]["source"] for name in ("train", "extra") if name in results["data"]]
-            results["novelty"] = {"sources": sources, **fit_novelty(probe, *rows, logits)}
-        probe.results = results
+        inspected = data.datasets[shown], data.parts[shown].labels, logits if shown == "validation" else None
+        add_results(
+            probe,
+            rows=describe_rows(data),
+            recipe=data.recipe,
+            runs=runs,
+            inspected=(shown, *inspected),
+            novelty=data.novelty_rows(logits) if self.novelty else None,
+            dtype=self.dtype,
+            card=replace(self.card, limits=limits),
+            chosen=chosen,
+        )
         if is_main():
             probe.save_pretrained(self.output)
             write_plots(self.output)
             write_card(self.output)
-        return results
+        return probe.results
 
 
 class _Progress(ProgressCallback):

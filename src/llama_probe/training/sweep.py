@@ -118,9 +118,10 @@ class Sweep(SweepOptions):
         data = replace(data, recipe=recipe, config=probe.config)
         if data.lm is not None:
             probe.set_backbone(data.lm)
-        result = judge(probe, data, predict_logits(probe, data.datasets["validation"]))
+        logits = predict_logits(probe, data.datasets["validation"])
+        result = judge(probe, data, logits)
         single = {"seed": candidate.seed, "epochs": learner.history.best_epoch, **result}
-        replace(self.training, output=folder).save(probe, data, [single], candidate.seed)
+        replace(self.training, output=folder).save(probe, data, [single], candidate.seed, logits)
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,14 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutpu
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone, model_id
 from ..data.memory import is_table, is_tokenized, rows_in_memory
-from ..data.prompts import PromptFormat
-from ..data.states import ProbeCollator, PromptDataset, StateCache
+from ..data.prompts import EncodedTexts, PromptFormat
+from ..data.states import ProbeCollator, StateCache
 from ..data.texts import LabelledTexts, ends_with_reply, warn_of_labels
-from ..distributed import is_main
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
-from ..evaluation.novelty import can_fit, fit_novelty
-from ..evaluation.report import inspect_head, predict_logits
+from ..evaluation.report import predict_logits
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
@@ -46,16 +44,12 @@ from ..hub.card import CardFacts
 from .arguments import ProbeTrainingArguments
 from .loss import ProbeLoss
 from .recipe import COMMON, Recipe, complete
-from .results import decide, describe_run
-from .rows import CutReplies
+from .results import add_results, decide
+from .rows import CutReplies, as_dataset, labels_of
 
 
 MAX_LENGTH = 512  # tokens of a prompt, if the head does not say
 STATES = ".states"
-
-
-class _RenderedRows(PromptDataset):
-    """Rows that a `ProbeTrainer` has read, and whose states it may cache."""
 
 
 class ProbeTrainer(Trainer):
@@ -114,7 +108,7 @@ class ProbeTrainer(Trainer):
         column_mapping: Mapping[str, str] | None = None,
         **kwargs,
     ):
-        args = copy.copy(args) if args is not None else ProbeTrainingArguments()
+        self.args = args = copy.copy(args) if args is not None else ProbeTrainingArguments()
         if not isinstance(args, ProbeTrainingArguments):
             raise ProbeError(f"args must be ProbeTrainingArguments, not {type(args).__name__}")
         if sum(given is not None for given in (model, model_init, backbone)) != 1:
@@ -126,15 +120,11 @@ class ProbeTrainer(Trainer):
             raise ProbeError(f"probe_config has no {unknown[0]!r}; learning rates and the like go into args=")
         self._columns, self._tokenizer = column_mapping, processing_class
         self._prompts: PromptFormat | None = None
-        self._cached: dict[int, tuple[Dataset, Dataset]] = {}
         self._recorded: dict[str, Any] = {}
         self._own_metrics = compute_metrics is not None
         self.logits: torch.Tensor | None = None
         if backbone is not None:
-            given = dict(probe_config or {})
-            names = list(given["id2label"].values()) if given.get("id2label") else None
-            train_dataset = self._read("train_dataset", train_dataset, names, given.get("problem_type"))
-            model = self._create_head(backbone, given, train_dataset, args)
+            model, train_dataset = self._create_head(backbone, dict(probe_config or {}), train_dataset)
             config, lm = model.config, model.backbone
             model_init = lambda: ProbeModel(config, backbone=lm)  # noqa: E731 - each run of the trainer starts anew
         elif model is None:
@@ -148,10 +138,9 @@ class ProbeTrainer(Trainer):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         if get_probe_type(model.config.probe_type).convex:
             raise ProbeError(f"probe_type={model.config.probe_type!r} is fitted: use llama-probe train")
-        train = self._take("train_dataset", train_dataset, model, learned=True)
-        validation = self._take("eval_dataset", eval_dataset, model)
-        recipe = self._complete(args, model.config, train, validation)
-        self._label_smoothing = recipe.label_smoothing
+        train = self._label("train_dataset", train_dataset, model, learned=True)
+        validation = self._label("eval_dataset", eval_dataset, model)
+        recipe = self._complete(model.config, train, validation)
         if compute_loss_func is None:
             balanced = recipe.class_weights == "balanced" and train is not None
             labels = labels_of(train) if balanced else np.empty(0)
@@ -163,8 +152,8 @@ class ProbeTrainer(Trainer):
             model=model if model_init is None else None,
             args=args,
             data_collator=data_collator or ProbeCollator(),
-            train_dataset=train,
-            eval_dataset=validation,
+            train_dataset=self._encode("train_dataset", train, model, learned=True),
+            eval_dataset=self._encode("eval_dataset", validation, model),
             processing_class=self._tokenizer,
             model_init=model_init,
             compute_loss_func=compute_loss_func,
@@ -175,6 +164,15 @@ class ProbeTrainer(Trainer):
 
     # Rows
 
+    @cached_property
+    def _cache(self) -> StateCache | None:
+        if not self.args.cache_states:
+            return None
+        cache = StateCache(self.args.cache_dir or Path(self.args.output_dir) / STATES)
+        if self.args.cache_dir is None:
+            weakref.finalize(self, cache.delete)
+        return cache
+
     def _read(
         self, name: str, data: Any, label_names: Sequence[str] | None, problem_type: str | None
     ) -> LabelledTexts:
@@ -182,12 +180,27 @@ class ProbeTrainer(Trainer):
             raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
         return rows_in_memory(name, data, self._columns, label_names, problem_type)
 
-    def _take(self, name: str, data: Any, probe: ProbeModel, learned: bool = False) -> Dataset | None:
-        """Return rows as a data set. The head's config records what their labels are called and how texts are rendered.
+    def _create_head(self, backbone: Any, head: dict[str, Any], data: Any) -> tuple[ProbeModel, LabelledTexts]:
+        """Read the training rows, load the backbone, and make a head for the labels of the rows."""
+        names = list(head["id2label"].values()) if head.get("id2label") else None
+        rows = self._read("train_dataset", data, names, head.get("problem_type"))
+        _, head = complete(self.args.recipe(), head, len(rows))
+        has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
+        chosen = {"token_scope": "response" if has_replies else "last_user", "max_length": MAX_LENGTH}
+        by_name = isinstance(backbone, (str, os.PathLike))
+        if by_name:
+            chosen["base_model_name_or_path"] = model_id(str(backbone))
+        known = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
+        config = ProbeConfig(**{**chosen, **head, **known})
+        if by_name:
+            backbone, tokenizer = load_backbone(str(backbone))
+            self._tokenizer = self._tokenizer or tokenizer
+        elif not isinstance(backbone, nn.Module):
+            raise ProbeError(f"backbone must be a folder, a Hub id or a loaded LM, not {type(backbone).__name__}")
+        return ProbeModel(config, backbone=backbone), rows
 
-        Args:
-            learned: the rows are those of training.
-        """
+    def _label(self, name: str, data: Any, probe: ProbeModel, learned: bool = False) -> LabelledTexts | Dataset | None:
+        """Read a table with the labels of the head, whose config records what the labels of training rows are called."""
         rows = data
         if not isinstance(data, LabelledTexts):
             if data is None or not is_table(data):
@@ -203,16 +216,22 @@ class ProbeTrainer(Trainer):
             if rows.labels.ndim == 1 and sum(map(bool, counts.values())) == 1:
                 raise ProbeError(f"all rows of {name} have the label {rows.label_names[rows.labels[0]]!r}")
             warn_of_labels(counts)
+        return rows
+
+    def _encode(self, name: str, rows: Any, probe: ProbeModel, learned: bool = False) -> Dataset | None:
+        """Return rows as prompts, or as their hidden states."""
+        if not isinstance(rows, LabelledTexts):
+            return rows
         if probe.backbone is None:
             raise ProbeError(f"{name} has texts or token ids, which need ProbeModel(config, backbone=lm)")
         if is_tokenized(rows):
-            ids, masks, lengths = rows.texts, rows.columns.get("probe_mask"), None
-            if masks is not None and probe.config.reads_reply:
-                lengths = list(map(sum, masks))
+            masks = rows.columns.get("probe_mask")
+            follows = masks is not None and probe.config.reads_reply
+            encoded = EncodedTexts(rows.texts, masks, list(map(sum, masks)) if follows else None)
         else:
-            ids, masks, lengths = self._format(name, probe).encode_for(probe.config, rows.texts)
-        found = _RenderedRows(ids, rows.labels, masks)
-        return CutReplies(found, lengths) if learned and lengths is not None else found
+            encoded = self._format(name, probe).encode_for(probe.config, rows.texts)
+        dataset = as_dataset(encoded, rows.labels, probe.config, probe.backbone, self._cache)
+        return CutReplies(dataset, encoded.reply_lengths) if learned and encoded.reply_lengths else dataset
 
     def _format(self, name: str, probe: ProbeModel) -> PromptFormat:
         """Return the head's own format of prompts; one that is not known is the template of the tokenizer."""
@@ -233,31 +252,13 @@ class ProbeTrainer(Trainer):
         self._recorded |= fields
         probe.config = probe.config.replace(**fields)
 
-    def _create_head(
-        self, backbone: Any, head: dict[str, Any], rows: LabelledTexts, args: ProbeTrainingArguments
-    ) -> ProbeModel:
-        """Load the backbone, and make a head for the labels of the rows."""
-        _, head = complete(args.recipe(), head, len(rows))
-        has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
-        known = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
-        chosen = {"token_scope": "response" if has_replies else "last_user", "max_length": MAX_LENGTH}
-        if isinstance(backbone, (str, os.PathLike)):
-            chosen["base_model_name_or_path"] = model_id(str(backbone))
-        config = ProbeConfig(**{**chosen, **head, **known})
-        if isinstance(backbone, (str, os.PathLike)):
-            backbone, tokenizer = load_backbone(str(backbone))
-            self._tokenizer = self._tokenizer or tokenizer
-        elif not isinstance(backbone, nn.Module):
-            raise ProbeError(f"backbone must be a folder, a Hub id or a loaded LM, not {type(backbone).__name__}")
-        return ProbeModel(config, backbone=backbone)
-
-    def _complete(
-        self, args: ProbeTrainingArguments, config: ProbeConfig, train: Dataset | None, validation: Dataset | None
-    ) -> Recipe:
+    def _complete(self, config: ProbeConfig, train: Any, validation: Any) -> Recipe:
         """Fill in what the arguments leave open, and check them against the rows."""
+        args = self.args
         if validation is None:
             args.eval_strategy, args.do_eval, args.load_best_model_at_end = IntervalStrategy.NO, False, False
         recipe, _ = complete(args.recipe(), {"probe_type": config.probe_type}, len(train or ()))
+        self._label_smoothing = recipe.label_smoothing
         args.fill(recipe)
         if args.metric_for_best_model is None:
             args.metric_for_best_model = default_metric(config)
@@ -268,36 +269,16 @@ class ProbeTrainer(Trainer):
         check_threshold_rule(config, recipe.max_false_positive_rate, recipe.threshold_rule)
         return recipe
 
-    def _with_states(self, dataset: Dataset) -> Dataset:
-        """Return rows with their hidden states, if this trainer has rendered them and may cache."""
-        if isinstance(dataset, CutReplies):
-            return CutReplies(self._with_states(dataset.dataset), dataset.lengths)
-        if not isinstance(dataset, _RenderedRows) or not self.args.cache_states:
-            return dataset
-        if id(dataset) not in self._cached:
-            folder = Path(self.args.cache_dir or Path(self.args.output_dir) / STATES)
-            if self.args.cache_dir is None and is_main():
-                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            probe = self.model
-            states = StateCache(folder).dataset(
-                probe.backbone, probe.config, dataset.prompts, dataset.labels, masks=dataset.masks
-            )
-            self._cached[id(dataset)] = dataset, states  # the first one keeps its id
-        return self._cached[id(dataset)][1]
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the batches of training, with cached states unless `args.cache_states` is False."""
-        self.train_dataset = self._with_states(self.train_dataset)
-        return super().get_train_dataloader()
+    def _table(self, name: str, data: Any) -> Dataset | None:
+        return self._encode(name, self._label(name, data, self.model), self.model)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the batches of `eval_dataset`, a table as well, or of the trainer's own."""
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(self._with_states(self._take("eval_dataset", eval_dataset, self.model)))
+        return super().get_eval_dataloader(self._table("eval_dataset", eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Return the batches of `test_dataset`, a table as well."""
-        return super().get_test_dataloader(self._with_states(self._take("test_dataset", test_dataset, self.model)))
+        return super().get_test_dataloader(self._table("test_dataset", test_dataset))
 
     # Training
 
@@ -307,10 +288,12 @@ class ProbeTrainer(Trainer):
         probe.config = probe.config.replace(**self._recorded)
         return probe
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
-        """Train the head; see `Trainer.train`. Then `judge` it, if there are evaluation rows."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, judge: bool = True, **kwargs
+    ) -> TrainOutput:
+        """Train the head; see `Trainer.train`. Then `judge` it, if there are evaluation rows and unless `judge` is False."""
         output = super().train(resume_from_checkpoint, trial, **kwargs)
-        if trial is None and self.eval_dataset is not None:
+        if judge and trial is None and self.eval_dataset is not None:
             self.judge()
         return output
 
@@ -320,24 +303,26 @@ class ProbeTrainer(Trainer):
         Returns:
             The head's `results`, which `save_model` writes into `results.json` and the card.
         """
-        probe, dataset, labels = self.model, self._with_states(self.eval_dataset), labels_of(self.eval_dataset)
+        probe, train, validation = self.model, self.train_dataset, self.eval_dataset
+        labels = labels_of(validation)
         recipe = replace(
             self.args.recipe(),
             label_smoothing=self._label_smoothing,
             per_device_train_batch_size=self.args.train_batch_size * self.args.world_size,
         )
-        self.logits = predict_logits(probe, dataset)
+        self.logits = predict_logits(probe, validation)
         probe.config, found = decide(probe.config, self.logits, labels, recipe)
-        run = {"seed": self.args.seed, "epochs": self.state.epoch, **found}
-        rows = {"train": self.train_dataset, "validation": dataset}
-        rows = {name: {"source": "own rows", "rows": len(part)} for name, part in rows.items() if part is not None}
-        probe.results = describe_run(probe, rows, recipe, [run], self.args.seed)
-        probe.results |= {"dtype": probe.config.base_model_dtype, "card": asdict(CardFacts())}
-        probe.results["inspection"] = {"split": "validation", **inspect_head(probe, dataset, labels)}
-        if self.args.novelty and self.train_dataset is not None:
-            train = self._with_states(self.train_dataset)
-            if can_fit(probe.config, train, dataset):
-                probe.results["novelty"] = {"sources": ["own rows"], **fit_novelty(probe, train, dataset, self.logits)}
+        parts = {"train": train, "validation": validation}
+        add_results(
+            probe,
+            rows={name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None},
+            recipe=recipe,
+            runs=[{"seed": self.args.seed, "epochs": self.state.epoch, **found}],
+            inspected=("validation", validation, labels, self.logits),
+            novelty=(train, validation, self.logits) if self.args.novelty and train is not None else None,
+            dtype=probe.config.base_model_dtype,
+            card=CardFacts(),
+        )
         if not self._own_metrics:
             self.compute_metrics = metrics_of(probe.config)
         return probe.results
@@ -382,13 +367,7 @@ class ProbeTrainer(Trainer):
             self.push_to_hub(commit_message="Model save")
 
     def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, **kwargs
     ) -> CommitInfo | None:
         """Write the head into `args.output_dir`, and upload it in one commit: config, weights, results and card, and no pickle.
 
@@ -396,27 +375,19 @@ class ProbeTrainer(Trainer):
 
         Args:
             blocking: has no effect; heads are small.
-            kwargs: `tags`, `license` and the like; see `push_folder`.
+            kwargs: `revision`, `private`, `tags`, `license` and the like; see `push_folder`.
         """
         token, repo_id = token or self.args.hub_token, self.hub_model_id or self.args.hub_model_id
         if repo_id is None or "/" not in repo_id:
-            self.init_hf_repo(token=token, private=private)  # it asks the Hub for the user's name
+            self.init_hf_repo(token=token, private=kwargs.get("private"))  # it asks the Hub for the user's name
             repo_id = self.hub_model_id
         if not self.is_world_process_zero():
             return None
         self.model.save_pretrained(self.args.output_dir)  # before the Hub can refuse
-        revision = revision or self.args.hub_revision
-        return self.model.push_to_hub(
-            repo_id, token=token, revision=revision, private=private, commit_message=commit_message, **kwargs
-        )
+        kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
+        return self.model.push_to_hub(repo_id, token=token, commit_message=commit_message, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The parent would upload training_args.bin, a pickle, and weights without a config.
         if self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub(f"Training in progress, epoch {self.state.epoch:.0f}")
-
-
-def labels_of(dataset: Dataset) -> np.ndarray:
-    """Return the labels `[rows, ...]` of a data set."""
-    found = getattr(dataset, "labels", None)
-    return np.stack([dataset[row]["labels"] for row in range(len(dataset))]) if found is None else found
