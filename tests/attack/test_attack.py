@@ -33,7 +33,6 @@ from llama_probe.heads.decision import ProbeOutput
 from llama_probe.hub.card import MARKER, write_card
 from llama_probe.hub.folder import CARD_NAME, HEAD_FILES, WEIGHTS_NAME, is_head_folder
 from llama_probe.hub.publish import pull_head
-from llama_probe.training.search_space import SearchSpace
 from llama_probe.training.sweep import Sweep
 
 
@@ -203,8 +202,7 @@ def test_kills_of_sweep(tally, backbone_folder, tmp_path):
     def run(resume):
         training = run_of(tmp_path, backbone_folder, 2, 20, validation_share=0.3)
         training.output, training.cache = tmp_path / "killed", False
-        space = SearchSpace(("gate", "pooling"))
-        return Sweep(training=training, space=space, trials=2, keep=0.5, resume=resume).run()
+        return Sweep(training=training, probe_types=("gate", "pooling"), trials=2, resume=resume).run()
 
     resumed(tally, tmp_path, run, lambda output: bool(read_head(output / "head").results), 60)
 

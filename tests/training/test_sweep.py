@@ -14,24 +14,23 @@ from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.hub.folder import read_results
 from llama_probe.training import shared
 from llama_probe.training.recipe import COMMON, Recipe
-from llama_probe.training.search_space import SearchSpace, split_drawn
 from llama_probe.training.shared import CHECKPOINT_NAME, SharedTraining
-from llama_probe.training.sweep import SETUP_NAME, Sweep
+from llama_probe.training.sweep import SETUP_NAME, Sweep, draw, split_drawn
 
 
 def sweep(folder, backbone="never-loaded", trials=4, kinds=("gate", "mha"), keep=0.5, resume=False, **changes):
     """A short search into `folder / "head"`; `changes` go to its run."""
     run = run_of(folder, backbone, 3, **{"rows": 60, **changes})
     run.cache = False
-    return Sweep(training=run, space=SearchSpace(kinds), trials=trials, keep=keep, resume=resume)
+    return Sweep(training=run, probe_types=kinds, trials=trials, keep=keep, resume=resume)
 
 
 @pytest.mark.parametrize("hidden_size", [HIDDEN, 576, 3072])
 def test_every_draw_can_be_built(hidden_size):
     kinds = [kind for kind in probe_types() if not get_probe_type(kind).convex]
-    space, base = SearchSpace(kinds), ProbeConfig(probe_type="pooling", hidden_size=hidden_size, num_hidden_layers=2)
-    drawn = [space.draw(base, number, seed=0) for number in range(60)]
-    assert drawn == [space.draw(base, number, seed=0) for number in range(60)]
+    base = ProbeConfig(probe_type="pooling", hidden_size=hidden_size, num_hidden_layers=2)
+    drawn = [draw(kinds, base, number, seed=0) for number in range(60)]
+    assert drawn == [draw(kinds, base, number, seed=0) for number in range(60)]
     for one in drawn:
         head, recipe = split_drawn(one)
         base.replace(**head)
@@ -41,7 +40,7 @@ def test_every_draw_can_be_built(hidden_size):
     assert Counter(one["probe_type"] for one in drawn).keys() == set(kinds)
     assert len({one["num_attention_heads"] for one in drawn if one["probe_type"] == "mha"}) > 1
     with pytest.raises(ProbeError, match="hidden_size"):
-        SearchSpace(["mha"]).draw(base.replace(hidden_size=7), 0, 0)
+        draw(["mha"], base.replace(hidden_size=7), 0, 0)
 
 
 def test_what_it_leaves(backbone_folder, tmp_path, monkeypatch):
@@ -120,7 +119,6 @@ def test_a_killed_sweep_resumes(backbone_folder, tmp_path, monkeypatch):
     [
         ({"trials": 0}, "trials"),
         ({"keep": 0.0}, "keep"),
-        ({"kinds": ()}, "probe_types"),
         ({"kinds": ("lstm",)}, "lstm"),
         ({"kinds": ("gate", "muli")}, "muli"),
     ],

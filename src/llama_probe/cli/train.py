@@ -19,7 +19,6 @@ from ..heads.configuration import ProbeConfig
 from ..hub.card import CardFacts, with_spread
 from ..training.options import HEAD_FOLDER, SWEEP_NAME, RunOptions, SweepOptions
 from ..training.recipe import AUTO, Recipe
-from ..training.search_space import SearchSpace
 from .console import print_table
 from .options import Fields, Result, command_line, split_names
 
@@ -141,7 +140,6 @@ def sweep(
         ),
     ],
     data: Annotated[DataSources, Fields("Data", only=_DATA, parse={"label_names": split_names})],
-    space: Annotated[SearchSpace, Fields("Search")],
     search: Annotated[SweepOptions, Fields("Search")],
     recipe: Annotated[
         Recipe,
@@ -167,7 +165,7 @@ def sweep(
     card = _describe_data(CardFacts(license=license), data)
     job = TrainingRun(data=data, recipe=recipe, seeds=[seed], card=card, **vars(run))
     with process_group():
-        result = Sweep(training=job, space=space, **vars(search)).run()
+        result = Sweep(training=job, **vars(search)).run()
         if not is_main():
             return None
     return result, partial(_print_sweep, result, job.output)

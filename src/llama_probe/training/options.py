@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..backbone.loading import DtypeName
 from ..data.sources import setting
 from ..errors import ProbeError
+from ..heads import get_probe_type
 from ..heads.rules import RenderedFormat
 
 
@@ -51,15 +53,24 @@ class RunOptions:
 class SweepOptions:
     """Settings of a search. The metadata of each field has its help.
 
+    Attributes:
+        probe_types: by default those of arXiv 2601.13288.
+
     Raises:
-        ProbeError: a number is not allowed.
+        ProbeError: a value is not allowed.
     """
 
+    probe_types: Sequence[str] = setting(
+        ("pooling", "gate", "mha"), "A kind to search, unless it is fitted. Repeatable.", "probe-type"
+    )
     trials: int = setting(100, "Configurations to draw.")
     keep: float = setting(0.5, "Share of configurations that continues after the epochs 1, 2, 4, ...; 1 for all.")
     resume: bool = setting(False, "Resume a sweep that was stopped.")
 
     def __post_init__(self):
+        for name in self.probe_types:
+            if get_probe_type(name).convex:
+                raise ProbeError(f"probe_type={name!r} is fitted and cannot be searched: use llama-probe train")
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
         if not 0 < self.keep <= 1:

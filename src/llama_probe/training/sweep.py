@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..distributed import claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
@@ -14,18 +18,19 @@ from ..evaluation.report import predict_logits
 from ..evaluation.resume import same_settings
 from ..files import remove_leftovers, write_atomically
 from ..heads import get_probe_type
+from ..heads.configuration import ProbeConfig
 from ..hub.folder import is_head_folder
 from .learners import Candidate, Learner
 from .options import HEAD_FOLDER, SWEEP_NAME, SweepOptions
-from .recipe import AUTO
+from .recipe import AUTO, COMMON, Recipe
 from .results import judge
 from .rows import TrainingData
 from .run import TrainingRun
-from .search_space import SearchSpace, split_drawn
 from .shared import CHECKPOINT_NAME, SharedTraining
 
 
 SETUP_NAME = "setup.json"
+_RECIPE_FIELDS = {item.metadata.get("option", item.name): item.name for item in fields(Recipe)}
 
 
 @dataclass(kw_only=True)
@@ -37,11 +42,9 @@ class Sweep(SweepOptions):
     Attributes:
         training: backbone, data, prompts and output. Its `recipe` gives epochs, metric and patience, its `head` the fields that
             all configurations share.
-        space: kinds to search.
     """
 
     training: TrainingRun
-    space: SearchSpace = field(default_factory=SearchSpace)
 
     def run(self) -> dict[str, Any]:
         """Draw, train, rank and save.
@@ -55,50 +58,51 @@ class Sweep(SweepOptions):
         Raises:
             ProbeError: a setting or a row is wrong, raised before training.
         """
-        output = self.training.output
-        with process_group(), claimed(output):
-            self._check()
-            # A config of the default kind; each draw replaces its kind.
-            head = {**self.training.head, "probe_type": AUTO}
-            with replace(self.training, output=output / HEAD_FOLDER, head=head).prepare() as data:
-                return self._search(output, data)
-
-    def _check(self) -> None:
-        epochs = self.training.recipe.num_train_epochs
+        output, epochs = self.training.output, self.training.recipe.num_train_epochs
         if epochs is not None and not (epochs >= 1 and float(epochs).is_integer()):
             raise ProbeError(f"num_train_epochs={epochs} must be a whole number from 1")
-        output = self.training.output
-        if not self.resume and on_main(lambda: any((output / name).exists() for name in (SETUP_NAME, SWEEP_NAME))):
-            raise ProbeError(f"{output} holds a sweep already: continue with --resume, or give another folder")
+        with process_group(), claimed(output):
+            if not self.resume and on_main(lambda: any((output / name).exists() for name in (SETUP_NAME, SWEEP_NAME))):
+                raise ProbeError(f"{output} holds a sweep already: continue with --resume, or give another folder")
+            # A config of the default kind; each draw replaces its kind.
+            head = {**self.training.head, "probe_type": AUTO}
+            training = replace(self.training, output=output / HEAD_FOLDER, head=head)
+            with training.prepare() as data:
+                return self._search(output, training, data)
 
-    def _search(self, output: Path, data: TrainingData) -> dict[str, Any]:
-        seed = self.training.seeds[0]
-        drawn = [self.space.draw(data.config, number, seed) for number in range(self.trials)]
+    def _search(self, output: Path, run: TrainingRun, data: TrainingData) -> dict[str, Any]:
+        seed, epochs, recipe = run.seeds[0], int(data.recipe.num_train_epochs), data.recipe
+        drawn = [draw(self.probe_types, data.config, number, seed) for number in range(self.trials)]
         settings = {"trials": self.trials, "keep": self.keep, "seed": seed, **data.settings(), "drawn": drawn}
         on_main(lambda: same_settings(output / SETUP_NAME, settings))
         if finished := on_main(lambda: _read_finished(output)):
             return finished
-        epochs = int(data.recipe.num_train_epochs)
+        candidates = []
+        for number, values in enumerate(drawn):
+            head, own = split_drawn(values)
+            config = data.config.replace(**head)
+            candidates.append(Candidate.create(number, config, replace(recipe, **own), data.labels, seed))
         training = SharedTraining(
-            [self._candidate(number, values, data) for number, values in enumerate(drawn)],
+            candidates,
             data.trained,
             data.datasets["validation"],
-            data.recipe.metric,
+            recipe.metric,
             epochs,
             output,
             data.lm,
             self.keep,
-            data.recipe.patience or epochs,
+            recipe.patience or epochs,
             seed,
         )
         ranked = training.run(self.resume)
         result = {
-            "metric": data.recipe.metric,
+            "metric": recipe.metric,
             "processes": world_size(),
             "rows": {name: len(part) for name, part in data.parts.items() if name != "test"},
             "trials": [_describe_trial(learner, drawn[learner.candidate.number]) for learner in ranked],
         }
-        self._save_best(output / HEAD_FOLDER, ranked[0], drawn[ranked[0].candidate.number], data)
+        _, best = split_drawn(drawn[ranked[0].candidate.number])
+        _save_best(ranked[0], run, replace(data, recipe=replace(recipe, **best)))
         if is_main():
             remove_leftovers(output)
             write_atomically({output / SWEEP_NAME: json.dumps(result, indent=2) + "\n"})
@@ -106,22 +110,65 @@ class Sweep(SweepOptions):
             (output / CHECKPOINT_NAME).unlink(missing_ok=True)
         return result
 
-    def _candidate(self, number: int, drawn: dict[str, Any], data: TrainingData) -> Candidate:
-        head, own = split_drawn(drawn)
-        recipe, seed = replace(data.recipe, **own), self.training.seeds[0]
-        return Candidate.create(number, data.config.replace(**head), recipe, data.labels, seed)
 
-    def _save_best(self, folder: Path, learner: Learner, drawn: dict[str, Any], data: TrainingData) -> None:
-        """Write the best head as a folder with its card. Only now are the test rows scored."""
-        candidate, probe = learner.candidate, learner.probe
-        recipe = replace(data.recipe, **split_drawn(drawn)[1])
-        data = replace(data, recipe=recipe, config=probe.config)
-        if data.lm is not None:
-            probe.set_backbone(data.lm)
-        logits = predict_logits(probe, data.datasets["validation"])
-        result = judge(probe, data, logits)
-        single = {"seed": candidate.seed, "epochs": learner.history.best_epoch, **result}
-        replace(self.training, output=folder).save(probe, data, [single], candidate.seed, logits)
+def draw(probe_types: Sequence[str], base: ProbeConfig, number: int, seed: int) -> dict[str, Any]:
+    """Draw a configuration at random, over `COMMON` and the kind's own `Aggregator.search_space`. Kinds take turns.
+
+    Args:
+        base: config that the choices must fit.
+        number, seed: of the draw. It does not depend on other draws.
+
+    Returns:
+        `probe_type` and the hyper-parameters by name: fields of `ProbeConfig`, options of the kind, and options of
+        `llama-probe train`.
+    """
+    rng = np.random.default_rng((seed, number))
+    kind = probe_types[number % len(probe_types)]
+    space = {"probe_type": [kind], **COMMON, **get_probe_type(kind).search_space}
+    choices = {name: values for name, values in space.items() if isinstance(values, list)}
+    combined = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+    rng.shuffle(combined)
+    drawn = next((chosen for chosen in combined if _fits(base, chosen)), None)
+    if drawn is None:
+        raise ProbeError(f"probe_type={kind!r} has no choices that fit hidden_size={base.hidden_size}: {choices}")
+    for name in [name for name in space if name not in choices]:
+        if name == "learning_rate":
+            drawn[name] = float(np.exp(rng.uniform(*np.log(space[name]))))
+        else:
+            drawn[name] = float(rng.uniform(*space[name]))
+    return {name: drawn[name] for name in space}
+
+
+def _fits(base: ProbeConfig, drawn: dict[str, Any]) -> bool:
+    try:
+        base.replace(**split_drawn(drawn)[0])
+    except ProbeError:
+        return False
+    return True
+
+
+def split_drawn(drawn: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a drawn configuration into fields of `ProbeConfig` and fields of `Recipe`."""
+    head, recipe, options = {}, {}, {}
+    for name, value in drawn.items():
+        if name in _RECIPE_FIELDS:
+            recipe[_RECIPE_FIELDS[name]] = value
+        elif name in get_probe_type(drawn["probe_type"]).options:
+            options[name] = value
+        else:
+            head[name] = value
+    return {**head, "options": options}, recipe
+
+
+def _save_best(learner: Learner, run: TrainingRun, data: TrainingData) -> None:
+    """Write the best head as a folder with its card. Only now are the test rows scored."""
+    probe, seed = learner.probe, learner.candidate.seed
+    if data.lm is not None:
+        probe.set_backbone(data.lm)
+    logits = predict_logits(probe, data.datasets["validation"])
+    data = replace(data, config=probe.config)
+    single = {"seed": seed, "epochs": learner.history.best_epoch, **judge(probe, data, logits)}
+    run.save(probe, data, [single], seed, logits)
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -136,21 +183,18 @@ def _read_finished(folder: Path) -> dict[str, Any] | None:
 
 
 def _describe_trial(learner: Learner, drawn: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "number": learner.candidate.number,
-        "score": None if learner.history.status == "failed" else learner.history.best,
-        "scores": learner.history.scores,
-        "best_epoch": learner.history.best_epoch,
-        "status": learner.history.status,
-        "num_parameters": learner.probe.num_parameters(),
-        "params": drawn,
-        "options": _train_options(drawn),
-    }
-
-
-def _train_options(drawn: dict[str, Any]) -> str:
-    known, words = get_probe_type(drawn["probe_type"]).options, []
+    history, options = learner.history, []
     for name, value in drawn.items():
         text = f"{value:.3g}" if isinstance(value, float) else value
-        words.append(f"--option {name}={text}" if name in known else f"--{name.replace('_', '-')} {text}")
-    return " ".join(words)
+        is_own = name in get_probe_type(drawn["probe_type"]).options
+        options.append(f"--option {name}={text}" if is_own else f"--{name.replace('_', '-')} {text}")
+    return {
+        "number": learner.candidate.number,
+        "score": None if history.status == "failed" else history.best,
+        "scores": history.scores,
+        "best_epoch": history.best_epoch,
+        "status": history.status,
+        "num_parameters": learner.probe.num_parameters(),
+        "params": drawn,
+        "options": " ".join(options),
+    }
