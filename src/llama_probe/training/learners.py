@@ -83,8 +83,7 @@ class Learner:
         )
         self.steps_per_epoch = math.ceil(rows / candidate.batch_size)
         self.total_steps = epochs * self.steps_per_epoch
-        self.steps = 0
-        self.pending = 0
+        self.steps = self.pending = 0
         self.history = History()
         self.best_weights: dict[str, torch.Tensor] = {}
 
@@ -105,9 +104,8 @@ class Learner:
             stop = min(len(labels), start + size - self.pending)
             # Dropout must not depend on which other candidates are live.
             torch.manual_seed(hash((self.candidate.seed, self.candidate.number, self.steps, self.pending)) % 2**63)
-            weights = None if row_weights is None else row_weights[start:stop]
+            weights, part = None if row_weights is None else row_weights[start:stop], labels[start:stop]
             output = self.probe.score(x[:, start:stop], mask[start:stop], row_weights=weights)
-            part = labels[start:stop]
             # A share of the mean over the whole batch, which the loss counts in labels.
             self.candidate.loss(output, part, size * part.numel() / len(part)).backward()
             self.pending += stop - start
@@ -161,8 +159,8 @@ class Learner:
         if history.status != "live":
             return
         self.probe.load_state_dict(parts["weights"])
-        state: dict[int, dict[str, torch.Tensor]] = {}
+        state = self.optimizer.state_dict()
         for name, tensor in parts["optimizer"].items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            index, key = name.split(".")
+            state["state"].setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(state)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..backbone.capture import collect_hidden_states
 from ..backbone.decoder import find_decoder
+from ..backbone.passes import length_batches
 from ..data.states import ProbeCollator, SharedStates, counted_tokens
 from ..distributed import barrier, broadcast, gather, is_main, rank, world_size
 from ..errors import ProbeError
@@ -24,6 +25,7 @@ from ..evaluation.metrics import check_metric, score_logits
 from ..files import write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE
 from .learners import Candidate, History, Learner
+from .rows import labels_of
 
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -65,7 +67,7 @@ class SharedTraining:
         batch_tokens: int = 4096,
     ):
         self.train, self.validation, self.metric = train, validation, metric
-        self.labels = np.stack([validation[row]["labels"] for row in range(len(validation))])
+        self.labels = labels_of(validation)
         check_metric(metric, self.labels, candidates[0].config)
         self.epochs, self.folder, self.lm = epochs, Path(folder), lm
         self.keep, self.patience, self.seed, self.batch_tokens = keep, patience, seed, batch_tokens
@@ -80,9 +82,8 @@ class SharedTraining:
 
     @property
     def own(self) -> list[Learner]:
-        """Live learners of this rank."""
-        mine = self.learners[rank() :: world_size()]
-        return [learner for learner in mine if learner.history.status == "live"]
+        """Learners of this rank that still train."""
+        return [learner for learner in self.learners[rank() :: world_size()] if learner.history.status == "live"]
 
     def run(self, resume: bool = False) -> list[Learner]:
         """Train until no candidate is live, or continue from the checkpoint in `folder`.
@@ -129,7 +130,7 @@ class SharedTraining:
     def _train_epoch(self) -> None:
         learners = self.own
         rng = np.random.default_rng((self.seed, self.epoch))
-        batches = self._batches(self.train, rng.permutation(len(self.train)))
+        batches = self._batches(self.train, rng.permutation(len(self.train)).tolist())
         rng.shuffle(batches)
         bar = tqdm(
             total=len(self.train), desc=f"epoch {self.epoch + 1}", unit=" rows", leave=False, disable=not is_main()
@@ -145,7 +146,7 @@ class SharedTraining:
     def _validate(self) -> list[float | None]:
         """Return the metric of each of this rank's live candidates; None if it is not finite."""
         learners = self.own
-        batches = self._batches(self.validation, np.arange(len(self.validation)))
+        batches = self._batches(self.validation, range(len(self.validation)))
         logits: list[list[torch.Tensor]] = [[] for _ in learners]
         for _, shared, mask in self._states(self.validation, batches):
             for found, learner in zip(logits, learners, strict=True):
@@ -162,24 +163,14 @@ class SharedTraining:
 
     def _end_epoch(self, own: list[float | None]) -> None:
         """Note the metric of each live candidate; `own` are the values of this rank's."""
-        mine = self.own
-        values = {learner.candidate.number: value for learner, value in zip(mine, own, strict=True)}
-        for part in gather(values):
-            values |= part
+        mine = {learner.candidate.number: value for learner, value in zip(self.own, own, strict=True)}
+        values = {number: value for part in gather(mine) for number, value in part.items()}
         for learner in self.live:
-            note = learner.end_epoch if learner in mine else learner.history.note
-            note(values[learner.candidate.number])
+            learner.end_epoch(values[learner.candidate.number])
 
-    def _batches(self, dataset: Dataset, rows: np.ndarray) -> list[list[int]]:
-        """Group rows of similar length, so that a pass has little padding."""
-        lengths = [len(self._row(dataset, int(row))["input_ids"]) for row in rows]
-        batches: list[list[int]] = []
-        for index in np.argsort(lengths, kind="stable"):
-            # Ascending, so this row is the longest of its batch.
-            if not batches or (len(batches[-1]) + 1) * lengths[index] > self.batch_tokens:
-                batches.append([])
-            batches[-1].append(int(rows[index]))
-        return batches
+    def _batches(self, dataset: Dataset, rows: Sequence[int]) -> list[list[int]]:
+        lengths = [len(self._row(dataset, row)["input_ids"]) for row in rows]
+        return [[rows[place] for place in batch] for batch in length_batches(lengths, self.batch_tokens)]
 
     def _row(self, dataset: Dataset, row: int) -> dict:
         """Return a row. How `CutReplies` cuts it depends only on seed and epoch, not on rank, batch or learner."""
