@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..data.states import iterate_states
-from ..distributed import merge_rows, on_main
+from ..distributed import on_main
 from ..evaluation.metrics import check_metric, score_logits
+from ..evaluation.report import collect
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
@@ -28,9 +29,9 @@ _ROWS = 256  # rows whose features are computed at a time
 
 
 class Fitted(NamedTuple):
-    """Logits `[rows, num_labels]` of the validation rows, each by a model that has not learned from the row, and facts.
+    """Logits `[rows, num_labels]` of the validation rows, each by a model that has not learned from the row.
 
-    These are `l1`, the strength of the penalty, and `nonzero_weights`.
+    The facts are `l1`, the strength of the penalty, and `nonzero_weights`.
     """
 
     logits: torch.Tensor
@@ -48,8 +49,7 @@ def fit_classifier(
 ) -> Fitted:
     """Fit a head's classifier: minimise the loss plus `l1 * sum |weight|` over standardised features.
 
-    The features of all training rows are in memory at once: 4 bytes a row and feature. In a process group all ranks run the
-    backbone, the first one fits, and all get the result.
+    The features of all training rows are in memory at once: 4 bytes a row and feature. In a process group the first rank fits.
 
     Args:
         probe: a head of a `convex` kind, bound to its LM. Its classifier and `options["l1"]` of its config are written. An
@@ -77,18 +77,19 @@ def fit_classifier(
         kept = features.clone() if folds else None  # standardised in place below
         whole = _Problem(config, features, labels, loss)
         strengths = whole.strengths
-        if folds:
+        if not folds:
+            models = whole.fit(strengths)
+            logits = whole.logits(models, _features(probe, validated))
+        else:
             logits = torch.empty(len(strengths), len(labels), config.num_labels)
             for held in tqdm(folds, desc="folds", unit=" folds", leave=False):
                 rest = np.setdiff1d(np.arange(len(labels)), held)
                 part = _Problem(config, kept[rest], labels[rest], loss)
                 logits[:, held] = part.logits(part.fit(strengths), [kept[held]])
-            best = _best(logits, truth, config, metric)
+        check_metric(metric, truth, config)
+        best = int(np.argmax([score_logits(one, truth, config)[metric] for one in logits]))
+        if folds:
             models = whole.fit(strengths[: best + 1])
-        else:
-            models = whole.fit(strengths)
-            logits = whole.logits(models, _features(probe, validated))
-            best = _best(logits, truth, config, metric)
         return *whole.classifier(models[best]), strengths[best], logits[best]
 
     weight, bias, strength, logits = on_main(fit)
@@ -99,15 +100,12 @@ def fit_classifier(
     return Fitted(logits, {"l1": strength, "nonzero_weights": int((weight != 0).sum())})
 
 
+@torch.no_grad()
 def _pooled_vectors(probe: ProbeModel, dataset: Dataset, lm: nn.Module | None) -> torch.Tensor:
     """Return what the layer stage gives for each row: `[rows, hidden_size]`."""
-    found, read = torch.empty(len(dataset), probe.config.hidden_size), []
-    states_of = iterate_states(dataset, probe.config, lm, progress=True, layers=probe.layer_indices, divided=True)
-    for rows, states, mask in states_of:
-        with torch.no_grad():
-            found[rows] = probe.pool(states.transpose(0, 1), mask).cpu()
-        read += rows
-    return merge_rows(read, found)
+    batches = iterate_states(dataset, probe.config, lm, progress=True, layers=probe.layer_indices, divided=True)
+    pooled = ((rows, [probe.pool(states.transpose(0, 1), mask)]) for rows, states, mask in batches)
+    return collect(len(dataset), pooled)[0]
 
 
 def _features(probe: ProbeModel, pooled: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -156,9 +154,3 @@ class _Problem:
         """Return weight `[num_labels, features]` and bias `[num_labels]` for raw features."""
         weight, bias = model.unstandardized(self.mean, self.scale)
         return (F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0))) if self.one else (weight, bias)
-
-
-def _best(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig, metric: str) -> int:
-    """Return the first best of models with logits `[models, rows, num_labels]`."""
-    check_metric(metric, labels, config)
-    return int(np.argmax([score_logits(one, labels, config)[metric] for one in logits]))

@@ -41,7 +41,7 @@ from .options import RunOptions
 from .recipe import Recipe, complete
 from .results import add_results, describe_rows, judge
 from .rows import TrainingData, as_dataset
-from .trainer import ProbeTrainer
+from .trainer import STATES, ProbeTrainer
 
 
 CHECKPOINTS = ".checkpoints"
@@ -94,8 +94,7 @@ class TrainingRun(RunOptions):
         batch. The first one writes. All must see the same `output`.
 
         Returns:
-            The contents of `results.json`: sources, recipe, metrics a seed, their mean and spread, and the inspection of the
-            head that is kept.
+            The contents of `results.json`; see `add_results`.
 
         Raises:
             ProbeError: a setting or a row is wrong, or `output` holds a head (raised before training), or another process of
@@ -108,7 +107,6 @@ class TrainingRun(RunOptions):
                 return self._train_all(data)
 
     def _check_free(self) -> None:
-        """Raise `ProbeError` if the run would replace a finished head that is not to be overwritten."""
         stopped = self.resume and (self.output / CHECKPOINTS / _SETUP_NAME).is_file()
         if not self.overwrite and not stopped and is_head_folder(self.output):
             raise ProbeError(f"{self.output} holds a finished head: --overwrite replaces it")
@@ -116,10 +114,8 @@ class TrainingRun(RunOptions):
     def _train_all(self, data: TrainingData) -> dict[str, Any]:
         checkpoints = self.output / CHECKPOINTS
         on_main(lambda: self._open_checkpoints(checkpoints, data))
-        if get_probe_type(data.config.probe_type).convex:
-            trained = [self._fit_classifier(self.seeds[0], data)]
-        else:
-            trained = [self._train(seed, data, checkpoints / f"seed-{seed}") for seed in self.seeds]
+        seeds = self.seeds[:1] if get_probe_type(data.config.probe_type).convex else self.seeds
+        trained = [self._train(seed, data, checkpoints / f"seed-{seed}") for seed in seeds]
         best = max(trained, key=lambda one: one.result["validation"][data.recipe.metric])
         results = self.save(best.probe, data, [one.result for one in trained], best.result["seed"], best.logits)
         if is_main():
@@ -139,13 +135,13 @@ class TrainingRun(RunOptions):
         parts = self.data.read(self.seeds[0])
         labels = np.concatenate([parts[name].labels for name in ("train", "extra") if name in parts])
         recipe, head = complete(self.recipe, self.head, len(labels))
-        folds = []
-        if parts["validation"] is parts["train"]:
-            folds = parts["train"].folds(self.data.folds or FOLDS, self.seeds[0])
+        train, folds = parts["train"], []
+        if parts["validation"] is train:
+            folds = train.folds(self.data.folds or FOLDS, self.seeds[0])
         config = ProbeConfig(
             **{"token_scope": "last_user", **head},
-            id2label=dict(enumerate(parts["train"].label_names)),
-            problem_type=parts["train"].problem_type,
+            id2label=dict(enumerate(train.label_names)),
+            problem_type=train.problem_type,
             base_model_name_or_path=model_id(self.backbone),
         )
         recipe = replace(recipe, metric=recipe.metric or default_metric(config))
@@ -156,7 +152,7 @@ class TrainingRun(RunOptions):
         untrained = ProbeModel(config)
         untrained.bind(lm)
         check_shared(self.output)
-        cache = StateCache(self.cache_dir or self.output / ".states") if self.cache else None
+        cache = StateCache(self.cache_dir or self.output / STATES) if self.cache else None
         datasets: dict[str, Dataset] = {}
         reply_lengths: dict[str, list[int] | None] = {}
         for name, rows in parts.items():
@@ -184,17 +180,14 @@ class TrainingRun(RunOptions):
         check_threshold_rule(config, recipe.max_false_positive_rate, recipe.threshold_rule)
         ProbeLoss.create(recipe, config, labels)
         kind, weights = get_probe_type(config.probe_type), self.data.extra_weights
-        if len(weights) > kind.members(config):
+        if len(weights) > (members := kind.members(config)):
             raise ProbeError(
-                f"extra_weights={weights} has {len(weights)} values for {kind.members(config)} members of the "
-                f"{config.probe_type} head: give one"
+                f"extra_weights={weights} must have 1 value: probe_type={config.probe_type!r} has {members} members"
             )
-        if kind.convex:
-            reason = f"probe_type={config.probe_type!r} is fitted"
-            if recipe.focal_gamma:
-                raise ProbeError(f"focal_gamma={recipe.focal_gamma} must be 0: {reason}")
-            if "extra" in parts:
-                raise ProbeError(f"extra={self.data.extra} must be empty: {reason}")
+        if kind.convex and recipe.focal_gamma:
+            raise ProbeError(f"focal_gamma={recipe.focal_gamma} must be 0: probe_type={config.probe_type!r} is fitted")
+        if kind.convex and "extra" in parts:
+            raise ProbeError(f"extra={self.data.extra} must be empty: probe_type={config.probe_type!r} is fitted")
         if config.reads_reply:
             for rows in parts.values():
                 for text in rows.texts:
@@ -202,30 +195,26 @@ class TrainingRun(RunOptions):
 
     def _train(self, seed: int, data: TrainingData, checkpoints: Path) -> _Trained:
         datasets, trained = data.datasets, data.trained
-        if not data.folds:
-            trainer = self._fit(seed, data, trained, datasets["validation"], checkpoints)
-            logits = predict_logits(trainer.model, datasets["validation"])
+        if get_probe_type(data.config.probe_type).convex:
+            probe, loss = data.head, ProbeLoss.create(data.recipe, data.config, data.labels)
+            if data.lm is not None:
+                probe.to(data.lm.device).set_backbone(data.lm)
+            parts = datasets["train"], datasets["validation"]
+            logits, facts = fit_classifier(probe, *parts, loss, data.recipe.metric, data.lm, data.folds)
         else:
-            logits = torch.empty(len(datasets["train"]), data.config.num_labels)
-            bar = tqdm(data.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
-            for number, held in enumerate(bar):
-                rest = Subset(trained, np.setdiff1d(np.arange(len(trained)), held).tolist())
-                part = self._fit(seed, data, rest, None, checkpoints / f"fold-{number}").model
-                logits[torch.from_numpy(held)] = predict_logits(part, Subset(datasets["train"], held.tolist()))
-            trainer = self._fit(seed, data, trained, None, checkpoints / "all")
-        probe, epochs = trainer.model, trainer.state.epoch
-        return _Trained(probe, {"seed": seed, "epochs": epochs, **judge(probe, data, logits)}, logits)
-
-    def _fit_classifier(self, seed: int, data: TrainingData) -> _Trained:
-        probe, datasets = data.head, data.datasets
-        if data.lm is not None:
-            probe.to(data.lm.device).set_backbone(data.lm)
-        loss = ProbeLoss.create(data.recipe, data.config, data.labels)
-        found = fit_classifier(
-            probe, datasets["train"], datasets["validation"], loss, data.recipe.metric, data.lm, data.folds
-        )
-        result = {"seed": seed, **found.facts, **judge(probe, data, found.logits)}
-        return _Trained(probe, result, found.logits)
+            if data.folds:
+                logits = torch.empty(len(datasets["train"]), data.config.num_labels)
+                bar = tqdm(data.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
+                for number, held in enumerate(bar):
+                    rest = Subset(trained, np.setdiff1d(np.arange(len(trained)), held).tolist())
+                    part = self._fit(seed, data, rest, None, checkpoints / f"fold-{number}").model
+                    logits[torch.from_numpy(held)] = predict_logits(part, Subset(datasets["train"], held.tolist()))
+                trainer = self._fit(seed, data, trained, None, checkpoints / "all")
+            else:
+                trainer = self._fit(seed, data, trained, datasets["validation"], checkpoints)
+                logits = predict_logits(trainer.model, datasets["validation"])
+            probe, facts = trainer.model, {"epochs": trainer.state.epoch}
+        return _Trained(probe, {"seed": seed, **facts, **judge(probe, data, logits)}, logits)
 
     def _fit(
         self, seed: int, data: TrainingData, train: Dataset, validation: Dataset | None, checkpoints: Path

@@ -56,11 +56,9 @@ class ProbeTrainer(Trainer):
     """A `Trainer` for heads on a frozen backbone. Takes texts, chats or token ids with labels.
 
     After training it fits temperature and threshold on the rows of `eval_dataset`, and novelty on all rows. `save_model` and
-    `push_to_hub` then write a head with its results and its card. All else is the Trainer's: resuming, reporting, several
-    devices.
-
-    Under `torchrun` it trains with DDP, which synchronises only the head. The frozen backbone may be sharded with FSDP:
-    apply `fully_shard` to each layer and to the decoder (`lm.model`), which is what heads run.
+    `push_to_hub` then write a head with its results and its card. Under `torchrun` it trains with DDP, which synchronises
+    only the head. The frozen backbone may be sharded with FSDP: apply `fully_shard` to each layer and to the decoder
+    (`lm.model`), which is what heads run.
 
     Example:
         >>> trainer = ProbeTrainer(backbone="HuggingFaceTB/SmolLM2-135M-Instruct", train_dataset=[("Well done!", "good"), ...])
@@ -70,18 +68,15 @@ class ProbeTrainer(Trainer):
     Args:
         model: a head; with a backbone if the rows are texts or token ids.
         args: defaults to `ProbeTrainingArguments()`.
-        data_collator: defaults to `ProbeCollator`.
+        data_collator, compute_loss_func, compute_metrics: default to `ProbeCollator`, the `ProbeLoss` that `args` describe, and
+            the metrics of the head's problem type.
         train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
             of `rows_in_memory`; or a `PromptDataset` or `StateDataset`, which is taken as it is.
         processing_class: the backbone's tokenizer, for texts. `backbone` as a name brings its own.
-        model_init: makes a head, as for `hyperparameter_search`.
-        compute_loss_func: defaults to the `ProbeLoss` that `args` describe.
-        compute_metrics: defaults to the metrics of the head's problem type.
-        callbacks: further callbacks.
+        model_init, callbacks, kwargs: as in `Trainer`.
         backbone: instead of `model`: a folder, a Hub id, `"demo"`, or a loaded LM. The head is then made for the labels.
         probe_config: fields of `ProbeConfig` of the head for `backbone`. Missing fields are chosen.
         column_mapping: names from the rows to the columns above, such as `{"review": "text"}`.
-        kwargs: further arguments of `Trainer`.
 
     Attributes:
         logits (`[rows, num_labels]`): logits of the evaluation rows after training.
@@ -131,9 +126,8 @@ class ProbeTrainer(Trainer):
             self.model_init = model_init
             model = super().call_model_init()
         if not isinstance(model, ProbeModel):
-            raise ProbeError(
-                f"model must be a ProbeModel, not {type(model).__name__}; backbone= takes a language model"
-            )
+            kind = type(model).__name__
+            raise ProbeError(f"model must be a ProbeModel, not {kind}; backbone= takes a language model")
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         if get_probe_type(model.config.probe_type).convex:
@@ -173,9 +167,7 @@ class ProbeTrainer(Trainer):
             weakref.finalize(self, cache.delete)
         return cache
 
-    def _read(
-        self, name: str, data: Any, label_names: Sequence[str] | None, problem_type: str | None
-    ) -> LabelledTexts:
+    def _read(self, name: str, data: Any, label_names: list[str] | None, problem_type: str | None) -> LabelledTexts:
         if not is_table(data):
             raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
         return rows_in_memory(name, data, self._columns, label_names, problem_type)
@@ -186,17 +178,20 @@ class ProbeTrainer(Trainer):
         rows = self._read("train_dataset", data, names, head.get("problem_type"))
         _, head = complete(self.args.recipe(), head, len(rows))
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
-        chosen = {"token_scope": "response" if has_replies else "last_user", "max_length": MAX_LENGTH}
-        by_name = isinstance(backbone, (str, os.PathLike))
-        if by_name:
-            chosen["base_model_name_or_path"] = model_id(str(backbone))
-        known = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
-        config = ProbeConfig(**{**chosen, **head, **known})
+        by_name = not isinstance(backbone, nn.Module)
+        config = ProbeConfig(
+            **{
+                "token_scope": "response" if has_replies else "last_user",
+                "max_length": MAX_LENGTH,
+                "base_model_name_or_path": model_id(str(backbone)) if by_name else None,
+                **head,
+                "id2label": dict(enumerate(rows.label_names)),
+                "problem_type": rows.problem_type,
+            }
+        )
         if by_name:
             backbone, tokenizer = load_backbone(str(backbone))
             self._tokenizer = self._tokenizer or tokenizer
-        elif not isinstance(backbone, nn.Module):
-            raise ProbeError(f"backbone must be a folder, a Hub id or a loaded LM, not {type(backbone).__name__}")
         return ProbeModel(config, backbone=backbone), rows
 
     def _label(self, name: str, data: Any, probe: ProbeModel, learned: bool = False) -> LabelledTexts | Dataset | None:
