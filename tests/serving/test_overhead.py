@@ -7,7 +7,7 @@ import torch
 from conftest import HIDDEN, VOCAB, make_lm
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_probe.experiments.benchmark.footprint import peak_memory
+from llama_probe.experiments.benchmark.measure import peak_memory
 from llama_probe.experiments.benchmark.models import held_bytes
 from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, plain_system, systems
 from llama_probe.heads import mean_attention

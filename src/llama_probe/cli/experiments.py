@@ -49,7 +49,7 @@ def benchmark(
         read_heads(settings.probes, backbone_target(settings.backbone))  # raises
     from ..experiments.benchmark.serving_benchmark import ServingBenchmark  # takes seconds to import
 
-    bench, verbosity = ServingBenchmark(**vars(settings)), logging.get_verbosity()
+    bench, verbosity = ServingBenchmark(settings), logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts
     try:
         report = bench.count_operations(as_device) if operations else bench.execute()

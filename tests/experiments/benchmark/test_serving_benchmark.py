@@ -12,10 +12,12 @@ from tiny_guards import BERT
 from torch._dynamo.testing import CompileCounter
 
 from llama_probe import ProbeError
+from llama_probe.experiments.benchmark import measure
+from llama_probe.experiments.benchmark.measure import Timing, time_pairs
 from llama_probe.experiments.benchmark.models import ModelPlan
-from llama_probe.experiments.benchmark.serving_benchmark import Measured, ServingBenchmark, row
-from llama_probe.experiments.benchmark.serving_systems import Load, System
-from llama_probe.experiments.benchmark.timing import Timing, time_pairs
+from llama_probe.experiments.benchmark.options import BenchmarkOptions
+from llama_probe.experiments.benchmark.serving_benchmark import ServingBenchmark, row
+from llama_probe.experiments.benchmark.serving_systems import BASE, Load, System
 
 
 CPU = torch.device("cpu")
@@ -26,12 +28,15 @@ def folder(backbone_folder):
     return str(backbone_folder)
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(measure, "perf_counter", lambda: float(next(ticks)))
+
+
 def create(folder, **changes):
     values = {"tokens": [6], "kinds": ["gate"], "many": 0, "naive": False, "pairs": 2, "warmup": 0, "device": "cpu"}
-    bench = ServingBenchmark(folder, **{**values, **changes})
-    ticks = itertools.count()
-    bench.clock = lambda: float(next(ticks))
-    return bench
+    return ServingBenchmark(BenchmarkOptions(folder, **{**values, **changes}))
 
 
 @pytest.fixture
@@ -87,7 +92,7 @@ def test_the_backbone_compiled(tmp_path, monkeypatch):
 
 def test_ones_own_heads(folder, tmp_path, monkeypatch):
     save_head(make_probe(probe_type="mha"), tmp_path / "mine")
-    assert create(folder, probes=[str(tmp_path / "mine")], kinds=None).kinds == ()
+    assert create(folder, probes=[str(tmp_path / "mine")], kinds=None).options.kinds == ()
     report = create(folder, probes=[str(tmp_path / "mine")], kinds=["mha"]).execute()
     first, second = report["rows"][2:]
     assert (first["system"], second["system"]) == ("mine", "mha") and first["paper_ratio"] == second["paper_ratio"]
@@ -99,34 +104,33 @@ def test_ones_own_heads(folder, tmp_path, monkeypatch):
 
 
 def test_the_order_of_pairs_alternates():
-    log, ticks = [], itertools.count()
+    log = []
     first, second = (lambda _, name=name: log.append(name) for name in "ab")
-    timed = time_pairs(first, second, pairs=3, warmup=1, clock=lambda: float(next(ticks)))
+    timed = time_pairs(first, second, 3, 1, CPU)
     assert log == ["a", "b", "a", "b", "b", "a", "a", "b"] and timed == [(Timing(1.0), Timing(1.0))] * 3
 
 
-PLAIN = Measured([(Timing(2.0, 0.5), Timing(2.0, 0.5))], 1_000_000)
+PLAIN = [(Timing(2.0, 0.5), Timing(2.0, 0.5))]
 
 
-def make_row(own, batch=1, tokens=8, new_tokens=1, paper=None):
+def make_row(pairs=PLAIN, memory=None, batch=1, tokens=8, new_tokens=1, paper=None, name="mine"):
     load = Load.create(batch, tokens, new_tokens, 50, CPU)
-    return row(System("mine", None, 500_000, paper), load, own, PLAIN)
+    return row(System(name, None, 500_000, paper), load, pairs, memory)
 
 
 def test_ratios_are_medians_of_pairs():
     """The median of the paired ratios is not the ratio of the medians."""
     pairs = [(1.0, 3.0), (4.0, 4.0), (5.0, 10.0)]
-    own = Measured([(Timing(a, a / 2), Timing(b, 2 * b)) for a, b in pairs], 1_250_000)
-    found = make_row(own, batch=2, new_tokens=2)
+    pairs = [(Timing(a, a / 2), Timing(b, 2 * b)) for a, b in pairs]
+    found = make_row(pairs, 250_000, batch=2, new_tokens=2)
     assert found["ratio"] == {"median": 2.0, "quartiles": [1.5, 2.5], "runs": 3}
     assert found["step_ratio"]["median"] == 8.0
     assert found["ms"]["median"] == 4000 and found["step_ms"]["median"] == 8000 and found["above_base_mb"] == 0.75
 
 
 def test_values_that_are_not_defined_or_not_known():
-    found = make_row(PLAIN)
-    assert found["ratio"] is None and found["step_ratio"] is None
-    assert make_row(Measured(PLAIN.pairs, None))["above_base_mb"] is None
+    found = make_row(name=BASE)
+    assert found["ratio"] is None and found["step_ratio"] is None and found["above_base_mb"] is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_values_that_are_not_defined_or_not_known():
     ],
 )
 def test_the_papers_ratio_is_for_the_papers_load(changes, expected):
-    assert make_row(PLAIN, **changes)["paper_ratio"] == (expected and pytest.approx(expected))
+    assert make_row(**changes)["paper_ratio"] == (expected and pytest.approx(expected))
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class ModelPlan:
 
     Attributes:
         name: `"demo"`, a folder or a Hub id. With `random_weights` also one of `SHAPES`, which comes first.
-        auto_class: name of the class of transformers that loads it.
         random_weights: make the weights instead of loading them.
+        auto_class: name of the class of transformers that loads it.
     """
 
     name: str
@@ -77,9 +77,10 @@ class ModelPlan:
                 random weights were asked of a quantised model.
         """
         try:
-            shaped = random_weights and name in SHAPES
-            read = transformers.AutoConfig.from_pretrained
-            config = _shape_config(name) if shaped else read(resolve_backbone(name))
+            if random_weights and name in SHAPES:
+                config = _shape_config(name)
+            else:
+                config = transformers.AutoConfig.from_pretrained(resolve_backbone(name))
         except (OSError, ValueError) as error:
             shapes = f"a folder, a Hub id or, with --random-weights, one of {', '.join(SHAPES)}"
             raise ProbeError(f"no config of {name!r}: {first_line(error)}. Give {shapes}") from error

@@ -55,17 +55,18 @@ def count_operations(
     drawn = {"vocab_size": vocab_size, "device": model.device, "heads": model.probes.values()}
     prompts = [Load.create(1, length, 1, **drawn) for length in tokens]
     reply = Load.create(1, min(tokens), 3, **drawn)
-    found: dict[str, tuple[list[int], int]] = {}
+    rows = []
     with acting_as(as_device):
         for system in chain([plain_system(plain)], systems(model, plain, many, many_config)):
-            if system.name != AGAIN:
-                found[system.name] = [_count_prefill(system, prompt) for prompt in prompts], _count_step(system, reply)
-    rows, (base, base_step) = [], found[BASE]
-    for i, length in enumerate(tokens):
-        for name, (prefill, step) in found.items():
-            row = {"system": name, "tokens": length, "prefill": prefill[i], "prefill_ratio": prefill[i] / base[i]}
-            rows.append({**row, "step": step, "step_ratio": step / base_step})
-    return rows
+            if system.name == AGAIN:
+                continue
+            prefill, step = [_count_prefill(system, prompt) for prompt in prompts], _count_step(system, reply)
+            if system.name == BASE:
+                base, base_step = prefill, step
+            for i, length in enumerate(tokens):
+                row = {"system": system.name, "tokens": length, "prefill": prefill[i], "step": step}
+                rows.append({**row, "prefill_ratio": prefill[i] / base[i], "step_ratio": step / base_step})
+    return sorted(rows, key=lambda row: tokens.index(row["tokens"]))
 
 
 def _count_prefill(system: System, prompt: Load) -> int:

@@ -14,7 +14,7 @@ from .models import SHAPES
 
 DEVICES = ("cuda", "cpu")  # whose choices can be counted on any device
 KINDS = ("pooling", "gate", "mha")
-_LEAST = {"many": 0, "new_tokens": 1, "pairs": 1, "warmup": 0, "tokens": 1, "batch_sizes": 1}
+_LEAST = {"many": 0, "new_tokens": 1, "pairs": 1, "tokens": 1, "batch_sizes": 1}
 
 
 @dataclass

@@ -5,13 +5,10 @@ Every system is timed in turn with the plain model, so that both run under the s
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -25,42 +22,33 @@ from ...hub.resolve import Target
 from ...serving.auto import AutoModelForProbedGeneration
 from ...serving.sources import read_heads
 from ..paper import serving_ratio
-from .footprint import peak_memory
+from .measure import Timing, peak_memory, spread, time_pairs
 from .models import ModelPlan
 from .operations import count_operations
 from .options import BenchmarkOptions
-from .serving_systems import MANY_KIND, Load, System, fresh_config, plain_system, systems
-from .timing import Timing, clock_of, spread, time_pairs
+from .serving_systems import BASE, MANY_KIND, Load, System, fresh_config, plain_system, systems
 
 
 _PAPER_TOKENS = 512  # longest prompt of the paper's table
 
 
-@dataclass
-class ServingBenchmark(BenchmarkOptions):
-    """A benchmark with these options. It reads the configs of backbone and guards at once.
+class ServingBenchmark:
+    """A benchmark. It reads the configs of backbone and guards at once, and no weights.
 
     Raises:
-        ProbeError: a value is not allowed, or a config cannot be read.
+        ProbeError: a config cannot be read, or does not fit the options.
     """
 
-    clock: Callable[[], float] = field(init=False, repr=False)
-    _device: torch.device = field(init=False, repr=False)
-    _lm: ModelPlan = field(init=False, repr=False)
-    _guards: list[ModelPlan] = field(init=False, repr=False)
-    _fresh: dict[str, ProbeConfig] = field(init=False, repr=False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._device = choose_device(self.device)
-        self.clock = clock_of(self._device)
-        longest, made = max(self.tokens), (self.dtype, self.random_weights)
-        self._lm = ModelPlan.read(self.backbone, *made, longest + self.new_tokens)
-        self._guards = [ModelPlan.read(name, *made, longest, guards=True) for name in self.guards]
-        self._fresh = {kind: self._config(kind) for kind in {*self.kinds, *([MANY_KIND] if self.many else [])}}
+    def __init__(self, options: BenchmarkOptions):
+        self.options, self.device = options, choose_device(options.device)
+        longest, made = max(options.tokens), (options.dtype, options.random_weights)
+        self.lm = ModelPlan.read(options.backbone, *made, longest + options.new_tokens)
+        self.guards = [ModelPlan.read(name, *made, longest, guards=True) for name in options.guards]
+        self.fresh = {kind: self._config(kind) for kind in options.kinds}
+        self.many_config = self._config(MANY_KIND) if options.many else None
 
     def _config(self, kind: str, **fields) -> ProbeConfig:
-        return fresh_config(kind, self._lm.text_config.hidden_size, self._lm.text_config.num_hidden_layers, **fields)
+        return fresh_config(kind, self.lm.text_config.hidden_size, self.lm.text_config.num_hidden_layers, **fields)
 
     def execute(self) -> dict[str, Any]:
         """Measure time and memory of every system under every load.
@@ -68,31 +56,31 @@ class ServingBenchmark(BenchmarkOptions):
         Returns:
             A JSON dict: `environment`, `settings`, `backbone` and `rows`, see `row`.
         """
-        model = self._load()
+        options, model = self.options, self._load()
         plain = model._without_probes()  # the same weights in the plain class
-        if self.compile:
+        if options.compile:
             for lm in (model, plain):
                 lm.forward = torch.compile(lm.forward)
-        drawn = (self.new_tokens, self._lm.text_config.vocab_size, self._device, model.probes.values())
-        loads = [Load.create(batch, tokens, *drawn) for batch, tokens in product(self.batch_sizes, self.tokens)]
+        drawn = (options.new_tokens, self.lm.text_config.vocab_size, self.device, model.probes.values())
+        loads = [Load.create(batch, tokens, *drawn) for batch, tokens in product(options.batch_sizes, options.tokens)]
         base = plain_system(plain)
-        alone = [self._memory(base, load) for load in loads]
-        found: list[tuple[System, list[Measured]]] = []
-        many = self._fresh.get(MANY_KIND)
+        base_memory = [self._memory(base, load) for load in loads]
+        rows: list[list[dict[str, Any]]] = [[] for _ in loads]
+        base_times: list[list[Timing]] = [[] for _ in loads]
         with tqdm(desc="systems", unit="system") as progress:
-            for system in systems(model, plain, self.many, many, self.naive, self._guards):
+            for system in systems(model, plain, options.many, self.many_config, options.naive, self.guards):
                 progress.set_postfix_str(system.name)
-                measured = [self._measure(base, system, load) for load in loads]
-                found.append((dataclasses.replace(system, serve=None), measured))
+                for i, load in enumerate(loads):
+                    pairs = self._time(base, system, load)
+                    base_times[i] += [first for first, _ in pairs]
+                    memory = self._memory(system, load)
+                    rows[i].append(row(system, load, pairs, None if memory is None else memory - base_memory[i]))
                 del system  # frees the memory of a guard
                 progress.update()
-        rows = []
-        for i, (load, memory) in enumerate(zip(loads, alone, strict=True)):
-            times = [(first, first) for _, measured in found for first, _ in measured[i].pairs]
-            base_measured = Measured(times, memory)
-            for system, own in ((base, base_measured), *((system, measured[i]) for system, measured in found)):
-                rows.append(row(system, load, own, base_measured))
-        return {**self._facts(plain), "rows": rows}
+        for i, load in enumerate(loads):
+            times = [(timing, timing) for timing in base_times[i]]
+            rows[i].insert(0, row(base, load, times, None if base_memory[i] is None else 0))
+        return {**self._facts(plain), "rows": [found for each in rows for found in each]}
 
     def count_operations(self, as_device: str | None = None) -> dict[str, Any]:
         """Count the dispatched operations of the plain model and of each system with heads.
@@ -105,48 +93,48 @@ class ServingBenchmark(BenchmarkOptions):
         Returns:
             A JSON dict: `environment`, `settings`, `backbone`, `as_device` and `rows`, see `operations.count_operations`.
         """
-        model, as_device = self._load(), as_device or ("cpu" if self._device.type == "cpu" else "cuda")
-        for kind in self.kinds:
+        model, as_device = self._load(), as_device or ("cpu" if self.device.type == "cpu" else "cuda")
+        for kind in self.fresh:
             model.add_probe(f"{kind}-reply", self._config(kind, token_scope="response"))
-        rows = count_operations(model, self.tokens, self.many, self._fresh.get(MANY_KIND), as_device)
+        rows = count_operations(model, self.options.tokens, self.options.many, self.many_config, as_device)
         return {**self._facts(model._without_probes()), "as_device": as_device, "rows": rows}
 
     def _load(self) -> PreTrainedModel:
         """Load the backbone with its heads, after all that may be refused."""
-        heads, text = {}, self._lm.text_config
-        if self.probes:
-            target = Target(model_id(self.backbone), text.hidden_size, text.num_hidden_layers)
-            heads = read_heads(list(self.probes), target)
-        names = [*heads, *self.kinds]
-        if twice := [kind for kind in self.kinds if names.count(kind) > 1]:
+        heads, options, text = {}, self.options, self.lm.text_config
+        if options.probes:
+            target = Target(model_id(options.backbone), text.hidden_size, text.num_hidden_layers)
+            heads = read_heads(list(options.probes), target)
+        names = [*heads, *options.kinds]
+        if twice := [kind for kind in options.kinds if names.count(kind) > 1]:
             raise ProbeError(f"kind={twice[0]!r} names two heads: give each kind once, and no head the name of a kind")
-        model = AutoModelForProbedGeneration.from_causal_lm(self._lm.load(self._device), heads)
-        for kind in self.kinds:
-            model.add_probe(kind, self._fresh[kind])
+        model = AutoModelForProbedGeneration.from_causal_lm(self.lm.load(self.device), heads)
+        for kind, config in self.fresh.items():
+            model.add_probe(kind, config)
         return model
 
-    def _measure(self, base: System, system: System, load: Load) -> Measured:
-        if self.compile:
+    def _time(self, base: System, system: System, load: Load) -> list[tuple[Timing, Timing]]:
+        if self.options.compile:
             torch._dynamo.reset()  # else a second length would be compiled for any length
             base.serve(load, None), system.serve(load, None)
-        timed = time_pairs(partial(base.serve, load), partial(system.serve, load), self.pairs, self.warmup, self.clock)
-        return Measured(timed, self._memory(system, load))
+        both = partial(base.serve, load), partial(system.serve, load)
+        return time_pairs(*both, self.options.pairs, self.options.warmup, self.device)
 
     def _memory(self, system: System, load: Load) -> int | None:
-        if self.compile and self._device.type == "cpu":  # compiled code hides its tensors
+        if self.options.compile and self.device.type == "cpu":  # compiled code hides its tensors
             return None
         serve = partial(system.serve, load, None)
         serve()  # a first call may allocate what later calls keep
-        return peak_memory(serve, self._device)
+        return peak_memory(serve, self.device)
 
     def _facts(self, plain: PreTrainedModel) -> dict[str, Any]:
-        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
-        text = self._lm.text_config
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        text = self.lm.text_config
         return {
             "environment": {**environment(), "device": device, "threads": torch.get_num_threads()},
-            "settings": {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init},
+            "settings": vars(self.options),
             "backbone": {
-                "name": Path(model_id(self.backbone)).name,
+                "name": Path(model_id(self.options.backbone)).name,
                 "num_parameters": sum(parameter.numel() for parameter in plain.parameters()),
                 "num_hidden_layers": text.num_hidden_layers,
                 "hidden_size": text.hidden_size,
@@ -155,21 +143,12 @@ class ServingBenchmark(BenchmarkOptions):
         }
 
 
-class Measured(NamedTuple):
-    """Measurements of a system under one load: timings of the plain model and of the system, and the memory of a call.
-
-    `memory` is in bytes at the peak, without weights; `None` if not known.
-    """
-
-    pairs: list[tuple[Timing, Timing]]
-    memory: int | None
-
-
-def row(system: System, load: Load, own: Measured, base: Measured) -> dict[str, Any]:
+def row(system: System, load: Load, pairs: list[tuple[Timing, Timing]], memory: int | None) -> dict[str, Any]:
     """Return a line of the table as JSON values.
 
     Args:
-        own: measurements of the system under the load. base: of the plain model alone.
+        pairs: timings of the plain model and of the system.
+        memory: bytes of a call at the peak, without weights, above the plain model's; `None` if not known.
 
     Returns:
         `ms` of the whole call and `step_ms` of each new token after the first: median and quartiles.
@@ -178,18 +157,18 @@ def row(system: System, load: Load, own: Measured, base: Measured) -> dict[str, 
         `paper_ratio`: the paper's ratio. Values that are not known or not defined are `None`.
     """
     batch, tokens = load.input_ids.shape
-    steps = [(first.seconds_a_step, second.seconds_a_step) for first, second in own.pairs]
-    stepped, compared = steps[0][1] is not None, own is not base
+    steps = [(first.seconds_a_step, second.seconds_a_step) for first, second in pairs]
+    stepped, compared = steps[0][1] is not None, system.name != BASE
     in_paper = batch == 1 and tokens <= _PAPER_TOKENS and load.new_tokens == 1
     return {
         "system": system.name,
         "batch_size": batch,
         "tokens": tokens,
         "new_tokens": load.new_tokens,
-        "ms": spread(1000 * second.seconds for _, second in own.pairs),
+        "ms": spread(1000 * second.seconds for _, second in pairs),
         "step_ms": spread(1000 * second for _, second in steps) if stepped else None,
-        "ratio": spread(second.seconds / first.seconds for first, second in own.pairs) if compared else None,
+        "ratio": spread(second.seconds / first.seconds for first, second in pairs) if compared else None,
         "step_ratio": spread(second / first for first, second in steps) if compared and stepped else None,
-        "above_base_mb": None if own.memory is None else (system.weight_bytes + own.memory - base.memory) / 1e6,
+        "above_base_mb": None if memory is None else (system.weight_bytes + memory) / 1e6,
         "paper_ratio": serving_ratio(system.paper) if in_paper else None,
     }

@@ -1,14 +1,62 @@
-"""Memory of a call, counted in an untimed run."""
+"""Time and memory of calls. Two calls are timed in turn and compared as ratios: seconds drift with the load of a machine."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from time import perf_counter
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+# A timed call gets a function that it calls after each new token.
+Timed = Callable[[Callable[[], None]], Any]
+
+
+class Timing(NamedTuple):
+    """Seconds of one call, and of each new token after the first. `None` if there is none."""
+
+    seconds: float
+    seconds_a_step: float | None = None
+
+
+def time_call(call: Timed, device: torch.device) -> Timing:
+    """Run a call once and time it. The clock is read after the device has finished its work."""
+
+    def read_clock() -> float:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
+        return perf_counter()
+
+    marks: list[float] = []
+    start = read_clock()
+    call(lambda: marks.append(read_clock()))
+    seconds = read_clock() - start
+    steps = len(marks) - 1
+    return Timing(seconds, (marks[-1] - marks[0]) / steps if steps > 0 else None)
+
+
+def time_pairs(
+    first: Timed, second: Timed, pairs: int, warmup: int, device: torch.device
+) -> list[tuple[Timing, Timing]]:
+    """Time two calls in turn, after untimed pairs. The order alternates from pair to pair, so that a drift hits both."""
+    timed = []
+    for pair in range(-warmup, pairs):
+        swap = pair > 0 and pair % 2
+        timings = [time_call(call, device) for call in ((second, first) if swap else (first, second))]
+        timed.append(tuple(reversed(timings) if swap else timings))
+    return timed[warmup:]
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Return `median`, `quartiles` (first and third) and `runs` of some numbers."""
+    values = list(values)
+    low, middle, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
+    return {"median": middle, "quartiles": [low, high], "runs": len(values)}
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama_probe.experiments.benchmark.footprint import TensorMemory, peak_memory
+from llama_probe.experiments.benchmark.measure import TensorMemory, peak_memory
 
 
 CPU = torch.device("cpu")
