@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
 
-from ..data.sources import setting
 from ..errors import ProbeError
 from .recipe import Recipe
 
@@ -20,51 +19,47 @@ WARMUP = 0.1  # share of all steps
 class ProbeTrainingArguments(TrainingArguments):
     """`TrainingArguments` for heads: cosine schedule, rows grouped by length, the best epoch kept.
 
-    The arguments that are None are filled in by `ProbeTrainer`, from the kind of the head and the number of rows.
-
     Args:
-        label_smoothing_factor, focal_gamma, class_weights: see `ProbeLoss` and `Recipe`.
+        learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing_factor: default to a choice by the kind
+            of the head and the number of rows.
+        focal_gamma, class_weights, max_false_positive_rate, threshold_rule: see `Recipe`.
+        hub_strategy: when to push: `"end"` or `"every_save"`.
         patience: stop after this many evaluations without a better metric. None: never.
-        max_false_positive_rate, threshold_rule: how the threshold is chosen; see `Recipe`.
         cache_states: run the backbone once and keep its hidden states on disk while training.
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
         novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
     """
 
-    learning_rate: float | None = setting(None, "Peak learning rate. Default: by kind.")
-    num_train_epochs: float | None = setting(None, "Epochs at most. Default: by number of rows.")
-    per_device_train_batch_size: int | None = setting(None, "Rows a step and device. Default: by number of rows.")
-    per_device_eval_batch_size: int = setting(32, "Rows a step and device in evaluation.")
-    weight_decay: float = setting(0.05, "Weight decay.")
-    label_smoothing_factor: float | None = setting(None, "Label smoothing. Default: by kind.")
-    lr_scheduler_type: str = setting("cosine", "Schedule of the learning rate.")
-    warmup_steps: float = setting(WARMUP, "Steps of the warmup; below 1 a share of all steps.")
-    eval_strategy: str = setting("epoch", "When to evaluate. No, if there is no eval_dataset.")
-    save_strategy: str = setting("epoch", "When to save a checkpoint, which holds only the head.")
-    save_total_limit: int | None = setting(1, "Checkpoints to keep.")
-    load_best_model_at_end: bool = setting(True, "Keep the epoch with the best metric.")
-    restore_callback_states_from_checkpoint: bool = setting(True, "Resume the count of early stopping as well.")
-    train_sampling_strategy: str = setting("group_by_length", "How rows are drawn.")
-    remove_unused_columns: bool = setting(False, "Not for heads: their collator takes what it needs.")
-    label_names: list[str] | None = setting(lambda: ["labels"], "Labels in a batch.")
-    logging_strategy: str = setting("epoch", "When to log.")
-    dataloader_pin_memory: bool = setting(torch.cuda.is_available, "Pin memory.")
+    learning_rate: float | None = None
+    num_train_epochs: float | None = None
+    per_device_train_batch_size: int | None = None
+    per_device_eval_batch_size: int = 32
+    weight_decay: float = 0.05
+    label_smoothing_factor: float | None = None
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = WARMUP
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 1
+    load_best_model_at_end: bool = True
+    restore_callback_states_from_checkpoint: bool = True  # early stopping counts on
+    train_sampling_strategy: str = "group_by_length"
+    remove_unused_columns: bool = False  # the collator takes what it needs
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    logging_strategy: str = "epoch"
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     # Without it, processes of torchrun on a machine without an accelerator train apart.
-    use_cpu: bool = setting(
-        lambda: torch.accelerator.current_accelerator(check_available=True) is None, "Train on the CPU."
-    )
-    log_on_each_node: bool = setting(False, "Log on each node, or once.")
-    hub_strategy: str = setting("end", "When to push: end, or every_save.")
-    focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
-    class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
-    patience: int | None = setting(3, "Stop after this many evaluations without a better metric.")
-    max_false_positive_rate: float | None = setting(
-        None, "Highest share of negative rows that the threshold may flag."
-    )
-    threshold_rule: str = setting("expected-f1", "expected-f1 or best-f1.")
-    cache_states: bool = setting(True, "Run the backbone once and keep its hidden states on disk while training.")
-    cache_dir: str | None = setting(None, "Keep the hidden states here for later runs.")
-    novelty: bool = setting(True, "Fit novelty: how unlike the training data a prompt is.")
+    use_cpu: bool = field(default_factory=lambda: torch.accelerator.current_accelerator(check_available=True) is None)
+    log_on_each_node: bool = False
+    hub_strategy: str = "end"
+    focal_gamma: float = 0.0
+    class_weights: str | None = None
+    patience: int | None = 3
+    max_false_positive_rate: float | None = None
+    threshold_rule: str = "expected-f1"
+    cache_states: bool = True
+    cache_dir: str | None = None
+    novelty: bool = True
 
     def __post_init__(self):
         if self.cache_dir is not None and not self.cache_states:

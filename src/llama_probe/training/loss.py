@@ -43,33 +43,23 @@ class ProbeLoss:
     @classmethod
     def create(cls, recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> ProbeLoss:
         """Build the loss of a recipe. Balanced class weights are those of `labels`."""
-        weights = recipe.class_weights
-        if weights == "balanced":
+        given, weights = recipe.class_weights, None
+        if given == "balanced":
             weights = balanced_weights(labels, config)
-        elif weights is not None:
+        elif given is not None:
             try:
-                weights = [float(value) for value in weights.split(",")]
+                weights = [float(value) for value in given.split(",")]
             except ValueError:
                 weights = []
             if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
-                raise ProbeError(
-                    f"class_weights={recipe.class_weights!r} must be 'balanced', or numbers from 0, not all 0"
-                )
+                raise ProbeError(f"class_weights={given!r} must be 'balanced', or numbers from 0, not all 0")
         return cls(config, weights, recipe.label_smoothing, recipe.focal_gamma)
 
     def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""
         weights = None if self.class_weights is None else torch.tensor(self.class_weights)
-        total = probe_loss(
-            outputs.learned_logits,
-            labels,
-            self.config,
-            weights,
-            self.label_smoothing,
-            self.focal_gamma,
-            reduction="sum",
-            row_weights=outputs.row_weights,
-        )
+        settings = self.config, weights, self.label_smoothing, self.focal_gamma
+        total = probe_loss(outputs.learned_logits, labels, *settings, reduction="sum", row_weights=outputs.row_weights)
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
         return total / rows
 

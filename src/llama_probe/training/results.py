@@ -21,7 +21,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts
 from .recipe import Recipe
-from .rows import TrainingData
+from .rows import TrainingData, labels_of
 
 
 def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[s
         logits (`[rows, num_labels]`): logits of the validation rows.
 
     Returns:
-        `temperature`, `threshold`, `validation` and, if there are test rows, `test`: see `report`. For a head that follows
-        replies also `halting`: its rules, see `halting_rules`.
+        What `decide` returns; with test rows `test`, see `report`; for a head that follows replies `halting`, see
+        `halting_rules`.
     """
     parts = data.parts
     probe.config, result = decide(probe.config, logits, parts["validation"].labels, data.recipe)
@@ -77,7 +77,7 @@ def add_results(
     rows: dict[str, dict[str, Any]],
     recipe: Recipe,
     runs: list[dict[str, Any]],
-    inspected: tuple[str, Dataset, np.ndarray, torch.Tensor | None],
+    inspected: tuple[str, Dataset, torch.Tensor | None],
     novelty: tuple[Dataset, Dataset, torch.Tensor] | None,
     dtype: str | None,
     card: CardFacts,
@@ -88,11 +88,11 @@ def add_results(
     Args:
         rows: of each part its `source` and the number of its `rows`.
         runs: results of each seed. chosen: seed of `probe`. Defaults to the first.
-        inspected: split, data set, labels and, if known, logits `[rows, num_labels]`; see `inspect_head`.
+        inspected: split, data set and, if known, logits `[rows, num_labels]`; see `inspect_head`.
         novelty: arguments of `fit_novelty`, which is skipped if there are too few rows. None: it is not wanted.
         dtype: of the backbone.
     """
-    split, dataset, labels, logits = inspected
+    split, dataset, logits = inspected
     splits = [name for name in ("validation", "test") if name in runs[0]]
     results = {
         "backbone": probe.config.base_model_name_or_path,
@@ -106,7 +106,7 @@ def add_results(
         "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
         "dtype": dtype,
         "card": asdict(card),
-        "inspection": {"split": split, **inspect_head(probe, dataset, labels, logits=logits)},
+        "inspection": {"split": split, **inspect_head(probe, dataset, labels_of(dataset), logits=logits)},
     }
     if novelty is not None and can_fit(probe.config, *novelty[:2]):
         sources = [rows[name]["source"] for name in ("train", "extra") if name in rows]

@@ -251,13 +251,12 @@ class TrainingRun(RunOptions):
         """
         limits = [*self.card.limits, *([DEMO_NOTE] if self.backbone == DEMO else [])]
         shown = "test" if "test" in data.parts else "validation"
-        inspected = data.datasets[shown], data.parts[shown].labels, logits if shown == "validation" else None
         add_results(
             probe,
             rows=describe_rows(data),
             recipe=data.recipe,
             runs=runs,
-            inspected=(shown, *inspected),
+            inspected=(shown, data.datasets[shown], logits if shown == "validation" else None),
             novelty=data.novelty_rows(logits) if self.novelty else None,
             dtype=self.dtype,
             card=replace(self.card, limits=limits),

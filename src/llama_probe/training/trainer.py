@@ -299,21 +299,20 @@ class ProbeTrainer(Trainer):
             The head's `results`, which `save_model` writes into `results.json` and the card.
         """
         probe, train, validation = self.model, self.train_dataset, self.eval_dataset
-        labels = labels_of(validation)
         recipe = replace(
             self.args.recipe(),
             label_smoothing=self._label_smoothing,
             per_device_train_batch_size=self.args.train_batch_size * self.args.world_size,
         )
         self.logits = predict_logits(probe, validation)
-        probe.config, found = decide(probe.config, self.logits, labels, recipe)
+        probe.config, found = decide(probe.config, self.logits, labels_of(validation), recipe)
         parts = {"train": train, "validation": validation}
         add_results(
             probe,
             rows={name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None},
             recipe=recipe,
             runs=[{"seed": self.args.seed, "epochs": self.state.epoch, **found}],
-            inspected=("validation", validation, labels, self.logits),
+            inspected=("validation", validation, self.logits),
             novelty=(train, validation, self.logits) if self.args.novelty and train is not None else None,
             dtype=probe.config.base_model_dtype,
             card=CardFacts(),
@@ -323,23 +322,18 @@ class ProbeTrainer(Trainer):
         return probe.results
 
     def hyperparameter_search(
-        self,
-        hp_space: Callable | None = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] = "maximize",
-        **kwargs,
+        self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
     ) -> Any:
         """Search hyper-parameters; see `Trainer.hyperparameter_search`. It needs `model_init` or `backbone`.
 
         Args:
             hp_space: defaults to learning rate, weight decay and batch size, in the ranges of arXiv 2601.13288.
-            compute_objective: defaults to `metric_for_best_model`.
+            compute_objective: defaults to `metric_for_best_model`, which is maximised.
         """
         metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
         compute_objective = compute_objective or (lambda metrics: metrics[metric])
-        hp_space = hp_space or self._suggest
-        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
+        kwargs.setdefault("direction", "maximize")
+        return super().hyperparameter_search(hp_space or self._suggest, compute_objective, n_trials, **kwargs)
 
     def _suggest(self, trial: Any) -> dict[str, Any]:
         space = COMMON | get_probe_type(self.model.config.probe_type).search_space
