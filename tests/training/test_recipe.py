@@ -36,14 +36,10 @@ def test_given_values_stay():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("num_train_epochs", -1),
-        ("per_device_train_batch_size", 0),
         ("per_device_train_batch_size", 2**31),
-        ("gradient_accumulation_steps", 0),
         ("patience", 0),
-        ("weight_decay", -0.1),
         ("focal_gamma", float("inf")),
     ],
 )

@@ -191,12 +191,12 @@ class TestRefusals:
                 wanted.run()
         assert not (tmp_path / "head").exists(), "before any work"
 
-    @pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", "", "0,0"])
+    @pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", "0,0"])
     def test_class_weights(self, tmp_path, weights):
         with pytest.raises(ProbeError, match="class_weights"):
             run_of(tmp_path, class_weights=weights).run()
 
-    @pytest.mark.parametrize("seeds", [[], [-1], [2**32]])
+    @pytest.mark.parametrize("seeds", [[], [2**32]])
     def test_seeds(self, tmp_path, seeds):
         with pytest.raises(ProbeError, match="seeds"):
             run_of(tmp_path, seeds=seeds)

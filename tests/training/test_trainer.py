@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_prompts, make_tokenizer, read_head
+from datasets import ClassLabel, Dataset
 from hub_server.heads import same_weights
 from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -65,8 +67,6 @@ def trainer_for(probe, folder, patience=None, metric="auprc", callbacks=(), **ch
 @pytest.mark.parametrize("tokenizer", [None, make_tokenizer()])
 def test_the_stock_trainer_alone_will_do(tmp_path, tokenizer, caplog):
     """No helper of this package: rows of a data set, the tokenizer or its collator, and the head's own loss."""
-    from datasets import Dataset
-
     prompts, labels = dataset()
     rows = Dataset.from_dict({"input_ids": prompts, "label": labels, "note": ["x"] * len(labels)})
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no"}
@@ -132,21 +132,18 @@ class TestProbeTrainer:
         # The states were cached in half precision.
         torch.testing.assert_close(found.logits, trainer.logits[:8], atol=2e-2, rtol=1e-2)
 
-    @pytest.mark.parametrize("kind", ["dict", "frame", "dataset"])
-    def test_rows_of_any_kind(self, tmp_path, kind):
+    @pytest.mark.parametrize("is_frame", [True, False])
+    def test_rows_of_any_kind(self, tmp_path, is_frame):
         columns = {"review": [text for text, _ in ANSWERS], "mood": [int(label == "good") for _, label in ANSWERS]}
-        given = columns
-        if kind == "frame":
-            given = pytest.importorskip("pandas").DataFrame(columns)
-        if kind == "dataset":
-            from datasets import ClassLabel, Dataset
-
-            given = Dataset.from_dict(columns).cast_column("mood", ClassLabel(names=["awful", "fine"]))
+        if is_frame:
+            given, names = pytest.importorskip("pandas").DataFrame(columns), {0: "LABEL_0", 1: "LABEL_1"}
+        else:
+            given, names = Dataset.from_dict(columns), {0: "awful", 1: "fine"}
+            given = given.cast_column("mood", ClassLabel(names=list(names.values())))
         probe = head(make_lm(vocab_size=260))
         mapping = {"column_mapping": {"review": "text", "mood": "label"}, "processing_class": make_tokenizer()}
         trainer = mood(tmp_path, given, None, model=probe, cache_states=False, **mapping)
-        expected = {0: "awful", 1: "fine"} if kind == "dataset" else {0: "LABEL_0", 1: "LABEL_1"}
-        assert probe.config.id2label == expected
+        assert probe.config.id2label == names
         assert trainer.train_dataset.prompts == PromptFormat.create(make_tokenizer()).encode(columns["review"])
         assert trainer.train_dataset.labels.tolist() == columns["mood"]
 
@@ -191,8 +188,7 @@ class TestProbeTrainer:
         assert not (tmp_path / "True" / STATES).exists(), "states can reveal the texts"
 
     def test_model_init_and_a_search(self, tmp_path):
-        lm = make_lm(vocab_size=260)
-        made = []
+        lm, made = make_lm(vocab_size=260), []
 
         def model_init(trial):
             made.append(head(lm, probe_type="gate"))
@@ -206,17 +202,14 @@ class TestProbeTrainer:
     def test_own_callables(self, tmp_path):
         seen = []
 
-        def compute(evaluated):
-            return {"rows": len(evaluated.label_ids)}
+        class Collator(ProbeCollator):
+            def __call__(self, rows):
+                seen.append(len(rows))
+                return super().__call__(rows)
 
-        def collate(rows):
-            seen.append(len(rows))
-            return ProbeCollator()(rows)
-
-        trainer = mood(
-            tmp_path, model=head(make_lm(vocab_size=260)), processing_class=make_tokenizer(), compute_metrics=compute,
-            data_collator=collate, metric_for_best_model="rows", num_train_epochs=1,
-        )  # fmt: skip
+        own = {"compute_metrics": lambda found: {"rows": len(found.label_ids)}, "data_collator": Collator()}
+        own |= {"model": head(make_lm(vocab_size=260)), "processing_class": make_tokenizer()}
+        trainer = mood(tmp_path, metric_for_best_model="rows", num_train_epochs=1, **own)
         trainer.train()
         assert trainer.evaluate()["eval_rows"] == 12 and seen
 
@@ -287,8 +280,6 @@ def test_early_stopping_counts_across_a_stop(tmp_path):
 
 
 def test_a_lora_adapted_backbone(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     lm = get_peft_model(make_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     before = copy.deepcopy(lm)
     probe = head(lm)
