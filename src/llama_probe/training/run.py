@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,14 +48,6 @@ CHECKPOINTS = ".checkpoints"
 _SETUP_NAME = "setup.json"
 
 
-class _Trained(NamedTuple):
-    """A head, its results, and the logits of the validation rows `[rows, num_labels]` that chose its threshold."""
-
-    probe: ProbeModel
-    result: dict[str, Any]
-    logits: torch.Tensor
-
-
 @dataclass(kw_only=True)
 class TrainingRun(RunOptions):
     """A run that trains one head a seed on the same rows, keeps the best by validation, and writes its folder.
@@ -83,9 +75,7 @@ class TrainingRun(RunOptions):
             raise ProbeError(f"seeds={self.seeds} must be at least one whole number from 0 and below 2**32")
         scope = self.head.get("token_scope", "last_user")
         if "later_turns" in self.data.augment and scope in ("last_user", "response"):
-            raise ProbeError(
-                f"token_scope={scope!r} does not read what comes before augment=['later_turns']: use 'user'"
-            )
+            raise ProbeError(f"token_scope={scope!r} does not read augment=['later_turns']: use 'user'")
 
     def run(self) -> dict[str, Any]:
         """Train, measure and save.
@@ -116,8 +106,9 @@ class TrainingRun(RunOptions):
         on_main(lambda: self._open_checkpoints(checkpoints, data))
         seeds = self.seeds[:1] if get_probe_type(data.config.probe_type).convex else self.seeds
         trained = [self._train(seed, data, checkpoints / f"seed-{seed}") for seed in seeds]
-        best = max(trained, key=lambda one: one.result["validation"][data.recipe.metric])
-        results = self.save(best.probe, data, [one.result for one in trained], best.result["seed"], best.logits)
+        runs = [run for _, run, _ in trained]
+        probe, run, logits = max(trained, key=lambda one: one[1]["validation"][data.recipe.metric])
+        results = self.save(probe, data, runs, run["seed"], logits)
         if is_main():
             shutil.rmtree(checkpoints, ignore_errors=True)
         return results
@@ -193,7 +184,10 @@ class TrainingRun(RunOptions):
                 for text in rows.texts:
                     split_reply(text)  # raises for a text without a reply
 
-    def _train(self, seed: int, data: TrainingData, checkpoints: Path) -> _Trained:
+    def _train(
+        self, seed: int, data: TrainingData, checkpoints: Path
+    ) -> tuple[ProbeModel, dict[str, Any], torch.Tensor]:
+        """Return a head, its results, and logits of the validation rows by heads that have not learned from them."""
         datasets, trained = data.datasets, data.trained
         if get_probe_type(data.config.probe_type).convex:
             probe, loss = data.head, ProbeLoss.create(data.recipe, data.config, data.labels)
@@ -214,7 +208,7 @@ class TrainingRun(RunOptions):
                 trainer = self._fit(seed, data, trained, datasets["validation"], checkpoints)
                 logits = predict_logits(trainer.model, datasets["validation"])
             probe, facts = trainer.model, {"epochs": trainer.state.epoch}
-        return _Trained(probe, {"seed": seed, **facts, **judge(probe, data, logits)}, logits)
+        return probe, {"seed": seed, **facts, **judge(probe, data, logits)}, logits
 
     def _fit(
         self, seed: int, data: TrainingData, train: Dataset, validation: Dataset | None, checkpoints: Path
@@ -244,7 +238,7 @@ class TrainingRun(RunOptions):
 
         Args:
             runs: results of each seed. chosen: seed of `probe`.
-            logits (`[rows, num_labels]`): logits of the validation rows, by heads that have not learned from them.
+            logits (`[rows, num_labels]`): of the validation rows, by heads that have not learned from them.
 
         Returns:
             The results.
