@@ -201,7 +201,7 @@ def test_the_best_epoch_is_what_comes_back(tmp_path, lm, data, monkeypatch):
 
     def validate():
         seen.append(training.learners[0].probe.classifier.weight.clone())
-        return [next(values)]
+        return {0: next(values)}
 
     monkeypatch.setattr(training, "_validate", validate)
     (learner,) = training.run()

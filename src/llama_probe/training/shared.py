@@ -95,12 +95,13 @@ class SharedTraining:
         barrier()
         if resume and (self.folder / CHECKPOINT_NAME).is_file():
             self._restore()
-        with tqdm(
-            total=self.epochs, initial=self.epoch, desc="epochs", unit=" epochs", disable=not is_main()
-        ) as progress:
+        bar = {"desc": "epochs", "unit": " epochs", "disable": not is_main()}
+        with tqdm(total=self.epochs, initial=self.epoch, **bar) as progress:
             while self.live and self.epoch < self.epochs:
                 self._train_epoch()
-                self._end_epoch(self._validate())
+                values = {number: value for part in gather(self._validate()) for number, value in part.items()}
+                for learner in self.live:
+                    learner.end_epoch(values[learner.candidate.number])
                 self.epoch += 1
                 self._thin_out()
                 self._save()
@@ -132,19 +133,17 @@ class SharedTraining:
         rng = np.random.default_rng((self.seed, self.epoch))
         batches = self._batches(self.train, rng.permutation(len(self.train)).tolist())
         rng.shuffle(batches)
-        bar = tqdm(
-            total=len(self.train), desc=f"epoch {self.epoch + 1}", unit=" rows", leave=False, disable=not is_main()
-        )
-        for batch, shared, mask in self._states(self.train, batches):
-            for learner in learners:
-                learner.feed(shared(learner.probe), mask, batch["labels"], batch.get("row_weights"))
-            bar.update(len(mask))
-        bar.close()
+        bar = {"desc": f"epoch {self.epoch + 1}", "unit": " rows", "leave": False, "disable": not is_main()}
+        with tqdm(total=len(self.train), **bar) as progress:
+            for batch, shared, mask in self._states(self.train, batches):
+                for learner in learners:
+                    learner.feed(shared(learner.probe), mask, batch["labels"], batch.get("row_weights"))
+                progress.update(len(mask))
         for learner in learners:
             learner.flush()
 
-    def _validate(self) -> list[float | None]:
-        """Return the metric of each of this rank's live candidates; None if it is not finite."""
+    def _validate(self) -> dict[int, float | None]:
+        """Return the metric of this rank's live candidates, by number; None if it is not finite."""
         learners = self.own
         batches = self._batches(self.validation, range(len(self.validation)))
         logits: list[list[torch.Tensor]] = [[] for _ in learners]
@@ -154,19 +153,12 @@ class SharedTraining:
                 with torch.no_grad():
                     found.append(learner.probe.score(shared(learner.probe), mask).logits.cpu())
         labels = self.labels[[row for batch in batches for row in batch]]
-        values: list[float | None] = []
+        values = {}
         for found, learner in zip(map(torch.cat, logits), learners, strict=True):
             value = score_logits(found, labels, learner.probe.config)[self.metric] if found.isfinite().all() else None
             # A square of a large number can overflow.
-            values.append(value if value is not None and math.isfinite(value) else None)
+            values[learner.candidate.number] = value if value is not None and math.isfinite(value) else None
         return values
-
-    def _end_epoch(self, own: list[float | None]) -> None:
-        """Note the metric of each live candidate; `own` are the values of this rank's."""
-        mine = {learner.candidate.number: value for learner, value in zip(self.own, own, strict=True)}
-        values = {number: value for part in gather(mine) for number, value in part.items()}
-        for learner in self.live:
-            learner.end_epoch(values[learner.candidate.number])
 
     def _batches(self, dataset: Dataset, rows: Sequence[int]) -> list[list[int]]:
         lengths = [len(self._row(dataset, row)["input_ids"]) for row in rows]
