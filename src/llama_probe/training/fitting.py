@@ -76,7 +76,7 @@ def fit_classifier(
             place.copy_(part)
         kept = features.clone() if folds else None  # standardised in place below
         whole = _Problem(config, features, labels, loss)
-        strengths = whole.strengths
+        strengths = whole.strengths()
         if not folds:
             models = whole.fit(strengths)
             logits = whole.logits(models, _features(probe, validated))
@@ -129,9 +129,8 @@ class _Problem:
         """Map outputs `[rows, outputs]` to logits `[rows, num_labels]`."""
         return F.pad(z, (1, 0)) if self.one else z
 
-    @property
     def strengths(self) -> list[float]:
-        """Strengths to choose from, descending; only that of the config if it has one."""
+        """Return strengths to choose from, descending; only that of the config if it has one."""
         if "l1" in self.config.options:
             return [float(self.config.options["l1"])]
         top = max(largest_strength(self.x, self.loss, self.outputs), 1e-12)

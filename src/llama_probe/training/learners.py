@@ -18,7 +18,7 @@ from .recipe import Recipe
 
 @dataclass
 class Candidate:
-    """One configuration. Its number identifies it among the candidates, its seed is for weights and dropout."""
+    """One configuration. Its number tells it from the other candidates, its seed is for weights and dropout."""
 
     number: int
     config: ProbeConfig
@@ -37,18 +37,11 @@ class Candidate:
 
 @dataclass
 class History:
-    """Scores of a candidate.
-
-    Attributes:
-        scores: validation metric after each epoch.
-        best_epoch: counted from 1; 0 before the first.
-        status: `"live"`, `"pruned"` (too far behind), `"stopped"` (no longer improving), `"finished"`, or `"failed"` (its
-            training diverged).
-    """
+    """Scores of a candidate: the validation metric after each epoch."""
 
     scores: list[float] = field(default_factory=list)
-    best_epoch: int = 0
-    status: str = "live"
+    best_epoch: int = 0  # counted from 1
+    status: str = "live"  # then pruned (too far behind), stopped (no longer improving), finished, or failed (diverged)
 
     @property
     def best(self) -> float:
@@ -68,10 +61,7 @@ class History:
 
 
 class Learner:
-    """A candidate in training: head, optimizer, schedule, and gradients of the current batch.
-
-    `rows` is the number of training rows an epoch.
-    """
+    """A candidate in training on `rows` an epoch: head, optimizer, schedule, and gradients of the current batch."""
 
     def __init__(self, candidate: Candidate, rows: int, epochs: int, device: torch.device):
         self.candidate = candidate
@@ -111,22 +101,21 @@ class Learner:
             self.pending += stop - start
             start = stop
             if self.pending == size:
-                self._update()
-
-    def flush(self) -> None:
-        """Update the head with the last, smaller batch of an epoch."""
-        if self.pending:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad *= self.candidate.batch_size / self.pending
-            self._update()
+                self.flush()
 
     def end_epoch(self, value: float | None) -> None:
         """Note the validation metric of the epoch, and keep the weights if it is the best."""
         if self.history.note(value):
             self.best_weights = {name: tensor.clone() for name, tensor in self.probe.state_dict().items()}
 
-    def _update(self) -> None:
+    def flush(self) -> None:
+        """Update the head with the rows since the last update; the last batch of an epoch may be smaller."""
+        if not self.pending:
+            return
+        if self.pending < self.candidate.batch_size:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad *= self.candidate.batch_size / self.pending
         warmup = max(1, int(WARMUP * self.total_steps))
         if self.steps < warmup:
             factor = self.steps / warmup
@@ -137,8 +126,7 @@ class Learner:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.steps += 1
-        self.pending = 0
+        self.steps, self.pending = self.steps + 1, 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a checkpoint at the end of an epoch; only the best weights if training is over."""

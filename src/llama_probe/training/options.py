@@ -22,12 +22,7 @@ class RunOptions:
 
     Attributes:
         backbone: `"demo"`, a folder or a Hub id. dtype: of its weights.
-        prompt_format, system_prompt, max_length: see `PromptFormat`.
-        novelty: fit it if the head can tell it and there are rows enough.
         resume: from the checkpoints of a stopped run. The number of processes may differ.
-
-    Raises:
-        ProbeError: a value is not allowed, or `cache_dir` is set without `cache`.
     """
 
     output: Path = field(metadata={"help": "Folder for the head."})
@@ -51,15 +46,9 @@ class RunOptions:
 
 @dataclass
 class SweepOptions:
-    """Settings of a search. The metadata of each field has its help.
+    """Settings of a search. The metadata of each field has its help."""
 
-    Attributes:
-        probe_types: by default those of arXiv 2601.13288.
-
-    Raises:
-        ProbeError: a value is not allowed.
-    """
-
+    # The default is that of arXiv 2601.13288.
     probe_types: Sequence[str] = setting(
         ("pooling", "gate", "mha"), "A kind to search, unless it is fitted. Repeatable.", "probe-type"
     )

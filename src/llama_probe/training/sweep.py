@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -49,11 +50,8 @@ class Sweep(SweepOptions):
     def run(self) -> dict[str, Any]:
         """Draw, train, rank and save.
 
-        The folder gets `sensitivity.png`, the best head in `head`, and `sweep.json`.
-
-        Returns:
-            The contents of `sweep.json`: the ranked configurations with their parameters and scores. Those that failed come
-            last, with score None.
+        The folder gets `sensitivity.png`, the best head in `head`, and `sweep.json`, whose contents are returned: the
+        configurations with their parameters and scores, best first. Those that failed come last, with score None.
 
         Raises:
             ProbeError: a setting or a row is wrong, raised before training.
@@ -128,8 +126,11 @@ def draw(probe_types: Sequence[str], base: ProbeConfig, number: int, seed: int) 
     choices = {name: values for name, values in space.items() if isinstance(values, list)}
     combined = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
     rng.shuffle(combined)
-    drawn = next((chosen for chosen in combined if _fits(base, chosen)), None)
-    if drawn is None:
+    for drawn in combined:
+        with suppress(ProbeError):
+            base.replace(**split_drawn(drawn)[0])
+            break
+    else:
         raise ProbeError(f"probe_type={kind!r} has no choices that fit hidden_size={base.hidden_size}: {choices}")
     for name in [name for name in space if name not in choices]:
         if name == "learning_rate":
@@ -137,14 +138,6 @@ def draw(probe_types: Sequence[str], base: ProbeConfig, number: int, seed: int) 
         else:
             drawn[name] = float(rng.uniform(*space[name]))
     return {name: drawn[name] for name in space}
-
-
-def _fits(base: ProbeConfig, drawn: dict[str, Any]) -> bool:
-    try:
-        base.replace(**split_drawn(drawn)[0])
-    except ProbeError:
-        return False
-    return True
 
 
 def split_drawn(drawn: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

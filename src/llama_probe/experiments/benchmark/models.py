@@ -15,19 +15,19 @@ from ...backbone.loading import load_causal_lm, resolve_backbone
 from ...errors import ProbeError, first_line
 
 
-# llama-7b has the dimensions of WildGuard, llama-8b those of Llama Guard 3.
-_LLAMA_FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"),
+# Public dimensions that random weights take by name. llama-7b has those of WildGuard, llama-8b those of Llama Guard 3.
+_T5 = "vocab_size d_model d_kv d_ff num_layers num_heads"
+_LLAMA = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings tie_word_embeddings"
 )
-_LLAMAS = {
-    "llama-3b": (128256, 3072, 8192, 28, 24, 8, 131072, True),
-    "llama-7b": (32000, 4096, 11008, 32, 32, 32, 8192, False),
-    "llama-8b": (128256, 4096, 14336, 32, 32, 8, 8192, False),
+_SIZES = {
+    "t5-large": (_T5, 32128, 1024, 64, 4096, 24, 16),
+    "llama-3b": (_LLAMA, 128256, 3072, 8192, 28, 24, 8, 131072, True),
+    "llama-7b": (_LLAMA, 32000, 4096, 11008, 32, 32, 32, 8192, False),
+    "llama-8b": (_LLAMA, 128256, 4096, 14336, 32, 32, 8, 8192, False),
 }
-_T5_LARGE = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16}
-# Public dimensions that random weights take by name.
-SHAPES = ("t5-large", *_LLAMAS)
+SHAPES = tuple(_SIZES)
 
 # Endings of the architectures that can guard, with the auto classes that load them.
 _CAUSAL_LM = "AutoModelForCausalLM"
@@ -40,10 +40,10 @@ _GUARDS = {
 
 
 def _shape_config(name: str) -> transformers.PreTrainedConfig:
-    if name == "t5-large":
-        architectures = ["T5ForConditionalGeneration"]
-        return transformers.T5Config(architectures=architectures, decoder_start_token_id=0, **_T5_LARGE)
-    sizes = dict(zip(_LLAMA_FIELDS, _LLAMAS[name], strict=True))
+    names, *values = _SIZES[name]
+    sizes = dict(zip(names.split(), values, strict=True))
+    if names is _T5:
+        return transformers.T5Config(architectures=["T5ForConditionalGeneration"], decoder_start_token_id=0, **sizes)
     return transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **sizes)
 
 
