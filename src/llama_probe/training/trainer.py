@@ -167,15 +167,13 @@ class ProbeTrainer(Trainer):
             weakref.finalize(self, cache.delete)
         return cache
 
-    def _read(self, name: str, data: Any, label_names: list[str] | None, problem_type: str | None) -> LabelledTexts:
-        if not is_table(data):
-            raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
-        return rows_in_memory(name, data, self._columns, label_names, problem_type)
-
     def _create_head(self, backbone: Any, head: dict[str, Any], data: Any) -> tuple[ProbeModel, LabelledTexts]:
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
+        if not is_table(data):
+            kind = type(data).__name__
+            raise ProbeError(f"train_dataset must be labelled rows, such as a datasets.Dataset, not {kind}")
         names = list(head["id2label"].values()) if head.get("id2label") else None
-        rows = self._read("train_dataset", data, names, head.get("problem_type"))
+        rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
         _, head = complete(self.args.recipe(), head, len(rows))
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
         by_name = not isinstance(backbone, nn.Module)
@@ -202,7 +200,8 @@ class ProbeTrainer(Trainer):
                 return data
             names = list(probe.config.id2label.values())
             unnamed = learned and names == list(ProbeConfig(num_labels=len(names)).id2label.values())
-            rows = self._read(name, data, None if unnamed else names, probe.config.problem_type)
+            given = None if unnamed else names
+            rows = rows_in_memory(name, data, self._columns, given, probe.config.problem_type)
             if unnamed and len(rows.label_names) == len(names):
                 self._record(probe, id2label=dict(enumerate(rows.label_names)))
             rows = rows.renamed(list(probe.config.id2label.values()))
