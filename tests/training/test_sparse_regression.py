@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from llama_probe.training.sparse_regression import fit_path, largest_strength, standardize
+from llama_probe.training.sparse_regression import fit_path, largest_strength, standardize, unstandardize
 
 
 def problem(rows=120, features=30, classes=2, seed=0):
@@ -29,14 +29,14 @@ def softmax(y):
     return lambda z: F.cross_entropy(z, y)
 
 
-def check_minimum(x, loss, model, error):
+def check_minimum(x, loss, l1, weight, bias, error):
     """The conditions of a minimum, in fp64, up to an error in the slopes."""
-    x, weight = x.double(), model.weight.double()
-    z = (x @ weight.T + model.bias).requires_grad_()
+    x, weight = x.double(), weight.double()
+    z = (x @ weight.T + bias).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(z), z)
     slope = gradient.T @ x
-    assert (slope.abs() <= model.l1 + error).all()
-    assert ((slope + model.l1 * weight.sign()).abs()[weight != 0] <= error).all()
+    assert (slope.abs() <= l1 + error).all()
+    assert ((slope + l1 * weight.sign()).abs()[weight != 0] <= error).all()
     assert (gradient.sum(0).abs() <= error).all(), "the bias pays nothing"
 
 
@@ -46,7 +46,7 @@ def test_it_agrees_with_scikit_learn(classes, l1):
     x, y = problem(classes=classes)
     standardize(x)
     loss, outputs = (binary(y), 1) if classes == 2 else (softmax(y), classes)
-    ours = fit_path(x, loss, outputs, [l1], tolerance=1e-4)[0]
+    ((weight, bias),) = fit_path(x, loss, outputs, [l1], tolerance=1e-4)
     theirs = LogisticRegression(C=1 / (len(x) * l1), l1_ratio=1.0, solver="saga", max_iter=20_000, tol=1e-6)
     theirs.fit(x.numpy(), y.numpy())
 
@@ -55,10 +55,10 @@ def test_it_agrees_with_scikit_learn(classes, l1):
         return float(loss(x.double() @ weight.T + bias) + l1 * weight.abs().sum())
 
     reached = objective(theirs.coef_, theirs.intercept_)
-    assert objective(ours.weight, ours.bias) == pytest.approx(reached, rel=1e-3)
+    assert objective(weight, bias) == pytest.approx(reached, rel=1e-3)
     if classes == 2:  # among softmax regressions, others are as good within rounding
-        np.testing.assert_allclose(ours.weight, theirs.coef_, atol=3e-3)
-        np.testing.assert_allclose(ours.bias, theirs.intercept_, atol=3e-3)
+        np.testing.assert_allclose(weight, theirs.coef_, atol=3e-3)
+        np.testing.assert_allclose(bias, theirs.intercept_, atol=3e-3)
 
 
 @settings(max_examples=12, deadline=None)
@@ -76,9 +76,9 @@ def test_every_model_of_a_path_is_a_minimum(rows, features, outputs, seed):
     top = largest_strength(x, loss, outputs)
     strengths = [top * share for share in (1.01, 0.5, 0.2, 0.1)]
     models = fit_path(x, loss, outputs, strengths)
-    assert not models[0].weight.any()
-    for model in models:
-        check_minimum(x, loss, model, 0.02 * model.l1 + 1e-6)
+    assert not models[0][0].any()
+    for l1, model in zip(strengths, models, strict=True):
+        check_minimum(x, loss, l1, *model, 0.02 * l1 + 1e-6)
 
 
 def test_a_weak_penalty_on_features_that_are_alike():
@@ -88,9 +88,9 @@ def test_a_weak_penalty_on_features_that_are_alike():
     x = base @ torch.randn(10, 800, generator=generator) + 0.3 * torch.randn(120, 800, generator=generator)
     standardize(x)
     y = (base[:, 0] + 0.5 * torch.randn(120, generator=generator) > 0.5).double()
-    top = largest_strength(x, binary(y), 1)
-    for model in fit_path(x, binary(y), 1, [top * share for share in (0.3, 0.1, 0.05, 0.03)]):
-        check_minimum(x, binary(y), model, 1.5e-3 * model.l1)
+    strengths = [largest_strength(x, binary(y), 1) * share for share in (0.3, 0.1, 0.05, 0.03)]
+    for l1, model in zip(strengths, fit_path(x, binary(y), 1, strengths), strict=True):
+        check_minimum(x, binary(y), l1, *model, 1.5e-3 * l1)
 
 
 def test_standardisation_can_be_undone():
@@ -101,6 +101,6 @@ def test_standardisation_can_be_undone():
     torch.testing.assert_close(x.mean(0), torch.zeros(30), atol=1e-5, rtol=0)
     assert not x[:, 7].any() and scale[7] == 1
     (model,) = fit_path(x, binary(y), 1, [0.01])
-    weight, bias = model.unstandardized(mean, scale)
-    torch.testing.assert_close(raw @ weight.T + bias, x @ model.weight.T + model.bias, atol=1e-4, rtol=1e-4)
-    assert not model.weight[:, 7].any()
+    weight, bias = unstandardize(*model, mean, scale)
+    torch.testing.assert_close(raw @ weight.T + bias, x @ model[0].T + model[1], atol=1e-4, rtol=1e-4)
+    assert not model[0][:, 7].any()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +20,13 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
 from .loss import ProbeLoss
-from .sparse_regression import SparseModel, fit_path, largest_strength, standardize
+from .sparse_regression import fit_path, largest_strength, standardize, unstandardize
 
 
 # Strengths of the penalty to choose from, as shares of the one at which all weights are zero.
 PATH = np.geomspace(0.7, 0.01, 16)
 _ROWS = 256  # rows whose features are computed at a time
+Linear = tuple[torch.Tensor, torch.Tensor]  # weight [outputs, features] and bias [outputs]
 
 
 class Fitted(NamedTuple):
@@ -63,10 +64,11 @@ def fit_classifier(
     Raises:
         ProbeError: the metric is not defined on the validation rows.
     """
+    truth = train.labels if folds else validation.labels
+    check_metric(metric, truth, probe.config)
     probe.eval()
     pooled = _pooled_vectors(probe, train, lm)
     validated = None if folds else _pooled_vectors(probe, validation, lm)
-    truth = train.labels if folds else validation.labels
 
     def fit() -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
         """Return weight and bias of the classifier, the strength of its penalty, and logits of the validation rows."""
@@ -86,11 +88,13 @@ def fit_classifier(
                 rest = np.setdiff1d(np.arange(len(labels)), held)
                 part = _Problem(config, kept[rest], labels[rest], loss)
                 logits[:, held] = part.logits(part.fit(strengths), [kept[held]])
-        check_metric(metric, truth, config)
         best = int(np.argmax([score_logits(one, truth, config)[metric] for one in logits]))
         if folds:
             models = whole.fit(strengths[: best + 1])
-        return *whole.classifier(models[best]), strengths[best], logits[best]
+        weight, bias = models[best]
+        if whole.one:
+            weight, bias = F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0))
+        return weight, bias, strengths[best], logits[best]
 
     weight, bias, strength, logits = on_main(fit)
     with torch.no_grad():
@@ -136,20 +140,16 @@ class _Problem:
         top = max(largest_strength(self.x, self.loss, self.outputs), 1e-12)
         return [float(top * share) for share in PATH]
 
-    def fit(self, strengths: Sequence[float]) -> list[SparseModel]:
-        """Fit a model for each strength."""
-        return fit_path(self.x, self.loss, self.outputs, tqdm(strengths, desc="L1 path", leave=False))
+    def fit(self, strengths: Sequence[float]) -> list[Linear]:
+        """Fit a linear map of raw features for each strength."""
+        models = fit_path(self.x, self.loss, self.outputs, tqdm(strengths, desc="L1 path", leave=False))
+        return [unstandardize(*model, self.mean, self.scale) for model in models]
 
-    def logits(self, models: Sequence[SparseModel], features) -> torch.Tensor:
+    def logits(self, models: Sequence[Linear], features: Iterable[torch.Tensor]) -> torch.Tensor:
         """Return logits `[models, rows, num_labels]` of rows with these raw features."""
-        used = torch.stack([(model.weight != 0).any(dim=0) for model in models]).any(dim=0)
-        weights, biases = zip(*(model.unstandardized(self.mean, self.scale) for model in models), strict=True)
-        weight = torch.stack(weights)[:, :, used].flatten(0, 1).T  # [used, models * outputs]
+        weights, biases = map(torch.stack, zip(*models, strict=True))
+        used = (weights != 0).any(dim=1).any(dim=0)
+        weight = weights[:, :, used].flatten(0, 1).T  # [used, models * outputs]
         found = torch.cat([part[:, used] @ weight for part in features])
-        found = found.unflatten(1, (len(models), self.outputs)).transpose(0, 1) + torch.stack(biases)[:, None]
+        found = found.unflatten(1, (len(models), self.outputs)).transpose(0, 1) + biases[:, None]
         return self._widen(found)
-
-    def classifier(self, model: SparseModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weight `[num_labels, features]` and bias `[num_labels]` for raw features."""
-        weight, bias = model.unstandardized(self.mean, self.scale)
-        return (F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0))) if self.one else (weight, bias)

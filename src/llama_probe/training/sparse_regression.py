@@ -7,7 +7,6 @@ scikit-learn has no such solver for a loss with class weights, label smoothing o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,25 +16,6 @@ from scipy.optimize import Bounds, minimize
 _GROWTH = 64  # features that join the working set at least
 _ITERATIONS = 2000  # for each strength and working set
 Loss = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class SparseModel:
-    """outputs = x weight^T + bias, for standardised features x.
-
-    Attributes:
-        l1: strength of the penalty.
-        weight (`torch.FloatTensor` of shape `[outputs, features]`), bias (`[outputs]`).
-    """
-
-    l1: float
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def unstandardized(self, mean: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weight and bias for features before `standardize`."""
-        weight = self.weight / scale
-        return weight, (self.bias.double() - weight.double() @ mean.double()).float()
 
 
 def standardize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,9 +35,17 @@ def standardize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, scale
 
 
+def unstandardize(
+    weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and bias for features before `standardize`, which has returned `mean` and `scale`."""
+    weight = weight / scale
+    return weight, (bias.double() - weight.double() @ mean.double()).float()
+
+
 def fit_path(
     x: torch.Tensor, loss: Loss, outputs: int, strengths: Sequence[float], tolerance: float = 1e-3
-) -> list[SparseModel]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Minimise `loss(x weight^T + bias) + l1 * sum |weight|` for each strength. Biases have no penalty.
 
     Args:
@@ -68,7 +56,7 @@ def fit_path(
             more than `_ITERATIONS`.
 
     Returns:
-        One model a strength.
+        Weight `[outputs, features]` and bias `[outputs]` for each strength.
     """
     weight, bias = x.new_zeros(outputs, x.shape[1]), x.new_zeros(outputs)
     _, bias = _minimize(x[:, :0], loss, weight[:, :0], bias, 0.0, tolerance)
@@ -88,7 +76,7 @@ def fit_path(
             weight[:, columns], bias = _minimize(x[:, columns], loss, weight[:, columns], bias, l1, tolerance)
             steepest = _slope(x, loss, weight, bias).abs().amax(dim=0)
             solved = True
-        found.append(SparseModel(l1, weight.clone(), bias.clone()))
+        found.append((weight.clone(), bias.clone()))
     return found
 
 

@@ -283,7 +283,7 @@ class ProbeTrainer(Trainer):
         return probe
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, judge: bool = True, **kwargs
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *, judge: bool = True, **kwargs
     ) -> TrainOutput:
         """Train the head; see `Trainer.train`. Then `judge` it, if there are evaluation rows and unless `judge` is False."""
         output = super().train(resume_from_checkpoint, trial, **kwargs)
