@@ -48,17 +48,6 @@ class History:
         """The best score; minus infinity before the first epoch and for a failed candidate, so that it ranks last."""
         return -math.inf if self.status == "failed" else max(self.scores, default=-math.inf)
 
-    def note(self, value: float | None) -> bool:
-        """Add the score of an epoch; None if it is not finite. Return True if it is the best."""
-        if value is None:
-            self.status = "failed"
-            return False
-        better = value > self.best or not self.scores
-        self.scores.append(value)
-        if better:
-            self.best_epoch = len(self.scores)
-        return better
-
 
 class Learner:
     """A candidate in training on `rows` an epoch: head, optimizer, schedule, and gradients of the current batch."""
@@ -104,9 +93,15 @@ class Learner:
                 self.flush()
 
     def end_epoch(self, value: float | None) -> None:
-        """Note the validation metric of the epoch, and keep the weights if it is the best."""
-        if self.history.note(value):
+        """Note the validation metric of the epoch, None if it is not finite. Keep the weights if it is the best."""
+        history = self.history
+        if value is None:
+            history.status = "failed"
+            return
+        if value > history.best or not history.scores:
+            history.best_epoch = len(history.scores) + 1
             self.best_weights = {name: tensor.clone() for name, tensor in self.probe.state_dict().items()}
+        history.scores.append(value)
 
     def flush(self) -> None:
         """Update the head with the rows since the last update; the last batch of an epoch may be smaller."""

@@ -71,7 +71,8 @@ class ProbeTrainer(Trainer):
         data_collator, compute_loss_func, compute_metrics: default to `ProbeCollator`, the `ProbeLoss` that `args` describe, and
             the metrics of the head's problem type.
         train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
-            of `rows_in_memory`; or a `PromptDataset` or `StateDataset`, which is taken as it is.
+            of `rows_in_memory`, whose states are computed here unless `args.cache_states` is False; or a `PromptDataset` or
+            `StateDataset`, which is taken as it is.
         processing_class: the backbone's tokenizer, for texts. `backbone` as a name brings its own.
         model_init, callbacks, kwargs: as in `Trainer`.
         backbone: instead of `model`: a folder, a Hub id, `"demo"`, or a loaded LM. The head is then made for the labels.

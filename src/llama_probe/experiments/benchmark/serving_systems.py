@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
 from ...errors import ProbeError
-from ...heads import get_probe_type
 from ...heads.configuration import ProbeConfig
 from ...heads.probe import ProbeModel
 from ...heads.scope import token_mask
@@ -171,12 +170,10 @@ def _serve_guarded(plain: PreTrainedModel, guard: PreTrainedModel, load: Load, t
 
 def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int, **fields) -> ProbeConfig:
     """Return the config of a new head, with the paper's downcast of 32 or the next smaller one that fits the backbone."""
-    get_probe_type(kind)
-    sizes = {"probe_type": kind, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
-    refused = None
+    sizes = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     for downcast, heads in product((32, 16, 8, 4, 2, 1), (2, 3, 1)):
         try:
-            return ProbeConfig(**{**sizes, "downcast": downcast, "num_attention_heads": heads, **fields})
+            return ProbeConfig(probe_type=kind, downcast=downcast, num_attention_heads=heads, **sizes, **fields)
         except ProbeError as error:
             refused = error
     raise refused
