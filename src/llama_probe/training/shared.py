@@ -228,16 +228,14 @@ class SharedTraining:
 
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT_NAME
-        by_number = {str(learner.candidate.number): learner for learner in self.learners}
-        tensors: dict[str, dict[str, torch.Tensor]] = {number: {} for number in by_number}
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    number, name = key.split(".", 1)
-                    tensors[number][name] = file.get_tensor(key)
+            tensors = load_file(path)
         except SafetensorError as error:
             raise ProbeError(f"{path} is damaged, delete it to train anew: {error}") from None
         self.epoch = state["epoch"]
-        for number, learner in by_number.items():
-            learner.restore(tensors[number], self.epoch, History(**state["learners"][number]))
+        for learner in self.learners:
+            number = str(learner.candidate.number)
+            own = {key.removeprefix(f"{number}."): tensors[key] for key in tensors if key.startswith(f"{number}.")}
+            learner.restore(own, self.epoch, History(**state["learners"][number]))
