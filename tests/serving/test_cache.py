@@ -272,7 +272,6 @@ class TestForward:
         assert model(prompts).probe_state is None
         assert model(prompts, use_cache=False).probe_state is None
         assert isinstance(model(prompts, probe_state=True).probe_state, ProbeCache)
-        assert isinstance(model(prompts, probe_state=True, return_dict=False)[-1], ProbeCache)
         first = model(prompts, use_cache=True)
         assert model(prompts[:, :1], cache=first.cache).probe_state is None
         embeds = model.get_input_embeddings()(prompts)

@@ -159,10 +159,6 @@ def test_backbones_in_all_forms(backbone_folder, lm, tmp_path):
     "probe, words",
     [
         ({}, "no head"),
-        ({"modeling_llama_probe": toxic()}, "modeling_llama_probe"),
-        ({"Heads_llama_probe": toxic()}, "Heads_llama_probe"),
-        ({"additional_chat_templates": toxic()}, "additional_chat_templates"),
-        ({"mood": toxic(), "Mood": toxic()}, "upper and lower case"),
         ({"config.json": toxic()}, "config.json"),
         ({"toxic": make_probe(hidden_size=64)}, "hidden_size"),
         ("no-such-head", "no-such-head"),

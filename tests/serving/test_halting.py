@@ -160,33 +160,14 @@ class TestReplies:
         assert passes[:2] == [9, 4] and sum(passes) == 9 + 4 + 5, "it is written once, after the prompts were read"
         assert len(out.probe_logits["mood"]) == 3, "the heads have read the prompts, not the re-prompt"
 
-    @pytest.mark.parametrize(
-        "reply, words",
-        [
-            ([[1, 2]], "halt_reply has"),
-            (torch.zeros(1, 0), "halt_reply has"),
-            (5, "halt_reply has 5"),
-            ([1, "a"], "halt_reply is a list"),
-            ([5, VOCAB], f"halt_reply has .*{VOCAB - 1}"),
-            ([1.5], "halt_reply has"),
-            (Reprompt(torch.tensor([[5, VOCAB]])), "Reprompt.input_ids has"),
-        ],
-    )
-    def test_replies_that_are_refused(self, model, passes, prompts, reply, words):
-        refused(passes, words, lambda: model.generate(prompts, halt_on="mood", halt_reply=reply))
+    @pytest.mark.parametrize("reply", [[[1, 2]], 5, ["No."], [1.5]])
+    def test_replies_that_are_refused(self, model, passes, prompts, reply):
+        refused(passes, "halt_reply", lambda: model.generate(prompts, halt_on="mood", halt_reply=reply))
 
-    @pytest.mark.parametrize(
-        "ids, kwargs, words",
-        [
-            ([[3, 4]], {}, "input_ids is a list"),
-            (np.array([[3, 4]]), {}, "input_ids is a ndarray"),
-            (torch.ones(2, 3, dtype=torch.long), {}, "input_ids"),
-            (torch.tensor([[5]]), {"probes": [], "halt_on": "mood"}, "halt_on, probes"),
-        ],
-    )
-    def test_reprompts_that_are_refused(self, ids, kwargs, words):
-        with pytest.raises(ProbeError, match=words):
-            Reprompt(ids, kwargs)
+    @pytest.mark.parametrize("ids", [[[3, 4]], torch.ones(2, 3, dtype=torch.long)])
+    def test_reprompts_that_are_refused(self, ids):
+        with pytest.raises(ProbeError, match="input_ids"):
+            Reprompt(ids)
 
 
 class TestPolicies:

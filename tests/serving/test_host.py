@@ -189,9 +189,6 @@ def test_heads_of_one_call(model, prompts):
     for call in (model.generate, model, model.classify):
         with pytest.raises(ProbeError, match=r"'c'.* a, b"):
             call(prompts, probes=["a", "c"])
-        for odd in (True, 1, ["a", None]):
-            with pytest.raises(ProbeError, match="does not name heads"):
-                call(prompts, probes=odd)
 
 
 def at_once(*jobs, seconds):

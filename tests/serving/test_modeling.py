@@ -50,11 +50,6 @@ class TestForward:
         assert torch.equal(out[0], make_lm()(prompts, mask).logits)
         torch.testing.assert_close(out[-1]["a"], whole(model.probes["a"], prompts))
 
-    @pytest.mark.parametrize("args, kwargs", [([None] * 12, {}), ([None, []], {"logits_processor": []})])
-    def test_too_many_positional_arguments_of_generate(self, model, prompts, args, kwargs):
-        with pytest.raises(TypeError, match="positional"):
-            model.generate(prompts, *args, **kwargs)
-
     @torch.no_grad()
     def test_what_goes_on_from_a_cache_that_no_head_has_read_says_so(self, model, prompts, monkeypatch):
         """As under PEFT's prefix tuning; a decoding step does not."""

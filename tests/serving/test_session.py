@@ -6,10 +6,9 @@ from conftest import make_lm, make_probe, make_prompts, make_tokenizer
 from observers import Recorder, assert_no_hooks, passes_of
 from peft import LoraConfig, get_peft_model
 from transformers import BatchEncoding, DynamicCache, GenerationConfig, StaticCache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
-from llama_probe.serving.outputs import ProbedGenerateBeamDecoderOnlyOutput, ProbedGenerateDecoderOnlyOutput
 
 
 KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
@@ -173,19 +172,11 @@ def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(prompts, caplog):
     assert out.probe_logits and out.probe_token_logits["reply"].shape[1] == 2
 
 
-def test_arguments_by_their_place(prompts):
-    config, streamer = GenerationConfig(max_new_tokens=2, pad_token_id=0), Recorder()
-    out = probed().generate(prompts[:1], config, None, [], None, None, None, streamer, halt_on=lambda outputs: [False])
-    prompt, reply = out.sequences[0, :9].tolist(), out.sequences[0, 9:].tolist()
-    assert out.probe_halts == [None] and streamer.ended == 1
-    assert (streamer.tokens[0], streamer.reply) == (prompt, reply)
-
-
 def test_output_types(prompts):
     model = probed()
     out = model.generate(prompts, max_new_tokens=2)
-    assert isinstance(out, ProbedGenerateDecoderOnlyOutput)
-    assert isinstance(model.generate(prompts, max_new_tokens=2, num_beams=2), ProbedGenerateBeamDecoderOnlyOutput)
+    assert isinstance(out, GenerateDecoderOnlyOutput)
+    assert isinstance(model.generate(prompts, max_new_tokens=2, num_beams=2), GenerateBeamDecoderOnlyOutput)
     assert out.probe_labels["gate"] == model.classify(prompts)["gate"].labels
     for name, probs in out.probe_probabilities.items():
         torch.testing.assert_close(probs, out.probe_logits[name].softmax(-1))

@@ -331,16 +331,19 @@ class ProbeModel(nn.Module):
 
     # Groups of layers, while the LM runs
 
-    def init_state(self, state: Any = None, keep: bool = False, output_attentions: bool = False) -> ProbeState:
+    def init_state(
+        self, state: Any = None, keep: bool = False, output_attentions: bool = False, differentiable: bool = False
+    ) -> ProbeState:
         """Start on a batch of prompts.
 
         Args:
             state: state of earlier tokens, from `ProbeState.joined`.
             keep: keep what is needed to continue after the last token.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
+            differentiable: `step` and `finish` keep gradients.
         """
         num_means = 0 if self.novelty is None else len(self.novelty.slots)
-        return ProbeState(len(self.layer_indices), num_means, state, keep, output_attentions)
+        return ProbeState(len(self.layer_indices), num_means, state, keep, output_attentions, differentiable)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
@@ -366,7 +369,7 @@ class ProbeModel(nn.Module):
         token_mask: torch.Tensor | None = None,
         last: bool = True,
     ) -> None:
-        """Read the next tokens of some layers, without gradients.
+        """Read the next tokens of some layers.
 
         Args:
             state: from `init_state`.
@@ -387,7 +390,7 @@ class ProbeModel(nn.Module):
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
         earlier = state.tokens.pop(slots)
-        with torch.no_grad():  # a decorator would break the graph of torch.compile
+        with torch.set_grad_enabled(state.differentiable):  # a decorator would break the graph of torch.compile
             if state.output_attentions:
                 if earlier is not None or not last:
                     raise ProbeError("output_attentions needs the prompt in one pass, without cache")
@@ -407,7 +410,7 @@ class ProbeModel(nn.Module):
         Raises:
             ProbeError: not every layer has been read.
         """
-        with torch.no_grad():
+        with torch.set_grad_enabled(state.differentiable):
             summaries, weights = state.summaries.joined(), state.weights.joined()
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))

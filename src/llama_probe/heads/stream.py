@@ -58,6 +58,7 @@ class ProbeState:
         state: state to continue from, as `joined` returned it.
         keep: keep the token-stage state after the last token, so that further tokens can follow.
         output_attentions: keep how much each token counted.
+        differentiable: keep gradients.
 
     Attributes:
         tokens: token-stage state.
@@ -73,9 +74,10 @@ class ProbeState:
         state: Any = None,
         keep: bool = False,
         output_attentions: bool = False,
+        differentiable: bool = False,
     ):
         self.num_slots = num_slots
-        self.keep, self.output_attentions = keep, output_attentions
+        self.keep, self.output_attentions, self.differentiable = keep, output_attentions, differentiable
         tokens, means = state if num_means and state is not None else (state, None)
         self.tokens = SlotStates(num_slots, tokens)
         self.means = SlotStates(num_means, means) if num_means else None

@@ -1,9 +1,8 @@
-"""Arguments of one call of `generate()`, and the settings that they give with its config and the model's."""
+"""The arguments of one call of `generate()`, and the settings that they give with its config and the model's."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,37 +15,48 @@ from ..errors import ProbeError
 HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state", "abstain_at")
 
 
-def refuse_in_config(generation_config: GenerationConfig | None) -> None:
-    """Raise `ProbeError` if a config has an argument of heads: it takes any name, and nothing would be halted."""
-    found = [name for name in HEAD_ARGUMENTS if getattr(generation_config, name, None) is not None]
-    if found:
-        raise ProbeError(f"{', '.join(found)} in a generation_config: pass it to generate() itself, {found[0]}=...")
+class GenerateCall:
+    """One call of the plain `generate()`, with its arguments.
 
-
-def with_setting(
-    generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
-) -> GenerationConfig | None:
-    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`. Return the config.
-
-    transformers deprecates settings beside a config.
+    Raises:
+        ProbeError: a config has an argument of heads. It takes any name, and nothing would be halted.
     """
-    if generation_config is None or name in kwargs:
-        kwargs[name] = value
-        return generation_config
-    generation_config = copy.deepcopy(generation_config)
-    setattr(generation_config, name, value)
-    return generation_config
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ):
+        self.model, self.inputs, self.generation_config, self.kwargs = model, inputs, generation_config, kwargs
+        for config in (generation_config, model.generation_config):
+            if found := [name for name in HEAD_ARGUMENTS if getattr(config, name, None) is not None]:
+                raise ProbeError(f"{found[0]} in a generation_config: pass it to generate() itself, {found[0]}=...")
+
+    @property
+    def input_ids(self) -> torch.Tensor | None:
+        """Token ids of the prompts; `None` if there are embeddings alone."""
+        is_ids = self.inputs is not None and self.inputs.dim() == 2
+        return self.inputs if is_ids else self.kwargs.get("input_ids")
+
+    def setting(self, name: str) -> Any:
+        """Return the value of a setting from the arguments, their config or the model's config, else `None`."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        sources = (getattr(self.generation_config, name, None), getattr(self.model.generation_config, name, None))
+        return next((value for value in sources if value is not None), None)
+
+    def change(self, name: str, value: Any) -> None:
+        """Change a setting: in a copy of the config if there is one, because transformers deprecates settings beside it."""
+        if self.generation_config is None or name in self.kwargs:
+            self.kwargs[name] = value
+        else:
+            self.generation_config = copy.deepcopy(self.generation_config)
+            setattr(self.generation_config, name, value)
 
 
-def generation_setting(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping, name: str):
-    """Return the value of a setting from the arguments, their config or the model's config, else `None`."""
-    if name in kwargs:
-        return kwargs[name]
-    sources = (getattr(generation_config, name, None), getattr(model.generation_config, name, None))
-    return next((value for value in sources if value is not None), None)
-
-
-def token_ids(value) -> list[int]:
+def token_ids(value: Any) -> list[int]:
     """Return the token ids in a setting such as `eos_token_id`: none, one or several."""
     if isinstance(value, torch.Tensor):
         value = value.flatten().tolist()

@@ -33,9 +33,6 @@ _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
 class AutoModelForProbedGeneration:
     """Load or convert any causal LM of transformers, with heads; its class is made from the plain one."""
 
-    def __init__(self):
-        raise ProbeError("use AutoModelForProbedGeneration.from_pretrained(...) or .from_causal_lm(...)")
-
     @classmethod
     def from_pretrained(
         cls,
@@ -49,15 +46,10 @@ class AutoModelForProbedGeneration:
     ):
         """Load a causal LM with heads; see `LlamaForProbedGeneration.from_pretrained`.
 
-        Without `probe`, the first argument may also be a head: its backbone is loaded. `save_pretrained` keeps heads beside
-        a model, and these are attached unless `probe=[]`.
-
         Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
         """
-        place = pretrained_model_name_or_path
-        loaded, heads = load_with_heads(
-            load_causal_lm, place, model_args, kwargs, probe, probe_revision, probe_namespace
-        )
+        load, place = load_causal_lm, pretrained_model_name_or_path
+        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision, probe_namespace)
         cls.from_causal_lm(model_of(loaded), heads, probe_strict)
         return loaded
 
@@ -73,12 +65,11 @@ class AutoModelForProbedGeneration:
         if hasattr(lm, "_orig_mod"):
             raise ProbeError("torch.compile wraps this model: from_causal_lm(model._orig_mod, ...), and compile that")
         base = without_peft(lm)
-        plain = getattr(type(base), "_causal_lm_class", type(base))
-        if plain is not type(base) and not isinstance(base, ProbedGenerationMixin):
+        if hasattr(base, "_causal_lm_class") and not isinstance(base, ProbedGenerationMixin):
             # An exported repository brings this code along. The class of the package takes the place of its class.
             if base.probes:
                 raise ProbeError("this model has heads of its repository's code: add more with its load_probe(...)")
-            change_class(base, plain)
+            change_class(base, base._causal_lm_class)
             del base.probes, base._active_probes
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
 
@@ -105,7 +96,7 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel
 
 
 class _MadeClassMixin:
-    """Pickles models of a class made here by its causal LM class: no module has an attribute of its name."""
+    """Pickles models of a class made here by their causal LM class: no module has an attribute of its name."""
 
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(protocol)

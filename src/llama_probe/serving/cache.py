@@ -15,19 +15,15 @@ from ..heads.probe import ProbeModel
 
 
 class HeadReference(weakref.ref):
-    """A weak reference to the head that made a state. Copies of the state are of the same head.
-
-    Attributes:
-        weights: torch's counts of changes in place of the head's weights at that time.
-    """
+    """A weak reference to the head that made a state. Copies of the state are of the same head."""
 
     def __init__(self, head: ProbeModel):
         super().__init__(head)
-        self.weights = _versions(head)
+        self.versions = _versions(head)
 
     def is_of(self, head: ProbeModel) -> bool:
         """Return True if `head` is the one that made the state, with the same weights."""
-        return self() is head and self.weights == _versions(head)
+        return self() is head and self.versions == _versions(head)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
         return self
@@ -53,9 +49,7 @@ class ProbeCache:
 
     `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. Each call returns another one, so
     that one shared prefix serves any number of prompts. Each of them needs a copy of the cache, which transformers changes in
-    place.
-
-    The numbers that each kind keeps are in docs/serving.md; novelty keeps `hidden_size` for each of its up to three layers.
+    place. The numbers that each kind keeps are in docs/serving.md; novelty keeps `hidden_size` for up to three layers.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over.
@@ -89,11 +83,6 @@ class ProbeCache:
             for name, kept in self.heads.items()
         }
 
-    def check_length(self, cached: int) -> None:
-        """Raise `ProbeError` unless a KV cache of `cached` tokens can belong to this state."""
-        if cached != (seen := self.get_seq_length()):
-            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
-
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,9 +91,6 @@ class ProbeCache:
         Args:
             input_ids (`[rows, new_tokens]`): the new tokens.
             attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out if nothing is padding so far.
-
-        Raises:
-            ProbeError: the number of rows differs, or the mask is needed.
         """
         self._check_rows(len(input_ids))
         if attention_mask is None:
@@ -125,6 +111,7 @@ class ProbeCache:
         masks: Mapping[str, torch.Tensor],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        cached: int,
     ) -> dict[str, Any]:
         """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen.
 
@@ -132,12 +119,15 @@ class ProbeCache:
             heads: heads to resume. Heads that are not in the state have seen nothing.
             masks: tokens of the whole prompts that count for each of them, `[prompts, prompt_tokens]`.
             input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts.
+            cached: number of tokens in the KV cache.
 
         Raises:
-            ProbeError: the prompts begin with other tokens, other tokens count, or the state was made by another head.
+            ProbeError: the cache holds more or fewer tokens, the prompts begin with other ones, other tokens count, or the
+                state was made by another head.
         """
+        if cached != (seen := self.get_seq_length()):
+            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
         self._check_rows(len(input_ids))
-        seen = self.get_seq_length()
         if input_ids.shape[1] <= seen:
             hint = "pass all of the conversation, with at least one new token"
             raise ProbeError(f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: {hint}")
@@ -148,10 +138,8 @@ class ProbeCache:
             raise ProbeError(f"the prompt does not begin with the {seen} tokens that probe_state has seen; {first}")
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
         states = {}
-        for name, head in heads.items():
-            kept = self.heads.get(name)
-            if kept is None:
-                continue
+        for name in [name for name in heads if name in self.heads]:
+            head, kept = heads[name], self.heads[name]
             if not kept.head.is_of(head):
                 raise ProbeError(f"probe_state was made by another head called {name!r}, or by other weights of it")
             wanted = masks[name][:, :seen]

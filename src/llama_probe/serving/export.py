@@ -29,11 +29,11 @@ from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import cell, code, example_chat, quote, word, write_card
-from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, is_head_folder, list_heads, read_results
+from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubOptions, HubReference, commit_files
 from .pipeline import TASK
-from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, flat_files, write_flat_files
+from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, write_flat_files
 from .sources import ProbeSpec, read_heads
 
 
@@ -63,9 +63,8 @@ def export_repository(
 ) -> Path:
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
-    Return its absolute path. Loading it needs transformers, torch and safetensors. Without `probe=` and
-    `trust_remote_code=True` it is the plain backbone. A head of a kind from outside the package brings the code of its
-    kind along.
+    Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. A head of a kind from
+    outside the package brings the code of its kind along.
 
     Args:
         backbone: `"demo"`, a folder, a Hub id, or a loaded `LlamaForCausalLM` with or without heads.
@@ -78,30 +77,33 @@ def export_repository(
         repo_id: the repository that it will be pushed to, for the cards.
         trust_remote_code: run the code file of a head whose kind the package does not have.
 
+    Returns:
+        The absolute path of the folder.
+
     Raises:
         ProbeError: the folder is not empty, the backbone is no plain Llama or cannot be saved, or a head is missing, does
-            not fit, has a kind without a code file or the name of a file. Nothing is written then.
+            not fit or has a kind without a code file. Nothing is written then.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
-    options = HubOptions(trust_remote_code=trust_remote_code)
     if isinstance(backbone, (str, os.PathLike)):
-        heads = read_heads(probe, backbone_target(str(backbone)), options)
-        _check_heads(heads)
+        attached, target = {}, backbone_target(str(backbone))
+    else:
+        _check_class(backbone)
+        attached, target = dict(getattr(backbone, "probes", {})), target_of(backbone)
+    heads = read_heads(probe, target, HubOptions(trust_remote_code=trust_remote_code))
+    if twice := attached.keys() & heads.keys():
+        raise ProbeError(f"heads {sorted(twice)} are attached already; pass a dict name -> head")
+    heads = attached | heads
+    _check_heads(heads)
+    if isinstance(backbone, (str, os.PathLike)):
         path = resolve_backbone(str(backbone))
         _check_family(path)
         lm, own_tokenizer = load_backbone(path, dtype, device="cpu")
-        tokenizer = tokenizer or own_tokenizer
-    else:
-        lm = backbone
         _check_class(lm)
-        attached, heads = dict(getattr(lm, "probes", {})), read_heads(probe, target_of(lm), options)
-        if twice := attached.keys() & heads.keys():
-            raise ProbeError(f"heads {sorted(twice)} are attached already; pass a dict name -> head")
-        heads = attached | heads
-        _check_heads(heads)
-        tokenizer = tokenizer or _tokenizer_of(lm)
-    _check_class(lm)
+    else:
+        lm, own_tokenizer = backbone, None
+    tokenizer = tokenizer or own_tokenizer or _tokenizer_of(lm)
     for name, head in heads.items():
         check_backbone(name, head.config, lm)
     if license is None:
@@ -119,20 +121,15 @@ def export_repository(
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
         config = json.loads((repository / _CONFIG_NAME).read_text(encoding="utf-8"))
         config |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
-        config |= {} if base_model is None else {"base_model_name_or_path": base_model}
-        card = _card(repository, list(heads), repo_id or folder.name, base_model, license, tokenizer)
+        if base_model is not None:
+            config["base_model_name_or_path"] = base_model
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        card = _card(repository, list(heads), repo_id or folder.name, base_model, license, tokenizer)
         write_atomically({repository / _CONFIG_NAME: text, repository / CARD_NAME: card})
     return folder
 
 
-def push_repository(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    **kwargs,
-) -> CommitInfo:
+def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> CommitInfo:
     """Upload an exported folder in one commit; repository and branch are created if missing.
 
     A push that fails leaves the branch as it was; so does one that another push overtook. Weights and code of an earlier
@@ -141,13 +138,19 @@ def push_repository(
     Args:
         folder: from `export_repository`.
         repo_id: `user/name`, or a name for the own user.
-        commit_message, kwargs: `private`, `token`, `revision`, `create_pr`, as in `PreTrainedModel.push_to_hub`.
+        kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, as in `PreTrainedModel.push_to_hub`.
 
     Raises:
         ProbeError: the folder is no exported repository, has links to files elsewhere, or the Hub refused the upload.
     """
     folder = Path(folder)
-    _check_exported(folder)
+    try:
+        config = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
+        exported = config.get("auto_map") == AUTO_MAP and bool(list_heads(folder))
+    except (OSError, ValueError, AttributeError):
+        exported = False
+    if not exported:
+        raise ProbeError(f"{folder} is not an exported repository: make one with llama-probe export")
     for head in list_heads(folder).values():
         settle(head)  # what a killed save has left
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
@@ -160,13 +163,8 @@ def push_repository(
             name in HEAD_FILES and head != "" and (folder / head).is_dir()
         )
 
-    return commit_files(
-        repo_id,
-        {file: folder / file for file in files},
-        is_stale,
-        commit_message=commit_message or "Upload a model with probe heads with llama_probe",
-        **kwargs,
-    )
+    options = {"commit_message": "Upload a model with probe heads with llama_probe", **kwargs}
+    return commit_files(repo_id, {file: folder / file for file in files}, is_stale, **options)
 
 
 def _check_family(path: str) -> None:
@@ -187,15 +185,8 @@ def _check_class(lm: PreTrainedModel) -> None:
 
 
 def _check_heads(heads: Mapping[str, ProbeModel]) -> None:
-    """Check that there are heads, and that each can have a folder and code in the repository."""
     if not heads:
         raise ProbeError("there is no head to export: pass probe=")
-    # A name has no dot and cannot be that of a file, but Python takes a folder for a module of the same name.
-    taken = {Path(file).stem for file in flat_files()} | {"additional_chat_templates"}
-    if found := [name for name in heads if name.casefold() in taken]:
-        raise ProbeError(f"a head cannot be called {found[0]!r}: a file or folder of the repository has that name")
-    if len({name.casefold() for name in heads}) < len(heads):
-        raise ProbeError(f"heads {sorted(heads)} differ in upper and lower case only, which some file systems ignore")
     for name, head in heads.items():
         kind = head.config.probe_type
         if get_probe_type(kind).__module__ == "__main__":
@@ -251,13 +242,3 @@ def _card(
         version=package_version(),
         task=TASK,
     )
-
-
-def _check_exported(folder: Path) -> None:
-    try:
-        config = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
-        exported = config.get("auto_map") == AUTO_MAP and any(is_head_folder(item) for item in folder.iterdir())
-    except (OSError, ValueError, AttributeError):
-        exported = False
-    if not exported:
-        raise ProbeError(f"{folder} is not an exported repository: make one with llama-probe export")

@@ -13,7 +13,6 @@ import torch
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, predictions, threshold_of
-from .arguments import HEAD_ARGUMENTS
 from .outputs import Halt, TokenScores
 
 
@@ -25,7 +24,6 @@ TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
 _OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
-_NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", *HEAD_ARGUMENTS}
 
 
 @dataclass(frozen=True)
@@ -37,20 +35,15 @@ class Reprompt:
         kwargs: further arguments of `generate`, such as `max_new_tokens`.
 
     Raises:
-        ProbeError: `input_ids` has another type or shape, or `kwargs` has another prompt or arguments of heads.
+        ProbeError: `input_ids` has another type or shape.
     """
 
     input_ids: torch.Tensor
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        is_tensor = isinstance(self.input_ids, torch.Tensor)
-        shape = tuple(self.input_ids.shape) if is_tensor else ()
-        if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            found = f"has the shape {list(shape)}" if is_tensor else f"is a {type(self.input_ids).__name__}"
-            raise ProbeError(f"Reprompt.input_ids {found}; it must be a tensor of shape [1, tokens]")
-        if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
-            raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
+        if not isinstance(self.input_ids, torch.Tensor) or self.input_ids.dim() != 2 or len(self.input_ids) != 1:
+            raise ProbeError("Reprompt.input_ids must be a tensor of shape [1, tokens]: one prompt")
 
 
 HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
@@ -103,9 +96,7 @@ class HaltRule:
         label = names[-1] if label is None else label
         if label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
-        if threshold is None and regression:
-            raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
-        known = config.thresholds or {}
+        index, known = names.index(label), config.thresholds or {}
         if isinstance(threshold, str) and label == names[-1]:
             threshold = known.get(threshold, threshold)
         if threshold is not None:
@@ -115,19 +106,20 @@ class HaltRule:
                 allowed = "a number" if regression else named
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
             threshold = float(threshold)
-        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+        elif regression:
+            raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
+        else:
+            threshold = threshold_of(config, index)
+        if not isinstance(patience, int) or patience < 1:
             raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
         if patience > 1 and not config.reads_reply:
             raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
-        index = names.index(label)
-        threshold = threshold_of(config, index) if threshold is None else threshold
         if unsure is not None or ask is not None:
             band = unsure if isinstance(unsure, (list, tuple)) else ()
             if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
                 raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
-            unsure = tuple(map(float, band))
         return cls(head, config, index, threshold, patience, unsure, ask)
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
@@ -137,11 +129,12 @@ class HaltRule:
         decided = self.threshold is None
         found = predictions(probs, self.config) == self.index if decided else scores >= self.threshold
         found = found | scores.isnan()  # a guard that cannot read its input halts
-        label = self.config.id2label[self.index]
-        return [
-            Halt(self.head, label, score, self.threshold) if hit else None
-            for hit, score in zip(found.tolist(), scores.tolist(), strict=True)
-        ]
+        pairs = zip(found.tolist(), scores.tolist(), strict=True)
+        return [self.reason(score) if hit else None for hit, score in pairs]
+
+    def reason(self, score: float) -> Halt:
+        """Return the `Halt` of a row with this score."""
+        return Halt(self.head, self.config.id2label[self.index], score, self.threshold)
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
@@ -198,8 +191,6 @@ class Halter:
         self._streaks: dict[str, list[int]] = {}
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
-        if on_token is not None and not callable(on_token):
-            raise ProbeError(f"on_probe_token is a {type(on_token).__name__}; it must be a function of TokenScores")
         if on_token is not None and not any(config.reads_reply for config in configs.values()):
             raise ProbeError("on_probe_token: no active head reads replies (token_scope='response' or 'all')")
         if self.policy is not None and all(config.token_scope == "response" for config in configs.values()):
@@ -238,14 +229,10 @@ class Halter:
         if rule.unsure is None:
             return found
         scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
-        rows = ((low <= scores) & (scores < high)).nonzero().flatten().tolist()
-        if not rows:
-            return found
-        said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
-        label = rule.config.id2label[rule.index]
-        for row, halt in zip(rows, said, strict=True):
-            own = Halt(rule.head, label, float(scores[row]), rule.threshold)
-            found[row] = own if halt == Halt() else halt
+        if rows := ((low <= scores) & (scores < high)).nonzero().flatten().tolist():
+            said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
+            for row, halt in zip(rows, said, strict=True):
+                found[row] = rule.reason(float(scores[row])) if halt == Halt() else halt
         return found
 
     def follow(self, scores: TokenScores) -> list[bool]:

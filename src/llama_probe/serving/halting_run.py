@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..heads.turns import marker_mask
-from .arguments import generation_setting, token_ids
+from .arguments import GenerateCall, token_ids
 from .halting import Halter, HaltReply, Reprompt
 from .outputs import Halt, TokenScores
 from .prefill import PrefillSession
@@ -62,27 +62,23 @@ class HaltingRun:
     """One call of `generate()` that may halt.
 
     Args:
-        model: the probed model.
-        halter: decides for this call.
-        session: reads the prompts and replies of this call.
-        reply: the `halt_reply` of the call; see `HaltReply`.
-        generation_config, kwargs: those of the call.
+        call: the call.
+        halter: decides for it.
+        session: reads its prompts and replies.
+        reply: its `halt_reply`; see `HaltReply`.
 
     Raises:
         ProbeError: the reply is not allowed, or a `HoldBackStreamer` would get several rows.
     """
 
-    def __init__(
-        self, model, halter: Halter, session: PrefillSession, reply: HaltReply | None, generation_config, kwargs
-    ):
-        self.model, self.halter, self.session = model, halter, session
-        self.generation_config, self.kwargs = generation_config, kwargs
-        self.reply = _checked(reply, kwargs.get("tokenizer"), model.config.get_text_config(decoder=True).vocab_size)
-        self.streamer = kwargs.get("streamer")
-        self.copies = self._setting("num_return_sequences") or 1
+    def __init__(self, call: GenerateCall, halter: Halter, session: PrefillSession, reply: HaltReply | None):
+        self.call, self.halter, self.session = call, halter, session
+        self.tokenizer, self.streamer = call.kwargs.get("tokenizer"), call.kwargs.get("streamer")
+        self.reply = _checked(reply, self.tokenizer)
+        self.copies = call.setting("num_return_sequences") or 1
         session.on_complete = self._decide
         if any(rule.ask is not None for rule in halter.rules):
-            if kwargs.get("tokenizer") is None or session.input_ids is None:
+            if self.tokenizer is None or session.input_ids is None:
                 raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
             halter.texts = self._texts
         if halter.follows:
@@ -91,22 +87,21 @@ class HaltingRun:
         if isinstance(self.streamer, HoldBackStreamer) and rows != 1:
             raise ProbeError(f"a HoldBackStreamer serves one row, and this call has {rows}: generate them one by one")
 
-    def generate(self, generate: Callable, inputs: torch.Tensor | None) -> ModelOutput:
+    def generate(self, generate: Callable) -> ModelOutput:
         """Call the plain `generate`, and put the reply of halted rows into its output."""
         self._plain_generate = generate
-        ends = token_ids(self._setting("eos_token_id"))
-        pad = [*token_ids(self._setting("pad_token_id")), *ends, 0][0]
-        kwargs = dict(self.kwargs)
+        ends = token_ids(self.call.setting("eos_token_id"))
+        pad = [*token_ids(self.call.setting("pad_token_id")), *ends, 0][0]
+        kwargs = dict(self.call.kwargs)
         processors = [*(kwargs.get("logits_processor") or ()), _HaltedToEnd(self.halter, [*ends, pad][0])]
         kwargs["logits_processor"] = LogitsProcessorList(processors)
         if self.halter.follows:
             criteria = [*(kwargs.get("stopping_criteria") or ()), _StopHalted(self.halter)]
             kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
-        prompt = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         try:
-            output = generate(inputs, self.generation_config, **kwargs)
+            output = generate(self.call.inputs, self.call.generation_config, **kwargs)
         except AllHalted:
-            output = self._without_tokens(prompt)
+            output = self._without_tokens()
         except BaseException:
             if self.streamer is not None:
                 with contextlib.suppress(Exception):  # the first error tells more than that of a broken stream
@@ -115,7 +110,7 @@ class HaltingRun:
         if self.halter.follows:
             self.halter.expand(len(output.sequences))
         if any(self.halter.halts):
-            length = 0 if prompt is None else prompt.shape[1]
+            length = 0 if self.call.input_ids is None else self.call.input_ids.shape[1]
             output.sequences = _with_reply(output.sequences, self.halter.halts, length, self._reply_tokens(), pad)
         return output
 
@@ -136,7 +131,7 @@ class HaltingRun:
         if config.turn_markers is not None:
             mask = mask.cpu() & ~marker_mask(config.turn_markers, ids)
         counted = [row[kept].tolist() for row, kept in zip(ids, mask.to(ids.device), strict=True)]
-        return [text.strip() for text in self.kwargs["tokenizer"].batch_decode(counted, skip_special_tokens=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(counted, skip_special_tokens=True)]
 
     def _follow(self, scores: TokenScores) -> None:
         before = list(self.halter.halts)
@@ -165,47 +160,43 @@ class HaltingRun:
             if self.session.reply is not None:  # its hooks must not read the passes that write this
                 self.session.reply.close()
                 self.session.reply = None
-            ids = self.reply.input_ids.to(self.model.device)
+            ids = self.reply.input_ids.to(self.call.model.device)
             written = self._plain_generate(ids, attention_mask=torch.ones_like(ids), **self.reply.kwargs)
             sequences = written if isinstance(written, torch.Tensor) else written.sequences
             self.reply = sequences[0, ids.shape[1] :]
         return self.reply
 
-    def _without_tokens(self, prompt: torch.Tensor | None) -> ModelOutput:
+    def _without_tokens(self) -> ModelOutput:
         """Return the output of a plain `generate` that writes no token."""
+        prompt = self.call.input_ids
         if prompt is None:  # the plain output for embeddings holds new tokens alone
-            prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.model.device)
+            prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.call.model.device)
         sequences = prompt.repeat_interleave(self.copies, dim=0)
         per_token = ("scores", "logits", "attentions", "hidden_states")
-        none = {name: () for name in per_token if self._setting(f"output_{name}")}
-        if (self._setting("num_beams") or 1) == 1:
+        none = {name: () for name in per_token if self.call.setting(f"output_{name}")}
+        if (self.call.setting("num_beams") or 1) == 1:
             return GenerateDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
-        rows = len(sequences)
         if "scores" in none:  # the log probability of nothing
-            none["sequences_scores"] = torch.zeros(rows, device=sequences.device)
-        none["beam_indices"] = sequences.new_zeros(rows, 0)
+            none["sequences_scores"] = torch.zeros(len(sequences), device=sequences.device)
+        none["beam_indices"] = sequences.new_zeros(len(sequences), 0)
         return GenerateBeamDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
 
-    def _setting(self, name: str):
-        return generation_setting(self.model, self.generation_config, self.kwargs, name)
 
-
-def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tensor | Reprompt:
+def _checked(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
     """Return the reply as token ids `[tokens]`, or the `Reprompt` as it is."""
+    if isinstance(reply, Reprompt):
+        return reply
     if isinstance(reply, str):
         if tokenizer is None:
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
         reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    name = "Reprompt.input_ids" if isinstance(reply, Reprompt) else "halt_reply"
     try:
-        ids = reply.input_ids[0] if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
+        ids = torch.as_tensor([] if reply is None else reply)
     except (TypeError, ValueError, RuntimeError):
-        raise ProbeError(f"{name} is a {type(reply).__name__}; allowed: token ids, a text or a Reprompt") from None
-    whole = not ids.is_floating_point() and ids.dtype != torch.bool
-    if ids.dim() != 1 or (ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size)):
-        found = ids.tolist()[:8] if ids.dim() else ids.item()
-        raise ProbeError(f"{name} has {found}; it must be a list of token ids from 0 to {vocab_size - 1}")
-    return reply if isinstance(reply, Reprompt) else ids.long()
+        ids = None
+    if ids is None or ids.dim() != 1 or (ids.is_floating_point() and len(ids)):
+        raise ProbeError(f"halt_reply={reply!r} must be token ids, a text or a Reprompt")
+    return ids.long()
 
 
 def _with_reply(

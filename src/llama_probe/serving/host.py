@@ -54,8 +54,7 @@ class ProbeHostMixin:
     @property
     def active_probes(self) -> list[str]:
         """Names of the heads that run, in the order in which they were attached or activated."""
-        probes = self.probes  # `del model.probes[name]` leaves the name among the active ones
-        return [name for name in self._active_probes if name in probes]
+        return list(self._active_heads())
 
     def set_active_probes(self, names: str | Iterable[str]) -> None:
         """Choose the heads that run. With an empty list the model is the plain LM.
@@ -63,11 +62,8 @@ class ProbeHostMixin:
         Raises:
             ProbeError: no head has one of the names.
         """
-        names = _each_name(names)
         with _CHANGING:
-            for name in names:
-                self._require_probe(name)
-            self._active_probes = tuple(names)
+            self._active_probes = tuple(self._active_heads(names))
 
     def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
         """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`, and return it.
@@ -94,9 +90,9 @@ class ProbeHostMixin:
 
         Args:
             id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
-            name: the head's name on the model. Defaults to the folder, subfolder or repository; see `default_name`.
+            name: the head's name on the model. Defaults to that of the folder, subfolder or repository.
             revision, subfolder: those of a Hub id that names none itself.
-            namespace: user or organisation whose heads an alias stands for; see `resolve_head`.
+            namespace: user or organisation that an alias is looked up in.
             strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
             options: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
 
@@ -117,7 +113,7 @@ class ProbeHostMixin:
             ProbeError: no head has that name.
         """
         with _CHANGING:
-            self._require_probe(name)
+            self._active_heads(name)
             self._active_probes = tuple(active for active in self._active_probes if active != name)
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
@@ -127,25 +123,20 @@ class ProbeHostMixin:
         Raises:
             ProbeError: no head has that name, or none is named and several are attached.
         """
-        return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
+        return self.probes[self._single_probe(name)].save_pretrained(dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
-        """Upload one head with a card in one commit; see `llama_probe.hub.publish.push_folder`.
-
-        Args:
-            repo_id: `user/name`.
-            name: name of the head. Defaults to the only one.
-            kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`.
+        """Upload one head with its card in one commit; see `ProbeModel.push_to_hub`. `name` defaults to the only head.
 
         Raises:
             ProbeError: no head has that name, or the Hub refused the upload.
         """
-        name = self._single_probe(name, "push")
+        name = self._single_probe(name)
         return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
 
     @contextmanager
     def disable_probes(self):
-        """Inside the block no head runs, and the model is the plain LM. The active heads are then active again."""
+        """Run no head inside the block. The active heads are then active again."""
         names = self._active_probes
         self.set_active_probes([])
         try:
@@ -169,12 +160,9 @@ class ProbeHostMixin:
         save_probes: bool = True,
         **kwargs,
     ) -> None:
-        """Save the backbone as the plain class does, and each head in `probes/NAME`.
+        """Save the backbone as the plain class does, and each head in `probes/NAME` unless `save_probes` is false.
 
         `from_pretrained` attaches them again. A model whose class comes from the code of a repository takes that code along.
-
-        Args:
-            save_probes: keep the heads. They can also be saved by themselves, with `save_probe`.
         """
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -194,11 +182,8 @@ class ProbeHostMixin:
     def push_to_hub(self, repo_id: str, *args, save_probes: bool = True, **kwargs):
         """Upload the backbone as the plain class does, and each head into `probes/NAME`, in a commit of its own.
 
-        Args:
-            save_probes: upload the heads.
-
         Raises:
-            ProbeError: `create_pr` with heads, or the Hub refused a head.
+            ProbeError: `create_pr` without `save_probes=False`, or the Hub refused a head.
         """
         heads = self.probes if save_probes else {}
         if heads and kwargs.get("create_pr"):
@@ -221,37 +206,28 @@ class ProbeHostMixin:
             setattr(plain.config, SAVED_HEADS, names)
         return plain
 
-    def _require_probe(self, name: str, heads: nn.ModuleDict | None = None) -> None:
-        heads = self.probes if heads is None else heads
-        if name not in heads:
-            raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(heads) or 'none'}")
-
     def _require_free(self, name: str) -> None:
         if check_name(name) in self.probes:
             raise ProbeError(f"a head {name!r} is attached already: choose another name or delete_probe({name!r})")
 
-    def _single_probe(self, name: str | None, what: str) -> str:
+    def _single_probe(self, name: str | None) -> str:
         if name is None and len(self.probes) != 1:
-            raise ProbeError(f"name the head to {what}: {', '.join(self.probes) or 'none is attached'}")
-        name = next(iter(self.probes)) if name is None else name
-        self._require_probe(name)
-        return name
+            raise ProbeError(f"name one head: {', '.join(self.probes) or 'none is attached'}")
+        return next(iter(self._active_heads(list(self.probes) if name is None else name)))
 
     def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
         # Everything that can fail comes first, so that all heads are attached or none.
-        decoder = self._decoder
         heads: dict[str, ProbeModel] = {}
         for name, probe in probes.items():
             self._require_free(name)
             if isinstance(probe, ProbeModel):
                 check_backbone(name, probe.config, self, strict)
                 heads[name] = probe
-            elif not isinstance(probe, ProbeConfig):
-                found = type(probe).__name__
-                raise ProbeError(f"head {name!r} is a {found}; add_probe takes a ProbeConfig or a ProbeModel")
-            else:
+            elif isinstance(probe, ProbeConfig):
                 heads[name] = ProbeModel(describe(self, probe))
-        device = decoder.device
+            else:
+                raise ProbeError(f"head {name!r}: add_probe takes a ProbeConfig or a ProbeModel, not {probe!r}")
+        device = self._decoder.device
         for head in heads.values():
             head.bind(self)
             head.to(device).eval()
@@ -265,23 +241,17 @@ class ProbeHostMixin:
     def _active_heads(self, names: str | Iterable[str] | None = None) -> dict[str, ProbeModel]:
         """Return the heads of one call by name: the given ones, or the active ones."""
         heads = self.probes
-        if names is None:
+        if names is None:  # `del model.probes[name]` leaves the name among the active ones
             return {name: heads[name] for name in self._active_probes if name in heads}
-        names = _each_name(names)
+        names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            self._require_probe(name, heads)
+            if name not in heads:
+                raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(heads) or 'none'}")
         return {name: heads[name] for name in names}
 
 
-def _each_name(names: str | Iterable[str]) -> list[str]:
-    found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
-    if not all(isinstance(name, str) for name in found):
-        raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")
-    return list(dict.fromkeys(found))
-
-
 def change_class(model: nn.Module, cls: type) -> None:
-    """Give a loaded model another class, also if accelerate keeps the old class's forward in the instance.
+    """Give a loaded model another class.
 
     Raises:
         ProbeError: the instance has another forward, which would run instead of the new class's.
@@ -292,9 +262,10 @@ def change_class(model: nn.Module, cls: type) -> None:
             raise ProbeError("model.forward was replaced: del model.forward, attach heads, then replace it again")
         model.__class__ = cls
         return
+    # accelerate keeps the old class's forward in the instance
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
     remove_hook_from_module(model)
-    del model.forward  # accelerate leaves the old class's method, bound to the instance
+    del model.forward
     model.__class__ = cls
     add_hook_to_module(model, hook)

@@ -13,15 +13,14 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTok
 from transformers.utils import logging
 
 from ..backbone.cache import cached_tokens, copy_cache
-from ..backbone.capture import capturing, check_seen, handing_states_to
+from ..backbone.capture import handing_states_to
 from ..backbone.decoder import target_of, without_peft
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
-from ..heads.scope import check_rows, prompt_masks
-from .arguments import HEAD_ARGUMENTS, refuse_in_config, with_setting
-from .cache import ProbeCache, asks_for_state, refuse_without_heads
+from .arguments import HEAD_ARGUMENTS, GenerateCall
+from .cache import ProbeCache, refuse_without_heads
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class
@@ -43,12 +42,9 @@ from .texts import as_texts, classify_texts
 
 logger = logging.get_logger(__name__)
 
-# Arguments of the plain `generate()` behind its first two, which may be given by their place.
-_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
-
 
 class ProbedGenerationMixin(ProbeHostMixin):
-    """Adds probe heads to a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`.
+    """Probe heads for a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`.
 
     `generate`, `forward` and `classify` score the prompt with every active head. Without active heads the model is the
     plain LM.
@@ -110,12 +106,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
     ) -> PreTrainedModel:
         """Turn a loaded causal LM into this class, in place, attach heads and return it.
 
-        Nothing is copied: weights, device placement, quantisation and injected LoRA layers stay as they are.
+        Weights, device placement, quantisation and injected LoRA layers stay as they are.
 
         Args:
             lm: a model of the plain class that this one is made from. A PEFT model is unwrapped.
-            probe: heads; see `read_heads`.
-            strict: raise if a head was trained on another backbone. Defaults to a warning; see `check_backbone`.
+            probe: heads; see `from_pretrained`.
+            strict: raise if a head was trained on another backbone. Defaults to a warning.
 
         Raises:
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
@@ -159,10 +155,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Defaults to the heads
                 that `save_pretrained` has kept beside the model; `[]` for none.
             probe_revision: revision of heads on the Hub that name none. `revision` is the backbone's.
-            probe_namespace: user or organisation that aliases are looked up in; see `resolve_head`.
+            probe_namespace: user or organisation that aliases are looked up in.
             probe_strict: raise if a head was trained on another backbone. Defaults to a warning.
-            kwargs: as in the plain class. `token`, `cache_dir`, `local_files_only` and `force_download` are used for the
-                heads too.
+            kwargs: as in the plain class. Those that say how to fetch files are used for the heads too.
 
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
@@ -195,44 +190,27 @@ class ProbedGenerationMixin(ProbeHostMixin):
                     output = super().forward(**kwargs)
                 reader.end()
                 return with_scores(output, reader.traced_results(), configs)
-        decoder = (session.decoder if generating else None) or self._decoder
         if not generating:
             if not heads:
                 refuse_without_heads(probe_state)
                 return super().forward(**kwargs)
-            if not compiling and not cached_tokens(kwargs):
+            past, decoder = cached_tokens(kwargs), self._decoder
+            if not compiling and not past:
                 self._warn_of_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), probe_mask)
-            if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
-                return self._differentiable_forward(heads, configs, kwargs, probe_mask)
-            session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
+            if self.training and torch.is_grad_enabled() and not past and not probe_state:
+                session = PrefillSession(heads, decoder, kwargs, probe_mask, differentiable=True)
+            else:
+                session = forward_session(heads, decoder, kwargs, probe_mask, probe_state)
             if session is None:  # a later step of the caller's own decoding loop
-                return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
-        with session.reading(decoder, kwargs) as inputs:
+                return with_scores(super().forward(**kwargs), None, configs)
+        with session.reading(kwargs) as inputs:
             output = super().forward(**inputs)
             if isinstance(session, PrefillSession):
                 session.cache = getattr(output, "cache", inputs.get("cache"))
         if generating:
             return output
         state = session.probe_cache() if session.return_state else None
-        return with_scores(output, session.results(), configs, state, probe_state is not None)
-
-    def _differentiable_forward(self, heads, configs, kwargs, probe_mask):
-        """Run a pass whose logits have gradients, to the heads and to the LM. It keeps the states of all layers."""
-        decoder, states = self._decoder, {}
-        ids, embeds, attention_mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-        placeholders = decoder.placeholder_ids
-        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
-        layers = {layer for head in heads.values() for layer in head.layer_indices}
-        with capturing(decoder, states.__setitem__, layers):
-            output = super().forward(**decoder.whole(kwargs))
-        check_seen(layers, states)
-        results = {}
-        for name, head in heads.items():
-            check_rows(masks[name])
-            x = head.normalize(torch.stack([states[layer].to(head.device) for layer in head.layer_indices]))
-            summaries = head.token_stage(x, masks[name].to(head.device))  # [S, B, D]
-            results[name] = head.score_summaries(summaries)
-        return with_scores(output, results, configs)
+        return with_scores(output, session.results(), configs, state)
 
     def classify(
         self,
@@ -291,17 +269,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
-        past = cached_tokens({"cache": cache})
-        if asks_for_state(probe_state, input_ids, None) and probe_state is True:
+        past, decoder = cached_tokens({"cache": cache}), self._decoder
+        if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
+        earlier = probe_state or None
         session = PrefillSession(
-            heads,
-            inputs,
-            probe_mask,
-            past=past,
-            earlier=probe_state or None,
-            output_attentions=output_attentions,
-            placeholder_ids=self._decoder.placeholder_ids,
+            heads, decoder, inputs, probe_mask, past=past, earlier=earlier, output_attentions=output_attentions
         )
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:
@@ -309,8 +282,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
-        decoder = self._decoder
-        with torch.no_grad(), session.reading(decoder, inputs) as inputs:
+        with torch.no_grad(), session.reading(inputs) as inputs:
             decoder.run(**inputs)
         return abstaining(session.results(), levels)
 
@@ -329,97 +301,81 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 "attention_mask."
             )
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs) -> Any:
         """Generate as `GenerationMixin.generate` does. Every active head scores the prompt in the same pass.
 
         It takes these arguments beside those of the plain `generate`:
 
-        - `probes`: names of the heads that run in this call. Defaults to the active heads. Threads may differ in it.
+        - `probes`: names of the heads that run in this call. Defaults to the active heads.
         - `abstain_at`: a novelty from 0 to 1, such as 0.99, or a dict of these by head. `probe_labels` are `None` for
           prompts above it. Logits and halts stay the same.
         - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Defaults to the heads' `token_scope`, without the
           tokens of images, films and sounds.
-        - `halt_on`: which prompts get no reply: a head's name, a list of names, a dict name -> `label` and `threshold`, or a
-          function of the outputs; see `Halter`. It is decided at the end of the prefill. If all prompts are halted, no
-          token is decoded. A head that reads replies halts a reply at the token that it flags, or with `patience` n at the
-          n-th flagged token in a row. That token stays, and the sequence ends after it. With `token_scope="all"` the score
-          of the prompt counts as the first token's and may halt before the reply.
+        - `halt_on`: which prompts get no reply: a head's name, a list of names, a dict name -> options, or a function of the
+          outputs; see `Halter`. It is decided at the end of the prefill. If all prompts are halted, no token is decoded. A
+          head that reads replies halts a reply at the token that it flags, or with `patience` n at the n-th in a row. That
+          token stays, and the sequence ends after it. With `token_scope="all"` the prompt's score counts as the first token's.
         - `halt_reply`: token ids, a text (needs `tokenizer=`) or a `Reprompt`, in place of the reply or of its rest.
           Defaults to nothing.
         - `on_probe_token`: called with a `TokenScores` after each reply token that the LM has read. It may return a list
           with an entry per row: true or a `Halt` ends the reply. If it raises, no further token is written.
         - `probe_state`: `True` returns the heads' state as `out.probe_state`. Pass it to the next call with `cache=`: the
-          heads then score the whole conversation, and only its new tokens run. See `ProbeCache`. The heads also read the
-          reply for it, so it needs greedy search or sampling.
+          heads then score the whole conversation, and only its new tokens run. See `ProbeCache`.
 
-        Heads that read replies score each token; see `ProbedOutputMixin`. They need greedy search or sampling, and decode
-        without `torch.compile`.
+        Heads that follow replies, for themselves or for `probe_state`, need greedy search or sampling, and decode without
+        `torch.compile`.
 
         `return_dict_in_generate` defaults to `True`. With `False` the plain tensor is returned, and heads run only if they
         may halt. Decode `out.sequences`, not `out`. With `tokenizer=`, `out.texts` has the new texts.
 
         Returns:
-            `ProbedGenerateDecoderOnlyOutput` or `ProbedGenerateBeamDecoderOnlyOutput`: the plain output with
-            `probe_logits`, a dict of `[prompts, num_labels]` by head name. Beams and return sequences share the row of their
-            prompt. It also has `probe_probabilities`, `probe_labels` and `probe_novelty`; with `halt_on`, `probe_halts`; with
-            heads that read replies, `probe_token_logits` and `probe_token_probabilities`. Heads with
-            `token_scope="response"` are only in these two.
+            The plain output with `probe_logits`, a dict of `[prompts, num_labels]` by head name, and the other fields of
+            `ProbedOutputMixin`. Beams and return sequences share the row of their prompt. Heads with
+            `token_scope="response"` are only in `probe_token_logits`.
 
         Raises:
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not allowed.
         """
-        named = dict(zip(_POSITIONAL, args, strict=False))
-        if len(named) < len(args) or named.keys() & kwargs.keys():
-            raise TypeError("generate() got too many positional arguments, or one of them by name as well")
-        kwargs |= named
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
-        for config in (generation_config, self.generation_config):
-            refuse_in_config(config)
+        call = GenerateCall(self, inputs, generation_config, kwargs)
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
         configs = {name: head.config for name, head in heads.items()}
         levels, halter = abstain_levels(abstain_at, configs), None
-        if not inner and (halt_on is not None or on_token is not None):
+        if halt_on is not None or on_token is not None:
             halter = Halter(halt_on, configs, on_token)
-        if halt_reply is not None and halter is None and not inner:
+        elif halt_reply is not None:
             raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
         if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
             raise ProbeError("a HoldBackStreamer needs halt_on= with a head that reads replies, or on_probe_token=")
-        as_dict = True
-        if heads:
-            as_dict = kwargs.get(
-                "return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None)
-            )
-            as_dict = as_dict is None or as_dict
-            if not as_dict and probe_state not in (None, False):
-                raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
-            if as_dict or halter is not None:
-                generation_config = with_setting(generation_config, kwargs, "return_dict_in_generate", True)
-            else:
-                heads = {}
-        session = generation_session(self, heads, inputs, generation_config, kwargs, probe_mask, probe_state)
+        own = getattr(generation_config, "return_dict_in_generate", None)
+        as_dict = kwargs.get("return_dict_in_generate", own) in (None, True)
+        if heads and not as_dict and probe_state not in (None, False):
+            raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
+        if not as_dict and halter is None:
+            heads = {}
+        session = generation_session(call, heads, probe_mask, probe_state)
         reply = session.reply
+        if heads:
+            call.change("return_dict_in_generate", True)
         if reply is not None and "disable_compile" not in kwargs:
-            # hooks and a state that grows would only break its graphs
-            generation_config = with_setting(generation_config, kwargs, "disable_compile", True)
+            call.change("disable_compile", True)  # hooks and a state that grows would only break its graphs
         with open_session(self, kwargs.get("assistant_model"), session):
             if halter is None:
-                output = super().generate(inputs, generation_config, **kwargs)
+                output = super().generate(inputs, call.generation_config, **kwargs)
             else:
-                run = HaltingRun(self, halter, session, halt_reply, generation_config, kwargs)
-                output = run.generate(super().generate, inputs)
+                output = HaltingRun(call, halter, session, halt_reply).generate(super().generate)
         if not heads:
             return output
-        halts = None if halter is None else halter.halts
-        probed = with_probes(output, session, reply, configs, halts, inputs, kwargs)
+        probed = with_probes(call, output, session, reply, configs, None if halter is None else halter.halts)
         if levels:
             probed.abstain(levels)
         return probed if as_dict else probed.sequences
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Start continuous batching, also for `generate_batch`, without heads: they cannot read its paged passes."""
+        """Start continuous batching, without heads: they cannot read its paged passes."""
         if self._active_probes:
             raise ProbeError(PAGED)
         return super().init_continuous_batching(*args, **kwargs)

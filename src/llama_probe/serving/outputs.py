@@ -8,13 +8,12 @@ from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar
 
 import torch
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
-from ..heads.novelty import MeanStates, Novelty
+from ..heads.novelty import Novelty
 from .cache import ProbeCache
 
 
@@ -93,14 +92,13 @@ class ProbedOutputMixin(DecidedMixin):
 
         With `abstain_at` a prompt of a larger novelty has the label `None`.
         """
-        probs = self.probe_probabilities
-        if probs is None:
+        if self.probe_logits is None:
             return None
         levels = self.abstain_at or {}
         novelty = self.probe_novelty if levels else {}
         return {
-            name: labels(value, self.config_of(name), novelty.get(name), levels.get(name))
-            for name, value in probs.items()
+            name: labels(probs, self.config_of(name), novelty.get(name), levels.get(name))
+            for name, probs in self.probe_probabilities.items()
         }
 
     @property
@@ -114,7 +112,7 @@ class ProbedOutputMixin(DecidedMixin):
         """
         if not self.probe_mean_states:
             return None
-        novelties = self.__dict__.get("_probe_novelties", {})
+        novelties = self.__dict__.get("_probe_novelties")
         if not novelties:
             raise ProbeError("this output has lost its heads (a copy or a gather does that), and so their novelty")
         return {name: novelties[name](*means) for name, means in self.probe_mean_states.items()}
@@ -130,13 +128,12 @@ class ProbedOutputMixin(DecidedMixin):
         return {name: probabilities(each, self.config_of(name)) for name, each in logits.items()}
 
 
-_LOGITS = "dict[str, torch.Tensor] | None"
 # Fields that an output of the LM gets, with their types.
 PROBED_FIELDS = {
-    "probe_logits": _LOGITS,
+    "probe_logits": "dict[str, torch.Tensor] | None",
     "probe_mean_states": "dict[str, tuple[torch.Tensor, torch.Tensor]] | None",
     "probe_halts": "list[Halt | None] | None",
-    "probe_token_logits": _LOGITS,
+    "probe_token_logits": "dict[str, torch.Tensor] | None",
     "probe_state": "ProbeCache | None",
     "texts": "list[str] | None",
 }
@@ -154,20 +151,12 @@ def _make(base: type[ModelOutput]) -> type[ModelOutput]:
         f"Probed{base.__name__}",
         [(name, kind, None) for name, kind in PROBED_FIELDS.items()],
         bases=(ProbedOutputMixin, base),
-        namespace={
-            "__module__": __name__,
-            "__doc__": f"{base.__name__} with `probe_logits`: logits by head name.",
-            "_plain_class": base,
-        },
+        namespace={"__module__": __name__, "__doc__": f"{base.__name__} with results of heads.", "_plain_class": base},
     )
 
 
 def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
     return probed_output_class(base)(*values)
-
-
-ProbedGenerateDecoderOnlyOutput = probed_output_class(GenerateDecoderOnlyOutput)
-ProbedGenerateBeamDecoderOnlyOutput = probed_output_class(GenerateBeamDecoderOnlyOutput)
 
 
 def with_results(
@@ -180,19 +169,21 @@ def with_results(
     texts: list[str] | None = None,
 ) -> ModelOutput:
     """Return a copy of an LM's output with the results of its heads."""
-    means: dict[str, MeanStates] = {}
-    if results is not None:
-        means = {name: each.means for name, each in results.items() if each.means is not None}
-    found = {"probe_logits": logits_of(results), "probe_halts": halts, "probe_token_logits": token_logits}
-    found |= {"probe_state": state, "texts": texts}
-    found["probe_mean_states"] = {name: (each.total, each.count) for name, each in means.items()} or None
-    probed = probed_output_class(type(output))(**output, **found)
+    means = {name: each.means for name, each in (results or {}).items() if each.means is not None}
+    probed = probed_output_class(type(output))(
+        **output,
+        probe_logits=_logits(results),
+        probe_mean_states={name: (each.total, each.count) for name, each in means.items()} or None,
+        probe_halts=halts,
+        probe_token_logits=token_logits,
+        probe_state=state,
+        texts=texts,
+    )
     probed.remember(configs, {name: each.of for name, each in means.items()})
     return probed
 
 
-def logits_of(results: dict[str, ProbeOutput] | None) -> dict[str, torch.Tensor] | None:
-    """Return the logits of each head's result."""
+def _logits(results: dict[str, ProbeOutput] | None) -> dict[str, torch.Tensor] | None:
     return None if results is None else {name: each.logits for name, each in results.items()}
 
 
@@ -201,13 +192,8 @@ def with_scores(
     results: dict[str, ProbeOutput] | None,
     configs: dict[str, ProbeConfig],
     state: ProbeCache | None = None,
-    state_asked: bool = False,
 ) -> ModelOutput | tuple:
-    """Return the output of `forward` with the results of its heads.
-
-    A tuple gets the logits as its last entry, and after them the state if `state_asked`.
-    """
+    """Return the output of `forward` with the results of its heads. A tuple gets the logits as its last entry."""
     if isinstance(output, ModelOutput):
         return with_results(output, results, configs, state=state)
-    logits = logits_of(results)
-    return (*output, logits, state) if state_asked else (*output, logits)
+    return (*output, _logits(results))

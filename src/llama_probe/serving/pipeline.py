@@ -39,16 +39,9 @@ TASK = "probed-text-generation"
 class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
 
-    Takes the arguments of `TextGenerationPipeline` - raw texts, or chats for the chat template; one or a list of them;
-    `batch_size` and arguments of `generate` - and returns the same dicts with one more key, `"probes"`, by head name:
-
-    - `{"label": name, "score": its probability, "scores": {label: probability}}`,
-    - for multi-label heads the same, with a list of labels and a list of their probabilities,
-    - for regression heads `{"score": value}`, or `{"scores": {label: value}}` for several outputs.
-
-    Heads that tell how unlike their training data a prompt is add `"novelty"`. With `abstain_at=` they may give no label.
-    With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no
-    `tokenizer=` here.
+    It takes and returns what `TextGenerationPipeline` does. Its records have one more key, `"probes"`: by head name what
+    `verdict` returns. Heads that tell how unlike their training data a prompt is add `"novelty"`. With `halt_on=` there is
+    `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no `tokenizer=` here.
 
     Heads that read replies alone (`token_scope="response"`) give their score of the sequence as far as the LM has read it,
     or `None` if no token of it was read. The scores of other heads are the same for every sequence of a prompt. With
@@ -57,9 +50,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     Args:
         model: a loaded causal LM, which gets the heads in place. `pipeline(...)` takes a path or a Hub id.
         tokenizer: not changed; the pipeline uses a copy that pads on the left.
-        probe: heads; see `LlamaForProbedGeneration.from_pretrained`. Heads that the model already has run as well.
-        probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
-        probe_strict: raise instead of warn if a head was trained on another backbone.
+        probe, probe_revision, probe_namespace, probe_strict: see `LlamaForProbedGeneration.from_pretrained`. Heads that the
+            model already has run as well.
         kwargs: those of `TextGenerationPipeline`.
 
     Raises:
@@ -78,9 +70,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         **kwargs,
     ):
         if probe is not None:
-            base = without_peft(model)
             # If one repository has both, the head is taken from the backbone's commit.
-            target = replace(target_of(base), revision=getattr(base.config, "_commit_hash", None))
+            target = replace(target_of(model), revision=getattr(model.config, "_commit_hash", None))
             probe = read_heads(probe, target, HubOptions(probe_revision), probe_namespace)
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
         _name_classes(model.config)
@@ -90,10 +81,10 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         """Accept the probed classes, which transformers does not list."""
 
     def _forward(self, model_inputs, **generate_kwargs):
-        # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
-        listener = _Listener(self.model, getattr(self, "generation_config", None))
         if isinstance(generate_kwargs.get("halt_reply"), str):
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
+        # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
+        listener = _Listener(self.model, getattr(self, "generation_config", None))
         twin = copy.copy(self)
         twin.model = listener
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
@@ -111,29 +102,23 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
 class ProbedTextClassificationPipeline(TextClassificationPipeline):
     """`TextClassificationPipeline` of a model with heads: `pipeline("text-classification", model=...)`.
 
-    `model` is the folder or Hub id of a head, or a loaded model with heads. Takes texts and chats, rendered in the head's own
-    format, and `top_k` and `batch_size` as usual. The first label is the one that the head gives with its threshold; its score
-    is its probability. Regression heads give their value as the score. With `abstain_at=0.99` a text of a larger novelty gets the
-    label and the score `None` first.
-
-    Args:
-        probe: name of the head, if several are active.
-        kwargs: those of `TextClassificationPipeline`.
+    `model` is the folder or Hub id of a head, or a loaded model with heads; `probe` names one of several. Takes texts and chats,
+    rendered in the head's own format, and `top_k` and `batch_size` as usual. The first label is the one that the head gives with
+    its threshold; its score is its probability. Regression heads give their value as the score. With `abstain_at=0.99` a text of
+    a larger novelty gets the label and the score `None` first.
 
     Raises:
         ProbeError: it is not clear which head is meant.
     """
 
     def __init__(self, model: ProbedGenerationMixin, tokenizer=None, *, probe: str | None = None, **kwargs):
-        if probe is None and len(model.active_probes) != 1:
-            raise ProbeError(f"name one head, probe=NAME: {', '.join(model.active_probes) or 'none is active'}")
-        self.probe = model.active_probes[0] if probe is None else probe
-        if self.probe not in model.probes:
-            raise ProbeError(f"no head {self.probe!r} is attached; attached: {', '.join(model.probes)}")
+        heads = model._active_heads(probe)
+        if len(heads) != 1:
+            raise ProbeError(f"name one head, probe=NAME: {', '.join(heads) or 'none is active'}")
+        self.probe = next(iter(heads))
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
 
-    def check_model_type(self, supported_models) -> None:
-        """Accept the probed classes, which transformers does not list."""
+    check_model_type = ProbedTextGenerationPipeline.check_model_type
 
     @property
     def _config(self) -> ProbeConfig:
@@ -173,7 +158,7 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         return records[0] if top_k == 1 and _legacy else records[:top_k]
 
 
-def _for_probed(plain: type[Pipeline], probed: type[Pipeline]) -> type[Pipeline]:
+def _either(plain: type[Pipeline], probed: type[Pipeline]) -> type[Pipeline]:
     """Return a class that makes the probed pipeline for a model with heads, and else the plain one."""
 
     def create(cls, *args, **kwargs):
@@ -183,13 +168,6 @@ def _for_probed(plain: type[Pipeline], probed: type[Pipeline]) -> type[Pipeline]
         return (probed if has_heads else plain)(*args, **kwargs)
 
     return type(plain.__name__, (plain,), {"__new__": create, "__module__": __name__, "__doc__": plain.__doc__})
-
-
-# Tasks of transformers that also take models with heads.
-_TASKS = {
-    "text-classification": (TextClassificationPipeline, ProbedTextClassificationPipeline),
-    "text-generation": (TextGenerationPipeline, ProbedTextGenerationPipeline),
-}
 
 
 class _Listener:
@@ -209,7 +187,7 @@ class _Listener:
         self.output = output = self.model.generate(*args, **kwargs)
         if not isinstance(output, ModelOutput):
             return output
-        # Some versions split every field of an output by rows, which fails for a dict.
+        # Some versions of transformers split every field of an output by rows, which fails for a dict.
         return ModelOutput({name: value for name, value in output.items() if name not in PROBED_FIELDS})
 
 
@@ -220,16 +198,16 @@ def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[
         labels, novelty = output.probe_labels, output.probe_novelty or {}
         for name, probabilities in output.probe_probabilities.items():
             for i, row in enumerate(rows):
-                probs = probabilities[i // copies].tolist()
-                row["probes"][name] = verdict(labels[name][i // copies], probs, output.config_of(name))
+                said = verdict(labels[name][i // copies], probabilities[i // copies].tolist(), output.config_of(name))
+                row["probes"][name] = said
                 if name in novelty:
-                    row["probes"][name]["novelty"] = float(novelty[name][i // copies])
-    for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
-        if name not in output.probe_logits:
-            config = output.config_of(name)
-            for row, said in zip(rows, reply_outputs(logits, config), strict=True):
-                found = None if said is None else verdict(said.labels[0], said.probabilities[0].tolist(), config)
-                row["probes"][name] = found
+                    said["novelty"] = float(novelty[name][i // copies])
+        for name, logits in (output.probe_token_logits or {}).items():
+            if name not in output.probe_logits:
+                config = output.config_of(name)
+                for row, last in zip(rows, reply_outputs(logits, config), strict=True):
+                    said = None if last is None else verdict(last.labels[0], last.probabilities[0].tolist(), config)
+                    row["probes"][name] = said
     halts = getattr(output, "probe_halts", None) or []  # one a prompt or a row
     for i, row in enumerate(rows if halts else []):
         halt = halts[i * len(halts) // len(rows)]
@@ -239,14 +217,11 @@ def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[
 
 def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer, or a copy of it with the padding side and pad token that batches need."""
-    if tokenizer is None:
-        return None
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.padding_side != "left":
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.padding_side = "left"
+    if tokenizer is None or (tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
@@ -265,5 +240,8 @@ def register() -> None:
     PIPELINE_REGISTRY.register_pipeline(TASK, ProbedTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text")
     # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
     del ProbedTextGenerationPipeline._registered_impl
-    for task, classes in _TASKS.items():
-        tasks[task] = {**tasks[task], "impl": _for_probed(*classes)}
+    for task, plain, probed in (
+        ("text-classification", TextClassificationPipeline, ProbedTextClassificationPipeline),
+        ("text-generation", TextGenerationPipeline, ProbedTextGenerationPipeline),
+    ):
+        tasks[task] = {**tasks[task], "impl": _either(plain, probed)}

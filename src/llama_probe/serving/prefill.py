@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ class PrefillSession:
 
     Args:
         heads: the heads that read along, by name.
+        decoder: the LM's decoder; not needed without heads.
         inputs: whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`. Empty if nothing is to be read.
         probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
         past: leading prompt tokens that the KV cache holds already.
@@ -39,13 +40,12 @@ class PrefillSession:
         return_state: keep the heads' states, for `probe_cache`.
         partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
         output_attentions: also give token and layer weights.
-        placeholder_ids: see `prompt_masks`.
+        differentiable: the results have gradients, to the heads and to the LM.
 
     Attributes:
         on_complete: called with the results, once, at the end of the pass that completes the prompt.
         reply: reads the passes after that; `None` if no head does.
         cache: the LM's KV cache. Set after each forward pass.
-        decoder: the LM's decoder, if it stays the same for all passes.
 
     Raises:
         ProbeError: a prompt cannot be scored.
@@ -54,6 +54,7 @@ class PrefillSession:
     def __init__(
         self,
         heads: dict[str, ProbeModel],
+        decoder: Decoder | None,
         inputs: Mapping[str, Any],
         probe_mask: torch.Tensor | None = None,
         *,
@@ -62,26 +63,23 @@ class PrefillSession:
         return_state: bool = False,
         partial_prompt: bool = False,
         output_attentions: bool = False,
-        placeholder_ids: Sequence[int] = (),
+        differentiable: bool = False,
     ):
         ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         configs, masks = {name: head.config for name, head in heads.items()}, {}
         self.prompts = self.length = 0
         if heads or inputs:
-            masks = prompt_masks(
-                configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past
-            )
+            given = (ids, embeds, attention_mask, probe_mask, partial_prompt)
+            masks = prompt_masks(configs, *given, decoder.placeholder_ids, past)
             self.prompts, self.length = (embeds if ids is None else ids).shape[:2]
-        self.heads, self.masks = heads, masks
+        self.heads, self.decoder, self.masks = heads, decoder, masks
         self.input_ids, self.attention_mask = ids, attention_mask
         self.seen = past
         self.return_state, self._partial_prompt = return_state, partial_prompt
         self.cache: Cache | None = None
-        self.decoder: Decoder | None = None
         states = {}
         if earlier is not None:
-            earlier.check_length(past)
-            states = earlier.resume(heads, masks, ids, self._attended())
+            states = earlier.resume(heads, masks, ids, self._attended(), past)
         if not partial_prompt:
             for mask in {id(mask): mask for mask in masks.values()}.values():
                 check_rows(mask)
@@ -91,7 +89,7 @@ class PrefillSession:
                 hint = "pass probe_state= of the call that filled it, or the whole prompt without a cache"
                 raise ProbeError(f"the cache holds {past} tokens, and head {name!r} has not read them: {hint}")
         keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
-        self._reader = StateReader(heads, states, keep, output_attentions)
+        self._reader = StateReader(heads, states, keep, output_attentions, differentiable)
         self._taken: dict[str, ProbeOutput] | None = None
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: Any = None  # a ReplySession, which knows this class
@@ -107,11 +105,8 @@ class PrefillSession:
         return (self.reply or False) if self.complete else self
 
     @contextmanager
-    def reading(self, decoder: Decoder, inputs: dict[str, Any]):
-        """Read the states of one forward pass of the LM, which is about to run over `inputs`.
-
-        Yields:
-            The arguments with which it must run.
+    def reading(self, inputs: dict[str, Any]):
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`. Yield its arguments.
 
         Raises:
             ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
@@ -121,12 +116,10 @@ class PrefillSession:
         cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
         masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
         self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
-        with capturing(decoder, self._reader.on_state, self._reader.layers):
-            yield decoder.whole(inputs)
+        with capturing(self.decoder, self._reader.on_state, self._reader.layers):
+            yield self.decoder.whole(inputs)
         self._reader.end()
-        self.seen = stop
-        if self.complete and self.on_complete is not None:
-            self.on_complete(self.results())
+        self._advance(stop)
 
     def _expect(self, inputs: dict[str, Any]) -> tuple[int, int]:
         """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'."""
@@ -144,21 +137,19 @@ class PrefillSession:
             raise ProbeError(f"the decoding method does not run the LM over the prompt as it was given ({hint})")
         return repeats, width
 
-    def scores_alone(self, rows: int, columns: int) -> bool:
-        """Return True if one pass over `rows` and `columns` need only give scores; see `take`."""
-        whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
-        return whole and not self.return_state and self.reply is None
-
     def take(self, output: Any, inputs: dict[str, Any]) -> None:
         """Take the results in the output of a compiled pass over `inputs`, in place of `reading` it."""
         self._expect(inputs)
-        self._taken = {
-            name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in output.probe_logits.items()
-        }
+        self._taken = {}
+        for name, logits in output.probe_logits.items():
+            self._taken[name] = ProbeOutput.from_logits(logits, self.heads[name].config)
         for name, means in (output.probe_mean_states or {}).items():
             self._taken[name].remember_means(MeanStates(self.heads[name].novelty, *means))
-        self.seen = self.length
-        if self.on_complete is not None:
+        self._advance(self.length)
+
+    def _advance(self, seen: int) -> None:
+        self.seen = seen
+        if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:
@@ -182,11 +173,11 @@ class PrefillSession:
         tokens: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> ProbeCache:
-        """Return what the heads keep of the prompts, once the LM has run over them. Needs `return_state`, and ids.
+        """Return what the heads keep of the prompts, and of replies to them. Needs `return_state`, and ids.
 
         Args:
-            states: token-stage states of the prompts and of replies to them, by name.
-            tokens, token_mask (`[rows, reply_tokens]`): ids of these replies, and which of them count.
+            states: token-stage states behind the replies, by name. Defaults to no reply.
+            tokens, token_mask (`[rows, reply_tokens]`): ids of the replies, and which of them count.
         """
         if states is None:
             states = {name: self.state(name) for name in self.heads}
@@ -229,17 +220,18 @@ def traced_reader(
         `None` if the pass is not over whole prompts, or more than their scores is asked for.
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if session is None and ((ids is None and embeds is None) or cached_tokens(inputs)):
+    if (ids is None and embeds is None) or (session is None and cached_tokens(inputs)):
         return None
     rows, columns = (embeds if ids is None else ids).shape[:2]
     configs = {name: head.config for name, head in heads.items()}
     if session is None:
         attention_mask, placeholders = inputs.get("attention_mask"), _placeholder_ids(lm)
         masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
-    elif session.scores_alone(rows, columns):
-        masks = session.masks
     else:
-        return None
+        masks = session.masks
+        whole = session.seen == 0 and columns == session.length and rows % session.prompts == 0
+        if not whole or session.return_state or session.reply is not None:
+            return None
     if not _stay_in_layers(lm):
         return None
     reader = StateReader(heads)

@@ -39,6 +39,7 @@ class StateReader:
         states: token-stage states to resume, by head name; see `ProbeState.joined`. Other heads start anew.
         keep: names of the heads whose state is kept after the last token.
         output_attentions: also give token and layer weights.
+        differentiable: the results have gradients, to the heads and to the LM.
 
     Attributes:
         layers: indices of the states that are read.
@@ -50,6 +51,7 @@ class StateReader:
         states: Mapping[str, Any] | None = None,
         keep: Collection[str] = (),
         output_attentions: bool = False,
+        differentiable: bool = False,
     ):
         self.heads = dict(heads)
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
@@ -57,10 +59,10 @@ class StateReader:
             if head.device.type == "meta":
                 raise ProbeError(f"head {name!r} has no weights: offload the LM (accelerate) before heads come")
         self.states: dict[str, ProbeState] = {
-            name: head.init_state((states or {}).get(name), name in keep, output_attentions)
+            name: head.init_state((states or {}).get(name), name in keep, output_attentions, differentiable)
             for name, head in self.heads.items()
         }
-        self._whole = output_attentions
+        self._whole, self._differentiable = output_attentions, differentiable
         self._masks: dict[str, torch.Tensor | None] = {}
         self._rows, self._columns = slice(None), slice(None)
         self._last = True
@@ -135,7 +137,7 @@ class StateReader:
         del states
         if not x.shape[2]:
             return
-        with torch.no_grad():  # the LM's own gradients, where it is trained, are none of the heads'
+        with torch.set_grad_enabled(self._differentiable):
             prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
             inputs = {}
             for name, head in self.heads.items():

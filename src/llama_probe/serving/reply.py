@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..backbone.capture import capturing
-from ..backbone.decoder import Decoder
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
+from .arguments import GenerateCall
 from .cache import ProbeCache
 from .outputs import TokenScores
 from .reader import StateReader
@@ -25,43 +25,33 @@ class ReplyRecorder:
 
     Args:
         prompt: the session of the prompts; it has the states of its heads.
-        eos_token_ids: tokens that end a reply.
     """
 
     _CHUNK = 16
 
-    def __init__(self, prompt: Any, eos_token_ids: Sequence[int] = ()):
+    def __init__(self, prompt: Any):
         self.prompt = prompt
         self.heads = {name: head for name, head in prompt.heads.items() if not head.config.skips_replies}
         self.layers: Collection[int] = {layer for head in self.heads.values() for layer in head.layer_indices}
-        self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
-        self._open: torch.Tensor | None = None
         self._reader: StateReader | None = None
         self._states: dict[str, Any] = {}
         self._waiting: list[dict[int, torch.Tensor]] = []
         self._tokens: list[torch.Tensor] = []
         self._token_masks: list[torch.Tensor] = []
 
-    def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
-        """Begin once, with one row per prompt or return sequence. `closed` rows have no reply."""
-        if self._open is not None:
-            return
-        repeats = rows // self.prompt.prompts
-        self._states = {name: self.prompt.state(name, repeats) for name in self.prompt.heads}
-        self._reader = StateReader(self.heads, self._states, keep=self.heads)
-        self._open = torch.ones(rows, dtype=torch.bool)
-        if closed is not None:
-            self._open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
+    def _start(self, rows: int) -> None:
+        if self._reader is None:
+            repeats = rows // self.prompt.prompts
+            self._states = {name: self.prompt.state(name, repeats) for name in self.prompt.heads}
+            self._reader = StateReader(self.heads, self._states, keep=self.heads)
 
-    def begin(self, tokens: torch.Tensor, scored: torch.Tensor) -> None:
-        """Announce one more token a row: its id, `[rows]`, and whether it is scored."""
-        self._open = self._open.to(tokens.device)
-        ends = torch.isin(tokens, self._ends.to(tokens.device))
+    def begin(self, tokens: torch.Tensor, token_mask: torch.Tensor) -> None:
+        """Announce one more token a row: its id, and whether it counts, `[rows]`."""
+        self._start(len(tokens))
         if len(self._waiting) > self._CHUNK:
             self._read(self._CHUNK)
-        self._token_masks.append(self._open & (scored | ends))
-        self._open = self._open & ~ends
         self._tokens.append(tokens)
+        self._token_masks.append(token_mask)
         self._waiting.append({})
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
@@ -83,7 +73,7 @@ class ReplyRecorder:
 
     def probe_cache(self, rows: int, length: int) -> ProbeCache:
         """Return the state of the heads over prompts and replies, for a KV cache of `rows` rows and `length` tokens."""
-        self.start(rows)
+        self._start(rows)
         taken_back = max(0, self.prompt.length + len(self._tokens) - length)
         self._read(max(0, len(self._waiting) - taken_back))
         count = len(self._tokens) - len(self._waiting)
@@ -133,21 +123,13 @@ class ReplySession:
         self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
         self._steps = 0
 
-    @property
-    def decoder(self) -> Decoder | None:
-        """The LM's decoder; see `PrefillSession`."""
-        return self.prompt.decoder
-
     def end(self, rows: Sequence[bool]) -> None:
         """Score no further token of these rows: one entry a prompt or a row."""
         self._ended = torch.tensor(list(rows))
 
     @contextmanager
-    def reading(self, decoder: Decoder, inputs: dict[str, Any]):
+    def reading(self, inputs: dict[str, Any]):
         """Read the states of one forward pass of the LM, which is about to run over `inputs`, and score its last token.
-
-        Yields:
-            The arguments with which it must run.
 
         Raises:
             ProbeError: the pass is not over one more token of each reply.
@@ -164,26 +146,24 @@ class ReplySession:
             self._reader = StateReader(self.heads, states, keep=self.heads)
         if self._capture is None:
             layers = self._reader.layers | (set() if self.recorder is None else set(self.recorder.layers))
-            self._capture = capturing(decoder, self._on_state, layers)
+            self._capture = capturing(self.prompt.decoder, self._on_state, layers)
             self._capture.__enter__()
-        if self.recorder is not None:
-            self.recorder.start(rows, self._ended)
-        tokens = ids[:, -1]
-        token_mask = self._count(tokens)
-        if self.recorder is not None:
-            self.recorder.begin(tokens, token_mask)
-        mask = token_mask[:, None]
-        self._reader.begin(dict.fromkeys(self.heads, mask))
+        token_mask = self._count(ids[:, -1])
+        self._reader.begin(dict.fromkeys(self.heads, token_mask[:, None]))
         self._reading = True
         try:
             yield inputs
         finally:
             self._reading = False
         self._reader.end()
-        scores = self._score(token_mask)
+        outputs = self._reader.results()
+        for name, output in outputs.items():
+            unread = ~token_mask.to(output.logits.device)[:, None]
+            output.logits = output.logits.masked_fill(unread, float("nan"))
+            self._logits[name].append(output.logits)
         self._steps += 1
         if self.on_token is not None:
-            self.on_token(scores)
+            self.on_token(TokenScores(self._steps - 1, outputs, token_mask))
 
     def _on_state(self, layer: int, hidden: torch.Tensor) -> None:
         if self._reading:
@@ -200,24 +180,19 @@ class ReplySession:
             self._capture = None
 
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return which of these tokens, one a row, belong to a reply: `[rows]`."""
-        if self._live is None:
-            self._live = torch.ones_like(tokens, dtype=torch.bool)
-        if self._ended is not None:
-            ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
-            self._live, self._ended = self._live & ~ended, None
-        self._live = self._live & ~torch.isin(tokens, self._ends.to(tokens.device))
-        if self._pad is None or len(tokens) == 1:  # the end of the only reply is the end of all passes
-            return self._live
-        return self._live & (tokens != self._pad)
-
-    def _score(self, token_mask: torch.Tensor) -> TokenScores:
-        outputs = self._reader.results()
-        for name, output in outputs.items():
-            unread = ~token_mask.to(output.logits.device)[:, None]
-            output.logits = output.logits.masked_fill(unread, float("nan"))
-            self._logits[name].append(output.logits)
-        return TokenScores(self._steps, outputs, token_mask)
+        """Return which of these tokens, one a row, belong to a reply, `[rows]`, and announce them to the recorder."""
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended = ended.repeat_interleave(len(tokens) // len(ended)).to(tokens.device)
+        if self._live is None:  # a prompt that was halted has no reply
+            self._live = torch.ones_like(tokens, dtype=torch.bool) if ended is None else ~ended
+        live, ends = self._live, torch.isin(tokens, self._ends.to(tokens.device))
+        self._live = live & ~ends if ended is None else live & ~ends & ~ended
+        # The end of the only reply is the end of all passes.
+        counted = self._live if self._pad is None or len(tokens) == 1 else self._live & (tokens != self._pad)
+        if self.recorder is not None:
+            self.recorder.begin(tokens, counted | (live & ends))
+        return counted
 
     def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
         """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted.
@@ -234,20 +209,17 @@ class ReplySession:
         }
 
 
-# Settings of generate() under which its passes are not over one more token of each reply.
-_BEAMS = ("num_beams", "num_beam_groups", "constraints", "force_words_ids")
-_CANDIDATES = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha")
-_OTHERS = ("dola_layers", "custom_generate")
+# Settings of generate() under which its passes are not over one more token of each reply. 1 is the default of the first two.
+_NOT_FOLLOWED = (
+    *("num_beams", "num_beam_groups", "constraints", "force_words_ids"),
+    *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha"),
+    *("dola_layers", "custom_generate"),
+)
 
 
-def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
-    """Raise `ProbeError` if heads cannot follow the replies that a call of `generate()` writes.
-
-    Args:
-        what: the reason why they are to follow.
-        setting: gives what the call uses for a setting, by its name; `None` if nothing says.
-    """
-    for name in (*_BEAMS, *_CANDIDATES, *_OTHERS):
-        value = setting(name)
-        if value and not (name in _BEAMS and value == 1):
+def refuse_not_followed(what: str, call: GenerateCall) -> None:
+    """Raise `ProbeError` if heads cannot follow the replies that a call writes. `what` is why they are to follow."""
+    for name in _NOT_FOLLOWED:
+        value = call.setting(name)
+        if value and not (value == 1 and name in ("num_beams", "num_beam_groups")):
             raise ProbeError(f"{name} cannot be used with {what}: leave it out, for greedy search or sampling")

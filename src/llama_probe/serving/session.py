@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..backbone.cache import cached_tokens
-from ..backbone.decoder import find_decoder, without_peft
+from ..backbone.decoder import Decoder, find_decoder, without_peft
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
-from .arguments import generation_setting, token_ids
+from .arguments import GenerateCall, token_ids
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .outputs import Halt, with_results
 from .prefill import PrefillSession
@@ -26,6 +24,11 @@ from .reply import ReplyRecorder, ReplySession, refuse_not_followed
 
 logger = logging.get_logger(__name__)
 
+_NOT_SCORED = (
+    "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
+    "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
+)
+PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 
 # The generate() call of this thread: (model, its assistant, session). The outermost call of a model decides on heads.
 # Calls that the decoding method makes itself (assistants, early exits) run without them.
@@ -72,10 +75,10 @@ def is_inner_call(model: nn.Module) -> bool:
 
 def forward_session(
     heads: dict[str, ProbeModel],
+    decoder: Decoder,
     kwargs: dict[str, Any],
     probe_mask: torch.Tensor | None,
     probe_state: ProbeCache | bool | None,
-    placeholder_ids: Sequence[int] = (),
 ) -> PrefillSession | None:
     """Return the session of one call of `forward` with the arguments `kwargs`, which hold only the new tokens.
 
@@ -86,7 +89,6 @@ def forward_session(
     keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
     earlier, inputs = probe_state if isinstance(probe_state, ProbeCache) else None, kwargs
     if earlier is not None:
-        earlier.check_length(past)
         whole = earlier.followed_by(ids, kwargs.get("attention_mask"))
         inputs = dict(zip(("input_ids", "attention_mask"), whole, strict=True))
     elif past:
@@ -97,110 +99,85 @@ def forward_session(
         return None
     keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
     return PrefillSession(
-        heads,
-        inputs,
-        probe_mask,
-        past=past,
-        earlier=earlier,
-        return_state=keep,
-        partial_prompt=keep,
-        placeholder_ids=placeholder_ids,
+        heads, decoder, inputs, probe_mask, past=past, earlier=earlier, return_state=keep, partial_prompt=keep
     )
 
 
 def generation_session(
-    model: PreTrainedModel,
+    call: GenerateCall,
     heads: dict[str, ProbeModel],
-    inputs: torch.Tensor | None,
-    generation_config: GenerationConfig | None,
-    kwargs: dict[str, Any],
     probe_mask: torch.Tensor | None,
     probe_state: ProbeCache | bool | None,
 ) -> PrefillSession:
-    """Return the session of one call of `generate()` with these arguments."""
+    """Return the session of one call of `generate()`."""
     if not heads:
         refuse_without_heads(probe_state)
-        return PrefillSession({}, {})
-
-    def setting(name: str):
-        return generation_setting(model, generation_config, kwargs, name)
-
-    if setting("cache_implementation") == "paged":
+        return PrefillSession({}, None, {})
+    if call.setting("cache_implementation") == "paged":
         raise ProbeError(PAGED)
-    if setting("token_healing"):
+    if call.setting("token_healing"):
         raise ProbeError("token_healing rewrites the end of the prompt behind the heads; switch one of them off")
-    embeds = kwargs.get("inputs_embeds")
-    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    ids, embeds = call.inputs, call.kwargs.get("inputs_embeds")
+    if ids is None:
+        ids = call.kwargs.get("input_ids")
     if embeds is not None:
         ids = None  # generate() ignores ids beside embeddings, but for bookkeeping
-    elif isinstance(inputs, torch.Tensor) and inputs.dim() == 3:
-        ids, embeds = None, inputs
-    mask = kwargs.get("attention_mask")
+    elif isinstance(ids, torch.Tensor) and ids.dim() == 3:
+        ids, embeds = None, ids
+    mask = call.kwargs.get("attention_mask")
     if mask is None and isinstance(ids, torch.Tensor):  # anything else is refused with the other tensors
-        mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
-    keep = asks_for_state(probe_state, ids, setting("use_cache"))
-    decoder = find_decoder(model)
+        mask = _mask_from_padding(ids, call)
+    keep = asks_for_state(probe_state, ids, call.setting("use_cache"))
     followers = {name: head for name, head in heads.items() if head.config.reads_reply}
     if followers:
-        refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", setting)
+        refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", call)
     if keep:
-        refuse_not_followed("probe_state, for which heads read the reply", setting)
+        refuse_not_followed("probe_state, for which heads read the reply", call)
     session = PrefillSession(
         {name: head for name, head in heads.items() if head.config.token_scope != "response"},
+        find_decoder(call.model),
         {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask},
         probe_mask,
-        past=cached_tokens(kwargs),
+        past=cached_tokens(call.kwargs),
         earlier=probe_state if isinstance(probe_state, ProbeCache) else None,
         return_state=keep,
-        placeholder_ids=decoder.placeholder_ids,
     )
-    session.decoder = decoder
     if followers or keep:
-        ends, pad = token_ids(setting("eos_token_id")), None
-        if setting("stop_strings") or kwargs.get("stopping_criteria"):
-            pad = next(iter(token_ids(setting("pad_token_id"))), None)
-        recorder = ReplyRecorder(session, ends) if keep else None
-        session.reply = ReplySession(followers, session, ends, pad, recorder)
+        ends, pad = token_ids(call.setting("eos_token_id")), None
+        if call.setting("stop_strings") or call.kwargs.get("stopping_criteria"):
+            pad = next(iter(token_ids(call.setting("pad_token_id"))), None)
+        session.reply = ReplySession(followers, session, ends, pad, ReplyRecorder(session) if keep else None)
     return session
 
 
 def with_probes(
+    call: GenerateCall,
     output: Any,
     session: PrefillSession,
     reply: ReplySession | None,
     configs: dict[str, ProbeConfig],
     halts: list[Halt | None] | None,
-    inputs: torch.Tensor | None,
-    kwargs: dict[str, Any],
 ) -> ModelOutput:
-    """Return the output of the plain `generate(inputs, **kwargs)` with what heads say of its prompts and replies."""
+    """Return the output of the plain `generate()` with what heads say of its prompts and replies."""
     results = session.results()
     if not isinstance(output, ModelOutput):
         hint = "let it return a generate output, or pass return_dict_in_generate=False"
         raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
-    ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
     rows, columns = output.sequences.shape
-    new_tokens = columns - (0 if ids is None else ids.shape[1])  # embeddings are not returned
+    new_tokens = columns - (0 if call.input_ids is None else call.input_ids.shape[1])  # embeddings are not returned
     token_logits = state = texts = None
     if reply is not None:
         token_logits = reply.logits(rows, new_tokens) or None
         if reply.recorder is not None:
             state = reply.recorder.probe_cache(rows, cached_tokens(output))
-    if (tokenizer := kwargs.get("tokenizer")) is not None:
+    if (tokenizer := call.kwargs.get("tokenizer")) is not None:
         texts = tokenizer.batch_decode(output.sequences[:, columns - new_tokens :], skip_special_tokens=True)
     return with_results(output, results, configs, halts, token_logits, state, texts)
 
 
-_NOT_SCORED = (
-    "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
-    "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
-)
-PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
-
-
-def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
+def _mask_from_padding(input_ids: torch.Tensor, call: GenerateCall) -> torch.Tensor | None:
     """Return the mask that generate() infers: false for pad ids, unless the pad id is an eos id."""
-    pad = next(iter(token_ids(pad_token_id)), None)
-    if pad is None or pad in token_ids(eos_token_id) or not bool((input_ids == pad).any()):
+    pad = next(iter(token_ids(call.setting("pad_token_id"))), None)
+    if pad is None or pad in token_ids(call.setting("eos_token_id")) or not bool((input_ids == pad).any()):
         return None
     return input_ids != pad

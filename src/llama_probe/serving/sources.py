@@ -16,7 +16,6 @@ from ..hub.resolve import Target, check_name, check_place, default_name, is_alia
 from ..hub.transport import HubOptions, check_within_reach
 
 
-UNNAMED = "probe"
 PROBES_FOLDER = "probes"  # in the folder of a model
 SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
 ProbeSource = str | os.PathLike | ProbeModel
@@ -26,15 +25,20 @@ ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
     """Return the sources of a `probe=` argument by head name: the key of a dict, else see `default_name`.
 
-    A `ProbeModel` without a name is called `UNNAMED`.
+    A `ProbeModel` without a name is called "probe".
     """
-    pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
+    if spec is None:
+        spec = []
+    elif isinstance(spec, (str, os.PathLike, ProbeModel)):
+        spec = [spec]
+    elif not isinstance(spec, (Sequence, Mapping)):
+        raise ProbeError(f"probe= takes a folder, a Hub id, an alias, a list or a dict, not {type(spec).__name__}")
     sources: dict[str, ProbeSource] = {}
-    for name, source in pairs:
+    for name, source in spec.items() if isinstance(spec, Mapping) else [(None, source) for source in spec]:
         if not isinstance(source, ProbeModel):
             check_place(source)
         if name is None:
-            name = UNNAMED if isinstance(source, ProbeModel) else default_name(source)
+            name = "probe" if isinstance(source, ProbeModel) else default_name(source)
         if check_name(name) in sources:
             raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head")
         sources[name] = source
@@ -56,22 +60,18 @@ def read_heads(
     Raises:
         ProbeError: a source is not found or damaged, or a name is not allowed or occurs twice.
     """
-    return {
-        name: source
-        if isinstance(source, ProbeModel)
-        else ProbeModel.from_pretrained(
-            resolve_head(source, target, options, namespace), trust_remote_code=options.trust_remote_code
-        )
-        for name, source in named_sources(spec).items()
-    }
+    heads: dict[str, ProbeModel] = {}
+    for name, source in named_sources(spec).items():
+        if not isinstance(source, ProbeModel):
+            folder = resolve_head(source, target, options, namespace)
+            source = ProbeModel.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        heads[name] = source
+    return heads
 
 
 @dataclass(frozen=True)
 class HeadPlace:
-    """A head whose id stands for a model: the head names its backbone.
-
-    `source` is its folder, Hub id or alias, with its subfolder.
-    """
+    """A head whose id stands for a model. `source` is its folder, Hub id or alias, with its subfolder."""
 
     name: str
     source: str | os.PathLike
@@ -93,10 +93,7 @@ class HeadPlace:
 
 
 def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
-    """Return the head that a folder, a Hub id or an alias names; None if it names none.
-
-    `kwargs` are those of `from_pretrained`; `revision` and `subfolder` are the head's.
-    """
+    """Return the head that a place names, with its `revision` and `subfolder` in `kwargs`; None if it names none."""
     options = HubOptions.beside(kwargs, kwargs.get("revision"))
     try:
         source = with_subfolder(place, kwargs.get("subfolder") or None)
@@ -162,13 +159,3 @@ def load_with_heads(
 def model_of(loaded: Any) -> Any:
     """Return the model that `from_pretrained` gave, be it beside the info of `output_loading_info=True`."""
     return loaded[0] if isinstance(loaded, tuple) else loaded
-
-
-def _as_list(spec: Any) -> list[Any]:
-    if spec is None:
-        return []
-    if isinstance(spec, (str, os.PathLike, ProbeModel)):
-        return [spec]
-    if isinstance(spec, Sequence):
-        return list(spec)
-    raise ProbeError(f"probe= takes a folder, a Hub id, an alias, a list or a dict, not {type(spec).__name__}")

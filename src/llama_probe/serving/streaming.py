@@ -28,12 +28,12 @@ class HoldBackStreamer(BaseStreamer):
         tokens: number of further tokens that must be clear. With 0 a token is shown as soon as it is clear.
 
     Raises:
-        ProbeError: `tokens` is not a whole number from 0.
+        ProbeError: `tokens` is below 0.
     """
 
     def __init__(self, streamer: BaseStreamer, tokens: int = 8):
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ProbeError(f"tokens={tokens!r} must be a whole number from 0")
+        if tokens < 0:
+            raise ProbeError(f"tokens={tokens} must be a whole number from 0")
         self.streamer, self.tokens = streamer, tokens
         self._reset()
 
