@@ -1,10 +1,11 @@
 """What heads keep beside a cache: prompts that go on from there are scored as a whole, and only their new tokens are run."""
 
 import copy
+import gc
 
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts
+from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import hooks_in_passes, passes_of
@@ -24,12 +25,9 @@ KINDS = {
 }
 
 
-def heads(*names):
-    return {name: make_probe(seed=i, **KINDS[name]) for i, name in enumerate(names or KINDS)}
-
-
 def probed(*names, **lm_changes):
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads(*names))
+    heads = {name: make_probe(seed=i, **KINDS[name]) for i, name in enumerate(names or KINDS)}
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads)
 
 
 @pytest.fixture
@@ -323,15 +321,6 @@ class TestHalting:
         assert out.probe_halts[0]
         assert_goes_on(model, out, cached=9)
 
-    def test_a_turn_halts_by_the_score_of_the_whole(self, model, prompts):
-        first = model.generate(prompts[:1], max_new_tokens=3, probe_state=True, eos_token_id=None)
-        ids = torch.cat([first.sequences, make_prompts(1, 4, seed=1)], 1)
-        whole = model.generate(ids, max_new_tokens=1).probe_probabilities["gate"][0, 1]
-        for shift, halted in ((-1e-3, True), (1e-3, False)):
-            kwargs = {"cache": copy.deepcopy(first.cache), "probe_state": first.probe_state}
-            rule = {"gate": {"threshold": float(whole) + shift}}
-            assert bool(model.generate(ids, max_new_tokens=2, halt_on=rule, **kwargs).probe_halts[0]) == halted
-
     def test_one_of_a_batch(self, model, prompts):
         """Behind a prompt that was halted nothing counts: what the LM was made to write there is no reply."""
         out = model.generate(
@@ -396,3 +385,106 @@ def test_a_head_that_was_switched_off_is_left_out(model, prompts):
     ids = torch.cat([second.sequences, prompts], 1)
     with pytest.raises(ProbeError, match="head 'mha' has not read them"):
         model.generate(ids, cache=second.cache, probe_state=second.probe_state)
+
+
+class TestRefusals:
+    """Nothing is run, and nothing is scored in part or by what does not belong to it."""
+
+    @pytest.fixture
+    def first(self, model, prompts):
+        return model.generate(prompts, max_new_tokens=4, probe_state=True, eos_token_id=None)
+
+    @pytest.fixture
+    def ids(self, first):
+        return torch.cat([first.sequences, make_prompts(3, 4, seed=1)], 1)
+
+    def check(self, model, first, ids, words, **kwargs):
+        widths = passes_of(model)
+        call = {"cache": first.cache, "probe_state": first.probe_state, "max_new_tokens": 2, **kwargs}
+        with pytest.raises(ProbeError, match=words):
+            model.generate(ids, **call)
+        assert not widths
+
+    def test_other_tokens(self, model, first, ids):
+        ids[1, 4] = (ids[1, 4] + 1) % VOCAB
+        self.check(model, first, ids, "number 4")
+        self.check(model, first, first.sequences[:, :-1], "at least one new token")
+
+    def test_a_cache_that_was_cropped_or_grew(self, model, first, ids):
+        cache = copy.deepcopy(first.cache)
+        cache.crop(-2)
+        self.check(model, first, ids, "of 12 tokens, and the cache beside it holds 10", cache=cache)
+        with pytest.raises(ProbeError, match="holds 0"):
+            model.classify(ids, probe_state=first.probe_state)
+
+    def test_a_cache_without_its_state(self, model, first, ids):
+        for state in (None, True):
+            self.check(model, first, ids, "pass probe_state=", probe_state=state)
+        with pytest.raises(ProbeError, match="holds 12 tokens"):
+            model(ids[:, 12:], cache=first.cache, probe_state=True)
+
+    def test_other_rows(self, model, first, ids):
+        self.check(model, first, ids[:2], "3 rows, and 2 prompts")
+        with pytest.raises(ProbeError, match="3 rows, and 2 prompts"):
+            model(ids[:2, 12:], cache=first.cache, probe_state=first.probe_state)
+
+    def test_another_mask(self, model, first, ids):
+        mask = torch.ones_like(ids)
+        mask[0, 2] = 0
+        self.check(model, first, ids, "attention_mask: .* number 2", attention_mask=mask)
+        self.check(model, first, ids, "'gate' reads: .* number 2", probe_mask=mask)
+
+    def test_another_head_of_the_same_name(self, model, first, ids):
+        model.delete_probe("gate")
+        model.add_probe("gate", make_probe(seed=5, probe_type="gate"))
+        gc.collect()
+        self.check(model, first, ids, "another head called 'gate'")
+
+    def test_other_weights_of_the_same_head(self, model, first, ids):
+        head, call = model.probes["mha"], {"cache": first.cache, "probe_state": copy.deepcopy(first.probe_state)}
+        head.to(torch.float64).to(torch.float32).requires_grad_(False)  # which changes nothing
+        second = model.generate(ids, max_new_tokens=2, eos_token_id=None, **call)
+        optimizer = torch.optim.SGD(head.requires_grad_().parameters(), lr=1.0)
+        head.classifier.bias.grad = torch.ones_like(head.classifier.bias)
+        optimizer.step()
+        ids = torch.cat([second.sequences, ids[:, -2:]], 1)
+        self.check(model, second, ids, "'mha', or by other weights of it")
+
+    @pytest.mark.parametrize(
+        "kwargs, words",
+        [
+            ({"num_beams": 2}, "num_beams"),
+            ({"use_cache": False}, "use_cache=False"),
+            ({"return_dict_in_generate": False}, "return_dict_in_generate=False"),
+            ({"probe_state": "yes"}, "probe_state is a str"),
+            ({"probes": []}, "none is active"),
+        ],
+    )
+    def test_settings(self, model, prompts, kwargs, words):
+        widths = passes_of(model)
+        with pytest.raises(ProbeError, match=words):
+            model.generate(prompts, max_new_tokens=2, **{"probe_state": True, **kwargs})
+        assert not widths
+
+    def test_embeddings(self, model, prompts):
+        embeds = model.get_input_embeddings()(prompts)
+        with pytest.raises(ProbeError, match="probe_state needs input_ids"):
+            model.generate(inputs_embeds=embeds, probe_state=True)
+
+    def test_classify(self, model):
+        """Positions behind padding in the cache are not known."""
+        ids, mask = make_prompts(1, 6), torch.ones(1, 6, dtype=torch.long)
+        ids[0, :2], mask[0, :2] = 0, 0
+        first = model.generate(ids, attention_mask=mask, max_new_tokens=3, probe_state=True, eos_token_id=None)
+        ids = torch.cat([first.sequences, make_prompts(1, 2, seed=1)], 1)
+        mask = torch.cat([mask, torch.ones(1, 5, dtype=torch.long)], 1)
+        call = {"attention_mask": mask, "cache": first.cache, "probe_state": first.probe_state}
+        with pytest.raises(ProbeError, match="pass position_ids"):
+            model.classify(ids, **call)
+        found = model.classify(ids, position_ids=torch.tensor([[6, 7, 8]]), **call)
+        expected = model.generate(ids, attention_mask=mask, max_new_tokens=1).probe_logits
+        assert_same({name: output.logits for name, output in found.items()}, expected)
+        with pytest.raises(ProbeError, match="output_attentions"):
+            model.classify(ids, position_ids=torch.tensor([[6, 7, 8]]), output_attentions=True, **call)
+        with pytest.raises(ProbeError, match="classify returns no probe_state"):
+            model.classify(ids, probe_state=True)

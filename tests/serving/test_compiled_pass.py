@@ -10,8 +10,6 @@ import torch
 from conftest import HIDDEN, VOCAB, make_lm, make_prompts
 from conftest import make_probe as make_probe_of_any_size
 from functorch.compile import make_boxed_func
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_probe import KINDS
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
@@ -91,19 +89,6 @@ def test_one_graph_gives_the_scores(prompts):
     assert out.probe_labels == expected.probe_labels
 
 
-@given(rows=st.integers(1, 3), length=st.integers(1, 70), seed=st.integers(0, 99))
-@settings(max_examples=3, deadline=None)
-@torch.no_grad()
-def test_any_shape(rows, length, seed):
-    torch._dynamo.reset()
-    model = make_model(forms=[{"probe_type": kind} for kind in ("gate", "mha", "multimax")])
-    ids = make_prompts(rows, length, seed)
-    mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.7
-    mask[:, -1] = True
-    expected, out = model(ids, probe_mask=mask), compiled(model)(ids, probe_mask=mask)
-    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-5, atol=1e-5)
-
-
 @torch.no_grad()
 def test_another_length_is_traced_once_and_its_number_is_none():
     model, counter = make_model(probe_type="gate"), CompileCounter()
@@ -114,11 +99,10 @@ def test_another_length_is_traced_once_and_its_number_is_none():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("tokens", [20, 140])
 @torch.no_grad()
-def test_half_precision(tokens):
+def test_half_precision():
     model = make_model(torch.bfloat16, [{"probe_type": "gate"}, {"probe_type": "mha"}])
-    ids = make_prompts(length=tokens)
+    ids = make_prompts(length=140)
     torch.testing.assert_close(compiled(model)(ids).probe_logits, model(ids).probe_logits, rtol=0.02, atol=0.02)
 
 

@@ -85,33 +85,13 @@ def test_the_card_of_odd_names_and_labels(lm, tmp_path):
     assert len(texts) == 3 and all('a "b" <c>' in found for found in texts) and '# `a "b" <c>`' in card
 
 
-@pytest.mark.parametrize(
-    "changes, template, expected",
-    [
-        ({"prompt_format": "raw"}, True, 'prompt = "Write me'),
-        ({}, False, 'prompt = "Write me'),
-        (
-            {"system_prompt": "Be brief."},
-            True,
-            'prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", ',
-        ),
-    ],
-)
-def test_the_card_shows_prompts_as_its_first_head_was_trained_on_them(lm, tmp_path, changes, template, expected):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template if template else None
-    folder = export(lm, tmp_path / "x", {"toxic": toxic(**changes)}, tokenizer=tokenizer, base_model="org/other")
+@pytest.mark.parametrize("changes, chat", [({"prompt_format": "raw"}, False), ({"system_prompt": "Be brief."}, True)])
+def test_the_card_shows_prompts_as_its_first_head_was_trained_on_them(lm, tmp_path, changes, chat):
+    folder = export(lm, tmp_path / "x", {"toxic": toxic(**changes)}, base_model="org/other")
     card = ModelCard.load(folder / "README.md")
-    assert card.text.count(expected) == 2 and card.data.base_model == "org/other" and card.data.license is None
-    assert ("apply_chat_template" in card.text) == ("system" in expected)
-
-
-@pytest.mark.parametrize("scope", ["prompt", "response"])
-def test_the_code_of_the_card_works_when_pasted(lm, tmp_path, monkeypatch, scope):
-    monkeypatch.chdir(tmp_path)
-    card = export(lm, "x", {"toxic": toxic(token_scope=scope)}) / "README.md"
-    _, with_package, _ = (part.split("```")[0] for part in card.read_text().split("```python\n")[1:])
-    exec(with_package, {})
+    expected = '[{"role": "system", "content": "Be brief."}, {"role": "user", ' if chat else '"Write me'
+    assert card.text.count(f"prompt = {expected}") == 2 and ("apply_chat_template" in card.text) == chat
+    assert card.data.base_model == "org/other" and card.data.license is None
 
 
 def test_the_card_of_a_kind_with_its_own_code(lm, tmp_path, own_kind):
@@ -134,23 +114,19 @@ def test_backbones_in_all_forms(backbone_folder, lm, tmp_path):
     reference = export_repository(lm, tmp_path / "reference", head, tokenizer=make_tokenizer())
     probed = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), {"toxic": head})
     loaded = AutoModelForCausalLM.from_pretrained(backbone_folder)
-    for number, (backbone, options) in enumerate(
-        [
-            (backbone_folder, {"probe": head}),
-            (str(backbone_folder), {"probe": [head]}),
-            (loaded, {"probe": str(head)}),
-            (probed, {"tokenizer": make_tokenizer()}),
-            (reference, {"probe": "toxic"}),
-        ]
-    ):
+    forms = [
+        (str(backbone_folder), {"probe": [head]}),
+        (loaded, {"probe": str(head)}),
+        (probed, {"tokenizer": make_tokenizer()}),
+        (reference, {"probe": "toxic"}),
+    ]
+    for number, (backbone, options) in enumerate(forms):
         folder = export_repository(backbone, tmp_path / str(number), **options)
         for path in reference.rglob("*"):
-            if path.is_file() and path.name != "README.md":
-                same = path.read_bytes() == (folder / path.relative_to(reference)).read_bytes()
-                assert same or path.name == "tokenizer_config.json", path
+            if path.is_file() and path.name not in ("README.md", "tokenizer_config.json"):
+                assert path.read_bytes() == (folder / path.relative_to(reference)).read_bytes(), path
     both = export(probed, tmp_path / "both", {"again": head})
     assert all(read_config(both / name).id2label[1] == "toxic" for name in ("toxic", "again"))
-    assert probed.active_probes == ["toxic"]
     half = export_repository(backbone_folder, tmp_path / "half", head, dtype="bfloat16")
     assert load_file(half / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 

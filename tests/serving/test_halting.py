@@ -108,24 +108,18 @@ def test_the_cache_goes_with_the_output(model, prompts, kwargs):
         gc.enable()
 
 
-def test_without_a_dict(model, prompts):
-    out = model.generate(prompts, max_new_tokens=4, halt_on=flag(0), return_dict_in_generate=False)
-    assert isinstance(out, torch.Tensor) and (out[0, 9:] == PAD).all() and not (out[1, 9:] == PAD).all()
-
-
 @pytest.mark.parametrize("rows", [(0,), (0, 1, 2)])
 def test_fields_that_the_output_was_asked_to_hold(model, prompts, rows):
     """If all are halted, they are there and empty."""
     asked = ("scores", "logits", "attentions", "hidden_states")
-    out = model.generate(
-        prompts, max_new_tokens=4, halt_on=flag(*rows), eos_token_id=None, **{f"output_{name}": True for name in asked}
-    )
+    fields = {f"output_{name}": True for name in asked}
+    out = model.generate(prompts, max_new_tokens=4, halt_on=flag(*rows), eos_token_id=None, **fields)
     assert [len(out[name]) for name in asked] == [out.sequences.shape[1] - prompts.shape[1]] * 4
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
     out = model.generate(prompts, halt_on=flag(*rows), output_scores=True, **beams)
-    tokens = out.sequences.shape[1] - prompts.shape[1]
-    assert out.sequences_scores.shape == (6,) and out.beam_indices.shape == (6, tokens)
-    assert out.logits is None and out.sequences_scores[0] == 0, "no token, or one that had no alternative"
+    assert out.sequences_scores.shape == (6,) and out.sequences_scores[0] == 0, "no token, or one without alternative"
+    tensor = model.generate(prompts, max_new_tokens=4, halt_on=flag(*rows), return_dict_in_generate=False)
+    assert isinstance(tensor, torch.Tensor) and (tensor[0, 9:] == PAD).all()
 
 
 def test_a_config_of_the_model_that_would_not_halt_is_refused(model, passes, prompts):
@@ -222,7 +216,6 @@ class TestPolicies:
             [None, Halt("mood", "awful", 0.7, 0.5), 1],
             (False, True, True),
             torch.tensor([False, True, True]),
-            np.array([0, 1, 1]),
             [torch.tensor([0]), np.bool_(True), np.True_],
         ],
     )
@@ -232,19 +225,11 @@ class TestPolicies:
         assert halts[1] == (decisions[1] if isinstance(decisions[1], Halt) else Halt())
 
     @pytest.mark.parametrize(
-        "policy",
-        [
-            lambda outputs: None,
-            lambda outputs: [False, False],
-            lambda outputs: dict.fromkeys(range(3), True),  # whose keys are 0, 1 and 2
-            lambda outputs: outputs["mood"].labels,
-            lambda outputs: outputs["mood"].probabilities[:, 1],
-            lambda outputs: [math.nan, 0, 0],
-        ],
+        "decisions", [None, [False, False], {0: True, 1: True, 2: True}, ["fine"] * 3, torch.rand(3), [math.nan, 0, 0]]
     )
-    def test_anything_else_is_no_decision(self, model, passes, prompts, policy):
+    def test_anything_else_is_no_decision(self, model, passes, prompts, decisions):
         with pytest.raises(ProbeError, match="the halting policy returned"):
-            model.generate(prompts, halt_on=policy)
+            model.generate(prompts, halt_on=lambda outputs: decisions)
         assert len(passes) == 1, "no token was decoded"
 
 
@@ -286,10 +271,6 @@ class TestRules:
         found = HaltRule.create("h", config, "no", 0.6).halts(output)
         assert found[1] is None and found[0] == Halt("h", "no", pytest.approx(1 / (1 + math.exp(-1))), 0.6)
 
-    def test_a_threshold_may_be_numpys(self, model, prompts):
-        out = model.generate(prompts, max_new_tokens=2, halt_on={"mood": {"threshold": np.float32(0.0)}})
-        assert [type(halt.threshold) for halt in out.probe_halts] == [float] * 3
-
     def test_the_first_rule_counts(self):
         config, output = output_of([[0.0, 1.0], [1.0, 0.0]])
         halter = Halter({"a": {"threshold": 0.9}, "b": None}, {"a": config, "b": config})
@@ -323,10 +304,8 @@ class TestRules:
             ({"num_labels": 1, "problem_type": "regression"}, {"threshold": math.nan}, "threshold"),
             ({"num_labels": 2, "problem_type": "regression"}, {"threshold": 1.0}, "label"),
             ({}, {"threshold": True}, "threshold"),
-            ({}, {"threshold": "high"}, "'high'.* none"),
             ({"thresholds": {"low": 0.1, "high": 0.9}}, {"threshold": "middle"}, "'middle'.* low, high"),
             ({"thresholds": {"low": 0.1}}, {"label": "LABEL_0", "threshold": "low"}, "'low'"),
-            ({"num_labels": 1, "problem_type": "regression"}, {"threshold": "low"}, "'low'"),
             ({}, {"patience": 2}, "patience"),
             ({"token_scope": "all"}, {"patience": 0}, "patience"),
         ],
@@ -347,28 +326,19 @@ class TestRules:
     )
     def test_specs_that_are_refused(self, model, passes, prompts, spec, words):
         refused(passes, words, lambda: model.generate(prompts, halt_on=spec))
-
-    @pytest.mark.parametrize("spec", ["mood", flag(0)])
-    def test_without_active_heads(self, model, passes, prompts, spec):
         model.set_active_probes([])
         refused(passes, "active", lambda: model.generate(prompts, halt_on=spec))
 
 
 class TestWordsOfACommandLine:
-    @pytest.mark.parametrize(
-        "words, found",
-        [
-            ([], {}),
-            (["guard"], {"guard": {}}),
-            (
-                ["guard:bad", "a-b_1:no way:0.25"],
-                {"guard": {"label": "bad"}, "a-b_1": {"label": "no way", "threshold": 0.25}},
-            ),
-            (['guard={"label": "a:b=c", "patience": 2}'], {"guard": {"label": "a:b=c", "patience": 2}}),
-        ],
-    )
-    def test_options_of_each_head(self, words, found):
-        assert read_halting(words) == found
+    def test_options_of_each_head(self):
+        assert read_halting(["guard"]) == {"guard": {}}
+        words = ["guard:bad", "a-b_1:no way:0.25", 'c={"label": "a:b=c", "patience": 2}']
+        assert read_halting(words) == {
+            "guard": {"label": "bad"},
+            "a-b_1": {"label": "no way", "threshold": 0.25},
+            "c": {"label": "a:b=c", "patience": 2},
+        }
 
     @pytest.mark.parametrize(
         "words", [[""], [":bad"], ["guard:bad:0.5:2"], ["guard=3"], ["a b"], ["guard:bad:0.9", "guard"]]

@@ -106,22 +106,14 @@ def test_load_and_save(model, folder, tmp_path):
     assert model.load_probe(folder) == "toxic"
     assert model.load_probe(folder, name="again") == "again"
     saved = model.save_probe(tmp_path / "saved", "again")
-    assert sorted(path.name for path in saved.iterdir()) == [
-        "README.md",
-        "probe_config.json",
-        "probe_model.safetensors",
-    ]
+    assert {path.name for path in saved.iterdir()} == {"README.md", "probe_config.json", "probe_model.safetensors"}
     assert (saved / "probe_model.safetensors").read_bytes() == (folder / "probe_model.safetensors").read_bytes()
-
-
-def test_another_base_model_warns_or_raises(model, folder, caplog):
     model.config._name_or_path = "org/this"
     with pytest.raises(ProbeError, match=r"org/other.*org/this"):
-        model.load_probe(folder, strict=True)
-    assert not model.probes
-    model.load_probe(folder)
+        model.load_probe(folder, "third", strict=True)
+    assert model.active_probes == ["toxic", "again"]
     model.config._name_or_path = "/somewhere/else/Other"
-    model.load_probe(folder, name="copy", strict=True)
+    model.load_probe(folder, "third", strict=True)
 
 
 @pytest.mark.parametrize("change", ["compiled", "offloaded"])
@@ -140,7 +132,7 @@ def test_what_is_without_heads_runs_without_them(folder, prompts, change):
     assert model(prompts).probe_logits.keys() == {"a"}, "and the model is as it was"
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "a b", "../a", "ä", None, 3, "type", "train", "training", "_modules"])
+@pytest.mark.parametrize("name", ["a.b", "", "../a", "ä", None, "train", "_modules"])
 def test_names(model, name):
     with pytest.raises(ProbeError, match="cannot name a head"):
         model.add_probe(name, make_probe())
@@ -191,49 +183,22 @@ def test_heads_of_one_call(model, prompts):
             call(prompts, probes=["a", "c"])
 
 
-def at_once(*jobs, seconds):
-    """Run functions at the same time, again and again; threads take turns as often as they can."""
-    interval, end = sys.getswitchinterval(), time.monotonic() + seconds
-
-    def repeat(job):
-        rounds = 0
-        while rounds < 3 or time.monotonic() < end:
-            job()
-            rounds += 1
-
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            list(pool.map(repeat, jobs))
-    finally:
-        sys.setswitchinterval(interval)
-
-
 def a_job(model, name, seed):
     """A function that uses one head in every way, and compares with what it finds now, in a single thread."""
     prompts, more = make_prompts(2, 5 + seed, seed=seed), make_prompts(2, 3, seed=seed + 50)
 
+    @torch.no_grad()
     def use():
-        with torch.no_grad():
-            kwargs = {"max_new_tokens": 3, "probes": [name], "eos_token_id": None}
-            first = model.generate(prompts, probe_state=True, prefill_chunk_size=4, **kwargs)
-            ids = torch.cat([first.sequences, more], 1)
-            second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs)
-            passed = model(prompts, probes=name)
-            found = [first.sequences, second.sequences, passed.logits]
-            found.append(model.classify(prompts, probes=name)[name].logits)
-            for output in (first, second, passed):
-                assert list(output.probe_logits) == [name]
-                found.append(output.probe_logits[name])
-            return found
+        kwargs = {"max_new_tokens": 3, "probes": [name], "eos_token_id": None}
+        first = model.generate(prompts, probe_state=True, prefill_chunk_size=4, **kwargs)
+        ids = torch.cat([first.sequences, more], 1)
+        second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs)
+        passed, classified = model(prompts, probes=name), model.classify(prompts, probes=name)
+        logits = [output.probe_logits for output in (first, second, passed)]
+        return [first.sequences, second.sequences, passed.logits, *logits, classified[name].logits]
 
     expected = use()
-
-    def compare():
-        for found, wanted in zip(use(), expected, strict=True):
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-
-    return compare
+    return lambda: torch.testing.assert_close(use(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, folder):
@@ -259,7 +224,18 @@ def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, fo
         for name, logits in active.probe_logits.items():
             torch.testing.assert_close(found.probe_logits[name], logits, atol=1e-5, rtol=1e-5)
 
-    at_once(a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap, seconds=1.5)
+    def repeat(job):
+        for _ in range(5):
+            job()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns as often as they can
+    jobs = [a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap]
+    try:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(repeat, jobs))
+    finally:
+        sys.setswitchinterval(interval)
     assert list(model.probes) == ["gate", "mha"] and set(model.active_probes) == {"gate", "mha"}
     assert_no_hooks(model)
 

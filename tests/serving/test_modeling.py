@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts, save_head
+from conftest import LAYERS, make_lm, make_probe, make_prompts
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -133,24 +133,8 @@ class TestSavingTheBackbone:
         assert not torch.equal(model(prompts).probe_logits["a"], before) and "a" in model.probes
         assert not any(model.load_state_dict(model.state_dict()))
 
-    def test_loads_as_any_class(self, model, prompts, tmp_path):
-        model.save_pretrained(tmp_path)
-        plain = LlamaForCausalLM.from_pretrained(tmp_path)
-        assert torch.equal(plain(prompts).logits, make_lm()(prompts).logits)
-        save_head(model.probes["a"], tmp_path / "head")
-        loaded, info = LlamaForProbedGeneration.from_pretrained(
-            tmp_path, probe=tmp_path / "head", output_loading_info=True
-        )
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        torch.testing.assert_close(loaded(prompts).probe_logits["head"], model(prompts).probe_logits["a"])
-
 
 class TestConversion:
-    def test_is_in_place_and_keeps_the_weights(self, lm):
-        weight = lm.lm_head.weight
-        model = LlamaForProbedGeneration.from_causal_lm(lm)
-        assert model is lm and model.lm_head.weight is weight and model.loss_type == "ForCausalLM"
-
     def test_a_head_that_does_not_fit_leaves_the_model_alone(self, lm):
         heads = {"good": make_probe(), "bad": make_probe(num_hidden_layers=7)}
         with pytest.raises(ProbeError, match="num_hidden_layers=7"):
@@ -212,22 +196,3 @@ class TestCompiled:
             torch._dynamo.reset()
             model.generate(prompts, max_new_tokens=3, probes=[])
             model.generate(prompts, max_new_tokens=3)
-
-
-def test_a_head_may_be_deleted_while_an_output_is_made(model, prompts, monkeypatch):
-    """By another thread; `probes` is then another dict from one look to the next."""
-
-    class Disappearing(torch.nn.ModuleDict):
-        def __contains__(self, name):
-            vars(model)["_modules"]["probes"] = torch.nn.ModuleDict()
-            return super().__contains__(name)
-
-    forward = model.forward
-
-    def then_disappear(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        vars(model)["_modules"]["probes"] = Disappearing(model.probes)
-        return output
-
-    monkeypatch.setattr(model, "forward", then_disappear)
-    assert model(prompts).probe_labels.keys() == {"a", "b"}

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import make_lm, make_probe, make_tokenizer, save_head
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, pipeline
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
@@ -140,28 +140,29 @@ def test_batches_give_what_single_prompts_give(prompts, batch_size):
             assert close(found["probes"], expected["probes"])
 
 
-@pytest.mark.parametrize(
-    "options, key",
-    [({"return_full_text": False}, "generated_text"), ({"return_tensors": True}, "generated_token_ids")],
-)
-def test_other_forms_of_results(options, key):
-    plain = TextGenerationPipeline(make_lm(vocab_size=260), make_tokenizer(), device="cpu")
-    (result,), (expected,) = (pipe(CHATS[0], **GREEDY, **options) for pipe in (make_pipe(), plain))
-    assert result.pop("probes") and result == expected and key in result
+@pytest.mark.parametrize("options", [{"return_full_text": False}, {"return_tensors": True}])
+def test_other_forms_of_results(options, caplog):
+    """Also of the plain task, which takes models with heads and others."""
+    args = {"tokenizer": make_tokenizer(), "device": "cpu"}
+    plain = pipeline("text-generation", model=make_lm(vocab_size=260), **args)
+    probed = pipeline(
+        "text-generation", model=LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads()), **args
+    )
+    assert type(plain) is TextGenerationPipeline and type(probed) is ProbedTextGenerationPipeline
+    (result,), (expected,) = (pipe(CHATS[0], **GREEDY, **options) for pipe in (probed, plain))
+    assert set(result.pop("probes")) == set(heads()) and result == expected and "not supported" not in caplog.text
 
 
-def test_beams_scores_and_options_given_early():
+def test_beams_and_options_given_early():
     pipe = make_pipe(num_beams=2, output_scores=True, return_full_text=False, batch_size=2, **GREEDY)
-    plain = make_pipe()
     for (found,), prompt in zip(pipe(TEXTS), TEXTS, strict=True):
-        assert close(found["probes"], plain(prompt, **GREEDY)[0]["probes"])
+        assert close(found["probes"], make_pipe()(prompt, **GREEDY)[0]["probes"])
         assert not found["generated_text"].startswith(prompt)
 
 
-def test_without_a_dict_from_generate_heads_do_not_run():
-    (result,) = make_pipe()(TEXTS[0], return_dict_in_generate=False, **GREEDY)
-    assert result["probes"] == {} and result["generated_text"]
+def test_heads_that_do_not_run():
     pipe = make_pipe()
+    assert pipe(TEXTS[0], return_dict_in_generate=False, **GREEDY)[0]["probes"] == {}
     pipe.model.set_active_probes([])
     assert [result["probes"] for (result,) in pipe(TEXTS, batch_size=2, **GREEDY)] == [{}] * 4
     pipe.model.set_active_probes("length")
@@ -206,37 +207,26 @@ def repository(backbone_folder, tmp_path):
 
 
 def test_a_path_with_an_alias_or_a_folder(repository):
+    expected = make_pipe()(TEXTS[0], **GREEDY)[0]["probes"]["toxic"]
     for probe, name in (("toxic", "toxic"), (repository / "toxic", "toxic"), ({"x": repository / "toxic"}, "x")):
         pipe = pipeline(TASK, model=str(repository), probe=probe)
-        assert type(pipe) is ProbedTextGenerationPipeline and pipe.task == TASK
         assert type(pipe.model) is LlamaForProbedGeneration and pipe.model.active_probes == [name]
-        assert close(
-            pipe(TEXTS[0], **GREEDY)[0]["probes"][name], make_pipe()(TEXTS[0], **GREEDY)[0]["probes"]["toxic"]
-        )
+        assert close(pipe(TEXTS[0], **GREEDY)[0]["probes"][name], expected)
 
 
 def test_loaded_models(repository):
-    lm = AutoModelForCausalLM.from_pretrained(repository)
-    pipe = pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe="toxic")
-    assert pipe.model is lm and type(lm) is LlamaForProbedGeneration
-    pipe = pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe={"again": repository / "toxic"})
-    assert pipe.model is lm and lm.active_probes == ["toxic", "again"]
-    (result,) = pipeline(TASK, model=lm, tokenizer=make_tokenizer())(TEXTS[0], **GREEDY)
-    assert result["probes"]["toxic"] == result["probes"]["again"]
-    (result,) = pipeline(TASK, model=make_lm(vocab_size=260), tokenizer=make_tokenizer())(TEXTS[0], **GREEDY)
-    assert result["probes"] == {}
-
-
-def test_wrong_heads_and_models(repository):
-    lm = AutoModelForCausalLM.from_pretrained(repository)
-    with pytest.raises(ProbeError, match="missing"):
-        pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe=["toxic", "missing"])
-    assert type(lm).__name__ == "LlamaForCausalLM"
-    with pytest.raises(ProbeError, match="org/other"):
-        other = make_probe(base_model_name_or_path="org/other")
-        pipeline(TASK, model=lm, tokenizer=make_tokenizer(), probe={"x": other}, probe_strict=True)
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(repository), make_tokenizer()
+    for probe in (["toxic", "missing"], {"x": make_probe(hidden_size=64)}):
+        with pytest.raises(ProbeError, match=r"missing|hidden_size"):
+            pipeline(TASK, model=lm, tokenizer=tokenizer, probe=probe)
+        assert type(lm).__name__ == "LlamaForCausalLM"
+    for probe in ("toxic", {"again": repository / "toxic"}, None):
+        pipe = pipeline(TASK, model=lm, tokenizer=tokenizer, probe=probe)
+        assert pipe.model is lm and type(lm) is LlamaForProbedGeneration
+    (result,) = pipe(TEXTS[0], **GREEDY)
+    assert list(result["probes"]) == ["toxic", "again"] and result["probes"]["toxic"] == result["probes"]["again"]
     with pytest.raises(ProbeError, match="is no causal LM"):
-        pipeline(TASK, model=lm.model, tokenizer=make_tokenizer(), probe="toxic")
+        pipeline(TASK, model=AutoModel.from_pretrained(repository), tokenizer=tokenizer, probe="toxic")
 
 
 def test_saving(repository, tmp_path):
@@ -296,15 +286,3 @@ class TestClassification:
     def test_one_of_several_heads_must_be_named(self, model):
         with pytest.raises(ProbeError, match="probe=NAME"):
             pipeline("text-classification", model=model, tokenizer=make_tokenizer(), device="cpu")
-
-
-def test_text_generation_with_a_probed_model(caplog):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
-    pipe = pipeline("text-generation", model=model, tokenizer=make_tokenizer(), device="cpu")
-    assert type(pipe) is ProbedTextGenerationPipeline and "not supported" not in caplog.text
-    assert set(pipe(TEXTS[0], **GREEDY)[0]["probes"]) == set(heads())
-
-
-def test_plain_models_get_the_plain_pipelines():
-    plain = pipeline("text-generation", model=make_lm(vocab_size=260), tokenizer=make_tokenizer(), device="cpu")
-    assert type(plain) is TextGenerationPipeline

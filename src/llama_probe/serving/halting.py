@@ -55,10 +55,8 @@ class HaltRule:
 
     Attributes:
         index: index of the label.
-        threshold: halts from this probability on; for regression heads from this value. `None` halts if the label is the
-            head's decision.
-        patience: number of tokens in a row that must have the label. For heads that read the prompt as well, the score of
-            the prompt is the first. 1 for heads that read the prompt alone.
+        threshold: halts from this probability, or value of a regression head, on. `None`: if the head decides on the label.
+        patience: number of tokens in a row that must have the label. If the head reads prompts as well, theirs is the first.
         unsure: (low, high); `ask` decides on prompts with low <= score < high.
         ask: a function from the texts of such prompts to one decision each, such as another model.
     """
@@ -82,10 +80,7 @@ class HaltRule:
         unsure: Sequence[float] | None = None,
         ask: Judge | None = None,
     ) -> HaltRule:
-        """Return the rule for the options of one head in `halt_on`.
-
-        Args:
-            threshold: a number, or a name in the head's `thresholds`.
+        """Return the rule for the options of one head in `halt_on`. A threshold may be a name in the head's `thresholds`.
 
         Raises:
             ProbeError: the head has no such label or name, a label or threshold is missing, or a value is not allowed.
@@ -138,7 +133,7 @@ class HaltRule:
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
-    """Return the options of each head in `halt_on`, which is not a function here.
+    """Return the options of each head in a `halt_on` that is no function.
 
     Raises:
         ProbeError: `halt_on` has another form, or names no head.
@@ -208,15 +203,10 @@ class Halter:
         return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
 
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
-        """Decide on the prompts; the first rule that flags one counts.
-
-        Raises:
-            ProbeError: the policy returned something else. Errors of the policy are not caught: no reply is begun.
-        """
+        """Decide on the prompts; the first rule that flags one counts. After an error of the policy no reply is begun."""
+        self.halts = [None] * prompts
         if self.policy is not None:
             self.halts = _decisions("the halting policy", self.policy(outputs), prompts)
-            return self.halts
-        self.halts = [None] * prompts
         for rule in self.rules:
             if rule.head in outputs:
                 found = self._patient(rule, self._asked(rule, outputs[rule.head]), [True] * prompts)
@@ -236,13 +226,10 @@ class Halter:
         return found
 
     def follow(self, scores: TokenScores) -> list[bool]:
-        """Decide on one more token of each reply; `halts` then has one entry a row.
+        """Decide on one more token of each reply; `halts` then has one entry a row. After an error no token is written.
 
         Returns:
             For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
-
-        Raises:
-            ProbeError: the callback returned something else. Its errors are not caught: no further token is written.
         """
         counted = scores.counted.tolist()
         self.expand(len(counted))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -24,38 +24,6 @@ from .streaming import HoldBackStreamer
 
 class AllHalted(Exception):
     """Leaves the plain `generate()` after the prefill if every prompt is halted."""
-
-
-class _HaltedToEnd(LogitsProcessor):
-    """Forces `token` in the rows of halted prompts: the end-of-sequence token, or padding without one."""
-
-    def __init__(self, halter: Halter, token: int):
-        self.halter, self.token = halter, token
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not any(self.halter.halts or ()):
-            return scores
-        rows = _halted_rows(self.halter, scores)
-        scores = scores.clone()
-        scores[rows] = torch.finfo(scores.dtype).min
-        scores[rows, self.token] = 0.0
-        return scores
-
-
-class _StopHalted(StoppingCriteria):
-    """Stops halted rows, so that decoding ends with the last of the others, even without an end-of-sequence token."""
-
-    def __init__(self, halter: Halter):
-        self.halter = halter
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return _halted_rows(self.halter, input_ids)
-
-
-def _halted_rows(halter: Halter, batch: torch.Tensor) -> torch.Tensor:
-    """Return a mask of the halted rows of a batch, in which beams and return sequences repeat each prompt."""
-    rows = torch.tensor([halt is not None for halt in halter.halts], device=batch.device)
-    return rows.repeat_interleave(len(batch) // len(rows))
 
 
 class HaltingRun:
@@ -92,11 +60,11 @@ class HaltingRun:
         self._plain_generate = generate
         ends = token_ids(self.call.setting("eos_token_id"))
         pad = [*token_ids(self.call.setting("pad_token_id")), *ends, 0][0]
+        self._end = [*ends, pad][0]
         kwargs = dict(self.call.kwargs)
-        processors = [*(kwargs.get("logits_processor") or ()), _HaltedToEnd(self.halter, [*ends, pad][0])]
-        kwargs["logits_processor"] = LogitsProcessorList(processors)
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), self._force_end])
         if self.halter.follows:
-            criteria = [*(kwargs.get("stopping_criteria") or ()), _StopHalted(self.halter)]
+            criteria = [*(kwargs.get("stopping_criteria") or ()), self._stop]
             kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
         try:
             output = generate(self.call.inputs, self.call.generation_config, **kwargs)
@@ -113,6 +81,25 @@ class HaltingRun:
             length = 0 if self.call.input_ids is None else self.call.input_ids.shape[1]
             output.sequences = _with_reply(output.sequences, self.halter.halts, length, self._reply_tokens(), pad)
         return output
+
+    def _force_end(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Force the end-of-sequence token, or padding without one, in the rows of halted prompts. A logits processor."""
+        if not any(self.halter.halts or ()):
+            return scores
+        rows = self._halted_rows(scores)
+        scores = scores.clone()
+        scores[rows] = torch.finfo(scores.dtype).min
+        scores[rows, self._end] = 0.0
+        return scores
+
+    def _stop(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        """Stop halted rows, so that decoding ends with the last of the others. A stopping criterion."""
+        return self._halted_rows(input_ids)
+
+    def _halted_rows(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the halted rows of a batch, in which beams and return sequences repeat each prompt."""
+        rows = torch.tensor([halt is not None for halt in self.halter.halts], device=batch.device)
+        return rows.repeat_interleave(len(batch) // len(rows))
 
     def _decide(self, outputs: dict[str, ProbeOutput]) -> None:
         with outside_sessions():
@@ -202,7 +189,7 @@ def _checked(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
 def _with_reply(
     sequences: torch.Tensor, halts: Sequence[Halt | None], prompt_length: int, reply: torch.Tensor, pad: int
 ) -> torch.Tensor:
-    """Replace what follows the prompt, or the last token, of each halted row.
+    """Replace what follows the prompt, or the last token, of each halted row: `[rows, tokens of the longest row]`.
 
     Args:
         sequences (`[rows, tokens]`): prompts, or return sequences of each prompt.
@@ -210,9 +197,6 @@ def _with_reply(
         prompt_length: number of prompt tokens in `sequences`; 0 if the prompts were given as embeddings.
         reply (`[tokens]`): token ids, or none.
         pad: fills the shorter rows.
-
-    Returns:
-        `[rows, tokens of the longest row]`.
     """
     repeats = len(sequences) // len(halts)
     rows = list(sequences)

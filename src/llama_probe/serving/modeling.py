@@ -42,6 +42,9 @@ from .texts import as_texts, classify_texts
 
 logger = logging.get_logger(__name__)
 
+# Arguments of the plain `generate()` behind its first two, which may be given by their place.
+_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
+
 
 class ProbedGenerationMixin(ProbeHostMixin):
     """Probe heads for a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`.
@@ -301,7 +304,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 "attention_mask."
             )
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """Generate as `GenerationMixin.generate` does. Every active head scores the prompt in the same pass.
 
         It takes these arguments beside those of the plain `generate`:
@@ -336,6 +339,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not allowed.
         """
+        kwargs |= dict(zip(_POSITIONAL, args, strict=False))
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
         call = GenerateCall(self, inputs, generation_config, kwargs)

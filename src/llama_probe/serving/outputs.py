@@ -57,8 +57,7 @@ class ProbedOutputMixin(DecidedMixin):
 
     Attributes:
         probe_logits: `[prompts, num_labels]` by head name. `None` if no head ran.
-        probe_mean_states: what `probe_novelty` is computed from, by name: total and count of a `MeanStates`. `None` if no head has
-            novelty.
+        probe_mean_states: what `probe_novelty` is computed from, by name: total and count of a `MeanStates`.
         probe_halts: a `Halt` or `None` for each prompt, or for each row if replies could be halted. `None` if the call
             halts nothing.
         probe_token_logits: `[rows, new_tokens - 1, num_labels]` by name, for heads that read replies. Column t scores the

@@ -210,11 +210,7 @@ def traced_reader(
     """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing.
 
     Values cannot be looked at there: no row is refused, and `traced_results` gives NaN for a row without a token that counts.
-
-    Args:
-        heads: the heads of the call.
-        session: of the `generate()` call, which has made their masks.
-        probe_mask: see `prompt_masks`.
+    `session` is that of the `generate()` call, which has made the masks.
 
     Returns:
         `None` if the pass is not over whole prompts, or more than their scores is asked for.

@@ -98,11 +98,7 @@ class StateReader:
         self._masks = {name: cut[id(mask)] for name, mask in self._masks.items()}
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
-        """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards.
-
-        Raises:
-            ProbeError: the layer did not run over all tokens.
-        """
+        """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards."""
         if layer not in self.layers:
             return
         if hidden.shape[1] < self._columns.stop:
@@ -120,11 +116,7 @@ class StateReader:
             self._flush()
 
     def end(self) -> None:
-        """Read what is held at the end of a pass.
-
-        Raises:
-            ProbeError: not all states came.
-        """
+        """Read what is held at the end of a pass."""
         check_seen(self.layers, self._seen)
         self._flush()
 

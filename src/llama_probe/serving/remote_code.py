@@ -130,14 +130,13 @@ class _Module:
     def __init__(self, package: Path, name: str):
         self.name = name
         self.read((package / f"{name}.py").read_text(encoding="utf-8"))
-        for node in self.tree.body:
-            methods = node.body if isinstance(node, ast.ClassDef) else []
-            for owner, item in [("", node), *((node.name, method) for method in methods)]:
-                if not isinstance(item, ast.FunctionDef):
-                    continue
-                if item.name in _LEFT_OUT.get(owner, "").split():
-                    self.remove(item, f'{" " * item.col_offset}{item.name} = _needs_package("{item.name}")\n')
-                elif (value := _SIMPLER.get(f"{owner}.{item.name}".lstrip("."))) is not None:
+        for owner in (self.tree, *(node for node in self.tree.body if isinstance(node, ast.ClassDef))):
+            of = getattr(owner, "name", "")
+            for item in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+                value = _SIMPLER.get(f"{of}.{item.name}".lstrip("."))
+                if item.name in _LEFT_OUT.get(of, "").split():
+                    value = f'_needs_package("{item.name}")'
+                if value is not None:
                     self.remove(item, f"{' ' * item.col_offset}{item.name} = {value}\n")
         self.read("".join(self.lines))
         self.imports = [node for node in self.tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -255,7 +254,4 @@ def _concatenate(file: str, modules: list[_Module], homes: dict[str, list[tuple[
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m llama_probe.serving.remote_code FOLDER")
-    for written in write_flat_files(sys.argv[1]):
-        print(written)
+    print(*write_flat_files(sys.argv[1]), sep="\n")

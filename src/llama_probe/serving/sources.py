@@ -51,11 +51,7 @@ def read_heads(
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
-    """Load all heads of a `probe=` argument, by name (see `named_sources`), before any model is changed.
-
-    Args:
-        spec: a source of `resolve_head` or a `ProbeModel`, a list of these, or a dict name -> one of these.
-        target, options, namespace: see `resolve_head`.
+    """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others.
 
     Raises:
         ProbeError: a source is not found or damaged, or a name is not allowed or occurs twice.

@@ -44,11 +44,11 @@ class HoldBackStreamer(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         """Show the prompt at once, and hold the tokens of the reply."""
-        if self._prompt_seen and not self._halted:
-            self._held.append(value)
-        elif not self._prompt_seen:
+        if not self._prompt_seen:
             self._prompt_seen = True
             self.streamer.put(value)
+        elif not self._halted:
+            self._held.append(value)
 
     def scored(self, flagged: bool) -> None:
         """Record the flag of the token that was put last. Called by `generate`."""
@@ -68,18 +68,14 @@ class HoldBackStreamer(BaseStreamer):
     def abort(self) -> None:
         """Drop the held tokens and end after an error. Called by `generate`."""
         self._held.clear()
-        self._end()
+        self.end()
 
     def end(self) -> None:
         """Show the held tokens and end."""
-        if not self._halted:
-            for value in self._held:
-                self.streamer.put(value)
-        self._end()
-
-    def _end(self) -> None:
         try:
             if not self._halted:
+                while self._held:
+                    self.streamer.put(self._held.popleft())
                 self.streamer.end()
         finally:  # held tokens of this reply must not be shown with the next
             self._reset()

@@ -70,9 +70,6 @@ def classify_texts(
     """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass.
 
     With `output_attentions` (see `classify`) all texts are in one batch.
-
-    Raises:
-        ProbeError: there is no tokenizer, or a text cannot be rendered.
     """
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
