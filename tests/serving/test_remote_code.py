@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import llama_probe
-from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
+from llama_probe import LlamaForProbedGeneration, ProbeConfig
 from llama_probe.serving import remote_code
 from llama_probe.serving.export import export_repository, push_repository
 from llama_probe.serving.pipeline import ProbedTextGenerationPipeline
@@ -260,14 +260,13 @@ def bare_python(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("environment", ["bare", "package"])
 def test_a_repository_in_another_environment(environment, bare_python, own_kind, hub, tmp_path):
     lm, tokenizer, toxic = make_lm(vocab_size=260), make_tokenizer(), make_probe(id2label={0: "fine", 1: "toxic"})
+    for part in (lm, tokenizer):
+        part.save_pretrained(tmp_path / "lm")
     model = LlamaForProbedGeneration.from_causal_lm(lm, {"toxic": toxic})
     model.add_probe("mood", ProbeConfig(probe_type="gate"))  # with a fingerprint of the backbone
-    heads = {"own": own_kind}
-    with pytest.raises(ProbeError, match="trust_remote_code"):
-        export_repository(model, tmp_path / "tiny-chat", heads, tokenizer=tokenizer)
-    repository = export_repository(model, tmp_path / "tiny-chat", heads, tokenizer=tokenizer, trust_remote_code=True)
+    model.load_probe(own_kind, "own", trust_remote_code=True)
+    repository = export_repository(str(tmp_path / "lm"), tmp_path / "tiny-chat", dict(model.probes))
     assert (repository / "own" / "probe_kind.py").read_bytes() == (own_kind / "probe_kind.py").read_bytes()
-    model.load_probe(own_kind, "own")
     push_repository(repository, "alice/tiny-chat", token=hub.add_user("alice"))
     model.set_active_probes("toxic")
     out = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=4, do_sample=False)

@@ -10,31 +10,21 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCardData
 from jinja2 import Environment, StrictUndefined
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from ..backbone.decoder import target_of
-from ..backbone.loading import backbone_target, load_backbone, model_id, resolve_backbone
+from ..backbone.loading import load_backbone, model_id, resolve_backbone
 from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version, settle, write_atomically
-from ..heads import get_probe_type
 from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import cell, code, example_chat, quote, word, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
-from ..hub.transport import HubOptions, HubReference, commit_files
+from ..hub.transport import HubReference, commit_files
 from .pipeline import TASK
 from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, write_flat_files
-from .sources import ProbeSpec, read_heads
 
 
 logger = logging.get_logger(__name__)
@@ -50,16 +40,14 @@ _CARD = Path(__file__).with_name("export_card.md")
 
 
 def export_repository(
-    backbone: PreTrainedModel | str | os.PathLike,
+    backbone: str,
     folder: str | os.PathLike,
-    probe: ProbeSpec | None = None,
+    heads: Mapping[str, ProbeModel],
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
     base_model: str | None = None,
     license: str | None = None,
     repo_id: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Path:
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
@@ -67,51 +55,43 @@ def export_repository(
     outside the package brings the code of its kind along.
 
     Args:
-        backbone: `"demo"`, a folder, a Hub id, or a loaded `LlamaForCausalLM` with or without heads.
+        backbone: `"demo"`, a folder or a Hub id.
         folder: a new or empty folder.
-        probe: heads; see `read_heads`. Heads of a loaded backbone are exported as well.
-        tokenizer: defaults to that of the backbone.
-        dtype: dtype to load a backbone in; `"auto"` is that of the checkpoint.
-        base_model: Hub id of the backbone, for the card. Defaults to the one that the backbone or its heads record.
+        heads: the heads, by name.
+        dtype: dtype to load the backbone in; `"auto"` is that of the checkpoint.
+        base_model: Hub id of the backbone, for the card. Defaults to `backbone`, or what its heads record.
         license: licence of the whole, for the card: the strictest of the backbone and the heads.
         repo_id: the repository that it will be pushed to, for the cards.
-        trust_remote_code: run the code file of a head whose kind the package does not have.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        ProbeError: the folder is not empty, the backbone is no plain Llama or cannot be saved, or a head is missing, does
-            not fit or has a kind without a code file. Nothing is written then.
+        ProbeError: the folder is not empty, the backbone is no plain Llama or cannot be saved, or a head does not fit.
+            Nothing is written then.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
-    if isinstance(backbone, (str, os.PathLike)):
-        attached, target = {}, backbone_target(str(backbone))
-    else:
-        _check_class(backbone)
-        attached, target = dict(getattr(backbone, "probes", {})), target_of(backbone)
-    heads = read_heads(probe, target, HubOptions(trust_remote_code=trust_remote_code))
-    if twice := attached.keys() & heads.keys():
-        raise ProbeError(f"heads {sorted(twice)} are attached already; pass a dict name -> head")
-    heads = attached | heads
-    _check_heads(heads)
-    if isinstance(backbone, (str, os.PathLike)):
-        path = resolve_backbone(str(backbone))
-        _check_family(path)
-        lm, own_tokenizer = load_backbone(path, dtype, device="cpu")
-        _check_class(lm)
-    else:
-        lm, own_tokenizer = backbone, None
-    tokenizer = tokenizer or own_tokenizer or _tokenizer_of(lm)
+    path = resolve_backbone(backbone)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):  # loading the backbone tells what is wrong
+        config = LlamaConfig()
+    _check_family(config)
+    lm, tokenizer = load_backbone(path, dtype, device="cpu")
+    _check_family(lm.config)
+    if any(type(module).__module__.startswith("peft.") for module in lm.modules()):
+        raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
     for name, head in heads.items():
         check_backbone(name, head.config, lm)
     if license is None:
         logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
-    base_model = base_model or _base_model(backbone, lm, heads)
+    known = [model_id(backbone), *(head.config.base_model_name_or_path for head in heads.values())]
+    references = [HubReference.parse(name) for name in known if name and not Path(name).exists()]
+    base_model = base_model or next((reference.repo_id for reference in references if reference is not None), None)
     with new_folder(folder) as repository:
         try:
-            lm.save_pretrained(repository, **({"save_probes": False} if hasattr(lm, "probes") else {}))
+            lm.save_pretrained(repository)
         except ValueError as error:  # a quantiser that cannot write its weights, a generation config of another use
             raise ProbeError(f"the backbone cannot be saved: {' '.join(str(error).split())}") from error
         tokenizer.save_pretrained(repository)
@@ -167,48 +147,9 @@ def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> Commit
     return commit_files(repo_id, {file: folder / file for file in files}, is_stale, **options)
 
 
-def _check_family(path: str) -> None:
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError):  # loading the backbone tells what is wrong
-        return
+def _check_family(config: PreTrainedConfig) -> None:
     if type(config) is not LlamaConfig:
-        raise ProbeError(f"only LlamaForCausalLM can be exported, and {path} has the type {config.model_type!r}")
-
-
-def _check_class(lm: PreTrainedModel) -> None:
-    plain = getattr(type(lm), "_causal_lm_class", type(lm))
-    if any(type(module).__module__.startswith("peft.") for module in lm.modules()):
-        raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
-    if plain is not LlamaForCausalLM:
-        raise ProbeError(f"only LlamaForCausalLM can be exported, and this is a {plain.__name__}")
-
-
-def _check_heads(heads: Mapping[str, ProbeModel]) -> None:
-    if not heads:
-        raise ProbeError("there is no head to export: pass probe=")
-    for name, head in heads.items():
-        kind = head.config.probe_type
-        if get_probe_type(kind).__module__ == "__main__":
-            raise ProbeError(f"head {name!r}: the kind {kind!r} has no file; import it from one (import_kinds)")
-
-
-def _tokenizer_of(lm: PreTrainedModel) -> PreTrainedTokenizerBase:
-    name = getattr(lm.config, "_name_or_path", None)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError):
-        raise ProbeError(f"the backbone has no tokenizer in {name or 'its config'}: pass tokenizer=") from None
-
-
-def _base_model(backbone, lm: PreTrainedModel, heads: Mapping[str, ProbeModel]) -> str | None:
-    given = [model_id(str(backbone))] if isinstance(backbone, (str, os.PathLike)) else []
-    recorded = [head.config.base_model_name_or_path for head in heads.values()]
-    for name in (*given, getattr(lm.config, "_name_or_path", None), *recorded):
-        reference = HubReference.parse(name) if name and not Path(name).exists() else None
-        if reference is not None:
-            return reference.repo_id
-    return None
+        raise ProbeError(f"only LlamaForCausalLM can be exported, and the backbone has the type {config.model_type!r}")
 
 
 def _card(
