@@ -9,6 +9,7 @@ from conftest import make_lm, make_probe, make_tokenizer, save_head
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, pipeline
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe.heads.decision import verdict
 from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
 
 
@@ -104,26 +105,13 @@ def test_texts_are_those_of_text_generation_and_verdicts_those_of_generate():
     model = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
     inputs = tokenizer.apply_chat_template(CHATS[1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
     out = model.generate(**inputs, **GREEDY)
-    probs = {name: values[0].tolist() for name, values in out.probe_probabilities.items()}
-    topics = out.probe_labels["topics"][0]
-    (label,) = out.probe_labels["toxic"]
-    assert close(
-        probes,
-        {
-            "toxic": {
-                "label": label,
-                "score": probs["toxic"][["fine", "toxic"].index(label)],
-                "scores": dict(zip(["fine", "toxic"], probs["toxic"], strict=True)),
-            },
-            "topics": {
-                "label": topics,
-                "score": [probs["topics"]["abc".index(topic)] for topic in topics],
-                "scores": dict(zip("abc", probs["topics"], strict=True)),
-            },
-            "length": {"score": probs["length"][0]},
-            "sizes": {"scores": dict(zip(["LABEL_0", "LABEL_1"], probs["sizes"], strict=True))},
-        },
-    )
+    for name, found in probes.items():
+        expected = verdict(out.probe_labels[name][0], out.probe_probabilities[name][0].tolist(), out.config_of(name))
+        assert close(found, expected)
+    toxic, topics = probes["toxic"], probes["topics"]
+    assert toxic["score"] == toxic["scores"][toxic["label"]] and list(toxic["scores"]) == ["fine", "toxic"]
+    assert topics["score"] == [topics["scores"][label] for label in topics["label"]]
+    assert list(probes["length"]) == ["score"] and list(probes["sizes"]["scores"]) == ["LABEL_0", "LABEL_1"]
     json.dumps(probes)
 
 
