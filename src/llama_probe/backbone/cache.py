@@ -41,10 +41,7 @@ def copy_cache(cache: Cache) -> Cache:
 
 
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """Return a copy of a KV cache of one row, from `prefill`, for a batch.
-
-    The rows share their memory until the LM adds tokens to them; so do the rows of copies.
-    """
+    """Return a copy of a KV cache of one row for a batch, whose rows share their memory until the LM adds tokens to them."""
     cache = copy_cache(prefix)
     for layer in cache.layers:
         if type(layer) in _GROW_BY_COPY and layer.is_initialized:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ProbeError
 from .cache import repeat_cache
@@ -34,51 +35,51 @@ def capturing(
     threads can run one model.
 
     Args:
-        decoder: from `find_decoder`.
         on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
         layers: indices of the hidden states.
     """
-    thread, last = threading.get_ident(), decoder.num_hidden_layers
-
-    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
-    def before(_, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        if threading.get_ident() == thread:
-            on_state(0, _first_input(args, kwargs))
-
-    def after(layer: int, copied: bool, _, args: tuple, output: Any) -> None:
-        if threading.get_ident() == thread:
-            on_state(layer, _output(output).clone() if copied else _output(output))
-
+    thread = threading.get_ident()
     with ExitStack() as hooks:
-        for layer in sorted(set(layers)):
-            if layer == 0:
-                hooks.enter_context(decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
-            else:
-                # A user's hook on the next layer may change the state in place: then on_state gets a copy.
-                copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
-                module = decoder.norm if layer == last else decoder.layers[layer - 1]
-                hooks.enter_context(module.register_forward_hook(partial(after, layer, copied)))
+        for hook in _hooks(decoder, layers, lambda: on_state if threading.get_ident() == thread else None):
+            hooks.enter_context(hook)
         yield
 
 
-def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
+def _hooks(decoder: Decoder, layers: Collection[int], listener: Callable[[], Any]) -> Iterator[RemovableHandle]:
+    """Register the hooks of some layers one by one. `listener` returns the `on_state` to call, or None."""
+    last = decoder.num_hidden_layers
+    for layer in sorted(set(layers)):
+        if layer == 0:
+            yield decoder.layers[0].register_forward_pre_hook(partial(_before, listener), with_kwargs=True)
+            continue
+        # A user's hook on the next layer may change the state in place: then on_state gets a copy.
+        copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
+        module = decoder.norm if layer == last else decoder.layers[layer - 1]
+        yield module.register_forward_hook(partial(_after, listener, layer, copied))
+
+
+# Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
+def _before(listener: Callable[[], Any], _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+    if (on_state := listener()) is None:
+        return
     if args:
-        return args[0]
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+        on_state(0, args[0])
+    else:
+        on_state(0, kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values())))
 
 
-def _output(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _after(listener: Callable[[], Any], layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+    if (on_state := listener()) is not None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        on_state(layer, hidden.clone() if copied else hidden)
 
 
-class _Listening(threading.local):
-    """The reader of the forward pass that this thread runs, if permanent hooks feed it."""
-
-    def __init__(self):
-        self.on_state: Callable[[int, torch.Tensor], None] | None = None
+# The `on_state` of the forward pass that this thread runs, if permanent hooks feed it.
+_LISTENING = threading.local()
 
 
-_LISTENING = _Listening()
+def _listening() -> Callable[[int, torch.Tensor], None] | None:
+    return getattr(_LISTENING, "on_state", None)
 
 
 def stay_in_layers(lm: nn.Module) -> bool:
@@ -92,11 +93,9 @@ def stay_in_layers(lm: nn.Module) -> bool:
     decoder = find_decoder(lm)
     if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
         return False
-    first = decoder.layers[0]
-    if not any(getattr(hook, "func", None) is _hand_over_input for hook in first._forward_pre_hooks.values()):
-        first.register_forward_pre_hook(partial(_hand_over_input, 0), with_kwargs=True)
-        for layer, module in enumerate((*decoder.layers[:-1], decoder.norm), start=1):
-            module.register_forward_hook(partial(_hand_over_output, layer))
+    found = decoder.layers[0]._forward_pre_hooks.values()
+    if not any(isinstance(hook, partial) and hook.args == (_listening,) for hook in found):
+        list(_hooks(decoder, range(decoder.num_hidden_layers + 1), _listening))
     return True
 
 
@@ -108,17 +107,6 @@ def handing_states_to(on_state: Callable[[int, torch.Tensor], None]) -> Iterator
         yield
     finally:
         _LISTENING.on_state = None
-
-
-def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-    # Torch may call it without kwargs; see `capturing`.
-    if _LISTENING.on_state is not None:
-        _LISTENING.on_state(layer, _first_input(args, kwargs))
-
-
-def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
-    if _LISTENING.on_state is not None:
-        _LISTENING.on_state(layer, _output(output))
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
@@ -138,8 +126,6 @@ def collect_hidden_states(
     """Run the backbone without its LM head and without gradients, and return hidden states.
 
     Args:
-        lm: a causal LM, or a PEFT model around one.
-        layers: indices of the hidden states.
         input_ids (`[B, T]`): token ids, on any device.
         attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device. Rows that are padded on the right do
             not need it: no token sees the padding behind it, and attention without a mask is faster.
@@ -188,34 +174,30 @@ def check_states(lm: nn.Module) -> None:
     if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):
         return
     layers = range(decoder.num_hidden_layers + 1)
-    listing = {} if decoder.origin == "registered" else {"output_hidden_states": True, "return_dict": True}
-    states: dict[int, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}
+    is_listed = decoder.origin != "registered"
+    listing = {"output_hidden_states": True, "return_dict": True} if is_listed else {}
+    states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each layer, and a copy
 
     def on_state(layer: int, hidden: torch.Tensor) -> None:
-        states[layer], copies[layer] = hidden, hidden.clone()
+        states[layer] = hidden, hidden.clone()
 
     ids = torch.arange(_PROOF_TOKENS, device=decoder.input_device)[None]
     with torch.no_grad(), capturing(decoder, on_state, layers):
         output = decoder.model(input_ids=ids, use_cache=False, **listing)
-    listed = dict(enumerate(getattr(output, "hidden_states", None) or ())) if listing else copies
-    if listing and len(listed) != len(layers):
-        listed = {}
-    shape = (1, _PROOF_TOKENS, decoder.hidden_size)
-    problem = None
+    listed = getattr(output, "hidden_states", None) or ()
     for layer in layers:
-        if layer not in states or states[layer].shape != shape:
+        state, copy = states.get(layer, (None, None))
+        if state is None or state.shape != (1, _PROOF_TOKENS, decoder.hidden_size):
             problem = f"is not [batch, tokens, {decoder.hidden_size}]"
-        elif not torch.allclose(states[layer], copies[layer], rtol=0, atol=0, equal_nan=True):
+        elif not torch.allclose(state, copy, rtol=0, atol=0, equal_nan=True):
             problem = "is changed in place by a later layer; write x = x + y for x += y in the model's code"
-        elif layer not in listed or not _close(listed[layer], states[layer]):
+        elif is_listed and not (len(listed) == len(layers) and _close(listed[layer], state)):
             problem = (
                 f"is not in output_hidden_states; llama_probe.register_family({decoder.model_type!r}, ...) accepts it"
             )
-        if problem is not None:
-            raise ProbeError(
-                f"hidden state {layer} of {type(without_peft(lm)).__name__} ({decoder.model_type}) {problem}"
-            )
+        else:
+            continue
+        raise ProbeError(f"hidden state {layer} of {type(without_peft(lm)).__name__} ({decoder.model_type}) {problem}")
 
 
 def _close(listed: torch.Tensor, state: torch.Tensor) -> bool:

