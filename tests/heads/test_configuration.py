@@ -36,16 +36,16 @@ MULTI_LABEL = "multi_label_classification"
             for v in (0, -1, 1e-40, 1e-7, float("nan"), 10**400, 10**300)
         ],
         ({"dropout": -(10**400)}, "dropout=-1000+"),
-        *[({"threshold": value}, "threshold=.* from 0 to 1") for value in (10**400, 1.5, "x", [0.1, None])],
+        *[({"threshold": value}, "threshold=.* from 0 to 1") for value in (10**400, 1.5, "x", [0.1, None], [])],
         ({"fingerprint": [0.5, 10**400]}, "fingerprint="),
-        *[({"threshold": value}, "threshold=.*needs two labels") for value in ([0.1, 0.2], [])],
+        *[({"threshold": value}, "threshold=.*needs two labels") for value in ([0.1, 0.2],)],
         *[
             ({"thresholds": v}, "thresholds=")
             for v in ([0.5], {"": 0.5}, {"a\nb": 0.5}, {"a": 1.5}, {"a": "x"}, {1: 0.5})
         ],
         ({"thresholds": {"a": 0.5}, "num_labels": 3}, "thresholds=.*needs two labels"),
         ({"threshold": 0.5, "num_labels": 3}, "threshold=.*num_labels=3"),
-        ({"threshold": [0.5], "num_labels": 3, "problem_type": MULTI_LABEL}, "threshold has 1 values for 3 labels"),
+        ({"threshold": [0.5], "num_labels": 3, "problem_type": MULTI_LABEL}, "threshold=.*num_labels=3"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels=3 but id2label names 2"),
         *[({"num_labels": value}, "num_labels=") for value in (0, "2", True)],
         *[

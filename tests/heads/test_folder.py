@@ -317,15 +317,6 @@ def test_names_that_are_too_long(name, tmp_path):
             work([name] if work == InputFile.find else name)
 
 
-def test_a_header_without_end(folder):
-    path = folder / WEIGHTS_NAME
-    data = path.read_bytes()
-    size = 50 * 2**20
-    path.write_bytes(struct.pack("<Q", size) + data[8:].ljust(size, b" "))
-    with pytest.raises(ProbeError, match="header"):
-        read_head(folder)
-
-
 def test_unknown_keys_are_reported_and_left_out(folder, caplog):
     change_config(folder, **{"colour": "red", "a\x1b[31m": 1})
     assert read_config(folder).num_labels == 2
@@ -365,6 +356,12 @@ def _huge_header(path):
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
 
 
+def _long_header(path):
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(struct.pack("<Q", 2**20 + 8) + data[8:end].ljust(2**20 + 8) + data[end:])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -372,10 +369,21 @@ def _huge_header(path):
         lambda path: path.write_bytes(path.read_bytes()[:-100]),
         lambda path: path.write_bytes(path.read_bytes()[:40]),
         lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+        _long_header,
+        lambda path: path.write_bytes(path.read_bytes() + bytes(2**21)),
         lambda path: path.write_bytes(b"\x80\x04\x95" + b"cos\nsystem\n" * 10),
         _huge_header,
     ],
-    ids=["empty", "truncated", "cut header", "endless header", "a pickle", "300 MB declared"],
+    ids=[
+        "empty",
+        "truncated",
+        "cut header",
+        "endless header",
+        "long header",
+        "too large",
+        "a pickle",
+        "300 MB declared",
+    ],
 )
 def test_damaged_weights(folder, damage):
     damage(folder / WEIGHTS_NAME)
@@ -389,7 +397,7 @@ def test_damaged_weights(folder, damage):
         (lambda tensors: tensors.pop("classifier.bias"), r"missing \['classifier.bias'\]"),
         (lambda tensors: tensors.update(extra=torch.zeros(1)), r"unexpected \['extra'\]"),
         (lambda tensors: tensors.update({"classifier.bias": torch.zeros(3)}), r"classifier.bias has the shape \[3\]"),
-        (lambda tensors: tensors.update({"classifier.bias": torch.zeros(2).half()}), "classifier.bias is F16"),
+        (lambda tensors: tensors.update({"classifier.bias": torch.zeros(2).half()}), "classifier.bias .*float16"),
         (lambda tensors: tensors["classifier.bias"].add_(1), "does not belong to the probe_config.json beside it"),
     ],
 )

@@ -133,47 +133,43 @@ class ProbeConfig:
     transformers_version: str | None = None
 
     def __post_init__(self):
-        self.num_labels, self.id2label = named_labels(self.num_labels, self.id2label)
         kind = get_probe_type(self.probe_type)
+        check_fields(self)
+        self.num_labels, self.id2label = named_labels(self.num_labels, self.id2label)
         if self.normalize is None:
             self.normalize = kind.normalize
         if self.causal is None:
             self.causal = self.reads_reply
-        check_fields(vars(self))
         if self.reads_reply and not self.causal:
             raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
-        self._check_threshold()
-        self._check_layers()
-        self._check_novelty()
+        self._check_thresholds()
+        if self.layers != "all":
+            self.layers = sorted(self.layers)
+            if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
+                most = f"num_hidden_layers={self.num_hidden_layers}"
+                raise ProbeError(f"layers={self.layers!r} must be from 0 to {most}")
+        if self.novelty is not None:
+            self.check_supports_novelty()
+            sized = self.layers != "all" or self.num_hidden_layers is not None
+            if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
+                raise ProbeError(
+                    f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}"
+                )
         kind.check(self)
 
-    def _check_threshold(self) -> None:
-        several, multi_label = isinstance(self.threshold, list), self.problem_type == "multi_label_classification"
-        if multi_label and several and len(self.threshold) != self.num_labels:
-            given = len(self.threshold)
-            raise ProbeError(f"threshold has {given} values for {self.num_labels} labels; give one, or one each")
+    def _check_thresholds(self) -> None:
+        multi_label = self.problem_type == "multi_label_classification"
         two = self.num_labels == 2 and self.problem_type == "single_label_classification"
         found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
-        if self.threshold is not None and not multi_label and (several or not two):
-            needed = "needs two labels (one number) or a multi-label head"
+        if isinstance(self.threshold, list):
+            fits = multi_label and len(self.threshold) == self.num_labels
+        else:
+            fits = self.threshold is None or multi_label or two
+        if not fits:
+            needed = "needs two labels (one number) or a multi-label head (one number, or one a label)"
             raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
         if self.thresholds and not two:
             raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
-
-    def _check_layers(self) -> None:
-        if self.layers == "all":
-            return
-        self.layers = sorted(self.layers)
-        if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
-            raise ProbeError(f"layers={self.layers!r} must be from 0 to num_hidden_layers={self.num_hidden_layers}")
-
-    def _check_novelty(self) -> None:
-        if self.novelty is None:
-            return
-        self.check_supports_novelty()
-        sized = self.layers != "all" or self.num_hidden_layers is not None
-        if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
-            raise ProbeError(f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}")
 
     def check_supports_novelty(self) -> None:
         """Raise `ProbeError` for a head that reads replies, or the last token alone."""

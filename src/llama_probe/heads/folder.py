@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from transformers.utils import logging
 
 from ..errors import ProbeError
@@ -61,17 +61,13 @@ def save_head(
     """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new one.
 
     Results are dropped, with a warning, if the weights have changed since they were measured. Results, plots and card
-    of another head in the folder are removed; a card that a person wrote or edited is kept. Results of another version
-    give no card.
+    of another head in the folder are removed; a card that a person wrote or edited is kept.
 
     Args:
         folder: made if it is missing.
         config: of the head; the weights' digest and the versions are stamped into the saved copy.
         tensors: the head's state dict, fp32.
         results: contents of results.json, or None if the head was never evaluated.
-
-    Returns:
-        The folder.
 
     Raises:
         ProbeError: `folder` cannot be made or written into.
@@ -87,14 +83,14 @@ def save_head(
     contents = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
     if (code := kind_code(config.probe_type)) is not None:
         contents[CODE_NAME] = code
-    plots: tuple[str, ...] = ()
+    plots: list[str] = []
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
         results = None
     elif results is not None:
         contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
         if _is_same_training(folder, results):
-            plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
+            plots = [name for name in PLOT_NAMES if current_file(folder, name).is_file()]
     kept = [*plots, CARD_NAME]
     with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
         if not has_own_card(folder):
@@ -108,7 +104,6 @@ def save_head(
 
 
 def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
-    """Return True if a folder holds the results of this training, and so its plots."""
     try:
         return training_results(read_results(folder)) == training_results(results)
     except ProbeError:
@@ -141,10 +136,7 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """Read the weights of a head folder, on the CPU.
 
-    The header of the file is compared with `shapes` before any tensor is read, and its digest with the config's.
-
     Args:
-        folder: a head folder.
         config: the config of the folder.
         shapes: shape of each tensor that the config asks for, by name.
 
@@ -155,46 +147,28 @@ def read_tensors(
     path = current_file(folder, WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise ProbeError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
+    largest = 4 * sum(shape.numel() for shape in shapes.values()) + _MAX_HEADER
     try:
-        _check_header_size(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            _check_header(path, file, shapes)
-            _check_digest(path, config)
-            tensors = {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
+        size = path.stat().st_size
+        if not 0 < size <= largest:  # files of /proc have the size 0, and may never end
+            raise OSError(f"it has {size} bytes, and its config allows {largest}")
+        content = path.read_bytes()
+        if (header := int.from_bytes(content[:8], "little")) > _MAX_HEADER:
+            raise OSError(f"its header has {header} bytes")
+        tensors = load(content)
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
+    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unexpected:
+        raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name] or tensor.dtype != torch.float32:
+            found = f"{name} has the shape {list(tensor.shape)} and is {tensor.dtype}"
+            raise ProbeError(f"{path}: {found}; its config asks for {list(shapes[name])}, torch.float32")
+    if config.weights_sha256 is None:
+        logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
+    elif hashlib.sha256(content).hexdigest() != config.weights_sha256:
+        raise ProbeError(f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch it again")
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")
     return tensors
-
-
-def _check_header_size(path: Path) -> None:
-    """Check the size of a header before it is parsed, which takes many times as much memory."""
-    if path.stat().st_size < 8:  # also files of /proc, which may never end
-        raise OSError("it is too short")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > _MAX_HEADER:
-        raise OSError(f"its header has {size} bytes")
-
-
-def _check_header(path: Path, file, shapes: Mapping[str, torch.Size]) -> None:
-    missing, unexpected = sorted(set(shapes) - set(file.keys())), sorted(set(file.keys()) - set(shapes))
-    if missing or unexpected:
-        raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
-    for name, shape in shapes.items():
-        found = file.get_slice(name)
-        if list(found.get_shape()) != list(shape):
-            raise ProbeError(f"{path}: {name} has the shape {found.get_shape()}, its config asks for {list(shape)}")
-        if found.get_dtype() != "F32":
-            raise ProbeError(f"{path}: {name} is {found.get_dtype()}; heads are stored as F32")
-
-
-def _check_digest(path: Path, config: ProbeConfig) -> None:
-    if config.weights_sha256 is None:
-        logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != config.weights_sha256:
-        raise ProbeError(f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch it again")

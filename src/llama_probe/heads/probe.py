@@ -42,9 +42,8 @@ class ProbeModel(nn.Module):
     There are two ways in. `forward` takes whole tensors, for training. `init_state`, `step` and `finish` take groups of
     layers and chunks of tokens while the LM runs. They agree to 1e-5 in fp32.
 
-    Parameters are always fp32. States are cast to fp32 where they come in, except in `step` for more than 128 tokens in half
-    precision: some kinds then apply their first linear maps in that dtype. Casting the module to another dtype leaves its
-    parameters in fp32.
+    Parameters are always fp32, even if the module is cast. So are states, except in `step` for more than 128 tokens in half
+    precision: some kinds then apply their first linear maps in that dtype.
 
     Args:
         config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
@@ -100,11 +99,7 @@ class ProbeModel(nn.Module):
         object.__setattr__(self, "backbone", backbone)
 
     def set_novelty(self, novelty: Novelty, settings: dict[str, Any]) -> None:
-        """Give the head a fitted `Novelty`. What was measured of the head stays true: its logits are the same.
-
-        Args:
-            settings: `ProbeConfig.novelty`, from which it was made.
-        """
+        """Give the head a fitted `Novelty`, made from `settings` as `ProbeConfig.novelty`. Its results stay true."""
         self.config = self.config.replace(novelty=settings, weights_sha256=None)
         self.novelty = novelty.to(self.device)
 
@@ -143,9 +138,9 @@ class ProbeModel(nn.Module):
         """Device of the head's parameters."""
         return self.classifier.weight.device
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    def num_parameters(self, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(parameter.numel() for parameter in self.parameters())
 
     # Files and the Hub
 
@@ -198,9 +193,6 @@ class ProbeModel(nn.Module):
 
         A card that a person wrote or edited is kept. Results of another version give no card.
 
-        Returns:
-            The folder.
-
         Raises:
             ProbeError: the folder cannot be made or written into.
         """
@@ -238,21 +230,17 @@ class ProbeModel(nn.Module):
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): prompts; needs `backbone`.
             attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 1 for tokens, 0 for padding on
-                either side. With `hidden_states` it is taken as it is: 1 for the tokens that count. With `input_ids`
-                the config's `token_scope` is applied to it.
+                either side. With `hidden_states`, 1 for the tokens that count; with `input_ids`, the config's
+                `token_scope` is applied to it.
             labels (*optional*): class indices `[batch]`; for multi-label heads floats `[batch, num_labels]`; for
                 regression floats `[batch, num_labels]` or `[batch]`.
-            hidden_states (*optional*): `output_hidden_states` of the LM - a tuple of L+1 tensors of shape
-                `[batch, tokens, hidden_size]` - or one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers
-                alone that the head reads. Any float dtype.
+            hidden_states (*optional*): `output_hidden_states` of the LM, L+1 tensors `[batch, tokens, hidden_size]`, or
+                one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers alone that the head reads. Any float
+                dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
                 `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
-            row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`. They are handed on
-                with the output, for a loss that is taken of it.
-
-        Returns:
-            `ProbeOutput` with the logits `[batch, num_labels]`, and the loss where labels are given.
+            row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`.
 
         Raises:
             ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
@@ -302,16 +290,9 @@ class ProbeModel(nn.Module):
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
         return output
 
-    def pool(
-        self, hidden_states: torch.Tensor | Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the classifier's input, without dropout: `[batch, hidden_size]`, or the kind's own width.
-
-        Args:
-            hidden_states, attention_mask: see `forward`.
-        """
-        mask = None if attention_mask is None else attention_mask.bool().to(self.device)
-        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask)  # [S, B, D]
+    def pool(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the classifier's input, without dropout: `[batch, width]`. The arguments are those of `score`."""
+        summaries = self.token_stage(x, mask)  # [S, B, D]
         return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
 
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
@@ -373,8 +354,8 @@ class ProbeModel(nn.Module):
 
         Args:
             state: from `init_state`.
-            layers: indices of the states, ascending, 0 (embeddings) to L (after the final norm). Between the first and the
-                last of them no layer that the head reads is missing; others are ignored.
+            layers: indices of the states, ascending, 0 (embeddings) to L (after the final norm), without a gap. Those that
+                the head does not read are ignored.
             x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
             token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count. Defaults to all.
             last: no token that counts follows.
@@ -423,10 +404,10 @@ class ProbeModel(nn.Module):
         return output
 
     def projected(self) -> tuple[torch.Tensor, ProbeModel] | None:
-        """Split the head into linear maps of its states and a head that reads what they give; see `Aggregator.projected`.
+        """Split the head into linear maps of its states and a head, without novelty, that reads what they give.
 
-        The other head tells no novelty. `None` if the kind needs whole states. So do states that are not normalised: their
-        products do not fit half precision.
+        `None` if the kind needs whole states; see `Aggregator.projected`. So do states that are not normalised: their products
+        do not fit half precision.
         """
         return None if self.config.normalize == "none" else self.token_stage.projected(self)
 

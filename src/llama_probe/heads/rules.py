@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -31,22 +31,25 @@ HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 _NOT_IN_NAMES = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\U000e0000-\\U000e007f]")
 
 
+def _is_number(value: Any) -> bool:
+    """Return True for an int or a float that is finite. torch takes no larger int."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
 def _is_int(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_SIZE
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) < 2**63  # torch takes no larger int
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(holds, value))
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_int(index, least=0) for index in value)
+
+
+def _are(holds: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(holds, value))
 
 
 def _is_text(value: Any) -> bool:
@@ -58,59 +61,44 @@ def _is_name(value: Any) -> bool:
     return _is_text(value) and _NOT_IN_NAMES.search(value) is None
 
 
-def _is_id(value: Any) -> bool:
-    return _is_int(value, least=0)
-
-
 def _is_marker(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"ids", "skip"}:
         return False
-    return value["ids"] != [] and _is_list(value["ids"], _is_id) and _is_int(value["skip"], least=0)
+    return value["ids"] != [] and _are_ids(value["ids"]) and _is_int(value["skip"], least=0)
+
+
+def _are_markers(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"user", "assistant"} <= set(value) <= set(TURN_ROLES):
+        return False
+    return all(map(_is_marker, value.values()))
+
+
+def _are_thresholds(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(map(_is_share, value.values())):
+        return False
+    return all(_is_name(name) and name.strip() for name in value)
+
+
+def _is_novelty(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"layers", "rank"}:
+        return False
+    layers, rank = value["layers"], value["rank"]
+    return _are_ids(layers) and layers == sorted(set(layers)) != [] and _is_int(rank)
+
+
+def _are_layers(value: Any) -> bool:
+    return value == "all" or (_are_ids(value) and len(set(value)) == len(value) > 0)
 
 
 def _one_of(*allowed: str) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(allowed)}", lambda value: value in allowed
 
 
-def _or_none(rule: tuple[str, Callable[[Any], bool]]) -> tuple[str, Callable[[Any], bool]]:
-    return f"{rule[0]}, or None", lambda value: value is None or rule[1](value)
-
-
 _SIZE = (f"a whole number from 1 to {MAX_SIZE}", _is_int)
 _RATE = ("a number at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
-_MARKERS = (
-    "{role: {'ids': [token ids], 'skip': 0 or more}} with the roles user and assistant",
-    lambda value: (
-        isinstance(value, dict)
-        and {"user", "assistant"} <= set(value) <= set(TURN_ROLES)
-        and all(map(_is_marker, value.values()))
-    ),
-)
-_THRESHOLDS = (
-    "{name: a number from 0 to 1} with printable names",
-    lambda value: (
-        isinstance(value, dict)
-        and all(_is_name(name) and name.strip() for name in value)
-        and all(map(_is_share, value.values()))
-    ),
-)
-_NOVELTY = (
-    "{'layers': [ascending state indices], 'rank': a whole number from 1}",
-    lambda value: (
-        isinstance(value, dict)
-        and set(value) == {"layers", "rank"}
-        and _is_list(value["layers"], _is_id)
-        and value["layers"] == sorted(set(value["layers"])) != []
-        and _is_int(value["rank"])
-    ),
-)
-_THRESHOLD = ("a number from 0 to 1, a list of these", lambda value: _is_share(value) or _is_list(value, _is_share))
-_LAYERS = (
-    "'all' or a list of different state indices from 0",
-    lambda value: value == "all" or (_is_list(value, _is_id) and len(set(value)) == len(value) > 0),
-)
-_NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
+_NAMED = [f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")]
+_NAMED += ["chat_template_hash", "weights_sha256", "llama_probe_version", "transformers_version"]
 
 # The rule of each field: a description and a check.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -119,38 +107,40 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "normalize": _one_of(*get_args(Normalize)),
     "token_scope": _one_of(*get_args(TokenScope)),
     "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
-    "layers": _LAYERS,
-    "num_attention_heads": _SIZE,
-    "downcast": _SIZE,
-    "hidden_size": _or_none(_SIZE),
-    "num_hidden_layers": _or_none(_SIZE),
-    "vocab_size": _or_none(_SIZE),
-    "max_length": _or_none(_SIZE),
-    "dropout": _RATE,
-    "layer_dropout": _RATE,
+    "layers": ("'all' or a list of different state indices from 0", _are_layers),
+    **dict.fromkeys(("num_labels", "num_attention_heads", "downcast", "max_length"), _SIZE),
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "vocab_size"), _SIZE),
+    **dict.fromkeys(("dropout", "layer_dropout"), _RATE),
     # With a smaller one, logits of float32 overflow and give NaN.
     "temperature": ("a number above 0, at least 1e-6", lambda value: _is_number(value) and value >= 1e-6),
     "causal": ("True or False", lambda value: isinstance(value, bool)),
-    "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
-    "turn_markers": _or_none(_MARKERS),
-    "threshold": _or_none(_THRESHOLD),
-    "thresholds": _or_none(_THRESHOLDS),
-    "novelty": _or_none(_NOVELTY),
-    "fingerprint": _or_none(_NUMBERS),
+    "prefix_ids": ("a list of token ids", _are_ids),
+    "turn_markers": (
+        "{role: {'ids': [token ids], 'skip': 0 or more}} with the roles user and assistant",
+        _are_markers,
+    ),
+    "threshold": ("a number from 0 to 1, a list of these", lambda value: _is_share(value) or _are(_is_share, value)),
+    "thresholds": ("{name: a number from 0 to 1} with printable names", _are_thresholds),
+    "novelty": ("{'layers': [ascending state indices], 'rank': a whole number from 1}", _is_novelty),
+    "fingerprint": ("a list of numbers", lambda value: _are(_is_number, value)),
     "options": ("a dict", lambda value: isinstance(value, dict)),
-    "system_prompt": _or_none(("text", _is_text)),
-    **dict.fromkeys(("chat_template_hash", "base_model_name_or_path", "base_model_revision"), _or_none(_NAME)),
-    **dict.fromkeys(("base_model_type", "base_model_class", "base_model_dtype"), _or_none(_NAME)),
-    **dict.fromkeys(("base_model_quantization", "weights_sha256"), _or_none(_NAME)),
-    **dict.fromkeys(("llama_probe_version", "transformers_version"), _or_none(_NAME)),
+    "system_prompt": ("text", _is_text),
+    **dict.fromkeys(_NAMED, _NAME),
 }
 
 
-def check_fields(values: dict[str, Any]) -> None:
-    """Raise `ProbeError` for the first field that breaks its rule. The message names the field and what is allowed."""
-    for name, (allowed, holds) in RULES.items():
-        if not holds(values[name]):
-            raise ProbeError(f"{name}={values[name]!r} must be {allowed}")
+def check_fields(config: Any) -> None:
+    """Raise `ProbeError` for the first field that breaks its rule. The message names the field and what is allowed.
+
+    None is allowed where it is the default.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in RULES or (value is None and field.default is None):
+            continue
+        allowed, holds = RULES[field.name]
+        if not holds(value):
+            raise ProbeError(f"{field.name}={value!r} must be {allowed}")
 
 
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:
@@ -159,15 +149,11 @@ def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tup
     Raises:
         ProbeError: the indices are not 0, 1, 2, ..., a name is not allowed or occurs twice, or the two fields disagree.
     """
-    if not (num_labels is None or _is_int(num_labels)):
-        raise ProbeError(f"num_labels={num_labels!r} must be {_SIZE[0]}")
     if id2label is None:
         return num_labels or 2, {index: f"LABEL_{index}" for index in range(num_labels or 2)}
-    try:
-        labels = {int(index): name for index, name in id2label.items() if str(int(index)) == str(index)}
-    except (AttributeError, TypeError, ValueError):
-        labels = {}
-    if not labels or sorted(labels) != list(range(len(id2label))):
+    by_text = {str(index): name for index, name in id2label.items()} if isinstance(id2label, dict) else {}
+    labels = {index: by_text.get(str(index)) for index in range(len(by_text))}
+    if not labels or len(labels) != len(id2label) or None in labels.values():
         raise ProbeError(f"id2label={id2label!r} must be a dict of label names by index: 0, 1, 2, ...")
     if wrong := [name for name in labels.values() if not _is_name(name)]:
         raise ProbeError(f"id2label has the name {wrong[0]!r}; it must be {_NAME[0]}")
@@ -175,4 +161,4 @@ def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tup
         raise ProbeError(f"id2label has the names {list(labels.values())}; each name must occur once")
     if num_labels not in (None, len(labels)):
         raise ProbeError(f"num_labels={num_labels} but id2label names {len(labels)}; leave num_labels out")
-    return len(labels), dict(sorted(labels.items()))
+    return len(labels), labels
