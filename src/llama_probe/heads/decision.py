@@ -15,13 +15,9 @@ from .configuration import ProbeConfig
 
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Apply the saved temperature: softmax for single-label heads, sigmoid for multi-label ones.
+    """Apply the saved temperature to logits `[batch, num_labels]`: softmax for single-label heads, sigmoid for multi-label ones.
 
-    Args:
-        logits (`torch.FloatTensor` of shape `[batch, num_labels]`): as the head gave them.
-
-    Returns:
-        `[batch, num_labels]`. Regression heads have no probabilities: their logits come back as they are.
+    Regression heads have no probabilities: their logits come back as they are.
     """
     if config.problem_type == "regression":
         return logits
@@ -30,15 +26,10 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Return log p - log(1 - p) of each of `probabilities`, in fp64. It ranks rows as p does, even if p rounds to 1.
+    """Return log p - log(1 - p) of each of `probabilities`, in fp64, `[rows, num_labels]`; of regression heads the logits.
 
-    A head that makes no error on its validation rows has a low temperature, and gives 1 to many rows.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `[rows, num_labels]`).
-
-    Returns:
-        `[rows, num_labels]`. Regression heads: their logits.
+    It ranks rows as p does, even if p rounds to 1. A head that makes no error on its validation rows has a low temperature,
+    and gives 1 to many rows.
     """
     if config.problem_type == "regression":
         return logits
@@ -114,7 +105,7 @@ def labels(
 def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> dict[str, ProbeOutput]:
     """Have outputs give rows of a novelty above the head's level the label `None`. Return them."""
     for name, level in levels.items():
-        outputs[name].abstain(level)
+        outputs[name].abstain_at = level
     return outputs
 
 
@@ -135,12 +126,12 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
     """Return one row's prediction as JSON values.
 
     Args:
-        label: its entry of `labels`; `None` if the head abstains. probs: its row of probabilities (regression: of values).
+        label: its entry of `labels`. probs: its row of probabilities (regression: of values).
 
     Returns:
-        `{"label": name, "score": its probability, "scores": {label: probability}}`; for multi-label heads the same with a
-        list of labels and a list of their probabilities; for regression heads `{"score": value}`, or
-        `{"scores": {label: value}}` where there are several outputs. A head that abstains has the label and the score `None`.
+        `{"label": name, "score": its probability, "scores": {label: probability}}`, with lists as label and score for
+        multi-label heads, and None as both if the head abstains. For regression heads `{"score": value}`, or
+        `{"scores": {label: value}}` if there are several outputs.
     """
     scores = dict(zip(config.id2label.values(), probs, strict=True))
     if label is None:
@@ -155,7 +146,7 @@ def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: s
     """Return one row's prediction as text: the label with its own probability, which need not be the largest.
 
     Args:
-        label: its entry of `labels`. scores: by label name its probabilities (regression: values). style: format of a probability.
+        label: its entry of `labels`. scores: its probabilities (regression: values) by label. style: format of a probability.
     """
     if label is None:
         return "no label: unlike the training data"
@@ -189,49 +180,43 @@ def probe_loss(
             first column, and so on, and after W of them the first again.
     """
     targets = targets.to(logits.device)
-    if logits.dim() == 3:
-        turns = [None] if row_weights is None else row_weights.split(1, dim=1)
-        each = [
-            probe_loss(
-                part, targets, config, class_weights, label_smoothing, focal_gamma, reduction, turns[i % len(turns)]
-            )
-            for i, part in enumerate(logits)
-        ]
-        return torch.stack(each).mean()
     if class_weights is not None:
         class_weights = class_weights.to(logits.device, logits.dtype)
-    if config.problem_type == "regression":
-        rows = F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
-    elif config.problem_type == "multi_label_classification":
+    losses = []
+    for index, part in enumerate(logits if logits.dim() == 3 else [logits]):
+        rows = _row_losses(part, targets, config.problem_type, class_weights, label_smoothing, focal_gamma)
+        if row_weights is not None:
+            rows = rows * row_weights[:, index % row_weights.shape[1]].to(rows)
+        losses.append(rows.sum() if reduction == "sum" else rows.mean())
+    return torch.stack(losses).mean()
+
+
+def _row_losses(logits, targets, problem_type, class_weights, label_smoothing, focal_gamma) -> torch.Tensor:
+    if problem_type == "regression":
+        return F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
+    if problem_type == "multi_label_classification":
         targets = targets.to(logits.dtype)
         soft = targets * (1 - label_smoothing) + label_smoothing / 2
         each = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
         if focal_gamma:
             each = each * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
-        rows = each.mean(dim=-1)
-    else:
-        rows = F.cross_entropy(
-            logits, targets.long(), weight=class_weights, label_smoothing=label_smoothing, reduction="none"
-        )
-        if focal_gamma:
-            right = logits.softmax(dim=-1).gather(1, targets.long().unsqueeze(1)).squeeze(1)
-            rows = rows * (1 - right) ** focal_gamma
-    if row_weights is not None:
-        rows = rows * row_weights[:, 0].to(rows)
-    return rows.sum() if reduction == "sum" else rows.mean()
+        return each.mean(dim=-1)
+    targets = targets.long()
+    rows = F.cross_entropy(logits, targets, class_weights, label_smoothing=label_smoothing, reduction="none")
+    if focal_gamma:
+        right = logits.softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+        rows = rows * (1 - right) ** focal_gamma
+    return rows
 
 
 class DecidedMixin:
-    """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
+    """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them.
 
-    @property
-    def abstain_at(self) -> float | dict[str, float] | None:
-        """Novelty above which a row has the label `None`, by head if there are several; `None` for never."""
-        return self.__dict__.get("_abstain_at")
+    Attributes:
+        abstain_at: novelty above which a row has the label `None`, by head if there are several; `None` for never.
+    """
 
-    def abstain(self, at: float | dict[str, float]) -> None:
-        """Give rows of a novelty above `at` the label `None`."""
-        self.__dict__["_abstain_at"] = at
+    abstain_at = None
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
         """Return the config of a head, by its name if there are several.
@@ -257,6 +242,10 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
         member_logits (`[members, batch, num_labels]`, *optional*): in training, of a head that averages several members.
         row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
+
+    Attributes:
+        means: the `MeanStates` that `novelty` is computed from; `None` if the head has no novelty. It is no field: the Trainer
+            would gather it.
     """
 
     loss: torch.Tensor | None = None
@@ -266,6 +255,8 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     member_logits: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
 
+    means = None
+
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
         """Return an output of logits and the config that turns them into labels."""
@@ -273,18 +264,9 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         output.__dict__["_probe_configs"] = {None: config}
         return output
 
-    def remember_means(self, means: Any) -> None:
-        """Store the `MeanStates` that `novelty` is computed from. They are no field: the Trainer would gather them."""
-        self.__dict__["_means"] = means
-
-    @property
-    def means(self) -> Any:
-        """The `MeanStates` of the batch; `None` if the head has no novelty."""
-        return self.__dict__.get("_means")
-
     @property
     def novelty(self) -> torch.Tensor | None:
-        """The novelty of each row, `[batch]` from 0 (like the training data) to 1 (unlike it); `None` if the head has no novelty."""
+        """The novelty of each row, `[batch]` from 0 (like the training data) to 1; `None` if the head has no novelty."""
         return None if self.means is None else self.means.novelty
 
     @property

@@ -284,7 +284,7 @@ class ProbeModel(nn.Module):
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
         if self.novelty is not None and not self.training:
-            output.remember_means(self.novelty.read(x, mask))
+            output.means = self.novelty.read(x, mask)
         if output_attentions:
             weights = self.token_stage.weights(x, mask, slice(None))
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
@@ -400,7 +400,7 @@ class ProbeModel(nn.Module):
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None:
-                output.remember_means(MeanStates(self.novelty, *state.means.joined()))
+                output.means = MeanStates(self.novelty, *state.means.joined())
         return output
 
     def projected(self) -> tuple[torch.Tensor, ProbeModel] | None:

@@ -375,7 +375,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return output
         probed = with_probes(call, output, session, reply, configs, None if halter is None else halter.halts)
         if levels:
-            probed.abstain(levels)
+            probed.abstain_at = levels
         return probed if as_dict else probed.sequences
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -144,7 +144,7 @@ class PrefillSession:
         for name, logits in output.probe_logits.items():
             self._taken[name] = ProbeOutput.from_logits(logits, self.heads[name].config)
         for name, means in (output.probe_mean_states or {}).items():
-            self._taken[name].remember_means(MeanStates(self.heads[name].novelty, *means))
+            self._taken[name].means = MeanStates(self.heads[name].novelty, *means)
         self._advance(self.length)
 
     def _advance(self, seen: int) -> None:

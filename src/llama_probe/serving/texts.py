@@ -89,7 +89,7 @@ def classify_texts(
                     blank = output.logits.new_empty(len(ids), configs[name].num_labels)
                     found[name] = ProbeOutput.from_logits(blank, configs[name])
                     if (means := output.means) is not None:
-                        found[name].remember_means(means.blank(len(ids)))
+                        found[name].means = means.blank(len(ids))
                 found[name].logits[rows] = output.logits
                 if output.means is not None:
                     found[name].means.put(rows, output.means)
