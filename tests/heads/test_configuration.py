@@ -13,58 +13,50 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
 MULTI_LABEL = "multi_label_classification"
 
 
+def refused(field, *values):
+    return [({field: value}, f"{field}=") for value in values]
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
-        *[({"probe_type": kind}, f"probe_type={kind!r}.*allowed: attentive, .*gate") for kind in ("lstm", None)],
-        ({"pool": "median"}, "pool='median' must be one of mean, max"),
-        ({"normalize": True}, "normalize=True must be one of none, layernorm, rms"),
-        ({"token_scope": "everything"}, "token_scope='everything'"),
+        *refused("probe_type", "lstm", None),
+        ({"probe_type": "lstm"}, "allowed: attentive, .*gate"),
+        *refused("pool", "median"),
+        *refused("normalize", True),
+        *refused("token_scope", "everything"),
         ({"token_scope": "response", "causal": False}, "causal=False is not allowed with token_scope='response'"),
-        ({"causal": "yes"}, "causal='yes'"),
-        ({"prompt_format": "xml"}, "prompt_format='xml'"),
-        ({"problem_type": "ranking"}, "problem_type='ranking'"),
-        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number from 1"),
-        ({"hidden_size": -1}, "hidden_size=-1"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        *refused("causal", "yes"),
+        *refused("prompt_format", "xml"),
+        *refused("problem_type", "ranking"),
+        *refused("num_attention_heads", 0),
+        *refused("hidden_size", -1, 1.5),
+        *refused("num_hidden_layers", 10**9),
         ({"hidden_size": 30, "downcast": 4}, "downcast=4 must divide hidden_size=30"),
         ({"hidden_size": 32, "downcast": 4, "num_attention_heads": 3}, "num_attention_heads=3 must divide"),
-        ({"dropout": 1.0}, "dropout=1.0 must be a number at least 0 and below 1"),
-        ({"layer_dropout": "half"}, "layer_dropout='half'"),
-        *[
-            ({"temperature": v}, "temperature=.* above 0")
-            for v in (0, -1, 1e-40, 1e-7, float("nan"), 10**400, 10**300)
-        ],
-        ({"dropout": -(10**400)}, "dropout=-1000+"),
-        *[({"threshold": value}, "threshold=.* from 0 to 1") for value in (10**400, 1.5, "x", [0.1, None], [])],
-        ({"fingerprint": [0.5, 10**400]}, "fingerprint="),
-        *[({"threshold": value}, "threshold=.*needs two labels") for value in ([0.1, 0.2],)],
-        *[
-            ({"thresholds": v}, "thresholds=")
-            for v in ([0.5], {"": 0.5}, {"a\nb": 0.5}, {"a": 1.5}, {"a": "x"}, {1: 0.5})
-        ],
+        *refused("dropout", 1.0, -(10**400)),
+        *refused("layer_dropout", "half"),
+        *refused("temperature", 0, -1, 1e-40, 1e-7, float("nan"), 10**400, None),
+        *refused("threshold", 10**400, 1.5, "x", [0.1, None], [0.1, 0.2], []),
+        *refused("fingerprint", [0.5, 10**400], []),
+        *refused("thresholds", [0.5], {"": 0.5}, {"a\nb": 0.5}, {"a": 1.5}, {"a": "x"}, {1: 0.5}),
         ({"thresholds": {"a": 0.5}, "num_labels": 3}, "thresholds=.*needs two labels"),
         ({"threshold": 0.5, "num_labels": 3}, "threshold=.*num_labels=3"),
         ({"threshold": [0.5], "num_labels": 3, "problem_type": MULTI_LABEL}, "threshold=.*num_labels=3"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels=3 but id2label names 2"),
-        *[({"num_labels": value}, "num_labels=") for value in (0, "2", True)],
-        *[
-            ({"id2label": value}, "id2label")
-            for value in ({0: "a", 2: "b"}, {0: "a", 1: "a"}, {"zero": "a"}, ["a"], {})
-        ],
+        *refused("num_labels", 0, "2", True),
+        *refused("id2label", {0: "a", 2: "b"}, {"zero": "a"}, ["a"], {}),
+        ({"id2label": {0: "a", 1: "a"}}, "id2label has the names"),
         *[
             ({"id2label": {0: name, 1: "b"}}, "id2label has the name .* must be text without line breaks")
             for name in ("a\x1b[31m", "b\nc", "safe\u202e", "\u2067b", "b\u2028c", "half \ud83d", "\U000e0061", 3)
         ],
-        *[
-            ({"base_model_name_or_path": name}, "name_or_path=")
-            for name in (7, "half \ud83d", "a\u2066b", "a\x1b[31m")
-        ],
-        ({"base_model_revision": "a\nb"}, r"base_model_revision='a\\nb'"),
-        *[({"layers": value}, "layers=.*must be 'all' or a list") for value in ("some", [], [0, 0], [-1], [True])],
+        *refused("base_model_name_or_path", 7, "half \ud83d", "a\u2066b", "a\x1b[31m"),
+        *refused("base_model_revision", "a\nb"),
+        *refused("layers", "some", [], [0, 0], [-1], [True]),
         ({"layers": [0, 5], "num_hidden_layers": 4}, "layers=.*num_hidden_layers=4"),
-        ({"prefix_ids": [1, "2"]}, "prefix_ids"),
-        ({"options": []}, "options"),
+        *refused("prefix_ids", [1, "2"]),
+        *refused("options", []),
     ],
 )
 def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
@@ -72,21 +64,10 @@ def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
         ProbeConfig(**values)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "غير ضار",
-        "می\u200cخواهم",
-        "שלום\u200f!",
-        "क्\u200dष",
-        "👩\u200d💻",
-        "❤️",
-        "未分類",
-        "né",
-        "Zug\u00adabteil",
-        "\U0001fae9",
-    ],
-)
+LANGUAGES = "غير ضار|می\u200cخواهم|שלום\u200f!|क्\u200dष|👩\u200d💻|❤️|未分類|né|Zug\u00adabteil|\U0001fae9"
+
+
+@pytest.mark.parametrize("name", LANGUAGES.split("|"))
 def test_labels_of_all_languages(name):
     config, _ = ProbeConfig.from_dict(json.loads(ProbeConfig(id2label={0: name, 1: "b"}).to_json_string()))
     assert config.id2label == {0: name, 1: "b"}
@@ -131,10 +112,7 @@ def test_json_round_trip():
     assert back == config and unknown == ["colour"]
     assert config.layer_indices == [1, 3]
     assert ProbeConfig(probe_type="gate", **SIZES).layer_indices == [0, 1, 2, 3, 4]
-
-
-def test_contradicting_labels():
-    with pytest.raises(ProbeError, match="label2id contradicts id2label"):
+    with pytest.raises(ProbeError, match="label2id"):
         ProbeConfig.from_dict({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}})
 
 

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe, read_head, save_head
+from conftest import HIDDEN, LAYERS, make_probe, read_head, save_head
 from hub_server.heads import same_weights
 from kills import each_kill
 from safetensors.torch import load_file, save_file
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeError
 from llama_probe.data.files import InputFile
 from llama_probe.data.texts import read_labelled
 from llama_probe.files import PENDING, current_file
@@ -63,30 +63,20 @@ def test_round_trip_is_bit_exact(tmp_path, kind):
         assert (again / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_with_a_backbone(folder):
-    lm = make_lm()
-    assert read_head(folder, backbone=lm).backbone is lm
-    with pytest.raises(ProbeError, match="hidden_size"):
-        read_head(folder, backbone=make_lm(hidden_size=16))
+def with_results(probe, number):
+    probe.results = {"chosen_seed": number}
+    return probe
 
 
-def test_results_and_plots_of_another_head_are_removed(folder):
-    measured = read_head(folder)
-    measured.results = {"chosen_seed": 0}
+def test_results_and_plots_of_another_head_are_removed(folder, caplog):
+    measured = with_results(read_head(folder), 0)
     save_head(measured, folder)
     (folder / PLOT_NAMES[0]).write_bytes(b"a plot")
     save_head(read_head(folder), folder)
     assert read_head(folder).results == {"chosen_seed": 0} and (folder / PLOT_NAMES[0]).is_file(), "the same head"
-    measured.results = {"chosen_seed": 1}
-    save_head(measured, folder)
+    save_head(with_results(measured, 1), folder)
     assert read_head(folder).results == {"chosen_seed": 1} and not (folder / PLOT_NAMES[0]).exists()
-    save_head(make_probe(seed=5), folder)
-    assert read_head(folder).results is None
-
-
-def test_results_of_other_weights_are_not_saved(folder, caplog):
-    measured = read_head(folder)
-    measured.results = {"chosen_seed": 0}
+    measured = with_results(read_head(folder), 0)
     measured.classifier.bias.data += 1
     assert read_head(save_head(measured, folder)).results is None and "after its results were measured" in caplog.text
 
@@ -102,13 +92,10 @@ def test_a_kill_at_any_operation_leaves_the_old_head_or_the_new_one(tmp_path, be
     """Wholly: results, plots and card as well; and the next save leaves nothing of the killed one."""
     place, kept = tmp_path / "head", tmp_path / "kept"
     if before != "no folder":
-        old = make_probe(seed=1)
-        old.results = {"chosen_seed": 0}
-        save_head(old, kept)
+        save_head(with_results(make_probe(seed=1), 0), kept)
         (kept / PLOT_NAMES[0]).write_bytes(b"a plot")
         (kept / CODE_NAME).write_bytes(b"code")
-    new = make_probe(seed=5)
-    new.results = {"chosen_seed": 7}
+    new = with_results(make_probe(seed=5), 7)
 
     def prepare():
         shutil.rmtree(place, ignore_errors=True)
@@ -163,9 +150,7 @@ def test_a_card_that_breaks_keeps_no_head_from_being_saved(tmp_path, monkeypatch
 
 def test_a_head_that_is_read_while_others_are_saved(tmp_path):
     """It is one of them, with its own results, and never refused."""
-    heads = [make_probe(seed=seed) for seed in range(2)]
-    for seed, head in enumerate(heads):
-        head.results = {"chosen_seed": seed}
+    heads = [with_results(make_probe(seed=seed), seed) for seed in range(2)]
     save_head(heads[0], tmp_path / "head")
     child = os.fork()
     if child == 0:
@@ -214,33 +199,16 @@ def test_files_of_a_killed_save_behind_a_link(folder, tmp_path):
     assert same_weights(read_head(tmp_path / "other"), make_probe(seed=1))
 
 
-def test_a_failed_write_changes_nothing(folder, monkeypatch):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def broken(self):
-        raise OSError("broken")
-
-    monkeypatch.setattr(ProbeConfig, "to_json_string", broken)
-    with pytest.raises(OSError, match="broken"):
-        save_head(make_probe(seed=1), folder)  # before the first write
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
 @pytest.mark.parametrize("change", [{"temperature": 1.25}, {"weights_sha256": None}, {"a new field": 1}])
 def test_a_config_that_was_changed_after_it_was_saved(folder, change):
-    config = read_config(folder)
-    digest = json.loads(config.to_json_string())["config_sha256"]
+    digest = json.loads((folder / CONFIG_NAME).read_text())["config_sha256"]
+    change_config(folder, config_sha256=digest, base_model_name_or_path="me/lm", llama_probe_version="9")
+    assert read_config(folder).base_model_name_or_path == "me/lm", "what says nothing about scores may be changed"
+    change_config(folder, config_sha256=digest, **change)
     with pytest.raises(ProbeError, match="config_sha256"):
-        change_config(folder, config_sha256=digest, **change)
         read_config(folder)
     change_config(folder, **change)
     assert read_config(folder)
-
-
-def test_what_says_nothing_about_scores_may_be_changed(folder):
-    digest = json.loads((folder / CONFIG_NAME).read_text())["config_sha256"]
-    change_config(folder, config_sha256=digest, base_model_name_or_path="me/lm", llama_probe_version="9")
-    assert read_config(folder).base_model_name_or_path == "me/lm"
 
 
 def test_each_bit_of_a_config(folder):
@@ -264,13 +232,6 @@ def test_each_bit_of_a_config(folder):
 def test_weights_without_a_digest(folder, caplog):
     change_config(folder, weights_sha256=None)
     assert read_head(folder) and "weights_sha256" in caplog.text
-
-
-def test_a_key_given_twice(folder):
-    path = folder / CONFIG_NAME
-    path.write_text(path.read_text().replace('"threshold": 0.3', '"threshold": 0.9, "threshold": 0.3'))
-    with pytest.raises(ProbeError, match="'threshold' occurs twice"):
-        read_head(folder)
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME])
@@ -310,11 +271,16 @@ def test_files_that_may_not_be_read(folder, closed):
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300, "a/" * 3000])
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000])
 def test_names_that_are_too_long(name, tmp_path):
-    for work in (read_head, InputFile.find, read_labelled, lambda name: read_head(tmp_path / name)):
+    for work in (
+        read_head,
+        read_labelled,
+        lambda name: InputFile.find([name]),
+        lambda name: read_head(tmp_path / name),
+    ):
         with pytest.raises(ProbeError):
-            work([name] if work == InputFile.find else name)
+            work(name)
 
 
 def test_unknown_keys_are_reported_and_left_out(folder, caplog):
@@ -331,6 +297,7 @@ def test_unknown_keys_are_reported_and_left_out(folder, caplog):
         (b"[1, 2]", "must be a JSON object"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"threshold": 0.9, "threshold": 0.3}', "'threshold' occurs twice"),
         (b'{"probe_type": "pickle"}', "probe_type='pickle'"),
         (b'{"hidden_size": 1e400}', "hidden_size"),
         (b'{"num_hidden_layers": 99999999999}', "num_hidden_layers"),
@@ -398,7 +365,7 @@ def test_damaged_weights(folder, damage):
         (lambda tensors: tensors.update(extra=torch.zeros(1)), r"unexpected \['extra'\]"),
         (lambda tensors: tensors.update({"classifier.bias": torch.zeros(3)}), r"classifier.bias has the shape \[3\]"),
         (lambda tensors: tensors.update({"classifier.bias": torch.zeros(2).half()}), "classifier.bias .*float16"),
-        (lambda tensors: tensors["classifier.bias"].add_(1), "does not belong to the probe_config.json beside it"),
+        (lambda tensors: tensors["classifier.bias"].add_(1), "sha256 differs"),
     ],
 )
 def test_wrong_tensors(folder, change, words):
@@ -418,11 +385,8 @@ def test_weights_that_are_not_finite(tmp_path, wrong):
         read_head(save_head(probe, tmp_path / "head"))
 
 
-def test_only_safetensors_are_read(folder, tmp_path):
+def test_only_safetensors_are_read(folder):
     (folder / WEIGHTS_NAME).unlink()
     (folder / "probe_model.bin").write_bytes(b"pickle")
     with pytest.raises(ProbeError, match="only safetensors are read"):
         read_head(folder)
-    (tmp_path / "training_args.bin").touch()
-    with pytest.raises(ProbeError, match=r"is not a head folder.*save_pretrained"):
-        read_head(tmp_path)

@@ -94,18 +94,12 @@ def test_all_that_differs_is_one_warning(lm, caplog):
         assert all(word in text for word in ("org/tiny", "org/other", "fingerprint", "vocab_size"))
 
 
-def test_the_fingerprint_explains_another_commit(lm):
+def test_the_fingerprint_explains_another_commit_and_a_local_folder_but_not_another_name(lm, tmp_path):
     config = described(lm).replace(base_model_revision="a" * 40)
-    lm.config._commit_hash = "b" * 40
-    assert verdicts(config, lm)["base_model_revision"] == "explained"
-    assert verdicts(config.replace(fingerprint=None), lm)["base_model_revision"] == "differs"
-
-
-def test_the_fingerprint_explains_a_local_folder_but_not_another_name(lm, tmp_path):
-    config = described(lm)
-    lm.config._name_or_path = str(tmp_path)
-    assert verdicts(config, lm)["base_model_name_or_path"] == "explained"
-    assert verdicts(config.replace(fingerprint=None), lm)["base_model_name_or_path"] == "differs"
+    lm.config._commit_hash, lm.config._name_or_path = "b" * 40, str(tmp_path)
+    for name in ("base_model_revision", "base_model_name_or_path"):
+        assert verdicts(config, lm)[name] == "explained"
+        assert verdicts(config.replace(fingerprint=None), lm)[name] == "differs"
     lm.config._name_or_path = "org/other"
     assert verdicts(config, lm)["base_model_name_or_path"] == "differs"
     lm.config.base_model_name_or_path = "org/tiny"  # as in the config of an exported repository

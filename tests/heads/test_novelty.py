@@ -70,27 +70,24 @@ def test_it_is_saved_with_the_head_and_keeps_its_results(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "layers, rank, changes",
     [
-        {"novelty": {"layers": [2], "rank": 3}, "layers": [0, 1]},
-        {"novelty": {"layers": [9], "rank": 3}},
-        {"novelty": {"layers": [2, 1], "rank": 3}},
-        {"novelty": {"layers": [], "rank": 3}},
-        {"novelty": {"layers": [1], "rank": 0}},
-        {"novelty": {"layers": [1]}},
-        {"novelty": {"layers": [1], "rank": 3}, "token_scope": "response"},
-        {"novelty": {"layers": [4], "rank": 3}, "probe_type": "last"},
+        ([2], 3, {"layers": [0, 1]}),
+        ([9], 3, {}),
+        ([2, 1], 3, {}),
+        ([], 3, {}),
+        ([1], 0, {}),
+        ([1], 3, {"token_scope": "response"}),
+        ([4], 3, {"probe_type": "last"}),
     ],
 )
-def test_settings_that_are_refused(changes):
+def test_settings_that_are_refused(layers, rank, changes):
+    config = make_probe(**{"probe_type": "gate", **changes}).config
     with pytest.raises(ProbeError, match="novelty"):
-        ProbeConfig(**{"probe_type": "gate", "hidden_size": 8, "num_hidden_layers": 4, **changes})
-
-
-def test_heads_that_cannot_tell_it():
-    for changes in ({"probe_type": "last"}, {"token_scope": "all"}):
+        config.replace(novelty={"layers": layers, "rank": rank})
+    if not config.supports_novelty:
         with pytest.raises(ProbeError, match=next(iter(changes))):
-            novelty_layers(make_probe(**changes).config)
+            novelty_layers(config)
 
 
 def test_abstaining_needs_novelty():

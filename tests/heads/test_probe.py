@@ -201,15 +201,8 @@ def expected_size(kind, layers, hidden, downcast, labels):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers, hidden, downcast, labels", [(4, 32, 4, 2), (1, 24, 8, 3), (30, 576, 32, 6)])
 def test_parameter_counts_follow_the_paper(kind, layers, hidden, downcast, labels):
-    config = ProbeConfig(
-        probe_type=kind,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        downcast=downcast,
-        num_attention_heads=1,
-        num_labels=labels,
-    )
-    probe = ProbeModel(config)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "downcast": downcast, "num_labels": labels}
+    probe = ProbeModel(ProbeConfig(probe_type=kind, num_attention_heads=1, **sizes))
     assert probe.num_parameters() == expected_size(kind, layers, hidden, downcast, labels)
     slots = {tensor.shape[0] for name, tensor in probe.token_stage.named_parameters()}
     assert slots <= {layers + 1}, "the token stage stacks its layers in one tensor"
@@ -276,16 +269,7 @@ class TestAgainstThePaper:
         self.check(attentive, probe_type="attentive", options={"num_queries": queries, "value_rank": rank})
 
 
-def test_an_untrained_gate_is_mean_pooling():
-    torch.manual_seed(0)
-    states = [torch.randn(2, 6, HIDDEN) for _ in range(LAYERS + 1)]
-    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
-    gate, pooling = (ProbeModel(ProbeConfig(probe_type=kind, **sizes)).eval() for kind in ("gate", "pooling"))
-    gate.classifier.load_state_dict(pooling.classifier.state_dict())
-    torch.testing.assert_close(gate(hidden_states=states).logits, pooling(hidden_states=states).logits)
-
-
-@pytest.mark.parametrize("kind", ["mha", "attentive"])
+@pytest.mark.parametrize("kind", ["gate", "mha", "attentive"])
 def test_an_untrained_head_attends_to_all_tokens_alike(kind):
     probe = ProbeModel(ProbeConfig(probe_type=kind, hidden_size=HIDDEN, num_hidden_layers=LAYERS, downcast=4)).eval()
     out = probe(hidden_states=[torch.randn(2, 6, HIDDEN) for _ in range(LAYERS + 1)], output_attentions=True)
@@ -313,7 +297,6 @@ def test_scores_of_any_size_stay_finite():
         ("gate", {"foo": 1}, r"\['foo'\]"),
         ("attentive", {"num_queries": 3}, "num_queries=3 must divide value_rank=8"),
         ("attentive", {"value_rank": 0}, "value_rank"),
-        ("attentive", {"num_queries": True}, "num_queries"),
         ("attentive", {"queries": 2}, r"\['queries'\].* knows \['num_queries', 'value_rank'\]"),
         ("multimax", {"num_members": 1.5}, "num_members"),
     ],
@@ -336,8 +319,7 @@ def test_states_in_any_form_and_dtype():
 def test_a_head_stays_fp32_and_moves_on_its_own():
     probe = make_probe()
     before = {name: tensor.clone() for name, tensor in probe.state_dict().items()}
-    for cast in (probe.half, probe.bfloat16, lambda: probe.to(torch.float16), probe.double):
-        cast()
+    probe.half().to(torch.bfloat16).double()
     for name, tensor in probe.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
     assert probe.to("meta").device.type == "meta"
@@ -399,10 +381,6 @@ class TestRefusals:
         lm.forward = lm.model.forward = None
         with pytest.raises(ProbeError, match="mask has the shape"):
             probe(make_prompts(), probe_mask=torch.ones(2, 4))
-
-    def test_another_backbone(self):
-        with pytest.raises(ProbeError, match="hidden_size=64 in the head's config, but this backbone has 32"):
-            ProbeModel(ProbeConfig(hidden_size=64), backbone=make_lm())
 
     def test_a_part_of_the_layers(self):
         probe = make_probe()

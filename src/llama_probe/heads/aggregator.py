@@ -41,17 +41,7 @@ class Classifier(nn.Module):
     reset_parameters = nn.Linear.reset_parameters
 
     def attach(self, lm: nn.Module, check: bool = True) -> None:
-        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing.
-
-        It is not saved, copied or pickled with the head.
-
-        Args:
-            lm: a causal LM, or a PEFT model around one.
-            check: if False, the LM is a copy of one that was checked.
-
-        Raises:
-            ProbeError: the LM does not have it.
-        """
+        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing. See `ProbeModel.bind`."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
@@ -73,7 +63,7 @@ class Aggregator(nn.Module, ABC):
     its parameters stacked in tensors of shape `[slots, ...]`; the layer stage has a single slot.
 
     A kind implements `update` and `result`, and `weights` if plots shall show it. Training calls `update` once with all slots
-    and tokens. Serving calls it with groups of layers and chunks of tokens. Both run the same code.
+    and tokens, serving with groups of layers and chunks of tokens.
 
     A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows`
     and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may
@@ -81,7 +71,7 @@ class Aggregator(nn.Module, ABC):
 
     Args:
         num_slots (`int`): number of independent summaries.
-        config (`ProbeConfig`): the head's configuration, with `hidden_size` set.
+        config (`ProbeConfig`): with `hidden_size` set.
 
     Attributes:
         reads: `"all"`, or `"last"` if only the last token that counts and the last layer matter. Other states are then
@@ -121,11 +111,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Check the values of `config` that this kind uses. Options with a whole number as default must be one.
-
-        Raises:
-            ProbeError: the kind cannot be built from `config`.
-        """
+        """Raise `ProbeError` if the kind cannot be built from `config`. Options with a whole number as default must be one."""
         if unknown := sorted(set(config.options) - set(cls.options)):
             raise ProbeError(f"options has {unknown}; probe_type={config.probe_type!r} knows {sorted(cls.options)}")
         for name, (default, _) in cls.options.items():
@@ -135,7 +121,6 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def option(cls, config: ProbeConfig, name: str) -> Any:
-        """Return an option of `config`, or its default."""
         return config.options.get(name, cls.options[name][0])
 
     @classmethod
@@ -177,8 +162,7 @@ class Aggregator(nn.Module, ABC):
         A server that keeps something of every token then keeps few numbers.
 
         Returns:
-            Maps of normalised states, `[S, rank, D]`, and the head, which normalises nothing. `None` if the kind needs whole
-            states.
+            Maps of normalised states, `[S, rank, D]`, and the head, which normalises nothing. `None` if it needs whole states.
         """
         return None
 

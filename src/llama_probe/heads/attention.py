@@ -48,13 +48,12 @@ class AttentionAggregator(LowRankAggregator):
         super().check(config)
         if config.hidden_size is None:
             return
-        if config.hidden_size % config.downcast:
+        inner, rest = divmod(config.hidden_size, config.downcast)
+        if rest:
             raise ProbeError(f"downcast={config.downcast} must divide hidden_size={config.hidden_size}")
-        inner = config.hidden_size // config.downcast
         if inner % config.num_attention_heads:
-            raise ProbeError(
-                f"num_attention_heads={config.num_attention_heads} must divide hidden_size / downcast = {inner}"
-            )
+            heads = f"num_attention_heads={config.num_attention_heads}"
+            raise ProbeError(f"{heads} must divide hidden_size / downcast = {inner}")
 
     def reset_parameters(self) -> None:
         # Xavier bounds of each D -> d_inner projection by itself; stacking them must not change their scale.

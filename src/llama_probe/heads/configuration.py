@@ -49,17 +49,16 @@ class ProbeConfig:
         downcast: `mha` works in `hidden_size / downcast` dimensions.
         normalize: how a hidden state is normalised before the token stage: `"none"`, `"layernorm"` (without
             parameters) or `"rms"`. Defaults to the kind's choice.
-        dropout: dropout on the layer summaries and on the pooled vector in training, 0 <= p < 1.
-        layer_dropout: probability in training that a layer's summary is replaced by zeros, 0 <= p < 1.
+        dropout: dropout on the layer summaries and on the pooled vector in training.
+        layer_dropout: probability in training that a layer's summary is replaced by zeros.
         layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state
             after the final norm, as in `output_hidden_states`.
         token_scope: tokens that count. `"last_user"`: the user's last turn and all behind it. `"user"`: what users and
             tools wrote, in all turns. `"turns"`: all turns. These are found by `turn_markers`. `"prompt"`: the whole
             prompt. `"content"`: all but `prefix_ids`. `"response"`: the reply. `"all"`: `"content"` and the reply. Heads
             that read replies score each token of them.
-        causal: if True, what the token stage computes of a token does not depend on later ones. Scores of a reply that is
-            being written need that.
-            Defaults to True for the scopes that read replies, else False. Only `mha` differs.
+        causal: if True, what the token stage computes of a token does not depend on later ones. Defaults to True for the
+            scopes that read replies, which need it, else False. Only `mha` differs.
         prefix_ids: token ids of the constant beginning of every prompt.
         turn_markers: by role (`"user"`, `"assistant"`, and where the template has them `"system"` and `"tool"`) what
             opens a turn: `{"ids": [...], "skip": n}`, token ids and the number of tokens behind them that belong to
@@ -172,14 +171,14 @@ class ProbeConfig:
             raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
 
     def check_supports_novelty(self) -> None:
-        """Raise `ProbeError` for a head that reads replies, or the last token alone."""
+        """Raise `ProbeError` unless `supports_novelty`."""
         if not self.supports_novelty:
             found = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
             raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
 
     @property
     def supports_novelty(self) -> bool:
-        """True if the head reads all tokens of a prompt, so that it can tell how unlike its training data one is."""
+        """True if the head reads all tokens of a prompt, and no reply."""
         return not self.reads_reply and get_probe_type(self.probe_type).reads == "all"
 
     @property
@@ -199,11 +198,7 @@ class ProbeConfig:
 
     @property
     def layer_indices(self) -> list[int]:
-        """State indices that the head reads, ascending: those of `layers` that the kind uses.
-
-        Raises:
-            ProbeError: `num_hidden_layers` is needed and None.
-        """
+        """State indices that the head reads, ascending: those of `layers` that the kind uses."""
         if self.layers == "all" and self.num_hidden_layers is None:
             raise ProbeError("num_hidden_layers is None: give it, or attach the head to a backbone")
         named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
@@ -221,13 +216,7 @@ class ProbeConfig:
     def from_pretrained(
         cls, source: str | os.PathLike, *, subfolder: str | None = None, namespace: str | None = None, **options
     ) -> ProbeConfig:
-        """Load the config of a head folder, of a head on the Hub, or of a bundled head's alias.
-
-        The arguments are those of `ProbeModel.from_pretrained`. Weights are not fetched.
-
-        Raises:
-            ProbeError: there is no such head, or its config holds a value that is not allowed.
-        """
+        """Load the config of a head without its weights. The arguments are those of `ProbeModel.from_pretrained`."""
         hub = HubOptions(**options)
         folder = resolve_head(with_subfolder(source, subfolder), options=hub, namespace=namespace, only_config=True)
         return read_config(folder, hub.trust_remote_code)
@@ -259,10 +248,7 @@ class ProbeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:
-        """Build a config from JSON values.
-
-        Returns:
-            The config, and the keys that this version does not know.
+        """Build a config from JSON values. Return it with the keys that this version does not know.
 
         Raises:
             ProbeError: `values` is not a dict, or holds a value that is not allowed.

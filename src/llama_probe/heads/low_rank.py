@@ -12,12 +12,9 @@ from .aggregator import Aggregator
 
 
 class LowRankAggregator(Aggregator):
-    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`.
+    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`: it keeps a few numbers of an item instead of D.
 
-    `project` gives the only numbers that the kind keeps of a token, a few instead of D.
-
-    Attributes:
-        projects: if False, items come as `project` gives them.
+    If `projects` is False, items come as `project` gives them.
     """
 
     half = True

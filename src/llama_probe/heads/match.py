@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from .rules import TURN_SCOPES
 
 logger = logging.get_logger(__name__)
 
-# Copies of one backbone may differ in these. Equal fingerprints explain the difference.
-_DIFFERS_IN_COPIES = ("base_model_revision", "base_model_dtype", "base_model_quantization")
+_SIZES = ("hidden_size", "num_hidden_layers")
+_PRECISION = ("base_model_dtype", "base_model_quantization")
 
 
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
@@ -33,7 +34,7 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
         ProbeError: the config is for another `hidden_size` or `num_hidden_layers`.
     """
     decoder = find_decoder(lm)
-    for name in ("hidden_size", "num_hidden_layers"):
+    for name in _SIZES:
         wanted, found = getattr(config, name), getattr(decoder, name)
         if wanted not in (None, found):
             base = f"; the head is for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
@@ -89,26 +90,27 @@ def compare(
     """Compare a head's record of its backbone with a backbone, the most decisive fields first.
 
     Args:
-        config: the head's config.
-        lm: the backbone.
         tokenizer: if given, the chat template is compared too.
         take_fingerprint: gives the backbone's fingerprint for a vocabulary size. Defaults to `fingerprint`, which runs the
             backbone over 32 tokens, and to none if weights are offloaded.
     """
     decoder, facts = find_decoder(lm), backbone_facts(lm)
     checks = []
-    for name in ("hidden_size", "num_hidden_layers"):
+    for name in _SIZES:
         recorded, found = getattr(config, name), getattr(decoder, name)
         checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
     same_behaviour = False
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
-        checks.append(_compare_fingerprints(config, lm, facts, take_fingerprint))
+        if take_fingerprint is None and not any(parameter.is_meta for parameter in lm.parameters()):
+            take_fingerprint = partial(fingerprint, lm)
+        checks.append(_compare_fingerprints(config, facts, take_fingerprint))
         same_behaviour = checks[-1].verdict == "same"
     for name, found in facts.items():
         recorded = getattr(config, name)
         verdict = _verdict(recorded, found, name)
+        # Copies of one backbone may differ in these.
         local_copy = name == "base_model_name_or_path" and found is not None and Path(found).is_dir()
-        if verdict == "differs" and same_behaviour and (name in _DIFFERS_IN_COPIES or local_copy):
+        if verdict == "differs" and same_behaviour and (name in ("base_model_revision", *_PRECISION) or local_copy):
             verdict = "explained"
         checks.append(Check(name, recorded, found, verdict))
     if config.prompt_format == "chat" and tokenizer is not None:
@@ -128,8 +130,6 @@ def check_backbone(
 
     Args:
         name: the head's name in the message.
-        config: the head's config.
-        lm: the backbone.
         strict: raise instead of the warning.
         take_fingerprint: see `compare`.
 
@@ -142,11 +142,9 @@ def check_backbone(
         logger.warning(
             f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
         )
-    differing = [
-        check for check in compare(config, lm, take_fingerprint=take_fingerprint) if check.verdict == "differs"
-    ]
+    checks = compare(config, lm, take_fingerprint=take_fingerprint)
     # A head is often trained in one dtype and served in another: by itself this means nothing.
-    telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
+    telling = [check for check in checks if check.verdict == "differs" and check.field not in _PRECISION]
     if not telling:
         return
     message = f"head {name!r} {', '.join(map(_explain, telling))}: its scores may mean nothing here"
@@ -163,21 +161,13 @@ def _explain(check: Check) -> str:
     return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
 
 
-def _compare_fingerprints(
-    config: ProbeConfig,
-    lm: nn.Module,
-    facts: dict[str, Any],
-    take_fingerprint: Callable[[int | None], list[float]] | None,
-) -> Check:
-    precision = ("base_model_dtype", "base_model_quantization")
-    allowed = tolerance(tuple(getattr(config, name) for name in precision), tuple(facts[name] for name in precision))
+def _compare_fingerprints(config: ProbeConfig, facts: dict[str, Any], take_fingerprint: Callable | None) -> Check:
+    allowed = tolerance(tuple(getattr(config, name) for name in _PRECISION), tuple(facts[name] for name in _PRECISION))
     wanted = f"within {allowed:.1%}"
     # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
-    offloaded = take_fingerprint is None and any(parameter.is_meta for parameter in lm.parameters())
-    if offloaded or (config.vocab_size or 0) > facts["vocab_size"]:
+    if take_fingerprint is None or (config.vocab_size or 0) > facts["vocab_size"]:
         return Check("fingerprint", wanted, None, "unknown")
-    found = fingerprint(lm, config.vocab_size) if take_fingerprint is None else take_fingerprint(config.vocab_size)
-    apart = distance(config.fingerprint, found)
+    apart = distance(config.fingerprint, take_fingerprint(config.vocab_size))
     return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
 
 

@@ -23,11 +23,7 @@ _DEPTHS = (0.2, 0.4, 0.6)
 
 
 def novelty_layers(config: ProbeConfig) -> list[int]:
-    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads.
-
-    Raises:
-        ProbeError: the head reads replies, or the last token alone.
-    """
+    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads."""
     config.check_supports_novelty()
     wanted = [depth * config.num_hidden_layers for depth in _DEPTHS]
     return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
@@ -86,24 +82,14 @@ class Novelty(nn.Module):
         self.slots = [config.layer_indices.index(layer) for layer in layers]
         self._means = PoolingAggregator(len(layers), config.replace(pool="mean"))
         width = len(layers) * config.hidden_size
-        shapes = {
-            "center": (width,),
-            "directions": (rank, width),
-            "variances": (rank + 1,),
-            "length": (2,),
-            "quantiles": (LEVELS,),
-        }
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("directions", torch.zeros(rank, width))
+        self.register_buffer("variances", torch.zeros(rank + 1))
+        self.register_buffer("length", torch.zeros(2))
+        self.register_buffer("quantiles", torch.zeros(LEVELS))
 
     def update(self, states: SlotStates, slots: slice, x: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Read further tokens of a group of the head's layers: one masked sum.
-
-        Args:
-            states: what was read so far; it is changed.
-            slots: the head's slots that `x` belongs to.
-            x (`[slots, batch, n, hidden_size]`), mask (`[batch, n]`, *optional*): as for `Aggregator.update`.
-        """
+        """Read further tokens of a group of the head's layers into `states`; see `Aggregator.update`."""
         places = [slot - slots.start for slot in self.slots if slots.start <= slot < slots.stop]
         if not places:
             return
@@ -119,7 +105,7 @@ class Novelty(nn.Module):
         return MeanStates(self, *states.joined())
 
     def distance(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, before the number of tokens is taken out; see `MeanStates`."""
+        """Return the log distance `[batch]`, before the number of tokens is taken out."""
         x = self._means.result((total, count), slice(None)).transpose(0, 1).flatten(1) - self.center
         along = x @ self.directions.T  # [B, rank]
         other = (x - along @ self.directions).square().sum(dim=1)
@@ -150,12 +136,7 @@ class Novelty(nn.Module):
         train: tuple[torch.Tensor, torch.Tensor],
         validation: tuple[torch.Tensor, torch.Tensor],
     ) -> Novelty:
-        """Fit the description of training rows, and calibrate it on validation rows.
-
-        Args:
-            config: config of the head, with `novelty` set.
-            train, validation: total and count of the rows; see `MeanStates`.
-        """
+        """Fit the description of training rows, and calibrate it on validation rows: total and count of `MeanStates`."""
         novelty = cls(config)
         total, count = train
         x = (total / count.clamp_min(1)[..., None]).transpose(0, 1).flatten(1).double()  # [rows, S * D]
@@ -200,8 +181,6 @@ def abstain_levels(
         if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
             raise ProbeError(f"abstain_at={level!r} must be a number from 0 to 1")
         if configs[name].novelty is None:
-            raise ProbeError(
-                f"abstain_at={level}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
-                "--novelty-data ROWS"
-            )
+            hint = "fit it with llama-probe calibrate --probe FOLDER --novelty-data ROWS"
+            raise ProbeError(f"abstain_at={level}: head {name!r} has no novelty; {hint}")
     return levels

@@ -86,11 +86,7 @@ class ProbeModel(nn.Module):
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
-        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None.
-
-        Raises:
-            ProbeError: its sizes differ from the head's, or see `bind`.
-        """
+        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. See `bind`."""
         if backbone is not None:
             match(backbone, self.config)
             self.bind(backbone)
@@ -111,7 +107,7 @@ class ProbeModel(nn.Module):
 
         Args:
             lm: a causal LM, or a PEFT model around one.
-            check: see `Classifier.attach`.
+            check: if False, the LM is a copy of one that was checked.
 
         Raises:
             ProbeError: `lm` does not have it, or the head already uses that of another LM.
@@ -154,10 +150,9 @@ class ProbeModel(nn.Module):
         namespace: str | None = None,
         **options,
     ) -> ProbeModel:
-        """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode.
+        """Load a head from a folder, from the Hub, or by its alias (see `resolve_head`), on the CPU and in eval mode.
 
         Args:
-            source: a head folder, a Hub id or an alias; see `resolve_head`.
             backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
             subfolder, namespace: as in `load_probe`.
             options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
@@ -204,8 +199,7 @@ class ProbeModel(nn.Module):
         Args:
             repo_id: `user/name`; created if it does not exist.
             name: of the head, for the commit message.
-            kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message`, `tags`, `license`; see
-                `push_folder`.
+            kwargs: see `push_folder`.
 
         Raises:
             ProbeError: the Hub refused, with its reason. Nothing is uploaded then.
@@ -276,8 +270,8 @@ class ProbeModel(nn.Module):
         """Score normalised states, which several heads can share.
 
         Args:
-            x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): normalised states of the layers
-                that the head reads, ascending.
+            x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
+                reads, ascending.
             mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count. Defaults to all.
             labels, output_attentions, row_weights: see `forward`.
         """
@@ -305,9 +299,8 @@ class ProbeModel(nn.Module):
                 raise ProbeError(f"hidden_states has the shape {tuple(shape)}; it must be {allowed}")
             return (hidden_states if shape[1] == read else hidden_states[:, self.layer_indices]).transpose(0, 1)
         if len(hidden_states) != layers or any(state.shape[2:] != (width,) for state in hidden_states):
-            found = [tuple(state.shape) for state in hidden_states[:2]]
-            allowed = f"{layers} tensors [batch, tokens, {width}], embeddings first"
-            raise ProbeError(f"hidden_states has {len(hidden_states)} tensors {found}...; it must have {allowed}")
+            found = f"{len(hidden_states)} tensors {[tuple(state.shape) for state in hidden_states[:2]]}..."
+            raise ProbeError(f"hidden_states has {found}; it must have {layers} tensors [batch, tokens, {width}]")
         return torch.stack([hidden_states[layer] for layer in self.layer_indices])
 
     # Groups of layers, while the LM runs
@@ -329,8 +322,8 @@ class ProbeModel(nn.Module):
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
 
-        It is fp32, or half precision where that is the LM's, the kind reads it and there are many tokens: the head's products
-        are then several times as fast, and round less than the LM itself.
+        Half precision, where the kind reads it and there are many tokens, makes the head's products several times as fast,
+        and rounds less than the LM itself.
         """
         half = x.dtype in _HALF and self.token_stage.half and self.config.normalize != "none"
         half = half and x.shape[1] * x.shape[2] > _FEW_TOKENS

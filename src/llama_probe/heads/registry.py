@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ..errors import ProbeError
@@ -52,7 +51,7 @@ def get_probe_type(name: str) -> type[Any]:
     return _PROBE_TYPES[name]
 
 
-def import_kinds(path: str | os.PathLike) -> ModuleType:
+def import_kinds(path: str | os.PathLike) -> None:
     """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust.
 
     Raises:
@@ -64,7 +63,7 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
     # Each copy of this code, such as that of a Hub repository, has kinds of its own.
     name = f"{path.stem}_{hashlib.sha256(__name__.encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
-        return sys.modules[name]
+        return
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
@@ -75,7 +74,6 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
         raise
     if set(_PROBE_TYPES.values()) == before:
         raise ProbeError(f"{path} registers no kind of head: decorate its class with register_probe_type")
-    return module
 
 
 def kind_code(probe_type: str) -> bytes | None:
@@ -93,13 +91,11 @@ def _as_package() -> Iterator[None]:
         yield
         return
     names = ("llama_probe", "llama_probe.heads")
-    installed = {name: sys.modules.get(name) for name in names}
+    installed = {name: sys.modules[name] for name in names if name in sys.modules}
     sys.modules.update(dict.fromkeys(names, sys.modules[get_probe_type("gate").__module__]))
     try:
         yield
     finally:
-        for name, module in installed.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(installed)

@@ -25,11 +25,10 @@ def token_mask(
     partial_prompt: bool = False,
     seen: int = 0,
 ) -> torch.Tensor:
-    """Return which tokens count for a head.
+    """Return which tokens count for a head, `[batch, tokens]` bool.
 
     The turns that `"last_user"`, `"user"` and `"turns"` name are found by `config.turn_markers`; see `turn_mask`. No token
-    counts of a chat without such a turn; a row without any marker is read whole. Without `turn_markers` these scopes are
-    `"content"`.
+    counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`.
 
     With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is not counted in a row that begins with it,
     after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
@@ -40,9 +39,6 @@ def token_mask(
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
         partial_prompt: the prompts may continue. Nothing counts yet in a row that ends within the constant prefix.
         seen: leading tokens that heads have read in an earlier call.
-
-    Returns:
-        `torch.BoolTensor` of shape `[batch, tokens]`.
 
     Raises:
         ProbeError: the scope needs ids and there are none, or is `"response"`: ids do not show where a reply begins.
@@ -92,9 +88,7 @@ def prompt_masks(
     placeholder_ids: Sequence[int] = (),
     seen: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return for each head, by the name of its config, the prompt tokens that count: `[prompts, prompt_tokens]`.
-
-    Heads of one scope share one tensor.
+    """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`. Heads of one scope share a tensor.
 
     Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
@@ -105,24 +99,20 @@ def prompt_masks(
     Raises:
         ProbeError: there is no prompt, or mask and prompt have different shapes.
     """
-    source = input_ids if input_ids is not None else inputs_embeds
-    for name, tensor, shape in (
-        ("input_ids", input_ids, "[batch, tokens]"),
-        ("inputs_embeds", inputs_embeds, "[batch, tokens, hidden_size]"),
-        ("attention_mask", attention_mask, "[batch, tokens]"),
-        ("probe_mask", probe_mask, "[batch, tokens]"),
-    ):
-        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != shape.count(",") + 1):
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
+    for name, tensor in given.items():
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
             found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
-            raise ProbeError(f"{name} must be a tensor {shape}, not {found}{entries}")
+            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {found}{entries}")
+    source = input_ids if input_ids is not None else inputs_embeds
     if source is None or 0 in source.shape[:2]:
         raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
     shape = source.shape[:2]
-    for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
-        if mask is not None and mask.shape != shape:
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != shape:
             hint = "with a cache, pass all input_ids of the conversation"
-            raise ProbeError(f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: {hint}")
+            raise ProbeError(f"{name} has the shape {tuple(tensor.shape)}, the prompt {tuple(shape)}: {hint}")
     if attention_mask is None:
         attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
     if probe_mask is not None:
@@ -131,18 +121,17 @@ def prompt_masks(
     text = None
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+    found: list[tuple[Any, torch.Tensor]] = []  # scopes and their masks
     masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        mask = next((masks[other] for other in masks if _scope(configs[other]) == _scope(config)), None)
+        scope = config.token_scope, config.prefix_ids, config.turn_markers
+        mask = next((mask for other, mask in found if other == scope), None)
         if mask is None:
             mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
             mask = mask if text is None else mask & text.to(mask.device)
+            found.append((scope, mask))
         masks[name] = mask
     return masks
-
-
-def _scope(config: ProbeConfig) -> tuple[Any, ...]:
-    return config.token_scope, config.prefix_ids, config.turn_markers
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,7 @@ from .aggregator import join_slots, take_slots
 
 
 class SlotStates:
-    """States of several slots, cut and joined as groups of slots need.
-
-    Args:
-        num_slots: number of slots.
-        state: state of all of them, as `joined` returned it.
-    """
+    """States of several slots, cut and joined as groups of slots need. `state` is that of all, as `joined` returned it."""
 
     def __init__(self, num_slots: int, state: Any = None):
         self.num_slots = num_slots
