@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import random
-import re
 import shutil
 import signal
 import struct
@@ -211,24 +209,6 @@ def test_a_config_that_was_changed_after_it_was_saved(folder, change):
     assert read_config(folder)
 
 
-def test_each_bit_of_a_config(folder):
-    """A flipped bit is refused, or leaves all that scores depend on."""
-    path, facts = folder / CONFIG_NAME, re.compile("base_model_.*|.*_version")
-    content, kept = path.read_bytes(), read_config(folder).to_dict()
-    accepted = 0
-    for bit in random.Random(0).sample(range(8 * len(content)), 500):
-        data = bytearray(content)
-        data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
-        try:
-            found = read_config(folder).to_dict()
-        except ProbeError:
-            continue
-        accepted += 1
-        assert {key for key in kept if found[key] != kept[key] and not facts.fullmatch(key)} == set(), bit
-    assert accepted, "versions and white space"
-
-
 def test_weights_without_a_digest(folder, caplog):
     change_config(folder, weights_sha256=None)
     assert read_head(folder) and "weights_sha256" in caplog.text
@@ -273,14 +253,9 @@ def test_files_that_may_not_be_read(folder, closed):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000])
 def test_names_that_are_too_long(name, tmp_path):
-    for work in (
-        read_head,
-        read_labelled,
-        lambda name: InputFile.find([name]),
-        lambda name: read_head(tmp_path / name),
-    ):
+    for read in (read_head, read_labelled, lambda path: InputFile.find([path])):
         with pytest.raises(ProbeError):
-            work(name)
+            read(str(tmp_path / name))
 
 
 def test_unknown_keys_are_reported_and_left_out(folder, caplog):

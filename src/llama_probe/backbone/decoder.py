@@ -74,7 +74,12 @@ class Decoder:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         names = inspect.signature(self.model.forward).parameters
         if self.wrapper is not None and not inputs.keys() <= names.keys():
-            return self._run_wrapper(inputs)
+            if self.wrapper.base_model is not self.wrapper:
+                return self.wrapper.base_model(**inputs)
+            # Llama 4 has no model without the LM head. The plain class's forward does not run attached heads.
+            plain = getattr(type(self.wrapper), "_causal_lm_class", type(self.wrapper))
+            keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
+            return plain.forward(self.wrapper, **inputs, **keep)
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and "position_ids" in names and "position_ids" not in inputs:
             is_token = mask.bool()
@@ -96,15 +101,6 @@ class Decoder:
             return inputs
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         return {**inputs, "logits_to_keep": torch.arange(-min(keep, tokens.shape[1]), 0, device=tokens.device)}
-
-    def _run_wrapper(self, inputs: dict[str, Any]) -> Any:
-        inner = self.wrapper.base_model
-        if inner is not self.wrapper:
-            return inner(**inputs)
-        # Llama 4 has no model without the LM head. The plain class's forward does not run attached heads.
-        plain = getattr(type(self.wrapper), "_causal_lm_class", type(self.wrapper))
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
-        return plain.forward(self.wrapper, **inputs, **keep)
 
 
 def without_peft(lm: nn.Module) -> nn.Module:

@@ -104,17 +104,14 @@ class Novelty(nn.Module):
         self.update(states, slice(0, len(x)), x, mask)
         return MeanStates(self, *states.joined())
 
-    def distance(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, before the number of tokens is taken out."""
+    def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return the log distance `[batch]`, less what its number of tokens leads to."""
         x = self._means.result((total, count), slice(None)).transpose(0, 1).flatten(1) - self.center
         along = x @ self.directions.T  # [B, rank]
         other = (x - along @ self.directions).square().sum(dim=1)
         squared = (along.square() / self.variances[:-1]).sum(dim=1) + other / self.variances[-1]
-        return squared.clamp_min(1e-12).log() / 2
-
-    def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, less what its number of tokens leads to."""
-        return self.distance(total, count) - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
+        distance = squared.clamp_min(1e-12).log() / 2
+        return distance - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
 
     def forward(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Return novelty `[batch]`; NaN for a row without a token that counts. See `MeanStates` for the arguments."""
@@ -154,7 +151,8 @@ class Novelty(nn.Module):
         novelty.center.copy_(center)
         novelty.directions.copy_(directions)
         novelty.variances.copy_(variances)
-        distance, tokens = novelty.distance(*validation).double(), validation[1][0].double().clamp_min(1).log()
+        distance = novelty.excess(*validation).double()  # the length is 0 so far
+        tokens = validation[1][0].double().clamp_min(1).log()
         spread = (tokens - tokens.mean()).square().sum()
         slope = ((tokens - tokens.mean()) * distance).sum() / spread.clamp_min(1e-12)
         slope = slope.clamp(-0.5, 0)  # noise of tokens that are independent, and none
