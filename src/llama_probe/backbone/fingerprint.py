@@ -29,12 +29,9 @@ _TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.06, 4: 0.4}
 def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
     """Return 32 numbers that summarize a backbone, comparable between machines, dtypes and devices.
 
-    The backbone runs once over 32 fixed tokens. The hidden states at a quarter, a half, three quarters and the whole of its
-    depth are layer-normalized, averaged over the tokens, and projected on 8 fixed random directions.
-
-    Args:
-        lm: a causal LM, or a PEFT model around one. It runs in eval mode.
-        vocab_size: the tokens are below it. Defaults to the backbone's.
+    The backbone runs once, in eval mode, over 32 fixed tokens below `vocab_size`, which defaults to its own. The hidden states
+    at a quarter, a half, three quarters and the whole of its depth are layer-normalized, averaged over the tokens, and
+    projected on 8 fixed random directions.
     """
     decoder = find_decoder(lm)
     vocab_size = vocab_size or _vocab_size(lm)

@@ -159,7 +159,7 @@ def load_backbone(
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device `name`, such as `cpu` or `cuda:1`. With `"auto"`, the accelerator, or the CPU if there is none."""
+    """Return a device by its name. `"auto"` is the accelerator, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")

@@ -66,8 +66,7 @@ def threshold_of(config: ProbeConfig, index: int) -> float | None:
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     """Apply the saved threshold to `[batch, num_labels]` probabilities.
 
-    Returns:
-        Single-label: class indices `[batch]`. Multi-label: booleans `[batch, num_labels]`. Regression: the values.
+    Return class indices `[batch]`, for multi-label heads booleans `[batch, num_labels]`, for regression heads the values.
     """
     if config.problem_type == "regression":
         return probs
@@ -84,8 +83,7 @@ def labels(
 ) -> list[Any]:
     """Return the label of each row: a name (single-label), a list of names (multi-label), or a list of floats (regression).
 
-    Args:
-        novelty (`[batch]`, *optional*): with `abstain_at`, rows of a larger novelty get `None`.
+    With `abstain_at`, rows of a larger novelty get `None`.
 
     Raises:
         ProbeError: a probability is not a number. Below any threshold, it would pass for harmless.
@@ -110,13 +108,10 @@ def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> 
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
-    """Return the last score of each reply: the one after its last token that counted.
+    """Return the last score of each reply as an output of one row; `None` where no token of it was read.
 
     Args:
         token_logits (`[replies, tokens, num_labels]`): see `ProbedOutputMixin`.
-
-    Returns:
-        For each reply an output of one row; `None` where no token of it was read.
     """
     read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
     return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]

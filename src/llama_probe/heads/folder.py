@@ -117,17 +117,15 @@ def read_settled(folder: Path, read: Callable[[], T]) -> T:
         ProbeError: the function's, or heads are saved into the folder all the time.
     """
     for _ in range(_TRIES):
-        before, error = folder_state(folder, CONFIG_NAME), None
+        before = folder_state(folder, CONFIG_NAME)
         try:
             found = read()
-        except ProbeError as raised:
-            error = raised
-        if folder_state(folder, CONFIG_NAME) == before:
-            if error is None:
+            if folder_state(folder, CONFIG_NAME) == before:
                 return found
+        except ProbeError:
             time.sleep(_PAUSE)
             if folder_state(folder, CONFIG_NAME) == before:
-                raise error
+                raise
     raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
 
 

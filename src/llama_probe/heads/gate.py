@@ -46,16 +46,12 @@ class GateAggregator(Aggregator):
         seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
         maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
         config = head.config.replace(hidden_size=maps.shape[1], normalize="none", novelty=None)
-        reader = type(head)(config).eval()
-        units = torch.eye(maps.shape[1])
-        reader.load_state_dict(
-            {
-                "token_stage.weight": units[:1].expand(self.num_slots, -1),
-                "layer_stage.weight": units[1:2],
-                "classifier.weight": units[2:],
-                "classifier.bias": head.classifier.bias,
-            }
-        )
+        reader, units = type(head)(config).eval(), torch.eye(maps.shape[1])
+        with torch.no_grad():
+            reader.token_stage.weight.copy_(units[:1])
+            reader.layer_stage.weight.copy_(units[1:2])
+            reader.classifier.weight.copy_(units[2:])
+            reader.classifier.bias.copy_(head.classifier.bias)
         return maps.detach(), reader.to(head.device)
 
     def weights(self, x, mask, slots):

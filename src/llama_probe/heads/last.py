@@ -11,8 +11,7 @@ from .aggregator import Aggregator, last_valid, register_probe_type
 class LastItemAggregator(Aggregator):
     """The last valid item: of the tokens, and then of the layers. State: that item, so far.
 
-    No other layer matters, and so the head reads the last one of `layers` only: `layers=[k]` is a linear probe of state k,
-    and `"all"` one of the final state.
+    No other layer matters: `layers=[k]` is a linear probe of state k, and `"all"` one of the final state.
     """
 
     recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}

@@ -31,10 +31,9 @@ def novelty_layers(config: ProbeConfig) -> list[int]:
 
 @dataclass
 class MeanStates:
-    """Sums that a `Novelty` has read of a batch. They are cheap to make; `novelty` computes the rest.
+    """Sums that the novelty `of` has read of a batch. They are cheap to make; `novelty` computes the rest.
 
     Attributes:
-        of: the module that made it.
         total (`[S, batch, hidden_size]`): sum of the normalised states of the tokens that count.
         count (`[S, batch]`): number of these tokens.
     """
@@ -99,7 +98,7 @@ class Novelty(nn.Module):
         states.put(own, (in_place(total), count))
 
     def read(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> MeanStates:
-        """Read whole prompts: normalised states `[layers_read, batch, tokens, hidden_size]`, as for `ProbeModel.score`."""
+        """Read whole prompts: the states and mask of `ProbeModel.score`."""
         states = SlotStates(len(self.slots))
         self.update(states, slice(0, len(x)), x, mask)
         return MeanStates(self, *states.joined())
@@ -165,11 +164,7 @@ class Novelty(nn.Module):
 def abstain_levels(
     abstain_at: float | Mapping[str, float] | None, configs: Mapping[str, ProbeConfig]
 ) -> dict[str, float]:
-    """Return the novelty, by head, above which a row gets no label: one level for all heads, or those of a dict.
-
-    Raises:
-        ProbeError: a level is not a number from 0 to 1, a head is not among `configs`, or has no novelty.
-    """
+    """Return the novelty, by head, above which a row gets no label: one level for all heads, or those of a dict."""
     if abstain_at is None:
         return {}
     levels = dict(abstain_at) if isinstance(abstain_at, Mapping) else dict.fromkeys(configs, abstain_at)

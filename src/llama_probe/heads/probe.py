@@ -257,26 +257,23 @@ class ProbeModel(nn.Module):
         if input_ids is not None:
             states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
             x = torch.stack(states)
-        return self.score(self.normalize(x), mask, labels, output_attentions, row_weights)
+        output = self.score(self.normalize(x), mask, output_attentions)
+        output.row_weights = row_weights
+        if labels is not None:
+            output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
+        return output
 
-    def score(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        row_weights: torch.Tensor | None = None,
-    ) -> ProbeOutput:
+    def score(self, x: torch.Tensor, mask: torch.Tensor | None = None, output_attentions: bool = False) -> ProbeOutput:
         """Score normalised states, which several heads can share.
 
         Args:
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
                 reads, ascending.
             mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count. Defaults to all.
-            labels, output_attentions, row_weights: see `forward`.
+            output_attentions: see `forward`.
         """
         summaries = self.token_stage(x, mask)  # [S, B, D]
-        output = self.score_summaries(summaries, labels, output_attentions, row_weights, learning=self.training)
+        output = self.score_summaries(summaries, output_attentions, learning=self.training)
         if self.novelty is not None and not self.training:
             output.means = self.novelty.read(x, mask)
         if output_attentions:
@@ -411,21 +408,16 @@ class ProbeModel(nn.Module):
         return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
 
     def score_summaries(
-        self,
-        summaries: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        row_weights: torch.Tensor | None = None,
-        learning: bool = False,
+        self, summaries: torch.Tensor, output_attentions: bool = False, learning: bool = False
     ) -> ProbeOutput:
         """Score the layers' summaries `[layers_read, batch, hidden_size]`, from the token stage.
 
         Dropouts act if `learning` is true. A head that serves has none, even in training mode beside an LM that is trained.
         """
-        if learning and self.config.layer_dropout:
-            keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
-            summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
         if learning:
+            if self.config.layer_dropout:
+                keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
+                summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
             summaries = F.dropout(summaries, self.config.dropout)
         items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
         pooled = self.layer_stage(items)[0]  # [B, D]
@@ -433,9 +425,6 @@ class ProbeModel(nn.Module):
         output = ProbeOutput.from_logits(self.classifier(pooled), self.config)
         if learning:
             output.member_logits = self.classifier.member_logits(pooled)
-        output.row_weights = row_weights
-        if labels is not None:
-            output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
         if output_attentions:
             weights = self.layer_stage.weights(items, None, slice(None))
             output.layer_weights = None if weights is None else weights[0]  # [B, S]

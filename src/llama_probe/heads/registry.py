@@ -41,11 +41,7 @@ def probe_types() -> list[str]:
 
 
 def get_probe_type(name: str) -> type[Any]:
-    """Return the class that is registered under `name`.
-
-    Raises:
-        ProbeError: no kind has this name. The message lists those that exist.
-    """
+    """Return the class that is registered under `name`, or raise `ProbeError`."""
     if not isinstance(name, str) or name not in _PROBE_TYPES:
         raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, your own")
     return _PROBE_TYPES[name]

@@ -44,7 +44,7 @@ CUSTOM_PIPELINES = {
 }
 # What serving starts from. The code of a head's own kind imports the names of `heads`; registered kinds are added.
 _ROOTS = ("LlamaForProbedGeneration", "HoldBackStreamer", "Reprompt", "ProbedTextGenerationPipeline", *heads.__all__)
-# Methods by class, and functions, that serving does without. To call one says that it needs the package.
+# Methods by class that serving does without. To call one says that it needs the package.
 _LEFT_OUT = {
     "ProbeConfig": "from_pretrained",
     "ProbeModel": "forward score pool projected set_novelty num_parameters push_to_hub _stack",
@@ -55,7 +55,6 @@ _LEFT_OUT = {
     "Novelty": "fit read",
     "ProbeHostMixin": "push_probe_to_hub push_to_hub _single_probe",
     "AutoModelForProbedGeneration": "from_pretrained",
-    "": "probe_loss",
 }
 # Functions that are simpler there: only Llama is exported, its heads come along, and none are bundled.
 _SIMPLER = {

@@ -83,8 +83,9 @@ class Learner:
             stop = min(len(labels), start + size - self.pending)
             # Dropout must not depend on which other candidates are live.
             torch.manual_seed(hash((self.candidate.seed, self.candidate.number, self.steps, self.pending)) % 2**63)
-            weights, part = None if row_weights is None else row_weights[start:stop], labels[start:stop]
-            output = self.probe.score(x[:, start:stop], mask[start:stop], row_weights=weights)
+            output = self.probe.score(x[:, start:stop], mask[start:stop])
+            output.row_weights = None if row_weights is None else row_weights[start:stop]
+            part = labels[start:stop]
             # A share of the mean over the whole batch, which the loss counts in labels.
             self.candidate.loss(output, part, size * part.numel() / len(part)).backward()
             self.pending += stop - start
