@@ -21,7 +21,7 @@ from llama_probe.data.files import InputFile
 from llama_probe.data.texts import read_labelled
 from llama_probe.files import PENDING, current_file
 from llama_probe.heads.configuration import read_config
-from llama_probe.hub.card import read_card, write_card
+from llama_probe.hub.card import write_card
 from llama_probe.hub.folder import (
     CARD_NAME,
     CODE_NAME,
@@ -85,11 +85,13 @@ def head_files(folder):
     return {name: path.read_bytes() for name, path in paths if path.is_file()}
 
 
-@pytest.mark.parametrize("before", ["another head", "no folder"])
+@pytest.mark.parametrize("before", ["another head", "a head with a card", "no folder"])
 def test_a_kill_at_any_operation_leaves_the_old_head_or_the_new_one(tmp_path, before):
     """Wholly: results, plots and card as well; and the next save leaves nothing of the killed one."""
     place, kept = tmp_path / "head", tmp_path / "kept"
-    if before != "no folder":
+    if before == "a head with a card":
+        save_head(make_probe(probe_type="gate"), kept)
+    elif before == "another head":
         save_head(with_results(make_probe(seed=1), 0), kept)
         (kept / PLOT_NAMES[0]).write_bytes(b"a plot")
         (kept / CODE_NAME).write_bytes(b"code")
@@ -118,18 +120,6 @@ def test_a_kill_at_any_operation_leaves_the_old_head_or_the_new_one(tmp_path, be
         save_head(new, place)
         assert {path.name: path.read_bytes() for path in place.iterdir()} == new_files, number
     assert seen == {False, True}
-
-
-def test_a_kill_before_the_card(tmp_path):
-    """A card of another head does not outlive it."""
-    place = tmp_path / "head"
-    for number in each_kill(
-        lambda: save_head(make_probe(probe_type="gate"), place), tmp_path, lambda: save_head(make_probe(), place)
-    ):
-        kind = read_head(place).config.probe_type
-        assert f"probe-{kind}" in read_card(place).data.tags, number
-    write_card(place)
-    assert {path.name for path in place.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
 
 
 def test_a_folder_without_a_head_keeps_its_files(tmp_path):
