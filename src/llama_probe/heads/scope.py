@@ -45,10 +45,6 @@ def token_mask(
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ProbeError(f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}")
-    if input_ids is None and attention_mask is None:
-        raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     finds_turns = config.token_scope in TURN_SCOPES and config.turn_markers is not None
     if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
