@@ -137,8 +137,8 @@ def load_backbone(
 
     Args:
         name: `"demo"`, a folder, a GGUF file, or a Hub id.
-        dtype: dtype of the weights. Defaults to the checkpoint's.
-        device: defaults to the accelerator, or to the CPU if there is none.
+        dtype: of the weights. Defaults to the checkpoint's.
+        device: defaults to `choose_device()`.
 
     Raises:
         ProbeError: the backbone cannot be loaded, or the dtype is not allowed.

@@ -140,16 +140,13 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
-        """Take in further items.
+        """Take in further items. Return the new state.
 
         Args:
             state: result of an earlier `update` of the same slots, or `None` at the start.
             x (`torch.FloatTensor` of shape `[S, B, n, D]`): the next n items of the slots in `slots`.
             mask (`torch.BoolTensor` of shape `[B, n]`, *optional*): the items that count; `None` if all do.
             slots (`slice`): the slots that `x` belongs to.
-
-        Returns:
-            The new state.
         """
 
     @abstractmethod
@@ -159,10 +156,8 @@ class Aggregator(nn.Module, ABC):
     def projected(self, head: nn.Module) -> tuple[torch.Tensor, nn.Module] | None:
         """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give.
 
-        A server that keeps something of every token then keeps few numbers.
-
-        Returns:
-            Maps of normalised states, `[S, rank, D]`, and the head, which normalises nothing. `None` if it needs whole states.
+        A server that keeps something of every token then keeps few numbers. Return maps of normalised states, `[S, rank, D]`,
+        and the head, which normalises nothing, or `None` if the kind needs whole states.
         """
         return None
 

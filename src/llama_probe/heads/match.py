@@ -65,10 +65,9 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a comparison.
+    """One config field of a comparison.
 
     Attributes:
-        field: the config field that is compared.
         recorded, found: its value in the head and in the backbone; `None` if not known.
         verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if it differs but the fingerprints agree.
         fatal: if True, a head cannot run on a backbone where the field differs.

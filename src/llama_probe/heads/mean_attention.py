@@ -25,17 +25,13 @@ def suits(query: torch.Tensor) -> bool:
 def mean_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Average the results of `scaled_dot_product_attention` over the valid queries. Not differentiable.
+    """Average the results of `scaled_dot_product_attention` over the valid queries: `[P, heads, d]`. Not differentiable.
 
     The mean commutes with the product with the values: how much attention each item receives is enough.
 
     Args:
         query, key, value (`[P, heads, N, d]`, fp32).
         valid (`torch.BoolTensor` of shape `[P, N]`, *optional*): the items that count, as queries and as keys.
-        scale: factor of the scores.
-
-    Returns:
-        `[P, heads, d]`.
     """
     pairs, heads, items, size = query.shape
     query, key, value = ((part.reshape(-1, items, size)) for part in (query * scale, key, value))  # [P heads, N, d]

@@ -48,7 +48,7 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(_is_int(index, least=0) for index in value)
 
 
-def _are(holds: Callable[[Any], bool], value: Any) -> bool:
+def _is_list_of(holds: Callable[[Any], bool], value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(map(holds, value))
 
 
@@ -119,10 +119,13 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "{role: {'ids': [token ids], 'skip': 0 or more}} with the roles user and assistant",
         _are_markers,
     ),
-    "threshold": ("a number from 0 to 1, a list of these", lambda value: _is_share(value) or _are(_is_share, value)),
+    "threshold": (
+        "a number from 0 to 1, a list of these",
+        lambda value: _is_share(value) or _is_list_of(_is_share, value),
+    ),
     "thresholds": ("{name: a number from 0 to 1} with printable names", _are_thresholds),
     "novelty": ("{'layers': [ascending state indices], 'rank': a whole number from 1}", _is_novelty),
-    "fingerprint": ("a list of numbers", lambda value: _are(_is_number, value)),
+    "fingerprint": ("a list of numbers", lambda value: _is_list_of(_is_number, value)),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": ("text", _is_text),
     **dict.fromkeys(_NAMED, _NAME),

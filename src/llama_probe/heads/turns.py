@@ -27,8 +27,7 @@ def turn_mask(
     which is no chat; a warning says so once.
 
     Args:
-        scope: `"last_user"`, `"user"` or `"turns"`; see `ProbeConfig.token_scope`.
-        markers: see `ProbeConfig.turn_markers`.
+        scope, markers: see `ProbeConfig.token_scope` and `ProbeConfig.turn_markers`.
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`).
         known: number of first tokens; a reply that begins within them is the LM's own, even if no turn follows it.
     """
