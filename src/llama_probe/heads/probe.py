@@ -281,9 +281,9 @@ class ProbeModel(nn.Module):
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
         return output
 
-    def pool(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the classifier's input, without dropout: `[batch, width]`. The arguments are those of `score`."""
-        summaries = self.token_stage(x, mask)  # [S, B, D]
+    def pool(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the classifier's input, without dropout: `[batch, width]`. For the arguments see `forward`."""
+        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask.to(self.device))  # [S, B, D]
         return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
 
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
