@@ -96,50 +96,46 @@ def new_folder(folder: Path) -> Iterator[Path]:
             item.replace(folder / item.name)
 
 
-def write_atomically(writers: dict[Path, Content]) -> None:
-    """Write files of a folder under temporary names, then rename all of them; on an error no file changes.
+def write_atomically(contents: dict[Path, Content]) -> None:
+    """Write files under temporary names, then rename all of them; on an error no file changes.
 
     A kill between two renames leaves some files new. `replace_files` is for files that belong together.
-
-    Args:
-        writers: contents by the path of the file.
 
     Raises:
         ProbeError: a file cannot be written; the message gives the system's reason.
     """
-    for target in writers:
-        _check_no_folder(target)
-    for folder in {target.parent for target in writers}:
-        with _scratch(folder) as stage:
-            inside = {target: stage / target.name for target in writers if target.parent == folder}
-            for target, path in inside.items():
-                _write(writers[target], path, target)
-            for target, path in inside.items():
-                with _explained(target):
-                    path.replace(target)
+    for folder in {path.parent for path in contents}:
+        inside = {path.name: content for path, content in contents.items() if path.parent == folder}
+        with _staged(folder, inside) as stage:
+            for name in inside:
+                with _explained(folder / name):
+                    (stage / name).replace(folder / name)
 
 
-def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str] = ()) -> None:
+def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> None:
     """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones.
 
     The new files are written into a folder of their own. Its rename to `PENDING` is the step. Then they are moved to their
     places; `current_file` finds a file before and after its move, and `settle` moves those that a kill has left.
 
     Args:
-        writers: contents by the file's name.
+        contents: by the file's name.
         gone: names of files to remove.
 
     Raises:
         ProbeError: a file cannot be written; the message gives the system's reason. No file has changed then.
     """
-    for name in (*writers, *gone):
-        _check_no_folder(folder / name)
-    with _scratch(folder) as stage:
-        for name, write in writers.items():
-            _write(write, stage / name, folder / name)
-        for name in gone:
-            _write(Path.touch, stage / f"{name}{_GONE}", folder / name)
-        _switch(stage, folder)
+    with _staged(folder, contents, gone) as stage:
+        for _ in range(100):
+            settle(folder)
+            try:
+                stage.rename(folder / PENDING)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
+                    raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
+        else:
+            raise ProbeError(f"{folder} cannot be written: others save into it all the time")
     settle(folder)
 
 
@@ -194,24 +190,38 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder in a folder, and remove it at the end if it is still there.
+def _staged(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> Iterator[Path]:
+    """Give a temporary folder in a folder, with the files that are to go there; at the end it is removed.
 
     It is locked, and a lock ends with its process: so `remove_leftovers` of another process can tell that it is in use.
     """
-    while True:
-        path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
+    for name in (*contents, *gone):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise ProbeError(
+                f"{folder / name} is a folder, and a file of this name is to be written; remove or rename it"
+            )
+    handle = None
+    while handle is None:
+        stage = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
         with _explained(folder):
-            path.mkdir()
-        handle = lock(path)
-        if handle is not None and path.exists():
-            break
-        if handle is not None:  # taken for a leftover before it was locked
+            stage.mkdir()
+        handle = lock(stage)
+        if handle is not None and not stage.exists():  # taken for a leftover before it was locked
             os.close(handle)
+            handle = None
     try:
-        yield path
+        for name, content in contents.items():
+            with _explained(folder / name):
+                if callable(content):
+                    content(stage / name)
+                else:
+                    (stage / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        for name in gone:
+            with _explained(folder / name):
+                (stage / f"{name}{_GONE}").touch()
+        yield stage
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
         os.close(handle)
 
 
@@ -236,32 +246,6 @@ def lock(path: Path) -> int | None:
     except OSError:  # the file system has no locks
         pass
     return handle
-
-
-def _switch(stage: Path, folder: Path) -> None:
-    for _ in range(100):
-        settle(folder)
-        try:
-            stage.rename(folder / PENDING)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
-                raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
-        else:
-            return
-    raise ProbeError(f"{folder} cannot be written: others save into it all the time")
-
-
-def _write(content: Content, path: Path, target: Path) -> None:
-    with _explained(target):
-        if callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _check_no_folder(target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        raise ProbeError(f"{target} is a folder, and a file of this name is to be written; remove it or rename it")
 
 
 @contextmanager

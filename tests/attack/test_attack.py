@@ -260,7 +260,7 @@ def test_a_hub_with_faults(tally, hub, token, heads, tmp_path):
     old, new = (read_head(folder) for folder in heads)
     old.results = new.results = None  # they would give no card
     old.push_to_hub(REPO, license="mit")
-    kinds = ("answer", "forbid", "refuse_upload", "cut_upload", "truncate", "wrong_sha", "lose")
+    kinds = ("answer", "forbid", "refuse upload", "cut upload", "truncate", "wrong sha", "lose")
     for number in tally.times(1000):
         hub.faults.clear()
         for _ in range(tally.rng.randrange(1, 4)):
@@ -270,9 +270,9 @@ def test_a_hub_with_faults(tally, hub, token, heads, tmp_path):
                 else {"path": tally.rng.choice(["/resolve/", "/cdn/", "/commit/", "safetensors", "json", "/api/"])}
             )
             kind = tally.rng.choice(kinds)
-            match = match if kind in ("answer", "truncate", "wrong_sha", "lose") else {}
+            match = match if kind in ("answer", "truncate", "wrong sha", "lose") else {}
             match |= {"status": tally.rng.choice([400, 403, 404, 412, 429, 500, 503])} if kind == "answer" else {}
-            getattr(hub.faults, kind)(times=tally.rng.choice([1, 1, 2, None]), **match)
+            hub.fault(kind, times=tally.rng.choice([1, 1, 2, None]), **match)
         before = hub.head(REPO)
         head = tally.rng.choice([old, new])
         if number % 2:

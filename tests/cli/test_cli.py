@@ -219,7 +219,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, token, tmp_path, monke
     assert pushed["commit"] == hub.head("alice/mood") and hub.repositories["alice/mood"].private
     assert set(hub.files("alice/mood")) >= {f"v1/{path.name}" for path in output.iterdir()}
     succeed("pull", "alice/mood:v1", "--output", tmp_path / "back")
-    hub.clear_requests()
+    hub.requests.clear()
     succeed("pull", "alice/mood:v1", "--force-download", "--output", tmp_path / "again")
     assert hub.count("GET", "probe_model.safetensors")
     for name in ("probe_model.safetensors", "layer_weights.png"):

@@ -81,11 +81,11 @@ class TestPush:
         model.push_probe_to_hub(REPO, "mood", license="mit")
         assert "results.json" not in hub.files(REPO) and "notes.txt" in hub.files(REPO)
 
-    @pytest.mark.parametrize("fault", ["refuse_upload", "cut_upload", "forbid", "answer"])
+    @pytest.mark.parametrize("fault", ["refuse upload", "cut upload", "forbid", "answer"])
     def test_an_interrupted_push_leaves_the_branch_where_it_was(self, hub, token, pushed, fault):
         before, files = hub.head(REPO), hub.files(REPO)
-        arguments = {"answer": {"status": 500, "path": "/commit/"}}.get(fault, {})
-        injected = getattr(hub.faults, fault)(times=None, **arguments)
+        arguments = {"path": "/commit/"} if fault == "answer" else {}
+        injected = hub.fault(fault, times=None, **arguments)
         with pytest.raises(ProbeError) as raised:
             pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert injected.hits and token not in str(raised.value)
@@ -94,16 +94,18 @@ class TestPush:
 
     def test_a_push_whose_answer_is_lost(self, hub, pushed):
         """The commit was kept: it is no failure, and never `nothing was uploaded`."""
-        hub.faults.lose(path="/commit/")
+        hub.fault("lose", path="/commit/")
         info = pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert info.oid == hub.head(REPO) and info.oid in info.commit_url
         assert same_weights(on_hub(), pushed.probes["other"])
 
     @pytest.mark.parametrize("create_pr", [False, True])
     def test_a_push_of_which_nobody_knows(self, hub, pushed, create_pr):
-        hub.faults.lose(path="/commit/", times=None)
-        if not create_pr:
-            hub.faults.answer(500, path="/paths-info/", times=None)
+        def hide_the_branch():
+            if not create_pr:
+                hub.fault("answer", method="GET", times=None)
+
+        hub.fault("lose", path="/commit/", times=None, action=hide_the_branch)
         with pytest.raises(ProbeError, match="not known"):
             pushed.push_probe_to_hub(REPO, "other", license="mit", create_pr=create_pr)
 
@@ -122,7 +124,7 @@ class TestPush:
         assert read_head(folder).config.base_model_name_or_path == "/home/me/secret plans/lm-1", "the folder is kept"
 
     def test_two_at_once(self, hub, pushed):
-        hub.faults.run(lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")
+        hub.fault("run", action=lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")
         with pytest.raises(ProbeError, match=r"someone else pushed .* push again"):
             pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert same_weights(on_hub(), pushed.probes["mood"]) and "theirs.txt" in hub.files(REPO)
@@ -142,7 +144,7 @@ class TestPush:
     @pytest.mark.parametrize(
         "arguments, words",
         [
-            ({"repo_id": "a/b/c"}, "repo_id='a/b/c'"),
+            ({"repo_id": "a/b/c"}, "'a/b/c'"),
             ({"subfolder": "../x"}, "subfolder='../x'"),
             ({"subfolder": "my mood"}, "no spaces in subfolder"),
             ({"revision": "a:b"}, "no : in revision"),
@@ -250,7 +252,7 @@ class TestPullIntoAFolder:
         with pytest.raises(ProbeError, match="damaged"):
             pull_head(head, "damaged", check=read_head)
         (tmp_path / "file").write_text("x")
-        hub.clear_requests()
+        hub.requests.clear()
         for taken in ("file", "file/inside"):
             with pytest.raises(ProbeError, match="file is a file"):
                 pull_head(head, taken)

@@ -10,24 +10,16 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from .faults import Faults
-from .repository import (
-    FIRST_FILES,
-    LFS_SUFFIXES,
-    Blob,
-    Refusal,
-    Repository,
-    card_data,
-    check_card,
-    check_path,
-    folder_entry,
-)
+import yaml
+
+from .repository import LFS_SUFFIXES, Blob, Refusal, Repository
 
 
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
@@ -40,14 +32,49 @@ ROUTES = {
     "preupload": rf"POST {_API}/preupload/{_REVISION}",
     "commit": rf"POST {_API}/commit/{_REVISION}",
     "branch": rf"POST {_API}/branch/{_REVISION}",
-    "paths": rf"POST {_API}/paths-info/{_REVISION}",
     "tree": rf"GET {_API}/tree/{_REVISION}(?:/(?P<path>.*))?",
     "info": rf"GET {_API}(?:/revision/{_REVISION})?",
     "batch": rf"POST /{_ID}\.git/info/lfs/objects/batch",
     "put": rf"PUT /cdn/{_ID}/(?P<oid>\w{{64}})",
-    "get": r"GET /cdn/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/(?P<oid>\w{64})/.*",
+    "get": rf"GET /cdn/{_ID}/(?P<oid>\w{{64}})/.*",
     "resolve": rf"GET /(?P<kind>datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.*)",
 }
+
+_COMMIT = {"method": "POST", "path": "/commit/"}
+_UPLOAD = {"method": "PUT", "path": "/cdn/"}
+# Faults by name: what they do to a request, and which requests they are for.
+FAULTS = {
+    "answer": {"status": 500},  # with `code` as the client's name for the error
+    "forbid": {"status": 403, **_COMMIT},
+    "refuse upload": {"status": 403, **_UPLOAD},
+    "run": {},  # call `action` before the request is answered
+    "lose": {},  # do what is asked for, and answer 500
+    "cut upload": _UPLOAD,  # close the connection in the middle of the upload of a large file
+    "drip": {"method": "GET"},  # send a file a byte at a time, 50 of them a second
+    "truncate": {"method": "GET"},  # send half of a file, with `declared` under the Content-Length of the whole
+    "wrong sha": {"method": "GET"},  # send a file with its last byte changed, under the old etag
+}
+
+
+@dataclass
+class Fault:
+    """A fault for requests of a method whose path holds `path`; it affects `times` of them, or all if None."""
+
+    kind: str
+    method: str | None = None
+    path: str = ""
+    times: int | None = 1
+    status: int | None = None
+    code: str | None = None
+    declared: bool = True
+    action: Callable[[], object] | None = None
+    hits: int = 0
+
+    def befalls(self, method: str, path: str) -> bool:
+        if self.method not in (None, method) or self.path not in unquote(path) or self.hits == self.times:
+            return False
+        self.hits += 1
+        return True
 
 
 class HubServer:
@@ -56,7 +83,6 @@ class HubServer:
     Attributes:
         url: value for `HF_ENDPOINT`.
         requests: `(method, path, status)` of each request; no query, no header; the status is None if it was cut.
-        faults: see `Faults`.
         repositories: by id; that of a data set begins with `datasets/`.
         errors: tracebacks of the server's own errors.
         env: environment for a subprocess whose client uses this server; set by the fixture.
@@ -68,8 +94,9 @@ class HubServer:
 
     def reset(self) -> None:
         self.tokens: dict[str, tuple[str, str]] = {}  # (user, role) by token
-        self.faults = Faults()
+        self.faults: list[Fault] = []
         self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}  # large files by sha256
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
         self.env: dict[str, str] = {}
@@ -117,26 +144,32 @@ class HubServer:
         self.tokens[token] = (user, role)
         return token
 
-    def plant(
-        self, repo_id: str, files: Mapping[str, bytes | None], *, branch: str = "main", private: bool = False
-    ) -> str:
-        """Commit files, unchecked, to a repository and branch that may be new; None deletes. Return the sha."""
-        blobs = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items() if data is not None}
+    def fault(self, kind: str, **fields) -> Fault:
+        """Let a fault of `FAULTS` happen to the next requests that match it.
+
+        The client repeats a request that was cut, or answered with 408, 429 or 5xx, up to five times. So one such fault
+        is mended by the client, and six are an error.
+        """
+        self.faults.append(Fault(kind, **{**FAULTS[kind], **fields}))
+        return self.faults[-1]
+
+    def take(self, kinds: tuple[str, ...], method: str, path: str) -> Fault | None:
+        return next((fault for fault in self.faults if fault.kind in kinds and fault.befalls(method, path)), None)
+
+    def plant(self, repo_id: str, files: Mapping[str, bytes], *, branch: str = "main", private: bool = False) -> None:
+        """Commit files, unchecked, to a repository and branch that may be new."""
+        blobs = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}
+        self.objects |= {blob.oid: blob.data for blob in blobs.values() if blob.lfs}
         if repo_id not in self.repositories:
-            self.repositories[repo_id] = Repository(repo_id, blobs if branch == "main" else {}, private)
+            self.repositories[repo_id] = Repository(repo_id, blobs, private)
         repo = self.repositories[repo_id]
-        head = repo.refs.setdefault(branch, repo.refs["main"])
-        kept = {path: blob for path, blob in head.files.items() if path not in files}
-        return repo.commit(branch, {**kept, **blobs}).oid
+        repo.commit(branch, {**repo.refs.get(branch, repo.refs["main"]).files, **blobs})
 
     def head(self, repo_id: str, revision: str = "main") -> str:
         return self.repositories[repo_id].find(revision).oid
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.data for path, blob in self.repositories[repo_id].find(revision).files.items()}
-
-    def clear_requests(self) -> None:
-        self.requests.clear()
 
     def count(self, method: str | None = None, path: str = "") -> int:
         """Count requests of a method with `path` in their path."""
@@ -174,21 +207,22 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, self.where = self.hub, urlsplit(self.path).path
         self.query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
-        fault = hub.faults.take(("answer", "cut", "run", "lose"), self.command, self.where)
-        if fault is not None and fault.kind == "cut":
+        fault = hub.take(("answer", "forbid", "refuse upload", "cut upload", "run", "lose"), self.command, self.where)
+        fault = fault or Fault("none")
+        if fault.kind == "cut upload":
             self.rfile.read(1)
             hub.requests.append((self.command, self.where, None))
             self.close_connection = True
             return
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
-            if fault is not None and fault.kind == "answer":
+            if fault.status is not None:
                 raise Refusal(fault.status, "a fault that was asked for", fault.code)
-            if fault is not None and fault.kind == "run":
+            if fault.action is not None:
                 fault.action()
             with hub._lock:
                 answer = self._route()
-            if fault is not None and fault.kind == "lose":
+            if fault.kind == "lose":
                 raise Refusal(500, "a fault that was asked for")
         except Refusal as refusal:
             answer = refusal.status, refusal.headers, json.dumps(refusal.body).encode()
@@ -206,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            slow = self.hub.faults.take(("drip",), self.command, self.where)
+            slow = self.hub.take(("drip",), self.command, self.where)
             for byte in [bytes([byte]) for byte in data] if slow else [data]:
                 self.wfile.write(byte)
                 if slow:
@@ -264,34 +298,36 @@ class Handler(BaseHTTPRequestHandler):
 
     def on_create(self):
         (user, role), body = self.visitor, self.json
-        self.part = {"id": f"{body.get('organization') or user}/{body['name']}"}
-        answer = {"url": f"{self.hub.url}/{self.part['id']}", "name": self.part["id"], "id": self.part["id"]}
-        if role != "write" or not self.part["id"].startswith(f"{user}/"):
+        repo_id = f"{body.get('organization') or user}/{body['name']}"
+        answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        if role != "write" or not repo_id.startswith(f"{user}/"):
             raise Refusal(403, "You don't have the rights to create this model")
-        if self.part["id"] in self.hub.repositories:
+        if repo_id in self.hub.repositories:
             return 409, {}, json.dumps({"error": "You already created this model repo", **answer}).encode()
         private = body.get("visibility") == "private" or body.get("private", False)
-        first = {path: Blob(data) for path, data in FIRST_FILES.items()}
-        self.hub.repositories[self.part["id"]] = Repository(self.part["id"], first, private)
+        self.hub.repositories[repo_id] = Repository(repo_id, {".gitattributes": Blob(b"")}, private)
         return answer
 
     def on_validate(self):
-        try:
-            check_card(self.json["content"])
-        except Refusal as refusal:
-            errors = [{"message": refusal.body["error"]}]
-            return 400, {}, json.dumps({"errors": errors, "warnings": []}).encode()
-        return {"errors": [], "warnings": []}
+        tags = metadata(self.json["content"]).get("tags", [])
+        if isinstance(tags, list):
+            return {"errors": [], "warnings": []}
+        errors = [{"message": '"tags" must be an array of strings'}]
+        return 400, {}, json.dumps({"errors": errors, "warnings": []}).encode()
 
     def on_info(self):
         repo = self.readable()
         commit = repo.find(self.part.get("revision", "main"))
+        card = commit.files.get("README.md", Blob(b"")).data.decode("utf-8", "replace")
         return {
             "id": repo.id.removeprefix("datasets/"),
             "sha": commit.oid,
-            "cardData": card_data(commit.files),
+            "cardData": metadata(card),
             "tags": [],
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+            "siblings": [
+                {"rfilename": path, "blobId": blob.oid, "lfs": blob.entry(path).get("lfs")}
+                for path, blob in sorted(commit.files.items())
+            ],
         }
 
     def on_tree(self):
@@ -302,18 +338,12 @@ class Handler(BaseHTTPRequestHandler):
             if path.startswith(start):
                 first, _, rest = path.removeprefix(start).partition("/")
                 if rest:
-                    entries[start + first] = folder_entry(start + first)
+                    entries[start + first] = {"type": "directory", "path": start + first, "size": 0, "oid": "0" * 40}
                 if not rest or "recursive" in self.query:
                     entries[path] = blob.entry(path)
         if folder and not entries:
             raise Refusal(404, f"Entry not found: {folder}", "EntryNotFound")
         return list(entries.values())
-
-    def on_paths(self):
-        files = self.readable().find(self.part["revision"]).files
-        asked = self.json["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode()).get("paths", [])
-        folders = [path for path in asked if any(name.startswith(f"{path}/") for name in files)]
-        return [files[path].entry(path) for path in asked if path in files] + list(map(folder_entry, folders))
 
     def on_branch(self):
         repo = self.writable()
@@ -334,21 +364,21 @@ class Handler(BaseHTTPRequestHandler):
         repo, objects = self.writable(), []
         for item in self.json["objects"]:
             upload = {"upload": {"href": f"{self.hub.cdn_url}/cdn/{repo.id}/{item['oid']}"}}
-            actions = {} if item["oid"] in repo.objects else {"actions": upload}
+            actions = {} if item["oid"] in self.hub.objects else {"actions": upload}
             objects.append({"oid": item["oid"], "size": item["size"], **actions})
         return {"transfer": "basic", "objects": objects}
 
     def on_put(self):
         if hashlib.sha256(self.body).hexdigest() != self.part["oid"]:
             raise Refusal(400, "The uploaded bytes do not have the declared sha256")
-        self.hub.repositories[self.part["id"]].objects[self.part["oid"]] = self.body
+        self.hub.objects[self.part["oid"]] = self.body
         return {}
 
     def on_commit(self):
         """Apply all lines of a commit to a copy of the tree, and only then make it the branch's."""
-        repo, as_pull = self.writable(), "create_pr" in self.query
+        repo, as_pull, revision = self.writable(), "create_pr" in self.query, self.part["revision"]
         header, *lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
-        head = repo.find(self.part["revision"])
+        head = repo.find(revision)
         if header["value"].get("parentCommit", head.oid) != head.oid:
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
@@ -357,12 +387,12 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "deletedFile":
                 del files[value["path"]]
             elif line["key"] == "lfsFile":
-                files[check_path(value["path"])] = Blob(repo.objects[value["oid"]], lfs=True)
+                files[value["path"]] = Blob(self.hub.objects[value["oid"]], lfs=True)
             else:
-                files[check_path(value["path"])] = Blob(base64.b64decode(value["content"]))
-        card_data(files)
-        commit = repo.commit(self.part["revision"], files, as_pull)
-        page, number = f"{self.hub.url}/{repo.id}", sum(ref.startswith("refs/pr/") for ref in repo.refs)
+                files[value["path"]] = Blob(base64.b64decode(value["content"]))
+        number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
+        commit = repo.commit(f"refs/pr/{number}" if as_pull else revision, files)
+        page = f"{self.hub.url}/{repo.id}"
         answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{page}/commit/{commit.oid}"}
         return answer | ({"pullRequestUrl": f"{page}/discussions/{number}"} if as_pull else {})
 
@@ -370,29 +400,30 @@ class Handler(BaseHTTPRequestHandler):
         repo, path = self.readable(), self.part["path"]
         commit = repo.find(self.part["revision"])
         if path not in commit.files:
-            raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", {"X-Repo-Commit": commit.oid})
+            raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
         blob = commit.files[path]
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"'}
         if not blob.lfs:
             return self._file(blob.data, headers)
         # The file's name is in the URL so that faults find it.
-        location = f"{self.hub.cdn_url}/cdn/{repo.id}/{blob.sha256}/{quote(path)}"
+        location = f"{self.hub.cdn_url}/cdn/{self.part['id']}/{blob.oid}/{quote(path)}"
         linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(blob.data)), "Location": location}
         return 302, headers | linked, b""
 
     def on_get(self):
-        repo = self.hub.repositories[self.part.get("kind", "") + self.part["id"]]
-        return self._file(repo.objects[self.part["oid"]], {"ETag": f'"{self.part["oid"]}"'})
+        return self._file(self.hub.objects[self.part["oid"]], {"ETag": f'"{self.part["oid"]}"'})
 
     def _file(self, data: bytes, headers: dict[str, str]):
-        status = 200
-        if self.hub.faults.take(("wrong sha",), self.command, self.where):
+        if self.hub.take(("wrong sha",), self.command, self.where):
             data = data[:-1] + bytes([data[-1] ^ 0xFF])
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
-            headers["Content-Range"], status = f"bytes {first}-{last}/{len(data)}", 206
-            data = data[first : last + 1]
-        if fault := self.hub.faults.take(("truncate",), self.command, self.where):
+        if fault := self.hub.take(("truncate",), self.command, self.where):
             headers |= {"Content-Length": str(len(data))} if fault.declared else {}
             data = data[: len(data) // 2]
-        return status, {"Accept-Ranges": "bytes", **headers}, data
+        return 200, headers, data
+
+
+def metadata(card: str) -> dict:
+    """The metadata of a card, as JSON values."""
+    match = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r?\n|$)", card, re.DOTALL)
+    data = (yaml.safe_load(match.group(1)) if match else None) or {}
+    return json.loads(json.dumps(data, default=str))

@@ -95,7 +95,6 @@ def renew_card(
     """Return the card of a head that is about to be in a folder, with tags and licence of the card that is there.
 
     Args:
-        folder: a folder.
         config, results, plots: of the head: JSON values, and names of files.
         source: the `probe=` argument that loads this head. Defaults to the folder's name.
         license: replaces the one in the results.

@@ -18,7 +18,7 @@ from ..files import check_new_folder, check_writable, current_file, new_folder
 from .card import has_own_card, is_hub_id, read_card, write_card
 from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, RESULTS_NAME, read_config_values
 from .resolve import default_name
-from .transport import HubOptions, HubReference, check_subfolder, commit_files, download_head, full_repo_id
+from .transport import HubOptions, HubReference, commit_files, download_head, full_repo_id
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +55,6 @@ def push_folder(
         ProbeError: the folder is not a head, its card cannot be made, a file is a link out of the folder, or the Hub
             refused. Nothing is uploaded then.
     """
-    check_subfolder(subfolder)
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / folder.resolve().name
@@ -161,15 +160,14 @@ def _copy_head(source: Path, target: Path) -> None:
 
 
 def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:
-    if has_own_card(folder):
-        card = read_card(folder)
-        if tags or license is not None:
-            card.data.license = license or card.data.license
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
-            card.save(folder / CARD_NAME)
-    else:
+    if not has_own_card(folder):
         write_card(folder, source, license, tags)
-    if read_card(folder).data.license is None:
+    card = read_card(folder)
+    if tags or license is not None:
+        card.data.license = license or card.data.license
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
+        card.save(folder / CARD_NAME)
+    if card.data.license is None:
         logger.warning(f"the card of {source} gives no license: pass license=, the stricter of backbone and data")
 
 

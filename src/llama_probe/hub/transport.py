@@ -11,6 +11,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -21,8 +22,8 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelInfo,
     constants,
-    hf_hub_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
@@ -115,6 +116,10 @@ class HubOptions:
         return cls(revision, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
 
 
+def _api(token: str | bool | None) -> HfApi:
+    return HfApi(token=token, library_name="llama_probe", library_version=package_version())
+
+
 def check_subfolder(subfolder: str | None) -> None:
     """Raise `ProbeError` unless a subfolder is None or a plain relative path inside its repository."""
     if subfolder is None:
@@ -141,11 +146,16 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
 
     def fetch() -> Path:
         config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
-        if not only_config:
-            commit = extract_commit_hash(str(config), None)
-            _fetch(reference, WEIGHTS_NAME, commit, options)
-            for name in HEAD_FILES[2:]:
-                _fetch_optional(reference, name, commit, options)
+        if only_config:
+            return config.parent
+        commit = extract_commit_hash(str(config), None)
+        _fetch(reference, WEIGHTS_NAME, commit, options)
+        for name in HEAD_FILES[2:]:
+            path = reference.path(name)
+            cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
+            if cached is not _CACHED_NO_EXIST or options.force_download:
+                with suppress(*_FAILED):  # a head runs without the files that describe it
+                    _download(reference, name, commit, options)
         return config.parent
 
     return _in_time(fetch, str(reference))
@@ -210,7 +220,7 @@ def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = Map
 def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> bool:
     """Ask the Hub once for a file; False if there is no answer."""
     try:
-        _in_time(lambda: HfApi(token=token).file_exists(repo_id, path, revision=revision), path)
+        _in_time(lambda: _api(token).file_exists(repo_id, path, revision=revision), path)
     except HfHubHTTPError:
         return True
     except _FAILED:
@@ -223,9 +233,10 @@ def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
     if options.local_files_only:
         return []
     try:
-        files = set(HfApi(token=options.token).list_repo_files(repo_id, revision=options.revision))
-    except (*_FAILED, OfflineModeIsEnabled):
+        info = _api(options.token).model_info(repo_id, revision=options.revision)
+    except _FAILED:
         return []
+    files = {item.rfilename for item in info.siblings or []}
     starts = [file.removesuffix(CONFIG_NAME) for file in files if file.endswith(CONFIG_NAME)]
     heads = [start for start in starts if f"{start}{WEIGHTS_NAME}" in files and _FOLDER.fullmatch(start)]
     return sorted(start.removesuffix("/") for start in heads)
@@ -233,12 +244,8 @@ def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
     """Return `repo_id`, with the user's own name before it if it has none."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ProbeError(f"repo_id={repo_id!r} is not allowed: {error}") from None
     with _push_errors(repo_id, token):
-        return repo_id if "/" in repo_id else HfApi(token=token).get_full_repo_name(repo_id)
+        return repo_id if "/" in repo_id else _api(token).get_full_repo_name(repo_id)
 
 
 def commit_files(
@@ -255,8 +262,8 @@ def commit_files(
 ) -> CommitInfo:
     """Upload files in one commit; create the repository and the branch if they are missing.
 
-    A failed push leaves the branch unchanged, and so does a push without changes. A push is refused if another one
-    came in between; it is never merged. If the answer to a push is lost, the branch is looked at for its files.
+    A push is refused if another one came in between. If the answer to a push is lost, the branch is looked at for its
+    files.
 
     Args:
         repo_id: `user/name`, or a name for the own user.
@@ -268,8 +275,7 @@ def commit_files(
     Raises:
         ProbeError: the Hub refused; the message gives its reason, and says if it is not known that nothing was uploaded.
     """
-    repo_id = full_repo_id(repo_id, token)
-    api = HfApi(token=token, library_name="llama_probe", library_version=package_version())
+    api = _api(token)
     with _push_errors(repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
@@ -277,12 +283,12 @@ def commit_files(
         info = api.model_info(repo_id, revision=revision)
         there = {item.rfilename for item in info.siblings or []}
         wanted = {path: data for path, data in files.items() if path not in only_if_missing or path not in there}
-        added = [CommitOperationAdd(path, data) for path, data in wanted.items()]
-        deleted = [path for path in sorted(there - set(files)) if stale(path)]
+        gone = [path for path in sorted(there - set(files)) if stale(path)]
         try:
             return api.create_commit(
                 repo_id,
-                [*added, *map(CommitOperationDelete, deleted)],
+                [CommitOperationAdd(path, data) for path, data in wanted.items()]
+                + [CommitOperationDelete(path) for path in gone],
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
@@ -291,60 +297,46 @@ def commit_files(
         except (*_FAILED, RuntimeError) as error:
             if _status(error) in _REFUSED:
                 raise
-            found = None if create_pr else _branch_with(api, repo_id, revision, wanted, deleted, info.sha)
-            if found is None and _status(error) not in _OVERTAKEN:
-                said = hide_secrets(first_line(error), token)
-                raise ProbeError(
-                    f"the push to {repo_id} failed, and it is not known if it was kept: look at its page; the Hub said: {said}"
-                ) from None
-            if found in (None, info.sha):
+            found = None
+            if not create_pr:
+                with suppress(*_FAILED):
+                    found = api.model_info(repo_id, revision=revision, files_metadata=True)
+            if found is not None and found.sha != info.sha and _holds(found, wanted, gone):
+                url = f"{api.endpoint}/{repo_id}/commit/{found.sha}"
+                return CommitInfo(url, commit_message, "", found.sha, _endpoint=api.endpoint)
+            if _status(error) in _OVERTAKEN or (found is not None and found.sha == info.sha):
                 raise
-            return CommitInfo(
-                f"{api.endpoint}/{repo_id}/commit/{found}", commit_message, "", found, _endpoint=api.endpoint
-            )
+            raise ProbeError(
+                f"the push to {repo_id} failed, and it is not known if it was kept: look at its page; "
+                f"the Hub said: {hide_secrets(first_line(error), token)}"
+            ) from None
 
 
-def _branch_with(
-    api: HfApi,
-    repo_id: str,
-    revision: str | None,
-    wanted: Mapping[str, Path | bytes],
-    deleted: Collection[str],
-    before: str,
-) -> str | None:
-    """Return the commit of a branch if it is `before` or has the files of a push; None if it has others or is not reached."""
-    try:
-        commit = api.model_info(repo_id, revision=revision).sha
-        if commit == before:
-            return before
-        found = {item.path: item for item in api.get_paths_info(repo_id, [*wanted, *deleted], revision=commit)}
-    except (*_FAILED, RuntimeError, ValueError):
-        return None
-    for path, data in wanted.items():
-        content, file = data if isinstance(data, bytes) else data.read_bytes(), found.pop(path, None)
-        lfs = getattr(file, "lfs", None)
-        if file is None or (lfs.sha256 != _sha256(content) if lfs else file.blob_id != git_hash(content)):
-            return None
-    return None if found else commit
+def _holds(info: ModelInfo, wanted: Mapping[str, Path | bytes], gone: Collection[str]) -> bool:
+    """Return True if a branch has the files of a push, and none that it removes."""
+    found = {item.rfilename: item.lfs.sha256 if item.lfs else item.blob_id for item in info.siblings or []}
+    contents = {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items()}
+    return found.keys().isdisjoint(gone) and all(
+        path in found and _has_digest(content, found[path]) for path, content in contents.items()
+    )
 
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     repo_id = reference.repo_id
-    plain = reference.revision is None and reference.subfolder is None
     # `a/b` may have been meant for a folder.
-    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(repo_id) else ""
+    is_plain = str(reference) == repo_id and not os.path.isdir(repo_id)
+    no_folder = f"; there is no folder {repo_id} either" if is_plain else ""
     try:
         return _download(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
         refused = isinstance(error.__cause__, HfHubHTTPError)
         why = f"the Hub refused: {first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
-        problem = f"{name} of {reference} is not in the cache, and {hide_secrets(why, options.token)}{no_folder}"
+        problem = f"{name} of {reference} is not in the cache, and {why}{no_folder}"
     except EntryNotFoundError:
         at = replace(options, revision=reference.revision or options.revision)
         heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(repo_id, at)]
-        problem = f"{reference} is not a head: it has no {name}" + (
-            f"; heads in it: {', '.join(heads)}" if heads else ""
-        )
+        listed = f"; heads in it: {', '.join(heads)}" if heads else ""
+        problem = f"{reference} is not a head: it has no {name}{listed}"
     except RevisionNotFoundError:
         problem = f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
     except GatedRepoError:
@@ -354,35 +346,25 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
             f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
         )
     except _FAILED as error:
-        problem = f"{name} of {reference} could not be fetched: {hide_secrets(first_line(error), options.token)}"
-    raise ProbeError(problem)
-
-
-def _fetch_optional(reference: HubReference, name: str, commit: str | None, options: HubOptions) -> None:
-    path = reference.path(name)
-    cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
-    if cached is _CACHED_NO_EXIST and not options.force_download:
-        return
-    # A file that only describes the head must not keep it from running.
-    with suppress(EntryNotFoundError, *_FAILED):
-        _download(reference, name, commit, options)
+        problem = f"{name} of {reference} could not be fetched: {first_line(error)}"
+    raise ProbeError(hide_secrets(problem, options.token))
 
 
 def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     """Download a file, and once more if it is damaged, be it in the cache or on its way."""
-    settings = {
-        "subfolder": reference.subfolder,
-        "revision": revision,
-        "token": options.token,
-        "cache_dir": options.cache_dir,
-        "local_files_only": options.local_files_only,
-        "library_name": "llama_probe",
-        "library_version": package_version(),
-    }
+    download = partial(
+        _api(options.token).hf_hub_download,
+        reference.repo_id,
+        name,
+        subfolder=reference.subfolder,
+        revision=revision,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+    )
     is_local = options.local_files_only or constants.HF_HUB_OFFLINE
     try:
         for force in (options.force_download, True):
-            path = Path(hf_hub_download(reference.repo_id, name, force_download=force, **settings))
+            path = Path(download(force_download=force))
             if is_local or _is_intact(path):  # a damaged head is refused when it is read
                 return path
     except ValueError as error:  # with force_download the client wraps the HTTP error
@@ -394,13 +376,13 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
 
 def _is_intact(path: Path) -> bool:
     """Return False if a file of the cache has another content than the digest says that its blob is named by."""
-    blob = path.resolve()
-    digest = {64: _sha256, 40: git_hash}.get(len(blob.name))
-    return digest is None or not re.fullmatch("[0-9a-f]+", blob.name) or blob.name == digest(blob.read_bytes())
+    digest = path.resolve().name
+    return not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) or _has_digest(path.read_bytes(), digest)
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _has_digest(content: bytes, digest: str) -> bool:
+    """Return True if the Hub calls a content so: the sha256 of a large file, git's own hash of another."""
+    return digest == (hashlib.sha256(content).hexdigest() if len(digest) == 64 else git_hash(content))
 
 
 @contextmanager
