@@ -25,134 +25,73 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mro
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 PATCHES = {"image_size": 16, "patch_size": 4}
 IMAGE_IDS = {"image_token_index": IMAGE, "image_token_id": IMAGE}
+# fmt: off
 QWEN_VISION = {
-    "hidden_size": 16,
-    "out_hidden_size": HIDDEN,
-    "intermediate_size": 16,
-    "depth": LAYERS,
-    "num_heads": 2,
-    "patch_size": 4,
+    "hidden_size": 16, "out_hidden_size": HIDDEN, "intermediate_size": 16, "depth": LAYERS, "num_heads": 2, "patch_size": 4,
 }
 QWEN_IDS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
 }
 LLAMA4 = {
-    "intermediate_size_mlp": 48,
-    "num_local_experts": 4,
-    "interleave_moe_layer_step": 2,
-    "attention_chunk_size": 8,
+    "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2, "attention_chunk_size": 8,
+    "head_dim": 8,
 }
 
 # One for each family of the table: its name in the README, its class, and what its config has beside `SIZES`.
 TINY = {
-    "deepseek_v3": (
-        "DeepSeek-V3",
-        "DeepseekV3ForCausalLM",
-        {
-            "num_key_value_heads": 4,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "n_group": 2,
-            "topk_group": 1,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 8,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-        },
-    ),
+    "deepseek_v3": ("DeepSeek-V3", "DeepseekV3ForCausalLM", {
+        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }),
     "gemma": ("Gemma", "GemmaForCausalLM", {"head_dim": 8}),
     "gemma2": ("Gemma 2", "Gemma2ForCausalLM", GEMMA),
-    "gemma3": (
-        "Gemma 3",
-        "Gemma3ForConditionalGeneration",
-        {
-            "text_config": {**SIZES, **GEMMA},
-            "vision_config": {**VISION, **PATCHES},
-            "mm_tokens_per_image": 4,
-            **IMAGE_IDS,
-        },
-    ),
+    "gemma3": ("Gemma 3", "Gemma3ForConditionalGeneration", {
+        "text_config": {**SIZES, **GEMMA},
+        "vision_config": {**VISION, **PATCHES},
+        "mm_tokens_per_image": 4, **IMAGE_IDS,
+    }),
     "gemma3_text": ("Gemma 3", "Gemma3ForCausalLM", GEMMA),
     "gpt2": ("GPT-2", "GPT2LMHeadModel", {"n_head": 4}),
     "gpt_neox": ("GPT-NeoX", "GPTNeoXForCausalLM", {}),
     "gpt_oss": ("GPT-OSS", "GptOssForCausalLM", {**EXPERTS, **ALTERNATING, "head_dim": 8}),
     "llama": ("Llama", "LlamaForCausalLM", {}),
-    "llama4": (
-        "Llama 4",
-        "Llama4ForConditionalGeneration",
-        {
-            "text_config": {**SIZES, **LLAMA4, "head_dim": 8},
-            "vision_config": {
-                **VISION,
-                **PATCHES,
-                "intermediate_size": 64,
-                "vision_output_dim": 16,
-                "projector_input_dim": 16,
-                "projector_output_dim": 16,
-            },
-            **IMAGE_IDS,
+    "llama4": ("Llama 4", "Llama4ForConditionalGeneration", {
+        "text_config": {**SIZES, **LLAMA4},
+        "vision_config": {
+            **VISION, **PATCHES, "intermediate_size": 64,
+            "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
         },
-    ),
-    "llama4_text": ("Llama 4", "Llama4ForCausalLM", {**LLAMA4, "head_dim": 8}),
+        **IMAGE_IDS,
+    }),
+    "llama4_text": ("Llama 4", "Llama4ForCausalLM", LLAMA4),
     "mistral": ("Mistral", "MistralForCausalLM", WINDOW),
     "mixtral": ("Mixtral", "MixtralForCausalLM", {**EXPERTS, **WINDOW}),
     "olmo": ("OLMo", "OlmoForCausalLM", {}),
     "olmo2": ("OLMo 2", "Olmo2ForCausalLM", {}),
     "phi3": ("Phi-3", "Phi3ForCausalLM", WINDOW),
     "qwen2": ("Qwen2", "Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
-    "qwen2_5_vl": (
-        "Qwen2.5-VL",
-        "Qwen2_5_VLForConditionalGeneration",
-        {
-            "text_config": {**SIZES, **MROPE},
-            "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
-            **QWEN_IDS,
-        },
-    ),
-    "qwen2_vl": (
-        "Qwen2-VL",
-        "Qwen2VLForConditionalGeneration",
-        {
-            "text_config": {**SIZES, **MROPE},
-            "vision_config": {
-                "embed_dim": 16,
-                "hidden_size": HIDDEN,
-                "depth": LAYERS,
-                "num_heads": 2,
-                "patch_size": 4,
-            },
-            **QWEN_IDS,
-        },
-    ),
+    "qwen2_5_vl": ("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", {
+        "text_config": {**SIZES, **MROPE},
+        "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+        **QWEN_IDS,
+    }),
+    "qwen2_vl": ("Qwen2-VL", "Qwen2VLForConditionalGeneration", {
+        "text_config": {**SIZES, **MROPE},
+        "vision_config": {"embed_dim": 16, "hidden_size": HIDDEN, "depth": LAYERS, "num_heads": 2, "patch_size": 4},
+        **QWEN_IDS,
+    }),
     "qwen3": ("Qwen3", "Qwen3ForCausalLM", {"head_dim": 8}),
-    "qwen3_moe": (
-        "Qwen3-MoE",
-        "Qwen3MoeForCausalLM",
-        {
-            "head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "mlp_only_layers": [0],
-        },
-    ),
-    "qwen3_vl": (
-        "Qwen3-VL",
-        "Qwen3VLForConditionalGeneration",
-        {
-            "text_config": {**SIZES, **MROPE, "head_dim": 8},
-            "vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
-            **QWEN_IDS,
-        },
-    ),
+    "qwen3_moe": ("Qwen3-MoE", "Qwen3MoeForCausalLM", {
+        "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0],
+    }),
+    "qwen3_vl": ("Qwen3-VL", "Qwen3VLForConditionalGeneration", {
+        "text_config": {**SIZES, **MROPE, "head_dim": 8},
+        "vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        **QWEN_IDS,
+    }),
 }
+# fmt: on
 EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text")
 WRAPPERS = tuple(name for name in TINY if "text_config" in TINY[name][2])
 

@@ -55,11 +55,7 @@ def check_writable(folder: Path, content: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and the missing folders above it.
-
-    Raises:
-        ProbeError: the system refuses; the message gives its reason.
-    """
+    """Make a folder and the missing folders above it. Raise `ProbeError` with the system's reason if it refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,12 +70,9 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a scratch folder whose files are moved into `folder` at the end; nothing remains after an error.
+    """Give a scratch folder whose files are moved into a missing or empty `folder` at the end; nothing remains after an error.
 
     An empty folder that exists is filled, not replaced: it may be a link, a mount, or a working directory.
-
-    Raises:
-        ProbeError: `folder` is not empty, or cannot be made.
     """
     check_new_folder(folder)
     make_folder(folder.parent)
@@ -100,9 +93,6 @@ def write_atomically(contents: dict[Path, Content]) -> None:
     """Write files under temporary names, then rename all of them; on an error no file changes.
 
     A kill between two renames leaves some files new. `replace_files` is for files that belong together.
-
-    Raises:
-        ProbeError: a file cannot be written; the message gives the system's reason.
     """
     for folder in {path.parent for path in contents}:
         inside = {path.name: content for path, content in contents.items() if path.parent == folder}
@@ -123,7 +113,7 @@ def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str
         gone: names of files to remove.
 
     Raises:
-        ProbeError: a file cannot be written; the message gives the system's reason. No file has changed then.
+        ProbeError: a file cannot be written. No file has changed then.
     """
     with _staged(folder, contents, gone) as stage:
         for _ in range(100):
@@ -160,11 +150,7 @@ def folder_state(folder: str | os.PathLike, name: str) -> tuple:
 
 
 def settle(folder: str | os.PathLike) -> None:
-    """Move the files that a killed `replace_files` has left in `PENDING` to their places.
-
-    Raises:
-        ProbeError: one cannot be moved; the message gives the system's reason.
-    """
+    """Move the files that a killed `replace_files` has left in `PENDING` to their places."""
     folder = Path(folder)
     pending = folder / PENDING
     if not pending.is_dir() or pending.is_symlink():

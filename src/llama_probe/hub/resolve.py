@@ -129,34 +129,40 @@ def resolve_head(
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
     if os.path.isdir(source):  # unlike that of pathlib, it does not raise for a name that is too long
         return Path(source)
-    if os.path.isfile(source) and not _ALIAS.fullmatch(str(source)):
+    if is_alias(source):
+        return _resolve_alias(source, target, options, namespace, only_config)
+    if os.path.isfile(source):
         raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
-    if not is_alias(source):
-        reference = HubReference.parse(str(source))
-        if reference is None:
-            told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
-            raise ProbeError(f"{told}; {_known(target)}")
-        return download_head(reference, without_waiting(reference, options), only_config=only_config)
-    told = f"probe={source!r} is neither a folder nor a bundled head"
-    if (chosen := _choose(source, bundled_heads(target))) is not None:
+    reference = HubReference.parse(str(source))
+    if reference is None:
+        told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
+        raise ProbeError(f"{told}; {_known(target)}")
+    return download_head(reference, without_waiting(reference, options), only_config=only_config)
+
+
+def _resolve_alias(
+    alias: str, target: Target | None, options: HubOptions, namespace: str | None, only_config: bool
+) -> Path:
+    told = f"probe={alias!r} is neither a folder nor a bundled head"
+    if (chosen := _choose(alias, bundled_heads(target))) is not None:
         if options.revision is None:
             return chosen
-        told = f"probe={source!r} is a bundled head and has no revision {options.revision!r}"
+        told = f"probe={alias!r} is a bundled head and has no revision {options.revision!r}"
     found = [told, _known(target)]  # and names of heads that exist, for the message
     for place, revision in _places(target, options, namespace):
         if isinstance(place, Path):
             heads = list_heads(place)
-            if (chosen := _choose(source, heads)) is not None:
+            if (chosen := _choose(alias, heads)) is not None:
                 return chosen
-            found += [f"in {place}: {', '.join(heads) or 'none'}"]
+            found.append(f"in {place}: {', '.join(heads) or 'none'}")
             continue
-        reference = HubReference(place, revision, source)
+        reference = HubReference(place, revision, alias)
         try:
             options = without_waiting(reference, options)
             return download_head(reference, options, only_config=only_config)
         except ProbeError as error:
             heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
-            found += [f"in {place}: {', '.join(heads)}" if heads else str(error)]
+            found.append(f"in {place}: {', '.join(heads)}" if heads else str(error))
     raise ProbeError("; ".join(found))
 
 

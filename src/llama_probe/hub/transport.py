@@ -196,14 +196,11 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
 
 
 def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Check that a Hub id is cached or that the Hub answers. The client would try for over a minute, file by file.
+    """Raise `ProbeError` unless a Hub id is cached or the Hub answers. The client would try for over a minute, file by file.
 
     Args:
         place: folder, file or Hub id of a backbone or a head. Anything else is not checked.
         kwargs: keyword arguments of its `from_pretrained`, for the token, the cache and offline settings.
-
-    Raises:
-        ProbeError: it is neither.
     """
     given = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
     reference, options = HubReference.parse(str(place)) if given else None, HubOptions.beside(kwargs)
