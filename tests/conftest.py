@@ -4,14 +4,13 @@ import gc
 import os
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, and their models gain nothing from threads
 
 from importlib.util import find_spec
 from pathlib import Path
 
+import hub_server  # noqa: F401 - before all that imports huggingface_hub
 import numpy as np
 import pytest
 import torch

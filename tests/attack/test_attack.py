@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, read_head, save_head
+from hub_server import HOME
 from hub_server.heads import same_weights
 from kills import each_kill, full_disk, kill_after
 from mutators import VALUES, changed, damage_head, damaged
@@ -255,7 +256,7 @@ def test_kills_of_push_at_random(tally, hub, token, heads):
         tally.add("harmless" if whole and hub.files(REPO) == allowed[number % 2] else "lost", number)
 
 
-def test_a_hub_with_faults(tally, hub, token, heads, tmp_path):
+def test_a_hub_with_faults(tally, hub, token, heads):
     """A pull gives the head or a refusal; a push that is said to have failed has left the branch as it was."""
     old, new = (read_head(folder) for folder in heads)
     old.results = new.results = None  # they would give no card
@@ -276,7 +277,7 @@ def test_a_hub_with_faults(tally, hub, token, heads, tmp_path):
         before = hub.head(REPO)
         head = tally.rng.choice([old, new])
         if number % 2:
-            shutil.rmtree(tmp_path / "hf_home", ignore_errors=True)
+            shutil.rmtree(Path(HOME.name, "hub"), ignore_errors=True)
             planted = old if hub.files(REPO)[WEIGHTS_NAME] == found_in(heads[0])[WEIGHTS_NAME] else new
             tally.attempt(lambda: read_head(REPO), lambda found, planted=planted: same_weights(found, planted), number)
             continue

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import secrets
 import socket
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
@@ -174,14 +172,6 @@ class HubServer:
     def count(self, method: str | None = None, path: str = "") -> int:
         """Count requests of a method with `path` in their path."""
         return sum(method in (None, verb) and path in where for verb, where, _ in self.requests)
-
-    def environment(self, home: Path) -> dict[str, str]:
-        """The environment of this process, changed so that a client started in it knows this server only."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-        no_proxy = "127.0.0.1,localhost"
-        switches = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS")
-        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": no_proxy, "no_proxy": no_proxy}
-        return {**kept, **own, **dict.fromkeys((*switches, "DISABLE_SAFETENSORS_CONVERSION"), "1")}
 
 
 class Handler(BaseHTTPRequestHandler):
