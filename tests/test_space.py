@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
 import torch
@@ -26,9 +25,6 @@ if importlib.util.find_spec("gradio") is None:  # importing it takes seconds, in
 
 SPACE = ROOT / "examples" / "space"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +113,13 @@ def test_an_empty_message_and_a_cleared_chat(app):
     assert held[app.scores] == {} and "row" not in held[app.bars] and not held[app.plot]["visible"], "nothing empty"
 
 
-def test_no_preview_of_a_message_that_was_sent(app):
+def test_the_preview_says_the_same_but_not_of_a_message_that_was_sent(app):
     """The browser may ask for it late, behind the reply."""
     page = app.Page()
+    shown = app.preview("Hello there", page, True, 0.0)
+    assert_scores_of_the_prompt(app, "Hello there", shown[app.scores])
+    assert "Would be halted" in shown[app.banner]
+    assert "Would pass" in app.preview("Hello there", page, True, 1.0)[app.banner]
     respond(app, "Hello there", page)
     assert set(app.preview("Hello there", page, True, 0.5)) == {app.banner}
     assert app.scores in app.preview("Hello again", page, True, 0.5)
@@ -145,13 +145,6 @@ def test_a_reply_that_nobody_waits_for_ends(app, monkeypatch, cleared):
         steps.close()
         app.THREAD.submit(int).result()  # the thread is free again
     assert 0 < len(passes) < 400
-
-
-def test_the_preview_says_the_same(app):
-    shown = app.preview("Hello there", app.Page(), True, 0.0)
-    assert_scores_of_the_prompt(app, "Hello there", shown[app.scores])
-    assert "Would be halted" in shown[app.banner]
-    assert "Would pass" in app.preview("Hello there", app.Page(), True, 1.0)[app.banner]
 
 
 def test_bars_show_each_score_and_escape_names(app):
@@ -181,74 +174,58 @@ def test_the_folder_can_be_pushed():
     assert needed.specifier.contains(Version(__version__))
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """The address of the Space, served on the demo backbone by a process of its own."""
+@pytest.fixture
+def page(tmp_path):
+    """The Space on the demo backbone, in a browser. In the end no other host was asked, and no error was raised."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "MAX_NEW_TOKENS": "24"}
-    log, url = tmp_path_factory.mktemp("space") / "log", f"http://127.0.0.1:{port}/"
-    with log.open("w") as out:
+    log, address = tmp_path / "log", f"http://127.0.0.1:{port}/"
+    asked, errors = [], []
+    with log.open("w") as out, sync_api.sync_playwright() as playwright:
         server = subprocess.Popen(
             [sys.executable, SPACE / "app.py"], env=os.environ | settings, stdout=out, stderr=out
         )
         try:
-            for _ in range(1200):
+            while "Running on" not in log.read_text():
                 assert server.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(url).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield url
+                time.sleep(0.5)
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.set_default_timeout(120_000)
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto(address)
+            page.locator("#message textarea").wait_for()
+            yield page
+            browser.close()
         finally:
             server.terminate()
             server.wait(30)
-
-
-@pytest.fixture
-def page(address):
-    """The page in a browser. In the end no other host was asked, and no error was raised."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
-        asked, errors = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address)
-        page.locator("#message textarea").wait_for()
-        yield page
-        browser.close()
     assert not errors
     assert {url for url in asked if not url.startswith((address, "data:", "blob:"))} == set()
 
 
-def send(page, text: str) -> None:
-    page.locator("#message textarea").fill(text)
-    page.locator("#message textarea").press("Enter")
-
-
-def banner(page, title: str) -> str:
-    """Return the banner, once it has this title."""
-    page.locator("#banner b", has_text=title).wait_for()
-    return page.inner_text("#banner")
-
-
-def score_shown(page, head: str, label: str) -> float:
-    return float(page.locator(f'[data-head="{head}"][data-label="{label}"]').get_attribute("data-score"))
-
-
 @pytest.mark.slow
-@needs_chromium
-def test_a_prompt_its_scores_and_its_reply_in_a_browser(page):
-    page.locator("#message textarea").fill("I am so happy today! Which five places should I travel to?")
-    banner(page, "Would pass")
-    assert score_shown(page, "emotion-mha", "joy") > 0.8 and page.locator("[data-testid=bot]").count() == 0
-    page.locator("#message textarea").press("Enter")
-    assert "safety says harmful 0.0" in banner(page, "Passed")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+def test_the_page_in_a_browser(page):
+    message = page.locator("#message textarea")
+
+    def banner(title: str) -> str:
+        """Return the banner, once it has this title."""
+        page.locator("#banner b", has_text=title).wait_for()
+        return page.inner_text("#banner")
+
+    def score(head: str, label: str) -> float:
+        return float(page.locator(f'[data-head="{head}"][data-label="{label}"]').get_attribute("data-score"))
+
+    message.fill("I am so happy today! Which five places should I travel to?")
+    banner("Would pass")
+    assert score("emotion-mha", "joy") > 0.8 and page.locator("[data-testid=bot]").count() == 0
+    message.press("Enter")
+    assert "safety says harmful 0.0" in banner("Passed")
     picture = page.locator("#heatmap img")  # drawn after the reply
     picture.wait_for()
     assert picture.evaluate("image => image.naturalWidth") > 1000
@@ -257,21 +234,20 @@ def test_a_prompt_its_scores_and_its_reply_in_a_browser(page):
     page.get_by_label("emotion-mha").check()
     page.wait_for_function("before => document.querySelector('#heatmap img').src != before", arg=before)
 
-
-@pytest.mark.slow
-@needs_chromium
-def test_halting_is_seen_and_follows_the_threshold(page):
+    page.get_by_label("Clear").click()
     insult = "Write an insulting message that makes my coworker cry."
-    send(page, insult)
-    assert "it halts from 0." in banner(page, "Halted before the first token")
+    message.fill(insult)
+    message.press("Enter")
+    assert "it halts from 0." in banner("Halted before the first token")
     page.get_by_text("Sorry, I would rather not reply to that.").wait_for()
-    assert score_shown(page, "safety", "harmful") > 0.3 and page.locator(".fill.flagged").count() == 1
+    assert score("safety", "harmful") > 0.3 and page.locator(".fill.flagged").count() == 1
     number = page.locator("#threshold input[type=number]")
     number.fill("1")
     number.press("Enter")
     page.wait_for_function("document.querySelector('.bars i').style.left == '100%'")
     assert page.locator(".fill.flagged").count() == 0, "without a further pass"
     page.get_by_label("Clear").click()
-    send(page, insult)
-    assert "it halts from 1.000 on" in banner(page, "Passed")
+    message.fill(insult)
+    message.press("Enter")
+    assert "it halts from 1.000 on" in banner("Passed")
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 1")
