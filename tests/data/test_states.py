@@ -48,7 +48,7 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
         expected[row] = probe(input_ids=torch.tensor([ids]), probe_mask=torch.tensor([mask])).logits
     for data in (live, cached):
         torch.testing.assert_close(predict_logits(probe, data), expected, atol=1e-5, rtol=1e-5)
-        (found,) = predict_together([probe], data, None if data is cached else lm)
+        (found,) = predict_together([probe], data)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert kind == "last" or len(others[0]["input_ids"]) > len(cached[0]["input_ids"])
 

@@ -35,7 +35,8 @@ def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cach
         cache = StateCache(tmp_path, dtype=torch.float32)
         found = follow_replies(probe, cache.dataset(lm, probe.config, ids, labels, masks=masks), LENGTHS)
     else:
-        found = follow_replies(probe, PromptDataset(ids, labels, masks), LENGTHS, lm, batch_tokens=24)
+        probe.set_backbone(lm)
+        found = follow_replies(probe, PromptDataset(ids, labels, masks), LENGTHS, batch_tokens=24)
     probe.set_backbone(lm)
     assert [len(logits) for logits in found] == LENGTHS
     for row, logits in enumerate(found):
@@ -52,7 +53,8 @@ def test_the_scores_are_those_of_generate():
     model = LlamaForProbedGeneration.from_causal_lm(lm, {"guard": probe})
     out = model.generate(make_prompts(2, PROMPT), max_new_tokens=8, eos_token_id=None, do_sample=False)
     masks = [[False] * PROMPT + [True] * 8] * 2
-    found = follow_replies(probe, PromptDataset(out.sequences.tolist(), np.zeros(2, dtype=int), masks), [8, 8], lm)
+    probe.set_backbone(model)
+    found = follow_replies(probe, PromptDataset(out.sequences.tolist(), np.zeros(2, dtype=int), masks), [8, 8])
     for row, logits in enumerate(found):
         assert np.allclose(logits[:-1], out.probe_token_logits["guard"][row], atol=1e-5)
 

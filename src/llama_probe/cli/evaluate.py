@@ -104,7 +104,7 @@ def evaluate(
         if lengths is None:
             logits, novelty = report.predict_rows(head, dataset, progress=True)
         else:
-            followed = detection.follow_replies(head, dataset, lengths, head.backbone, progress=True)
+            followed = detection.follow_replies(head, dataset, lengths, progress=True)
             logits = torch.stack([tokens[-1] for tokens in followed])
         novelties = {}
         for name, texts in others.items():

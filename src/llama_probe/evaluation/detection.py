@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..data.states import iterate_states
 from ..distributed import gather
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import probabilities
 from ..heads.probe import ProbeModel
 from .calibration import highest_recall_threshold
 from .metrics import has_label, is_binary
+from .report import states_for
 
 
 PATIENCES = (1, 2, 4, 8)
@@ -24,76 +24,54 @@ MAX_FALSE_HALTS = 0.05
 
 
 def follow_replies(
-    probe: ProbeModel,
-    dataset: Dataset,
-    lengths: Sequence[int],
-    lm: nn.Module | None = None,
-    batch_tokens: int = 4096,
-    progress: bool = False,
+    probe: ProbeModel, dataset: Dataset, lengths: Sequence[int], batch_tokens: int = 4096, progress: bool = False
 ) -> list[torch.Tensor]:
     """Return the logits of a head after each token of finished replies, as if the LM were writing them.
 
     Args:
-        probe: a head that reads replies.
-        dataset: a `StateDataset`, or with `lm` a `PromptDataset`. Its rows end with the replies.
+        probe: a head that reads replies, bound to its backbone unless the data set holds hidden states.
+        dataset: a `PromptDataset` or `StateDataset`. Its rows end with the replies.
         lengths: tokens of each reply.
-        lm, batch_tokens, progress: see `iterate_states`.
+        batch_tokens, progress: see `score_batches`.
 
     Returns:
         For each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group the ranks
         divide the rows, and each rank gets all results.
     """
-    probe.eval()
     found: dict[int, torch.Tensor] = {}
-    batches = iterate_states(dataset, probe.config, lm, batch_tokens, progress, probe.layer_indices, divided=True)
-    for rows, states, mask in batches:
-        if len(states) != len(probe.layer_indices):  # the cache has layers that this head does not read
-            states = states[probe.layer_indices]
-        read = [row.nonzero().flatten() for row in mask]
-        before = [columns[: len(columns) - lengths[row]] for row, columns in zip(rows, read, strict=True)]
-        replies = [columns[len(columns) - lengths[row] :] for row, columns in zip(rows, read, strict=True)]
-        logits = _stream(probe, states, before, replies)
+    for rows, states, mask in states_for([probe], dataset, batch_tokens, progress):
+        counted = [states[:, i, columns].transpose(0, 1) for i, columns in enumerate(mask)]  # [n, S, D] each
+        starts = [len(row_states) - lengths[row] for row, row_states in zip(rows, counted, strict=True)]
+        before = [row_states[:start] for row_states, start in zip(counted, starts, strict=True)]
+        replies = [row_states[start:] for row_states, start in zip(counted, starts, strict=True)]
+        logits = _follow(probe, before, replies)
         found |= {row: logits[i, : lengths[row]] for i, row in enumerate(rows)}
     found = {row: logits for part in gather(found) for row, logits in part.items()}
     return [found[row] for row in range(len(dataset))]
 
 
 @torch.no_grad()
-def _stream(
-    probe: ProbeModel, x: torch.Tensor, before: list[torch.Tensor], replies: list[torch.Tensor]
-) -> torch.Tensor:
-    """Return logits after each token of the replies `[B, R, num_labels]`.
-
-    Args:
-        x (`[S, B, T, D]`): hidden states of the layers that the head reads.
-        before, replies: columns of `x` of each row.
-    """
+def _follow(probe: ProbeModel, before: list[torch.Tensor], replies: list[torch.Tensor]) -> torch.Tensor:
+    """Return logits `[B, R, num_labels]` after each of R reply tokens, from the states `[n, S, D]` of each row."""
     state = probe.init_state(keep=True)
 
-    def step(columns: torch.Tensor, mask: torch.Tensor) -> None:
-        states = probe.prepare(_columns(x, columns))
-        probe.step(state, probe.layer_indices, states, mask.to(probe.device))
+    def step(states: torch.Tensor, mask: torch.Tensor) -> None:
+        probe.step(state, probe.layer_indices, probe.prepare(states), mask.to(probe.device))
 
-    if any(len(columns) for columns in before):
-        step(*_align(before))
-    columns, mask = _align(replies)
+    if any(len(row_states) for row_states in before):
+        step(*_pad(before))
+    states, mask = _pad(replies)
     steps = []
-    for t in range(columns.shape[1]):
-        step(columns[:, t : t + 1], mask[:, t : t + 1])
+    for t in range(mask.shape[1]):
+        step(states[:, :, t : t + 1], mask[:, t : t + 1])
         steps.append(probe.finish(state).logits.float().cpu())
     return torch.stack(steps, dim=1)
 
 
-def _align(columns: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad column numbers to `[B, n]`. Return them and their mask."""
-    index = nn.utils.rnn.pad_sequence(columns, batch_first=True)
-    lengths = torch.tensor([len(row) for row in columns])
-    return index, torch.arange(index.shape[1]) < lengths[:, None]
-
-
-def _columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Pick the columns `[B, n]` of each row: `[S, B, n, D]`."""
-    return x[:, torch.arange(x.shape[1])[:, None], columns]
+def _pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad states `[n, S, D]` of rows to `[S, B, N, D]`. Return them and the mask `[B, N]`."""
+    mask = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True).permute(2, 0, 1, 3), mask
 
 
 def halting_scores(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:

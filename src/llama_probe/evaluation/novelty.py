@@ -68,8 +68,10 @@ def _mean_states(
     probe: ProbeModel, dataset: Dataset, progress: bool
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return total and count of the rows, see `MeanStates`, and logits `[rows, num_labels]`."""
-    batches = score_batches(probe, dataset, progress=progress)
-    parts = ((rows, [found.means.total.transpose(0, 1), found.means.count.T, found.logits]) for rows, found in batches)
+    batches = score_batches([probe], dataset, progress=progress)
+    parts = (
+        (rows, [found.means.total.transpose(0, 1), found.means.count.T, found.logits]) for rows, (found,) in batches
+    )
     total, count, logits = collect(len(dataset), parts)
     return (total.transpose(0, 1), count.T), logits
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from ..data.states import SharedStates, iterate_states
@@ -15,6 +14,7 @@ from ..distributed import merge_rows
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, log_odds, predictions, probabilities
 from ..heads.probe import ProbeModel
+from ..heads.scope import check_rows
 from .bootstrap import intervals, score_statistic, share_interval
 from .calibration import calibration_gaps, reliability, threshold_table
 from .metrics import confusion, has_label, label_scores, outcomes, score_logits
@@ -23,27 +23,30 @@ from .metrics import confusion, has_label, label_scores, outcomes, score_logits
 def predict_logits(
     probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
 ) -> torch.Tensor:
-    """Return logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order.
+    """Return logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order; see `predict_together`."""
+    return predict_together([probe], dataset, batch_tokens, progress)[0]
+
+
+def predict_together(
+    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+) -> list[torch.Tensor]:
+    """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_batches`.
 
     In a process group (see `llama_probe.distributed`) the ranks divide the rows, and each rank gets all logits.
-
-    Args:
-        probe: a head, bound to its backbone unless the data set holds hidden states.
-        batch_tokens: tokens of a batch, padding included. They bound the memory: a head gets the hidden states of all its
-            layers for a batch. A longer row is a batch of its own.
     """
-    return predict_rows(probe, dataset, batch_tokens, progress)[0]
+    batches = score_batches(probes, dataset, batch_tokens, progress)
+    return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
 
 
 def predict_rows(
-    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+    probe: ProbeModel, dataset: Dataset, progress: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the logits of `predict_logits`, and novelty `[rows]` if the head tells it."""
-    is_novel = probe.novelty is not None
-    batches = score_batches(probe, dataset, batch_tokens, progress)
-    parts = ((rows, [found.logits, *([found.novelty] if is_novel else [])]) for rows, found in batches)
-    logits, *novelty = collect(len(dataset), parts)
-    return logits, novelty[0] if is_novel else None
+    if probe.novelty is None:
+        return predict_logits(probe, dataset, progress=progress), None
+    batches = score_batches([probe], dataset, progress=progress)
+    logits, novelty = collect(len(dataset), ((rows, [found.logits, found.novelty]) for rows, (found,) in batches))
+    return logits, novelty
 
 
 def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
@@ -66,34 +69,45 @@ def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor
     return [merge_rows(scored, whole) for whole in found]
 
 
-def score_together(
-    probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False, **kwargs
+def score_batches(
+    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False, **kwargs
 ) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
-    """Run many heads over a data set with one pass of the backbone, or one reading of the cached states, for all.
+    """Run heads over a data set with one pass of the backbone, or one reading of the cached states, for all.
 
     Args:
-        probes: heads of the same backbone that read the same tokens.
-        dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
-        lm: the frozen LM.
+        probes: heads that read the same tokens, the first bound to their backbone unless the data set holds hidden states.
+        dataset: a `PromptDataset` or `StateDataset`.
+        batch_tokens: tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for
+            all layers that are read. A longer row is a batch of its own.
         kwargs: further arguments of `ProbeModel.score`, such as `output_attentions`.
 
     Yields:
-        Row numbers of a batch, and the output of each head.
+        Row numbers of a batch of this rank, and the output of each head. Rows of similar length share a batch.
+
+    Raises:
+        ProbeError: no token of a row counts.
     """
-    for probe in probes:
-        probe.eval()
-    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, progress=progress):
+    for rows, states, mask in states_for(probes, dataset, batch_tokens, progress):
+        check_rows(mask)
+        shared = SharedStates(states)
         with torch.no_grad():
-            shared = SharedStates(states)
             yield rows, [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
 
 
-def predict_together(
-    probes: Sequence[ProbeModel], dataset: Dataset, lm: nn.Module | None = None, progress: bool = False
-) -> list[torch.Tensor]:
-    """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_together`."""
-    batches = score_together(probes, dataset, lm, progress)
-    return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
+def states_for(
+    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Yield what `iterate_states` yields of this rank's batches, with all layers for several heads, else those it reads."""
+    for probe in probes:
+        probe.eval()
+    lm = None if len(dataset) and "hidden_states" in dataset[0] else probes[0].backbone
+    layers = probes[0].layer_indices if len(probes) == 1 else None
+    for rows, states, mask in iterate_states(
+        dataset, probes[0].config, lm, batch_tokens, progress, layers, divided=True
+    ):
+        if layers is not None and len(states) != len(layers):  # the cache has layers that this head does not read
+            states = states[layers]
+        yield rows, states, mask
 
 
 def inspect_head(
@@ -108,19 +122,20 @@ def inspect_head(
 
     Args:
         dataset, labels: rows.
-        batch_tokens: as for `predict_logits`.
+        batch_tokens: see `score_batches`.
         logits (`[rows, num_labels]`, *optional*): logits to judge by if the head was trained on these rows. Defaults to the
             head's own.
 
     Returns:
         `layer_weights`, if the kind of head has any: `layers`, and `by_label`: for each label that occurs the mean weight of
-        each layer over its rows, `[layers_read]`. But for regression `calibration` (see `reliability`), `confusion` (single-label) or `outcomes`
-        (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
+        each layer over its rows, `[layers_read]`. But for regression `calibration` (see `reliability`), `confusion`
+        (single-label) or `outcomes` (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
     """
     config = probe.config
-    batches = score_batches(probe, dataset, batch_tokens, progress, output_attentions=True)
+    batches = score_batches([probe], dataset, batch_tokens, progress, output_attentions=True)
     parts = (
-        (rows, [out.logits] if out.layer_weights is None else [out.logits, out.layer_weights]) for rows, out in batches
+        (rows, [out.logits] if out.layer_weights is None else [out.logits, out.layer_weights])
+        for rows, (out,) in batches
     )
     own, *weights = collect(len(dataset), parts)
     logits = own if logits is None else logits
@@ -145,18 +160,6 @@ def inspect_head(
     if thresholds := threshold_table(logits, labels, config):
         found["thresholds"] = thresholds
     return found
-
-
-def score_batches(
-    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False, **kwargs
-) -> Iterator[tuple[list[int], ProbeOutput]]:
-    """Yield row numbers and outputs of the batches of this rank. Rows of similar length share a batch."""
-    probe.eval()
-    lm = None if len(dataset) and "hidden_states" in dataset[0] else probe.backbone
-    layers = probe.layer_indices
-    for rows, states, mask in iterate_states(dataset, probe.config, lm, batch_tokens, progress, layers, divided=True):
-        with torch.no_grad():
-            yield rows, probe(hidden_states=states.transpose(0, 1), attention_mask=mask, **kwargs)
 
 
 def report(

@@ -65,7 +65,7 @@ def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:
     rate = data.recipe.max_false_positive_rate
     limit = MAX_FALSE_HALTS if rate is None else rate
     labels = {name: data.parts[name].labels for name in ("validation", "test") if name in data.parts}
-    followed = {name: follow_replies(probe, data.datasets[name], data.reply_lengths[name], data.lm) for name in labels}
+    followed = {name: follow_replies(probe, data.datasets[name], data.reply_lengths[name]) for name in labels}
     rules = halting_rules(probe.config, followed["validation"], labels["validation"], limit)
     if "test" in followed:
         rules = apply_rules(probe.config, rules, followed["test"], labels["test"])

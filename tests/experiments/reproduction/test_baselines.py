@@ -77,7 +77,9 @@ def test_many_heads_in_one_pass(tmp_path, monkeypatch):
     cached = StateCache(tmp_path, torch.float32).dataset(lm, probes[0].config, prompts, np.zeros(5))
     passes = []
     lm.model.register_forward_hook(lambda module, args, output: passes.append(1))
-    together = predict_together(probes, dataset, lm)
+    for probe in probes:
+        probe.set_backbone(lm)
+    together = predict_together(probes, dataset)
     assert len(passes) == 1
     for probe, logits, from_disk in zip(probes, together, predict_together(probes, cached), strict=True):
         expected = predict_logits(probe, cached)

@@ -19,7 +19,7 @@ from ...data.texts import LabelledTexts
 from ...errors import ProbeError
 from ...evaluation.calibration import BEST_F1
 from ...evaluation.metrics import summarize
-from ...evaluation.report import predict_together, report, score_together
+from ...evaluation.report import predict_together, report, score_batches
 from ...heads.configuration import ProbeConfig
 from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
@@ -172,7 +172,7 @@ class Comparison:
             return found
         count, config = len(task.parts["test"]), probe.config
         logits, weights = torch.empty(count, config.num_labels), torch.empty(count, len(probe.layer_indices))
-        for rows, (output,) in score_together([probe], task.dataset("test"), progress=True, output_attentions=True):
+        for rows, (output,) in score_batches([probe], task.dataset("test"), progress=True, output_attentions=True):
             if output.layer_weights is None:
                 return found
             logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
