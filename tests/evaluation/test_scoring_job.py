@@ -169,7 +169,6 @@ def test_heads_of_prompts_and_of_replies_do_not_mix(tmp_path, backbone_folder, h
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], {"prompt_column": "ask"}, "row 1: text"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": 1}], {"prompt_column": "ask"}, "row 1: ask"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], {"prompt_column": "ask"}, "row 1: ask"),
-        ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
     ],
 )
 def test_rows_and_columns_that_are_refused(tmp_path, heads, run, rows, changes, words):

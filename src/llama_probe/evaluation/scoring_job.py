@@ -7,19 +7,17 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..backbone.cache import repeat_cache
 from ..backbone.loading import backbone_target, load_backbone
-from ..backbone.passes import plan_passes
 from ..data.files import MAX_TEXT, Chunk, InputFile
 from ..data.prompts import Text, exchange, is_text
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
@@ -27,10 +25,9 @@ from ..errors import ProbeError, first_line
 from ..files import remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
-from ..heads.scope import prompt_masks, read_masks
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.sources import read_heads
-from ..serving.texts import encode, heads_by_format, pad_inputs
+from ..serving.texts import classify_texts
 from .resume import check_settings
 
 
@@ -48,15 +45,13 @@ class TextScorer:
         probes: heads, as for `probe=`. Those of one prompt format share a pass. All read prompts, or all read replies.
         backbone: `"demo"`, a folder or a Hub id.
         dtype: of the backbone's weights.
-        batch_tokens: tokens of a forward pass, padding included.
 
     Raises:
         ProbeError: a head is not found, or some heads read prompts and others replies.
     """
 
-    def __init__(self, probes: Any, backbone: str = "demo", dtype: str = "auto", batch_tokens: int = 4096):
+    def __init__(self, probes: Any, backbone: str = "demo", dtype: str = "auto"):
         self.heads = _read_heads(probes, backbone)
-        self.batch_tokens = batch_tokens
         lm, self.tokenizer = load_backbone(backbone, dtype)
         self.model = AutoModelForProbedGeneration.from_causal_lm(lm, self.heads)
 
@@ -75,42 +70,28 @@ class TextScorer:
         columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
         if not rows:
             return columns
-        for names in heads_by_format({name: head.config for name, head in self.heads.items()}):
-            ids, masks = encode(self.heads[names[0]].config, [texts[row] for row in rows], self.tokenizer)
-            inputs = pad_inputs(ids, masks, self.tokenizer)
-            configs = {name: self.heads[name].config for name in names}
-            given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
-            read = torch.stack(list(read_masks(configs, prompt_masks(configs, *given)).values())).any(dim=0)
-            # The first tokens of each prompt that none of these heads reads.
-            unread = read.int().argmax(dim=1).tolist()
-            for each in plan_passes(self.model, ids, unread, self.batch_tokens):
-                batch, width = each.rows, max(len(ids[i]) for i in each.rows)
-                part = {name: tensor[batch, :width].to(self.model.device) for name, tensor in inputs.items()}
-                cache = None if each.prefix is None else repeat_cache(each.prefix, len(batch))
-                for name, output in self.model.classify(**part, cache=cache, probes=names).items():
-                    self._fill(columns, name, output, [rows[i] for i in batch])
+        configs = {name: head.config for name, head in self.heads.items()}
+        outputs = classify_texts(self.model, configs, [texts[row] for row in rows], self.tokenizer, share_start=True)
+        for name, found in outputs.items():
+            config, finite = configs[name], found.logits.isfinite().all(dim=-1)
+            output = ProbeOutput.from_logits(found.logits[finite], config)
+            scores = [dict(zip(config.id2label.values(), row, strict=True)) for row in output.probabilities.tolist()]
+            is_value = config.problem_type == "regression"
+            cells = {"values": scores} if is_value else {"label": output.labels, "probabilities": scores}
+            if found.novelty is not None:
+                cells["novelty"] = found.novelty[finite].tolist()
+            for kind, values in cells.items():
+                for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
+                    columns[f"{name}_{kind}"][row] = value
         return columns
-
-    def _fill(self, columns: dict[str, list[Any]], name: str, found: ProbeOutput, rows: list[int]) -> None:
-        config, finite = self.heads[name].config, found.logits.isfinite().all(dim=-1)
-        output = ProbeOutput.from_logits(found.logits[finite], config)
-        scores = [dict(zip(config.id2label.values(), row, strict=True)) for row in output.probabilities.tolist()]
-        is_value = config.problem_type == "regression"
-        cells = {"values": scores} if is_value else {"label": output.labels, "probabilities": scores}
-        if found.novelty is not None:
-            cells["novelty"] = found.novelty[finite].tolist()
-        for kind, values in cells.items():
-            for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
-                columns[f"{name}_{kind}"][row] = value
 
 
 @dataclass
 class ScoringJob:
     """A job that scores the rows of files, chunk by chunk, into a folder of parquet files, one a chunk.
 
-    Only one chunk is in memory at a time. A chunk's file gets its name when it is complete. A resumed job skips finished
-    chunks. The processes of `torchrun` divide the chunks and must see the same `output`; a job may resume with another
-    number of them.
+    Only one chunk is in memory at a time. A chunk's file gets its name when it is complete. The processes of `torchrun`
+    divide the chunks and must see the same `output`; a job may resume with another number of them.
 
     Columns of the output: `file` and `row`, the place of a row (rows count from 0 in each file), `keep_columns`, and those
     of `TextScorer`. `_manifest.json` is beside the parquet files.
@@ -118,12 +99,12 @@ class ScoringJob:
     Attributes:
         inputs: paths or patterns of parquet, jsonl, json (an object a line), csv or tsv files; all but parquet also `.gz`.
         output: folder.
-        probes, backbone, dtype, batch_tokens: see `TextScorer`.
+        probes, backbone, dtype: see `TextScorer`.
         text_column: column of the texts, or of chat messages.
         prompt_column: for heads that read replies, the column of the prompts that the texts reply to.
         keep_columns: columns of the input that the output keeps.
         chunk_rows: rows of a chunk.
-        resume: resume a job that was stopped.
+        resume: resume a job that was stopped. Finished chunks are kept.
         max_text: characters of the longest text; a chunk may have 64 times as many.
     """
 
@@ -133,10 +114,9 @@ class ScoringJob:
     backbone: str = "demo"
     text_column: str = "text"
     prompt_column: str | None = None
-    keep_columns: Sequence[str] = field(default_factory=list)
+    keep_columns: Sequence[str] = ()
     chunk_rows: int = 2048
     dtype: str = "auto"
-    batch_tokens: int = 4096
     resume: bool = False
     max_text: int = MAX_TEXT
 
@@ -150,20 +130,19 @@ class ScoringJob:
             ProbeError: an argument, an input or a head is wrong, or the job was begun with other inputs, heads or
                 settings. Raised before a row is scored, except for damaged rows.
         """
-        self.output = Path(self.output)
-        if min(self.chunk_rows, self.max_text) < 1:
-            raise ProbeError(f"chunk_rows={self.chunk_rows} and max_text={self.max_text} must be at least 1")
         with process_group(), claimed(self.output):
             check_shared(self.output)
             files, kept = on_main(self._survey)
             heads = _read_heads(self.probes, self.backbone)
-            plan, done = on_main(lambda: self._begin(files, heads))
-            if not plan["complete"]:
+            if clash := {"file", "row", *output_fields(heads)} & set(self.keep_columns):
+                raise ProbeError(f"keep_columns: the output has its own {', '.join(sorted(clash))}")
+            manifest = on_main(lambda: self._begin(files, heads))
+            if not manifest["complete"]:
                 schema = pa.schema({"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)})
-                self._score(files, heads, schema, done)
+                self._score(files, heads, schema)
                 barrier()
-                plan = on_main(lambda: self._complete(plan))
-            return plan
+                manifest = on_main(lambda: self._complete(manifest))
+            return manifest
 
     @property
     def _needed(self) -> list[str]:
@@ -183,29 +162,21 @@ class ScoringJob:
             kept = {name: fields[name] for name in self.keep_columns if name in fields} | kept
         return files, {name: kept.get(name, pa.string()) for name in self.keep_columns}
 
-    def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> tuple[dict[str, Any], set[str]]:
-        """Return the manifest, written if the job is new, and the names of the finished parts."""
-        if clash := {"file", "row", *output_fields(heads)} & set(self.keep_columns):
-            raise ProbeError(f"keep_columns: the output has its own {', '.join(sorted(clash))}")
+    def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> dict[str, Any]:
+        """Return the manifest, which is written if the job is new."""
         settings = {
             "heads": [[name, _digest(head)] for name, head in heads.items()],
-            "backbone": self.backbone,
-            "dtype": self.dtype,
-            "text_column": self.text_column,
-            "prompt_column": self.prompt_column,
+            **{name: getattr(self, name) for name in ("backbone", "dtype", "text_column", "prompt_column")},
             "keep_columns": list(self.keep_columns),
             "chunk_rows": self.chunk_rows,
         }
         begun = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
-        plan = {**begun, "complete": False}
         path = self.output / MANIFEST_NAME
         remove_leftovers(self.output)
-        parts = {part.name for part in self.output.glob("part-*.parquet")}
         if not path.is_file():
-            if parts:
-                raise ProbeError(f"{self.output} holds {min(parts)} of something else: give another folder")
-            _write_manifest(path, plan)
-            return plan, set()
+            if parts := sorted(self.output.glob("part-*.parquet")):
+                raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
+            return _write_manifest(path, {**begun, "complete": False})
         if not self.resume:
             raise ProbeError(
                 f"{self.output} holds a scoring job already: continue with --resume, or give another folder"
@@ -216,29 +187,31 @@ class ScoringJob:
         except (ValueError, KeyError, TypeError) as error:
             raise ProbeError(f"{path} is damaged ({error}): give another folder") from None
         check_settings(path, before, begun)
-        return (found if complete else plan), parts
+        return found if complete else {**begun, "complete": False}
 
-    def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema, done: set[str]) -> None:
-        scorer = TextScorer(heads, self.backbone, self.dtype, self.batch_tokens)
+    def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema) -> None:
+        scorer = TextScorer(heads, self.backbone, self.dtype)
         counts = [file.rows() for file in files]
         total = None if None in counts else sum(counts) // world_size()
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
             for index, file in enumerate(files):
-
-                def wanted(number: int, index: int = index) -> bool:
-                    return (index + number) % world_size() == rank() and _part_name(index, number) not in done
-
-                for chunk in file.chunks(self._needed, self.chunk_rows, wanted, self.max_text):
+                for chunk in file.chunks(
+                    self._needed, self.chunk_rows, partial(self._is_wanted, index), self.max_text
+                ):
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
                     _warn_of_gaps(file, chunk, texts, scores)
                     numbers = range(chunk.first_row, chunk.first_row + len(chunk))
                     columns = {**chunk.columns, **scores, "file": [str(file.path)] * len(chunk), "row": numbers}
-                    arrays = [_array(file, chunk, each, columns[each.name]) for each in schema]
-                    table = pa.table(arrays, schema)
-                    path = self.output / _part_name(index, chunk.number)
-                    write_atomically({path: lambda target, table=table: _write(table, target)})
+                    table = pa.table([_array(file, chunk, each, columns[each.name]) for each in schema], schema)
+                    write_atomically({self._part(index, chunk.number): partial(_write, table)})
                     bar.update(len(chunk))
+
+    def _part(self, index: int, number: int) -> Path:
+        return self.output / f"part-{index:05d}-{number:07d}.parquet"
+
+    def _is_wanted(self, index: int, number: int) -> bool:
+        return (index + number) % world_size() == rank() and not self._part(index, number).is_file()
 
     def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
         """Return the texts of a chunk, with their prompts as chat messages if there is a column of prompts."""
@@ -256,12 +229,11 @@ class ScoringJob:
         pairs = zip(prompts, replies, strict=True)
         return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
 
-    def _complete(self, plan: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, manifest: dict[str, Any]) -> dict[str, Any]:
         paths = sorted(self.output.glob("part-*.parquet"))
         parts = [{"name": path.name, "rows": pq.read_metadata(path).num_rows} for path in paths]
-        plan = {**plan, "complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
-        _write_manifest(self.output / MANIFEST_NAME, plan)
-        return plan
+        finished = {"complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
+        return _write_manifest(self.output / MANIFEST_NAME, manifest | finished)
 
 
 def _read_heads(probes: Any, backbone: str) -> dict[str, ProbeModel]:
@@ -304,10 +276,6 @@ def _is_blank(text: Text | None) -> bool:
     return not (text.strip() if isinstance(text, str) else text)
 
 
-def _part_name(index: int, number: int) -> str:
-    return f"part-{index:05d}-{number:07d}.parquet"
-
-
 def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[Any]) -> pa.Array:
     if column.type == pa.string():
         # Whole numbers of more than 64 bits in json lines are kept as texts.
@@ -326,8 +294,9 @@ def _write(table: pa.Table, path: Path) -> None:
         os.fsync(file.fileno())  # a part with its name must be complete, even after a power cut
 
 
-def _write_manifest(path: Path, content: dict[str, Any]) -> None:
+def _write_manifest(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     write_atomically({path: json.dumps(content, indent=2, ensure_ascii=False) + "\n"})
+    return content
 
 
 def _digest(head: ProbeModel) -> str:

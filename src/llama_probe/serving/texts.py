@@ -9,11 +9,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..backbone.passes import length_batches
+from ..backbone.cache import repeat_cache
+from ..backbone.passes import Pass, length_batches, plan_passes
 from ..data.prompts import PromptFormat, Text, pad_prompts
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
+from ..heads.scope import prompt_masks, read_masks
 
 
 BATCH_TOKENS = 4096  # of a pass, padding included
@@ -66,21 +68,30 @@ def classify_texts(
     texts: list[Text],
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
+    share_start: bool = False,
 ) -> dict[str, ProbeOutput]:
     """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass.
 
-    With `output_attentions` (see `classify`) all texts are in one batch.
+    With `output_attentions` (see `classify`) all texts are in one batch. With `share_start` the backbone runs once over a
+    start that many texts share and none of these heads reads.
     """
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
     found: dict[str, ProbeOutput] = {}
     for names in heads_by_format(configs):
         ids, masks = encode(configs[names[0]], texts, tokenizer)
-        whole = [list(range(len(ids)))]
-        for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):
-            inputs = pad_inputs([ids[row] for row in rows], masks and [masks[row] for row in rows], tokenizer)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            part = model.classify(**inputs, probes=names, output_attentions=output_attentions)
+        inputs = pad_inputs(ids, masks, tokenizer)
+        if share_start:
+            passes = _shared_passes(model, {name: configs[name] for name in names}, ids, inputs)
+        else:
+            whole = [list(range(len(ids)))]
+            batches = whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS)
+            passes = [Pass(rows) for rows in batches]
+        for each in passes:
+            rows, width = each.rows, max(len(ids[row]) for row in each.rows)
+            batch = {name: tensor[rows, :width].to(model.device) for name, tensor in inputs.items()}
+            cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
+            part = model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions)
             if output_attentions:
                 found |= part
                 continue
@@ -94,3 +105,11 @@ def classify_texts(
                 if output.means is not None:
                     found[name].means.put(rows, output.means)
     return {name: found[name] for name in configs}
+
+
+def _shared_passes(
+    model: Any, configs: Mapping[str, ProbeConfig], ids: list[list[int]], inputs: dict[str, torch.Tensor]
+) -> list[Pass]:
+    given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
+    read = torch.stack(list(read_masks(configs, prompt_masks(configs, *given)).values())).any(dim=0)
+    return plan_passes(model, ids, read.int().argmax(dim=1).tolist(), BATCH_TOKENS)
