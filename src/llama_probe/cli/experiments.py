@@ -13,7 +13,6 @@ from ..backbone.loading import backbone_target
 from ..data.sources import DataSources
 from ..errors import ProbeError
 from ..experiments.benchmark.options import DEVICES, BenchmarkOptions
-from ..experiments.reproduction.columns import cell, columns
 from ..experiments.reproduction.options import DATA, ReproductionOptions
 from ..experiments.reproduction.workbench import Workbench
 from ..serving.sources import read_heads
@@ -101,7 +100,7 @@ def reproduce(
 
 
 def _print_reproduction(results: dict[str, Any], output: Path) -> None:
-    from ..experiments.reproduction.report import REPORT_NAME
+    from ..experiments.reproduction.report import REPORT_NAME, cell, columns
 
     for source, by_method in results["main"].items():
         shown = {name: result for name, result in by_method.items() if result is not None}

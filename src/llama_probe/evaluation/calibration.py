@@ -46,7 +46,7 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 
     Args:
         scores (`[rows]`): probabilities of the positive label.
-        positives (`[rows]`): 0 or 1.
+        positives (`[rows]`): 0 or 1; both occur.
     """
     precision, recall, thresholds = precision_recall_curve(positives, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
@@ -59,11 +59,7 @@ def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 
     The F1 of the rows themselves jumps from row to row; with few positives its best threshold is chance. Here a logistic
     map of the log odds (Platt, 1999) gives each row a probability of being positive. The threshold is the best for these
-    probabilities (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
-
-    Args:
-        scores (`[rows]`): probabilities of the positive label.
-        positives (`[rows]`): 0 or 1; both occur.
+    probabilities (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892). Arguments as for `best_f1_threshold`.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order].astype(np.float64)
@@ -82,12 +78,8 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
     """Return the threshold with the highest recall that flags at most a share of the negative rows.
 
     Several thresholds with this recall: the highest, halfway to the next lower score. No positive row can be flagged: a
-    threshold above every score. Too many negative rows with a score of 1: the threshold 1, with a warning.
-
-    Args:
-        scores (`[rows]`): probabilities of the positive label.
-        positives (`[rows]`): 0 or 1; both occur.
-        max_false_positive_rate: 0 or more, below 1.
+    threshold above every score. Too many negative rows with a score of 1: the threshold 1, with a warning. Arguments as
+    for `best_f1_threshold`; the rate is at least 0 and below 1.
     """
     rates, recalls, thresholds = roc_curve(positives, scores, drop_intermediate=False)
     best = int(np.argmax(np.where(rates <= max_false_positive_rate, recalls, -1.0)))
@@ -103,11 +95,9 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
 
 
 def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
-    """Check that a head can have a threshold for each rate, fitted on a number of rows.
+    """Raise `ProbeError` unless a head can have a threshold for each rate, fitted on a number of rows.
 
-    Raises:
-        ProbeError: a rate is not above 0 and below 1 or occurs twice, the head has not two labels or reads replies, or
-            there are fewer rows than one over a rate.
+    Rates are different, above 0 and below 1. The head has two labels and reads prompts. There is at least one row over a rate.
     """
     if not is_binary(config) or config.reads_reply:
         raise ProbeError(
@@ -125,11 +115,10 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, 2]`): of rows that label 1 does not fit.
-        rates: shares, above 0 and below 1. The name of 0.005 is `fpr-0.5%`.
+        rates: see `check_rates`. The name of 0.005 is `fpr-0.5%`.
 
     Raises:
-        ProbeError: as for `check_rates`; or a logit is not a number, or no threshold keeps to a rate, because more rows
-            have a probability of 1.
+        ProbeError: a logit is not a number, or no threshold keeps to a rate, because more rows have a probability of 1.
     """
     check_rates(config, rates, len(logits))
     check_numbers(logits)
@@ -160,11 +149,7 @@ _THRESHOLD_RULES = {EXPECTED_F1: expected_f1_threshold, BEST_F1: best_f1_thresho
 
 
 def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | None, threshold_rule: str) -> None:
-    """Check that a head's threshold can be chosen this way.
-
-    Raises:
-        ProbeError: the rule or the rate is not allowed, or the head has no threshold.
-    """
+    """Raise `ProbeError` if the rule or the rate is not allowed, or the head has no threshold."""
     if threshold_rule not in _THRESHOLD_RULES:
         raise ProbeError(f"threshold_rule={threshold_rule!r} must be one of: {', '.join(_THRESHOLD_RULES)}")
     rate, has_threshold = max_false_positive_rate, is_binary(config) or config.problem_type.startswith("multi_label")
@@ -193,7 +178,7 @@ def calibrate(
         threshold_rule: `"expected-f1"` (`expected_f1_threshold`) or `"best-f1"` (`best_f1_threshold`).
 
     Raises:
-        ProbeError: as for `check_threshold_rule`, or a logit is not a number.
+        ProbeError: a logit is not a number, or see `check_threshold_rule`.
     """
     check_threshold_rule(config, max_false_positive_rate, threshold_rule)
     check_numbers(logits)

@@ -11,7 +11,7 @@ from reproduction_fixture import ALL
 
 from llama_probe import ProbeError
 from llama_probe.experiments import paper
-from llama_probe.experiments.reproduction.columns import columns
+from llama_probe.experiments.reproduction.report import columns
 from llama_probe.experiments.reproduction.reproduction import TEST_SETS
 from llama_probe.experiments.reproduction.workbench import Task, Workbench
 from llama_probe.training.shared import SharedTraining

@@ -5,7 +5,7 @@ Each gives logits `[rows, num_labels]`, which are calibrated and judged like a h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,10 +80,15 @@ def fit_prototypes(states: np.ndarray, labels: np.ndarray) -> LinearDiscriminant
     return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=priors).fit(states, labels)
 
 
-def _tfidf(task: Task, seed: int | None, shots: int) -> Scored:
+def score_tfidf(task: Task, test: Sequence[str]) -> Scored:
+    """Fit TF-IDF on the training rows of a data set, and score its validation rows and any test texts."""
     model, count = fit_tfidf(task.parts["train"]), task.labels.num_labels
-    logits = [class_logits(model, task.parts[part].texts, count) for part in ("validation", "test")]
+    logits = [class_logits(model, texts, count) for texts in (task.parts["validation"].texts, test)]
     return Scored(*logits, {"features": model[-1].n_features_in_}, model[-1].coef_.size + model[-1].intercept_.size)
+
+
+def _tfidf(task: Task, seed: int | None, shots: int) -> Scored:
+    return score_tfidf(task, task.parts["test"].texts)
 
 
 def _prototypes(task: Task, seed: int | None, shots: int) -> Scored:

@@ -15,11 +15,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ...data.texts import LabelledTexts
 from ...errors import ProbeError
 from ...evaluation.calibration import BEST_F1
 from ...evaluation.metrics import summarize
-from ...evaluation.report import predict_together, report, score_batches
+from ...evaluation.report import collect, predict_together, report, score_batches
 from ...heads.configuration import ProbeConfig
 from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
@@ -29,7 +28,7 @@ from ...training.loss import ProbeLoss
 from ...training.recipe import Recipe
 from ...training.results import decide
 from ...training.shared import SharedTraining
-from .baselines import SCORERS, SEEDED, class_logits, fit_tfidf
+from .baselines import SCORERS, SEEDED, score_tfidf
 from .learning_curves import SIZES, train_on_few
 from .methods import HEADS, HeadMethod
 from .part_store import PartStore
@@ -37,6 +36,9 @@ from .workbench import Task, Workbench
 
 
 logger = logging.get_logger(__name__)
+
+# The threshold is that of the best F1, as usual in comparisons. `llama-probe train` has a steadier one.
+_RECIPE = Recipe(threshold_rule=BEST_F1)
 
 
 class Comparison:
@@ -100,7 +102,7 @@ class Comparison:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
         for (name, seed), learner, *both in zip(chosen, chosen.values(), *logits, strict=True):
             probe = learner.probe
-            probe.config, judged = judge(probe.config, *both, task)
+            probe.config, judged = measure(probe.config, *both, task)
             layer = {"layer": probe.layer_indices[0]} if methods[name].each_layer else {}
             runs[name].append({"seed": seed, "best_epoch": learner.history.best_epoch, **layer, **judged})
             probe.save_pretrained(self._head_folder(group, task, name, seed))
@@ -116,7 +118,7 @@ class Comparison:
         loss = ProbeLoss(probe.config, label_smoothing=method.label_smoothing)
         fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric)
         (test,) = predict_together([probe], task.dataset("test"), progress=True)
-        probe.config, judged = judge(probe.config, fitted.logits, test, task)
+        probe.config, judged = measure(probe.config, fitted.logits, test, task)
         probe.save_pretrained(self._head_folder(group, task, name, self.bench.seeds[0]))
         return _result(task, [{"seed": None, **fitted.facts, **judged}], probe.num_parameters())
 
@@ -127,7 +129,7 @@ class Comparison:
         def run(seed: int | None) -> dict[str, Any]:
             logger.warning(f"{name} on {task.source}" + ("" if seed is None else f", seed {seed}"))
             scored = SCORERS[name](task, seed, self.shots)
-            _, judged = judge(task.labels, scored.validation, scored.test, task)
+            _, judged = measure(task.labels, scored.validation, scored.test, task)
             return {"run": {"seed": seed, **scored.chosen, **judged}, "num_parameters": scored.num_parameters}
 
         kept = [PartStore(scratch).once(f"seed-{seed}", partial(run, seed)) for seed in seeds]
@@ -154,30 +156,24 @@ class Comparison:
             for (name, seed), probe, logits in zip(keys, probes, found, strict=True):
                 runs[name].append({"seed": seed, "test": report(probe.config, logits, rows.labels)})
         if "tfidf" in parts:
-            runs["tfidf"].append({"seed": None, "test": _tfidf_elsewhere(task, rows)})
+            scored = score_tfidf(task, rows.texts)
+            config, _ = decide(task.labels, scored.validation, task.parts["validation"].labels, _RECIPE)
+            runs["tfidf"].append({"seed": None, "test": report(config, scored.test, rows.labels)})
         for name, part in parts.items():
             summary = {"test": summarize([run["test"] for run in runs[name]])}
             self.store.write(part, {"runs": runs[name], "summary": summary})
 
     def layer_groups(self, task: Task, name: str) -> dict[str, Any]:
-        """Average a head's layer weights on test rows, by label and correctness, see `group_layers`.
-
-        A head that reads one layer, or has no weights to show, has no groups.
-        """
+        """Average the layer weights of the head of the best seed on test rows, see `group_layers`."""
         runs = self.store.find(f"main/{task.name}/{name}")["runs"]
         best = max(runs, key=lambda run: run["validation"][task.metric])["seed"]
-        probe = self.head(task, name, best)
-        found = {"seed": best, "layers": probe.layer_indices, "groups": [], "errors": []}
-        if len(probe.layer_indices) == 1:
-            return found
-        count, config = len(task.parts["test"]), probe.config
-        logits, weights = torch.empty(count, config.num_labels), torch.empty(count, len(probe.layer_indices))
-        for rows, (output,) in score_batches([probe], task.dataset("test"), progress=True, output_attentions=True):
-            if output.layer_weights is None:
-                return found
-            logits[rows], weights[rows] = output.logits.cpu(), output.layer_weights.cpu()
-        given = predictions(probabilities(logits, config), config).numpy()
-        return found | group_layers(weights.numpy(), task.parts["test"].labels, given, list(config.id2label.values()))
+        probe, rows = self.head(task, name, best), task.parts["test"]
+        batches = score_batches([probe], task.dataset("test"), progress=True, output_attentions=True)
+        parts = ((numbers, [output.logits, output.layer_weights]) for numbers, (output,) in batches)
+        logits, weights = collect(len(rows), parts)
+        given = predictions(probabilities(logits, probe.config), probe.config).numpy()
+        groups = group_layers(weights.numpy(), rows.labels, given, rows.label_names)
+        return {"seed": best, "layers": probe.layer_indices, **groups}
 
     def few_labels(self, task: Task, names: Iterable[str]) -> None:
         """Train heads on few rows, as `llama-probe train` would, and score them: parts `few-labels/DATA/NAME`.
@@ -233,14 +229,11 @@ def candidates_of(method: HeadMethod, name: str, base: ProbeConfig, seed: int) -
     return found
 
 
-def judge(
+def measure(
     config: ProbeConfig, validation: torch.Tensor, test: torch.Tensor, task: Task
 ) -> tuple[ProbeConfig, dict[str, Any]]:
-    """Fit temperature and threshold on the validation rows, and measure validation and test rows.
-
-    The threshold is that of the best F1, as usual in comparisons. `llama-probe train` has a steadier one.
-    """
-    config, found = decide(config, validation, task.parts["validation"].labels, Recipe(threshold_rule=BEST_F1))
+    """Fit temperature and threshold on the validation rows, and measure validation and test rows."""
+    config, found = decide(config, validation, task.parts["validation"].labels, _RECIPE)
     return config, found | {"test": report(config, test, task.parts["test"].labels, task.slices)}
 
 
@@ -286,10 +279,3 @@ def _result(task: Task, runs: list[dict[str, Any]], num_parameters: int) -> dict
         "runs": runs,
         "summary": {name: summarize([run[name] for run in runs]) for name in ("validation", "test")},
     }
-
-
-def _tfidf_elsewhere(task: Task, rows: LabelledTexts) -> dict[str, Any]:
-    model, count = fit_tfidf(task.parts["train"]), task.labels.num_labels
-    validation = class_logits(model, task.parts["validation"].texts, count)
-    config, _ = decide(task.labels, validation, task.parts["validation"].labels, Recipe(threshold_rule=BEST_F1))
-    return report(config, class_logits(model, rows.texts, count), rows.labels)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...errors import ProbeError
 from ...heads import get_probe_type
 from ...training.recipe import Recipe, complete
 from .. import paper
@@ -54,15 +52,6 @@ HEADS: dict[str, HeadMethod] = {
     "multimax": HeadMethod.create("multimax"),
 }
 METHODS = ("tfidf", "zero-shot", "few-shot", "prototypes", *HEADS)  # the first four are scored by `baselines`
-
-
-def check_methods(names: Iterable[str]) -> list[str]:
-    """Return the names in the order of the tables."""
-    wanted = list(names)
-    unknown = [name for name in wanted if name not in METHODS]
-    if unknown or not wanted:
-        raise ProbeError(f"methods={','.join(unknown)!r} must name some of: {', '.join(METHODS)}")
-    return [name for name in METHODS if name in wanted]
 
 
 def downcast_methods(hidden_size: int) -> dict[str, HeadMethod]:

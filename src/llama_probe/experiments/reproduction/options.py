@@ -10,7 +10,7 @@ from ...data.sources import setting
 from ...errors import ProbeError
 from ...heads import get_probe_type
 from ...training.options import SWEEP_NAME
-from .methods import HEADS, METHODS, check_methods
+from .methods import HEADS, METHODS
 from .workbench import SAFETY, known_source
 
 
@@ -43,7 +43,10 @@ class ReproductionOptions:
     sweep: Path | None = setting(None, "Folder of a finished sweep to read sensitivity from, instead of a new one.")
 
     def __post_init__(self):
-        self.methods = check_methods(METHODS if self.methods is None else self.methods)
+        wanted = METHODS if self.methods is None else self.methods
+        if not wanted or set(wanted) - set(METHODS):
+            raise ProbeError(f"methods={','.join(wanted)!r} must name some of: {', '.join(METHODS)}")
+        self.methods = [name for name in METHODS if name in wanted]  # in the order of the tables
         for name in self.only or ():
             if name not in PARTS:
                 raise ProbeError(f"only={name!r} is not allowed; allowed: {', '.join(PARTS)}")
@@ -60,8 +63,7 @@ class ReproductionOptions:
         for name, found in {"ood": ood, "layers": self._layered, "few-labels": self._trained_kinds}.items():
             if name in (self.only or ()) and not found:
                 raise ProbeError(f"only={name!r} has nothing to do with these data and methods")
-        if self.sweep is not None and "sensitivity" not in (self.only or PARTS):
-            raise ProbeError(f"sweep={self.sweep} is read for sensitivity: add it to only, or leave sweep out")
+        self.only = list(self.only or PARTS)
 
     @property
     def _safety_source(self) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,89 +14,138 @@ from ...data.known import find_benchmark
 from ...evaluation.plots import png_writer, sensitivity_plot
 from ...files import write_atomically
 from .. import paper
-from .columns import Column, cell, columns
 from .figures import layer_groups_plot, learning_curves_plot, methods_plot
 from .learning_curves import summarize_curve
-from .workbench import file_name
+from .workbench import SAFETY, file_name
 
 
 REPORT_NAME, DATA_NAME = "report.md", "report.json"
 
 
+@dataclass(frozen=True)
+class Column:
+    """A metric of the test rows: its title, its path in a summary, and the paper's metric beside it."""
+
+    title: str
+    path: tuple[str, ...]
+    paper: str | None = None
+
+    def find(self, result: dict[str, Any]) -> dict[str, Any] | None:
+        """Return `mean` and `std` (`None` for one run), or `None` if the metric is not defined."""
+        value: Any = result["summary"]["test"]
+        for key in self.path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return None
+        return {"mean": value["mean"], "std": value["std"] if len(result["runs"]) > 1 else None}
+
+
+def columns(source: str) -> list[Column]:
+    """Return the columns of a data set, as in the paper: F1 and AUPRC for safety, accuracy and F1 for the others."""
+    name = find_benchmark(source)[0].name
+    if name == "toxicchat":  # the paper tests on the human-annotated rows
+        human = ("slices", "human_annotation", "True")
+        return [
+            Column("F1", ("f1",)),
+            Column("AUPRC", ("auprc",)),
+            Column("F1, human-annotated rows", (*human, "f1"), "f1"),
+            Column("AUPRC, human-annotated rows", (*human, "auprc"), "auprc"),
+        ]
+    if name in SAFETY:
+        return [Column("F1", ("f1",), "f1"), Column("AUPRC", ("auprc",), "auprc")]
+    return [Column("accuracy", ("accuracy",), "accuracy"), Column("F1", ("f1",))]
+
+
+def cell(value: dict[str, Any] | None) -> str:
+    """Format a mean and its standard deviation."""
+    if value is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
+
+
 def write_report(output: Path, report: dict[str, Any], finished: bool = True) -> None:
     """Write `report.md` and `report.json`, at the end with plots."""
     output.mkdir(parents=True, exist_ok=True)
-    figures = _figures(report) if finished and find_spec("matplotlib") is not None else {}
-    write_atomically({output / name: png_writer(lambda figure=figure: figure) for name, figure in figures.items()})
-    text = "\n\n".join(_blocks(report, list(figures), finished)) + "\n"
+    page = _Page(draws=finished and find_spec("matplotlib") is not None)
+    _write_sections(page, report, finished)
+    write_atomically(
+        {output / name: png_writer(lambda figure=figure: figure) for name, figure in page.figures.items()}
+    )
+    text = "\n\n".join(page.blocks) + "\n"
     write_atomically({output / REPORT_NAME: text, output / DATA_NAME: json.dumps(report, indent=2) + "\n"})
+
+
+@dataclass
+class _Page:
+    """Blocks of Markdown, and figures by file name."""
+
+    draws: bool
+    blocks: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, *blocks: str) -> None:
+        self.blocks += blocks
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
+        self.add("\n".join([first, f"|---|{'---:|' * (len(header) - 1)}", *others]))
+
+    def figure(self, name: str, draw: Callable, *args: Any) -> None:
+        if self.draws:
+            self.figures[f"{name}.png"] = draw(*args)
+            self.add(f"![{name}]({name}.png)")
 
 
 def _done(results: dict[str, Any]) -> dict[str, Any]:
     return {name: result for name, result in results.items() if result is not None}
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
-    return "\n".join([first, f"|---|{'---:|' * (len(header) - 1)}", *others])
-
-
-def _blocks(report: dict[str, Any], plots: list[str], finished: bool) -> Iterator[str]:
-    def image(name: str) -> Iterator[str]:
-        if f"{name}.png" in plots:
-            yield f"![{name}]({name}.png)"
-
+def _write_sections(page: _Page, report: dict[str, Any], finished: bool) -> None:
     backbone, settings = report["backbone"], report["settings"]
-    yield f"# The tables of {paper.SOURCE} for {backbone['name']}"
-    yield (
+    page.add(
+        f"# The tables of {paper.SOURCE} for {backbone['name']}",
         f"- The backbone is {backbone['name']}: {backbone['num_parameters'] / 1e6:,.0f} million parameters, "
         f"{backbone['num_hidden_layers']} layers, hidden size {backbone['hidden_size']:,}.\n"
         f"- Columns headed *paper* are for {paper.BACKBONE}: {paper.BACKBONE_SIZE}. They use the authors' training rows and "
-        "hyper-parameter search. Compare the order of the methods, not the size of the numbers."
-    )
-    yield (
+        "hyper-parameter search. Compare the order of the methods, not the size of the numbers.",
         f"- Numbers are mean ± standard deviation over the seeds {', '.join(map(str, settings['seeds']))}. A seed sets initial "
         "weights and dropout; for few-shot prompting it sets the examples. The split and the order of the rows do not change. "
         "A number without ± is from a method without a seed.\n"
-        "- Validation rows chose the best epoch, layer, temperature and threshold. Test rows chose nothing."
+        "- Validation rows chose the best epoch, layer, temperature and threshold. Test rows chose nothing.",
     )
     if settings["max_rows"] is not None:
         rows = settings["max_rows"]
-        yield f"**Not all rows:** at most {rows:,} training, validation and test rows of each data set."
+        page.add(f"**Not all rows:** at most {rows:,} training, validation and test rows of each data set.")
     if not finished:
-        yield "**Not finished:** the same command resumes the run."
+        page.add("**Not finished:** the same command resumes the run.")
     for source, results in report["main"].items():
-        yield from _main_table(source, _done(results))
-        yield from image(f"main-{file_name(source)}")
+        _main_table(page, source, _done(results))
     if "ood" in report:
-        yield from _out_of_distribution(report["ood"])
-    yield from _downcast(report["downcast"]["data"], _done(report["downcast"]["results"]))
+        _out_of_distribution(page, report["ood"])
+    _downcast(page, report["downcast"]["data"], _done(report["downcast"]["results"]))
     for source, heads in report["layers"].items():
-        yield from _layers(source, heads)
-        yield from image(f"layers-{file_name(source)}")
+        _layers(page, source, _done(heads))
     if report["sensitivity"] is not None:
-        yield from _sensitivity(report["sensitivity"])
-        yield from image("sensitivity")
+        _sensitivity(page, report["sensitivity"])
     for source, heads in report["few_labels"].items():
-        yield from _few_labels(source, _done(heads))
-        yield from image(f"few-labels-{file_name(source)}")
-    yield "## How it was made"
+        _few_labels(page, source, _done(heads))
+    page.add("## How it was made")
     if report["command"]:
-        yield f"`{report['command']}`"
+        page.add(f"`{report['command']}`")
     versions = ", ".join(f"{name} {version}" for name, version in report["environment"].items())
-    yield f"{versions}; at most {settings['epochs']} epochs, patience {settings['patience']}."
+    page.add(f"{versions}; at most {settings['epochs']} epochs, patience {settings['patience']}.")
 
 
-def _main_table(source: str, done: dict[str, Any]) -> Iterator[str]:
+def _main_table(page: _Page, source: str, done: dict[str, Any]) -> None:
     if not done:
         return
     benchmark, shown = find_benchmark(source)[0], columns(source)
     compared = [column for column in shown if column.paper is not None]
-    yield f"## {benchmark.title}"
     rows = next(iter(done.values()))["rows"]
-    yield (
+    page.add(
+        f"## {benchmark.title}",
         f"`{source}`: {rows['train']:,} training, {rows['validation']:,} validation and {rows['test']:,} test rows. "
-        f"{benchmark.note}"
+        f"{benchmark.note}",
     )
     lines = []
     for name in dict.fromkeys([*done, *paper.METHODS]):
@@ -106,57 +156,67 @@ def _main_table(source: str, done: dict[str, Any]) -> Iterator[str]:
         elif any(figure is not None for figure in figures):
             lines.append([f"{name} (paper only)", "-", *("-" for _ in shown), *map(cell, figures)])
     titles = [*(column.title for column in shown), *(f"paper: {column.title}" for column in compared)]
-    yield _table(["method", "parameters", *titles], lines)
+    page.table(["method", "parameters", *titles], lines)
     for name, result in done.items():
         for key in ("layer", "label_tokens"):
             if key in result["runs"][0]:
                 chosen = ", ".join(str(run[key]) for run in result["runs"])
-                yield f"`{name}`: {key.replace('_', ' ')} chosen by validation: {chosen}."
+                page.add(f"`{name}`: {key.replace('_', ' ')} chosen by validation: {chosen}.")
+    panels: dict[str, dict[str, Any]] = {}
+    for column in shown:
+        for name, result in done.items():
+            value = column.find(result)
+            if value is not None and math.isfinite(value["mean"]):
+                figure = paper.figure(name, benchmark.name, column.paper)
+                panel = panels.setdefault(f"{source}: {column.title}", {})
+                panel[name] = {**value, "paper": figure and figure["mean"]}
+    if panels:
+        page.figure(f"main-{file_name(source)}", methods_plot, panels)
 
 
-def _out_of_distribution(ood: dict[str, Any]) -> Iterator[str]:
+def _out_of_distribution(page: _Page, ood: dict[str, Any]) -> None:
     shown = (Column("F1", ("f1",)), Column("AUPRC", ("auprc",)), Column("recall", ("recall",)))
     done = {test: found for test, results in ood["results"].items() if (found := _done(results))}
     if not done:
         return
-    yield f"## Out of distribution: trained on {ood['trained_on']}"
-    yield (
-        "The cells are F1 / AUPRC / recall of the harmful label on other test sets. The threshold is that of the training data."
+    page.add(
+        f"## Out of distribution: trained on {ood['trained_on']}",
+        "The cells are F1 / AUPRC / recall of the harmful label on other test sets. The threshold is that of the training data.",
     )
     lines = []
     for name in dict.fromkeys(name for results in done.values() for name in results):
         own = [results[name] for results in done.values() if name in results]
         lines.append([f"`{name}`", *(" / ".join(cell(column.find(result)) for column in shown) for result in own)])
     sizes = [next(iter(results.values()))["summary"]["test"]["rows"] for results in done.values()]
-    yield _table(["method", *(f"{test} ({size:,})" for test, size in zip(done, sizes, strict=True))], lines)
+    page.table(["method", *(f"{test} ({size:,})" for test, size in zip(done, sizes, strict=True))], lines)
     if absent := [test for test in ood["results"] if test not in done]:
-        yield f"Not at hand: {', '.join(absent)}."
+        page.add(f"Not at hand: {', '.join(absent)}.")
     figures = ", ".join(f"{name} {figure:.3f}" for name, figure in paper.OUT_OF_DISTRIBUTION.items())
-    yield f"In the paper, heads trained on WildGuardMix and tested on ToxicChat have these F1 scores: {figures}."
+    page.add(f"In the paper, heads trained on WildGuardMix and tested on ToxicChat have these F1 scores: {figures}.")
 
 
-def _downcast(source: str, done: dict[str, Any]) -> Iterator[str]:
+def _downcast(page: _Page, source: str, done: dict[str, Any]) -> None:
     if not done:
         return
     shown, toxicchat = columns(source), find_benchmark(source)[0].name == "toxicchat"
-    yield f"## `mha` by downcast, on {source}"
+    page.add(f"## `mha` by downcast, on {source}")
     lines = []
     for name, result in done.items():
         own = [f"{result['num_parameters']:,}", *(cell(column.find(result)) for column in shown)]
         lines.append([name, *own, f"{paper.DOWNCAST[int(name)]:.3f}" if toxicchat else "-"])
     titles = [column.title for column in shown]
-    yield _table(["downcast", "parameters", *titles, "paper: F1, human-annotated rows"], lines)
+    page.table(["downcast", "parameters", *titles, "paper: F1, human-annotated rows"], lines)
 
 
-def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
-    done = {name: result for name, result in _done(heads).items() if result["groups"]}
+def _layers(page: _Page, source: str, heads: dict[str, Any]) -> None:
+    done = {name: result for name, result in heads.items() if result["groups"]}
     if not done:
         return
-    yield f"## Layer weights on {source}"
-    yield (
+    page.add(
+        f"## Layer weights on {source}",
         "The table shows the three layers with the largest mean weight on test rows, by label and by right or wrong prediction. "
         "The plot shows all layers. In the paper, errors look like the predicted label: their mean weights are nearer to those "
-        "of the right rows of the predicted label than to those of the true label."
+        "of the right rows of the predicted label than to those of the true label.",
     )
     lines, nearest = [], []
     for name, found in done.items():
@@ -172,16 +232,17 @@ def _layers(source: str, heads: dict[str, Any]) -> Iterator[str]:
                 f"- `{name}`: nearer to the predicted label for {len(nearer)} of {len(errors)} pairs of a true and a predicted "
                 f"label ({rows} of {all_rows} wrong rows)."
             )
-    yield _table(["head", "label", "head is", "rows", "layers (weight)"], lines)
+    page.table(["head", "label", "head is", "rows", "layers (weight)"], lines)
     if nearest:
-        yield "\n".join(nearest)
+        page.add("\n".join(nearest))
+    page.figure(f"layers-{file_name(source)}", layer_groups_plot, done)
 
 
-def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
-    yield "## Sensitivity to hyper-parameters"
-    yield (
+def _sensitivity(page: _Page, found: dict[str, Any]) -> None:
+    page.add(
+        "## Sensitivity to hyper-parameters",
         f"The table shows the validation {found['metric']} of {len(found['trials'])} configurations of a sweep. In the "
-        "paper the learning rate matters most for `pooling` and `gate`, and `mha` is robust."
+        "paper the learning rate matters most for `pooling` and `gate`, and `mha` is robust.",
     )
     lines = []
     for kind, values in found["kinds"].items():
@@ -189,49 +250,23 @@ def _sensitivity(found: dict[str, Any]) -> Iterator[str]:
         related = "-" if values["learning_rate"] is None else f"{values['learning_rate']:+.2f}"
         lines.append([f"`{kind}`", str(values["trials"]), *(f"{score:.3f}" for score in scores), related])
     header = ["kind", "configurations", "best", "median", "worst", "range", "rank correlation with the learning rate"]
-    yield _table(header, lines)
+    page.table(header, lines)
+    page.figure("sensitivity", sensitivity_plot, found)
 
 
-def _few_labels(source: str, done: dict[str, Any]) -> Iterator[str]:
+def _few_labels(page: _Page, source: str, done: dict[str, Any]) -> None:
     if not done:
         return
-    found, curves = next(iter(done.values())), _curves(done)
-    yield f"## Few labels: {source}"
-    yield (
+    found = next(iter(done.values()))
+    curves = {name: summarize_curve(part["curve"], part["metric"]) for name, part in done.items()}
+    page.add(
+        f"## Few labels: {source}",
         f"{found['metric']} on {found['rows']['test']:,} test rows, after training on a sample of the "
         f"{found['rows']['train']:,} training rows. Each seed draws its own sample. The settings are those that "
-        "`llama-probe train` chooses for the number of rows. No row is held back."
+        "`llama-probe train` chooses for the number of rows. No row is held back.",
     )
     sizes = list(next(iter(curves.values())))
     lines = [[f"`{kind}`", *(cell(values[size]) for size in sizes)] for kind, values in curves.items()]
-    yield _table(["kind", *(f"{size:,} rows" for size in sizes)], lines)
-
-
-def _curves(done: dict[str, Any]) -> dict[str, dict[int, dict[str, Any] | None]]:
-    return {name: summarize_curve(found["curve"], found["metric"]) for name, found in done.items()}
-
-
-def _figures(report: dict[str, Any]) -> dict[str, Any]:
-    figures = {}
-    for source, results in report["main"].items():
-        panels: dict[str, dict[str, Any]] = {}
-        for column in columns(source):
-            for name, result in _done(results).items():
-                value = column.find(result)
-                if value is not None and math.isfinite(value["mean"]):
-                    figure = paper.figure(name, find_benchmark(source)[0].name, column.paper) if column.paper else None
-                    own = {**value, "paper": figure and figure["mean"]}
-                    panels.setdefault(f"{source}: {column.title}", {})[name] = own
-        if panels:
-            figures[f"main-{file_name(source)}.png"] = methods_plot(panels)
-    for source, heads in report["layers"].items():
-        if done := {name: found for name, found in _done(heads).items() if found["groups"]}:
-            figures[f"layers-{file_name(source)}.png"] = layer_groups_plot(done)
-    for source, heads in report["few_labels"].items():
-        curves = _curves(_done(heads))
-        if curves and all(value for sizes in curves.values() for value in sizes.values()):
-            title = f"{source}: {next(iter(_done(heads).values()))['metric']}"
-            figures[f"few-labels-{file_name(source)}.png"] = learning_curves_plot(curves, title)
-    if report["sensitivity"] is not None:
-        figures["sensitivity.png"] = sensitivity_plot(report["sensitivity"])
-    return figures
+    page.table(["kind", *(f"{size:,} rows" for size in sizes)], lines)
+    if all(value for values in curves.values() for value in values.values()):
+        page.figure(f"few-labels-{file_name(source)}", learning_curves_plot, curves, f"{source}: {found['metric']}")

@@ -25,7 +25,7 @@ from ...training.run import TrainingRun
 from ...training.sweep import Sweep, read_sweep
 from .comparison import Comparison
 from .methods import HEADS, downcast_methods
-from .options import PARTS, ReproductionOptions
+from .options import ReproductionOptions
 from .report import write_report
 from .workbench import Workbench, file_name, known_source, metric_of
 
@@ -51,7 +51,6 @@ class Reproduction(ReproductionOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.only = list(PARTS if self.only is None else self.only)
         self.comparison = Comparison(self.bench, self.output, self.epochs, self.patience, self.shots)
 
     def execute(self) -> dict[str, Any]:
@@ -86,8 +85,10 @@ class Reproduction(ReproductionOptions):
             parts = self.bench.task(source).parts
             settings[f"rows-{file_name(source)}"] = {name: rows.digest()[:16] for name, rows in parts.items()}
         if "sensitivity" in self.only:
-            digest = self.sweep and hashlib.sha256((self.sweep / SWEEP_NAME).read_bytes()).hexdigest()[:16]
-            settings["sensitivity"] = {"digest": digest} if self.sweep else {"trials": self.trials}
+            settings["sensitivity"] = {"trials": self.trials}
+            if self.sweep:
+                digest = hashlib.sha256((self.sweep / SWEEP_NAME).read_bytes()).hexdigest()[:16]
+                settings["sensitivity"] = {"digest": digest}
         for name, values in settings.items():
             if self._settings_path(name).is_file():
                 same_settings(self._settings_path(name), values)
@@ -143,11 +144,11 @@ class Reproduction(ReproductionOptions):
         return {"metric": found["metric"], "trials": found["trials"], "kinds": summarize_trials(found["trials"])}
 
     def _run_sweep(self) -> dict[str, Any]:
-        bench, folder = self.bench, self.output / "sweep"
+        bench = self.bench
         metric = metric_of(known_source(self._primary))
         run = TrainingRun(
             backbone=bench.backbone,
-            output=folder,
+            output=self.output / "sweep",
             data=bench.sources(self._primary),
             recipe=Recipe(num_train_epochs=self.epochs, patience=self.patience, metric=metric),
             max_length=bench.max_length,
