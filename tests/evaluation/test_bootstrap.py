@@ -4,13 +4,14 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeConfig
 from llama_probe.evaluation import bootstrap
 from llama_probe.evaluation.bootstrap import intervals, score_statistic
-from llama_probe.evaluation.metrics import label_scores, score
+from llama_probe.evaluation.metrics import label_scores, score_logits
 
 
 MULTI, REGRESSION = {"problem_type": "multi_label_classification"}, {"problem_type": "regression"}
@@ -24,27 +25,26 @@ CONFIGS = {
 }
 
 
-def make_rows(config: ProbeConfig, rows: int, seed: int, steps: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores on a coarse grid, so that some are equal, and labels that correlate with them."""
+def make_rows(config: ProbeConfig, rows: int, seed: int, steps: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Return logits on a coarse grid, so that some are equal, and labels that correlate with them."""
     rng = np.random.default_rng(seed)
     shape = (rows, config.num_labels)
     if config.problem_type == "regression":
-        return rng.normal(size=shape).astype(np.float32), rng.integers(0, 3, shape).astype(float)
+        return torch.from_numpy(rng.normal(size=shape)).float(), rng.integers(0, 3, shape).astype(float)
     if config.problem_type == "multi_label_classification":
-        labels = (rng.random(shape) < 0.3).astype(float)
-        return ((rng.integers(0, steps, shape) + labels) / steps).clip(0, 1).astype(np.float32), labels
-    labels = rng.integers(0, config.num_labels, rows)
-    raw = rng.integers(1, steps, shape).astype(float)
-    raw[np.arange(rows), labels] += 1
-    return (raw / raw.sum(axis=1, keepdims=True)).astype(np.float32), labels
+        labels = target = (rng.random(shape) < 0.3).astype(float)
+    else:
+        labels = rng.integers(0, config.num_labels, rows)
+        target = np.eye(config.num_labels)[labels]
+    return torch.from_numpy(rng.integers(0, steps, shape) / steps * 4 - 2 + target).float(), labels
 
 
-def slow(config: ProbeConfig, probs: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict:
+def slow(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, rows: np.ndarray) -> dict:
     """Return the numbers of scikit-learn for resampled rows, by the names of `score_statistic`; NaN if undefined."""
     with warnings.catch_warnings(action="ignore"):  # R2 of one row
-        found = dict(score(probs[rows], labels[rows], config))
+        found = dict(score_logits(logits[rows], labels[rows], config))
     if config.problem_type != "regression":
-        parts = list(label_scores(probs[rows], labels[rows], config).values())
+        parts = list(label_scores(logits[rows], labels[rows], config).values())
         found |= {f"label_{name}": [part[name] for part in parts] for name in parts[0] if name != "rows"}
     elif (labels[rows] == labels[rows[0]]).all(axis=0).any():
         found["r2"] = None  # scikit-learn gives 0 or 1
@@ -56,12 +56,12 @@ def slow(config: ProbeConfig, probs: np.ndarray, labels: np.ndarray, rows: np.nd
 @given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
 def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
     config = CONFIGS[kind]
-    probs, labels = make_rows(config, rows, seed, steps)
+    logits, labels = make_rows(config, rows, seed, steps)
     drawn = np.random.default_rng(seed).integers(0, rows, (2, rows))
     weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(float)
-    found = score_statistic(probs, labels, config)(weights)
+    found = score_statistic(logits, labels, config)(weights)
     for index, numbers in enumerate(drawn):
-        expected = slow(config, probs, labels, numbers)
+        expected = slow(config, logits, labels, numbers)
         assert set(found) == set(expected)
         for name, value in expected.items():
             np.testing.assert_allclose(found[name][index], value, rtol=1e-6, atol=1e-9, err_msg=name)
@@ -83,11 +83,11 @@ def test_by_hand():
 
 def test_undefined_resamples_are_left_out():
     config = CONFIGS["two"]
-    probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.8, 0.2]], dtype=np.float32)
-    found = intervals([score_statistic(probs, np.array([0, 1, 0]), config)], 3, resamples=200)
+    logits = torch.tensor([[2.0, 0], [0, 2], [1, 0]])
+    found = intervals([score_statistic(logits, np.array([0, 1, 0]), config)], 3, resamples=200)
     assert found["auprc"] == found["auroc"] == [1.0, 1.0]
-    assert found["label_recall"][1][0] == 0, "without a positive row recall counts as 0, as in score"
-    found = intervals([score_statistic(probs, np.array([0, 0, 0]), config)], 3, resamples=20)
+    assert found["label_recall"][1][0] == 0, "without a positive row recall counts as 0, as in score_logits"
+    found = intervals([score_statistic(logits, np.array([0, 0, 0]), config)], 3, resamples=20)
     assert found["auprc"] is None and found["label_auroc"] == [None, None]
 
 

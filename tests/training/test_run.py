@@ -13,7 +13,7 @@ from training_runs import run_of, write
 from llama_probe import ProbeError
 from llama_probe.distributed import claimed
 from llama_probe.evaluation.calibration import reliability
-from llama_probe.evaluation.metrics import score
+from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.report import predict_logits
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import run as training_run
@@ -47,8 +47,7 @@ def test_folds(backbone_folder, tmp_path):
     assert torch.allclose(logits[torch.from_numpy(held)], expected, atol=1e-6)
     head = read_head(run.output)
     assert head.config.temperature == chosen["temperature"] and head.config.threshold == chosen["threshold"]
-    probs = (logits / head.config.temperature).softmax(-1).numpy()
-    assert chosen["validation"]["f1"] == pytest.approx(score(probs, labels, head.config)["f1"])
+    assert chosen["validation"]["f1"] == pytest.approx(score_logits(logits, labels, head.config)["f1"])
     found = results["inspection"]["calibration"]["error"]
     assert found == pytest.approx(reliability(logits, labels, head.config)["error"], abs=1e-3)
     assert "2 folds" in (run.output / "README.md").read_text()
@@ -126,9 +125,9 @@ class TestResuming:
         return resumed
 
     def test_the_same_training(self, stopped, tmp_path, monkeypatch):
-        steps, original = [], ProbeModel.forward
+        steps, original = [], ProbeModel.score
         monkeypatch.setattr(
-            ProbeModel, "forward", lambda self, *a, **k: (steps.append(self.training), original(self, *a, **k))[1]
+            ProbeModel, "score", lambda self, *a, **k: (steps.append(self.training), original(self, *a, **k))[1]
         )
         stopped().run()
         assert steps and not any(steps), "nothing was left to train"

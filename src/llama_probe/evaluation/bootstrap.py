@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import binomtest
 
 from ..heads.configuration import ProbeConfig
-from .metrics import is_binary, truth_and_predictions
+from .metrics import is_binary, ranking_scores, truth_and_predictions
 
 
 # Maps weights `[resamples, rows]`, how often each row counts, to numbers `[resamples]` or `[resamples, labels]` by name.
@@ -55,16 +56,14 @@ def _percentiles(values: np.ndarray) -> Any:
     return np.quantile(defined, [0.025, 0.975]).tolist() if len(defined) else None
 
 
-def score_statistic(
-    probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
-) -> Statistic:
-    """Return a statistic of the metrics of `score`, and those of `label_scores` as `label_*` `[resamples, num_labels]`."""
+def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> Statistic:
+    """Return a statistic of what `score_logits` gives, and of what `label_scores` gives as `label_*` `[resamples, num_labels]`."""
     if config.problem_type == "regression":
-        return _regression_statistic(probs, labels)
-    truth, predicted = truth_and_predictions(probs, labels, config)
+        return _regression_statistic(logits.float().numpy(), labels)
+    truth, predicted = truth_and_predictions(logits, labels, config)
     right = (truth == predicted).all(axis=1).astype(np.float64)
     hits, flagged, positive = (x.astype(np.float64) for x in (truth & predicted, predicted, truth))
-    ranked = probs if ranked is None else ranked
+    ranked = ranking_scores(logits, config)
     rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -155,7 +154,7 @@ def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide; 0 / 0 is 0, as in `score`."""
+    """Divide; 0 / 0 is 0, as in `score_logits`."""
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 

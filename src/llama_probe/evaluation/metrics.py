@@ -26,40 +26,32 @@ METRICS = {
 
 
 def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
-    """Return `score` of the probabilities for `[rows, num_labels]` logits, ranked by their log odds."""
-    logits = logits.float()
-    return score(probabilities(logits, config).numpy(), labels, config, log_odds(logits, config).numpy())
-
-
-def score(
-    probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
-) -> dict[str, float | None]:
     """Return the metrics of a head.
 
     Args:
-        probs (`[rows, num_labels]`): probabilities, or values of a regression head.
+        logits (`[rows, num_labels]`).
         labels: as in `LabelledTexts`.
-        ranked (`[rows, num_labels]`): scores that rank the rows for AUPRC and AUROC, such as `log_odds`. Defaults to
-            `probs`.
 
     Returns:
-        Classes: `accuracy`, `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`. Of two labels they are
-        those of label 1, else means over the labels: the first three over labels that some row has or is given, the last
-        two over labels that some rows have and others do not (None if there are none).
+        Classes: `accuracy`, `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows by
+        `log_odds`. Of two labels they are those of label 1, else means over the labels: the first three over labels that
+        some row has or is given, the last two over labels that some rows have and others do not (None if there are none).
         Regression: `mse`, `mae` and `r2` (None if all rows have the same value).
 
     Raises:
         ProbeError: a probability is not a number.
     """
-    check_numbers(torch.from_numpy(np.asarray(probs)))
+    probs = probabilities(logits.float(), config)
+    check_numbers(probs)
     if config.problem_type == "regression":
+        values = probs.numpy()
         return {
-            "mse": float(sk.mean_squared_error(labels, probs)),
-            "mae": float(sk.mean_absolute_error(labels, probs)),
-            "r2": float(sk.r2_score(labels, probs)) if np.ptp(labels, axis=0).any() else None,
+            "mse": float(sk.mean_squared_error(labels, values)),
+            "mae": float(sk.mean_absolute_error(labels, values)),
+            "r2": float(sk.r2_score(labels, values)) if np.ptp(labels, axis=0).any() else None,
         }
-    truth, predicted = truth_and_predictions(probs, labels, config)
-    ranked = probs if ranked is None else ranked
+    truth, predicted = truth_and_predictions(logits, labels, config)
+    ranked = ranking_scores(logits, config)
     met = [1] if is_binary(config) else np.flatnonzero((truth | predicted).any(axis=0))
     parts = _score_columns(truth[:, met], predicted[:, met], ranked[:, met])
     found: dict[str, float | None] = {"accuracy": float((truth == predicted).all(axis=1).mean())}
@@ -80,26 +72,30 @@ def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray
     return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index
 
 
-def truth_and_predictions(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
+def truth_and_predictions(
+    logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`."""
-    predicted = predictions(torch.from_numpy(np.asarray(probs)), config).numpy()
+    predicted = predictions(probabilities(logits.float(), config), config).numpy()
     if config.problem_type == "multi_label_classification":
         return labels.astype(bool), predicted
     one_hot = np.eye(config.num_labels, dtype=bool)
     return one_hot[labels.astype(int)], one_hot[predicted]
 
 
-def label_scores(
-    probs: np.ndarray, labels: np.ndarray, config: ProbeConfig, ranked: np.ndarray | None = None
-) -> dict[str, dict[str, Any]]:
-    """Score each label of a head of classes against all others; arguments as for `score`.
+def ranking_scores(logits: torch.Tensor, config: ProbeConfig) -> np.ndarray:
+    """Return the scores `[rows, num_labels]` that rank rows for AUPRC and AUROC."""
+    return log_odds(logits.float(), config).numpy()
+
+
+def label_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, Any]]:
+    """Score each label of a head of classes against all others; arguments as for `score_logits`.
 
     Returns:
         By label name: `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are None if
         no row or each row has the label.
     """
-    truth, predicted = truth_and_predictions(probs, labels, config)
-    parts = _score_columns(truth, predicted, probs if ranked is None else ranked)
+    parts = _score_columns(*truth_and_predictions(logits, labels, config), ranking_scores(logits, config))
     return dict(zip(config.id2label.values(), parts, strict=True))
 
 
@@ -118,15 +114,15 @@ def _score_columns(truth: np.ndarray, predicted: np.ndarray, ranked: np.ndarray)
     return parts
 
 
-def confusion(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> list[list[int]]:
+def confusion(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> list[list[int]]:
     """Count rows of a single-label head, `[num_labels (true), num_labels (given)]`."""
-    truth, predicted = truth_and_predictions(probs, labels, config)
+    truth, predicted = truth_and_predictions(logits, labels, config)
     return (truth.astype(int).T @ predicted.astype(int)).tolist()
 
 
-def outcomes(probs: np.ndarray, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, int]]:
+def outcomes(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, int]]:
     """Count rows in which a head of classes finds a label, misses it, or gives it wrongly, by label name."""
-    truth, predicted = truth_and_predictions(probs, labels, config)
+    truth, predicted = truth_and_predictions(logits, labels, config)
     counts = {"found": truth & predicted, "missed": truth & ~predicted, "wrong": ~truth & predicted}
     return {
         label: {name: int(rows[:, index].sum()) for name, rows in counts.items()}
@@ -158,7 +154,7 @@ def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
     allowed = METRICS[config.problem_type]
     if metric not in allowed:
         raise ProbeError(f"metric={metric!r} for {config.problem_type} must be one of: {', '.join(allowed)}")
-    if score(np.zeros((len(labels), config.num_labels)), labels, config)[metric] is None:
+    if score_logits(torch.zeros(len(labels), config.num_labels), labels, config)[metric] is None:
         defined = ", ".join(name for name in allowed if name not in ("auprc", "auroc"))
         reason = "all have the same value" if metric == "r2" else f"no label is in some but not all ({defined} work)"
         raise ProbeError(f"{metric} is not defined on the {len(labels)} validation rows: {reason}")

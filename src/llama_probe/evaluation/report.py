@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..data.states import SharedStates, iterate_states
 from ..distributed import merge_rows
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, log_odds, predictions, probabilities
+from ..heads.decision import ProbeOutput, predictions, probabilities
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows
 from .bootstrap import intervals, score_statistic, share_interval
@@ -151,12 +151,11 @@ def inspect_head(
         found["layer_weights"] = {"layers": probe.layer_indices, "by_label": by_label}
     if config.problem_type == "regression":
         return found
-    probs = probabilities(logits.float(), config).numpy()
     found["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
-        found["confusion"] = confusion(probs, labels, config)
+        found["confusion"] = confusion(logits, labels, config)
     else:
-        found["outcomes"] = outcomes(probs, labels, config)
+        found["outcomes"] = outcomes(logits, labels, config)
     if thresholds := threshold_table(logits, labels, config):
         found["thresholds"] = thresholds
     return found
@@ -173,7 +172,7 @@ def report(
         slices: columns by name, one value a row.
 
     Returns:
-        `rows`, the metrics of `score`, and `slices`: column -> value -> the same.
+        `rows`, the metrics of `score_logits`, and `slices`: column -> value -> the same.
     """
     result: dict[str, Any] = {"rows": len(labels), **score_logits(logits, labels, config)}
     for column, value, rows in _groups(slices):
@@ -204,17 +203,16 @@ def detailed_report(
         `[low, high]`, or None if the metric is undefined in all resamples.
     """
     result = report(config, logits, labels, slices)
-    probs, ranked = probabilities(logits.float(), config).numpy(), log_odds(logits.float(), config).numpy()
     classes = config.problem_type != "regression"
     if classes:
-        result["labels"] = label_scores(probs, labels, config, ranked)
+        result["labels"] = label_scores(logits, labels, config)
         result["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
-        result["confusion"] = confusion(probs, labels, config)
+        result["confusion"] = confusion(logits, labels, config)
     if not resamples:
         return result
     result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
-    statistics = [score_statistic(probs, labels, config, ranked)]
+    statistics = [score_statistic(logits, labels, config)]
     if classes:
         gaps = calibration_gaps(logits, labels, config)
         statistics.append(
@@ -230,7 +228,7 @@ def detailed_report(
             part["intervals"] = {name: found[f"label_{name}"][index] for name in part if f"label_{name}" in found}
     for column, value, rows in _groups(slices):
         part = result["slices"][column][value]
-        statistic = score_statistic(probs[rows], labels[rows], config, ranked[rows])
+        statistic = score_statistic(logits[rows], labels[rows], config)
         part["intervals"] = _select(part, intervals([statistic], part["rows"], resamples, seed))
     return result
 
