@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.evaluation.asking import asked
+from llama_probe.evaluation.asking import asked, check_shares
 
 
 CONFIG = ProbeConfig(probe_type="gate", id2label={0: "fine", 1: "bad"}, threshold=0.2)
@@ -33,4 +33,4 @@ def test_rows_of_one_label():
 
 def test_a_wrong_share():
     with pytest.raises(ProbeError, match=r"1\.5"):
-        asked(CONFIG, LOGITS, LABELS, [1.5])
+        check_shares([0.5, 1.5])

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeError
 from llama_probe.evaluation.calibration import (
     best_f1_threshold,
     calibrate,
     check_rates,
+    check_threshold_rule,
     expected_f1_threshold,
     fit_temperature,
     highest_recall_threshold,
@@ -35,16 +36,16 @@ def logits_of(probs, temperature: float = 2.0) -> torch.Tensor:
     return torch.stack([torch.zeros_like(p), temperature * (p / (1 - p)).log()], dim=1).float()
 
 
+def f1_at(threshold, scores, positives):
+    return f1_score(positives, scores >= threshold, zero_division=0.0)
+
+
 def test_temperature_undoes_a_scale():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4000, 3, generator=generator) * 2
     truth = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
     for scale in (1, 5):
         assert fit_temperature(logits * scale, truth, THREE) == pytest.approx(scale, rel=0.1)
-
-
-def f1_at(threshold, scores, positives):
-    return f1_score(positives, scores >= threshold, zero_division=0.0)
 
 
 def test_the_threshold_has_the_best_f1():
@@ -96,27 +97,24 @@ def test_a_threshold_between_neighbours_keeps_them_apart(place):
         assert predictions(probs, CONFIG.replace(threshold=threshold)).tolist() == [1, 0, 0, 0]
 
 
-SCORES, POSITIVES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], [0, 0, 1, 0, 1, 0, 1, 1]
-
-
 @pytest.mark.parametrize(
     "scores, positives, rate, threshold",
     [
-        (SCORES, POSITIVES, 0.0, 0.65),  # no negative row: two of four positive ones
-        (SCORES, POSITIVES, 0.25, 0.45),  # the row at 0.6: three
-        (SCORES, POSITIVES, 0.5, 0.25),  # and the row at 0.4: all four
+        (
+            [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],
+            [0, 0, 1, 0, 1, 0, 1, 1],
+            0.25,
+            0.45,
+        ),  # the row at 0.6: three of four
         ([0.2, 0.6], [1, 0], 0.0, 0.8),  # nothing can be flagged
         ([0.6, 0.6], [1, 0], 0.5, 0.8),  # both or none
+        ([1.0, 0.3], [0, 1], 0.0, 1.0),  # too many negative rows have a probability of 1: a warning
     ],
 )
-def test_the_highest_recall_by_hand(scores, positives, rate, threshold):
-    assert highest_recall_threshold(np.array(scores), np.array(positives), rate) == pytest.approx(threshold)
-
-
-def test_a_probability_of_one_cannot_be_kept_out(caplog):
+def test_the_highest_recall_by_hand(scores, positives, rate, threshold, caplog):
     with caplog.at_level("WARNING"):
-        assert highest_recall_threshold(np.array([1.0, 0.3]), np.array([0, 1]), 0.0) == 1.0
-    assert "max_false_positive_rate" in caplog.text
+        assert highest_recall_threshold(np.array(scores), np.array(positives), rate) == pytest.approx(threshold)
+    assert ("max_false_positive_rate" in caplog.text) == (threshold == 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,18 +179,17 @@ def test_calibrate_keeps_to_the_rate():
 
 
 @pytest.mark.parametrize(
-    "changes, options, words",
+    "config, rate, rule, words",
     [
-        ({}, {"threshold_rule": "f2"}, "threshold_rule='f2'"),
-        ({}, {"max_false_positive_rate": 1.0}, "max_false_positive_rate=1.0"),
-        ({}, {"max_false_positive_rate": -0.1}, "max_false_positive_rate=-0.1"),
-        ({"num_labels": 3}, {"max_false_positive_rate": 0.1}, "max_false_positive_rate=0.1"),
+        (CONFIG, None, "f2", "threshold_rule='f2'"),
+        (CONFIG, 1.0, "best-f1", "max_false_positive_rate=1.0"),
+        (CONFIG, -0.1, "best-f1", "max_false_positive_rate=-0.1"),
+        (THREE, 0.1, "best-f1", "max_false_positive_rate=0.1"),
     ],
 )
-def test_a_rule_that_cannot_be(changes, options, words):
-    config = ProbeConfig(probe_type="gate", **changes)
+def test_a_rule_that_cannot_be(config, rate, rule, words):
     with pytest.raises(ProbeError, match=words):
-        calibrate(config, torch.zeros(2, config.num_labels), torch.zeros(2), **options)
+        check_threshold_rule(config, rate, rule)
 
 
 def test_thresholds_by_hand():
@@ -203,22 +200,7 @@ def test_thresholds_by_hand():
     assert rows[0.6] == {"precision": 1.0, "recall": 0.5, "flagged": 0.25, "saved": False}
     nothing = threshold_table(logits_of([0.05, 0.1]), np.array([1, 0]), CONFIG)["yes"][-1]
     assert nothing["precision"] is None and nothing["recall"] == 0
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.floats(0.01, 0.99), st.booleans()), min_size=1, max_size=40))
-def test_the_saved_threshold_is_what_the_head_does(rows):
-    logits, labels = logits_of([p for p, _ in rows]), np.array([int(label) for _, label in rows])
-    table = threshold_table(logits, labels, CONFIG)
-    if not labels.any():
-        assert table == {}
-        return
-    saved = next(row for row in table["yes"] if row["saved"])
-    flagged = predictions(probabilities(logits, CONFIG), CONFIG).numpy() == 1
-    assert saved["flagged"] == pytest.approx(flagged.mean(), abs=1e-4)
-    assert saved["recall"] == pytest.approx(flagged[labels == 1].mean(), abs=1e-4)
-    recalls = [row["recall"] for row in table["yes"]]
-    assert recalls == sorted(recalls, reverse=True)
+    assert threshold_table(logits_of([0.05, 0.1]), np.array([0, 0]), CONFIG) == {}
 
 
 def test_reliability_by_hand():

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.evaluation.reading import printable, read_texts, token_texts
+from llama_probe.evaluation.reading import printable, read_weights, token_texts
 from llama_probe.heads import Aggregator, get_probe_type
 
 
@@ -35,14 +35,19 @@ def model(tokenizer):
 
 @pytest.fixture
 def read(model, tokenizer):
-    return lambda text, head=None: read_texts(model, tokenizer, [text], head)[0]
+    def read(text, head):
+        model.set_active_probes([head])
+        return read_weights(model, tokenizer, [text])[0]
+
+    return read
 
 
 @pytest.mark.parametrize("head", ["mood", "all"])
 def test_weights_are_those_of_classify(model, tokenizer, head):
     batch = PromptFormat.from_config(model.probes[head].config, tokenizer).batch(TEXTS)
     expected = model.classify(**batch, output_attentions=True)[head]
-    for row, reading in enumerate(read_texts(model, tokenizer, TEXTS, head)):
+    model.set_active_probes([head])
+    for row, reading in enumerate(read_weights(model, tokenizer, TEXTS)):
         real = batch["attention_mask"][row].bool()
         assert reading.weights == pytest.approx(expected.token_weights[row][:, real].numpy(), abs=1e-5)
         assert reading.layer_weights == pytest.approx(expected.layer_weights[row].numpy(), abs=1e-5)
@@ -88,11 +93,7 @@ def test_weights_that_say_little_are_noted(model, read):
     assert "not learned where to look" in read("good morning", "all").note
 
 
-def test_heads_and_texts_that_cannot_be_read(model, read, monkeypatch):
-    model.add_probe("raw", make_probe(prompt_format="raw"))
-    for text, head, words in (("x", None, "head=None"), ("x", "other", "head='other'"), ("", "raw", "empty text")):
-        with pytest.raises(ProbeError, match=words):
-            read(text, head)
+def test_a_kind_without_weights_cannot_be_read(read, monkeypatch):
     monkeypatch.setattr(get_probe_type("gate"), "weights", Aggregator.weights)  # as a kind of one's own may be
     with pytest.raises(ProbeError, match="'gate'"):
         read("x", "all")

@@ -20,7 +20,7 @@ from ..evaluation import plots
 from ..evaluation.heatmap import heat_map
 from ..evaluation.page import reading_page
 from ..evaluation.plots import new_figure, png_writer
-from ..evaluation.reading import Reading, read_texts
+from ..evaluation.reading import Reading, read_weights
 from ..files import check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
@@ -72,7 +72,7 @@ def plot(
 
         lm, tokenizer = load_backbone(scored.backbone, scored.dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
-        readings = read_texts(model, tokenizer, texts) if texts else []
+        readings = read_weights(model, tokenizer, texts) if texts else []
         if labelled is not None:
             from ..evaluation.report import inspect_head  # needs packages that drawing does not need
 

@@ -39,7 +39,6 @@ def asked(
         For each share: `share`, the `band` of probabilities that is asked about (None if empty), `recall` and
         `false_alarms`, which are None without rows of that label.
     """
-    check_shares(shares)
     threshold = threshold_of(config, 1)
     threshold = 0.5 if threshold is None else threshold
     distance = log_odds(logits.float(), config)[:, 1].numpy() - np.log(threshold / (1 - threshold))

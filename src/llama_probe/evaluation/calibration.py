@@ -21,7 +21,7 @@ from .metrics import has_label, is_binary
 
 logger = logging.get_logger(__name__)
 
-EXPECTED_F1, BEST_F1 = "expected-f1", "best-f1"
+BEST_F1 = "best-f1"
 
 _BINS = 10  # bins of equal width that compare confidence with frequency
 
@@ -145,7 +145,7 @@ def _halfway(upper: float, lower: float) -> float:
     return float(upper) if np.float32(middle) <= np.float32(lower) else middle
 
 
-_THRESHOLD_RULES = {EXPECTED_F1: expected_f1_threshold, BEST_F1: best_f1_threshold}
+_THRESHOLD_RULES = {"expected-f1": expected_f1_threshold, BEST_F1: best_f1_threshold}
 
 
 def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | None, threshold_rule: str) -> None:
@@ -164,7 +164,7 @@ def calibrate(
     logits: torch.Tensor,
     labels: torch.Tensor,
     max_false_positive_rate: float | None = None,
-    threshold_rule: str = EXPECTED_F1,
+    threshold_rule: str = "expected-f1",
 ) -> ProbeConfig:
     """Return `config` with the temperature and the thresholds that suit validation rows.
 
@@ -175,12 +175,11 @@ def calibrate(
         logits (`torch.FloatTensor` of shape `[rows, num_labels]`), labels: of validation rows.
         max_false_positive_rate: choose the highest recall with at most this share of the negative rows flagged, for each
             label by itself. Defaults to the `threshold_rule`.
-        threshold_rule: `"expected-f1"` (`expected_f1_threshold`) or `"best-f1"` (`best_f1_threshold`).
+        threshold_rule: `"expected-f1"` or `"best-f1"`; see `check_threshold_rule`.
 
     Raises:
-        ProbeError: a logit is not a number, or see `check_threshold_rule`.
+        ProbeError: a logit is not a number.
     """
-    check_threshold_rule(config, max_false_positive_rate, threshold_rule)
     check_numbers(logits)
     if config.problem_type == "regression":
         return config
@@ -257,15 +256,11 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         By name, for label 1 of two or each label of a multi-label head that occurs: rows with `threshold`, `precision`
         (None if nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for other heads.
     """
-    probs = probabilities(logits.float(), config).numpy()
-    if config.problem_type == "multi_label_classification":
-        indices = list(range(config.num_labels))
-    else:
-        indices = [1] if is_binary(config) else []
-    tables = {}
-    for index in indices:
+    probs, tables = probabilities(logits.float(), config).numpy(), {}
+    for index in range(config.num_labels):
         positive = has_label(labels, index, config)
-        if not positive.any():
+        is_judged = config.problem_type == "multi_label_classification" or (is_binary(config) and index == 1)
+        if not is_judged or not positive.any():
             continue
         saved = threshold_of(config, index)
         saved = 0.5 if saved is None else saved  # the larger of two probabilities

@@ -122,7 +122,7 @@ def compare_log(
     """Compare what a head says of a log of prompts with what it said of its validation rows.
 
     Args:
-        config: of the head. reference: what `fit_novelty` returned.
+        config, reference: of the head, and what `fit_novelty` returned.
         logits (`[rows, num_labels]`), novelty (`[rows]`): of the log's rows, in their order.
         top: number of rows to name as most worth labelling.
 
@@ -132,22 +132,20 @@ def compare_log(
         `scores`: for each label quantiles in the log and `expected` ones; `worth_labelling`: `row`, `novelty` and `unsure` of
         rows, the most useful ones first.
     """
-    probs = probabilities(logits.float(), config)
-    said = _said(config, logits)
-    interval = list(share_interval(int((novelty > FAR).sum()), len(novelty)))
-    far = {**_far(novelty), "interval": interval, "median": float(novelty.median())}
-    found: dict[str, Any] = {"rows": len(novelty), "novelty": far}
-    labels = {}
+    said, rows = _said(config, logits), len(novelty)
+    interval = list(share_interval(int((novelty > FAR).sum()), rows))
+    found: dict[str, Any] = {
+        "rows": rows,
+        "novelty": {**_far(novelty), "interval": interval, "median": float(novelty.median())},
+    }
     for name, share in said.get("labels", {}).items():
-        low, high = share_interval(round(share * len(novelty)), len(novelty))
+        low, high = share_interval(round(share * rows), rows)
         expected = reference["labels"][name]
-        labels[name] = {"share": share, "interval": [low, high], "expected": expected}
-        labels[name]["changed"] = not low <= expected <= high
-    if labels:
-        found["labels"] = labels
+        part = {"share": share, "interval": [low, high], "expected": expected, "changed": not low <= expected <= high}
+        found.setdefault("labels", {})[name] = part
     expected = reference["scores"]
     found["scores"] = {name: {"found": each, "expected": expected[name]} for name, each in said["scores"].items()}
-    unsure = _unsure(config, probs)
+    unsure = _unsure(config, probabilities(logits.float(), config))
     order = (novelty.double() + unsure).argsort(descending=True, stable=True)[:top].tolist()
     found["worth_labelling"] = [
         {"row": row, "novelty": float(novelty[row]), "unsure": float(unsure[row])} for row in order

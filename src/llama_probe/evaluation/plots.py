@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import textwrap
 import warnings
@@ -71,7 +70,7 @@ def png_writer(draw: Callable[[], Figure]) -> Callable[[Path], None]:
     return write
 
 
-def write_plots(folder: str | os.PathLike) -> list[Path]:
+def write_plots(folder: Path) -> list[Path]:
     """Draw the measurements in the `results.json` of a head folder into the folder.
 
     The same results give the same files. Plots of an earlier head in the folder are removed.
@@ -82,13 +81,13 @@ def write_plots(folder: str | os.PathLike) -> list[Path]:
     """
     inspection = (read_results(folder) or {}).get("inspection", {}) if find_spec("matplotlib") is not None else {}
     writers = {
-        Path(folder) / name: png_writer(partial(draw, inspection))
+        folder / name: png_writer(partial(draw, inspection))
         for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
         if name.removesuffix(".png") in inspection
     }
     settle(folder)
     write_atomically(writers)
-    for path in {Path(folder) / name for name in PLOT_NAMES} - set(writers):
+    for path in {folder / name for name in PLOT_NAMES} - set(writers):
         path.unlink(missing_ok=True)
     return list(writers)
 
@@ -164,10 +163,12 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
 
 
 def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
-    """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares."""
+    """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares.
+
+    Raises:
+        ValueError: there are more or fewer lines than names.
+    """
     matrix, count = np.array(inspection["confusion"]), len(names)
-    if matrix.shape != (count, count):
-        raise ProbeError(f"a confusion of {count} labels has {count} rows and columns, not the shape {matrix.shape}")
     cell = min(max(6.0 / count, 0.36), 1.0)  # inches
     figure = new_figure((cell * count + 3.2, cell * count + 2.2))
     axes = figure.subplots()
@@ -249,13 +250,7 @@ def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
 def drift_plot(
     config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor, reference: Mapping[str, Any]
 ) -> Figure:
-    """Draw novelty and scores over a log of prompts, as means of up to 50 groups of consecutive rows.
-
-    Args:
-        config: of the head.
-        logits (`[rows, num_labels]`), novelty (`[rows]`): of the log's rows, in their order.
-        reference: what `fit_novelty` returned.
-    """
+    """Draw novelty and scores over a log of prompts, as means of up to 50 groups of rows. Arguments as for `compare_log`."""
     groups = np.array_split(np.arange(len(novelty)), min(50, len(novelty)))
     middle = [group.mean() for group in groups]
     figure = new_figure((7.5, 4.6))

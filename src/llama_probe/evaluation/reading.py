@@ -31,8 +31,7 @@ class Reading:
     """The result of a head for one text, and what it looked at.
 
     Attributes:
-        head: name of the head.
-        config: of the head.
+        head, config: name of the head, and its config.
         text: the text without the chat template.
         tokens: text of each prompt token, the template's included; `""` if it only continues a character.
         template: True for a special token, and for one that the chat template adds.
@@ -107,35 +106,24 @@ class Reading:
         return cut(printable(token.strip(" ")) or "␣" * len(token) or CONTINUATION, width)
 
 
-def read_texts(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    texts: Sequence[Text],
-    head: str | None = None,
+def read_weights(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[Text]
 ) -> list[Reading]:
-    """Run texts through a model with heads, one at a time, and return what one of the heads looked at.
+    """Run texts through a model with one active head, one at a time, and return what the head looked at.
 
     Args:
-        model: with at least one active head; see `AutoModelForProbedGeneration`.
+        model: see `AutoModelForProbedGeneration`.
         tokenizer: of its backbone.
         texts: texts, or lists of chat messages. They are rendered as the head was trained.
-        head: name of an active head. Defaults to the only one.
 
     Raises:
-        ProbeError: no active head has that name, several are active and none is named, its kind has no weights, or a text is
-            empty.
+        ProbeError: the kind of the head has no weights.
     """
-    active = model.active_probes
-    if head is None and len(active) == 1:
-        head = active[0]
-    if head not in active:
-        raise ProbeError(f"head={head!r} must be one of the active heads: {', '.join(active) or 'none'}")
+    (head,) = model.active_probes
     config = model.probes[head].config
     prompt_format = PromptFormat.from_config(config, tokenizer)
     readings = []
     for text, ids in zip(texts, prompt_format.encode(texts), strict=True):
-        if not ids:
-            raise ProbeError("an empty text cannot be read: it has no tokens")
         input_ids = torch.tensor([ids], device=model.device)
         output = model.classify(input_ids, output_attentions=True)[head]
         if output.token_weights is None or output.layer_weights is None:
@@ -165,15 +153,10 @@ def token_texts(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[i
     """
     texts: list[str] = []
     while len(texts) < len(ids):
-        start, taken = len(texts), 1
-        text = _decode(tokenizer, ids[start : start + 1])
-        if "\ufffd" in text:
-            for count in range(2, min(_MAX_TOKENS_A_CHARACTER, len(ids) - start) + 1):
-                whole = _decode(tokenizer, ids[start : start + count])
-                if "\ufffd" not in whole:
-                    text, taken = whole, count
-                    break
-        texts += [text, *[""] * (taken - 1)]
+        rest = ids[len(texts) : len(texts) + _MAX_TOKENS_A_CHARACTER]
+        counts = range(1, len(rest) + 1)
+        taken = next((count for count in counts if "\ufffd" not in _decode(tokenizer, rest[:count])), 1)
+        texts += [_decode(tokenizer, rest[:taken]), *[""] * (taken - 1)]
     return texts
 
 

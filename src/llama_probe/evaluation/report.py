@@ -202,8 +202,7 @@ def detailed_report(
         beside the metrics of all rows, of each slice and of each label, and beside the calibration errors: by metric
         `[low, high]`, or None if the metric is undefined in all resamples.
     """
-    result = report(config, logits, labels, slices)
-    classes = config.problem_type != "regression"
+    result, classes = report(config, logits, labels, slices), config.problem_type != "regression"
     if classes:
         result["labels"] = label_scores(logits, labels, config)
         result["calibration"] = reliability(logits, labels, config)
