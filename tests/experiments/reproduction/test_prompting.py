@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from llama_probe.data.known import BENCHMARKS
 from llama_probe.data.texts import LabelledTexts
 from llama_probe.experiments.reproduction.prompting import (
-    Instruction,
     LabelPrompt,
     draw_examples,
+    instruction,
     label_log_likelihoods,
 )
 
 
-INSTRUCTION = Instruction("Is it nice?", ("No", "Yes, it is"))
+INSTRUCTION = ("Is it nice?", ("No", "Yes, it is"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_as_one_plain_pass_a_row(rests, labels, start, batch_tokens):
 
 
 def test_examples_are_earlier_turns(tokenizer):
-    prompt = LabelPrompt(tokenizer, INSTRUCTION, [("rain", 0), ("sun", 1)])
+    prompt = LabelPrompt(tokenizer, *INSTRUCTION, [("rain", 0), ("sun", 1)])
     shown = tokenizer.decode(prompt.encode(["snow"])[0])
     turns = ["user\nIs it nice?\n\nrain", "assistant\nNo", "user\nsun", "assistant\nYes, it is", "user\nsnow"]
     positions = [shown.index(turn) for turn in turns]
@@ -59,15 +59,15 @@ def test_examples_are_earlier_turns(tokenizer):
 def test_without_a_chat_template():
     bare = make_tokenizer()
     bare.chat_template = None
-    prompt = LabelPrompt(bare, INSTRUCTION, [("rain", 0)])
+    prompt = LabelPrompt(bare, *INSTRUCTION, [("rain", 0)])
     assert bare.decode(prompt.encode(["snow"])[0]) == "Is it nice?\n\nrain\nAnswer: No\n\nsnow\nAnswer:"
     assert bare.decode(prompt.label_ids[0]) == " No"
 
 
 def test_long_texts_are_cut_at_their_end(tokenizer):
-    prompt = LabelPrompt(tokenizer, INSTRUCTION, max_length=20)
+    prompt = LabelPrompt(tokenizer, *INSTRUCTION, max_length=20)
     short, long = prompt.encode(["abc", "abcdefgh" * 9])
-    assert short == LabelPrompt(tokenizer, INSTRUCTION).encode(["abc"])[0]
+    assert short == LabelPrompt(tokenizer, *INSTRUCTION).encode(["abc"])[0]
     assert len(long) == len(prompt.prefix_ids) + 20 and long[-len(prompt.suffix_ids) :] == prompt.suffix_ids
     assert long[: len(prompt.prefix_ids) + 3] == short[: len(prompt.prefix_ids) + 3]
 
@@ -95,6 +95,6 @@ class TestExamples:
 
 def test_instructions():
     for benchmark in BENCHMARKS.values():
-        question, verbalisers = Instruction.derive(benchmark)
+        question, verbalisers = instruction(benchmark)
         assert len(set(verbalisers)) == len(benchmark.label_names)
         assert question == benchmark.question or ", ".join(benchmark.label_names) in question

@@ -10,10 +10,11 @@ from conftest import read_head
 from reproduction_fixture import ALL
 
 from llama_probe import ProbeError
+from llama_probe.data.sources import DataSources
 from llama_probe.experiments import paper
 from llama_probe.experiments.reproduction.report import columns
 from llama_probe.experiments.reproduction.reproduction import TEST_SETS
-from llama_probe.experiments.reproduction.workbench import Task, Workbench
+from llama_probe.experiments.reproduction.workbench import Workbench
 from llama_probe.training.shared import SharedTraining
 
 
@@ -121,14 +122,14 @@ def test_nothing_is_chosen_by_test_rows(reproduction, everything, monkeypatch):
             name: [{key: run.get(key) for key in keys} for run in found["runs"]] for name, found in results.items()
         }
 
-    original = Task.read
+    original = DataSources.read
 
-    def read(bench, source):
-        task = original(bench, source)
-        task.parts["test"].labels = 1 - task.parts["test"].labels
-        return task
+    def read(sources, seed):
+        parts = original(sources, seed)
+        parts["test"].labels = 1 - parts["test"].labels
+        return parts
 
-    monkeypatch.setattr(Task, "read", read)
+    monkeypatch.setattr(DataSources, "read", read)
     names = ["prototypes", "layer-linear", "gate", "few-shot"]
     found = reproduction(chosen=names).execute()["main"]["toxicchat"]
     before = {name: everything[0]["main"]["toxicchat"][name] for name in found}

@@ -23,7 +23,7 @@ from ...errors import ProbeError
 from ...evaluation.metrics import score_logits
 from ...heads.aggregator import masked_mean
 from ...heads.configuration import ProbeConfig
-from .prompting import Example, Instruction, LabelPrompt, draw_examples, label_log_likelihoods
+from .prompting import Example, LabelPrompt, draw_examples, instruction, label_log_likelihoods
 from .workbench import Task
 
 
@@ -87,10 +87,6 @@ def score_tfidf(task: Task, test: Sequence[str]) -> Scored:
     return Scored(*logits, {"features": model[-1].n_features_in_}, model[-1].coef_.size + model[-1].intercept_.size)
 
 
-def _tfidf(task: Task, seed: int | None, shots: int) -> Scored:
-    return score_tfidf(task, task.parts["test"].texts)
-
-
 def _prototypes(task: Task, seed: int | None, shots: int) -> Scored:
     config, labels, count = task.config, task.parts["train"].labels, task.labels.num_labels
     states = {part: mean_states(task.dataset(part), config) for part in task.parts}
@@ -106,7 +102,7 @@ def _prototypes(task: Task, seed: int | None, shots: int) -> Scored:
 
 def _prompting(task: Task, examples: list[Example]) -> Scored:
     bench = task.bench
-    prompt = LabelPrompt(bench.tokenizer, Instruction.derive(task.benchmark), examples, bench.max_length)
+    prompt = LabelPrompt(bench.tokenizer, *instruction(task.benchmark), examples, bench.max_length)
     ids, lengths = prompt.label_ids, torch.tensor([len(ids) for ids in prompt.label_ids])
     summed = {
         part: label_log_likelihoods(bench.lm, bench.tokenizer, prompt.encode(task.parts[part].texts), ids)
@@ -115,10 +111,6 @@ def _prompting(task: Task, examples: list[Example]) -> Scored:
     scores = {"sum": summed, "mean": {part: values / lengths for part, values in summed.items()}}
     best = max(scores, key=lambda name: _validation_score(task, scores[name]["validation"]))
     return Scored(scores[best]["validation"], scores[best]["test"], {"label_tokens": best})
-
-
-def _zero_shot(task: Task, seed: int | None, shots: int) -> Scored:
-    return _prompting(task, [])
 
 
 def _few_shot(task: Task, seed: int | None, shots: int) -> Scored:
@@ -134,8 +126,8 @@ def _validation_score(task: Task, logits: torch.Tensor) -> float:
 
 # Functions of the task, a seed and the number of few-shot examples a label. Those that are not `SEEDED` run once.
 SCORERS: dict[str, Callable[[Task, int | None, int], Scored]] = {
-    "tfidf": _tfidf,
-    "zero-shot": _zero_shot,
+    "tfidf": lambda task, seed, shots: score_tfidf(task, task.parts["test"].texts),
+    "zero-shot": lambda task, seed, shots: _prompting(task, []),
     "few-shot": _few_shot,
     "prototypes": _prototypes,
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,18 +26,11 @@ from ...data.texts import LabelledTexts
 Example = tuple[str, int]
 
 
-class Instruction(NamedTuple):
-    """The question before every text, and the reply for each label index."""
-
-    question: str
-    verbalisers: tuple[str, ...]
-
-    @classmethod
-    def derive(cls, benchmark: Benchmark) -> Instruction:
-        """Return the instruction of a known data set, or one that asks for the label names."""
-        names = benchmark.label_names
-        question = f"Which label fits this text best: {', '.join(names)}? Answer with the label only."
-        return cls(benchmark.question or question, benchmark.verbalisers or names)
+def instruction(benchmark: Benchmark) -> tuple[str, tuple[str, ...]]:
+    """Return the question before every text of a data set, and the reply for each label index; by default the label names."""
+    names = benchmark.label_names
+    question = f"Which label fits this text best: {', '.join(names)}? Answer with the label only."
+    return benchmark.question or question, benchmark.verbalisers or names
 
 
 def draw_examples(
@@ -58,14 +50,15 @@ def draw_examples(
 
 @dataclass
 class LabelPrompt:
-    """A renderer of texts under an instruction, with the tokenizer's chat template if it has one.
+    """A renderer of texts under a question, with the tokenizer's chat template if it has one.
 
     Examples become earlier turns of the chat. The question is in its first turn. `max_length` is for tokens that differ from
     row to row: a longer text is cut at its end.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    instruction: Instruction
+    question: str
+    verbalisers: Sequence[str]
     examples: Sequence[Example] = ()
     max_length: int = 512
 
@@ -76,7 +69,7 @@ class LabelPrompt:
     def label_ids(self) -> list[list[int]]:
         """Token ids of each verbaliser, as the start of the reply."""
         before = "" if self.tokenizer.chat_template else " "
-        texts = [before + text for text in self.instruction.verbalisers]
+        texts = [before + text for text in self.verbalisers]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def encode(self, texts: Sequence) -> list[list[int]]:
@@ -88,8 +81,8 @@ class LabelPrompt:
 
     def _ids(self, text: str) -> list[int]:
         users = [*(shown for shown, _ in self.examples), text]
-        users[0] = f"{self.instruction.question}\n\n{users[0]}"
-        replies = [self.instruction.verbalisers[label] for _, label in self.examples]
+        users[0] = f"{self.question}\n\n{users[0]}"
+        replies = [self.verbalisers[label] for _, label in self.examples]
         if not self.tokenizer.chat_template:
             parts = [f"{user}\nAnswer: {reply}" for user, reply in zip(users, replies, strict=False)]
             return self.tokenizer("\n\n".join([*parts, f"{users[-1]}\nAnswer:"]))["input_ids"]

@@ -84,7 +84,10 @@ class Workbench:
     def task(self, source: str) -> Task:
         """Return the data set that `NAME` or `NAME:SPLIT` (the split to train on) means, with its rows."""
         if source not in self._tasks:
-            self._tasks[source] = Task.read(self, source)
+            benchmark, sources = known_source(source), self.sources(source)
+            parts = sources.read(self.seeds[0])
+            slices = {name: parts["test"].columns[name] for name in sources.slice_columns}
+            self._tasks[source] = Task(self, source, benchmark, parts, slices, metric_of(benchmark))
         return self._tasks[source]
 
     def test_rows(self, name: str) -> LabelledTexts:
@@ -117,17 +120,6 @@ class Task:
     slices: dict[str, list[Any]]
     metric: str
     _datasets: dict[str, Dataset] = field(default_factory=dict, init=False, repr=False)
-
-    @classmethod
-    def read(cls, bench: Workbench, source: str) -> Task:
-        """Read a data set, see `Workbench.task`."""
-        benchmark = known_source(source)
-        sources = bench.sources(source)
-        parts = sources.read(bench.seeds[0])
-        if "test" not in parts:
-            raise ProbeError(f"{source} has no test rows")
-        slices = {name: parts["test"].columns[name] for name in sources.slice_columns}
-        return cls(bench, source, benchmark, parts, slices, metric_of(benchmark))
 
     @property
     def name(self) -> str:
