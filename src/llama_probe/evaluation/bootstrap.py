@@ -25,17 +25,11 @@ _BLOCK = 2**18  # weights a block; 2 MiB fit into the processor's cache
 
 
 def intervals(statistics: Sequence[Statistic], rows: int, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Return a 95 % percentile interval for each number of the statistics.
-
-    Args:
-        statistics: with different names. All see the same resamples.
-        rows: number of rows to resample.
-        resamples: number of resamples. A metric ignores those in which it is undefined.
-        seed: the same seed gives the same intervals.
+    """Return a 95 % percentile interval for each number of the statistics, which all see the same resamples of the rows.
 
     Returns:
-        By name `[low, high]`, or a list of these for statistics by label. None in place of an interval if the metric is
-        undefined in every resample.
+        By name `[low, high]`, or a list of these for statistics by label. Resamples in which a metric is undefined do not
+        count; it has None if there are no others.
     """
     generator = np.random.default_rng(seed)
     found: dict[str, list[np.ndarray]] = {}
@@ -85,11 +79,9 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
 
 
 class Ranking:
-    """Rows sorted by their scores for one label, for areas under any weights of the rows.
+    """Rows sorted by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows.
 
-    Args:
-        scores (`[rows]`): rows with the same score count as one step.
-        positive (`[rows]`): True if the row has the label.
+    Rows with the same score count as one step.
     """
 
     def __init__(self, scores: np.ndarray, positive: np.ndarray):
@@ -104,13 +96,9 @@ class Ranking:
         self.last, self.before = last[steps], np.append(-1, last)[steps]
 
     def areas(self, weights: np.ndarray) -> np.ndarray:
-        """Return average precision and the area under the ROC curve.
+        """Return average precision and the area under the ROC curve `[2, resamples]` for weights `[resamples, rows]`.
 
-        Args:
-            weights (`[resamples, rows]`): how often each row counts.
-
-        Returns:
-            `[2, resamples]`; NaN if all rows that count have the label, or none.
+        They are NaN if all rows that count have the label, or none.
         """
         areas = np.full((2, len(weights)), np.nan)
         if not len(self.positives):

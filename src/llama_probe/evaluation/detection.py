@@ -132,8 +132,7 @@ def halting_rules(
 
     Args:
         config: of the head.
-        validation: from `follow_replies`, of validation rows.
-        labels: of the same rows, see `LabelledTexts`.
+        validation, labels: of validation rows, what `follow_replies` returned and the labels.
         max_false_halts: share of the replies without the label that may be halted.
 
     Returns:
@@ -167,15 +166,13 @@ def apply_rules(
     Labels that the head no longer has, because they were renamed, are skipped.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in [name for name in rules if name in config.label2id]:
-        index = config.label2id[name]
+    for name, index in config.label2id.items():
         positives, scores = has_label(labels, index, config), _scores(config, followed, index)
-        found[name] = [
-            {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in rules[name]
-        ]
+        for rule in rules.get(name, ()):
+            told = detection(scores, positives, rule["threshold"], rule["patience"])
+            found.setdefault(name, []).append({**rule, "test": told})
     return found
 
 
 def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:
-    """Return for each reply the probability of a label after each token."""
     return [probabilities(logits, config)[:, index].numpy() for logits in followed]

@@ -26,11 +26,7 @@ METRICS = {
 
 
 def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
-    """Return the metrics of a head.
-
-    Args:
-        logits (`[rows, num_labels]`).
-        labels: as in `LabelledTexts`.
+    """Return the metrics of a head for logits `[rows, num_labels]` and labels as in `LabelledTexts`.
 
     Returns:
         Classes: `accuracy`, `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows by

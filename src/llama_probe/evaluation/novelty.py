@@ -64,9 +64,7 @@ def _places(dataset: Dataset) -> list[int]:
     return sorted(rows.tolist())
 
 
-def _mean_states(
-    probe: ProbeModel, dataset: Dataset, progress: bool
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _mean_states(probe: ProbeModel, dataset: Dataset, progress: bool) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return total and count of the rows, see `MeanStates`, and logits `[rows, num_labels]`."""
     batches = score_batches([probe], dataset, progress=progress)
     parts = (

@@ -50,15 +50,7 @@ def predict_rows(
 
 
 def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
-    """Put tensors `[B, ...]` of batches of rows together, and those of all ranks.
-
-    Args:
-        count: number of all rows.
-        batches: row numbers of a batch, and its tensors; at least one.
-
-    Returns:
-        Tensors `[count, ...]` on the CPU.
-    """
+    """Put the tensors `[B, ...]` of batches, which have row numbers, and of all ranks together: `[count, ...]` on the CPU."""
     found: list[torch.Tensor] = []
     scored: list[int] = []
     for rows, parts in batches:
@@ -121,7 +113,6 @@ def inspect_head(
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
-        dataset, labels: rows.
         batch_tokens: see `score_batches`.
         logits (`[rows, num_labels]`, *optional*): logits to judge by if the head was trained on these rows. Defaults to the
             head's own.
@@ -167,8 +158,7 @@ def report(
     """Return metrics of all rows, and of each group of rows with the same value in a column.
 
     Args:
-        config: with the temperature and threshold to judge by.
-        logits (`[rows, num_labels]`), labels: see `LabelledTexts`.
+        config, logits, labels: see `score_logits`.
         slices: columns by name, one value a row.
 
     Returns:
@@ -193,8 +183,7 @@ def detailed_report(
 
     Args:
         config, logits, labels, slices: as for `report`.
-        resamples: of the bootstrap that gives 95 % intervals; 0 for none.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap that gives 95 % intervals; 0 resamples for none.
 
     Returns:
         The keys of `report`. But for regression `labels` (see `label_scores`), `calibration` (see `reliability`) and, for
@@ -234,9 +223,6 @@ def detailed_report(
 
 def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
     """Return how many rows get label 1 from a head with two labels.
-
-    Args:
-        logits (`[rows, 2]`).
 
     Returns:
         `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`. If the head has further thresholds, `named` has the
@@ -284,5 +270,4 @@ def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str,
 
 
 def _select(part: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Return the intervals of the metrics in one part of the report."""
     return {name: found[name] for name in part if name in found}

@@ -90,22 +90,19 @@ class TextScorer:
 class ScoringJob:
     """A job that scores the rows of files, chunk by chunk, into a folder of parquet files, one a chunk.
 
-    Only one chunk is in memory at a time. A chunk's file gets its name when it is complete. The processes of `torchrun`
-    divide the chunks and must see the same `output`; a job may resume with another number of them.
+    Only one chunk is in memory at a time. A chunk's file gets its name when it is complete, and a job that resumes keeps it.
+    The processes of `torchrun` divide the chunks and must see the same `output`; a job may resume with another number of them.
 
     Columns of the output: `file` and `row`, the place of a row (rows count from 0 in each file), `keep_columns`, and those
     of `TextScorer`. `_manifest.json` is beside the parquet files.
 
     Attributes:
-        inputs: paths or patterns of parquet, jsonl, json (an object a line), csv or tsv files; all but parquet also `.gz`.
-        output: folder.
+        inputs: paths or patterns of files; see `InputFile`.
         probes, backbone, dtype: see `TextScorer`.
         text_column: column of the texts, or of chat messages.
         prompt_column: for heads that read replies, the column of the prompts that the texts reply to.
         keep_columns: columns of the input that the output keeps.
-        chunk_rows: rows of a chunk.
-        resume: resume a job that was stopped. Finished chunks are kept.
-        max_text: characters of the longest text; a chunk may have 64 times as many.
+        chunk_rows, max_text: see `InputFile.chunks`.
     """
 
     inputs: Sequence[str]
