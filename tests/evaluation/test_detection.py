@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llama_probe import LlamaForProbedGeneration
 from llama_probe.data.states import PromptDataset, StateCache
-from llama_probe.evaluation.detection import apply_rules, detection, follow_replies, halting_rules, halting_scores
+from llama_probe.evaluation.detection import apply_rules, detection, follow_replies, halting_rules
 
 
 KINDS = {
@@ -57,17 +57,6 @@ def test_the_scores_are_those_of_generate():
     found = follow_replies(probe, PromptDataset(out.sequences.tolist(), np.zeros(2, dtype=int), masks), [8, 8])
     for row, logits in enumerate(found):
         assert np.allclose(logits[:-1], out.probe_token_logits["guard"][row], atol=1e-5)
-
-
-SCORES = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=12).map(np.array)
-
-
-@settings(max_examples=200, deadline=None)
-@given(values=SCORES, threshold=st.floats(0.02, 0.98), patience=st.integers(1, 4))
-def test_a_reply_is_halted_from_its_halting_score_down(values, threshold, patience):
-    (score,) = halting_scores([values], patience)
-    told = detection([values], np.array([1]), threshold, patience)
-    assert told["detected"] == float(score >= threshold)
 
 
 def test_the_delay_is_counted_in_tokens_read():

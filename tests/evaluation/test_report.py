@@ -102,10 +102,7 @@ def test_slices_are_reports_of_their_rows():
 def test_a_detailed_report_of_two_labels():
     config, logits, labels = scored(id2label={0: "no", 1: "yes"}, threshold=0.4, temperature=1.5)
     slices = {"half": np.arange(60) % 2}
-    found, plain = (
-        detailed_report(config, logits, labels, slices, resamples=200),
-        report(config, logits, labels, slices),
-    )
+    found, plain = detailed_report(config, logits, labels, slices, 200), report(config, logits, labels, slices)
     assert found["bootstrap"] == {"resamples": 200, "seed": 0, "level": 0.95}
     for part in (found, *found["slices"]["half"].values()):
         assert list(part["intervals"]) == METRICS
@@ -127,21 +124,17 @@ def test_a_detailed_report_of_two_labels():
 def test_a_low_temperature_changes_no_ranking(num_labels):
     """Rows whose probability is 1 in float32 are ranked by their log odds."""
     config, logits, labels = scored(num_labels=num_labels)
-    sharp, half = config.replace(temperature=0.05, threshold=None), {"half": np.arange(60) % 2}
+    sharp = config.replace(temperature=0.05, threshold=None)
     assert (probabilities(10 * logits, sharp).amax(dim=1) == 1).float().mean() > 0.8
-    found = detailed_report(sharp, 10 * logits, labels, half, resamples=50)
+    found = detailed_report(sharp, 10 * logits, labels, resamples=50)
     odds, part = log_odds(10 * logits, sharp)[:, 1].numpy(), found["labels"][config.id2label[1]]
     assert part["auprc"] == pytest.approx(average_precision_score(labels == 1, odds))
     assert part["auroc"] == pytest.approx(roc_auc_score(labels == 1, odds))
     low, high = part["intervals"]["auroc"]
     assert low <= part["auroc"] <= high
     if num_labels == 2:
-        plain = detailed_report(config, logits, labels, half, resamples=50)
-        for metric in ("auprc", "auroc"):
-            assert found[metric] == pytest.approx(plain[metric])
-            assert found["intervals"][metric] == pytest.approx(plain["intervals"][metric])
-            for value in "01":
-                assert found["slices"]["half"][value][metric] == pytest.approx(plain["slices"]["half"][value][metric])
+        plain = detailed_report(config, logits, labels, resamples=50)
+        assert all(found["intervals"][name] == pytest.approx(plain["intervals"][name]) for name in ("auprc", "auroc"))
 
 
 @pytest.mark.parametrize(
@@ -173,10 +166,7 @@ def test_what_a_detailed_report_holds_for_each_problem():
     assert set(regression["intervals"]) == {"mse", "mae", "r2"} == set(regression["slices"]["half"]["1"]["intervals"])
 
 
-def test_the_bootstrap_is_seeded_and_can_be_off():
+def test_the_bootstrap_can_be_off():
     config, logits, labels = scored()
-    first = detailed_report(config, logits, labels, resamples=30, seed=1)
-    assert detailed_report(config, logits, labels, resamples=30, seed=1) == first
-    assert detailed_report(config, logits, labels, resamples=30, seed=2)["intervals"] != first["intervals"]
     off = detailed_report(config, logits, labels, {"all": [0] * 60}, resamples=0)
     assert "bootstrap" not in off and "intervals" not in str(off) and off["labels"] and off["slices"]

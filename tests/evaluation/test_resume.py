@@ -3,7 +3,7 @@
 import pytest
 
 from llama_probe import ProbeError
-from llama_probe.evaluation.resume import first_difference, same_settings
+from llama_probe.evaluation.resume import same_settings
 
 
 SETTINGS = {"data": "a", "recipe": {"epochs": 3, "rates": (0.1, 0.2)}, "rows": None}
@@ -40,6 +40,8 @@ def test_damaged_files_are_refused(tmp_path, text):
         same_settings(path, SETTINGS)
 
 
-def test_values_that_are_null_are_not_those_that_are_absent():
-    assert first_difference({"a": None}, {}) == "a=None (now absent)"
-    assert first_difference({"a": {"settings": 1}}, {"a": {"settings": 1}}) is None
+def test_null_is_not_absent(tmp_path):
+    path = tmp_path / "settings.json"
+    same_settings(path, {"a": None})
+    with pytest.raises(ProbeError, match=r"a=None \(now absent\)"):
+        same_settings(path, {})

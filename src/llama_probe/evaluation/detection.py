@@ -74,16 +74,6 @@ def _pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return pad_sequence(rows, batch_first=True).permute(2, 0, 1, 3), mask
 
 
-def halting_scores(scores: Sequence[np.ndarray], patience: int) -> np.ndarray:
-    """Return the highest threshold that halts each reply, `[rows]`; 0 if it is shorter than the patience.
-
-    Args:
-        scores: for each reply the probability of the label after each token, `[reply_tokens]`.
-        patience: consecutive tokens that must reach the threshold.
-    """
-    return np.array([_least(values, patience).max(initial=0.0) for values in scores])
-
-
 def _least(values: np.ndarray, patience: int) -> np.ndarray:
     """Return the least score in each window of this many tokens."""
     if len(values) < patience:
@@ -95,9 +85,9 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
     """Return what a halting rule does to replies.
 
     Args:
-        scores, patience: see `halting_scores`.
+        scores: for each reply the probability of the label after each token, `[reply_tokens]`.
         positives (`[rows]`): True if the reply has the label.
-        threshold: probability from which a token is flagged.
+        threshold, patience: probability from which a token is flagged, and consecutive tokens that must reach it.
 
     Returns:
         `rows`; `detected`: share of the replies with the label that are halted; `false_halts`: share of the others that
@@ -149,7 +139,9 @@ def halting_rules(
         scores = _scores(config, validation, index)
         rules = []
         for patience in PATIENCES:
-            threshold = highest_recall_threshold(halting_scores(scores, patience), positives, max_false_halts)
+            # The highest threshold that halts each reply; 0 if it is shorter than the patience.
+            halting = np.array([_least(values, patience).max(initial=0.0) for values in scores])
+            threshold = highest_recall_threshold(halting, positives, max_false_halts)
             told = detection(scores, positives, threshold, patience)
             rules.append({"patience": patience, "threshold": threshold, "validation": told})
         told = [rule["validation"] for rule in rules]

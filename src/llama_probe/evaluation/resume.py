@@ -40,22 +40,18 @@ def same_settings(path: Path, settings: dict[str, Any]) -> bool:
 
 
 def check_settings(path: Path, found: Any, settings: dict[str, Any]) -> None:
-    """Compare settings with those found in `path`, for files that hold more than settings.
-
-    Raises:
-        ProbeError: they differ. The message names the first difference.
-    """
-    if told := first_difference(found, json.loads(json.dumps(settings))):
+    """Raise `ProbeError` with the first difference if settings differ from those found in a file that may hold more."""
+    if told := _first_difference(found, json.loads(json.dumps(settings)), ""):
         raise ProbeError(f"{path} was written with {told}: give the same settings, or another folder")
 
 
-def first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
+def _first_difference(found: Any, wanted: Any, name: str) -> str | None:
     """Return the first difference of two JSON values as `name=found (now wanted)`. None if they are equal."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         inner = f"{name}." if name else ""
         keys = dict.fromkeys([*wanted, *found])
         pairs = ((inner + key, found.get(key, _ABSENT), wanted.get(key, _ABSENT)) for key in keys)
-        return next((told for key, old, new in pairs if (told := first_difference(old, new, key))), None)
+        return next((told for key, old, new in pairs if (told := _first_difference(old, new, key))), None)
     return None if found == wanted else f"{name or 'settings'}={_short(found)} (now {_short(wanted)})"
 
 
