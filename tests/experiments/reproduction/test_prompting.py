@@ -18,6 +18,7 @@ from llama_probe.experiments.reproduction.prompting import (
 
 
 INSTRUCTION = ("Is it nice?", ("No", "Yes, it is"))
+IDS = st.integers(3, 259)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def plain(lm, prompt, label) -> float:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.lists(st.lists(st.integers(3, 259), min_size=1, max_size=9), min_size=1, max_size=5),
-    st.lists(st.lists(st.integers(3, 259), min_size=1, max_size=4), min_size=1, max_size=3),
-    st.lists(st.integers(3, 259), max_size=6),
+    st.lists(st.lists(IDS, min_size=1, max_size=9), min_size=1, max_size=5),
+    st.lists(st.lists(IDS, min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(IDS, max_size=6),
     st.integers(1, 60),
 )
 def test_as_one_plain_pass_a_row(rests, labels, start, batch_tokens):
@@ -72,25 +73,16 @@ def test_long_texts_are_cut_at_their_end(tokenizer):
     assert long[: len(prompt.prefix_ids) + 3] == short[: len(prompt.prefix_ids) + 3]
 
 
-class TestExamples:
-    @pytest.fixture
-    def rows(self):
-        texts = [f"text {i}" for i in range(60)]
-        return LabelledTexts(texts, np.arange(60) % 3, ["a", "b", "c"], "single_label_classification", {})
-
-    @pytest.mark.parametrize("seed", range(2))
-    def test_come_from_the_training_rows_with_their_labels(self, rows, tokenizer, seed):
-        train, validation = rows.split(0.5, seed)
-        examples = draw_examples(train, 2, seed, tokenizer)
-        label_of = dict(zip(train.texts, train.labels.tolist(), strict=True))
+def test_examples_come_from_the_training_rows_with_their_labels(tokenizer):
+    texts = [f"text {i}" for i in range(60)]
+    rows = LabelledTexts(texts, np.arange(60) % 3, ["a", "b", "c"], "single_label_classification", {})
+    for seed in range(2):
+        examples = draw_examples(rows, 2, seed, tokenizer)
         assert sorted(label for _, label in examples) == [0, 0, 1, 1, 2, 2]
         assert len({text for text, _ in examples}) == 6
-        assert all(label_of[text] == label for text, label in examples)
-        assert not {text for text, _ in examples} & set(validation.texts)
-
-    def test_are_cut_and_are_as_many_as_there_are(self, rows, tokenizer):
-        assert len(draw_examples(rows, 30, 0, tokenizer)) == 60
-        assert {text for text, _ in draw_examples(rows, 2, 0, tokenizer, max_tokens=4)} == {"text"}
+        assert all(texts.index(text) % 3 == label for text, label in examples)
+    assert len(draw_examples(rows, 30, 0, tokenizer)) == 60, "as many as there are"
+    assert {text for text, _ in draw_examples(rows, 2, 0, tokenizer, max_tokens=4)} == {"text"}, "they are cut"
 
 
 def test_instructions():
