@@ -120,7 +120,6 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     Raises:
         ProbeError: a logit is not a number, or no threshold keeps to a rate, because more rows have a probability of 1.
     """
-    check_rates(config, rates, len(logits))
     check_numbers(logits)
     scores = np.sort(probabilities(logits.float(), config)[:, 1].numpy())[::-1]
     found = {f"fpr-{100 * rate:g}%": _threshold_at(scores, rate) for rate in rates}

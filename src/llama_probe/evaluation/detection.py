@@ -158,11 +158,12 @@ def apply_rules(
     Labels that the head no longer has, because they were renamed, are skipped.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, index in config.label2id.items():
+    for name in [name for name in rules if name in config.label2id]:
+        index = config.label2id[name]
         positives, scores = has_label(labels, index, config), _scores(config, followed, index)
-        for rule in rules.get(name, ()):
-            told = detection(scores, positives, rule["threshold"], rule["patience"])
-            found.setdefault(name, []).append({**rule, "test": told})
+        found[name] = [
+            {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in rules[name]
+        ]
     return found
 
 

@@ -1,10 +1,11 @@
-"""Trains and judges methods side by side on a bench. Each finished result is a part in a store."""
+"""Trains and measures methods side by side on a bench. Each finished result is a part in a store."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,7 @@ from ...errors import ProbeError
 from ...evaluation.calibration import BEST_F1
 from ...evaluation.metrics import summarize
 from ...evaluation.report import collect, predict_together, report, score_batches
+from ...files import remove_leftovers, write_atomically
 from ...heads.configuration import ProbeConfig
 from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities
 from ...heads.probe import ProbeModel
@@ -31,7 +33,6 @@ from ...training.shared import SharedTraining
 from .baselines import SCORERS, SEEDED, score_tfidf
 from .learning_curves import SIZES, train_on_few
 from .methods import HEADS, HeadMethod
-from .part_store import PartStore
 from .workbench import Task, Workbench
 
 
@@ -41,13 +42,44 @@ logger = logging.get_logger(__name__)
 _RECIPE = Recipe(threshold_rule=BEST_F1)
 
 
+class PartStore:
+    """Finished parts of a long run, JSON files, so that it can be resumed. A part's name is a path: `main/toxicchat/mha`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find(self, name: str) -> Any:
+        """Return a finished part, or `None` if there is none."""
+        path = self._path(name)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def missing(self, group: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the names whose parts `GROUP/NAME` are not finished, with their parts."""
+        parts = {name: f"{group}/{name}" for name in names}
+        return {name: part for name, part in parts.items() if not self._path(part).is_file()}
+
+    def write(self, name: str, part: Any) -> None:
+        """Write a finished part atomically."""
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        write_atomically({path: json.dumps(part, indent=2) + "\n"})
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """Return a finished part. If there is none, write the result of `work` as the part."""
+        if not self._path(name).is_file():
+            self.write(name, work())
+        return self.find(name)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
 class Comparison:
     """Methods on a bench, with a store of their results. Each step does what the store lacks.
 
-    Args:
-        folder: holds the store (`parts`), the trained heads (`heads`) and unfinished work (`training`).
-        epochs, patience: of every head.
-        shots: examples a label of few-shot prompting.
+    `folder` holds the store (`parts`), the trained heads (`heads`) and unfinished work (`training`). `epochs` and `patience`
+    are those of every head, `shots` the examples a label of few-shot prompting.
     """
 
     def __init__(self, bench: Workbench, folder: Path, epochs: int, patience: int, shots: int):
@@ -240,10 +272,9 @@ def measure(
 def group_layers(
     weights: np.ndarray, labels: np.ndarray, given: np.ndarray, names: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Average layer weights by label, apart for right and wrong rows.
+    """Average layer weights `[rows, layers_read]` by label, apart for right and wrong rows.
 
     Args:
-        weights (`[rows, layers_read]`): layer weights of each row.
         labels, given (`[rows]`): true and given class.
         names: names of the classes.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
-from ...evaluation.metrics import score_logits, summarize
+from ...evaluation.metrics import score_logits
 from ...evaluation.report import predict_together
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
@@ -35,9 +36,8 @@ def train_on_few(
     epoch nor threshold is chosen.
 
     Args:
-        config: config with labels, prompts and backbone.
         train, test: two `StateDataset` with their labels.
-        heads: fields of `ProbeConfig` that replace the config's, by name.
+        heads: fields of `ProbeConfig` that replace those of `config`, by name.
 
     Returns:
         One entry a head: `rows`, `seed` and `head`, and the metrics of `score_logits`.
@@ -59,11 +59,11 @@ def train_on_few(
 
 def summarize_curve(curve: Sequence[dict[str, Any]], metric: str) -> dict[int, dict[str, Any] | None]:
     """Return `mean` and `std` (n - 1; `None` for one seed) of a metric by number of rows; `None` where it is not defined."""
-    found = {}
+    found: dict[int, dict[str, Any] | None] = {}
     for size in sorted({entry["rows"] for entry in curve}):
-        entries = [{metric: entry[metric]} for entry in curve if entry["rows"] == size]
-        value = None if None in [entry[metric] for entry in entries] else summarize(entries)[metric]
-        found[size] = value if value is None or len(entries) > 1 else {**value, "std": None}
+        values = [entry[metric] for entry in curve if entry["rows"] == size]
+        spread = stdev(values) if len(values) > 1 and None not in values else None
+        found[size] = None if None in values else {"mean": fmean(values), "std": spread}
     return found
 
 

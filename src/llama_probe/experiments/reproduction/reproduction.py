@@ -54,10 +54,7 @@ class Reproduction(ReproductionOptions):
         self.comparison = Comparison(self.bench, self.output, self.epochs, self.patience, self.shots)
 
     def execute(self) -> dict[str, Any]:
-        """Do all that is missing.
-
-        Returns:
-            The report, which is also written to `report.json`.
+        """Do all that is missing, and return the report, which is also written to `report.json`.
 
         Raises:
             ProbeError: anything that the user can mend, before any work is done. Among it: the folder is of other settings, rows
@@ -197,9 +194,7 @@ class Reproduction(ReproductionOptions):
 
 
 def summarize_trials(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Summarise the validation metric of each kind over the configurations of a sweep, as in the paper's figure 3.
-
-    Failed configurations are skipped.
+    """Summarise the validation metric of each kind over the configurations of a sweep that did not fail (the paper's figure 3).
 
     Returns:
         By kind `trials`, `best`, `median` and `worst` score, and `learning_rate`: Spearman's rank correlation of score and
