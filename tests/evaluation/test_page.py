@@ -101,13 +101,10 @@ def test_hostile_texts_and_names_stay_text():
     digest = base64.b64encode(hashlib.sha256(script["text"].encode()).digest()).decode()
     (policy,) = [e["content"] for e in parsed.all("meta") if e.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
+    assert not re.search(r"https?:|url\(|@import|<link|\bsrc=|\bhref=", reading_page(make_reading(TOKENS)))
     assert not parsed.all("img") and not any(key.startswith("on") for e in parsed.elements for key in e)
     assert not set("\u202e\u2066\r") & set(page) and "\\u202eabc\\u2066" in page and "{{ digest }} {% x %}" in page
     assert tokens_of(page)[2]["text"] == HOSTILE.replace("\u202e", "\\u202e").replace("\u2066", "\\u2066") + "␍"
-
-
-def test_it_needs_nothing_else():
-    assert not re.search(r"https?:|url\(|@import|<link|\bsrc=|\bhref=", reading_page(make_reading(TOKENS)))
 
 
 def rows(page):
@@ -142,7 +139,7 @@ def test_values():
     value = {"problem_type": "regression", "id2label": {0: "score"}}
     page = reading_page(make_reading(TOKENS, 0, [-1.5], {"score": -1.5}, **value))
     assert rows(page) == [("score", "-1.5", None, None)] and "<h1>score -1.5</h1>" in page
-    assert "gives the text a number" in page.replace("\n", " ") and "How sure" not in page
+    assert "How sure" not in page
 
 
 def test_a_long_text_and_one_that_was_cut():

@@ -18,9 +18,6 @@ from llama_probe.experiments.reproduction.workbench import Workbench
 from llama_probe.training.shared import SharedTraining
 
 
-TRIAL = {"score": 0.5, "status": "finished", "params": {"probe_type": "mha", "learning_rate": 1e-3}}
-
-
 def section(text, source):
     return text.split(f"\n`{source}`:")[1].split("\n## ")[0]
 
@@ -29,17 +26,6 @@ def dig(value, path):
     for key in path:
         value = value[key]
     return value
-
-
-def write_sweep(folder, *trials):
-    folder.mkdir(parents=True)
-    (folder / "sweep.json").write_text(json.dumps({"metric": "auprc", "trials": trials}))
-    return folder
-
-
-@pytest.fixture
-def no_backbone(monkeypatch):
-    monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("refused after the backbone loads")))
 
 
 @pytest.mark.parametrize("source, count", [("toxicchat", 4), ("emotion", 2)])
@@ -153,7 +139,6 @@ def test_at_most_so_many_rows(reproduction, tmp_path):
     "changes, field",
     [
         ({"chosen": ["svm"]}, "methods='svm'"),
-        ({"chosen": []}, "methods"),
         ({"only": ["table 9"]}, "only='table 9'"),
         ({"only": ["ood"], "data": ["emotion"]}, "only='ood'"),
         ({"only": ["layers"], "chosen": ["tfidf"]}, "only='layers'"),
@@ -161,31 +146,34 @@ def test_at_most_so_many_rows(reproduction, tmp_path):
         ({"data": ["goemotions"]}, "data='goemotions'"),
         ({"data": ["emotion", "emotion"]}, "data="),
         ({"epochs": 0}, "epochs=0"),
-        ({"trials": 0}, "trials=0"),
         ({"max_rows": 0}, "max_rows="),
         ({"only": ["sensitivity"], "sweep": Path("nowhere")}, "sweep=nowhere"),
     ],
 )
-def test_refusals(reproduction, changes, field, no_backbone):
+def test_refusals(reproduction, changes, field, monkeypatch):
+    monkeypatch.setattr(Workbench, "_loaded", property(lambda self: pytest.fail("refused after the backbone loads")))
     with pytest.raises(ProbeError, match=field):
         reproduction(**changes).execute()
 
 
 def test_a_sweep_in_place_of_a_search(reproduction, tmp_path):
+    results = [(0.1, "finished", 1e-4), (0.4, "pruned", 1e-3), (0.7, "finished", 1e-2), (None, "failed", 1e-3)]
     trials = [
         {"score": score, "status": status, "params": {"probe_type": "gate", "learning_rate": rate}}
-        for score, status, rate in ((0.1, "finished", 1e-4), (0.4, "pruned", 1e-3), (0.7, "finished", 1e-2))
+        for score, status, rate in results
     ]
-    trials.append({**TRIAL, "score": None, "status": "failed"})
-    first, second = write_sweep(tmp_path / "0" / "study", *trials), write_sweep(tmp_path / "1" / "study", TRIAL)
-    report = reproduction(only=("sensitivity",), sweep=first).execute()
+    sweep = tmp_path / "study"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text(json.dumps({"metric": "auprc", "trials": trials}))
+    report = reproduction(only=("sensitivity",), sweep=sweep).execute()
     assert report["sensitivity"]["kinds"] == {
         "gate": {"trials": 3, "best": 0.7, "median": 0.4, "worst": 0.1, "learning_rate": pytest.approx(1.0)}
     }
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| `gate` | 3 | 0.700 | 0.400 | 0.100 | 0.600 | +1.00 |" in text and "## ToxicChat" not in text
-    with pytest.raises(ProbeError, match=r"sensitivity\.json.*digest="):  # another sweep of the same name
-        reproduction(only=("sensitivity",), sweep=second).execute()
+    (sweep / "sweep.json").write_text(json.dumps({"metric": "auprc", "trials": trials[:1]}))
+    with pytest.raises(ProbeError, match=r"sensitivity\.json.*digest="):
+        reproduction(only=("sensitivity",), sweep=sweep).execute()
 
 
 @pytest.mark.parametrize("error, stays", [(ProbeError, False), (KeyboardInterrupt, True)])
