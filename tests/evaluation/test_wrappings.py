@@ -5,7 +5,7 @@ from conftest import make_lm, make_probe, make_tokenizer
 
 from llama_probe import ProbeError
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.evaluation.wrappings import kept_labels, wrappings
+from llama_probe.evaluation.wrappings import kept_labels, wrap, wrappings
 
 
 TEXTS = ["bake bread", "rob a bank", "write a poem", "sum two numbers", "a cold day"]
@@ -22,9 +22,9 @@ def test_the_text_is_in_each_of_twelve_chats():
     prompts = PromptFormat.create(make_tokenizer())
     found = wrappings(prompts)
     assert len(found) == 12
-    for wrap in found.values():
-        assert "bake bread" in prompts.render(wrap("bake bread"))
-    assert prompts.render(found["system prompt in capitals"]("x")).count("BE KIND.") == 1
+    for turns in found.values():
+        assert "bake bread" in prompts.render(wrap(turns, "bake bread"))
+    assert prompts.render(wrap(found["system prompt in capitals"], "x")).count("BE KIND.") == 1
 
 
 def test_a_template_without_system_turns_has_seven():

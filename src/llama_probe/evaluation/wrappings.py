@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..data.states import PromptDataset
 from ..errors import ProbeError
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
+from .metrics import is_binary
 from .report import predict_logits
 
 
@@ -27,46 +28,41 @@ _TOOLS = (
 )
 
 
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+# The turns of a chat: role and content, in which {text} stands for the text.
+Turns = list[tuple[str, str]]
+
+_WRAPPINGS: dict[str, Turns] = {
+    "newlines before": [("user", "\n\n{text}")],
+    "spaces before": [("user", "    {text}")],
+    "newlines behind": [("user", "{text}\n\n")],
+    "spaces behind": [("user", "{text}    ")],
+    "code fence": [("user", "```\n{text}\n```")],
+    "second turn": [("user", "{text}"), ("assistant", "I see."), ("user", "Thank you.")],
+    "earlier turn": [("user", "What is the capital of Italy?"), ("assistant", "It is Rome."), ("user", "{text}")],
+}
 
 
-def _under(system: str, text: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": system}, _user(text)]
-
-
-def wrappings(prompts: PromptFormat) -> dict[str, Callable[[str], list[dict[str, str]]]]:
-    """Return functions from a text to a chat, by name: twelve things that leave the text as it is.
-
-    A template without system turns has fewer.
-    """
-    found = {
-        "newlines before": lambda text: [_user(f"\n\n{text}")],
-        "spaces before": lambda text: [_user(f"    {text}")],
-        "newlines behind": lambda text: [_user(f"{text}\n\n")],
-        "spaces behind": lambda text: [_user(f"{text}    ")],
-        "code fence": lambda text: [_user(f"```\n{text}\n```")],
-        "second turn": lambda text: [_user(text), {"role": "assistant", "content": "I see."}, _user("Thank you.")],
-        "earlier turn": lambda text: [
-            _user("What is the capital of Italy?"),
-            {"role": "assistant", "content": "It is Rome."},
-            _user(text),
-        ],
-    }
+def wrappings(prompts: PromptFormat) -> dict[str, Turns]:
+    """Return twelve wrappings that leave a text as it is, by name. A template without system turns has fewer."""
     try:
         default = _default_system(prompts)
     except ProbeError:
-        return found
+        return _WRAPPINGS
     systems = {"short system prompt": "You sell shoes.", "long system prompt": _LONG_SYSTEM, "tools": _TOOLS}
     if default:
         systems |= {"system prompt in lower case": default.lower(), "system prompt in capitals": default.upper()}
-    return found | {name: lambda text, system=system: _under(system, text) for name, system in systems.items()}
+    return _WRAPPINGS | {name: [("system", system), ("user", "{text}")] for name, system in systems.items()}
+
+
+def wrap(turns: Turns, text: str) -> list[dict[str, str]]:
+    """Return a text in a wrapping as chat messages."""
+    return [{"role": role, "content": content.replace("{text}", text)} for role, content in turns]
 
 
 def _default_system(prompts: PromptFormat) -> str:
     """Return the system prompt that the template writes by itself; empty for none."""
-    before, _, behind = prompts.render(_under("\u2460", "\u2461")).partition("\u2460")
-    alone = prompts.render([_user("\u2461")])
+    before, _, behind = prompts.render(wrap([("system", "\u2460"), ("user", "\u2461")], "")).partition("\u2460")
+    alone = prompts.render(wrap([("user", "\u2461")], ""))
     fits = alone.startswith(before) and alone.endswith(behind) and len(alone) >= len(before) + len(behind)
     return alone[len(before) : len(alone) - len(behind)] if fits else ""
 
@@ -94,23 +90,19 @@ def kept_labels(
             "wrappings are for heads that label prompts of a chat (token_scope, problem_type, prompt_format)"
         )
     plain = _labels(head, texts, prompts, progress)
-    rows = np.arange(len(texts))
-    if config.num_labels == 2 and config.problem_type == "single_label_classification":
-        rows = np.flatnonzero(plain == 1)
-    rows = rows[:most]
+    rows = (np.flatnonzero(plain == 1) if is_binary(config) else np.arange(len(texts)))[:most]
     if not len(rows):
         raise ProbeError(f"wrappings: the head gives no row the label {config.id2label[1]!r}; pass rows that it flags")
     kept = {}
-    for name, wrap in wrappings(prompts).items():
+    for name, turns in wrappings(prompts).items():
         if name == "second turn" and config.token_scope == "last_user":
             continue  # such a head reads the second turn alone
-        found = _labels(head, [wrap(texts[row]) for row in rows], prompts, progress)
+        found = _labels(head, [wrap(turns, texts[row]) for row in rows], prompts, progress)
         kept[name] = float((found == plain[rows]).reshape(len(rows), -1).all(axis=1).mean())
     return {"rows": len(rows), "kept": kept}
 
 
 def _labels(head: ProbeModel, texts: Sequence[Any], prompts: PromptFormat, progress: bool) -> np.ndarray:
     dataset = PromptDataset(prompts.encode(texts), np.zeros(len(texts)))
-    return predictions(
-        probabilities(predict_logits(head, dataset, progress=progress), head.config), head.config
-    ).numpy()
+    logits = predict_logits(head, dataset, progress=progress)
+    return predictions(probabilities(logits, head.config), head.config).numpy()
