@@ -83,7 +83,8 @@ def score_batches(
         check_rows(mask)
         shared = SharedStates(states)
         with torch.no_grad():
-            yield rows, [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
+            outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
+        yield rows, outputs
 
 
 def states_for(

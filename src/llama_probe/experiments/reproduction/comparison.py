@@ -195,8 +195,13 @@ class Comparison:
             summary = {"test": summarize([run["test"] for run in runs[name]])}
             self.store.write(part, {"runs": runs[name], "summary": summary})
 
-    def layer_groups(self, task: Task, name: str) -> dict[str, Any]:
-        """Average the layer weights of the head of the best seed on test rows, see `group_layers`."""
+    def layers(self, task: Task, names: Sequence[str]) -> None:
+        """Average the layer weights of heads on test rows, see `group_layers`: parts `layers/DATA/METHOD`."""
+        self.main(task, names)
+        for name in names:
+            self.store.once(f"layers/{task.name}/{name}", partial(self._layer_groups, task, name))
+
+    def _layer_groups(self, task: Task, name: str) -> dict[str, Any]:
         runs = self.store.find(f"main/{task.name}/{name}")["runs"]
         best = max(runs, key=lambda run: run["validation"][task.metric])["seed"]
         probe, rows = self.head(task, name, best), task.parts["test"]

@@ -101,7 +101,7 @@ class Reproduction(ReproductionOptions):
         return self.output / "settings" / f"{name}.json"
 
     def _steps(self) -> Iterator[Callable[[], Any]]:
-        comparison, store, safety = self.comparison, self.comparison.store, self._safety_source
+        comparison, safety = self.comparison, self._safety_source
         tasks = [self.bench.task(source) for source in self.data] if set(self.only) - {"sensitivity"} else []
         if "main" in self.only:
             for task in tasks:
@@ -117,12 +117,9 @@ class Reproduction(ReproductionOptions):
             yield partial(comparison.train, self.bench.task(self._primary), methods, "downcast")
         if "layers" in self.only:
             for task in tasks:
-                yield partial(comparison.main, task, self._layered)
-                for name in self._layered:
-                    work = partial(comparison.layer_groups, task, name)
-                    yield partial(store.once, f"layers/{task.name}/{name}", work)
+                yield partial(comparison.layers, task, self._layered)
         if "sensitivity" in self.only:
-            yield partial(store.once, "sensitivity", self._sensitivity)
+            yield partial(comparison.store.once, "sensitivity", self._sensitivity)
         if "few-labels" in self.only:
             for task in tasks:
                 yield partial(comparison.few_labels, task, self._trained_kinds)
