@@ -121,20 +121,16 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
         ProbeError: a logit is not a number, or no threshold keeps to a rate, because more rows have a probability of 1.
     """
     check_numbers(logits)
-    scores = np.sort(probabilities(logits.float(), config)[:, 1].numpy())[::-1]
-    found = {f"fpr-{100 * rate:g}%": _threshold_at(scores, rate) for rate in rates}
+    ranked, found = np.sort(probabilities(logits.float(), config)[:, 1].numpy())[::-1], {}
+    for rate in rates:
+        lower = ranked[int(rate * len(ranked) + 1e-9)]
+        if lower >= 1:
+            raise ProbeError(
+                f"rate={rate:g}: more of the {len(ranked):,} rows have a probability of 1; no threshold keeps to it"
+            )
+        higher = ranked[ranked > lower]
+        found[f"fpr-{100 * rate:g}%"] = _halfway(higher[-1] if len(higher) else 1.0, lower)
     return config.replace(threshold=next(iter(found.values())), thresholds=found)
-
-
-def _threshold_at(ranked: np.ndarray, rate: float) -> float:
-    """Return a threshold that flags at most a share of descending scores, halfway between two of them."""
-    lower = ranked[int(rate * len(ranked) + 1e-9)]
-    if lower >= 1:
-        raise ProbeError(
-            f"rate={rate:g}: more of the {len(ranked):,} rows have a probability of 1; no threshold keeps to it"
-        )
-    higher = ranked[ranked > lower]
-    return _halfway(higher[-1] if len(higher) else 1.0, lower)
 
 
 def _halfway(upper: float, lower: float) -> float:
@@ -228,20 +224,20 @@ def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConf
     found = {}
     for name, judge in (("error", config), ("error_uncalibrated", config.replace(temperature=1.0))):
         confidence, holds = _confidence(logits, labels, judge)
-        each = len(confidence) // max(len(labels), 1)
-        rows, found[name] = np.arange(len(confidence)) // each, np.zeros((len(labels), _BINS))
-        np.add.at(found[name], (rows, _bin_of(confidence)), (confidence.astype(np.float64) - holds) / each)
+        gaps = (confidence.astype(np.float64) - holds) / confidence.shape[1]
+        found[name] = np.zeros((len(labels), _BINS))
+        np.add.at(found[name], (np.arange(len(labels))[:, None], _bin_of(confidence)), gaps)
     return found
 
 
 def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return confidence and truth (0 or 1) of each decision: one a row, or one a row and label for multi-label heads."""
+    """Return confidence and truth (0 or 1) of the decisions on each row `[rows, decisions]`: one, or one a label (multi-label)."""
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
-        return probs.ravel(), labels.ravel().astype(float)
+        return probs, labels.astype(float)
     if is_binary(config):
-        return probs[:, 1], (labels == 1).astype(float)
-    return probs.max(axis=1), (probs.argmax(axis=1) == labels).astype(float)
+        return probs[:, 1:], (labels == 1).astype(float)[:, None]
+    return probs.max(axis=1, keepdims=True), (probs.argmax(axis=1) == labels).astype(float)[:, None]
 
 
 def _bin_of(confidence: np.ndarray) -> np.ndarray:
