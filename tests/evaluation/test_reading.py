@@ -93,7 +93,9 @@ def test_weights_that_say_little_are_noted(model, read):
     assert "not learned where to look" in read("good morning", "all").note
 
 
-def test_a_kind_without_weights_cannot_be_read(read, monkeypatch):
+def test_heads_that_cannot_be_read(model, tokenizer, read, monkeypatch):
+    with pytest.raises(ProbeError, match="mood, all"):
+        read_weights(model, tokenizer, ["x"])
     monkeypatch.setattr(get_probe_type("gate"), "weights", Aggregator.weights)  # as a kind of one's own may be
     with pytest.raises(ProbeError, match="'gate'"):
         read("x", "all")

@@ -117,8 +117,11 @@ def read_weights(
         texts: texts, or lists of chat messages. They are rendered as the head was trained.
 
     Raises:
-        ProbeError: the kind of the head has no weights.
+        ProbeError: not one head is active, or its kind has no weights.
     """
+    if len(model.active_probes) != 1:
+        active = ", ".join(model.active_probes) or "none"
+        raise ProbeError(f"weights are read of one active head, not of {active}: set_active_probes([name])")
     (head,) = model.active_probes
     config = model.probes[head].config
     prompt_format = PromptFormat.from_config(config, tokenizer)
