@@ -46,8 +46,8 @@ def add(scheduler, name: str, length: int, kind=RequestOutputKind.DELTA, resumab
     return request
 
 
-def jobs(step: SchedulerOutput) -> dict:
-    return {job.request_id: job for job in step.kv_connector_metadata.jobs}
+def requests(step: SchedulerOutput) -> dict:
+    return {request.request_id: request for request in step.kv_connector_metadata.requests}
 
 
 def answer(scheduler, step: SchedulerOutput, found: dict[str, list[float]]):
@@ -78,18 +78,18 @@ def test_a_token_without_scores_is_not_delivered(scheduler):
 def test_prompts_are_scored_when_their_last_chunk_runs(scheduler):
     add(scheduler, "long", 40)
     first = scheduler.schedule()
-    assert first.num_scheduled_tokens == {"long": CHUNK} and jobs(first) == {}
+    assert first.num_scheduled_tokens == {"long": CHUNK} and requests(first) == {}
     assert answer(scheduler, first, {}) == {}
     second = scheduler.schedule()
-    job = jobs(second)["long"]
-    assert (job.token_ids, job.num_tokens, job.heads) == (list(range(4, 44)), 40, ["guard"])
-    assert len(job.block_ids) == 3 and len(set(job.block_ids)) == 3
+    request = requests(second)["long"]
+    assert (request.token_ids, request.num_tokens, request.heads) == (list(range(4, 44)), 40, ["guard"])
+    assert len(request.block_ids) == 3 and len(set(request.block_ids)) == 3
     out = answer(scheduler, second, {"long": FINE})["long"]
     assert out.new_token_ids == [7] and out.finish_reason is None
     assert out.kv_transfer_params["probes"]["guard"]["label"] == "fine"
     assert out.kv_transfer_params["halted"] is None
     third = scheduler.schedule()
-    assert jobs(third) == {}
+    assert requests(third) == {}
     assert answer(scheduler, third, {})["long"].kv_transfer_params == out.kv_transfer_params
 
 
@@ -97,7 +97,7 @@ def test_halted_requests_end_without_a_token(scheduler):
     add(scheduler, "bad", 5)
     add(scheduler, "fine", 6)
     step = scheduler.schedule()
-    assert set(jobs(step)) == {"bad", "fine"}
+    assert set(requests(step)) == {"bad", "fine"}
     ahead = scheduler.schedule() if isinstance(scheduler, AsyncProbeScheduler) else None
     out = answer(scheduler, step, {"bad": BAD, "fine": FINE})
     assert (out["bad"].new_token_ids, str(out["bad"].finish_reason), out["bad"].stop_reason) == ([], "stop", "guard")
@@ -144,7 +144,7 @@ def test_a_prompt_that_comes_in_pieces_is_scored_after_each(scheduler):
     for _ in range(4):
         out = answer(scheduler, scheduler.schedule(), {})["talk"]
     step = scheduler.schedule()
-    assert jobs(step)["talk"].num_tokens == 5 + 4 + 6  # the last token of a reply is dropped
+    assert requests(step)["talk"].num_tokens == 5 + 4 + 6  # the last token of a reply is dropped
     out = answer(scheduler, step, {"talk": BAD})["talk"]
     assert (out.new_token_ids, out.stop_reason) == ([], "guard")
     assert out.kv_transfer_params["probes"]["guard"]["logits"] == BAD

@@ -10,7 +10,7 @@ from torch import nn
 
 from llama_probe.vllm import cache_plan, scoring
 from llama_probe.vllm.cache_plan import CachePlan, Projector
-from llama_probe.vllm.scoring import Scorer, ScoringJob
+from llama_probe.vllm.scoring import Scorer, ScoringRequest
 from llama_probe.vllm.state_cache import StateCache
 
 
@@ -54,14 +54,14 @@ class Served:
         self.scorer = Scorer(self.plan, *self.caches, BLOCK, runs)
 
     def fill(self, lengths: list[int], heads: list[list[str]]):
-        """Random prompts in random blocks of the scheduler's: jobs, and by request the states `[layers, tokens, hidden_size]`."""
+        """Random prompts in random blocks of the scheduler's: requests, and by request the states `[layers, tokens, hidden_size]`."""
         size, blocks = self.scorer.kernel_block_size, len(next(filter(None, self.caches)).kv_cache)
         free = torch.randperm(blocks * size // BLOCK).tolist()
-        jobs, states, projector = [], {}, Projector(HEADS, self.plan)
+        requests, states, projector = [], {}, Projector(HEADS, self.plan)
         for number, (length, names) in enumerate(zip(lengths, heads, strict=True)):
             block_ids = [free.pop() for _ in range(-(-length // BLOCK))]
             ids = [5, 6, *torch.randint(7, 20, (length,)).tolist()][:length]
-            jobs.append(ScoringJob(f"request-{number}", ids, length, block_ids, names))
+            requests.append(ScoringRequest(f"request-{number}", ids, length, block_ids, names))
             states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
             features = projector.project(dict(enumerate(written)))[None] if self.plan.width else None
             kept = written[self.plan.layers], features
@@ -69,22 +69,24 @@ class Served:
                 for token in range(length if cache is not None else 0):
                     slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK
                     cache.kv_cache[slot // size, :, slot % size] = numbers[:, token]
-        return jobs, states
+        return requests, states
 
 
-def check(jobs, states, found) -> None:
-    assert list(found) == [job.request_id for job in jobs]
-    for job in jobs:
-        assert list(found[job.request_id]) == job.heads
-        for name, logits in found[job.request_id].items():
-            mask = torch.ones(1, job.num_tokens)
+def check(requests, states, found) -> None:
+    assert list(found) == [request.request_id for request in requests]
+    for request in requests:
+        assert list(found[request.request_id]) == request.heads
+        for name, logits in found[request.request_id].items():
+            mask = torch.ones(1, request.num_tokens)
             if name == "content":
                 mask[:, :2] = 0
             if not mask.any():
                 assert "no token that a head reads" in logits
                 continue
             with torch.no_grad():
-                alone = HEADS[name](hidden_states=states[job.request_id][:, None].unbind(), attention_mask=mask).logits
+                alone = HEADS[name](
+                    hidden_states=states[request.request_id][:, None].unbind(), attention_mask=mask
+                ).logits
             torch.testing.assert_close(torch.tensor([logits]), alone, atol=1e-5, rtol=1e-5)
 
 
@@ -112,8 +114,8 @@ def test_together_as_alone(monkeypatch, projected, kernel_block_size, tokens, se
     lengths = [*torch.randint(2, 40, (12,)).tolist(), 2, 16, 16]  # of two tokens the content head reads none
     every = list(HEADS)
     heads = [every if number % 3 else every[: number % len(every) + 1] for number in range(len(lengths))]
-    jobs, states = served.fill(lengths, heads)
-    check(jobs, states, served.scorer.score(jobs))
+    requests, states = served.fill(lengths, heads)
+    check(requests, states, served.scorer.score(requests))
 
 
 @pytest.mark.parametrize("budget", [0, 2 * 2 * 4 * 3 * HIDDEN, 1 << 20])
@@ -127,42 +129,42 @@ def test_features_do_not_depend_on_the_groups_of_layers(monkeypatch, budget):
 def test_nothing_to_score():
     scorer = Served(True, 2).scorer
     assert scorer.score([]) == {}
-    assert scorer.score([ScoringJob("a", [1, 2], 2, [1], [])]) == {"a": {}}
+    assert scorer.score([ScoringRequest("a", [1, 2], 2, [1], [])]) == {"a": {}}
 
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_what_is_no_number_stays_with_its_prompt(projected):
     served = Served(projected, 20)
-    jobs, states = served.fill([10, 9], [["mha", "last"]] * 2)
+    requests, states = served.fill([10, 9], [["mha", "last"]] * 2)
     for cache in filter(None, served.caches):
-        cache.kv_cache[jobs[0].block_ids[0]] = torch.nan
-    found = served.scorer.score(jobs)
+        cache.kv_cache[requests[0].block_ids[0]] = torch.nan
+    found = served.scorer.score(requests)
     assert not any(map(math.isfinite, found["request-0"]["mha"]))
-    check(jobs[1:], states, {"request-1": found["request-1"]})
+    check(requests[1:], states, {"request-1": found["request-1"]})
 
 
 def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatch):
     served = Served(False, 100)
 
-    def read(jobs):
+    def read(requests):
         served.reads.clear()
-        served.scorer.score(jobs)
+        served.scorer.score(requests)
         return [(states, len(blocks), len(blocks[0])) for states, _, blocks in served.reads]
 
-    jobs, _ = served.fill([16, 14, 3, 16, 2, 11], [["mha"]] * 6)
-    assert read(jobs) == [(5, 4, 2), (5, 2, 1)], "all layers at once"
+    requests, _ = served.fill([16, 14, 3, 16, 2, 11], [["mha"]] * 6)
+    assert read(requests) == [(5, 4, 2), (5, 2, 1)], "all layers at once"
     monkeypatch.setattr(scoring, "_TOKENS", 32)
-    assert read(jobs) == [(1, 2, 2)] * 10 + [(2, 2, 1), (2, 2, 1), (1, 2, 1)]
-    jobs, _ = served.fill([2] * 30, [["mha"]] * 30)  # of which whole blocks are read
-    assert max(states * rows * blocks * BLOCK for states, rows, blocks in read(jobs)) <= 32
+    assert read(requests) == [(1, 2, 2)] * 10 + [(2, 2, 1), (2, 2, 1), (1, 2, 1)]
+    requests, _ = served.fill([2] * 30, [["mha"]] * 30)  # of which whole blocks are read
+    assert max(states * rows * blocks * BLOCK for states, rows, blocks in read(requests)) <= 32
 
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_other_ranks_read_along_and_run_nothing(projected):
     """With tensor parallelism the numbers of all ranks are gathered: all must read the same ones in the same order."""
     served, other = Served(projected, 60), Served(projected, 60, runs=False)
-    jobs, _ = served.fill([20, 3, 12, 2], [["gate"], ["mha", "last"], ["mha", "last"], ["content"]])
-    said = [each.scorer.score(jobs) for each in (served, other)]
+    requests, _ = served.fill([20, 3, 12, 2], [["gate"], ["mha", "last"], ["mha", "last"], ["content"]])
+    said = [each.scorer.score(requests) for each in (served, other)]
     assert served.reads == other.reads and served.reads
     assert {width for _, width, _ in served.reads} == ({HIDDEN, PLANS[True].width} if projected else {HIDDEN})
     assert all(logits for found in said[0].values() for logits in found.values())

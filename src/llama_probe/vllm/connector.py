@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from ..errors import ProbeError
 from .answers import answer
 from .cache_plan import CachePlan
-from .scoring import Scorer, ScoringJob
+from .scoring import Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache, cache_growth
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ScoringJobs(KVConnectorMetadata):
+class ScoringRequests(KVConnectorMetadata):
     """To the workers: the prompts that are complete after a step."""
 
-    jobs: list[ScoringJob] = field(default_factory=list)
+    requests: list[ScoringRequest] = field(default_factory=list)
 
 
 @dataclass
@@ -90,11 +90,11 @@ class ProbeConnector(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         pass
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ScoringJobs:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ScoringRequests:
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        jobs = []
+        requests = []
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             request = self._prompts.get(request_id)
             if request is None or computed[request_id] + scheduled < request.num_prompt_tokens:
@@ -102,8 +102,8 @@ class ProbeConnector(KVConnectorBase_V1):
             del self._prompts[request_id]
             tokens = request.num_prompt_tokens
             blocks = self._kv_cache_manager.get_block_ids(request_id)[0][: -(-tokens // self._block_size)]
-            jobs.append(ScoringJob(request_id, request.prompt_token_ids, tokens, blocks, self._heads(request)))
-        return ScoringJobs(jobs)
+            requests.append(ScoringRequest(request_id, request.prompt_token_ids, tokens, blocks, self._heads(request)))
+        return ScoringRequests(requests)
 
     def _heads(self, request: Request) -> list[str]:
         """Return the heads that a request asks for and those that may halt it; all if it asks for none."""
@@ -163,5 +163,5 @@ class ProbeConnector(KVConnectorBase_V1):
         """Score this step's prompts. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
         if self._scorer is None:
             return None
-        found = self._scorer.score(self._get_connector_metadata().jobs)
+        found = self._scorer.score(self._get_connector_metadata().requests)
         return ScoredPrompts(found) if found and self._scorer.runs else None

@@ -24,7 +24,7 @@ _SHORTEST = 0.6
 
 
 @dataclass
-class ScoringJob:
+class ScoringRequest:
     """A prompt that is complete after this step.
 
     Attributes:
@@ -64,33 +64,33 @@ class Scorer:
         self.heads = {name: head.to(self.device) for name, head in (plan.whole | plan.readers).items()}
 
     @torch.inference_mode()
-    def score(self, jobs: Sequence[ScoringJob]) -> dict[str, dict[str, list[float] | str]]:
+    def score(self, requests: Sequence[ScoringRequest]) -> dict[str, dict[str, list[float] | str]]:
         """Return by request and head the logits, finite or not, or why there are none. Ranks that run no heads have no logits."""
-        found: dict[str, dict[str, list[float] | str]] = {job.request_id: {} for job in jobs}
-        for job in jobs:
-            for name in job.heads:
+        found: dict[str, dict[str, list[float] | str]] = {request.request_id: {} for request in requests}
+        for request in requests:
+            for name in request.heads:
                 try:
-                    job.masks[name] = self._mask(self.heads[name], job)
+                    request.masks[name] = self._mask(self.heads[name], request)
                 except ProbeError as error:
-                    found[job.request_id][name] = str(error)
-        for batch in _batches(jobs, self.kernel_block_size):
+                    found[request.request_id][name] = str(error)
+        for batch in _batches(requests, self.kernel_block_size):
             logits = self._score(batch)
-            for row, job in enumerate(batch):
-                found[job.request_id] |= {name: rows[row].tolist() for name, rows in logits.items()}
-        for job in jobs:
-            said = found[job.request_id]
-            found[job.request_id] = {name: said[name] for name in job.heads if name in said}
+            for row, request in enumerate(batch):
+                found[request.request_id] |= {name: rows[row].tolist() for name, rows in logits.items()}
+        for request in requests:
+            said = found[request.request_id]
+            found[request.request_id] = {name: said[name] for name in request.heads if name in said}
         return found
 
-    def _score(self, jobs: Sequence[ScoringJob]) -> dict[str, torch.Tensor]:
+    def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
         """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
-        lengths = torch.tensor([job.num_tokens for job in jobs])
+        lengths = torch.tensor([request.num_tokens for request in requests])
         width = int(lengths.max())
         masks = {
-            name: pad_sequence([job.masks[name] for job in jobs], batch_first=True)  # [prompts, width]
-            for name in jobs[0].masks
+            name: pad_sequence([request.masks[name] for request in requests], batch_first=True)  # [prompts, width]
+            for name in requests[0].masks
         }
-        blocks = pad_sequence([torch.tensor(job.block_ids) for job in jobs], batch_first=True)
+        blocks = pad_sequence([torch.tensor(request.block_ids) for request in requests], batch_first=True)
         # What lies behind a shorter prompt may be anything, and anything may be no number.
         padding = None if (lengths == width).all() else (torch.arange(width) >= lengths[:, None]).to(self.device)
         splits = self.block_size // self.kernel_block_size
@@ -158,9 +158,9 @@ class Scorer:
         found = cache.read(states, blocks)[:, :, : tokens.stop - tokens.start]
         return found if padding is None else found.masked_fill(padding[:, tokens, None], 0)
 
-    def _mask(self, head: ProbeModel, job: ScoringJob) -> torch.Tensor:
-        ids = None if job.token_ids is None else torch.tensor([job.token_ids])
-        mask = token_mask(head.config, ids, torch.ones(1, job.num_tokens, dtype=torch.long))
+    def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
+        ids = None if request.token_ids is None else torch.tensor([request.token_ids])
+        mask = token_mask(head.config, ids, torch.ones(1, request.num_tokens, dtype=torch.long))
         check_rows(mask)
         return mask[0]
 
@@ -174,24 +174,24 @@ def _neighbours(places: Sequence[int], most: int) -> Iterator[slice]:
             first = i
 
 
-def _batches(jobs: Sequence[ScoringJob], size: int) -> Iterator[list[ScoringJob]]:
+def _batches(requests: Sequence[ScoringRequest], size: int) -> Iterator[list[ScoringRequest]]:
     """Yield prompts that go through the heads together: of the same heads, and of about one length.
 
     Args:
         size: tokens a block of the cache; blocks are read as a whole.
     """
-    together: dict[tuple[str, ...], list[ScoringJob]] = {}
-    for job in jobs:
-        if job.masks:
-            together.setdefault(tuple(job.masks), []).append(job)
+    together: dict[tuple[str, ...], list[ScoringRequest]] = {}
+    for request in requests:
+        if request.masks:
+            together.setdefault(tuple(request.masks), []).append(request)
     for alike in together.values():
-        alike.sort(key=lambda job: job.num_tokens, reverse=True)
-        batch: list[ScoringJob] = []
-        for job in alike:
+        alike.sort(key=lambda request: request.num_tokens, reverse=True)
+        batch: list[ScoringRequest] = []
+        for request in alike:
             width = batch[0].num_tokens if batch else 0
             read = -(-width // size) * size * (len(batch) + 1)
-            if batch and (read > _TOKENS or job.num_tokens < _SHORTEST * width):
+            if batch and (read > _TOKENS or request.num_tokens < _SHORTEST * width):
                 yield batch
                 batch = []
-            batch.append(job)
+            batch.append(request)
         yield batch
