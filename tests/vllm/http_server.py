@@ -22,7 +22,7 @@ HEADERS = {"Content-Type": "application/json", "Authorization": "Bearer none"}
 def guarded(tiny: TinyServing, heads: Sequence[str], threshold: float, options: str) -> list[str]:
     """The arguments of a server called `tiny`, with `guard` and further heads."""
     probes = [word for name in heads for word in ("--probe", f"{name}={tiny.heads[name]}")]
-    common = "--served-model-name tiny --dtype float32 --enforce-eager --max-model-len 512 --max-num-seqs 8"
+    common = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8"
     halting = ["--halt-on", f'guard={{"threshold": {threshold}}}']
     return [str(tiny.backbone), *probes, *halting, *common.split(), *shlex.split(options)]
 

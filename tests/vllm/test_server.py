@@ -59,7 +59,7 @@ def metrics(url: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def url(tiny, flagged, tmp_path_factory):
-    options = "--tensor-parallel-size 2 --max-num-batched-tokens 64 --api-key none"
+    options = '--tensor-parallel-size 2 --max-num-batched-tokens 64 --api-key none --compilation-config \'{"backend": "eager"}\''
     arguments = guarded(tiny, list(HEADS), flagged["threshold"], options)
     with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
         yield url
