@@ -156,6 +156,7 @@ def test_heads_of_other_formats_score_as_they_do_alone(tmp_path, backbone_folder
         ([{"text": "a"}, {"text": 1}], {}, "row 1: text"),
         ([{"text": "a", "id": 1}] * 1000 + [{"text": "b", "id": "two"}], {"keep_columns": ["id"]}, "column 'id'"),
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
+        ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], {"prompt_column": "ask"}, "row 1: text"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": 1}], {"prompt_column": "ask"}, "row 1: ask"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], {"prompt_column": "ask"}, "row 1: ask"),

@@ -148,6 +148,7 @@ def test_at_most_so_many_rows(reproduction, tmp_path):
         ({"epochs": 0}, "epochs=0"),
         ({"max_rows": 0}, "max_rows="),
         ({"only": ["sensitivity"], "sweep": Path("nowhere")}, "sweep=nowhere"),
+        ({"only": ["main"], "sweep": Path("nowhere")}, "sweep=nowhere is read for sensitivity"),
     ],
 )
 def test_refusals(reproduction, changes, field, monkeypatch):

@@ -57,6 +57,8 @@ class ReproductionOptions:
         for name in ("epochs", "patience", "shots", "trials"):
             if (value := getattr(self, name)) < 1:
                 raise ProbeError(f"{name}={value} must be at least 1")
+        if self.sweep is not None and "sensitivity" not in (self.only or PARTS):
+            raise ProbeError(f"sweep={self.sweep} is read for sensitivity: add it to only, or leave sweep out")
         if self.sweep is not None and not (self.sweep / SWEEP_NAME).is_file():
             raise ProbeError(f"sweep={self.sweep} holds no {SWEEP_NAME}: give the folder of a finished sweep")
         ood = self._safety_source and self._ood_methods
