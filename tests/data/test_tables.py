@@ -50,6 +50,22 @@ def test_existing_paths(tmp_path, monkeypatch):
     assert read_table(".")[0]["text"] == ["a"]
 
 
+@pytest.mark.parametrize(
+    "cells, values",
+    [
+        ("1,-2, 3", [1, -2, 3]),
+        ("1,,2.5", [1.0, None, 2.5]),
+        ("true,False", [True, False]),
+        ("1,one", ["1", "one"]),
+        ("1234567890123456789012,1.5", ["1234567890123456789012", "1.5"]),  # as a number it would lose digits
+    ],
+)
+def test_types_of_csv_cells(tmp_path, cells, values):
+    lines = ["text,label", *(f"a,{cell}" for cell in cells.split(","))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    assert read_table(str(tmp_path / "rows.csv"))[0]["label"] == values
+
+
 def test_a_folder_with_configurations(tmp_path):
     (tmp_path / "fr").mkdir()
     (tmp_path / "README.md").write_bytes(

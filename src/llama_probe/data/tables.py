@@ -161,9 +161,12 @@ def _typed(cells: list[str | None]) -> list[Any]:
     import pyarrow.compute as pc
 
     column = pa.array([cell or None for cell in cells], pa.string())
+    trimmed = pc.utf8_trim_whitespace(column)
     for kind in (pa.int64(), pa.float64(), pa.bool_()):
-        with suppress(pa.ArrowInvalid):
-            return pc.utf8_trim_whitespace(column).cast(kind).to_pylist()
+        # As a number, an id of so many digits would lose some.
+        if kind != pa.float64() or not pc.any(pc.match_substring_regex(trimmed, r"^\d{19,}$")).as_py():
+            with suppress(pa.ArrowInvalid):
+                return trimmed.cast(kind).to_pylist()
     return column.to_pylist()
 
 
