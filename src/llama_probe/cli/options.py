@@ -216,7 +216,7 @@ def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Call
         for _, _, members in groups.values()
         for name, option in members.items()
     }
-    typed = re.compile(rf"(?<![-\w])({'|'.join(options)})(=True\b|(?==))")
+    typed = re.compile(rf"(?<![-\w])({'|'.join(options) or '(?!)'})(=True\b|(?==))")
     resumes = any(parameter.name == "resume" for parameter in parameters)
 
     def run(as_json: bool, imports: Any = None, help_all: bool = False, **given: Any) -> None:
