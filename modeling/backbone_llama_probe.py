@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from functools import reduce
 from math import prod
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -47,7 +50,7 @@ class Family:
     model: str | None = None
 
     def modules(self, lm: nn.Module, depth: int) -> dict[str, nn.Module] | None:
-        """Return the modules by attribute name, or None if `lm` does not have them or not `depth` layers."""
+        """Return the modules by attribute name, or None if `lm` does not have them, or not `depth` layers."""
         model = self.layers.rpartition(".")[0] if self.model is None else self.model
         paths = {"model": model, "embeddings": self.embeddings, "layers": self.layers, "norm": self.norm}
         try:
@@ -81,7 +84,7 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "aud
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of a causal LM that heads read."""
+    """The parts of a causal LM that heads read; see `families.Family` for its modules."""
 
     model: nn.Module
     embeddings: nn.Module
@@ -120,11 +123,16 @@ class Decoder:
         return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     def run(self, **inputs: Any) -> Any:
-        """Run the backbone without its LM head."""
+        """Run the backbone without its LM head on arguments of the decoder, or of its wrapper (`pixel_values`)."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
         names = inspect.signature(self.model.forward).parameters
         if self.wrapper is not None and not inputs.keys() <= names.keys():
-            return self._run_wrapper(inputs)
+            if self.wrapper.base_model is not self.wrapper:
+                return self.wrapper.base_model(**inputs)
+            # Llama 4 has no model without the LM head. The plain class's forward does not run attached heads.
+            plain = getattr(type(self.wrapper), "_causal_lm_class", type(self.wrapper))
+            keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
+            return plain.forward(self.wrapper, **inputs, **keep)
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and "position_ids" in names and "position_ids" not in inputs:
             is_token = mask.bool()
@@ -142,15 +150,6 @@ class Decoder:
             return inputs
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         return {**inputs, "logits_to_keep": torch.arange(-min(keep, tokens.shape[1]), 0, device=tokens.device)}
-
-    def _run_wrapper(self, inputs: dict[str, Any]) -> Any:
-        inner = self.wrapper.base_model
-        if inner is not self.wrapper:
-            return inner(**inputs)
-        # Llama 4 has no model without the LM head. The plain class's forward does not run attached heads.
-        plain = getattr(type(self.wrapper), "_causal_lm_class", type(self.wrapper))
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
-        return plain.forward(self.wrapper, **inputs, **keep)
 
 
 def without_peft(lm: nn.Module) -> nn.Module:
@@ -176,7 +175,7 @@ def find_decoder(lm: nn.Module) -> Decoder:
 
 
 def target_of(lm: nn.Module) -> Target:
-    """Return the target for which a loaded LM's heads are looked up: its name and sizes."""
+    """Return the target for which a loaded LM's heads are looked up."""
     decoder = find_decoder(lm)
     return Target(decoder.name_or_path, decoder.hidden_size, decoder.num_hidden_layers)
 
@@ -216,7 +215,7 @@ def copy_cache(cache: Cache) -> Cache:
 
 
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """Return a copy of a KV cache of one row, from `prefill`, for a batch."""
+    """Return a copy of a KV cache of one row for a batch, whose rows share their memory until the LM adds tokens to them."""
     cache = copy_cache(prefix)
     for layer in cache.layers:
         if type(layer) in _GROW_BY_COPY and layer.is_initialized:
@@ -233,47 +232,48 @@ def capturing(
     decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]
 ) -> Iterator[None]:
     """Call a function with each hidden state when it appears, inside the block."""
-    thread, last = threading.get_ident(), decoder.num_hidden_layers
-
-    # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
-    def before(_, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        if threading.get_ident() == thread:
-            on_state(0, _first_input(args, kwargs))
-
-    def after(layer: int, copied: bool, _, args: tuple, output: Any) -> None:
-        if threading.get_ident() == thread:
-            on_state(layer, _output(output).clone() if copied else _output(output))
-
+    thread = threading.get_ident()
     with ExitStack() as hooks:
-        for layer in sorted(set(layers)):
-            if layer == 0:
-                hooks.enter_context(decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
-            else:
-                # A user's hook on the next layer may change the state in place: then on_state gets a copy.
-                copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
-                module = decoder.norm if layer == last else decoder.layers[layer - 1]
-                hooks.enter_context(module.register_forward_hook(partial(after, layer, copied)))
+        for hook in _hooks(decoder, layers, lambda: on_state if threading.get_ident() == thread else None):
+            hooks.enter_context(hook)
         yield
 
 
-def _first_input(args: tuple, kwargs: dict[str, Any] | None) -> torch.Tensor:
+def _hooks(decoder: Decoder, layers: Collection[int], listener: Callable[[], Any]) -> Iterator[RemovableHandle]:
+    """Register the hooks of some layers one by one. `listener` returns the `on_state` to call, or None."""
+    last = decoder.num_hidden_layers
+    for layer in sorted(set(layers)):
+        if layer == 0:
+            yield decoder.layers[0].register_forward_pre_hook(partial(_before, listener), with_kwargs=True)
+            continue
+        # A user's hook on the next layer may change the state in place: then on_state gets a copy.
+        copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
+        module = decoder.norm if layer == last else decoder.layers[layer - 1]
+        yield module.register_forward_hook(partial(_after, listener, layer, copied))
+
+
+# Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
+def _before(listener: Callable[[], Any], _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+    if (on_state := listener()) is None:
+        return
     if args:
-        return args[0]
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+        on_state(0, args[0])
+    else:
+        on_state(0, kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values())))
 
 
-def _output(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _after(listener: Callable[[], Any], layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+    if (on_state := listener()) is not None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        on_state(layer, hidden.clone() if copied else hidden)
 
 
-class _Listening(threading.local):
-    """The reader of the forward pass that this thread runs, if permanent hooks feed it."""
-
-    def __init__(self):
-        self.on_state: Callable[[int, torch.Tensor], None] | None = None
+# The `on_state` of the forward pass that this thread runs, if permanent hooks feed it.
+_LISTENING = threading.local()
 
 
-_LISTENING = _Listening()
+def _listening() -> Callable[[int, torch.Tensor], None] | None:
+    return getattr(_LISTENING, "on_state", None)
 
 
 def stay_in_layers(lm: nn.Module) -> bool:
@@ -281,11 +281,9 @@ def stay_in_layers(lm: nn.Module) -> bool:
     decoder = find_decoder(lm)
     if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
         return False
-    first = decoder.layers[0]
-    if not any(getattr(hook, "func", None) is _hand_over_input for hook in first._forward_pre_hooks.values()):
-        first.register_forward_pre_hook(partial(_hand_over_input, 0), with_kwargs=True)
-        for layer, module in enumerate((*decoder.layers[:-1], decoder.norm), start=1):
-            module.register_forward_hook(partial(_hand_over_output, layer))
+    found = decoder.layers[0]._forward_pre_hooks.values()
+    if not any(isinstance(hook, partial) and hook.args == (_listening,) for hook in found):
+        list(_hooks(decoder, range(decoder.num_hidden_layers + 1), _listening))
     return True
 
 
@@ -297,17 +295,6 @@ def handing_states_to(on_state: Callable[[int, torch.Tensor], None]) -> Iterator
         yield
     finally:
         _LISTENING.on_state = None
-
-
-def _hand_over_input(layer: int, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-    # Torch may call it without kwargs; see `capturing`.
-    if _LISTENING.on_state is not None:
-        _LISTENING.on_state(layer, _first_input(args, kwargs))
-
-
-def _hand_over_output(layer: int, _, args: tuple, output: Any) -> None:
-    if _LISTENING.on_state is not None:
-        _LISTENING.on_state(layer, _output(output))
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
@@ -339,6 +326,15 @@ def collect_hidden_states(
     return [states[layer] for layer in layers]
 
 
+def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
+    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row."""
+    decoder = find_decoder(lm)
+    input_ids = torch.tensor([list(ids)], device=decoder.input_device)
+    with torch.no_grad():
+        cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
+    return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
+
+
 check_states = lambda lm: None
 
 
@@ -367,7 +363,7 @@ class NextToken:
 
     @property
     def lm(self) -> nn.Module | None:
-        """The LM, or None if it is gone."""
+        """The LM without PEFT, or None if it is gone."""
         return self._lm()
 
     @property
@@ -488,6 +484,58 @@ def _bits(dtype: str | None, quantization: str | None) -> int:
 
 # From backbone/passes.py
 
+# Fixed cost of a forward pass, in tokens.
+_PASS_COST = 64
+# Tokens in the KV cache of a row that count as one token in a batch.
+_CACHED_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The `rows` that a backbone runs over together, after `skip` tokens of a common start in the KV cache `prefix`."""
+
+    rows: list[int]
+    prefix: transformers.Cache | None = None
+    skip: int = 0
+
+
+def plan_passes(
+    lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequence[int], batch_tokens: int
+) -> list[Pass]:
+    """Plan forward passes over all prompts, and run the backbone once over a start that many of them share."""
+    # The last token of a row always runs: its output is wanted.
+    unread = [min(count, len(ids) - 1) for count, ids in zip(unread, prompts, strict=True)]
+    start = shared_start(prompts, unread)
+    prefix = prefill(lm, start) if start else None
+    skip = 0 if prefix is None else len(start)
+    after, whole = [], []
+    for row, ids in enumerate(prompts):
+        (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
+    passes = [
+        Pass(rows, prefix, skip) for rows in _batches(after, prompts, batch_tokens, skip // _CACHED_TOKENS - skip)
+    ]
+    return passes + [Pass(rows) for rows in _batches(whole, prompts, batch_tokens)]
+
+
+def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[int]:
+    """Return the start to run once instead of once a row, so that the fewest tokens run; it may be empty."""
+    rows: Iterable[int] = range(len(prompts))
+    path: list[int] = []
+    most, best = 0, 0
+    while True:
+        following = defaultdict(list)
+        for row in rows:
+            if unread[row] > len(path):
+                following[prompts[row][len(path)]].append(row)
+        if not following:
+            return path[:best]
+        token, rows = max(following.items(), key=lambda item: len(item[1]))
+        path.append(token)
+        saved = (len(rows) - 1) * len(path) - _PASS_COST
+        if saved > most:
+            most, best = saved, len(path)
+
+
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group rows of similar length, the largest batch first."""
     batches: list[list[int]] = []
@@ -497,3 +545,8 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
         else:
             batches.append([row])
     return batches
+
+
+def _batches(rows: list[int], prompts: Sequence[Sequence[int]], batch_tokens: int, more: int = 0) -> list[list[int]]:
+    batches = length_batches([len(prompts[row]) + more for row in rows], batch_tokens)
+    return [[rows[i] for i in batch] for batch in batches]

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import math
 import numpy as np
 import os
 import re
@@ -32,9 +31,10 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from functools import partial
+from huggingface_hub import HfApi
 from huggingface_hub import _CACHED_NO_EXIST
 from huggingface_hub import constants
-from huggingface_hub import hf_hub_download
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.errors import GatedRepoError
@@ -55,7 +55,6 @@ from torch import nn
 from torch.nn import functional
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
-from types import ModuleType
 from types import SimpleNamespace
 from typing import Any
 from typing import Literal
@@ -120,37 +119,36 @@ def check_writable(folder: Path, content: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and the missing folders above it."""
+    """Make a folder and the missing folders above it. Raise `ProbeError` with the system's reason if it refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
-def write_atomically(writers: dict[Path, Content]) -> None:
-    """Write files of a folder under temporary names, then rename all of them; on an error no file changes."""
-    for target in writers:
-        _check_no_folder(target)
-    for folder in {target.parent for target in writers}:
-        with _scratch(folder) as stage:
-            inside = {target: stage / target.name for target in writers if target.parent == folder}
-            for target, path in inside.items():
-                _write(writers[target], path, target)
-            for target, path in inside.items():
-                with _explained(target):
-                    path.replace(target)
+def write_atomically(contents: dict[Path, Content]) -> None:
+    """Write files under temporary names, then rename all of them; on an error no file changes."""
+    for folder in {path.parent for path in contents}:
+        inside = {path.name: content for path, content in contents.items() if path.parent == folder}
+        with _staged(folder, inside) as stage:
+            for name in inside:
+                with _explained(folder / name):
+                    (stage / name).replace(folder / name)
 
 
-def replace_files(folder: Path, writers: dict[str, Content], gone: Iterable[str] = ()) -> None:
+def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> None:
     """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones."""
-    for name in (*writers, *gone):
-        _check_no_folder(folder / name)
-    with _scratch(folder) as stage:
-        for name, write in writers.items():
-            _write(write, stage / name, folder / name)
-        for name in gone:
-            _write(Path.touch, stage / f"{name}{_GONE}", folder / name)
-        _switch(stage, folder)
+    with _staged(folder, contents, gone) as stage:
+        for _ in range(100):
+            settle(folder)
+            try:
+                stage.rename(folder / PENDING)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
+                    raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
+        else:
+            raise ProbeError(f"{folder} cannot be written: others save into it all the time")
     settle(folder)
 
 
@@ -201,21 +199,35 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder in a folder, and remove it at the end if it is still there."""
-    while True:
-        path = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
+def _staged(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> Iterator[Path]:
+    """Give a temporary folder in a folder, with the files that are to go there; at the end it is removed."""
+    for name in (*contents, *gone):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise ProbeError(
+                f"{folder / name} is a folder, and a file of this name is to be written; remove or rename it"
+            )
+    handle = None
+    while handle is None:
+        stage = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
         with _explained(folder):
-            path.mkdir()
-        handle = lock(path)
-        if handle is not None and path.exists():
-            break
-        if handle is not None:  # taken for a leftover before it was locked
+            stage.mkdir()
+        handle = lock(stage)
+        if handle is not None and not stage.exists():  # taken for a leftover before it was locked
             os.close(handle)
+            handle = None
     try:
-        yield path
+        for name, content in contents.items():
+            with _explained(folder / name):
+                if callable(content):
+                    content(stage / name)
+                else:
+                    (stage / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        for name in gone:
+            with _explained(folder / name):
+                (stage / f"{name}{_GONE}").touch()
+        yield stage
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
         os.close(handle)
 
 
@@ -237,32 +249,6 @@ def lock(path: Path) -> int | None:
     except OSError:  # the file system has no locks
         pass
     return handle
-
-
-def _switch(stage: Path, folder: Path) -> None:
-    for _ in range(100):
-        settle(folder)
-        try:
-            stage.rename(folder / PENDING)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
-                raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
-        else:
-            return
-    raise ProbeError(f"{folder} cannot be written: others save into it all the time")
-
-
-def _write(content: Content, path: Path, target: Path) -> None:
-    with _explained(target):
-        if callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _check_no_folder(target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        raise ProbeError(f"{target} is a folder, and a file of this name is to be written; remove it or rename it")
 
 
 @contextmanager
@@ -441,6 +427,10 @@ class HubOptions:
         return cls(revision, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
 
 
+def _api(token: str | bool | None) -> HfApi:
+    return HfApi(token=token, library_name="llama_probe", library_version=package_version())
+
+
 def check_subfolder(subfolder: str | None) -> None:
     """Raise `ProbeError` unless a subfolder is None or a plain relative path inside its repository."""
     if subfolder is None:
@@ -456,11 +446,16 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
 
     def fetch() -> Path:
         config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
-        if not only_config:
-            commit = extract_commit_hash(str(config), None)
-            _fetch(reference, WEIGHTS_NAME, commit, options)
-            for name in HEAD_FILES[2:]:
-                _fetch_optional(reference, name, commit, options)
+        if only_config:
+            return config.parent
+        commit = extract_commit_hash(str(config), None)
+        _fetch(reference, WEIGHTS_NAME, commit, options)
+        for name in HEAD_FILES[2:]:
+            path = reference.path(name)
+            cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
+            if cached is not _CACHED_NO_EXIST or options.force_download:
+                with suppress(*_FAILED):  # a head runs without the files that describe it
+                    _download(reference, name, commit, options)
         return config.parent
 
     return _in_time(fetch, str(reference))
@@ -495,21 +490,20 @@ heads_on_hub = lambda repo_id, options: []
 
 def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     repo_id = reference.repo_id
-    plain = reference.revision is None and reference.subfolder is None
     # `a/b` may have been meant for a folder.
-    no_folder = f"; there is no folder {reference} either" if plain and not os.path.isdir(repo_id) else ""
+    is_plain = str(reference) == repo_id and not os.path.isdir(repo_id)
+    no_folder = f"; there is no folder {repo_id} either" if is_plain else ""
     try:
         return _download(reference, name, revision, options)
     except LocalEntryNotFoundError as error:
         refused = isinstance(error.__cause__, HfHubHTTPError)
         why = f"the Hub refused: {first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
-        problem = f"{name} of {reference} is not in the cache, and {hide_secrets(why, options.token)}{no_folder}"
+        problem = f"{name} of {reference} is not in the cache, and {why}{no_folder}"
     except EntryNotFoundError:
         at = replace(options, revision=reference.revision or options.revision)
         heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(repo_id, at)]
-        problem = f"{reference} is not a head: it has no {name}" + (
-            f"; heads in it: {', '.join(heads)}" if heads else ""
-        )
+        listed = f"; heads in it: {', '.join(heads)}" if heads else ""
+        problem = f"{reference} is not a head: it has no {name}{listed}"
     except RevisionNotFoundError:
         problem = f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
     except GatedRepoError:
@@ -519,35 +513,25 @@ def _fetch(reference: HubReference, name: str, revision: str | None, options: Hu
             f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
         )
     except _FAILED as error:
-        problem = f"{name} of {reference} could not be fetched: {hide_secrets(first_line(error), options.token)}"
-    raise ProbeError(problem)
-
-
-def _fetch_optional(reference: HubReference, name: str, commit: str | None, options: HubOptions) -> None:
-    path = reference.path(name)
-    cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
-    if cached is _CACHED_NO_EXIST and not options.force_download:
-        return
-    # A file that only describes the head must not keep it from running.
-    with suppress(EntryNotFoundError, *_FAILED):
-        _download(reference, name, commit, options)
+        problem = f"{name} of {reference} could not be fetched: {first_line(error)}"
+    raise ProbeError(hide_secrets(problem, options.token))
 
 
 def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
     """Download a file, and once more if it is damaged, be it in the cache or on its way."""
-    settings = {
-        "subfolder": reference.subfolder,
-        "revision": revision,
-        "token": options.token,
-        "cache_dir": options.cache_dir,
-        "local_files_only": options.local_files_only,
-        "library_name": "llama_probe",
-        "library_version": package_version(),
-    }
+    download = partial(
+        _api(options.token).hf_hub_download,
+        reference.repo_id,
+        name,
+        subfolder=reference.subfolder,
+        revision=revision,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+    )
     is_local = options.local_files_only or constants.HF_HUB_OFFLINE
     try:
         for force in (options.force_download, True):
-            path = Path(hf_hub_download(reference.repo_id, name, force_download=force, **settings))
+            path = Path(download(force_download=force))
             if is_local or _is_intact(path):  # a damaged head is refused when it is read
                 return path
     except ValueError as error:  # with force_download the client wraps the HTTP error
@@ -559,13 +543,13 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
 
 def _is_intact(path: Path) -> bool:
     """Return False if a file of the cache has another content than the digest says that its blob is named by."""
-    blob = path.resolve()
-    digest = {64: _sha256, 40: git_hash}.get(len(blob.name))
-    return digest is None or not re.fullmatch("[0-9a-f]+", blob.name) or blob.name == digest(blob.read_bytes())
+    digest = path.resolve().name
+    return not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) or _has_digest(path.read_bytes(), digest)
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _has_digest(content: bytes, digest: str) -> bool:
+    """Return True if the Hub calls a content so: the sha256 of a large file, git's own hash of another."""
+    return digest == (hashlib.sha256(content).hexdigest() if len(digest) == 64 else git_hash(content))
 
 
 def hide_secrets(text: str, token: str | bool | None = None) -> str:
@@ -632,34 +616,40 @@ def resolve_head(
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
     if os.path.isdir(source):  # unlike that of pathlib, it does not raise for a name that is too long
         return Path(source)
-    if os.path.isfile(source) and not _ALIAS.fullmatch(str(source)):
+    if is_alias(source):
+        return _resolve_alias(source, target, options, namespace, only_config)
+    if os.path.isfile(source):
         raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
-    if not is_alias(source):
-        reference = HubReference.parse(str(source))
-        if reference is None:
-            told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
-            raise ProbeError(f"{told}; {_known(target)}")
-        return download_head(reference, without_waiting(reference, options), only_config=only_config)
-    told = f"probe={source!r} is neither a folder nor a bundled head"
-    if (chosen := _choose(source, bundled_heads(target))) is not None:
+    reference = HubReference.parse(str(source))
+    if reference is None:
+        told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
+        raise ProbeError(f"{told}; {_known(target)}")
+    return download_head(reference, without_waiting(reference, options), only_config=only_config)
+
+
+def _resolve_alias(
+    alias: str, target: Target | None, options: HubOptions, namespace: str | None, only_config: bool
+) -> Path:
+    told = f"probe={alias!r} is neither a folder nor a bundled head"
+    if (chosen := _choose(alias, bundled_heads(target))) is not None:
         if options.revision is None:
             return chosen
-        told = f"probe={source!r} is a bundled head and has no revision {options.revision!r}"
+        told = f"probe={alias!r} is a bundled head and has no revision {options.revision!r}"
     found = [told, _known(target)]  # and names of heads that exist, for the message
     for place, revision in _places(target, options, namespace):
         if isinstance(place, Path):
             heads = list_heads(place)
-            if (chosen := _choose(source, heads)) is not None:
+            if (chosen := _choose(alias, heads)) is not None:
                 return chosen
-            found += [f"in {place}: {', '.join(heads) or 'none'}"]
+            found.append(f"in {place}: {', '.join(heads) or 'none'}")
             continue
-        reference = HubReference(place, revision, source)
+        reference = HubReference(place, revision, alias)
         try:
             options = without_waiting(reference, options)
             return download_head(reference, options, only_config=only_config)
         except ProbeError as error:
             heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
-            found += [f"in {place}: {', '.join(heads)}" if heads else str(error)]
+            found.append(f"in {place}: {', '.join(heads)}" if heads else str(error))
     raise ProbeError("; ".join(found))
 
 
@@ -756,13 +746,13 @@ def probe_types() -> list[str]:
 
 
 def get_probe_type(name: str) -> type[Any]:
-    """Return the class that is registered under `name`."""
+    """Return the class that is registered under `name`, or raise `ProbeError`."""
     if not isinstance(name, str) or name not in _PROBE_TYPES:
         raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, your own")
     return _PROBE_TYPES[name]
 
 
-def import_kinds(path: str | os.PathLike) -> ModuleType:
+def import_kinds(path: str | os.PathLike) -> None:
     """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust."""
     path, before = Path(path), set(_PROBE_TYPES.values())
     if not path.is_file():
@@ -770,7 +760,7 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
     # Each copy of this code, such as that of a Hub repository, has kinds of its own.
     name = f"{path.stem}_{hashlib.sha256(__name__.encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
-        return sys.modules[name]
+        return
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
@@ -781,7 +771,6 @@ def import_kinds(path: str | os.PathLike) -> ModuleType:
         raise
     if set(_PROBE_TYPES.values()) == before:
         raise ProbeError(f"{path} registers no kind of head: decorate its class with register_probe_type")
-    return module
 
 
 def kind_code(probe_type: str) -> bytes | None:
@@ -799,16 +788,14 @@ def _as_package() -> Iterator[None]:
         yield
         return
     names = ("llama_probe", "llama_probe.heads")
-    installed = {name: sys.modules.get(name) for name in names}
+    installed = {name: sys.modules[name] for name in names if name in sys.modules}
     sys.modules.update(dict.fromkeys(names, sys.modules[get_probe_type("gate").__module__]))
     try:
         yield
     finally:
-        for name, module in installed.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(installed)
 
 
 # From heads/turns.py
@@ -927,22 +914,25 @@ HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 _NOT_IN_NAMES = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\U000e0000-\\U000e007f]")
 
 
+def _is_number(value: Any) -> bool:
+    """Return True for an int or a float that is finite. torch takes no larger int."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
 def _is_int(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_SIZE
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) < 2**63  # torch takes no larger int
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(holds, value))
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_int(index, least=0) for index in value)
+
+
+def _is_list_of(holds: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(holds, value))
 
 
 def _is_text(value: Any) -> bool:
@@ -954,59 +944,44 @@ def _is_name(value: Any) -> bool:
     return _is_text(value) and _NOT_IN_NAMES.search(value) is None
 
 
-def _is_id(value: Any) -> bool:
-    return _is_int(value, least=0)
-
-
 def _is_marker(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"ids", "skip"}:
         return False
-    return value["ids"] != [] and _is_list(value["ids"], _is_id) and _is_int(value["skip"], least=0)
+    return value["ids"] != [] and _are_ids(value["ids"]) and _is_int(value["skip"], least=0)
+
+
+def _are_markers(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"user", "assistant"} <= set(value) <= set(TURN_ROLES):
+        return False
+    return all(map(_is_marker, value.values()))
+
+
+def _are_thresholds(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(map(_is_share, value.values())):
+        return False
+    return all(_is_name(name) and name.strip() for name in value)
+
+
+def _is_novelty(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"layers", "rank"}:
+        return False
+    layers, rank = value["layers"], value["rank"]
+    return _are_ids(layers) and layers == sorted(set(layers)) != [] and _is_int(rank)
+
+
+def _are_layers(value: Any) -> bool:
+    return value == "all" or (_are_ids(value) and len(set(value)) == len(value) > 0)
 
 
 def _one_of(*allowed: str) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(allowed)}", lambda value: value in allowed
 
 
-def _or_none(rule: tuple[str, Callable[[Any], bool]]) -> tuple[str, Callable[[Any], bool]]:
-    return f"{rule[0]}, or None", lambda value: value is None or rule[1](value)
-
-
 _SIZE = (f"a whole number from 1 to {MAX_SIZE}", _is_int)
 _RATE = ("a number at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
-_MARKERS = (
-    "{role: {'ids': [token ids], 'skip': 0 or more}} with the roles user and assistant",
-    lambda value: (
-        isinstance(value, dict)
-        and {"user", "assistant"} <= set(value) <= set(TURN_ROLES)
-        and all(map(_is_marker, value.values()))
-    ),
-)
-_THRESHOLDS = (
-    "{name: a number from 0 to 1} with printable names",
-    lambda value: (
-        isinstance(value, dict)
-        and all(_is_name(name) and name.strip() for name in value)
-        and all(map(_is_share, value.values()))
-    ),
-)
-_NOVELTY = (
-    "{'layers': [ascending state indices], 'rank': a whole number from 1}",
-    lambda value: (
-        isinstance(value, dict)
-        and set(value) == {"layers", "rank"}
-        and _is_list(value["layers"], _is_id)
-        and value["layers"] == sorted(set(value["layers"])) != []
-        and _is_int(value["rank"])
-    ),
-)
-_THRESHOLD = ("a number from 0 to 1, a list of these", lambda value: _is_share(value) or _is_list(value, _is_share))
-_LAYERS = (
-    "'all' or a list of different state indices from 0",
-    lambda value: value == "all" or (_is_list(value, _is_id) and len(set(value)) == len(value) > 0),
-)
-_NUMBERS = ("a list of numbers", lambda value: _is_list(value, _is_number) and value != [])
+_NAMED = [f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")]
+_NAMED += ["chat_template_hash", "weights_sha256", "llama_probe_version", "transformers_version"]
 
 # The rule of each field: a description and a check.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -1015,51 +990,49 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "normalize": _one_of(*get_args(Normalize)),
     "token_scope": _one_of(*get_args(TokenScope)),
     "prompt_format": _one_of(*PROMPT_FORMATS, UNKNOWN_FORMAT),
-    "layers": _LAYERS,
-    "num_attention_heads": _SIZE,
-    "downcast": _SIZE,
-    "hidden_size": _or_none(_SIZE),
-    "num_hidden_layers": _or_none(_SIZE),
-    "vocab_size": _or_none(_SIZE),
-    "max_length": _or_none(_SIZE),
-    "dropout": _RATE,
-    "layer_dropout": _RATE,
+    "layers": ("'all' or a list of different state indices from 0", _are_layers),
+    **dict.fromkeys(("num_labels", "num_attention_heads", "downcast", "max_length"), _SIZE),
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "vocab_size"), _SIZE),
+    **dict.fromkeys(("dropout", "layer_dropout"), _RATE),
     # With a smaller one, logits of float32 overflow and give NaN.
     "temperature": ("a number above 0, at least 1e-6", lambda value: _is_number(value) and value >= 1e-6),
     "causal": ("True or False", lambda value: isinstance(value, bool)),
-    "prefix_ids": ("a list of token ids", lambda value: _is_list(value, _is_id)),
-    "turn_markers": _or_none(_MARKERS),
-    "threshold": _or_none(_THRESHOLD),
-    "thresholds": _or_none(_THRESHOLDS),
-    "novelty": _or_none(_NOVELTY),
-    "fingerprint": _or_none(_NUMBERS),
+    "prefix_ids": ("a list of token ids", _are_ids),
+    "turn_markers": (
+        "{role: {'ids': [token ids], 'skip': 0 or more}} with the roles user and assistant",
+        _are_markers,
+    ),
+    "threshold": (
+        "a number from 0 to 1, a list of these",
+        lambda value: _is_share(value) or _is_list_of(_is_share, value),
+    ),
+    "thresholds": ("{name: a number from 0 to 1} with printable names", _are_thresholds),
+    "novelty": ("{'layers': [ascending state indices], 'rank': a whole number from 1}", _is_novelty),
+    "fingerprint": ("a list of numbers", lambda value: _is_list_of(_is_number, value)),
     "options": ("a dict", lambda value: isinstance(value, dict)),
-    "system_prompt": _or_none(("text", _is_text)),
-    **dict.fromkeys(("chat_template_hash", "base_model_name_or_path", "base_model_revision"), _or_none(_NAME)),
-    **dict.fromkeys(("base_model_type", "base_model_class", "base_model_dtype"), _or_none(_NAME)),
-    **dict.fromkeys(("base_model_quantization", "weights_sha256"), _or_none(_NAME)),
-    **dict.fromkeys(("llama_probe_version", "transformers_version"), _or_none(_NAME)),
+    "system_prompt": ("text", _is_text),
+    **dict.fromkeys(_NAMED, _NAME),
 }
 
 
-def check_fields(values: dict[str, Any]) -> None:
+def check_fields(config: Any) -> None:
     """Raise `ProbeError` for the first field that breaks its rule. The message names the field and what is allowed."""
-    for name, (allowed, holds) in RULES.items():
-        if not holds(values[name]):
-            raise ProbeError(f"{name}={values[name]!r} must be {allowed}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in RULES or (value is None and field.default is None):
+            continue
+        allowed, holds = RULES[field.name]
+        if not holds(value):
+            raise ProbeError(f"{field.name}={value!r} must be {allowed}")
 
 
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:
     """Return the number of labels and their names by index, `LABEL_0` and so on if they have none."""
-    if not (num_labels is None or _is_int(num_labels)):
-        raise ProbeError(f"num_labels={num_labels!r} must be {_SIZE[0]}")
     if id2label is None:
         return num_labels or 2, {index: f"LABEL_{index}" for index in range(num_labels or 2)}
-    try:
-        labels = {int(index): name for index, name in id2label.items() if str(int(index)) == str(index)}
-    except (AttributeError, TypeError, ValueError):
-        labels = {}
-    if not labels or sorted(labels) != list(range(len(id2label))):
+    by_text = {str(index): name for index, name in id2label.items()} if isinstance(id2label, dict) else {}
+    labels = {index: by_text.get(str(index)) for index in range(len(by_text))}
+    if not labels or len(labels) != len(id2label) or None in labels.values():
         raise ProbeError(f"id2label={id2label!r} must be a dict of label names by index: 0, 1, 2, ...")
     if wrong := [name for name in labels.values() if not _is_name(name)]:
         raise ProbeError(f"id2label has the name {wrong[0]!r}; it must be {_NAME[0]}")
@@ -1067,7 +1040,7 @@ def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tup
         raise ProbeError(f"id2label has the names {list(labels.values())}; each name must occur once")
     if num_labels not in (None, len(labels)):
         raise ProbeError(f"num_labels={num_labels} but id2label names {len(labels)}; leave num_labels out")
-    return len(labels), dict(sorted(labels.items()))
+    return len(labels), labels
 
 
 # From heads/configuration.py
@@ -1131,57 +1104,53 @@ class ProbeConfig:
     transformers_version: str | None = None
 
     def __post_init__(self):
-        self.num_labels, self.id2label = named_labels(self.num_labels, self.id2label)
         kind = get_probe_type(self.probe_type)
+        check_fields(self)
+        self.num_labels, self.id2label = named_labels(self.num_labels, self.id2label)
         if self.normalize is None:
             self.normalize = kind.normalize
         if self.causal is None:
             self.causal = self.reads_reply
-        check_fields(vars(self))
         if self.reads_reply and not self.causal:
             raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
-        self._check_threshold()
-        self._check_layers()
-        self._check_novelty()
+        self._check_thresholds()
+        if self.layers != "all":
+            self.layers = sorted(self.layers)
+            if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
+                most = f"num_hidden_layers={self.num_hidden_layers}"
+                raise ProbeError(f"layers={self.layers!r} must be from 0 to {most}")
+        if self.novelty is not None:
+            self.check_supports_novelty()
+            sized = self.layers != "all" or self.num_hidden_layers is not None
+            if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
+                raise ProbeError(
+                    f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}"
+                )
         kind.check(self)
 
-    def _check_threshold(self) -> None:
-        several, multi_label = isinstance(self.threshold, list), self.problem_type == "multi_label_classification"
-        if multi_label and several and len(self.threshold) != self.num_labels:
-            given = len(self.threshold)
-            raise ProbeError(f"threshold has {given} values for {self.num_labels} labels; give one, or one each")
+    def _check_thresholds(self) -> None:
+        multi_label = self.problem_type == "multi_label_classification"
         two = self.num_labels == 2 and self.problem_type == "single_label_classification"
         found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
-        if self.threshold is not None and not multi_label and (several or not two):
-            needed = "needs two labels (one number) or a multi-label head"
+        if isinstance(self.threshold, list):
+            fits = multi_label and len(self.threshold) == self.num_labels
+        else:
+            fits = self.threshold is None or multi_label or two
+        if not fits:
+            needed = "needs two labels (one number) or a multi-label head (one number, or one a label)"
             raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
         if self.thresholds and not two:
             raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
 
-    def _check_layers(self) -> None:
-        if self.layers == "all":
-            return
-        self.layers = sorted(self.layers)
-        if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
-            raise ProbeError(f"layers={self.layers!r} must be from 0 to num_hidden_layers={self.num_hidden_layers}")
-
-    def _check_novelty(self) -> None:
-        if self.novelty is None:
-            return
-        self.check_supports_novelty()
-        sized = self.layers != "all" or self.num_hidden_layers is not None
-        if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
-            raise ProbeError(f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}")
-
     def check_supports_novelty(self) -> None:
-        """Raise `ProbeError` for a head that reads replies, or the last token alone."""
+        """Raise `ProbeError` unless `supports_novelty`."""
         if not self.supports_novelty:
             found = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
             raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
 
     @property
     def supports_novelty(self) -> bool:
-        """True if the head reads all tokens of a prompt, so that it can tell how unlike its training data one is."""
+        """True if the head reads all tokens of a prompt, and no reply."""
         return not self.reads_reply and get_probe_type(self.probe_type).reads == "all"
 
     @property
@@ -1240,7 +1209,7 @@ class ProbeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:
-        """Build a config from JSON values."""
+        """Build a config from JSON values. Return it with the keys that this version does not know."""
         if not isinstance(values, dict):
             raise ProbeError(f"a probe config must be a JSON object, not {type(values).__name__}")
         names = {item.name for item in dataclasses.fields(cls)}

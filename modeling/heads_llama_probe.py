@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from safetensors import SafetensorError
-from safetensors import safe_open
+from safetensors.torch import load
 from safetensors.torch import save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -140,7 +141,7 @@ class Classifier(nn.Module):
     reset_parameters = nn.Linear.reset_parameters
 
     def attach(self, lm: nn.Module, check: bool = True) -> None:
-        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing."""
+        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing. See `ProbeModel.bind`."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
@@ -181,7 +182,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Check the values of `config` that this kind uses. Options with a whole number as default must be one."""
+        """Raise `ProbeError` if the kind cannot be built from `config`. Options with a whole number as default must be one."""
         if unknown := sorted(set(config.options) - set(cls.options)):
             raise ProbeError(f"options has {unknown}; probe_type={config.probe_type!r} knows {sorted(cls.options)}")
         for name, (default, _) in cls.options.items():
@@ -191,7 +192,6 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def option(cls, config: ProbeConfig, name: str) -> Any:
-        """Return an option of `config`, or its default."""
         return config.options.get(name, cls.options[name][0])
 
     @classmethod
@@ -211,7 +211,7 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
-        """Take in further items."""
+        """Take in further items. Return the new state."""
 
     @abstractmethod
     def result(self, state: Any, slots: slice) -> torch.Tensor:
@@ -285,7 +285,7 @@ def drop_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 # From heads/low_rank.py
 
 class LowRankAggregator(Aggregator):
-    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`."""
+    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`: it keeps a few numbers of an item instead of D."""
 
     half = True
     projects = True
@@ -601,7 +601,7 @@ def suits(query: torch.Tensor) -> bool:
 def mean_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Average the results of `scaled_dot_product_attention` over the valid queries. Not differentiable."""
+    """Average the results of `scaled_dot_product_attention` over the valid queries: `[P, heads, d]`. Not differentiable."""
     pairs, heads, items, size = query.shape
     query, key, value = ((part.reshape(-1, items, size)) for part in (query * scale, key, value))  # [P heads, N, d]
     weight = query.new_full((1, items), 1 / items)
@@ -660,13 +660,12 @@ class AttentionAggregator(LowRankAggregator):
         super().check(config)
         if config.hidden_size is None:
             return
-        if config.hidden_size % config.downcast:
+        inner, rest = divmod(config.hidden_size, config.downcast)
+        if rest:
             raise ProbeError(f"downcast={config.downcast} must divide hidden_size={config.hidden_size}")
-        inner = config.hidden_size // config.downcast
         if inner % config.num_attention_heads:
-            raise ProbeError(
-                f"num_attention_heads={config.num_attention_heads} must divide hidden_size / downcast = {inner}"
-            )
+            heads = f"num_attention_heads={config.num_attention_heads}"
+            raise ProbeError(f"{heads} must divide hidden_size / downcast = {inner}")
 
     def reset_parameters(self) -> None:
         # Xavier bounds of each D -> d_inner projection by itself; stacking them must not change their scale.
@@ -877,7 +876,7 @@ def token_log_odds(log_p: torch.Tensor) -> torch.Tensor:
 # From heads/decision.py
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Apply the saved temperature: softmax for single-label heads, sigmoid for multi-label ones."""
+    """Apply the saved temperature to logits `[batch, num_labels]`: softmax for single-label heads, sigmoid for multi-label ones."""
     if config.problem_type == "regression":
         return logits
     scaled = logits / config.temperature
@@ -935,12 +934,12 @@ def labels(
 def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> dict[str, ProbeOutput]:
     """Have outputs give rows of a novelty above the head's level the label `None`. Return them."""
     for name, level in levels.items():
-        outputs[name].abstain(level)
+        outputs[name].abstain_at = level
     return outputs
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
-    """Return the last score of each reply: the one after its last token that counted."""
+    """Return the last score of each reply as an output of one row; `None` where no token of it was read."""
     read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
     return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
 
@@ -956,20 +955,10 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
     return {"label": label, "score": score, "scores": scores}
 
 
-probe_loss = _needs_package("probe_loss")
-
-
 class DecidedMixin:
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them."""
 
-    @property
-    def abstain_at(self) -> float | dict[str, float] | None:
-        """Novelty above which a row has the label `None`, by head if there are several; `None` for never."""
-        return self.__dict__.get("_abstain_at")
-
-    def abstain(self, at: float | dict[str, float]) -> None:
-        """Give rows of a novelty above `at` the label `None`."""
-        self.__dict__["_abstain_at"] = at
+    abstain_at = None
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
         """Return the config of a head, by its name if there are several."""
@@ -990,6 +979,8 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     member_logits: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
 
+    means = None
+
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
         """Return an output of logits and the config that turns them into labels."""
@@ -997,18 +988,9 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         output.__dict__["_probe_configs"] = {None: config}
         return output
 
-    def remember_means(self, means: Any) -> None:
-        """Store the `MeanStates` that `novelty` is computed from. They are no field: the Trainer would gather them."""
-        self.__dict__["_means"] = means
-
-    @property
-    def means(self) -> Any:
-        """The `MeanStates` of the batch; `None` if the head has no novelty."""
-        return self.__dict__.get("_means")
-
     @property
     def novelty(self) -> torch.Tensor | None:
-        """The novelty of each row, `[batch]` from 0 (like the training data) to 1 (unlike it); `None` if the head has no novelty."""
+        """The novelty of each row, `[batch]` from 0 (like the training data) to 1; `None` if the head has no novelty."""
         return None if self.means is None else self.means.novelty
 
     @property
@@ -1039,13 +1021,9 @@ def token_mask(
     partial_prompt: bool = False,
     seen: int = 0,
 ) -> torch.Tensor:
-    """Return which tokens count for a head."""
+    """Return which tokens count for a head, `[batch, tokens]` bool."""
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ProbeError(f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}")
-    if input_ids is None and attention_mask is None:
-        raise ProbeError("input_ids or attention_mask is needed to tell which tokens a head reads")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     finds_turns = config.token_scope in TURN_SCOPES and config.turn_markers is not None
     if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
@@ -1085,25 +1063,21 @@ def prompt_masks(
     placeholder_ids: Sequence[int] = (),
     seen: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return for each head, by the name of its config, the prompt tokens that count: `[prompts, prompt_tokens]`."""
-    source = input_ids if input_ids is not None else inputs_embeds
-    for name, tensor, shape in (
-        ("input_ids", input_ids, "[batch, tokens]"),
-        ("inputs_embeds", inputs_embeds, "[batch, tokens, hidden_size]"),
-        ("attention_mask", attention_mask, "[batch, tokens]"),
-        ("probe_mask", probe_mask, "[batch, tokens]"),
-    ):
-        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != shape.count(",") + 1):
+    """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`. Heads of one scope share a tensor."""
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
+    for name, tensor in given.items():
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
             found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
-            raise ProbeError(f"{name} must be a tensor {shape}, not {found}{entries}")
+            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {found}{entries}")
+    source = input_ids if input_ids is not None else inputs_embeds
     if source is None or 0 in source.shape[:2]:
         raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
     shape = source.shape[:2]
-    for name, mask in (("attention_mask", attention_mask), ("probe_mask", probe_mask)):
-        if mask is not None and mask.shape != shape:
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != shape:
             hint = "with a cache, pass all input_ids of the conversation"
-            raise ProbeError(f"{name} has the shape {tuple(mask.shape)}, the prompt {tuple(shape)}: {hint}")
+            raise ProbeError(f"{name} has the shape {tuple(tensor.shape)}, the prompt {tuple(shape)}: {hint}")
     if attention_mask is None:
         attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
     if probe_mask is not None:
@@ -1112,18 +1086,17 @@ def prompt_masks(
     text = None
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+    found: list[tuple[Any, torch.Tensor]] = []  # scopes and their masks
     masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        mask = next((masks[other] for other in masks if _scope(configs[other]) == _scope(config)), None)
+        scope = config.token_scope, config.prefix_ids, config.turn_markers
+        mask = next((mask for other, mask in found if other == scope), None)
         if mask is None:
             mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
             mask = mask if text is None else mask & text.to(mask.device)
+            found.append((scope, mask))
         masks[name] = mask
     return masks
-
-
-def _scope(config: ProbeConfig) -> tuple[Any, ...]:
-    return config.token_scope, config.prefix_ids, config.turn_markers
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
@@ -1147,7 +1120,7 @@ def check_rows(mask: torch.Tensor | None) -> None:
 # From heads/stream.py
 
 class SlotStates:
-    """States of several slots, cut and joined as groups of slots need."""
+    """States of several slots, cut and joined as groups of slots need. `state` is that of all, as `joined` returned it."""
 
     def __init__(self, num_slots: int, state: Any = None):
         self.num_slots = num_slots
@@ -1188,9 +1161,10 @@ class ProbeState:
         state: Any = None,
         keep: bool = False,
         output_attentions: bool = False,
+        differentiable: bool = False,
     ):
         self.num_slots = num_slots
-        self.keep, self.output_attentions = keep, output_attentions
+        self.keep, self.output_attentions, self.differentiable = keep, output_attentions, differentiable
         tokens, means = state if num_means and state is not None else (state, None)
         self.tokens = SlotStates(num_slots, tokens)
         self.means = SlotStates(num_means, means) if num_means else None
@@ -1223,7 +1197,7 @@ _DEPTHS = (0.2, 0.4, 0.6)
 
 @dataclass
 class MeanStates:
-    """Sums that a `Novelty` has read of a batch. They are cheap to make; `novelty` computes the rest."""
+    """Sums that the novelty `of` has read of a batch. They are cheap to make; `novelty` computes the rest."""
 
     of: Novelty
     total: torch.Tensor
@@ -1252,18 +1226,14 @@ class Novelty(nn.Module):
         self.slots = [config.layer_indices.index(layer) for layer in layers]
         self._means = PoolingAggregator(len(layers), config.replace(pool="mean"))
         width = len(layers) * config.hidden_size
-        shapes = {
-            "center": (width,),
-            "directions": (rank, width),
-            "variances": (rank + 1,),
-            "length": (2,),
-            "quantiles": (LEVELS,),
-        }
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("directions", torch.zeros(rank, width))
+        self.register_buffer("variances", torch.zeros(rank + 1))
+        self.register_buffer("length", torch.zeros(2))
+        self.register_buffer("quantiles", torch.zeros(LEVELS))
 
     def update(self, states: SlotStates, slots: slice, x: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Read further tokens of a group of the head's layers: one masked sum."""
+        """Read further tokens of a group of the head's layers into `states`; see `Aggregator.update`."""
         places = [slot - slots.start for slot in self.slots if slots.start <= slot < slots.stop]
         if not places:
             return
@@ -1274,17 +1244,14 @@ class Novelty(nn.Module):
 
     read = _needs_package("read")
 
-    def distance(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, before the number of tokens is taken out; see `MeanStates`."""
+    def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Return the log distance `[batch]`, less what its number of tokens leads to."""
         x = self._means.result((total, count), slice(None)).transpose(0, 1).flatten(1) - self.center
         along = x @ self.directions.T  # [B, rank]
         other = (x - along @ self.directions).square().sum(dim=1)
         squared = (along.square() / self.variances[:-1]).sum(dim=1) + other / self.variances[-1]
-        return squared.clamp_min(1e-12).log() / 2
-
-    def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, less what its number of tokens leads to."""
-        return self.distance(total, count) - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
+        distance = squared.clamp_min(1e-12).log() / 2
+        return distance - self.length[0] - self.length[1] * count[0].clamp_min(1).log()
 
     def forward(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Return novelty `[batch]`; NaN for a row without a token that counts. See `MeanStates` for the arguments."""
@@ -1315,23 +1282,21 @@ def abstain_levels(
         if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
             raise ProbeError(f"abstain_at={level!r} must be a number from 0 to 1")
         if configs[name].novelty is None:
-            raise ProbeError(
-                f"abstain_at={level}: head {name!r} has no novelty; fit it with llama-probe calibrate --probe FOLDER "
-                "--novelty-data ROWS"
-            )
+            hint = "fit it with llama-probe calibrate --probe FOLDER --novelty-data ROWS"
+            raise ProbeError(f"abstain_at={level}: head {name!r} has no novelty; {hint}")
     return levels
 
 
 # From heads/match.py
 
-# Copies of one backbone may differ in these. Equal fingerprints explain the difference.
-_DIFFERS_IN_COPIES = ("base_model_revision", "base_model_dtype", "base_model_quantization")
+_SIZES = ("hidden_size", "num_hidden_layers")
+_PRECISION = ("base_model_dtype", "base_model_quantization")
 
 
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """Return `config` with the backbone's sizes, name and type where it has none."""
     decoder = find_decoder(lm)
-    for name in ("hidden_size", "num_hidden_layers"):
+    for name in _SIZES:
         wanted, found = getattr(config, name), getattr(decoder, name)
         if wanted not in (None, found):
             base = f"; the head is for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
@@ -1358,7 +1323,7 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a comparison."""
+    """One config field of a comparison."""
 
     field: str
     recorded: Any
@@ -1376,18 +1341,21 @@ def compare(
     """Compare a head's record of its backbone with a backbone, the most decisive fields first."""
     decoder, facts = find_decoder(lm), backbone_facts(lm)
     checks = []
-    for name in ("hidden_size", "num_hidden_layers"):
+    for name in _SIZES:
         recorded, found = getattr(config, name), getattr(decoder, name)
         checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
     same_behaviour = False
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
-        checks.append(_compare_fingerprints(config, lm, facts, take_fingerprint))
+        if take_fingerprint is None and not any(parameter.is_meta for parameter in lm.parameters()):
+            take_fingerprint = partial(fingerprint, lm)
+        checks.append(_compare_fingerprints(config, facts, take_fingerprint))
         same_behaviour = checks[-1].verdict == "same"
     for name, found in facts.items():
         recorded = getattr(config, name)
         verdict = _verdict(recorded, found, name)
+        # Copies of one backbone may differ in these.
         local_copy = name == "base_model_name_or_path" and found is not None and Path(found).is_dir()
-        if verdict == "differs" and same_behaviour and (name in _DIFFERS_IN_COPIES or local_copy):
+        if verdict == "differs" and same_behaviour and (name in ("base_model_revision", *_PRECISION) or local_copy):
             verdict = "explained"
         checks.append(Check(name, recorded, found, verdict))
     if config.prompt_format == "chat" and tokenizer is not None:
@@ -1410,11 +1378,9 @@ def check_backbone(
         logger.warning(
             f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
         )
-    differing = [
-        check for check in compare(config, lm, take_fingerprint=take_fingerprint) if check.verdict == "differs"
-    ]
+    checks = compare(config, lm, take_fingerprint=take_fingerprint)
     # A head is often trained in one dtype and served in another: by itself this means nothing.
-    telling = [check for check in differing if check.field not in ("base_model_dtype", "base_model_quantization")]
+    telling = [check for check in checks if check.verdict == "differs" and check.field not in _PRECISION]
     if not telling:
         return
     message = f"head {name!r} {', '.join(map(_explain, telling))}: its scores may mean nothing here"
@@ -1431,21 +1397,13 @@ def _explain(check: Check) -> str:
     return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
 
 
-def _compare_fingerprints(
-    config: ProbeConfig,
-    lm: nn.Module,
-    facts: dict[str, Any],
-    take_fingerprint: Callable[[int | None], list[float]] | None,
-) -> Check:
-    precision = ("base_model_dtype", "base_model_quantization")
-    allowed = tolerance(tuple(getattr(config, name) for name in precision), tuple(facts[name] for name in precision))
+def _compare_fingerprints(config: ProbeConfig, facts: dict[str, Any], take_fingerprint: Callable | None) -> Check:
+    allowed = tolerance(tuple(getattr(config, name) for name in _PRECISION), tuple(facts[name] for name in _PRECISION))
     wanted = f"within {allowed:.1%}"
     # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
-    offloaded = take_fingerprint is None and any(parameter.is_meta for parameter in lm.parameters())
-    if offloaded or (config.vocab_size or 0) > facts["vocab_size"]:
+    if take_fingerprint is None or (config.vocab_size or 0) > facts["vocab_size"]:
         return Check("fingerprint", wanted, None, "unknown")
-    found = fingerprint(lm, config.vocab_size) if take_fingerprint is None else take_fingerprint(config.vocab_size)
-    apart = distance(config.fingerprint, found)
+    apart = distance(config.fingerprint, take_fingerprint(config.vocab_size))
     return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
 
 
@@ -1484,14 +1442,14 @@ def save_head(
     contents = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
     if (code := kind_code(config.probe_type)) is not None:
         contents[CODE_NAME] = code
-    plots: tuple[str, ...] = ()
+    plots: list[str] = []
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
         results = None
     elif results is not None:
         contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
         if _is_same_training(folder, results):
-            plots = tuple(name for name in PLOT_NAMES if current_file(folder, name).is_file())
+            plots = [name for name in PLOT_NAMES if current_file(folder, name).is_file()]
     kept = [*plots, CARD_NAME]
     with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
         if not has_own_card(folder):
@@ -1505,7 +1463,6 @@ def save_head(
 
 
 def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
-    """Return True if a folder holds the results of this training, and so its plots."""
     try:
         return training_results(read_results(folder)) == training_results(results)
     except ProbeError:
@@ -1515,17 +1472,15 @@ def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
 def read_settled(folder: Path, read: Callable[[], T]) -> T:
     """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
     for _ in range(_TRIES):
-        before, error = folder_state(folder, CONFIG_NAME), None
+        before = folder_state(folder, CONFIG_NAME)
         try:
             found = read()
-        except ProbeError as raised:
-            error = raised
-        if folder_state(folder, CONFIG_NAME) == before:
-            if error is None:
+            if folder_state(folder, CONFIG_NAME) == before:
                 return found
+        except ProbeError:
             time.sleep(_PAUSE)
             if folder_state(folder, CONFIG_NAME) == before:
-                raise error
+                raise
     raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
 
 
@@ -1536,49 +1491,31 @@ def read_tensors(
     path = current_file(folder, WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise ProbeError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
+    largest = 4 * sum(shape.numel() for shape in shapes.values()) + _MAX_HEADER
     try:
-        _check_header_size(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            _check_header(path, file, shapes)
-            _check_digest(path, config)
-            tensors = {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
+        size = path.stat().st_size
+        if not 0 < size <= largest:  # files of /proc have the size 0, and may never end
+            raise OSError(f"it has {size} bytes, and its config allows {largest}")
+        content = path.read_bytes()
+        if (header := int.from_bytes(content[:8], "little")) > _MAX_HEADER:
+            raise OSError(f"its header has {header} bytes")
+        tensors = load(content)
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
+    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unexpected:
+        raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name] or tensor.dtype != torch.float32:
+            found = f"{name} has the shape {list(tensor.shape)} and is {tensor.dtype}"
+            raise ProbeError(f"{path}: {found}; its config asks for {list(shapes[name])}, torch.float32")
+    if config.weights_sha256 is None:
+        logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
+    elif hashlib.sha256(content).hexdigest() != config.weights_sha256:
+        raise ProbeError(f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch it again")
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")
     return tensors
-
-
-def _check_header_size(path: Path) -> None:
-    """Check the size of a header before it is parsed, which takes many times as much memory."""
-    if path.stat().st_size < 8:  # also files of /proc, which may never end
-        raise OSError("it is too short")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > _MAX_HEADER:
-        raise OSError(f"its header has {size} bytes")
-
-
-def _check_header(path: Path, file, shapes: Mapping[str, torch.Size]) -> None:
-    missing, unexpected = sorted(set(shapes) - set(file.keys())), sorted(set(file.keys()) - set(shapes))
-    if missing or unexpected:
-        raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
-    for name, shape in shapes.items():
-        found = file.get_slice(name)
-        if list(found.get_shape()) != list(shape):
-            raise ProbeError(f"{path}: {name} has the shape {found.get_shape()}, its config asks for {list(shape)}")
-        if found.get_dtype() != "F32":
-            raise ProbeError(f"{path}: {name} is {found.get_dtype()}; heads are stored as F32")
-
-
-def _check_digest(path: Path, config: ProbeConfig) -> None:
-    if config.weights_sha256 is None:
-        logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != config.weights_sha256:
-        raise ProbeError(f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); fetch it again")
 
 
 # From heads/probe.py
@@ -1618,7 +1555,7 @@ class ProbeModel(nn.Module):
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
-        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None."""
+        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. See `bind`."""
         if backbone is not None:
             match(backbone, self.config)
             self.bind(backbone)
@@ -1666,7 +1603,7 @@ class ProbeModel(nn.Module):
         namespace: str | None = None,
         **options,
     ) -> ProbeModel:
-        """Load a head from a folder, from the Hub, or by its alias, on the CPU and in eval mode."""
+        """Load a head from a folder, from the Hub, or by its alias (see `resolve_head`), on the CPU and in eval mode."""
         target = None if backbone is None else target_of(backbone)
         hub = HubOptions(**options)
         folder = resolve_head(with_subfolder(source, subfolder), target, hub, namespace)
@@ -1708,10 +1645,12 @@ class ProbeModel(nn.Module):
 
     # Groups of layers, while the LM runs
 
-    def init_state(self, state: Any = None, keep: bool = False, output_attentions: bool = False) -> ProbeState:
+    def init_state(
+        self, state: Any = None, keep: bool = False, output_attentions: bool = False, differentiable: bool = False
+    ) -> ProbeState:
         """Start on a batch of prompts."""
         num_means = 0 if self.novelty is None else len(self.novelty.slots)
-        return ProbeState(len(self.layer_indices), num_means, state, keep, output_attentions)
+        return ProbeState(len(self.layer_indices), num_means, state, keep, output_attentions, differentiable)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result."""
@@ -1733,7 +1672,7 @@ class ProbeModel(nn.Module):
         token_mask: torch.Tensor | None = None,
         last: bool = True,
     ) -> None:
-        """Read the next tokens of some layers, without gradients."""
+        """Read the next tokens of some layers."""
         places = [place for place, layer in enumerate(layers) if layer in self._slots]
         if not places:
             return
@@ -1742,7 +1681,7 @@ class ProbeModel(nn.Module):
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
         earlier = state.tokens.pop(slots)
-        with torch.no_grad():  # a decorator would break the graph of torch.compile
+        with torch.set_grad_enabled(state.differentiable):  # a decorator would break the graph of torch.compile
             if state.output_attentions:
                 if earlier is not None or not last:
                     raise ProbeError("output_attentions needs the prompt in one pass, without cache")
@@ -1758,7 +1697,7 @@ class ProbeModel(nn.Module):
     @without_autocast
     def finish(self, state: ProbeState) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(state.differentiable):
             summaries, weights = state.summaries.joined(), state.weights.joined()
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
@@ -1767,7 +1706,7 @@ class ProbeModel(nn.Module):
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None:
-                output.remember_means(MeanStates(self.novelty, *state.means.joined()))
+                output.means = MeanStates(self.novelty, *state.means.joined())
         return output
 
     projected = _needs_package("projected")
@@ -1779,18 +1718,13 @@ class ProbeModel(nn.Module):
         return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
 
     def score_summaries(
-        self,
-        summaries: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        row_weights: torch.Tensor | None = None,
-        learning: bool = False,
+        self, summaries: torch.Tensor, output_attentions: bool = False, learning: bool = False
     ) -> ProbeOutput:
         """Score the layers' summaries `[layers_read, batch, hidden_size]`, from the token stage."""
-        if learning and self.config.layer_dropout:
-            keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
-            summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
         if learning:
+            if self.config.layer_dropout:
+                keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
+                summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
             summaries = F.dropout(summaries, self.config.dropout)
         items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
         pooled = self.layer_stage(items)[0]  # [B, D]
@@ -1798,9 +1732,6 @@ class ProbeModel(nn.Module):
         output = ProbeOutput.from_logits(self.classifier(pooled), self.config)
         if learning:
             output.member_logits = self.classifier.member_logits(pooled)
-        output.row_weights = row_weights
-        if labels is not None:
-            output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
         if output_attentions:
             weights = self.layer_stage.weights(items, None, slice(None))
             output.layer_weights = None if weights is None else weights[0]  # [B, S]
@@ -1935,7 +1866,7 @@ _MARGIN = 64  # tokens
 
 
 class EncodedTexts(NamedTuple):
-    """Token ids that a head reads."""
+    """Token ids of texts."""
 
     ids: list[list[int]]
     masks: list[list[bool]] | None = None
@@ -1980,15 +1911,15 @@ class PromptFormat:
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
         """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
-        if config.prompt_format not in PROMPT_FORMATS:
+        kind = config.prompt_format
+        if kind not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
             logger.warning_once(
                 f"The head was trained on rows that its user tokenised: its prompt_format is unknown, and {kind!r} is used."
             )
-            return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
-        if config.prompt_format == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
+        elif kind == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
-        return cls.create(tokenizer, config.prompt_format, config.system_prompt, config.max_length)
+        return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of a `ProbeConfig` that record the format."""
@@ -2068,7 +1999,7 @@ class PromptFormat:
             bos = self.tokenizer.bos_token_id
             # A text that spells out its BOS token would get a second one from the tokenizer.
             return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        messages = as_chat(text)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return self._encode_chat(messages)
@@ -2117,15 +2048,20 @@ def _check_text(text: Text) -> None:
         raise ProbeError(f"a prompt must be a text or a list of chat messages, not {str(text)[:40]!r}")
 
 
+def as_chat(text: Text) -> list[dict[str, str]]:
+    """Return a text or chat messages as chat messages."""
+    return [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+
+
 def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
     """Return the messages before the assistant's last turn, and its content."""
     _check_text(text)
-    messages = [] if isinstance(text, str) else list(text)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
+    *before, last = as_chat(text)
+    if not before or last["role"] != "assistant" or not str(last["content"]).strip():
         raise ProbeError(
             f"a head that reads replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
         )
-    return messages[:-1], messages[-1]["content"]
+    return before, last["content"]
 
 
 def _has_role(turn: Any) -> bool:
@@ -2137,12 +2073,11 @@ def pad_prompts(
 ) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask` `[B, T]` of prompts, padded on the left or right."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-
-    def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
-
     ids = [torch.tensor(row, dtype=torch.long) for row in prompts]
-    return {"input_ids": padded(ids, pad), "attention_mask": padded(list(map(torch.ones_like, ids)), 0)}
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=padding_side),
+        "attention_mask": pad_sequence(list(map(torch.ones_like, ids)), batch_first=True, padding_side=padding_side),
+    }
 
 
 def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:

@@ -33,11 +33,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers import GenerationConfig
 from transformers import LlamaForCausalLM
-from transformers import LogitsProcessor
 from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
-from transformers import StoppingCriteria
 from transformers import StoppingCriteriaList
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerateBeamDecoderOnlyOutput
@@ -48,6 +46,7 @@ from transformers.utils import logging
 from typing import Any
 from typing import ClassVar
 from .backbone_llama_probe import Decoder
+from .backbone_llama_probe import Pass
 from .backbone_llama_probe import cached_tokens
 from .backbone_llama_probe import capturing
 from .backbone_llama_probe import check_seen
@@ -55,6 +54,8 @@ from .backbone_llama_probe import copy_cache
 from .backbone_llama_probe import find_decoder
 from .backbone_llama_probe import handing_states_to
 from .backbone_llama_probe import length_batches
+from .backbone_llama_probe import plan_passes
+from .backbone_llama_probe import repeat_cache
 from .backbone_llama_probe import stay_in_layers
 from .backbone_llama_probe import target_of
 from .backbone_llama_probe import without_peft
@@ -104,7 +105,6 @@ def _needs_package(name):
 
 # From serving/sources.py
 
-UNNAMED = "probe"
 PROBES_FOLDER = "probes"  # in the folder of a model
 SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
 ProbeSource = str | os.PathLike | ProbeModel
@@ -113,13 +113,18 @@ ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 
 def named_sources(spec: ProbeSpec | None) -> dict[str, ProbeSource]:
     """Return the sources of a `probe=` argument by head name: the key of a dict, else see `default_name`."""
-    pairs = list(spec.items()) if isinstance(spec, Mapping) else [(None, source) for source in _as_list(spec)]
+    if spec is None:
+        spec = []
+    elif isinstance(spec, (str, os.PathLike, ProbeModel)):
+        spec = [spec]
+    elif not isinstance(spec, (Sequence, Mapping)):
+        raise ProbeError(f"probe= takes a folder, a Hub id, an alias, a list or a dict, not {type(spec).__name__}")
     sources: dict[str, ProbeSource] = {}
-    for name, source in pairs:
+    for name, source in spec.items() if isinstance(spec, Mapping) else [(None, source) for source in spec]:
         if not isinstance(source, ProbeModel):
             check_place(source)
         if name is None:
-            name = UNNAMED if isinstance(source, ProbeModel) else default_name(source)
+            name = "probe" if isinstance(source, ProbeModel) else default_name(source)
         if check_name(name) in sources:
             raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head")
         sources[name] = source
@@ -132,20 +137,19 @@ def read_heads(
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
-    """Load all heads of a `probe=` argument, by name (see `named_sources`), before any model is changed."""
-    return {
-        name: source
-        if isinstance(source, ProbeModel)
-        else ProbeModel.from_pretrained(
-            resolve_head(source, target, options, namespace), trust_remote_code=options.trust_remote_code
-        )
-        for name, source in named_sources(spec).items()
-    }
+    """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others."""
+    heads: dict[str, ProbeModel] = {}
+    for name, source in named_sources(spec).items():
+        if not isinstance(source, ProbeModel):
+            folder = resolve_head(source, target, options, namespace)
+            source = ProbeModel.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        heads[name] = source
+    return heads
 
 
 @dataclass(frozen=True)
 class HeadPlace:
-    """A head whose id stands for a model: the head names its backbone."""
+    """A head whose id stands for a model. `source` is its folder, Hub id or alias, with its subfolder."""
 
     name: str
     source: str | os.PathLike
@@ -206,50 +210,50 @@ def model_of(loaded: Any) -> Any:
     return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
-def _as_list(spec: Any) -> list[Any]:
-    if spec is None:
-        return []
-    if isinstance(spec, (str, os.PathLike, ProbeModel)):
-        return [spec]
-    if isinstance(spec, Sequence):
-        return list(spec)
-    raise ProbeError(f"probe= takes a folder, a Hub id, an alias, a list or a dict, not {type(spec).__name__}")
-
-
 # From serving/arguments.py
 
 # Arguments of `generate()` that transformers does not have.
 HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state", "abstain_at")
 
 
-def refuse_in_config(generation_config: GenerationConfig | None) -> None:
-    """Raise `ProbeError` if a config has an argument of heads: it takes any name, and nothing would be halted."""
-    found = [name for name in HEAD_ARGUMENTS if getattr(generation_config, name, None) is not None]
-    if found:
-        raise ProbeError(f"{', '.join(found)} in a generation_config: pass it to generate() itself, {found[0]}=...")
+class GenerateCall:
+    """One call of the plain `generate()`, with its arguments."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ):
+        self.model, self.inputs, self.generation_config, self.kwargs = model, inputs, generation_config, kwargs
+        for config in (generation_config, model.generation_config):
+            if found := [name for name in HEAD_ARGUMENTS if getattr(config, name, None) is not None]:
+                raise ProbeError(f"{found[0]} in a generation_config: pass it to generate() itself, {found[0]}=...")
+
+    @property
+    def input_ids(self) -> torch.Tensor | None:
+        """Token ids of the prompts; `None` if there are embeddings alone."""
+        is_ids = self.inputs is not None and self.inputs.dim() == 2
+        return self.inputs if is_ids else self.kwargs.get("input_ids")
+
+    def setting(self, name: str) -> Any:
+        """Return the value of a setting from the arguments, their config or the model's config, else `None`."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        sources = (getattr(self.generation_config, name, None), getattr(self.model.generation_config, name, None))
+        return next((value for value in sources if value is not None), None)
+
+    def change(self, name: str, value: Any) -> None:
+        """Change a setting: in a copy of the config if there is one, because transformers deprecates settings beside it."""
+        if self.generation_config is None or name in self.kwargs:
+            self.kwargs[name] = value
+        else:
+            self.generation_config = copy.deepcopy(self.generation_config)
+            setattr(self.generation_config, name, value)
 
 
-def with_setting(
-    generation_config: GenerationConfig | None, kwargs: dict[str, Any], name: str, value: Any
-) -> GenerationConfig | None:
-    """Set a setting of a call of `generate()`: in a copy of its config if it has one, else in `kwargs`. Return the config."""
-    if generation_config is None or name in kwargs:
-        kwargs[name] = value
-        return generation_config
-    generation_config = copy.deepcopy(generation_config)
-    setattr(generation_config, name, value)
-    return generation_config
-
-
-def generation_setting(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping, name: str):
-    """Return the value of a setting from the arguments, their config or the model's config, else `None`."""
-    if name in kwargs:
-        return kwargs[name]
-    sources = (getattr(generation_config, name, None), getattr(model.generation_config, name, None))
-    return next((value for value in sources if value is not None), None)
-
-
-def token_ids(value) -> list[int]:
+def token_ids(value: Any) -> list[int]:
     """Return the token ids in a setting such as `eos_token_id`: none, one or several."""
     if isinstance(value, torch.Tensor):
         value = value.flatten().tolist()
@@ -263,11 +267,11 @@ class HeadReference(weakref.ref):
 
     def __init__(self, head: ProbeModel):
         super().__init__(head)
-        self.weights = _versions(head)
+        self.versions = _versions(head)
 
     def is_of(self, head: ProbeModel) -> bool:
         """Return True if `head` is the one that made the state, with the same weights."""
-        return self() is head and self.weights == _versions(head)
+        return self() is head and self.versions == _versions(head)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadReference:
         return self
@@ -311,11 +315,6 @@ class ProbeCache:
             for name, kept in self.heads.items()
         }
 
-    def check_length(self, cached: int) -> None:
-        """Raise `ProbeError` unless a KV cache of `cached` tokens can belong to this state."""
-        if cached != (seen := self.get_seq_length()):
-            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
-
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -339,10 +338,12 @@ class ProbeCache:
         masks: Mapping[str, torch.Tensor],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        cached: int,
     ) -> dict[str, Any]:
         """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen."""
+        if cached != (seen := self.get_seq_length()):
+            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
         self._check_rows(len(input_ids))
-        seen = self.get_seq_length()
         if input_ids.shape[1] <= seen:
             hint = "pass all of the conversation, with at least one new token"
             raise ProbeError(f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: {hint}")
@@ -353,10 +354,8 @@ class ProbeCache:
             raise ProbeError(f"the prompt does not begin with the {seen} tokens that probe_state has seen; {first}")
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
         states = {}
-        for name, head in heads.items():
-            kept = self.heads.get(name)
-            if kept is None:
-                continue
+        for name in [name for name in heads if name in self.heads]:
+            head, kept = heads[name], self.heads[name]
             if not kept.head.is_of(head):
                 raise ProbeError(f"probe_state was made by another head called {name!r}, or by other weights of it")
             wanted = masks[name][:, :seen]
@@ -446,14 +445,13 @@ class ProbedOutputMixin(DecidedMixin):
     @property
     def probe_labels(self) -> dict[str, list[Any]] | None:
         """Labels of each prompt by head name, with the saved temperature and threshold."""
-        probs = self.probe_probabilities
-        if probs is None:
+        if self.probe_logits is None:
             return None
         levels = self.abstain_at or {}
         novelty = self.probe_novelty if levels else {}
         return {
-            name: labels(value, self.config_of(name), novelty.get(name), levels.get(name))
-            for name, value in probs.items()
+            name: labels(probs, self.config_of(name), novelty.get(name), levels.get(name))
+            for name, probs in self.probe_probabilities.items()
         }
 
     @property
@@ -461,7 +459,7 @@ class ProbedOutputMixin(DecidedMixin):
         """The novelty of each prompt, `[prompts]` from 0 (like the training data) to 1 (unlike it), by head."""
         if not self.probe_mean_states:
             return None
-        novelties = self.__dict__.get("_probe_novelties", {})
+        novelties = self.__dict__.get("_probe_novelties")
         if not novelties:
             raise ProbeError("this output has lost its heads (a copy or a gather does that), and so their novelty")
         return {name: novelties[name](*means) for name, means in self.probe_mean_states.items()}
@@ -477,13 +475,12 @@ class ProbedOutputMixin(DecidedMixin):
         return {name: probabilities(each, self.config_of(name)) for name, each in logits.items()}
 
 
-_LOGITS = "dict[str, torch.Tensor] | None"
 # Fields that an output of the LM gets, with their types.
 PROBED_FIELDS = {
-    "probe_logits": _LOGITS,
+    "probe_logits": "dict[str, torch.Tensor] | None",
     "probe_mean_states": "dict[str, tuple[torch.Tensor, torch.Tensor]] | None",
     "probe_halts": "list[Halt | None] | None",
-    "probe_token_logits": _LOGITS,
+    "probe_token_logits": "dict[str, torch.Tensor] | None",
     "probe_state": "ProbeCache | None",
     "texts": "list[str] | None",
 }
@@ -501,11 +498,7 @@ def _make(base: type[ModelOutput]) -> type[ModelOutput]:
         f"Probed{base.__name__}",
         [(name, kind, None) for name, kind in PROBED_FIELDS.items()],
         bases=(ProbedOutputMixin, base),
-        namespace={
-            "__module__": __name__,
-            "__doc__": f"{base.__name__} with `probe_logits`: logits by head name.",
-            "_plain_class": base,
-        },
+        namespace={"__module__": __name__, "__doc__": f"{base.__name__} with results of heads.", "_plain_class": base},
     )
 
 
@@ -523,19 +516,21 @@ def with_results(
     texts: list[str] | None = None,
 ) -> ModelOutput:
     """Return a copy of an LM's output with the results of its heads."""
-    means: dict[str, MeanStates] = {}
-    if results is not None:
-        means = {name: each.means for name, each in results.items() if each.means is not None}
-    found = {"probe_logits": logits_of(results), "probe_halts": halts, "probe_token_logits": token_logits}
-    found |= {"probe_state": state, "texts": texts}
-    found["probe_mean_states"] = {name: (each.total, each.count) for name, each in means.items()} or None
-    probed = probed_output_class(type(output))(**output, **found)
+    means = {name: each.means for name, each in (results or {}).items() if each.means is not None}
+    probed = probed_output_class(type(output))(
+        **output,
+        probe_logits=_logits(results),
+        probe_mean_states={name: (each.total, each.count) for name, each in means.items()} or None,
+        probe_halts=halts,
+        probe_token_logits=token_logits,
+        probe_state=state,
+        texts=texts,
+    )
     probed.remember(configs, {name: each.of for name, each in means.items()})
     return probed
 
 
-def logits_of(results: dict[str, ProbeOutput] | None) -> dict[str, torch.Tensor] | None:
-    """Return the logits of each head's result."""
+def _logits(results: dict[str, ProbeOutput] | None) -> dict[str, torch.Tensor] | None:
     return None if results is None else {name: each.logits for name, each in results.items()}
 
 
@@ -544,13 +539,11 @@ def with_scores(
     results: dict[str, ProbeOutput] | None,
     configs: dict[str, ProbeConfig],
     state: ProbeCache | None = None,
-    state_asked: bool = False,
 ) -> ModelOutput | tuple:
-    """Return the output of `forward` with the results of its heads."""
+    """Return the output of `forward` with the results of its heads. A tuple gets the logits as its last entry."""
     if isinstance(output, ModelOutput):
         return with_results(output, results, configs, state=state)
-    logits = logits_of(results)
-    return (*output, logits, state) if state_asked else (*output, logits)
+    return (*output, _logits(results))
 
 
 # From serving/reader.py
@@ -574,6 +567,7 @@ class StateReader:
         states: Mapping[str, Any] | None = None,
         keep: Collection[str] = (),
         output_attentions: bool = False,
+        differentiable: bool = False,
     ):
         self.heads = dict(heads)
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
@@ -581,10 +575,10 @@ class StateReader:
             if head.device.type == "meta":
                 raise ProbeError(f"head {name!r} has no weights: offload the LM (accelerate) before heads come")
         self.states: dict[str, ProbeState] = {
-            name: head.init_state((states or {}).get(name), name in keep, output_attentions)
+            name: head.init_state((states or {}).get(name), name in keep, output_attentions, differentiable)
             for name, head in self.heads.items()
         }
-        self._whole = output_attentions
+        self._whole, self._differentiable = output_attentions, differentiable
         self._masks: dict[str, torch.Tensor | None] = {}
         self._rows, self._columns = slice(None), slice(None)
         self._last = True
@@ -645,7 +639,7 @@ class StateReader:
         del states
         if not x.shape[2]:
             return
-        with torch.no_grad():  # the LM's own gradients, where it is trained, are none of the heads'
+        with torch.set_grad_enabled(self._differentiable):
             prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
             inputs = {}
             for name, head in self.heads.items():
@@ -682,6 +676,7 @@ class PrefillSession:
     def __init__(
         self,
         heads: dict[str, ProbeModel],
+        decoder: Decoder | None,
         inputs: Mapping[str, Any],
         probe_mask: torch.Tensor | None = None,
         *,
@@ -690,26 +685,23 @@ class PrefillSession:
         return_state: bool = False,
         partial_prompt: bool = False,
         output_attentions: bool = False,
-        placeholder_ids: Sequence[int] = (),
+        differentiable: bool = False,
     ):
         ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         configs, masks = {name: head.config for name, head in heads.items()}, {}
         self.prompts = self.length = 0
         if heads or inputs:
-            masks = prompt_masks(
-                configs, ids, embeds, attention_mask, probe_mask, partial_prompt, placeholder_ids, past
-            )
+            given = (ids, embeds, attention_mask, probe_mask, partial_prompt)
+            masks = prompt_masks(configs, *given, decoder.placeholder_ids, past)
             self.prompts, self.length = (embeds if ids is None else ids).shape[:2]
-        self.heads, self.masks = heads, masks
+        self.heads, self.decoder, self.masks = heads, decoder, masks
         self.input_ids, self.attention_mask = ids, attention_mask
         self.seen = past
         self.return_state, self._partial_prompt = return_state, partial_prompt
         self.cache: Cache | None = None
-        self.decoder: Decoder | None = None
         states = {}
         if earlier is not None:
-            earlier.check_length(past)
-            states = earlier.resume(heads, masks, ids, self._attended())
+            states = earlier.resume(heads, masks, ids, self._attended(), past)
         if not partial_prompt:
             for mask in {id(mask): mask for mask in masks.values()}.values():
                 check_rows(mask)
@@ -719,7 +711,7 @@ class PrefillSession:
                 hint = "pass probe_state= of the call that filled it, or the whole prompt without a cache"
                 raise ProbeError(f"the cache holds {past} tokens, and head {name!r} has not read them: {hint}")
         keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
-        self._reader = StateReader(heads, states, keep, output_attentions)
+        self._reader = StateReader(heads, states, keep, output_attentions, differentiable)
         self._taken: dict[str, ProbeOutput] | None = None
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: Any = None  # a ReplySession, which knows this class
@@ -735,19 +727,17 @@ class PrefillSession:
         return (self.reply or False) if self.complete else self
 
     @contextmanager
-    def reading(self, decoder: Decoder, inputs: dict[str, Any]):
-        """Read the states of one forward pass of the LM, which is about to run over `inputs`."""
+    def reading(self, inputs: dict[str, Any]):
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`. Yield its arguments."""
         repeats, width = self._expect(inputs)
         stop = self.seen + width
         cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
         masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
         self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
-        with capturing(decoder, self._reader.on_state, self._reader.layers):
-            yield decoder.whole(inputs)
+        with capturing(self.decoder, self._reader.on_state, self._reader.layers):
+            yield self.decoder.whole(inputs)
         self._reader.end()
-        self.seen = stop
-        if self.complete and self.on_complete is not None:
-            self.on_complete(self.results())
+        self._advance(stop)
 
     def _expect(self, inputs: dict[str, Any]) -> tuple[int, int]:
         """Return how many rows each prompt has in a forward pass over `inputs`, and how many columns are the prompts'."""
@@ -765,21 +755,19 @@ class PrefillSession:
             raise ProbeError(f"the decoding method does not run the LM over the prompt as it was given ({hint})")
         return repeats, width
 
-    def scores_alone(self, rows: int, columns: int) -> bool:
-        """Return True if one pass over `rows` and `columns` need only give scores; see `take`."""
-        whole = self.seen == 0 and columns == self.length and rows % self.prompts == 0
-        return whole and not self.return_state and self.reply is None
-
     def take(self, output: Any, inputs: dict[str, Any]) -> None:
         """Take the results in the output of a compiled pass over `inputs`, in place of `reading` it."""
         self._expect(inputs)
-        self._taken = {
-            name: ProbeOutput.from_logits(each, self.heads[name].config) for name, each in output.probe_logits.items()
-        }
+        self._taken = {}
+        for name, logits in output.probe_logits.items():
+            self._taken[name] = ProbeOutput.from_logits(logits, self.heads[name].config)
         for name, means in (output.probe_mean_states or {}).items():
-            self._taken[name].remember_means(MeanStates(self.heads[name].novelty, *means))
-        self.seen = self.length
-        if self.on_complete is not None:
+            self._taken[name].means = MeanStates(self.heads[name].novelty, *means)
+        self._advance(self.length)
+
+    def _advance(self, seen: int) -> None:
+        self.seen = seen
+        if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:
@@ -803,7 +791,7 @@ class PrefillSession:
         tokens: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> ProbeCache:
-        """Return what the heads keep of the prompts, once the LM has run over them. Needs `return_state`, and ids."""
+        """Return what the heads keep of the prompts, and of replies to them. Needs `return_state`, and ids."""
         if states is None:
             states = {name: self.state(name) for name in self.heads}
             tokens = self.input_ids[:, :0]
@@ -834,17 +822,18 @@ def traced_reader(
 ) -> StateReader | None:
     """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing."""
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if session is None and ((ids is None and embeds is None) or cached_tokens(inputs)):
+    if (ids is None and embeds is None) or (session is None and cached_tokens(inputs)):
         return None
     rows, columns = (embeds if ids is None else ids).shape[:2]
     configs = {name: head.config for name, head in heads.items()}
     if session is None:
         attention_mask, placeholders = inputs.get("attention_mask"), _placeholder_ids(lm)
         masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
-    elif session.scores_alone(rows, columns):
-        masks = session.masks
     else:
-        return None
+        masks = session.masks
+        whole = session.seen == 0 and columns == session.length and rows % session.prompts == 0
+        if not whole or session.return_state or session.reply is not None:
+            return None
     if not _stay_in_layers(lm):
         return None
     reader = StateReader(heads)
@@ -864,38 +853,29 @@ class ReplyRecorder:
 
     _CHUNK = 16
 
-    def __init__(self, prompt: Any, eos_token_ids: Sequence[int] = ()):
+    def __init__(self, prompt: Any):
         self.prompt = prompt
         self.heads = {name: head for name, head in prompt.heads.items() if not head.config.skips_replies}
         self.layers: Collection[int] = {layer for head in self.heads.values() for layer in head.layer_indices}
-        self._ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
-        self._open: torch.Tensor | None = None
         self._reader: StateReader | None = None
         self._states: dict[str, Any] = {}
         self._waiting: list[dict[int, torch.Tensor]] = []
         self._tokens: list[torch.Tensor] = []
         self._token_masks: list[torch.Tensor] = []
 
-    def start(self, rows: int, closed: Sequence[bool] | None = None) -> None:
-        """Begin once, with one row per prompt or return sequence. `closed` rows have no reply."""
-        if self._open is not None:
-            return
-        repeats = rows // self.prompt.prompts
-        self._states = {name: self.prompt.state(name, repeats) for name in self.prompt.heads}
-        self._reader = StateReader(self.heads, self._states, keep=self.heads)
-        self._open = torch.ones(rows, dtype=torch.bool)
-        if closed is not None:
-            self._open &= ~torch.tensor(list(closed)).repeat_interleave(rows // len(closed))
+    def _start(self, rows: int) -> None:
+        if self._reader is None:
+            repeats = rows // self.prompt.prompts
+            self._states = {name: self.prompt.state(name, repeats) for name in self.prompt.heads}
+            self._reader = StateReader(self.heads, self._states, keep=self.heads)
 
-    def begin(self, tokens: torch.Tensor, scored: torch.Tensor) -> None:
-        """Announce one more token a row: its id, `[rows]`, and whether it is scored."""
-        self._open = self._open.to(tokens.device)
-        ends = torch.isin(tokens, self._ends.to(tokens.device))
+    def begin(self, tokens: torch.Tensor, token_mask: torch.Tensor) -> None:
+        """Announce one more token a row: its id, and whether it counts, `[rows]`."""
+        self._start(len(tokens))
         if len(self._waiting) > self._CHUNK:
             self._read(self._CHUNK)
-        self._token_masks.append(self._open & (scored | ends))
-        self._open = self._open & ~ends
         self._tokens.append(tokens)
+        self._token_masks.append(token_mask)
         self._waiting.append({})
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
@@ -917,7 +897,7 @@ class ReplyRecorder:
 
     def probe_cache(self, rows: int, length: int) -> ProbeCache:
         """Return the state of the heads over prompts and replies, for a KV cache of `rows` rows and `length` tokens."""
-        self.start(rows)
+        self._start(rows)
         taken_back = max(0, self.prompt.length + len(self._tokens) - length)
         self._read(max(0, len(self._waiting) - taken_back))
         count = len(self._tokens) - len(self._waiting)
@@ -952,17 +932,12 @@ class ReplySession:
         self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
         self._steps = 0
 
-    @property
-    def decoder(self) -> Decoder | None:
-        """The LM's decoder; see `PrefillSession`."""
-        return self.prompt.decoder
-
     def end(self, rows: Sequence[bool]) -> None:
         """Score no further token of these rows: one entry a prompt or a row."""
         self._ended = torch.tensor(list(rows))
 
     @contextmanager
-    def reading(self, decoder: Decoder, inputs: dict[str, Any]):
+    def reading(self, inputs: dict[str, Any]):
         """Read the states of one forward pass of the LM, which is about to run over `inputs`, and score its last token."""
         ids = inputs.get("input_ids")
         whole = self.prompt.length + self._steps + 1  # without a cache
@@ -976,26 +951,24 @@ class ReplySession:
             self._reader = StateReader(self.heads, states, keep=self.heads)
         if self._capture is None:
             layers = self._reader.layers | (set() if self.recorder is None else set(self.recorder.layers))
-            self._capture = capturing(decoder, self._on_state, layers)
+            self._capture = capturing(self.prompt.decoder, self._on_state, layers)
             self._capture.__enter__()
-        if self.recorder is not None:
-            self.recorder.start(rows, self._ended)
-        tokens = ids[:, -1]
-        token_mask = self._count(tokens)
-        if self.recorder is not None:
-            self.recorder.begin(tokens, token_mask)
-        mask = token_mask[:, None]
-        self._reader.begin(dict.fromkeys(self.heads, mask))
+        token_mask = self._count(ids[:, -1])
+        self._reader.begin(dict.fromkeys(self.heads, token_mask[:, None]))
         self._reading = True
         try:
             yield inputs
         finally:
             self._reading = False
         self._reader.end()
-        scores = self._score(token_mask)
+        outputs = self._reader.results()
+        for name, output in outputs.items():
+            unread = ~token_mask.to(output.logits.device)[:, None]
+            output.logits = output.logits.masked_fill(unread, float("nan"))
+            self._logits[name].append(output.logits)
         self._steps += 1
         if self.on_token is not None:
-            self.on_token(scores)
+            self.on_token(TokenScores(self._steps - 1, outputs, token_mask))
 
     def _on_state(self, layer: int, hidden: torch.Tensor) -> None:
         if self._reading:
@@ -1012,24 +985,19 @@ class ReplySession:
             self._capture = None
 
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return which of these tokens, one a row, belong to a reply: `[rows]`."""
-        if self._live is None:
-            self._live = torch.ones_like(tokens, dtype=torch.bool)
-        if self._ended is not None:
-            ended = self._ended.repeat_interleave(len(tokens) // len(self._ended)).to(tokens.device)
-            self._live, self._ended = self._live & ~ended, None
-        self._live = self._live & ~torch.isin(tokens, self._ends.to(tokens.device))
-        if self._pad is None or len(tokens) == 1:  # the end of the only reply is the end of all passes
-            return self._live
-        return self._live & (tokens != self._pad)
-
-    def _score(self, token_mask: torch.Tensor) -> TokenScores:
-        outputs = self._reader.results()
-        for name, output in outputs.items():
-            unread = ~token_mask.to(output.logits.device)[:, None]
-            output.logits = output.logits.masked_fill(unread, float("nan"))
-            self._logits[name].append(output.logits)
-        return TokenScores(self._steps, outputs, token_mask)
+        """Return which of these tokens, one a row, belong to a reply, `[rows]`, and announce them to the recorder."""
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended = ended.repeat_interleave(len(tokens) // len(ended)).to(tokens.device)
+        if self._live is None:  # a prompt that was halted has no reply
+            self._live = torch.ones_like(tokens, dtype=torch.bool) if ended is None else ~ended
+        live, ends = self._live, torch.isin(tokens, self._ends.to(tokens.device))
+        self._live = live & ~ends if ended is None else live & ~ends & ~ended
+        # The end of the only reply is the end of all passes.
+        counted = self._live if self._pad is None or len(tokens) == 1 else self._live & (tokens != self._pad)
+        if self.recorder is not None:
+            self.recorder.begin(tokens, counted | (live & ends))
+        return counted
 
     def logits(self, rows: int, new_tokens: int) -> dict[str, torch.Tensor]:
         """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted."""
@@ -1042,17 +1010,19 @@ class ReplySession:
         }
 
 
-# Settings of generate() under which its passes are not over one more token of each reply.
-_BEAMS = ("num_beams", "num_beam_groups", "constraints", "force_words_ids")
-_CANDIDATES = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha")
-_OTHERS = ("dola_layers", "custom_generate")
+# Settings of generate() under which its passes are not over one more token of each reply. 1 is the default of the first two.
+_NOT_FOLLOWED = (
+    *("num_beams", "num_beam_groups", "constraints", "force_words_ids"),
+    *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha"),
+    *("dola_layers", "custom_generate"),
+)
 
 
-def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
-    """Raise `ProbeError` if heads cannot follow the replies that a call of `generate()` writes."""
-    for name in (*_BEAMS, *_CANDIDATES, *_OTHERS):
-        value = setting(name)
-        if value and not (name in _BEAMS and value == 1):
+def refuse_not_followed(what: str, call: GenerateCall) -> None:
+    """Raise `ProbeError` if heads cannot follow the replies that a call writes. `what` is why they are to follow."""
+    for name in _NOT_FOLLOWED:
+        value = call.setting(name)
+        if value and not (value == 1 and name in ("num_beams", "num_beam_groups")):
             raise ProbeError(f"{name} cannot be used with {what}: leave it out, for greedy search or sampling")
 
 
@@ -1060,6 +1030,11 @@ def refuse_not_followed(what: str, setting: Callable[[str], Any]) -> None:
 
 logger = logging.get_logger(__name__)
 
+_NOT_SCORED = (
+    "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
+    "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
+)
+PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 
 # The generate() call of this thread: (model, its assistant, session). The outermost call of a model decides on heads.
 # Calls that the decoding method makes itself (assistants, early exits) run without them.
@@ -1106,17 +1081,16 @@ def is_inner_call(model: nn.Module) -> bool:
 
 def forward_session(
     heads: dict[str, ProbeModel],
+    decoder: Decoder,
     kwargs: dict[str, Any],
     probe_mask: torch.Tensor | None,
     probe_state: ProbeCache | bool | None,
-    placeholder_ids: Sequence[int] = (),
 ) -> PrefillSession | None:
     """Return the session of one call of `forward` with the arguments `kwargs`, which hold only the new tokens."""
     past, ids = cached_tokens(kwargs), kwargs.get("input_ids")
     keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
     earlier, inputs = probe_state if isinstance(probe_state, ProbeCache) else None, kwargs
     if earlier is not None:
-        earlier.check_length(past)
         whole = earlier.followed_by(ids, kwargs.get("attention_mask"))
         inputs = dict(zip(("input_ids", "attention_mask"), whole, strict=True))
     elif past:
@@ -1127,111 +1101,86 @@ def forward_session(
         return None
     keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
     return PrefillSession(
-        heads,
-        inputs,
-        probe_mask,
-        past=past,
-        earlier=earlier,
-        return_state=keep,
-        partial_prompt=keep,
-        placeholder_ids=placeholder_ids,
+        heads, decoder, inputs, probe_mask, past=past, earlier=earlier, return_state=keep, partial_prompt=keep
     )
 
 
 def generation_session(
-    model: PreTrainedModel,
+    call: GenerateCall,
     heads: dict[str, ProbeModel],
-    inputs: torch.Tensor | None,
-    generation_config: GenerationConfig | None,
-    kwargs: dict[str, Any],
     probe_mask: torch.Tensor | None,
     probe_state: ProbeCache | bool | None,
 ) -> PrefillSession:
-    """Return the session of one call of `generate()` with these arguments."""
+    """Return the session of one call of `generate()`."""
     if not heads:
         refuse_without_heads(probe_state)
-        return PrefillSession({}, {})
-
-    def setting(name: str):
-        return generation_setting(model, generation_config, kwargs, name)
-
-    if setting("cache_implementation") == "paged":
+        return PrefillSession({}, None, {})
+    if call.setting("cache_implementation") == "paged":
         raise ProbeError(PAGED)
-    if setting("token_healing"):
+    if call.setting("token_healing"):
         raise ProbeError("token_healing rewrites the end of the prompt behind the heads; switch one of them off")
-    embeds = kwargs.get("inputs_embeds")
-    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    ids, embeds = call.inputs, call.kwargs.get("inputs_embeds")
+    if ids is None:
+        ids = call.kwargs.get("input_ids")
     if embeds is not None:
         ids = None  # generate() ignores ids beside embeddings, but for bookkeeping
-    elif isinstance(inputs, torch.Tensor) and inputs.dim() == 3:
-        ids, embeds = None, inputs
-    mask = kwargs.get("attention_mask")
+    elif isinstance(ids, torch.Tensor) and ids.dim() == 3:
+        ids, embeds = None, ids
+    mask = call.kwargs.get("attention_mask")
     if mask is None and isinstance(ids, torch.Tensor):  # anything else is refused with the other tensors
-        mask = _mask_from_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
-    keep = asks_for_state(probe_state, ids, setting("use_cache"))
-    decoder = find_decoder(model)
+        mask = _mask_from_padding(ids, call)
+    keep = asks_for_state(probe_state, ids, call.setting("use_cache"))
     followers = {name: head for name, head in heads.items() if head.config.reads_reply}
     if followers:
-        refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", setting)
+        refuse_not_followed(f"heads that read the reply ({', '.join(followers)})", call)
     if keep:
-        refuse_not_followed("probe_state, for which heads read the reply", setting)
+        refuse_not_followed("probe_state, for which heads read the reply", call)
     session = PrefillSession(
         {name: head for name, head in heads.items() if head.config.token_scope != "response"},
+        find_decoder(call.model),
         {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask},
         probe_mask,
-        past=cached_tokens(kwargs),
+        past=cached_tokens(call.kwargs),
         earlier=probe_state if isinstance(probe_state, ProbeCache) else None,
         return_state=keep,
-        placeholder_ids=decoder.placeholder_ids,
     )
-    session.decoder = decoder
     if followers or keep:
-        ends, pad = token_ids(setting("eos_token_id")), None
-        if setting("stop_strings") or kwargs.get("stopping_criteria"):
-            pad = next(iter(token_ids(setting("pad_token_id"))), None)
-        recorder = ReplyRecorder(session, ends) if keep else None
-        session.reply = ReplySession(followers, session, ends, pad, recorder)
+        ends, pad = token_ids(call.setting("eos_token_id")), None
+        if call.setting("stop_strings") or call.kwargs.get("stopping_criteria"):
+            pad = next(iter(token_ids(call.setting("pad_token_id"))), None)
+        session.reply = ReplySession(followers, session, ends, pad, ReplyRecorder(session) if keep else None)
     return session
 
 
 def with_probes(
+    call: GenerateCall,
     output: Any,
     session: PrefillSession,
     reply: ReplySession | None,
     configs: dict[str, ProbeConfig],
     halts: list[Halt | None] | None,
-    inputs: torch.Tensor | None,
-    kwargs: dict[str, Any],
 ) -> ModelOutput:
-    """Return the output of the plain `generate(inputs, **kwargs)` with what heads say of its prompts and replies."""
+    """Return the output of the plain `generate()` with what heads say of its prompts and replies."""
     results = session.results()
     if not isinstance(output, ModelOutput):
         hint = "let it return a generate output, or pass return_dict_in_generate=False"
         raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
-    ids = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
     rows, columns = output.sequences.shape
-    new_tokens = columns - (0 if ids is None else ids.shape[1])  # embeddings are not returned
+    new_tokens = columns - (0 if call.input_ids is None else call.input_ids.shape[1])  # embeddings are not returned
     token_logits = state = texts = None
     if reply is not None:
         token_logits = reply.logits(rows, new_tokens) or None
         if reply.recorder is not None:
             state = reply.recorder.probe_cache(rows, cached_tokens(output))
-    if (tokenizer := kwargs.get("tokenizer")) is not None:
+    if (tokenizer := call.kwargs.get("tokenizer")) is not None:
         texts = tokenizer.batch_decode(output.sequences[:, columns - new_tokens :], skip_special_tokens=True)
     return with_results(output, results, configs, halts, token_logits, state, texts)
 
 
-_NOT_SCORED = (
-    "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
-    "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
-)
-PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
-
-
-def _mask_from_padding(input_ids: torch.Tensor, pad_token_id, eos_token_id) -> torch.Tensor | None:
+def _mask_from_padding(input_ids: torch.Tensor, call: GenerateCall) -> torch.Tensor | None:
     """Return the mask that generate() infers: false for pad ids, unless the pad id is an eos id."""
-    pad = next(iter(token_ids(pad_token_id)), None)
-    if pad is None or pad in token_ids(eos_token_id) or not bool((input_ids == pad).any()):
+    pad = next(iter(token_ids(call.setting("pad_token_id"))), None)
+    if pad is None or pad in token_ids(call.setting("eos_token_id")) or not bool((input_ids == pad).any()):
         return None
     return input_ids != pad
 
@@ -1288,6 +1237,7 @@ def classify_texts(
     texts: list[Text],
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
+    share_start: bool = False,
 ) -> dict[str, ProbeOutput]:
     """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass."""
     if tokenizer is None:
@@ -1295,11 +1245,18 @@ def classify_texts(
     found: dict[str, ProbeOutput] = {}
     for names in heads_by_format(configs):
         ids, masks = encode(configs[names[0]], texts, tokenizer)
-        whole = [list(range(len(ids)))]
-        for rows in whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS):
-            inputs = pad_inputs([ids[row] for row in rows], masks and [masks[row] for row in rows], tokenizer)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            part = model.classify(**inputs, probes=names, output_attentions=output_attentions)
+        inputs = pad_inputs(ids, masks, tokenizer)
+        if share_start:
+            passes = _shared_passes(model, {name: configs[name] for name in names}, ids, inputs)
+        else:
+            whole = [list(range(len(ids)))]
+            batches = whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS)
+            passes = [Pass(rows) for rows in batches]
+        for each in passes:
+            rows, width = each.rows, max(len(ids[row]) for row in each.rows)
+            batch = {name: tensor[rows, :width].to(model.device) for name, tensor in inputs.items()}
+            cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
+            part = model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions)
             if output_attentions:
                 found |= part
                 continue
@@ -1308,11 +1265,19 @@ def classify_texts(
                     blank = output.logits.new_empty(len(ids), configs[name].num_labels)
                     found[name] = ProbeOutput.from_logits(blank, configs[name])
                     if (means := output.means) is not None:
-                        found[name].remember_means(means.blank(len(ids)))
+                        found[name].means = means.blank(len(ids))
                 found[name].logits[rows] = output.logits
                 if output.means is not None:
                     found[name].means.put(rows, output.means)
     return {name: found[name] for name in configs}
+
+
+def _shared_passes(
+    model: Any, configs: Mapping[str, ProbeConfig], ids: list[list[int]], inputs: dict[str, torch.Tensor]
+) -> list[Pass]:
+    given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
+    read = torch.stack(list(read_masks(configs, prompt_masks(configs, *given)).values())).any(dim=0)
+    return plan_passes(model, ids, read.int().argmax(dim=1).tolist(), BATCH_TOKENS)
 
 
 # From serving/streaming.py
@@ -1321,8 +1286,8 @@ class HoldBackStreamer(BaseStreamer):
     """Holds back the tokens of a reply until heads have scored them, and the tokens after them, without a flag."""
 
     def __init__(self, streamer: BaseStreamer, tokens: int = 8):
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ProbeError(f"tokens={tokens!r} must be a whole number from 0")
+        if tokens < 0:
+            raise ProbeError(f"tokens={tokens} must be a whole number from 0")
         self.streamer, self.tokens = streamer, tokens
         self._reset()
 
@@ -1333,11 +1298,11 @@ class HoldBackStreamer(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         """Show the prompt at once, and hold the tokens of the reply."""
-        if self._prompt_seen and not self._halted:
-            self._held.append(value)
-        elif not self._prompt_seen:
+        if not self._prompt_seen:
             self._prompt_seen = True
             self.streamer.put(value)
+        elif not self._halted:
+            self._held.append(value)
 
     def scored(self, flagged: bool) -> None:
         """Record the flag of the token that was put last. Called by `generate`."""
@@ -1357,18 +1322,14 @@ class HoldBackStreamer(BaseStreamer):
     def abort(self) -> None:
         """Drop the held tokens and end after an error. Called by `generate`."""
         self._held.clear()
-        self._end()
+        self.end()
 
     def end(self) -> None:
         """Show the held tokens and end."""
-        if not self._halted:
-            for value in self._held:
-                self.streamer.put(value)
-        self._end()
-
-    def _end(self) -> None:
         try:
             if not self._halted:
+                while self._held:
+                    self.streamer.put(self._held.popleft())
                 self.streamer.end()
         finally:  # held tokens of this reply must not be shown with the next
             self._reset()
@@ -1384,7 +1345,6 @@ TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
 _OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
-_NOT_IN_A_REPROMPT = {"inputs", "input_ids", "inputs_embeds", "attention_mask", *HEAD_ARGUMENTS}
 
 
 @dataclass(frozen=True)
@@ -1395,13 +1355,8 @@ class Reprompt:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        is_tensor = isinstance(self.input_ids, torch.Tensor)
-        shape = tuple(self.input_ids.shape) if is_tensor else ()
-        if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            found = f"has the shape {list(shape)}" if is_tensor else f"is a {type(self.input_ids).__name__}"
-            raise ProbeError(f"Reprompt.input_ids {found}; it must be a tensor of shape [1, tokens]")
-        if unknown := sorted(self.kwargs.keys() & _NOT_IN_A_REPROMPT):
-            raise ProbeError(f"Reprompt.kwargs has {', '.join(unknown)}; its prompt is input_ids, and no head runs")
+        if not isinstance(self.input_ids, torch.Tensor) or self.input_ids.dim() != 2 or len(self.input_ids) != 1:
+            raise ProbeError("Reprompt.input_ids must be a tensor of shape [1, tokens]: one prompt")
 
 
 HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
@@ -1430,16 +1385,14 @@ class HaltRule:
         unsure: Sequence[float] | None = None,
         ask: Judge | None = None,
     ) -> HaltRule:
-        """Return the rule for the options of one head in `halt_on`."""
+        """Return the rule for the options of one head in `halt_on`. A threshold may be a name in the head's `thresholds`."""
         names, regression = list(config.id2label.values()), config.problem_type == "regression"
         if label is None and len(names) > (1 if regression else 2):
             raise ProbeError(f"halt_on: {head!r} needs a label, such as {{{head!r}: {{'label': {names[-1]!r}}}}}")
         label = names[-1] if label is None else label
         if label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
-        if threshold is None and regression:
-            raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
-        known = config.thresholds or {}
+        index, known = names.index(label), config.thresholds or {}
         if isinstance(threshold, str) and label == names[-1]:
             threshold = known.get(threshold, threshold)
         if threshold is not None:
@@ -1449,19 +1402,20 @@ class HaltRule:
                 allowed = "a number" if regression else named
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
             threshold = float(threshold)
-        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+        elif regression:
+            raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
+        else:
+            threshold = threshold_of(config, index)
+        if not isinstance(patience, int) or patience < 1:
             raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
         if patience > 1 and not config.reads_reply:
             raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
-        index = names.index(label)
-        threshold = threshold_of(config, index) if threshold is None else threshold
         if unsure is not None or ask is not None:
             band = unsure if isinstance(unsure, (list, tuple)) else ()
             if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
                 raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
-            unsure = tuple(map(float, band))
         return cls(head, config, index, threshold, patience, unsure, ask)
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
@@ -1471,15 +1425,16 @@ class HaltRule:
         decided = self.threshold is None
         found = predictions(probs, self.config) == self.index if decided else scores >= self.threshold
         found = found | scores.isnan()  # a guard that cannot read its input halts
-        label = self.config.id2label[self.index]
-        return [
-            Halt(self.head, label, score, self.threshold) if hit else None
-            for hit, score in zip(found.tolist(), scores.tolist(), strict=True)
-        ]
+        pairs = zip(found.tolist(), scores.tolist(), strict=True)
+        return [self.reason(score) if hit else None for hit, score in pairs]
+
+    def reason(self, score: float) -> Halt:
+        """Return the `Halt` of a row with this score."""
+        return Halt(self.head, self.config.id2label[self.index], score, self.threshold)
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
-    """Return the options of each head in `halt_on`, which is not a function here."""
+    """Return the options of each head in a `halt_on` that is no function."""
     named = [spec] if isinstance(spec, str) else spec
     if not isinstance(named, Mapping):
         if not isinstance(named, Iterable) or not all(isinstance(name, str) for name in named):
@@ -1513,8 +1468,6 @@ class Halter:
         self._streaks: dict[str, list[int]] = {}
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
-        if on_token is not None and not callable(on_token):
-            raise ProbeError(f"on_probe_token is a {type(on_token).__name__}; it must be a function of TokenScores")
         if on_token is not None and not any(config.reads_reply for config in configs.values()):
             raise ProbeError("on_probe_token: no active head reads replies (token_scope='response' or 'all')")
         if self.policy is not None and all(config.token_scope == "response" for config in configs.values()):
@@ -1532,11 +1485,10 @@ class Halter:
         return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
 
     def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
-        """Decide on the prompts; the first rule that flags one counts."""
+        """Decide on the prompts; the first rule that flags one counts. After an error of the policy no reply is begun."""
+        self.halts = [None] * prompts
         if self.policy is not None:
             self.halts = _decisions("the halting policy", self.policy(outputs), prompts)
-            return self.halts
-        self.halts = [None] * prompts
         for rule in self.rules:
             if rule.head in outputs:
                 found = self._patient(rule, self._asked(rule, outputs[rule.head]), [True] * prompts)
@@ -1549,18 +1501,14 @@ class Halter:
         if rule.unsure is None:
             return found
         scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
-        rows = ((low <= scores) & (scores < high)).nonzero().flatten().tolist()
-        if not rows:
-            return found
-        said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
-        label = rule.config.id2label[rule.index]
-        for row, halt in zip(rows, said, strict=True):
-            own = Halt(rule.head, label, float(scores[row]), rule.threshold)
-            found[row] = own if halt == Halt() else halt
+        if rows := ((low <= scores) & (scores < high)).nonzero().flatten().tolist():
+            said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
+            for row, halt in zip(rows, said, strict=True):
+                found[row] = rule.reason(float(scores[row])) if halt == Halt() else halt
         return found
 
     def follow(self, scores: TokenScores) -> list[bool]:
-        """Decide on one more token of each reply; `halts` then has one entry a row."""
+        """Decide on one more token of each reply; `halts` then has one entry a row. After an error no token is written."""
         counted = scores.counted.tolist()
         self.expand(len(counted))
         found = []  # pairs (flags, halts), each with one entry a row
@@ -1609,52 +1557,17 @@ class AllHalted(Exception):
     """Leaves the plain `generate()` after the prefill if every prompt is halted."""
 
 
-class _HaltedToEnd(LogitsProcessor):
-    """Forces `token` in the rows of halted prompts: the end-of-sequence token, or padding without one."""
-
-    def __init__(self, halter: Halter, token: int):
-        self.halter, self.token = halter, token
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not any(self.halter.halts or ()):
-            return scores
-        rows = _halted_rows(self.halter, scores)
-        scores = scores.clone()
-        scores[rows] = torch.finfo(scores.dtype).min
-        scores[rows, self.token] = 0.0
-        return scores
-
-
-class _StopHalted(StoppingCriteria):
-    """Stops halted rows, so that decoding ends with the last of the others, even without an end-of-sequence token."""
-
-    def __init__(self, halter: Halter):
-        self.halter = halter
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return _halted_rows(self.halter, input_ids)
-
-
-def _halted_rows(halter: Halter, batch: torch.Tensor) -> torch.Tensor:
-    """Return a mask of the halted rows of a batch, in which beams and return sequences repeat each prompt."""
-    rows = torch.tensor([halt is not None for halt in halter.halts], device=batch.device)
-    return rows.repeat_interleave(len(batch) // len(rows))
-
-
 class HaltingRun:
     """One call of `generate()` that may halt."""
 
-    def __init__(
-        self, model, halter: Halter, session: PrefillSession, reply: HaltReply | None, generation_config, kwargs
-    ):
-        self.model, self.halter, self.session = model, halter, session
-        self.generation_config, self.kwargs = generation_config, kwargs
-        self.reply = _checked(reply, kwargs.get("tokenizer"), model.config.get_text_config(decoder=True).vocab_size)
-        self.streamer = kwargs.get("streamer")
-        self.copies = self._setting("num_return_sequences") or 1
+    def __init__(self, call: GenerateCall, halter: Halter, session: PrefillSession, reply: HaltReply | None):
+        self.call, self.halter, self.session = call, halter, session
+        self.tokenizer, self.streamer = call.kwargs.get("tokenizer"), call.kwargs.get("streamer")
+        self.reply = _checked(reply, self.tokenizer)
+        self.copies = call.setting("num_return_sequences") or 1
         session.on_complete = self._decide
         if any(rule.ask is not None for rule in halter.rules):
-            if kwargs.get("tokenizer") is None or session.input_ids is None:
+            if self.tokenizer is None or session.input_ids is None:
                 raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
             halter.texts = self._texts
         if halter.follows:
@@ -1663,22 +1576,21 @@ class HaltingRun:
         if isinstance(self.streamer, HoldBackStreamer) and rows != 1:
             raise ProbeError(f"a HoldBackStreamer serves one row, and this call has {rows}: generate them one by one")
 
-    def generate(self, generate: Callable, inputs: torch.Tensor | None) -> ModelOutput:
+    def generate(self, generate: Callable) -> ModelOutput:
         """Call the plain `generate`, and put the reply of halted rows into its output."""
         self._plain_generate = generate
-        ends = token_ids(self._setting("eos_token_id"))
-        pad = [*token_ids(self._setting("pad_token_id")), *ends, 0][0]
-        kwargs = dict(self.kwargs)
-        processors = [*(kwargs.get("logits_processor") or ()), _HaltedToEnd(self.halter, [*ends, pad][0])]
-        kwargs["logits_processor"] = LogitsProcessorList(processors)
+        ends = token_ids(self.call.setting("eos_token_id"))
+        pad = [*token_ids(self.call.setting("pad_token_id")), *ends, 0][0]
+        self._end = [*ends, pad][0]
+        kwargs = dict(self.call.kwargs)
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), self._force_end])
         if self.halter.follows:
-            criteria = [*(kwargs.get("stopping_criteria") or ()), _StopHalted(self.halter)]
+            criteria = [*(kwargs.get("stopping_criteria") or ()), self._stop]
             kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
-        prompt = inputs if inputs is not None and inputs.dim() == 2 else kwargs.get("input_ids")
         try:
-            output = generate(inputs, self.generation_config, **kwargs)
+            output = generate(self.call.inputs, self.call.generation_config, **kwargs)
         except AllHalted:
-            output = self._without_tokens(prompt)
+            output = self._without_tokens()
         except BaseException:
             if self.streamer is not None:
                 with contextlib.suppress(Exception):  # the first error tells more than that of a broken stream
@@ -1687,9 +1599,28 @@ class HaltingRun:
         if self.halter.follows:
             self.halter.expand(len(output.sequences))
         if any(self.halter.halts):
-            length = 0 if prompt is None else prompt.shape[1]
+            length = 0 if self.call.input_ids is None else self.call.input_ids.shape[1]
             output.sequences = _with_reply(output.sequences, self.halter.halts, length, self._reply_tokens(), pad)
         return output
+
+    def _force_end(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Force the end-of-sequence token, or padding without one, in the rows of halted prompts. A logits processor."""
+        if not any(self.halter.halts or ()):
+            return scores
+        rows = self._halted_rows(scores)
+        scores = scores.clone()
+        scores[rows] = torch.finfo(scores.dtype).min
+        scores[rows, self._end] = 0.0
+        return scores
+
+    def _stop(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        """Stop halted rows, so that decoding ends with the last of the others. A stopping criterion."""
+        return self._halted_rows(input_ids)
+
+    def _halted_rows(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the halted rows of a batch, in which beams and return sequences repeat each prompt."""
+        rows = torch.tensor([halt is not None for halt in self.halter.halts], device=batch.device)
+        return rows.repeat_interleave(len(batch) // len(rows))
 
     def _decide(self, outputs: dict[str, ProbeOutput]) -> None:
         with outside_sessions():
@@ -1708,7 +1639,7 @@ class HaltingRun:
         if config.turn_markers is not None:
             mask = mask.cpu() & ~marker_mask(config.turn_markers, ids)
         counted = [row[kept].tolist() for row, kept in zip(ids, mask.to(ids.device), strict=True)]
-        return [text.strip() for text in self.kwargs["tokenizer"].batch_decode(counted, skip_special_tokens=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(counted, skip_special_tokens=True)]
 
     def _follow(self, scores: TokenScores) -> None:
         before = list(self.halter.halts)
@@ -1737,53 +1668,49 @@ class HaltingRun:
             if self.session.reply is not None:  # its hooks must not read the passes that write this
                 self.session.reply.close()
                 self.session.reply = None
-            ids = self.reply.input_ids.to(self.model.device)
+            ids = self.reply.input_ids.to(self.call.model.device)
             written = self._plain_generate(ids, attention_mask=torch.ones_like(ids), **self.reply.kwargs)
             sequences = written if isinstance(written, torch.Tensor) else written.sequences
             self.reply = sequences[0, ids.shape[1] :]
         return self.reply
 
-    def _without_tokens(self, prompt: torch.Tensor | None) -> ModelOutput:
+    def _without_tokens(self) -> ModelOutput:
         """Return the output of a plain `generate` that writes no token."""
+        prompt = self.call.input_ids
         if prompt is None:  # the plain output for embeddings holds new tokens alone
-            prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.model.device)
+            prompt = torch.zeros(self.session.prompts, 0, dtype=torch.long, device=self.call.model.device)
         sequences = prompt.repeat_interleave(self.copies, dim=0)
         per_token = ("scores", "logits", "attentions", "hidden_states")
-        none = {name: () for name in per_token if self._setting(f"output_{name}")}
-        if (self._setting("num_beams") or 1) == 1:
+        none = {name: () for name in per_token if self.call.setting(f"output_{name}")}
+        if (self.call.setting("num_beams") or 1) == 1:
             return GenerateDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
-        rows = len(sequences)
         if "scores" in none:  # the log probability of nothing
-            none["sequences_scores"] = torch.zeros(rows, device=sequences.device)
-        none["beam_indices"] = sequences.new_zeros(rows, 0)
+            none["sequences_scores"] = torch.zeros(len(sequences), device=sequences.device)
+        none["beam_indices"] = sequences.new_zeros(len(sequences), 0)
         return GenerateBeamDecoderOnlyOutput(sequences=sequences, cache=self.session.cache, **none)
 
-    def _setting(self, name: str):
-        return generation_setting(self.model, self.generation_config, self.kwargs, name)
 
-
-def _checked(reply: HaltReply | None, tokenizer, vocab_size: int) -> torch.Tensor | Reprompt:
+def _checked(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
     """Return the reply as token ids `[tokens]`, or the `Reprompt` as it is."""
+    if isinstance(reply, Reprompt):
+        return reply
     if isinstance(reply, str):
         if tokenizer is None:
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
         reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    name = "Reprompt.input_ids" if isinstance(reply, Reprompt) else "halt_reply"
     try:
-        ids = reply.input_ids[0] if isinstance(reply, Reprompt) else torch.as_tensor([] if reply is None else reply)
+        ids = torch.as_tensor([] if reply is None else reply)
     except (TypeError, ValueError, RuntimeError):
-        raise ProbeError(f"{name} is a {type(reply).__name__}; allowed: token ids, a text or a Reprompt") from None
-    whole = not ids.is_floating_point() and ids.dtype != torch.bool
-    if ids.dim() != 1 or (ids.numel() and not (whole and ids.min() >= 0 and ids.max() < vocab_size)):
-        found = ids.tolist()[:8] if ids.dim() else ids.item()
-        raise ProbeError(f"{name} has {found}; it must be a list of token ids from 0 to {vocab_size - 1}")
-    return reply if isinstance(reply, Reprompt) else ids.long()
+        ids = None
+    if ids is None or ids.dim() != 1 or (ids.is_floating_point() and len(ids)):
+        raise ProbeError(f"halt_reply={reply!r} must be token ids, a text or a Reprompt")
+    return ids.long()
 
 
 def _with_reply(
     sequences: torch.Tensor, halts: Sequence[Halt | None], prompt_length: int, reply: torch.Tensor, pad: int
 ) -> torch.Tensor:
-    """Replace what follows the prompt, or the last token, of each halted row."""
+    """Replace what follows the prompt, or the last token, of each halted row: `[rows, tokens of the longest row]`."""
     repeats = len(sequences) // len(halts)
     rows = list(sequences)
     for row, halt in enumerate(halt for halt in halts for _ in range(repeats)):
@@ -1821,16 +1748,12 @@ class ProbeHostMixin:
     @property
     def active_probes(self) -> list[str]:
         """Names of the heads that run, in the order in which they were attached or activated."""
-        probes = self.probes  # `del model.probes[name]` leaves the name among the active ones
-        return [name for name in self._active_probes if name in probes]
+        return list(self._active_heads())
 
     def set_active_probes(self, names: str | Iterable[str]) -> None:
         """Choose the heads that run. With an empty list the model is the plain LM."""
-        names = _each_name(names)
         with _CHANGING:
-            for name in names:
-                self._require_probe(name)
-            self._active_probes = tuple(names)
+            self._active_probes = tuple(self._active_heads(names))
 
     def add_probe(self, name: str, config: ProbeConfig | ProbeModel) -> ProbeModel:
         """Attach a `ProbeModel`, or a new head with fresh weights for a `ProbeConfig`, and return it."""
@@ -1858,19 +1781,19 @@ class ProbeHostMixin:
     def delete_probe(self, name: str) -> None:
         """Detach a head."""
         with _CHANGING:
-            self._require_probe(name)
+            self._active_heads(name)
             self._active_probes = tuple(active for active in self._active_probes if active != name)
             self.probes = nn.ModuleDict({key: head for key, head in self.probes.items() if key != name})
 
     def save_probe(self, dir: str | os.PathLike, name: str | None = None) -> Path:
         """Write one head with its card into the folder `dir`, and return the folder. `name` defaults to the only head."""
-        return self.probes[self._single_probe(name, "save")].save_pretrained(dir)
+        return self.probes[self._single_probe(name)].save_pretrained(dir)
 
     push_probe_to_hub = _needs_package("push_probe_to_hub")
 
     @contextmanager
     def disable_probes(self):
-        """Inside the block no head runs, and the model is the plain LM. The active heads are then active again."""
+        """Run no head inside the block. The active heads are then active again."""
         names = self._active_probes
         self.set_active_probes([])
         try:
@@ -1894,7 +1817,7 @@ class ProbeHostMixin:
         save_probes: bool = True,
         **kwargs,
     ) -> None:
-        """Save the backbone as the plain class does, and each head in `probes/NAME`."""
+        """Save the backbone as the plain class does, and each head in `probes/NAME` unless `save_probes` is false."""
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(self, save_directory, config=self.config)
@@ -1925,11 +1848,6 @@ class ProbeHostMixin:
             setattr(plain.config, SAVED_HEADS, names)
         return plain
 
-    def _require_probe(self, name: str, heads: nn.ModuleDict | None = None) -> None:
-        heads = self.probes if heads is None else heads
-        if name not in heads:
-            raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(heads) or 'none'}")
-
     def _require_free(self, name: str) -> None:
         if check_name(name) in self.probes:
             raise ProbeError(f"a head {name!r} is attached already: choose another name or delete_probe({name!r})")
@@ -1938,19 +1856,17 @@ class ProbeHostMixin:
 
     def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
         # Everything that can fail comes first, so that all heads are attached or none.
-        decoder = self._decoder
         heads: dict[str, ProbeModel] = {}
         for name, probe in probes.items():
             self._require_free(name)
             if isinstance(probe, ProbeModel):
                 check_backbone(name, probe.config, self, strict)
                 heads[name] = probe
-            elif not isinstance(probe, ProbeConfig):
-                found = type(probe).__name__
-                raise ProbeError(f"head {name!r} is a {found}; add_probe takes a ProbeConfig or a ProbeModel")
-            else:
+            elif isinstance(probe, ProbeConfig):
                 heads[name] = ProbeModel(describe(self, probe))
-        device = decoder.device
+            else:
+                raise ProbeError(f"head {name!r}: add_probe takes a ProbeConfig or a ProbeModel, not {probe!r}")
+        device = self._decoder.device
         for head in heads.values():
             head.bind(self)
             head.to(device).eval()
@@ -1964,36 +1880,31 @@ class ProbeHostMixin:
     def _active_heads(self, names: str | Iterable[str] | None = None) -> dict[str, ProbeModel]:
         """Return the heads of one call by name: the given ones, or the active ones."""
         heads = self.probes
-        if names is None:
+        if names is None:  # `del model.probes[name]` leaves the name among the active ones
             return {name: heads[name] for name in self._active_probes if name in heads}
-        names = _each_name(names)
+        names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            self._require_probe(name, heads)
+            if name not in heads:
+                raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(heads) or 'none'}")
         return {name: heads[name] for name in names}
 
 
-def _each_name(names: str | Iterable[str]) -> list[str]:
-    found = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
-    if not all(isinstance(name, str) for name in found):
-        raise ProbeError(f"{names!r} does not name heads: give a name, a list of names, or [] for none")
-    return list(dict.fromkeys(found))
-
-
 def change_class(model: nn.Module, cls: type) -> None:
-    """Give a loaded model another class, also if accelerate keeps the old class's forward in the instance."""
+    """Give a loaded model another class."""
     hook = model.__dict__.get("_hf_hook")
     if hook is None:
         if "forward" in model.__dict__:
             raise ProbeError("model.forward was replaced: del model.forward, attach heads, then replace it again")
         model.__class__ = cls
         return
+    # accelerate keeps the old class's forward in the instance
     try:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
     except ImportError:
         raise
 
     remove_hook_from_module(model)
-    del model.forward  # accelerate leaves the old class's method, bound to the instance
+    del model.forward
     model.__class__ = cls
     add_hook_to_module(model, hook)
 
@@ -2005,7 +1916,7 @@ _POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-
 
 
 class ProbedGenerationMixin(ProbeHostMixin):
-    """Adds probe heads to a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`."""
+    """Probe heads for a causal LM class: `class X(ProbedGenerationMixin, SomeForCausalLM)`."""
 
     # Filled in for each subclass: the plain class, and the names of its forward's positional arguments.
     _causal_lm_class: type[PreTrainedModel]
@@ -2122,44 +2033,27 @@ class ProbedGenerationMixin(ProbeHostMixin):
                     output = super().forward(**kwargs)
                 reader.end()
                 return with_scores(output, reader.traced_results(), configs)
-        decoder = (session.decoder if generating else None) or self._decoder
         if not generating:
             if not heads:
                 refuse_without_heads(probe_state)
                 return super().forward(**kwargs)
-            if not compiling and not cached_tokens(kwargs):
+            past, decoder = cached_tokens(kwargs), self._decoder
+            if not compiling and not past:
                 self._warn_of_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), probe_mask)
-            if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
-                return self._differentiable_forward(heads, configs, kwargs, probe_mask)
-            session = forward_session(heads, kwargs, probe_mask, probe_state, decoder.placeholder_ids)
+            if self.training and torch.is_grad_enabled() and not past and not probe_state:
+                session = PrefillSession(heads, decoder, kwargs, probe_mask, differentiable=True)
+            else:
+                session = forward_session(heads, decoder, kwargs, probe_mask, probe_state)
             if session is None:  # a later step of the caller's own decoding loop
-                return with_scores(super().forward(**kwargs), None, configs, None, probe_state is not None)
-        with session.reading(decoder, kwargs) as inputs:
+                return with_scores(super().forward(**kwargs), None, configs)
+        with session.reading(kwargs) as inputs:
             output = super().forward(**inputs)
             if isinstance(session, PrefillSession):
                 session.cache = getattr(output, "cache", inputs.get("cache"))
         if generating:
             return output
         state = session.probe_cache() if session.return_state else None
-        return with_scores(output, session.results(), configs, state, probe_state is not None)
-
-    def _differentiable_forward(self, heads, configs, kwargs, probe_mask):
-        """Run a pass whose logits have gradients, to the heads and to the LM. It keeps the states of all layers."""
-        decoder, states = self._decoder, {}
-        ids, embeds, attention_mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-        placeholders = decoder.placeholder_ids
-        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
-        layers = {layer for head in heads.values() for layer in head.layer_indices}
-        with capturing(decoder, states.__setitem__, layers):
-            output = super().forward(**decoder.whole(kwargs))
-        check_seen(layers, states)
-        results = {}
-        for name, head in heads.items():
-            check_rows(masks[name])
-            x = head.normalize(torch.stack([states[layer].to(head.device) for layer in head.layer_indices]))
-            summaries = head.token_stage(x, masks[name].to(head.device))  # [S, B, D]
-            results[name] = head.score_summaries(summaries)
-        return with_scores(output, results, configs)
+        return with_scores(output, session.results(), configs, state)
 
     def classify(
         self,
@@ -2190,17 +2084,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
-        past = cached_tokens({"cache": cache})
-        if asks_for_state(probe_state, input_ids, None) and probe_state is True:
+        past, decoder = cached_tokens({"cache": cache}), self._decoder
+        if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
+        earlier = probe_state or None
         session = PrefillSession(
-            heads,
-            inputs,
-            probe_mask,
-            past=past,
-            earlier=probe_state or None,
-            output_attentions=output_attentions,
-            placeholder_ids=self._decoder.placeholder_ids,
+            heads, decoder, inputs, probe_mask, past=past, earlier=earlier, output_attentions=output_attentions
         )
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:
@@ -2208,8 +2097,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
-        decoder = self._decoder
-        with torch.no_grad(), session.reading(decoder, inputs) as inputs:
+        with torch.no_grad(), session.reading(inputs) as inputs:
             decoder.run(**inputs)
         return abstaining(session.results(), levels)
 
@@ -2230,58 +2118,47 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs) -> Any:
         """Generate as `GenerationMixin.generate` does. Every active head scores the prompt in the same pass."""
-        named = dict(zip(_POSITIONAL, args, strict=False))
-        if len(named) < len(args) or named.keys() & kwargs.keys():
-            raise TypeError("generate() got too many positional arguments, or one of them by name as well")
-        kwargs |= named
+        kwargs |= dict(zip(_POSITIONAL, args, strict=False))
         asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
         probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
-        for config in (generation_config, self.generation_config):
-            refuse_in_config(config)
+        call = GenerateCall(self, inputs, generation_config, kwargs)
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked)
         heads = {} if inner else self._active_heads(probes)
         configs = {name: head.config for name, head in heads.items()}
         levels, halter = abstain_levels(abstain_at, configs), None
-        if not inner and (halt_on is not None or on_token is not None):
+        if halt_on is not None or on_token is not None:
             halter = Halter(halt_on, configs, on_token)
-        if halt_reply is not None and halter is None and not inner:
+        elif halt_reply is not None:
             raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
         if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
             raise ProbeError("a HoldBackStreamer needs halt_on= with a head that reads replies, or on_probe_token=")
-        as_dict = True
-        if heads:
-            as_dict = kwargs.get(
-                "return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", None)
-            )
-            as_dict = as_dict is None or as_dict
-            if not as_dict and probe_state not in (None, False):
-                raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
-            if as_dict or halter is not None:
-                generation_config = with_setting(generation_config, kwargs, "return_dict_in_generate", True)
-            else:
-                heads = {}
-        session = generation_session(self, heads, inputs, generation_config, kwargs, probe_mask, probe_state)
+        own = getattr(generation_config, "return_dict_in_generate", None)
+        as_dict = kwargs.get("return_dict_in_generate", own) in (None, True)
+        if heads and not as_dict and probe_state not in (None, False):
+            raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
+        if not as_dict and halter is None:
+            heads = {}
+        session = generation_session(call, heads, probe_mask, probe_state)
         reply = session.reply
+        if heads:
+            call.change("return_dict_in_generate", True)
         if reply is not None and "disable_compile" not in kwargs:
-            # hooks and a state that grows would only break its graphs
-            generation_config = with_setting(generation_config, kwargs, "disable_compile", True)
+            call.change("disable_compile", True)  # hooks and a state that grows would only break its graphs
         with open_session(self, kwargs.get("assistant_model"), session):
             if halter is None:
-                output = super().generate(inputs, generation_config, **kwargs)
+                output = super().generate(inputs, call.generation_config, **kwargs)
             else:
-                run = HaltingRun(self, halter, session, halt_reply, generation_config, kwargs)
-                output = run.generate(super().generate, inputs)
+                output = HaltingRun(call, halter, session, halt_reply).generate(super().generate)
         if not heads:
             return output
-        halts = None if halter is None else halter.halts
-        probed = with_probes(output, session, reply, configs, halts, inputs, kwargs)
+        probed = with_probes(call, output, session, reply, configs, None if halter is None else halter.halts)
         if levels:
-            probed.abstain(levels)
+            probed.abstain_at = levels
         return probed if as_dict else probed.sequences
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Start continuous batching, also for `generate_batch`, without heads: they cannot read its paged passes."""
+        """Start continuous batching, without heads: they cannot read its paged passes."""
         if self._active_probes:
             raise ProbeError(PAGED)
         return super().init_continuous_batching(*args, **kwargs)

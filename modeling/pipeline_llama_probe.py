@@ -44,9 +44,6 @@ _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
 class AutoModelForProbedGeneration:
     """Load or convert any causal LM of transformers, with heads; its class is made from the plain one."""
 
-    def __init__(self):
-        raise ProbeError("use AutoModelForProbedGeneration.from_pretrained(...) or .from_causal_lm(...)")
-
     from_pretrained = _needs_package("from_pretrained")
 
     @classmethod
@@ -57,12 +54,11 @@ class AutoModelForProbedGeneration:
         if hasattr(lm, "_orig_mod"):
             raise ProbeError("torch.compile wraps this model: from_causal_lm(model._orig_mod, ...), and compile that")
         base = without_peft(lm)
-        plain = getattr(type(base), "_causal_lm_class", type(base))
-        if plain is not type(base) and not isinstance(base, ProbedGenerationMixin):
+        if hasattr(base, "_causal_lm_class") and not isinstance(base, ProbedGenerationMixin):
             # An exported repository brings this code along. The class of the package takes the place of its class.
             if base.probes:
                 raise ProbeError("this model has heads of its repository's code: add more with its load_probe(...)")
-            change_class(base, plain)
+            change_class(base, base._causal_lm_class)
             del base.probes, base._active_probes
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
 
@@ -85,7 +81,7 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel
 
 
 class _MadeClassMixin:
-    """Pickles models of a class made here by its causal LM class: no module has an attribute of its name."""
+    """Pickles models of a class made here by their causal LM class: no module has an attribute of its name."""
 
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(protocol)
@@ -116,9 +112,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         **kwargs,
     ):
         if probe is not None:
-            base = without_peft(model)
             # If one repository has both, the head is taken from the backbone's commit.
-            target = replace(target_of(base), revision=getattr(base.config, "_commit_hash", None))
+            target = replace(target_of(model), revision=getattr(model.config, "_commit_hash", None))
             probe = read_heads(probe, target, HubOptions(probe_revision), probe_namespace)
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
         _name_classes(model.config)
@@ -128,10 +123,10 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         """Accept the probed classes, which transformers does not list."""
 
     def _forward(self, model_inputs, **generate_kwargs):
-        # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
-        listener = _Listener(self.model, getattr(self, "generation_config", None))
         if isinstance(generate_kwargs.get("halt_reply"), str):
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
+        # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
+        listener = _Listener(self.model, getattr(self, "generation_config", None))
         twin = copy.copy(self)
         twin.model = listener
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
@@ -163,7 +158,7 @@ class _Listener:
         self.output = output = self.model.generate(*args, **kwargs)
         if not isinstance(output, ModelOutput):
             return output
-        # Some versions split every field of an output by rows, which fails for a dict.
+        # Some versions of transformers split every field of an output by rows, which fails for a dict.
         return ModelOutput({name: value for name, value in output.items() if name not in PROBED_FIELDS})
 
 
@@ -174,16 +169,16 @@ def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[
         labels, novelty = output.probe_labels, output.probe_novelty or {}
         for name, probabilities in output.probe_probabilities.items():
             for i, row in enumerate(rows):
-                probs = probabilities[i // copies].tolist()
-                row["probes"][name] = verdict(labels[name][i // copies], probs, output.config_of(name))
+                said = verdict(labels[name][i // copies], probabilities[i // copies].tolist(), output.config_of(name))
+                row["probes"][name] = said
                 if name in novelty:
-                    row["probes"][name]["novelty"] = float(novelty[name][i // copies])
-    for name, logits in (getattr(output, "probe_token_logits", None) or {}).items():
-        if name not in output.probe_logits:
-            config = output.config_of(name)
-            for row, said in zip(rows, reply_outputs(logits, config), strict=True):
-                found = None if said is None else verdict(said.labels[0], said.probabilities[0].tolist(), config)
-                row["probes"][name] = found
+                    said["novelty"] = float(novelty[name][i // copies])
+        for name, logits in (output.probe_token_logits or {}).items():
+            if name not in output.probe_logits:
+                config = output.config_of(name)
+                for row, last in zip(rows, reply_outputs(logits, config), strict=True):
+                    said = None if last is None else verdict(last.labels[0], last.probabilities[0].tolist(), config)
+                    row["probes"][name] = said
     halts = getattr(output, "probe_halts", None) or []  # one a prompt or a row
     for i, row in enumerate(rows if halts else []):
         halt = halts[i * len(halts) // len(rows)]
@@ -193,14 +188,11 @@ def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[
 
 def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer, or a copy of it with the padding side and pad token that batches need."""
-    if tokenizer is None:
-        return None
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.padding_side != "left":
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.padding_side = "left"
+    if tokenizer is None or (tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
