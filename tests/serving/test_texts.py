@@ -46,6 +46,20 @@ def test_each_head_reads_its_own_format(model, monkeypatch):
     assert list(model.classify(TEXTS, tokenizer=TOKENIZER, probes="raw")) == ["raw"]
 
 
+def test_a_start_that_no_head_reads_runs_once(model):
+    texts = [f"text {number:02}" for number in range(12)]
+    probe = model.add_probe("a", make_probe(token_scope="content", **fields()))
+    expected, ran = alone(model, "a", texts), []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: ran.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = model.classify(texts, tokenizer=TOKENIZER)["a"].logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    start = len(probe.config.prefix_ids)
+    whole = PromptFormat.from_config(probe.config, TOKENIZER).batch(texts)["input_ids"].shape[1]
+    assert ran == [(1, start), (12, whole - start)]
+
+
 def test_one_text_one_chat_and_an_array(model):
     model.add_probe("a", make_probe(**fields()))
     expected = alone(model, "a", TEXTS[:1])

@@ -71,7 +71,7 @@ class TextScorer:
         if not rows:
             return columns
         configs = {name: head.config for name, head in self.heads.items()}
-        outputs = classify_texts(self.model, configs, [texts[row] for row in rows], self.tokenizer, share_start=True)
+        outputs = classify_texts(self.model, configs, [texts[row] for row in rows], self.tokenizer)
         for name, found in outputs.items():
             config, finite = configs[name], found.logits.isfinite().all(dim=-1)
             output = ProbeOutput.from_logits(found.logits[finite], config)

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.cache import repeat_cache
-from ..backbone.passes import Pass, length_batches, plan_passes
+from ..backbone.passes import Pass, plan_passes
 from ..data.prompts import PromptFormat, Text, pad_prompts
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
@@ -68,12 +68,11 @@ def classify_texts(
     texts: list[Text],
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
-    share_start: bool = False,
 ) -> dict[str, ProbeOutput]:
     """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass.
 
-    With `output_attentions` (see `classify`) all texts are in one batch. With `share_start` the backbone runs once over a
-    start that many texts share and none of these heads reads.
+    The backbone runs once over a start that many texts share and none of these heads reads. With `output_attentions` (see
+    `classify`) all texts are in one batch.
     """
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
@@ -81,13 +80,8 @@ def classify_texts(
     for names in heads_by_format(configs):
         ids, masks = encode(configs[names[0]], texts, tokenizer)
         inputs = pad_inputs(ids, masks, tokenizer)
-        if share_start:
-            passes = _shared_passes(model, {name: configs[name] for name in names}, ids, inputs)
-        else:
-            whole = [list(range(len(ids)))]
-            batches = whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS)
-            passes = [Pass(rows) for rows in batches]
-        for each in passes:
+        group = {name: configs[name] for name in names}
+        for each in [Pass(list(range(len(ids))))] if output_attentions else _passes(model, group, ids, inputs):
             rows, width = each.rows, max(len(ids[row]) for row in each.rows)
             batch = {name: tensor[rows, :width].to(model.device) for name, tensor in inputs.items()}
             cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
@@ -107,7 +101,7 @@ def classify_texts(
     return {name: found[name] for name in configs}
 
 
-def _shared_passes(
+def _passes(
     model: Any, configs: Mapping[str, ProbeConfig], ids: list[list[int]], inputs: dict[str, torch.Tensor]
 ) -> list[Pass]:
     given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
