@@ -195,6 +195,12 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="class_weights"):
             run_of(tmp_path, class_weights=weights).run()
 
+    @pytest.mark.parametrize("head", [{"layers": [99]}, {"probe_type": "mha", "downcast": 5}])
+    def test_sizes_that_the_backbone_does_not_have(self, tmp_path, backbone_folder, monkeypatch, head):
+        monkeypatch.setattr(training_run, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
+        with pytest.raises(ProbeError, match=list(head)[-1]):
+            run_of(tmp_path, backbone_folder, head=head).run()
+
     @pytest.mark.parametrize("seeds", [[], [2**32]])
     def test_seeds(self, tmp_path, seeds):
         with pytest.raises(ProbeError, match="seeds"):
