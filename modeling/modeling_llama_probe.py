@@ -53,7 +53,6 @@ from .backbone_llama_probe import check_seen
 from .backbone_llama_probe import copy_cache
 from .backbone_llama_probe import find_decoder
 from .backbone_llama_probe import handing_states_to
-from .backbone_llama_probe import length_batches
 from .backbone_llama_probe import plan_passes
 from .backbone_llama_probe import repeat_cache
 from .backbone_llama_probe import stay_in_layers
@@ -1237,7 +1236,6 @@ def classify_texts(
     texts: list[Text],
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
-    share_start: bool = False,
 ) -> dict[str, ProbeOutput]:
     """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass."""
     if tokenizer is None:
@@ -1246,13 +1244,8 @@ def classify_texts(
     for names in heads_by_format(configs):
         ids, masks = encode(configs[names[0]], texts, tokenizer)
         inputs = pad_inputs(ids, masks, tokenizer)
-        if share_start:
-            passes = _shared_passes(model, {name: configs[name] for name in names}, ids, inputs)
-        else:
-            whole = [list(range(len(ids)))]
-            batches = whole if output_attentions else length_batches(list(map(len, ids)), BATCH_TOKENS)
-            passes = [Pass(rows) for rows in batches]
-        for each in passes:
+        group = {name: configs[name] for name in names}
+        for each in [Pass(list(range(len(ids))))] if output_attentions else _passes(model, group, ids, inputs):
             rows, width = each.rows, max(len(ids[row]) for row in each.rows)
             batch = {name: tensor[rows, :width].to(model.device) for name, tensor in inputs.items()}
             cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
@@ -1272,7 +1265,7 @@ def classify_texts(
     return {name: found[name] for name in configs}
 
 
-def _shared_passes(
+def _passes(
     model: Any, configs: Mapping[str, ProbeConfig], ids: list[list[int]], inputs: dict[str, torch.Tensor]
 ) -> list[Pass]:
     given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))

@@ -16,6 +16,9 @@ from ..errors import ProbeError
 from .console import escape, printable
 
 
+__all__ = ["COMMANDS", "load_command", "main"]
+
+
 class Entry:
     """A command in the list of all.
 

@@ -1,6 +1,24 @@
 """Metrics, calibration, plots and reports: the worth of a head, and where it looked.
 
 - `report`: metrics with confidence intervals, from `metrics`, `bootstrap` and `calibration`. `detection` is for replies.
+- `wrappings`, `novelty`, `asking`: prompts that are wrapped, unlike the training data, or given to a judge.
 - `scoring_job`: scores files of any size. `resume`: lets only a run with the same settings resume another.
 - `reading`: weights of the tokens and layers of a text, drawn by `heatmap` and `page`. `plots`: all other figures.
 """
+
+__all__ = [
+    "asking",
+    "bootstrap",
+    "calibration",
+    "detection",
+    "heatmap",
+    "metrics",
+    "novelty",
+    "page",
+    "plots",
+    "reading",
+    "report",
+    "resume",
+    "scoring_job",
+    "wrappings",
+]

@@ -1,1 +1,3 @@
-"""The paper's tables, and what serving with heads costs."""
+"""What serving with heads costs (`benchmark`), and the tables (`reproduction`) and figures (`paper`) of arXiv 2601.13288."""
+
+__all__ = ["benchmark", "paper", "reproduction"]
