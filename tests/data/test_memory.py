@@ -6,7 +6,7 @@ import torch
 
 from llama_probe import ProbeError
 from llama_probe.data.memory import is_tokenized, rows_in_memory
-from llama_probe.data.texts import warn_of_labels
+from llama_probe.data.texts import LabelledTexts, check_labels
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_a_missing_cell_of_a_frame():
     ],
 )
 def test_labels_worth_a_look(caplog, counts, told):
-    warn_of_labels(counts)
+    labels = np.repeat(np.arange(len(counts)), list(counts.values()))
+    rows = LabelledTexts(["text"] * len(labels), labels, list(counts), "single_label_classification", {})
+    check_labels("train", rows)
     assert len(caplog.records) == len(told)
     assert all(words in caplog.text for words in told) and ("is it" in caplog.text) == ("is it" in str(told))

@@ -15,7 +15,7 @@ from .augmentation import AUGMENTATIONS, SHARE, augment, check_augmentations
 from .files import MAX_TEXT
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .tables import TablePlace, read_table
-from .texts import LabelledTexts, benchmark_splits, read_labelled, warn_of_labels
+from .texts import LabelledTexts, benchmark_splits, check_labels, read_labelled
 
 
 logger = logging.get_logger(__name__)
@@ -232,8 +232,7 @@ class DataSources:
             prompts = [text for text in columns[self.text_column] if text]
         return augment(rows, self.augment, seed, prompts, self.augment_share)
 
-    @staticmethod
-    def _check_parts(parts: dict[str, LabelledTexts]) -> None:
+    def _check_parts(self, parts: dict[str, LabelledTexts]) -> None:
         """Check that there is something to learn, and warn of rows and labels that make the scores misleading."""
         train = parts["train"]
         texts = set(map(str, train.texts))
@@ -241,11 +240,8 @@ class DataSources:
             rows = parts.get(name, train)
             if rows is not train and (seen := sum(str(text) in texts for text in rows.texts)):
                 logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
-        counts = LabelledTexts.join([parts[name] for name in ("train", "extra") if name in parts]).label_counts()
-        present = [name for name, count in counts.items() if count]
-        if train.labels.ndim == 1 and len(present) == 1:
-            raise ProbeError(f"all training rows have the label {present[0]!r}: there is nothing to tell apart")
-        warn_of_labels(counts)
+        learned = [parts[name] for name in ("train", "extra") if name in parts]
+        check_labels(", ".join(self.train), LabelledTexts.join(learned))
 
     def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
         """Return the rows of all sources of `extra` without validation and test rows."""

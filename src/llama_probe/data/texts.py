@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -147,18 +147,27 @@ class LabelledTexts:
         return replace(self, labels=labels, label_names=new)
 
 
-def warn_of_labels(counts: Mapping[str, int]) -> None:
-    """Warn of labels that no row, or one or two rows, have, and that may be another label with a typing error."""
-    if absent := [name for name, count in counts.items() if not count]:
+def check_labels(name: str, rows: LabelledTexts) -> None:
+    """Check that training rows have several labels. Warn of labels that no row, or one or two rows, have: a typing error?
+
+    Raises:
+        ProbeError: all rows have one label; `name` is theirs in the message.
+    """
+    counts = rows.label_counts()
+    present = [label for label, count in counts.items() if count]
+    if rows.labels.ndim == 1 and len(present) == 1:
+        raise ProbeError(f"all rows of {name} have the label {present[0]!r}: there is nothing to tell apart")
+    if absent := [label for label, count in counts.items() if not count]:
         logger.warning(f"No training row has the label {', '.join(absent)}: the head will hardly give it")
-    rare = [name for name, count in counts.items() if 0 < count <= _FEW]
     if max(counts.values(), default=0) <= _FEW:
         return
-    for name in rare:
-        folded = {other.strip().casefold(): other for other in counts if other != name}
-        alike = [folded[other] for other in get_close_matches(name.strip().casefold(), folded, 1, 0.75)]
+    for label in present:
+        if counts[label] > _FEW:
+            continue
+        folded = {other.strip().casefold(): other for other in counts if other != label}
+        alike = [folded[other] for other in get_close_matches(label.strip().casefold(), folded, 1, 0.75)]
         doubt = f"; is it {alike[0]!r}, which {counts[alike[0]]} have?" if alike else ""
-        logger.warning(f"Only {counts[name]} of {sum(counts.values())} training rows have the label {name!r}{doubt}")
+        logger.warning(f"Only {counts[label]} of {sum(counts.values())} training rows have the label {label!r}{doubt}")
 
 
 def ends_with_reply(text: Text) -> bool:

@@ -30,7 +30,7 @@ from ..backbone.loading import load_backbone, model_id
 from ..data.memory import is_table, is_tokenized, rows_in_memory
 from ..data.prompts import EncodedTexts, PromptFormat
 from ..data.states import ProbeCollator, StateCache
-from ..data.texts import LabelledTexts, ends_with_reply, warn_of_labels
+from ..data.texts import LabelledTexts, check_labels, ends_with_reply
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
@@ -207,10 +207,7 @@ class ProbeTrainer(Trainer):
                 self._record(probe, id2label=dict(enumerate(rows.label_names)))
             rows = rows.renamed(list(probe.config.id2label.values()))
         if learned:
-            counts = rows.label_counts()
-            if rows.labels.ndim == 1 and sum(map(bool, counts.values())) == 1:
-                raise ProbeError(f"all rows of {name} have the label {rows.label_names[rows.labels[0]]!r}")
-            warn_of_labels(counts)
+            check_labels(name, rows)
         return rows
 
     def _encode(self, name: str, rows: Any, probe: ProbeModel, learned: bool = False) -> Dataset | None:
