@@ -311,11 +311,12 @@ def test_options_in_parts_that_go_with_heads(tiny):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--halt-on", "guard={"], ["--halt-on", "nobody"], ["-dcp", "2"]], ids=str
+    "line",
+    ["--help", "--halt-on guard={", "--halt-on nobody", "-dcp 2", "--enable-dbo", "--model x", "--hf-overrides.x 1"],
 )
-def test_help_and_refusals_import_next_to_nothing(words):
-    line = [sys.executable, "-X", "importtime", "-m", "llama_probe.vllm", "lm", "--probe", "head", *words]
-    done = subprocess.run(line, capture_output=True, text=True)
+def test_help_and_refusals_import_next_to_nothing(line):
+    command = [sys.executable, "-X", "importtime", "-m", "llama_probe.vllm", "lm", "--probe", "head", *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.startswith("usage: ") or "error: " in done.stderr
     assert "llama_probe.errors" in done.stderr and "torch" not in done.stderr.split("error: ")[0]
 

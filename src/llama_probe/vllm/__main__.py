@@ -65,8 +65,10 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         theirs.add_argument(_option(name), type=_json, metavar="JSON", help=meaning)
     for name, short in _RESTRICTED.items():
         theirs.add_argument(*short, _option(name), type=_json_or_text, help=argparse.SUPPRESS)
+    theirs.add_argument("--enable-dbo", action="store_true", default=None, help=argparse.SUPPRESS)
     ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
     check_arguments(vars(ours))
+    _check_left({re.split("[.=]", word)[0].removeprefix("--").replace("-", "_") for word in rest if word[:2] == "--"})
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
     ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
@@ -123,11 +125,16 @@ def _check_parsed(words: Sequence[str]) -> None:
     parser = make_arg_parser(FlexibleArgumentParser(prog=_PROGRAM, usage="%(prog)s MODEL --probe HEAD [options]"))
     # A name that is there already gets no default: another value than None comes from a word.
     parsed = vars(parser.parse_args(list(words), argparse.Namespace(**dict.fromkeys(_READ_HERE))))
+    _check_left({name for name in _READ_HERE if parsed[name] is not None})
+    check_arguments(parsed)
+
+
+def _check_left(names: set[str]) -> None:
+    """Refuse options that heads must know of, among those that are left for vLLM's parser."""
     for name in _READ_HERE:
-        if parsed[name] is not None:
+        if name in names:
             place = "as the first argument" if name == "model" else "under its full name, JSON in one piece"
             raise ProbeError(f"{_option(name)} is refused here: heads need it on the command line, {place}")
-    check_arguments(parsed)
 
 
 def _check_memory() -> None:
