@@ -539,10 +539,10 @@ def with_scores(
     configs: dict[str, ProbeConfig],
     state: ProbeCache | None = None,
 ) -> ModelOutput | tuple:
-    """Return the output of `forward` with the results of its heads. A tuple gets the logits as its last entry."""
+    """Return the output of `forward` with the results of its heads. A tuple gets the logits as its last entry, or a state."""
     if isinstance(output, ModelOutput):
         return with_results(output, results, configs, state=state)
-    return (*output, _logits(results))
+    return (*output, _logits(results), *([] if state is None else [state]))
 
 
 # From serving/reader.py

@@ -17,7 +17,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
 from llama_probe.serving import session as generation
 
 
@@ -49,6 +49,7 @@ class TestForward:
         out = model(prompts, mask, return_dict=False)
         assert torch.equal(out[0], make_lm()(prompts, mask).logits)
         torch.testing.assert_close(out[-1]["a"], whole(model.probes["a"], prompts))
+        assert isinstance(model(prompts, probe_state=True, return_dict=False)[-1], ProbeCache)
 
     @torch.no_grad()
     def test_what_goes_on_from_a_cache_that_no_head_has_read_says_so(self, model, prompts, monkeypatch):
