@@ -134,9 +134,9 @@ class ProbeModel(nn.Module):
         """Device of the head's parameters."""
         return self.classifier.weight.device
 
-    def num_parameters(self, exclude_embeddings: bool = False) -> int:
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     # Files and the Hub
 
