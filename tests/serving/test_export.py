@@ -90,6 +90,14 @@ def test_the_card_shows_prompts_as_its_first_head_was_trained_on_them(export, tm
     assert card.data.base_model == "org/other" and card.data.license is None
 
 
+@pytest.mark.parametrize("scope", ["prompt", "response"])
+def test_the_code_of_the_card_works_when_pasted(export, tmp_path, monkeypatch, scope):
+    monkeypatch.chdir(tmp_path)
+    card = export("x", {"toxic": toxic(token_scope=scope)}) / "README.md"
+    _, with_package, _ = (part.split("```")[0] for part in card.read_text().split("```python\n")[1:])
+    exec(with_package, {})
+
+
 def test_the_card_of_a_kind_with_its_own_code(export, tmp_path, own_kind):
     head = ProbeModel.from_pretrained(own_kind, trust_remote_code=True)
     card = (export(tmp_path / "x", {"own": head}) / "README.md").read_text()
