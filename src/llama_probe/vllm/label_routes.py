@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class TextEncoder:
         return prompts, places
 
 
-class LabelRequest:
+class LabelRequest(ABC):
     """One request to such a route.
 
     Attributes:
@@ -58,13 +59,13 @@ class LabelRequest:
         self.settings, self.query = settings, query
         self._places: dict[str, range] = {}
 
+    @abstractmethod
     def read(self, body: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
         """Return the names of the heads that answer, and the inputs: texts, chats or token ids."""
-        raise NotImplementedError
 
+    @abstractmethod
     def results(self, said: Mapping[str, list[dict[str, Any]]], completion: Mapping[str, Any]) -> dict[str, Any]:
         """Return the response, for what each head says of each input."""
-        raise NotImplementedError
 
     def completion(self, body: bytes, encoder: TextEncoder) -> bytes:
         """Return the body of the request for completions. Raise status 400 for a body that this route does not take."""
