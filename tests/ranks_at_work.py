@@ -15,7 +15,8 @@ from llama_probe.backbone.loading import weights_digest
 from llama_probe.data.sources import DataSources
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.distributed import gather, merge_rows, process_group, rank, share, world_size
-from llama_probe.evaluation.report import inspect_head, predict_logits
+from llama_probe.evaluation.prediction import predict_logits
+from llama_probe.evaluation.report import inspect_head
 from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.training.arguments import ProbeTrainingArguments
 from llama_probe.training.recipe import Recipe

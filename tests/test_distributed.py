@@ -22,7 +22,8 @@ from llama_probe import ProbeError
 from llama_probe.cli import app
 from llama_probe.data.states import PromptDataset
 from llama_probe.distributed import check_shared, claimed
-from llama_probe.evaluation.report import inspect_head, predict_logits
+from llama_probe.evaluation.prediction import predict_logits
+from llama_probe.evaluation.report import inspect_head
 from llama_probe.training.results import judge
 from llama_probe.training.run import CHECKPOINTS
 

@@ -15,7 +15,7 @@ from conftest import make_lm, make_prompts
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.data import states
 from llama_probe.data.states import ProbeCollator, PromptDataset, StateCache
-from llama_probe.evaluation.report import predict_logits, predict_together
+from llama_probe.evaluation.prediction import predict_logits, predict_together
 
 
 PREFIX = [7, 8, 9]

@@ -6,11 +6,10 @@ import torch
 from conftest import LAYERS, make_lm, make_probe
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from llama_probe import ProbeModel
 from llama_probe.data.states import PromptDataset
 from llama_probe.evaluation.bootstrap import intervals
 from llama_probe.evaluation.calibration import reliability
-from llama_probe.evaluation.report import detailed_report, inspect_head, predict_logits, report
+from llama_probe.evaluation.report import detailed_report, inspect_head, report
 from llama_probe.heads.decision import log_odds, probabilities
 
 
@@ -30,25 +29,6 @@ def with_backbone(**changes):
     probe = make_probe(**changes)
     probe.set_backbone(make_lm())
     return probe
-
-
-def test_rows_come_back_in_their_order_in_bounded_batches(dataset, monkeypatch):
-    probe, seen, original = with_backbone(), [], ProbeModel.score
-
-    def score(probe, x, mask, **kwargs):
-        seen.append(tuple(mask.shape))
-        return original(probe, x, mask, **kwargs)
-
-    monkeypatch.setattr(ProbeModel, "score", score)
-    together = predict_logits(probe, dataset, batch_tokens=8)
-    assert seen == [(1, 9), (1, 7), (1, 5), (2, 3)], "a longer row is a batch of its own"
-    seen.clear()
-    inspect_head(probe, dataset, LABELS, batch_tokens=14)
-    assert seen == [(1, 9), (2, 7), (2, 3)]
-    monkeypatch.undo()
-    for row, ids in enumerate(dataset.prompts):
-        alone = probe(input_ids=torch.tensor([ids])).logits[0]
-        torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])

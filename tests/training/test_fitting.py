@@ -9,7 +9,7 @@ from training_runs import run_of
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.evaluation.metrics import score_logits
-from llama_probe.evaluation.report import predict_logits
+from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.training import fitting
 from llama_probe.training import run as training_run
 from llama_probe.training.fitting import fit_classifier

@@ -14,7 +14,7 @@ from llama_probe import ProbeError
 from llama_probe.distributed import claimed
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
-from llama_probe.evaluation.report import predict_logits
+from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import run as training_run
 from llama_probe.training.run import CHECKPOINTS, _last_checkpoint

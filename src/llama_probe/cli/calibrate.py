@@ -58,7 +58,7 @@ def calibrate(
         # These take seconds to import.
         from ..evaluation.calibration import check_rates, with_rates
         from ..evaluation.novelty import fit_novelty
-        from ..evaluation.report import predict_logits
+        from ..evaluation.prediction import predict_logits
 
         if novelty_data:
             novelty_layers(head.config)

@@ -44,7 +44,7 @@ def drift(
     # These take seconds to import.
     from ..evaluation.novelty import compare_log
     from ..evaluation.plots import drift_plot, png_writer
-    from ..evaluation.report import predict_rows
+    from ..evaluation.prediction import predict_rows
 
     texts = _texts(input, **columns)
     rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()

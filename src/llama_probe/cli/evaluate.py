@@ -84,6 +84,7 @@ def evaluate(
         from ..evaluation import detection, report
         from ..evaluation.metrics import is_binary
         from ..evaluation.novelty import against_others
+        from ..evaluation.prediction import predict_rows
         from ..evaluation.wrappings import kept_labels
 
         if against and head.novelty is None:
@@ -102,13 +103,13 @@ def evaluate(
         ids, masks, lengths = scored.prompts.encode_for(head.config, labelled.texts)
         dataset, followed = PromptDataset(ids, labelled.labels, masks), None
         if lengths is None:
-            logits, novelty = report.predict_rows(head, dataset, progress=True)
+            logits, novelty = predict_rows(head, dataset, progress=True)
         else:
             followed = detection.follow_replies(head, dataset, lengths, progress=True)
             logits = torch.stack([tokens[-1] for tokens in followed])
         novelties = {}
         for name, texts in others.items():
-            _, novelties[name] = report.predict_rows(head, scored.dataset(texts), progress=True)
+            _, novelties[name] = predict_rows(head, scored.dataset(texts), progress=True)
         if not is_main():
             return None
         result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)

@@ -1,6 +1,7 @@
 """Metrics, calibration, plots and reports: the worth of a head, and where it looked.
 
-- `report`: metrics with confidence intervals, from `metrics`, `bootstrap` and `calibration`. `detection` is for replies.
+- `prediction`: outputs of heads for a data set. `report`: their metrics with confidence intervals, from `metrics`, `bootstrap` and
+  `calibration`. `detection` is for replies.
 - `wrappings`, `novelty`, `asking`: prompts that are wrapped, unlike the training data, or given to a judge.
 - `scoring_job`: scores files of any size. `resume`: lets only a run with the same settings resume another.
 - `reading`: weights of the tokens and layers of a text, drawn by `heatmap` and `page`. `plots`: all other figures.
@@ -16,6 +17,7 @@ __all__ = [
     "novelty",
     "page",
     "plots",
+    "prediction",
     "reading",
     "report",
     "resume",

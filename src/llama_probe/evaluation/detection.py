@@ -16,7 +16,7 @@ from ..heads.decision import probabilities
 from ..heads.probe import ProbeModel
 from .calibration import highest_recall_threshold
 from .metrics import has_label, is_binary
-from .report import states_for
+from .prediction import states_for
 
 
 PATIENCES = (1, 2, 4, 8)

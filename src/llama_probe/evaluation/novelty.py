@@ -15,7 +15,7 @@ from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR, MAX_ROWS, MIN_ROWS, Novelty, novelty_layers
 from ..heads.probe import ProbeModel
 from .bootstrap import Ranking, intervals, share_interval
-from .report import collect, score_batches
+from .prediction import collect, score_batches
 
 
 _RANK = 64

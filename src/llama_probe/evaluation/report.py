@@ -2,105 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..data.states import SharedStates, iterate_states
-from ..distributed import merge_rows
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, predictions, probabilities
+from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows
 from .bootstrap import intervals, score_statistic, share_interval
 from .calibration import calibration_gaps, reliability, threshold_table
 from .metrics import confusion, has_label, label_scores, outcomes, score_logits
-
-
-def predict_logits(
-    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
-) -> torch.Tensor:
-    """Return logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order; see `predict_together`."""
-    return predict_together([probe], dataset, batch_tokens, progress)[0]
-
-
-def predict_together(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
-) -> list[torch.Tensor]:
-    """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_batches`.
-
-    In a process group (see `llama_probe.distributed`) the ranks divide the rows, and each rank gets all logits.
-    """
-    batches = score_batches(probes, dataset, batch_tokens, progress)
-    return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
-
-
-def predict_rows(
-    probe: ProbeModel, dataset: Dataset, progress: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits of `predict_logits`, and novelty `[rows]` if the head tells it."""
-    if probe.novelty is None:
-        return predict_logits(probe, dataset, progress=progress), None
-    batches = score_batches([probe], dataset, progress=progress)
-    logits, novelty = collect(len(dataset), ((rows, [found.logits, found.novelty]) for rows, (found,) in batches))
-    return logits, novelty
-
-
-def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
-    """Put the tensors `[B, ...]` of batches, which have row numbers, and of all ranks together: `[count, ...]` on the CPU."""
-    found: list[torch.Tensor] = []
-    scored: list[int] = []
-    for rows, parts in batches:
-        found = found or [torch.zeros(count, *part.shape[1:]) for part in parts]
-        for whole, part in zip(found, parts, strict=True):
-            whole[rows] = part.to("cpu", whole.dtype)
-        scored += rows
-    return [merge_rows(scored, whole) for whole in found]
-
-
-def score_batches(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False, **kwargs
-) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
-    """Run heads over a data set with one pass of the backbone, or one reading of the cached states, for all.
-
-    Args:
-        probes: heads that read the same tokens, the first bound to their backbone unless the data set holds hidden states.
-        dataset: a `PromptDataset` or `StateDataset`.
-        batch_tokens: tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for
-            all layers that are read. A longer row is a batch of its own.
-        kwargs: further arguments of `ProbeModel.score`, such as `output_attentions`.
-
-    Yields:
-        Row numbers of a batch of this rank, and the output of each head. Rows of similar length share a batch.
-
-    Raises:
-        ProbeError: no token of a row counts.
-    """
-    for rows, states, mask in states_for(probes, dataset, batch_tokens, progress):
-        check_rows(mask)
-        shared = SharedStates(states)
-        with torch.no_grad():
-            outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
-        yield rows, outputs
-
-
-def states_for(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Yield what `iterate_states` yields of this rank's batches, with all layers for several heads, else those it reads."""
-    for probe in probes:
-        probe.eval()
-    lm = None if len(dataset) and "hidden_states" in dataset[0] else probes[0].backbone
-    layers = probes[0].layer_indices if len(probes) == 1 else None
-    for rows, states, mask in iterate_states(
-        dataset, probes[0].config, lm, batch_tokens, progress, layers, divided=True
-    ):
-        if layers is not None and len(states) != len(layers):  # the cache has layers that this head does not read
-            states = states[layers]
-        yield rows, states, mask
+from .prediction import collect, score_batches
 
 
 def inspect_head(

@@ -13,7 +13,7 @@ from ..errors import ProbeError
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
 from .metrics import is_binary
-from .report import predict_logits
+from .prediction import predict_logits
 
 
 _LONG_SYSTEM = (

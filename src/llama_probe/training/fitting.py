@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..data.states import iterate_states
 from ..distributed import on_main
 from ..evaluation.metrics import check_metric, score_logits
-from ..evaluation.report import collect
+from ..evaluation.prediction import collect
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel

@@ -15,7 +15,8 @@ from ..evaluation.calibration import calibrate
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
 from ..evaluation.metrics import summarize
 from ..evaluation.novelty import can_fit, fit_novelty
-from ..evaluation.report import inspect_head, predict_logits, report
+from ..evaluation.prediction import predict_logits
+from ..evaluation.report import inspect_head, report
 from ..files import environment
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel

@@ -26,7 +26,7 @@ from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
 from ..evaluation.plots import write_plots
-from ..evaluation.report import predict_logits
+from ..evaluation.prediction import predict_logits
 from ..evaluation.resume import same_settings
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig

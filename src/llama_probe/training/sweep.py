@@ -15,7 +15,7 @@ import numpy as np
 from ..distributed import claimed, is_main, on_main, process_group, world_size
 from ..errors import ProbeError
 from ..evaluation.plots import write_sensitivity_plot
-from ..evaluation.report import predict_logits
+from ..evaluation.prediction import predict_logits
 from ..evaluation.resume import same_settings
 from ..files import remove_leftovers, write_atomically
 from ..heads import get_probe_type

@@ -35,7 +35,7 @@ from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
-from ..evaluation.report import predict_logits
+from ..evaluation.prediction import predict_logits
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel

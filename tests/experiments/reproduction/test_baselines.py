@@ -8,7 +8,7 @@ from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
 from llama_probe import ProbeConfig
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.data.texts import LabelledTexts
-from llama_probe.evaluation.report import predict_logits, predict_together
+from llama_probe.evaluation.prediction import predict_logits, predict_together
 from llama_probe.experiments.reproduction.baselines import class_logits, fit_prototypes, fit_tfidf, mean_states
 
 

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from ...errors import ProbeError
 from ...evaluation.calibration import BEST_F1
 from ...evaluation.metrics import summarize
-from ...evaluation.report import collect, predict_together, report, score_batches
+from ...evaluation.prediction import collect, predict_together, score_batches
+from ...evaluation.report import report
 from ...files import remove_leftovers, write_atomically
 from ...heads.configuration import ProbeConfig
 from ...heads.decision import NO_NUMBER_BECAUSE, predictions, probabilities

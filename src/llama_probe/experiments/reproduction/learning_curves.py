@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from ...evaluation.metrics import score_logits
-from ...evaluation.report import predict_together
+from ...evaluation.prediction import predict_together
 from ...heads.configuration import ProbeConfig
 from ...training.learners import Candidate
 from ...training.recipe import Recipe, complete
