@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import ProbeError
 from .folder import list_heads, read_config_values, read_results
-from .transport import HubOptions, HubReference, check_subfolder, download_head, heads_on_hub, without_waiting
+from .transport import HubOptions, HubReference, check_subfolder, download_head, without_waiting
 
 
 _ALIAS = re.compile(r"[\w-]+")
@@ -72,10 +72,8 @@ def bundled_heads(target: Target | None = None) -> dict[str, Path]:
     heads = {} if root is None else list_heads(root)
     if target is None:
         return heads
-    sizes = {
-        alias: map(read_config_values(head).get, ("hidden_size", "num_hidden_layers")) for alias, head in heads.items()
-    }
-    return {alias: head for alias, head in heads.items() if target.fits(*sizes[alias])}
+    sizes = ("hidden_size", "num_hidden_layers")
+    return {alias: head for alias, head in heads.items() if target.fits(*map(read_config_values(head).get, sizes))}
 
 
 def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
@@ -161,8 +159,7 @@ def _resolve_alias(
             options = without_waiting(reference, options)
             return download_head(reference, options, only_config=only_config)
         except ProbeError as error:
-            heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
-            found.append(f"in {place}: {', '.join(heads)}" if heads else str(error))
+            found.append(str(error))
     raise ProbeError("; ".join(found))
 
 
