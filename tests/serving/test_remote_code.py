@@ -100,7 +100,7 @@ def test_what_serving_does_not_use_is_left_out(package, monkeypatch):
     exec(files["first_llama_probe.py"], spaces)
     text = files["second_llama_probe.py"]
     assert not [name for name in ("_dropped", "unused") if name in text]
-    exec(text.replace("from .first_llama_probe import f\n", ""), spaces)
+    exec(text.replace("from .first_llama_probe import _needs_package, f\n", ""), spaces)
     kept, f, push, c = spaces["g"]()
     assert kept == 1 and f is spaces["f"]
     for call in (push, c.save):

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from .. import heads
@@ -46,28 +47,43 @@ CUSTOM_PIPELINES = {
 _ROOTS = ("LlamaForProbedGeneration", "HoldBackStreamer", "Reprompt", "ProbedTextGenerationPipeline", *heads.__all__)
 # Methods by class that serving does without. To call one says that it needs the package.
 _LEFT_OUT = {
-    "ProbeConfig": "from_pretrained",
-    "ProbeModel": "forward score pool projected set_novelty num_parameters push_to_hub _stack",
+    "ProbeConfig": "from_pretrained save_pretrained get_text_config",
+    "ProbeModel": "forward score pool normalize projected set_novelty num_parameters push_to_hub _stack",
     "Aggregator": "projected",
     "LowRankAggregator": "projected",
     "GateAggregator": "projected",
     "AveragedClassifier": "member_logits",
+    "MeanStates": "blank put",
     "Novelty": "fit read",
+    "PromptFormat": "batch config_fields",
+    "HeadPlace": "backbone backbone_kwargs",
     "ProbeHostMixin": "push_probe_to_hub push_to_hub _single_probe",
     "AutoModelForProbedGeneration": "from_pretrained",
 }
-# Functions that are simpler there: only Llama is exported, its heads come along, and none are bundled.
+# Functions that are simpler there. Only Llama is exported, its heads come along, and none are bundled. `export` has compared
+# the heads with the backbone. Saving a head is not serving: a kill between two files leaves a head that is refused.
 _SIMPLER = {
+    "current_file": "lambda folder, name: Path(folder) / name",
+    "read_settled": "lambda folder, read: read()",
+    "remove_leftovers": "lambda folder: None",
+    "replace_files": "lambda folder, contents, gone: ["
+    "*(current_file(folder, name).write_bytes(content) for name, content in contents.items()), "
+    "*(current_file(folder, name).unlink(missing_ok=True) for name in gone)]",
     "find_modules": 'lambda lm, depth: (_modules(lm, _LLAMA, depth), "table")',
-    "check_states": "lambda lm: None",
+    "check_backbone": "lambda name, config, lm, strict=False: "
+    '_needs_package("strict=True")() if strict else match(lm, config)',
+    "describe": "lambda lm, config: match(lm, config)",
     "bundled_heads": "lambda target=None: {}",
-    "best_head": "lambda alias, heads: None",
     "check_within_reach": "lambda place, kwargs=None: None",
     "without_waiting": "lambda reference, options: options",
     "heads_on_hub": "lambda repo_id, options: []",
     "_known": "lambda *arguments: 'no heads are bundled'",
     "load_or_find_head": "lambda load, place, kwargs: load()",
     "NextToken.check": "lambda self: None",
+    "probed_class": "lambda causal_lm_class: LlamaForProbedGeneration",
+    "_in_time": "lambda ask, what: ask()",
+    "_is_intact": "lambda path: True",
+    "_choose": "lambda alias, heads: heads.get(alias)",
 }
 # Packages that every user of a repository has; an import of another one is only tried.
 _REQUIRED = {"transformers", "torch", "safetensors", "huggingface_hub", "numpy", *sys.stdlib_module_names}
@@ -80,14 +96,12 @@ _HEADER = """\
 from __future__ import annotations
 
 """
-_STUBS = """\
+_STUB = """\
 def _needs_package(name):
     def missing(*args, **kwargs):
         raise ImportError(f"{name} needs the package: pip install llama_probe")
 
     return missing
-
-
 """
 
 
@@ -210,7 +224,8 @@ def _cut(modules: list[_Module]) -> None:
 
 
 def _concatenate(file: str, modules: list[_Module], homes: dict[str, list[tuple[str, str]]]) -> str:
-    order, imports, stubs = list(_FILES), set(), set()
+    order, stubs = list(_FILES), set()
+    imports: dict[str, set[str]] = {}  # names by module
     meanings: dict[str, str] = {}
     definitions: dict[str, str] = {}
 
@@ -231,9 +246,9 @@ def _concatenate(file: str, modules: list[_Module], homes: dict[str, list[tuple[
                 if name.split(".")[0] not in used:
                     continue
                 if not getattr(node, "level", 0):
-                    line = ast.unparse(ast.Import([alias]) if is_import else ast.ImportFrom(node.module, [alias]))
-                    bind(name.split(".")[0], line)
-                    imports.add(line)
+                    source = "" if is_import else node.module
+                    bind(name.split(".")[0], f"{ast.unparse(alias)} of {source}")
+                    imports.setdefault(source, set()).add(ast.unparse(alias))
                     continue
                 found = homes.get(name, [("", "a stub")])
                 home, origin = found[0]
@@ -243,13 +258,25 @@ def _concatenate(file: str, modules: list[_Module], homes: dict[str, list[tuple[
                 if not home:
                     stubs.add(name)
                 elif home != file:
-                    imports.add(f"from .{home}{SUFFIX} import {name}")
-    lines = sorted(imports, key=lambda line: (line.startswith("from ."), line.startswith("from"), line))
-    parts = [_HEADER.format(version=package_version()) + "\n".join(lines)]
+                    imports.setdefault(f".{home}{SUFFIX}", set()).add(name)
     texts = [f"# From {module.name}.py\n\n{module.text}" for module in modules if module.text]
-    if stubs or any("_needs_package(" in text for text in texts):
-        parts.append(_STUBS + "\n".join(f'{name} = _needs_package("{name}")' for name in sorted(stubs)))
-    return "\n\n\n".join(part.strip() for part in parts + texts) + "\n"
+    texts.insert(0, "\n".join(f'{name} = _needs_package("{name}")' for name in sorted(stubs)))
+    if file == order[0]:
+        texts.insert(0, _STUB)
+    elif any("_needs_package(" in text for text in texts):
+        imports.setdefault(f".{order[0]}{SUFFIX}", set()).add("_needs_package")
+    texts.insert(0, _HEADER.format(version=package_version()) + _import_lines(imports))
+    return "\n\n\n".join(filter(None, map(str.strip, texts))) + "\n"
+
+
+def _import_lines(imports: dict[str, set[str]]) -> str:
+    lines = [f"import {name}" for name in sorted(imports.pop("", ()))]
+    for module, found in sorted(imports.items(), key=lambda item: (item[0].startswith("."), item[0])):
+        names = ", ".join(sorted(found))
+        wrapped = textwrap.indent(textwrap.fill(names, 115), "    ")
+        line = f"from {module} import {names}"
+        lines.append(line if len(line) < 120 else f"from {module} import (\n{wrapped},\n)")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
