@@ -68,8 +68,9 @@ class PromptFormat:
         kind: str = "chat",
         system_prompt: str | None = None,
         max_length: int | None = None,
+        turn_markers: dict[str, dict[str, Any]] | None = None,
     ) -> PromptFormat:
-        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats.
+        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats if not given.
 
         Raises:
             ProbeError: the kind is unknown, there is no chat template, or `max_length` leaves no room for a text.
@@ -85,13 +86,14 @@ class PromptFormat:
         constant = len(prefix) + len(suffix)
         if max_length is not None and max_length <= constant:
             raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
-        markers = learn_turn_markers(bare._encode_chat) if kind == "chat" else None
-        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), markers)
+        if turn_markers is None and kind == "chat":
+            turn_markers = learn_turn_markers(bare._encode_chat)
+        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), turn_markers)
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
         """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
-        kind = config.prompt_format
+        kind, markers = config.prompt_format, config.turn_markers
         if kind not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
             logger.warning_once(
@@ -99,7 +101,8 @@ class PromptFormat:
             )
         elif kind == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
-        return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
+            markers = None
+        return cls.create(tokenizer, kind, config.system_prompt, config.max_length, markers)
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of a `ProbeConfig` that record the format."""

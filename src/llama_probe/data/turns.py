@@ -68,7 +68,7 @@ def _turn_end(render: Callable, role: str) -> list[int]:
 
 def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
     replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
-    return _marker([_before(render, before, "user") for before in ([], *replies)], ends)
+    return _marker([_ids_before(render, before, "user") for before in ([], *replies)], ends)
 
 
 def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
@@ -77,19 +77,19 @@ def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, 
         asked = [{"role": "user", "content": text}]
         prompt = render(asked, True)
         # The generation prompt may end before what opens a reply in the history, or continue after it.
-        starts.append([common_start([prompt, ids]) for ids in _before(render, asked, "assistant", _ASKED)])
+        starts.append([common_start([prompt, ids]) for ids in _ids_before(render, asked, "assistant", _ASKED)])
     return _marker(starts, ends)
 
 
 def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> dict[str, Any]:
-    """Return the marker of a role from the ids before its turns in several chats; see `_before`."""
+    """Return the marker of a role from the ids before its turns in several chats; see `_ids_before`."""
     skip = min(len(plain_text) - len(any_text) for any_text, plain_text in starts)
     return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}
 
 
 def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
     """Return what opens a turn of a role that stands behind one chat alone."""
-    ids, _ = _before(render, before, role, [] if before else _ASKED)
+    ids, _ = _ids_before(render, before, role, [] if before else _ASKED)
     if before:
         return ids[len(common_start([ids, render(before, False)])) :]
     for start in range(len(ids) - 1, -1, -1):  # the template may begin with turns of its own
@@ -104,7 +104,7 @@ def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]
     return ids[: len(user)]
 
 
-def _before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
+def _ids_before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
     """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
 
     def ids(texts: Sequence[str]) -> list[int]:
