@@ -226,6 +226,7 @@ if package:
 else:
     refused(lambda: AutoModel.from_pretrained(local, probe="toxic"), TypeError)  # no code without leave
     refused(lambda: both.push_probe_to_hub("alice/x", "toxic"), ImportError)
+    refused(lambda: both.load_probe(local + "/toxic", "again", strict=True), ImportError, "strict=True needs the package")
 
 for block in re.findall("```python\\n(.*?)```", Path(local, "README.md").read_text(), flags=re.DOTALL):
     if package or "import llama_probe" not in block:

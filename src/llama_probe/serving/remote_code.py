@@ -81,6 +81,7 @@ _SIMPLER = {
     "_known": "lambda *arguments: 'no heads are bundled'",
     "load_or_find_head": "lambda load, place, kwargs: load()",
     "NextToken.check": "lambda self: None",
+    "Target.read": 'classmethod(lambda cls, place, kwargs, options: cls(str(place), 0, 0, kwargs.get("revision")))',
     "learn_turn_markers": "lambda render: None",  # heads have them
     "probed_class": "lambda causal_lm_class: LlamaForProbedGeneration",
     "_in_time": "lambda ask, what: ask()",
