@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCardData
-from jinja2 import Environment, StrictUndefined
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.utils import logging
 
@@ -19,7 +18,7 @@ from ..files import check_new_folder, new_folder, package_version, settle, write
 from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
-from ..hub.card import cell, code, example_chat, quote, word, write_card
+from ..hub.card import card_template, example_chat, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubReference, commit_files
@@ -171,9 +170,7 @@ def _card(
     first = rows[0]["config"]
     chat = bool(tokenizer.chat_template) and first.prompt_format != "raw"
     prompt = example_chat(first.system_prompt) if chat else '"Write me a short poem about rain."'
-    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)  # noqa: S701 - no HTML
-    environment.filters |= {each.__name__: each for each in (cell, code, quote, word)}
-    return environment.from_string(_CARD.read_text(encoding="utf-8")).render(
+    text = card_template(_CARD).render(
         metadata=metadata.to_yaml(),
         heads=rows,
         base=base_model,
@@ -183,3 +180,4 @@ def _card(
         version=package_version(),
         task=TASK,
     )
+    return f"{text}\n"
