@@ -175,14 +175,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         session = kwargs.pop("probe_session", None)
         probes = kwargs.pop("probes", None)
         probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
-        if session is False:
-            return super().forward(**kwargs)
         compiling = torch.compiler.is_dynamo_compiling()
         if session is None and not compiling and (running := session_of(self)) is not None:
             # A decoding method calls the model itself: first over the prompt, then for other purposes.
-            if running.complete:
-                return super().forward(**kwargs)
-            session = running
+            session = False if running.complete else running
+        if session is False:
+            return super().forward(**kwargs)
         generating = session is not None
         heads = session.heads if generating else self._active_heads(probes)
         configs = {name: head.config for name, head in heads.items()}
