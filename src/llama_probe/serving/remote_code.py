@@ -58,7 +58,7 @@ _LEFT_OUT = {
     "Novelty": "fit read",
     "PromptFormat": "batch config_fields",
     "HeadPlace": "backbone backbone_kwargs",
-    "ProbeHostMixin": "push_probe_to_hub push_to_hub _single_probe",
+    "ProbeHostMixin": "push_probe_to_hub push_to_hub",
     "AutoModelForProbedGeneration": "from_pretrained",
 }
 # Functions that are simpler there. Only Llama is exported, its heads come along, and none are bundled. `export` has compared
