@@ -1,5 +1,6 @@
 """Prompts are the same in training and in serving, have one BOS token and are cut to a length."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -171,10 +172,16 @@ def test_batches_are_ready_for_generate(tokenizer):
         assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
 
 
-def test_the_config_brings_the_format_back(tokenizer):
+def test_the_config_brings_the_format_back(tokenizer, monkeypatch):
     prompts = PromptFormat.create(tokenizer, max_length=99, system_prompt="Be brief.")
     config = ProbeConfig(probe_type="gate", **prompts.config_fields())
-    assert config.chat_template_hash is not None and PromptFormat.from_config(config, tokenizer) == prompts
+    markers = {"user": {"ids": [5], "skip": 0}, "assistant": {"ids": [6], "skip": 0}}
+    other = PromptFormat.from_config(config.replace(chat_template_hash="another", turn_markers=markers), tokenizer)
+    assert other == prompts, "of the tokenizer's own template"
+    monkeypatch.setattr("llama_probe.data.prompts.learn_turn_markers", lambda render: pytest.fail("130 chats again"))
+    own = config.replace(turn_markers=markers)
+    assert config.chat_template_hash is not None
+    assert PromptFormat.from_config(own, tokenizer) == replace(prompts, turn_markers=markers)
 
 
 def test_is_text():
