@@ -7,35 +7,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import numpy as np
 import threading
 import torch
-import torch.nn.functional as F
 import transformers
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import ExitStack
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 from typing import Any
-from .configuration_llama_probe import ProbeError
-from .configuration_llama_probe import Target
+from .configuration_llama_probe import ProbeError, Target
 
 
 # From backbone/families.py
@@ -304,28 +293,6 @@ def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
         raise ProbeError(f"the LM ran without giving hidden states {missing}; {hint}")
 
 
-def collect_hidden_states(
-    lm: nn.Module,
-    layers: Collection[int],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    prefix: transformers.Cache | None = None,
-) -> list[torch.Tensor]:
-    """Run the backbone without its LM head and without gradients, and return hidden states."""
-    decoder = find_decoder(lm)
-    device = decoder.input_device
-    input_ids = input_ids.to(device)
-    attention_mask = None if attention_mask is None else attention_mask.to(device)
-    cached = {"use_cache": False}
-    if prefix is not None:
-        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, len(input_ids))}
-    states: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), capturing(decoder, states.__setitem__, layers):
-        decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
-    check_seen(layers, states)
-    return [states[layer] for layer in layers]
-
-
 def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
     """Run the backbone over the first tokens of many prompts, and return its KV cache for one row."""
     decoder = find_decoder(lm)
@@ -333,9 +300,6 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
     with torch.no_grad():
         cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
-
-
-check_states = lambda lm: None
 
 
 # From backbone/next_token.py
@@ -388,98 +352,10 @@ class NextToken:
 
 # From backbone/fingerprint.py
 
-_TOKENS, _DEPTHS, _DIRECTIONS = 32, 4, 8
-
-# Largest relative distance that rounding explains, by bits a weight of the coarser side.
-_TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.06, 4: 0.4}
-
-
-def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
-    """Return 32 numbers that summarize a backbone, comparable between machines, dtypes and devices."""
-    decoder = find_decoder(lm)
-    vocab_size = vocab_size or _vocab_size(lm)
-    # Multiplicative hashing spreads the ids, and gives the same ones everywhere.
-    ids = torch.tensor([[(i * 2654435761 + 17) % vocab_size for i in range(1, _TOKENS + 1)]])
-    layers = [max(1, round(decoder.num_hidden_layers * k / _DEPTHS)) for k in range(1, _DEPTHS + 1)]
-    training = [module for module in lm.modules() if module.training]
-    try:
-        lm.eval()
-        states = collect_hidden_states(lm, layers, ids)
-    finally:
-        for module in training:
-            module.training = True
-    # NumPy keeps the stream of RandomState fixed; torch does not promise this.
-    directions = np.random.RandomState(0).standard_normal((decoder.hidden_size, _DIRECTIONS))
-    summary = []
-    for hidden in states:
-        # First token is skipped: many models park outliers there.
-        hidden = hidden[0, 1:].float().cpu()  # [n, D]
-        mean = F.layer_norm(hidden, hidden.shape[-1:]).mean(dim=0).numpy()  # [D]
-        summary.append(mean @ directions / np.sqrt(decoder.hidden_size))
-    return [round(float(value), 6) for value in np.concatenate(summary)]
-
-
-def distance(recorded: list[float], found: list[float]) -> float:
-    """Return the relative distance of two fingerprints: 0 for equal ones, about 1.4 for unrelated models."""
-    if len(recorded) != len(found):
-        return float("inf")
-    a, b = np.asarray(recorded), np.asarray(found)
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))
-
-
-def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, str | None]) -> float:
-    """Return the distance that rounding explains between two copies of one model."""
-    if recorded[1] == found[1]:
-        recorded, found = (recorded[0], None), (found[0], None)
-    return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
-
-
 def template_hash(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
     """Return the sha256 of a tokenizer's chat template, or None if it has no template."""
     template = tokenizer.chat_template
     return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
-
-
-def backbone_facts(lm: nn.Module) -> dict[str, Any]:
-    """Return what a head records of its backbone beside sizes and fingerprint, by `ProbeConfig` field."""
-    base = without_peft(lm)
-    config = base.config
-    return {
-        # An exported repository has another name, and gives the name of its backbone in the config.
-        "base_model_name_or_path": getattr(config, "base_model_name_or_path", None) or config._name_or_path or None,
-        "base_model_revision": getattr(config, "_commit_hash", None),
-        "base_model_type": config.model_type,
-        # A probed class adds heads to a plain class, and the plain one is recorded.
-        "base_model_class": getattr(base, "_causal_lm_class", type(base)).__name__,
-        "vocab_size": _vocab_size(base),
-        "base_model_dtype": str(base.dtype).removeprefix("torch."),
-        "base_model_quantization": _quantization(config),
-    }
-
-
-def _vocab_size(lm: nn.Module) -> int:
-    return without_peft(lm).config.get_text_config(decoder=True).vocab_size
-
-
-def _quantization(config) -> str | None:
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return getattr(config, "dequantized_from", None)  # set by `demo_backbone` in `loading.py`
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "quantized"
-    bits = settings.get("bits") or settings.get("nbits")
-    for name, value in (("load_in_4bit", 4), ("load_in_8bit", 8)):
-        if settings.get(name) or settings.get(f"_{name}"):
-            bits = value
-    return f"{method}-{bits}bit" if bits else str(method)  # such as `bitsandbytes-4bit`
-
-
-def _bits(dtype: str | None, quantization: str | None) -> int:
-    if quantization is not None:
-        return 8 if any(name in quantization for name in ("8bit", "fp8", "int8")) else 4
-    if dtype is not None and "float8" in dtype:
-        return 8
-    return 32 if dtype in ("float32", "float64") else 16
 
 
 # From backbone/passes.py

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import importlib.util
 import inspect
@@ -13,53 +12,25 @@ import json
 import numpy as np
 import os
 import re
-import shutil
 import sys
-import threading
 import torch
-import transformers
-import uuid
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from concurrent.futures import Future
-from concurrent.futures import wait
-from contextlib import contextmanager
-from contextlib import suppress
-from contextvars import copy_context
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from huggingface_hub import HfApi
-from huggingface_hub import _CACHED_NO_EXIST
-from huggingface_hub import constants
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub import HfApi, _CACHED_NO_EXIST, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError, GatedRepoError, HFValidationError, HTTPError, HfHubHTTPError, LocalEntryNotFoundError,
+    RepositoryNotFoundError, RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
-from pathlib import Path
-from pathlib import PurePosixPath
-from safetensors import SafetensorError
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
 from torch import nn
 from torch.nn import functional
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
-from types import SimpleNamespace
-from typing import Any
-from typing import Literal
-from typing import TypeVar
-from typing import get_args
+from typing import Any, Literal, get_args
 
 
 def _needs_package(name):
@@ -96,15 +67,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
-# The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
-PENDING, _GONE = ".new-files", ".gone"
-_TEMPORARY = ".tmp"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# What a file is to hold: a text in UTF-8, bytes, or a function that writes the file.
-Content = str | bytes | Callable[[Path], object]
-
 
 def check_writable(folder: Path, content: str) -> None:
     """Check, before any work is done, that a folder can be made or written into."""
@@ -126,145 +88,13 @@ def make_folder(folder: Path) -> None:
         raise ProbeError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
-def write_atomically(contents: dict[Path, Content]) -> None:
-    """Write files under temporary names, then rename all of them; on an error no file changes."""
-    for folder in {path.parent for path in contents}:
-        inside = {path.name: content for path, content in contents.items() if path.parent == folder}
-        with _staged(folder, inside) as stage:
-            for name in inside:
-                with _explained(folder / name):
-                    (stage / name).replace(folder / name)
+replace_files = lambda folder, contents, gone: [*(current_file(folder, name).write_bytes(content) for name, content in contents.items()), *(current_file(folder, name).unlink(missing_ok=True) for name in gone)]
 
 
-def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> None:
-    """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones."""
-    with _staged(folder, contents, gone) as stage:
-        for _ in range(100):
-            settle(folder)
-            try:
-                stage.rename(folder / PENDING)
-                break
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saves into the folder
-                    raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
-        else:
-            raise ProbeError(f"{folder} cannot be written: others save into it all the time")
-    settle(folder)
+current_file = lambda folder, name: Path(folder) / name
 
 
-def current_file(folder: str | os.PathLike, name: str) -> Path:
-    """Return the path of a file that `replace_files` writes. It need not exist."""
-    pending = Path(folder) / PENDING
-    found = (pending / name, pending / f"{name}{_GONE}")
-    return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
-
-
-def folder_state(folder: str | os.PathLike, name: str) -> tuple:
-    """Return what changes whenever `replace_files` replaces a file, or moves any file to its place."""
-    try:
-        pending = sorted(os.listdir(Path(folder) / PENDING))
-    except OSError:
-        pending = []
-    try:
-        status = os.stat(current_file(folder, name))
-    except OSError:
-        return (pending,)
-    return pending, status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def settle(folder: str | os.PathLike) -> None:
-    """Move the files that a killed `replace_files` has left in `PENDING` to their places."""
-    folder = Path(folder)
-    pending = folder / PENDING
-    if not pending.is_dir() or pending.is_symlink():
-        return
-    with _explained(folder), suppress(FileNotFoundError):  # another process settles the folder, and was faster
-        for name in sorted(os.listdir(pending)):
-            with suppress(FileNotFoundError):  # another process settles the folder, too
-                if name.endswith(_GONE):
-                    (folder / name.removesuffix(_GONE)).unlink(missing_ok=True)
-                    (pending / name).unlink()
-                else:
-                    (pending / name).replace(folder / name)
-        with suppress(OSError):
-            pending.rmdir()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that killed processes have left in a folder."""
-    for path in folder.glob(f"{PENDING}.*{_TEMPORARY}"):
-        if (handle := lock(path)) is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(handle)
-
-
-@contextmanager
-def _staged(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> Iterator[Path]:
-    """Give a temporary folder in a folder, with the files that are to go there; at the end it is removed."""
-    for name in (*contents, *gone):
-        if (folder / name).is_dir() and not (folder / name).is_symlink():
-            raise ProbeError(
-                f"{folder / name} is a folder, and a file of this name is to be written; remove or rename it"
-            )
-    handle = None
-    while handle is None:
-        stage = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
-        with _explained(folder):
-            stage.mkdir()
-        handle = lock(stage)
-        if handle is not None and not stage.exists():  # taken for a leftover before it was locked
-            os.close(handle)
-            handle = None
-    try:
-        for name, content in contents.items():
-            with _explained(folder / name):
-                if callable(content):
-                    content(stage / name)
-                else:
-                    (stage / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        for name in gone:
-            with _explained(folder / name):
-                (stage / f"{name}{_GONE}").touch()
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        os.close(handle)
-
-
-def lock(path: Path) -> int | None:
-    """Return a handle that holds the lock of a file or folder; None if another process holds it, or it is not there."""
-    if fcntl is None:  # Windows, which renames no open files
-        return os.open(os.devnull, os.O_RDONLY)
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return os.open(os.devnull, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    except OSError:  # the file system has no locks
-        pass
-    return handle
-
-
-@contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = DISK_FULL if is_disk_full(error) else getattr(error, "strerror", None) or error
-        raise ProbeError(f"{target} cannot be written: {reason}") from error
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Return True if the error says that the disk, or the user's quota on it, is full."""
-    if isinstance(error, SafetensorError):  # it carries the system's error as text only
-        return any(f"os error {number}" in str(error) for number in _NO_ROOM)
-    return isinstance(error, OSError) and error.errno in _NO_ROOM
+remove_leftovers = lambda folder: None
 
 
 def package_version() -> str:
@@ -302,14 +132,6 @@ def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
     """Return the head folders inside a folder, by name."""
     items = sorted(item for item in Path(folder).iterdir() if not item.name.startswith("."))
     return {item.name: item for item in items if is_head_folder(item)}
-
-
-def check_output(folder: str | os.PathLike) -> None:
-    """Check that a head can be written into a folder without the loss of anything but a head."""
-    folder = Path(folder)
-    check_writable(folder, "the head")
-    if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
-        raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -370,10 +192,7 @@ def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
 
 # From hub/transport.py
 
-T = TypeVar("T")
-
 _FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
-_PATIENCE = 5  # times the client's timeout, for all files of a head
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
@@ -461,22 +280,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
     return _in_time(fetch, str(reference))
 
 
-def _in_time(ask: Callable[[], T], what: str) -> T:
-    """Call a function that asks the Hub, in a thread that is abandoned if it takes too long."""
-    limit, answer = constants.HF_HUB_DOWNLOAD_TIMEOUT, Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
-    if not wait([answer], _PATIENCE * limit).done:
-        raise ProbeError(
-            f"{what} was not fetched in {_PATIENCE * limit:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
-        )
-    return answer.result()
+_in_time = lambda ask, what: ask()
 
 
 without_waiting = lambda reference, options: options
@@ -541,15 +345,7 @@ def _download(reference: HubReference, name: str, revision: str | None, options:
     raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
 
 
-def _is_intact(path: Path) -> bool:
-    """Return False if a file of the cache has another content than the digest says that its blob is named by."""
-    digest = path.resolve().name
-    return not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) or _has_digest(path.read_bytes(), digest)
-
-
-def _has_digest(content: bytes, digest: str) -> bool:
-    """Return True if the Hub calls a content so: the sha256 of a large file, git's own hash of another."""
-    return digest == (hashlib.sha256(content).hexdigest() if len(digest) == 64 else git_hash(content))
+_is_intact = lambda path: True
 
 
 def hide_secrets(text: str, token: str | bool | None = None) -> str:
@@ -574,23 +370,7 @@ class Target:
     num_hidden_layers: int
     revision: str | None = None
 
-    @classmethod
-    def read(cls, name_or_path: str | os.PathLike, kwargs: Mapping[str, Any], options: HubOptions) -> Target | None:
-        """Read the target from a backbone's `config.json`; None if that has no sizes."""
-        revision = kwargs.get("revision")
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                name_or_path,
-                revision=revision,
-                subfolder=kwargs.get("subfolder") or "",
-                token=options.token,
-                cache_dir=options.cache_dir,
-                local_files_only=options.local_files_only,
-                trust_remote_code=False,
-            ).get_text_config(decoder=True)
-            return cls(str(name_or_path), config.hidden_size, config.num_hidden_layers, revision)
-        except (OSError, ValueError, AttributeError):  # a LoRA folder, remote code: loading tells what is wrong
-            return None
+    read = classmethod(lambda cls, place, kwargs, options: cls(str(place), 0, 0, kwargs.get("revision")))
 
     def fits(self, hidden_size: int | None, num_hidden_layers: int | None) -> bool:
         """Return True if a head of these sizes fits this backbone."""
@@ -598,9 +378,6 @@ class Target:
 
 
 bundled_heads = lambda target=None: {}
-
-
-best_head = lambda alias, heads: None
 
 
 def resolve_head(
@@ -648,13 +425,11 @@ def _resolve_alias(
             options = without_waiting(reference, options)
             return download_head(reference, options, only_config=only_config)
         except ProbeError as error:
-            heads = [head for head in heads_on_hub(place, replace(options, revision=revision)) if head]
-            found.append(f"in {place}: {', '.join(heads)}" if heads else str(error))
+            found.append(str(error))
     raise ProbeError("; ".join(found))
 
 
-def _choose(alias: str, heads: Mapping[str, Path]) -> Path | None:
-    return heads.get(alias) or best_head(alias, heads)
+_choose = lambda alias, heads: heads.get(alias)
 
 
 def _places(target: Target | None, options: HubOptions, namespace: str | None) -> Iterator[tuple[Path | str, Any]]:
@@ -1051,11 +826,6 @@ _NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} |
 }
 
 
-class _AnyToken(list):
-    def __contains__(self, token: Any) -> bool:
-        return True
-
-
 @dataclass
 class ProbeConfig:
     """Configuration of a probe head."""
@@ -1176,9 +946,7 @@ class ProbeConfig:
         named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
         return named[-1:] if get_probe_type(self.probe_type).reads == "last" else named
 
-    def get_text_config(self, decoder: bool | None = None) -> SimpleNamespace:
-        """Return what the stock Trainer compares with the tokenizer: a head has no special tokens, and any will do."""
-        return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
+    get_text_config = _needs_package("get_text_config")
 
     def replace(self, **changes) -> ProbeConfig:
         """Return a checked copy with some fields changed."""
@@ -1186,13 +954,7 @@ class ProbeConfig:
 
     from_pretrained = _needs_package("from_pretrained")
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `probe_config.json`, and no weights, into a folder."""
-        text = self.replace().to_json_string()
-        check_output(save_directory)
-        make_folder(Path(save_directory))
-        settle(save_directory)
-        write_atomically({Path(save_directory) / CONFIG_NAME: text})
+    save_pretrained = _needs_package("save_pretrained")
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; `from_dict` gives the same config back."""

@@ -8,82 +8,30 @@ import functools
 import hashlib
 import json
 import math
-import numpy as np
 import os
-import time
 import torch
 import torch.nn.functional as F
 import transformers
-from abc import ABC
-from abc import abstractmethod
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from safetensors import SafetensorError
-from safetensors.torch import load
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import ModelOutput
-from transformers.utils import logging
-from typing import Any
-from typing import ClassVar
-from typing import NamedTuple
-from typing import TypeVar
-from .backbone_llama_probe import NextToken
-from .backbone_llama_probe import backbone_facts
-from .backbone_llama_probe import check_states
-from .backbone_llama_probe import distance
-from .backbone_llama_probe import find_decoder
-from .backbone_llama_probe import fingerprint
-from .backbone_llama_probe import target_of
-from .backbone_llama_probe import template_hash
-from .backbone_llama_probe import tolerance
-from .backbone_llama_probe import without_peft
-from .configuration_llama_probe import CARD_NAME
-from .configuration_llama_probe import CODE_NAME
-from .configuration_llama_probe import CONFIG_NAME
-from .configuration_llama_probe import HALF_PAIR
-from .configuration_llama_probe import HEAD_FILES
-from .configuration_llama_probe import HubOptions
-from .configuration_llama_probe import PLOT_NAMES
-from .configuration_llama_probe import PROMPT_FORMATS
-from .configuration_llama_probe import ProbeConfig
-from .configuration_llama_probe import ProbeError
-from .configuration_llama_probe import RESULTS_NAME
-from .configuration_llama_probe import TURN_SCOPES
-from .configuration_llama_probe import WEIGHTS_NAME
-from .configuration_llama_probe import check_writable
-from .configuration_llama_probe import current_file
-from .configuration_llama_probe import folder_state
-from .configuration_llama_probe import get_probe_type
-from .configuration_llama_probe import is_head_folder
-from .configuration_llama_probe import kind_code
-from .configuration_llama_probe import make_folder
-from .configuration_llama_probe import package_version
-from .configuration_llama_probe import read_config
-from .configuration_llama_probe import read_results
-from .configuration_llama_probe import register_probe_type
-from .configuration_llama_probe import remove_leftovers
-from .configuration_llama_probe import replace_files
-from .configuration_llama_probe import resolve_head
-from .configuration_llama_probe import training_results
-from .configuration_llama_probe import turn_mask
-from .configuration_llama_probe import with_subfolder
-
-
-def _needs_package(name):
-    def missing(*args, **kwargs):
-        raise ImportError(f"{name} needs the package: pip install llama_probe")
-
-    return missing
+from transformers.utils import ModelOutput, logging
+from typing import Any, ClassVar, NamedTuple
+from .backbone_llama_probe import NextToken, find_decoder, target_of, template_hash, without_peft
+from .configuration_llama_probe import (
+    CARD_NAME, CODE_NAME, CONFIG_NAME, HALF_PAIR, HEAD_FILES, HubOptions, PLOT_NAMES, PROMPT_FORMATS, ProbeConfig,
+    ProbeError, RESULTS_NAME, TURN_SCOPES, WEIGHTS_NAME, _needs_package, check_writable, current_file, get_probe_type,
+    is_head_folder, kind_code, make_folder, package_version, read_config, read_results, register_probe_type,
+    remove_leftovers, replace_files, resolve_head, training_results, turn_mask, with_subfolder,
+)
 
 
 has_own_card = _needs_package("has_own_card")
@@ -1191,8 +1139,6 @@ def as_slice(places: Sequence[int]) -> slice | list[int]:
 # From heads/novelty.py
 
 LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
-# Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
-_DEPTHS = (0.2, 0.4, 0.6)
 
 
 @dataclass
@@ -1203,13 +1149,9 @@ class MeanStates:
     total: torch.Tensor
     count: torch.Tensor
 
-    def blank(self, rows: int) -> MeanStates:
-        """Return means of `rows` rows, to `put` batches into."""
-        return MeanStates(self.of, *(x.new_empty(len(x), rows, *x.shape[2:]) for x in (self.total, self.count)))
+    blank = _needs_package("blank")
 
-    def put(self, rows: list[int], batch: MeanStates) -> None:
-        """Store a batch in some rows."""
-        self.total[:, rows], self.count[:, rows] = batch.total, batch.count
+    put = _needs_package("put")
 
     @property
     def novelty(self) -> torch.Tensor:
@@ -1290,7 +1232,6 @@ def abstain_levels(
 # From heads/match.py
 
 _SIZES = ("hidden_size", "num_hidden_layers")
-_PRECISION = ("base_model_dtype", "base_model_quantization")
 
 
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
@@ -1309,118 +1250,14 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     )
 
 
-def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with all that a new head records of its backbone, the fingerprint included."""
-    facts = backbone_facts(lm)
-    facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
-    config = match(lm, config)
-    check_states(lm)
-    found = fingerprint(lm)
-    if not np.isfinite(found).all():
-        raise ProbeError(f"hidden states are not finite in {facts['base_model_dtype']}; use float32 or bfloat16")
-    return config.replace(**facts, fingerprint=found)
+describe = lambda lm, config: match(lm, config)
 
 
-@dataclass(frozen=True)
-class Check:
-    """One config field of a comparison."""
-
-    field: str
-    recorded: Any
-    found: Any
-    verdict: str
-    fatal: bool = False
-
-
-def compare(
-    config: ProbeConfig,
-    lm: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
-    take_fingerprint: Callable[[int | None], list[float]] | None = None,
-) -> list[Check]:
-    """Compare a head's record of its backbone with a backbone, the most decisive fields first."""
-    decoder, facts = find_decoder(lm), backbone_facts(lm)
-    checks = []
-    for name in _SIZES:
-        recorded, found = getattr(config, name), getattr(decoder, name)
-        checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
-    same_behaviour = False
-    if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
-        if take_fingerprint is None and not any(parameter.is_meta for parameter in lm.parameters()):
-            take_fingerprint = partial(fingerprint, lm)
-        checks.append(_compare_fingerprints(config, facts, take_fingerprint))
-        same_behaviour = checks[-1].verdict == "same"
-    for name, found in facts.items():
-        recorded = getattr(config, name)
-        verdict = _verdict(recorded, found, name)
-        # Copies of one backbone may differ in these.
-        local_copy = name == "base_model_name_or_path" and found is not None and Path(found).is_dir()
-        if verdict == "differs" and same_behaviour and (name in ("base_model_revision", *_PRECISION) or local_copy):
-            verdict = "explained"
-        checks.append(Check(name, recorded, found, verdict))
-    if config.prompt_format == "chat" and tokenizer is not None:
-        recorded, found = config.chat_template_hash, template_hash(tokenizer)
-        checks.append(Check("chat_template_hash", recorded, found, _verdict(recorded, found)))
-    return checks
-
-
-def check_backbone(
-    name: str,
-    config: ProbeConfig,
-    lm: nn.Module,
-    strict: bool = False,
-    take_fingerprint: Callable[[int | None], list[float]] | None = None,
-) -> None:
-    """Log one warning with all that tells this backbone from the one that a head was trained on."""
-    match(lm, config)
-    check_states(lm)
-    if config.token_scope in TURN_SCOPES and config.turn_markers is None and config.prompt_format == "chat":
-        logger.warning(
-            f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
-        )
-    checks = compare(config, lm, take_fingerprint=take_fingerprint)
-    # A head is often trained in one dtype and served in another: by itself this means nothing.
-    telling = [check for check in checks if check.verdict == "differs" and check.field not in _PRECISION]
-    if not telling:
-        return
-    message = f"head {name!r} {', '.join(map(_explain, telling))}: its scores may mean nothing here"
-    if strict:
-        raise ProbeError(f"{message}; strict=False turns this into a warning")
-    logger.warning(message)
-
-
-def _explain(check: Check) -> str:
-    if check.field == "base_model_name_or_path":
-        return f"was trained on {check.recorded}, this backbone is {check.found}"
-    if check.field == "fingerprint":
-        return f"has a fingerprint {check.found} away from this backbone's (fine-tuned since, or another model?)"
-    return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
-
-
-def _compare_fingerprints(config: ProbeConfig, facts: dict[str, Any], take_fingerprint: Callable | None) -> Check:
-    allowed = tolerance(tuple(getattr(config, name) for name in _PRECISION), tuple(facts[name] for name in _PRECISION))
-    wanted = f"within {allowed:.1%}"
-    # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
-    if take_fingerprint is None or (config.vocab_size or 0) > facts["vocab_size"]:
-        return Check("fingerprint", wanted, None, "unknown")
-    apart = distance(config.fingerprint, take_fingerprint(config.vocab_size))
-    return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
-
-
-def _verdict(recorded: Any, found: Any, name: str = "") -> str:
-    # For the quantization, None means "not quantized". For all other fields, it means "not known".
-    if name != "base_model_quantization" and (recorded is None or found is None):
-        return "unknown"
-    if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
-        recorded, found = Path(recorded).name.lower(), Path(found).name.lower()
-    return "same" if recorded == found else "differs"
+check_backbone = lambda name, config, lm, strict=False: _needs_package("strict=True")() if strict else match(lm, config)
 
 
 # From heads/folder.py
 
-T = TypeVar("T")
-
-_TRIES, _PAUSE = 100, 0.01  # seconds; more than the clock of a file system needs to tell two saves apart
 _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
@@ -1469,19 +1306,7 @@ def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
         return False
 
 
-def read_settled(folder: Path, read: Callable[[], T]) -> T:
-    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
-    for _ in range(_TRIES):
-        before = folder_state(folder, CONFIG_NAME)
-        try:
-            found = read()
-            if folder_state(folder, CONFIG_NAME) == before:
-                return found
-        except ProbeError:
-            time.sleep(_PAUSE)
-            if folder_state(folder, CONFIG_NAME) == before:
-                raise
-    raise ProbeError(f"{folder} cannot be read: heads are saved into it all the time")
+read_settled = lambda folder, read: read()
 
 
 def read_tensors(
@@ -1713,9 +1538,7 @@ class ProbeModel(nn.Module):
 
     # Shared by all
 
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Return states as the token stage takes them: fp32, on the head's device, normalised as the config says."""
-        return normalize(x.to(device=self.device, dtype=torch.float32), self.config.normalize)
+    normalize = _needs_package("normalize")
 
     def score_summaries(
         self, summaries: torch.Tensor, output_attentions: bool = False, learning: bool = False
@@ -1740,40 +1563,12 @@ class ProbeModel(nn.Module):
 
 # From data/turns.py
 
-Chat = list[dict[str, Any]]
-
 # They share neither their first nor their last token: what all their prompts share is the template's. Common words merge
 # with a space before them, other signs do not.
 DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
-# Their white space merges with the end of what opens a turn, or with the beginning of what closes it.
-_SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
-_CALL = {"id": "call12345", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
-_ASKED = [{"role": "user", "content": "Look at it."}]
 
 
-def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, dict[str, Any]] | None:
-    """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers."""
-    try:
-        user_end, reply_end = _turn_end(render, "user"), _turn_end(render, "assistant")
-        user = _user_marker(render, (reply_end, user_end))
-        assistant = _assistant_marker(render, (user_end, reply_end))
-    except ProbeError:
-        return None
-    if not user["ids"] or not assistant["ids"] or _is_start(user["ids"], assistant["ids"]):
-        return None
-    markers = {"user": user, "assistant": assistant}
-    for role, before in (
-        ("system", []),
-        ("tool", [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]),
-    ):
-        try:
-            ids = _opening(render, before, role, (reply_end, user_end), user["ids"])
-        except ProbeError:  # many templates have no such turn
-            continue
-        others = [marker["ids"] for marker in markers.values()]
-        if ids and not any(_is_start(ids, other) for other in others):
-            markers[role] = {"ids": ids, "skip": 0}
-    return markers
+learn_turn_markers = lambda render: None
 
 
 def common_start(sequences: Iterable[Sequence[int]]) -> list[int]:
@@ -1784,79 +1579,6 @@ def common_start(sequences: Iterable[Sequence[int]]) -> list[int]:
 def common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
     """Return the longest end that sequences share."""
     return common_start([list(sequence)[::-1] for sequence in sequences])[::-1]
-
-
-def _turn_end(render: Callable, role: str) -> list[int]:
-    """Return what closes the last turn of a role."""
-    before = [] if role == "user" else _ASKED
-    return common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
-
-
-def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
-    return _marker([_before(render, before, "user") for before in ([], *replies)], ends)
-
-
-def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
-    starts = []
-    for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
-        asked = [{"role": "user", "content": text}]
-        prompt = render(asked, True)
-        # The generation prompt may end before what opens a reply in the history, or continue after it.
-        starts.append([common_start([prompt, ids]) for ids in _before(render, asked, "assistant", _ASKED)])
-    return _marker(starts, ends)
-
-
-def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> dict[str, Any]:
-    """Return the marker of a role from the ids before its turns in several chats; see `_before`."""
-    skip = min(len(plain_text) - len(any_text) for any_text, plain_text in starts)
-    return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}
-
-
-def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
-    """Return what opens a turn of a role that stands behind one chat alone."""
-    ids, _ = _before(render, before, role, [] if before else _ASKED)
-    if before:
-        return ids[len(common_start([ids, render(before, False)])) :]
-    for start in range(len(ids) - 1, -1, -1):  # the template may begin with turns of its own
-        for end in filter(None, ends):
-            if ids[start : start + len(end)] == end and start + len(end) < len(ids):
-                ids = ids[start + len(end) :]
-                break
-    first = render(_ASKED, False)[0]
-    if ids[0] == first != user[0] and len(ids) > 1:
-        ids = ids[1:]
-    # Behind the marker may follow the template's own text, with the date perhaps.
-    return ids[: len(user)]
-
-
-def _before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
-    """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
-
-    def ids(texts: Sequence[str]) -> list[int]:
-        turns = (
-            {"role": role, "content": text, **({"tool_call_id": _CALL["id"]} if role == "tool" else {})}
-            for text in texts
-        )
-        found = [render([*before, turn, *after], False) for turn in turns]
-        start = common_start(found)
-        if any(len(start) == len(each) for each in found):
-            raise ProbeError(f"the chat template leaves out the content of the role {role!r}")
-        return start
-
-    return ids([*DIFFERENT_TEXTS, *_SPACED_TEXTS]), ids(DIFFERENT_TEXTS)
-
-
-def _without_ends(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
-    """Cut off what closes the turn before."""
-    for end in sorted(filter(None, ends), key=len, reverse=True):
-        if ids[: len(end)] == end and len(ids) > len(end):
-            return ids[len(end) :]
-    return ids
-
-
-def _is_start(short: list[int], long: list[int]) -> bool:
-    return long[: len(short)] == short
 
 
 # From data/prompts.py
@@ -1892,8 +1614,9 @@ class PromptFormat:
         kind: str = "chat",
         system_prompt: str | None = None,
         max_length: int | None = None,
+        turn_markers: dict[str, dict[str, Any]] | None = None,
     ) -> PromptFormat:
-        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats."""
+        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats if not given."""
         if kind not in PROMPT_FORMATS:
             raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
         if kind == "chat" and not tokenizer.chat_template:
@@ -1905,13 +1628,14 @@ class PromptFormat:
         constant = len(prefix) + len(suffix)
         if max_length is not None and max_length <= constant:
             raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
-        markers = learn_turn_markers(bare._encode_chat) if kind == "chat" else None
-        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), markers)
+        if turn_markers is None and kind == "chat":
+            turn_markers = learn_turn_markers(bare._encode_chat)
+        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), turn_markers)
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
         """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
-        kind = config.prompt_format
+        kind, markers = config.prompt_format, config.turn_markers
         if kind not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
             logger.warning_once(
@@ -1919,18 +1643,10 @@ class PromptFormat:
             )
         elif kind == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
-        return cls.create(tokenizer, kind, config.system_prompt, config.max_length)
+            markers = None
+        return cls.create(tokenizer, kind, config.system_prompt, config.max_length, markers)
 
-    def config_fields(self) -> dict[str, Any]:
-        """Return the fields of a `ProbeConfig` that record the format."""
-        return {
-            "prompt_format": self.kind,
-            "system_prompt": self.system_prompt,
-            "max_length": self.max_length,
-            "prefix_ids": list(self.prefix_ids),
-            "turn_markers": self.turn_markers,
-            "chat_template_hash": template_hash(self.tokenizer) if self.kind == "chat" else None,
-        }
+    config_fields = _needs_package("config_fields")
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """Return the token ids of each prompt. Log how many were cut."""
@@ -1972,9 +1688,7 @@ class PromptFormat:
         encoded, masks = self.encode_replies(texts)
         return EncodedTexts(encoded, masks if config.token_scope == "response" else None, list(map(sum, masks)))
 
-    def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`."""
-        return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
+    batch = _needs_package("batch")
 
     def _encode_start(self, text: Text) -> list[int]:
         """Return the ids of a text, or of as much of a very long one as `max_length` can leave."""

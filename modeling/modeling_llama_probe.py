@@ -14,92 +14,37 @@ import threading
 import torch
 import weakref
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import make_dataclass
-from dataclasses import replace
+from dataclasses import dataclass, field, make_dataclass, replace
+from importlib import import_module
 from numbers import Real
 from pathlib import Path
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
-from transformers import GenerationConfig
-from transformers import LlamaForCausalLM
-from transformers import LogitsProcessorList
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from transformers import StoppingCriteriaList
+from transformers import (
+    Cache, GenerationConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.generation import GenerateBeamDecoderOnlyOutput
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
-from transformers.utils import logging
-from typing import Any
-from typing import ClassVar
-from .backbone_llama_probe import Decoder
-from .backbone_llama_probe import Pass
-from .backbone_llama_probe import cached_tokens
-from .backbone_llama_probe import capturing
-from .backbone_llama_probe import check_seen
-from .backbone_llama_probe import copy_cache
-from .backbone_llama_probe import find_decoder
-from .backbone_llama_probe import handing_states_to
-from .backbone_llama_probe import plan_passes
-from .backbone_llama_probe import repeat_cache
-from .backbone_llama_probe import stay_in_layers
-from .backbone_llama_probe import target_of
-from .backbone_llama_probe import without_peft
-from .configuration_llama_probe import HubOptions
-from .configuration_llama_probe import ProbeConfig
-from .configuration_llama_probe import ProbeError
-from .configuration_llama_probe import Target
-from .configuration_llama_probe import check_name
-from .configuration_llama_probe import check_place
-from .configuration_llama_probe import check_within_reach
-from .configuration_llama_probe import default_name
-from .configuration_llama_probe import is_alias
-from .configuration_llama_probe import marker_mask
-from .configuration_llama_probe import resolve_head
-from .configuration_llama_probe import with_subfolder
-from .heads_llama_probe import DecidedMixin
-from .heads_llama_probe import MeanStates
-from .heads_llama_probe import Novelty
-from .heads_llama_probe import ProbeModel
-from .heads_llama_probe import ProbeOutput
-from .heads_llama_probe import ProbeState
-from .heads_llama_probe import PromptFormat
-from .heads_llama_probe import Text
-from .heads_llama_probe import abstain_levels
-from .heads_llama_probe import abstaining
-from .heads_llama_probe import check_backbone
-from .heads_llama_probe import check_rows
-from .heads_llama_probe import describe
-from .heads_llama_probe import device_type
-from .heads_llama_probe import labels
-from .heads_llama_probe import pad_prompts
-from .heads_llama_probe import predictions
-from .heads_llama_probe import probabilities
-from .heads_llama_probe import prompt_masks
-from .heads_llama_probe import read_masks
-from .heads_llama_probe import repeat_rows
-from .heads_llama_probe import select_rows
-from .heads_llama_probe import threshold_of
-
-
-def _needs_package(name):
-    def missing(*args, **kwargs):
-        raise ImportError(f"{name} needs the package: pip install llama_probe")
-
-    return missing
+from transformers.utils import ModelOutput, logging
+from typing import Any, ClassVar
+from .backbone_llama_probe import (
+    Decoder, Pass, cached_tokens, capturing, check_seen, copy_cache, find_decoder, handing_states_to, plan_passes,
+    repeat_cache, stay_in_layers, target_of, without_peft,
+)
+from .configuration_llama_probe import (
+    HubOptions, ProbeConfig, ProbeError, Target, _needs_package, check_name, check_place, check_within_reach,
+    default_name, is_alias, marker_mask, resolve_head, with_subfolder,
+)
+from .heads_llama_probe import (
+    DecidedMixin, MeanStates, Novelty, ProbeModel, ProbeOutput, ProbeState, PromptFormat, Text, abstain_levels,
+    abstaining, check_backbone, check_rows, describe, device_type, labels, pad_prompts, predictions, probabilities,
+    prompt_masks, read_masks, repeat_rows, select_rows, threshold_of,
+)
 
 
 # From serving/sources.py
@@ -155,18 +100,9 @@ class HeadPlace:
     revision: str | None
     config: ProbeConfig
 
-    @property
-    def backbone(self) -> str:
-        """Folder or Hub id of the backbone, which the head must record."""
-        if self.config.base_model_name_or_path is None:
-            raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
-        return self.config.base_model_name_or_path
+    backbone = _needs_package("backbone")
 
-    def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
-        others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
-        commit = self.config.base_model_revision
-        return others if commit is None or Path(self.backbone).exists() else {**others, "revision": commit}
+    backbone_kwargs = _needs_package("backbone_kwargs")
 
 
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
@@ -1845,7 +1781,10 @@ class ProbeHostMixin:
         if check_name(name) in self.probes:
             raise ProbeError(f"a head {name!r} is attached already: choose another name or delete_probe({name!r})")
 
-    _single_probe = _needs_package("_single_probe")
+    def _single_probe(self, name: str | None) -> str:
+        if name is None and len(self.probes) != 1:
+            raise ProbeError(f"name one head: {', '.join(self.probes) or 'none is attached'}")
+        return next(iter(self._active_heads(list(self.probes) if name is None else name)))
 
     def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
         # Everything that can fail comes first, so that all heads are attached or none.
@@ -1890,16 +1829,13 @@ def change_class(model: nn.Module, cls: type) -> None:
             raise ProbeError("model.forward was replaced: del model.forward, attach heads, then replace it again")
         model.__class__ = cls
         return
-    # accelerate keeps the old class's forward in the instance
-    try:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-    except ImportError:
-        raise
-
-    remove_hook_from_module(model)
+    # accelerate keeps the old class's forward in the instance. To import it by a statement, in code that an exported
+    # repository carries, would make transformers ask every user for it.
+    hooks = import_module("accelerate.hooks")
+    hooks.remove_hook_from_module(model)
     del model.forward
     model.__class__ = cls
-    add_hook_to_module(model, hook)
+    hooks.add_hook_to_module(model, hook)
 
 
 # From serving/modeling.py
@@ -2008,14 +1944,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         session = kwargs.pop("probe_session", None)
         probes = kwargs.pop("probes", None)
         probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
-        if session is False:
-            return super().forward(**kwargs)
         compiling = torch.compiler.is_dynamo_compiling()
         if session is None and not compiling and (running := session_of(self)) is not None:
             # A decoding method calls the model itself: first over the prompt, then for other purposes.
-            if running.complete:
-                return super().forward(**kwargs)
-            session = running
+            session = False if running.complete else running
+        if session is False:
+            return super().forward(**kwargs)
         generating = session is not None
         heads = session.heads if generating else self._active_heads(probes)
         configs = {name: head.config for name, head in heads.items()}

@@ -5,41 +5,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
-from dataclasses import replace
-from transformers import GenerationConfig
-from transformers import GenerationMixin
-from transformers import LlamaForCausalLM
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from transformers import TextGenerationPipeline
+from dataclasses import asdict, replace
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.utils import ModelOutput
 from typing import Any
-from .backbone_llama_probe import target_of
-from .backbone_llama_probe import without_peft
-from .configuration_llama_probe import HubOptions
-from .configuration_llama_probe import ProbeError
-from .heads_llama_probe import reply_outputs
-from .heads_llama_probe import verdict
-from .modeling_llama_probe import LlamaForProbedGeneration
-from .modeling_llama_probe import PROBED_FIELDS
-from .modeling_llama_probe import ProbeSpec
-from .modeling_llama_probe import ProbedGenerationMixin
-from .modeling_llama_probe import change_class
-from .modeling_llama_probe import read_heads
-
-
-def _needs_package(name):
-    def missing(*args, **kwargs):
-        raise ImportError(f"{name} needs the package: pip install llama_probe")
-
-    return missing
+from .backbone_llama_probe import target_of, without_peft
+from .configuration_llama_probe import HubOptions, ProbeError, _needs_package
+from .heads_llama_probe import reply_outputs, verdict
+from .modeling_llama_probe import (
+    LlamaForProbedGeneration, PROBED_FIELDS, ProbeSpec, ProbedGenerationMixin, change_class, read_heads,
+)
 
 
 # From serving/auto.py
-
-_PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
-
 
 class AutoModelForProbedGeneration:
     """Load or convert any causal LM of transformers, with heads; its class is made from the plain one."""
@@ -63,31 +41,7 @@ class AutoModelForProbedGeneration:
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
 
 
-def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the probed class of a causal LM class, made on first use."""
-    if issubclass(causal_lm_class, ProbedGenerationMixin):
-        return causal_lm_class
-    if not issubclass(causal_lm_class, GenerationMixin):
-        raise ProbeError(f"{causal_lm_class.__name__} is no causal LM: heads attach to classes that generate text")
-    if causal_lm_class not in _PROBED_CLASSES:
-        name = causal_lm_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        # Gemma3ForCausalLM and Gemma3ForConditionalGeneration are two classes
-        stem = name.removesuffix("ForConditionalGeneration")
-        name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
-        namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
-        made = type(name, (ProbedGenerationMixin, _MadeClassMixin, causal_lm_class), namespace)
-        _PROBED_CLASSES.setdefault(causal_lm_class, made)  # another thread may have been first
-    return _PROBED_CLASSES[causal_lm_class]
-
-
-class _MadeClassMixin:
-    """Pickles models of a class made here by their causal LM class: no module has an attribute of its name."""
-
-    def __reduce_ex__(self, protocol):
-        reduced = super().__reduce_ex__(protocol)
-        if type(self) is not _PROBED_CLASSES[self._causal_lm_class]:  # a user's subclass
-            return reduced
-        return _create, (self._causal_lm_class,), *reduced[2:]
+probed_class = lambda causal_lm_class: LlamaForProbedGeneration
 
 
 def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
