@@ -33,7 +33,7 @@ def model():
 def each_system(model, many=0, naive=False):
     plain = model._without_probes()
     yield plain_system(plain)
-    yield from systems(model, plain, many, fresh_config("mha", HIDDEN, DEEP), naive)
+    yield from systems(model, plain, many, naive)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def rows(request):
     for kind in probe_types():
         model.add_probe(kind, fresh_config(kind, HIDDEN, LAYERS))
     with_novelty(model.add_probe("multimax-novelty", fresh_config("multimax", HIDDEN, LAYERS)))
-    found = count_operations(model, (16, 512), 8, fresh_config("mha", HIDDEN, LAYERS), as_device="cuda")
+    found = count_operations(model, (16, 512), 8, as_device="cuda")
     for kind in probe_types():
         model.delete_probe(kind)
         model.add_probe(f"{kind}-reply", fresh_config(kind, HIDDEN, LAYERS, token_scope="response"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
+from conftest import VOCAB, make_lm, make_probe
 from tiny_guards import T5
 
 from llama_probe.experiments.benchmark.models import ModelPlan
@@ -37,7 +37,7 @@ def test_tokens_and_logits_are_the_same(model, guards, new_tokens):
     scores = model.classify(load.input_ids)
     model.add_probe("tone", make_probe(probe_type="gate", token_scope="response"))
     outputs = {}
-    for system in systems(model, plain, 2, fresh_config("mha", HIDDEN, LAYERS), True, guards):
+    for system in systems(model, plain, 2, True, guards):
         outputs[system.name] = system.serve(load, None)
         assert (system.weight_bytes > 0) == (system.name != "base again")
     # A head of replies has no naive way.

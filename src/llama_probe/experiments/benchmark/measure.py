@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 
 # A timed call gets a function that it calls after each new token.
-Timed = Callable[[Callable[[], None]], Any]
+Token = Callable[[], None]
+Timed = Callable[[Token], Any]
 
 
 class Timing(NamedTuple):

@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ...heads.configuration import ProbeConfig
 from ...heads.device import acting_as
 from .serving_systems import AGAIN, BASE, Load, System, plain_system, systems
 
@@ -37,10 +36,9 @@ def count_operations(
     model: PreTrainedModel,
     tokens: Sequence[int] = (16, 512),
     many: int = 0,
-    many_config: ProbeConfig | None = None,
     as_device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Count the operations of the plain model, of each attached head, and of `many` heads of `many_config` at once.
+    """Count the operations of the plain model, of each attached head, and of `many` fresh heads of `MANY_KIND` at once.
 
     Args:
         tokens: lengths of the prompt. The batch is one prompt.
@@ -57,7 +55,7 @@ def count_operations(
     reply = Load.create(1, min(tokens), 3, **drawn)
     rows = []
     with acting_as(as_device):
-        for system in chain([plain_system(plain)], systems(model, plain, many, many_config)):
+        for system in chain([plain_system(plain)], systems(model, plain, many)):
             if system.name == AGAIN:
                 continue
             prefill, step = [_count_prefill(system, prompt) for prompt in prompts], _count_step(system, reply)

@@ -12,7 +12,6 @@ from ...heads import get_probe_type
 from .models import SHAPES
 
 
-DEVICES = ("cuda", "cpu")  # whose choices can be counted on any device
 KINDS = ("pooling", "gate", "mha")
 _LEAST = {"many": 0, "new_tokens": 1, "pairs": 1, "tokens": 1, "batch_sizes": 1}
 

@@ -26,7 +26,7 @@ from .measure import Timing, peak_memory, spread, time_pairs
 from .models import ModelPlan
 from .operations import count_operations
 from .options import BenchmarkOptions
-from .serving_systems import BASE, MANY_KIND, Load, System, fresh_config, plain_system, systems
+from .serving_systems import BASE, Load, System, fresh_config, plain_system, systems
 
 
 _PAPER_TOKENS = 512  # longest prompt of the paper's table
@@ -45,7 +45,6 @@ class ServingBenchmark:
         self.lm = ModelPlan.read(options.backbone, *made, longest + options.new_tokens)
         self.guards = [ModelPlan.read(name, *made, longest, guards=True) for name in options.guards]
         self.fresh = {kind: self._config(kind) for kind in options.kinds}
-        self.many_config = self._config(MANY_KIND) if options.many else None
 
     def _config(self, kind: str, **fields) -> ProbeConfig:
         return fresh_config(kind, self.lm.text_config.hidden_size, self.lm.text_config.num_hidden_layers, **fields)
@@ -68,7 +67,7 @@ class ServingBenchmark:
         rows: list[list[dict[str, Any]]] = [[] for _ in loads]
         base_times: list[list[Timing]] = [[] for _ in loads]
         with tqdm(desc="systems", unit="system") as progress:
-            for system in systems(model, plain, options.many, self.many_config, options.naive, self.guards):
+            for system in systems(model, plain, options.many, options.naive, self.guards):
                 progress.set_postfix_str(system.name)
                 for i, load in enumerate(loads):
                     pairs = self._time(base, system, load)
@@ -96,7 +95,7 @@ class ServingBenchmark:
         model, as_device = self._load(), as_device or ("cpu" if self.device.type == "cpu" else "cuda")
         for kind in self.fresh:
             model.add_probe(f"{kind}-reply", self._config(kind, token_scope="response"))
-        rows = count_operations(model, self.options.tokens, self.options.many, self.many_config, as_device)
+        rows = count_operations(model, self.options.tokens, self.options.many, as_device)
         return {**self._facts(model._without_probes()), "as_device": as_device, "rows": rows}
 
     def _load(self) -> PreTrainedModel:
@@ -135,7 +134,7 @@ class ServingBenchmark:
             "settings": vars(self.options),
             "backbone": {
                 "name": Path(model_id(self.options.backbone)).name,
-                "num_parameters": sum(parameter.numel() for parameter in plain.parameters()),
+                "num_parameters": plain.num_parameters(),
                 "num_hidden_layers": text.num_hidden_layers,
                 "hidden_size": text.hidden_size,
                 "dtype": str(plain.dtype).removeprefix("torch."),

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
+from ...backbone.decoder import find_decoder
 from ...errors import ProbeError
 from ...heads.configuration import ProbeConfig
 from ...heads.probe import ProbeModel
 from ...heads.scope import token_mask
+from .measure import Token
 from .models import ModelPlan, ask_guard, held_bytes
 
 
 BASE, AGAIN = "base", "base again"
 MANY_KIND = "mha"
-
-# Called after each new token.
-Token = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,6 @@ def systems(
     model: PreTrainedModel,
     plain: PreTrainedModel,
     many: int = 0,
-    many_config: ProbeConfig | None = None,
     naive: bool = False,
     guards: Sequence[ModelPlan] = (),
 ) -> Iterator[System]:
@@ -96,7 +94,7 @@ def systems(
 
     Args:
         model, plain: the model with its heads, and the same model without them.
-        many: number of heads of `many_config` that run at once.
+        many: number of fresh heads of `MANY_KIND` that run at once.
         naive: also run each head on all hidden states after the pass. Heads that read replies have no such way.
     """
     yield plain_system(plain, AGAIN)
@@ -104,10 +102,11 @@ def systems(
     for name, head in heads.items():
         yield System(name, partial(_serve_with, model, [name]), held_bytes([head]), head.config.probe_type)
     if many:
-        kind = many_config.probe_type
-        names = [f"{kind}-{number}-of-{many}" for number in range(1, many + 1)]
-        weights = held_bytes([model.add_probe(name, many_config) for name in names])
-        yield System(f"{many} x {kind}", partial(_serve_with, model, names), weights)
+        names = [f"{MANY_KIND}-{number}-of-{many}" for number in range(1, many + 1)]
+        decoder = find_decoder(model)
+        config = fresh_config(MANY_KIND, decoder.hidden_size, decoder.num_hidden_layers)
+        weights = held_bytes([model.add_probe(name, config) for name in names])
+        yield System(f"{many} x {MANY_KIND}", partial(_serve_with, model, names), weights)
         for name in names:
             model.delete_probe(name)
     for name, head in heads.items() if naive else ():
@@ -151,19 +150,19 @@ class _TokenMarks(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _serve_with(model: PreTrainedModel, names: list[str], load: Load, token: Token | None = None) -> Any:
+def _serve_with(model: PreTrainedModel, names: list[str], load: Load, token: Token | None) -> Any:
     model.set_active_probes(names)
     return generate(model, load, token)
 
 
-def _serve_naively(plain: PreTrainedModel, head: ProbeModel, load: Load, token: Token | None = None) -> Any:
+def _serve_naively(plain: PreTrainedModel, head: ProbeModel, load: Load, token: Token | None) -> Any:
     out = generate(plain, load, token, output_hidden_states=True, return_dict_in_generate=True)
     with torch.no_grad():
         mask = token_mask(head.config, load.input_ids, load.attention_mask)
         return out, head(hidden_states=out.hidden_states[0], attention_mask=mask)
 
 
-def _serve_guarded(plain: PreTrainedModel, guard: PreTrainedModel, load: Load, token: Token | None = None) -> Any:
+def _serve_guarded(plain: PreTrainedModel, guard: PreTrainedModel, load: Load, token: Token | None) -> Any:
     answer = ask_guard(guard, load.input_ids, load.attention_mask)
     return answer, generate(plain, load, token, return_dict_in_generate=False)
 
