@@ -96,12 +96,11 @@ def reproduce(
 
 
 def _print_reproduction(results: dict[str, Any], output: Path) -> None:
-    from ..experiments.reproduction.report import REPORT_NAME, cell, columns
+    from ..experiments.reproduction.report import REPORT_NAME, cells, columns
 
     for source, by_method in results["main"].items():
-        shown = {name: result for name, result in by_method.items() if result is not None}
         found = columns(source)
-        rows = [(name, *(cell(column.find(result)) for column in found)) for name, result in shown.items()]
-        if shown:
+        rows = [(name, *cells(result, found)) for name, result in by_method.items()]
+        if rows:
             print_table(f"{source}, test rows", ("method", *(column.title for column in found)), rows)
     print(f"report written to {output / REPORT_NAME}")

@@ -34,3 +34,11 @@ def test_a_metric_that_is_not_defined_is_a_gap(everything, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| `gate` | - |" in text.split("## Few labels: toxicchat")[1]
     assert not (tmp_path / "few-labels-toxicchat.png").exists() and (tmp_path / "main-toxicchat.png").is_file()
+
+
+def test_a_method_that_a_test_set_lacks_is_a_gap(everything, tmp_path):
+    report = copy.deepcopy(everything[0]["ood"])
+    report["results"]["aegis"] = {"gate": report["results"]["xstest"]["gate"]}
+    text = written(everything, tmp_path, ood=report).split("## Out of distribution")[1]
+    (line,) = (line for line in text.splitlines() if line.startswith("| `tfidf` |"))
+    assert line.count(" / ") == 2 and [cell.strip() for cell in line.split("|")][3] == "-"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,25 +64,28 @@ def cell(value: dict[str, Any] | None) -> str:
     return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
 
 
+def cells(result: dict[str, Any], shown: Sequence[Column]) -> list[str]:
+    """Format the numbers of a method in some columns."""
+    return [cell(column.find(result)) for column in shown]
+
+
 def write_report(output: Path, report: dict[str, Any], finished: bool = True) -> None:
     """Write `report.md` and `report.json`, at the end with plots."""
     output.mkdir(parents=True, exist_ok=True)
     page = _Page(draws=finished and find_spec("matplotlib") is not None)
     _write_sections(page, report, finished)
-    write_atomically(
-        {output / name: png_writer(lambda figure=figure: figure) for name, figure in page.figures.items()}
-    )
+    write_atomically({output / name: png_writer(draw) for name, draw in page.figures.items()})
     text = "\n\n".join(page.blocks) + "\n"
     write_atomically({output / REPORT_NAME: text, output / DATA_NAME: json.dumps(report, indent=2) + "\n"})
 
 
 @dataclass
 class _Page:
-    """Blocks of Markdown, and figures by file name."""
+    """Blocks of Markdown, and functions that draw its figures, by file name."""
 
     draws: bool
     blocks: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Callable] = field(default_factory=dict)
 
     def add(self, *blocks: str) -> None:
         self.blocks += blocks
@@ -92,12 +96,8 @@ class _Page:
 
     def figure(self, name: str, draw: Callable, *args: Any) -> None:
         if self.draws:
-            self.figures[f"{name}.png"] = draw(*args)
+            self.figures[f"{name}.png"] = partial(draw, *args)
             self.add(f"![{name}]({name}.png)")
-
-
-def _done(results: dict[str, Any]) -> dict[str, Any]:
-    return {name: result for name, result in results.items() if result is not None}
 
 
 def _write_sections(page: _Page, report: dict[str, Any], finished: bool) -> None:
@@ -118,17 +118,14 @@ def _write_sections(page: _Page, report: dict[str, Any], finished: bool) -> None
         page.add(f"**Not all rows:** at most {rows:,} training, validation and test rows of each data set.")
     if not finished:
         page.add("**Not finished:** the same command resumes the run.")
-    for source, results in report["main"].items():
-        _main_table(page, source, _done(results))
+    _for_each_source(_main_table, page, report["main"])
     if "ood" in report:
         _out_of_distribution(page, report["ood"])
-    _downcast(page, report["downcast"]["data"], _done(report["downcast"]["results"]))
-    for source, heads in report["layers"].items():
-        _layers(page, source, _done(heads))
+    _for_each_source(_downcast, page, {report["downcast"]["data"]: report["downcast"]["results"]})
+    _for_each_source(_layers, page, report["layers"])
     if report["sensitivity"] is not None:
         _sensitivity(page, report["sensitivity"])
-    for source, heads in report["few_labels"].items():
-        _few_labels(page, source, _done(heads))
+    _for_each_source(_few_labels, page, report["few_labels"])
     page.add("## How it was made")
     if report["command"]:
         page.add(f"`{report['command']}`")
@@ -136,9 +133,13 @@ def _write_sections(page: _Page, report: dict[str, Any], finished: bool) -> None
     page.add(f"{versions}; at most {settings['epochs']} epochs, patience {settings['patience']}.")
 
 
+def _for_each_source(section: Callable, page: _Page, by_source: dict[str, Any]) -> None:
+    for source, done in by_source.items():
+        if done:
+            section(page, source, done)
+
+
 def _main_table(page: _Page, source: str, done: dict[str, Any]) -> None:
-    if not done:
-        return
     benchmark, shown = find_benchmark(source)[0], columns(source)
     compared = [column for column in shown if column.paper is not None]
     rows = next(iter(done.values()))["rows"]
@@ -151,7 +152,7 @@ def _main_table(page: _Page, source: str, done: dict[str, Any]) -> None:
     for name in dict.fromkeys([*done, *paper.METHODS]):
         figures = [paper.figure(name, benchmark.name, column.paper) for column in compared]
         if name in done:
-            own = [f"{done[name]['num_parameters']:,}", *(cell(column.find(done[name])) for column in shown)]
+            own = f"{done[name]['num_parameters']:,}", *cells(done[name], shown)
             lines.append([f"`{name}`", *own, *map(cell, figures)])
         elif any(figure is not None for figure in figures):
             lines.append([f"{name} (paper only)", "-", *("-" for _ in shown), *map(cell, figures)])
@@ -176,7 +177,7 @@ def _main_table(page: _Page, source: str, done: dict[str, Any]) -> None:
 
 def _out_of_distribution(page: _Page, ood: dict[str, Any]) -> None:
     shown = (Column("F1", ("f1",)), Column("AUPRC", ("auprc",)), Column("recall", ("recall",)))
-    done = {test: found for test, results in ood["results"].items() if (found := _done(results))}
+    done = {test: results for test, results in ood["results"].items() if results}
     if not done:
         return
     page.add(
@@ -185,8 +186,8 @@ def _out_of_distribution(page: _Page, ood: dict[str, Any]) -> None:
     )
     lines = []
     for name in dict.fromkeys(name for results in done.values() for name in results):
-        own = [results[name] for results in done.values() if name in results]
-        lines.append([f"`{name}`", *(" / ".join(cell(column.find(result)) for column in shown) for result in own)])
+        own = (" / ".join(cells(results[name], shown)) if name in results else "-" for results in done.values())
+        lines.append([f"`{name}`", *own])
     sizes = [next(iter(results.values()))["summary"]["test"]["rows"] for results in done.values()]
     page.table(["method", *(f"{test} ({size:,})" for test, size in zip(done, sizes, strict=True))], lines)
     if absent := [test for test in ood["results"] if test not in done]:
@@ -196,22 +197,17 @@ def _out_of_distribution(page: _Page, ood: dict[str, Any]) -> None:
 
 
 def _downcast(page: _Page, source: str, done: dict[str, Any]) -> None:
-    if not done:
-        return
     shown, toxicchat = columns(source), find_benchmark(source)[0].name == "toxicchat"
     page.add(f"## `mha` by downcast, on {source}")
     lines = []
     for name, result in done.items():
-        own = [f"{result['num_parameters']:,}", *(cell(column.find(result)) for column in shown)]
-        lines.append([name, *own, f"{paper.DOWNCAST[int(name)]:.3f}" if toxicchat else "-"])
+        figure = f"{paper.DOWNCAST[int(name)]:.3f}" if toxicchat else "-"
+        lines.append([name, f"{result['num_parameters']:,}", *cells(result, shown), figure])
     titles = [column.title for column in shown]
     page.table(["downcast", "parameters", *titles, "paper: F1, human-annotated rows"], lines)
 
 
-def _layers(page: _Page, source: str, heads: dict[str, Any]) -> None:
-    done = {name: result for name, result in heads.items() if result["groups"]}
-    if not done:
-        return
+def _layers(page: _Page, source: str, done: dict[str, Any]) -> None:
     page.add(
         f"## Layer weights on {source}",
         "The table shows the three layers with the largest mean weight on test rows, by label and by right or wrong prediction. "
@@ -255,8 +251,6 @@ def _sensitivity(page: _Page, found: dict[str, Any]) -> None:
 
 
 def _few_labels(page: _Page, source: str, done: dict[str, Any]) -> None:
-    if not done:
-        return
     found = next(iter(done.values()))
     curves = {name: summarize_curve(part["curve"], part["metric"]) for name, part in done.items()}
     page.add(

@@ -158,7 +158,8 @@ class Reproduction(ReproductionOptions):
         find = self.comparison.store.find
 
         def find_all(group: str, names: Iterable[str]) -> dict[str, Any]:
-            return {name: find(f"{group}/{name}") for name in names}
+            parts = {name: find(f"{group}/{name}") for name in names}
+            return {name: part for name, part in parts.items() if part is not None}
 
         def by_source(group: str, names: Iterable[str]) -> dict[str, Any]:
             return {source: find_all(f"{group}/{file_name(source)}", names) for source in self.data}
@@ -171,7 +172,7 @@ class Reproduction(ReproductionOptions):
             "only": list(self.only),
             "backbone": {
                 "name": Path(model_id(bench.backbone)).name,
-                "num_parameters": sum(parameter.numel() for parameter in bench.lm.parameters()),
+                "num_parameters": bench.lm.num_parameters(),
                 "num_hidden_layers": decoder.num_hidden_layers,
                 "hidden_size": decoder.hidden_size,
             },
