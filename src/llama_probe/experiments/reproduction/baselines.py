@@ -90,38 +90,36 @@ def score_tfidf(task: Task, test: Sequence[str]) -> Scored:
 def _prototypes(task: Task, seed: int | None, shots: int) -> Scored:
     config, labels, count = task.config, task.parts["train"].labels, task.labels.num_labels
     states = {part: mean_states(task.dataset(part), config) for part in task.parts}
-    layers, validation = range(config.num_hidden_layers + 1), []
-    for layer in layers:
+    scored = []
+    for layer in range(config.num_hidden_layers + 1):
         model = fit_prototypes(states["train"][:, layer], labels)
-        validation.append(class_logits(model, states["validation"][:, layer], count))
-    layer = max(layers, key=lambda layer: _validation_score(task, validation[layer]))
-    model = fit_prototypes(states["train"][:, layer], labels)  # again, as the models of all layers need much memory
-    test = class_logits(model, states["test"][:, layer], count)
-    return Scored(validation[layer], test, {"layer": layer}, model.coef_.size + model.intercept_.size)
+        logits = [class_logits(model, states[part][:, layer], count) for part in ("validation", "test")]
+        scored.append(Scored(*logits, {"layer": layer}, model.coef_.size + model.intercept_.size))
+    return _best(task, scored)
 
 
 def _prompting(task: Task, examples: list[Example]) -> Scored:
     bench = task.bench
     prompt = LabelPrompt(bench.tokenizer, *instruction(task.benchmark), examples, bench.max_length)
     ids, lengths = prompt.label_ids, torch.tensor([len(ids) for ids in prompt.label_ids])
-    summed = {
-        part: label_log_likelihoods(bench.lm, bench.tokenizer, prompt.encode(task.parts[part].texts), ids)
+    sums = [
+        label_log_likelihoods(bench.lm, bench.tokenizer, prompt.encode(task.parts[part].texts), ids)
         for part in ("validation", "test")
-    }
-    scores = {"sum": summed, "mean": {part: values / lengths for part, values in summed.items()}}
-    best = max(scores, key=lambda name: _validation_score(task, scores[name]["validation"]))
-    return Scored(scores[best]["validation"], scores[best]["test"], {"label_tokens": best})
+    ]
+    means = [values / lengths for values in sums]
+    return _best(task, [Scored(*sums, {"label_tokens": "sum"}), Scored(*means, {"label_tokens": "mean"})])
 
 
 def _few_shot(task: Task, seed: int | None, shots: int) -> Scored:
     return _prompting(task, draw_examples(task.parts["train"], shots, seed, task.bench.tokenizer))
 
 
-def _validation_score(task: Task, logits: torch.Tensor) -> float:
-    value = score_logits(logits, task.parts["validation"].labels, task.labels)[task.metric]
-    if value is None:
+def _best(task: Task, scored: Sequence[Scored]) -> Scored:
+    labels = task.parts["validation"].labels
+    values = [score_logits(each.validation, labels, task.labels)[task.metric] for each in scored]
+    if None in values:
         raise ProbeError(f"{task.metric} is not defined on the validation rows of {task.source}: use more rows")
-    return value
+    return scored[values.index(max(values))]
 
 
 # Functions of the task, a seed and the number of few-shot examples a label. Those that are not `SEEDED` run once.

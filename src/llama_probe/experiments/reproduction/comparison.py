@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ...data.texts import LabelledTexts
 from ...errors import ProbeError
 from ...evaluation.calibration import BEST_F1
 from ...evaluation.metrics import summarize
@@ -169,7 +170,7 @@ class Comparison:
         self.store.write(part, _result(task, [each["run"] for each in kept], kept[-1]["num_parameters"]))
         shutil.rmtree(scratch, ignore_errors=True)
 
-    def out_of_distribution(self, task: Task, names: Sequence[str], test_set: str) -> None:
+    def out_of_distribution(self, task: Task, names: Sequence[str], test_set: str, rows: LabelledTexts) -> None:
         """Score heads and TF-IDF, trained on one data set, on the test rows of another: parts `ood/DATA/SET/METHOD`.
 
         Label 1 of both is the harmful one. Nothing is fitted on the other set, not even the threshold.
@@ -177,7 +178,6 @@ class Comparison:
         parts = self.store.missing(f"ood/{task.name}/{test_set}", names)
         if not parts:
             return
-        rows = self.bench.test_rows(test_set)
         logger.warning(f"{', '.join(parts)}, trained on {task.source}, on {test_set}")
         seeds = {name: self.bench.seeds[: 1 if HEADS[name].convex else None] for name in parts if name in HEADS}
         keys = [(name, seed) for name, several in seeds.items() for seed in several]
@@ -297,14 +297,12 @@ def group_layers(
             if len(rows):
                 mean = [round(float(value), 5) for value in rows.mean(axis=0)]
                 groups.append({"label": name, "right": is_right, "rows": len(rows), "weights": mean})
-        for other in range(len(names)):
-            rows = weights[(labels == label) & (given == other)]
-            if other != label and len(rows) and len(right[label]) and len(right[other]):
-                distance = {
-                    key: round(float(np.abs(rows.mean(axis=0) - right[c].mean(axis=0)).sum() / 2), 5)
-                    for key, c in (("to_given", other), ("to_true", label))
-                }
-                errors.append({"label": name, "given": names[other], "rows": len(rows), **distance})
+    for label, other in permutations([label for label, rows in right.items() if len(rows)], 2):
+        rows = weights[(labels == label) & (given == other)]
+        if len(rows):
+            far = [np.abs(rows.mean(axis=0) - right[c].mean(axis=0)).sum() / 2 for c in (other, label)]
+            distance = {"to_given": round(float(far[0]), 5), "to_true": round(float(far[1]), 5)}
+            errors.append({"label": names[label], "given": names[other], "rows": len(rows), **distance})
     return {"groups": groups, "errors": errors}
 
 

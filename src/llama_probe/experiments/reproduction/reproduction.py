@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...backbone.decoder import find_decoder
 from ...backbone.loading import model_id
+from ...data.texts import LabelledTexts
 from ...distributed import claimed
 from ...errors import ProbeError
 from ...evaluation.resume import same_settings
@@ -110,8 +111,8 @@ class Reproduction(ReproductionOptions):
             task = self.bench.task(safety)
             yield partial(comparison.main, task, [name for name in self._ood_methods if name in HEADS])
             for name in TEST_SETS:
-                if self._at_hand(name):
-                    yield partial(comparison.out_of_distribution, task, self._ood_methods, name)
+                if (rows := self._test_rows(name)) is not None:
+                    yield partial(comparison.out_of_distribution, task, self._ood_methods, name, rows)
         if "downcast" in self.only:
             methods = downcast_methods(find_decoder(self.bench.lm).hidden_size)
             yield partial(comparison.train, self.bench.task(self._primary), methods, "downcast")
@@ -124,14 +125,14 @@ class Reproduction(ReproductionOptions):
             for task in tasks:
                 yield partial(comparison.few_labels, task, self._trained_kinds)
 
-    def _at_hand(self, test_set: str) -> bool:
+    def _test_rows(self, test_set: str) -> LabelledTexts | None:
         try:
             rows = self.bench.test_rows(test_set)
         except ProbeError as error:
             logger.warning(f"{test_set} is skipped: {error}")
-            return False
+            return None
         same_settings(self._settings_path(f"test-{test_set}"), {"rows": rows.digest()[:16]})
-        return True
+        return rows
 
     def _sensitivity(self) -> dict[str, Any]:
         found = self._run_sweep() if self.sweep is None else read_sweep(self.sweep)
