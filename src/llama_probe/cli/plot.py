@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -21,7 +20,7 @@ from ..evaluation.heatmap import heat_map
 from ..evaluation.page import reading_page
 from ..evaluation.plots import new_figure, png_writer
 from ..evaluation.reading import Reading, read_weights
-from ..files import check_writable, make_folder, write_atomically
+from ..files import Content, check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
 from .console import print_table
@@ -34,7 +33,7 @@ class _Drawing(NamedTuple):
 
     name: str
     shows: str
-    write: Callable[[Path], object]
+    content: Content
     facts: dict[str, Any]
 
 
@@ -87,7 +86,7 @@ def plot(
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ProbeError(f"the measurements of {probe} cannot be drawn: {error}; --data measures anew") from error
     make_folder(output)
-    write_atomically({output / item.name: item.write for item in drawings})
+    write_atomically({output / item.name: item.content for item in drawings})
     files = [{"file": str(output / item.name), "shows": item.shows, **item.facts} for item in drawings]
     shown = [(item["file"], item["shows"]) for item in files]
     return {"files": files}, partial(print_table, None, ("file", "shows"), shown, left=2)
@@ -98,10 +97,10 @@ def _draw_text(reading: Reading, number: int) -> list[_Drawing]:
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40]
     stem = f"{number:02}-{words}".strip("-")
     facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
-    page, shows = reading_page(reading), f"tokens and layers: {reading.verdict}"
+    shows = f"tokens and layers: {reading.verdict}"
     return [
         _Drawing(f"{stem}.png", shows, png_writer(partial(heat_map, reading)), facts),
-        _Drawing(f"{stem}.html", "the coloured text", lambda path: path.write_text(page, encoding="utf-8"), facts),
+        _Drawing(f"{stem}.html", "the coloured text", reading_page(reading), facts),
     ]
 
 
@@ -110,16 +109,17 @@ def _draw_head(inspection: dict[str, Any], config: ProbeConfig) -> list[_Drawing
     if not isinstance(inspection, dict):
         raise TypeError("they are not a JSON object")
     names = list(config.id2label.values())
-    confusion = partial(plots.confusion_plot, names=names)
-    parts = [
-        ("layer_weights", plots.layer_weights_plot, "how much each layer counts"),
-        ("calibration", plots.calibration_plot, "reliability: how often the head is right against how sure it is"),
-        ("confusion", confusion, "confusion: true labels against given ones"),
-        ("outcomes", plots.outcomes_plot, "each label: rows where it is found, missed, or wrongly given"),
-    ]
+    parts = {
+        "layer_weights": (plots.layer_weights_plot, "how much each layer counts"),
+        "calibration": (plots.calibration_plot, "reliability: how often the head is right against how sure it is"),
+        "confusion": (partial(plots.confusion_plot, names=names), "confusion: true labels against given ones"),
+        "outcomes": (plots.outcomes_plot, "each label: rows where it is found, missed, or wrongly given"),
+    }
+    if len(names) > plots.MAX_CONFUSION:
+        del parts["confusion"]
     drawings = []
-    for part, draw, shows in parts:
-        if part in inspection and (draw is not confusion or len(names) <= plots.MAX_CONFUSION):
+    for part, (draw, shows) in parts.items():
+        if part in inspection:
             figure = draw(inspection)
             drawings.append(_Drawing(f"{part}.png", shows, png_writer(lambda figure=figure: figure), {}))
     return drawings
