@@ -13,8 +13,8 @@ from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
 from .console import print_table, print_text
-from .inputs import HeadOptions, check_head_folder, read_texts, short_name
-from .options import Fields, Result
+from .inputs import HeadOptions, check_head_folder, read_texts
+from .options import Fields, Result, short_name
 
 
 def calibrate(

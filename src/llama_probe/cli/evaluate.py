@@ -10,6 +10,7 @@ import torch
 import typer
 
 from ..data.known import find_benchmark
+from ..data.labels import read_labels
 from ..data.sources import ROWS_HELP, DataSources
 from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
@@ -19,8 +20,8 @@ from ..heads.configuration import ProbeConfig
 from ..heads.novelty import FAR
 from ..hub.folder import measured_rules, read_results
 from .console import print_table, print_text
-from .inputs import BENIGN, ROW_FIELDS, HeadOptions, check_head_folder, check_source, read_rows, read_texts, short_name
-from .options import Fields, Result
+from .inputs import BENIGN, ROW_FIELDS, HeadOptions, check_head_folder, check_source, read_rows, read_texts
+from .options import Fields, Result, short_name
 
 
 _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
@@ -142,14 +143,11 @@ def _slices(found: dict[str, list], source: str, columns: list[str] | None) -> d
 
 
 def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
-    """Return the labels of a column, which holds indices or names of a head's labels."""
+    """Return the labels of a column, which are given like those of the rows."""
     if column not in labelled.columns:
         raise ProbeError(f"--judge-column {column!r} must be a column: {', '.join(labelled.columns) or 'none'}")
-    known = {name: index for index, label in config.id2label.items() for name in (label, index, str(index))}
-    values, allowed = labelled.columns[column], ", ".join(config.id2label.values())
-    if unknown := [value for value in values if value not in known]:
-        raise ProbeError(f"--judge-column {column!r} has {unknown[0]!r}; allowed: {allowed}")
-    return np.array([known[value] for value in values])
+    names = list(config.id2label.values())
+    return read_labels(f"--judge-column {column}", labelled.columns[column], names, config.problem_type)[0]
 
 
 def _print_report(title: str, result: dict[str, Any], temperature: float, bootstrap: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,8 +95,3 @@ def check_head_folder(probe: str, option: str) -> None:
     if not is_head_folder(probe):
         raise ProbeError(f"{option} writes into a head folder on this machine, and --probe {probe} is none")
     check_output(probe)
-
-
-def short_name(source: str) -> str:
-    """Return the last two parts of a path: the others differ between machines."""
-    return "/".join(Path(source).parts[-2:])

@@ -37,13 +37,12 @@ from ..hub.resolve import resolve_head
 PANELS = {
     name: panel
     for panel, names in {
-        "Data": "text_column label_column max_rows data_dir prompt_column max_text prompt_format system_prompt max_length data "
-        "benign slice_column input keep_column text",
+        "Data": "max_rows max_text prompt_format system_prompt max_length data benign slice_column input keep_column text",
         "Selection and threshold": "metric patience threshold_rule max_false_positive_rate num_seeds rate",
         "Head": "probe probes imports trust_remote_code",
         "Card": "license base_model record tag",
         "Hub": "push private revision create_pr subfolder commit_message force_download",
-        "Runtime": "backbone output dtype cache cache_dir resume overwrite as_json chunk_rows",
+        "Runtime": "backbone output dtype resume as_json chunk_rows",
     }.items()
     for name in names.split()
 }
@@ -169,10 +168,8 @@ class Fields:
 
     def build(self, owner: type, given: dict[str, Any]) -> Any:
         """Return the dataclass, or the dict of its fields, from the values of its options."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-        for name, parse in self.parse.items():
-            if values.get(name) is not None:
-                values[name] = parse(values[name])
+        parsed = {name: parse(given[name]) for name, parse in self.parse.items() if given.get(name) is not None}
+        values = given | parsed
         return values if self.of is not None else owner(**values)
 
 
@@ -269,5 +266,10 @@ def command_line() -> str:
         elif word.partition("=")[0] in hidden:
             skip = "=" not in word
         else:
-            words.append("/".join(Path(word).parts[-2:]) if "/" in word and os.path.exists(word) else word)
+            words.append(short_name(word) if "/" in word and os.path.exists(word) else word)
     return shlex.join(words)
+
+
+def short_name(path: str) -> str:
+    """Return the last two parts of a path: the others differ between machines."""
+    return "/".join(Path(path).parts[-2:])
