@@ -70,7 +70,8 @@ def everything(copies, backbone_folder, tmp_path_factory):
 
     output = tmp_path_factory.mktemp("reproduction") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(HEADS, "mha", HeadMethod({"probe_type": "mha", "downcast": 8, "num_attention_heads": 2}))
+        sizes = {"probe_type": "mha", "downcast": 8, "num_attention_heads": 2}
+        patch.setitem(HEADS, "mha", HeadMethod(sizes, HEADS["mha"].recipe))
         create_reproduction(output, copies, backbone_folder, chosen=["pooling", "gate"], only=["few-labels"]).execute()
         parts = ["main", "ood", "downcast", "layers", "sensitivity"]
         data = ("toxicchat", "emotion")

@@ -1,5 +1,6 @@
 """The last-token probe: which item it takes, and that nothing else is read."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
@@ -39,7 +40,7 @@ def test_only_one_layer_is_read():
         config = ProbeConfig(probe_type="last", layers=layers, **sizes)
         assert config.layer_indices == read and config.layers == (layers if layers == "all" else sorted(layers))
     base = ProbeConfig(probe_type="gate", **sizes)
-    (candidate,) = candidates_of(HEADS["last-token"], "last-token", base, 0)
+    (candidate,) = candidates_of(HEADS["last-token"], "last-token", base, np.array([0, 1]), 0)
     assert candidate.config.layer_indices == [LAYERS]
 
 

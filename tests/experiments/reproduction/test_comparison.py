@@ -10,13 +10,13 @@ from llama_probe.experiments.reproduction.methods import HEADS, HeadMethod, down
 
 
 def test_candidates():
-    base = ProbeConfig(probe_type="pooling", hidden_size=HIDDEN, num_hidden_layers=3)
-    linear = candidates_of(HEADS["layer-linear"], "layer-linear", base, 5)
+    base, labels = ProbeConfig(probe_type="pooling", hidden_size=HIDDEN, num_hidden_layers=3), np.arange(2)
+    linear = candidates_of(HEADS["layer-linear"], "layer-linear", base, labels, 5)
     assert [candidate.config.layers for candidate in linear] == [[0], [1], [2], [3]]
-    gates = [candidates_of(HEADS["gate"], "gate", base, seed)[0] for seed in (0, 1)]
+    gates = [candidates_of(HEADS["gate"], "gate", base, labels, seed)[0] for seed in (0, 1)]
     assert len({candidate.number for candidate in [*linear, *gates]}) == 6
     assert [candidate.seed for candidate in gates] == [0, 1] and gates[0].config.layers == "all"
-    (half,) = candidates_of(HEADS["multimax-half"], "multimax-half", base, 0)
+    (half,) = candidates_of(HEADS["multimax-half"], "multimax-half", base, labels, 0)
     assert half.config.layers == [0, 2] and half.learning_rate == 5e-3
 
 
@@ -29,7 +29,7 @@ def test_downcasts_can_be_built(hidden_size, values):
 
 
 def test_a_method_that_runs_away_is_named(reproduction, monkeypatch):
-    monkeypatch.setitem(HEADS, "gate", HeadMethod({"probe_type": "gate"}, learning_rate=1e30))
+    monkeypatch.setitem(HEADS, "gate", HeadMethod.create("gate", learning_rate=1e30))
     with pytest.raises(ProbeError, match=r"gate \(seed 0\) on toxicchat"):
         reproduction(chosen=["gate", "pooling"], seeds=[0], epochs=4).execute()
 

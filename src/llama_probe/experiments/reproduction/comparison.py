@@ -105,9 +105,9 @@ class Comparison:
             self.store.once(parts.pop(name), partial(self._fit, task, name, methods[name], group))
         if not parts:
             return
-        seeds = self.bench.seeds
+        seeds, labels = self.bench.seeds, task.parts["train"].labels
         candidates = {
-            (name, seed): candidates_of(methods[name], f"{group}/{name}", task.config, seed)
+            (name, seed): candidates_of(methods[name], f"{group}/{name}", task.config, labels, seed)
             for name, seed in product(parts, seeds)
         }
         scratch = self._scratch(parts.values())
@@ -149,7 +149,7 @@ class Comparison:
         logger.warning(f"fitting {name} on {task.source}")
         probe = ProbeModel(task.config.replace(**method.head))
         probe.bind(self.bench.lm)
-        loss = ProbeLoss(probe.config, label_smoothing=method.label_smoothing)
+        loss = ProbeLoss.create(method.recipe, probe.config, task.parts["train"].labels)
         fitted = fit_classifier(probe, task.dataset("train"), task.dataset("validation"), loss, task.metric)
         (test,) = predict_together([probe], task.dataset("test"), progress=True)
         probe.config, judged = measure(probe.config, fitted.logits, test, task)
@@ -249,8 +249,8 @@ class Comparison:
         return self.folder / "heads" / task.name / f"{kept}{name}-seed-{seed}"
 
 
-def candidates_of(method: HeadMethod, name: str, base: ProbeConfig, seed: int) -> list[Candidate]:
-    """Return the candidates to train for a seed: one, or one a layer.
+def candidates_of(method: HeadMethod, name: str, base: ProbeConfig, labels: np.ndarray, seed: int) -> list[Candidate]:
+    """Return the candidates to train on rows of these labels for a seed: one, or one a layer.
 
     Name and seed give a candidate's number, and with it its dropout. Results do not depend on other methods beside it.
     """
@@ -262,8 +262,7 @@ def candidates_of(method: HeadMethod, name: str, base: ProbeConfig, seed: int) -
     for layer in states if method.each_layer else [None]:
         own = config if layer is None else config.replace(layers=[layer])
         number = zlib.crc32(f"{name}/{layer}/{seed}".encode())
-        loss = ProbeLoss(own, label_smoothing=method.label_smoothing)
-        found.append(Candidate(number, own, loss, method.learning_rate, seed=seed))
+        found.append(Candidate.create(number, own, method.recipe, labels, seed))
     return found
 
 

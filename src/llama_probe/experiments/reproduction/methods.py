@@ -16,25 +16,24 @@ class HeadMethod:
 
     Attributes:
         head: fields of `ProbeConfig`.
-        learning_rate, label_smoothing: as in `Recipe`.
+        recipe: a complete one. Its epochs are not read.
         each_layer: train one head a layer, and choose the layer by validation rows.
         every: read the states 0, `every`, 2 `every`, ...
     """
 
     head: dict[str, Any]
-    learning_rate: float = 1e-3
-    label_smoothing: float = 0.05
+    recipe: Recipe
     each_layer: bool = False
     every: int = 1
 
     @classmethod
-    def create(cls, kind: str, options: dict[str, Any] | None = None, **changes) -> HeadMethod:
-        """Return a kind with its own recipe. `changes` replace attributes."""
+    def create(
+        cls, kind: str, options: dict[str, Any] | None = None, learning_rate: float | None = None, **which
+    ) -> HeadMethod:
+        """Return a kind with its own recipe."""
         head = {"probe_type": kind, "normalize": get_probe_type(kind).normalize, "options": options or {}}
-        recipe, head = complete(Recipe(), head, rows=0)
-        return cls(
-            head, **{"learning_rate": recipe.learning_rate, "label_smoothing": recipe.label_smoothing, **changes}
-        )
+        recipe, head = complete(Recipe(learning_rate, per_device_train_batch_size=32), head, rows=0)
+        return cls(head, recipe, **which)
 
     @property
     def convex(self) -> bool:
@@ -48,7 +47,7 @@ HEADS: dict[str, HeadMethod] = {
     "last-token": HeadMethod.create("last"),
     **{kind: HeadMethod.create(kind) for kind in ("muli", "pooling", "gate", "attentive", "mha")},
     "multimax-small": HeadMethod.create("multimax", {"num_maxima": 1, "num_members": 7}),
-    "multimax-half": HeadMethod.create("multimax", {"num_maxima": 2, "num_members": 7}, every=2, learning_rate=5e-3),
+    "multimax-half": HeadMethod.create("multimax", {"num_maxima": 2, "num_members": 7}, learning_rate=5e-3, every=2),
     "multimax": HeadMethod.create("multimax"),
 }
 METHODS = ("tfidf", "zero-shot", "few-shot", "prototypes", *HEADS)  # the first four are scored by `baselines`
